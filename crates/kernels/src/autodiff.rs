@@ -1,0 +1,589 @@
+//! The operations under autodiff: what each saves, and its hand-written gradient.
+//!
+//! An operation none of whose inputs is tracked saves nothing and costs what it costs without autodiff.
+
+use std::sync::Arc;
+
+use burn::backend::autodiff::NodeId;
+use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
+use burn::backend::autodiff::grads::Gradients as Grads;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Autodiff, AutodiffBackend};
+
+use crate::flex::LossSaved;
+use crate::ops::{FactorsPrimitive, HeadRows, Kernels, RoutingPrimitive, StacksPrimitive};
+use crate::{Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Pairs};
+
+/// What the operations on experts keep for their gradients.
+#[derive(Clone, Debug)]
+pub(crate) struct ExpertsSaved<B: Kernels> {
+    pub(crate) x: FloatTensor<B>,
+    pub(crate) routing: RoutingPrimitive<B>,
+    pub(crate) gate: FloatTensor<B>,
+    pub(crate) up: FloatTensor<B>,
+}
+
+/// The gradients of [`Kernels`], on a backend without autodiff. Argument order: output gradient, saved, settings.
+pub(crate) trait Gradients: Kernels {
+    fn linear_frozen_dx(dy: FloatTensor<Self>, w: &Matrix, compute: Compute) -> FloatTensor<Self>;
+    fn linear_trained_dx(
+        dy: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        compute: Compute,
+    ) -> FloatTensor<Self>;
+    fn linear_dw(
+        dy: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        compute: Compute,
+    ) -> FloatTensor<Self>;
+    /// `x` in the form in which it waits for the backward pass.
+    fn round(x: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self>;
+    fn embed_dw(ids: IntTensor<Self>, dy: FloatTensor<Self>, vocab: usize) -> FloatTensor<Self>;
+    fn rms_norm_grads(
+        dy: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        eps: f32,
+    ) -> [FloatTensor<Self>; 2];
+    fn rope_dx(
+        dy: FloatTensor<Self>,
+        angles: [FloatTensor<Self>; 2],
+        pairs: Pairs,
+    ) -> FloatTensor<Self>;
+    fn swiglu_grads(
+        dy: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+    ) -> [FloatTensor<Self>; 2];
+    /// `saved` is q, k, v, the output and the log-sum-exp.
+    fn attention_grads(
+        dout: FloatTensor<Self>,
+        saved: [FloatTensor<Self>; 5],
+        scale: f32,
+    ) -> [FloatTensor<Self>; 3];
+    /// Gradients of x and the routing weights, and of the six factors if they are wanted.
+    fn experts_frozen_grads(
+        dy: FloatTensor<Self>,
+        saved: ExpertsSaved<Self>,
+        factors: &FactorsPrimitive<Self>,
+        settings: (&ExpertBank, ExpertLora, Compute),
+        wanted: bool,
+    ) -> ([FloatTensor<Self>; 2], Option<[FloatTensor<Self>; 6]>);
+    /// Gradients of x and the routing weights, and of the three stacks.
+    fn experts_trained_grads(
+        dy: FloatTensor<Self>,
+        saved: ExpertsSaved<Self>,
+        stacks: &StacksPrimitive<Self>,
+        compute: Compute,
+    ) -> ([FloatTensor<Self>; 2], [FloatTensor<Self>; 3]);
+    /// Gradients of h, u and b.
+    fn cross_entropy_frozen_grads(
+        dloss: FloatTensor<Self>,
+        saved: LossSaved<FloatTensor<Self>, IntTensor<Self>>,
+        low_rank: [FloatTensor<Self>; 2],
+        settings: (&Matrix, Compute),
+        want_b: bool,
+    ) -> [FloatTensor<Self>; 3];
+    /// Gradients of h and w.
+    fn cross_entropy_trained_grads(
+        dloss: FloatTensor<Self>,
+        saved: LossSaved<FloatTensor<Self>, IntTensor<Self>>,
+        w: FloatTensor<Self>,
+        compute: Compute,
+        want_w: bool,
+    ) -> [FloatTensor<Self>; 2];
+}
+
+/// Registers the gradient of each tracked parent.
+fn register<B: Gradients>(
+    grads: &mut Grads,
+    parents: impl IntoIterator<Item = Option<NodeId>>,
+    values: impl IntoIterator<Item = FloatTensor<B>>,
+) {
+    for (parent, value) in parents.into_iter().zip(values) {
+        if let Some(parent) = parent {
+            grads.register::<B>(parent, value);
+        }
+    }
+}
+
+impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
+    fn linear_frozen(x: FloatTensor<Self>, w: Arc<Matrix>, compute: Compute) -> FloatTensor<Self> {
+        let y = B::linear_frozen(x.primitive().clone(), Arc::clone(&w), compute);
+        match LinearFrozen
+            .prepare::<C>([x.node()])
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(op) => op.finish((w, compute), y),
+            OpsKind::UnTracked(op) => op.finish(y),
+        }
+    }
+
+    fn linear_trained(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        compute: Compute,
+    ) -> FloatTensor<Self> {
+        let (nodes, x, w) = ([x.node(), w.node()], x.into_primitive(), w.into_primitive());
+        let y = B::linear_trained(x.clone(), w.clone(), compute);
+        match LinearTrained.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(op) => op.finish((B::round(x, compute), w, compute), y),
+            OpsKind::UnTracked(op) => op.finish(y),
+        }
+    }
+
+    fn linear_add(
+        y: FloatTensor<Self>,
+        u: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let nodes = [y.node(), u.node(), b.node()];
+        let (y, u, b) = (y.into_primitive(), u.into_primitive(), b.into_primitive());
+        let sum = B::linear_add(y, u.clone(), b.clone());
+        match LinearAdd.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(op) => op.finish((u, b), sum),
+            OpsKind::UnTracked(op) => op.finish(sum),
+        }
+    }
+
+    fn heads_linear(x: FloatTensor<Self>, w: Arc<Matrix>, heads: HeadRows) -> FloatTensor<Self> {
+        Self::from_inner(B::heads_linear(x.into_primitive(), w, heads))
+    }
+
+    fn embed_frozen(ids: IntTensor<Self>, w: Arc<Matrix>) -> FloatTensor<Self> {
+        Self::from_inner(B::embed_frozen(ids, w))
+    }
+
+    fn embed_trained(w: FloatTensor<Self>, ids: IntTensor<Self>) -> FloatTensor<Self> {
+        let (node, w) = (w.node(), w.into_primitive());
+        let vocab = burn::backend::TensorMetadata::shape(&w).as_slice()[0];
+        let y = B::embed_trained(w, ids.clone());
+        match EmbedTrained.prepare::<C>([node]).compute_bound().stateful() {
+            OpsKind::Tracked(op) => op.finish((ids, vocab), y),
+            OpsKind::UnTracked(op) => op.finish(y),
+        }
+    }
+
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
+        let (nodes, x, weight) = (
+            [x.node(), weight.node()],
+            x.into_primitive(),
+            weight.into_primitive(),
+        );
+        let y = B::rms_norm(x.clone(), weight.clone(), eps);
+        match RmsNorm.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(op) => op.finish((x, weight, eps), y),
+            OpsKind::UnTracked(op) => op.finish(y),
+        }
+    }
+
+    fn rope(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        pairs: Pairs,
+    ) -> FloatTensor<Self> {
+        let (cos, sin) = (cos.into_primitive(), sin.into_primitive());
+        let (node, x) = (x.node(), x.into_primitive());
+        let y = B::rope(x, cos.clone(), sin.clone(), pairs);
+        match Rope.prepare::<C>([node]).compute_bound().stateful() {
+            OpsKind::Tracked(op) => op.finish((cos, sin, pairs), y),
+            OpsKind::UnTracked(op) => op.finish(y),
+        }
+    }
+
+    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        let (nodes, gate, up) = (
+            [gate.node(), up.node()],
+            gate.into_primitive(),
+            up.into_primitive(),
+        );
+        let y = B::swiglu(gate.clone(), up.clone());
+        match Swiglu.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(op) => op.finish((gate, up), y),
+            OpsKind::UnTracked(op) => op.finish(y),
+        }
+    }
+
+    fn dropout(x: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
+        let (node, x) = (x.node(), x.into_primitive());
+        let y = B::dropout(x, dropout);
+        match Drop.prepare::<C>([node]).compute_bound().stateful() {
+            OpsKind::Tracked(op) => op.finish(dropout, y),
+            OpsKind::UnTracked(op) => op.finish(y),
+        }
+    }
+
+    fn causal_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        scale: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let nodes = [q.node(), k.node(), v.node()];
+        let (q, k, v) = (q.into_primitive(), k.into_primitive(), v.into_primitive());
+        let (out, lse) = B::causal_attention(q.clone(), k.clone(), v.clone(), scale);
+        let out = match Attention.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(op) => op.finish(([q, k, v, out.clone(), lse.clone()], scale), out),
+            OpsKind::UnTracked(op) => op.finish(out),
+        };
+        (out, Self::from_inner(lse))
+    }
+
+    fn choose_experts(scores: FloatTensor<Self>, choice: Choice) -> IntTensor<Self> {
+        B::choose_experts(scores.into_primitive(), choice)
+    }
+
+    fn dispatch_slots(ids: IntTensor<Self>, experts: usize) -> (IntTensor<Self>, IntTensor<Self>) {
+        B::dispatch_slots(ids, experts)
+    }
+
+    fn experts_frozen(
+        x: FloatTensor<Self>,
+        routing: RoutingPrimitive<Self>,
+        factors: FactorsPrimitive<Self>,
+        bank: Arc<ExpertBank>,
+        lora: ExpertLora,
+        compute: Compute,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let f = &factors;
+        let nodes = [
+            &x,
+            &routing.weights,
+            &f.gate_a,
+            &f.gate_b,
+            &f.up_a,
+            &f.up_b,
+            &f.down_a,
+            &f.down_b,
+        ]
+        .map(|t| t.node());
+        let (x, routing, factors) = (
+            x.into_primitive(),
+            inner_routing::<B, C>(routing),
+            inner_factors::<B, C>(factors),
+        );
+        let (y, gate, up) = B::experts_frozen(
+            x.clone(),
+            routing.clone(),
+            factors.clone(),
+            Arc::clone(&bank),
+            lora,
+            compute,
+        );
+        let y = match ExpertsFrozen.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(op) => {
+                let saved = ExpertsSaved {
+                    x: B::round(x, compute),
+                    routing,
+                    gate: gate.clone(),
+                    up: up.clone(),
+                };
+                op.finish((saved, factors, bank, lora, compute), y)
+            }
+            OpsKind::UnTracked(op) => op.finish(y),
+        };
+        (y, Self::from_inner(gate), Self::from_inner(up))
+    }
+
+    fn experts_trained(
+        x: FloatTensor<Self>,
+        routing: RoutingPrimitive<Self>,
+        stacks: StacksPrimitive<Self>,
+        compute: Compute,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let nodes =
+            [&x, &routing.weights, &stacks.gate, &stacks.up, &stacks.down].map(|t| t.node());
+        let (x, routing) = (x.into_primitive(), inner_routing::<B, C>(routing));
+        let stacks = StacksPrimitive {
+            gate: stacks.gate.into_primitive(),
+            up: stacks.up.into_primitive(),
+            down: stacks.down.into_primitive(),
+        };
+        let (y, gate, up) = B::experts_trained(x.clone(), routing.clone(), stacks.clone(), compute);
+        let y = match ExpertsTrained
+            .prepare::<C>(nodes)
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(op) => {
+                let saved = ExpertsSaved {
+                    x: B::round(x, compute),
+                    routing,
+                    gate: gate.clone(),
+                    up: up.clone(),
+                };
+                op.finish((saved, stacks, compute), y)
+            }
+            OpsKind::UnTracked(op) => op.finish(y),
+        };
+        (y, Self::from_inner(gate), Self::from_inner(up))
+    }
+
+    fn cross_entropy_frozen(
+        h: FloatTensor<Self>,
+        u: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        w: Arc<Matrix>,
+        compute: Compute,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let nodes = [h.node(), u.node(), b.node()];
+        let (h, u, b) = (h.into_primitive(), u.into_primitive(), b.into_primitive());
+        let (loss, lse) = B::cross_entropy_frozen(
+            h.clone(),
+            u.clone(),
+            b.clone(),
+            targets.clone(),
+            Arc::clone(&w),
+            compute,
+        );
+        let loss = match CrossEntropyFrozen
+            .prepare::<C>(nodes)
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(op) => {
+                let saved = LossSaved {
+                    h: B::round(h, compute),
+                    targets,
+                    lse: lse.clone(),
+                };
+                op.finish((saved, [u, b], w, compute), loss)
+            }
+            OpsKind::UnTracked(op) => op.finish(loss),
+        };
+        (loss, Self::from_inner(lse))
+    }
+
+    fn cross_entropy_trained(
+        h: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        compute: Compute,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (nodes, h, w) = ([h.node(), w.node()], h.into_primitive(), w.into_primitive());
+        let (loss, lse) = B::cross_entropy_trained(h.clone(), w.clone(), targets.clone(), compute);
+        let loss = match CrossEntropyTrained
+            .prepare::<C>(nodes)
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(op) => {
+                let saved = LossSaved {
+                    h: B::round(h, compute),
+                    targets,
+                    lse: lse.clone(),
+                };
+                op.finish((saved, w, compute), loss)
+            }
+            OpsKind::UnTracked(op) => op.finish(loss),
+        };
+        (loss, Self::from_inner(lse))
+    }
+}
+
+fn inner_routing<B: Gradients, C: CheckpointStrategy>(
+    routing: RoutingPrimitive<Autodiff<B, C>>,
+) -> RoutingPrimitive<B> {
+    RoutingPrimitive {
+        weights: routing.weights.into_primitive(),
+        order: routing.order,
+        offsets: routing.offsets,
+    }
+}
+
+fn inner_factors<B: Gradients, C: CheckpointStrategy>(
+    f: FactorsPrimitive<Autodiff<B, C>>,
+) -> FactorsPrimitive<B> {
+    FactorsPrimitive {
+        gate_a: f.gate_a.into_primitive(),
+        gate_b: f.gate_b.into_primitive(),
+        up_a: f.up_a.into_primitive(),
+        up_b: f.up_b.into_primitive(),
+        down_a: f.down_a.into_primitive(),
+        down_b: f.down_b.into_primitive(),
+    }
+}
+
+/// Declares a gradient: its name, number of inputs and saved state, and what it does with
+/// `(output gradient, input nodes, state, gradients)`.
+macro_rules! gradient {
+    ($name:ident, $n:literal, $state:ty, |$dy:ident, $parents:ident, $saved:pat_param, $grads:ident| $body:block) => {
+        #[derive(Debug)]
+        struct $name;
+
+        impl<B: Gradients> Backward<B, $n> for $name {
+            type State = $state;
+
+            fn backward(self, ops: Ops<Self::State, $n>, $grads: &mut Grads, _: &mut Checkpointer) {
+                let $dy = $grads.consume::<B>(&ops.node);
+                let ($parents, $saved) = (
+                    ops.parents.map(|parent| parent.map(|node| node.id)),
+                    ops.state,
+                );
+                $body
+            }
+        }
+    };
+}
+
+gradient!(
+    LinearFrozen,
+    1,
+    (Arc<Matrix>, Compute),
+    |dy, parents, (w, compute), grads| {
+        register::<B>(grads, parents, [B::linear_frozen_dx(dy, &w, compute)]);
+    }
+);
+
+gradient!(
+    LinearTrained,
+    2,
+    (FloatTensor<B>, FloatTensor<B>, Compute),
+    |dy, parents, (x, w, compute), grads| {
+        let [x_node, w_node] = parents;
+        if let Some(node) = x_node {
+            grads.register::<B>(node, B::linear_trained_dx(dy.clone(), w, compute));
+        }
+        if let Some(node) = w_node {
+            grads.register::<B>(node, B::linear_dw(dy, x, compute));
+        }
+    }
+);
+
+gradient!(
+    LinearAdd,
+    3,
+    (FloatTensor<B>, FloatTensor<B>),
+    |dy, parents, (u, b), grads| {
+        let [y_node, u_node, b_node] = parents;
+        if let Some(node) = u_node {
+            grads.register::<B>(node, B::linear_trained_dx(dy.clone(), b, Compute::F32));
+        }
+        if let Some(node) = b_node {
+            grads.register::<B>(node, B::linear_dw(dy.clone(), u, Compute::F32));
+        }
+        register::<B>(grads, [y_node], [dy]);
+    }
+);
+
+gradient!(
+    EmbedTrained,
+    1,
+    (IntTensor<B>, usize),
+    |dy, parents, (ids, vocab), grads| {
+        register::<B>(grads, parents, [B::embed_dw(ids, dy, vocab)]);
+    }
+);
+
+gradient!(
+    RmsNorm,
+    2,
+    (FloatTensor<B>, FloatTensor<B>, f32),
+    |dy, parents, (x, weight, eps), grads| {
+        register::<B>(grads, parents, B::rms_norm_grads(dy, x, weight, eps));
+    }
+);
+
+gradient!(
+    Rope,
+    1,
+    (FloatTensor<B>, FloatTensor<B>, Pairs),
+    |dy, parents, (cos, sin, pairs), grads| {
+        register::<B>(grads, parents, [B::rope_dx(dy, [cos, sin], pairs)]);
+    }
+);
+
+gradient!(
+    Swiglu,
+    2,
+    (FloatTensor<B>, FloatTensor<B>),
+    |dy, parents, (gate, up), grads| {
+        register::<B>(grads, parents, B::swiglu_grads(dy, gate, up));
+    }
+);
+
+gradient!(Drop, 1, Dropout, |dy, parents, dropout, grads| {
+    register::<B>(grads, parents, [B::dropout(dy, dropout)]);
+});
+
+gradient!(
+    Attention,
+    3,
+    ([FloatTensor<B>; 5], f32),
+    |dy, parents, (saved, scale), grads| {
+        register::<B>(grads, parents, B::attention_grads(dy, saved, scale));
+    }
+);
+
+gradient!(
+    ExpertsFrozen,
+    8,
+    (
+        ExpertsSaved<B>,
+        FactorsPrimitive<B>,
+        Arc<ExpertBank>,
+        ExpertLora,
+        Compute
+    ),
+    |dy, parents, (saved, factors, bank, lora, compute), grads| {
+        let [x, weights, factor_nodes @ ..] = parents;
+        let wanted = factor_nodes.iter().any(Option::is_some);
+        let (inputs, factors) =
+            B::experts_frozen_grads(dy, saved, &factors, (&bank, lora, compute), wanted);
+        register::<B>(grads, [x, weights], inputs);
+        register::<B>(grads, factor_nodes, factors.into_iter().flatten());
+    }
+);
+
+gradient!(
+    ExpertsTrained,
+    5,
+    (ExpertsSaved<B>, StacksPrimitive<B>, Compute),
+    |dy, parents, (saved, stacks, compute), grads| {
+        let [x, weights, stack_nodes @ ..] = parents;
+        let (inputs, stacks) = B::experts_trained_grads(dy, saved, &stacks, compute);
+        register::<B>(grads, [x, weights], inputs);
+        register::<B>(grads, stack_nodes, stacks);
+    }
+);
+
+gradient!(
+    CrossEntropyFrozen,
+    3,
+    (
+        LossSaved<FloatTensor<B>, IntTensor<B>>,
+        [FloatTensor<B>; 2],
+        Arc<Matrix>,
+        Compute
+    ),
+    |dloss, parents, (saved, low_rank, w, compute), grads| {
+        let want_b = parents[2].is_some();
+        register::<B>(
+            grads,
+            parents,
+            B::cross_entropy_frozen_grads(dloss, saved, low_rank, (&w, compute), want_b),
+        );
+    }
+);
+
+gradient!(
+    CrossEntropyTrained,
+    2,
+    (
+        LossSaved<FloatTensor<B>, IntTensor<B>>,
+        FloatTensor<B>,
+        Compute
+    ),
+    |dloss, parents, (saved, w, compute), grads| {
+        let want_w = parents[1].is_some();
+        register::<B>(
+            grads,
+            parents,
+            B::cross_entropy_trained_grads(dloss, saved, w, compute, want_w),
+        );
+    }
+);

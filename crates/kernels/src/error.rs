@@ -1,0 +1,36 @@
+//! The one error type of the crate.
+
+/// Why bytes cannot serve as a weight.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Error {
+    /// The byte length does not fit the shape and format.
+    #[error("expected {expected} bytes for a {rows} × {cols} {format} matrix, found {found}")]
+    ByteLength {
+        /// Rows of the matrix.
+        rows: usize,
+        /// Columns of the matrix.
+        cols: usize,
+        /// Number format.
+        format: &'static str,
+        /// Bytes needed.
+        expected: usize,
+        /// Bytes given.
+        found: usize,
+    },
+    /// The scales do not form the block grid of the matrix.
+    #[error("expected {expected:?} block scales, found {found:?}")]
+    ScaleShape {
+        /// Blocks along rows and columns.
+        expected: [usize; 2],
+        /// What was given.
+        found: Vec<usize>,
+    },
+    /// A block scale is NaN, infinite or negative.
+    #[error("block scale {idx} is {found}: expected a finite number that is not negative")]
+    BadScale {
+        /// Which scale, row-major.
+        idx: usize,
+        /// Its value, as text.
+        found: String,
+    },
+}

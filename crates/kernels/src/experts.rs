@@ -1,0 +1,578 @@
+//! The routed experts of an MoE layer, `y_t = Σ_j w_tj · down_e(silu(gate_e(x_t)) · up_e(x_t))` with `e` the token's
+//! j-th expert, over slots that are sorted by expert.
+//!
+//! A task takes a piece of one expert's slots: it gathers their tokens, multiplies with the expert's three weights
+//! (decoded tile by tile if packed), and writes one row per slot. A second pass adds each token's rows up in the
+//! order of its choices. So one popular expert does not idle the other cores, and no sum depends on timing.
+//!
+//! Backward needs the products of gate and up, which are saved, and no down product: the gradient of a routing
+//! weight is `⟨dy, down(a)⟩ = ⟨downᵀ(dy), a⟩`, and `downᵀ(dy)` is needed anyway.
+//!
+//! Every expert may carry a low-rank update of each weight, `w + scale · b · a`, applied to the activations.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use crate::dropout::Dropout;
+use crate::gemm::{Compute, Weights, nn_serial, nt_serial, tiles, with_scratch};
+use crate::matrix::round_to_bf16;
+use crate::strided::{Mat, MatMut, Write, gemm};
+use crate::{Matrix, swiglu};
+
+/// Slots per task: enough rows to pay for decoding a weight tile.
+const TASK_SLOTS: usize = 256;
+
+/// The frozen weights of a layer's experts; each list holds one matrix per expert.
+#[derive(Clone, Debug)]
+pub struct ExpertBank {
+    /// `[moe_intermediate_size, hidden_size]` each.
+    pub gate: Vec<Matrix>,
+    /// `[moe_intermediate_size, hidden_size]` each.
+    pub up: Vec<Matrix>,
+    /// `[hidden_size, moe_intermediate_size]` each.
+    pub down: Vec<Matrix>,
+}
+
+/// The settings of the low-rank updates: the factors themselves are tensors.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ExpertLora {
+    /// Multiplier of the update of gate, up and down.
+    pub scale: [f32; 3],
+    /// Dropout on the input of the updates.
+    pub dropout: Dropout,
+}
+
+/// The three projections of an expert, as indices.
+const GATE: usize = 0;
+const UP: usize = 1;
+const DOWN: usize = 2;
+
+/// A layer's experts as the kernel reads them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Experts<'a> {
+    pub(crate) weights: Source<'a>,
+    /// Factors `[experts, rank, in]` and `[experts, out, rank]` of gate, up and down. Rank 0 means none.
+    pub(crate) factors: [Factors<'a>; 3],
+    pub(crate) lora: ExpertLora,
+    pub(crate) compute: Compute,
+    pub(crate) hidden: usize,
+    pub(crate) inner: usize,
+    pub(crate) n_experts: usize,
+}
+
+/// Where the weights come from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Source<'a> {
+    Frozen(&'a ExpertBank),
+    /// Stacked f32 values of gate, up and down.
+    Trained([&'a [f32]; 3]),
+}
+
+/// Stacked low-rank factors of one projection.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Factors<'a> {
+    pub(crate) a: &'a [f32],
+    pub(crate) b: &'a [f32],
+    pub(crate) rank: usize,
+}
+
+/// Which token sits in which slot, and whose slots are whose.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slots<'a> {
+    /// Slot ids sorted by expert; slot `token × top_k + j`.
+    pub(crate) order: &'a [i32],
+    /// `[experts + 1]`.
+    pub(crate) offsets: &'a [i32],
+    pub(crate) top_k: usize,
+}
+
+impl Slots<'_> {
+    fn token(&self, at: usize) -> usize {
+        self.order[at] as usize / self.top_k
+    }
+
+    fn of_expert(&self, expert: usize) -> Range<usize> {
+        self.offsets[expert] as usize..self.offsets[expert + 1] as usize
+    }
+
+    /// Pieces of work: an expert and some of its places in `order`.
+    fn pieces(&self) -> Vec<(usize, Range<usize>)> {
+        (0..self.offsets.len() - 1)
+            .flat_map(|expert| {
+                tiles(self.of_expert(expert), TASK_SLOTS).map(move |places| (expert, places))
+            })
+            .collect()
+    }
+
+    fn gather(&self, x: &[f32], width: usize, places: Range<usize>, out: &mut [f32]) {
+        for (at, row) in places.zip(out.chunks_mut(width)) {
+            row.copy_from_slice(&x[self.token(at) * width..][..width]);
+        }
+    }
+
+    /// Adds each token's rows up, in the order of its choices: rows sorted by expert `[slots, width]`, each
+    /// multiplied by its weight if there are any → `[tokens, width]`.
+    fn combine(&self, rows: &[f32], weights: Option<&[f32]>, width: usize) -> Vec<f32> {
+        let mut places = vec![0usize; self.order.len()];
+        self.order
+            .iter()
+            .enumerate()
+            .for_each(|(at, slot)| places[*slot as usize] = at);
+        let mut out = vec![0.0; self.order.len() / self.top_k * width];
+        out.par_chunks_mut(width)
+            .enumerate()
+            .for_each(|(token, out)| {
+                for slot in token * self.top_k..(token + 1) * self.top_k {
+                    let weight = weights.map_or(1.0, |weights| weights[slot]);
+                    let row = &rows[places[slot] * width..][..width];
+                    out.iter_mut()
+                        .zip(row)
+                        .for_each(|(out, row)| *out += weight * row);
+                }
+            });
+        out
+    }
+}
+
+impl<'a> Experts<'a> {
+    /// Input and output width of a projection.
+    fn widths(&self, projection: usize) -> [usize; 2] {
+        if projection == DOWN {
+            [self.inner, self.hidden]
+        } else {
+            [self.hidden, self.inner]
+        }
+    }
+
+    fn weights(&self, projection: usize, expert: usize) -> Weights<'a> {
+        let [in_width, out_width] = self.widths(projection);
+        match self.weights {
+            Source::Frozen(bank) => {
+                let list = [&bank.gate, &bank.up, &bank.down][projection];
+                Weights::frozen(&list[expert], self.compute)
+            }
+            Source::Trained(stacks) => {
+                let size = in_width * out_width;
+                Weights::trained(
+                    &stacks[projection][expert * size..][..size],
+                    in_width,
+                    self.compute,
+                )
+            }
+        }
+    }
+
+    /// One expert's factors `a [rank, in]` and `b [out, rank]`.
+    fn factors(&self, projection: usize, expert: usize) -> Option<(Mat<'a>, Mat<'a>)> {
+        let [in_width, out_width] = self.widths(projection);
+        let Factors { a, b, rank } = self.factors[projection];
+        (rank > 0).then(|| {
+            let a = Mat::dense(&a[expert * rank * in_width..], rank, in_width);
+            (
+                a,
+                Mat::dense(&b[expert * rank * out_width..], out_width, rank),
+            )
+        })
+    }
+
+    /// `y = x · wᵀ + scale · (drop(x) · aᵀ) · bᵀ` for rows at `places`.
+    fn project(
+        &self,
+        projection: usize,
+        expert: usize,
+        places: Range<usize>,
+        x: Mat<'_>,
+        y: &mut [f32],
+    ) {
+        let (rows, [_, out_width]) = (x.rows(), self.widths(projection));
+        nt_serial(
+            x,
+            self.weights(projection, expert),
+            0..out_width,
+            MatMut::dense(y, rows, out_width),
+            Write::Replace,
+        );
+        let Some((a, b)) = self.factors(projection, expert) else {
+            return;
+        };
+        self.with_dropped(projection, places, x, |x| {
+            with_scratch(rows * a.rows(), |low| {
+                gemm(
+                    MatMut::dense(low, rows, a.rows()),
+                    x,
+                    a.t(),
+                    1.0,
+                    Write::Replace,
+                );
+                let low = Mat::dense(low, rows, a.rows());
+                gemm(
+                    MatMut::dense(y, rows, out_width),
+                    low,
+                    b.t(),
+                    self.lora.scale[projection],
+                    Write::Add,
+                );
+            });
+        });
+    }
+
+    /// The input gradient of [`Self::project`], added to `dx` or replacing it.
+    fn project_back(
+        &self,
+        projection: usize,
+        expert: usize,
+        places: Range<usize>,
+        dy: Mat<'_>,
+        (dx, write): (&mut [f32], Write),
+    ) {
+        let (rows, [in_width, out_width]) = (dy.rows(), self.widths(projection));
+        nn_serial(
+            dy,
+            self.weights(projection, expert),
+            0..out_width,
+            0..in_width,
+            MatMut::dense(dx, rows, in_width),
+            write,
+        );
+        let Some((a, b)) = self.factors(projection, expert) else {
+            return;
+        };
+        with_scratch(rows * (a.rows() + in_width), |scratch| {
+            let (low, dropped) = scratch.split_at_mut(rows * a.rows());
+            gemm(
+                MatMut::dense(low, rows, a.rows()),
+                dy,
+                b,
+                self.lora.scale[projection],
+                Write::Replace,
+            );
+            let low = Mat::dense(low, rows, a.rows());
+            if self.lora.dropout.is_off() {
+                return gemm(MatMut::dense(dx, rows, in_width), low, a, 1.0, Write::Add);
+            }
+            gemm(
+                MatMut::dense(dropped, rows, in_width),
+                low,
+                a,
+                1.0,
+                Write::Replace,
+            );
+            self.drop_rows(projection, places, dropped, in_width);
+            dx.iter_mut()
+                .zip(dropped)
+                .for_each(|(dx, dropped)| *dx += *dropped);
+        });
+    }
+
+    /// Hands over `x` as the low-rank update sees it.
+    fn with_dropped(
+        &self,
+        projection: usize,
+        places: Range<usize>,
+        x: Mat<'_>,
+        use_it: impl FnOnce(Mat<'_>),
+    ) {
+        if self.lora.dropout.is_off() {
+            return use_it(x);
+        }
+        let width = x.cols();
+        with_scratch(x.rows() * width, |copy| {
+            (0..x.rows()).for_each(|row| copy[row * width..][..width].copy_from_slice(x.row(row)));
+            self.drop_rows(projection, places, copy, width);
+            use_it(Mat::dense(copy, x.rows(), width));
+        });
+    }
+
+    fn drop_rows(&self, projection: usize, places: Range<usize>, rows: &mut [f32], width: usize) {
+        let dropout = self.lora.dropout.fork(projection as u64);
+        for (place, row) in places.zip(rows.chunks_mut(width)) {
+            dropout.apply(row, (place * width) as u64);
+        }
+    }
+}
+
+/// x `[tokens, hidden]`, weights `[slots]` → y `[tokens, hidden]` and the products of gate and up
+/// `[slots, inner]`, sorted by expert, for the backward pass.
+pub(crate) fn forward(
+    experts: Experts<'_>,
+    slots: Slots<'_>,
+    x: &[f32],
+    weights: &[f32],
+) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+    let Experts { hidden, inner, .. } = experts;
+    let n_slots = slots.order.len();
+    let [mut gate, mut up] = [vec![0.0; n_slots * inner], vec![0.0; n_slots * inner]];
+    let mut rows = vec![0.0; n_slots * hidden];
+    let outputs = [(&mut gate, inner), (&mut up, inner), (&mut rows, hidden)]
+        .map(|(v, width)| MatMut::dense(v, n_slots, width));
+    slots.pieces().into_par_iter().for_each(|(expert, places)| {
+        // SAFETY: pieces are different places.
+        #[expect(unsafe_code, reason = "disjoint rows of three outputs")]
+        let [mut gate, mut up, mut out] = unsafe {
+            outputs
+                .each_ref()
+                .map(|all| all.part(places.clone(), 0..all.cols()))
+        };
+        let n = places.len();
+        with_scratch(n * (hidden + inner), |scratch| {
+            let (xs, act) = scratch.split_at_mut(n * hidden);
+            slots.gather(x, hidden, places.clone(), xs);
+            let xs = Mat::dense(xs, n, hidden);
+            experts.project(GATE, expert, places.clone(), xs, gate.values());
+            experts.project(UP, expert, places.clone(), xs, up.values());
+            swiglu::forward(gate.values(), up.values(), act);
+            round(act, experts.compute);
+            experts.project(
+                DOWN,
+                expert,
+                places,
+                Mat::dense(act, n, inner),
+                out.values(),
+            );
+        });
+    });
+    (slots.combine(&rows, Some(weights), hidden), gate, up)
+}
+
+fn round(values: &mut [f32], compute: Compute) {
+    if compute == Compute::Bf16 {
+        round_to_bf16(values);
+    }
+}
+
+/// What the backward pass reads: the inputs of [`forward`] and the products it saved.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Saved<'a> {
+    pub(crate) x: &'a [f32],
+    pub(crate) weights: &'a [f32],
+    pub(crate) gate: &'a [f32],
+    pub(crate) up: &'a [f32],
+}
+
+/// Gradients that every backward pass makes, and per slot what the weights' gradients are made from.
+#[derive(Debug)]
+pub(crate) struct InputGrads {
+    /// `[tokens, hidden]`.
+    pub(crate) dx: Vec<f32>,
+    /// `[slots]`, in slot order.
+    pub(crate) dweights: Vec<f32>,
+    /// Gradients of the products of gate and up, and the activation, `[slots, inner]`, sorted by expert.
+    dgate: Vec<f32>,
+    dup: Vec<f32>,
+    act: Vec<f32>,
+}
+
+/// dy `[tokens, hidden]` → gradients of the inputs.
+pub(crate) fn backward_inputs(
+    experts: Experts<'_>,
+    slots: Slots<'_>,
+    saved: Saved<'_>,
+    dy: &[f32],
+) -> InputGrads {
+    let Experts { hidden, inner, .. } = experts;
+    let n_slots = slots.order.len();
+    let mut sorted = [inner, inner, inner, hidden, 1].map(|width| vec![0.0; n_slots * width]);
+    let outputs = sorted.each_mut().map(|v| {
+        let width = v.len() / n_slots.max(1);
+        MatMut::dense(v, n_slots, width)
+    });
+    slots.pieces().into_par_iter().for_each(|(expert, places)| {
+        // SAFETY: pieces are different places.
+        #[expect(unsafe_code, reason = "disjoint rows of five outputs")]
+        let [mut dgate, mut dup, mut act, mut dx, mut dweight] = unsafe {
+            outputs
+                .each_ref()
+                .map(|all| all.part(places.clone(), 0..all.cols()))
+        };
+        let (n, range) = (places.len(), places.start * inner..places.end * inner);
+        let (gate, up) = (&saved.gate[range.clone()], &saved.up[range]);
+        swiglu::forward(gate, up, act.values());
+        round(act.values(), experts.compute);
+        with_scratch(n * hidden, |dys| {
+            slots.gather(dy, hidden, places.clone(), dys);
+            round(dys, experts.compute);
+            experts.project_back(
+                DOWN,
+                expert,
+                places.clone(),
+                Mat::dense(dys, n, hidden),
+                (dgate.values(), Write::Replace),
+            );
+        });
+        for (row, at) in places.clone().enumerate() {
+            let weight = saved.weights[slots.order[at] as usize];
+            let dact = dgate.row(row);
+            dweight.row(row)[0] = dact
+                .iter()
+                .zip(act.row(row).iter())
+                .map(|(dact, act)| dact * act)
+                .sum();
+            dact.iter_mut().for_each(|dact| *dact *= weight);
+        }
+        swiglu::backward(dgate.values(), dup.values(), gate, up);
+        round(dgate.values(), experts.compute);
+        round(dup.values(), experts.compute);
+        experts.project_back(
+            GATE,
+            expert,
+            places.clone(),
+            Mat::dense(dgate.values(), n, inner),
+            (dx.values(), Write::Replace),
+        );
+        experts.project_back(
+            UP,
+            expert,
+            places,
+            Mat::dense(dup.values(), n, inner),
+            (dx.values(), Write::Add),
+        );
+    });
+    let [dgate, dup, act, dx, sorted_dweights] = sorted;
+    let mut dweights = vec![0.0; n_slots];
+    slots
+        .order
+        .iter()
+        .zip(sorted_dweights)
+        .for_each(|(slot, dweight)| dweights[*slot as usize] = dweight);
+    InputGrads {
+        dx: slots.combine(&dx, None, hidden),
+        dweights,
+        dgate,
+        dup,
+        act,
+    }
+}
+
+/// Gradients of gate, up and down `[experts, out, in]`.
+pub(crate) fn backward_weights(
+    experts: Experts<'_>,
+    slots: Slots<'_>,
+    saved: Saved<'_>,
+    dy: &[f32],
+    grads: &InputGrads,
+) -> [Vec<f32>; 3] {
+    let size = experts.hidden * experts.inner;
+    let mut stacks = [GATE, UP, DOWN].map(|_| vec![0.0; experts.n_experts * size]);
+    stacks
+        .par_iter_mut()
+        .enumerate()
+        .for_each(|(projection, stack)| {
+            stack
+                .par_chunks_mut(size)
+                .enumerate()
+                .for_each(|(expert, dw)| {
+                    with_operands(
+                        (experts, slots, saved),
+                        dy,
+                        grads,
+                        (projection, expert),
+                        |x, dy| {
+                            gemm(
+                                MatMut::dense(dw, dy.cols(), x.cols()),
+                                dy.t(),
+                                x,
+                                1.0,
+                                Write::Replace,
+                            );
+                        },
+                    );
+                });
+        });
+    stacks
+}
+
+/// Gradients of the factors `a [experts, rank, in]` and `b [experts, out, rank]` of gate, up and down.
+pub(crate) fn backward_factors(
+    experts: Experts<'_>,
+    slots: Slots<'_>,
+    saved: Saved<'_>,
+    dy: &[f32],
+    grads: &InputGrads,
+) -> [[Vec<f32>; 2]; 3] {
+    [GATE, UP, DOWN].map(|projection| {
+        let ([in_width, out_width], rank) =
+            (experts.widths(projection), experts.factors[projection].rank);
+        let (mut da_all, mut db_all) = (
+            vec![0.0; experts.n_experts * rank * in_width],
+            vec![0.0; experts.n_experts * rank * out_width],
+        );
+        if rank == 0 {
+            return [da_all, db_all];
+        }
+        let stacks = da_all
+            .par_chunks_mut(rank * in_width)
+            .zip(db_all.par_chunks_mut(rank * out_width));
+        stacks.enumerate().for_each(|(expert, (da, db))| {
+            let Some((a, b)) = experts.factors(projection, expert) else {
+                return;
+            };
+            with_operands(
+                (experts, slots, saved),
+                dy,
+                grads,
+                (projection, expert),
+                |x, dy| {
+                    let (n, scale) = (x.rows(), experts.lora.scale[projection]);
+                    experts.with_dropped(projection, slots.of_expert(expert), x, |x| {
+                        with_scratch(2 * n * rank, |scratch| {
+                            let (low, dlow) = scratch.split_at_mut(n * rank);
+                            gemm(MatMut::dense(low, n, rank), x, a.t(), scale, Write::Replace);
+                            gemm(MatMut::dense(dlow, n, rank), dy, b, scale, Write::Replace);
+                            gemm(
+                                MatMut::dense(db, out_width, rank),
+                                dy.t(),
+                                Mat::dense(low, n, rank),
+                                1.0,
+                                Write::Replace,
+                            );
+                            gemm(
+                                MatMut::dense(da, rank, in_width),
+                                Mat::dense(dlow, n, rank).t(),
+                                x,
+                                1.0,
+                                Write::Replace,
+                            );
+                        });
+                    });
+                },
+            );
+        });
+        [da_all, db_all]
+    })
+}
+
+/// Hands over the input rows and output gradients of one expert's projection.
+fn with_operands(
+    (experts, slots, saved): (Experts<'_>, Slots<'_>, Saved<'_>),
+    dy: &[f32],
+    grads: &InputGrads,
+    (projection, expert): (usize, usize),
+    use_them: impl FnOnce(Mat<'_>, Mat<'_>),
+) {
+    let places = slots.of_expert(expert);
+    let (n, inner, hidden) = (places.len(), experts.inner, experts.hidden);
+    let rows = places.start * inner..places.end * inner;
+    with_scratch(n * hidden, |scratch| {
+        let source = if projection == DOWN { dy } else { saved.x };
+        slots.gather(source, hidden, places.clone(), scratch);
+        if projection == DOWN {
+            for (at, row) in places.zip(scratch.chunks_mut(hidden)) {
+                let weight = saved.weights[slots.order[at] as usize];
+                row.iter_mut().for_each(|dy| *dy *= weight);
+            }
+        }
+        round(scratch, experts.compute);
+        let (wide, dgate, dup, act) = (
+            Mat::dense(scratch, n, hidden),
+            Mat::dense(&grads.dgate[rows.clone()], n, inner),
+            Mat::dense(&grads.dup[rows.clone()], n, inner),
+            Mat::dense(&grads.act[rows], n, inner),
+        );
+        match projection {
+            GATE => use_them(wide, dgate),
+            UP => use_them(wide, dup),
+            _ => use_them(act, wide),
+        }
+    });
+}

@@ -1,0 +1,783 @@
+//! The operations on the CPU backend: burn's tensors in, slices to the kernels, tensors out.
+
+use std::sync::Arc;
+
+use burn::backend::Flex;
+use burn::tensor::{Bytes, DType, Shape};
+use burn_flex::{FlexTensor, Layout};
+use half::bf16;
+use rayon::prelude::*;
+
+use crate::cross_entropy::{self, Head, Row};
+use crate::experts::{self, Experts, Factors, InputGrads, Slots, Source};
+use crate::gemm::{self, Compute, Weights};
+use crate::matrix::round_to_bf16;
+use crate::ops::{
+    Direction, FactorsPrimitive, HeadRows, Kernels, RoutingPrimitive, StacksPrimitive,
+};
+use crate::strided::{Mat, MatMut, Write};
+use crate::{
+    Choice, Dropout, ExpertBank, ExpertLora, Matrix, Pairs, attention, rms_norm, rope, route,
+    swiglu,
+};
+
+/// A contiguous tensor's f32 values.
+pub(crate) struct Floats(FlexTensor);
+
+impl Floats {
+    pub(crate) fn new(tensor: &FlexTensor) -> Self {
+        match tensor.dtype() {
+            DType::F32 => Self(tensor.to_contiguous()),
+            DType::BF16 => {
+                let tensor = tensor.to_contiguous();
+                let shape = tensor.layout().shape().clone();
+                Self(floats(
+                    tensor
+                        .storage::<bf16>()
+                        .iter()
+                        .map(|v| v.to_f32())
+                        .collect(),
+                    shape,
+                ))
+            }
+            other => panic!("our kernels take f32 and bf16 tensors, not {other:?}"),
+        }
+    }
+
+    /// The values as a product in `compute` sees them.
+    pub(crate) fn rounded(tensor: &FlexTensor, compute: Compute) -> Self {
+        let values = Self::new(tensor);
+        match compute {
+            Compute::F32 => values,
+            Compute::Bf16 if tensor.dtype() == DType::BF16 => values,
+            Compute::Bf16 => {
+                let mut rounded = values.to_vec();
+                round_to_bf16(&mut rounded);
+                Self(floats(rounded, values.0.layout().shape().clone()))
+            }
+        }
+    }
+
+    fn dims<const D: usize>(&self) -> [usize; D] {
+        self.0.layout().shape().dims()
+    }
+
+    /// As a matrix of rows of the last axis.
+    fn mat(&self) -> Mat<'_> {
+        let cols = self
+            .0
+            .layout()
+            .shape()
+            .as_slice()
+            .last()
+            .copied()
+            .unwrap_or(1);
+        Mat::dense(
+            self,
+            if cols == 0 {
+                self.dims::<2>()[0]
+            } else {
+                self.len() / cols
+            },
+            cols,
+        )
+    }
+}
+
+impl std::ops::Deref for Floats {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        self.0.storage::<f32>()
+    }
+}
+
+pub(crate) fn floats(values: Vec<f32>, shape: impl Into<Shape>) -> FlexTensor {
+    FlexTensor::new(
+        Bytes::from_elems(values),
+        Layout::contiguous(shape.into()),
+        DType::F32,
+    )
+}
+
+fn ints(values: Vec<i32>, shape: impl Into<Shape>) -> FlexTensor {
+    FlexTensor::new(
+        Bytes::from_elems(values),
+        Layout::contiguous(shape.into()),
+        DType::I32,
+    )
+}
+
+/// Integer values of either width; burn's default is i32 here, user data may come as i64.
+fn int_values(tensor: &FlexTensor) -> Vec<i32> {
+    let tensor = tensor.to_contiguous();
+    match tensor.dtype() {
+        DType::I32 => tensor.storage::<i32>().to_vec(),
+        DType::I64 => tensor.storage::<i64>().iter().map(|v| *v as i32).collect(),
+        other => panic!("our kernels take i32 and i64 ids, not {other:?}"),
+    }
+}
+
+impl Kernels for Flex {
+    fn linear_frozen(x: FlexTensor, w: Arc<Matrix>, compute: Compute) -> FlexTensor {
+        nt(&Floats::rounded(&x, compute), Weights::frozen(&w, compute))
+    }
+
+    fn linear_trained(x: FlexTensor, w: FlexTensor, compute: Compute) -> FlexTensor {
+        let w = Floats::new(&w);
+        nt(&Floats::rounded(&x, compute), trained(&w, compute))
+    }
+
+    fn linear_add(mut y: FlexTensor, u: FlexTensor, b: FlexTensor) -> FlexTensor {
+        let (u, b) = (Floats::new(&u), Floats::new(&b));
+        if !y.is_contiguous() || y.layout().start_offset() != 0 {
+            y = y.to_contiguous();
+        }
+        let [rows, cols] = y.layout().shape().dims();
+        gemm::nt(
+            u.mat(),
+            trained(&b, Compute::F32),
+            MatMut::dense(y.storage_mut(), rows, cols),
+            Write::Add,
+        );
+        y
+    }
+
+    fn heads_linear(x: FlexTensor, w: Arc<Matrix>, rows: HeadRows) -> FlexTensor {
+        let x = Floats::new(&x);
+        let [tokens, heads, width] = x.dims();
+        let out_width = if rows.direction == Direction::Forward {
+            rows.len
+        } else {
+            w.cols()
+        };
+        let per_head = w.rows() / heads;
+        let mut out = vec![0.0; tokens * heads * out_width];
+        let all = MatMut::dense(&mut out, tokens, heads * out_width);
+        (0..heads).into_par_iter().for_each(|head| {
+            // SAFETY: tasks write different columns.
+            #[expect(unsafe_code, reason = "disjoint columns of one output")]
+            let out = unsafe { all.part(0..tokens, head * out_width..(head + 1) * out_width) };
+            let x = Mat::new(&x[head * width..], tokens, width, heads * width);
+            let part =
+                w.row_range(head * per_head + rows.start..head * per_head + rows.start + rows.len);
+            let part = Weights::frozen(&part, Compute::F32);
+            match rows.direction {
+                Direction::Forward => gemm::nt(x, part, out, Write::Replace),
+                Direction::Transposed => gemm::nn(x, part, out, Write::Replace),
+            }
+        });
+        floats(out, [tokens, heads, out_width])
+    }
+
+    fn embed_frozen(ids: FlexTensor, w: Arc<Matrix>) -> FlexTensor {
+        let (ids, width) = (int_values(&ids), w.cols());
+        let mut out = vec![0.0; ids.len() * width];
+        out.chunks_mut(width)
+            .zip(&ids)
+            .for_each(|(row, id)| w.decode(*id as usize..*id as usize + 1, 0..width, row));
+        floats(out, [ids.len(), width])
+    }
+
+    fn embed_trained(w: FlexTensor, ids: FlexTensor) -> FlexTensor {
+        let (w, ids) = (Floats::new(&w), int_values(&ids));
+        let [_, width] = w.dims();
+        let rows = ids
+            .iter()
+            .flat_map(|id| &w[*id as usize * width..][..width])
+            .copied()
+            .collect();
+        floats(rows, [ids.len(), width])
+    }
+
+    fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f32) -> FlexTensor {
+        let (x, weight) = (Floats::new(&x), Floats::new(&weight));
+        floats(rms_norm::forward(&x, &weight, eps), x.dims::<2>())
+    }
+
+    fn rope(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, pairs: Pairs) -> FlexTensor {
+        turn(&x, [&cos, &sin], pairs, rope::Turn::Forth)
+    }
+
+    fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
+        let (gate, up) = (Floats::new(&gate), Floats::new(&up));
+        let mut out = vec![0.0; gate.len()];
+        out.par_chunks_mut(ELEMENTS)
+            .zip(gate.par_chunks(ELEMENTS).zip(up.par_chunks(ELEMENTS)))
+            .for_each(|(out, (gate, up))| swiglu::forward(gate, up, out));
+        floats(out, gate.dims::<2>())
+    }
+
+    fn dropout(x: FlexTensor, dropout: Dropout) -> FlexTensor {
+        let x = Floats::new(&x);
+        let mut out = x.to_vec();
+        out.par_chunks_mut(ELEMENTS)
+            .enumerate()
+            .for_each(|(i, part)| dropout.apply(part, (i * ELEMENTS) as u64));
+        floats(out, x.dims::<2>())
+    }
+
+    fn causal_attention(
+        q: FlexTensor,
+        k: FlexTensor,
+        v: FlexTensor,
+        scale: f32,
+    ) -> (FlexTensor, FlexTensor) {
+        let (q, k, v) = (Floats::new(&q), Floats::new(&k), Floats::new(&v));
+        let shape = attention_shape(&q, &k, &v);
+        let (out, lse) = attention::forward(&q, &k, &v, scale, shape);
+        let out = floats(out, [shape.batch, shape.seq, shape.heads, shape.v_dim]);
+        (out, floats(lse, [shape.batch, shape.heads, shape.seq]))
+    }
+
+    fn choose_experts(scores: FlexTensor, choice: Choice) -> FlexTensor {
+        let scores = Floats::new(&scores);
+        let [tokens, experts] = scores.dims();
+        ints(
+            route::choose(&scores, experts, choice),
+            [tokens, choice.top_k],
+        )
+    }
+
+    fn dispatch_slots(ids: FlexTensor, experts: usize) -> (FlexTensor, FlexTensor) {
+        let (order, offsets) = route::dispatch(&int_values(&ids), experts);
+        let slots = order.len();
+        (ints(order, [slots]), ints(offsets, [experts + 1]))
+    }
+
+    fn experts_frozen(
+        x: FlexTensor,
+        routing: RoutingPrimitive<Self>,
+        factors: FactorsPrimitive<Self>,
+        bank: Arc<ExpertBank>,
+        lora: ExpertLora,
+        compute: Compute,
+    ) -> (FlexTensor, FlexTensor, FlexTensor) {
+        let factors = FactorValues::new(&factors);
+        let (x, routing) = (Floats::rounded(&x, compute), RoutingValues::new(&routing));
+        let experts = frozen_experts(&bank, &factors, lora, compute);
+        experts_forward(experts, &routing, &x)
+    }
+
+    fn experts_trained(
+        x: FlexTensor,
+        routing: RoutingPrimitive<Self>,
+        stacks: StacksPrimitive<Self>,
+        compute: Compute,
+    ) -> (FlexTensor, FlexTensor, FlexTensor) {
+        let stacks = StackValues::new(&stacks);
+        let (x, routing) = (Floats::rounded(&x, compute), RoutingValues::new(&routing));
+        experts_forward(stacks.experts(compute), &routing, &x)
+    }
+
+    fn cross_entropy_frozen(
+        h: FlexTensor,
+        u: FlexTensor,
+        b: FlexTensor,
+        targets: FlexTensor,
+        w: Arc<Matrix>,
+        compute: Compute,
+    ) -> (FlexTensor, FlexTensor) {
+        loss_forward(
+            &h,
+            Some((&u, &b)),
+            Weights::frozen(&w, compute),
+            &targets,
+            compute,
+        )
+    }
+
+    fn cross_entropy_trained(
+        h: FlexTensor,
+        w: FlexTensor,
+        targets: FlexTensor,
+        compute: Compute,
+    ) -> (FlexTensor, FlexTensor) {
+        let w = Floats::new(&w);
+        loss_forward(&h, None, trained(&w, compute), &targets, compute)
+    }
+}
+
+/// Elements per task of a cheap elementwise operation.
+const ELEMENTS: usize = 1 << 14;
+
+fn trained(w: &Floats, compute: Compute) -> Weights<'_> {
+    Weights::trained(w, w.dims::<2>()[1], compute)
+}
+
+fn nt(x: &Floats, w: Weights<'_>) -> FlexTensor {
+    let (rows, cols) = (x.mat().rows(), w.out_width());
+    let mut y = vec![0.0; rows * cols];
+    gemm::nt(
+        x.mat(),
+        w,
+        MatMut::dense(&mut y, rows, cols),
+        Write::Replace,
+    );
+    floats(y, [rows, cols])
+}
+
+fn nn(dy: &Floats, w: Weights<'_>) -> FlexTensor {
+    let (rows, cols) = (dy.mat().rows(), w.in_width());
+    let mut dx = vec![0.0; rows * cols];
+    gemm::nn(
+        dy.mat(),
+        w,
+        MatMut::dense(&mut dx, rows, cols),
+        Write::Replace,
+    );
+    floats(dx, [rows, cols])
+}
+
+fn turn(
+    x: &FlexTensor,
+    [cos, sin]: [&FlexTensor; 2],
+    pairs: Pairs,
+    turn: rope::Turn,
+) -> FlexTensor {
+    let (x, cos, sin) = (Floats::new(x), Floats::new(cos), Floats::new(sin));
+    floats(
+        rope::rotate(&x, &cos, &sin, x.dims(), pairs, turn),
+        x.dims::<4>(),
+    )
+}
+
+fn attention_shape(q: &Floats, k: &Floats, v: &Floats) -> attention::Shape {
+    let ([batch, seq, heads, dim], [_, kv_seq, kv_heads, _], [.., v_dim]) =
+        (q.dims::<4>(), k.dims::<4>(), v.dims::<4>());
+    attention::Shape {
+        batch,
+        seq,
+        kv_seq,
+        heads,
+        kv_heads,
+        dim,
+        v_dim,
+    }
+}
+
+struct RoutingValues {
+    weights: Floats,
+    order: Vec<i32>,
+    offsets: Vec<i32>,
+}
+
+impl RoutingValues {
+    fn new(routing: &RoutingPrimitive<Flex>) -> Self {
+        Self {
+            weights: Floats::new(&routing.weights),
+            order: int_values(&routing.order),
+            offsets: int_values(&routing.offsets),
+        }
+    }
+
+    fn slots(&self) -> Slots<'_> {
+        Slots {
+            order: &self.order,
+            offsets: &self.offsets,
+            top_k: self.weights.dims::<2>()[1],
+        }
+    }
+}
+
+struct FactorValues([[Floats; 2]; 3]);
+
+impl FactorValues {
+    fn new(f: &FactorsPrimitive<Flex>) -> Self {
+        Self(
+            [
+                [&f.gate_a, &f.gate_b],
+                [&f.up_a, &f.up_b],
+                [&f.down_a, &f.down_b],
+            ]
+            .map(|pair| pair.map(Floats::new)),
+        )
+    }
+}
+
+fn frozen_experts<'a>(
+    bank: &'a ExpertBank,
+    factors: &'a FactorValues,
+    lora: ExpertLora,
+    compute: Compute,
+) -> Experts<'a> {
+    Experts {
+        weights: Source::Frozen(bank),
+        factors: factors.0.each_ref().map(|[a, b]| Factors {
+            a,
+            b,
+            rank: a.dims::<3>()[1],
+        }),
+        lora,
+        compute,
+        hidden: bank.gate[0].cols(),
+        inner: bank.gate[0].rows(),
+        n_experts: bank.gate.len(),
+    }
+}
+
+struct StackValues([Floats; 3]);
+
+impl StackValues {
+    fn new(stacks: &StacksPrimitive<Flex>) -> Self {
+        Self([&stacks.gate, &stacks.up, &stacks.down].map(Floats::new))
+    }
+
+    fn experts(&self, compute: Compute) -> Experts<'_> {
+        let [n_experts, inner, hidden] = self.0[0].dims();
+        Experts {
+            weights: Source::Trained(self.0.each_ref().map(|stack| &**stack)),
+            factors: [Factors::default(); 3],
+            lora: ExpertLora {
+                scale: [0.0; 3],
+                dropout: Dropout::OFF,
+            },
+            compute,
+            hidden,
+            inner,
+            n_experts,
+        }
+    }
+}
+
+fn experts_forward(
+    experts: Experts<'_>,
+    routing: &RoutingValues,
+    x: &Floats,
+) -> (FlexTensor, FlexTensor, FlexTensor) {
+    let (y, gate, up) = experts::forward(experts, routing.slots(), x, &routing.weights);
+    let products = [routing.order.len(), experts.inner];
+    (
+        floats(y, x.dims::<2>()),
+        floats(gate, products),
+        floats(up, products),
+    )
+}
+
+/// The tokens of a loss that have a target, gathered.
+struct TrainedTokens {
+    /// Their positions in the batch.
+    at: Vec<usize>,
+    targets: Vec<usize>,
+    h: Vec<f32>,
+    u: Vec<f32>,
+    hidden: usize,
+    rank: usize,
+}
+
+impl TrainedTokens {
+    fn new(h: &FlexTensor, u: Option<&FlexTensor>, targets: &FlexTensor, compute: Compute) -> Self {
+        let targets = int_values(targets);
+        let at = cross_entropy::trained(&targets);
+        let (h, u) = (Floats::rounded(h, compute), u.map(Floats::new));
+        let (hidden, rank) = (h.dims::<2>()[1], u.as_ref().map_or(0, |u| u.dims::<2>()[1]));
+        let gather = |x: &[f32], width: usize| {
+            at.iter()
+                .flat_map(|i| &x[i * width..(i + 1) * width])
+                .copied()
+                .collect::<Vec<_>>()
+        };
+        Self {
+            targets: at.iter().map(|i| targets[*i] as usize).collect(),
+            h: gather(&h, hidden),
+            u: u.map_or(vec![], |u| gather(&u, rank)),
+            at,
+            hidden,
+            rank,
+        }
+    }
+
+    fn head<'a>(&'a self, w: Weights<'a>, b: Option<&'a Floats>) -> Head<'a> {
+        let n = self.at.len();
+        let b = b.map_or(Weights::Values(&[], 0), |b| Weights::Values(b, self.rank));
+        Head {
+            h: Mat::dense(&self.h, n, self.hidden),
+            w,
+            u: Mat::dense(&self.u, n, self.rank),
+            b,
+        }
+    }
+
+    /// Spreads rows of the trained tokens over the whole batch.
+    fn scatter(&self, rows: &[f32], width: usize, n_tokens: usize) -> FlexTensor {
+        let mut all = vec![0.0; n_tokens * width];
+        if width > 0 {
+            self.at
+                .iter()
+                .zip(rows.chunks(width))
+                .for_each(|(at, row)| all[at * width..(at + 1) * width].copy_from_slice(row));
+        }
+        floats(all, [n_tokens, width])
+    }
+}
+
+fn loss_forward(
+    h: &FlexTensor,
+    low_rank: Option<(&FlexTensor, &FlexTensor)>,
+    w: Weights<'_>,
+    targets: &FlexTensor,
+    compute: Compute,
+) -> (FlexTensor, FlexTensor) {
+    let tokens = TrainedTokens::new(h, low_rank.map(|(u, _)| u), targets, compute);
+    let b = low_rank.map(|(_, b)| Floats::new(b));
+    assert!(
+        tokens.targets.iter().all(|t| *t < w.out_width()),
+        "a target is not below {}",
+        w.out_width()
+    );
+    let (loss, lse): (Vec<_>, Vec<_>) =
+        cross_entropy::forward(tokens.head(w, b.as_ref()), &tokens.targets)
+            .into_iter()
+            .unzip();
+    let n = h.layout().shape().as_slice()[0];
+    let [loss, lse] = [loss, lse].map(|values| {
+        let mut all = vec![0.0; n];
+        tokens
+            .at
+            .iter()
+            .zip(values)
+            .for_each(|(at, value)| all[*at] = value);
+        floats(all, [n])
+    });
+    (loss, lse)
+}
+
+/// What the loss of a batch was made from, for its gradient.
+#[derive(Clone, Debug)]
+pub(crate) struct LossSaved<F, I> {
+    pub(crate) h: F,
+    pub(crate) targets: I,
+    pub(crate) lse: F,
+}
+
+impl crate::autodiff::Gradients for Flex {
+    fn linear_frozen_dx(dy: FlexTensor, w: &Matrix, compute: Compute) -> FlexTensor {
+        nn(&Floats::rounded(&dy, compute), Weights::frozen(w, compute))
+    }
+
+    fn linear_trained_dx(dy: FlexTensor, w: FlexTensor, compute: Compute) -> FlexTensor {
+        let w = Floats::new(&w);
+        nn(&Floats::rounded(&dy, compute), trained(&w, compute))
+    }
+
+    fn linear_dw(dy: FlexTensor, x: FlexTensor, compute: Compute) -> FlexTensor {
+        let (dy, x) = (Floats::rounded(&dy, compute), Floats::rounded(&x, compute));
+        let ([_, out], [_, width]) = (dy.dims::<2>(), x.dims::<2>());
+        let mut dw = vec![0.0; out * width];
+        gemm::tn(dy.mat(), x.mat(), MatMut::dense(&mut dw, out, width));
+        floats(dw, [out, width])
+    }
+
+    fn round(x: FlexTensor, compute: Compute) -> FlexTensor {
+        match compute {
+            Compute::F32 => x,
+            Compute::Bf16 => {
+                let x = Floats::new(&x);
+                let halves: Vec<bf16> = x.iter().map(|v| bf16::from_f32(*v)).collect();
+                FlexTensor::new(
+                    Bytes::from_elems(halves),
+                    Layout::contiguous(x.0.layout().shape().clone()),
+                    DType::BF16,
+                )
+            }
+        }
+    }
+
+    fn embed_dw(ids: FlexTensor, dy: FlexTensor, vocab: usize) -> FlexTensor {
+        let (ids, dy) = (int_values(&ids), Floats::new(&dy));
+        let [_, width] = dy.dims();
+        let mut dw = vec![0.0; vocab * width];
+        for (id, dy) in ids.iter().zip(dy.chunks(width)) {
+            dw[*id as usize * width..][..width]
+                .iter_mut()
+                .zip(dy)
+                .for_each(|(dw, dy)| *dw += dy);
+        }
+        floats(dw, [vocab, width])
+    }
+
+    fn rms_norm_grads(
+        dy: FlexTensor,
+        x: FlexTensor,
+        weight: FlexTensor,
+        eps: f32,
+    ) -> [FlexTensor; 2] {
+        let (dy, x, weight) = (Floats::new(&dy), Floats::new(&x), Floats::new(&weight));
+        let (dx, dw) = rms_norm::backward(&dy, &x, &weight, eps);
+        [floats(dx, x.dims::<2>()), floats(dw, [weight.len()])]
+    }
+
+    fn rope_dx(dy: FlexTensor, angles: [FlexTensor; 2], pairs: Pairs) -> FlexTensor {
+        turn(&dy, angles.each_ref(), pairs, rope::Turn::Back)
+    }
+
+    fn swiglu_grads(dy: FlexTensor, gate: FlexTensor, up: FlexTensor) -> [FlexTensor; 2] {
+        let (dy, gate, up) = (Floats::new(&dy), Floats::new(&gate), Floats::new(&up));
+        let (mut dgate, mut dup) = (dy.to_vec(), vec![0.0; dy.len()]);
+        let saved = gate.par_chunks(ELEMENTS).zip(up.par_chunks(ELEMENTS));
+        dgate
+            .par_chunks_mut(ELEMENTS)
+            .zip(dup.par_chunks_mut(ELEMENTS))
+            .zip(saved)
+            .for_each(|((dgate, dup), (gate, up))| swiglu::backward(dgate, dup, gate, up));
+        [
+            floats(dgate, gate.dims::<2>()),
+            floats(dup, gate.dims::<2>()),
+        ]
+    }
+
+    fn attention_grads(dout: FlexTensor, saved: [FlexTensor; 5], scale: f32) -> [FlexTensor; 3] {
+        let dout = Floats::new(&dout);
+        let [q, k, v, out, lse] = saved.each_ref().map(Floats::new);
+        let shape = attention_shape(&q, &k, &v);
+        let [dq, dk, dv] = attention::backward(
+            &dout,
+            attention::Saved {
+                q: &q,
+                k: &k,
+                v: &v,
+                out: &out,
+                lse: &lse,
+            },
+            scale,
+            shape,
+        );
+        [
+            floats(dq, q.dims::<4>()),
+            floats(dk, k.dims::<4>()),
+            floats(dv, v.dims::<4>()),
+        ]
+    }
+
+    fn experts_frozen_grads(
+        dy: FlexTensor,
+        saved: crate::autodiff::ExpertsSaved<Self>,
+        factors: &FactorsPrimitive<Self>,
+        (bank, lora, compute): (&ExpertBank, ExpertLora, Compute),
+        wanted: bool,
+    ) -> ([FlexTensor; 2], Option<[FlexTensor; 6]>) {
+        let (values, dy) = (FactorValues::new(factors), Floats::new(&dy));
+        let experts = frozen_experts(bank, &values, lora, compute);
+        let kept = SavedValues::new(&saved);
+        let grads = experts::backward_inputs(experts, kept.routing.slots(), kept.saved(), &dy);
+        let factors = wanted.then(|| {
+            let grads =
+                experts::backward_factors(experts, kept.routing.slots(), kept.saved(), &dy, &grads);
+            let [[ga, gb], [ua, ub], [da, db]] = grads;
+            let mut shapes = values.0.iter().flatten().map(|factor| factor.dims::<3>());
+            [ga, gb, ua, ub, da, db].map(|grad| floats(grad, shapes.next().unwrap_or_default()))
+        });
+        (kept.input_grads(grads), factors)
+    }
+
+    fn experts_trained_grads(
+        dy: FlexTensor,
+        saved: crate::autodiff::ExpertsSaved<Self>,
+        stacks: &StacksPrimitive<Self>,
+        compute: Compute,
+    ) -> ([FlexTensor; 2], [FlexTensor; 3]) {
+        let (values, dy) = (StackValues::new(stacks), Floats::new(&dy));
+        let experts = values.experts(compute);
+        let kept = SavedValues::new(&saved);
+        let grads = experts::backward_inputs(experts, kept.routing.slots(), kept.saved(), &dy);
+        let stacks =
+            experts::backward_weights(experts, kept.routing.slots(), kept.saved(), &dy, &grads);
+        let mut shapes = values.0.iter().map(|stack| stack.dims::<3>());
+        (
+            kept.input_grads(grads),
+            stacks.map(|grad| floats(grad, shapes.next().unwrap_or_default())),
+        )
+    }
+
+    fn cross_entropy_frozen_grads(
+        dloss: FlexTensor,
+        saved: LossSaved<FlexTensor, FlexTensor>,
+        [u, b]: [FlexTensor; 2],
+        (w, compute): (&Matrix, Compute),
+        want_b: bool,
+    ) -> [FlexTensor; 3] {
+        let tokens = TrainedTokens::new(&saved.h, Some(&u), &saved.targets, compute);
+        let b = Floats::new(&b);
+        let (head, rows) = (
+            tokens.head(Weights::frozen(w, compute), Some(&b)),
+            loss_rows(&tokens, &dloss, &saved.lse),
+        );
+        let n = saved.h.layout().shape().as_slice()[0];
+        let (dh, du) = cross_entropy::backward_inputs(head, &rows);
+        let [_, db] = cross_entropy::backward_weights(head, &rows, [false, want_b]);
+        [
+            tokens.scatter(&dh, tokens.hidden, n),
+            tokens.scatter(&du, tokens.rank, n),
+            floats(db, if want_b { b.dims::<2>() } else { [0, 0] }),
+        ]
+    }
+
+    fn cross_entropy_trained_grads(
+        dloss: FlexTensor,
+        saved: LossSaved<FlexTensor, FlexTensor>,
+        w: FlexTensor,
+        compute: Compute,
+        want_w: bool,
+    ) -> [FlexTensor; 2] {
+        let tokens = TrainedTokens::new(&saved.h, None, &saved.targets, compute);
+        let w = Floats::new(&w);
+        let (head, rows) = (
+            tokens.head(trained(&w, compute), None),
+            loss_rows(&tokens, &dloss, &saved.lse),
+        );
+        let (dh, _) = cross_entropy::backward_inputs(head, &rows);
+        let [dw, _] = cross_entropy::backward_weights(head, &rows, [want_w, false]);
+        let n = saved.h.layout().shape().as_slice()[0];
+        [
+            tokens.scatter(&dh, tokens.hidden, n),
+            floats(dw, if want_w { w.dims::<2>() } else { [0, 0] }),
+        ]
+    }
+}
+
+fn loss_rows(tokens: &TrainedTokens, dloss: &FlexTensor, lse: &FlexTensor) -> Vec<Row> {
+    let (dloss, lse) = (Floats::new(dloss), Floats::new(lse));
+    let rows = tokens.at.iter().zip(&tokens.targets);
+    rows.map(|(at, target)| Row {
+        target: *target,
+        lse: lse[*at],
+        dloss: dloss[*at],
+    })
+    .collect()
+}
+
+/// The values of [`crate::autodiff::ExpertsSaved`].
+struct SavedValues {
+    x: Floats,
+    routing: RoutingValues,
+    gate: Floats,
+    up: Floats,
+}
+
+impl SavedValues {
+    fn new(saved: &crate::autodiff::ExpertsSaved<Flex>) -> Self {
+        let [x, gate, up] = [&saved.x, &saved.gate, &saved.up].map(Floats::new);
+        Self {
+            x,
+            routing: RoutingValues::new(&saved.routing),
+            gate,
+            up,
+        }
+    }
+
+    fn saved(&self) -> experts::Saved<'_> {
+        experts::Saved {
+            x: &self.x,
+            weights: &self.routing.weights,
+            gate: &self.gate,
+            up: &self.up,
+        }
+    }
+
+    fn input_grads(&self, grads: InputGrads) -> [FlexTensor; 2] {
+        [
+            floats(grads.dx, self.x.dims::<2>()),
+            floats(grads.dweights, self.routing.weights.dims::<2>()),
+        ]
+    }
+}

@@ -1,0 +1,519 @@
+//! Matrix products over weights in any stored form.
+//!
+//! Three products make a linear layer: `y = x · wᵀ` ([`nt`]), `dx = dy · w` ([`nn`]) and `dw = dyᵀ · x` ([`tn`]).
+//! The first two take the weight as [`Weights`]: f32 values in place, or a packed [`Matrix`] that is decoded tile
+//! by tile into scratch of the size of the second-level cache, so no converted copy of a weight ever exists.
+//!
+//! Work is cut into tasks by shape alone and each task is serial, so results do not depend on the number of
+//! threads. A product over few rows goes row by row through dot products: the result of a row then does not
+//! depend on how many rows there are beside it, up to [`FEW_ROWS`].
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use crate::Matrix;
+use crate::matrix::round_to_bf16;
+use crate::simd::multiversion;
+use crate::strided::{Mat, MatMut, Write, gemm};
+
+/// Up to this many rows of `x` are multiplied row by row.
+pub(crate) const FEW_ROWS: usize = 8;
+
+/// Side of a tile of decoded weights: 256 × 256 f32 values are 256 KiB, a part of the second-level cache.
+const TILE: usize = 256;
+/// Rows and columns of the output that one task computes.
+const TASK: usize = 512;
+/// Outputs per task where there are few rows.
+const FEW_ROWS_TASK: usize = 64;
+
+/// What the operands of a product are rounded to before they are multiplied. Sums are f32 always.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Compute {
+    /// Multiply f32 values as they are.
+    #[default]
+    F32,
+    /// Round both operands to bf16 first, and keep activations that wait for the backward pass in bf16.
+    Bf16,
+}
+
+/// A weight `[out, in]` as a product reads it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Weights<'a> {
+    /// f32 values in place, and their row length.
+    Values(&'a [f32], usize),
+    /// The same, rounded to bf16 on reading.
+    Rounded(&'a [f32], usize),
+    /// Stored bytes. Formats narrower than bf16 are not rounded again; f32 and f16 files are, if asked.
+    Packed(&'a Matrix, Compute),
+}
+
+impl<'a> Weights<'a> {
+    /// The cheapest way to read a frozen matrix.
+    pub(crate) fn frozen(matrix: &'a Matrix, compute: Compute) -> Self {
+        match matrix.as_f32() {
+            Some(values) => Self::trained(values, matrix.cols(), compute),
+            None => Self::Packed(matrix, compute),
+        }
+    }
+
+    /// A trained weight: f32 values, rounded on reading if the products are bf16.
+    pub(crate) fn trained(values: &'a [f32], cols: usize, compute: Compute) -> Self {
+        match compute {
+            Compute::F32 => Self::Values(values, cols),
+            Compute::Bf16 => Self::Rounded(values, cols),
+        }
+    }
+
+    pub(crate) fn out_width(&self) -> usize {
+        match self {
+            Self::Values(values, cols) | Self::Rounded(values, cols) => {
+                values.len() / (*cols).max(1)
+            }
+            Self::Packed(matrix, _) => matrix.rows(),
+        }
+    }
+
+    pub(crate) fn in_width(&self) -> usize {
+        match self {
+            Self::Values(_, cols) | Self::Rounded(_, cols) => *cols,
+            Self::Packed(matrix, _) => matrix.cols(),
+        }
+    }
+
+    /// Calls `each` on tiles that cover the given rows and columns, rows outermost.
+    fn for_tiles(
+        &self,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        mut each: impl FnMut(Range<usize>, Range<usize>, Mat<'_>),
+    ) {
+        if let Self::Values(values, stride) = *self {
+            let whole = Mat::dense(values, self.out_width(), stride);
+            return each(rows.clone(), cols.clone(), whole.block(rows, cols));
+        }
+        with_scratch(TILE * TILE, |scratch| {
+            for row_tile in tiles(rows, TILE) {
+                for col_tile in tiles(cols.clone(), TILE) {
+                    let tile = &mut scratch[..row_tile.len() * col_tile.len()];
+                    self.read(row_tile.clone(), col_tile.clone(), tile);
+                    let tile = Mat::dense(tile, row_tile.len(), col_tile.len());
+                    each(row_tile.clone(), col_tile, tile);
+                }
+            }
+        });
+    }
+
+    /// Copies a tile out as f32.
+    fn read(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+        match self {
+            Self::Packed(matrix, compute) => {
+                matrix.decode(rows, cols, out);
+                if *compute == Compute::Bf16 {
+                    round_to_bf16(out);
+                }
+            }
+            Self::Values(values, stride) | Self::Rounded(values, stride) => {
+                for (row, line) in rows.zip(out.chunks_exact_mut(cols.len().max(1))) {
+                    line.copy_from_slice(
+                        &values[row * stride + cols.start..row * stride + cols.end],
+                    );
+                }
+                if matches!(self, Self::Rounded(..)) {
+                    round_to_bf16(out);
+                }
+            }
+        }
+    }
+
+    /// The product of one row with `x`.
+    fn dot(&self, row: usize, x: &[f32]) -> f32 {
+        match self {
+            Self::Values(values, cols) => dot(&values[row * cols..][..*cols], x),
+            Self::Packed(matrix, Compute::F32) => matrix.dot(row, x),
+            Self::Rounded(..) | Self::Packed(..) => with_scratch(x.len(), |line| {
+                self.read(row..row + 1, 0..x.len(), line);
+                dot(line, x)
+            }),
+        }
+    }
+}
+
+/// Cuts a range into pieces of at most `size`.
+pub(crate) fn tiles(
+    range: Range<usize>,
+    size: usize,
+) -> impl Iterator<Item = Range<usize>> + Clone {
+    range
+        .clone()
+        .step_by(size)
+        .map(move |start| start..range.end.min(start + size))
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Lends `len` f32 values with unspecified content. Calls may nest; buffers are kept per thread.
+pub(crate) fn with_scratch<R>(len: usize, use_it: impl FnOnce(&mut [f32]) -> R) -> R {
+    let mut buffer = SCRATCH
+        .with_borrow_mut(|pool| pool.pop())
+        .unwrap_or_default();
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    let result = use_it(&mut buffer[..len]);
+    SCRATCH.with_borrow_mut(|pool| pool.push(buffer));
+    result
+}
+
+multiversion! {
+    /// The sum of products, in a fixed order of 32 lanes.
+    fn dot<FMA>(a: &[f32], b: &[f32]) -> f32 {
+        let mut lanes = [0f32; 32];
+        let (mut a, mut b) = (a.chunks_exact(32), b.chunks_exact(32));
+        for (a, b) in a.by_ref().zip(b.by_ref()) {
+            for (lane, (a, b)) in lanes.iter_mut().zip(a.iter().zip(b)) {
+                *lane = if FMA { a.mul_add(*b, *lane) } else { a * b + *lane };
+            }
+        }
+        for (lane, (a, b)) in lanes.iter_mut().zip(a.remainder().iter().zip(b.remainder())) {
+            *lane = if FMA { a.mul_add(*b, *lane) } else { a * b + *lane };
+        }
+        lanes.iter().sum()
+    }
+}
+
+multiversion! {
+    /// `y += a · x`.
+    fn axpy<FMA>(a: f32, x: &[f32], y: &mut [f32]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = if FMA { x.mul_add(a, *y) } else { x * a + *y };
+        }
+    }
+}
+
+/// `y = x · wᵀ`: x `[rows, in]`, w `[out, in]`, y `[rows, out]`.
+pub(crate) fn nt(x: Mat<'_>, w: Weights<'_>, y: MatMut<'_>, write: Write) {
+    assert_eq!(x.cols(), w.in_width(), "the input width of the weight");
+    if x.rows() <= FEW_ROWS {
+        return nt_few_rows(x, w, y, write);
+    }
+    for_each_task(x.rows(), y.cols(), |rows, outs| {
+        // SAFETY: tasks write different blocks.
+        #[expect(unsafe_code, reason = "disjoint blocks of one output")]
+        let y = unsafe { y.part(rows.clone(), outs.clone()) };
+        nt_serial(x.block(rows, 0..x.cols()), w, outs, y, write);
+    });
+}
+
+/// [`nt`] on one thread, for the output columns `outs`.
+pub(crate) fn nt_serial(
+    x: Mat<'_>,
+    w: Weights<'_>,
+    outs: Range<usize>,
+    mut y: MatMut<'_>,
+    write: Write,
+) {
+    let rows = 0..x.rows();
+    if x.cols() == 0 && write == Write::Replace {
+        rows.clone().for_each(|row| y.row(row).fill(0.0));
+    }
+    w.for_tiles(outs.clone(), 0..x.cols(), |out_tile, in_tile, tile| {
+        let write = write.after(in_tile.start == 0);
+        let y = y.block(
+            rows.clone(),
+            out_tile.start - outs.start..out_tile.end - outs.start,
+        );
+        gemm(y, x.block(rows.clone(), in_tile), tile.t(), 1.0, write);
+    });
+}
+
+fn nt_few_rows(x: Mat<'_>, w: Weights<'_>, y: MatMut<'_>, write: Write) {
+    let outs: Vec<_> = tiles(0..y.cols(), FEW_ROWS_TASK).collect();
+    outs.into_par_iter().for_each(|outs| {
+        // SAFETY: tasks write different columns.
+        #[expect(unsafe_code, reason = "disjoint columns of one output")]
+        let mut y = unsafe { y.part(0..x.rows(), outs.clone()) };
+        for (col, out) in outs.enumerate() {
+            for row in 0..x.rows() {
+                let sum = w.dot(out, x.row(row));
+                let y = &mut y.row(row)[col];
+                *y = if write == Write::Add { *y + sum } else { sum };
+            }
+        }
+    });
+}
+
+/// `dx = dy · w`: dy `[rows, out]`, w `[out, in]`, dx `[rows, in]`.
+pub(crate) fn nn(dy: Mat<'_>, w: Weights<'_>, dx: MatMut<'_>, write: Write) {
+    assert_eq!(dy.cols(), w.out_width(), "the output width of the weight");
+    if dy.rows() <= FEW_ROWS {
+        return nn_few_rows(dy, w, dx, write);
+    }
+    for_each_task(dy.rows(), dx.cols(), |rows, ins| {
+        // SAFETY: tasks write different blocks.
+        #[expect(unsafe_code, reason = "disjoint blocks of one output")]
+        let dx = unsafe { dx.part(rows.clone(), ins.clone()) };
+        nn_serial(
+            dy.block(rows, 0..dy.cols()),
+            w,
+            0..dy.cols(),
+            ins,
+            dx,
+            write,
+        );
+    });
+}
+
+/// [`nn`] on one thread, for the weight rows `outs` (which are `dy`'s columns) and the columns `ins`.
+pub(crate) fn nn_serial(
+    dy: Mat<'_>,
+    w: Weights<'_>,
+    outs: Range<usize>,
+    ins: Range<usize>,
+    mut dx: MatMut<'_>,
+    write: Write,
+) {
+    let rows = 0..dy.rows();
+    if outs.is_empty() && write == Write::Replace {
+        rows.clone().for_each(|row| dx.row(row).fill(0.0));
+    }
+    w.for_tiles(outs.clone(), ins.clone(), |out_tile, in_tile, tile| {
+        let write = write.after(out_tile.start == outs.start);
+        let dx = dx.block(
+            rows.clone(),
+            in_tile.start - ins.start..in_tile.end - ins.start,
+        );
+        let dy = dy.block(
+            rows.clone(),
+            out_tile.start - outs.start..out_tile.end - outs.start,
+        );
+        gemm(dx, dy, tile, 1.0, write);
+    });
+}
+
+fn nn_few_rows(dy: Mat<'_>, w: Weights<'_>, dx: MatMut<'_>, write: Write) {
+    let ins: Vec<_> = tiles(0..dx.cols(), TILE).collect();
+    ins.into_par_iter().for_each(|ins| {
+        // SAFETY: tasks write different columns.
+        #[expect(unsafe_code, reason = "disjoint columns of one output")]
+        let mut dx = unsafe { dx.part(0..dy.rows(), ins.clone()) };
+        if write == Write::Replace {
+            (0..dy.rows()).for_each(|row| dx.row(row).fill(0.0));
+        }
+        with_scratch(ins.len(), |line| {
+            for out in 0..dy.cols() {
+                w.read(out..out + 1, ins.clone(), line);
+                (0..dy.rows()).for_each(|row| axpy(dy.row(row)[out], line, dx.row(row)));
+            }
+        });
+    });
+}
+
+/// `dw = dyᵀ · x`: dy `[rows, out]`, x `[rows, in]`, dw `[out, in]`.
+pub(crate) fn tn(dy: Mat<'_>, x: Mat<'_>, dw: MatMut<'_>) {
+    for_each_task(dy.cols(), x.cols(), |outs, ins| {
+        // SAFETY: tasks write different blocks.
+        #[expect(unsafe_code, reason = "disjoint blocks of one output")]
+        let dw = unsafe { dw.part(outs.clone(), ins.clone()) };
+        gemm(
+            dw,
+            dy.block(0..dy.rows(), outs).t(),
+            x.block(0..x.rows(), ins),
+            1.0,
+            Write::Replace,
+        );
+    });
+}
+
+/// Runs `task` over a grid of output blocks, in parallel.
+fn for_each_task(rows: usize, cols: usize, task: impl Fn(Range<usize>, Range<usize>) + Sync) {
+    let blocks: Vec<_> = tiles(0..rows, task_size(rows))
+        .flat_map(|r| tiles(0..cols, task_size(cols)).map(move |c| (r.clone(), c)))
+        .collect();
+    blocks
+        .into_par_iter()
+        .for_each(|(rows, cols)| task(rows, cols));
+}
+
+/// Tasks are [`TASK`] wide, smaller where that would leave a second core idle.
+fn task_size(len: usize) -> usize {
+    if len > TASK {
+        TASK
+    } else {
+        len.div_ceil(2).next_multiple_of(16)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::matrix::tests::{every_format, noise};
+
+    /// f32 sums of up to 600 products below 1, in another order.
+    const TOLERANCE: f64 = 2e-4;
+
+    fn close(found: &[f32], expected: impl Iterator<Item = f64>, what: &str) {
+        for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+            assert!(
+                (f64::from(*found) - expected).abs() < TOLERANCE,
+                "{what} at {i}: {found} {expected}"
+            );
+        }
+    }
+
+    /// Sum of `a(l) · b(l)` in f64.
+    fn sum(len: usize, a: impl Fn(usize) -> f32, b: impl Fn(usize) -> f32) -> f64 {
+        (0..len).map(|l| f64::from(a(l)) * f64::from(b(l))).sum()
+    }
+
+    #[test]
+    fn products_agree_with_sums_written_out_in_every_format() {
+        // Rows around FEW_ROWS, widths around the tile, the task and nothing at all.
+        for (rows, out, inner) in [
+            (1, 5, 7),
+            (8, 70, 33),
+            (9, 257, 300),
+            (40, 513, 259),
+            (3, 300, 520),
+            (530, 17, 16),
+        ] {
+            for w in every_format(out, inner, 7) {
+                let what = format!("{rows} × {out} × {inner} {}", w.format().name());
+                let (x, dy, dense) = (noise(rows * inner, 1), noise(rows * out, 2), w.to_f32());
+                let weights = Weights::frozen(&w, Compute::F32);
+                let mut y = vec![0.0; rows * out];
+                nt(
+                    Mat::dense(&x, rows, inner),
+                    weights,
+                    MatMut::dense(&mut y, rows, out),
+                    Write::Replace,
+                );
+                close(
+                    &y,
+                    (0..rows * out).map(|i| {
+                        sum(
+                            inner,
+                            |l| x[i / out * inner + l],
+                            |l| dense[i % out * inner + l],
+                        )
+                    }),
+                    &what,
+                );
+                let mut dx = vec![1.0; rows * inner];
+                nn(
+                    Mat::dense(&dy, rows, out),
+                    weights,
+                    MatMut::dense(&mut dx, rows, inner),
+                    Write::Add,
+                );
+                close(
+                    &dx,
+                    (0..rows * inner).map(|i| {
+                        1.0 + sum(
+                            out,
+                            |l| dy[i / inner * out + l],
+                            |l| dense[l * inner + i % inner],
+                        )
+                    }),
+                    &what,
+                );
+            }
+            let (x, dy) = (noise(rows * inner, 1), noise(rows * out, 2));
+            let mut dw = vec![0.0; out * inner];
+            tn(
+                Mat::dense(&dy, rows, out),
+                Mat::dense(&x, rows, inner),
+                MatMut::dense(&mut dw, out, inner),
+            );
+            close(
+                &dw,
+                (0..out * inner).map(|i| {
+                    sum(
+                        rows,
+                        |l| dy[l * out + i / inner],
+                        |l| x[l * inner + i % inner],
+                    )
+                }),
+                "dw",
+            );
+        }
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_the_rows_beside_it() {
+        for w in every_format(100, 300, 3) {
+            let x = noise(FEW_ROWS * 300, 4);
+            let product = |rows: usize| {
+                let mut y = vec![0.0; rows * 100];
+                nt(
+                    Mat::dense(&x, rows, 300),
+                    Weights::frozen(&w, Compute::F32),
+                    MatMut::dense(&mut y, rows, 100),
+                    Write::Replace,
+                );
+                y
+            };
+            let all = product(FEW_ROWS);
+            (1..FEW_ROWS).for_each(|rows| assert_eq!(product(rows), all[..rows * 100]));
+        }
+    }
+
+    #[test]
+    fn the_number_of_threads_changes_no_bit() {
+        let (rows, out, inner) = (700, 600, 530);
+        let (w, x) = (
+            every_format(out, inner, 5).remove(1),
+            noise(rows * inner, 6),
+        );
+        let product = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
+            let mut y = vec![0.0; rows * out];
+            pool.install(|| {
+                nt(
+                    Mat::dense(&x, rows, inner),
+                    Weights::frozen(&w, Compute::F32),
+                    MatMut::dense(&mut y, rows, out),
+                    Write::Replace,
+                )
+            });
+            y
+        };
+        assert_eq!(product(1), product(4));
+    }
+
+    #[test]
+    fn bf16_products_round_both_operands() {
+        let (w, x) = (
+            Matrix::from_f32(20, 64, &noise(20 * 64, 1)),
+            noise(10 * 64, 2),
+        );
+        let mut rounded_x = x.clone();
+        round_to_bf16(&mut rounded_x);
+        let mut rounded_w = w.to_f32();
+        round_to_bf16(&mut rounded_w);
+        let mut y = vec![0.0; 200];
+        nt(
+            Mat::dense(&rounded_x, 10, 64),
+            Weights::frozen(&w, Compute::Bf16),
+            MatMut::dense(&mut y, 10, 20),
+            Write::Replace,
+        );
+        close(
+            &y,
+            (0..200).map(|i| {
+                sum(
+                    64,
+                    |l| rounded_x[i / 20 * 64 + l],
+                    |l| rounded_w[i % 20 * 64 + l],
+                )
+            }),
+            "bf16",
+        );
+    }
+}

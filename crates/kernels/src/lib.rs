@@ -1,0 +1,50 @@
+//! The numerics burn lacks: weights in the formats they are published in, and the operations that multiply with
+//! them, forward and backward.
+//!
+//! The functions here take and return burn tensors and run on whichever backend the tensors live on. Frozen weights
+//! are [`Matrix`] views of bytes, usually of a mapped file, and are decoded tile by tile inside the products.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use burn::tensor::{Device, Tensor};
+//! use moeforge_kernels::{Compute, Matrix, linear_frozen};
+//!
+//! let w = Arc::new(Matrix::from_f32(2, 3, &[1.0, 0.0, 0.0, 0.0, 1.0, 1.0]));
+//! let x = Tensor::<2>::from_floats([[1.0, 2.0, 3.0]], &Device::flex());
+//! let y = linear_frozen(x, &w, Compute::F32);
+//! assert_eq!(y.into_data().try_to_vec::<f32>().unwrap(), [1.0, 5.0]);
+//! ```
+//!
+//! What this crate does not do: it knows no files, no model and no names.
+
+mod attention;
+mod autodiff;
+mod cross_entropy;
+mod dropout;
+mod error;
+mod experts;
+mod flex;
+pub mod fp8;
+mod gemm;
+mod matrix;
+mod ops;
+mod rms_norm;
+mod rope;
+mod route;
+mod simd;
+mod strided;
+mod swiglu;
+
+pub use dropout::Dropout;
+pub use error::Error;
+pub use experts::{ExpertBank, ExpertLora};
+pub use gemm::Compute;
+pub use matrix::{Format, Fp8Blocks, Matrix};
+pub use ops::{
+    Direction, ExpertFactors, HeadRows, Kernels, Routing, attention, choose_experts,
+    cross_entropy_frozen, cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained,
+    experts_frozen, experts_trained, heads_linear, linear_add, linear_frozen, linear_trained,
+    rms_norm, rope, swiglu,
+};
+pub use rope::Pairs;
+pub use route::{Choice, GroupScore};

@@ -1,0 +1,542 @@
+//! The operations as burn sees them: one extension trait, and a function on tensors for each of its methods.
+//!
+//! The trait is implemented for the CPU backend in `flex.rs` and for autodiff in `autodiff.rs`. All methods are
+//! synchronous and their output shapes follow from their input shapes, so that a GPU implementation or burn's
+//! fusion can stand behind the same signatures.
+//!
+//! Weights come in two kinds. *Frozen* ones are [`Matrix`] views of a file, passed beside the tensors; they have no
+//! gradient. *Trained* ones are f32 tensors `[out, in]`.
+
+use std::sync::Arc;
+
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Backend, Dispatch, ExtensionType, backend_extension};
+use burn::tensor::{Int, Tensor};
+
+use crate::{Choice, Compute, ExpertBank, ExpertLora, Matrix, Pairs};
+
+/// Which expert serves which token, and with what weight.
+#[derive(Clone, Debug, ExtensionType)]
+pub struct RoutingPrimitive<B: Backend> {
+    pub(crate) weights: FloatTensor<B>,
+    pub(crate) order: IntTensor<B>,
+    pub(crate) offsets: IntTensor<B>,
+}
+
+/// The stacked low-rank factors of a layer's experts.
+#[derive(Clone, Debug, ExtensionType)]
+pub struct FactorsPrimitive<B: Backend> {
+    pub(crate) gate_a: FloatTensor<B>,
+    pub(crate) gate_b: FloatTensor<B>,
+    pub(crate) up_a: FloatTensor<B>,
+    pub(crate) up_b: FloatTensor<B>,
+    pub(crate) down_a: FloatTensor<B>,
+    pub(crate) down_b: FloatTensor<B>,
+}
+
+/// The stacked trained weights of a layer's experts.
+#[derive(Clone, Debug, ExtensionType)]
+pub struct StacksPrimitive<B: Backend> {
+    pub(crate) gate: FloatTensor<B>,
+    pub(crate) up: FloatTensor<B>,
+    pub(crate) down: FloatTensor<B>,
+}
+
+/// Our operations on a backend's own tensors. Use the functions of this crate, which take burn's tensors.
+#[backend_extension(Autodiff, Flex)]
+pub trait Kernels: Backend {
+    /// See [`linear_frozen`].
+    fn linear_frozen(x: FloatTensor<Self>, w: Arc<Matrix>, compute: Compute) -> FloatTensor<Self>;
+    /// See [`linear_trained`].
+    fn linear_trained(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        compute: Compute,
+    ) -> FloatTensor<Self>;
+    /// See [`linear_add`].
+    fn linear_add(
+        y: FloatTensor<Self>,
+        u: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
+    /// See [`heads_linear`].
+    fn heads_linear(x: FloatTensor<Self>, w: Arc<Matrix>, heads: HeadRows) -> FloatTensor<Self>;
+    /// See [`embed_frozen`].
+    fn embed_frozen(ids: IntTensor<Self>, w: Arc<Matrix>) -> FloatTensor<Self>;
+    /// See [`embed_trained`].
+    fn embed_trained(w: FloatTensor<Self>, ids: IntTensor<Self>) -> FloatTensor<Self>;
+    /// See [`rms_norm`].
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self>;
+    /// See [`rope`].
+    fn rope(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        pairs: Pairs,
+    ) -> FloatTensor<Self>;
+    /// See [`swiglu`].
+    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
+    /// See [`dropout`].
+    fn dropout(x: FloatTensor<Self>, dropout: crate::Dropout) -> FloatTensor<Self>;
+    /// See [`attention`]; also gives the log-sum-exp of every row of scores.
+    fn causal_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        scale: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    /// See [`choose_experts`].
+    fn choose_experts(scores: FloatTensor<Self>, choice: Choice) -> IntTensor<Self>;
+    /// See [`dispatch`].
+    fn dispatch_slots(ids: IntTensor<Self>, experts: usize) -> (IntTensor<Self>, IntTensor<Self>);
+    /// See [`experts_frozen`]; also gives the products of gate and up.
+    fn experts_frozen(
+        x: FloatTensor<Self>,
+        #[extension_type] routing: RoutingPrimitive<Self>,
+        #[extension_type] factors: FactorsPrimitive<Self>,
+        bank: Arc<ExpertBank>,
+        lora: ExpertLora,
+        compute: Compute,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    /// See [`experts_trained`]; also gives the products of gate and up.
+    fn experts_trained(
+        x: FloatTensor<Self>,
+        #[extension_type] routing: RoutingPrimitive<Self>,
+        #[extension_type] stacks: StacksPrimitive<Self>,
+        compute: Compute,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    /// See [`cross_entropy_frozen`]; also gives the log-sum-exp of every row.
+    fn cross_entropy_frozen(
+        h: FloatTensor<Self>,
+        u: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        w: Arc<Matrix>,
+        compute: Compute,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    /// See [`cross_entropy_trained`]; also gives the log-sum-exp of every row.
+    fn cross_entropy_trained(
+        h: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        compute: Compute,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+}
+
+/// Which rows of a weight belong to which head, and in which direction they are multiplied.
+///
+/// The weight's rows are `heads` equal groups; of each group the rows `start..start + len` take part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadRows {
+    /// Number of heads.
+    pub heads: usize,
+    /// First row used within a head's group.
+    pub start: usize,
+    /// Rows used.
+    pub len: usize,
+    /// Multiply with the rows as they are, or with their transpose.
+    pub direction: Direction,
+}
+
+/// Whether a product runs from a weight's input to its output, or back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// `y = x · wᵀ`.
+    Forward,
+    /// `y = x · w`.
+    Transposed,
+}
+
+/// `y = x · wᵀ` with a frozen weight.
+///
+/// # Shapes
+/// - `x`: `[tokens, in]`, `w`: `[out, in]`
+/// - returns: `[tokens, out]`
+///
+/// # Panics
+/// If the widths do not fit.
+pub fn linear_frozen(x: Tensor<2>, w: &Arc<Matrix>, compute: Compute) -> Tensor<2> {
+    assert_eq!(x.dims()[1], w.cols(), "input width of the weight");
+    float(Dispatch::linear_frozen(
+        x.into_dispatch(),
+        Arc::clone(w),
+        compute,
+    ))
+}
+
+/// `y = x · wᵀ` with a trained weight.
+///
+/// # Shapes
+/// - `x`: `[tokens, in]`, `w`: `[out, in]`
+/// - returns: `[tokens, out]`
+///
+/// # Panics
+/// If the widths do not fit.
+pub fn linear_trained(x: Tensor<2>, w: Tensor<2>, compute: Compute) -> Tensor<2> {
+    assert_eq!(x.dims()[1], w.dims()[1], "input width of the weight");
+    float(Dispatch::linear_trained(
+        x.into_dispatch(),
+        w.into_dispatch(),
+        compute,
+    ))
+}
+
+/// `y + u · bᵀ`, in place where nobody else holds `y`; the second half of a low-rank update.
+///
+/// # Shapes
+/// - `y`: `[tokens, out]`, `u`: `[tokens, rank]`, `b`: `[out, rank]`
+/// - returns: `[tokens, out]`
+///
+/// # Panics
+/// If the sizes do not fit.
+pub fn linear_add(y: Tensor<2>, u: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
+    assert_eq!(
+        (y.dims()[1], u.dims()[1]),
+        (b.dims()[0], b.dims()[1]),
+        "widths of the factor"
+    );
+    float(Dispatch::linear_add(
+        y.into_dispatch(),
+        u.into_dispatch(),
+        b.into_dispatch(),
+    ))
+}
+
+/// Multiplies each head with its own rows of one frozen weight. Has no gradient: decoding uses it.
+///
+/// # Shapes
+/// - `w`: `[heads · rows_per_head, in]`
+/// - `x`: `[tokens, heads, in]` (forward) or `[tokens, heads, rows.len]` (transposed)
+/// - returns: `[tokens, heads, rows.len]` (forward) or `[tokens, heads, in]` (transposed)
+///
+/// # Panics
+/// If the sizes do not fit.
+pub fn heads_linear(x: Tensor<3>, w: &Arc<Matrix>, rows: HeadRows) -> Tensor<3> {
+    let width = if rows.direction == Direction::Forward {
+        w.cols()
+    } else {
+        rows.len
+    };
+    assert_eq!(x.dims()[1..], [rows.heads, width], "heads and width");
+    Tensor::from_dispatch(Dispatch::heads_linear(
+        x.into_dispatch(),
+        Arc::clone(w),
+        rows,
+    ))
+}
+
+/// Rows of a frozen embedding.
+///
+/// # Shapes
+/// - `ids`: `[tokens]`, `w`: `[vocab, hidden_size]`
+/// - returns: `[tokens, hidden_size]`
+///
+/// # Panics
+/// If an id is not below `vocab`.
+pub fn embed_frozen(ids: Tensor<1, Int>, w: &Arc<Matrix>) -> Tensor<2> {
+    float(Dispatch::embed_frozen(ids.into_dispatch(), Arc::clone(w)))
+}
+
+/// Rows of a trained embedding.
+///
+/// # Shapes
+/// - `ids`: `[tokens]`, `w`: `[vocab, hidden_size]`
+/// - returns: `[tokens, hidden_size]`
+///
+/// # Panics
+/// If an id is not below `vocab`.
+pub fn embed_trained(ids: Tensor<1, Int>, w: Tensor<2>) -> Tensor<2> {
+    float(Dispatch::embed_trained(
+        w.into_dispatch(),
+        ids.into_dispatch(),
+    ))
+}
+
+/// `x · (mean(x²) + eps)^-½ · weight` over the last axis, in f32.
+///
+/// # Shapes
+/// - `x`: `[tokens, width]`, `weight`: `[width]`
+/// - returns: `[tokens, width]`
+///
+/// # Panics
+/// If the widths do not fit.
+pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f32) -> Tensor<2> {
+    assert_eq!(x.dims()[1], weight.dims()[0], "width of the norm");
+    float(Dispatch::rms_norm(
+        x.into_dispatch(),
+        weight.into_dispatch(),
+        eps,
+    ))
+}
+
+/// Turns pairs of features by their position's angles. The angles have no gradient.
+///
+/// # Shapes
+/// - `x`: `[batch, seq, heads, dim]`, `cos` and `sin`: `[seq, dim / 2]`
+/// - returns: the shape and layout of `x`
+///
+/// # Panics
+/// If the sizes do not fit.
+pub fn rope(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, pairs: Pairs) -> Tensor<4> {
+    let [_, seq, _, dim] = x.dims();
+    assert_eq!(
+        (cos.dims(), sin.dims()),
+        ([seq, dim / 2], [seq, dim / 2]),
+        "angles of the positions"
+    );
+    Tensor::from_dispatch(Dispatch::rope(
+        x.into_dispatch(),
+        cos.into_dispatch(),
+        sin.into_dispatch(),
+        pairs,
+    ))
+}
+
+/// `silu(gate) · up`, element by element.
+///
+/// # Shapes
+/// - `gate`, `up`: `[tokens, width]`
+/// - returns: `[tokens, width]`
+///
+/// # Panics
+/// If the shapes differ.
+pub fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
+    assert_eq!(gate.dims(), up.dims(), "gate and up");
+    float(Dispatch::swiglu(gate.into_dispatch(), up.into_dispatch()))
+}
+
+/// Drops elements at random and scales the rest; the mask follows from the seed alone.
+///
+/// # Shapes
+/// - `x`: `[tokens, width]`
+/// - returns: `[tokens, width]`
+pub fn dropout(x: Tensor<2>, dropout: crate::Dropout) -> Tensor<2> {
+    if dropout.is_off() {
+        return x;
+    }
+    float(Dispatch::dropout(x.into_dispatch(), dropout))
+}
+
+/// Causal attention; the queries are the last `seq` of the `kv_seq` positions.
+///
+/// # Shapes
+/// - `q`: `[batch, seq, heads, dim]`, `k`: `[batch, kv_seq, kv_heads, dim]`, `v`: `[batch, kv_seq, kv_heads, v_dim]`
+/// - returns: `[batch, seq, heads, v_dim]`
+///
+/// # Panics
+/// If the sizes do not fit, `kv_heads` does not divide `heads`, or `kv_seq < seq`.
+pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f32) -> Tensor<4> {
+    let ([batch, seq, heads, dim], [k_batch, kv_seq, kv_heads, k_dim]) = (q.dims(), k.dims());
+    assert_eq!(
+        (batch, dim),
+        (k_batch, k_dim),
+        "batch and width of the keys"
+    );
+    assert_eq!(
+        v.dims()[..3],
+        [batch, kv_seq, kv_heads],
+        "values of the keys"
+    );
+    assert!(
+        kv_seq >= seq && heads % kv_heads == 0,
+        "{seq} queries of {kv_seq} keys, {heads} heads over {kv_heads}"
+    );
+    Tensor::from_dispatch(
+        Dispatch::causal_attention(
+            q.into_dispatch(),
+            k.into_dispatch(),
+            v.into_dispatch(),
+            scale,
+        )
+        .0,
+    )
+}
+
+/// The best experts of every token, best first. Has no gradient.
+///
+/// # Shapes
+/// - `scores`: `[tokens, experts]`
+/// - returns: `[tokens, top_k]`
+///
+/// # Panics
+/// If the groups do not divide the experts, or hold fewer than `top_k` open experts.
+pub fn choose_experts(scores: Tensor<2>, choice: Choice) -> Tensor<2, Int> {
+    let experts = scores.dims()[1];
+    let open = if choice.n_group > 1 {
+        experts / choice.n_group * choice.topk_group
+    } else {
+        experts
+    };
+    assert!(
+        experts.is_multiple_of(choice.n_group) && choice.top_k <= open,
+        "{choice:?} of {experts} experts"
+    );
+    Tensor::from_dispatch(Dispatch::choose_experts(scores.into_dispatch(), choice))
+}
+
+/// Sorts the (token, expert) slots by expert, stable.
+///
+/// # Shapes
+/// - `ids`: `[tokens, top_k]`
+/// - returns: slot order `[slots]` and offsets `[experts + 1]`
+///
+/// # Panics
+/// If an id is not below `experts`.
+pub fn dispatch(ids: Tensor<2, Int>, experts: usize) -> (Tensor<1, Int>, Tensor<1, Int>) {
+    let (order, offsets) = Dispatch::dispatch_slots(ids.into_dispatch(), experts);
+    (Tensor::from_dispatch(order), Tensor::from_dispatch(offsets))
+}
+
+/// Slots sorted by expert, and the weight of each.
+#[derive(Clone, Debug)]
+pub struct Routing {
+    /// `[tokens, top_k]`.
+    pub weights: Tensor<2>,
+    /// `[slots]`, see [`dispatch`].
+    pub order: Tensor<1, Int>,
+    /// `[experts + 1]`.
+    pub offsets: Tensor<1, Int>,
+}
+
+/// Low-rank factors of a layer's experts: `a [experts, rank, in]`, `b [experts, out, rank]`; rank 0 means none.
+#[derive(Clone, Debug)]
+pub struct ExpertFactors {
+    /// Factors of the gate projection.
+    pub gate: [Tensor<3>; 2],
+    /// Factors of the up projection.
+    pub up: [Tensor<3>; 2],
+    /// Factors of the down projection.
+    pub down: [Tensor<3>; 2],
+}
+
+/// The weighted sum of every token's experts, with frozen weights and low-rank updates.
+///
+/// # Shapes
+/// - `x`: `[tokens, hidden_size]`
+/// - returns: `[tokens, hidden_size]`
+///
+/// # Panics
+/// If the sizes do not fit.
+pub fn experts_frozen(
+    x: Tensor<2>,
+    routing: Routing,
+    bank: &Arc<ExpertBank>,
+    factors: ExpertFactors,
+    lora: ExpertLora,
+    compute: Compute,
+) -> Tensor<2> {
+    let ([gate_a, gate_b], [up_a, up_b], [down_a, down_b]) =
+        (factors.gate, factors.up, factors.down);
+    let factors = FactorsPrimitive {
+        gate_a: gate_a.into_dispatch(),
+        gate_b: gate_b.into_dispatch(),
+        up_a: up_a.into_dispatch(),
+        up_b: up_b.into_dispatch(),
+        down_a: down_a.into_dispatch(),
+        down_b: down_b.into_dispatch(),
+    };
+    float(
+        Dispatch::experts_frozen(
+            x.into_dispatch(),
+            routing.into(),
+            factors,
+            Arc::clone(bank),
+            lora,
+            compute,
+        )
+        .0,
+    )
+}
+
+/// The weighted sum of every token's experts, with trained weights.
+///
+/// # Shapes
+/// - `x`: `[tokens, hidden_size]`; `gate`, `up`: `[experts, inner, hidden_size]`, `down`: `[experts, hidden_size, inner]`
+/// - returns: `[tokens, hidden_size]`
+///
+/// # Panics
+/// If the sizes do not fit.
+pub fn experts_trained(
+    x: Tensor<2>,
+    routing: Routing,
+    [gate, up, down]: [Tensor<3>; 3],
+    compute: Compute,
+) -> Tensor<2> {
+    let stacks = StacksPrimitive {
+        gate: gate.into_dispatch(),
+        up: up.into_dispatch(),
+        down: down.into_dispatch(),
+    };
+    float(Dispatch::experts_trained(x.into_dispatch(), routing.into(), stacks, compute).0)
+}
+
+/// The loss of every token against a frozen head with a low-rank update, `logits = h · wᵀ + u · bᵀ`.
+///
+/// # Shapes
+/// - `h`: `[tokens, hidden_size]`, `u`: `[tokens, rank]`, `b`: `[vocab, rank]` (rank 0 means none)
+/// - `targets`: `[tokens]`, −100 for none
+/// - returns: `[tokens]` in nats, 0 where there is no target
+///
+/// # Panics
+/// If the sizes do not fit or a target is not below `vocab`.
+pub fn cross_entropy_frozen(
+    h: Tensor<2>,
+    [u, b]: [Tensor<2>; 2],
+    w: &Arc<Matrix>,
+    targets: Tensor<1, Int>,
+    compute: Compute,
+) -> Tensor<1> {
+    assert_eq!(
+        h.dims(),
+        [targets.dims()[0], w.cols()],
+        "tokens and width of the head"
+    );
+    let (h, u, b) = (h.into_dispatch(), u.into_dispatch(), b.into_dispatch());
+    Tensor::from_dispatch(
+        Dispatch::cross_entropy_frozen(h, u, b, targets.into_dispatch(), Arc::clone(w), compute).0,
+    )
+}
+
+/// The loss of every token against a trained head.
+///
+/// # Shapes
+/// - `h`: `[tokens, hidden_size]`, `w`: `[vocab, hidden_size]`, `targets`: `[tokens]`, −100 for none
+/// - returns: `[tokens]` in nats, 0 where there is no target
+///
+/// # Panics
+/// If the sizes do not fit or a target is not below `vocab`.
+pub fn cross_entropy_trained(
+    h: Tensor<2>,
+    w: Tensor<2>,
+    targets: Tensor<1, Int>,
+    compute: Compute,
+) -> Tensor<1> {
+    assert_eq!(
+        h.dims(),
+        [targets.dims()[0], w.dims()[1]],
+        "tokens and width of the head"
+    );
+    Tensor::from_dispatch(
+        Dispatch::cross_entropy_trained(
+            h.into_dispatch(),
+            w.into_dispatch(),
+            targets.into_dispatch(),
+            compute,
+        )
+        .0,
+    )
+}
+
+fn float(tensor: burn::backend::DispatchTensor) -> Tensor<2> {
+    Tensor::from_dispatch(tensor)
+}
+
+impl From<Routing> for RoutingPrimitive<Dispatch> {
+    fn from(routing: Routing) -> Self {
+        Self {
+            weights: routing.weights.into_dispatch(),
+            order: routing.order.into_dispatch(),
+            offsets: routing.offsets.into_dispatch(),
+        }
+    }
+}

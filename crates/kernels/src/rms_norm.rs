@@ -1,0 +1,73 @@
+//! Root-mean-square normalization, `y = x · (mean(x²) + eps)^-½ · weight`, over the last axis.
+
+use rayon::prelude::*;
+
+/// Rows per task; also the unit in which the weight's gradient is summed, so the order of its sum is fixed.
+const TASK_ROWS: usize = 64;
+
+fn inverse_rms(x: &[f32], eps: f32) -> f32 {
+    let squares: f64 = x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
+    1.0 / ((squares / x.len() as f64) as f32 + eps).sqrt()
+}
+
+/// x `[rows, width]`, weight `[width]` → `[rows, width]`.
+pub(crate) fn forward(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+    let width = weight.len();
+    let mut y = vec![0.0; x.len()];
+    y.par_chunks_mut(width * TASK_ROWS)
+        .zip(x.par_chunks(width * TASK_ROWS))
+        .for_each(|(y, x)| {
+            for (y, x) in y.chunks_mut(width).zip(x.chunks(width)) {
+                let scale = inverse_rms(x, eps);
+                y.iter_mut()
+                    .zip(x.iter().zip(weight))
+                    .for_each(|(y, (x, w))| *y = x * scale * w);
+            }
+        });
+    y
+}
+
+/// Gradients of x `[rows, width]` and of the weight `[width]`.
+///
+/// With `n = x · scale` the normalized row: `dx = scale · (dy·w − n · mean(dy·w·n))`, `dw = Σ_rows dy · n`.
+pub(crate) fn backward(dy: &[f32], x: &[f32], weight: &[f32], eps: f32) -> (Vec<f32>, Vec<f32>) {
+    let width = weight.len();
+    let mut dx = vec![0.0; x.len()];
+    let partial: Vec<Vec<f32>> = dx
+        .par_chunks_mut(width * TASK_ROWS)
+        .zip(
+            dy.par_chunks(width * TASK_ROWS)
+                .zip(x.par_chunks(width * TASK_ROWS)),
+        )
+        .map(|(dx, (dy, x))| {
+            let mut dw = vec![0.0; width];
+            for (dx, (dy, x)) in dx
+                .chunks_mut(width)
+                .zip(dy.chunks(width).zip(x.chunks(width)))
+            {
+                backward_row(dx, &mut dw, dy, x, weight, inverse_rms(x, eps));
+            }
+            dw
+        })
+        .collect();
+    let mut dw = vec![0.0; width];
+    for part in partial {
+        dw.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+    }
+    (dx, dw)
+}
+
+fn backward_row(dx: &mut [f32], dw: &mut [f32], dy: &[f32], x: &[f32], weight: &[f32], scale: f32) {
+    let along: f64 = dy
+        .iter()
+        .zip(weight)
+        .zip(x)
+        .map(|((dy, w), x)| f64::from(dy * w) * f64::from(x * scale))
+        .sum();
+    let mean = (along / x.len() as f64) as f32;
+    for i in 0..x.len() {
+        let normalized = x[i] * scale;
+        dx[i] = scale * (dy[i] * weight[i] - normalized * mean);
+        dw[i] += dy[i] * normalized;
+    }
+}

@@ -1,0 +1,58 @@
+//! Rotary position embedding: pairs of features are turned by an angle that grows with the position.
+//!
+//! Which features form a pair depends on the checkpoint: neighbours (2j, 2j+1) in DeepSeek's latent attention,
+//! halves (j, j + d/2) in the distills and in V3.2's indexer. The output keeps the layout of the input.
+
+use rayon::prelude::*;
+
+/// Which two features of a head are turned together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pairs {
+    /// (0, 1), (2, 3), …
+    Interleaved,
+    /// (0, d/2), (1, d/2 + 1), …
+    Halves,
+}
+
+/// Turning forth, or back (the gradient, since a rotation's transpose is its inverse).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Turn {
+    Forth,
+    Back,
+}
+
+/// x `[batch, seq, heads, dim]` turned by cos, sin `[seq, dim / 2]`.
+pub(crate) fn rotate(
+    x: &[f32],
+    cos: &[f32],
+    sin: &[f32],
+    dims: [usize; 4],
+    pairs: Pairs,
+    turn: Turn,
+) -> Vec<f32> {
+    let [_, seq, heads, dim] = dims;
+    let half = dim / 2;
+    let mut y = vec![0.0; x.len()];
+    y.par_chunks_mut((heads * dim).max(1))
+        .zip(x.par_chunks((heads * dim).max(1)))
+        .enumerate()
+        .for_each(|(row, (y, x))| {
+            let position = row % seq;
+            let (cos, sin) = (
+                &cos[position * half..][..half],
+                &sin[position * half..][..half],
+            );
+            for (y, x) in y.chunks_mut(dim).zip(x.chunks(dim)) {
+                for j in 0..half {
+                    let (a, b) = match pairs {
+                        Pairs::Interleaved => (2 * j, 2 * j + 1),
+                        Pairs::Halves => (j, j + half),
+                    };
+                    let sin = if turn == Turn::Forth { sin[j] } else { -sin[j] };
+                    y[a] = x[a] * cos[j] - x[b] * sin;
+                    y[b] = x[a] * sin + x[b] * cos[j];
+                }
+            }
+        });
+    y
+}

@@ -1,0 +1,32 @@
+//! One source, several instruction sets.
+//!
+//! [`multiversion!`] compiles a loop for the baseline and for AVX2 with FMA, and picks at run time. The loop is
+//! plain Rust that the compiler vectorizes; `FMA` is a constant inside it, because `mul_add` without the
+//! instruction is a slow library call.
+
+/// Declares a function in a baseline and an AVX2+FMA version, chosen at run time.
+macro_rules! multiversion {
+    ($(#[$meta:meta])* fn $name:ident<$fma:ident>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$meta])*
+        #[expect(unsafe_code, reason = "calling a target_feature function behind its run-time check")]
+        pub(crate) fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body<const $fma: bool>($($arg: $ty),*) $(-> $ret)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2,fma,f16c")]
+                fn avx2($($arg: $ty),*) $(-> $ret)? {
+                    body::<true>($($arg),*)
+                }
+                if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+                    // SAFETY: the three features were detected just above.
+                    return unsafe { avx2($($arg),*) };
+                }
+            }
+            body::<{ cfg!(target_arch = "aarch64") }>($($arg),*)
+        }
+    };
+}
+
+pub(crate) use multiversion;

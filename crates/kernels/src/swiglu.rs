@@ -1,0 +1,25 @@
+//! The gated activation `silu(gate) · up`, and its gradient.
+
+/// `silu(x) = x · σ(x)`.
+#[inline(always)]
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// `out = silu(gate) · up`, element by element.
+pub(crate) fn forward(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for (out, (gate, up)) in out.iter_mut().zip(gate.iter().zip(up)) {
+        *out = gate * sigmoid(*gate) * up;
+    }
+}
+
+/// Turns `d(out)` in `dgate` into the gradient of `gate`, and writes the gradient of `up`.
+///
+/// `d silu(g) = σ(g) · (1 + g · (1 − σ(g)))`.
+pub(crate) fn backward(dgate: &mut [f32], dup: &mut [f32], gate: &[f32], up: &[f32]) {
+    for ((dgate, dup), (gate, up)) in dgate.iter_mut().zip(dup).zip(gate.iter().zip(up)) {
+        let (dout, sigma) = (*dgate, sigmoid(*gate));
+        *dgate = dout * up * sigma * (1.0 + gate * (1.0 - sigma));
+        *dup = dout * gate * sigma;
+    }
+}
