@@ -1,0 +1,170 @@
+//! A LoRA adapter as PEFT stores it: a folder with a configuration and one safetensors file.
+//!
+//! Keys and shapes are handed over as they are in the file; the two dialects for experts are
+//! told apart by whoever knows the model.
+
+use std::path::Path;
+
+use crate::{AdapterConfig, Error, FolderWriter, Result, Safetensors, Tensor, TensorSpec};
+
+const CONFIG_NAME: &str = "adapter_config.json";
+const WEIGHTS_NAME: &str = "adapter_model.safetensors";
+const PICKLED_NAME: &str = "adapter_model.bin";
+
+/// An opened adapter.
+#[derive(Clone, Debug)]
+pub struct Adapter {
+    /// Its settings.
+    pub config: AdapterConfig,
+    file: Safetensors,
+}
+
+impl Adapter {
+    /// Opens an adapter's folder.
+    ///
+    /// # Errors
+    /// If a file is absent or malformed, or a setting is unsupported.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let config = AdapterConfig::open(&folder.join(CONFIG_NAME))?;
+        let weights = folder.join(WEIGHTS_NAME);
+        if !weights.exists() && folder.join(PICKLED_NAME).exists() {
+            return Err(Error::AdapterPickled {
+                folder: folder.to_owned(),
+            });
+        }
+        let file = Safetensors::open(&weights)?;
+        Ok(Self { config, file })
+    }
+
+    /// The tensors under their full keys (`base_model.model.….lora_A.weight`), in the order of
+    /// the file.
+    pub fn tensors(&self) -> &[Tensor] {
+        self.file.tensors()
+    }
+
+    /// Whether there is a tensor of that full key.
+    pub fn contains(&self, key: &str) -> bool {
+        self.file.contains(key)
+    }
+
+    /// The tensor of that full key.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn tensor(&self, key: &str) -> Result<Tensor> {
+        self.file.tensor(key)
+    }
+
+    /// Writes an adapter's folder whole or not at all.
+    ///
+    /// # Errors
+    /// If `folder` exists and is not empty, a setting is unsupported, or writing fails.
+    pub fn save(folder: &Path, config: &AdapterConfig, tensors: &[Tensor]) -> Result<()> {
+        let mut writer = FolderWriter::create(folder)?;
+        Self::save_into(&mut writer, config, tensors)?;
+        writer.finish()
+    }
+
+    /// Writes an adapter's two files into a folder that holds more, such as a training
+    /// checkpoint.
+    ///
+    /// # Errors
+    /// If a setting is unsupported, or writing fails.
+    pub fn save_into(
+        writer: &mut FolderWriter,
+        config: &AdapterConfig,
+        tensors: &[Tensor],
+    ) -> Result<()> {
+        let value = config.to_json(&writer.path().join(CONFIG_NAME))?;
+        writer.write_json(CONFIG_NAME, &value)?;
+        let specs: Vec<TensorSpec> = tensors.iter().map(Tensor::spec).collect();
+        writer.add_shard(WEIGHTS_NAME, &specs, |i| Ok(&tensors[i].bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::TargetModules;
+
+    const GOLDENS: [(&str, usize, usize); 4] = [
+        ("deepseek_v2_lite/adapter_classic", 138, 4),
+        ("deepseek_v2_lite/adapter_peft", 32, 4),
+        ("deepseek_v3/adapter_classic", 192, 2),
+        ("deepseek_v3/adapter_peft", 38, 2),
+    ];
+
+    fn golden(name: &str) -> Adapter {
+        let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens");
+        Adapter::open(&goldens.join(name)).unwrap()
+    }
+
+    #[test]
+    fn adapters_of_both_dialects_open() {
+        for (name, n_tensors, r) in GOLDENS {
+            let adapter = golden(name);
+            assert_eq!(adapter.tensors().len(), n_tensors, "{name}");
+            assert_eq!(adapter.config.r, r, "{name}");
+            assert_eq!(adapter.config.lora_alpha, 2.0 * r as f64, "{name}");
+            let Some(TargetModules::List(modules)) = &adapter.config.target_modules else {
+                panic!("{name}: expected a list of modules");
+            };
+            assert!(modules.contains(&"kv_b_proj".to_owned()), "{name}");
+            let stacked = adapter.config.target_parameters.is_some();
+            assert_eq!(stacked, name.ends_with("peft"), "{name}");
+            let key = "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight";
+            assert_eq!(adapter.tensor(key).unwrap().shape[0], r, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_saved_adapter_opens_equal() {
+        for (name, ..) in GOLDENS {
+            let adapter = golden(name);
+            let parent = tempfile::tempdir().unwrap();
+            let folder = parent.path().join("adapter");
+            Adapter::save(&folder, &adapter.config, adapter.tensors()).unwrap();
+            let copy = Adapter::open(&folder).unwrap();
+            assert_eq!(copy.config, adapter.config);
+            assert_eq!(copy.file.metadata()["format"], "pt");
+            assert_eq!(copy.tensors().len(), adapter.tensors().len());
+            for tensor in adapter.tensors() {
+                let found = copy.tensor(&tensor.name).unwrap();
+                assert_eq!((found.spec(), &found.bytes), (tensor.spec(), &tensor.bytes));
+            }
+        }
+    }
+
+    #[test]
+    fn incomplete_adapters_are_refused_with_a_cure() {
+        let folder = tempfile::tempdir().unwrap();
+        let refuse = |expected: &str| {
+            let error = Adapter::open(folder.path()).unwrap_err().to_string();
+            assert!(
+                error.contains(expected),
+                "expected {expected:?} in {error:?}"
+            );
+        };
+        refuse("adapter_config.json`: No such file");
+        let config = r#"{"peft_type": "LORA", "r": 1, "lora_alpha": 1}"#;
+        fs::write(folder.path().join(CONFIG_NAME), config).unwrap();
+        refuse("adapter_model.safetensors`: No such file");
+        fs::write(folder.path().join(PICKLED_NAME), b"").unwrap();
+        refuse("found only `adapter_model.bin`; load it in PEFT and save it again");
+    }
+
+    #[test]
+    fn an_unsupported_setting_is_not_saved_and_leaves_nothing() {
+        let parent = tempfile::tempdir().unwrap();
+        let mut config = AdapterConfig::new(1, 1.0);
+        config.modules_to_save = Some(vec!["lm_head".into()]);
+        let error = Adapter::save(&parent.path().join("x"), &config, &[]).unwrap_err();
+        assert!(
+            error.to_string().contains("unsupported `modules_to_save`"),
+            "{error}"
+        );
+        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,351 @@
+//! What can go wrong with a model's files, with the evidence.
+//!
+//! A message is one sentence that stands alone: causes are part of it, not a chain below it.
+
+use std::path::PathBuf;
+
+use crate::DType;
+
+/// A result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong with a file, and where.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused to open, map, read, write, flush or rename.
+    #[error("cannot {act} `{path}`: {cause}")]
+    Io {
+        /// What was tried, as a verb.
+        act: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system said.
+        cause: std::io::Error,
+    },
+
+    /// A folder, pipe or device stands where a file is needed.
+    #[error("`{path}`: expected a file, found {found}")]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+        /// What is there.
+        found: &'static str,
+    },
+
+    /// A text file is longer than any real one.
+    #[error("`{path}`: expected at most {limit} bytes, found {found}")]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+        /// The longest accepted length, in bytes.
+        limit: u64,
+        /// Its length, in bytes.
+        found: u64,
+    },
+
+    /// A file is no JSON, or its values have the wrong type.
+    #[error("`{path}`: {cause}")]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What the parser said, with line and column.
+        cause: serde_json::Error,
+    },
+
+    /// A JSON file holds something else than an object.
+    #[error("`{path}`: expected a JSON object, found {found}")]
+    NotAnObject {
+        /// The file.
+        path: PathBuf,
+        /// What it starts with.
+        found: String,
+    },
+
+    /// The first eight bytes of a safetensors file give an impossible header length.
+    #[error("`{file}`: expected a safetensors header of at most {limit} bytes, found {found}")]
+    HeaderLength {
+        /// The file.
+        file: PathBuf,
+        /// The longest header this file can have, in bytes.
+        limit: u64,
+        /// The stated length, in bytes.
+        found: u64,
+    },
+
+    /// A safetensors header does not parse.
+    #[error("`{file}`: malformed safetensors header: {cause}")]
+    Header {
+        /// The file.
+        file: PathBuf,
+        /// What the parser said.
+        cause: serde_json::Error,
+    },
+
+    /// A tensor's name is empty, longer than any real one, or has control characters.
+    #[error(
+        "`{file}`: expected a printable tensor name of 1 to {limit} bytes, found {len}: `{found}`"
+    )]
+    TensorName {
+        /// The file.
+        file: PathBuf,
+        /// The longest accepted length, in bytes.
+        limit: usize,
+        /// Its length, in bytes.
+        len: usize,
+        /// Its beginning, escaped.
+        found: String,
+    },
+
+    /// A safetensors file uses a dtype that is unknown or has no use here.
+    #[error("`{file}`: tensor `{tensor}`: unknown dtype `{found}`")]
+    UnknownDType {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The dtype as written.
+        found: String,
+    },
+
+    /// A dtype of the safetensors format has no use in a model's files.
+    #[error("unsupported dtype `{found}`")]
+    UnsupportedDType {
+        /// The dtype, as safetensors names it.
+        found: String,
+    },
+
+    /// A shape whose size in bytes no machine can address.
+    #[error("`{file}`: tensor `{tensor}`: {dtype} of an impossible shape {found:?}")]
+    ShapeOverflow {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its dtype.
+        dtype: DType,
+        /// Its shape.
+        found: Vec<usize>,
+    },
+
+    /// A tensor does not start where the one before it ends, or ends before it starts.
+    #[error(
+        "`{file}`: tensor `{tensor}`: expected data offsets that start at {expected}, found {found:?}"
+    )]
+    Offsets {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Where the tensor before it ends, in bytes.
+        expected: usize,
+        /// Start and end, in bytes.
+        found: (usize, usize),
+    },
+
+    /// A tensor's bytes are more or fewer than its dtype and shape need.
+    #[error("`{file}`: tensor `{tensor}`: expected {expected} bytes, found {found}")]
+    TensorLength {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What dtype and shape need, in bytes.
+        expected: usize,
+        /// What is there, in bytes.
+        found: usize,
+    },
+
+    /// A safetensors file is shorter or longer than its header says.
+    #[error(
+        "`{file}`: expected {expected} bytes as its header says, found {found}; if the file was downloaded, download it again"
+    )]
+    FileLength {
+        /// The file.
+        file: PathBuf,
+        /// What the header describes, in bytes.
+        expected: u64,
+        /// The file's length, in bytes.
+        found: u64,
+    },
+
+    /// A tensor has another shape than its use needs.
+    #[error("`{file}`: tensor `{tensor}`: expected shape {expected:?}, found {found:?}")]
+    Shape {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The shape its use needs.
+        expected: Vec<usize>,
+        /// Its shape.
+        found: Vec<usize>,
+    },
+
+    /// A tensor's values are no floating-point numbers of a dtype that stands alone.
+    #[error("`{file}`: tensor `{tensor}`: expected dtype F64, F32, F16 or BF16, found {found}")]
+    NotFloat {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its dtype.
+        found: DType,
+    },
+
+    /// A file or folder has no tensor of that name.
+    #[error("`{path}`: no tensor `{tensor}`")]
+    NoTensor {
+        /// The file or folder.
+        path: PathBuf,
+        /// The name asked for.
+        tensor: String,
+    },
+
+    /// Two files of one model hold a tensor of the same name.
+    #[error("tensor `{tensor}`: expected in one file, found in `{first}` and in `{second}`")]
+    DuplicateTensor {
+        /// The tensor.
+        tensor: String,
+        /// One file.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+    },
+
+    /// An index puts a tensor into a file that is not there.
+    #[error("tensor `{tensor}`: `{index}` puts it into `{file}`, and there is no such file")]
+    ShardAbsent {
+        /// The index.
+        index: PathBuf,
+        /// The first tensor it puts there.
+        tensor: String,
+        /// The file.
+        file: PathBuf,
+    },
+
+    /// An index puts a tensor into a file that does not hold it.
+    #[error("tensor `{tensor}`: `{index}` puts it into `{file}`, which has no such tensor")]
+    ShardLacks {
+        /// The index.
+        index: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The file.
+        file: PathBuf,
+    },
+
+    /// A file name that would lead out of its folder.
+    #[error("`{place}`: expected a plain file name, found `{found}`")]
+    FileName {
+        /// The index or folder that names it.
+        place: PathBuf,
+        /// The name, escaped.
+        found: String,
+    },
+
+    /// A folder has no weights this program reads.
+    #[error(
+        "`{folder}`: expected `model.safetensors.index.json`, `model.safetensors` or one other `.safetensors` file, found {found}"
+    )]
+    NoWeights {
+        /// The folder.
+        folder: PathBuf,
+        /// Files that look like weights in other formats, or none.
+        found: String,
+    },
+
+    /// A folder has several weight files and nothing that says which belong together.
+    #[error(
+        "`{folder}`: expected `model.safetensors.index.json` beside several `.safetensors` files, found only {found}"
+    )]
+    NoIndex {
+        /// The folder.
+        folder: PathBuf,
+        /// The files.
+        found: String,
+    },
+
+    /// A model is neither a path nor in the local Hugging Face cache.
+    #[error("model `{model}`: no such file or folder, {cache}")]
+    ModelNotFound {
+        /// The model as asked for.
+        model: String,
+        /// What the look into the cache gave, with a cure.
+        cache: String,
+    },
+
+    /// An output folder exists and holds something.
+    #[error("`{path}`: expected no such file or an empty folder, found {found}")]
+    OutputExists {
+        /// The output.
+        path: PathBuf,
+        /// What is there.
+        found: &'static str,
+    },
+
+    /// A file of an output folder was written twice.
+    #[error("`{path}`: file written twice")]
+    WrittenTwice {
+        /// The file.
+        path: PathBuf,
+    },
+
+    /// The values of a tensor to be written could not be made. For the errors of callers, see
+    /// [`FolderWriter::add_shard`](crate::FolderWriter::add_shard).
+    #[error("tensor `{tensor}`: {cause}")]
+    Produce {
+        /// The tensor.
+        tensor: String,
+        /// What its producer said.
+        cause: Box<dyn std::error::Error + Send + Sync>,
+    },
+
+    /// An adapter asks for something that this program does not do.
+    #[error("`{file}`: unsupported `{key}`: expected {expected}, found {found}")]
+    UnsupportedSetting {
+        /// The adapter's configuration file.
+        file: PathBuf,
+        /// The setting.
+        key: String,
+        /// The supported values.
+        expected: &'static str,
+        /// Its value, shortened.
+        found: String,
+    },
+
+    /// An adapter's tensors are stored in a format that can run code when read.
+    #[error(
+        "`{folder}`: expected `adapter_model.safetensors`, found only `adapter_model.bin`; load it in PEFT and save it again with `safe_serialization=True`"
+    )]
+    AdapterPickled {
+        /// The adapter's folder.
+        folder: PathBuf,
+    },
+}
+
+/// Makes an [`Error::Io`] of what the operating system said: `.map_err(io("read", path))`.
+pub(crate) fn io(
+    act: &'static str,
+    path: &std::path::Path,
+) -> impl FnOnce(std::io::Error) -> Error {
+    let path = path.to_owned();
+    move |cause| Error::Io { act, path, cause }
+}
+
+/// The beginning of a string from a file, fit for a message: without control characters, which
+/// could steer a terminal, and at most 120 characters.
+pub(crate) fn shown(text: &str) -> String {
+    const LONGEST: usize = 120;
+    let mut shown = String::new();
+    for c in text.chars().take(LONGEST) {
+        if c.is_control() {
+            shown.extend(c.escape_default());
+        } else {
+            shown.push(c);
+        }
+    }
+    if text.chars().nth(LONGEST).is_some() {
+        shown.push('…');
+    }
+    shown
+}

@@ -1,0 +1,499 @@
+//! A Hugging Face model folder: its configuration and the tensors of all its shards.
+//!
+//! Which tensor is in which shard comes from the index, as it is written there; the names of
+//! shards are never constructed. Tokenizers and chat templates in the folder are not read here.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::error::{io, shown};
+use crate::json::{self, CONFIG_LIMIT, INDEX_LIMIT};
+use crate::{Error, OrderedMap, Result, Safetensors, Tensor};
+
+/// The file that says which tensor is in which shard.
+pub(crate) const INDEX_NAME: &str = "model.safetensors.index.json";
+/// The only shard of a folder without an index.
+pub(crate) const SINGLE_NAME: &str = "model.safetensors";
+
+/// An opened model folder. All shards are mapped; nothing is copied.
+#[derive(Clone, Debug)]
+pub struct Folder {
+    path: PathBuf,
+    config: Value,
+    generation_config: Option<Value>,
+    shards: Vec<Shard>,
+    /// Tensor name to the shard that holds it.
+    shard_of: BTreeMap<String, usize>,
+    unindexed: Vec<Tensor>,
+}
+
+#[derive(Clone, Debug)]
+struct Shard {
+    name: String,
+    file: Safetensors,
+}
+
+/// The part of an index that is used. Its `metadata` is free text, and wrong in some models.
+#[derive(Deserialize)]
+struct Index {
+    weight_map: OrderedMap<String>,
+}
+
+impl Folder {
+    /// Opens a folder: reads `config.json`, maps every shard, checks every header and the index.
+    ///
+    /// # Errors
+    /// If `config.json` or the weights are absent or malformed, or the index and the shards
+    /// disagree.
+    pub fn open(path: &Path) -> Result<Self> {
+        let config = read_json(&path.join("config.json"))?;
+        let generation_config = path.join("generation_config.json");
+        let generation_config = if generation_config.exists() {
+            Some(read_json(&generation_config)?)
+        } else {
+            None
+        };
+        let mut folder = Self {
+            path: path.to_owned(),
+            config,
+            generation_config,
+            shards: Vec::new(),
+            shard_of: BTreeMap::new(),
+            unindexed: Vec::new(),
+        };
+        let index = path.join(INDEX_NAME);
+        if index.exists() {
+            folder.open_indexed(&index)?;
+        } else {
+            folder.open_single(find_single(path)?)?;
+        }
+        Ok(folder)
+    }
+
+    /// The folder's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The content of `config.json`, an object.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// The content of `generation_config.json`, an object, if there is one.
+    pub fn generation_config(&self) -> Option<&Value> {
+        self.generation_config.as_ref()
+    }
+
+    /// The names of all tensors, sorted.
+    pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.shard_of.keys().map(String::as_str)
+    }
+
+    /// Whether there is a tensor of that name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.shard_of.contains_key(name)
+    }
+
+    /// The tensor of that name, as a slice of its shard's map.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        match self.shard_of.get(name).and_then(|&i| self.shards.get(i)) {
+            Some(shard) => shard.file.tensor(name),
+            None => Err(Error::NoTensor {
+                path: self.path.clone(),
+                tensor: name.to_owned(),
+            }),
+        }
+    }
+
+    /// The shards, sorted by file name: the file name, and the names of its tensors in the order
+    /// of their bytes.
+    pub fn shards(&self) -> Vec<(&str, Vec<&str>)> {
+        let shards = self.shards.iter();
+        shards
+            .map(|shard| {
+                let names = shard.file.tensors().iter().map(|tensor| &*tensor.name);
+                let indexed = names.filter(|name| self.contains(name)).collect();
+                (shard.name.as_str(), indexed)
+            })
+            .collect()
+    }
+
+    /// Tensors that are in a shard and not in the index. They are no part of the model; whoever
+    /// opens it should say so.
+    pub fn unindexed(&self) -> &[Tensor] {
+        &self.unindexed
+    }
+
+    /// The size of all tensors, in bytes.
+    pub fn tensor_bytes(&self) -> u64 {
+        let shards = self.shards.iter();
+        let tensors = shards.flat_map(|shard| shard.file.tensors());
+        let indexed = tensors.filter(|tensor| self.contains(&tensor.name));
+        indexed.map(|tensor| tensor.bytes.len() as u64).sum()
+    }
+
+    fn open_single(&mut self, name: String) -> Result<()> {
+        let file = Safetensors::open(&self.path.join(&name))?;
+        let names = file.tensors().iter().map(|tensor| tensor.name.to_string());
+        self.shard_of = names.map(|name| (name, 0)).collect();
+        self.shards = vec![Shard { name, file }];
+        Ok(())
+    }
+
+    fn open_indexed(&mut self, index_path: &Path) -> Result<()> {
+        let text = json::read_object(index_path, INDEX_LIMIT)?;
+        let index: Index = json::parse(index_path, &text)?;
+        // A shard's name, and its first tensor for messages.
+        let mut shards: BTreeMap<&str, &str> = BTreeMap::new();
+        for (tensor, name) in index.weight_map.iter() {
+            shards.entry(name).or_insert(tensor);
+        }
+        let mut position = BTreeMap::new();
+        for (name, tensor) in shards {
+            position.insert(name.to_owned(), self.shards.len());
+            let file = open_shard(index_path, name, tensor)?;
+            let name = name.to_owned();
+            self.shards.push(Shard { name, file });
+        }
+        for (tensor, name) in index.weight_map.0 {
+            let i = position[&name];
+            let file = &self.shards[i].file;
+            if !file.contains(&tensor) {
+                return Err(Error::ShardLacks {
+                    index: index_path.to_owned(),
+                    tensor: shown(&tensor),
+                    file: file.path().to_owned(),
+                });
+            }
+            self.shard_of.insert(tensor, i);
+        }
+        self.find_unindexed()
+    }
+
+    /// Looks for tensors in the shards that the index does not name there.
+    fn find_unindexed(&mut self) -> Result<()> {
+        for (i, shard) in self.shards.iter().enumerate() {
+            for tensor in shard.file.tensors() {
+                match self.shard_of.get(&*tensor.name) {
+                    Some(&indexed) if indexed == i => {}
+                    Some(&indexed) => {
+                        return Err(Error::DuplicateTensor {
+                            tensor: tensor.name.to_string(),
+                            first: self.shards[indexed].file.path().to_owned(),
+                            second: shard.file.path().to_owned(),
+                        });
+                    }
+                    None => self.unindexed.push(tensor.clone()),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Opens the shard of that name beside the index.
+fn open_shard(index_path: &Path, name: &str, tensor: &str) -> Result<Safetensors> {
+    if !is_plain_file_name(name) {
+        return Err(Error::FileName {
+            place: index_path.to_owned(),
+            found: shown(name),
+        });
+    }
+    let file = index_path.with_file_name(name);
+    if !file.exists() {
+        return Err(Error::ShardAbsent {
+            index: index_path.to_owned(),
+            tensor: shown(tensor),
+            file,
+        });
+    }
+    Safetensors::open(&file)
+}
+
+/// Whether a name is one of a file in the same folder, on every operating system.
+pub(crate) fn is_plain_file_name(name: &str) -> bool {
+    !matches!(name, "" | "." | "..") && !name.contains(['/', '\\', ':', '\0'])
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    let text = json::read_object(path, CONFIG_LIMIT)?;
+    json::parse(path, &text)
+}
+
+/// The weight file of a folder without an index.
+fn find_single(folder: &Path) -> Result<String> {
+    let mut weights = Vec::new();
+    let mut foreign = Vec::new();
+    for entry in fs::read_dir(folder).map_err(io("read", folder))? {
+        let entry = entry.map_err(io("read", folder))?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name == SINGLE_NAME {
+            return Ok(name);
+        }
+        let extension = Path::new(&name)
+            .extension()
+            .and_then(|extension| extension.to_str());
+        match extension {
+            Some("safetensors") if name != "adapter_model.safetensors" => weights.push(name),
+            Some("safetensors" | "bin" | "gguf" | "pt" | "pth") => foreign.push(name),
+            _ => {}
+        }
+    }
+    if weights.len() > 1 {
+        return Err(Error::NoIndex {
+            folder: folder.to_owned(),
+            found: listed(weights),
+        });
+    }
+    weights.pop().ok_or_else(|| Error::NoWeights {
+        folder: folder.to_owned(),
+        found: listed(foreign),
+    })
+}
+
+/// The first few names, for a message.
+fn listed(mut names: Vec<String>) -> String {
+    const SHOWN: usize = 4;
+    names.sort();
+    let n_more = names.len().saturating_sub(SHOWN);
+    let names: Vec<String> = names
+        .iter()
+        .take(SHOWN)
+        .map(|name| format!("`{}`", shown(name)))
+        .collect();
+    match (names.is_empty(), n_more) {
+        (true, _) => "none".to_owned(),
+        (false, 0) => names.join(", "),
+        (false, _) => format!("{} and {n_more} more", names.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::{DType, write_safetensors};
+
+    fn golden(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../../tests/goldens")
+            .join(name)
+    }
+
+    /// A folder with `config.json`, an index if given, and shards with U8 tensors of these names.
+    fn folder(index: Option<&str>, shards: &[(&str, &[&str])]) -> TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(
+            folder.path().join("config.json"),
+            r#"{"model_type": "deepseek_v3"}"#,
+        )
+        .unwrap();
+        if let Some(index) = index {
+            fs::write(folder.path().join(INDEX_NAME), index).unwrap();
+        }
+        for (file, names) in shards {
+            let tensor =
+                |name: &&str| Tensor::new(name, DType::U8, &[2], Bytes::from_static(&[1, 2]));
+            let tensors: Vec<_> = names.iter().map(|name| tensor(name).unwrap()).collect();
+            write_safetensors(&folder.path().join(file), &tensors, &BTreeMap::new()).unwrap();
+        }
+        folder
+    }
+
+    fn refuse(folder: &TempDir, expected: &str) {
+        let error = Folder::open(folder.path()).unwrap_err().to_string();
+        assert!(
+            error.contains(expected),
+            "expected {expected:?} in {error:?}"
+        );
+    }
+
+    #[test]
+    fn published_folders_open_with_every_tensor() {
+        for (name, n_shards, n_tensors) in [
+            ("deepseek_v2_lite", 1, 83),
+            ("deepseek_v2_group", 2, 137),
+            ("deepseek_v3", 3, 171),
+            ("deepseek_v3_fp8", 2, 81),
+            ("deepseek_v3_fp8_ue8m0", 1, 81),
+            ("qwen2_distill", 1, 39),
+        ] {
+            let folder = Folder::open(&golden(name)).unwrap();
+            assert!(folder.config()["hidden_size"].is_u64(), "{name}");
+            assert!(folder.generation_config().is_some(), "{name}");
+            assert_eq!(folder.shards().len(), n_shards, "{name}");
+            assert_eq!(folder.names().len(), n_tensors, "{name}");
+            assert!(folder.names().is_sorted(), "{name}");
+            assert!(folder.unindexed().is_empty(), "{name}");
+            let sum: usize = folder
+                .names()
+                .map(|n| folder.tensor(n).unwrap().bytes.len())
+                .sum();
+            assert_eq!(folder.tensor_bytes(), sum as u64, "{name}");
+        }
+    }
+
+    #[test]
+    fn fp8_weights_and_their_scales_keep_dtype_and_shape() {
+        let folder = Folder::open(&golden("deepseek_v3_fp8")).unwrap();
+        let quantized = |name: &&str| folder.tensor(name).unwrap().dtype == DType::F8E4M3;
+        let weights: Vec<&str> = folder.names().filter(quantized).collect();
+        assert!(!weights.is_empty());
+        for name in weights {
+            let weight = folder.tensor(name).unwrap();
+            let scale = folder.tensor(&format!("{name}_scale_inv")).unwrap();
+            assert_eq!(scale.dtype, DType::F32);
+            let blocks: Vec<_> = weight.shape.iter().map(|n| n.div_ceil(128)).collect();
+            scale.expect_shape(&blocks).unwrap();
+        }
+    }
+
+    #[test]
+    fn the_index_is_followed_and_unindexed_tensors_are_set_apart() {
+        let index =
+            r#"{"metadata": {}, "weight_map": {"b": "y.safetensors", "a": "x.safetensors"}}"#;
+        let shards: [(&str, &[&str]); 2] = [
+            ("x.safetensors", &["a", "extra"]),
+            ("y.safetensors", &["b"]),
+        ];
+        let model = folder(Some(index), &shards);
+        let model = Folder::open(model.path()).unwrap();
+        assert_eq!(model.names().collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!(
+            model.shards(),
+            [("x.safetensors", vec!["a"]), ("y.safetensors", vec!["b"])]
+        );
+        assert_eq!(&*model.unindexed()[0].name, "extra");
+        assert_eq!(model.tensor_bytes(), 4);
+        let error = model.tensor("extra").unwrap_err().to_string();
+        assert!(error.ends_with("no tensor `extra`"), "{error}");
+    }
+
+    #[test]
+    fn an_index_that_disagrees_with_the_files_is_refused() {
+        let index = |file: &str| format!(r#"{{"weight_map": {{"a": "{file}"}}}}"#);
+        let shards: [(&str, &[&str]); 1] = [("x.safetensors", &["b"])];
+        let check = |text: &str, expected: &str| refuse(&folder(Some(text), &shards), expected);
+        check(
+            &index("gone.safetensors"),
+            "gone.safetensors`, and there is no such file",
+        );
+        check(
+            &index("x.safetensors"),
+            "x.safetensors`, which has no such tensor",
+        );
+        check(
+            &index("../x.safetensors"),
+            "expected a plain file name, found `../x.safetensors`",
+        );
+        check(
+            &index("/etc/passwd"),
+            "expected a plain file name, found `/etc/passwd`",
+        );
+        check(&index(".."), "expected a plain file name, found `..`");
+        check(&index("a\\\\b"), "expected a plain file name");
+        check(&index(""), "expected a plain file name");
+        check("[1]", "expected a JSON object, found `[1]`");
+        check("{}", "missing field `weight_map`");
+        check(
+            r#"{"weight_map": {"a": 1}}"#,
+            "key `a`: invalid type: integer `1`",
+        );
+        check(
+            r#"{"weight_map": {"a": "x", "a": "y"}}"#,
+            "key `a` appears twice",
+        );
+        check(r#"{"weight_map": "#, "EOF while parsing");
+        check("", "expected a JSON object, found ``");
+    }
+
+    #[test]
+    fn a_tensor_in_two_shards_is_refused() {
+        let index = r#"{"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}"#;
+        let shards: [(&str, &[&str]); 2] =
+            [("x.safetensors", &["a"]), ("y.safetensors", &["a", "b"])];
+        refuse(
+            &folder(Some(index), &shards),
+            "tensor `a`: expected in one file, found in",
+        );
+    }
+
+    #[test]
+    fn a_truncated_shard_is_refused_with_both_lengths() {
+        let model = folder(None, &[("model.safetensors", &["a"])]);
+        let path = model.path().join("model.safetensors");
+        let bytes = fs::read(&path).unwrap();
+        fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+        let expected = format!(
+            "expected {} bytes as its header says, found {}",
+            bytes.len(),
+            bytes.len() - 1
+        );
+        refuse(&model, &expected);
+    }
+
+    #[test]
+    fn without_an_index_one_weight_file_is_found_or_what_is_there_is_said() {
+        let one = folder(
+            None,
+            &[
+                ("weights.safetensors", &["a"]),
+                ("adapter_model.safetensors", &["b"]),
+            ],
+        );
+        assert!(Folder::open(one.path()).unwrap().contains("a"));
+        let both = folder(
+            None,
+            &[("model.safetensors", &["a"]), ("other.safetensors", &["b"])],
+        );
+        assert!(Folder::open(both.path()).unwrap().contains("a"));
+
+        let two = folder(
+            None,
+            &[("x.safetensors", &["a"]), ("y.safetensors", &["b"])],
+        );
+        refuse(
+            &two,
+            "several `.safetensors` files, found only `x.safetensors`, `y.safetensors`",
+        );
+        let none = folder(None, &[]);
+        refuse(&none, "file, found none");
+        fs::write(none.path().join("pytorch_model.bin"), b"").unwrap();
+        fs::write(none.path().join("m.gguf"), b"").unwrap();
+        refuse(&none, "file, found `m.gguf`, `pytorch_model.bin`");
+    }
+
+    #[test]
+    fn configurations_must_be_there_be_objects_and_be_short() {
+        let model = folder(None, &[("model.safetensors", &["a"])]);
+        let config = model.path().join("config.json");
+        for (text, expected) in [
+            ("3", "expected a JSON object, found `3`"),
+            ("{\"a\": }", "expected value at line 1 column 7"),
+            ("\u{feff}{}", "expected a JSON object"),
+        ] {
+            fs::write(&config, text).unwrap();
+            refuse(&model, expected);
+        }
+        fs::File::create(&config)
+            .unwrap()
+            .set_len(CONFIG_LIMIT + 1)
+            .unwrap();
+        refuse(&model, "expected at most 16777216 bytes, found 16777217");
+        fs::remove_file(&config).unwrap();
+        refuse(&model, "config.json`: No such file");
+        fs::create_dir(&config).unwrap();
+        refuse(&model, "expected a file, found a folder");
+        refuse(&TempDir::new().unwrap(), "cannot read `");
+    }
+}

@@ -1,0 +1,59 @@
+//! Model files in and out: Hugging Face folders, safetensors files and LoRA adapters.
+//!
+//! Reading maps a file and hands out its tensors as slices of the map, so opening a model
+//! copies nothing. Writing streams one tensor at a time into a temporary sibling and renames it
+//! when it is complete, so a failure leaves no half-written output. Every file is untrusted: a
+//! malformed one gives an [`Error`] that names the file, the tensor or key, what was expected
+//! and what was found.
+//!
+//! What the numbers mean is not known here: this crate has no tensors of its own to compute
+//! with, and a tensor's key and shape are handed over as the file has them.
+//!
+//! ```no_run
+//! use checkpoint::{Folder, FolderWriter, TensorSpec};
+//! use std::path::Path;
+//!
+//! let model = Folder::open(Path::new("DeepSeek-V2-Lite"))?;
+//! let mut copy = FolderWriter::create(Path::new("copy"))?;
+//! copy.write_json("config.json", model.config())?;
+//! for (file_name, names) in model.shards() {
+//!     let tensors = names.iter().map(|name| model.tensor(name)).collect::<Result<Vec<_>, _>>()?;
+//!     let specs: Vec<TensorSpec> = tensors.iter().map(|tensor| tensor.spec()).collect();
+//!     copy.add_shard(file_name, &specs, |i| Ok(tensors[i].bytes.clone()))?;
+//! }
+//! copy.write_index()?;
+//! copy.finish()?;
+//! # Ok::<(), checkpoint::Error>(())
+//! ```
+
+mod error;
+
+mod dtype;
+mod tensor;
+
+mod header;
+mod map;
+mod safetensors;
+
+mod cache;
+mod folder;
+mod json;
+
+mod file;
+mod folder_writer;
+
+mod adapter;
+mod adapter_config;
+mod ordered_map;
+
+pub use self::adapter::Adapter;
+pub use self::adapter_config::{AdapterConfig, TargetModules};
+pub use self::cache::resolve;
+pub use self::dtype::DType;
+pub use self::error::{Error, Result};
+pub use self::file::write_file;
+pub use self::folder::Folder;
+pub use self::folder_writer::FolderWriter;
+pub use self::ordered_map::OrderedMap;
+pub use self::safetensors::{Safetensors, write_safetensors};
+pub use self::tensor::{Tensor, TensorSpec};
