@@ -1,0 +1,349 @@
+//! A model's chat template: from messages to the text the model was trained to read.
+//!
+//! Deliberately not here: which of that text is trained (see `turn.rs`), and tokens.
+
+use crate::error::{Error, Result};
+use crate::file::read_text;
+use crate::python;
+use minijinja::{Environment, Value as TemplateValue};
+use serde::Deserialize;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+
+/// Templates are a few kilobytes and tokenizer configurations a few hundred at most.
+const MAX_CONFIG_BYTES: u64 = 16 << 20;
+const NAME: &str = "chat_template";
+
+/// Whether a rendering ends with the header of the answer to come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GenerationPrompt {
+    /// End with the header, so that the model answers.
+    Add,
+    /// End with the last message.
+    Omit,
+}
+
+/// The Jinja template of a model folder, with the special tokens it may name.
+#[derive(Clone)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    special_tokens: BTreeMap<&'static str, String>,
+}
+
+impl fmt::Debug for ChatTemplate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ChatTemplate")
+            .field("special_tokens", &self.special_tokens)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ChatTemplate {
+    /// Opens the template of a model folder: the file `chat_template.jinja`, or else
+    /// `chat_template` in `tokenizer_config.json` (one template, or the one named `default`).
+    /// `None` if the folder has neither.
+    ///
+    /// # Errors
+    /// If a file cannot be read or is malformed, or the template does not parse.
+    pub fn open(folder: &Path) -> Result<Option<Self>> {
+        Self::from_config(folder, &TokenizerConfig::open(folder)?)
+    }
+
+    pub(crate) fn from_config(folder: &Path, config: &TokenizerConfig) -> Result<Option<Self>> {
+        let file = folder.join("chat_template.jinja");
+        let (path, source) = match (read_text(&file, MAX_CONFIG_BYTES)?, &config.chat_template) {
+            (Some(source), _) => (file, source),
+            (None, Some(TemplateField::One(source))) => (folder.join(CONFIG), source.clone()),
+            (None, Some(TemplateField::Named(named))) => {
+                match named.iter().find(|template| template.name == "default") {
+                    Some(template) => (folder.join(CONFIG), template.template.clone()),
+                    None => return Ok(None),
+                }
+            }
+            (None, None) => return Ok(None),
+        };
+        Self::new(&source, config.special_tokens())
+            .map(Some)
+            .map_err(|problem| Error::malformed(&path, problem.to_string()))
+    }
+
+    fn new(source: &str, special_tokens: BTreeMap<&'static str, String>) -> Result<Self> {
+        let mut environment = python::environment();
+        environment
+            .add_template_owned(NAME, without_generation_tags(source))
+            .map_err(template_error)?;
+        Ok(Self {
+            environment,
+            special_tokens,
+        })
+    }
+
+    /// Renders messages (objects with `role`, `content` and whatever else the template reads)
+    /// and, if given, the descriptions of tools.
+    ///
+    /// # Errors
+    /// If the template refuses the messages or takes too long.
+    pub fn render(
+        &self,
+        messages: &[Value],
+        tools: Option<&Value>,
+        generation_prompt: GenerationPrompt,
+    ) -> Result<String> {
+        let template = self
+            .environment
+            .get_template(NAME)
+            .map_err(template_error)?;
+        let mut context: BTreeMap<&str, TemplateValue> = self
+            .special_tokens
+            .iter()
+            .map(|(name, text)| (*name, TemplateValue::from(text.as_str())))
+            .collect();
+        context.insert("messages", TemplateValue::from_serialize(messages));
+        // Hugging Face passes `None` where there are none, and templates ask `is not none`.
+        context.insert("tools", TemplateValue::from_serialize(tools));
+        context.insert("documents", TemplateValue::from(()));
+        context.insert(
+            "add_generation_prompt",
+            (generation_prompt == GenerationPrompt::Add).into(),
+        );
+        template.render(context).map_err(template_error)
+    }
+}
+
+fn template_error(problem: minijinja::Error) -> Error {
+    Error::Template(problem.to_string())
+}
+
+/// Turns `{% generation %}` … `{% endgeneration %}`, Hugging Face's mark around what the assistant
+/// says, into blocks every Jinja knows.
+fn without_generation_tags(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(start) = rest.find("{%") {
+        let (text, tag) = rest.split_at(start);
+        let end = tag.find("%}").unwrap_or(tag.len());
+        let (tag, after) = tag.split_at(end);
+        out.push_str(text);
+        match tag[2..].trim_matches(['-', '+', ' ', '\t', '\n', '\r']) {
+            "generation" => out.push_str(&tag.replace("generation", "if true")),
+            "endgeneration" => out.push_str(&tag.replace("endgeneration", "endif")),
+            _ => out.push_str(tag),
+        }
+        rest = after;
+    }
+    out + rest
+}
+
+pub(crate) const CONFIG: &str = "tokenizer_config.json";
+
+/// The keys of `tokenizer_config.json` that matter here. Others are Python's.
+#[derive(Debug, Default, Deserialize)]
+pub(crate) struct TokenizerConfig {
+    pub(crate) add_bos_token: Option<bool>,
+    bos_token: Option<TokenField>,
+    eos_token: Option<TokenField>,
+    pad_token: Option<TokenField>,
+    unk_token: Option<TokenField>,
+    chat_template: Option<TemplateField>,
+}
+
+/// A special token, written as its text or as an `AddedToken` object.
+#[derive(Debug, Deserialize)]
+#[serde(
+    untagged,
+    expecting = "a special token must be a string or an object with `content`"
+)]
+enum TokenField {
+    Text(String),
+    Added { content: String },
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(
+    untagged,
+    expecting = "`chat_template` must be a string or a list of {name, template}"
+)]
+enum TemplateField {
+    One(String),
+    Named(Vec<NamedTemplate>),
+}
+
+#[derive(Debug, Deserialize)]
+struct NamedTemplate {
+    name: String,
+    template: String,
+}
+
+impl TokenizerConfig {
+    /// Opens the file in a model folder; the default if there is none.
+    pub(crate) fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join(CONFIG);
+        let Some(text) = read_text(&path, MAX_CONFIG_BYTES)? else {
+            return Ok(Self::default());
+        };
+        serde_json::from_str(&text).map_err(|problem| Error::malformed(&path, problem.to_string()))
+    }
+
+    pub(crate) fn bos_token(&self) -> Option<&str> {
+        self.bos_token.as_ref().map(TokenField::text)
+    }
+
+    pub(crate) fn eos_token(&self) -> Option<&str> {
+        self.eos_token.as_ref().map(TokenField::text)
+    }
+
+    /// The special tokens a template may name, under the names it uses.
+    fn special_tokens(&self) -> BTreeMap<&'static str, String> {
+        let all = [
+            ("bos_token", &self.bos_token),
+            ("eos_token", &self.eos_token),
+            ("pad_token", &self.pad_token),
+            ("unk_token", &self.unk_token),
+        ];
+        all.into_iter()
+            .filter_map(|(name, token)| Some((name, token.as_ref()?.text().to_owned())))
+            .collect()
+    }
+}
+
+impl TokenField {
+    fn text(&self) -> &str {
+        match self {
+            Self::Text(content) | Self::Added { content } => content,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::file::require_text;
+    use serde_json::json;
+
+    fn goldens() -> std::path::PathBuf {
+        Path::new(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../../tests/goldens/tokenizer_v3"
+        ))
+        .to_path_buf()
+    }
+
+    #[test]
+    fn deepseek_v3_renders_as_hugging_face_does() {
+        let template = ChatTemplate::open(&goldens()).unwrap().unwrap();
+        let text = require_text(&goldens().join("golden.json"), 1 << 20).unwrap();
+        let golden: Value = serde_json::from_str(&text).unwrap();
+        let chats = golden["chat"].as_array().unwrap();
+        assert_eq!(chats.len(), 3);
+        for chat in chats {
+            let messages = chat["messages"].as_array().unwrap();
+            let generation_prompt = match chat["add_generation_prompt"].as_bool().unwrap() {
+                true => GenerationPrompt::Add,
+                false => GenerationPrompt::Omit,
+            };
+            let rendered = template.render(messages, None, generation_prompt).unwrap();
+            assert_eq!(rendered, chat["rendered"].as_str().unwrap());
+        }
+    }
+
+    #[test]
+    fn deepseek_v3_renders_tool_calls() {
+        let template = ChatTemplate::open(&goldens()).unwrap().unwrap();
+        let call = json!({"type": "function", "function": {"name": "f", "arguments": "{}"}});
+        let messages = [
+            json!({"role": "user", "content": "go"}),
+            json!({"role": "assistant", "content": null, "tool_calls": [call]}),
+            json!({"role": "tool", "content": "42"}),
+        ];
+        let rendered = template
+            .render(&messages, None, GenerationPrompt::Add)
+            .unwrap();
+        assert_eq!(
+            rendered,
+            "<｜begin▁of▁sentence｜><｜User｜>go<｜Assistant｜><｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function\
+             <｜tool▁sep｜>f\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>\
+             <｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>42<｜tool▁output▁end｜><｜tool▁outputs▁end｜>"
+        );
+    }
+
+    fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            std::fs::write(folder.path().join(name), text).unwrap();
+        }
+        folder
+    }
+
+    #[test]
+    fn the_template_is_found_wherever_it_is_kept() {
+        let check = |files: &[(&str, &str)], expected: Option<&str>| {
+            let folder = folder(files);
+            let template = ChatTemplate::open(folder.path()).unwrap();
+            let rendered = template.map(|t| t.render(&[], None, GenerationPrompt::Omit).unwrap());
+            assert_eq!(rendered.as_deref(), expected, "{files:?}");
+        };
+        check(&[], None);
+        check(&[(CONFIG, r#"{"chat_template": null}"#)], None);
+        check(
+            &[(
+                CONFIG,
+                r#"{"chat_template": "{{bos_token}}x", "bos_token": "<s>"}"#,
+            )],
+            Some("<s>x"),
+        );
+        let named = r#"{"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}"#;
+        check(&[(CONFIG, named)], Some("d"));
+        check(
+            &[(CONFIG, named), ("chat_template.jinja", "file")],
+            Some("file"),
+        );
+        check(
+            &[("chat_template.jinja", "{{ tools is none }}")],
+            Some("True"),
+        );
+        let marked = "{%- generation -%} a {%- endgeneration %} {% if true %}b{% endif %}";
+        check(&[("chat_template.jinja", marked)], Some("a b"));
+    }
+
+    #[test]
+    fn broken_templates_and_configs_name_their_file() {
+        let check = |files: &[(&str, &str)], expected: &str| {
+            let folder = folder(files);
+            let problem = ChatTemplate::open(folder.path()).unwrap_err().to_string();
+            assert!(problem.contains(expected), "{problem}");
+        };
+        check(
+            &[("chat_template.jinja", "{% if %}")],
+            "chat_template.jinja: chat template: syntax error",
+        );
+        check(
+            &[("chat_template.jinja", "{% generation")],
+            "chat_template.jinja: chat template: syntax error",
+        );
+        check(
+            &[(CONFIG, r#"{"bos_token": 7}"#)],
+            "tokenizer_config.json: a special token must be a string",
+        );
+        check(
+            &[(CONFIG, r#"{"chat_template": 7}"#)],
+            "tokenizer_config.json: `chat_template` must be",
+        );
+        check(&[(CONFIG, "[")], "tokenizer_config.json: ");
+    }
+
+    #[test]
+    fn what_a_template_raises_reaches_the_user() {
+        let template = ChatTemplate::new(
+            "{{ raise_exception('roles must alternate') }}",
+            BTreeMap::new(),
+        )
+        .unwrap();
+        let problem = template
+            .render(&[], None, GenerationPrompt::Omit)
+            .unwrap_err()
+            .to_string();
+        assert!(problem.contains("roles must alternate"), "{problem}");
+    }
+}

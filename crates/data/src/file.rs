@@ -1,0 +1,159 @@
+//! Bounded reading: whole files, lines, and the JSON in them.
+//!
+//! Nothing here believes a file: sizes are bounded before memory is taken, and text is checked
+//! to be UTF-8.
+
+use crate::error::{Error, Result};
+use serde_json::Value;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+
+/// The longest line of a JSON-lines file. A row is one document; the longest known are books.
+const MAX_LINE_BYTES: u64 = 16 << 20;
+
+/// Reads a text file of at most `limit_bytes`; `None` if there is no such file.
+pub(crate) fn read_text(path: &Path, limit_bytes: u64) -> Result<Option<String>> {
+    let read = |problem| Error::Read {
+        path: path.to_path_buf(),
+        problem,
+    };
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(problem) if problem.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(problem) => return Err(read(problem)),
+    };
+    let mut bytes = Vec::new();
+    file.take(limit_bytes + 1)
+        .read_to_end(&mut bytes)
+        .map_err(read)?;
+    if bytes.len() as u64 > limit_bytes {
+        return Err(Error::TooLarge {
+            path: path.to_path_buf(),
+            limit_bytes,
+        });
+    }
+    let text = String::from_utf8(bytes)
+        .map_err(|_| Error::malformed(path, "expected UTF-8 text, found other bytes"))?;
+    Ok(Some(text))
+}
+
+/// [`read_text`] for a file that must be there.
+pub(crate) fn require_text(path: &Path, limit_bytes: u64) -> Result<String> {
+    read_text(path, limit_bytes)?.ok_or_else(|| Error::Read {
+        path: path.to_path_buf(),
+        problem: std::io::ErrorKind::NotFound.into(),
+    })
+}
+
+/// The lines of a JSON-lines file with their numbers, counted from 1. Blank lines are skipped,
+/// and so is a byte-order mark.
+pub(crate) fn read_lines(path: &Path) -> Result<Vec<(usize, String)>> {
+    let read = |problem| Error::Read {
+        path: path.to_path_buf(),
+        problem,
+    };
+    let mut reader = BufReader::new(File::open(path).map_err(read)?);
+    let mut lines = Vec::new();
+    for number in 1.. {
+        let mut bytes = Vec::new();
+        let mut bounded = (&mut reader).take(MAX_LINE_BYTES + 1);
+        if bounded.read_until(b'\n', &mut bytes).map_err(read)? == 0 {
+            break;
+        }
+        if bytes.len() as u64 > MAX_LINE_BYTES {
+            let expected = format!("a line of at most {MAX_LINE_BYTES} bytes");
+            return Err(Error::schema(expected, "a longer one").at(path, number));
+        }
+        let line = String::from_utf8(bytes)
+            .map_err(|_| Error::schema("UTF-8 text", "other bytes").at(path, number))?;
+        let line = if number == 1 {
+            line.trim_start_matches('\u{feff}')
+        } else {
+            &line
+        };
+        if !line.trim().is_empty() {
+            lines.push((number, line.trim().to_owned()));
+        }
+    }
+    Ok(lines)
+}
+
+/// Parses one line. serde_json's own "line 1" is dropped: the caller knows the real number.
+pub(crate) fn parse_line(line: &str) -> Result<Value> {
+    serde_json::from_str(line).map_err(|problem| {
+        let place = format!(" at line {} column {}", problem.line(), problem.column());
+        let text = problem.to_string();
+        let text = text.strip_suffix(&place).unwrap_or(&text);
+        Error::schema(
+            "a JSON object",
+            format!("malformed JSON at column {}: {text}", problem.column()),
+        )
+    })
+}
+
+/// What a value is, for the "found" half of a message.
+pub(crate) fn describe(value: &Value) -> String {
+    match value {
+        Value::Null => "null".to_owned(),
+        Value::Bool(_) => "a boolean".to_owned(),
+        Value::Number(number) => number.to_string(),
+        Value::String(_) => "a string".to_owned(),
+        Value::Array(_) => "a list".to_owned(),
+        Value::Object(_) => "an object".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(bytes: &[u8]) -> Result<Vec<(usize, String)>, String> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), bytes).unwrap();
+        let name = file.path().display().to_string();
+        read_lines(file.path()).map_err(|error| error.to_string().replace(&name, "FILE"))
+    }
+
+    #[test]
+    fn line_numbers_survive_blank_lines_and_windows_endings() {
+        let found = lines(b"\xEF\xBB\xBFa\r\n\r\n  \n b\nc").unwrap();
+        let expected = [(1, "a"), (4, "b"), (5, "c")].map(|(n, text)| (n, text.to_owned()));
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn broken_bytes_name_their_line() {
+        let found = lines(b"{}\n\xFF\xFE\n").unwrap_err();
+        assert_eq!(found, "FILE:2: expected UTF-8 text, found other bytes");
+    }
+
+    #[test]
+    fn an_endless_line_is_refused_before_it_is_held() {
+        let found = lines(&vec![b'x'; MAX_LINE_BYTES as usize + 1]).unwrap_err();
+        assert_eq!(
+            found,
+            "FILE:1: expected a line of at most 16777216 bytes, found a longer one"
+        );
+    }
+
+    #[test]
+    fn json_errors_name_the_column() {
+        let found = parse_line("{\"text\": }").unwrap_err().to_string();
+        assert_eq!(
+            found,
+            "expected a JSON object, found malformed JSON at column 10: expected value"
+        );
+    }
+
+    #[test]
+    fn a_file_over_its_limit_is_refused() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "12345").unwrap();
+        assert_eq!(require_text(file.path(), 5).unwrap(), "12345");
+        assert!(matches!(
+            require_text(file.path(), 4),
+            Err(Error::TooLarge { limit_bytes: 4, .. })
+        ));
+    }
+}

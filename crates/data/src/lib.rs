@@ -1,0 +1,48 @@
+//! From rows of text to masked token batches.
+//!
+//! Reads a model's tokenizer and chat template and a user's JSON-lines files, marks which tokens
+//! are trained, and hands out batches in an order that depends on a seed and a position alone.
+//! Knows nothing of tensors and devices. Every file is untrusted.
+//!
+//! # Example
+//! ```no_run
+//! use moeforge_data::{Order, Shuffle, Split, Tokenizer, collate};
+//! use std::path::Path;
+//!
+//! let tokenizer = Tokenizer::open(Path::new("models/deepseek"))?;
+//! let split = Split::open(Path::new("data/train.jsonl"), Some(&tokenizer), 2048, tokenizer.vocab_size())?;
+//! let mut order = Order::new(split.samples.len(), 42, Shuffle::Seeded);
+//! let samples: Vec<_> = order.batch(0, 4).into_iter().map(|index| &split.samples[index]).collect();
+//! let batch = collate(&samples, tokenizer.eos_id().unwrap_or(0));
+//! println!("{} targets in {} rows", batch.trained_tokens, batch.rows);
+//! # Ok::<(), moeforge_data::Error>(())
+//! ```
+
+mod chat_template;
+mod decode_stream;
+mod python;
+mod tokenizer;
+mod turn;
+
+mod choice;
+mod file;
+mod ids;
+mod row;
+mod sample;
+mod split;
+
+mod batch;
+mod order;
+
+mod error;
+
+pub use batch::{Batch, IGNORE, collate};
+pub use chat_template::{ChatTemplate, GenerationPrompt};
+pub use choice::{Choice, ChoiceRow, choices};
+pub use decode_stream::DecodeStream;
+pub use error::{Error, Result};
+pub use ids::read_ids;
+pub use order::{Order, Shuffle};
+pub use sample::Sample;
+pub use split::{Counts, Split};
+pub use tokenizer::{Bos, Special, Tokenizer};
