@@ -29,6 +29,8 @@ pub(crate) struct Shape {
     pub(crate) dim: usize,
     /// Width of a value.
     pub(crate) v_dim: usize,
+    /// Distance between two values of a head that follow one another.
+    pub(crate) v_stride: usize,
 }
 
 impl Shape {
@@ -58,7 +60,13 @@ impl Shape {
     }
 
     fn v<'a>(&self, v: &'a [f32], row: usize, kv_head: usize) -> Mat<'a> {
-        self.head(v, row, kv_head, [self.kv_seq, self.kv_heads, self.v_dim])
+        let rows = &v[row * self.kv_seq * self.v_stride..(row + 1) * self.kv_seq * self.v_stride];
+        Mat::new(
+            &rows[(kv_head * self.v_dim).min(rows.len())..],
+            self.kv_seq,
+            self.v_dim,
+            self.v_stride,
+        )
     }
 
     fn o<'a>(&self, o: &'a [f32], row: usize, head: usize) -> Mat<'a> {
@@ -180,6 +188,7 @@ pub(crate) fn backward(dout: &[f32], saved: Saved<'_>, scale: f32, shape: Shape)
         kv_heads,
         dim,
         v_dim,
+        ..
     } = shape;
     let mut dq = vec![0.0; saved.q.len()];
     let mut dk = vec![0.0; saved.k.len()];

@@ -11,7 +11,7 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend};
 
-use crate::flex::LossSaved;
+use crate::adamw::AdamWStep;
 use crate::ops::{FactorsPrimitive, HeadRows, Kernels, RoutingPrimitive, StacksPrimitive};
 use crate::{Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Pairs};
 
@@ -22,6 +22,14 @@ pub(crate) struct ExpertsSaved<B: Kernels> {
     pub(crate) routing: RoutingPrimitive<B>,
     pub(crate) gate: FloatTensor<B>,
     pub(crate) up: FloatTensor<B>,
+}
+
+/// What the loss of a batch was made from, for its gradient.
+#[derive(Clone, Debug)]
+pub(crate) struct LossSaved<F, I> {
+    pub(crate) h: F,
+    pub(crate) targets: I,
+    pub(crate) lse: F,
 }
 
 /// The gradients of [`Kernels`], on a backend without autodiff. Argument order: output gradient, saved, settings.
@@ -232,6 +240,20 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         (out, Self::from_inner(lse))
     }
 
+    fn latent_attention(
+        q: FloatTensor<Self>,
+        latents: FloatTensor<Self>,
+        v_dim: usize,
+        scale: f32,
+    ) -> FloatTensor<Self> {
+        Self::from_inner(B::latent_attention(
+            q.into_primitive(),
+            latents.into_primitive(),
+            v_dim,
+            scale,
+        ))
+    }
+
     fn choose_experts(scores: FloatTensor<Self>, choice: Choice) -> IntTensor<Self> {
         B::choose_experts(scores.into_primitive(), choice)
     }
@@ -382,6 +404,31 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
             OpsKind::UnTracked(op) => op.finish(loss),
         };
         (loss, Self::from_inner(lse))
+    }
+
+    fn adamw_step(
+        p: FloatTensor<Self>,
+        g: FloatTensor<Self>,
+        m: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        step: AdamWStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let (p, m, v) = B::adamw_step(
+            p.into_primitive(),
+            g.into_primitive(),
+            m.into_primitive(),
+            v.into_primitive(),
+            step,
+        );
+        (
+            Self::from_inner(p),
+            Self::from_inner(m),
+            Self::from_inner(v),
+        )
+    }
+
+    fn sum_of_squares_f32(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::from_inner(B::sum_of_squares_f32(x.into_primitive()))
     }
 }
 

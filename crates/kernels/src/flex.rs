@@ -1,5 +1,8 @@
 //! The operations on the CPU backend: burn's tensors in, slices to the kernels, tensors out.
 
+mod gradients;
+
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn::backend::Flex;
@@ -8,8 +11,9 @@ use burn_flex::{FlexTensor, Layout};
 use half::bf16;
 use rayon::prelude::*;
 
-use crate::cross_entropy::{self, Head, Row};
-use crate::experts::{self, Experts, Factors, InputGrads, Slots, Source};
+use crate::adamw::{self, AdamWStep};
+use crate::cross_entropy::{self, Head};
+use crate::experts::{self, Experts, Factors, Slots, Source};
 use crate::gemm::{self, Compute, Weights};
 use crate::matrix::round_to_bf16;
 use crate::ops::{
@@ -21,17 +25,24 @@ use crate::{
     swiglu,
 };
 
-/// A contiguous tensor's f32 values.
-pub(crate) struct Floats(FlexTensor);
+/// A tensor's f32 values in row-major order: in place where they lie so, copied otherwise.
+pub(crate) struct Floats {
+    tensor: FlexTensor,
+    range: Range<usize>,
+}
 
 impl Floats {
     pub(crate) fn new(tensor: &FlexTensor) -> Self {
         match tensor.dtype() {
-            DType::F32 => Self(tensor.to_contiguous()),
+            DType::F32 => Self::in_place(if tensor.is_contiguous() {
+                tensor.clone()
+            } else {
+                tensor.to_contiguous()
+            }),
             DType::BF16 => {
                 let tensor = tensor.to_contiguous();
                 let shape = tensor.layout().shape().clone();
-                Self(floats(
+                Self::in_place(floats(
                     tensor
                         .storage::<bf16>()
                         .iter()
@@ -44,43 +55,38 @@ impl Floats {
         }
     }
 
-    /// The values as a product in `compute` sees them.
-    pub(crate) fn rounded(tensor: &FlexTensor, compute: Compute) -> Self {
-        let values = Self::new(tensor);
-        match compute {
-            Compute::F32 => values,
-            Compute::Bf16 if tensor.dtype() == DType::BF16 => values,
-            Compute::Bf16 => {
-                let mut rounded = values.to_vec();
-                round_to_bf16(&mut rounded);
-                Self(floats(rounded, values.0.layout().shape().clone()))
-            }
+    /// A contiguous tensor may be a part of a larger buffer.
+    fn in_place(tensor: FlexTensor) -> Self {
+        let start = tensor.layout().start_offset();
+        Self {
+            range: start..start + tensor.layout().num_elements(),
+            tensor,
         }
     }
 
+    /// The values as a product in `compute` sees them.
+    pub(crate) fn rounded(tensor: &FlexTensor, compute: Compute) -> Self {
+        let values = Self::new(tensor);
+        if compute == Compute::F32 || tensor.dtype() == DType::BF16 {
+            return values;
+        }
+        let mut rounded = values.to_vec();
+        round_to_bf16(&mut rounded);
+        Self::in_place(floats(rounded, values.shape()))
+    }
+
+    fn shape(&self) -> Shape {
+        self.tensor.layout().shape().clone()
+    }
+
     fn dims<const D: usize>(&self) -> [usize; D] {
-        self.0.layout().shape().dims()
+        self.tensor.layout().shape().dims()
     }
 
     /// As a matrix of rows of the last axis.
     fn mat(&self) -> Mat<'_> {
-        let cols = self
-            .0
-            .layout()
-            .shape()
-            .as_slice()
-            .last()
-            .copied()
-            .unwrap_or(1);
-        Mat::dense(
-            self,
-            if cols == 0 {
-                self.dims::<2>()[0]
-            } else {
-                self.len() / cols
-            },
-            cols,
-        )
+        let [rows, cols] = self.dims();
+        Mat::dense(self, rows, cols)
     }
 }
 
@@ -88,8 +94,14 @@ impl std::ops::Deref for Floats {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        self.0.storage::<f32>()
+        &self.tensor.storage::<f32>()[self.range.clone()]
     }
+}
+
+/// A tensor whose storage is its values and nothing else, so that it can be written.
+fn owned(x: FlexTensor) -> FlexTensor {
+    let whole = x.is_contiguous() && x.bytes().len() == x.layout().num_elements() * 4;
+    if whole { x } else { x.to_contiguous() }
 }
 
 pub(crate) fn floats(values: Vec<f32>, shape: impl Into<Shape>) -> FlexTensor {
@@ -130,9 +142,7 @@ impl Kernels for Flex {
 
     fn linear_add(mut y: FlexTensor, u: FlexTensor, b: FlexTensor) -> FlexTensor {
         let (u, b) = (Floats::new(&u), Floats::new(&b));
-        if !y.is_contiguous() || y.layout().start_offset() != 0 {
-            y = y.to_contiguous();
-        }
+        y = owned(y);
         let [rows, cols] = y.layout().shape().dims();
         gemm::nt(
             u.mat(),
@@ -230,6 +240,30 @@ impl Kernels for Flex {
         (out, floats(lse, [shape.batch, shape.heads, shape.seq]))
     }
 
+    fn latent_attention(
+        q: FlexTensor,
+        latents: FlexTensor,
+        v_dim: usize,
+        scale: f32,
+    ) -> FlexTensor {
+        let (q, latents) = (Floats::new(&q), Floats::new(&latents));
+        let ([batch, seq, heads, dim], [_, kv_seq, ..]) = (q.dims::<4>(), latents.dims::<4>());
+        let shape = attention::Shape {
+            batch,
+            seq,
+            kv_seq,
+            heads,
+            kv_heads: 1,
+            dim,
+            v_dim,
+            v_stride: dim,
+        };
+        floats(
+            attention::forward(&q, &latents, &latents, scale, shape).0,
+            [batch, seq, heads, v_dim],
+        )
+    }
+
     fn choose_experts(scores: FlexTensor, choice: Choice) -> FlexTensor {
         let scores = Floats::new(&scores);
         let [tokens, experts] = scores.dims();
@@ -296,6 +330,28 @@ impl Kernels for Flex {
         let w = Floats::new(&w);
         loss_forward(&h, None, trained(&w, compute), &targets, compute)
     }
+
+    fn adamw_step(
+        p: FlexTensor,
+        g: FlexTensor,
+        m: FlexTensor,
+        v: FlexTensor,
+        step: AdamWStep,
+    ) -> (FlexTensor, FlexTensor, FlexTensor) {
+        let (mut p, mut m, mut v) = (owned(p), owned(m), owned(v));
+        adamw::update(
+            p.storage_mut(),
+            &Floats::new(&g),
+            m.storage_mut(),
+            v.storage_mut(),
+            step,
+        );
+        (p, m, v)
+    }
+
+    fn sum_of_squares_f32(x: FlexTensor) -> FlexTensor {
+        floats(vec![adamw::sum_of_squares(&Floats::new(&x)) as f32], [1])
+    }
 }
 
 /// Elements per task of a cheap elementwise operation.
@@ -353,6 +409,7 @@ fn attention_shape(q: &Floats, k: &Floats, v: &Floats) -> attention::Shape {
         kv_heads,
         dim,
         v_dim,
+        v_stride: kv_heads * v_dim,
     }
 }
 
@@ -540,244 +597,4 @@ fn loss_forward(
         floats(all, [n])
     });
     (loss, lse)
-}
-
-/// What the loss of a batch was made from, for its gradient.
-#[derive(Clone, Debug)]
-pub(crate) struct LossSaved<F, I> {
-    pub(crate) h: F,
-    pub(crate) targets: I,
-    pub(crate) lse: F,
-}
-
-impl crate::autodiff::Gradients for Flex {
-    fn linear_frozen_dx(dy: FlexTensor, w: &Matrix, compute: Compute) -> FlexTensor {
-        nn(&Floats::rounded(&dy, compute), Weights::frozen(w, compute))
-    }
-
-    fn linear_trained_dx(dy: FlexTensor, w: FlexTensor, compute: Compute) -> FlexTensor {
-        let w = Floats::new(&w);
-        nn(&Floats::rounded(&dy, compute), trained(&w, compute))
-    }
-
-    fn linear_dw(dy: FlexTensor, x: FlexTensor, compute: Compute) -> FlexTensor {
-        let (dy, x) = (Floats::rounded(&dy, compute), Floats::rounded(&x, compute));
-        let ([_, out], [_, width]) = (dy.dims::<2>(), x.dims::<2>());
-        let mut dw = vec![0.0; out * width];
-        gemm::tn(dy.mat(), x.mat(), MatMut::dense(&mut dw, out, width));
-        floats(dw, [out, width])
-    }
-
-    fn round(x: FlexTensor, compute: Compute) -> FlexTensor {
-        match compute {
-            Compute::F32 => x,
-            Compute::Bf16 => {
-                let x = Floats::new(&x);
-                let halves: Vec<bf16> = x.iter().map(|v| bf16::from_f32(*v)).collect();
-                FlexTensor::new(
-                    Bytes::from_elems(halves),
-                    Layout::contiguous(x.0.layout().shape().clone()),
-                    DType::BF16,
-                )
-            }
-        }
-    }
-
-    fn embed_dw(ids: FlexTensor, dy: FlexTensor, vocab: usize) -> FlexTensor {
-        let (ids, dy) = (int_values(&ids), Floats::new(&dy));
-        let [_, width] = dy.dims();
-        let mut dw = vec![0.0; vocab * width];
-        for (id, dy) in ids.iter().zip(dy.chunks(width)) {
-            dw[*id as usize * width..][..width]
-                .iter_mut()
-                .zip(dy)
-                .for_each(|(dw, dy)| *dw += dy);
-        }
-        floats(dw, [vocab, width])
-    }
-
-    fn rms_norm_grads(
-        dy: FlexTensor,
-        x: FlexTensor,
-        weight: FlexTensor,
-        eps: f32,
-    ) -> [FlexTensor; 2] {
-        let (dy, x, weight) = (Floats::new(&dy), Floats::new(&x), Floats::new(&weight));
-        let (dx, dw) = rms_norm::backward(&dy, &x, &weight, eps);
-        [floats(dx, x.dims::<2>()), floats(dw, [weight.len()])]
-    }
-
-    fn rope_dx(dy: FlexTensor, angles: [FlexTensor; 2], pairs: Pairs) -> FlexTensor {
-        turn(&dy, angles.each_ref(), pairs, rope::Turn::Back)
-    }
-
-    fn swiglu_grads(dy: FlexTensor, gate: FlexTensor, up: FlexTensor) -> [FlexTensor; 2] {
-        let (dy, gate, up) = (Floats::new(&dy), Floats::new(&gate), Floats::new(&up));
-        let (mut dgate, mut dup) = (dy.to_vec(), vec![0.0; dy.len()]);
-        let saved = gate.par_chunks(ELEMENTS).zip(up.par_chunks(ELEMENTS));
-        dgate
-            .par_chunks_mut(ELEMENTS)
-            .zip(dup.par_chunks_mut(ELEMENTS))
-            .zip(saved)
-            .for_each(|((dgate, dup), (gate, up))| swiglu::backward(dgate, dup, gate, up));
-        [
-            floats(dgate, gate.dims::<2>()),
-            floats(dup, gate.dims::<2>()),
-        ]
-    }
-
-    fn attention_grads(dout: FlexTensor, saved: [FlexTensor; 5], scale: f32) -> [FlexTensor; 3] {
-        let dout = Floats::new(&dout);
-        let [q, k, v, out, lse] = saved.each_ref().map(Floats::new);
-        let shape = attention_shape(&q, &k, &v);
-        let [dq, dk, dv] = attention::backward(
-            &dout,
-            attention::Saved {
-                q: &q,
-                k: &k,
-                v: &v,
-                out: &out,
-                lse: &lse,
-            },
-            scale,
-            shape,
-        );
-        [
-            floats(dq, q.dims::<4>()),
-            floats(dk, k.dims::<4>()),
-            floats(dv, v.dims::<4>()),
-        ]
-    }
-
-    fn experts_frozen_grads(
-        dy: FlexTensor,
-        saved: crate::autodiff::ExpertsSaved<Self>,
-        factors: &FactorsPrimitive<Self>,
-        (bank, lora, compute): (&ExpertBank, ExpertLora, Compute),
-        wanted: bool,
-    ) -> ([FlexTensor; 2], Option<[FlexTensor; 6]>) {
-        let (values, dy) = (FactorValues::new(factors), Floats::new(&dy));
-        let experts = frozen_experts(bank, &values, lora, compute);
-        let kept = SavedValues::new(&saved);
-        let grads = experts::backward_inputs(experts, kept.routing.slots(), kept.saved(), &dy);
-        let factors = wanted.then(|| {
-            let grads =
-                experts::backward_factors(experts, kept.routing.slots(), kept.saved(), &dy, &grads);
-            let [[ga, gb], [ua, ub], [da, db]] = grads;
-            let mut shapes = values.0.iter().flatten().map(|factor| factor.dims::<3>());
-            [ga, gb, ua, ub, da, db].map(|grad| floats(grad, shapes.next().unwrap_or_default()))
-        });
-        (kept.input_grads(grads), factors)
-    }
-
-    fn experts_trained_grads(
-        dy: FlexTensor,
-        saved: crate::autodiff::ExpertsSaved<Self>,
-        stacks: &StacksPrimitive<Self>,
-        compute: Compute,
-    ) -> ([FlexTensor; 2], [FlexTensor; 3]) {
-        let (values, dy) = (StackValues::new(stacks), Floats::new(&dy));
-        let experts = values.experts(compute);
-        let kept = SavedValues::new(&saved);
-        let grads = experts::backward_inputs(experts, kept.routing.slots(), kept.saved(), &dy);
-        let stacks =
-            experts::backward_weights(experts, kept.routing.slots(), kept.saved(), &dy, &grads);
-        let mut shapes = values.0.iter().map(|stack| stack.dims::<3>());
-        (
-            kept.input_grads(grads),
-            stacks.map(|grad| floats(grad, shapes.next().unwrap_or_default())),
-        )
-    }
-
-    fn cross_entropy_frozen_grads(
-        dloss: FlexTensor,
-        saved: LossSaved<FlexTensor, FlexTensor>,
-        [u, b]: [FlexTensor; 2],
-        (w, compute): (&Matrix, Compute),
-        want_b: bool,
-    ) -> [FlexTensor; 3] {
-        let tokens = TrainedTokens::new(&saved.h, Some(&u), &saved.targets, compute);
-        let b = Floats::new(&b);
-        let (head, rows) = (
-            tokens.head(Weights::frozen(w, compute), Some(&b)),
-            loss_rows(&tokens, &dloss, &saved.lse),
-        );
-        let n = saved.h.layout().shape().as_slice()[0];
-        let (dh, du) = cross_entropy::backward_inputs(head, &rows);
-        let [_, db] = cross_entropy::backward_weights(head, &rows, [false, want_b]);
-        [
-            tokens.scatter(&dh, tokens.hidden, n),
-            tokens.scatter(&du, tokens.rank, n),
-            floats(db, if want_b { b.dims::<2>() } else { [0, 0] }),
-        ]
-    }
-
-    fn cross_entropy_trained_grads(
-        dloss: FlexTensor,
-        saved: LossSaved<FlexTensor, FlexTensor>,
-        w: FlexTensor,
-        compute: Compute,
-        want_w: bool,
-    ) -> [FlexTensor; 2] {
-        let tokens = TrainedTokens::new(&saved.h, None, &saved.targets, compute);
-        let w = Floats::new(&w);
-        let (head, rows) = (
-            tokens.head(trained(&w, compute), None),
-            loss_rows(&tokens, &dloss, &saved.lse),
-        );
-        let (dh, _) = cross_entropy::backward_inputs(head, &rows);
-        let [dw, _] = cross_entropy::backward_weights(head, &rows, [want_w, false]);
-        let n = saved.h.layout().shape().as_slice()[0];
-        [
-            tokens.scatter(&dh, tokens.hidden, n),
-            floats(dw, if want_w { w.dims::<2>() } else { [0, 0] }),
-        ]
-    }
-}
-
-fn loss_rows(tokens: &TrainedTokens, dloss: &FlexTensor, lse: &FlexTensor) -> Vec<Row> {
-    let (dloss, lse) = (Floats::new(dloss), Floats::new(lse));
-    let rows = tokens.at.iter().zip(&tokens.targets);
-    rows.map(|(at, target)| Row {
-        target: *target,
-        lse: lse[*at],
-        dloss: dloss[*at],
-    })
-    .collect()
-}
-
-/// The values of [`crate::autodiff::ExpertsSaved`].
-struct SavedValues {
-    x: Floats,
-    routing: RoutingValues,
-    gate: Floats,
-    up: Floats,
-}
-
-impl SavedValues {
-    fn new(saved: &crate::autodiff::ExpertsSaved<Flex>) -> Self {
-        let [x, gate, up] = [&saved.x, &saved.gate, &saved.up].map(Floats::new);
-        Self {
-            x,
-            routing: RoutingValues::new(&saved.routing),
-            gate,
-            up,
-        }
-    }
-
-    fn saved(&self) -> experts::Saved<'_> {
-        experts::Saved {
-            x: &self.x,
-            weights: &self.routing.weights,
-            gate: &self.gate,
-            up: &self.up,
-        }
-    }
-
-    fn input_grads(&self, grads: InputGrads) -> [FlexTensor; 2] {
-        [
-            floats(grads.dx, self.x.dims::<2>()),
-            floats(grads.dweights, self.routing.weights.dims::<2>()),
-        ]
-    }
 }

@@ -17,6 +17,7 @@
 //!
 //! What this crate does not do: it knows no files, no model and no names.
 
+mod adamw;
 mod attention;
 mod autodiff;
 mod cross_entropy;
@@ -35,16 +36,17 @@ mod simd;
 mod strided;
 mod swiglu;
 
+pub use adamw::AdamWStep;
 pub use dropout::Dropout;
 pub use error::Error;
 pub use experts::{ExpertBank, ExpertLora};
 pub use gemm::Compute;
 pub use matrix::{Format, Fp8Blocks, Matrix};
 pub use ops::{
-    Direction, ExpertFactors, HeadRows, Kernels, Routing, attention, choose_experts,
+    Direction, ExpertFactors, HeadRows, Kernels, Routing, adamw, attention, choose_experts,
     cross_entropy_frozen, cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained,
-    experts_frozen, experts_trained, heads_linear, linear_add, linear_frozen, linear_trained,
-    rms_norm, rope, swiglu,
+    experts_frozen, experts_trained, heads_linear, latent_attention, linear_add, linear_frozen,
+    linear_trained, rms_norm, rope, sum_of_squares, swiglu,
 };
 pub use rope::Pairs;
 pub use route::{Choice, GroupScore};

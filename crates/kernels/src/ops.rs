@@ -13,6 +13,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, ExtensionType, backend_extension};
 use burn::tensor::{Int, Tensor};
 
+use crate::adamw::AdamWStep;
 use crate::{Choice, Compute, ExpertBank, ExpertLora, Matrix, Pairs};
 
 /// Which expert serves which token, and with what weight.
@@ -85,6 +86,13 @@ pub trait Kernels: Backend {
         v: FloatTensor<Self>,
         scale: f32,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    /// See [`latent_attention`].
+    fn latent_attention(
+        q: FloatTensor<Self>,
+        latents: FloatTensor<Self>,
+        v_dim: usize,
+        scale: f32,
+    ) -> FloatTensor<Self>;
     /// See [`choose_experts`].
     fn choose_experts(scores: FloatTensor<Self>, choice: Choice) -> IntTensor<Self>;
     /// See [`dispatch`].
@@ -121,6 +129,16 @@ pub trait Kernels: Backend {
         targets: IntTensor<Self>,
         compute: Compute,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    /// See [`adamw`].
+    fn adamw_step(
+        p: FloatTensor<Self>,
+        g: FloatTensor<Self>,
+        m: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        step: AdamWStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    /// See [`sum_of_squares`].
+    fn sum_of_squares_f32(x: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
 /// Which rows of a weight belong to which head, and in which direction they are multiplied.
@@ -352,6 +370,34 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f32) -> Tensor
     )
 }
 
+/// Causal attention of all heads over one shared row per position, whose first `v_dim` features are its value: the
+/// absorbed form of latent attention. Has no gradient.
+///
+/// # Shapes
+/// - `q`: `[batch, seq, heads, dim]`, `latents`: `[batch, kv_seq, 1, dim]`
+/// - returns: `[batch, seq, heads, v_dim]`
+///
+/// # Panics
+/// If the sizes do not fit.
+pub fn latent_attention(q: Tensor<4>, latents: Tensor<4>, v_dim: usize, scale: f32) -> Tensor<4> {
+    let ([batch, seq, _, dim], [_, kv_seq, ..]) = (q.dims(), latents.dims());
+    assert_eq!(
+        latents.dims(),
+        [batch, kv_seq, 1, dim],
+        "latents of the sequences"
+    );
+    assert!(
+        kv_seq >= seq && v_dim <= dim,
+        "{seq} queries of {kv_seq} latents, values of {v_dim} of {dim}"
+    );
+    Tensor::from_dispatch(Dispatch::latent_attention(
+        q.into_dispatch(),
+        latents.into_dispatch(),
+        v_dim,
+        scale,
+    ))
+}
+
 /// The best experts of every token, best first. Has no gradient.
 ///
 /// # Shapes
@@ -525,6 +571,47 @@ pub fn cross_entropy_trained(
         )
         .0,
     )
+}
+
+/// One AdamW update of flat tensors, in place where nobody else holds them. Has no gradient.
+///
+/// # Shapes
+/// - all `[n]`: parameter, gradient, first and second moment
+/// - returns: parameter, first and second moment
+///
+/// # Panics
+/// If the lengths differ.
+pub fn adamw(
+    p: Tensor<1>,
+    g: Tensor<1>,
+    [m, v]: [Tensor<1>; 2],
+    step: AdamWStep,
+) -> (Tensor<1>, [Tensor<1>; 2]) {
+    assert_eq!(
+        (p.dims(), p.dims(), p.dims()),
+        (g.dims(), m.dims(), v.dims()),
+        "parameter, gradient and moments"
+    );
+    let (p, m, v) = Dispatch::adamw_step(
+        p.into_dispatch(),
+        g.into_dispatch(),
+        m.into_dispatch(),
+        v.into_dispatch(),
+        step,
+    );
+    (
+        Tensor::from_dispatch(p),
+        [Tensor::from_dispatch(m), Tensor::from_dispatch(v)],
+    )
+}
+
+/// The sum of squares, added up in f64 in an order that depends on the length alone.
+///
+/// # Shapes
+/// - `x`: `[n]`
+/// - returns: `[1]`
+pub fn sum_of_squares(x: Tensor<1>) -> Tensor<1> {
+    Tensor::from_dispatch(Dispatch::sum_of_squares_f32(x.into_dispatch()))
 }
 
 fn float(tensor: burn::backend::DispatchTensor) -> Tensor<2> {

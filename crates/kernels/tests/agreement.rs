@@ -331,6 +331,18 @@ fn attention_agrees() {
     }
 }
 
+#[test]
+fn latent_attention_is_attention_over_a_shared_row() {
+    let (q, latents) = (random([2, 3, 4, 7]), random([2, 9, 1, 7]));
+    let v = latents.clone().slice([0..2, 0..9, 0..1, 0..5]);
+    let expected = attention(q.clone(), latents.clone(), v, 0.3);
+    close(&kernels_latent(q, latents), &expected, "latent");
+}
+
+fn kernels_latent(q: Tensor<4>, latents: Tensor<4>) -> Tensor<4> {
+    moeforge_kernels::latent_attention(q, latents, 5, 0.3)
+}
+
 /// A routing of `tokens` over `experts`, its weights tracked, and the one-hot table `[tokens, top_k, experts]`.
 fn routing(
     tokens: usize,

@@ -1,0 +1,173 @@
+//! Where output goes: results to stdout, everything else to stderr; plain lines where stderr is no terminal.
+
+use std::fmt::Display;
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// How much is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Level {
+    Quiet,
+    Normal,
+    Verbose,
+}
+
+/// The two output streams of the program.
+#[derive(Debug)]
+pub(crate) struct Console {
+    level: Level,
+}
+
+/// Plain progress lines come no more often than this.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+impl Console {
+    pub(crate) fn new(quiet: bool, verbose: bool) -> Self {
+        let level = match (quiet, verbose) {
+            (true, _) => Level::Quiet,
+            (_, true) => Level::Verbose,
+            _ => Level::Normal,
+        };
+        Self { level }
+    }
+
+    /// A line of a result. A closed pipe ends the program quietly, as `head` would have it.
+    pub(crate) fn result(&self, text: impl Display) {
+        self.stream(format_args!("{text}\n"));
+    }
+
+    /// A piece of a result, shown at once.
+    pub(crate) fn stream(&self, text: impl Display) {
+        let mut out = std::io::stdout().lock();
+        if write!(out, "{text}").and_then(|()| out.flush()).is_err() {
+            std::process::exit(0);
+        }
+    }
+
+    /// A remark for the person at the terminal.
+    pub(crate) fn note(&self, text: impl Display) {
+        if self.level != Level::Quiet {
+            let _ = writeln!(std::io::stderr(), "{text}");
+        }
+    }
+
+    /// A remark for those who asked for more.
+    pub(crate) fn detail(&self, text: impl Display) {
+        if self.level == Level::Verbose {
+            let _ = writeln!(std::io::stderr(), "{text}");
+        }
+    }
+
+    pub(crate) fn error(&self, error: &anyhow::Error) {
+        let _ = writeln!(std::io::stderr(), "error: {error:#}");
+    }
+
+    /// Progress over `total` units of work.
+    pub(crate) fn progress(&self, total: u64, what: &'static str) -> Progress {
+        let visible = self.level != Level::Quiet;
+        let terminal = std::io::stderr().is_terminal();
+        let target = if visible && terminal {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::hidden()
+        };
+        let bar = ProgressBar::with_draw_target(Some(total), target);
+        if let Ok(style) = ProgressStyle::with_template(
+            "{msg} [{bar:24}] {pos}/{len} {elapsed} elapsed, {eta} left",
+        ) {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        bar.set_message(what);
+        Progress {
+            bar,
+            what,
+            lines: visible && !terminal,
+            started: Instant::now(),
+            last_line: None,
+        }
+    }
+}
+
+/// A progress bar, or plain lines now and then.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    bar: ProgressBar,
+    what: &'static str,
+    lines: bool,
+    started: Instant,
+    last_line: Option<Instant>,
+}
+
+impl Progress {
+    /// Sets the position, and how much there is in all.
+    pub(crate) fn update_of(&mut self, position: u64, total: u64) {
+        self.bar.set_length(total);
+        self.update(position, "");
+    }
+
+    /// Sets the position and what stands before the bar.
+    pub(crate) fn update(&mut self, position: u64, status: &str) {
+        self.bar.set_message(format!("{} {status}", self.what));
+        self.bar.set_position(position);
+        let total = self.bar.length().unwrap_or(0);
+        let since = self.last_line.unwrap_or(self.started).elapsed();
+        if self.lines && (since >= LINE_EVERY || (position == total && self.last_line.is_some())) {
+            let left = self.started.elapsed().as_secs_f64() / position.max(1) as f64
+                * total.saturating_sub(position) as f64;
+            let _ = writeln!(
+                std::io::stderr(),
+                "{} {position}/{total} {status} {left:.0} s left",
+                self.what
+            );
+            self.last_line = Some(Instant::now());
+        }
+    }
+
+    /// A line that stays, above the bar.
+    pub(crate) fn line(&self, text: &str) {
+        if self.lines || self.bar.is_hidden() {
+            if self.lines {
+                let _ = writeln!(std::io::stderr(), "{text}");
+            }
+        } else {
+            self.bar.println(text);
+        }
+    }
+
+    /// Removes the bar.
+    pub(crate) fn finish(self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// An error that has an exit code of its own.
+#[derive(Debug)]
+pub(crate) struct WithCode {
+    pub(crate) code: u8,
+    pub(crate) message: String,
+}
+
+impl Display for WithCode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for WithCode {}
+
+/// The exit code of a wrong use of the program, its recipe included.
+pub(crate) const USAGE: u8 = 2;
+/// A verification found a difference.
+pub(crate) const MISMATCH: u8 = 4;
+/// A loss or gradient became infinite or not a number.
+pub(crate) const NOT_FINITE: u8 = 6;
+
+/// The exit code of an error: 1 unless it carries its own.
+pub(crate) fn exit_code(error: &anyhow::Error) -> ExitCode {
+    error
+        .downcast_ref::<WithCode>()
+        .map_or(ExitCode::FAILURE, |error| ExitCode::from(error.code))
+}

@@ -1,0 +1,199 @@
+//! `eval`: how good a model is, and how much better than its baseline.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use ::eval::{EvalConfig, ModelScores, Report, TaskScore, TextScore};
+use anyhow::Context;
+use data::Split;
+use model::Compute;
+
+use crate::console::{Console, NOT_FINITE, Progress, WithCode};
+use crate::open::{ModelArgs, Opened, open_model};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// Folder with `test.jsonl`: loss, perplexity, bits per byte.
+    #[arg(long, value_name = "DIR", required_unless_present = "tasks")]
+    pub(crate) data: Option<PathBuf>,
+    /// Files with multiple-choice rows `{prompt, choices, answer}`: accuracy.
+    #[arg(long, value_name = "FILE,…", value_delimiter = ',')]
+    pub(crate) tasks: Vec<PathBuf>,
+    /// Model to compare with, or `none`. Default: with `--adapter` the same model without it.
+    #[arg(long, value_name = "MODEL|none")]
+    pub(crate) baseline: Option<String>,
+    /// Sequences side by side.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub(crate) batch_size: usize,
+    /// Longest sequence, in tokens; never beyond what the model was made for.
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    pub(crate) max_length: usize,
+    /// Score the first so many samples and the first so many questions of each task only.
+    #[arg(long, value_name = "N")]
+    pub(crate) max_samples: Option<usize>,
+    /// Folder for `report.json` and `report.txt`.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
+    args.model.device.check()?;
+    let mut scores = Vec::new();
+    for (model, adapter) in models(args) {
+        let opened = open_model(model, adapter, console)?;
+        scores.push(score(&opened, args, console)?);
+    }
+    let report = Report::new(scores);
+
+    let (text, json) = (report.to_text(), format!("{:#}", report.to_json()));
+    if let Some(out) = &args.out {
+        std::fs::create_dir_all(out).with_context(|| format!("cannot make `{}`", out.display()))?;
+        checkpoint::write_file(&out.join("report.json"), format!("{json}\n").as_bytes())?;
+        checkpoint::write_file(&out.join("report.txt"), text.as_bytes())?;
+    }
+    console.result(if args.json { &json } else { text.trim_end() });
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The models and their adapters, the baseline first.
+fn models(args: &Args) -> Vec<(&str, Option<&Path>)> {
+    let (model, adapter) = (args.model.model.as_str(), args.model.adapter.as_deref());
+    let baseline = match args.baseline.as_deref() {
+        Some("none") => None,
+        Some(baseline) => Some((baseline, None)),
+        None => adapter.map(|_| (model, None)),
+    };
+    baseline.into_iter().chain([(model, adapter)]).collect()
+}
+
+fn score(opened: &Opened, args: &Args, console: &Console) -> anyhow::Result<ModelScores> {
+    let limit = opened.model.config.max_position_embeddings;
+    let max_length = args.max_length.min(limit);
+    let text = args.data.as_ref().map(|folder| {
+        let file = folder.join("test.jsonl");
+        text_score(opened, &file, max_length, (args, console))
+    });
+    let mut tasks = Vec::new();
+    for file in &args.tasks {
+        tasks.push(task_score(opened, file, max_length, (args, console))?);
+    }
+    Ok(ModelScores {
+        name: opened.name.clone(),
+        text: text.transpose()?,
+        tasks,
+    })
+}
+
+fn text_score(
+    opened: &Opened,
+    file: &Path,
+    max_length: usize,
+    (args, console): (&Args, &Console),
+) -> anyhow::Result<TextScore> {
+    let vocab_size = opened.model.config.vocab_size;
+    let mut split = Split::open(file, opened.tokenizer.as_ref(), max_length, vocab_size)?;
+    if split.counts.truncated_rows > 0 {
+        console.note(format_args!(
+            "{}: {} of {} rows are cut to {max_length} tokens",
+            file.display(),
+            split.counts.truncated_rows,
+            split.counts.rows
+        ));
+    }
+    split
+        .samples
+        .truncate(args.max_samples.unwrap_or(usize::MAX));
+    let mut progress = console.progress(split.samples.len() as u64, "samples");
+    let tell = &mut |done, _| tell(&mut progress, done, opened);
+    let found = ::eval::perplexity(&opened.model, &split.samples, &config(args), tell);
+    progress.finish();
+    scored(found, file, opened)
+}
+
+fn task_score(
+    opened: &Opened,
+    file: &Path,
+    max_length: usize,
+    (args, console): (&Args, &Console),
+) -> anyhow::Result<TaskScore> {
+    let mut questions = data::choices(file, opened.expect_tokenizer()?, max_length)?;
+    questions.truncate(args.max_samples.unwrap_or(usize::MAX));
+    let samples = questions.iter().flat_map(|question| &question.samples);
+    let truncated = samples.clone().filter(|sample| sample.truncated).count();
+    if truncated > 0 {
+        console.note(format_args!(
+            "{}: {truncated} prompts lose their beginning to {max_length} tokens",
+            file.display()
+        ));
+    }
+    let mut progress = console.progress(samples.count() as u64, "choices");
+    let tell = &mut |done, _| tell(&mut progress, done, opened);
+    let found = ::eval::multiple_choice(&opened.model, &questions, &config(args), tell);
+    progress.finish();
+    let task = file.file_stem().unwrap_or(file.as_os_str());
+    Ok(TaskScore {
+        task: task.to_string_lossy().into_owned(),
+        score: scored(found, file, opened)?,
+    })
+}
+
+fn config(args: &Args) -> EvalConfig {
+    EvalConfig {
+        batch_size: args.batch_size,
+        compute: Compute::F32,
+    }
+}
+
+fn tell(progress: &mut Progress, done: usize, opened: &Opened) {
+    progress.update(done as u64, &opened.name);
+}
+
+/// A score, or what went wrong with which file and model. A loss that is no number has an exit code of its own.
+fn scored<T>(found: ::eval::Result<T>, file: &Path, opened: &Opened) -> anyhow::Result<T> {
+    found.map_err(|problem| {
+        let message = format!("{}: {}: {problem}", opened.name, file.display());
+        match problem {
+            ::eval::Error::NotFinite { .. } => WithCode {
+                code: NOT_FINITE,
+                message,
+            }
+            .into(),
+            _ => anyhow::Error::msg(message),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn an_adapter_is_compared_with_its_base_unless_told_otherwise() {
+        let check = |line: &str, expected: &[(&str, Option<&str>)]| {
+            let line = format!("eval m --data d {line}");
+            let args = Cli::parse_from(line.split_whitespace()).args;
+            let expected: Vec<_> = expected
+                .iter()
+                .map(|(model, adapter)| (*model, adapter.map(Path::new)))
+                .collect();
+            assert_eq!(models(&args), expected, "{line}");
+        };
+        check("", &[("m", None)]);
+        check("--adapter a", &[("m", None), ("m", Some("a"))]);
+        check("--adapter a --baseline none", &[("m", Some("a"))]);
+        check("--adapter a --baseline b", &[("b", None), ("m", Some("a"))]);
+        check("--baseline b", &[("b", None), ("m", None)]);
+    }
+}

@@ -1,0 +1,84 @@
+//! The command line: one file per verb. Printing, progress, environment and exit codes live here and nowhere else.
+
+mod console;
+mod data_check;
+mod eval;
+mod generate;
+mod inspect;
+mod logits;
+mod merge;
+mod open;
+mod quickstart;
+mod train;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::console::Console;
+
+/// Fine-tunes DeepSeek mixture-of-experts models on the machine you own, says how much better they got, and runs them.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+    /// Print less: results and errors only.
+    #[arg(short, long, global = true)]
+    quiet: bool,
+    /// Print more.
+    #[arg(short, long, global = true, conflicts_with = "quiet")]
+    verbose: bool,
+    /// Worker threads; default: one per core.
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<usize>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Show what a model is: family, sizes, tensors, number formats.
+    Inspect(inspect::Args),
+    /// Look at training data as the model will see it.
+    #[command(subcommand)]
+    Data(data_check::Data),
+    /// Train: pretrain, fine-tune, or LoRA, as a recipe says.
+    Train(train::Args),
+    /// Measure: loss, perplexity, bits per byte, multiple choice; several models side by side.
+    Eval(eval::Args),
+    /// Write the logits of given token ids, for comparing implementations.
+    Logits(logits::Args),
+    /// Continue a prompt.
+    Generate(generate::Args),
+    /// Fold an adapter into its model.
+    Merge(merge::Args),
+    /// The whole road on the repository's own base and data, printing the verbs it runs.
+    Quickstart(quickstart::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let console = Console::new(cli.quiet, cli.verbose);
+    if let Some(threads) = cli.threads {
+        // The first and only configuration of the global pool, so it cannot fail but for zero memory.
+        let _ = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build_global();
+    }
+    let result = match cli.verb {
+        Verb::Inspect(args) => inspect::run(&args, &console),
+        Verb::Data(data_check::Data::Check(args)) => data_check::run(&args, &console),
+        Verb::Train(args) => train::run(&args, &console),
+        Verb::Eval(args) => eval::run(&args, &console),
+        Verb::Logits(args) => logits::run(&args, &console),
+        Verb::Generate(args) => generate::run(&args, &console),
+        Verb::Merge(args) => merge::run(&args, &console),
+        Verb::Quickstart(args) => quickstart::run(&args, &console),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            console.error(&error);
+            console::exit_code(&error)
+        }
+    }
+}

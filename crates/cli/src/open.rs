@@ -1,0 +1,215 @@
+//! Opening a model by what a user typed.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use burn::tensor::Device;
+use checkpoint::Folder;
+use clap::ValueEnum;
+use data::Tokenizer;
+use model::adapter::AdapterWeights;
+use model::{Model, ModelConfig, Training, weights};
+
+use crate::console::Console;
+
+/// Which model, and where it computes.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct ModelArgs {
+    /// Hugging Face folder, or `org/name` in the local Hugging Face cache.
+    pub(crate) model: String,
+    /// Folder of a LoRA adapter (PEFT) to attach.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: Option<PathBuf>,
+    /// Where to compute. This build has the CPU only.
+    #[arg(long, value_enum, default_value_t = DeviceName::Cpu)]
+    pub(crate) device: DeviceName,
+}
+
+/// Where a model computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DeviceName {
+    Cpu,
+    Gpu,
+    Metal,
+    Vulkan,
+    Cuda,
+}
+
+/// A model that is ready to run.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) folder: Folder,
+    /// Frozen, with its adapter.
+    pub(crate) model: Model,
+    /// None where the folder has no `tokenizer.json`.
+    pub(crate) tokenizer: Option<Tokenizer>,
+    /// What to call it: the folder's name, and the adapter's.
+    pub(crate) name: String,
+    pub(crate) device: Device,
+}
+
+impl ModelArgs {
+    pub(crate) fn open(&self, console: &Console) -> anyhow::Result<Opened> {
+        self.device.check()?;
+        open_model(&self.model, self.adapter.as_deref(), console)
+    }
+}
+
+impl DeviceName {
+    pub(crate) fn check(self) -> anyhow::Result<()> {
+        match self.to_possible_value() {
+            Some(value) if self != Self::Cpu => {
+                let found = value.get_name();
+                bail!("`--device`: expected cpu, the only device of this build, found {found}")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Opened {
+    /// The tokenizer, for a verb that cannot do without.
+    pub(crate) fn expect_tokenizer(&self) -> anyhow::Result<&Tokenizer> {
+        let file = self.folder.path().join("tokenizer.json");
+        let tokenizer = self.tokenizer.as_ref();
+        tokenizer.with_context(|| format!("{}: expected a tokenizer, found none", file.display()))
+    }
+}
+
+/// Opens a model with an adapter, and says which tensors of its folder it does not use.
+pub(crate) fn open_model(
+    model: &str,
+    adapter: Option<&Path>,
+    console: &Console,
+) -> anyhow::Result<Opened> {
+    let device = Device::flex();
+    let (folder, mut name) = open_folder(model)?;
+    note_unused(&folder, console)?;
+    let mut model = weights::load(&folder, Training::Frozen, &device)?;
+    if let Some(path) = adapter {
+        let adapter = checkpoint::Adapter::open(path)?;
+        let adapted = AdapterWeights::read(&adapter, &model.config)?.attach(&mut model, &device)?;
+        let parameters: usize = adapted.iter().map(|module| module.parameters).sum();
+        console.detail(format_args!(
+            "{}: {} modules adapted, {parameters} parameters",
+            path.display(),
+            adapted.len()
+        ));
+        name = format!("{name} + {}", name_of(path));
+    }
+    Ok(Opened {
+        tokenizer: open_tokenizer(folder.path())?,
+        folder,
+        model,
+        name,
+        device,
+    })
+}
+
+/// Opens a model's folder, and says what to call it.
+pub(crate) fn open_folder(model: &str) -> anyhow::Result<(Folder, String)> {
+    let path = find(model)?;
+    let name = if Path::new(model).exists() {
+        name_of(&path)
+    } else {
+        model.to_owned()
+    };
+    Ok((Folder::open(&path)?, name))
+}
+
+/// The folder of a model: a path, or `org/name` in the local Hugging Face cache.
+pub(crate) fn find(model: &str) -> anyhow::Result<PathBuf> {
+    let path = checkpoint::resolve(model, hf_home().as_deref())?;
+    if path.is_file() {
+        bail!(
+            "`{}`: expected the folder of a model, found a file",
+            path.display()
+        );
+    }
+    Ok(path)
+}
+
+/// The tokenizer of a model's folder, if it has one.
+pub(crate) fn open_tokenizer(folder: &Path) -> anyhow::Result<Option<Tokenizer>> {
+    if !folder.join("tokenizer.json").exists() {
+        return Ok(None);
+    }
+    Ok(Some(Tokenizer::open(folder)?))
+}
+
+/// The architecture in a folder that may have no weights yet; none where there is no `config.json`.
+pub(crate) fn read_config(folder: &Path) -> anyhow::Result<Option<ModelConfig>> {
+    /// Real ones have a few thousand bytes.
+    const LIMIT: u64 = 16 << 20;
+
+    let path = folder.join("config.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let reading = || format!("cannot read `{}`", path.display());
+    let mut text = Vec::new();
+    let file = File::open(&path).with_context(reading)?;
+    file.take(LIMIT)
+        .read_to_end(&mut text)
+        .with_context(reading)?;
+    let json = serde_json::from_slice(&text).with_context(reading)?;
+    Ok(Some(ModelConfig::from_json(&json, &path)?))
+}
+
+/// `HF_HOME`, or where Hugging Face's tools put it.
+fn hf_home() -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+    let default = || Some(PathBuf::from(set("HOME")?).join(".cache/huggingface"));
+    set("HF_HOME").map(PathBuf::from).or_else(default)
+}
+
+/// The last name of a path.
+pub(crate) fn name_of(path: &Path) -> String {
+    let whole = path.canonicalize();
+    let name = whole.as_deref().unwrap_or(path).file_name();
+    name.map_or_else(
+        || path.display().to_string(),
+        |name| name.to_string_lossy().into_owned(),
+    )
+}
+
+fn note_unused(folder: &Folder, console: &Console) -> anyhow::Result<()> {
+    let audit = weights::audit(folder)?;
+    let place = folder.path().display();
+    if !audit.unknown.is_empty() {
+        console.note(format_args!(
+            "{place}: not used: {}",
+            listed(&audit.unknown)
+        ));
+    }
+    if !audit.mtp.is_empty() {
+        console.detail(format_args!(
+            "{place}: multi-token prediction, kept but not run: {}",
+            listed(&audit.mtp)
+        ));
+    }
+    let unindexed = folder.unindexed().iter();
+    let unindexed: Vec<String> = unindexed.map(|tensor| tensor.name.to_string()).collect();
+    if !unindexed.is_empty() {
+        console.note(format_args!(
+            "{place}: not in the index and not used: {}",
+            listed(&unindexed)
+        ));
+    }
+    Ok(())
+}
+
+/// The first few names, and how many there are.
+pub(crate) fn listed(names: &[String]) -> String {
+    const SHOWN: usize = 3;
+    let first: Vec<&str> = names.iter().take(SHOWN).map(String::as_str).collect();
+    let more = if names.len() > SHOWN { ", …" } else { "" };
+    let tensors = if names.len() == 1 {
+        "tensor"
+    } else {
+        "tensors"
+    };
+    format!("{} {tensors} ({}{more})", names.len(), first.join(", "))
+}

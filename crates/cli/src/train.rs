@@ -1,0 +1,204 @@
+//! `moeforge train`: a recipe, from its start or from where a run was stopped.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use model::lora::Adapted;
+use train::{Event, Recipe, RunDir, Session, StepReport};
+
+use crate::console::{Console, NOT_FINITE, Progress, USAGE, WithCode};
+use crate::open::find;
+
+/// Trains as a recipe says: pretraining, full fine-tuning, or LoRA.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The recipe, a TOML file. Not needed with --resume.
+    #[arg(required_unless_present = "resume")]
+    recipe: Option<PathBuf>,
+    /// Override a setting: section.key=value. May be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with = "resume")]
+    set: Vec<String>,
+    /// The run directory; default: a new folder under runs/.
+    #[arg(long, value_name = "RUN", conflicts_with = "resume")]
+    out: Option<PathBuf>,
+    /// Go on with a run from its latest checkpoint.
+    #[arg(long, value_name = "RUN", conflicts_with = "recipe")]
+    resume: Option<PathBuf>,
+}
+
+pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
+    let (run, recipe) = open_run(args)?;
+    let mut session = Session::open(recipe, &|model| {
+        find(model).map_err(|error| train::Error::Resolve(format!("{error:#}")))
+    })?;
+    let resumed = if args.resume.is_some() {
+        session.resume(&run)?
+    } else {
+        None
+    };
+    describe(&session, resumed, run.path(), console);
+
+    let total = session.total_steps();
+    let mut watcher = Watcher {
+        progress: console.progress(total, "training"),
+        smoothed: None,
+        seconds: 0.0,
+        tokens: 0,
+    };
+    let fitted = session.fit(&run, &mut |event| watcher.see(event));
+    watcher.progress.finish();
+    fitted.map_err(|error| match error {
+        train::Error::NotFinite { .. } => anyhow::Error::new(WithCode {
+            code: NOT_FINITE,
+            message: error.to_string(),
+        }),
+        other => other.into(),
+    })?;
+    let result = if session.adapted.is_empty() {
+        "model"
+    } else {
+        "adapter"
+    };
+    console.result(run.path().join(result).display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn open_run(args: &Args) -> anyhow::Result<(RunDir, Recipe)> {
+    // A wrong recipe is a wrong use of the program.
+    let usage = |error: train::Error| {
+        anyhow::Error::new(WithCode {
+            code: USAGE,
+            message: error.to_string(),
+        })
+    };
+    if let Some(path) = &args.resume {
+        let run = RunDir::open(path)?;
+        let recipe = run.recipe().map_err(usage)?;
+        return Ok((run, recipe));
+    }
+    let path = args.recipe.as_deref().unwrap_or(Path::new(""));
+    let recipe = Recipe::open(path, &args.set).map_err(usage)?;
+    let out = args.out.clone().unwrap_or_else(|| default_run(path));
+    Ok((RunDir::create(&out, &recipe)?, recipe))
+}
+
+fn default_run(recipe: &Path) -> PathBuf {
+    let name = recipe
+        .file_stem()
+        .map_or_else(|| "run".into(), |name| name.to_string_lossy());
+    let seconds = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |time| time.as_secs());
+    Path::new("runs").join(format!("{name}-{seconds}"))
+}
+
+fn describe(session: &Session, resumed: Option<u64>, run: &Path, console: &Console) {
+    if !session.adapted.is_empty() {
+        console.note(adapted_table(&session.adapted));
+    }
+    let counts = session.train.counts;
+    console.note(format_args!(
+        "{} trained numbers; {} samples of {} rows, {} tokens, {} of them targets{}",
+        session.trained_parameters(),
+        session.train.samples.len(),
+        counts.rows,
+        counts.tokens,
+        counts.trained_tokens,
+        if counts.truncated_rows > 0 {
+            format!(
+                "; {} rows were truncated to data.max_length",
+                counts.truncated_rows
+            )
+        } else {
+            String::new()
+        },
+    ));
+    console.note(match resumed {
+        Some(step) => format!(
+            "{}: going on after step {step} of {}",
+            run.display(),
+            session.total_steps()
+        ),
+        None => format!("{}: {} steps", run.display(), session.total_steps()),
+    });
+}
+
+/// What was adapted, one line per kind of module.
+fn adapted_table(adapted: &[Adapted]) -> String {
+    let mut kinds: Vec<(String, usize, &Adapted, usize)> = Vec::new();
+    for module in adapted {
+        let kind: Vec<&str> = module
+            .module
+            .split('.')
+            .skip_while(|part| *part != "layers")
+            .skip(2)
+            .collect();
+        let kind = if kind.is_empty() {
+            module.module.clone()
+        } else {
+            kind.join(".")
+        };
+        match kinds.iter_mut().find(|(name, _, first, _)| {
+            *name == kind && (first.rank, first.alpha) == (module.rank, module.alpha)
+        }) {
+            Some((_, n, _, parameters)) => {
+                (*n, *parameters) = (*n + 1, *parameters + module.parameters)
+            }
+            None => kinds.push((kind, 1, module, module.parameters)),
+        }
+    }
+    let width = kinds
+        .iter()
+        .map(|(kind, ..)| kind.len())
+        .max()
+        .unwrap_or(0)
+        .max("module".len());
+    let mut table = format!("{:width$}  layers  rank  alpha  parameters", "module");
+    for (kind, n, first, parameters) in &kinds {
+        table += &format!(
+            "\n{kind:width$}  {n:6}  {:4}  {:5}  {parameters:10}",
+            first.rank, first.alpha
+        );
+    }
+    table
+}
+
+/// Shows a run's progress.
+struct Watcher {
+    progress: Progress,
+    smoothed: Option<f64>,
+    seconds: f64,
+    tokens: usize,
+}
+
+impl Watcher {
+    fn see(&mut self, event: &Event) {
+        match event {
+            Event::Step(report) => self.step(report),
+            Event::Validated { step, loss } => self.progress.line(&format!(
+                "step {step}: validation loss {loss:.4}, perplexity {:.2}",
+                loss.exp()
+            )),
+            Event::Saved { .. } => {}
+        }
+    }
+
+    fn step(&mut self, report: &StepReport) {
+        // An exponential average over about 20 steps: single steps are too noisy to read.
+        let smoothed = self
+            .smoothed
+            .map_or(report.loss, |old| old + 0.05 * (report.loss - old));
+        self.smoothed = Some(smoothed);
+        self.seconds += report.seconds;
+        self.tokens += report.tokens;
+        let rate = self.tokens as f64 / self.seconds.max(1e-9);
+        self.progress.update(
+            report.step,
+            &format!(
+                "loss {smoothed:.4} lr {:.1e} {rate:.0} tokens/s",
+                report.learning_rate
+            ),
+        );
+    }
+}

@@ -1,0 +1,34 @@
+//! Models to a table: loss, perplexity and bits per byte on held-out rows, accuracy on multiple choice, and one model
+//! against another on the same rows. Every number comes with its standard error.
+//!
+//! ```no_run
+//! use burn::tensor::Device;
+//! use moeforge_eval::{EvalConfig, ModelScores, Report, perplexity};
+//!
+//! let engine = infer::Engine::open("DeepSeek-V2-Lite".as_ref(), Device::flex())?;
+//! let tokenizer = data::Tokenizer::open("DeepSeek-V2-Lite".as_ref())?;
+//! let vocab_size = engine.model.config.vocab_size;
+//! let test = data::Split::open("data/test.jsonl".as_ref(), Some(&tokenizer), 1024, vocab_size)?;
+//! let config = EvalConfig { batch_size: 8, compute: model::Compute::F32 };
+//! let text = perplexity(&engine.model, &test.samples, &config, &mut |_, _| {})?;
+//! let scores = ModelScores { name: "V2-Lite".into(), text: Some(text), tasks: vec![] };
+//! println!("{}", Report::new(vec![scores]).to_text());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod losses;
+
+mod choice;
+mod perplexity;
+
+mod compare;
+mod report;
+
+mod error;
+
+pub use choice::{ChoiceScore, multiple_choice};
+pub use compare::{Difference, Verdict, compare_choices, compare_text};
+pub use error::{Error, Result};
+pub use losses::{EvalConfig, SampleLoss};
+pub use perplexity::{TextScore, perplexity};
+pub use report::{Comparison, ModelScores, Report, TaskScore};

@@ -1,0 +1,31 @@
+//! A prompt to tokens: prefill, decoding over a cache, sampling, stopping.
+//!
+//! The forward pass is [`model::Model`]'s; what is here decides which tokens go into it and which come out. All
+//! randomness comes from the caller's seed.
+//!
+//! ```no_run
+//! use burn::tensor::Device;
+//! use moeforge_infer::{Engine, GenerateConfig, SampleConfig};
+//! use std::ops::ControlFlow;
+//!
+//! let engine = Engine::open("DeepSeek-V2-Lite".as_ref(), Device::flex())?;
+//! let config = GenerateConfig {
+//!     max_tokens: 16,
+//!     sample: SampleConfig { temperature: 0.0, top_p: 1.0, seed: 0 },
+//!     stop_ids: vec![1],
+//!     compute: model::Compute::F32,
+//! };
+//! let generation = engine.generate(&[0, 5, 6], &config, &mut |_| ControlFlow::Continue(()))?;
+//! assert!(generation.token_ids.len() <= 16);
+//! # Ok::<(), moeforge_infer::Error>(())
+//! ```
+
+mod end_of_text;
+mod engine;
+mod error;
+mod sampler;
+
+pub use end_of_text::end_of_text_ids;
+pub use engine::{Engine, GenerateConfig, Generation, Stop};
+pub use error::{Error, Result};
+pub use sampler::{SampleConfig, Sampler};

@@ -1,0 +1,251 @@
+//! The gradients of the operations on the CPU backend.
+
+use burn::backend::Flex;
+use burn::tensor::{Bytes, DType};
+use burn_flex::{FlexTensor, Layout};
+use half::bf16;
+use rayon::prelude::*;
+
+use super::{
+    ELEMENTS, FactorValues, Floats, RoutingValues, StackValues, TrainedTokens, attention_shape,
+    floats, frozen_experts, int_values, nn, trained, turn,
+};
+use crate::autodiff::{ExpertsSaved, Gradients, LossSaved};
+use crate::cross_entropy::{self, Row};
+use crate::experts::{self, InputGrads};
+use crate::gemm::{self, Compute, Weights};
+use crate::ops::{FactorsPrimitive, StacksPrimitive};
+use crate::strided::MatMut;
+use crate::{ExpertBank, ExpertLora, Matrix, Pairs, attention, rms_norm, rope, swiglu};
+
+impl Gradients for Flex {
+    fn linear_frozen_dx(dy: FlexTensor, w: &Matrix, compute: Compute) -> FlexTensor {
+        nn(&Floats::rounded(&dy, compute), Weights::frozen(w, compute))
+    }
+
+    fn linear_trained_dx(dy: FlexTensor, w: FlexTensor, compute: Compute) -> FlexTensor {
+        let w = Floats::new(&w);
+        nn(&Floats::rounded(&dy, compute), trained(&w, compute))
+    }
+
+    fn linear_dw(dy: FlexTensor, x: FlexTensor, compute: Compute) -> FlexTensor {
+        let (dy, x) = (Floats::rounded(&dy, compute), Floats::rounded(&x, compute));
+        let ([_, out], [_, width]) = (dy.dims::<2>(), x.dims::<2>());
+        let mut dw = vec![0.0; out * width];
+        gemm::tn(dy.mat(), x.mat(), MatMut::dense(&mut dw, out, width));
+        floats(dw, [out, width])
+    }
+
+    fn round(x: FlexTensor, compute: Compute) -> FlexTensor {
+        match compute {
+            Compute::F32 => x,
+            Compute::Bf16 => {
+                let x = Floats::new(&x);
+                let halves: Vec<bf16> = x.iter().map(|v| bf16::from_f32(*v)).collect();
+                FlexTensor::new(
+                    Bytes::from_elems(halves),
+                    Layout::contiguous(x.shape()),
+                    DType::BF16,
+                )
+            }
+        }
+    }
+
+    fn embed_dw(ids: FlexTensor, dy: FlexTensor, vocab: usize) -> FlexTensor {
+        let (ids, dy) = (int_values(&ids), Floats::new(&dy));
+        let [_, width] = dy.dims();
+        let mut dw = vec![0.0; vocab * width];
+        for (id, dy) in ids.iter().zip(dy.chunks(width)) {
+            dw[*id as usize * width..][..width]
+                .iter_mut()
+                .zip(dy)
+                .for_each(|(dw, dy)| *dw += dy);
+        }
+        floats(dw, [vocab, width])
+    }
+
+    fn rms_norm_grads(
+        dy: FlexTensor,
+        x: FlexTensor,
+        weight: FlexTensor,
+        eps: f32,
+    ) -> [FlexTensor; 2] {
+        let (dy, x, weight) = (Floats::new(&dy), Floats::new(&x), Floats::new(&weight));
+        let (dx, dw) = rms_norm::backward(&dy, &x, &weight, eps);
+        [floats(dx, x.dims::<2>()), floats(dw, [weight.len()])]
+    }
+
+    fn rope_dx(dy: FlexTensor, angles: [FlexTensor; 2], pairs: Pairs) -> FlexTensor {
+        turn(&dy, angles.each_ref(), pairs, rope::Turn::Back)
+    }
+
+    fn swiglu_grads(dy: FlexTensor, gate: FlexTensor, up: FlexTensor) -> [FlexTensor; 2] {
+        let (dy, gate, up) = (Floats::new(&dy), Floats::new(&gate), Floats::new(&up));
+        let (mut dgate, mut dup) = (dy.to_vec(), vec![0.0; dy.len()]);
+        let saved = gate.par_chunks(ELEMENTS).zip(up.par_chunks(ELEMENTS));
+        dgate
+            .par_chunks_mut(ELEMENTS)
+            .zip(dup.par_chunks_mut(ELEMENTS))
+            .zip(saved)
+            .for_each(|((dgate, dup), (gate, up))| swiglu::backward(dgate, dup, gate, up));
+        [
+            floats(dgate, gate.dims::<2>()),
+            floats(dup, gate.dims::<2>()),
+        ]
+    }
+
+    fn attention_grads(dout: FlexTensor, saved: [FlexTensor; 5], scale: f32) -> [FlexTensor; 3] {
+        let dout = Floats::new(&dout);
+        let [q, k, v, out, lse] = saved.each_ref().map(Floats::new);
+        let shape = attention_shape(&q, &k, &v);
+        let [dq, dk, dv] = attention::backward(
+            &dout,
+            attention::Saved {
+                q: &q,
+                k: &k,
+                v: &v,
+                out: &out,
+                lse: &lse,
+            },
+            scale,
+            shape,
+        );
+        [
+            floats(dq, q.dims::<4>()),
+            floats(dk, k.dims::<4>()),
+            floats(dv, v.dims::<4>()),
+        ]
+    }
+
+    fn experts_frozen_grads(
+        dy: FlexTensor,
+        saved: ExpertsSaved<Self>,
+        factors: &FactorsPrimitive<Self>,
+        (bank, lora, compute): (&ExpertBank, ExpertLora, Compute),
+        wanted: bool,
+    ) -> ([FlexTensor; 2], Option<[FlexTensor; 6]>) {
+        let (values, dy) = (FactorValues::new(factors), Floats::new(&dy));
+        let experts = frozen_experts(bank, &values, lora, compute);
+        let kept = SavedValues::new(&saved);
+        let grads = experts::backward_inputs(experts, kept.routing.slots(), kept.saved(), &dy);
+        let factors = wanted.then(|| {
+            let grads =
+                experts::backward_factors(experts, kept.routing.slots(), kept.saved(), &dy, &grads);
+            let [[ga, gb], [ua, ub], [da, db]] = grads;
+            let mut shapes = values.0.iter().flatten().map(|factor| factor.dims::<3>());
+            [ga, gb, ua, ub, da, db].map(|grad| floats(grad, shapes.next().unwrap_or_default()))
+        });
+        (kept.input_grads(grads), factors)
+    }
+
+    fn experts_trained_grads(
+        dy: FlexTensor,
+        saved: ExpertsSaved<Self>,
+        stacks: &StacksPrimitive<Self>,
+        compute: Compute,
+    ) -> ([FlexTensor; 2], [FlexTensor; 3]) {
+        let (values, dy) = (StackValues::new(stacks), Floats::new(&dy));
+        let experts = values.experts(compute);
+        let kept = SavedValues::new(&saved);
+        let grads = experts::backward_inputs(experts, kept.routing.slots(), kept.saved(), &dy);
+        let stacks =
+            experts::backward_weights(experts, kept.routing.slots(), kept.saved(), &dy, &grads);
+        let mut shapes = values.0.iter().map(|stack| stack.dims::<3>());
+        (
+            kept.input_grads(grads),
+            stacks.map(|grad| floats(grad, shapes.next().unwrap_or_default())),
+        )
+    }
+
+    fn cross_entropy_frozen_grads(
+        dloss: FlexTensor,
+        saved: LossSaved<FlexTensor, FlexTensor>,
+        [u, b]: [FlexTensor; 2],
+        (w, compute): (&Matrix, Compute),
+        want_b: bool,
+    ) -> [FlexTensor; 3] {
+        let tokens = TrainedTokens::new(&saved.h, Some(&u), &saved.targets, compute);
+        let b = Floats::new(&b);
+        let (head, rows) = (
+            tokens.head(Weights::frozen(w, compute), Some(&b)),
+            loss_rows(&tokens, &dloss, &saved.lse),
+        );
+        let n = saved.h.layout().shape().as_slice()[0];
+        let (dh, du) = cross_entropy::backward_inputs(head, &rows);
+        let [_, db] = cross_entropy::backward_weights(head, &rows, [false, want_b]);
+        [
+            tokens.scatter(&dh, tokens.hidden, n),
+            tokens.scatter(&du, tokens.rank, n),
+            floats(db, if want_b { b.dims::<2>() } else { [0, 0] }),
+        ]
+    }
+
+    fn cross_entropy_trained_grads(
+        dloss: FlexTensor,
+        saved: LossSaved<FlexTensor, FlexTensor>,
+        w: FlexTensor,
+        compute: Compute,
+        want_w: bool,
+    ) -> [FlexTensor; 2] {
+        let tokens = TrainedTokens::new(&saved.h, None, &saved.targets, compute);
+        let w = Floats::new(&w);
+        let (head, rows) = (
+            tokens.head(trained(&w, compute), None),
+            loss_rows(&tokens, &dloss, &saved.lse),
+        );
+        let (dh, _) = cross_entropy::backward_inputs(head, &rows);
+        let [dw, _] = cross_entropy::backward_weights(head, &rows, [want_w, false]);
+        let n = saved.h.layout().shape().as_slice()[0];
+        [
+            tokens.scatter(&dh, tokens.hidden, n),
+            floats(dw, if want_w { w.dims::<2>() } else { [0, 0] }),
+        ]
+    }
+}
+
+fn loss_rows(tokens: &TrainedTokens, dloss: &FlexTensor, lse: &FlexTensor) -> Vec<Row> {
+    let (dloss, lse) = (Floats::new(dloss), Floats::new(lse));
+    let rows = tokens.at.iter().zip(&tokens.targets);
+    rows.map(|(at, target)| Row {
+        target: *target,
+        lse: lse[*at],
+        dloss: dloss[*at],
+    })
+    .collect()
+}
+
+/// The values of [`ExpertsSaved`].
+struct SavedValues {
+    x: Floats,
+    routing: RoutingValues,
+    gate: Floats,
+    up: Floats,
+}
+
+impl SavedValues {
+    fn new(saved: &ExpertsSaved<Flex>) -> Self {
+        let [x, gate, up] = [&saved.x, &saved.gate, &saved.up].map(Floats::new);
+        Self {
+            x,
+            routing: RoutingValues::new(&saved.routing),
+            gate,
+            up,
+        }
+    }
+
+    fn saved(&self) -> experts::Saved<'_> {
+        experts::Saved {
+            x: &self.x,
+            weights: &self.routing.weights,
+            gate: &self.gate,
+            up: &self.up,
+        }
+    }
+
+    fn input_grads(&self, grads: InputGrads) -> [FlexTensor; 2] {
+        [
+            floats(grads.dx, self.x.dims::<2>()),
+            floats(grads.dweights, self.routing.weights.dims::<2>()),
+        ]
+    }
+}

@@ -1,0 +1,170 @@
+//! The model: embedding, decoder layers, norm, output head.
+
+use burn::module::Module;
+use burn::tensor::{Int, Tensor};
+
+use crate::config::ModelConfig;
+use crate::gqa::Gqa;
+use crate::linear::{Linear, Weight};
+use crate::mla::Mla;
+use crate::mlp::Mlp;
+use crate::moe::Moe;
+use crate::norm::Norm;
+use crate::pass::Pass;
+
+/// A causal language model. Field names are the checkpoint's keys.
+#[derive(Module, Debug)]
+pub struct Model {
+    /// Everything below the output head.
+    pub model: Decoder,
+    /// `[vocab, hidden_size]`; none where the embedding serves.
+    pub lm_head: Option<Linear>,
+    /// The architecture.
+    #[module(skip)]
+    pub config: ModelConfig,
+}
+
+/// The layers between token ids and the last hidden state.
+#[derive(Module, Debug)]
+pub struct Decoder {
+    /// Token embedding.
+    pub embed_tokens: Embedding,
+    /// The layers.
+    pub layers: Vec<DecoderLayer>,
+    /// The last norm.
+    pub norm: Norm,
+}
+
+/// A table with one row per token.
+#[derive(Module, Debug)]
+pub struct Embedding {
+    /// `[vocab, hidden_size]`.
+    pub weight: Weight,
+}
+
+/// One layer: attention and feed-forward, each after a norm and added to the residual stream.
+#[derive(Module, Debug)]
+pub struct DecoderLayer {
+    /// Norm before attention.
+    pub input_layernorm: Norm,
+    /// Attention.
+    pub self_attn: Attention,
+    /// Norm before the feed-forward part.
+    pub post_attention_layernorm: Norm,
+    /// The feed-forward part.
+    pub mlp: FeedForward,
+}
+
+/// The forms of attention.
+#[derive(Module, Debug)]
+pub enum Attention {
+    /// Latent attention.
+    Mla(Mla),
+    /// Grouped queries.
+    Gqa(Gqa),
+}
+
+/// The forms of the feed-forward part.
+#[derive(Module, Debug)]
+pub enum FeedForward {
+    /// One MLP.
+    Dense(Mlp),
+    /// A mixture of experts.
+    Moe(Moe),
+}
+
+impl Model {
+    /// The hidden states after the last norm.
+    ///
+    /// # Shapes
+    /// - `input_ids`: `[batch, seq]`, continuing the sequences of the pass's cache if it has one
+    /// - returns: `[batch, seq, hidden_size]`
+    ///
+    /// # Panics
+    /// If an id is not below the vocabulary's size.
+    pub fn hidden(&self, input_ids: Tensor<2, Int>, pass: &mut Pass<'_>) -> Tensor<3> {
+        let ([batch, seq], hidden_size) = (input_ids.dims(), self.config.hidden_size);
+        let start = pass.cache.as_ref().map_or(0, |cache| cache.len());
+        pass.rotary = Some(
+            self.config
+                .rotary_table(start..start + seq, &input_ids.device()),
+        );
+
+        let embedded = self
+            .model
+            .embed_tokens
+            .weight
+            .embed(input_ids.reshape([batch * seq]));
+        let mut x = embedded.reshape([batch, seq, hidden_size]);
+        for (layer_idx, layer) in self.model.layers.iter().enumerate() {
+            x = layer.forward(x, pass, layer_idx);
+        }
+        if let Some(cache) = &mut pass.cache {
+            cache.advance(seq);
+        }
+        self.model
+            .norm
+            .forward(x.reshape([batch * seq, hidden_size]))
+            .reshape([batch, seq, hidden_size])
+    }
+
+    /// Logits of some hidden states.
+    ///
+    /// # Shapes
+    /// - `hidden`: `[tokens, hidden_size]`
+    /// - returns: `[tokens, vocab]`, f32
+    pub fn logits(&self, hidden: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
+        self.head().forward(hidden, pass)
+    }
+
+    /// The loss of every position, without holding the logits.
+    ///
+    /// # Shapes
+    /// - `hidden`: `[batch, seq, hidden_size]`, `targets`: `[batch, seq]`, −100 where there is none
+    /// - returns: `[batch · seq]`, in nats; 0 where there is no target
+    pub fn loss(&self, hidden: Tensor<3>, targets: Tensor<2, Int>, pass: &Pass<'_>) -> Tensor<1> {
+        let [batch, seq, hidden_size] = hidden.dims();
+        self.head().cross_entropy(
+            hidden.reshape([batch * seq, hidden_size]),
+            targets.reshape([batch * seq]),
+            pass,
+        )
+    }
+
+    /// The output head, which may be the embedding.
+    fn head(&self) -> Linear {
+        let tied = || Linear {
+            weight: self.model.embed_tokens.weight.clone(),
+            bias: None,
+            lora: None,
+        };
+        self.lm_head.clone().unwrap_or_else(tied)
+    }
+}
+
+impl DecoderLayer {
+    /// # Shapes
+    /// - `x`: `[batch, seq, hidden_size]`
+    /// - returns: `[batch, seq, hidden_size]`
+    pub fn forward(&self, x: Tensor<3>, pass: &mut Pass<'_>, layer_idx: usize) -> Tensor<3> {
+        let [batch, seq, hidden_size] = x.dims();
+        let (tokens, whole) = ([batch * seq, hidden_size], [batch, seq, hidden_size]);
+
+        let normed = self
+            .input_layernorm
+            .forward(x.clone().reshape(tokens))
+            .reshape(whole);
+        let x = x + match &self.self_attn {
+            Attention::Mla(mla) => mla.forward(normed, pass, layer_idx),
+            Attention::Gqa(gqa) => gqa.forward(normed, pass, layer_idx),
+        };
+        let normed = self
+            .post_attention_layernorm
+            .forward(x.clone().reshape(tokens));
+        let y = match &self.mlp {
+            FeedForward::Dense(mlp) => mlp.forward(normed, pass),
+            FeedForward::Moe(moe) => moe.forward(normed, pass, layer_idx),
+        };
+        x + y.reshape(whole)
+    }
+}

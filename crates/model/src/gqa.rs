@@ -1,0 +1,81 @@
+//! Grouped-query attention, as in the Qwen and Llama distills.
+
+use burn::module::Module;
+use burn::tensor::Tensor;
+use kernels::Pairs;
+
+use crate::config::GqaConfig;
+use crate::linear::Linear;
+use crate::pass::Pass;
+
+/// Grouped-query attention of one layer.
+#[derive(Module, Debug)]
+pub struct Gqa {
+    /// `[heads · head_dim, hidden_size]`.
+    pub q_proj: Linear,
+    /// `[kv_heads · head_dim, hidden_size]`.
+    pub k_proj: Linear,
+    /// `[kv_heads · head_dim, hidden_size]`.
+    pub v_proj: Linear,
+    /// `[hidden_size, heads · head_dim]`.
+    pub o_proj: Linear,
+    /// Sizes.
+    #[module(skip)]
+    pub config: GqaConfig,
+    /// Number of query heads.
+    #[module(skip)]
+    pub heads: usize,
+    /// Factor of the scores.
+    #[module(skip)]
+    pub softmax_scale: f32,
+    /// Which rotary features form a pair.
+    #[module(skip)]
+    pub pairs: Pairs,
+}
+
+impl Gqa {
+    /// # Shapes
+    /// - `x`: `[batch, seq, hidden_size]`
+    /// - returns: `[batch, seq, hidden_size]`
+    pub fn forward(&self, x: Tensor<3>, pass: &mut Pass<'_>, layer_idx: usize) -> Tensor<3> {
+        let [batch, seq, hidden_size] = x.dims();
+        let (dim, kv_heads, heads) = (
+            self.config.head_dim,
+            self.config.num_key_value_heads,
+            self.heads,
+        );
+        let tokens = x.reshape([batch * seq, hidden_size]);
+        let rotary = pass.rotary();
+        let turned =
+            |x: Tensor<4>| kernels::rope(x, rotary.cos.clone(), rotary.sin.clone(), self.pairs);
+
+        let q = turned(
+            self.q_proj
+                .forward(tokens.clone(), pass)
+                .reshape([batch, seq, heads, dim]),
+        );
+        let k = turned(
+            self.k_proj
+                .forward(tokens.clone(), pass)
+                .reshape([batch, seq, kv_heads, dim]),
+        );
+        let v = self
+            .v_proj
+            .forward(tokens, pass)
+            .reshape([batch, seq, kv_heads, dim]);
+        let (k, v) = match pass
+            .cache
+            .as_mut()
+            .map(|cache| &mut cache.layers[layer_idx].buffers)
+        {
+            Some(buffers) => (buffers[0].append(k), buffers[1].append(v)),
+            None => (k, v),
+        };
+
+        let out =
+            kernels::attention(q, k, v, self.softmax_scale).reshape([batch * seq, heads * dim]);
+        self.o_proj
+            .forward(out, pass)
+            .reshape([batch, seq, hidden_size])
+    }
+}

@@ -1,0 +1,51 @@
+//! The decoder, once: DeepSeek V2, V3 and R1, and the Qwen and Llama distills, as values of one config.
+//!
+//! Training, evaluation and generation call the same [`Model::hidden`]; what differs between them is in the [`Pass`]
+//! (a cache or none, dropout or none) and in how the weights are held (frozen in their published bytes, or trained).
+//!
+//! ```no_run
+//! use burn::tensor::{Device, Int, Tensor};
+//! use moeforge_model::{Compute, Pass, Training, weights};
+//!
+//! let folder = checkpoint::Folder::open("DeepSeek-V2-Lite".as_ref())?;
+//! let device = Device::flex();
+//! let model = weights::load(&folder, Training::Frozen, &device)?;
+//! let mut pass = Pass::new(Compute::F32);
+//! let hidden = model.hidden(Tensor::from_ints([[1, 2, 3]], &device), &mut pass); // [1, 3, hidden_size]
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+pub mod adapter;
+mod cache;
+pub mod config;
+mod decoder;
+mod error;
+mod gqa;
+pub mod linear;
+pub mod lora;
+pub mod merge;
+mod mla;
+mod mlp;
+pub mod moe;
+mod norm;
+mod parameters;
+mod pass;
+mod rope;
+mod sites;
+pub mod weights;
+
+pub use adapter::AdapterWeights;
+pub use cache::Cache;
+pub use config::ModelConfig;
+pub use decoder::{Attention, Decoder, DecoderLayer, Embedding, FeedForward, Model};
+pub use error::Error;
+pub use gqa::Gqa;
+pub use kernels::Compute;
+pub use mla::Mla;
+pub use mlp::Mlp;
+pub use norm::Norm;
+pub use parameters::Parameter;
+pub use pass::{Observe, Pass, RoutingRecord};
+pub use rope::RotaryTable;
+pub use sites::{Site, matches};
+pub use weights::Training;

@@ -1,0 +1,192 @@
+//! Multi-head latent attention.
+//!
+//! Keys and values of all heads are rebuilt from one latent vector per token. *Expanded*, they are rebuilt in full:
+//! for training and prefill. *Absorbed*, `kv_b_proj` is folded into the query and the output instead, and attention
+//! runs over the latents themselves: for decoding, where rebuilding every earlier token at every step would be most
+//! of the work. Both read the same cache and agree to rounding.
+//!
+//! Source: DeepSeek-V2, arXiv:2405.04434, section 2.1; deepseek-ai/DeepSeek-V3: inference/model.py, `MLA`.
+
+use burn::module::Module;
+use burn::tensor::Tensor;
+use kernels::{Direction, HeadRows, Pairs};
+
+use crate::cache::LayerCache;
+use crate::config::MlaConfig;
+use crate::linear::Linear;
+use crate::norm::Norm;
+use crate::pass::Pass;
+
+/// Latent attention of one layer.
+#[derive(Module, Debug)]
+pub struct Mla {
+    /// `[heads · qk_head_dim, hidden_size]`, where there is no query bottleneck.
+    pub q_proj: Option<Linear>,
+    /// `[q_lora_rank, hidden_size]`.
+    pub q_a_proj: Option<Linear>,
+    /// `[q_lora_rank]`.
+    pub q_a_layernorm: Option<Norm>,
+    /// `[heads · qk_head_dim, q_lora_rank]`.
+    pub q_b_proj: Option<Linear>,
+    /// `[kv_lora_rank + qk_rope_head_dim, hidden_size]`.
+    pub kv_a_proj_with_mqa: Linear,
+    /// `[kv_lora_rank]`.
+    pub kv_a_layernorm: Norm,
+    /// `[heads · (qk_nope_head_dim + v_head_dim), kv_lora_rank]`.
+    pub kv_b_proj: Linear,
+    /// `[hidden_size, heads · v_head_dim]`.
+    pub o_proj: Linear,
+    /// Sizes.
+    #[module(skip)]
+    pub config: MlaConfig,
+    /// Number of heads.
+    #[module(skip)]
+    pub heads: usize,
+    /// Factor of the scores.
+    #[module(skip)]
+    pub softmax_scale: f32,
+    /// Which rotary features form a pair.
+    #[module(skip)]
+    pub pairs: Pairs,
+}
+
+impl Mla {
+    /// # Shapes
+    /// - `x`: `[batch, seq, hidden_size]`
+    /// - returns: `[batch, seq, hidden_size]`
+    pub fn forward(&self, x: Tensor<3>, pass: &mut Pass<'_>, layer_idx: usize) -> Tensor<3> {
+        let [batch, seq, hidden_size] = x.dims();
+        let tokens = x.reshape([batch * seq, hidden_size]);
+        let (q_nope, q_pe) = self.queries(tokens.clone(), [batch, seq], pass);
+        let latents = self.latents(tokens, [batch, seq], pass);
+
+        let out = match pass
+            .cache
+            .as_mut()
+            .map(|cache| &mut cache.layers[layer_idx])
+        {
+            Some(LayerCache { buffers }) => {
+                let latents = buffers[0].append(latents);
+                if seq == 1 {
+                    self.absorbed(q_nope, q_pe, latents)
+                } else {
+                    self.expanded(q_nope, q_pe, latents, pass)
+                }
+            }
+            None => self.expanded(q_nope, q_pe, latents, pass),
+        };
+        self.o_proj
+            .forward(out, pass)
+            .reshape([batch, seq, hidden_size])
+    }
+
+    /// Queries of all heads: the part without positions, and the rotated part, `[batch, seq, heads, …]`.
+    fn queries(
+        &self,
+        tokens: Tensor<2>,
+        [batch, seq]: [usize; 2],
+        pass: &Pass<'_>,
+    ) -> (Tensor<4>, Tensor<4>) {
+        let q = match (
+            &self.q_proj,
+            &self.q_a_proj,
+            &self.q_a_layernorm,
+            &self.q_b_proj,
+        ) {
+            (Some(q_proj), ..) => q_proj.forward(tokens, pass),
+            (None, Some(q_a_proj), Some(norm), Some(q_b_proj)) => {
+                q_b_proj.forward(norm.forward(q_a_proj.forward(tokens, pass)), pass)
+            }
+            _ => unreachable!("the loader builds q_proj, or the three parts of the bottleneck"),
+        };
+        let (nope, dim) = (self.config.qk_nope_head_dim, self.config.qk_head_dim());
+        let q = q.reshape([batch, seq, self.heads, dim]);
+        let q_nope = q.clone().slice([0..batch, 0..seq, 0..self.heads, 0..nope]);
+        let q_pe = q.slice([0..batch, 0..seq, 0..self.heads, nope..dim]);
+        let rotary = pass.rotary();
+        (
+            q_nope,
+            kernels::rope(q_pe, rotary.cos, rotary.sin, self.pairs),
+        )
+    }
+
+    /// What the cache stores: normalized latent and rotated shared key, `[batch, seq, 1, kv_lora_rank + rope]`.
+    fn latents(&self, tokens: Tensor<2>, [batch, seq]: [usize; 2], pass: &Pass<'_>) -> Tensor<4> {
+        let (rank, width) = (
+            self.config.kv_lora_rank,
+            self.config.kv_lora_rank + self.config.qk_rope_head_dim,
+        );
+        let kv = self.kv_a_proj_with_mqa.forward(tokens, pass); // [tokens, rank + rope]
+        let latent = self
+            .kv_a_layernorm
+            .forward(kv.clone().slice([0..batch * seq, 0..rank]));
+        let k_pe = kv
+            .slice([0..batch * seq, rank..width])
+            .reshape([batch, seq, 1, width - rank]);
+        let rotary = pass.rotary();
+        let k_pe = kernels::rope(k_pe, rotary.cos, rotary.sin, self.pairs);
+        Tensor::cat(vec![latent.reshape([batch, seq, 1, rank]), k_pe], 3)
+    }
+
+    /// Attention over rebuilt keys and values; returns `[tokens, heads · v_head_dim]`.
+    fn expanded(
+        &self,
+        q_nope: Tensor<4>,
+        q_pe: Tensor<4>,
+        latents: Tensor<4>,
+        pass: &Pass<'_>,
+    ) -> Tensor<2> {
+        let ([batch, kv_seq, _, width], heads) = (latents.dims(), self.heads);
+        let (rank, nope, v_dim) = (
+            self.config.kv_lora_rank,
+            self.config.qk_nope_head_dim,
+            self.config.v_head_dim,
+        );
+        let latent = latents
+            .clone()
+            .slice([0..batch, 0..kv_seq, 0..1, 0..rank])
+            .reshape([batch * kv_seq, rank]);
+        let k_pe = latents.slice([0..batch, 0..kv_seq, 0..1, rank..width]);
+
+        let kv = self
+            .kv_b_proj
+            .forward(latent, pass)
+            .reshape([batch, kv_seq, heads, nope + v_dim]);
+        let k_nope = kv.clone().slice([0..batch, 0..kv_seq, 0..heads, 0..nope]);
+        let v = kv.slice([0..batch, 0..kv_seq, 0..heads, nope..nope + v_dim]);
+        let k = Tensor::cat(vec![k_nope, k_pe.repeat_dim(2, heads)], 3);
+        let q = Tensor::cat(vec![q_nope, q_pe], 3);
+
+        let out = kernels::attention(q, k, v, self.softmax_scale); // [batch, seq, heads, v_head_dim]
+        let [_, seq, ..] = out.dims();
+        out.reshape([batch * seq, heads * v_dim])
+    }
+
+    /// Attention over the latents themselves; returns `[tokens, heads · v_head_dim]`. Without gradient.
+    fn absorbed(&self, q_nope: Tensor<4>, q_pe: Tensor<4>, latents: Tensor<4>) -> Tensor<2> {
+        let ([batch, seq, heads, nope], rank, v_dim) = (
+            q_nope.dims(),
+            self.config.kv_lora_rank,
+            self.config.v_head_dim,
+        );
+        let rows = |start, len, direction| HeadRows {
+            heads,
+            start,
+            len,
+            direction,
+        };
+
+        let q_nope = q_nope.reshape([batch * seq, heads, nope]);
+        let q_latent = self
+            .kv_b_proj
+            .per_head(q_nope, rows(0, nope, Direction::Transposed))
+            .reshape([batch, seq, heads, rank]);
+        let q = Tensor::cat(vec![q_latent, q_pe], 3);
+        let out = kernels::latent_attention(q, latents, rank, self.softmax_scale); // [batch, seq, heads, rank]
+
+        let out = out.reshape([batch * seq, heads, rank]);
+        self.kv_b_proj
+            .per_head(out, rows(nope, v_dim, Direction::Forward))
+            .reshape([batch * seq, heads * v_dim])
+    }
+}

@@ -1,0 +1,31 @@
+//! The gated feed-forward layer, `down(silu(gate(x)) · up(x))`.
+
+use burn::module::Module;
+use burn::tensor::Tensor;
+
+use crate::linear::Linear;
+use crate::pass::Pass;
+
+/// A dense feed-forward layer, or the shared experts of a mixture.
+#[derive(Module, Debug)]
+pub struct Mlp {
+    /// `[intermediate_size, hidden_size]`.
+    pub gate_proj: Linear,
+    /// `[intermediate_size, hidden_size]`.
+    pub up_proj: Linear,
+    /// `[hidden_size, intermediate_size]`.
+    pub down_proj: Linear,
+}
+
+impl Mlp {
+    /// # Shapes
+    /// - `x`: `[tokens, hidden_size]`
+    /// - returns: `[tokens, hidden_size]`
+    pub fn forward(&self, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
+        let (gate, up) = (
+            self.gate_proj.forward(x.clone(), pass),
+            self.up_proj.forward(x, pass),
+        );
+        self.down_proj.forward(kernels::swiglu(gate, up), pass)
+    }
+}

@@ -1,0 +1,55 @@
+//! A mixture of experts: route → dispatch → experts → combine, plus the experts that every token shares.
+
+pub mod experts;
+pub mod router;
+
+use burn::module::Module;
+use burn::tensor::Tensor;
+use kernels::Compute;
+
+use self::experts::Experts;
+use self::router::Router;
+use crate::linear::Linear;
+use crate::mlp::Mlp;
+use crate::pass::{Observe, Pass, RoutingRecord};
+
+/// The feed-forward part of a mixture layer.
+#[derive(Module, Debug)]
+pub struct Moe {
+    /// The router's weight `[n_routed_experts, hidden_size]`; no `gate_proj`.
+    pub gate: Linear,
+    /// The router's decisions.
+    #[module(skip)]
+    pub router: Router,
+    /// The routed experts.
+    pub experts: Experts,
+    /// The shared experts, fused into one MLP.
+    pub shared_experts: Option<Mlp>,
+}
+
+impl Moe {
+    /// # Shapes
+    /// - `x`: `[tokens, hidden_size]`
+    /// - returns: `[tokens, hidden_size]`
+    pub fn forward(&self, x: Tensor<2>, pass: &mut Pass<'_>, layer_idx: usize) -> Tensor<2> {
+        // Router logits in f32 whatever the pass computes in: bf16 would swap near neighbors.
+        let exact = Pass {
+            dropout_seed: pass.dropout_seed,
+            ..Pass::new(Compute::F32)
+        };
+        let logits = self.gate.forward(x.clone(), &exact);
+        let routed = self.router.route(logits.clone());
+        if pass.observe == Observe::Routing {
+            pass.routing.push(RoutingRecord {
+                layer_idx,
+                logits,
+                routed: routed.clone(),
+            });
+        }
+        let y = self.experts.forward(x.clone(), routed, pass);
+        match &self.shared_experts {
+            Some(shared) => y + shared.forward(x, pass),
+            None => y,
+        }
+    }
+}

@@ -1,0 +1,780 @@
+//! From a checkpoint's tensors to a model, and back. The only place that knows foreign shapes.
+//!
+//! Frozen weights stay mapped in their published bytes; a trained model converts each weight to f32 once. Fresh models
+//! are built by the same walk, from a seed instead of a file: a weight's values depend on the seed and its key alone.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use burn::module::{Param, ParamId};
+use burn::tensor::{Device, Tensor};
+use checkpoint::{DType, Folder, FolderWriter, TensorSpec};
+use kernels::{ExpertBank, Format, Matrix, fp8};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+
+use crate::Error;
+use crate::config::{AttentionConfig, GqaConfig, MlaConfig, ModelConfig, MoeConfig};
+use crate::decoder::{Attention, Decoder, DecoderLayer, Embedding, FeedForward, Model};
+use crate::gqa::Gqa;
+use crate::linear::{Frozen, Linear, Weight};
+use crate::lora::parameter;
+use crate::mla::Mla;
+use crate::mlp::Mlp;
+use crate::moe::Moe;
+use crate::moe::experts::{ExpertWeights, Experts, FrozenBank, Stacks};
+use crate::moe::router::Router;
+use crate::norm::Norm;
+use crate::sites::PROJECTIONS;
+
+/// Epsilon of the norms inside latent attention, whatever the config says.
+const LATENT_NORM_EPS: f32 = 1e-6;
+
+/// Whether a model's own weights change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Training {
+    /// They stay in their published bytes; adapters may be trained on them.
+    Frozen,
+    /// All are trained, in f32.
+    Full,
+}
+
+/// Opens a model over a checkpoint.
+///
+/// # Errors
+/// If the config is not one we compute, or a tensor is missing or of another shape or dtype than the config says.
+pub fn load(folder: &Folder, training: Training, device: &Device) -> Result<Model, Error> {
+    let config = read_config(folder)?;
+    Builder {
+        source: Source::Folder(folder),
+        training,
+        config: &config,
+        device,
+    }
+    .model()
+}
+
+/// A model with fresh weights, all trained: normal with the config's `initializer_range`, norms one, biases zero.
+///
+/// # Errors
+/// None today; the walk is shared with [`load`].
+pub fn fresh(config: &ModelConfig, seed: u64, device: &Device) -> Result<Model, Error> {
+    Builder {
+        source: Source::Fresh(seed),
+        training: Training::Full,
+        config,
+        device,
+    }
+    .model()
+}
+
+/// The architecture of a checkpoint.
+///
+/// # Errors
+/// If the config is not one we compute.
+pub fn read_config(folder: &Folder) -> Result<ModelConfig, Error> {
+    ModelConfig::from_json(folder.config(), &folder.path().join("config.json"))
+}
+
+/// Reads a weight of any published format.
+///
+/// # Errors
+/// If the tensor is no matrix of the given shape, of another dtype, or its block scales are missing or do not fit.
+pub fn read_matrix(
+    folder: &Folder,
+    key: &str,
+    [rows, cols]: [usize; 2],
+    block: [usize; 2],
+) -> Result<Matrix, Error> {
+    let tensor = folder.tensor(key)?;
+    tensor.expect_shape(&[rows, cols])?;
+    let wrong = |cause| Error::Weight {
+        file: tensor.file.to_path_buf(),
+        name: key.into(),
+        cause,
+    };
+    let dense = |format| Matrix::dense(rows, cols, format, tensor.bytes.clone()).map_err(wrong);
+    match tensor.dtype {
+        DType::F32 => dense(Format::F32),
+        DType::F16 => dense(Format::F16),
+        DType::BF16 => dense(Format::Bf16),
+        DType::F8E4M3 => {
+            let scales = folder.tensor(&scale_key(key))?;
+            let values = match scales.dtype {
+                DType::F8E8M0 => scales
+                    .bytes
+                    .iter()
+                    .map(|code| fp8::e8m0_to_f32(*code))
+                    .collect(),
+                _ => scales.to_f32()?,
+            };
+            let wrong = |cause| Error::Weight {
+                file: scales.file.to_path_buf(),
+                name: scales.name.to_string(),
+                cause,
+            };
+            Matrix::fp8(
+                [rows, cols],
+                tensor.bytes.clone(),
+                values,
+                &scales.shape,
+                block,
+            )
+            .map_err(wrong)
+        }
+        found => Err(Error::DType {
+            file: tensor.file.to_path_buf(),
+            name: key.into(),
+            found,
+        }),
+    }
+}
+
+/// The name of a weight's block scales. Despite it, they multiply.
+pub fn scale_key(key: &str) -> String {
+    format!("{key}_scale_inv")
+}
+
+/// Which of a checkpoint's tensors a model uses, and which it does not.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Audit {
+    /// Tensors the model reads.
+    pub used: Vec<String>,
+    /// Tensors of multi-token-prediction layers: not run, but carried into every export.
+    pub mtp: Vec<String>,
+    /// Tensors that nothing here knows.
+    pub unknown: Vec<String>,
+}
+
+/// Sorts a checkpoint's tensors by their use.
+///
+/// # Errors
+/// If the config is not one we compute.
+pub fn audit(folder: &Folder) -> Result<Audit, Error> {
+    let config = read_config(folder)?;
+    let used: std::collections::BTreeSet<String> =
+        keys(&config).into_iter().map(|(key, _)| key).collect();
+    let mut audit = Audit::default();
+    for name in folder.names() {
+        let weight = name.strip_suffix("_scale_inv").unwrap_or(name);
+        let layer = name
+            .strip_prefix("model.layers.")
+            .and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+        let mtp =
+            config.num_hidden_layers..config.num_hidden_layers + config.num_nextn_predict_layers;
+        let list = match layer {
+            _ if used.contains(weight) => &mut audit.used,
+            Some(layer) if mtp.contains(&layer) => &mut audit.mtp,
+            _ => &mut audit.unknown,
+        };
+        list.push(name.into());
+    }
+    Ok(audit)
+}
+
+/// The keys and shapes of all tensors a model of this config has, scales left out.
+pub fn keys(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    let (hidden, mut keys) = (config.hidden_size, Vec::new());
+    let mut add = |key: String, shape: &[usize]| keys.push((key, shape.to_vec()));
+    add(
+        "model.embed_tokens.weight".into(),
+        &[config.vocab_size, hidden],
+    );
+    for layer_idx in 0..config.num_hidden_layers {
+        let at = |name: &str| format!("model.layers.{layer_idx}.{name}");
+        add(at("input_layernorm.weight"), &[hidden]);
+        add(at("post_attention_layernorm.weight"), &[hidden]);
+        for (name, shape) in attention_keys(config) {
+            add(at(&format!("self_attn.{name}")), &shape);
+        }
+        let mlp = |prefix: &str, width: usize| {
+            PROJECTIONS.map(|projection| {
+                let shape = if projection == "down_proj" {
+                    [hidden, width]
+                } else {
+                    [width, hidden]
+                };
+                (at(&format!("{prefix}.{projection}.weight")), shape)
+            })
+        };
+        let Some(moe) = config
+            .moe
+            .as_ref()
+            .filter(|moe| moe.is_moe_layer(layer_idx))
+        else {
+            mlp("mlp", config.intermediate_size)
+                .into_iter()
+                .for_each(|(key, shape)| add(key, &shape));
+            continue;
+        };
+        add(at("mlp.gate.weight"), &[moe.n_routed_experts, hidden]);
+        if moe.has_correction_bias {
+            add(
+                at("mlp.gate.e_score_correction_bias"),
+                &[moe.n_routed_experts],
+            );
+        }
+        for expert in 0..moe.n_routed_experts {
+            mlp(&format!("mlp.experts.{expert}"), moe.moe_intermediate_size)
+                .into_iter()
+                .for_each(|(key, shape)| add(key, &shape));
+        }
+        if moe.n_shared_experts > 0 {
+            let width = moe.n_shared_experts * moe.moe_intermediate_size;
+            mlp("mlp.shared_experts", width)
+                .into_iter()
+                .for_each(|(key, shape)| add(key, &shape));
+        }
+    }
+    add("model.norm.weight".into(), &[hidden]);
+    if !config.tie_word_embeddings {
+        add("lm_head.weight".into(), &[config.vocab_size, hidden]);
+    }
+    keys
+}
+
+fn attention_keys(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    let (hidden, heads) = (config.hidden_size, config.num_attention_heads);
+    let weight = |name: &str, shape: [usize; 2]| (format!("{name}.weight"), shape.to_vec());
+    match &config.attention {
+        AttentionConfig::Mla(mla) => {
+            let (rank, q_width) = (mla.kv_lora_rank, heads * mla.qk_head_dim());
+            let mut keys = match mla.q_lora_rank {
+                None => vec![weight("q_proj", [q_width, hidden])],
+                Some(q_rank) => vec![
+                    weight("q_a_proj", [q_rank, hidden]),
+                    ("q_a_layernorm.weight".into(), vec![q_rank]),
+                    weight("q_b_proj", [q_width, q_rank]),
+                ],
+            };
+            keys.push(weight(
+                "kv_a_proj_with_mqa",
+                [rank + mla.qk_rope_head_dim, hidden],
+            ));
+            keys.push(("kv_a_layernorm.weight".into(), vec![rank]));
+            keys.push(weight(
+                "kv_b_proj",
+                [heads * (mla.qk_nope_head_dim + mla.v_head_dim), rank],
+            ));
+            keys.push(weight("o_proj", [hidden, heads * mla.v_head_dim]));
+            keys
+        }
+        AttentionConfig::Gqa(gqa) => {
+            let (q_width, kv_width) =
+                (heads * gqa.head_dim, gqa.num_key_value_heads * gqa.head_dim);
+            let widths = [
+                ("q_proj", q_width),
+                ("k_proj", kv_width),
+                ("v_proj", kv_width),
+            ];
+            let mut keys: Vec<_> = widths
+                .iter()
+                .map(|(name, width)| weight(name, [*width, hidden]))
+                .collect();
+            if gqa.qkv_bias {
+                keys.extend(
+                    widths
+                        .iter()
+                        .map(|(name, width)| (format!("{name}.bias"), vec![*width])),
+                );
+            }
+            keys.push(weight("o_proj", [hidden, q_width]));
+            keys
+        }
+    }
+}
+
+/// Where weights come from.
+enum Source<'a> {
+    Folder(&'a Folder),
+    Fresh(u64),
+}
+
+/// Walks the architecture and makes each part.
+struct Builder<'a> {
+    source: Source<'a>,
+    training: Training,
+    config: &'a ModelConfig,
+    device: &'a Device,
+}
+
+impl Builder<'_> {
+    fn model(&self) -> Result<Model, Error> {
+        let config = self.config;
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let embed_tokens = Embedding {
+            weight: self.weight("model.embed_tokens.weight", [vocab, hidden])?,
+        };
+        let layers = (0..config.num_hidden_layers)
+            .map(|layer_idx| self.layer(layer_idx))
+            .collect::<Result<_, _>>()?;
+        let norm = self.norm("model.norm", hidden, config.rms_norm_eps)?;
+        let lm_head = if config.tie_word_embeddings {
+            None
+        } else {
+            Some(self.linear("lm_head", [vocab, hidden])?)
+        };
+        Ok(Model {
+            model: Decoder {
+                embed_tokens,
+                layers,
+                norm,
+            },
+            lm_head,
+            config: config.clone(),
+        })
+    }
+
+    fn layer(&self, layer_idx: usize) -> Result<DecoderLayer, Error> {
+        let (config, at) = (self.config, format!("model.layers.{layer_idx}"));
+        let self_attn = match &config.attention {
+            AttentionConfig::Mla(mla) => Attention::Mla(self.mla(&format!("{at}.self_attn"), mla)?),
+            AttentionConfig::Gqa(gqa) => Attention::Gqa(self.gqa(&format!("{at}.self_attn"), gqa)?),
+        };
+        let mlp = match config
+            .moe
+            .as_ref()
+            .filter(|moe| moe.is_moe_layer(layer_idx))
+        {
+            Some(moe) => FeedForward::Moe(self.moe(&format!("{at}.mlp"), moe)?),
+            None => FeedForward::Dense(self.mlp(&format!("{at}.mlp"), config.intermediate_size)?),
+        };
+        Ok(DecoderLayer {
+            input_layernorm: self.norm(
+                &format!("{at}.input_layernorm"),
+                config.hidden_size,
+                config.rms_norm_eps,
+            )?,
+            self_attn,
+            post_attention_layernorm: self.norm(
+                &format!("{at}.post_attention_layernorm"),
+                config.hidden_size,
+                config.rms_norm_eps,
+            )?,
+            mlp,
+        })
+    }
+
+    fn mla(&self, at: &str, mla: &MlaConfig) -> Result<Mla, Error> {
+        let (hidden, heads) = (self.config.hidden_size, self.config.num_attention_heads);
+        let (rank, q_width) = (mla.kv_lora_rank, heads * mla.qk_head_dim());
+        let linear = |name: &str, shape| self.linear(&format!("{at}.{name}"), shape);
+        let norm = |name: &str, width| self.norm(&format!("{at}.{name}"), width, LATENT_NORM_EPS);
+        Ok(Mla {
+            q_proj: if mla.q_lora_rank.is_none() {
+                Some(linear("q_proj", [q_width, hidden])?)
+            } else {
+                None
+            },
+            q_a_proj: mla
+                .q_lora_rank
+                .map(|q_rank| linear("q_a_proj", [q_rank, hidden]))
+                .transpose()?,
+            q_a_layernorm: mla
+                .q_lora_rank
+                .map(|q_rank| norm("q_a_layernorm", q_rank))
+                .transpose()?,
+            q_b_proj: mla
+                .q_lora_rank
+                .map(|q_rank| linear("q_b_proj", [q_width, q_rank]))
+                .transpose()?,
+            kv_a_proj_with_mqa: linear(
+                "kv_a_proj_with_mqa",
+                [rank + mla.qk_rope_head_dim, hidden],
+            )?,
+            kv_a_layernorm: norm("kv_a_layernorm", rank)?,
+            kv_b_proj: linear(
+                "kv_b_proj",
+                [heads * (mla.qk_nope_head_dim + mla.v_head_dim), rank],
+            )?,
+            o_proj: linear("o_proj", [hidden, heads * mla.v_head_dim])?,
+            config: mla.clone(),
+            heads,
+            softmax_scale: self.config.rope.softmax_scale(mla.qk_head_dim()),
+            pairs: self.config.rope.pairs,
+        })
+    }
+
+    fn gqa(&self, at: &str, gqa: &GqaConfig) -> Result<Gqa, Error> {
+        let (hidden, heads) = (self.config.hidden_size, self.config.num_attention_heads);
+        let biased = |name: &str, out| {
+            let mut linear = self.linear(&format!("{at}.{name}"), [out, hidden])?;
+            if gqa.qkv_bias {
+                linear.bias = Some(self.vector(&format!("{at}.{name}.bias"), out, 0.0)?);
+            }
+            Ok::<_, Error>(linear)
+        };
+        let kv_width = gqa.num_key_value_heads * gqa.head_dim;
+        Ok(Gqa {
+            q_proj: biased("q_proj", heads * gqa.head_dim)?,
+            k_proj: biased("k_proj", kv_width)?,
+            v_proj: biased("v_proj", kv_width)?,
+            o_proj: self.linear(&format!("{at}.o_proj"), [hidden, heads * gqa.head_dim])?,
+            config: gqa.clone(),
+            heads,
+            softmax_scale: self.config.rope.softmax_scale(gqa.head_dim),
+            pairs: self.config.rope.pairs,
+        })
+    }
+
+    fn mlp(&self, at: &str, inner: usize) -> Result<Mlp, Error> {
+        let hidden = self.config.hidden_size;
+        Ok(Mlp {
+            gate_proj: self.linear(&format!("{at}.gate_proj"), [inner, hidden])?,
+            up_proj: self.linear(&format!("{at}.up_proj"), [inner, hidden])?,
+            down_proj: self.linear(&format!("{at}.down_proj"), [hidden, inner])?,
+        })
+    }
+
+    fn moe(&self, at: &str, moe: &MoeConfig) -> Result<Moe, Error> {
+        let shared = moe.n_shared_experts * moe.moe_intermediate_size;
+        let bias = format!("{at}.gate.e_score_correction_bias");
+        Ok(Moe {
+            gate: self.linear(
+                &format!("{at}.gate"),
+                [moe.n_routed_experts, self.config.hidden_size],
+            )?,
+            router: Router {
+                e_score_correction_bias: if moe.has_correction_bias {
+                    Some(self.constant(&bias, moe.n_routed_experts)?)
+                } else {
+                    None
+                },
+                config: moe.clone(),
+            },
+            experts: Experts {
+                weights: self.experts(&format!("{at}.experts"), moe)?,
+                lora: None,
+            },
+            shared_experts: if shared > 0 {
+                Some(self.mlp(&format!("{at}.shared_experts"), shared)?)
+            } else {
+                None
+            },
+        })
+    }
+
+    fn experts(&self, at: &str, moe: &MoeConfig) -> Result<ExpertWeights, Error> {
+        let (n, inner, hidden) = (
+            moe.n_routed_experts,
+            moe.moe_intermediate_size,
+            self.config.hidden_size,
+        );
+        let key = |expert: usize, projection: &str| format!("{at}.{expert}.{projection}.weight");
+        match (self.training, &self.source) {
+            (Training::Frozen, Source::Folder(folder)) => {
+                let bank = |projection: &str, shape| {
+                    (0..n)
+                        .map(|expert| {
+                            read_matrix(
+                                folder,
+                                &key(expert, projection),
+                                shape,
+                                self.config.fp8_block,
+                            )
+                        })
+                        .collect::<Result<Vec<_>, _>>()
+                };
+                let [gate, up, down] = PROJECTIONS;
+                let bank = ExpertBank {
+                    gate: bank(gate, [inner, hidden])?,
+                    up: bank(up, [inner, hidden])?,
+                    down: bank(down, [hidden, inner])?,
+                };
+                Ok(ExpertWeights::Frozen(FrozenBank {
+                    bank: Arc::new(bank),
+                }))
+            }
+            _ => {
+                let stack = |projection: &str, [out, width]: [usize; 2]| {
+                    let mut values = Vec::with_capacity(n * out * width);
+                    for expert in 0..n {
+                        values.extend(self.values(&key(expert, projection), [out, width])?);
+                    }
+                    Ok::<_, Error>(parameter(values, [n, out, width], self.device))
+                };
+                let [gate, up, down] = PROJECTIONS;
+                Ok(ExpertWeights::Trained(Stacks {
+                    gate_proj: stack(gate, [inner, hidden])?,
+                    up_proj: stack(up, [inner, hidden])?,
+                    down_proj: stack(down, [hidden, inner])?,
+                }))
+            }
+        }
+    }
+
+    fn linear(&self, at: &str, shape: [usize; 2]) -> Result<Linear, Error> {
+        Ok(Linear {
+            weight: self.weight(&format!("{at}.weight"), shape)?,
+            bias: None,
+            lora: None,
+        })
+    }
+
+    fn weight(&self, key: &str, shape: [usize; 2]) -> Result<Weight, Error> {
+        match (self.training, &self.source) {
+            (Training::Frozen, Source::Folder(folder)) => {
+                let matrix = Arc::new(read_matrix(folder, key, shape, self.config.fp8_block)?);
+                Ok(Weight::Frozen(Frozen { matrix }))
+            }
+            _ => Ok(Weight::Trained(parameter(
+                self.values(key, shape)?,
+                shape,
+                self.device,
+            ))),
+        }
+    }
+
+    /// A matrix's values in f32.
+    fn values(&self, key: &str, [out, width]: [usize; 2]) -> Result<Vec<f32>, Error> {
+        match self.source {
+            Source::Folder(folder) => {
+                Ok(read_matrix(folder, key, [out, width], self.config.fp8_block)?.to_f32())
+            }
+            Source::Fresh(seed) => Ok(normal(
+                seed,
+                key,
+                out * width,
+                self.config.initializer_range,
+            )),
+        }
+    }
+
+    fn norm(&self, at: &str, width: usize, eps: f32) -> Result<Norm, Error> {
+        Ok(Norm {
+            weight: self.vector(&format!("{at}.weight"), width, 1.0)?,
+            eps,
+        })
+    }
+
+    /// A vector that is trained with the rest.
+    fn vector(&self, key: &str, len: usize, fresh: f32) -> Result<Param<Tensor<1>>, Error> {
+        let values = self.vector_values(key, len, fresh)?;
+        Ok(match self.training {
+            Training::Full => parameter(values, [len], self.device),
+            Training::Frozen => Param::initialized(
+                ParamId::new(),
+                Tensor::from_floats(values.as_slice(), self.device),
+            )
+            .set_require_grad(false),
+        })
+    }
+
+    /// A vector that never has a gradient.
+    fn constant(&self, key: &str, len: usize) -> Result<Tensor<1>, Error> {
+        Ok(Tensor::from_floats(
+            self.vector_values(key, len, 0.0)?.as_slice(),
+            self.device,
+        ))
+    }
+
+    fn vector_values(&self, key: &str, len: usize, fresh: f32) -> Result<Vec<f32>, Error> {
+        let Source::Folder(folder) = self.source else {
+            return Ok(vec![fresh; len]);
+        };
+        let tensor = folder.tensor(key)?;
+        tensor.expect_shape(&[len])?;
+        Ok(tensor.to_f32()?)
+    }
+}
+
+/// Normal values of a given deviation, a function of the seed and the key (Box and Muller's method).
+fn normal(seed: u64, key: &str, n: usize, deviation: f32) -> Vec<f32> {
+    let mut random = ChaCha8Rng::seed_from_u64(crate::lora::mixed_seed(seed, key));
+    let mut open = || (f64::from(random.next_u32()) + 0.5) / 2f64.powi(32);
+    let mut values = Vec::with_capacity(n + 1);
+    while values.len() < n {
+        let (radius, angle) = (
+            (-2.0 * open().ln()).sqrt(),
+            2.0 * std::f64::consts::PI * open(),
+        );
+        values.extend(
+            [radius * angle.cos(), radius * angle.sin()].map(|value| value as f32 * deviation),
+        );
+    }
+    values.truncate(n);
+    values
+}
+
+/// The checkpoint keys a trained tensor stands for, each with its part of the flat values. Empty for adapters.
+pub fn parameter_keys(
+    parameter: &str,
+    len: usize,
+    config: &ModelConfig,
+) -> Vec<(String, std::ops::Range<usize>)> {
+    if parameter.contains(".lora.") {
+        return vec![];
+    }
+    // Field names are keys, except for stacked experts: `….experts.weights.up_proj` holds all of them.
+    match (parameter.split_once(".experts.weights."), &config.moe) {
+        (Some((layer, projection)), Some(moe)) => {
+            let size = len / moe.n_routed_experts;
+            let key = |expert| format!("{layer}.experts.{expert}.{projection}.weight");
+            (0..moe.n_routed_experts)
+                .map(|expert| (key(expert), expert * size..(expert + 1) * size))
+                .collect()
+        }
+        _ => vec![(parameter.into(), 0..len)],
+    }
+}
+
+/// Copies tokenizer, templates and the like: every small file beside the weights.
+///
+/// # Errors
+/// If the folder cannot be read, or a file not be copied.
+pub fn copy_companions(folder: &Path, writer: &mut FolderWriter) -> Result<(), Error> {
+    const WANTED: [&str; 4] = ["json", "jinja", "model", "txt"];
+    const MADE_ANEW: [&str; 3] = [
+        "config.json",
+        "model.safetensors.index.json",
+        "moeforge.manifest.json",
+    ];
+    let entries = std::fs::read_dir(folder).map_err(|cause| Error::Read {
+        file: folder.into(),
+        cause,
+    })?;
+    let mut names: Vec<String> = entries
+        .flatten()
+        .filter(|entry| entry.path().is_file())
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
+    names.sort_unstable();
+    for name in names {
+        let wanted = name
+            .rsplit_once('.')
+            .is_some_and(|(_, ending)| WANTED.contains(&ending));
+        if wanted && !MADE_ANEW.contains(&name.as_str()) {
+            writer.copy_file(&folder.join(&name), &name)?;
+        }
+    }
+    Ok(())
+}
+
+/// A checkpoint's config for weights in bf16: not quantized, and with its dtype in the dialect it is written in.
+pub fn exported_config(config: &serde_json::Value) -> serde_json::Value {
+    let mut config = config.clone();
+    if let Some(keys) = config.as_object_mut() {
+        keys.shift_remove("quantization_config");
+        let key = if keys.contains_key("dtype") {
+            "dtype"
+        } else {
+            "torch_dtype"
+        };
+        keys.insert(key.into(), "bfloat16".into());
+    }
+    config
+}
+
+/// Largest shard of an exported model.
+const SHARD_BYTES: usize = 4 << 30;
+
+/// Writes a fully trained model's tensors in bf16, the routers' biases in f32, and what `base` has beside them (MTP
+/// layers, tensors nobody knows) as it is.
+///
+/// # Errors
+/// If writing fails.
+pub fn export(
+    model: &Model,
+    base: Option<&Folder>,
+    writer: &mut FolderWriter,
+) -> Result<(), Error> {
+    let mut tensors = exported_tensors(model, base)?;
+    let total: usize = tensors
+        .iter()
+        .map(|(spec, _)| spec.shape.iter().product::<usize>() * spec.dtype.size_bytes())
+        .sum();
+    let n_shards = total.div_ceil(SHARD_BYTES).max(1);
+    let per_shard = tensors.len().div_ceil(n_shards);
+    for shard in 0..n_shards {
+        let rest = tensors.split_off(per_shard.min(tensors.len()));
+        let (specs, sources): (Vec<_>, Vec<_>) =
+            std::mem::replace(&mut tensors, rest).into_iter().unzip();
+        let name = if n_shards == 1 {
+            "model.safetensors".into()
+        } else {
+            format!("model-{:05}-of-{n_shards:05}.safetensors", shard + 1)
+        };
+        writer.add_shard(&name, &specs, |i| Ok(sources[i].bytes(specs[i].dtype)))?;
+    }
+    Ok(())
+}
+
+/// Where an exported tensor's values are.
+enum Exported {
+    /// A part of a trained tensor.
+    Part(Tensor<1>, std::ops::Range<usize>),
+    /// Bytes of the base.
+    Bytes(bytes::Bytes),
+}
+
+impl Exported {
+    fn bytes(&self, dtype: DType) -> bytes::Bytes {
+        match self {
+            Self::Bytes(bytes) => bytes.clone(),
+            Self::Part(values, range) => {
+                let values = values.clone().slice([range.clone()]).into_data();
+                match dtype {
+                    DType::F32 => values
+                        .iter::<f32>()
+                        .flat_map(f32::to_le_bytes)
+                        .collect::<Vec<_>>()
+                        .into(),
+                    _ => values
+                        .iter::<f32>()
+                        .flat_map(|value| half::bf16::from_f32(value).to_le_bytes())
+                        .collect::<Vec<_>>()
+                        .into(),
+                }
+            }
+        }
+    }
+}
+
+fn exported_tensors(
+    model: &Model,
+    base: Option<&Folder>,
+) -> Result<Vec<(TensorSpec, Exported)>, Error> {
+    let mut sources = std::collections::BTreeMap::new();
+    for parameter in model.parameters() {
+        for (key, range) in
+            parameter_keys(&parameter.name, parameter.values.dims()[0], &model.config)
+        {
+            sources.insert(
+                key,
+                (DType::BF16, Exported::Part(parameter.values.clone(), range)),
+            );
+        }
+    }
+    for (layer_idx, bias) in model.clone().correction_biases() {
+        let key = format!("model.layers.{layer_idx}.mlp.gate.e_score_correction_bias");
+        let len = bias.dims()[0];
+        sources.insert(
+            key,
+            (DType::F32, Exported::Part(bias.clone().inner(), 0..len)),
+        );
+    }
+    let mut tensors = Vec::new();
+    for (key, shape) in keys(&model.config) {
+        let Some((dtype, source)) = sources.remove(&key) else {
+            return Err(Error::Unsupported(format!(
+                "`{key}` is not trained: only fully trained models are exported"
+            )));
+        };
+        tensors.push((
+            TensorSpec {
+                name: key.as_str().into(),
+                dtype,
+                shape,
+            },
+            source,
+        ));
+    }
+    if let Some(base) = base {
+        let audit = audit(base)?;
+        for name in audit.mtp.iter().chain(&audit.unknown) {
+            let tensor = base.tensor(name)?;
+            tensors.push((tensor.spec(), Exported::Bytes(tensor.bytes)));
+        }
+    }
+    Ok(tensors)
+}

@@ -1,0 +1,186 @@
+//! Keeping the experts of a mixture evenly loaded, in DeepSeek's two ways.
+//!
+//! The *balance loss* is differentiable and added to the loss: per sequence, `Σ_e f_e · P_e` with `f_e` the share of
+//! slots expert `e` got, scaled so that even load is 1, and `P_e` its mean normalized score. The *bias update* has no
+//! gradient: after a step, the correction bias of every expert moves by a fixed amount towards even load.
+//!
+//! Padding counts in neither.
+//!
+//! Source: DeepSeek-V3, arXiv:2412.19437, section 2.1.2, equations 17 to 20 (check the numbers); the update is that of
+//! arXiv:2408.15664, algorithm 1.
+
+use burn::tensor::{Int, Tensor, TensorData};
+use model::{Model, RoutingRecord};
+
+/// Which tokens of a batch are no padding, `[tokens, 1]`, and how long each sequence is.
+#[derive(Debug)]
+pub(crate) struct Valid {
+    mask: Tensor<2>,
+    lengths: Tensor<2>,
+    rows: usize,
+}
+
+impl Valid {
+    /// For sequences of some lengths padded to `cols`.
+    pub(crate) fn new(lengths: &[usize], cols: usize, device: &burn::tensor::Device) -> Self {
+        let mask: Vec<f32> = lengths
+            .iter()
+            .flat_map(|len| (0..cols).map(move |col| f32::from(u8::from(col < *len))))
+            .collect();
+        let tokens = mask.len();
+        let lens: Vec<f32> = lengths.iter().map(|len| *len as f32).collect();
+        Self {
+            mask: Tensor::from_data(TensorData::new(mask, [tokens, 1]), device),
+            lengths: Tensor::from_data(TensorData::new(lens, [lengths.len(), 1]), device),
+            rows: lengths.len(),
+        }
+    }
+
+    /// How often each token's slots name each expert, `[tokens, experts]`; zero for padding.
+    fn chosen(&self, ids: Tensor<2, Int>, experts: usize) -> Tensor<2> {
+        let one_hot: Tensor<3> = ids.one_hot::<3>(experts).float();
+        one_hot.sum_dim(1).squeeze_dim::<2>(1) * self.mask.clone()
+    }
+
+    /// Means over each sequence: `[tokens, experts]` → `[rows, experts]`.
+    fn mean(&self, x: Tensor<2>) -> Tensor<2> {
+        let [tokens, experts] = x.dims();
+        x.reshape([self.rows, tokens / self.rows, experts])
+            .sum_dim(1)
+            .squeeze_dim::<2>(1)
+            / self.lengths.clone()
+    }
+}
+
+/// `Σ_e f_e · P_e` of one layer, averaged over the batch's sequences; 1 for even load.
+pub(crate) fn balance_loss(record: &RoutingRecord, valid: &Valid) -> Tensor<1> {
+    let routed = &record.routed;
+    let ([_, experts], [_, top_k]) = (routed.scores.dims(), routed.ids.dims());
+    let share =
+        valid.mean(valid.chosen(routed.ids.clone(), experts)) * (experts as f32 / top_k as f32);
+    let normalized = routed.scores.clone() / (routed.scores.clone().sum_dim(1) + 1e-20);
+    let score = valid.mean(normalized * valid.mask.clone());
+    (share.without_autodiff() * score).sum() / valid.rows as f32
+}
+
+/// The tokens routed to each expert of one layer.
+pub(crate) fn load(record: &RoutingRecord, valid: &Valid) -> Vec<f64> {
+    let [_, experts] = record.routed.scores.dims();
+    let counts = valid.chosen(record.routed.ids.clone(), experts).sum_dim(0);
+    counts.into_data().iter::<f32>().map(f64::from).collect()
+}
+
+/// Moves every correction bias by `speed` towards even load; `loads` are by layer and over the whole step.
+pub(crate) fn update_biases(model: &mut Model, loads: &[(usize, Vec<f64>)], speed: f64) {
+    for (layer_idx, bias) in model.correction_biases() {
+        let Some((_, load)) = loads.iter().find(|(layer, _)| *layer == layer_idx) else {
+            continue;
+        };
+        let mean = load.iter().sum::<f64>() / load.len() as f64;
+        let moves: Vec<f32> = load
+            .iter()
+            .map(|load| (speed * direction(mean - load)) as f32)
+            .collect();
+        *bias = bias.clone() + Tensor::from_floats(moves.as_slice(), &bias.device());
+    }
+}
+
+/// The sign, 0 for 0.
+fn direction(x: f64) -> f64 {
+    if x == 0.0 { 0.0 } else { x.signum() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use burn::tensor::Device;
+    use model::{Compute, Observe, Pass, Training, weights};
+
+    #[test]
+    fn loss_load_and_update_are_the_goldens() {
+        let device = Device::flex();
+        for name in ["deepseek_v2_lite", "deepseek_v2_group", "deepseek_v3"] {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+                .join("../../tests/goldens")
+                .join(name);
+            let golden: serde_json::Value =
+                serde_json::from_str(&std::fs::read_to_string(folder.join("golden.json")).unwrap())
+                    .unwrap();
+            let ids = checkpoint::Safetensors::open(&folder.join("golden.safetensors"))
+                .unwrap()
+                .tensor("input_ids")
+                .unwrap();
+            let values: Vec<i32> = ids
+                .bytes
+                .chunks(8)
+                .map(|id| i64::from_le_bytes(id.try_into().unwrap()) as i32)
+                .collect();
+            let ids = Tensor::<2, Int>::from_data(
+                TensorData::new(values, [ids.shape[0], ids.shape[1]]),
+                &device,
+            );
+            let mut model = weights::load(
+                &checkpoint::Folder::open(&folder).unwrap(),
+                Training::Frozen,
+                &device,
+            )
+            .unwrap();
+            let mut pass = Pass {
+                observe: Observe::Routing,
+                ..Pass::new(Compute::F32)
+            };
+            let [rows, cols] = ids.dims();
+            model.hidden(ids, &mut pass);
+
+            let valid = Valid::new(&vec![cols; rows], cols, &device);
+            let mut loads = Vec::new();
+            for record in &pass.routing {
+                let expected = &golden["balance"][record.layer_idx.to_string()];
+                let found = balance_loss(record, &valid).into_scalar::<f32>();
+                let wanted = expected["seq_aux_sum_f_P"].as_f64().unwrap();
+                assert!(
+                    (f64::from(found) / wanted - 1.0).abs() < 1e-5,
+                    "{name}: {found} {wanted}"
+                );
+                let wanted: Vec<f64> = expected["expert_load"]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .map(|n| n.as_f64().unwrap())
+                    .collect();
+                assert_eq!(load(record, &valid), wanted, "{name}");
+                loads.push((record.layer_idx, load(record, &valid)));
+            }
+            update_biases(&mut model, &loads, 0.001);
+            for (layer_idx, bias) in model.correction_biases() {
+                let wanted =
+                    golden["balance"][layer_idx.to_string()]["bias_after_one_update_gamma_0.001"]
+                        .as_array()
+                        .unwrap();
+                let found: Vec<f32> = bias.clone().into_data().try_to_vec().unwrap();
+                for (found, wanted) in found.iter().zip(wanted) {
+                    assert!(
+                        (f64::from(*found) - wanted.as_f64().unwrap()).abs() < 1e-7,
+                        "{name} layer {layer_idx}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn padding_has_no_load() {
+        let device = Device::flex();
+        let valid = Valid::new(&[3, 1], 3, &device);
+        let ids = Tensor::<2, Int>::from_ints([[0], [1], [1], [2], [0], [0]], &device);
+        let chosen: Vec<f32> = valid
+            .chosen(ids, 3)
+            .sum_dim(0)
+            .into_data()
+            .try_to_vec()
+            .unwrap();
+        assert_eq!(chosen, [1.0, 2.0, 1.0]);
+    }
+}

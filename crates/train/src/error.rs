@@ -1,0 +1,214 @@
+//! What can go wrong in a training run, with the evidence.
+//!
+//! A message is one sentence that stands alone: causes are part of it, not a chain below it.
+
+use std::path::{Path, PathBuf};
+
+/// A result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, and where.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A model file.
+    #[error(transparent)]
+    Checkpoint(#[from] checkpoint::Error),
+
+    /// A data file.
+    #[error(transparent)]
+    Data(#[from] data::Error),
+
+    /// The operating system refused.
+    #[error("cannot {act} `{}`: {cause}", path.display())]
+    Io {
+        /// What was tried, as a verb.
+        act: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system said.
+        cause: std::io::Error,
+    },
+
+    /// A file is longer than any real one.
+    #[error("`{}`: expected at most {limit_bytes} bytes, found more", path.display())]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+        /// The longest accepted length.
+        limit_bytes: u64,
+    },
+
+    /// A recipe is no TOML.
+    #[error("{place}: {problem}")]
+    Syntax {
+        /// File and line.
+        place: String,
+        /// What the parser said.
+        problem: String,
+    },
+
+    /// An override is no assignment.
+    #[error("--set: expected `section.key=value`, found `{found}`")]
+    Override {
+        /// What was given, shortened.
+        found: String,
+    },
+
+    /// A recipe has a section or key that does not exist.
+    #[error("{place}: unknown {found}, {hint}")]
+    Unknown {
+        /// File and line, or the override.
+        place: String,
+        /// The section or key.
+        found: String,
+        /// What was probably meant, or what there is.
+        hint: String,
+    },
+
+    /// A setting has a wrong type or is out of range.
+    #[error("{place}: {key}: expected {expected}, found {found}")]
+    Setting {
+        /// File and line, the override, or the file if nobody wrote it.
+        place: String,
+        /// `section.key`.
+        key: String,
+        /// What is accepted.
+        expected: String,
+        /// What is there, shortened.
+        found: String,
+    },
+
+    /// A new run would go where something is already.
+    #[error(
+        "`{}`: expected no such file or an empty folder, found {found}; to go on with a run, use `--resume`",
+        path.display()
+    )]
+    RunExists {
+        /// The run directory.
+        path: PathBuf,
+        /// What is there.
+        found: &'static str,
+    },
+
+    /// A folder to go on from was made by nothing here.
+    #[error("`{}`: expected a run directory with `recipe.toml`, found none", path.display())]
+    NotARun {
+        /// The folder.
+        path: PathBuf,
+    },
+
+    /// Another process trains in this run directory.
+    #[error("`{}`: another process is using this run directory", path.display())]
+    RunInUse {
+        /// The run directory.
+        path: PathBuf,
+    },
+
+    /// A line of the metrics is not what it should be.
+    #[error("{}:{line}: expected an object with a `step`, found {problem}", path.display())]
+    Metrics {
+        /// The file.
+        path: PathBuf,
+        /// The line, counted from 1.
+        line: usize,
+        /// What the parser said.
+        problem: String,
+    },
+
+    /// The state of a checkpoint does not parse.
+    #[error("`{}`: {cause}", path.display())]
+    State {
+        /// The file.
+        path: PathBuf,
+        /// What the parser said, with line and column.
+        cause: serde_json::Error,
+    },
+
+    /// A tensor of the optimizer is of another type than it was saved with.
+    #[error("`{}`: tensor `{tensor}`: expected dtype F32, found {found}", path.display())]
+    OptimizerDType {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its dtype.
+        found: checkpoint::DType,
+    },
+
+    /// The optimizer's state has a tensor that the run does not train.
+    #[error(
+        "`{}`: expected {expected} tensors, found {found}, among them `{tensor}`, which this run does not train",
+        path.display()
+    )]
+    OptimizerExtra {
+        /// The file.
+        path: PathBuf,
+        /// How many the run has.
+        expected: usize,
+        /// How many the file has.
+        found: usize,
+        /// One that is too many.
+        tensor: String,
+    },
+
+    /// A model.
+    #[error(transparent)]
+    Model(#[from] model::Error),
+
+    /// The recipe's model was not found.
+    #[error("{0}")]
+    Resolve(String),
+
+    /// No data folder has a training split.
+    #[error("no `train.jsonl` in {}", folders.iter().map(|folder| format!("`{}`", folder.display())).collect::<Vec<_>>().join(", "))]
+    NoTrainingData {
+        /// The folders looked at.
+        folders: Vec<PathBuf>,
+    },
+
+    /// A checkpoint was made by another recipe.
+    #[error("`{}`: made by another recipe than the run directory's `recipe.toml`; start a new run", path.display())]
+    OtherRecipe {
+        /// The checkpoint.
+        path: PathBuf,
+    },
+
+    /// A loss or gradient is infinite or not a number.
+    #[error(
+        "step {step}: loss {loss}, gradient norm {norm}; first bad gradient: {tensor}; the last checkpoint is intact"
+    )]
+    NotFinite {
+        /// The step.
+        step: u64,
+        /// Its loss.
+        loss: f64,
+        /// The norm of its gradient.
+        norm: f64,
+        /// A tensor whose gradient is not finite.
+        tensor: String,
+    },
+}
+
+/// Makes an [`Error::Io`] of what the operating system said: `.map_err(io("read", path))`.
+pub(crate) fn io(act: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    let path = path.to_owned();
+    move |cause| Error::Io { act, path, cause }
+}
+
+/// The beginning of a text from a file or the command line, fit for a message: without control
+/// characters, which could steer a terminal, and at most 80 characters.
+pub(crate) fn shown(text: &str) -> String {
+    const LONGEST: usize = 80;
+    let mut shown = String::new();
+    for c in text.chars().take(LONGEST) {
+        if c.is_control() {
+            shown.extend(c.escape_default());
+        } else {
+            shown.push(c);
+        }
+    }
+    if text.chars().nth(LONGEST).is_some() {
+        shown.push('…');
+    }
+    shown
+}

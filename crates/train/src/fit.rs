@@ -1,0 +1,302 @@
+//! The training loop: forward, backward, update; validate, save, log.
+//!
+//! The loss is averaged over the trained tokens of the whole step: a step of four micro-batches has the gradient of
+//! one four times as large, however unevenly the tokens are spread over them.
+
+use std::time::Instant;
+
+use burn::module::Module;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use data::{Batch, collate};
+use model::{Model, Observe, Parameter, Pass};
+use serde::Serialize;
+
+use crate::balance::{self, Valid};
+use crate::optimizer::Accumulated;
+use crate::run_dir::RunDir;
+use crate::schedule::Schedule;
+use crate::session::Session;
+use crate::state::write_optimizer;
+use crate::{Error, Metrics, Result, export};
+
+/// What happened, for whoever watches.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// An update was made.
+    Step(StepReport),
+    /// The validation loss was measured.
+    Validated {
+        /// After which step.
+        step: u64,
+        /// Mean nats per trained token.
+        loss: f64,
+    },
+    /// A checkpoint was written.
+    Saved {
+        /// After which step.
+        step: u64,
+    },
+}
+
+/// One update.
+#[derive(Clone, Debug, Serialize)]
+pub struct StepReport {
+    /// Its number, from 1.
+    #[serde(skip)]
+    pub step: u64,
+    /// Mean nats per trained token, over the step.
+    pub loss: f64,
+    /// The learning rate.
+    pub learning_rate: f64,
+    /// Norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Tokens of the step, padding left out.
+    pub tokens: usize,
+    /// Tokens that were targets.
+    pub trained_tokens: usize,
+    /// Sum over layers of the balance loss, if it is part of the loss.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub balance_loss: Option<f64>,
+    /// Wall time of the step.
+    pub seconds: f64,
+}
+
+impl Session {
+    /// Trains to the end of the recipe, writing metrics and checkpoints to `run`, and the result at the end:
+    /// `adapter/` or `model/`.
+    ///
+    /// # Errors
+    /// If a loss or gradient is not finite, or writing fails. The latest checkpoint stays.
+    pub fn fit(&mut self, run: &RunDir, watch: &mut dyn FnMut(&Event)) -> Result<()> {
+        let resumed = (self.state.step > 0).then_some(self.state.step);
+        let mut metrics = run.metrics(resumed)?;
+        let (total, train) = (self.total_steps(), self.recipe.train.clone());
+        let due =
+            |every: Option<u64>, step: u64| every.is_some_and(|every| step.is_multiple_of(every));
+        let mut validated = None;
+        while self.state.step < total {
+            let report = self.step(total)?;
+            let step = report.step;
+            if step.is_multiple_of(train.log_every) || step == total {
+                metrics.append(step, &report)?;
+            }
+            watch(&Event::Step(report));
+            if due(train.eval_every, step) {
+                self.validate(step, &mut metrics, watch)?;
+                validated = Some(step);
+            }
+            if due(train.save_every, step) && step < total {
+                self.save(run, watch)?;
+            }
+        }
+        if validated != Some(total) {
+            self.validate(total, &mut metrics, watch)?;
+        }
+        self.save(run, watch)?;
+        export::result(self, run)
+    }
+
+    /// One update.
+    fn step(&mut self, total: u64) -> Result<StepReport> {
+        let started = Instant::now();
+        let batches = self.next_batches();
+        let trained_tokens: usize = batches.iter().map(|batch| batch.trained_tokens).sum();
+        let (mut gradients, mut loss, mut balance) = (Accumulated::default(), 0.0, 0.0);
+        let mut loads = Vec::new();
+        for batch in &batches {
+            let share = 1.0 / trained_tokens.max(1) as f32;
+            let micro = self.micro_step(batch, share, &mut loads);
+            gradients.add(micro.gradients);
+            loss += micro.loss;
+            balance += micro.balance;
+            self.state.micro_step += 1;
+        }
+        let (step, norm) = (self.state.step + 1, gradients.norm());
+        let loss = loss / trained_tokens.max(1) as f64;
+        if !loss.is_finite() || !norm.is_finite() {
+            let tensor = gradients
+                .first_not_finite()
+                .unwrap_or("the loss")
+                .to_owned();
+            return Err(Error::NotFinite {
+                step,
+                loss,
+                norm,
+                tensor,
+            });
+        }
+        let rate = Schedule::new(self.recipe.optimizer.learning_rate, &self.recipe.schedule)
+            .rate(self.state.step, total);
+        self.model = self
+            .optimizer
+            .step(self.model.clone(), gradients, rate, (step, norm));
+        if self.recipe.train.bias_update_speed > 0.0 {
+            balance::update_biases(&mut self.model, &loads, self.recipe.train.bias_update_speed);
+        }
+        self.state.step = step;
+        self.state.trained_tokens += trained_tokens as u64;
+        Ok(StepReport {
+            step,
+            loss,
+            learning_rate: rate,
+            grad_norm: norm,
+            tokens: batches.iter().flat_map(|batch| &batch.lengths).sum(),
+            trained_tokens,
+            balance_loss: (self.recipe.train.balance_loss > 0.0)
+                .then_some(balance / batches.len() as f64),
+            seconds: started.elapsed().as_secs_f64(),
+        })
+    }
+
+    fn next_batches(&mut self) -> Vec<Batch> {
+        let train = &self.recipe.train;
+        let numbers = self.state.micro_step..self.state.micro_step + train.accumulate as u64;
+        let mut batch = |number| {
+            let samples: Vec<_> = self
+                .order
+                .batch(number, train.batch_size)
+                .into_iter()
+                .map(|i| &self.train.samples[i])
+                .collect();
+            collate(&samples, self.pad_id)
+        };
+        numbers.map(&mut batch).collect()
+    }
+
+    /// Forward and backward of one micro-batch; `share` is what one token counts in the step's loss.
+    fn micro_step(&self, batch: &Batch, share: f32, loads: &mut Vec<(usize, Vec<f64>)>) -> Micro {
+        let train = &self.recipe.train;
+        let watches = train.balance_loss > 0.0 || train.bias_update_speed > 0.0;
+        let mut pass = Pass {
+            dropout_seed: (self.recipe.lora.dropout > 0.0)
+                .then_some(train.seed ^ (self.state.micro_step << 20)),
+            observe: if watches {
+                Observe::Routing
+            } else {
+                Observe::Nothing
+            },
+            ..Pass::new(self.compute())
+        };
+        let losses = losses(&self.model, batch, &mut pass, &self.device);
+        let sum = losses.sum();
+        let loss = f64::from(sum.clone().inner().into_scalar::<f32>());
+        let mut total = sum * share;
+        let mut balance_sum = 0.0;
+        if watches {
+            let valid = Valid::new(&batch.lengths, batch.cols, &self.device);
+            for record in &pass.routing {
+                add_load(loads, record.layer_idx, balance::load(record, &valid));
+                if train.balance_loss > 0.0 {
+                    let term = balance::balance_loss(record, &valid);
+                    balance_sum += f64::from(term.clone().inner().into_scalar::<f32>());
+                    total = total + term * (train.balance_loss / train.accumulate as f64) as f32;
+                }
+            }
+        }
+        let mut gradients = total.backward();
+        Micro {
+            gradients: self.model.gradients(&mut gradients),
+            loss,
+            balance: balance_sum,
+        }
+    }
+
+    /// The mean loss over the validation split, if there is one.
+    fn validate(
+        &self,
+        step: u64,
+        metrics: &mut Metrics,
+        watch: &mut dyn FnMut(&Event),
+    ) -> Result<()> {
+        let Some(valid) = &self.valid else {
+            return Ok(());
+        };
+        let (model, device) = (self.model.clone().valid(), self.device.clone().inner());
+        let eval = &self.recipe.eval;
+        let (mut sum, mut tokens) = (0.0, 0);
+        let limit = eval.max_batches.map_or(usize::MAX, |max| max as usize);
+        for samples in valid.samples.chunks(eval.batch_size).take(limit) {
+            let batch = collate(&samples.iter().collect::<Vec<_>>(), self.pad_id);
+            let losses = losses(&model, &batch, &mut Pass::new(self.compute()), &device);
+            sum += f64::from(losses.sum().into_scalar::<f32>());
+            tokens += batch.trained_tokens;
+        }
+        let loss = sum / tokens.max(1) as f64;
+        metrics.append(step, &serde_json::json!({ "valid_loss": loss }))?;
+        watch(&Event::Validated { step, loss });
+        Ok(())
+    }
+
+    fn save(&mut self, run: &RunDir, watch: &mut dyn FnMut(&Event)) -> Result<()> {
+        let names = self.state_tensors();
+        let tensors = self.state_values();
+        run.save(self.state.step, |writer| {
+            write_optimizer(writer, &names, |i| {
+                Ok(tensors[i].clone().into_data().iter::<f32>().collect())
+            })?;
+            export::adapter_into(self, writer)?;
+            self.state.write(writer)
+        })?;
+        run.prune(self.recipe.train.keep_last)?;
+        watch(&Event::Saved {
+            step: self.state.step,
+        });
+        Ok(())
+    }
+
+    /// The tensors of [`Session::state_tensors`], in its order. A parameter without a gradient has moments of zero.
+    fn state_values(&mut self) -> Vec<Tensor<1>> {
+        let parameters = self.model.parameters();
+        let moments = &self.optimizer.moments;
+        let moment = |which: usize| {
+            let of = move |p: &Parameter| moments.get(&p.name).map(|pair| pair[which].clone());
+            let zeros = |p: &Parameter| Tensor::zeros(p.values.dims(), &p.values.device());
+            parameters
+                .iter()
+                .map(move |p| of(p).unwrap_or_else(|| zeros(p)))
+        };
+        let mut values: Vec<Tensor<1>> = parameters
+            .iter()
+            .map(|p| p.values.clone())
+            .chain(moment(0))
+            .chain(moment(1))
+            .collect();
+        values.extend(
+            self.model
+                .correction_biases()
+                .map(|(_, bias)| bias.clone().inner()),
+        );
+        values
+    }
+}
+
+/// What one micro-batch gives.
+struct Micro {
+    gradients: Vec<(String, Tensor<1>)>,
+    /// Sum over its trained tokens.
+    loss: f64,
+    /// Sum over layers.
+    balance: f64,
+}
+
+/// The loss of every position of a batch.
+fn losses(model: &Model, batch: &Batch, pass: &mut Pass<'_>, device: &Device) -> Tensor<1> {
+    let tensor = |values: &Vec<i32>| {
+        Tensor::<2, Int>::from_data(
+            TensorData::new(values.clone(), [batch.rows, batch.cols]),
+            device,
+        )
+    };
+    let hidden = model.hidden(tensor(&batch.input_ids), pass);
+    model.loss(hidden, tensor(&batch.targets), pass)
+}
+
+fn add_load(loads: &mut Vec<(usize, Vec<f64>)>, layer_idx: usize, load: Vec<f64>) {
+    match loads.iter_mut().find(|(layer, _)| *layer == layer_idx) {
+        Some((_, sum)) => sum
+            .iter_mut()
+            .zip(load)
+            .for_each(|(sum, load)| *sum += load),
+        None => loads.push((layer_idx, load)),
+    }
+}

@@ -1,0 +1,422 @@
+//! What a training run is told: one flat TOML file, its defaults, and their reasons.
+//!
+//! Every number that is not written in a recipe comes from a `Default` here and nowhere else.
+//! How the file is read, and how `--set` overrides it, is in `recipe_file.rs`; which values are
+//! refused is in `recipe_check.rs`.
+
+use std::path::PathBuf;
+
+use checkpoint::OrderedMap;
+use serde::de::{Error as _, Unexpected};
+use serde::{Deserialize, Deserializer, Serialize};
+use toml::Value;
+
+/// A whole training run, resolved: every default is filled in and every value is checked.
+///
+/// Made by [`Recipe::open`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Recipe {
+    /// What is trained.
+    pub model: ModelSection,
+    /// What it is trained on.
+    pub data: DataSection,
+    /// The adapter. Without effect if `train.method` is `full`.
+    pub lora: LoraSection,
+    /// What numbers are computed in.
+    pub precision: PrecisionSection,
+    /// AdamW.
+    pub optimizer: OptimizerSection,
+    /// The learning rate over the run.
+    pub schedule: ScheduleSection,
+    /// How long, in what portions, and what is written down.
+    pub train: TrainSection,
+    /// The validation pass.
+    pub eval: EvalSection,
+}
+
+/// `[model]`: a published model, or a configuration for fresh weights.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModelSection {
+    /// A model folder, or `org/name` in the local Hugging Face cache. This or `config`.
+    pub path: Option<String>,
+    /// The `config.json` of a model that starts from fresh weights. This or `path`.
+    pub config: Option<PathBuf>,
+    /// The folder with the tokenizer. The model's own by default; a `config` has none, and rows
+    /// of text need one.
+    pub tokenizer: Option<PathBuf>,
+    /// A PEFT adapter to go on from. Its rank, alpha and targets count then, not `[lora]`'s.
+    pub adapter: Option<PathBuf>,
+}
+
+/// `[data]`: the rows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DataSection {
+    /// Folders with `train.jsonl` and `valid.jsonl`. A recipe may give one as a plain string.
+    #[serde(deserialize_with = "one_or_more_paths")]
+    pub path: Vec<PathBuf>,
+    /// Longer rows are cut to this many tokens.
+    pub max_length: usize,
+}
+
+/// `[lora]`: the adapter.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LoraSection {
+    /// The rank of modules that `rank_pattern` does not match.
+    pub rank: usize,
+    /// The numerator of the scale, for modules that `alpha_pattern` does not match.
+    pub alpha: f64,
+    /// Dropout on the adapter's input.
+    pub dropout: f64,
+    /// The adapted modules: ends of module names, globs, or `all-linear`. A recipe may give one
+    /// as a plain string.
+    #[serde(deserialize_with = "one_or_more_patterns")]
+    pub target: Vec<String>,
+    /// Modules left out although `target` matches.
+    #[serde(deserialize_with = "one_or_more_patterns")]
+    pub exclude: Vec<String>,
+    /// Whether the scale is `alpha / √rank` instead of `alpha / rank`.
+    pub use_rslora: bool,
+    /// Pattern to rank. The first match in order counts.
+    pub rank_pattern: OrderedMap<usize>,
+    /// Pattern to alpha. The first match in order counts.
+    pub alpha_pattern: OrderedMap<f64>,
+}
+
+/// `[precision]`: what numbers are computed in.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PrecisionSection {
+    /// The dtype of activations and of what they are multiplied with.
+    pub compute: Compute,
+}
+
+/// The dtype of activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compute {
+    /// Single precision.
+    F32,
+    /// bf16 storage, f32 accumulation.
+    Bf16,
+}
+
+/// `[optimizer]`: AdamW.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OptimizerSection {
+    /// The peak learning rate.
+    pub learning_rate: f64,
+    /// Decay of the running means of gradients and of their squares.
+    pub betas: [f64; 2],
+    /// Added to the denominator.
+    pub eps: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// The largest norm of all gradients together; 0 is off.
+    pub clip: f64,
+}
+
+/// `[schedule]`: the learning rate over the run. What it computes is in
+/// [`Schedule`](crate::Schedule).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ScheduleSection {
+    /// The shape after the warmup.
+    pub kind: ScheduleKind,
+    /// Steps of linear rise to the peak.
+    pub warmup_steps: u64,
+    /// The learning rate of the last step, as a share of the peak. Without effect if constant.
+    pub final_ratio: f64,
+}
+
+/// The shape of the learning rate after the warmup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ScheduleKind {
+    /// Stays at the peak.
+    Constant,
+    /// Falls along a line.
+    Linear,
+    /// Falls along half a cosine wave.
+    Cosine,
+}
+
+/// `[train]`: how long, in what portions, and what is written down.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainSection {
+    /// What is trained: an adapter, or everything.
+    pub method: Method,
+    /// Optimizer updates in all. This or `epochs`.
+    pub steps: Option<u64>,
+    /// Passes over the data. This or `steps`; one pass if a recipe has neither.
+    pub epochs: Option<f64>,
+    /// Rows in a micro-batch.
+    pub batch_size: usize,
+    /// Micro-batches in a step.
+    pub accumulate: usize,
+    /// What order, initialization and dropout are drawn from.
+    pub seed: u64,
+    /// Whether every epoch has its own order; otherwise rows come as the file has them.
+    pub shuffle: bool,
+    /// Steps between two lines of metrics.
+    pub log_every: u64,
+    /// Steps between two validation passes. Without it, only at the end.
+    pub eval_every: Option<u64>,
+    /// Steps between two checkpoints. Without it, only at the end.
+    pub save_every: Option<u64>,
+    /// How many checkpoints are kept.
+    pub keep_last: usize,
+    /// The factor α of the sequence-wise balance loss; 0 is off.
+    pub balance_loss: f64,
+    /// The step γ of the auxiliary-loss-free balancer; 0 is off.
+    pub bias_update_speed: f64,
+}
+
+/// What is trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// A LoRA adapter on frozen weights.
+    Lora,
+    /// Every weight.
+    Full,
+}
+
+/// `[eval]`: the validation pass.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvalSection {
+    /// Rows in a batch.
+    pub batch_size: usize,
+    /// Batches after which the pass ends. Without it, all of them.
+    pub max_batches: Option<u64>,
+}
+
+impl Default for DataSection {
+    fn default() -> Self {
+        Self {
+            path: Vec::new(),
+            // Holds a question with its answer or a page of text; attention and activations grow
+            // with it, and a machine without much memory should start.
+            max_length: 1024,
+        }
+    }
+}
+
+impl Default for LoraSection {
+    fn default() -> Self {
+        Self {
+            // PEFT's own default, and enough for a style or a set of facts.
+            rank: 8,
+            // Twice the rank, a common rule: the scale is 2.
+            alpha: 16.0,
+            // An adapter of rank 8 has few parameters to overfit with, and dropout costs time.
+            dropout: 0.0,
+            // Every linear layer but the head: adapting attention alone learns less (QLoRA,
+            // arXiv:2305.14314, section 4).
+            target: vec!["all-linear".to_owned()],
+            exclude: Vec::new(),
+            // The plain scale is what other tools assume.
+            use_rslora: false,
+            rank_pattern: OrderedMap::default(),
+            alpha_pattern: OrderedMap::default(),
+        }
+    }
+}
+
+impl Default for PrecisionSection {
+    fn default() -> Self {
+        Self {
+            // Right everywhere, and CPUs have no faster way; bf16 is for saving memory.
+            compute: Compute::F32,
+        }
+    }
+}
+
+impl Default for OptimizerSection {
+    fn default() -> Self {
+        Self {
+            // QLoRA's for models up to 13 billion parameters (arXiv:2305.14314, appendix B). To
+            // train every weight of a published model, take a tenth of it.
+            learning_rate: 2e-4,
+            // This and the next two are those of PyTorch's AdamW, so that its runs compare.
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            weight_decay: 0.01,
+            // DeepSeek-V3's (arXiv:2412.19437, section 4.2), as nearly everyone's.
+            clip: 1.0,
+        }
+    }
+}
+
+impl Default for ScheduleSection {
+    fn default() -> Self {
+        Self {
+            // Needs no tuning for a run of known length.
+            kind: ScheduleKind::Cosine,
+            // An adapter starts as zero and its first updates are small; AdamW's bias correction
+            // does the rest.
+            warmup_steps: 0,
+            // The last step is at this rate: at 0 it would be computed and thrown away. A tenth
+            // is the usual end of pretraining schedules (arXiv:2203.15556, appendix B).
+            final_ratio: 0.1,
+        }
+    }
+}
+
+impl Default for TrainSection {
+    fn default() -> Self {
+        Self {
+            // Fits where training everything does not.
+            method: Method::Lora,
+            steps: None,
+            epochs: None,
+            // Four rows of 1024 tokens fill the matrix kernels; more only costs memory, and
+            // `accumulate` makes larger steps.
+            batch_size: 4,
+            accumulate: 1,
+            // Any number would do; a fixed one makes runs repeat.
+            seed: 0,
+            // Rows are often sorted, by source or by date.
+            shuffle: true,
+            // A line every few seconds to a minute on one machine.
+            log_every: 10,
+            eval_every: None,
+            save_every: None,
+            // The newest, and one to fall back to; optimizer states are large.
+            keep_last: 2,
+            // A published router is balanced already, and a short fine-tune should not move it.
+            balance_loss: 0.0,
+            bias_update_speed: 0.0,
+        }
+    }
+}
+
+impl Default for EvalSection {
+    fn default() -> Self {
+        Self {
+            // What fits in training fits here, without gradients.
+            batch_size: TrainSection::default().batch_size,
+            max_batches: None,
+        }
+    }
+}
+
+impl Recipe {
+    /// The resolved recipe as TOML, which [`Recipe::open`] reads back to an equal value.
+    ///
+    /// # Panics
+    /// If a field that was set by hand has no form in TOML: an integer beyond 63 bits, or a path
+    /// that is not UTF-8. What [`Recipe::open`] returns has none of these.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("settings that came from TOML can be written as TOML")
+    }
+
+    /// A number that differs between recipes that differ, in hexadecimal: 64-bit FNV-1a over the
+    /// resolved TOML. It tells a changed recipe from an unchanged one, and resists no attack.
+    ///
+    /// # Panics
+    /// As [`Recipe::to_toml`].
+    ///
+    /// Source: draft-eastlake-fnv, section 2.
+    pub fn hash(&self) -> String {
+        const OFFSET_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
+        const PRIME: u64 = 0x0100_0000_01b3;
+        let toml = self.to_toml();
+        let hash = toml.bytes().fold(OFFSET_BASIS, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(PRIME)
+        });
+        format!("{hash:016x}")
+    }
+
+    /// How many optimizer updates the run makes on this many rows. The last epoch is rounded up
+    /// to a whole step, and there is at least one.
+    pub fn total_steps(&self, n_rows: usize) -> u64 {
+        if let Some(steps) = self.train.steps {
+            return steps;
+        }
+        let epochs = self.train.epochs.unwrap_or(DEFAULT_EPOCHS);
+        let rows_per_step = self.train.batch_size as f64 * self.train.accumulate as f64;
+        // Beyond 2^53 rows this rounds, and beyond 64 bits it saturates; no run gets there.
+        ((epochs * n_rows as f64 / rows_per_step).ceil() as u64).max(1)
+    }
+
+    /// Fills in the one default that depends on another key.
+    pub(crate) fn resolve(&mut self) {
+        if self.train.steps.is_none() && self.train.epochs.is_none() {
+            self.train.epochs = Some(DEFAULT_EPOCHS);
+        }
+    }
+}
+
+/// One pass: a small data set is learned in it, and a second pass is a decision.
+const DEFAULT_EPOCHS: f64 = 1.0;
+
+fn one_or_more_paths<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
+    let paths = one_or_more(deserializer, "a path or a list of paths")?;
+    Ok(paths.into_iter().map(PathBuf::from).collect())
+}
+
+fn one_or_more_patterns<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Vec<String>, D::Error> {
+    one_or_more(deserializer, "a pattern or a list of patterns")
+}
+
+/// Reads a string, or a list of strings.
+fn one_or_more<'de, D: Deserializer<'de>>(
+    deserializer: D,
+    expected: &str,
+) -> Result<Vec<String>, D::Error> {
+    let value = Value::deserialize(deserializer)?;
+    let values = match value {
+        Value::Array(values) => values,
+        value => vec![value],
+    };
+    let texts = values.into_iter().map(|value| match value {
+        Value::String(text) => Ok(text),
+        value => Err(D::Error::invalid_type(
+            Unexpected::Other(value.type_str()),
+            &expected,
+        )),
+    });
+    texts.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_number_of_steps_is_given_or_follows_from_the_rows() {
+        let check = |steps, epochs, n_rows, expected| {
+            let mut recipe = Recipe::default();
+            recipe.train.batch_size = 4;
+            recipe.train.accumulate = 3;
+            recipe.train.steps = steps;
+            recipe.train.epochs = epochs;
+            assert_eq!(recipe.total_steps(n_rows), expected, "{steps:?} {epochs:?}");
+        };
+        check(Some(7), None, 1000, 7);
+        check(None, Some(1.0), 24, 2);
+        check(None, Some(1.0), 25, 3);
+        check(None, Some(0.5), 25, 2);
+        check(None, Some(0.001), 1, 1);
+        check(None, None, 12, 1);
+    }
+
+    #[test]
+    fn the_hash_is_that_of_the_text_and_changes_with_a_setting() {
+        let mut recipe = Recipe::default();
+        let before = recipe.hash();
+        assert_eq!(before.len(), 16);
+        assert_eq!(before, Recipe::default().hash());
+        recipe.optimizer.eps = 1.000_000_000_000_000_2e-8;
+        assert_ne!(before, recipe.hash());
+    }
+}

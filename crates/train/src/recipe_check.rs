@@ -1,0 +1,198 @@
+//! Which values a recipe may have.
+
+use std::fmt::Display;
+use std::path::Path;
+
+use crate::Recipe;
+
+/// A setting that cannot be. Where it was written is known to the reader of the file.
+#[derive(Debug)]
+pub(crate) struct Problem {
+    /// `section.key`.
+    pub(crate) key: String,
+    /// What is accepted.
+    pub(crate) expected: String,
+    /// What is there.
+    pub(crate) found: String,
+}
+
+type Result<T = (), E = Problem> = std::result::Result<T, E>;
+
+impl Recipe {
+    /// Checks every range, and the settings that exclude each other.
+    pub(crate) fn check(&self) -> Result {
+        self.check_choices()?;
+        self.check_paths()?;
+        self.check_counts()?;
+        self.check_numbers()?;
+        self.check_patterns()
+    }
+
+    fn check_choices(&self) -> Result {
+        let either = "either `path` or `config`";
+        match (&self.model.path, &self.model.config) {
+            (None, None) => return Err(problem("model", either, "neither")),
+            (Some(_), Some(_)) => return Err(problem("model", either, "both")),
+            _ => {}
+        }
+        if self.train.steps.is_some() && self.train.epochs.is_some() {
+            return Err(problem("train", "either `steps` or `epochs`", "both"));
+        }
+        if self.model.adapter.is_some() && self.train.method == crate::Method::Full {
+            let expected = "`lora`, because `model.adapter` is given";
+            return Err(problem("train.method", expected, "`full`"));
+        }
+        let warmup_steps = self.schedule.warmup_steps;
+        if let Some(steps) = self.train.steps {
+            let expected = format!("at most `train.steps`, which is {steps}");
+            let key = "schedule.warmup_steps";
+            require(warmup_steps <= steps, key, &expected, warmup_steps)?;
+        }
+        Ok(())
+    }
+
+    fn check_paths(&self) -> Result {
+        if self.data.path.is_empty() {
+            return Err(problem("data.path", "at least one folder", "none"));
+        }
+        let model = &self.model;
+        let mut paths = vec![
+            ("model.path", model.path.as_deref().map(Path::new)),
+            ("model.config", model.config.as_deref()),
+            ("model.tokenizer", model.tokenizer.as_deref()),
+            ("model.adapter", model.adapter.as_deref()),
+        ];
+        let data = self.data.path.iter();
+        paths.extend(data.map(|path| ("data.path", Some(path.as_path()))));
+        for (key, path) in paths {
+            let is_named = path.is_none_or(|path| !path.as_os_str().is_empty());
+            require(is_named, key, "no empty path", "one")?;
+        }
+        Ok(())
+    }
+
+    fn check_counts(&self) -> Result {
+        // A row of one token has nothing to predict.
+        let max_length = self.data.max_length;
+        require(
+            max_length >= 2,
+            "data.max_length",
+            "a whole number of at least 2",
+            max_length,
+        )?;
+        let train = &self.train;
+        let positive = [
+            ("lora.rank", Some(self.lora.rank as u64)),
+            ("train.steps", train.steps),
+            ("train.batch_size", Some(train.batch_size as u64)),
+            ("train.accumulate", Some(train.accumulate as u64)),
+            ("train.log_every", Some(train.log_every)),
+            ("train.eval_every", train.eval_every),
+            ("train.save_every", train.save_every),
+            ("train.keep_last", Some(train.keep_last as u64)),
+            ("eval.batch_size", Some(self.eval.batch_size as u64)),
+            ("eval.max_batches", self.eval.max_batches),
+        ];
+        for (key, count) in positive {
+            let is_positive = count.is_none_or(|count| count >= 1);
+            require(
+                is_positive,
+                key,
+                "a whole number of at least 1",
+                count.unwrap_or(0),
+            )?;
+        }
+        Ok(())
+    }
+
+    fn check_numbers(&self) -> Result {
+        let (optimizer, train) = (&self.optimizer, &self.train);
+        let positive = [
+            ("lora.alpha", self.lora.alpha),
+            ("optimizer.learning_rate", optimizer.learning_rate),
+            ("optimizer.eps", optimizer.eps),
+            ("train.epochs", train.epochs.unwrap_or(1.0)),
+        ];
+        for (key, number) in positive {
+            check_positive(key, number)?;
+        }
+        let not_negative = [
+            ("optimizer.weight_decay", optimizer.weight_decay),
+            ("optimizer.clip", optimizer.clip),
+            ("train.balance_loss", train.balance_loss),
+            ("train.bias_update_speed", train.bias_update_speed),
+        ];
+        for (key, number) in not_negative {
+            let holds = number.is_finite() && number >= 0.0;
+            require(holds, key, "a finite number of at least 0", shown(number))?;
+        }
+        let [beta_1, beta_2] = optimizer.betas;
+        let below_one = [
+            ("lora.dropout", self.lora.dropout),
+            ("optimizer.betas", beta_1),
+            ("optimizer.betas", beta_2),
+        ];
+        for (key, number) in below_one {
+            let holds = (0.0..1.0).contains(&number);
+            require(
+                holds,
+                key,
+                "a number of at least 0 and below 1",
+                shown(number),
+            )?;
+        }
+        let ratio = self.schedule.final_ratio;
+        let holds = (0.0..=1.0).contains(&ratio);
+        require(
+            holds,
+            "schedule.final_ratio",
+            "a number from 0 to 1",
+            shown(ratio),
+        )
+    }
+
+    fn check_patterns(&self) -> Result {
+        let lora = &self.lora;
+        if lora.target.is_empty() {
+            return Err(problem("lora.target", "at least one pattern", "none"));
+        }
+        let targets = lora.target.iter().map(|text| ("lora.target", text));
+        let excludes = lora.exclude.iter().map(|text| ("lora.exclude", text));
+        for (key, text) in targets.chain(excludes) {
+            require(!text.is_empty(), key, "no empty pattern", "one")?;
+        }
+        for (pattern, &rank) in lora.rank_pattern.iter() {
+            let key = format!("lora.rank_pattern.{pattern}");
+            require(rank >= 1, &key, "a whole number of at least 1", rank)?;
+        }
+        for (pattern, &alpha) in lora.alpha_pattern.iter() {
+            check_positive(&format!("lora.alpha_pattern.{pattern}"), alpha)?;
+        }
+        Ok(())
+    }
+}
+
+fn check_positive(key: &str, number: f64) -> Result {
+    let holds = number.is_finite() && number > 0.0;
+    require(holds, key, "a finite number above 0", shown(number))
+}
+
+fn require(holds: bool, key: &str, expected: &str, found: impl Display) -> Result {
+    if holds {
+        return Ok(());
+    }
+    Err(problem(key, expected, &found.to_string()))
+}
+
+fn problem(key: &str, expected: &str, found: &str) -> Problem {
+    Problem {
+        key: key.to_owned(),
+        expected: expected.to_owned(),
+        found: found.to_owned(),
+    }
+}
+
+/// A number as TOML has it: `1e-8`, not eight zeros.
+fn shown(number: f64) -> String {
+    format!("{number:?}")
+}

@@ -1,0 +1,405 @@
+//! A run directory: the resolved recipe, the metrics, and checkpoints that are whole or absent.
+//!
+//! A process may be killed at any moment. A checkpoint is written beside its place and renamed;
+//! one that is removed is renamed first. So what bears the name of a checkpoint is complete, and
+//! what a killed process left has a name that says so and is cleared away by the next. A lock,
+//! which ends with its process, keeps two runs from one directory.
+//!
+//! What is in a checkpoint is the business of the caller and of `state.rs`.
+
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+
+use checkpoint::FolderWriter;
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::error::io;
+use crate::metrics::Metrics;
+use crate::{Error, Recipe, Result};
+
+const RECIPE_NAME: &str = "recipe.toml";
+const METRICS_NAME: &str = "metrics.jsonl";
+const LOCK_NAME: &str = ".lock";
+/// What [`FolderWriter`] writes last: every file with its size.
+const MANIFEST_NAME: &str = "moeforge.manifest.json";
+
+/// A run directory that this process may write to.
+#[derive(Debug)]
+pub struct RunDir {
+    path: PathBuf,
+    /// Held until the value is dropped or the process ends.
+    _lock: File,
+}
+
+impl RunDir {
+    /// Starts a run: creates the directory and writes `recipe.toml`.
+    ///
+    /// # Errors
+    /// If `path` is a file or a folder that holds something, or cannot be written.
+    pub fn create(path: &Path, recipe: &Recipe) -> Result<Self> {
+        let exists = |found| Error::RunExists {
+            path: path.to_owned(),
+            found,
+        };
+        if path.exists() && !path.is_dir() {
+            return Err(exists("a file"));
+        }
+        let is_used = |path| names(path).map(|names| !names.iter().all(|name| is_leftover(name)));
+        // Looked at before the lock, which would put a file into a folder of somebody else.
+        if path.exists() && is_used(path)? {
+            return Err(exists("a folder that is not empty"));
+        }
+        fs::create_dir_all(path).map_err(io("create", path))?;
+        let run = Self::lock(path)?;
+        // And again with it, because two processes may have come this far.
+        if is_used(path)? {
+            return Err(exists("a folder that is not empty"));
+        }
+        run.clear_leftovers()?;
+        checkpoint::write_file(&path.join(RECIPE_NAME), recipe.to_toml().as_bytes())?;
+        Ok(run)
+    }
+
+    /// Opens the directory of a run to go on with it, and clears away what a killed process left
+    /// half-written or half-removed.
+    ///
+    /// # Errors
+    /// If it is no run directory, another process is using it, or it cannot be written.
+    pub fn open(path: &Path) -> Result<Self> {
+        if !path.join(RECIPE_NAME).is_file() {
+            return Err(Error::NotARun {
+                path: path.to_owned(),
+            });
+        }
+        let run = Self::lock(path)?;
+        run.clear_leftovers()?;
+        Ok(run)
+    }
+
+    /// The directory's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The resolved recipe that the run was started with.
+    ///
+    /// # Errors
+    /// If it cannot be read, or was changed into something that is refused.
+    pub fn recipe(&self) -> Result<Recipe> {
+        Recipe::open(&self.path.join(RECIPE_NAME), &[])
+    }
+
+    /// Opens `metrics.jsonl` for a run that goes on from the checkpoint of `last_step`, or from
+    /// its beginning if there is none. Lines that will be written again are cut off.
+    ///
+    /// # Errors
+    /// If the file cannot be written, or a line that should stay is malformed.
+    pub fn metrics(&self, last_step: Option<u64>) -> Result<Metrics> {
+        Metrics::open(&self.path.join(METRICS_NAME), last_step)
+    }
+
+    /// Writes the checkpoint of a step: `fill` writes its files, and then it gets its name. If
+    /// there is a complete one already, it stays and `fill` is not called.
+    ///
+    /// # Errors
+    /// What `fill` returns, or if writing fails; nothing is left behind then.
+    pub fn save(
+        &self,
+        step: u64,
+        fill: impl FnOnce(&mut FolderWriter) -> Result<()>,
+    ) -> Result<PathBuf> {
+        let path = self.checkpoint_path(step);
+        if is_complete(&path) {
+            return Ok(path);
+        }
+        // A copy that somebody broke off, perhaps: no run can go on from it.
+        if path.exists() {
+            self.remove(step)?;
+        }
+        let mut writer = FolderWriter::create(&path)?;
+        fill(&mut writer)?;
+        writer.finish()?;
+        Ok(path)
+    }
+
+    /// The step and folder of the newest checkpoint, if there is one. Incomplete ones do not
+    /// count.
+    ///
+    /// # Errors
+    /// If the directory cannot be read.
+    pub fn latest(&self) -> Result<Option<(u64, PathBuf)>> {
+        let latest = self.steps()?.last().copied();
+        Ok(latest.map(|step| (step, self.checkpoint_path(step))))
+    }
+
+    /// Removes all but the newest checkpoints, and returns the steps of those removed. The newest
+    /// one stays even if `keep_last` is 0.
+    ///
+    /// # Errors
+    /// If the directory cannot be read or changed.
+    pub fn prune(&self, keep_last: usize) -> Result<Vec<u64>> {
+        let mut steps = self.steps()?;
+        steps.truncate(steps.len().saturating_sub(keep_last.max(1)));
+        for &step in &steps {
+            self.remove(step)?;
+        }
+        Ok(steps)
+    }
+
+    /// The steps of all complete checkpoints, in order.
+    fn steps(&self) -> Result<Vec<u64>> {
+        let mut steps: Vec<u64> = names(&self.path)?
+            .iter()
+            .filter_map(|name| step_of(name))
+            .filter(|&step| is_complete(&self.checkpoint_path(step)))
+            .collect();
+        steps.sort_unstable();
+        Ok(steps)
+    }
+
+    fn checkpoint_path(&self, step: u64) -> PathBuf {
+        self.path.join(format!("checkpoint-{step}"))
+    }
+
+    /// Takes a checkpoint its name, then deletes it.
+    fn remove(&self, step: u64) -> Result<()> {
+        let path = self.checkpoint_path(step);
+        let removed = self.path.join(format!(".checkpoint-{step}.removed.tmp"));
+        remove_entry(&removed)?;
+        fs::rename(&path, &removed).map_err(io("rename", &path))?;
+        remove_entry(&removed)
+    }
+
+    fn clear_leftovers(&self) -> Result<()> {
+        for name in names(&self.path)? {
+            if is_leftover(&name) && name != LOCK_NAME {
+                remove_entry(&self.path.join(name))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn lock(path: &Path) -> Result<Self> {
+        let lock_path = path.join(LOCK_NAME);
+        let lock = File::create(&lock_path).map_err(io("create", &lock_path))?;
+        if let Err(TryLockError::WouldBlock) = lock.try_lock() {
+            return Err(Error::RunInUse {
+                path: path.to_owned(),
+            });
+        }
+        // Some network file systems have no locks: then the user has to take care.
+        Ok(Self {
+            path: path.to_owned(),
+            _lock: lock,
+        })
+    }
+}
+
+/// The names in a folder. One that is not UTF-8 is none of ours, and comes with marks for what
+/// could not be read.
+fn names(path: &Path) -> Result<Vec<String>> {
+    let entries = fs::read_dir(path).map_err(io("read", path))?;
+    let names = entries.map(|entry| {
+        let entry = entry.map_err(io("read", path))?;
+        Ok(entry.file_name().to_string_lossy().into_owned())
+    });
+    names.collect()
+}
+
+/// Whether a name is one that a killed process leaves: the lock, or what it was writing or
+/// removing.
+fn is_leftover(name: &str) -> bool {
+    let is_ours = name.starts_with(".checkpoint-") || name.starts_with(".recipe.toml.");
+    name == LOCK_NAME || is_ours && name.ends_with(".tmp")
+}
+
+/// The step in a checkpoint's name, if it is one as written here: without sign or leading zeros.
+fn step_of(name: &str) -> Option<u64> {
+    let step: u64 = name.strip_prefix("checkpoint-")?.parse().ok()?;
+    (name == format!("checkpoint-{step}")).then_some(step)
+}
+
+/// Whether a checkpoint has every file that its manifest lists, in its full size.
+///
+/// The program itself leaves none incomplete, but a copy may be, and a loss of power may have
+/// let a removal begin before its renaming.
+fn is_complete(path: &Path) -> bool {
+    #[derive(Deserialize)]
+    struct Manifest {
+        files: serde_json::Map<String, Value>,
+    }
+
+    let Ok(text) = fs::read(path.join(MANIFEST_NAME)) else {
+        return false;
+    };
+    let Ok(manifest) = serde_json::from_slice::<Manifest>(&text) else {
+        return false;
+    };
+    manifest.files.iter().all(|(name, file)| {
+        let n_bytes = fs::metadata(path.join(name)).map(|metadata| metadata.len());
+        n_bytes.ok() == file["bytes"].as_u64()
+    })
+}
+
+/// Deletes a file or folder, if it is there. Links are not followed.
+fn remove_entry(path: &Path) -> Result<()> {
+    let Ok(metadata) = fs::symlink_metadata(path) else {
+        return Ok(());
+    };
+    let removed = if metadata.is_dir() {
+        fs::remove_dir_all(path)
+    } else {
+        fs::remove_file(path)
+    };
+    removed.map_err(io("remove", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn recipe() -> Recipe {
+        let mut recipe = Recipe::default();
+        recipe.model.path = Some("m".to_owned());
+        recipe.data.path = vec!["d".into()];
+        recipe.train.steps = Some(3);
+        recipe
+    }
+
+    fn fill(writer: &mut FolderWriter) -> Result<()> {
+        Ok(writer.write_bytes("x", b"0123456789")?)
+    }
+
+    fn sorted_names(path: &Path) -> Vec<String> {
+        let mut names = names(path).unwrap();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_run_is_created_once_and_opened_with_its_recipe() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("runs/a");
+        let error = RunDir::open(&path).unwrap_err().to_string();
+        let expected = "expected a run directory with `recipe.toml`, found none";
+        assert!(error.ends_with(expected), "{error}");
+
+        let run = RunDir::create(&path, &recipe()).unwrap();
+        assert_eq!(run.latest().unwrap(), None);
+        let error = RunDir::open(&path).unwrap_err().to_string();
+        assert!(
+            error.ends_with("another process is using this run directory"),
+            "{error}"
+        );
+        drop(run);
+        let error = RunDir::create(&path, &recipe()).unwrap_err().to_string();
+        let expected = "expected no such file or an empty folder, found a folder that is not \
+                        empty; to go on with a run, use `--resume`";
+        assert!(error.ends_with(expected), "{error}");
+        let error = RunDir::create(&path.join("recipe.toml"), &recipe()).unwrap_err();
+        assert!(matches!(
+            error,
+            Error::RunExists {
+                found: "a file",
+                ..
+            }
+        ));
+        assert_eq!(RunDir::open(&path).unwrap().recipe().unwrap(), recipe());
+    }
+
+    #[test]
+    fn a_run_killed_before_its_recipe_can_be_created_again_and_a_foreign_folder_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join(".lock"), b"").unwrap();
+        fs::write(folder.path().join(".recipe.toml.12-0.tmp"), b"half").unwrap();
+        drop(RunDir::create(folder.path(), &recipe()).unwrap());
+        assert_eq!(sorted_names(folder.path()), [".lock", "recipe.toml"]);
+
+        let foreign = tempfile::tempdir().unwrap();
+        fs::write(foreign.path().join("mine"), b"").unwrap();
+        RunDir::create(foreign.path(), &recipe()).unwrap_err();
+        assert_eq!(sorted_names(foreign.path()), ["mine"]);
+    }
+
+    #[test]
+    fn the_latest_checkpoint_is_the_newest_complete_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &recipe()).unwrap();
+        for step in [9, 10, 100] {
+            run.save(step, fill).unwrap();
+        }
+        // Not ours, cut short, without a file, without a manifest, not a folder.
+        for name in ["checkpoint-0200", "checkpoint-+200", "checkpoint-x"] {
+            copy(&run.checkpoint_path(9), &folder.path().join(name));
+        }
+        for step in [201, 202, 203] {
+            copy(&run.checkpoint_path(9), &run.checkpoint_path(step));
+        }
+        fs::write(run.checkpoint_path(201).join("x"), b"012345678").unwrap();
+        fs::remove_file(run.checkpoint_path(202).join("x")).unwrap();
+        fs::remove_file(run.checkpoint_path(203).join(MANIFEST_NAME)).unwrap();
+        fs::write(run.checkpoint_path(204), b"").unwrap();
+        assert_eq!(run.latest().unwrap(), Some((100, run.checkpoint_path(100))));
+
+        // An incomplete one makes room for the one that is written when its step comes.
+        run.save(202, fill).unwrap();
+        assert_eq!(run.latest().unwrap(), Some((202, run.checkpoint_path(202))));
+    }
+
+    fn copy(from: &Path, to: &Path) {
+        fs::create_dir(to).unwrap();
+        for name in names(from).unwrap() {
+            fs::copy(from.join(&name), to.join(&name)).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_failed_checkpoint_leaves_nothing_and_a_complete_one_is_not_written_twice() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &recipe()).unwrap();
+        let error = run.save(5, |writer| {
+            fill(writer)?;
+            Err(Error::RunInUse {
+                path: PathBuf::new(),
+            })
+        });
+        assert!(matches!(error, Err(Error::RunInUse { .. })));
+        assert_eq!(sorted_names(folder.path()), [".lock", "recipe.toml"]);
+        run.save(5, fill).unwrap();
+        run.save(5, |_| panic!("not called")).unwrap();
+    }
+
+    #[test]
+    fn pruning_keeps_the_newest_and_always_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &recipe()).unwrap();
+        for step in [1, 5, 10, 20] {
+            run.save(step, fill).unwrap();
+        }
+        assert_eq!(run.prune(4).unwrap(), [0; 0]);
+        assert_eq!(run.prune(2).unwrap(), [1, 5]);
+        assert_eq!(run.prune(0).unwrap(), [10]);
+        let expected = [".lock", "checkpoint-20", "recipe.toml"];
+        assert_eq!(sorted_names(folder.path()), expected);
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_cleared_away_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &recipe()).unwrap();
+        run.save(1, fill).unwrap();
+        drop(run);
+        for name in [".checkpoint-2.123-7.tmp", ".checkpoint-0.removed.tmp"] {
+            copy(
+                &folder.path().join("checkpoint-1"),
+                &folder.path().join(name),
+            );
+        }
+        fs::write(folder.path().join(".notes.tmp"), b"mine").unwrap();
+        let run = RunDir::open(folder.path()).unwrap();
+        let expected = [".lock", ".notes.tmp", "checkpoint-1", "recipe.toml"];
+        assert_eq!(sorted_names(folder.path()), expected);
+        assert_eq!(run.latest().unwrap(), Some((1, run.checkpoint_path(1))));
+    }
+}

@@ -1,0 +1,334 @@
+//! A training session: a model, its data and its optimizer, as a recipe describes them.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use checkpoint::{Adapter, Folder};
+use data::{Order, Sample, Shuffle, Split, Tokenizer};
+use model::lora::{self, Adapted, LoraConfig, Scaling};
+use model::{AdapterWeights, Model, ModelConfig, Training, weights};
+
+use crate::optimizer::AdamW;
+use crate::recipe::{Compute, Method, Recipe};
+use crate::run_dir::RunDir;
+use crate::state::{State, read_optimizer};
+use crate::{Error, Result};
+
+/// Everything a run needs in memory.
+#[derive(Debug)]
+pub struct Session {
+    /// The resolved recipe.
+    pub recipe: Recipe,
+    /// The model being trained.
+    pub(crate) model: Model,
+    /// What was adapted; empty for full training.
+    pub adapted: Vec<Adapted>,
+    /// Training samples.
+    pub train: Split,
+    /// Validation samples, if there are any.
+    pub valid: Option<Split>,
+    pub(crate) order: Order,
+    pub(crate) optimizer: AdamW,
+    pub(crate) state: State,
+    pub(crate) device: Device,
+    pub(crate) base: Base,
+    pub(crate) pad_id: u32,
+}
+
+/// Where the model came from, for what is written beside its weights.
+#[derive(Debug)]
+pub(crate) struct Base {
+    /// The checkpoint, or none for fresh weights.
+    pub(crate) folder: Option<Folder>,
+    /// `config.json` as it was read.
+    pub(crate) config: serde_json::Value,
+    /// A folder with the tokenizer's files.
+    pub(crate) tokenizer: Option<PathBuf>,
+    /// How the base is named in an adapter.
+    pub(crate) name: String,
+}
+
+impl Session {
+    /// Opens what a recipe names. `resolve` turns the recipe's model into a folder.
+    ///
+    /// # Errors
+    /// If the model, the tokenizer, an adapter or a data file cannot be used.
+    pub fn open(recipe: Recipe, resolve: &dyn Fn(&str) -> Result<PathBuf>) -> Result<Self> {
+        let device = Device::flex().autodiff();
+        let (mut model, base) = open_model(&recipe, resolve, &device)?;
+        let adapted = match (recipe.train.method, &recipe.model.adapter) {
+            (Method::Full, _) => vec![],
+            (Method::Lora, Some(folder)) => {
+                AdapterWeights::read(&Adapter::open(folder)?, &model.config)?
+                    .attach(&mut model, &device)?
+            }
+            (Method::Lora, None) => lora::attach(&mut model, &lora_config(&recipe), &device)?,
+        };
+        let tokenizer = base.tokenizer.as_deref().map(Tokenizer::open).transpose()?;
+        let splits = Splits {
+            recipe: &recipe,
+            tokenizer: tokenizer.as_ref(),
+            vocab_size: model.config.vocab_size,
+        };
+        let train = splits
+            .open("train.jsonl")?
+            .ok_or_else(|| Error::NoTrainingData {
+                folders: recipe.data.path.clone(),
+            })?;
+        let valid = splits.open("valid.jsonl")?;
+        let shuffle = if recipe.train.shuffle {
+            Shuffle::Seeded
+        } else {
+            Shuffle::FileOrder
+        };
+        Ok(Self {
+            order: Order::new(train.samples.len(), recipe.train.seed, shuffle),
+            optimizer: AdamW::new(&recipe.optimizer),
+            state: State {
+                step: 0,
+                micro_step: 0,
+                trained_tokens: 0,
+                loss_sum: 0.0,
+                loss_tokens: 0,
+                recipe_hash: recipe.hash(),
+            },
+            pad_id: tokenizer
+                .and_then(|tokenizer| tokenizer.eos_id())
+                .unwrap_or(0),
+            recipe,
+            model,
+            adapted,
+            train,
+            valid,
+            device,
+            base,
+        })
+    }
+
+    /// Goes on from a run's latest checkpoint, if it has one; returns the step it goes on from.
+    ///
+    /// # Errors
+    /// If the checkpoint is malformed or not of this recipe.
+    pub fn resume(&mut self, run: &RunDir) -> Result<Option<u64>> {
+        let Some((step, folder)) = run.latest()? else {
+            return Ok(None);
+        };
+        let state = State::read(&folder)?;
+        if state.recipe_hash != self.recipe.hash() {
+            return Err(Error::OtherRecipe { path: folder });
+        }
+        self.restore(&folder)?;
+        self.state = state;
+        Ok(Some(step))
+    }
+
+    /// Optimizer updates made so far.
+    pub fn steps_done(&self) -> u64 {
+        self.state.step
+    }
+
+    /// Optimizer updates of the whole run.
+    pub fn total_steps(&self) -> u64 {
+        self.recipe.total_steps(self.train.samples.len())
+    }
+
+    /// Trained numbers.
+    pub fn trained_parameters(&self) -> usize {
+        self.model
+            .parameters()
+            .iter()
+            .map(|parameter| parameter.values.dims()[0])
+            .sum()
+    }
+
+    /// Puts a checkpoint's tensors into the model and the optimizer.
+    fn restore(&mut self, folder: &Path) -> Result<()> {
+        let names = self.state_tensors();
+        let (mut parameters, mut moments, mut biases) =
+            (std::collections::BTreeMap::new(), Vec::new(), Vec::new());
+        let device = self.device.clone().inner();
+        read_optimizer(folder, &names, |i, values| {
+            let tensor = burn::tensor::Tensor::<1>::from_floats(values.as_slice(), &device);
+            match names[i].0.split_once('/') {
+                Some(("parameter", name)) => _ = parameters.insert(name.to_owned(), tensor),
+                Some((kind @ ("moment1" | "moment2"), name)) => {
+                    moments.push((kind == "moment1", name.to_owned(), tensor))
+                }
+                _ => biases.push(values),
+            }
+            Ok(())
+        })?;
+        self.model = self
+            .model
+            .clone()
+            .map_parameters(&mut |name, _| parameters.remove(name));
+        let zeros = || burn::tensor::Tensor::<1>::zeros([0], &device);
+        for (first, name, tensor) in moments {
+            let pair = self
+                .optimizer
+                .moments
+                .entry(name)
+                .or_insert_with(|| [zeros(), zeros()]);
+            pair[usize::from(!first)] = tensor;
+        }
+        let device = self.device.clone();
+        for ((_, bias), values) in self.model.correction_biases().zip(biases) {
+            *bias = burn::tensor::Tensor::from_floats(values.as_slice(), &device);
+        }
+        Ok(())
+    }
+
+    /// Names and shapes of everything a checkpoint holds: parameters, their moments, the routers' biases.
+    pub(crate) fn state_tensors(&mut self) -> Vec<(String, Vec<usize>)> {
+        let parameters = self.model.parameters();
+        let named = |kind: &str| {
+            parameters
+                .iter()
+                .map(|p| (format!("{kind}/{}", p.name), vec![p.values.dims()[0]]))
+                .collect::<Vec<_>>()
+        };
+        let mut names = [named("parameter"), named("moment1"), named("moment2")].concat();
+        names.extend(
+            self.model
+                .correction_biases()
+                .map(|(layer_idx, bias)| (format!("bias/{layer_idx}"), bias.dims().to_vec())),
+        );
+        names
+    }
+
+    /// What products round to.
+    pub(crate) fn compute(&self) -> model::Compute {
+        match self.recipe.precision.compute {
+            Compute::F32 => model::Compute::F32,
+            Compute::Bf16 => model::Compute::Bf16,
+        }
+    }
+
+    /// How the run's updates are scaled and dropped.
+    pub(crate) fn scaling(&self) -> Scaling {
+        if self.recipe.lora.use_rslora {
+            Scaling::RsLora
+        } else {
+            Scaling::Plain
+        }
+    }
+}
+
+fn open_model(
+    recipe: &Recipe,
+    resolve: &dyn Fn(&str) -> Result<PathBuf>,
+    device: &Device,
+) -> Result<(Model, Base)> {
+    if let Some(path) = &recipe.model.path {
+        let folder = Folder::open(&resolve(path)?)?;
+        let training = if recipe.train.method == Method::Full {
+            Training::Full
+        } else {
+            Training::Frozen
+        };
+        let model = weights::load(&folder, training, device)?;
+        let tokenizer = recipe
+            .model
+            .tokenizer
+            .clone()
+            .unwrap_or_else(|| folder.path().to_owned());
+        let tokenizer = tokenizer
+            .join("tokenizer.json")
+            .exists()
+            .then_some(tokenizer);
+        let base = Base {
+            config: folder.config().clone(),
+            tokenizer,
+            name: path.clone(),
+            folder: Some(folder),
+        };
+        return Ok((model, base));
+    }
+    let file = recipe.model.config.clone().unwrap_or_default();
+    let text = std::fs::read(&file).map_err(crate::error::io("read", &file))?;
+    let json: serde_json::Value = serde_json::from_slice(&text).map_err(|cause| Error::State {
+        path: file.clone(),
+        cause,
+    })?;
+    let config = ModelConfig::from_json(&json, &file)?;
+    let model = weights::fresh(&config, recipe.train.seed, device)?;
+    Ok((
+        model,
+        Base {
+            folder: None,
+            config: json,
+            tokenizer: recipe.model.tokenizer.clone(),
+            name: file.display().to_string(),
+        },
+    ))
+}
+
+/// The adapter a recipe asks for.
+fn lora_config(recipe: &Recipe) -> LoraConfig {
+    let lora = &recipe.lora;
+    LoraConfig {
+        target: lora.target.clone(),
+        exclude: lora.exclude.clone(),
+        rank: lora.rank,
+        alpha: lora.alpha,
+        scaling: if lora.use_rslora {
+            Scaling::RsLora
+        } else {
+            Scaling::Plain
+        },
+        rank_pattern: lora
+            .rank_pattern
+            .iter()
+            .map(|(pattern, rank)| (pattern.to_owned(), *rank))
+            .collect(),
+        alpha_pattern: lora
+            .alpha_pattern
+            .iter()
+            .map(|(pattern, alpha)| (pattern.to_owned(), *alpha))
+            .collect(),
+        dropout: lora.dropout as f32,
+        seed: recipe.train.seed,
+    }
+}
+
+/// Opens the splits of a recipe's data folders.
+struct Splits<'a> {
+    recipe: &'a Recipe,
+    tokenizer: Option<&'a Tokenizer>,
+    vocab_size: usize,
+}
+
+impl Splits<'_> {
+    /// One split of all folders that have it, one folder after the other.
+    fn open(&self, name: &str) -> Result<Option<Split>> {
+        let mut all: Option<Split> = None;
+        for folder in &self.recipe.data.path {
+            let file = folder.join(name);
+            if !file.exists() {
+                continue;
+            }
+            let split = Split::open(
+                &file,
+                self.tokenizer,
+                self.recipe.data.max_length,
+                self.vocab_size,
+            )?;
+            match &mut all {
+                None => all = Some(split),
+                Some(all) => join(all, split),
+            }
+        }
+        Ok(all)
+    }
+}
+
+fn join(all: &mut Split, more: Split) {
+    let (a, b) = (&mut all.counts, more.counts);
+    a.rows += b.rows;
+    a.tokens += b.tokens;
+    a.trained_tokens += b.trained_tokens;
+    a.trained_bytes += b.trained_bytes;
+    a.truncated_rows += b.truncated_rows;
+    a.untrained_samples += b.untrained_samples;
+    all.samples.extend::<Vec<Sample>>(more.samples);
+}

@@ -1,0 +1,269 @@
+//! What a checkpoint holds besides weights: where the run stands, and the optimizer's moments.
+//!
+//! Nothing is rounded: counters are integers, sums are written as the shortest decimal that reads
+//! back to the same bits, and moments are f32. So a resumed run continues bit for bit.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use checkpoint::{DType, FolderWriter, Safetensors, TensorSpec};
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+const STATE_NAME: &str = "state.json";
+const OPTIMIZER_NAME: &str = "optimizer.safetensors";
+
+/// Where a run stands after a step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    /// Optimizer updates made.
+    pub step: u64,
+    /// Micro-batches taken from the data: the number of the next one in [`data::Order`].
+    pub micro_step: u64,
+    /// Unmasked targets trained on.
+    pub trained_tokens: u64,
+    /// Sum of the loss over the targets since the last line of metrics, in nats.
+    #[serde(with = "exact")]
+    pub loss_sum: f64,
+    /// The targets since the last line of metrics.
+    pub loss_tokens: u64,
+    /// [`Recipe::hash`](crate::Recipe::hash) of the run's recipe.
+    pub recipe_hash: String,
+}
+
+impl State {
+    /// Writes `state.json` into a checkpoint.
+    ///
+    /// # Errors
+    /// If writing fails.
+    pub fn write(&self, writer: &mut FolderWriter) -> Result<()> {
+        let value = serde_json::to_value(self).expect("a state has only string keys");
+        Ok(writer.write_json(STATE_NAME, &value)?)
+    }
+
+    /// Reads the `state.json` of a checkpoint.
+    ///
+    /// # Errors
+    /// If it is absent or malformed.
+    pub fn read(checkpoint: &Path) -> Result<Self> {
+        let path = checkpoint.join(STATE_NAME);
+        let text = std::fs::read(&path).map_err(crate::error::io("read", &path))?;
+        serde_json::from_slice(&text).map_err(|cause| Error::State { path, cause })
+    }
+}
+
+/// Writes `optimizer.safetensors` into a checkpoint, one tensor in memory at a time.
+///
+/// `tensors` are names and shapes; `values(i)` gives the elements of `tensors[i]` and is called
+/// once for each, in order. An index of weights must be written before this, or it would list
+/// these tensors too.
+///
+/// # Errors
+/// If a name repeats, also among the weights in the same checkpoint, `values` fails or returns
+/// another number of elements than the shape has, or writing fails.
+pub fn write_optimizer(
+    writer: &mut FolderWriter,
+    tensors: &[(String, Vec<usize>)],
+    mut values: impl FnMut(usize) -> Result<Vec<f32>>,
+) -> Result<()> {
+    let specs: Vec<TensorSpec> = tensors
+        .iter()
+        .map(|(name, shape)| TensorSpec {
+            name: name.as_str().into(),
+            dtype: DType::F32,
+            shape: shape.clone(),
+        })
+        .collect();
+    writer.add_shard(OPTIMIZER_NAME, &specs, |i| {
+        let values = values(i).map_err(|error| checkpoint::Error::Produce {
+            tensor: tensors[i].0.clone(),
+            cause: Box::new(error),
+        })?;
+        Ok(values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect::<Vec<u8>>())
+    })?;
+    Ok(())
+}
+
+/// Reads the `optimizer.safetensors` of a checkpoint: `take(i, values)` gets the elements of
+/// `tensors[i]`, once for each, in order.
+///
+/// # Errors
+/// If the file has not exactly these tensors in these shapes, before `take` is called; or what
+/// `take` returns.
+pub fn read_optimizer(
+    checkpoint: &Path,
+    tensors: &[(String, Vec<usize>)],
+    mut take: impl FnMut(usize, Vec<f32>) -> Result<()>,
+) -> Result<()> {
+    let path = checkpoint.join(OPTIMIZER_NAME);
+    let file = Safetensors::open(&path)?;
+    for (name, shape) in tensors {
+        let tensor = file.tensor(name)?;
+        tensor.expect_shape(shape)?;
+        if tensor.dtype != DType::F32 {
+            return Err(Error::OptimizerDType {
+                path,
+                tensor: name.clone(),
+                found: tensor.dtype,
+            });
+        }
+    }
+    let wanted: HashSet<&str> = tensors.iter().map(|(name, _)| name.as_str()).collect();
+    let extra = file.tensors().iter();
+    let mut extra = extra.filter(|tensor| !wanted.contains(&*tensor.name));
+    if let Some(extra) = extra.next() {
+        return Err(Error::OptimizerExtra {
+            path,
+            expected: tensors.len(),
+            found: file.tensors().len(),
+            tensor: crate::error::shown(&extra.name),
+        });
+    }
+    for (i, (name, _)) in tensors.iter().enumerate() {
+        take(i, file.tensor(name)?.to_f32()?)?;
+    }
+    Ok(())
+}
+
+/// A number as text: JSON's reader may be off by the last bit, and JSON has no infinity.
+mod exact {
+    use serde::de::{Deserialize, Deserializer, Error};
+    use serde::ser::Serializer;
+
+    pub(super) fn serialize<S: Serializer>(number: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(number)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse()
+            .map_err(|_| D::Error::custom("expected a number as text"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn state() -> State {
+        State {
+            step: 3,
+            micro_step: 12,
+            trained_tokens: u64::MAX,
+            loss_sum: 0.1 + 0.2,
+            loss_tokens: 7,
+            recipe_hash: "0123456789abcdef".to_owned(),
+        }
+    }
+
+    fn tensors() -> Vec<(String, Vec<usize>)> {
+        vec![
+            ("b.exp_avg".to_owned(), vec![2, 1]),
+            ("a".to_owned(), vec![]),
+        ]
+    }
+
+    const VALUES: [&[f32]; 2] = [&[1.5, f32::MIN_POSITIVE / 2.0], &[-0.0]];
+
+    fn written() -> TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = FolderWriter::create(&folder.path().join("c")).unwrap();
+        state().write(&mut writer).unwrap();
+        write_optimizer(&mut writer, &tensors(), |i| Ok(VALUES[i].to_vec())).unwrap();
+        writer.finish().unwrap();
+        folder
+    }
+
+    #[test]
+    fn state_and_moments_read_back_bit_for_bit() {
+        let folder = written();
+        let checkpoint = folder.path().join("c");
+        assert_eq!(State::read(&checkpoint).unwrap(), state());
+        let mut taken = Vec::new();
+        read_optimizer(&checkpoint, &tensors(), |i, values| {
+            taken.push((i, values.iter().map(|value| value.to_bits()).collect()));
+            Ok(())
+        })
+        .unwrap();
+        let bits = |i: usize| -> Vec<u32> { VALUES[i].iter().map(|v| v.to_bits()).collect() };
+        assert_eq!(taken, [(0, bits(0)), (1, bits(1))]);
+    }
+
+    #[test]
+    fn sums_of_every_kind_read_back() {
+        for sum in [
+            0.0,
+            -0.0,
+            1e300,
+            f64::MIN_POSITIVE / 4.0,
+            f64::INFINITY,
+            1.0 / 3.0,
+        ] {
+            let state = State {
+                loss_sum: sum,
+                ..state()
+            };
+            let text = serde_json::to_string(&state).unwrap();
+            let read: State = serde_json::from_str(&text).unwrap();
+            assert_eq!(read.loss_sum.to_bits(), sum.to_bits());
+        }
+    }
+
+    #[test]
+    fn moments_of_another_run_are_refused() {
+        let folder = written();
+        let checkpoint = folder.path().join("c");
+        let check = |tensors: &[(&str, &[usize])], expected: &str| {
+            let tensors: Vec<_> = tensors
+                .iter()
+                .map(|(name, shape)| ((*name).to_owned(), shape.to_vec()))
+                .collect();
+            let error = read_optimizer(&checkpoint, &tensors, |_, _| panic!("not called"));
+            let error = error.unwrap_err().to_string();
+            assert!(error.ends_with(expected), "{error}");
+        };
+        check(&[("a", &[]), ("c", &[1])], "no tensor `c`");
+        check(
+            &[("b.exp_avg", &[1, 2])],
+            "tensor `b.exp_avg`: expected shape [1, 2], found [2, 1]",
+        );
+        check(
+            &[("a", &[])],
+            "expected 1 tensors, found 2, among them `b.exp_avg`, which this run does not train",
+        );
+    }
+
+    #[test]
+    fn a_malformed_state_or_a_failing_source_is_named() {
+        let folder = written();
+        let path = folder.path().join("c/state.json");
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, text.replace("\"step\"", "\"stop\"")).unwrap();
+        let error = State::read(&folder.path().join("c"))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("state.json`: unknown field `stop`"),
+            "{error}"
+        );
+        let error = State::read(folder.path()).unwrap_err().to_string();
+        assert!(error.starts_with("cannot read `"), "{error}");
+
+        let mut writer = FolderWriter::create(&folder.path().join("d")).unwrap();
+        let error = write_optimizer(&mut writer, &tensors(), |_| Ok(vec![0.0]));
+        let error = error.unwrap_err().to_string();
+        assert!(
+            error.ends_with("tensor `b.exp_avg`: expected 8 bytes, found 4"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,8 @@
+//! The integration tests: one binary, because every binary more would link burn once more.
+//!
+//! A module per theme. A test of one function belongs at the foot of the file that has the function; what needs
+//! several crates, the binary, the goldens or the repository itself belongs here.
+
+/// What the compiler and clippy do not see: arrows between crates, sizes, names, READMEs, links.
+mod cli;
+mod tidy;

@@ -1,0 +1,286 @@
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use toml::{Table, Value};
+
+use super::{ROOT, files, folder, read, report};
+
+/// What each crate may name of ours, as `crates/README.md` shows it. `cli`, the root package, may name everything.
+const ARROWS: [(&str, &[&str]); 8] = [
+    ("kernels", &[]),
+    ("checkpoint", &[]),
+    ("data", &[]),
+    ("parallel", &[]),
+    ("model", &["kernels", "checkpoint", "parallel"]),
+    (
+        "train",
+        &["model", "data", "checkpoint", "parallel", "kernels"],
+    ),
+    ("infer", &["model", "data", "kernels", "checkpoint"]),
+    ("eval", &["infer", "model", "data"]),
+];
+/// Crates on the longest way down, `cli` not counted.
+const LONGEST_CHAIN: usize = 5;
+/// The crates that may name burn. The others build quickly, and are of use without it.
+const BURN: [&str; 6] = ["kernels", "model", "train", "infer", "eval", "cli"];
+/// Direct dependencies of the whole workspace, those of tests not counted.
+const MOST_DEPENDENCIES: usize = 25;
+
+#[test]
+fn crates_name_only_the_crates_below_them() {
+    let mut findings = Vec::new();
+    for Manifest { name, path, table } in
+        manifests().iter().filter(|manifest| manifest.name != "cli")
+    {
+        let Some((_, allowed)) = ARROWS.iter().find(|(crate_name, _)| crate_name == name) else {
+            findings.push(format!(
+                "{path}: `{name}` has no arrows; add it to ARROWS and to crates/README.md"
+            ));
+            continue;
+        };
+        for named in ours(table)
+            .iter()
+            .filter(|named| !allowed.contains(&named.as_str()))
+        {
+            findings.push(format!(
+                "{path}: `{name}` must not name `{named}`, nor may its tests; move the code to a crate that may"
+            ));
+        }
+    }
+    report(&findings);
+}
+
+#[test]
+fn crate_chains_are_short() {
+    let crates = manifests()
+        .into_iter()
+        .filter(|manifest| manifest.name != "cli");
+    let arrows: BTreeMap<_, _> = crates
+        .map(|manifest| (manifest.name, ours(&manifest.table)))
+        .collect();
+    for name in arrows.keys() {
+        let count = chain(name, &arrows, 2 * LONGEST_CHAIN);
+        assert!(
+            count <= LONGEST_CHAIN,
+            "crates/{name}/Cargo.toml: {count} crates on the way down, at most {LONGEST_CHAIN}; merge two of them"
+        );
+    }
+}
+
+#[test]
+fn architecture_page_shows_the_arrows() {
+    let page = read("crates/README.md");
+    let exists = |name: &&str| Path::new(ROOT).join("crates").join(name).is_dir();
+    let mut findings = Vec::new();
+    for (name, allowed) in ARROWS.iter().filter(|(name, _)| exists(name)) {
+        let allowed: Vec<_> = allowed
+            .iter()
+            .copied()
+            .filter(exists)
+            .map(|name| format!("`{name}`"))
+            .collect();
+        let named = if allowed.is_empty() {
+            "none".to_owned()
+        } else {
+            allowed.join(", ")
+        };
+        let row = format!("| `{name}` | {named} |");
+        if !page.contains(&row) {
+            findings.push(format!(
+                "crates/README.md: lacks the row `{row}` of the table of arrows; add it"
+            ));
+        }
+    }
+    report(&findings);
+}
+
+#[test]
+fn burn_is_pinned_once_and_named_by_few() {
+    let mut findings = Vec::new();
+    let workspace = workspace_dependencies();
+    let burn = workspace
+        .iter()
+        .filter(|(name, _)| is_burn(name))
+        .map(|(_, spec)| spec);
+    let pins: BTreeSet<_> = burn
+        .map(|spec| {
+            spec.get("version")
+                .unwrap_or(spec)
+                .as_str()
+                .unwrap_or("none")
+        })
+        .collect();
+    if pins.len() != 1 || !pins.iter().all(|pin| pin.starts_with('=')) {
+        findings.push(format!(
+            "Cargo.toml: burn's crates must share one exact version, found {pins:?}; write `=X.Y.Z`"
+        ));
+    }
+    for Manifest { name, path, table } in manifests()
+        .iter()
+        .filter(|manifest| !BURN.contains(&manifest.name.as_str()))
+    {
+        for burn in dependencies(table)
+            .iter()
+            .filter(|dependency| is_burn(&dependency.name))
+        {
+            findings.push(format!(
+                "{path}: `{name}` must not name `{}`; put tensor code into kernels or above",
+                burn.name
+            ));
+        }
+    }
+    report(&findings);
+}
+
+#[test]
+fn dependencies_have_one_source() {
+    let mut findings = Vec::new();
+    for Manifest { path, table, .. } in manifests() {
+        let inherits = |spec: &Value| spec.get("workspace").and_then(Value::as_bool) == Some(true);
+        for Dependency { name, .. } in dependencies(&table)
+            .iter()
+            .filter(|dependency| !inherits(&dependency.spec))
+        {
+            findings.push(format!(
+                "{path}: `{name}` has a source of its own; move that to [workspace.dependencies], write `workspace = true`"
+            ));
+        }
+        for replaced in ["patch", "replace"]
+            .iter()
+            .filter(|section| table.contains_key(**section))
+        {
+            findings.push(format!(
+                "{path}: [{replaced}] puts something else in a release's place; depend on a release"
+            ));
+        }
+    }
+    for (name, spec) in workspace_dependencies() {
+        let is_outside = |path: &str| !path.starts_with("crates/") || path.contains("..");
+        if spec.get("git").is_some()
+            || spec
+                .get("path")
+                .and_then(Value::as_str)
+                .is_some_and(is_outside)
+        {
+            findings.push(format!(
+                "Cargo.toml: `{name}` comes from git or a folder outside; depend on a release"
+            ));
+        }
+    }
+    if read("Cargo.lock").contains("\"git+") {
+        findings.push(
+            "Cargo.lock: a dependency's dependency comes from git; choose another release of it"
+                .to_owned(),
+        );
+    }
+    report(&findings);
+}
+
+#[test]
+fn direct_dependencies_are_few() {
+    let ours = crates_of_ours();
+    let all = manifests()
+        .into_iter()
+        .flat_map(|manifest| dependencies(&manifest.table));
+    let external =
+        all.filter(|dependency| !dependency.for_tests && !ours.contains(&dependency.name));
+    let names: BTreeSet<_> = external.map(|dependency| dependency.name).collect();
+    assert!(
+        names.len() <= MOST_DEPENDENCIES,
+        "Cargo.toml: {} direct dependencies, at most {MOST_DEPENDENCIES}; do without one of {names:?}",
+        names.len()
+    );
+}
+
+struct Manifest {
+    /// The name of the crate's folder, or `cli` for the root package.
+    name: String,
+    path: String,
+    table: Table,
+}
+
+struct Dependency {
+    name: String,
+    spec: Value,
+    for_tests: bool,
+}
+
+fn manifests() -> Vec<Manifest> {
+    let paths = files()
+        .into_iter()
+        .filter(|path| path == "Cargo.toml" || path.ends_with("/Cargo.toml"));
+    let manifest = |path: String| Manifest {
+        name: folder(&path)
+            .strip_prefix("crates/")
+            .unwrap_or("cli")
+            .to_owned(),
+        table: parse(&path),
+        path,
+    };
+    paths.map(manifest).collect()
+}
+
+fn parse(path: &str) -> Table {
+    read(path).parse().unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
+fn dependencies(manifest: &Table) -> Vec<Dependency> {
+    let targets = manifest
+        .get("target")
+        .and_then(Value::as_table)
+        .into_iter()
+        .flat_map(Table::values);
+    let mut dependencies = Vec::new();
+    for table in targets.filter_map(Value::as_table).chain([manifest]) {
+        for section in ["dependencies", "build-dependencies", "dev-dependencies"] {
+            let named = table
+                .get(section)
+                .and_then(Value::as_table)
+                .cloned()
+                .unwrap_or_default();
+            let for_tests = section == "dev-dependencies";
+            dependencies.extend(named.into_iter().map(|(name, spec)| Dependency {
+                name,
+                spec,
+                for_tests,
+            }));
+        }
+    }
+    dependencies
+}
+
+fn workspace_dependencies() -> Table {
+    parse("Cargo.toml")["workspace"]["dependencies"]
+        .as_table()
+        .cloned()
+        .unwrap_or_default()
+}
+
+/// Our crates are those with a path, and they go by the names of their folders.
+fn crates_of_ours() -> BTreeSet<String> {
+    let ours = workspace_dependencies()
+        .into_iter()
+        .filter(|(_, spec)| spec.get("path").is_some());
+    ours.map(|(name, _)| name).collect()
+}
+
+fn ours(manifest: &Table) -> Vec<String> {
+    let ours = crates_of_ours();
+    let names = dependencies(manifest)
+        .into_iter()
+        .map(|dependency| dependency.name);
+    names.filter(|name| ours.contains(name)).collect()
+}
+
+fn is_burn(name: &str) -> bool {
+    name == "burn" || name.starts_with("burn-")
+}
+
+/// How many crates the longest way down from `name` has; no more than `limit`, should it be a circle.
+fn chain(name: &str, arrows: &BTreeMap<String, Vec<String>>, limit: usize) -> usize {
+    let below = arrows.get(name).filter(|_| limit > 1).into_iter().flatten();
+    1 + below
+        .map(|name| chain(name, arrows, limit - 1))
+        .max()
+        .unwrap_or(0)
+}
