@@ -13,12 +13,17 @@ fn moeforge(words: &[&str]) -> Output {
 
 fn command(words: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_moeforge"));
-    command.args(words).current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null());
+    command
+        .args(words)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .stdin(Stdio::null());
     command
 }
 
 fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/goldens")
+        .join(name)
 }
 
 /// A copy of a golden model's own files, to be broken.
@@ -31,11 +36,21 @@ impl Broken {
         let place = tempfile::tempdir().unwrap();
         for entry in std::fs::read_dir(golden(name)).unwrap() {
             let path = entry.unwrap().path();
-            if path.is_file() && !path.file_name().unwrap().to_string_lossy().starts_with("golden") {
+            if path.is_file()
+                && !path
+                    .file_name()
+                    .unwrap()
+                    .to_string_lossy()
+                    .starts_with("golden")
+            {
                 std::fs::copy(&path, place.path().join(path.file_name().unwrap())).unwrap();
             }
         }
-        std::fs::write(place.path().join("ids.json"), "{\"input_ids\": [[5, 6, 7, 8]]}").unwrap();
+        std::fs::write(
+            place.path().join("ids.json"),
+            "{\"input_ids\": [[5, 6, 7, 8]]}",
+        )
+        .unwrap();
         Self { place }
     }
 
@@ -62,7 +77,12 @@ impl Broken {
     }
 
     fn logits(&self) -> Output {
-        let [model, ids, out] = [self.place.path().to_path_buf(), self.path("ids.json"), self.path("out.safetensors")].map(|p| p.to_string_lossy().into_owned());
+        let [model, ids, out] = [
+            self.place.path().to_path_buf(),
+            self.path("ids.json"),
+            self.path("out.safetensors"),
+        ]
+        .map(|p| p.to_string_lossy().into_owned());
         moeforge(&["logits", &model, "--ids", &ids, "--out", &out])
     }
 }
@@ -71,26 +91,90 @@ impl Broken {
 fn refused(output: &Output, code: i32, words: &[&str]) {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(code), "{stderr}");
-    let errors: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+    let errors: Vec<&str> = stderr
+        .lines()
+        .filter(|line| line.starts_with("error: "))
+        .collect();
     assert_eq!(errors.len(), 1, "one sentence: {stderr}");
     for word in words {
-        assert!(errors[0].contains(word), "`{word}` is not in: {}", errors[0]);
+        assert!(
+            errors[0].contains(word),
+            "`{word}` is not in: {}",
+            errors[0]
+        );
     }
     assert!(!stderr.contains("panicked"), "{stderr}");
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table")]
 fn broken_checkpoints_are_refused_in_one_sentence() {
     const SECOND: &str = "model-00002-of-000003.safetensors";
     type Break = fn(&Broken);
     let cases: [(&str, Break, &[&str]); 8] = [
-        ("deepseek_v3", |b| std::fs::remove_file(b.path(SECOND)).unwrap(), &[SECOND]),
-        ("deepseek_v3", |b| _ = b.bytes(SECOND, |bytes| bytes.truncate(90_000)), &[SECOND]),
-        ("deepseek_v3", |b| _ = b.bytes(SECOND, |bytes| bytes[..8].copy_from_slice(&u64::MAX.to_le_bytes())), &[SECOND, "header"]),
-        ("deepseek_v3", |b| _ = b.replace("model.safetensors.index.json", SECOND, "model-9.safetensors"), &["model-9.safetensors"]),
-        ("deepseek_v3", |b| _ = b.replace("config.json", "\"kv_lora_rank\": 32", "\"kv_lora_rank\": 31"), &["kv_a", "expected", "[39, 64]"]),
-        ("deepseek_v3", |b| _ = b.replace("config.json", "\"model_type\": \"deepseek_v3\"", "\"model_type\": \"gpt9\""), &["config.json", "model_type", "gpt9"]),
-        ("deepseek_v3", |b| _ = b.replace("config.json", "\"topk_group\": 2", "\"topk_group\": \"two\""), &["config.json", "topk_group", "two"]),
+        (
+            "deepseek_v3",
+            |b| std::fs::remove_file(b.path(SECOND)).unwrap(),
+            &[SECOND],
+        ),
+        (
+            "deepseek_v3",
+            |b| _ = b.bytes(SECOND, |bytes| bytes.truncate(90_000)),
+            &[SECOND],
+        ),
+        (
+            "deepseek_v3",
+            |b| {
+                _ = b.bytes(SECOND, |bytes| {
+                    bytes[..8].copy_from_slice(&u64::MAX.to_le_bytes())
+                })
+            },
+            &[SECOND, "header"],
+        ),
+        (
+            "deepseek_v3",
+            |b| {
+                _ = b.replace(
+                    "model.safetensors.index.json",
+                    SECOND,
+                    "model-9.safetensors",
+                )
+            },
+            &["model-9.safetensors"],
+        ),
+        (
+            "deepseek_v3",
+            |b| {
+                _ = b.replace(
+                    "config.json",
+                    "\"kv_lora_rank\": 32",
+                    "\"kv_lora_rank\": 31",
+                )
+            },
+            &["kv_a", "expected", "[39, 64]"],
+        ),
+        (
+            "deepseek_v3",
+            |b| {
+                _ = b.replace(
+                    "config.json",
+                    "\"model_type\": \"deepseek_v3\"",
+                    "\"model_type\": \"gpt9\"",
+                )
+            },
+            &["config.json", "model_type", "gpt9"],
+        ),
+        (
+            "deepseek_v3",
+            |b| {
+                _ = b.replace(
+                    "config.json",
+                    "\"topk_group\": 2",
+                    "\"topk_group\": \"two\"",
+                )
+            },
+            &["config.json", "topk_group", "two"],
+        ),
         ("deepseek_v3_fp8", nan_scale, &["weight_scale_inv", "NaN"]),
     ];
     for (name, breaking, words) in cases {
@@ -106,14 +190,19 @@ fn nan_scale(broken: &Broken) {
     broken.bytes("model-00002-of-000002.safetensors", |bytes| {
         let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
         let json: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
-        let at = json["model.layers.0.mlp.down_proj.weight_scale_inv"]["data_offsets"][0].as_u64().unwrap() as usize;
+        let at = json["model.layers.0.mlp.down_proj.weight_scale_inv"]["data_offsets"][0]
+            .as_u64()
+            .unwrap() as usize;
         bytes[8 + header + at..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
     });
 }
 
 #[test]
 fn misaligned_tensors_work() {
-    let (plain, shifted) = (Broken::new("deepseek_v2_lite"), Broken::new("deepseek_v2_lite"));
+    let (plain, shifted) = (
+        Broken::new("deepseek_v2_lite"),
+        Broken::new("deepseek_v2_lite"),
+    );
     shifted.bytes("model.safetensors", |bytes| {
         let header = u64::from_le_bytes(bytes[..8].try_into().unwrap());
         bytes[..8].copy_from_slice(&(header + 1).to_le_bytes());
@@ -122,20 +211,35 @@ fn misaligned_tensors_work() {
     for broken in [&plain, &shifted] {
         assert!(broken.logits().status.success());
     }
-    assert_eq!(std::fs::read(plain.path("out.safetensors")).unwrap(), std::fs::read(shifted.path("out.safetensors")).unwrap());
+    assert_eq!(
+        std::fs::read(plain.path("out.safetensors")).unwrap(),
+        std::fs::read(shifted.path("out.safetensors")).unwrap()
+    );
 }
 
 #[test]
 fn wrong_inputs_are_refused_in_one_sentence() {
     let broken = Broken::new("deepseek_v3");
-    std::fs::write(broken.path("ids.json"), "{\"input_ids\": [[1, 2, 3], [4, 5]]}").unwrap();
+    std::fs::write(
+        broken.path("ids.json"),
+        "{\"input_ids\": [[1, 2, 3], [4, 5]]}",
+    )
+    .unwrap();
     refused(&broken.logits(), 1, &["ids.json", "row"]);
     std::fs::write(broken.path("ids.json"), "{\"input_ids\": [[1, 288]]}").unwrap();
     refused(&broken.logits(), 1, &["288"]);
 
-    let [model, adapter] = [golden("deepseek_v3"), golden("deepseek_v2_lite/adapter_classic")].map(|p| p.to_string_lossy().into_owned());
+    let [model, adapter] = [
+        golden("deepseek_v3"),
+        golden("deepseek_v2_lite/adapter_classic"),
+    ]
+    .map(|p| p.to_string_lossy().into_owned());
     let out = broken.path("merged").to_string_lossy().into_owned();
-    refused(&moeforge(&["merge", &model, "--adapter", &adapter, "--out", &out]), 1, &["expected", "found"]);
+    refused(
+        &moeforge(&["merge", &model, "--adapter", &adapter, "--out", &out]),
+        1,
+        &["expected", "found"],
+    );
     assert!(!broken.path("merged").exists());
 }
 
@@ -143,7 +247,11 @@ fn wrong_inputs_are_refused_in_one_sentence() {
 fn recipe(place: &TempDir, train: &str, row: &str) -> String {
     std::fs::write(place.path().join("train.jsonl"), row).unwrap();
     let recipe = place.path().join("recipe.toml");
-    let text = format!("[model]\npath = {:?}\n[data]\npath = {:?}\n{train}", golden("deepseek_v3"), place.path());
+    let text = format!(
+        "[model]\npath = {:?}\n[data]\npath = {:?}\n{train}",
+        golden("deepseek_v3"),
+        place.path()
+    );
     std::fs::write(&recipe, text).unwrap();
     recipe.to_string_lossy().into_owned()
 }
@@ -154,10 +262,30 @@ fn wrong_recipes_and_rows_are_refused_in_one_sentence() {
     let out = place.path().join("run").to_string_lossy().into_owned();
     let good = "{\"input_ids\": [1, 2, 3]}\n";
     let cases = [
-        ("[train]\nmethod = \"lora\"\nbatchsize = 2\n", good, 2, vec!["recipe.toml", "batchsize", "batch_size"]),
-        ("[lora]\ntarget = [\"q_b_prj\"]\n", good, 1, vec!["q_b_prj", "q_b_proj"]),
-        ("", "{\"input_ids\": [1, 2, 3]}\n{\"input_ids\": [1, 2,\n", 1, vec!["train.jsonl:2"]),
-        ("", "{\"input_ids\": [1, 2, 999]}\n", 1, vec!["train.jsonl:1", "999"]),
+        (
+            "[train]\nmethod = \"lora\"\nbatchsize = 2\n",
+            good,
+            2,
+            vec!["recipe.toml", "batchsize", "batch_size"],
+        ),
+        (
+            "[lora]\ntarget = [\"q_b_prj\"]\n",
+            good,
+            1,
+            vec!["q_b_prj", "q_b_proj"],
+        ),
+        (
+            "",
+            "{\"input_ids\": [1, 2, 3]}\n{\"input_ids\": [1, 2,\n",
+            1,
+            vec!["train.jsonl:2"],
+        ),
+        (
+            "",
+            "{\"input_ids\": [1, 2, 999]}\n",
+            1,
+            vec!["train.jsonl:1", "999"],
+        ),
         ("", "{\"txt\": \"a\"}\n", 1, vec!["train.jsonl:1", "txt"]),
     ];
     for (train, row, code, words) in cases {
@@ -170,12 +298,23 @@ fn wrong_recipes_and_rows_are_refused_in_one_sentence() {
 #[test]
 fn runs_killed_at_any_moment_end_in_the_same_bits() {
     let place = tempfile::tempdir().unwrap();
-    let rows: String = (0..40).map(|i| format!("{{\"input_ids\": {:?}}}\n", (0..30).map(|j| (i * 7 + j * j) % 280).collect::<Vec<_>>())).collect();
+    let rows: String = (0..40)
+        .map(|i| {
+            format!(
+                "{{\"input_ids\": {:?}}}\n",
+                (0..30).map(|j| (i * 7 + j * j) % 280).collect::<Vec<_>>()
+            )
+        })
+        .collect();
     let settings = "[lora]\ndropout = 0.1\n[train]\nmethod = \"lora\"\nsteps = 60\nbatch_size = 2\nsave_every = 3\n";
     let recipe = recipe(&place, settings, &rows);
     let path = |name: &str| place.path().join(name).to_string_lossy().into_owned();
     let whole = moeforge(&["train", &recipe, "--out", &path("whole")]);
-    assert!(whole.status.success(), "{}", String::from_utf8_lossy(&whole.stderr));
+    assert!(
+        whole.status.success(),
+        "{}",
+        String::from_utf8_lossy(&whole.stderr)
+    );
 
     // Kills at moments that shift against the saves; the last start is left to finish.
     let part = path("part");
@@ -183,13 +322,29 @@ fn runs_killed_at_any_moment_end_in_the_same_bits() {
         let first = ["train", &recipe, "--out", &part];
         let again = ["train", "--resume", &part];
         let started = Path::new(&part).join("recipe.toml").exists();
-        let mut child = command(if started { &again } else { &first }).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = command(if started { &again } else { &first })
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         std::thread::sleep(Duration::from_millis(150 + 37 * kill));
         let _ = child.kill();
         child.wait().unwrap();
     }
     let last = moeforge(&["train", "--resume", &part]);
-    assert!(last.status.success(), "{}", String::from_utf8_lossy(&last.stderr));
-    let adapter = |run: &str| std::fs::read(place.path().join(run).join("adapter/adapter_model.safetensors")).unwrap();
+    assert!(
+        last.status.success(),
+        "{}",
+        String::from_utf8_lossy(&last.stderr)
+    );
+    let adapter = |run: &str| {
+        std::fs::read(
+            place
+                .path()
+                .join(run)
+                .join("adapter/adapter_model.safetensors"),
+        )
+        .unwrap()
+    };
     assert_eq!(adapter("whole"), adapter("part"));
 }

@@ -3,6 +3,7 @@
 //! A module per theme. A test of one function belongs at the foot of the file that has the function; what needs
 //! several crates, the binary, the goldens or the repository itself belongs here.
 
-/// What the compiler and clippy do not see: arrows between crates, sizes, names, READMEs, links.
+/// The binary: answers, refusals, exit codes, and runs that are killed.
 mod cli;
+/// What the compiler and clippy do not see: arrows between crates, sizes, names, READMEs, links.
 mod tidy;

@@ -21,9 +21,8 @@ const QUESTION: &str = "What is the capital of France?";
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
-    let root = Path::new("recipes/quickstart");
-    if !root.join("base/config.json").exists() {
-        bail!("recipes/quickstart/base: not found; run this in the root of the repository");
+    if !Path::new(BASE).join("config.json").exists() {
+        bail!("{BASE}: not found; run this in the root of the repository");
     }
     if args.out.exists() {
         bail!(
@@ -31,53 +30,8 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
             args.out.display()
         );
     }
-    let out = args.out.to_string_lossy();
-    let (base, recipe, data) = (
-        "recipes/quickstart/base",
-        "recipes/quickstart/lora.toml",
-        "datasets/factbook",
-    );
-    let (run, merged) = (format!("{out}/run"), format!("{out}/merged"));
-    let (adapter, choices) = (format!("{run}/adapter"), format!("{data}/choices.jsonl"));
-    let steps: [(&str, Vec<&str>); 5] = [
-        (
-            "What does the base know of our questions?",
-            vec!["eval", base, "--data", data, "--tasks", &choices],
-        ),
-        (
-            "Train a LoRA adapter on the questions, in other words.",
-            vec!["train", recipe, "--out", &run],
-        ),
-        (
-            "Base and adapter side by side.",
-            vec![
-                "eval",
-                base,
-                "--adapter",
-                &adapter,
-                "--data",
-                data,
-                "--tasks",
-                &choices,
-            ],
-        ),
-        (
-            "Fold the adapter into the model.",
-            vec!["merge", base, "--adapter", &adapter, "--out", &merged],
-        ),
-        (
-            "Ask it something.",
-            vec![
-                "generate",
-                &merged,
-                "--chat",
-                "--prompt",
-                QUESTION,
-                "--max-tokens",
-                "40",
-            ],
-        ),
-    ];
+    let place = Place::new(&args.out);
+    let steps = place.steps();
     for (number, (what, words)) in (1..).zip(&steps) {
         console.note(format_args!(
             "\n[{number}/{}] {what}\n$ moeforge {}",
@@ -87,10 +41,63 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         verb(words)?;
     }
     console.note(format_args!(
-        "\nDone in {:.0} s. The merged model is {merged}.",
-        started.elapsed().as_secs_f64()
+        "\nDone in {:.0} s. The merged model is {}.",
+        started.elapsed().as_secs_f64(),
+        place.merged
     ));
     Ok(ExitCode::SUCCESS)
+}
+
+const BASE: &str = "recipes/quickstart/base";
+const RECIPE: &str = "recipes/quickstart/lora.toml";
+const DATA: &str = "datasets/factbook";
+const CHOICES: &str = "datasets/factbook/choices.jsonl";
+
+/// Where the verbs write.
+struct Place {
+    run: String,
+    adapter: String,
+    merged: String,
+}
+
+impl Place {
+    fn new(out: &Path) -> Self {
+        let at = |name: &str| out.join(name).to_string_lossy().into_owned();
+        Self {
+            run: at("run"),
+            adapter: at("run/adapter"),
+            merged: at("merged"),
+        }
+    }
+
+    /// What each verb is for, and its words.
+    fn steps(&self) -> [(&'static str, Vec<&str>); 5] {
+        let score = ["--data", DATA, "--tasks", CHOICES];
+        let ask = ["--chat", "--max-tokens", "40", "--prompt", QUESTION];
+        let fold = ["--adapter", &self.adapter, "--out", &self.merged];
+        [
+            (
+                "What does the base know?",
+                [&["eval", BASE][..], &score].concat(),
+            ),
+            (
+                "Train a LoRA adapter on the questions, in other words.",
+                vec!["train", RECIPE, "--out", &self.run],
+            ),
+            (
+                "Base and adapter side by side.",
+                [&["eval", BASE, "--adapter", &self.adapter][..], &score].concat(),
+            ),
+            (
+                "Fold the adapter into the model.",
+                [&["merge", BASE][..], &fold].concat(),
+            ),
+            (
+                "Ask it something.",
+                [&["generate", self.merged.as_str()][..], &ask].concat(),
+            ),
+        ]
+    }
 }
 
 /// A command line as one would type it.

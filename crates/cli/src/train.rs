@@ -28,14 +28,17 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
-    let (run, recipe) = open_run(args)?;
+    let (recipe, old_run) = open_recipe(args)?;
     let mut session = Session::open(recipe, &|model| {
         find(model).map_err(|error| train::Error::Resolve(format!("{error:#}")))
     })?;
-    let resumed = if args.resume.is_some() {
-        session.resume(&run)?
-    } else {
-        None
+    // A new run directory is made last, so that a run that cannot start leaves none.
+    let (run, resumed) = match old_run {
+        Some(run) => {
+            let step = session.resume(&run)?;
+            (run, step)
+        }
+        None => (RunDir::create(&out(args), &session.recipe)?, None),
     };
     describe(&session, resumed, run.path(), console);
 
@@ -64,7 +67,8 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn open_run(args: &Args) -> anyhow::Result<(RunDir, Recipe)> {
+/// The recipe, and the run directory it is from if a run goes on.
+fn open_recipe(args: &Args) -> anyhow::Result<(Recipe, Option<RunDir>)> {
     // A wrong recipe is a wrong use of the program.
     let usage = |error: train::Error| {
         anyhow::Error::new(WithCode {
@@ -74,23 +78,22 @@ fn open_run(args: &Args) -> anyhow::Result<(RunDir, Recipe)> {
     };
     if let Some(path) = &args.resume {
         let run = RunDir::open(path)?;
-        let recipe = run.recipe().map_err(usage)?;
-        return Ok((run, recipe));
+        return Ok((run.recipe().map_err(usage)?, Some(run)));
     }
     let path = args.recipe.as_deref().unwrap_or(Path::new(""));
-    let recipe = Recipe::open(path, &args.set).map_err(usage)?;
-    let out = args.out.clone().unwrap_or_else(|| default_run(path));
-    Ok((RunDir::create(&out, &recipe)?, recipe))
+    Ok((Recipe::open(path, &args.set).map_err(usage)?, None))
 }
 
-fn default_run(recipe: &Path) -> PathBuf {
-    let name = recipe
-        .file_stem()
-        .map_or_else(|| "run".into(), |name| name.to_string_lossy());
+/// Where a new run goes.
+fn out(args: &Args) -> PathBuf {
+    let recipe = args.recipe.as_deref().and_then(Path::file_stem);
+    let name = recipe.map_or_else(|| "run".into(), |name| name.to_string_lossy());
     let seconds = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |time| time.as_secs());
-    Path::new("runs").join(format!("{name}-{seconds}"))
+    args.out
+        .clone()
+        .unwrap_or_else(|| Path::new("runs").join(format!("{name}-{seconds}")))
 }
 
 fn describe(session: &Session, resumed: Option<u64>, run: &Path, console: &Console) {

@@ -400,16 +400,10 @@ pub(crate) fn backward_inputs(
                 (dgate.values(), Write::Replace),
             );
         });
-        for (row, at) in places.clone().enumerate() {
-            let weight = saved.weights[slots.order[at] as usize];
-            let dact = dgate.row(row);
-            dweight.row(row)[0] = dact
-                .iter()
-                .zip(act.row(row).iter())
-                .map(|(dact, act)| dact * act)
-                .sum();
-            dact.iter_mut().for_each(|dact| *dact *= weight);
-        }
+        let weights = places
+            .clone()
+            .map(|at| saved.weights[slots.order[at] as usize]);
+        weigh(&mut dgate, &mut act, &mut dweight, weights);
         swiglu::backward(dgate.values(), dup.values(), gate, up);
         round(dgate.values(), experts.compute);
         round(dup.values(), experts.compute);
@@ -441,6 +435,24 @@ pub(crate) fn backward_inputs(
         dgate,
         dup,
         act,
+    }
+}
+
+/// Makes the weights' gradients, `⟨d(act), act⟩`, and multiplies the activations' gradients with the weights.
+fn weigh(
+    dact: &mut MatMut<'_>,
+    act: &mut MatMut<'_>,
+    dweight: &mut MatMut<'_>,
+    weights: impl Iterator<Item = f32>,
+) {
+    for (row, weight) in weights.enumerate() {
+        let (dact, act) = (dact.row(row), act.row(row));
+        dweight.row(row)[0] = dact
+            .iter()
+            .zip(act.iter())
+            .map(|(dact, act)| dact * act)
+            .sum();
+        dact.iter_mut().for_each(|dact| *dact *= weight);
     }
 }
 

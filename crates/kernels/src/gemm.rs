@@ -370,6 +370,10 @@ mod tests {
     }
 
     #[test]
+    #[expect(
+        clippy::too_many_lines,
+        reason = "three products over one grid of shapes"
+    )]
     fn products_agree_with_sums_written_out_in_every_format() {
         // Rows around FEW_ROWS, widths around the tile, the task and nothing at all.
         for (rows, out, inner) in [

@@ -60,6 +60,8 @@ pub struct AdapterWeights {
     dropout: f32,
     /// Where it was read from, for messages.
     source: PathBuf,
+    /// Modules of the same last names that have no update: last names alone would choose them too.
+    others: Vec<String>,
 }
 
 /// The fused parameters of experts.
@@ -101,38 +103,83 @@ impl AdapterWeights {
             scaling,
             dropout: settings.lora_dropout as f32,
             source,
+            others: vec![],
         };
-        let alphas = Patterns::new(
-            settings
-                .alpha_pattern
-                .iter()
-                .map(|(pattern, alpha)| (pattern, *alpha)),
-        )?;
+        let patterns = Settings {
+            alphas: Patterns::new(
+                settings
+                    .alpha_pattern
+                    .iter()
+                    .map(|(pattern, alpha)| (pattern, *alpha)),
+            )?,
+            ranks: Patterns::new(
+                settings
+                    .rank_pattern
+                    .iter()
+                    .map(|(pattern, rank)| (pattern, *rank)),
+            )?,
+            alpha: settings.lora_alpha,
+            rank: settings.r,
+        };
         for tensor in adapter.tensors() {
-            let Some(path) = tensor
-                .name
-                .strip_prefix(PREFIX)
-                .and_then(|key| key.strip_suffix(".lora_A.weight"))
-            else {
-                weights.check_partner(adapter, tensor)?;
-                continue;
-            };
-            let b = adapter.tensor(&format!("{PREFIX}{path}.lora_B.weight"))?;
-            let (tensors, alpha) = ([tensor, &b], |name: &str| {
-                alphas.find(name).unwrap_or(settings.lora_alpha)
-            });
-            let owner = path.strip_suffix(".base_layer").unwrap_or(path);
-            if owner.ends_with(".experts") {
-                let fused = weights.fused_parameter(adapter, path, tensors, config)?;
-                let pairs =
-                    weights.split_fused(tensors, alpha(&fused_name(owner, fused)), config)?;
-                weights.fused.insert((owner.into(), fused), pairs);
-            } else {
-                let pair = weights.pair(tensors, alpha(path))?;
-                weights.linear.insert(path.into(), pair);
-            }
+            weights.read_update(adapter, tensor, &patterns, config)?;
+        }
+        if weights.linear.is_empty() && weights.fused.is_empty() {
+            return Err(weights.unfit("lora_A", "at least one update".into(), "none".into()));
         }
         Ok(weights)
+    }
+
+    /// How alphas become scales.
+    pub fn scaling(&self) -> Scaling {
+        self.scaling
+    }
+
+    /// The same updates with another dropout.
+    ///
+    /// # Errors
+    /// If it is not 0 and experts are fused: PEFT allows no dropout there.
+    pub fn with_dropout(self, dropout: f32) -> Result<Self, Error> {
+        if dropout > 0.0 && !self.fused.is_empty() {
+            let message = format!(
+                "{}: fused experts allow no dropout; set lora.dropout to 0, found {dropout}",
+                self.source.display()
+            );
+            return Err(Error::Unsupported(message));
+        }
+        Ok(Self { dropout, ..self })
+    }
+
+    /// Reads the update that starts with a `lora_A`.
+    fn read_update(
+        &mut self,
+        adapter: &Adapter,
+        a: &checkpoint::Tensor,
+        settings: &Settings,
+        config: &ModelConfig,
+    ) -> Result<(), Error> {
+        let key = a.name.strip_prefix(PREFIX);
+        let Some(path) = key.and_then(|key| key.strip_suffix(".lora_A.weight")) else {
+            return self.check_partner(adapter, a);
+        };
+        let b = adapter.tensor(&format!("{PREFIX}{path}.lora_B.weight"))?;
+        let owner = path.strip_suffix(".base_layer").unwrap_or(path);
+        if !owner.ends_with(".experts") {
+            let pair = self.pair([a, &b], settings.alpha_of(path))?;
+            self.check_rank(a, &pair, settings.rank_of(path))?;
+            self.linear.insert(path.into(), pair);
+            return Ok(());
+        }
+        let fused = self.fused_parameter(adapter, path, [a, &b], config)?;
+        let name = fused_name(owner, fused);
+        let pairs = self.split_fused([a, &b], settings.alpha_of(&name), (fused, config))?;
+        // PEFT doubles the rank of gate_up_proj where it made it from gate_proj and up_proj.
+        let doubled = fused == Fused::GateUp && pairs[0].rank == 2 * settings.rank_of(&name);
+        if !doubled {
+            self.check_rank(a, &pairs[0], settings.rank_of(&name))?;
+        }
+        self.fused.insert((owner.into(), fused), pairs);
+        Ok(())
     }
 
     /// Everything that is no `lora_A` must be the `lora_B` of one.
@@ -177,6 +224,24 @@ impl AdapterWeights {
                 format!("{b_shape:?}"),
             )),
         }
+    }
+
+    /// The rank of a tensor must be the one its config gives it: another number of experts, or other patterns, would
+    /// otherwise pass for another scale.
+    fn check_rank(
+        &self,
+        tensor: &checkpoint::Tensor,
+        pair: &Pair,
+        expected: usize,
+    ) -> Result<(), Error> {
+        if pair.rank == expected {
+            return Ok(());
+        }
+        Err(self.wrong(
+            tensor,
+            format!("rank {expected}, as adapter_config.json says"),
+            format!("rank {}", pair.rank),
+        ))
     }
 
     /// Which fused parameter a wrapper on `experts` stands for.
@@ -228,9 +293,11 @@ impl AdapterWeights {
         &self,
         [a, b]: [&checkpoint::Tensor; 2],
         alpha: f64,
-        config: &ModelConfig,
+        (fused, config): (Fused, &ModelConfig),
     ) -> Result<Vec<Pair>, Error> {
-        let experts = config.moe.as_ref().map_or(0, |moe| moe.n_routed_experts);
+        let (experts, inner) = config.moe.as_ref().map_or((0, 0), |moe| {
+            (moe.n_routed_experts, moe.moe_intermediate_size)
+        });
         let (&[rows, _], &[out, cols]) = (&a.shape[..], &b.shape[..]) else {
             return Err(self.wrong(a, "two axes".into(), format!("{:?}", a.shape)));
         };
@@ -242,6 +309,14 @@ impl AdapterWeights {
                 ),
                 format!("{rows} and {cols}"),
             ));
+        }
+        let expected = if fused == Fused::GateUp {
+            2 * inner
+        } else {
+            config.hidden_size
+        };
+        if out != expected {
+            return Err(self.wrong(b, format!("{expected} rows"), out.to_string()));
         }
         let (rank, a_values, b_values) = (rows / experts, a.to_f32()?, b.to_f32()?);
         let per_expert = a_values.len() / experts;
@@ -352,7 +427,7 @@ impl AdapterWeights {
         }
     }
 
-    fn unfit(&self, module: &str, expected: String, found: String) -> Error {
+    pub(crate) fn unfit(&self, module: &str, expected: String, found: String) -> Error {
         Error::Adapter {
             file: self.source.clone(),
             name: module.into(),
@@ -492,9 +567,14 @@ impl AdapterWeights {
             scaling,
             dropout,
             source: PathBuf::new(),
+            others: vec![],
         };
+        let mut plain = Vec::new();
         model.clone().for_each_site(&mut |path, site| match site {
             Site::Linear(linear) => {
+                if linear.lora.is_none() {
+                    plain.push(path.to_owned());
+                }
                 if let Some(lora) = &linear.lora {
                     let pair = weights.described(
                         flat(lora.lora_a.val()),
@@ -506,35 +586,50 @@ impl AdapterWeights {
                 }
             }
             Site::Experts(experts) => {
-                let Some(lora) = &experts.lora else { return };
-                let [gate, up, down] = PROJECTIONS;
-                let is_fused = lora.gate_up_proj.is_some();
-                for (name, stacks) in [
-                    (gate, &lora.gate_proj),
-                    (up, &lora.up_proj),
-                    ("gate_up_proj", &lora.gate_up_proj),
-                    (down, &lora.down_proj),
-                ] {
-                    let Some(stacks) = stacks else { continue };
-                    let pairs = weights.unstacked(stacks);
-                    if is_fused {
-                        let fused = if name == down {
-                            Fused::Down
-                        } else {
-                            Fused::GateUp
-                        };
-                        weights.fused.insert((path.into(), fused), pairs);
-                    } else {
-                        let named = pairs
-                            .into_iter()
-                            .enumerate()
-                            .map(|(expert, pair)| (format!("{path}.{expert}.{name}"), pair));
-                        weights.linear.extend(named);
-                    }
-                }
+                let Some(lora) = &experts.lora else {
+                    return plain
+                        .extend(PROJECTIONS.map(|projection| format!("{path}.{projection}")));
+                };
+                weights.add_experts(path, lora);
             }
         });
+        let chosen = |path: &String| {
+            weights
+                .linear
+                .keys()
+                .any(|adapted| last_name(adapted) == last_name(path))
+        };
+        weights.others = plain.into_iter().filter(chosen).collect();
         weights
+    }
+
+    /// Adds the updates of a layer's experts.
+    fn add_experts(&mut self, path: &str, lora: &ExpertsLora) {
+        let [gate, up, down] = PROJECTIONS;
+        let is_fused = lora.gate_up_proj.is_some();
+        for (name, stacks) in [
+            (gate, &lora.gate_proj),
+            (up, &lora.up_proj),
+            ("gate_up_proj", &lora.gate_up_proj),
+            (down, &lora.down_proj),
+        ] {
+            let Some(stacks) = stacks else { continue };
+            let pairs = self.unstacked(stacks);
+            if is_fused {
+                let fused = if name == down {
+                    Fused::Down
+                } else {
+                    Fused::GateUp
+                };
+                self.fused.insert((path.into(), fused), pairs);
+            } else {
+                let named = pairs
+                    .into_iter()
+                    .enumerate()
+                    .map(|(expert, pair)| (format!("{path}.{expert}.{name}"), pair));
+                self.linear.extend(named);
+            }
+        }
     }
 
     fn described(&self, a: Vec<f32>, b: Vec<f32>, rank: usize, scale: f32) -> Pair {
@@ -543,11 +638,12 @@ impl AdapterWeights {
             Scaling::RsLora => f64::from(scale) * (rank as f64).sqrt(),
         };
         // Alphas people write have few digits; the f32 scale has seven.
+        let digits = 10f64.powi(5 - alpha.abs().max(f64::MIN_POSITIVE).log10().floor() as i32);
         Pair {
             a,
             b,
             rank,
-            alpha: (alpha * 1e5).round() / 1e5,
+            alpha: (alpha * digits).round() / digits,
             scale,
         }
     }
@@ -639,11 +735,13 @@ impl AdapterWeights {
         let mut names: Vec<String> = self
             .linear
             .keys()
-            .filter_map(|path| path.rsplit('.').next())
-            .map(String::from)
+            .map(|path| last_name(path).into())
             .collect();
         names.sort_unstable();
         names.dedup();
+        if !self.others.is_empty() {
+            names = self.linear.keys().cloned().collect();
+        }
         config.target_modules = Some(checkpoint::TargetModules::List(names));
         let mut parameters: Vec<String> = self
             .fused
@@ -666,6 +764,10 @@ impl Adapted {
             parameters: copies * (pair.a.len() + pair.b.len()),
         }
     }
+}
+
+fn last_name(path: &str) -> &str {
+    path.rsplit('.').next().unwrap_or(path)
 }
 
 /// The path of a fused parameter: `….mlp.experts.gate_up_proj`.
@@ -701,6 +803,24 @@ fn most_common<T: Ord + Copy>(values: impl Iterator<Item = T>) -> Option<T> {
         .into_iter()
         .max_by_key(|(_, count)| *count)
         .map(|(value, _)| value)
+}
+
+/// Ranks and alphas of an adapter's modules.
+struct Settings {
+    alphas: Patterns<f64>,
+    ranks: Patterns<usize>,
+    alpha: f64,
+    rank: usize,
+}
+
+impl Settings {
+    fn alpha_of(&self, module: &str) -> f64 {
+        self.alphas.find(module).unwrap_or(self.alpha)
+    }
+
+    fn rank_of(&self, module: &str) -> usize {
+        self.ranks.find(module).unwrap_or(self.rank)
+    }
 }
 
 /// PEFT's patterns: regular expressions that match the end of a module's path, from a dot or its start.

@@ -253,11 +253,23 @@ impl ModelConfig {
             },
             fp8_block: fp8_block(&keys)?,
         };
-        config.check_widths(&keys)?;
+        config.check_sizes(&keys)?;
         Ok(config)
     }
 
-    fn check_widths(&self, keys: &Keys<'_>) -> Result<(), Error> {
+    fn check_sizes(&self, keys: &Keys<'_>) -> Result<(), Error> {
+        let layers = self.num_hidden_layers + self.num_nextn_predict_layers;
+        if layers > MOST_LAYERS {
+            return Err(keys.wrong("num_hidden_layers", &format!("at most {MOST_LAYERS}")));
+        }
+        if self
+            .moe
+            .as_ref()
+            .is_some_and(|moe| moe.n_routed_experts > MOST_EXPERTS / layers)
+        {
+            let expected = format!("at most {MOST_EXPERTS} experts in all layers");
+            return Err(keys.wrong("n_routed_experts", &expected));
+        }
         let AttentionConfig::Gqa(gqa) = &self.attention else {
             return Ok(());
         };
@@ -416,14 +428,46 @@ fn rope_scaling(keys: &Keys<'_>) -> Result<RopeScaling, Error> {
 }
 
 fn moe(keys: &Keys<'_>, family: Family) -> Result<MoeConfig, Error> {
-    // Transformers drops the keys whose value its class implies.
     let v3 = family == Family::DeepseekV3;
+    let (scoring, group_score) = scoring(keys, v3)?;
+    let grouped = keys.text_or("topk_method", if v3 { "noaux_tc" } else { "greedy" })? != "greedy";
+    let config = MoeConfig {
+        n_routed_experts: keys.size("n_routed_experts")?,
+        n_shared_experts: keys.count_or("n_shared_experts", 0)?,
+        moe_intermediate_size: keys.size("moe_intermediate_size")?,
+        first_k_dense_replace: keys.count_or("first_k_dense_replace", 0)?,
+        moe_layer_freq: keys.count_or("moe_layer_freq", 1)?.max(1),
+        scoring_func: scoring,
+        choice: Choice {
+            top_k: keys.size("num_experts_per_tok")?,
+            n_group: if grouped {
+                keys.count_or("n_group", 1)?.max(1)
+            } else {
+                1
+            },
+            topk_group: if grouped {
+                keys.count_or("topk_group", 1)?.max(1)
+            } else {
+                1
+            },
+            group_score,
+        },
+        has_correction_bias: v3,
+        norm_topk_prob: v3 && keys.flag_or("norm_topk_prob", true)?,
+        routed_scaling_factor: keys.number_or("routed_scaling_factor", 1.0)? as f32,
+    };
+    check_choice(keys, &config)?;
+    Ok(config)
+}
+
+/// How scores are made, and what a group is worth: the two go together, by version.
+fn scoring(keys: &Keys<'_>, v3: bool) -> Result<(Scoring, GroupScore), Error> {
+    // Transformers drops the keys whose value its class implies.
     let methods = [
         ("greedy", GroupScore::Max),
         ("group_limited_greedy", GroupScore::Max),
         ("noaux_tc", GroupScore::TopTwoSum),
     ];
-    let grouped = keys.text_or("topk_method", if v3 { "noaux_tc" } else { "greedy" })? != "greedy";
     let group_score = keys.one_of_or(
         "topk_method",
         &methods,
@@ -455,33 +499,7 @@ fn moe(keys: &Keys<'_>, family: Family) -> Result<MoeConfig, Error> {
     if v3 != (scoring == Scoring::Sigmoid) {
         return Err(keys.wrong("scoring_func", if v3 { "sigmoid" } else { "softmax" }));
     }
-    let config = MoeConfig {
-        n_routed_experts: keys.size("n_routed_experts")?,
-        n_shared_experts: keys.count_or("n_shared_experts", 0)?,
-        moe_intermediate_size: keys.size("moe_intermediate_size")?,
-        first_k_dense_replace: keys.count_or("first_k_dense_replace", 0)?,
-        moe_layer_freq: keys.count_or("moe_layer_freq", 1)?.max(1),
-        scoring_func: scoring,
-        choice: Choice {
-            top_k: keys.size("num_experts_per_tok")?,
-            n_group: if grouped {
-                keys.count_or("n_group", 1)?.max(1)
-            } else {
-                1
-            },
-            topk_group: if grouped {
-                keys.count_or("topk_group", 1)?.max(1)
-            } else {
-                1
-            },
-            group_score,
-        },
-        has_correction_bias: v3,
-        norm_topk_prob: v3 && keys.flag_or("norm_topk_prob", true)?,
-        routed_scaling_factor: keys.number_or("routed_scaling_factor", 1.0)? as f32,
-    };
-    check_choice(keys, &config)?;
-    Ok(config)
+    Ok((scoring, group_score))
 }
 
 fn check_choice(keys: &Keys<'_>, config: &MoeConfig) -> Result<(), Error> {
@@ -529,7 +547,10 @@ struct Keys<'a> {
 }
 
 /// No size in a config may exceed this: it bounds every allocation made from one.
-const LARGEST_SIZE: u64 = 1 << 32;
+const LARGEST_SIZE: u64 = 1 << 24;
+/// No model has more layers, or more experts in all of them: every name of a tensor is listed once.
+const MOST_LAYERS: usize = 1 << 10;
+const MOST_EXPERTS: usize = 1 << 20;
 
 impl<'a> Keys<'a> {
     fn has(&self, key: &str) -> bool {

@@ -18,7 +18,7 @@ use serde_json::Value;
 use crate::Error;
 use crate::adapter::{AdapterWeights, Pair};
 use crate::config::ModelConfig;
-use crate::weights::{copy_companions, read_config, read_matrix};
+use crate::weights::{copy_companions, is_scale, keys, read_config, read_matrix};
 
 /// The number format of a merged model's weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,8 +95,18 @@ pub fn merge(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<MergeReport, Error> {
     let config = read_config(base)?;
-    for module in adapter.modules() {
-        base.tensor(&format!("{module}.weight"))?;
+    let weights: std::collections::BTreeSet<String> =
+        keys(&config).into_iter().map(|(key, _)| key).collect();
+    if let Some(module) = adapter
+        .modules()
+        .into_iter()
+        .find(|module| !weights.contains(&format!("{module}.weight")))
+    {
+        return Err(adapter.unfit(
+            &module,
+            "a module of the model".into(),
+            "an adapter for another model".into(),
+        ));
     }
     let mut merger = Merger {
         base,
@@ -129,10 +139,6 @@ pub fn merge(
     merger.check(&Folder::open(writer.path())?, &mut step)?;
     writer.finish()?;
     Ok(merger.report)
-}
-
-fn is_scale(name: &str) -> bool {
-    name.ends_with(".weight_scale_inv")
 }
 
 /// The base's config without quantization, and with the new dtype in the dialect it is written in.
@@ -253,6 +259,15 @@ impl Merger<'_> {
                     return Err(Error::Unfaithful {
                         tensor: name.into(),
                         expected: "the base's bytes".into(),
+                        found: "others".into(),
+                    });
+                }
+            } else if before.shape.len() == 1 {
+                if after.bytes != self.dtype.encode(&before.to_f32()?) {
+                    let expected = format!("the base's values in {}", after.dtype);
+                    return Err(Error::Unfaithful {
+                        tensor: name.into(),
+                        expected,
                         found: "others".into(),
                     });
                 }

@@ -623,7 +623,7 @@ pub fn parameter_keys(
 /// # Errors
 /// If the folder cannot be read, or a file not be copied.
 pub fn copy_companions(folder: &Path, writer: &mut FolderWriter) -> Result<(), Error> {
-    const WANTED: [&str; 4] = ["json", "jinja", "model", "txt"];
+    const WANTED: [&str; 5] = ["json", "jinja", "model", "txt", "py"];
     const MADE_ANEW: [&str; 3] = [
         "config.json",
         "model.safetensors.index.json",
@@ -771,10 +771,49 @@ fn exported_tensors(
     }
     if let Some(base) = base {
         let audit = audit(base)?;
-        for name in audit.mtp.iter().chain(&audit.unknown) {
-            let tensor = base.tensor(name)?;
-            tensors.push((tensor.spec(), Exported::Bytes(tensor.bytes)));
+        for name in audit
+            .mtp
+            .iter()
+            .chain(&audit.unknown)
+            .filter(|name| !is_scale(name))
+        {
+            tensors.push(carried(base, name, &model.config)?);
         }
     }
     Ok(tensors)
+}
+
+/// Whether a tensor holds the block scales of another.
+pub(crate) fn is_scale(name: &str) -> bool {
+    name.ends_with(".weight_scale_inv")
+}
+
+/// A tensor the model does not run, as it is; block FP8 becomes bf16, since the export has no block scales.
+fn carried(
+    base: &Folder,
+    name: &str,
+    config: &ModelConfig,
+) -> Result<(TensorSpec, Exported), Error> {
+    let tensor = base.tensor(name)?;
+    if tensor.dtype != DType::F8E4M3 || tensor.shape.len() != 2 {
+        return Ok((tensor.spec(), Exported::Bytes(tensor.bytes)));
+    }
+    let matrix = read_matrix(
+        base,
+        name,
+        [tensor.shape[0], tensor.shape[1]],
+        config.fp8_block,
+    )?;
+    let bytes: Vec<u8> = matrix
+        .to_f32()
+        .iter()
+        .flat_map(|value| half::bf16::from_f32(*value).to_le_bytes())
+        .collect();
+    Ok((
+        TensorSpec {
+            dtype: DType::BF16,
+            ..tensor.spec()
+        },
+        Exported::Bytes(bytes.into()),
+    ))
 }

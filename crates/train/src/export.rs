@@ -35,7 +35,7 @@ pub(crate) fn adapter_into(session: &Session, writer: &mut FolderWriter) -> Resu
     }
     let adapter = AdapterWeights::from_model(
         &session.model,
-        session.scaling(),
+        session.scaling,
         session.recipe.lora.dropout as f32,
     );
     let (config, tensors) = adapter.files(&session.base.name)?;

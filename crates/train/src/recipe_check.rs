@@ -42,6 +42,16 @@ impl Recipe {
             let expected = "`lora`, because `model.adapter` is given";
             return Err(problem("train.method", expected, "`full`"));
         }
+        if self.train.method == crate::Method::Lora {
+            // An adapter cannot hold fresh weights or a router's bias: they would be trained and then lost.
+            let expected = "`full`, because `model.config` makes fresh weights";
+            if self.model.config.is_some() {
+                return Err(problem("train.method", expected, "`lora`"));
+            }
+            let speed = self.train.bias_update_speed;
+            let expected = "0 with `train.method = \"lora\"`, because an adapter holds no bias";
+            require(speed == 0.0, "train.bias_update_speed", expected, speed)?;
+        }
         let warmup_steps = self.schedule.warmup_steps;
         if let Some(steps) = self.train.steps {
             let expected = format!("at most `train.steps`, which is {steps}");

@@ -210,7 +210,8 @@ fn names(path: &Path) -> Result<Vec<String>> {
 /// Whether a name is one that a killed process leaves: the lock, or what it was writing or
 /// removing.
 fn is_leftover(name: &str) -> bool {
-    let is_ours = name.starts_with(".checkpoint-") || name.starts_with(".recipe.toml.");
+    const STARTS: [&str; 4] = [".checkpoint-", ".recipe.toml.", ".adapter.", ".model."];
+    let is_ours = STARTS.iter().any(|start| name.starts_with(start));
     name == LOCK_NAME || is_ours && name.ends_with(".tmp")
 }
 

@@ -32,6 +32,8 @@ pub struct Session {
     pub(crate) state: State,
     pub(crate) device: Device,
     pub(crate) base: Base,
+    /// How the adapter's alphas become scales.
+    pub(crate) scaling: Scaling,
     pub(crate) pad_id: u32,
 }
 
@@ -56,14 +58,7 @@ impl Session {
     pub fn open(recipe: Recipe, resolve: &dyn Fn(&str) -> Result<PathBuf>) -> Result<Self> {
         let device = Device::flex().autodiff();
         let (mut model, base) = open_model(&recipe, resolve, &device)?;
-        let adapted = match (recipe.train.method, &recipe.model.adapter) {
-            (Method::Full, _) => vec![],
-            (Method::Lora, Some(folder)) => {
-                AdapterWeights::read(&Adapter::open(folder)?, &model.config)?
-                    .attach(&mut model, &device)?
-            }
-            (Method::Lora, None) => lora::attach(&mut model, &lora_config(&recipe), &device)?,
-        };
+        let (adapted, scaling) = adapt(&recipe, &mut model, &device)?;
         let tokenizer = base.tokenizer.as_deref().map(Tokenizer::open).transpose()?;
         let splits = Splits {
             recipe: &recipe,
@@ -94,6 +89,7 @@ impl Session {
             },
             pad_id: tokenizer
                 .and_then(|tokenizer| tokenizer.eos_id())
+                .filter(|id| (*id as usize) < model.config.vocab_size)
                 .unwrap_or(0),
             recipe,
             model,
@@ -102,6 +98,7 @@ impl Session {
             valid,
             device,
             base,
+            scaling,
         })
     }
 
@@ -203,13 +200,18 @@ impl Session {
             Compute::Bf16 => model::Compute::Bf16,
         }
     }
+}
 
-    /// How the run's updates are scaled and dropped.
-    pub(crate) fn scaling(&self) -> Scaling {
-        if self.recipe.lora.use_rslora {
-            Scaling::RsLora
-        } else {
-            Scaling::Plain
+/// Puts the recipe's low-rank updates on the model: fresh ones, or those of an adapter.
+fn adapt(recipe: &Recipe, model: &mut Model, device: &Device) -> Result<(Vec<Adapted>, Scaling)> {
+    let plain = lora_config(recipe).scaling;
+    match (recipe.train.method, &recipe.model.adapter) {
+        (Method::Full, _) => Ok((vec![], plain)),
+        (Method::Lora, None) => Ok((lora::attach(model, &lora_config(recipe), device)?, plain)),
+        (Method::Lora, Some(folder)) => {
+            let adapter = AdapterWeights::read(&Adapter::open(folder)?, &model.config)?
+                .with_dropout(recipe.lora.dropout as f32)?;
+            Ok((adapter.attach(model, device)?, adapter.scaling()))
         }
     }
 }

@@ -182,9 +182,16 @@ fn bytes(folder: &Path) -> Vec<(String, Vec<u8>)> {
 
 #[test]
 fn resumed_runs_end_in_the_same_bits() {
+    let common = "steps = 6\nbatch_size = 1\nsave_every = 2\nbalance_loss = 0.01\nkeep_last = 9\n";
+    let lora = format!("[lora]\ndropout = 0.1\n[train]\nmethod = \"lora\"\n{common}");
+    let full = format!("[train]\nmethod = \"full\"\nbias_update_speed = 0.001\n{common}");
+    for (settings, result) in [(lora, "adapter"), (full, "model")] {
+        resumed_run_is_whole(&settings, result);
+    }
+}
+
+fn resumed_run_is_whole(settings: &str, result: &str) {
     let place = Place::new("deepseek_v3");
-    let settings = "[lora]\ndropout = 0.1\ntarget = [\"all-linear\"]\n[train]\nmethod = \"lora\"\nsteps = 6\nbatch_size = 1\nsave_every = 2\n\
-                    balance_loss = 0.01\nbias_update_speed = 0.001\nkeep_last = 9\n";
     let recipe = place.recipe("# deepseek_v3\n", settings);
     let whole = RunDir::create(&place.path("whole"), &recipe).unwrap();
     losses(&mut open(recipe.clone()), &whole);
@@ -198,7 +205,7 @@ fn resumed_runs_end_in_the_same_bits() {
     let mut session = open(recipe);
     assert_eq!(session.resume(&part).unwrap(), Some(4));
     assert_eq!(losses(&mut session, &part).len(), 2);
-    for result in ["adapter", "checkpoint-6"] {
+    for result in [result, "checkpoint-6"] {
         assert_eq!(
             bytes(&place.path("whole").join(result)),
             bytes(&place.path("part").join(result)),
