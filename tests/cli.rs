@@ -1,5 +1,7 @@
 //! The program as a user meets it: its answers, its refusals, its exit codes, and what it leaves behind.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;

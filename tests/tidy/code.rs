@@ -7,7 +7,7 @@ const MODEL: &str = "crates/model/src/";
 const HOST_READS: [&str; 4] = ["into_data", "into_scalar", "to_data", "try_to_vec"];
 /// The files of the model that may wait.
 const HOST_READERS: [&str; 2] = [
-    "weights.rs", // Weights go into files.
+    "export.rs",  // Weights go into files.
     "adapter.rs", // Adapters go into files.
 ];
 /// What multiplies weights with activations, and the files of the model that may call it: invariant 2 of

@@ -389,17 +389,7 @@ pub(crate) fn backward_inputs(
         let (gate, up) = (&saved.gate[range.clone()], &saved.up[range]);
         swiglu::forward(gate, up, act.values());
         round(act.values(), experts.compute);
-        with_scratch(n * hidden, |dys| {
-            slots.gather(dy, hidden, places.clone(), dys);
-            round(dys, experts.compute);
-            experts.project_back(
-                DOWN,
-                expert,
-                places.clone(),
-                Mat::dense(dys, n, hidden),
-                (dgate.values(), Write::Replace),
-            );
-        });
+        back_through_down(experts, slots, dy, (expert, places.clone()), dgate.values());
         let weights = places
             .clone()
             .map(|at| saved.weights[slots.order[at] as usize]);
@@ -436,6 +426,23 @@ pub(crate) fn backward_inputs(
         dup,
         act,
     }
+}
+
+/// The activations' gradients, before the routing weights: `downᵀ(dy)`.
+fn back_through_down(
+    experts: Experts<'_>,
+    slots: Slots<'_>,
+    dy: &[f32],
+    (expert, places): (usize, Range<usize>),
+    dact: &mut [f32],
+) {
+    let (n, hidden) = (places.len(), experts.hidden);
+    with_scratch(n * hidden, |dys| {
+        slots.gather(dy, hidden, places.clone(), dys);
+        round(dys, experts.compute);
+        let dys = Mat::dense(dys, n, hidden);
+        experts.project_back(DOWN, expert, places, dys, (dact, Write::Replace));
+    });
 }
 
 /// Makes the weights' gradients, `⟨d(act), act⟩`, and multiplies the activations' gradients with the weights.

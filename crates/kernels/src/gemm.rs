@@ -497,7 +497,7 @@ mod tests {
             Matrix::from_f32(20, 64, &noise(20 * 64, 1)),
             noise(10 * 64, 2),
         );
-        let mut rounded_x = x.clone();
+        let mut rounded_x = x;
         round_to_bf16(&mut rounded_x);
         let mut rounded_w = w.to_f32();
         round_to_bf16(&mut rounded_w);

@@ -145,7 +145,7 @@ impl<'a> MatMut<'a> {
     ///
     /// # Safety
     /// Parts that live at the same time must not overlap.
-    pub(crate) unsafe fn part(&self, rows: Range<usize>, cols: Range<usize>) -> MatMut<'a> {
+    pub(crate) unsafe fn part(&self, rows: Range<usize>, cols: Range<usize>) -> Self {
         assert!(
             rows.end <= self.rows && cols.end <= self.cols,
             "block leaves the view"
@@ -153,7 +153,7 @@ impl<'a> MatMut<'a> {
         let ptr = self
             .ptr
             .wrapping_add(rows.start * self.row_stride + cols.start);
-        MatMut {
+        Self {
             ptr,
             rows: rows.len(),
             cols: cols.len(),

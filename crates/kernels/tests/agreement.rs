@@ -1,6 +1,8 @@
 //! Every operation against a plain version of itself in burn's own tensor operations: values, and the gradients that
 //! burn derives for the plain version, over ragged shapes.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
+
 use std::sync::Arc;
 
 use burn::tensor::activation::{log_softmax, sigmoid, softmax};

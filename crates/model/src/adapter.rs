@@ -15,13 +15,13 @@ use std::path::PathBuf;
 
 use burn::tensor::{Device, Tensor};
 use checkpoint::{Adapter, AdapterConfig, DType};
-use regex::Regex;
 
 use crate::Error;
 use crate::config::ModelConfig;
 use crate::decoder::Model;
 use crate::lora::{Adapted, Lora, Scaling, parameter};
 use crate::moe::experts::{ExpertsLora, FactorStacks};
+use crate::patterns::{Patterns, Settings, most_common};
 use crate::sites::{PROJECTIONS, Site};
 
 /// What PEFT puts before a module's path.
@@ -794,53 +794,4 @@ fn tensor(name: &str, shape: [usize; 2], values: &[f32]) -> Result<checkpoint::T
         &shape,
         bytes.into(),
     )?)
-}
-
-fn most_common<T: Ord + Copy>(values: impl Iterator<Item = T>) -> Option<T> {
-    let mut counts = BTreeMap::new();
-    values.for_each(|value| *counts.entry(value).or_insert(0usize) += 1);
-    counts
-        .into_iter()
-        .max_by_key(|(_, count)| *count)
-        .map(|(value, _)| value)
-}
-
-/// Ranks and alphas of an adapter's modules.
-struct Settings {
-    alphas: Patterns<f64>,
-    ranks: Patterns<usize>,
-    alpha: f64,
-    rank: usize,
-}
-
-impl Settings {
-    fn alpha_of(&self, module: &str) -> f64 {
-        self.alphas.find(module).unwrap_or(self.alpha)
-    }
-
-    fn rank_of(&self, module: &str) -> usize {
-        self.ranks.find(module).unwrap_or(self.rank)
-    }
-}
-
-/// PEFT's patterns: regular expressions that match the end of a module's path, from a dot or its start.
-struct Patterns<T>(Vec<(Regex, T)>);
-
-impl<T: Copy> Patterns<T> {
-    fn new<'a>(patterns: impl Iterator<Item = (&'a str, T)>) -> Result<Self, Error> {
-        let compiled = patterns.map(|(pattern, value)| {
-            let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$"));
-            regex.map(|regex| (regex, value)).map_err(|error| {
-                Error::Unsupported(format!("adapter_config.json: pattern `{pattern}`: {error}"))
-            })
-        });
-        Ok(Self(compiled.collect::<Result<_, _>>()?))
-    }
-
-    fn find(&self, module: &str) -> Option<T> {
-        self.0
-            .iter()
-            .find(|(regex, _)| regex.is_match(module))
-            .map(|(_, value)| *value)
-    }
 }

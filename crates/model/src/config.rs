@@ -670,10 +670,10 @@ impl<'a> Keys<'a> {
         }
     }
 
-    fn object(&self, key: &'static str) -> Result<Option<Keys<'a>>, Error> {
+    fn object(&self, key: &'static str) -> Result<Option<Self>, Error> {
         match self.json.get(key) {
             None | Some(Value::Null) => Ok(None),
-            Some(json @ Value::Object(_)) => Ok(Some(Keys {
+            Some(json @ Value::Object(_)) => Ok(Some(Self {
                 json,
                 file: self.file,
                 prefix: key,

@@ -56,6 +56,10 @@ pub struct DecoderLayer {
 }
 
 /// The forms of attention.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "tensor handles; there are as many as layers, and burn derives no boxed variants"
+)]
 #[derive(Module, Debug)]
 pub enum Attention {
     /// Latent attention.
@@ -65,6 +69,10 @@ pub enum Attention {
 }
 
 /// The forms of the feed-forward part.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "tensor handles; there are as many as layers, and burn derives no boxed variants"
+)]
 #[derive(Module, Debug)]
 pub enum FeedForward {
     /// One MLP.

@@ -18,7 +18,8 @@ use serde_json::Value;
 use crate::Error;
 use crate::adapter::{AdapterWeights, Pair};
 use crate::config::ModelConfig;
-use crate::weights::{copy_companions, is_scale, keys, read_config, read_matrix};
+use crate::export::copy_companions;
+use crate::weights::{is_scale, keys, read_config, read_matrix};
 
 /// The number format of a merged model's weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

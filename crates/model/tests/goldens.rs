@@ -1,5 +1,11 @@
 //! The model against logits, routing, gradients and generations of an independent implementation (`tests/goldens`).
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
+#![expect(
+    clippy::print_stdout,
+    reason = "figures for whoever runs these with --no-capture"
+)]
+
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};

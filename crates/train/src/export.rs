@@ -1,7 +1,7 @@
 //! What a run leaves for others: an adapter, or a whole model.
 
 use checkpoint::{Adapter, FolderWriter};
-use model::{AdapterWeights, weights};
+use model::{AdapterWeights, export};
 
 use crate::Result;
 use crate::recipe::Method;
@@ -45,11 +45,11 @@ pub(crate) fn adapter_into(session: &Session, writer: &mut FolderWriter) -> Resu
 /// Writes a Hugging Face folder in bf16.
 fn model_into(session: &Session, writer: &mut FolderWriter) -> Result<()> {
     let base = &session.base;
-    weights::export(&session.model, base.folder.as_ref(), writer)?;
+    export::export(&session.model, base.folder.as_ref(), writer)?;
     writer.write_index()?;
-    writer.write_json("config.json", &weights::exported_config(&base.config))?;
+    writer.write_json("config.json", &export::exported_config(&base.config))?;
     if let Some(tokenizer) = &base.tokenizer {
-        weights::copy_companions(tokenizer, writer)?;
+        export::copy_companions(tokenizer, writer)?;
     }
     Ok(())
 }

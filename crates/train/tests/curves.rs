@@ -1,5 +1,7 @@
 //! Whole training runs against the loss curves of an independent implementation, and against themselves resumed.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
+
 use std::path::{Path, PathBuf};
 
 use checkpoint::Safetensors;

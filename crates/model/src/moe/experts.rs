@@ -22,6 +22,10 @@ pub struct Experts {
 }
 
 /// Where the experts' weights are.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "tensor handles; there are as many as layers, and burn derives no boxed variants"
+)]
 #[derive(Module, Debug)]
 pub enum ExpertWeights {
     /// Never change, have no gradient, stay in their published bytes.
