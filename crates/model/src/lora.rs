@@ -46,7 +46,7 @@ impl Lora {
 /// Which modules get an update, and of what size.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraConfig {
-    /// Patterns of module paths; see [`matches`].
+    /// Patterns of module paths; see [`matches()`].
     pub target: Vec<String>,
     /// Patterns of modules to leave out.
     pub exclude: Vec<String>,
