@@ -1,9 +1,11 @@
 //! Writes files whole or not at all: into a temporary sibling, flushed to the disk, renamed.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Metadata};
-use std::io::{ErrorKind, Write};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::io::Write;
+use std::path::Path;
+
+use tempfile::TempDir;
 
 use crate::error::io;
 use crate::{Error, Result};
@@ -32,80 +34,60 @@ pub(crate) fn write_atomically(
             found: "a folder",
         });
     }
-    let (mut file, temporary) = Temporary::create(path, |path| File::create_new(path))?;
-    write(&mut file, temporary.path())?;
-    file.sync_all().map_err(io("flush", temporary.path()))?;
+    let (folder, prefix) = place(path)?;
+    // `tempfile` alone would make a file that only its owner may read.
+    let file = naming(&prefix).make_in(folder, |path| File::create_new(path));
+    let (mut file, temporary) = file.map_err(io("create a file in", folder))?.into_parts();
+    write(&mut file, &temporary)?;
+    file.sync_all().map_err(io("flush", &temporary))?;
     drop(file);
-    temporary.rename(path)
+    let named = temporary.persist(path);
+    named.map_err(|error| io("rename to", path)(error.error))?;
+    sync_folder(folder)
 }
 
-/// A temporary file or folder beside its final place. Dropped, it is removed.
-#[derive(Debug)]
-pub(crate) struct Temporary {
-    path: Option<PathBuf>,
+/// A new folder beside `path`, whose own folder is created if need be. Dropped, it is removed.
+///
+/// # Errors
+/// If it cannot be created.
+pub(crate) fn temporary_folder(path: &Path) -> Result<TempDir> {
+    let (parent, prefix) = place(path)?;
+    let folder = naming(&prefix).tempdir_in(parent);
+    folder.map_err(io("create a folder in", parent))
 }
 
-impl Temporary {
-    /// Creates a new entry beside `path`, whose folder is created if need be.
-    pub(crate) fn create<T>(
-        path: &Path,
-        create: impl Fn(&Path) -> std::io::Result<T>,
-    ) -> Result<(T, Self)> {
-        // Names are taken by what a killed process left behind, so a few are tried.
-        const ATTEMPTS: usize = 100;
-        static N_CREATED: AtomicU64 = AtomicU64::new(0);
-
-        let Some(name) = path.file_name() else {
-            return Err(Error::FileName {
-                place: path.to_owned(),
-                found: path.display().to_string(),
-            });
-        };
-        let parent = parent(path);
-        fs::create_dir_all(parent).map_err(io("create", parent))?;
-        let mut attempts = 0;
-        loop {
-            attempts += 1;
-            let n = N_CREATED.fetch_add(1, Ordering::Relaxed);
-            let name = format!(".{}.{}-{n}.tmp", name.display(), std::process::id());
-            let temporary = parent.join(name);
-            match create(&temporary) {
-                Ok(entry) => {
-                    let path = Some(temporary);
-                    return Ok((entry, Self { path }));
-                }
-                Err(error) if error.kind() == ErrorKind::AlreadyExists && attempts < ATTEMPTS => {}
-                Err(error) => return Err(io("create", &temporary)(error)),
-            }
-        }
-    }
-
-    /// Where it is now.
-    pub(crate) fn path(&self) -> &Path {
-        // Only `rename` takes the path, and it consumes the value.
-        self.path.as_deref().unwrap_or(Path::new(""))
-    }
-
-    /// Moves it to its final place and flushes the folder, so that the new name survives a
-    /// loss of power.
-    pub(crate) fn rename(mut self, path: &Path) -> Result<()> {
-        fs::rename(self.path(), path).map_err(io("rename to", path))?;
-        self.path = None;
-        sync_folder(parent(path))
-    }
+/// Gives a temporary folder its name, and flushes the folder around it, so that the new name
+/// survives a loss of power.
+///
+/// # Errors
+/// If renaming or flushing fails.
+pub(crate) fn name_folder(mut folder: TempDir, path: &Path) -> Result<()> {
+    fs::rename(folder.path(), path).map_err(io("rename to", path))?;
+    folder.disable_cleanup(true);
+    sync_folder(parent(path))
 }
 
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        // An error here would hide the one that led here, and cannot be returned.
-        if let Some(path) = &self.path {
-            let _ = if path.is_dir() {
-                fs::remove_dir_all(path)
-            } else {
-                fs::remove_file(path)
-            };
-        }
-    }
+/// How what is not whole yet is called: `.NAME.*.tmp`.
+fn naming(prefix: &OsStr) -> tempfile::Builder<'_, 'static> {
+    let mut naming = tempfile::Builder::new();
+    naming.prefix(prefix).suffix(".tmp");
+    naming
+}
+
+/// The folder of `path`, created if need be, and the start of temporary names in it.
+fn place(path: &Path) -> Result<(&Path, OsString)> {
+    let Some(name) = path.file_name() else {
+        return Err(Error::FileName {
+            place: path.to_owned(),
+            found: path.display().to_string(),
+        });
+    };
+    let parent = parent(path);
+    fs::create_dir_all(parent).map_err(io("create", parent))?;
+    let mut prefix = OsString::from(".");
+    prefix.push(name);
+    prefix.push(".");
+    Ok((parent, prefix))
 }
 
 /// Flushes a folder's entries to the disk.
@@ -140,6 +122,8 @@ fn parent(path: &Path) -> &Path {
 
 #[cfg(test)]
 mod tests {
+    use std::io::ErrorKind;
+
     use super::*;
 
     #[test]

@@ -12,9 +12,10 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
+use tempfile::TempDir;
 
 use crate::error::{io, shown};
-use crate::file::{Temporary, expect_file, sync_folder};
+use crate::file::{expect_file, name_folder, sync_folder, temporary_folder};
 use crate::folder::{INDEX_NAME, SINGLE_NAME, is_plain_file_name};
 use crate::safetensors::stream;
 use crate::{Error, Result, TensorSpec};
@@ -25,7 +26,7 @@ const MANIFEST_NAME: &str = "moeforge.manifest.json";
 /// A model folder being written. Dropped before [`finish`](Self::finish), it leaves nothing.
 #[derive(Debug)]
 pub struct FolderWriter {
-    temporary: Temporary,
+    temporary: TempDir,
     output: PathBuf,
     files: BTreeMap<String, FileDigest>,
     /// Tensor name to the shard that holds it.
@@ -70,7 +71,7 @@ impl FolderWriter {
                 return Err(Error::OutputExists { path, found });
             }
         }
-        let ((), temporary) = Temporary::create(&output, |path| fs::create_dir(path))?;
+        let temporary = temporary_folder(&output)?;
         Ok(Self {
             temporary,
             output,
@@ -184,7 +185,7 @@ impl FolderWriter {
         let manifest = json!({ "files": self.files });
         self.write_json(MANIFEST_NAME, &manifest)?;
         sync_folder(self.path())?;
-        self.temporary.rename(&self.output)
+        name_folder(self.temporary, &self.output)
     }
 
     /// Lets `fill` write a new file, hashes what it writes, and flushes it to the disk.

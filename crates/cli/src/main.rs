@@ -58,21 +58,15 @@ enum Verb {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let console = Console::new(cli.quiet, cli.verbose);
-    if let Some(threads) = cli.threads {
-        // The first and only configuration of the global pool, so it cannot fail but for zero memory.
-        let _ = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build_global();
-    }
-    let result = match cli.verb {
-        Verb::Inspect(args) => inspect::run(&args, &console),
-        Verb::Data(data_check::Data::Check(args)) => data_check::run(&args, &console),
-        Verb::Train(args) => train::run(&args, &console),
-        Verb::Eval(args) => eval::run(&args, &console),
-        Verb::Logits(args) => logits::run(&args, &console),
-        Verb::Generate(args) => generate::run(&args, &console),
-        Verb::Merge(args) => merge::run(&args, &console),
-        Verb::Quickstart(args) => quickstart::run(&args, &console),
+    let (verb, threads) = (cli.verb, cli.threads.unwrap_or(0));
+    // The whole program runs on one of the pool's workers: from there the kernels' parallel loops start at once,
+    // where a thread outside would hand each one over and sleep. Workers get the stack of a main thread.
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .stack_size(8 << 20);
+    let result = match pool.build_global() {
+        Ok(()) => rayon::scope(|_| run(verb, &console)),
+        Err(error) => Err(error.into()),
     };
     match result {
         Ok(code) => code,
@@ -80,5 +74,18 @@ fn main() -> ExitCode {
             console.error(&error);
             console::exit_code(&error)
         }
+    }
+}
+
+fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
+    match verb {
+        Verb::Inspect(args) => inspect::run(&args, console),
+        Verb::Data(data_check::Data::Check(args)) => data_check::run(&args, console),
+        Verb::Train(args) => train::run(&args, console),
+        Verb::Eval(args) => eval::run(&args, console),
+        Verb::Logits(args) => logits::run(&args, console),
+        Verb::Generate(args) => generate::run(&args, console),
+        Verb::Merge(args) => merge::run(&args, console),
+        Verb::Quickstart(args) => quickstart::run(&args, console),
     }
 }

@@ -1,170 +1,210 @@
 //! Causal attention in tiles: the scores of 64 queries against the keys they may see, never the whole square.
 //!
-//! One kernel serves all forms. Heads may share keys and values in groups (the distills); with one key head whose
-//! values are a prefix of its keys it is the absorbed form of latent attention. Queries are the last `seq`
-//! positions of the `kv_seq` keys: query `i` sees keys up to `kv_seq − seq + i`.
+//! One kernel serves all forms, because it reads keys and values where they lie. Heads may share them in groups (the
+//! distills). A key may end in a part that all heads share, in a tensor of its own (latent attention, expanded: the
+//! rotated key), and keys and values may lie side by side in one row (what `kv_b_proj` makes). With one key head whose
+//! values are a prefix of its keys it is the absorbed form. Queries are the last `seq` positions of the `kv_seq` keys:
+//! query `i` sees keys up to `kv_seq − seq + i`.
 //!
 //! Backward recomputes the scores from the saved log-sum-exp of every row.
 //!
 //! Source of the recomputation: FlashAttention-2, arXiv:2307.08691, section 3.1; without its online softmax, since
 //! a tile's whole row of scores fits in cache here.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
-use crate::gemm::with_scratch;
+use crate::exp;
+use crate::gemm::{tiles, with_scratch};
 use crate::strided::{Mat, MatMut, Write, gemm};
 
 /// Queries per tile.
 const TILE_QUERIES: usize = 64;
 
-/// The sizes of one call.
+/// Where the features of heads lie in a tensor `[batch, len, heads, width]`: `dim` of them, from `start` of each.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    pub(crate) heads: usize,
+    pub(crate) width: usize,
+    pub(crate) start: usize,
+    pub(crate) dim: usize,
+}
+
+impl Place {
+    /// All features of each head.
+    pub(crate) fn whole(heads: usize, dim: usize) -> Self {
+        Self {
+            heads,
+            width: dim,
+            start: 0,
+            dim,
+        }
+    }
+
+    /// Columns of head `head`, of the tensor as a matrix `[batch · len, heads · width]`.
+    fn cols(&self, head: usize) -> Range<usize> {
+        let start = head * self.width + self.start;
+        start..start + self.dim
+    }
+
+    /// Head `head` of sequence `row`: `[len, dim]`.
+    fn of<'a>(&self, values: &'a [f32], len: usize, row: usize, head: usize) -> Mat<'a> {
+        let all = Mat::dense(values, (row + 1) * len, self.heads * self.width);
+        all.block(row * len..(row + 1) * len, self.cols(head))
+    }
+
+    /// The same, to be written.
+    ///
+    /// # Safety
+    /// Heads that live at the same time must be different ones.
+    #[expect(unsafe_code, reason = "disjoint columns of one tensor")]
+    unsafe fn part<'a>(&self, all: &MatMut<'a>, len: usize, row: usize, head: usize) -> MatMut<'a> {
+        // SAFETY: heads are different columns, sequences different rows.
+        unsafe { all.part(row * len..(row + 1) * len, self.cols(head)) }
+    }
+
+    /// The tensor as a matrix of `rows` to write.
+    fn all<'a>(&self, values: &'a mut [f32], rows: usize) -> MatMut<'a> {
+        MatMut::dense(values, rows, self.heads * self.width)
+    }
+}
+
+/// The sizes of one call, and where the features lie.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
     pub(crate) batch: usize,
     pub(crate) seq: usize,
     pub(crate) kv_seq: usize,
-    pub(crate) heads: usize,
-    pub(crate) kv_heads: usize,
-    /// Width of a query and of a key.
-    pub(crate) dim: usize,
-    /// Width of a value.
-    pub(crate) v_dim: usize,
-    /// Distance between two values of a head that follow one another.
-    pub(crate) v_stride: usize,
+    /// `dim` is that of `k` and `shared` together.
+    pub(crate) q: Place,
+    pub(crate) k: Place,
+    pub(crate) v: Place,
+    /// The end of every key, one for all heads; its `dim` may be 0.
+    pub(crate) shared: Place,
 }
 
 impl Shape {
+    fn out(&self) -> Place {
+        Place::whole(self.q.heads, self.v.dim)
+    }
+
     /// Keys that the queries of a tile may see, all together.
-    fn visible(&self, tile: &std::ops::Range<usize>) -> usize {
+    fn visible(&self, tile: &Range<usize>) -> usize {
         self.kv_seq - self.seq + tile.end
     }
 
-    /// Head `head` of sequence `row`, of a tensor `[batch, len, heads, dim]`.
-    fn head<'a>(
-        &self,
-        x: &'a [f32],
-        row: usize,
-        head: usize,
-        [len, heads, dim]: [usize; 3],
-    ) -> Mat<'a> {
-        let rows = &x[row * len * heads * dim..(row + 1) * len * heads * dim];
-        Mat::new(&rows[(head * dim).min(rows.len())..], len, dim, heads * dim)
-    }
-
-    fn q<'a>(&self, q: &'a [f32], row: usize, head: usize) -> Mat<'a> {
-        self.head(q, row, head, [self.seq, self.heads, self.dim])
-    }
-
-    fn k<'a>(&self, k: &'a [f32], row: usize, kv_head: usize) -> Mat<'a> {
-        self.head(k, row, kv_head, [self.kv_seq, self.kv_heads, self.dim])
-    }
-
-    fn v<'a>(&self, v: &'a [f32], row: usize, kv_head: usize) -> Mat<'a> {
-        let rows = &v[row * self.kv_seq * self.v_stride..(row + 1) * self.kv_seq * self.v_stride];
-        Mat::new(
-            &rows[(kv_head * self.v_dim).min(rows.len())..],
-            self.kv_seq,
-            self.v_dim,
-            self.v_stride,
-        )
-    }
-
-    fn o<'a>(&self, o: &'a [f32], row: usize, head: usize) -> Mat<'a> {
-        self.head(o, row, head, [self.seq, self.heads, self.v_dim])
-    }
-
-    fn tiles(&self) -> impl Iterator<Item = std::ops::Range<usize>> + Clone + use<> {
-        crate::gemm::tiles(0..self.seq, TILE_QUERIES)
+    fn tiles(&self) -> impl Iterator<Item = Range<usize>> + Clone + use<> {
+        tiles(0..self.seq, TILE_QUERIES)
     }
 }
 
-/// q `[batch, seq, heads, dim]`, k `[batch, kv_seq, kv_heads, dim]`, v `[…, v_dim]` → out `[batch, seq, heads, v_dim]`
-/// and the log-sum-exp of every row of scores `[batch, heads, seq]`.
+/// Keys and values, in the tensors that `Shape` describes. They may be one and the same.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Context<'a> {
+    pub(crate) k: &'a [f32],
+    pub(crate) v: &'a [f32],
+    pub(crate) shared: &'a [f32],
+}
+
+/// What one head reads.
+#[derive(Clone, Copy)]
+struct Head<'a> {
+    q: Mat<'a>,
+    k: Mat<'a>,
+    v: Mat<'a>,
+    shared: Mat<'a>,
+    scale: f32,
+}
+
+impl<'a> Head<'a> {
+    fn new(q: &'a [f32], context: Context<'a>, scale: f32, shape: Shape, at: [usize; 2]) -> Self {
+        let ([row, head], len) = (at, shape.kv_seq);
+        let kv_head = head / (shape.q.heads / shape.k.heads);
+        Self {
+            q: shape.q.of(q, shape.seq, row, head),
+            k: shape.k.of(context.k, len, row, kv_head),
+            v: shape.v.of(context.v, len, row, kv_head),
+            shared: shape.shared.of(context.shared, len, row, 0),
+            scale,
+        }
+    }
+
+    /// Scores of a tile of queries, −∞ where the key lies after the query.
+    fn scores(&self, tile: Range<usize>, visible: usize, scores: &mut [f32]) {
+        let (rows, own) = (tile.len(), self.k.cols());
+        let mut write = Write::Replace;
+        for (keys, cols) in [(self.k, 0..own), (self.shared, own..self.q.cols())] {
+            if !cols.is_empty() {
+                let (q, keys) = (
+                    self.q.block(tile.clone(), cols),
+                    keys.block(0..visible, 0..keys.cols()),
+                );
+                gemm(
+                    MatMut::dense(scores, rows, visible),
+                    q,
+                    keys.t(),
+                    self.scale,
+                    write,
+                );
+                write = Write::Add;
+            }
+        }
+        for (i, scores) in scores.chunks_mut(visible).enumerate() {
+            scores[visible - rows + i + 1..].fill(f32::NEG_INFINITY);
+        }
+    }
+}
+
+/// q `[batch, seq, heads, dim]` → out `[batch, seq, heads, v_dim]` and the log-sum-exp of every row of scores
+/// `[batch, heads, seq]`.
 pub(crate) fn forward(
     q: &[f32],
-    k: &[f32],
-    v: &[f32],
+    context: Context<'_>,
     scale: f32,
     shape: Shape,
 ) -> (Vec<f32>, Vec<f32>) {
-    let Shape {
-        batch,
-        seq,
-        heads,
-        v_dim,
-        ..
-    } = shape;
-    let mut out = vec![0.0; batch * seq * heads * v_dim];
-    let mut lse = vec![0.0; batch * heads * seq];
-    let all = MatMut::dense(&mut out, batch * seq, heads * v_dim);
-    lse.par_chunks_mut(seq.max(1))
+    let (place, heads) = (shape.out(), shape.q.heads);
+    let mut out = vec![0.0; shape.batch * shape.seq * heads * place.dim];
+    let mut lse = vec![0.0; shape.batch * heads * shape.seq];
+    let all = place.all(&mut out, shape.batch * shape.seq);
+    lse.par_chunks_mut(shape.seq.max(1))
         .enumerate()
         .for_each(|(task, lse)| {
             let (row, head) = (task / heads, task % heads);
-            let kv_head = head / (heads / shape.kv_heads);
-            let (q, k, v) = (
-                shape.q(q, row, head),
-                shape.k(k, row, kv_head),
-                shape.v(v, row, kv_head),
-            );
-            for tile in shape.tiles() {
-                let visible = shape.visible(&tile);
-                // SAFETY: a task writes the columns of its head in the rows of its sequence.
-                #[expect(unsafe_code, reason = "disjoint blocks of one output")]
-                let out = unsafe {
-                    all.part(
-                        row * seq + tile.start..row * seq + tile.end,
-                        head * v_dim..(head + 1) * v_dim,
-                    )
-                };
-                with_scratch(tile.len() * visible, |scores| {
-                    masked_scores(
-                        scores,
-                        q.block(tile.clone(), 0..shape.dim),
-                        k,
-                        scale,
-                        visible,
-                    );
-                    for (scores, lse) in scores.chunks_mut(visible).zip(&mut lse[tile.clone()]) {
-                        *lse = softmax(scores);
-                    }
-                    gemm(
-                        out,
-                        Mat::dense(scores, tile.len(), visible),
-                        v.block(0..visible, 0..v_dim),
-                        1.0,
-                        Write::Replace,
-                    );
-                });
-            }
+            let inputs = Head::new(q, context, scale, shape, [row, head]);
+            // SAFETY: a task writes one head of one sequence.
+            #[expect(unsafe_code, reason = "disjoint blocks of one output")]
+            let out = unsafe { place.part(&all, shape.seq, row, head) };
+            forward_head(inputs, shape, out, lse);
         });
     (out, lse)
 }
 
-/// Scores of a tile of queries, −∞ where the key lies after the query.
-fn masked_scores(scores: &mut [f32], q: Mat<'_>, k: Mat<'_>, scale: f32, visible: usize) {
-    let rows = q.rows();
-    gemm(
-        MatMut::dense(scores, rows, visible),
-        q,
-        k.block(0..visible, 0..k.cols()).t(),
-        scale,
-        Write::Replace,
-    );
-    for (i, scores) in scores.chunks_mut(visible).enumerate() {
-        scores[visible - rows + i + 1..].fill(f32::NEG_INFINITY);
+fn forward_head(head: Head<'_>, shape: Shape, mut out: MatMut<'_>, lse: &mut [f32]) {
+    for tile in shape.tiles() {
+        let visible = shape.visible(&tile);
+        with_scratch(tile.len() * visible, |scores| {
+            head.scores(tile.clone(), visible, scores);
+            for (scores, lse) in scores.chunks_mut(visible).zip(&mut lse[tile.clone()]) {
+                *lse = softmax(scores);
+            }
+            gemm(
+                out.block(tile.clone(), 0..shape.v.dim),
+                Mat::dense(scores, tile.len(), visible),
+                head.v.block(0..visible, 0..shape.v.dim),
+                1.0,
+                Write::Replace,
+            );
+        });
     }
 }
 
 /// Softmax in place; returns the log-sum-exp.
 fn softmax(scores: &mut [f32]) -> f32 {
-    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = 0.0;
-    for score in scores.iter_mut() {
-        *score = (*score - max).exp();
-        sum += *score;
-    }
-    scores.iter_mut().for_each(|score| *score /= sum);
+    let max = exp::max(scores);
+    let sum = exp::exp_shifted(scores, max);
+    exp::scale(scores, 1.0 / sum);
     max + sum.ln()
 }
 
@@ -172,129 +212,179 @@ fn softmax(scores: &mut [f32]) -> f32 {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Saved<'a> {
     pub(crate) q: &'a [f32],
-    pub(crate) k: &'a [f32],
-    pub(crate) v: &'a [f32],
+    pub(crate) context: Context<'a>,
     pub(crate) out: &'a [f32],
     pub(crate) lse: &'a [f32],
 }
 
-/// Gradients of q, k and v, in their shapes.
-pub(crate) fn backward(dout: &[f32], saved: Saved<'_>, scale: f32, shape: Shape) -> [Vec<f32>; 3] {
-    let Shape {
-        batch,
-        seq,
-        kv_seq,
-        heads,
-        kv_heads,
-        dim,
-        v_dim,
-        ..
-    } = shape;
-    let mut dq = vec![0.0; saved.q.len()];
-    let mut dk = vec![0.0; saved.k.len()];
-    let mut dv = vec![0.0; saved.v.len()];
-    let dq_all = MatMut::dense(&mut dq, batch * seq, heads * dim);
-    let dk_all = MatMut::dense(&mut dk, batch * kv_seq, kv_heads * dim);
-    let dv_all = MatMut::dense(&mut dv, batch * kv_seq, kv_heads * v_dim);
-    (0..batch * kv_heads).into_par_iter().for_each(|task| {
-        let (row, kv_head) = (task / kv_heads, task % kv_heads);
-        let (rows, kv_rows) = (row * seq..(row + 1) * seq, row * kv_seq..(row + 1) * kv_seq);
-        // SAFETY: a task writes the columns of its key head, and of the query heads that share it, in the rows of
-        // its sequence.
-        #[expect(unsafe_code, reason = "disjoint blocks of three outputs")]
-        let (mut dk, mut dv) = unsafe {
-            (
-                dk_all.part(kv_rows.clone(), kv_head * dim..(kv_head + 1) * dim),
-                dv_all.part(kv_rows, kv_head * v_dim..(kv_head + 1) * v_dim),
-            )
-        };
-        let group = heads / kv_heads;
-        for head in kv_head * group..(kv_head + 1) * group {
-            // SAFETY: as above.
-            #[expect(unsafe_code, reason = "disjoint blocks of three outputs")]
-            let dq = unsafe { dq_all.part(rows.clone(), head * dim..(head + 1) * dim) };
-            backward_head(
-                dout,
-                saved,
-                scale,
-                (shape, row, head),
-                [
-                    dq,
-                    dk.block(0..kv_seq, 0..dim),
-                    dv.block(0..kv_seq, 0..v_dim),
-                ],
-            );
-        }
-    });
-    [dq, dk, dv]
+/// Gradients of the tensors of keys and values, each in its own shape, that the backward pass adds to.
+#[derive(Debug)]
+pub(crate) enum ContextGrads<'a> {
+    /// Keys and values in two tensors.
+    Apart {
+        dk: &'a mut [f32],
+        dv: &'a mut [f32],
+    },
+    /// Both in the rows of one tensor, and the shared part of the keys in another.
+    Together {
+        dkv: &'a mut [f32],
+        dshared: &'a mut [f32],
+    },
 }
 
-/// Adds one head's part to `[dq, dk, dv]`.
-fn backward_head(
+/// Gradient of q; adds those of keys and values to `grads`.
+pub(crate) fn backward(
     dout: &[f32],
     saved: Saved<'_>,
     scale: f32,
-    (shape, row, head): (Shape, usize, usize),
-    grads: [MatMut<'_>; 3],
-) {
-    let [mut dq, mut dk, mut dv] = grads;
-    let kv_head = head / (shape.heads / shape.kv_heads);
-    let (q, k, v) = (
-        shape.q(saved.q, row, head),
-        shape.k(saved.k, row, kv_head),
-        shape.v(saved.v, row, kv_head),
-    );
-    let (dout, out) = (shape.o(dout, row, head), shape.o(saved.out, row, head));
-    let lse = &saved.lse[(row * shape.heads + head) * shape.seq..][..shape.seq];
+    shape: Shape,
+    grads: ContextGrads<'_>,
+) -> Vec<f32> {
+    let mut dq = vec![0.0; saved.q.len()];
+    let dq_all = shape.q.all(&mut dq, shape.batch * shape.seq);
+    let kv_rows = shape.batch * shape.kv_seq;
+    let (kv_heads, group) = (shape.k.heads, shape.q.heads / shape.k.heads);
+    let mut nothing: [f32; 0] = [];
+    let (dk_all, dv_all, dshared) = match grads {
+        ContextGrads::Apart { dk, dv } => (
+            shape.k.all(dk, kv_rows),
+            shape.v.all(dv, kv_rows),
+            &mut nothing[..],
+        ),
+        ContextGrads::Together { dkv, dshared } => {
+            let all = shape.k.all(dkv, kv_rows);
+            // SAFETY: keys and values are different columns.
+            #[expect(
+                unsafe_code,
+                reason = "two views of one tensor, written in different columns"
+            )]
+            let again = unsafe { all.part(0..kv_rows, 0..all.cols()) };
+            (all, again, dshared)
+        }
+    };
+    // Every key head adds to the shared part, so each sums its own and they are summed at the end, in their order.
+    let shared = Place::whole(kv_heads, shape.shared.dim);
+    let mut partial = vec![0.0; kv_rows * kv_heads * shared.dim];
+    let partial_all = shared.all(&mut partial, kv_rows);
+    (0..shape.batch * kv_heads)
+        .into_par_iter()
+        .for_each(|task| {
+            let (row, kv_head) = (task / kv_heads, task % kv_heads);
+            // SAFETY: a task writes the columns of its key head, and of the query heads that share it, in the rows of
+            // its sequence.
+            #[expect(unsafe_code, reason = "disjoint blocks of four outputs")]
+            let [mut dk, mut dv, mut dshared] = unsafe {
+                [
+                    (shape.k, &dk_all),
+                    (shape.v, &dv_all),
+                    (shared, &partial_all),
+                ]
+                .map(|(place, all)| place.part(all, shape.kv_seq, row, kv_head))
+            };
+            for head in kv_head * group..(kv_head + 1) * group {
+                let inputs = Head::new(saved.q, saved.context, scale, shape, [row, head]);
+                let place = shape.out();
+                let outputs = Outputs {
+                    out: place.of(saved.out, shape.seq, row, head),
+                    dout: place.of(dout, shape.seq, row, head),
+                    lse: &saved.lse[(row * shape.q.heads + head) * shape.seq..][..shape.seq],
+                };
+                // SAFETY: as above.
+                #[expect(unsafe_code, reason = "disjoint blocks of four outputs")]
+                let dq = unsafe { shape.q.part(&dq_all, shape.seq, row, head) };
+                let keys = 0..shape.kv_seq;
+                let [dk, dv, dshared] = [&mut dk, &mut dv, &mut dshared].map(|d| {
+                    let cols = 0..d.cols();
+                    d.block(keys.clone(), cols)
+                });
+                backward_head(inputs, outputs, shape, [dq, dk, dv, dshared]);
+            }
+        });
+    add_partial(dshared, &partial, shape.shared, shared);
+    dq
+}
+
+/// Adds the key heads' parts of the shared gradient, in their order.
+fn add_partial(dshared: &mut [f32], partial: &[f32], to: Place, from: Place) {
+    if from.dim == 0 {
+        return;
+    }
+    for (row, partial) in dshared
+        .chunks_mut(to.width)
+        .zip(partial.chunks(from.heads * from.dim))
+    {
+        for part in partial.chunks(from.dim) {
+            row[to.cols(0)]
+                .iter_mut()
+                .zip(part)
+                .for_each(|(sum, part)| *sum += part);
+        }
+    }
+}
+
+/// What the forward pass of one head made, and the gradient of it.
+#[derive(Clone, Copy)]
+struct Outputs<'a> {
+    out: Mat<'a>,
+    dout: Mat<'a>,
+    lse: &'a [f32],
+}
+
+/// Adds one head's part to `[dq, dk, dv, dshared]`.
+fn backward_head(head: Head<'_>, outputs: Outputs<'_>, shape: Shape, grads: [MatMut<'_>; 4]) {
+    let [mut dq, mut dk, mut dv, mut dshared] = grads;
+    let (own, dim, v_dim) = (shape.k.dim, shape.q.dim, shape.v.dim);
     for tile in shape.tiles() {
         let visible = shape.visible(&tile);
         let (rows, size) = (tile.len(), tile.len() * visible);
-        let (q, dout_tile) = (
-            q.block(tile.clone(), 0..shape.dim),
-            dout.block(tile.clone(), 0..shape.v_dim),
-        );
+        let dout = outputs.dout.block(tile.clone(), 0..v_dim);
         with_scratch(2 * size, |scratch| {
             let (p, ds) = scratch.split_at_mut(size);
-            masked_scores(p, q, k, scale, visible);
-            for (p, lse) in p.chunks_mut(visible).zip(&lse[tile.clone()]) {
-                p.iter_mut().for_each(|p| *p = (*p - lse).exp());
+            head.scores(tile.clone(), visible, p);
+            for (p, lse) in p.chunks_mut(visible).zip(&outputs.lse[tile.clone()]) {
+                exp::exp_shifted(p, *lse);
             }
-            gemm(
+            let (v, dp) = (
+                head.v.block(0..visible, 0..v_dim),
                 MatMut::dense(ds, rows, visible),
-                dout_tile,
-                v.block(0..visible, 0..shape.v_dim).t(),
-                1.0,
-                Write::Replace,
             );
+            gemm(dp, dout, v.t(), 1.0, Write::Replace);
             for (i, (ds, p)) in ds.chunks_mut(visible).zip(p.chunks(visible)).enumerate() {
-                let (dout, out) = (dout.row(tile.start + i), out.row(tile.start + i));
-                let delta: f32 = dout.iter().zip(out).map(|(dout, out)| dout * out).sum();
-                ds.iter_mut()
-                    .zip(p)
-                    .for_each(|(ds, p)| *ds = p * (*ds - delta));
+                let at = tile.start + i;
+                score_gradients(ds, p, outputs.dout.row(at), outputs.out.row(at));
             }
             let (p, ds) = (Mat::dense(p, rows, visible), Mat::dense(ds, rows, visible));
-            gemm(
-                dq.block(tile.clone(), 0..shape.dim),
-                ds,
-                k.block(0..visible, 0..shape.dim),
-                scale,
-                Write::Replace,
-            );
-            gemm(
-                dk.block(0..visible, 0..shape.dim),
-                ds.t(),
-                q,
-                scale,
-                Write::Add,
-            );
-            gemm(
-                dv.block(0..visible, 0..shape.v_dim),
-                p.t(),
-                dout_tile,
-                1.0,
-                Write::Add,
-            );
+            gemm(dv.block(0..visible, 0..v_dim), p.t(), dout, 1.0, Write::Add);
+            for (keys, dkeys, cols) in [
+                (head.k, &mut dk, 0..own),
+                (head.shared, &mut dshared, own..dim),
+            ] {
+                let width = cols.len();
+                let q = head.q.block(tile.clone(), cols.clone());
+                let keys = keys.block(0..visible, 0..width);
+                gemm(
+                    dq.block(tile.clone(), cols),
+                    ds,
+                    keys,
+                    head.scale,
+                    Write::Replace,
+                );
+                gemm(
+                    dkeys.block(0..visible, 0..width),
+                    ds.t(),
+                    q,
+                    head.scale,
+                    Write::Add,
+                );
+            }
         });
     }
+}
+
+/// Turns one row of the probabilities' gradients into the scores': `p · (dp − ⟨dout, out⟩)`.
+fn score_gradients(ds: &mut [f32], p: &[f32], dout: &[f32], out: &[f32]) {
+    let delta: f32 = dout.iter().zip(out).map(|(dout, out)| dout * out).sum();
+    ds.iter_mut()
+        .zip(p)
+        .for_each(|(ds, p)| *ds = p * (*ds - delta));
 }

@@ -70,6 +70,13 @@ pub(crate) trait Gradients: Kernels {
         saved: [FloatTensor<Self>; 5],
         scale: f32,
     ) -> [FloatTensor<Self>; 3];
+    /// `saved` is q, the keys and values, the latents, the output and the log-sum-exp.
+    fn expanded_attention_grads(
+        dout: FloatTensor<Self>,
+        saved: [FloatTensor<Self>; 5],
+        v_dim: usize,
+        scale: f32,
+    ) -> [FloatTensor<Self>; 3];
     /// Gradients of x and the routing weights, and of the six factors if they are wanted.
     fn experts_frozen_grads(
         dy: FloatTensor<Self>,
@@ -235,6 +242,29 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         let (out, lse) = B::causal_attention(q.clone(), k.clone(), v.clone(), scale);
         let out = match Attention.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(op) => op.finish(([q, k, v, out.clone(), lse.clone()], scale), out),
+            OpsKind::UnTracked(op) => op.finish(out),
+        };
+        (out, Self::from_inner(lse))
+    }
+
+    fn expanded_attention(
+        q: FloatTensor<Self>,
+        kv: FloatTensor<Self>,
+        latents: FloatTensor<Self>,
+        v_dim: usize,
+        scale: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let nodes = [q.node(), kv.node(), latents.node()];
+        let (q, kv) = (q.into_primitive(), kv.into_primitive());
+        let latents = latents.into_primitive();
+        let (out, lse) =
+            B::expanded_attention(q.clone(), kv.clone(), latents.clone(), v_dim, scale);
+        let op = ExpandedAttention.prepare::<C>(nodes).compute_bound();
+        let out = match op.stateful() {
+            OpsKind::Tracked(op) => {
+                let saved = [q, kv, latents, out.clone(), lse.clone()];
+                op.finish((saved, v_dim, scale), out)
+            }
             OpsKind::UnTracked(op) => op.finish(out),
         };
         (out, Self::from_inner(lse))
@@ -563,6 +593,16 @@ gradient!(
     ([FloatTensor<B>; 5], f32),
     |dy, parents, (saved, scale), grads| {
         register::<B>(grads, parents, B::attention_grads(dy, saved, scale));
+    }
+);
+
+gradient!(
+    ExpandedAttention,
+    3,
+    ([FloatTensor<B>; 5], usize, f32),
+    |dy, parents, (saved, v_dim, scale), grads| {
+        let values = B::expanded_attention_grads(dy, saved, v_dim, scale);
+        register::<B>(grads, parents, values);
     }
 );
 

@@ -1,7 +1,7 @@
 //! The loss of a language model without its logits.
 //!
 //! `loss[t] = log Σ_v exp(h_t · w_v) − h_t · w_target`, computed for blocks of tokens over tiles of the vocabulary:
-//! at no time are there more logits than one task's tile. Tokens without a target cost nothing. Backward computes
+//! at no time are there more logits than 1024 × 512. Tokens without a target cost nothing. Backward computes
 //! the tiles again from the saved log-sum-exp.
 //!
 //! A low-rank update of the head enters as a second product, `logits = h · wᵀ + u · bᵀ`.
@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::exp;
 use crate::gemm::{Weights, nn_serial, nt_serial, tiles, with_scratch};
 use crate::strided::{Mat, MatMut, Write, gemm};
 
@@ -19,6 +20,8 @@ pub(crate) const IGNORED: i32 = -100;
 /// Tokens per task and vocabulary entries per tile.
 const TILE_TOKENS: usize = 128;
 const TILE_VOCAB: usize = 512;
+/// Tokens between two visits of the same vocabulary entry in the backward pass.
+const PASS_TOKENS: usize = 1024;
 
 /// The two products that make logits: h `[tokens, hidden]` with w `[vocab, hidden]`, u `[tokens, rank]` with
 /// b `[vocab, rank]`; a rank of 0 leaves the second out.
@@ -59,9 +62,8 @@ impl Head<'_> {
     fn dlogits(&self, tokens: Range<usize>, vocab: Range<usize>, rows: &[Row], out: &mut [f32]) {
         self.logits(tokens.clone(), vocab.clone(), out);
         for (logits, row) in out.chunks_mut(vocab.len()).zip(&rows[tokens]) {
-            logits
-                .iter_mut()
-                .for_each(|l| *l = (*l - row.lse).exp() * row.dloss);
+            exp::exp_shifted(logits, row.lse);
+            exp::scale(logits, row.dloss);
             if vocab.contains(&row.target) {
                 logits[row.target - vocab.start] -= row.dloss;
             }
@@ -102,16 +104,15 @@ fn forward_block(head: Head<'_>, tokens: Range<usize>, targets: &[usize]) -> Vec
             let logits = &mut scratch[..tokens.len() * vocab.len()];
             head.logits(tokens.clone(), vocab.clone(), logits);
             for (logits, ((max, sum, at_target), target)) in logits
-                .chunks(vocab.len())
+                .chunks_mut(vocab.len())
                 .zip(state.iter_mut().zip(targets))
             {
-                let new_max = logits.iter().copied().fold(*max, f32::max);
-                let added: f32 = logits.iter().map(|l| (l - new_max).exp()).sum();
-                *sum = *sum * (*max - new_max).exp() + added;
-                *max = new_max;
                 if vocab.contains(target) {
                     *at_target = logits[target - vocab.start];
                 }
+                let new_max = exp::max(logits).max(*max);
+                *sum = *sum * (*max - new_max).exp() + exp::exp_shifted(logits, new_max);
+                *max = new_max;
             }
         }
     });
@@ -121,100 +122,108 @@ fn forward_block(head: Head<'_>, tokens: Range<usize>, targets: &[usize]) -> Vec
         .collect()
 }
 
-/// Gradients of h `[tokens, hidden]` and u `[tokens, rank]`.
-pub(crate) fn backward_inputs(head: Head<'_>, rows: &[Row]) -> (Vec<f32>, Vec<f32>) {
-    let (tokens, hidden, rank) = (rows.len(), head.h.cols(), head.u.cols());
-    let mut dh = vec![0.0; tokens * hidden];
-    let mut du = vec![0.0; tokens * rank];
-    let (dh_all, du_all) = (
-        MatMut::dense(&mut dh, tokens, hidden),
-        MatMut::dense(&mut du, tokens, rank),
-    );
-    let blocks: Vec<_> = tiles(0..tokens, TILE_TOKENS).collect();
-    blocks.into_par_iter().for_each(|tokens| {
-        // SAFETY: tasks write different rows.
-        #[expect(unsafe_code, reason = "disjoint rows of two outputs")]
-        let (mut dh, mut du) = unsafe {
-            (
-                dh_all.part(tokens.clone(), 0..hidden),
-                du_all.part(tokens.clone(), 0..rank),
-            )
-        };
-        let n = tokens.len();
-        with_scratch(n * TILE_VOCAB, |scratch| {
-            for vocab in tiles(0..head.vocab(), TILE_VOCAB) {
-                let dlogits = &mut scratch[..n * vocab.len()];
-                head.dlogits(tokens.clone(), vocab.clone(), rows, dlogits);
-                let dlogits = Mat::dense(dlogits, n, vocab.len());
-                nn_serial(
-                    dlogits,
-                    head.w,
-                    vocab.clone(),
-                    0..hidden,
-                    dh.block(0..n, 0..hidden),
-                    Write::Add,
-                );
-                if rank > 0 {
-                    nn_serial(
-                        dlogits,
-                        head.b,
-                        vocab,
-                        0..rank,
-                        du.block(0..n, 0..rank),
-                        Write::Add,
-                    );
-                }
-            }
-        });
-    });
-    (dh, du)
+/// Gradients of a head's inputs and weights.
+#[derive(Debug)]
+pub(crate) struct Grads {
+    /// `[tokens, hidden]`.
+    pub(crate) dh: Vec<f32>,
+    /// `[tokens, rank]`.
+    pub(crate) du: Vec<f32>,
+    /// `[vocab, hidden]`, empty if not wanted.
+    pub(crate) dw: Vec<f32>,
+    /// `[vocab, rank]`, empty if not wanted.
+    pub(crate) db: Vec<f32>,
 }
 
-/// Gradients of w `[vocab, hidden]` and b `[vocab, rank]`; either is left out if not `wanted`.
-pub(crate) fn backward_weights(head: Head<'_>, rows: &[Row], wanted: [bool; 2]) -> [Vec<f32>; 2] {
-    let (vocab, hidden, rank) = (
-        head.vocab(),
-        head.h.cols() * usize::from(wanted[0]),
-        head.u.cols() * usize::from(wanted[1]),
-    );
-    let mut dw = vec![0.0; vocab * hidden];
-    let mut db = vec![0.0; vocab * rank];
-    let (dw_all, db_all) = (
-        MatMut::dense(&mut dw, vocab, hidden),
-        MatMut::dense(&mut db, vocab, rank),
-    );
-    let blocks: Vec<_> = tiles(0..vocab, TILE_VOCAB).collect();
-    blocks.into_par_iter().for_each(|vocab| {
-        // SAFETY: tasks write different rows.
-        #[expect(unsafe_code, reason = "disjoint rows of two outputs")]
-        let (mut dw, mut db) = unsafe {
-            (
-                dw_all.part(vocab.clone(), 0..hidden),
-                db_all.part(vocab.clone(), 0..rank),
-            )
-        };
-        let width = vocab.len();
-        with_scratch(TILE_TOKENS * TILE_VOCAB, |scratch| {
-            for tokens in tiles(0..rows.len(), TILE_TOKENS) {
-                let dlogits = &mut scratch[..tokens.len() * width];
-                head.dlogits(tokens.clone(), vocab.clone(), rows, dlogits);
-                let dlogits = Mat::dense(dlogits, tokens.len(), width).t();
-                gemm(
-                    dw.block(0..width, 0..hidden),
-                    dlogits,
-                    head.h.block(tokens.clone(), 0..hidden),
-                    1.0,
-                    Write::Add,
-                );
-                gemm(
-                    db.block(0..width, 0..rank),
-                    dlogits,
-                    head.u.block(tokens, 0..rank),
-                    1.0,
-                    Write::Add,
-                );
-            }
-        });
+/// Gradients of the inputs, and of `w` and `b` if `wanted`.
+///
+/// A tile of logits' gradients is made once, by tasks that own tokens, and read twice: by the same tasks for the
+/// inputs, then by tasks that own rows of the weights.
+pub(crate) fn backward(head: Head<'_>, rows: &[Row], wanted: [bool; 2]) -> Grads {
+    let (vocab, hidden, rank) = (head.vocab(), head.h.cols(), head.u.cols());
+    let [wide, low] = [
+        hidden * usize::from(wanted[0]),
+        rank * usize::from(wanted[1]),
+    ];
+    let mut grads = Grads {
+        dh: vec![0.0; rows.len() * hidden],
+        du: vec![0.0; rows.len() * rank],
+        dw: vec![0.0; vocab * wide],
+        db: vec![0.0; vocab * low],
+    };
+    let mut dlogits = vec![0.0; PASS_TOKENS.min(rows.len()) * TILE_VOCAB.min(vocab)];
+    for tokens in tiles(0..rows.len(), PASS_TOKENS) {
+        for vocab in tiles(0..vocab, TILE_VOCAB) {
+            let dlogits = &mut dlogits[..tokens.len() * vocab.len()];
+            let dh = &mut grads.dh[tokens.start * hidden..tokens.end * hidden];
+            let du = &mut grads.du[tokens.start * rank..tokens.end * rank];
+            backward_inputs(
+                head,
+                rows,
+                (tokens.clone(), vocab.clone()),
+                dlogits,
+                [dh, du],
+            );
+            let dlogits = Mat::dense(dlogits, tokens.len(), vocab.len());
+            let dw = &mut grads.dw[vocab.start * wide..vocab.end * wide];
+            add_outer(dw, dlogits, head.h.block(tokens.clone(), 0..wide));
+            let db = &mut grads.db[vocab.start * low..vocab.end * low];
+            add_outer(db, dlogits, head.u.block(tokens.clone(), 0..low));
+        }
+    }
+    grads
+}
+
+/// Fills a tile of `dlogits [tokens, vocab]`, and adds what it gives to the gradients of its tokens' `h` and `u`.
+fn backward_inputs(
+    head: Head<'_>,
+    rows: &[Row],
+    (tokens, vocab): (Range<usize>, Range<usize>),
+    dlogits: &mut [f32],
+    [dh, du]: [&mut [f32]; 2],
+) {
+    let (n, width) = (tokens.len(), vocab.len());
+    let outputs = [dlogits, dh, du].map(|values| {
+        let cols = values.len() / n;
+        MatMut::dense(values, n, cols)
     });
-    [dw, db]
+    let blocks: Vec<_> = tiles(0..n, TILE_TOKENS).collect();
+    blocks.into_par_iter().for_each(|block| {
+        // SAFETY: tasks write different rows.
+        #[expect(unsafe_code, reason = "disjoint rows of three outputs")]
+        let [mut dlogits, dh, du] = unsafe {
+            outputs
+                .each_ref()
+                .map(|all| all.part(block.clone(), 0..all.cols()))
+        };
+        let places = tokens.start + block.start..tokens.start + block.end;
+        head.dlogits(places, vocab.clone(), rows, dlogits.values());
+        let dlogits = Mat::dense(dlogits.values(), block.len(), width);
+        for (w, dx) in [(head.w, dh), (head.b, du)] {
+            let ins = 0..dx.cols();
+            if !ins.is_empty() {
+                nn_serial(dlogits, w, vocab.clone(), ins, dx, Write::Add);
+            }
+        }
+    });
+}
+
+/// `dw += dlogitsᵀ · x`, in parallel over rows of `dw`.
+fn add_outer(dw: &mut [f32], dlogits: Mat<'_>, x: Mat<'_>) {
+    let size = TILE_TOKENS * x.cols();
+    if size == 0 {
+        return;
+    }
+    dw.par_chunks_mut(size).enumerate().for_each(|(i, dw)| {
+        let start = i * TILE_TOKENS;
+        let rows = dw.len() / x.cols();
+        let dlogits = dlogits.block(0..x.rows(), start..start + rows).t();
+        gemm(
+            MatMut::dense(dw, rows, x.cols()),
+            dlogits,
+            x,
+            1.0,
+            Write::Add,
+        );
+    });
 }

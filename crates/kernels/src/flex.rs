@@ -12,6 +12,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use crate::adamw::{self, AdamWStep};
+use crate::attention::{self, Place};
 use crate::cross_entropy::{self, Head};
 use crate::experts::{self, Experts, Factors, Slots, Source};
 use crate::gemm::{self, Compute, Weights};
@@ -21,8 +22,7 @@ use crate::ops::{
 };
 use crate::strided::{Mat, MatMut, Write};
 use crate::{
-    Choice, Dropout, ExpertBank, ExpertLora, Matrix, Pairs, attention, rms_norm, rope, route,
-    swiglu,
+    Choice, Dropout, ExpertBank, ExpertLora, Matrix, Pairs, rms_norm, rope, route, swiglu,
 };
 
 /// A tensor's f32 values in row-major order: in place where they lie so, copied otherwise.
@@ -202,7 +202,8 @@ impl Kernels for Flex {
 
     fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f32) -> FlexTensor {
         let (x, weight) = (Floats::new(&x), Floats::new(&weight));
-        floats(rms_norm::forward(&x, &weight, eps), x.dims::<2>())
+        let [rows, width] = x.dims();
+        floats(rms_norm::forward(&x, width, &weight, eps), [rows, width])
     }
 
     fn rope(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, pairs: Pairs) -> FlexTensor {
@@ -234,10 +235,28 @@ impl Kernels for Flex {
         scale: f32,
     ) -> (FlexTensor, FlexTensor) {
         let (q, k, v) = (Floats::new(&q), Floats::new(&k), Floats::new(&v));
-        let shape = attention_shape(&q, &k, &v);
-        let (out, lse) = attention::forward(&q, &k, &v, scale, shape);
-        let out = floats(out, [shape.batch, shape.seq, shape.heads, shape.v_dim]);
-        (out, floats(lse, [shape.batch, shape.heads, shape.seq]))
+        let context = attention::Context {
+            k: &k,
+            v: &v,
+            shared: &[],
+        };
+        attend(&q, context, scale, shape_apart(&q, &k, &v))
+    }
+
+    fn expanded_attention(
+        q: FlexTensor,
+        kv: FlexTensor,
+        latents: FlexTensor,
+        v_dim: usize,
+        scale: f32,
+    ) -> (FlexTensor, FlexTensor) {
+        let (q, kv, latents) = (Floats::new(&q), Floats::new(&kv), Floats::new(&latents));
+        let context = attention::Context {
+            k: &kv,
+            v: &kv,
+            shared: &latents,
+        };
+        attend(&q, context, scale, shape_together(&q, &kv, &latents, v_dim))
     }
 
     fn latent_attention(
@@ -247,21 +266,14 @@ impl Kernels for Flex {
         scale: f32,
     ) -> FlexTensor {
         let (q, latents) = (Floats::new(&q), Floats::new(&latents));
-        let ([batch, seq, heads, dim], [_, kv_seq, ..]) = (q.dims::<4>(), latents.dims::<4>());
-        let shape = attention::Shape {
-            batch,
-            seq,
-            kv_seq,
-            heads,
-            kv_heads: 1,
-            dim,
-            v_dim,
-            v_stride: dim,
+        let mut shape = shape_apart(&q, &latents, &latents);
+        shape.v.dim = v_dim;
+        let context = attention::Context {
+            k: &latents,
+            v: &latents,
+            shared: &[],
         };
-        floats(
-            attention::forward(&q, &latents, &latents, scale, shape).0,
-            [batch, seq, heads, v_dim],
-        )
+        attend(&q, context, scale, shape).0
     }
 
     fn choose_experts(scores: FlexTensor, choice: Choice) -> FlexTensor {
@@ -398,19 +410,59 @@ fn turn(
     )
 }
 
-fn attention_shape(q: &Floats, k: &Floats, v: &Floats) -> attention::Shape {
+/// Keys and values in two tensors.
+fn shape_apart(q: &Floats, k: &Floats, v: &Floats) -> attention::Shape {
     let ([batch, seq, heads, dim], [_, kv_seq, kv_heads, _], [.., v_dim]) =
         (q.dims::<4>(), k.dims::<4>(), v.dims::<4>());
     attention::Shape {
         batch,
         seq,
         kv_seq,
-        heads,
-        kv_heads,
-        dim,
-        v_dim,
-        v_stride: kv_heads * v_dim,
+        q: Place::whole(heads, dim),
+        k: Place::whole(kv_heads, dim),
+        v: Place::whole(kv_heads, v_dim),
+        shared: Place::whole(1, 0),
     }
+}
+
+/// Keys and values of all heads in one tensor; the end of `latents` is the end of every key.
+fn shape_together(q: &Floats, kv: &Floats, latents: &Floats, v_dim: usize) -> attention::Shape {
+    let ([batch, seq, heads, dim], [_, kv_seq, _, width], [.., latent]) =
+        (q.dims::<4>(), kv.dims::<4>(), latents.dims::<4>());
+    let (own, whole) = (width - v_dim, Place::whole(heads, width));
+    let shared = dim - own;
+    attention::Shape {
+        batch,
+        seq,
+        kv_seq,
+        q: Place::whole(heads, dim),
+        k: Place { dim: own, ..whole },
+        v: Place {
+            start: own,
+            dim: v_dim,
+            ..whole
+        },
+        shared: Place {
+            start: latent - shared,
+            dim: shared,
+            ..Place::whole(1, latent)
+        },
+    }
+}
+
+/// Output `[batch, seq, heads, v_dim]` and log-sum-exp `[batch, heads, seq]`.
+fn attend(
+    q: &Floats,
+    context: attention::Context<'_>,
+    scale: f32,
+    shape: attention::Shape,
+) -> (FlexTensor, FlexTensor) {
+    let (out, lse) = attention::forward(q, context, scale, shape);
+    let (batch, seq, heads) = (shape.batch, shape.seq, shape.q.heads);
+    (
+        floats(out, [batch, seq, heads, shape.v.dim]),
+        floats(lse, [batch, heads, seq]),
+    )
 }
 
 struct RoutingValues {

@@ -23,6 +23,7 @@ mod autodiff;
 mod cross_entropy;
 mod dropout;
 mod error;
+mod exp;
 mod experts;
 mod flex;
 pub mod fp8;
@@ -45,8 +46,9 @@ pub use matrix::{Format, Fp8Blocks, Matrix};
 pub use ops::{
     Direction, ExpertFactors, HeadRows, Kernels, Routing, adamw, attention, choose_experts,
     cross_entropy_frozen, cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained,
-    experts_frozen, experts_trained, heads_linear, latent_attention, linear_add, linear_frozen,
-    linear_trained, rms_norm, rope, sum_of_squares, swiglu,
+    expanded_attention, experts_frozen, experts_trained, heads_linear, latent_attention,
+    linear_add, linear_frozen, linear_trained, rms_norm, rms_norm_start, rope, sum_of_squares,
+    swiglu,
 };
 pub use rope::Pairs;
 pub use route::{Choice, GroupScore};

@@ -86,6 +86,14 @@ pub trait Kernels: Backend {
         v: FloatTensor<Self>,
         scale: f32,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    /// See [`expanded_attention`]; also gives the log-sum-exp of every row of scores.
+    fn expanded_attention(
+        q: FloatTensor<Self>,
+        kv: FloatTensor<Self>,
+        latents: FloatTensor<Self>,
+        v_dim: usize,
+        scale: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
     /// See [`latent_attention`].
     fn latent_attention(
         q: FloatTensor<Self>,
@@ -280,6 +288,19 @@ pub fn embed_trained(ids: Tensor<1, Int>, w: Tensor<2>) -> Tensor<2> {
 /// If the widths do not fit.
 pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f32) -> Tensor<2> {
     assert_eq!(x.dims()[1], weight.dims()[0], "width of the norm");
+    rms_norm_start(x, weight, eps)
+}
+
+/// [`rms_norm`] of the first features of every row; the others stay as they are.
+///
+/// # Shapes
+/// - `x`: `[tokens, width]`, `weight`: `[normed ≤ width]`
+/// - returns: `[tokens, width]`
+///
+/// # Panics
+/// If the rows are narrower than the weight.
+pub fn rms_norm_start(x: Tensor<2>, weight: Tensor<1>, eps: f32) -> Tensor<2> {
+    assert!(x.dims()[1] >= weight.dims()[0], "width of the norm");
     float(Dispatch::rms_norm(
         x.into_dispatch(),
         weight.into_dispatch(),
@@ -289,18 +310,21 @@ pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f32) -> Tensor<2> {
 
 /// Turns pairs of features by their position's angles. The angles have no gradient.
 ///
+/// Where a head is wider than the angles reach, its last features are turned and the first stay as they are.
+///
 /// # Shapes
-/// - `x`: `[batch, seq, heads, dim]`, `cos` and `sin`: `[seq, dim / 2]`
+/// - `x`: `[batch, seq, heads, dim]`, `cos` and `sin`: `[seq, turned / 2]` with `turned ≤ dim`
 /// - returns: the shape and layout of `x`
 ///
 /// # Panics
 /// If the sizes do not fit.
 pub fn rope(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, pairs: Pairs) -> Tensor<4> {
-    let [_, seq, _, dim] = x.dims();
-    assert_eq!(
-        (cos.dims(), sin.dims()),
-        ([seq, dim / 2], [seq, dim / 2]),
-        "angles of the positions"
+    let ([_, seq, _, dim], [positions, half]) = (x.dims(), cos.dims());
+    assert!(
+        positions == seq && cos.dims() == sin.dims() && 2 * half <= dim,
+        "angles {:?} and {:?} of {seq} positions of {dim} features",
+        cos.dims(),
+        sin.dims()
     );
     Tensor::from_dispatch(Dispatch::rope(
         x.into_dispatch(),
@@ -364,6 +388,53 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f32) -> Tensor
             q.into_dispatch(),
             k.into_dispatch(),
             v.into_dispatch(),
+            scale,
+        )
+        .0,
+    )
+}
+
+/// Causal attention over keys and values that were rebuilt from latents: latent attention in its expanded form, reading
+/// everything where it lies.
+///
+/// A head's key is the first `width − v_dim` features of its row of `kv`, followed by the last features of the
+/// position's `latents`, which all heads share; its value is the rest of the row.
+///
+/// # Shapes
+/// - `q`: `[batch, seq, heads, dim]`, `kv`: `[batch, kv_seq, heads, width]`, `latents`: `[batch, kv_seq, 1, latent]`
+/// - returns: `[batch, seq, heads, v_dim]`
+///
+/// # Panics
+/// If the sizes do not fit, or `kv_seq < seq`.
+pub fn expanded_attention(
+    q: Tensor<4>,
+    kv: Tensor<4>,
+    latents: Tensor<4>,
+    v_dim: usize,
+    scale: f32,
+) -> Tensor<4> {
+    let ([batch, seq, heads, dim], [_, kv_seq, _, width]) = (q.dims(), kv.dims());
+    let [.., latent] = latents.dims();
+    assert_eq!(
+        kv.dims(),
+        [batch, kv_seq, heads, width],
+        "rows of the heads"
+    );
+    assert_eq!(
+        latents.dims()[..3],
+        [batch, kv_seq, 1],
+        "latents of the keys"
+    );
+    assert!(
+        kv_seq >= seq && v_dim <= width && dim + v_dim >= width && dim + v_dim - width <= latent,
+        "{seq} queries of {dim}, {kv_seq} keys and values of {width} with {v_dim}, latents of {latent}"
+    );
+    Tensor::from_dispatch(
+        Dispatch::expanded_attention(
+            q.into_dispatch(),
+            kv.into_dispatch(),
+            latents.into_dispatch(),
+            v_dim,
             scale,
         )
         .0,

@@ -10,28 +10,36 @@ fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     1.0 / ((squares / x.len() as f64) as f32 + eps).sqrt()
 }
 
-/// x `[rows, width]`, weight `[width]` → `[rows, width]`.
-pub(crate) fn forward(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
-    let width = weight.len();
+/// x `[rows, width]`, weight `[normed ≤ width]` → `[rows, width]`: the first `normed` features normalized, the others
+/// as they are.
+pub(crate) fn forward(x: &[f32], width: usize, weight: &[f32], eps: f32) -> Vec<f32> {
+    let normed = weight.len();
     let mut y = vec![0.0; x.len()];
     y.par_chunks_mut(width * TASK_ROWS)
         .zip(x.par_chunks(width * TASK_ROWS))
         .for_each(|(y, x)| {
             for (y, x) in y.chunks_mut(width).zip(x.chunks(width)) {
-                let scale = inverse_rms(x, eps);
+                let scale = inverse_rms(&x[..normed], eps);
                 y.iter_mut()
                     .zip(x.iter().zip(weight))
                     .for_each(|(y, (x, w))| *y = x * scale * w);
+                y[normed..].copy_from_slice(&x[normed..]);
             }
         });
     y
 }
 
-/// Gradients of x `[rows, width]` and of the weight `[width]`.
+/// Gradients of x `[rows, width]` and of the weight `[normed]`.
 ///
 /// With `n = x · scale` the normalized row: `dx = scale · (dy·w − n · mean(dy·w·n))`, `dw = Σ_rows dy · n`.
-pub(crate) fn backward(dy: &[f32], x: &[f32], weight: &[f32], eps: f32) -> (Vec<f32>, Vec<f32>) {
-    let width = weight.len();
+pub(crate) fn backward(
+    dy: &[f32],
+    x: &[f32],
+    width: usize,
+    weight: &[f32],
+    eps: f32,
+) -> (Vec<f32>, Vec<f32>) {
+    let normed = weight.len();
     let mut dx = vec![0.0; x.len()];
     let partial: Vec<Vec<f32>> = dx
         .par_chunks_mut(width * TASK_ROWS)
@@ -40,17 +48,20 @@ pub(crate) fn backward(dy: &[f32], x: &[f32], weight: &[f32], eps: f32) -> (Vec<
                 .zip(x.par_chunks(width * TASK_ROWS)),
         )
         .map(|(dx, (dy, x))| {
-            let mut dw = vec![0.0; width];
+            let mut dw = vec![0.0; normed];
             for (dx, (dy, x)) in dx
                 .chunks_mut(width)
                 .zip(dy.chunks(width).zip(x.chunks(width)))
             {
+                let (dx, rest) = dx.split_at_mut(normed);
+                rest.copy_from_slice(&dy[normed..]);
+                let (dy, x) = (&dy[..normed], &x[..normed]);
                 backward_row(dx, &mut dw, dy, x, weight, inverse_rms(x, eps));
             }
             dw
         })
         .collect();
-    let mut dw = vec![0.0; width];
+    let mut dw = vec![0.0; normed];
     for part in partial {
         dw.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
     }

@@ -21,7 +21,7 @@ pub(crate) enum Turn {
     Back,
 }
 
-/// x `[batch, seq, heads, dim]` turned by cos, sin `[seq, dim / 2]`.
+/// x `[batch, seq, heads, dim]` with the last `2 · half` features of each head turned by cos, sin `[seq, half]`.
 pub(crate) fn rotate(
     x: &[f32],
     cos: &[f32],
@@ -31,7 +31,8 @@ pub(crate) fn rotate(
     turn: Turn,
 ) -> Vec<f32> {
     let [_, seq, heads, dim] = dims;
-    let half = dim / 2;
+    let half = cos.len() / seq.max(1);
+    let start = dim - 2 * half;
     let mut y = vec![0.0; x.len()];
     y.par_chunks_mut((heads * dim).max(1))
         .zip(x.par_chunks((heads * dim).max(1)))
@@ -43,6 +44,8 @@ pub(crate) fn rotate(
                 &sin[position * half..][..half],
             );
             for (y, x) in y.chunks_mut(dim).zip(x.chunks(dim)) {
+                y[..start].copy_from_slice(&x[..start]);
+                let (y, x) = (&mut y[start..], &x[start..]);
                 for j in 0..half {
                     let (a, b) = match pairs {
                         Pairs::Interleaved => (2 * j, 2 * j + 1),

@@ -1,25 +1,32 @@
 //! The gated activation `silu(gate) · up`, and its gradient.
 
-/// `silu(x) = x · σ(x)`.
+use crate::exp::exp;
+use crate::simd::multiversion;
+
+/// `σ(x)`, of which `silu(x) = x · σ(x)`.
 #[inline(always)]
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
+fn sigmoid<const FMA: bool>(x: f32) -> f32 {
+    1.0 / (1.0 + exp::<FMA>(-x))
 }
 
-/// `out = silu(gate) · up`, element by element.
-pub(crate) fn forward(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    for (out, (gate, up)) in out.iter_mut().zip(gate.iter().zip(up)) {
-        *out = gate * sigmoid(*gate) * up;
+multiversion! {
+    /// `out = silu(gate) · up`, element by element.
+    fn forward<FMA>(gate: &[f32], up: &[f32], out: &mut [f32]) {
+        for (out, (gate, up)) in out.iter_mut().zip(gate.iter().zip(up)) {
+            *out = gate * sigmoid::<FMA>(*gate) * up;
+        }
     }
 }
 
-/// Turns `d(out)` in `dgate` into the gradient of `gate`, and writes the gradient of `up`.
-///
-/// `d silu(g) = σ(g) · (1 + g · (1 − σ(g)))`.
-pub(crate) fn backward(dgate: &mut [f32], dup: &mut [f32], gate: &[f32], up: &[f32]) {
-    for ((dgate, dup), (gate, up)) in dgate.iter_mut().zip(dup).zip(gate.iter().zip(up)) {
-        let (dout, sigma) = (*dgate, sigmoid(*gate));
-        *dgate = dout * up * sigma * (1.0 + gate * (1.0 - sigma));
-        *dup = dout * gate * sigma;
+multiversion! {
+    /// Turns `d(out)` in `dgate` into the gradient of `gate`, and writes the gradient of `up`.
+    ///
+    /// `d silu(g) = σ(g) · (1 + g · (1 − σ(g)))`.
+    fn backward<FMA>(dgate: &mut [f32], dup: &mut [f32], gate: &[f32], up: &[f32]) {
+        for ((dgate, dup), (gate, up)) in dgate.iter_mut().zip(dup).zip(gate.iter().zip(up)) {
+            let (dout, sigma) = (*dgate, sigmoid::<FMA>(*gate));
+            *dgate = dout * up * sigma * (1.0 + gate * (1.0 - sigma));
+            *dup = dout * gate * sigma;
+        }
     }
 }

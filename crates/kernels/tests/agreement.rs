@@ -238,6 +238,20 @@ fn norm_rope_swiglu_agree() {
             rms_norm(x.clone(), weight.clone(), 1e-3),
             plain(&x, &weight)
         );
+        let start = width / 2;
+        let (normed, rest) = (random([start]), start..width);
+        agree!(
+            "rms_norm_start",
+            [x, normed],
+            moeforge_kernels::rms_norm_start(x.clone(), normed.clone(), 1e-3),
+            Tensor::cat(
+                vec![
+                    plain(&x.clone().slice([0..tokens, 0..start]), &normed),
+                    x.clone().slice([0..tokens, rest.clone()])
+                ],
+                1
+            )
+        );
         agree!(
             "swiglu",
             [x, up],
@@ -276,6 +290,17 @@ fn norm_rope_swiglu_agree() {
             [x],
             rope(x.clone(), cos.clone(), sin.clone(), pairs),
             plain(x.clone(), pairs)
+        );
+        let all = random([batch, seq, heads, dim + 3]);
+        let cut = |all: &Tensor<4>, range| all.clone().slice([0..batch, 0..seq, 0..heads, range]);
+        agree!(
+            format!("rope of the last features {pairs:?}"),
+            [all],
+            rope(all.clone(), cos.clone(), sin.clone(), pairs),
+            Tensor::cat(
+                vec![cut(&all, 0..3), plain(cut(&all, 3..dim + 3), pairs)],
+                3
+            )
         );
     }
 }
@@ -339,6 +364,57 @@ fn latent_attention_is_attention_over_a_shared_row() {
     let v = latents.clone().slice([0..2, 0..9, 0..1, 0..5]);
     let expected = attention(q.clone(), latents.clone(), v, 0.3);
     close(&kernels_latent(q, latents), &expected, "latent");
+}
+
+#[test]
+fn expanded_attention_is_attention_over_assembled_keys() {
+    let (batch, heads, v_dim, latent) = (2, 3, 4, 9);
+    for ([seq, kv_seq], [nope, rope]) in [
+        ([5, 5], [3, 2]),
+        ([70, 131], [5, 4]),
+        ([1, 6], [2, 9]),
+        ([66, 66], [0, 3]),
+        ([7, 9], [6, 0]),
+    ] {
+        let (q, kv, latents) = (
+            random([batch, seq, heads, nope + rope]),
+            random([batch, kv_seq, heads, nope + v_dim]),
+            random([batch, kv_seq, 1, latent]),
+        );
+        let plain = |q: Tensor<4>, kv: Tensor<4>, latents: Tensor<4>| {
+            let v = kv
+                .clone()
+                .slice([0..batch, 0..kv_seq, 0..heads, nope..nope + v_dim]);
+            let mut parts = vec![];
+            if nope > 0 {
+                parts.push(kv.slice([0..batch, 0..kv_seq, 0..heads, 0..nope]));
+            }
+            if rope > 0 {
+                let shared = latents.slice([0..batch, 0..kv_seq, 0..1, latent - rope..latent]);
+                parts.push(shared.repeat_dim(2, heads));
+            }
+            attention(q, Tensor::cat(parts, 3), v, 0.7)
+        };
+        let run = |q: Tensor<4>, kv: Tensor<4>, latents: Tensor<4>| {
+            moeforge_kernels::expanded_attention(q, kv, latents, v_dim, 0.7)
+        };
+        let what = format!("expanded {seq} of {kv_seq}, {nope} + {rope}");
+        if rope > 0 {
+            agree!(
+                what,
+                [q, kv, latents],
+                run(q.clone(), kv.clone(), latents.clone()),
+                plain(q.clone(), kv.clone(), latents.clone())
+            );
+        } else {
+            agree!(
+                what,
+                [q, kv],
+                run(q.clone(), kv.clone(), latents.clone()),
+                plain(q.clone(), kv.clone(), latents.clone())
+            );
+        }
+    }
 }
 
 fn kernels_latent(q: Tensor<4>, latents: Tensor<4>) -> Tensor<4> {

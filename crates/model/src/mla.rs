@@ -57,7 +57,7 @@ impl Mla {
     pub fn forward(&self, x: Tensor<3>, pass: &mut Pass<'_>, layer_idx: usize) -> Tensor<3> {
         let [batch, seq, hidden_size] = x.dims();
         let tokens = x.reshape([batch * seq, hidden_size]);
-        let (q_nope, q_pe) = self.queries(tokens.clone(), [batch, seq], pass);
+        let q = self.queries(tokens.clone(), [batch, seq], pass);
         let latents = self.latents(tokens, [batch, seq], pass);
 
         let out = match pass
@@ -68,25 +68,20 @@ impl Mla {
             Some(LayerCache { buffers }) => {
                 let latents = buffers[0].append(latents);
                 if seq == 1 {
-                    self.absorbed(q_nope, q_pe, latents)
+                    self.absorbed(q, latents)
                 } else {
-                    self.expanded(q_nope, q_pe, latents, pass)
+                    self.expanded(q, latents, pass)
                 }
             }
-            None => self.expanded(q_nope, q_pe, latents, pass),
+            None => self.expanded(q, latents, pass),
         };
         self.o_proj
             .forward(out, pass)
             .reshape([batch, seq, hidden_size])
     }
 
-    /// Queries of all heads: the part without positions, and the rotated part, `[batch, seq, heads, …]`.
-    fn queries(
-        &self,
-        tokens: Tensor<2>,
-        [batch, seq]: [usize; 2],
-        pass: &Pass<'_>,
-    ) -> (Tensor<4>, Tensor<4>) {
+    /// Queries of all heads, the end of each rotated: `[batch, seq, heads, qk_head_dim]`.
+    fn queries(&self, tokens: Tensor<2>, [batch, seq]: [usize; 2], pass: &Pass<'_>) -> Tensor<4> {
         let q = match (
             &self.q_proj,
             &self.q_a_proj,
@@ -99,76 +94,42 @@ impl Mla {
             }
             _ => unreachable!("the loader builds q_proj, or the three parts of the bottleneck"),
         };
-        let (nope, dim) = (self.config.qk_nope_head_dim, self.config.qk_head_dim());
-        let q = q.reshape([batch, seq, self.heads, dim]);
-        let q_nope = q.clone().slice([0..batch, 0..seq, 0..self.heads, 0..nope]);
-        let q_pe = q.slice([0..batch, 0..seq, 0..self.heads, nope..dim]);
+        let q = q.reshape([batch, seq, self.heads, self.config.qk_head_dim()]);
         let rotary = pass.rotary();
-        (
-            q_nope,
-            kernels::rope(q_pe, rotary.cos, rotary.sin, self.pairs),
-        )
+        kernels::rope(q, rotary.cos, rotary.sin, self.pairs)
     }
 
     /// What the cache stores: normalized latent and rotated shared key, `[batch, seq, 1, kv_lora_rank + rope]`.
     fn latents(&self, tokens: Tensor<2>, [batch, seq]: [usize; 2], pass: &Pass<'_>) -> Tensor<4> {
-        let (rank, width) = (
-            self.config.kv_lora_rank,
-            self.config.kv_lora_rank + self.config.qk_rope_head_dim,
-        );
         let kv = self.kv_a_proj_with_mqa.forward(tokens, pass); // [tokens, rank + rope]
-        let latent = self
-            .kv_a_layernorm
-            .forward(kv.clone().slice([0..batch * seq, 0..rank]));
-        let k_pe = kv
-            .slice([0..batch * seq, rank..width])
-            .reshape([batch, seq, 1, width - rank]);
+        let [_, width] = kv.dims();
+        let kv = self.kv_a_layernorm.forward_start(kv);
         let rotary = pass.rotary();
-        let k_pe = kernels::rope(k_pe, rotary.cos, rotary.sin, self.pairs);
-        Tensor::cat(vec![latent.reshape([batch, seq, 1, rank]), k_pe], 3)
+        let kv = kv.reshape([batch, seq, 1, width]);
+        kernels::rope(kv, rotary.cos, rotary.sin, self.pairs)
     }
 
     /// Attention over rebuilt keys and values; returns `[tokens, heads · v_head_dim]`.
-    fn expanded(
-        &self,
-        q_nope: Tensor<4>,
-        q_pe: Tensor<4>,
-        latents: Tensor<4>,
-        pass: &Pass<'_>,
-    ) -> Tensor<2> {
+    fn expanded(&self, q: Tensor<4>, latents: Tensor<4>, pass: &Pass<'_>) -> Tensor<2> {
         let ([batch, kv_seq, _, width], heads) = (latents.dims(), self.heads);
-        let (rank, nope, v_dim) = (
-            self.config.kv_lora_rank,
-            self.config.qk_nope_head_dim,
-            self.config.v_head_dim,
-        );
+        let (nope, v_dim) = (self.config.qk_nope_head_dim, self.config.v_head_dim);
         let latent = latents
             .clone()
-            .slice([0..batch, 0..kv_seq, 0..1, 0..rank])
-            .reshape([batch * kv_seq, rank]);
-        let k_pe = latents.slice([0..batch, 0..kv_seq, 0..1, rank..width]);
-
+            .reshape([batch * kv_seq, width])
+            .slice([0..batch * kv_seq, 0..self.config.kv_lora_rank]);
         let kv = self
             .kv_b_proj
             .forward(latent, pass)
             .reshape([batch, kv_seq, heads, nope + v_dim]);
-        let k_nope = kv.clone().slice([0..batch, 0..kv_seq, 0..heads, 0..nope]);
-        let v = kv.slice([0..batch, 0..kv_seq, 0..heads, nope..nope + v_dim]);
-        let k = Tensor::cat(vec![k_nope, k_pe.repeat_dim(2, heads)], 3);
-        let q = Tensor::cat(vec![q_nope, q_pe], 3);
-
-        let out = kernels::attention(q, k, v, self.softmax_scale); // [batch, seq, heads, v_head_dim]
+        let out = kernels::expanded_attention(q, kv, latents, v_dim, self.softmax_scale);
         let [_, seq, ..] = out.dims();
         out.reshape([batch * seq, heads * v_dim])
     }
 
     /// Attention over the latents themselves; returns `[tokens, heads · v_head_dim]`. Without gradient.
-    fn absorbed(&self, q_nope: Tensor<4>, q_pe: Tensor<4>, latents: Tensor<4>) -> Tensor<2> {
-        let ([batch, seq, heads, nope], rank, v_dim) = (
-            q_nope.dims(),
-            self.config.kv_lora_rank,
-            self.config.v_head_dim,
-        );
+    fn absorbed(&self, q: Tensor<4>, latents: Tensor<4>) -> Tensor<2> {
+        let ([batch, seq, heads, dim], rank) = (q.dims(), self.config.kv_lora_rank);
+        let (nope, v_dim) = (self.config.qk_nope_head_dim, self.config.v_head_dim);
         let rows = |start, len, direction| HeadRows {
             heads,
             start,
@@ -176,12 +137,13 @@ impl Mla {
             direction,
         };
 
-        let q_nope = q_nope.reshape([batch * seq, heads, nope]);
+        let part = |range| q.clone().slice([0..batch, 0..seq, 0..heads, range]);
+        let q_nope = part(0..nope).reshape([batch * seq, heads, nope]);
         let q_latent = self
             .kv_b_proj
             .per_head(q_nope, rows(0, nope, Direction::Transposed))
             .reshape([batch, seq, heads, rank]);
-        let q = Tensor::cat(vec![q_latent, q_pe], 3);
+        let q = Tensor::cat(vec![q_latent, part(nope..dim)], 3);
         let out = kernels::latent_attention(q, latents, rank, self.softmax_scale); // [batch, seq, heads, rank]
 
         let out = out.reshape([batch * seq, heads, rank]);

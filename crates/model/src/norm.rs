@@ -23,4 +23,16 @@ impl Norm {
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         kernels::rms_norm(x, self.weight.val(), self.eps)
     }
+
+    /// The norm of the first features of every row; the others stay as they are.
+    ///
+    /// # Shapes
+    /// - `x`: `[tokens, width or more]`
+    /// - returns: the shape of `x`
+    ///
+    /// # Panics
+    /// If the rows are too narrow.
+    pub fn forward_start(&self, x: Tensor<2>) -> Tensor<2> {
+        kernels::rms_norm_start(x, self.weight.val(), self.eps)
+    }
 }

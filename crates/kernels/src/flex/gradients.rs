@@ -7,16 +7,17 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::{
-    ELEMENTS, FactorValues, Floats, RoutingValues, StackValues, TrainedTokens, attention_shape,
-    floats, frozen_experts, int_values, nn, trained, turn,
+    ELEMENTS, FactorValues, Floats, RoutingValues, StackValues, TrainedTokens, floats,
+    frozen_experts, int_values, nn, shape_apart, shape_together, trained, turn,
 };
+use crate::attention::{self, ContextGrads};
 use crate::autodiff::{ExpertsSaved, Gradients, LossSaved};
 use crate::cross_entropy::{self, Row};
 use crate::experts::{self, InputGrads};
 use crate::gemm::{self, Compute, Weights};
 use crate::ops::{FactorsPrimitive, StacksPrimitive};
 use crate::strided::MatMut;
-use crate::{ExpertBank, ExpertLora, Matrix, Pairs, attention, rms_norm, rope, swiglu};
+use crate::{ExpertBank, ExpertLora, Matrix, Pairs, rms_norm, rope, swiglu};
 
 impl Gradients for Flex {
     fn linear_frozen_dx(dy: FlexTensor, w: &Matrix, compute: Compute) -> FlexTensor {
@@ -71,7 +72,7 @@ impl Gradients for Flex {
         eps: f32,
     ) -> [FlexTensor; 2] {
         let (dy, x, weight) = (Floats::new(&dy), Floats::new(&x), Floats::new(&weight));
-        let (dx, dw) = rms_norm::backward(&dy, &x, &weight, eps);
+        let (dx, dw) = rms_norm::backward(&dy, &x, x.dims::<2>()[1], &weight, eps);
         [floats(dx, x.dims::<2>()), floats(dw, [weight.len()])]
     }
 
@@ -97,24 +98,53 @@ impl Gradients for Flex {
     fn attention_grads(dout: FlexTensor, saved: [FlexTensor; 5], scale: f32) -> [FlexTensor; 3] {
         let dout = Floats::new(&dout);
         let [q, k, v, out, lse] = saved.each_ref().map(Floats::new);
-        let shape = attention_shape(&q, &k, &v);
-        let [dq, dk, dv] = attention::backward(
-            &dout,
-            attention::Saved {
-                q: &q,
-                k: &k,
-                v: &v,
-                out: &out,
-                lse: &lse,
-            },
-            scale,
-            shape,
-        );
-        [
-            floats(dq, q.dims::<4>()),
-            floats(dk, k.dims::<4>()),
-            floats(dv, v.dims::<4>()),
-        ]
+        let context = attention::Context {
+            k: &k,
+            v: &v,
+            shared: &[],
+        };
+        let saved = attention::Saved {
+            q: &q,
+            context,
+            out: &out,
+            lse: &lse,
+        };
+        let (mut dk, mut dv) = (vec![0.0; k.len()], vec![0.0; v.len()]);
+        let grads = ContextGrads::Apart {
+            dk: &mut dk,
+            dv: &mut dv,
+        };
+        let dq = attention::backward(&dout, saved, scale, shape_apart(&q, &k, &v), grads);
+        [(dq, &q), (dk, &k), (dv, &v)].map(|(grad, of)| floats(grad, of.dims::<4>()))
+    }
+
+    fn expanded_attention_grads(
+        dout: FlexTensor,
+        saved: [FlexTensor; 5],
+        v_dim: usize,
+        scale: f32,
+    ) -> [FlexTensor; 3] {
+        let dout = Floats::new(&dout);
+        let [q, kv, latents, out, lse] = saved.each_ref().map(Floats::new);
+        let context = attention::Context {
+            k: &kv,
+            v: &kv,
+            shared: &latents,
+        };
+        let saved = attention::Saved {
+            q: &q,
+            context,
+            out: &out,
+            lse: &lse,
+        };
+        let shape = shape_together(&q, &kv, &latents, v_dim);
+        let (mut dkv, mut dlatents) = (vec![0.0; kv.len()], vec![0.0; latents.len()]);
+        let grads = ContextGrads::Together {
+            dkv: &mut dkv,
+            dshared: &mut dlatents,
+        };
+        let dq = attention::backward(&dout, saved, scale, shape, grads);
+        [(dq, &q), (dkv, &kv), (dlatents, &latents)].map(|(grad, of)| floats(grad, of.dims::<4>()))
     }
 
     fn experts_frozen_grads(
@@ -171,12 +201,11 @@ impl Gradients for Flex {
             loss_rows(&tokens, &dloss, &saved.lse),
         );
         let n = saved.h.layout().shape().as_slice()[0];
-        let (dh, du) = cross_entropy::backward_inputs(head, &rows);
-        let [_, db] = cross_entropy::backward_weights(head, &rows, [false, want_b]);
+        let grads = cross_entropy::backward(head, &rows, [false, want_b]);
         [
-            tokens.scatter(&dh, tokens.hidden, n),
-            tokens.scatter(&du, tokens.rank, n),
-            floats(db, if want_b { b.dims::<2>() } else { [0, 0] }),
+            tokens.scatter(&grads.dh, tokens.hidden, n),
+            tokens.scatter(&grads.du, tokens.rank, n),
+            floats(grads.db, if want_b { b.dims::<2>() } else { [0, 0] }),
         ]
     }
 
@@ -193,12 +222,11 @@ impl Gradients for Flex {
             tokens.head(trained(&w, compute), None),
             loss_rows(&tokens, &dloss, &saved.lse),
         );
-        let (dh, _) = cross_entropy::backward_inputs(head, &rows);
-        let [dw, _] = cross_entropy::backward_weights(head, &rows, [want_w, false]);
+        let grads = cross_entropy::backward(head, &rows, [want_w, false]);
         let n = saved.h.layout().shape().as_slice()[0];
         [
-            tokens.scatter(&dh, tokens.hidden, n),
-            floats(dw, if want_w { w.dims::<2>() } else { [0, 0] }),
+            tokens.scatter(&grads.dh, tokens.hidden, n),
+            floats(grads.dw, if want_w { w.dims::<2>() } else { [0, 0] }),
         ]
     }
 }
