@@ -350,3 +350,75 @@ fn runs_killed_at_any_moment_end_in_the_same_bits() {
     };
     assert_eq!(adapter("whole"), adapter("part"));
 }
+
+/// The program on a disk that is full after so many blocks of 512 bytes to a file.
+#[cfg(unix)]
+fn with_room_for(blocks: usize, words: &[&str]) -> Output {
+    // Ignored, the signal becomes an error of the write, as a full disk does.
+    let script = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$0\" \"$@\"");
+    Command::new("sh")
+        .args(["-c", &script, env!("CARGO_BIN_EXE_moeforge")])
+        .args(words)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_is_one_sentence_and_leaves_nothing() {
+    let place = tempfile::tempdir().unwrap();
+    let path = |name: &str| place.path().join(name).to_string_lossy().into_owned();
+    let left = || {
+        let names = std::fs::read_dir(place.path()).unwrap();
+        let mut names: Vec<_> = names.map(|entry| entry.unwrap().file_name()).collect();
+        names.sort_unstable();
+        names
+    };
+    let rows: String = (0..4)
+        .map(|i| format!("{{\"input_ids\": {:?}}}\n", (i..i + 60).collect::<Vec<_>>()))
+        .collect();
+    let recipe = recipe(&place, "[train]\nmethod = \"lora\"\nsteps = 2\n", &rows);
+    let ids = serde_json::json!({ "input_ids": [(0..100).collect::<Vec<_>>()] });
+    std::fs::write(path("ids.json"), ids.to_string()).unwrap();
+    let before = left();
+
+    let model = golden("deepseek_v3").to_string_lossy().into_owned();
+    let adapter = format!("{model}/adapter_peft");
+    let merged = path("merged");
+    let merge = ["merge", &model, "--adapter", &adapter, "--out", &merged];
+    refused(
+        &with_room_for(64, &merge),
+        1,
+        &["write", "model-00001-of-000003.safetensors"],
+    );
+    let logits = path("logits.safetensors");
+    let write = [
+        "logits",
+        &model,
+        "--ids",
+        &path("ids.json"),
+        "--out",
+        &logits,
+    ];
+    refused(
+        &with_room_for(64, &write),
+        1,
+        &["write", "logits.safetensors"],
+    );
+    assert_eq!(left(), before);
+
+    // A run keeps its folder, and goes on in it once there is room.
+    let run = path("run");
+    let train = ["train", &recipe, "--out", &run];
+    refused(&with_room_for(64, &train), 1, &["write", "checkpoint-2"]);
+    let names = std::fs::read_dir(&run).unwrap();
+    let mut names: Vec<_> = names
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort_unstable();
+    assert_eq!(names, [".lock", "metrics.jsonl", "recipe.toml"]);
+    let resumed = moeforge(&["train", "--resume", &run]);
+    assert!(resumed.status.success());
+}

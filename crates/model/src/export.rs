@@ -42,8 +42,9 @@ pub fn copy_companions(folder: &Path, writer: &mut FolderWriter) -> Result<(), E
     Ok(())
 }
 
-/// A checkpoint's config for weights in bf16: not quantized, and with its dtype in the dialect it is written in.
-pub fn exported_config(config: &serde_json::Value) -> serde_json::Value {
+/// A checkpoint's config for weights in another format: not quantized, and with `dtype` (PyTorch's name) under the key
+/// of the dialect it is written in.
+pub fn exported_config(config: &serde_json::Value, dtype: &str) -> serde_json::Value {
     let mut config = config.clone();
     if let Some(keys) = config.as_object_mut() {
         keys.shift_remove("quantization_config");
@@ -52,7 +53,7 @@ pub fn exported_config(config: &serde_json::Value) -> serde_json::Value {
         } else {
             "torch_dtype"
         };
-        keys.insert(key.into(), "bfloat16".into());
+        keys.insert(key.into(), dtype.into());
     }
     config
 }

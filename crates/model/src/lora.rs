@@ -243,6 +243,7 @@ fn attach_experts(
         gate_proj: stacks("gate_proj", [hidden, inner]),
         up_proj: stacks("up_proj", [hidden, inner]),
         gate_up_proj: None,
+        is_fused: false,
         down_proj: stacks("down_proj", [inner, hidden]),
         dropout: config.dropout,
         site,

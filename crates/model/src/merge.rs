@@ -13,12 +13,11 @@ use kernels::Matrix;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
-use serde_json::Value;
 
 use crate::Error;
 use crate::adapter::{AdapterWeights, Pair};
 use crate::config::ModelConfig;
-use crate::export::copy_companions;
+use crate::export::{copy_companions, exported_config};
 use crate::weights::{is_scale, keys, read_config, read_matrix};
 
 /// The number format of a merged model's weights.
@@ -135,26 +134,14 @@ pub fn merge(
         }
     }
     writer.write_index()?;
-    writer.write_json("config.json", &merged_config(base.config(), dtype))?;
+    writer.write_json(
+        "config.json",
+        &exported_config(base.config(), dtype.torch_name()),
+    )?;
     copy_companions(base.path(), &mut writer)?;
     merger.check(&Folder::open(writer.path())?, &mut step)?;
     writer.finish()?;
     Ok(merger.report)
-}
-
-/// The base's config without quantization, and with the new dtype in the dialect it is written in.
-fn merged_config(config: &Value, dtype: MergedDType) -> Value {
-    let mut config = config.clone();
-    if let Some(keys) = config.as_object_mut() {
-        keys.shift_remove("quantization_config");
-        let key = if keys.contains_key("dtype") {
-            "dtype"
-        } else {
-            "torch_dtype"
-        };
-        keys.insert(key.into(), dtype.torch_name().into());
-    }
-    config
 }
 
 struct Merger<'a> {

@@ -12,7 +12,9 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Adapter, Folder, Safetensors};
 use moeforge_model::lora::Scaling;
 use moeforge_model::merge::{MergedDType, merge};
-use moeforge_model::{AdapterWeights, Cache, Compute, Model, Observe, Pass, Training, weights};
+use moeforge_model::{
+    AdapterWeights, Cache, Compute, Model, Observe, Pass, Site, Training, weights,
+};
 use serde_json::Value;
 
 /// The bar for f32 logits that spread over about 10.
@@ -372,6 +374,44 @@ fn adapters_are_written_as_they_were_read() {
                 tensor.name
             );
         }
+    }
+}
+
+#[test]
+fn stacked_updates_of_one_parameter_stay_stacked() {
+    let device = Device::flex();
+    let golden = Golden::open("deepseek_v3");
+    for down in [true, false] {
+        let mut model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
+        golden.adapter("peft", &mut model, &device);
+        model.for_each_site(&mut |_, site| {
+            if let Site::Experts(experts) = site
+                && let Some(lora) = &mut experts.lora
+            {
+                *if down {
+                    &mut lora.gate_up_proj
+                } else {
+                    &mut lora.down_proj
+                } = None;
+            }
+        });
+        let run = |model: &Model| logits(model, golden.ids(&device), &mut Pass::new(Compute::F32));
+        let expected = run(&model);
+
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("adapter");
+        let adapter = AdapterWeights::from_model(&model, Scaling::Plain, 0.0);
+        let (config, tensors) = adapter.files(".").unwrap();
+        let targets = config.target_parameters.clone().unwrap();
+        let name = if down { "down_proj" } else { "gate_up_proj" };
+        assert_eq!(targets, [format!("mlp.experts.{name}")]);
+        let mut writer = checkpoint::FolderWriter::create(&path).unwrap();
+        Adapter::save_into(&mut writer, &config, &tensors).unwrap();
+        writer.finish().unwrap();
+        let read = AdapterWeights::read(&Adapter::open(&path).unwrap(), &model.config).unwrap();
+        let mut again = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
+        read.attach(&mut again, &device).unwrap();
+        assert_eq!(run(&again), expected);
     }
 }
 

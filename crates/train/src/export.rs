@@ -47,7 +47,10 @@ fn model_into(session: &Session, writer: &mut FolderWriter) -> Result<()> {
     let base = &session.base;
     export::export(&session.model, base.folder.as_ref(), writer)?;
     writer.write_index()?;
-    writer.write_json("config.json", &export::exported_config(&base.config))?;
+    writer.write_json(
+        "config.json",
+        &export::exported_config(&base.config, "bfloat16"),
+    )?;
     if let Some(tokenizer) = &base.tokenizer {
         export::copy_companions(tokenizer, writer)?;
     }

@@ -89,10 +89,13 @@ impl Session {
                 self.save(run, watch)?;
             }
         }
-        if validated != Some(total) {
-            self.validate(total, &mut metrics, watch)?;
+        // A finished run that is resumed has all this, and may lack its result only.
+        if resumed != Some(total) {
+            if validated != Some(total) {
+                self.validate(total, &mut metrics, watch)?;
+            }
+            self.save(run, watch)?;
         }
-        self.save(run, watch)?;
         export::result(self, run)
     }
 

@@ -214,4 +214,15 @@ fn resumed_run_is_whole(settings: &str, result: &str) {
             "{result}"
         );
     }
+
+    // Resumed once more, the finished run only makes its result again.
+    let (metrics, made) = (
+        place.path("part/metrics.jsonl"),
+        place.path("part").join(result),
+    );
+    let before = (std::fs::read(&metrics).unwrap(), bytes(&made));
+    std::fs::remove_dir_all(&made).unwrap();
+    assert_eq!(session.resume(&part).unwrap(), Some(6));
+    assert!(losses(&mut session, &part).is_empty());
+    assert_eq!((std::fs::read(&metrics).unwrap(), bytes(&made)), before);
 }

@@ -65,6 +65,9 @@ pub struct ExpertsLora {
     pub gate_up_proj: Option<FactorStacks>,
     /// Update of the down projections.
     pub down_proj: Option<FactorStacks>,
+    /// Whether it is written in PEFT's stacked form.
+    #[module(skip)]
+    pub is_fused: bool,
     /// Chance of an input element of an update to be dropped.
     #[module(skip)]
     pub dropout: f32,
