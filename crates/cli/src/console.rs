@@ -61,6 +61,18 @@ impl Console {
         }
     }
 
+    /// How much memory the program holds now, for those who asked for more. Call it while the model is open.
+    pub(crate) fn memory(&self) {
+        if let Some([mapped, own]) = resident_bytes() {
+            let mib = |bytes: u64| bytes >> 20;
+            self.detail(format_args!(
+                "memory: {} MiB of mapped files, {} MiB besides",
+                mib(mapped),
+                mib(own)
+            ));
+        }
+    }
+
     pub(crate) fn error(&self, error: &anyhow::Error) {
         let _ = writeln!(std::io::stderr(), "error: {error:#}");
     }
@@ -141,6 +153,17 @@ impl Progress {
     pub(crate) fn finish(self) {
         self.bar.finish_and_clear();
     }
+}
+
+/// Resident bytes of mapped files and of everything else, as Linux counts them; none elsewhere.
+fn resident_bytes() -> Option<[u64; 2]> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let bytes = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+        Some(kib << 10)
+    };
+    Some([bytes("RssFile:")?, bytes("RssAnon:")? + bytes("RssShmem:")?])
 }
 
 /// An error that has an exit code of its own.

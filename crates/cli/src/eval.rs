@@ -47,6 +47,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     for (model, adapter) in models(args) {
         let opened = open_model(model, adapter, console)?;
         scores.push(score(&opened, args, console)?);
+        console.memory();
     }
     let report = Report::new(scores);
 

@@ -74,6 +74,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         1 => console.result(objects.remove(0)),
         _ => console.result(Value::from(objects)),
     }
+    console.memory();
     Ok(ExitCode::SUCCESS)
 }
 

@@ -45,6 +45,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         "{}: logits {shape:?}, F32",
         args.out.display()
     ));
+    console.memory();
     Ok(ExitCode::SUCCESS)
 }
 

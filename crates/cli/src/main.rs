@@ -26,7 +26,7 @@ struct Cli {
     /// Print less: results and errors only.
     #[arg(short, long, global = true)]
     quiet: bool,
-    /// Print more.
+    /// Print more: what was opened and how, and the memory held.
     #[arg(short, long, global = true, conflicts_with = "quiet")]
     verbose: bool,
     /// Worker threads; default: one per core.

@@ -63,6 +63,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     } else {
         "adapter"
     };
+    console.memory();
     console.result(run.path().join(result).display());
     Ok(ExitCode::SUCCESS)
 }

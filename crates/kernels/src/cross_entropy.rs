@@ -151,26 +151,28 @@ pub(crate) fn backward(head: Head<'_>, rows: &[Row], wanted: [bool; 2]) -> Grads
         dw: vec![0.0; vocab * wide],
         db: vec![0.0; vocab * low],
     };
-    let mut dlogits = vec![0.0; PASS_TOKENS.min(rows.len()) * TILE_VOCAB.min(vocab)];
-    for tokens in tiles(0..rows.len(), PASS_TOKENS) {
-        for vocab in tiles(0..vocab, TILE_VOCAB) {
-            let dlogits = &mut dlogits[..tokens.len() * vocab.len()];
-            let dh = &mut grads.dh[tokens.start * hidden..tokens.end * hidden];
-            let du = &mut grads.du[tokens.start * rank..tokens.end * rank];
-            backward_inputs(
-                head,
-                rows,
-                (tokens.clone(), vocab.clone()),
-                dlogits,
-                [dh, du],
-            );
-            let dlogits = Mat::dense(dlogits, tokens.len(), vocab.len());
-            let dw = &mut grads.dw[vocab.start * wide..vocab.end * wide];
-            add_outer(dw, dlogits, head.h.block(tokens.clone(), 0..wide));
-            let db = &mut grads.db[vocab.start * low..vocab.end * low];
-            add_outer(db, dlogits, head.u.block(tokens.clone(), 0..low));
+    let size = PASS_TOKENS.min(rows.len()) * TILE_VOCAB.min(vocab);
+    with_scratch(size, |dlogits| {
+        for tokens in tiles(0..rows.len(), PASS_TOKENS) {
+            for vocab in tiles(0..vocab, TILE_VOCAB) {
+                let dlogits = &mut dlogits[..tokens.len() * vocab.len()];
+                let dh = &mut grads.dh[tokens.start * hidden..tokens.end * hidden];
+                let du = &mut grads.du[tokens.start * rank..tokens.end * rank];
+                backward_inputs(
+                    head,
+                    rows,
+                    (tokens.clone(), vocab.clone()),
+                    dlogits,
+                    [dh, du],
+                );
+                let dlogits = Mat::dense(dlogits, tokens.len(), vocab.len());
+                let dw = &mut grads.dw[vocab.start * wide..vocab.end * wide];
+                add_outer(dw, dlogits, head.h.block(tokens.clone(), 0..wide));
+                let db = &mut grads.db[vocab.start * low..vocab.end * low];
+                add_outer(db, dlogits, head.u.block(tokens.clone(), 0..low));
+            }
         }
-    }
+    });
     grads
 }
 

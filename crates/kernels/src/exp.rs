@@ -20,7 +20,7 @@ pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
         8.333_452e-3,
         4.166_579_6e-2,
         1.666_666_5e-1,
-        5.000_000_1e-1,
+        0.5,
     ];
     let multiply_add = |a: f32, b: f32, c: f32| if FMA { a.mul_add(b, c) } else { a * b + c };
     let rounded = multiply_add(x, std::f32::consts::LOG2_E, ROUND);

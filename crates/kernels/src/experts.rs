@@ -303,8 +303,19 @@ pub(crate) fn forward(
     let Experts { hidden, inner, .. } = experts;
     let n_slots = slots.order.len();
     let [mut gate, mut up] = [vec![0.0; n_slots * inner], vec![0.0; n_slots * inner]];
-    let mut rows = vec![0.0; n_slots * hidden];
-    let outputs = [(&mut gate, inner), (&mut up, inner), (&mut rows, hidden)]
+    let y = with_scratch(n_slots * hidden, |rows| {
+        forward_slots(experts, slots, x, [&mut gate, &mut up, rows]);
+        slots.combine(rows, Some(weights), hidden)
+    });
+    (y, gate, up)
+}
+
+/// Fills the products of gate and up `[slots, inner]` and the output rows `[slots, hidden]`, sorted by expert.
+fn forward_slots(experts: Experts<'_>, slots: Slots<'_>, x: &[f32], outputs: [&mut [f32]; 3]) {
+    let Experts { hidden, inner, .. } = experts;
+    let n_slots = slots.order.len();
+    let [gate, up, rows] = outputs;
+    let outputs = [(gate, inner), (up, inner), (rows, hidden)]
         .map(|(v, width)| MatMut::dense(v, n_slots, width));
     slots.pieces().into_par_iter().for_each(|(expert, places)| {
         // SAFETY: pieces are different places.
@@ -323,16 +334,10 @@ pub(crate) fn forward(
             experts.project(UP, expert, places.clone(), xs, up.values());
             swiglu::forward(gate.values(), up.values(), act);
             round(act, experts.compute);
-            experts.project(
-                DOWN,
-                expert,
-                places,
-                Mat::dense(act, n, inner),
-                out.values(),
-            );
+            let act = Mat::dense(act, n, inner);
+            experts.project(DOWN, expert, places, act, out.values());
         });
     });
-    (slots.combine(&rows, Some(weights), hidden), gate, up)
 }
 
 fn round(values: &mut [f32], compute: Compute) {
@@ -372,10 +377,48 @@ pub(crate) fn backward_inputs(
 ) -> InputGrads {
     let Experts { hidden, inner, .. } = experts;
     let n_slots = slots.order.len();
-    let mut sorted = [inner, inner, inner, hidden, 1].map(|width| vec![0.0; n_slots * width]);
-    let outputs = sorted.each_mut().map(|v| {
-        let width = v.len() / n_slots.max(1);
-        MatMut::dense(v, n_slots, width)
+    let [mut dgate, mut dup, mut act] = [inner; 3].map(|width| vec![0.0; n_slots * width]);
+    let mut dweights = vec![0.0; n_slots];
+    let dx = with_scratch(n_slots * (hidden + 1), |scratch| {
+        let (dx, sorted_dweights) = scratch.split_at_mut(n_slots * hidden);
+        let outputs = [
+            &mut dgate,
+            &mut dup,
+            &mut act,
+            &mut *dx,
+            &mut *sorted_dweights,
+        ];
+        backward_slots(experts, slots, saved, dy, outputs);
+        slots
+            .order
+            .iter()
+            .zip(sorted_dweights)
+            .for_each(|(slot, dweight)| dweights[*slot as usize] = *dweight);
+        slots.combine(dx, None, hidden)
+    });
+    InputGrads {
+        dx,
+        dweights,
+        dgate,
+        dup,
+        act,
+    }
+}
+
+/// Fills, sorted by expert, the gradients of the products of gate and up and the activations `[slots, inner]`, the
+/// input gradients `[slots, hidden]` and the routing weights' `[slots]`.
+fn backward_slots(
+    experts: Experts<'_>,
+    slots: Slots<'_>,
+    saved: Saved<'_>,
+    dy: &[f32],
+    outputs: [&mut [f32]; 5],
+) {
+    let inner = experts.inner;
+    let n_slots = slots.order.len();
+    let outputs = outputs.map(|values| {
+        let width = values.len() / n_slots.max(1);
+        MatMut::dense(values, n_slots, width)
     });
     slots.pieces().into_par_iter().for_each(|(expert, places)| {
         // SAFETY: pieces are different places.
@@ -412,20 +455,6 @@ pub(crate) fn backward_inputs(
             (dx.values(), Write::Add),
         );
     });
-    let [dgate, dup, act, dx, sorted_dweights] = sorted;
-    let mut dweights = vec![0.0; n_slots];
-    slots
-        .order
-        .iter()
-        .zip(sorted_dweights)
-        .for_each(|(slot, dweight)| dweights[*slot as usize] = dweight);
-    InputGrads {
-        dx: slots.combine(&dx, None, hidden),
-        dweights,
-        dgate,
-        dup,
-        act,
-    }
 }
 
 /// The activations' gradients, before the routing weights: `downᵀ(dy)`.

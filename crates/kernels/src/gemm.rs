@@ -157,9 +157,15 @@ thread_local! {
 
 /// Lends `len` f32 values with unspecified content. Calls may nest; buffers are kept per thread.
 pub(crate) fn with_scratch<R>(len: usize, use_it: impl FnOnce(&mut [f32]) -> R) -> R {
-    let mut buffer = SCRATCH
-        .with_borrow_mut(|pool| pool.pop())
-        .unwrap_or_default();
+    let mut buffer = SCRATCH.with_borrow_mut(|pool| {
+        // The smallest that is large enough: a large one given to a small request would make another one grow.
+        let fitting = (0..pool.len()).filter(|i| pool[*i].len() >= len);
+        let best = fitting.min_by_key(|i| pool[*i].len());
+        match best {
+            Some(i) => pool.swap_remove(i),
+            None => pool.pop().unwrap_or_default(),
+        }
+    });
     if buffer.len() < len {
         buffer.resize(len, 0.0);
     }

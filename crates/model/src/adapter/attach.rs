@@ -107,62 +107,33 @@ impl AdapterWeights {
         device: &Device,
     ) -> Result<Option<(ExpertsLora, Vec<Adapted>)>, Error> {
         let [n_experts, inner, hidden] = dims;
-        let mut adapted = Vec::new();
-        let mut stacks = |name: &str, pairs: Option<Vec<&Pair>>, [out, width]: [usize; 2]| {
-            let Some(pairs) = pairs else { return Ok(None) };
-            let (first, module) = (pairs[0], format!("{path}.{name}"));
-            for pair in &pairs {
-                self.check_widths(&module, pair, [out, width])?;
-                if (pair.rank, pair.scale) != (first.rank, first.scale) {
-                    let shown =
-                        |pair: &Pair| format!("rank {} and scale {}", pair.rank, pair.scale);
-                    return Err(self.unfit(
-                        &module,
-                        format!("{} for all experts of a layer", shown(first)),
-                        shown(pair),
-                    ));
-                }
-            }
-            adapted.push(Adapted::new(&module, first, n_experts));
-            let gather = |of: fn(&Pair) -> &Vec<f32>| {
-                pairs
-                    .iter()
-                    .flat_map(|pair| of(pair))
-                    .copied()
-                    .collect::<Vec<_>>()
-            };
-            Ok(Some(FactorStacks {
-                lora_a: parameter(
-                    gather(|pair| &pair.a),
-                    [n_experts, first.rank, width],
-                    device,
-                ),
-                lora_b: parameter(gather(|pair| &pair.b), [n_experts, out, first.rank], device),
-                scale: first.scale,
-            }))
-        };
         let fused = |fused: Fused| {
-            self.fused
-                .get(&(path.into(), fused))
-                .map(|pairs| pairs.iter().collect::<Vec<_>>())
+            let pairs = self.fused.get(&(path.into(), fused))?;
+            Some(pairs.iter().collect::<Vec<_>>())
         };
-        let [gate, up, down] = PROJECTIONS;
         let (fused_gate_up, fused_down) = (fused(Fused::GateUp), fused(Fused::Down));
         let is_fused = fused_gate_up.is_some() || fused_down.is_some();
-        let classic = [gate, up, down].map(|name| self.classic(path, name, n_experts));
-        let [classic_gate, classic_up, classic_down] = classic;
-        let (classic_gate, classic_up, classic_down) = (classic_gate?, classic_up?, classic_down?);
-        if is_fused
-            && [&classic_gate, &classic_up, &classic_down]
-                .iter()
-                .any(|pairs| pairs.is_some())
-        {
+        let [gate, up, down] = PROJECTIONS;
+        let classic_gate = self.classic(path, gate, n_experts)?;
+        let classic_up = self.classic(path, up, n_experts)?;
+        let classic_down = self.classic(path, down, n_experts)?;
+        let is_classic = [&classic_gate, &classic_up, &classic_down]
+            .into_iter()
+            .any(Option::is_some);
+        if is_fused && is_classic {
             return Err(self.unfit(
                 path,
                 "one form of update for the experts of a layer".into(),
                 "stacked updates and updates of single experts".into(),
             ));
         }
+        let mut adapted = Vec::new();
+        let mut stacks = |name: &str, pairs: Option<Vec<&Pair>>, dims: [usize; 2]| {
+            let Some(pairs) = pairs else { return Ok(None) };
+            let module = format!("{path}.{name}");
+            adapted.push(Adapted::new(&module, pairs[0], n_experts));
+            self.stacked(&module, &pairs, dims, device).map(Some)
+        };
         let lora = ExpertsLora {
             gate_proj: stacks(gate, classic_gate, [inner, hidden])?,
             up_proj: stacks(up, classic_up, [inner, hidden])?,
@@ -173,6 +144,35 @@ impl AdapterWeights {
             site,
         };
         Ok((!adapted.is_empty()).then_some((lora, adapted)))
+    }
+
+    /// The pairs of all experts as stacks, for a weight `[out, width]`.
+    fn stacked(
+        &self,
+        module: &str,
+        pairs: &[&Pair],
+        [out, width]: [usize; 2],
+        device: &Device,
+    ) -> Result<FactorStacks, Error> {
+        let first = pairs[0];
+        for pair in pairs {
+            self.check_widths(module, pair, [out, width])?;
+            if (pair.rank, pair.scale) != (first.rank, first.scale) {
+                let shown = |pair: &Pair| format!("rank {} and scale {}", pair.rank, pair.scale);
+                let expected = format!("{} for all experts of a layer", shown(first));
+                return Err(self.unfit(module, expected, shown(pair)));
+            }
+        }
+        let gather = |of: fn(&Pair) -> &Vec<f32>| {
+            let values = pairs.iter().flat_map(|pair| of(pair));
+            values.copied().collect::<Vec<_>>()
+        };
+        let (n, rank) = (pairs.len(), first.rank);
+        Ok(FactorStacks {
+            lora_a: parameter(gather(|pair| &pair.a), [n, rank, width], device),
+            lora_b: parameter(gather(|pair| &pair.b), [n, out, rank], device),
+            scale: first.scale,
+        })
     }
 
     /// The pairs of all experts of a layer in the classic dialect: all, or none.
