@@ -35,6 +35,8 @@ pub(crate) struct Args {
 enum DType {
     Bf16,
     F32,
+    /// Block FP8 for attention and experts, as DeepSeek publishes it; bf16 for the rest.
+    Fp8,
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
@@ -43,6 +45,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let dtype = match args.dtype {
         DType::Bf16 => MergedDType::Bf16,
         DType::F32 => MergedDType::F32,
+        DType::Fp8 => MergedDType::Fp8,
     };
     let mut progress = console.progress(0, "merging");
     let merged = merge(&base, &adapter, dtype, &args.out, &mut |done, total| {

@@ -1,5 +1,7 @@
 //! Writing a fully trained model as a Hugging Face folder, and what lies beside the weights of any model.
 
+pub(crate) mod block_fp8;
+
 use std::path::Path;
 
 use burn::tensor::Tensor;

@@ -1,15 +1,15 @@
 //! Folding an adapter into its base, one tensor at a time.
 //!
-//! The output is a folder like the base's: same shards, same names, MTP layers and unknown tensors carried along; block
-//! scales are gone, since nothing is FP8 any more. Before it is called good it is opened again and every weight is
-//! compared with base plus adapter by another way: not the sum of matrices, but the products of both with a vector of
-//! random signs.
+//! The output is a folder like the base's: same shards, same names, MTP layers and unknown tensors carried along. In f32
+//! and bf16 the block scales are gone; in FP8 weights the adapter leaves alone keep their bytes, and the others get fresh
+//! scales. Before it is called good it is opened again and every weight is compared with base plus adapter by another
+//! way: not the sum of matrices, but the products of both with a vector of random signs.
 
 use std::path::Path;
 
 use checkpoint::{DType, Folder, FolderWriter, TensorSpec};
 use half::bf16;
-use kernels::Matrix;
+use kernels::{Format, Matrix};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
@@ -17,8 +17,9 @@ use rayon::prelude::*;
 use crate::Error;
 use crate::adapter::{AdapterWeights, Pair};
 use crate::config::ModelConfig;
+use crate::export::block_fp8::{BlockFp8, is_lowered};
 use crate::export::{copy_companions, exported_config};
-use crate::weights::{is_scale, keys, read_config, read_matrix};
+use crate::weights::{is_scale, keys, read_config, read_matrix, scale_key};
 
 /// The number format of a merged model's weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,13 +28,16 @@ pub enum MergedDType {
     F32,
     /// bfloat16; what the base keeps in F32 stays F32.
     Bf16,
+    /// Block FP8 for the products of attention and experts, bfloat16 for the rest.
+    Fp8,
 }
 
 impl MergedDType {
+    /// Of what is not FP8.
     fn dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
-            Self::Bf16 => DType::BF16,
+            Self::Bf16 | Self::Fp8 => DType::BF16,
         }
     }
 
@@ -41,15 +45,7 @@ impl MergedDType {
     fn torch_name(self) -> &'static str {
         match self {
             Self::F32 => "float32",
-            Self::Bf16 => "bfloat16",
-        }
-    }
-
-    /// Largest relative error of rounding one value to this format, with room for f32 sums.
-    fn rounding(self) -> f32 {
-        match self {
-            Self::F32 => 1e-6,
-            Self::Bf16 => 1.0 / 256.0,
+            Self::Bf16 | Self::Fp8 => "bfloat16",
         }
     }
 
@@ -59,7 +55,7 @@ impl MergedDType {
                 .iter()
                 .flat_map(|value| value.to_le_bytes())
                 .collect(),
-            Self::Bf16 => values
+            Self::Bf16 | Self::Fp8 => values
                 .iter()
                 .flat_map(|value| bf16::from_f32(*value).to_le_bytes())
                 .collect(),
@@ -108,10 +104,15 @@ pub fn merge(
             "an adapter for another model".into(),
         ));
     }
+    let fp8 = match dtype {
+        MergedDType::Fp8 => Some(BlockFp8::of(base, &config)?),
+        _ => None,
+    };
     let mut merger = Merger {
         base,
         adapter,
         dtype,
+        fp8,
         config,
         report: MergeReport {
             tensors: 0,
@@ -134,10 +135,11 @@ pub fn merge(
         }
     }
     writer.write_index()?;
-    writer.write_json(
-        "config.json",
-        &exported_config(base.config(), dtype.torch_name()),
-    )?;
+    let mut config = exported_config(base.config(), dtype.torch_name());
+    if let Some(fp8) = merger.fp8 {
+        config["quantization_config"] = fp8.config();
+    }
+    writer.write_json("config.json", &config)?;
     copy_companions(base.path(), &mut writer)?;
     merger.check(&Folder::open(writer.path())?, &mut step)?;
     writer.finish()?;
@@ -148,8 +150,30 @@ struct Merger<'a> {
     base: &'a Folder,
     adapter: &'a AdapterWeights,
     dtype: MergedDType,
+    /// How weights become FP8, if they do.
+    fp8: Option<BlockFp8>,
     config: ModelConfig,
     report: MergeReport,
+}
+
+/// A tensor of the output, and which of the base's it is made from.
+struct Output {
+    spec: TensorSpec,
+    source: String,
+    part: Part,
+}
+
+/// What of its source an output is.
+#[derive(Clone, Copy, PartialEq)]
+enum Part {
+    /// The same bytes.
+    Copy,
+    /// The values, in the format of the spec.
+    Values,
+    /// FP8 codes.
+    Codes,
+    /// Their scales. In a file they come long before the codes, so both are made from scratch.
+    Scales,
 }
 
 impl Merger<'_> {
@@ -160,28 +184,21 @@ impl Merger<'_> {
         names: &[&str],
         step: &mut dyn FnMut(),
     ) -> Result<(), Error> {
-        let specs = names.iter().map(|name| {
-            let tensor = self.base.tensor(name)?;
-            let dtype = if self.keeps_bytes(&tensor) {
-                tensor.dtype
-            } else {
-                self.dtype.dtype()
-            };
-            Ok(TensorSpec {
-                name: tensor.name,
-                dtype,
-                shape: tensor.shape,
-            })
-        });
-        let specs = specs.collect::<Result<Vec<_>, Error>>()?;
+        let mut outputs = Vec::new();
+        for name in names {
+            outputs.extend(self.outputs(name)?);
+        }
+        let specs: Vec<_> = outputs.iter().map(|output| output.spec.clone()).collect();
         let mut failure = None;
         let written = writer.add_shard(file, &specs, |i| {
-            step();
-            self.bytes(names[i]).map_err(|error| {
+            if !is_scale(&outputs[i].spec.name) {
+                step();
+            }
+            self.bytes(&outputs[i]).map_err(|error| {
                 let cause = error.to_string().into();
                 failure = Some(error);
                 checkpoint::Error::Produce {
-                    tensor: names[i].into(),
+                    tensor: outputs[i].source.as_str().into(),
                     cause,
                 }
             })
@@ -190,6 +207,40 @@ impl Merger<'_> {
             Some(error) => Err(error),
             None => Ok(written?),
         }
+    }
+
+    /// What a tensor of the base becomes: itself, or codes and scales.
+    fn outputs(&self, name: &str) -> Result<Vec<Output>, Error> {
+        let tensor = self.base.tensor(name)?;
+        let output = |spec, source: &str, part| Output {
+            spec,
+            source: source.into(),
+            part,
+        };
+        let is_fp8 = tensor.dtype == DType::F8E4M3;
+        if let Some(fp8) = self.fp8
+            && (is_fp8 || is_lowered(name))
+        {
+            if is_fp8 && self.update(name).is_none() {
+                let scales = self.base.tensor(&scale_key(name))?;
+                let of_scales = output(scales.spec(), &scales.name, Part::Copy);
+                return Ok(vec![output(tensor.spec(), name, Part::Copy), of_scales]);
+            }
+            let [codes, scales] = fp8.specs(name, matrix_shape(name, &tensor.shape)?);
+            return Ok(vec![
+                output(codes, name, Part::Codes),
+                output(scales, name, Part::Scales),
+            ]);
+        }
+        if self.update(name).is_none() && self.keeps_bytes(&tensor) {
+            return Ok(vec![output(tensor.spec(), name, Part::Copy)]);
+        }
+        let dtype = self.dtype.dtype();
+        let spec = TensorSpec {
+            dtype,
+            ..tensor.spec()
+        };
+        Ok(vec![output(spec, name, Part::Values)])
     }
 
     /// Whether a tensor is copied: it is no float, or F32 on purpose amid narrower weights.
@@ -207,32 +258,43 @@ impl Merger<'_> {
     }
 
     /// One output tensor's bytes.
-    fn bytes(&mut self, name: &str) -> Result<bytes::Bytes, Error> {
-        let (tensor, update) = (self.base.tensor(name)?, self.update(name));
-        self.report.tensors += 1;
-        self.report.adapted += usize::from(update.is_some());
-        let bytes = if update.is_none() && self.keeps_bytes(&tensor) {
-            tensor.bytes
-        } else {
-            let mut values = match tensor.dtype {
-                DType::F8E4M3 => self.matrix(self.base, name, &tensor.shape)?.to_f32(),
-                _ => tensor.to_f32()?,
-            };
-            if let Some(update) = update {
-                add_update(&mut values, &update, &tensor)?;
+    fn bytes(&mut self, output: &Output) -> Result<bytes::Bytes, Error> {
+        let tensor = self.base.tensor(&output.source)?;
+        let is_new = output.part != Part::Scales && !is_scale(&output.source);
+        self.report.tensors += usize::from(is_new);
+        self.report.adapted += usize::from(is_new && self.update(&output.source).is_some());
+        let bytes = match (output.part, self.fp8) {
+            (Part::Codes, Some(fp8)) => {
+                let shape = matrix_shape(&output.source, &tensor.shape)?;
+                fp8.encode(&self.values(&tensor)?, shape).codes.into()
             }
-            self.dtype.encode(&values).into()
+            (Part::Scales, Some(fp8)) => {
+                let shape = matrix_shape(&output.source, &tensor.shape)?;
+                fp8.scale_bytes(&fp8.encode(&self.values(&tensor)?, shape).scales)
+            }
+            (Part::Values, _) => self.dtype.encode(&self.values(&tensor)?).into(),
+            _ => tensor.bytes,
         };
         self.report.bytes += bytes.len() as u64;
         Ok(bytes)
     }
 
+    /// A tensor's values, updated.
+    fn values(&self, tensor: &checkpoint::Tensor) -> Result<Vec<f32>, Error> {
+        let mut values = match tensor.dtype {
+            DType::F8E4M3 => self
+                .matrix(self.base, &tensor.name, &tensor.shape)?
+                .to_f32(),
+            _ => tensor.to_f32()?,
+        };
+        if let Some(update) = self.update(&tensor.name) {
+            add_update(&mut values, &update, tensor)?;
+        }
+        Ok(values)
+    }
+
     fn matrix(&self, folder: &Folder, name: &str, shape: &[usize]) -> Result<Matrix, Error> {
-        let shape = shape.try_into().map_err(|_| {
-            Error::Unsupported(format!(
-                "tensor `{name}`: expected a matrix, found shape {shape:?}"
-            ))
-        })?;
+        let shape = matrix_shape(name, shape)?;
         read_matrix(folder, name, shape, self.config.fp8_block)
     }
 
@@ -283,30 +345,75 @@ impl Merger<'_> {
                 .map(|a| u.scale * dot(a, &signs))
                 .collect()
         });
+        let line = |row: usize| {
+            let mut line = vec![0.0; base.cols()];
+            merged.decode(row..row + 1, 0..base.cols(), &mut line);
+            line
+        };
+        let rounding = Rounding::of(merged.format(), &|| {
+            let rows = (0..merged.rows()).into_par_iter();
+            let largest = rows.map(|row| line(row).iter().fold(0f32, |a, b| a.max(b.abs())));
+            largest.reduce(|| 0.0, f32::max)
+        });
+        // Of each row, the error and what rounding explains of it, relative to the row's magnitude.
         let errors = (0..base.rows()).into_par_iter().map(|row| {
             let added = update
                 .as_ref()
                 .map_or(0.0, |u| dot(&u.b[row * u.rank..(row + 1) * u.rank], &low));
-            let mut line = vec![0.0; base.cols()];
-            merged.decode(row..row + 1, 0..base.cols(), &mut line);
-            let magnitude: f32 =
-                line.iter().map(|value| value.abs()).sum::<f32>() + f32::MIN_POSITIVE;
-            (base.dot(row, &signs) + added - merged.dot(row, &signs)).abs() / magnitude
+            let magnitude: f32 = line(row).iter().map(|value| value.abs()).sum();
+            let difference = (base.dot(row, &signs) + added - merged.dot(row, &signs)).abs();
+            let allowed = rounding.allowed(magnitude, base.cols());
+            let magnitude = magnitude + f32::MIN_POSITIVE;
+            [difference / magnitude, difference - allowed]
         });
         // NaN compares as larger than anything: a merge that makes NaN is not faithful.
-        let largest = errors.reduce(|| 0.0, |a, b| if a > b || a.is_nan() { a } else { b });
-        let limit = self.dtype.rounding() + 1e-6 * (base.cols() as f32).sqrt();
-        if largest.is_nan() || largest > limit {
-            let expected = format!("base plus adapter within {limit:.1e} of a row's magnitude");
+        let larger = |a: f32, b: f32| if a > b || a.is_nan() { a } else { b };
+        let [largest, excess] = errors.reduce(
+            || [0.0, f32::NEG_INFINITY],
+            |a, b| [larger(a[0], b[0]), larger(a[1], b[1])],
+        );
+        if largest.is_nan() || excess.is_nan() || excess > 0.0 {
             return Err(Error::Unfaithful {
                 tensor: name.into(),
-                expected,
-                found: format!("{largest:.1e}"),
+                expected: format!("base plus adapter, rounded to {}", merged.format().name()),
+                found: format!("a row that differs by {largest:.1e} of its magnitude"),
             });
         }
         self.report.largest_error = self.report.largest_error.max(largest);
         Ok(())
     }
+}
+
+/// How far rounding may move the sum of a row's values.
+struct Rounding {
+    /// Per value, of its magnitude; with room for f32 sums.
+    relative: f32,
+    /// Per value, whatever its magnitude: half of the smallest step of an FP8 block.
+    absolute: f32,
+}
+
+impl Rounding {
+    fn of(format: &Format, largest: &dyn Fn() -> f32) -> Self {
+        let (relative, absolute) = match format {
+            Format::F32 => (1e-6, 0.0),
+            Format::F16 | Format::Bf16 => (1.0 / 256.0, 0.0),
+            // A block's largest value, 1e-4 at least, becomes 448 or more than half of it; the smallest step is 2⁻⁹.
+            Format::Fp8(_) => (1.0 / 16.0, largest().max(1e-4) / 224.0 / 1024.0),
+        };
+        Self { relative, absolute }
+    }
+
+    fn allowed(&self, magnitude: f32, n: usize) -> f32 {
+        let sums = 1e-6 * (n as f32).sqrt();
+        (self.relative + sums) * magnitude + self.absolute * n as f32
+    }
+}
+
+fn matrix_shape(name: &str, shape: &[usize]) -> Result<[usize; 2], Error> {
+    shape.try_into().map_err(|_| {
+        let found = format!("tensor `{name}`: expected a matrix, found shape {shape:?}");
+        Error::Unsupported(found)
+    })
 }
 
 /// `w += scale · b · a`.

@@ -1,0 +1,98 @@
+//! Weights in block FP8, as DeepSeek publishes them: which tensors, and how their scales are kept.
+//!
+//! Source: deepseek-ai/DeepSeek-V3: inference/fp8_cast_bf16.py and the checkpoint's `quantization_config`.
+
+use bytes::Bytes;
+use checkpoint::{DType, Folder, TensorSpec};
+use kernels::fp8::{Scales, Tiles, encode_tiles, power_of_two_to_e8m0};
+use serde_json::{Value, json};
+
+use crate::Error;
+use crate::config::ModelConfig;
+use crate::weights::{is_scale, scale_key};
+
+/// How a checkpoint's FP8 weights are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BlockFp8 {
+    block: [usize; 2],
+    scales: Scales,
+    scale_dtype: DType,
+}
+
+impl BlockFp8 {
+    /// The way of `base` where it has FP8 weights, DeepSeek V3's where it has none.
+    ///
+    /// # Errors
+    /// If a scale of the base cannot be read.
+    pub(crate) fn of(base: &Folder, config: &ModelConfig) -> Result<Self, Error> {
+        let scale = base.names().find(|name| is_scale(name));
+        let scale_dtype = match scale {
+            Some(name) => base.tensor(name)?.dtype,
+            None => DType::F32,
+        };
+        let named = &base.config()["quantization_config"]["scale_fmt"];
+        let is_power = scale_dtype == DType::F8E8M0 || named == "ue8m0";
+        Ok(Self {
+            block: config.fp8_block,
+            scales: if is_power {
+                Scales::PowerOfTwo
+            } else {
+                Scales::F32
+            },
+            scale_dtype,
+        })
+    }
+
+    /// The codes and the scales of a weight.
+    pub(crate) fn specs(&self, name: &str, [rows, cols]: [usize; 2]) -> [TensorSpec; 2] {
+        let grid = [rows.div_ceil(self.block[0]), cols.div_ceil(self.block[1])];
+        let spec = |name: String, dtype, shape: [usize; 2]| TensorSpec {
+            name: name.into(),
+            dtype,
+            shape: shape.to_vec(),
+        };
+        [
+            spec(name.into(), DType::F8E4M3, [rows, cols]),
+            spec(scale_key(name), self.scale_dtype, grid),
+        ]
+    }
+
+    pub(crate) fn encode(&self, values: &[f32], shape: [usize; 2]) -> Tiles {
+        encode_tiles(values, shape, self.block, self.scales)
+    }
+
+    /// The scales as they are written.
+    pub(crate) fn scale_bytes(&self, scales: &[f32]) -> Bytes {
+        let bytes: Vec<u8> = match self.scale_dtype {
+            DType::F8E8M0 => scales.iter().map(|s| power_of_two_to_e8m0(*s)).collect(),
+            DType::BF16 => scales
+                .iter()
+                .flat_map(|s| half::bf16::from_f32(*s).to_le_bytes())
+                .collect(),
+            _ => scales.iter().flat_map(|s| s.to_le_bytes()).collect(),
+        };
+        bytes.into()
+    }
+
+    /// A config's `quantization_config`.
+    pub(crate) fn config(&self) -> Value {
+        let mut config = json!({
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": self.block,
+        });
+        if self.scales == Scales::PowerOfTwo {
+            config["scale_fmt"] = "ue8m0".into();
+        }
+        config
+    }
+}
+
+/// Whether a weight is one that is published in FP8: the products of attention and of the experts. Embedding, head,
+/// norms and routers are not.
+pub(crate) fn is_lowered(name: &str) -> bool {
+    let in_layer = name.contains(".self_attn.") || name.contains(".mlp.");
+    let endings = ["_proj.weight", "_proj_with_mqa.weight"];
+    in_layer && endings.iter().any(|ending| name.ends_with(ending))
+}
