@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use model::Compute;
 use model::lora::Adapted;
 use train::{Event, Recipe, RunDir, Session, StepReport};
 
@@ -118,6 +119,12 @@ fn describe(session: &Session, resumed: Option<u64>, run: &Path, console: &Conso
             String::new()
         },
     ));
+    if session.compute() != Compute::F32 {
+        console.note(model::precision::table(session.compute()));
+    }
+    if let Compute::Fp8(_) = session.compute() {
+        console.note("simulated FP8: values exact, arithmetic f32");
+    }
     console.note(match resumed {
         Some(step) => format!(
             "{}: going on after step {step} of {}",

@@ -12,16 +12,26 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend};
 
 use crate::adamw::AdamWStep;
+use crate::fp8::Tiles;
 use crate::ops::{FactorsPrimitive, HeadRows, Kernels, RoutingPrimitive, StacksPrimitive};
 use crate::{Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Pairs};
+
+/// What waits for the backward pass, in the form that the precision of the products asks for.
+#[derive(Clone, Debug)]
+pub(crate) enum Kept<F> {
+    /// As it is, or in bf16.
+    Float(F),
+    /// `[rows, cols]` in tiles of 1 × 128.
+    Fp8(Arc<Tiles>),
+}
 
 /// What the operations on experts keep for their gradients.
 #[derive(Clone, Debug)]
 pub(crate) struct ExpertsSaved<B: Kernels> {
-    pub(crate) x: FloatTensor<B>,
+    pub(crate) x: Kept<FloatTensor<B>>,
     pub(crate) routing: RoutingPrimitive<B>,
-    pub(crate) gate: FloatTensor<B>,
-    pub(crate) up: FloatTensor<B>,
+    pub(crate) gate: Kept<FloatTensor<B>>,
+    pub(crate) up: Kept<FloatTensor<B>>,
 }
 
 /// What the loss of a batch was made from, for its gradient.
@@ -42,11 +52,11 @@ pub(crate) trait Gradients: Kernels {
     ) -> FloatTensor<Self>;
     fn linear_dw(
         dy: FloatTensor<Self>,
-        x: FloatTensor<Self>,
+        x: Kept<FloatTensor<Self>>,
         compute: Compute,
     ) -> FloatTensor<Self>;
     /// `x` in the form in which it waits for the backward pass.
-    fn round(x: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self>;
+    fn keep(x: FloatTensor<Self>, compute: Compute) -> Kept<FloatTensor<Self>>;
     fn embed_dw(ids: IntTensor<Self>, dy: FloatTensor<Self>, vocab: usize) -> FloatTensor<Self>;
     fn rms_norm_grads(
         dy: FloatTensor<Self>,
@@ -144,7 +154,7 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         let (nodes, x, w) = ([x.node(), w.node()], x.into_primitive(), w.into_primitive());
         let y = B::linear_trained(x.clone(), w.clone(), compute);
         match LinearTrained.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(op) => op.finish((B::round(x, compute), w, compute), y),
+            OpsKind::Tracked(op) => op.finish((B::keep(x, compute), w, compute), y),
             OpsKind::UnTracked(op) => op.finish(y),
         }
     }
@@ -328,10 +338,10 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         let y = match ExpertsFrozen.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(op) => {
                 let saved = ExpertsSaved {
-                    x: B::round(x, compute),
+                    x: B::keep(x, compute),
                     routing,
-                    gate: gate.clone(),
-                    up: up.clone(),
+                    gate: B::keep(gate.clone(), compute),
+                    up: B::keep(up.clone(), compute),
                 };
                 op.finish((saved, factors, bank, lora, compute), y)
             }
@@ -362,10 +372,10 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         {
             OpsKind::Tracked(op) => {
                 let saved = ExpertsSaved {
-                    x: B::round(x, compute),
+                    x: B::keep(x, compute),
                     routing,
-                    gate: gate.clone(),
-                    up: up.clone(),
+                    gate: B::keep(gate.clone(), compute),
+                    up: B::keep(up.clone(), compute),
                 };
                 op.finish((saved, stacks, compute), y)
             }
@@ -399,7 +409,7 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         {
             OpsKind::Tracked(op) => {
                 let saved = LossSaved {
-                    h: B::round(h, compute),
+                    h,
                     targets,
                     lse: lse.clone(),
                 };
@@ -425,7 +435,7 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         {
             OpsKind::Tracked(op) => {
                 let saved = LossSaved {
-                    h: B::round(h, compute),
+                    h,
                     targets,
                     lse: lse.clone(),
                 };
@@ -519,7 +529,7 @@ gradient!(
 gradient!(
     LinearTrained,
     2,
-    (FloatTensor<B>, FloatTensor<B>, Compute),
+    (Kept<FloatTensor<B>>, FloatTensor<B>, Compute),
     |dy, parents, (x, w, compute), grads| {
         let [x_node, w_node] = parents;
         if let Some(node) = x_node {
@@ -541,6 +551,7 @@ gradient!(
             grads.register::<B>(node, B::linear_trained_dx(dy.clone(), b, Compute::F32));
         }
         if let Some(node) = b_node {
+            let u = Kept::Float(u);
             grads.register::<B>(node, B::linear_dw(dy.clone(), u, Compute::F32));
         }
         register::<B>(grads, [y_node], [dy]);

@@ -16,7 +16,6 @@ use rayon::prelude::*;
 
 use crate::dropout::Dropout;
 use crate::gemm::{Compute, Weights, nn_serial, nt_serial, tiles, with_scratch};
-use crate::matrix::round_to_bf16;
 use crate::strided::{Mat, MatMut, Write, gemm};
 use crate::{Matrix, swiglu};
 
@@ -333,17 +332,11 @@ fn forward_slots(experts: Experts<'_>, slots: Slots<'_>, x: &[f32], outputs: [&m
             experts.project(GATE, expert, places.clone(), xs, gate.values());
             experts.project(UP, expert, places.clone(), xs, up.values());
             swiglu::forward(gate.values(), up.values(), act);
-            round(act, experts.compute);
+            experts.compute.round_rows(act, inner);
             let act = Mat::dense(act, n, inner);
             experts.project(DOWN, expert, places, act, out.values());
         });
     });
-}
-
-fn round(values: &mut [f32], compute: Compute) {
-    if compute == Compute::Bf16 {
-        round_to_bf16(values);
-    }
 }
 
 /// What the backward pass reads: the inputs of [`forward`] and the products it saved.
@@ -431,29 +424,21 @@ fn backward_slots(
         let (n, range) = (places.len(), places.start * inner..places.end * inner);
         let (gate, up) = (&saved.gate[range.clone()], &saved.up[range]);
         swiglu::forward(gate, up, act.values());
-        round(act.values(), experts.compute);
         back_through_down(experts, slots, dy, (expert, places.clone()), dgate.values());
         let weights = places
             .clone()
             .map(|at| saved.weights[slots.order[at] as usize]);
-        weigh(&mut dgate, &mut act, &mut dweight, weights);
+        with_rounded_rows(act.values(), inner, experts.compute, |act| {
+            weigh(dgate.values(), act, dweight.values(), weights);
+        });
         swiglu::backward(dgate.values(), dup.values(), gate, up);
-        round(dgate.values(), experts.compute);
-        round(dup.values(), experts.compute);
-        experts.project_back(
-            GATE,
-            expert,
-            places.clone(),
-            Mat::dense(dgate.values(), n, inner),
-            (dx.values(), Write::Replace),
-        );
-        experts.project_back(
-            UP,
-            expert,
-            places,
-            Mat::dense(dup.values(), n, inner),
-            (dx.values(), Write::Add),
-        );
+        let gradients = [(GATE, dgate, Write::Replace), (UP, dup, Write::Add)];
+        for (projection, mut dy, write) in gradients {
+            with_rounded_rows(dy.values(), inner, experts.compute, |dy| {
+                let (dy, dx) = (Mat::dense(dy, n, inner), (dx.values(), write));
+                experts.project_back(projection, expert, places.clone(), dy, dx);
+            });
+        }
     });
 }
 
@@ -468,26 +453,60 @@ fn back_through_down(
     let (n, hidden) = (places.len(), experts.hidden);
     with_scratch(n * hidden, |dys| {
         slots.gather(dy, hidden, places.clone(), dys);
-        round(dys, experts.compute);
+        experts.compute.round_rows(dys, hidden);
         let dys = Mat::dense(dys, n, hidden);
         experts.project_back(DOWN, expert, places, dys, (dact, Write::Replace));
     });
 }
 
-/// Makes the weights' gradients, `⟨d(act), act⟩`, and multiplies the activations' gradients with the weights.
-fn weigh(
-    dact: &mut MatMut<'_>,
-    act: &mut MatMut<'_>,
-    dweight: &mut MatMut<'_>,
-    weights: impl Iterator<Item = f32>,
+/// Lends values as a product that sums over rows sees them; they themselves stay as they are.
+fn with_rounded_rows(
+    values: &[f32],
+    width: usize,
+    compute: Compute,
+    use_them: impl FnOnce(&[f32]),
 ) {
-    for (row, weight) in weights.enumerate() {
-        let (dact, act) = (dact.row(row), act.row(row));
-        dweight.row(row)[0] = dact
-            .iter()
-            .zip(act.iter())
-            .map(|(dact, act)| dact * act)
-            .sum();
+    if compute == Compute::F32 {
+        return use_them(values);
+    }
+    with_scratch(values.len(), |copy| {
+        copy.copy_from_slice(values);
+        compute.round_rows(copy, width);
+        use_them(copy);
+    });
+}
+
+/// The same for both operands of a product that sums over their columns.
+fn with_rounded_columns(
+    [a, b]: [Mat<'_>; 2],
+    compute: Compute,
+    use_them: impl FnOnce(Mat<'_>, Mat<'_>),
+) {
+    if compute == Compute::F32 {
+        return use_them(a, b);
+    }
+    let n = a.rows();
+    with_scratch(n * (a.cols() + b.cols()), |scratch| {
+        let parts = scratch.split_at_mut(n * a.cols());
+        for (copy, source) in [(&mut *parts.0, a), (&mut *parts.1, b)] {
+            let rows = copy.chunks_mut(source.cols().max(1)).enumerate();
+            rows.for_each(|(row, copy)| copy.copy_from_slice(source.row(row)));
+            compute.round_columns(copy, source.cols());
+        }
+        let views = (
+            Mat::dense(parts.0, n, a.cols()),
+            Mat::dense(parts.1, n, b.cols()),
+        );
+        use_them(views.0, views.1);
+    });
+}
+
+/// Makes the weights' gradients, `⟨d(act), act⟩`, and multiplies the activations' gradients with the weights.
+fn weigh(dact: &mut [f32], act: &[f32], dweights: &mut [f32], weights: impl Iterator<Item = f32>) {
+    let width = act.len() / dweights.len().max(1);
+    let rows = dact.chunks_mut(width.max(1)).zip(act.chunks(width.max(1)));
+    for ((dact, act), (dweight, weight)) in rows.zip(dweights.iter_mut().zip(weights)) {
+        *dweight = dact.iter().zip(act).map(|(dact, act)| dact * act).sum();
         dact.iter_mut().for_each(|dact| *dact *= weight);
     }
 }
@@ -516,13 +535,10 @@ pub(crate) fn backward_weights(
                         grads,
                         (projection, expert),
                         |x, dy| {
-                            gemm(
-                                MatMut::dense(dw, dy.cols(), x.cols()),
-                                dy.t(),
-                                x,
-                                1.0,
-                                Write::Replace,
-                            );
+                            with_rounded_columns([x, dy], experts.compute, |x, dy| {
+                                let dw = MatMut::dense(dw, dy.cols(), x.cols());
+                                gemm(dw, dy.t(), x, 1.0, Write::Replace);
+                            });
                         },
                     );
                 });
@@ -610,7 +626,6 @@ fn with_operands(
                 row.iter_mut().for_each(|dy| *dy *= weight);
             }
         }
-        round(scratch, experts.compute);
         let (wide, dgate, dup, act) = (
             Mat::dense(scratch, n, hidden),
             Mat::dense(&grads.dgate[rows.clone()], n, inner),

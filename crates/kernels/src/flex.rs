@@ -13,10 +13,10 @@ use rayon::prelude::*;
 
 use crate::adamw::{self, AdamWStep};
 use crate::attention::{self, Place};
+use crate::autodiff::Kept;
 use crate::cross_entropy::{self, Head};
 use crate::experts::{self, Experts, Factors, Slots, Source};
 use crate::gemm::{self, Compute, Weights};
-use crate::matrix::round_to_bf16;
 use crate::ops::{
     Direction, FactorsPrimitive, HeadRows, Kernels, RoutingPrimitive, StacksPrimitive,
 };
@@ -64,15 +64,53 @@ impl Floats {
         }
     }
 
-    /// The values as a product in `compute` sees them.
+    /// The values as a product in `compute` sees them that sums over the last axis.
     pub(crate) fn rounded(tensor: &FlexTensor, compute: Compute) -> Self {
         let values = Self::new(tensor);
-        if compute == Compute::F32 || tensor.dtype() == DType::BF16 {
+        if compute == Compute::F32 || (compute == Compute::Bf16 && tensor.dtype() == DType::BF16) {
             return values;
         }
-        let mut rounded = values.to_vec();
-        round_to_bf16(&mut rounded);
-        Self::in_place(floats(rounded, values.shape()))
+        values.mapped(ROUNDED_ROWS, |rows, width| compute.round_rows(rows, width))
+    }
+
+    /// The values as a product in `compute` sees them that sums over the first axis of two.
+    fn rounded_columns(self, compute: Compute) -> Self {
+        if compute == Compute::F32 {
+            return self;
+        }
+        self.mapped(ROUNDED_ROWS, |rows, width| {
+            compute.round_columns(rows, width)
+        })
+    }
+
+    /// A copy, changed some rows at a time.
+    fn mapped(&self, rows: usize, change: impl Fn(&mut [f32], usize) + Sync) -> Self {
+        let shape = self.shape();
+        let width = shape.as_slice().last().copied().unwrap_or(1).max(1);
+        let mut values = self.to_vec();
+        values
+            .par_chunks_mut(rows * width)
+            .for_each(|rows| change(rows, width));
+        Self::in_place(floats(values, shape))
+    }
+
+    /// What was kept for the backward pass.
+    fn kept(kept: &Kept<FlexTensor>) -> Self {
+        match kept {
+            Kept::Float(tensor) => Self::new(tensor),
+            Kept::Fp8(tiles) => {
+                let [rows, cols] = tiles.dims();
+                let mut values = vec![0.0; rows * cols];
+                values
+                    .par_chunks_mut((ROUNDED_ROWS * cols).max(1))
+                    .enumerate()
+                    .for_each(|(i, out)| {
+                        let start = i * ROUNDED_ROWS;
+                        tiles.decode(start..rows.min(start + ROUNDED_ROWS), out);
+                    });
+                Self::in_place(floats(values, [rows, cols]))
+            }
+        }
     }
 
     fn shape(&self) -> Shape {
@@ -97,6 +135,9 @@ impl std::ops::Deref for Floats {
         &self.tensor.storage::<f32>()[self.range.clone()]
     }
 }
+
+/// Rows per task where activations are rounded: whole tiles of FP8.
+const ROUNDED_ROWS: usize = 128;
 
 /// A tensor whose storage is its values and nothing else, so that it can be written.
 fn owned(x: FlexTensor) -> FlexTensor {
@@ -132,12 +173,18 @@ fn int_values(tensor: &FlexTensor) -> Vec<i32> {
 
 impl Kernels for Flex {
     fn linear_frozen(x: FlexTensor, w: Arc<Matrix>, compute: Compute) -> FlexTensor {
-        nt(&Floats::rounded(&x, compute), Weights::frozen(&w, compute))
+        let lowered = compute.lowered(&w);
+        let w = Weights::frozen(lowered.as_ref().unwrap_or(&w), compute);
+        nt(&Floats::rounded(&x, compute), w)
     }
 
     fn linear_trained(x: FlexTensor, w: FlexTensor, compute: Compute) -> FlexTensor {
         let w = Floats::new(&w);
-        nt(&Floats::rounded(&x, compute), trained(&w, compute))
+        let lowered = lowered_trained(&w, compute);
+        nt(
+            &Floats::rounded(&x, compute),
+            trained(&w, &lowered, compute),
+        )
     }
 
     fn linear_add(mut y: FlexTensor, u: FlexTensor, b: FlexTensor) -> FlexTensor {
@@ -146,7 +193,7 @@ impl Kernels for Flex {
         let [rows, cols] = y.layout().shape().dims();
         gemm::nt(
             u.mat(),
-            trained(&b, Compute::F32),
+            trained(&b, &None, Compute::F32),
             MatMut::dense(y.storage_mut(), rows, cols),
             Write::Add,
         );
@@ -301,7 +348,9 @@ impl Kernels for Flex {
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
         let factors = FactorValues::new(&factors);
         let (x, routing) = (Floats::rounded(&x, compute), RoutingValues::new(&routing));
-        let experts = frozen_experts(&bank, &factors, lora, compute);
+        let lowered = lowered_bank(&bank, compute);
+        let bank = lowered.as_ref().unwrap_or(&bank);
+        let experts = frozen_experts(bank, &factors, lora, compute);
         experts_forward(experts, &routing, &x)
     }
 
@@ -313,7 +362,8 @@ impl Kernels for Flex {
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
         let stacks = StackValues::new(&stacks);
         let (x, routing) = (Floats::rounded(&x, compute), RoutingValues::new(&routing));
-        experts_forward(stacks.experts(compute), &routing, &x)
+        let lowered = stacks.lowered(compute);
+        experts_forward(stacks.experts(lowered.as_ref(), compute), &routing, &x)
     }
 
     fn cross_entropy_frozen(
@@ -340,7 +390,7 @@ impl Kernels for Flex {
         compute: Compute,
     ) -> (FlexTensor, FlexTensor) {
         let w = Floats::new(&w);
-        loss_forward(&h, None, trained(&w, compute), &targets, compute)
+        loss_forward(&h, None, trained(&w, &None, compute), &targets, compute)
     }
 
     fn adamw_step(
@@ -369,8 +419,34 @@ impl Kernels for Flex {
 /// Elements per task of a cheap elementwise operation.
 const ELEMENTS: usize = 1 << 14;
 
-fn trained(w: &Floats, compute: Compute) -> Weights<'_> {
-    Weights::trained(w, w.dims::<2>()[1], compute)
+/// A trained weight, or what was made of it to be read instead.
+fn trained<'a>(w: &'a Floats, lowered: &'a Option<Matrix>, compute: Compute) -> Weights<'a> {
+    match lowered {
+        Some(lowered) => Weights::Packed(lowered, compute),
+        None => Weights::trained(w, w.dims::<2>()[1], compute),
+    }
+}
+
+fn lowered_trained(w: &Floats, compute: Compute) -> Option<Matrix> {
+    compute.lowered_values(w, w.dims::<2>()[1])
+}
+
+/// The experts' weights as FP8 products read them; none if they are read as they are.
+fn lowered_bank(bank: &ExpertBank, compute: Compute) -> Option<ExpertBank> {
+    if !matches!(compute, Compute::Fp8(_)) {
+        return None;
+    }
+    let lowered = |weights: &Vec<Matrix>| {
+        let lowered = weights
+            .par_iter()
+            .map(|w| compute.lowered(w).unwrap_or_else(|| w.clone()));
+        lowered.collect()
+    };
+    Some(ExpertBank {
+        gate: lowered(&bank.gate),
+        up: lowered(&bank.up),
+        down: lowered(&bank.down),
+    })
 }
 
 fn nt(x: &Floats, w: Weights<'_>) -> FlexTensor {
@@ -532,10 +608,28 @@ impl StackValues {
         Self([&stacks.gate, &stacks.up, &stacks.down].map(Floats::new))
     }
 
-    fn experts(&self, compute: Compute) -> Experts<'_> {
+    /// As FP8 products read them; none if they are read as they are.
+    fn lowered(&self, compute: Compute) -> Option<ExpertBank> {
+        let matrices = |stack: &Floats| -> Option<Vec<Matrix>> {
+            let [_, rows, cols] = stack.dims();
+            let weights = stack.par_chunks((rows * cols).max(1));
+            weights.map(|w| compute.lowered_values(w, cols)).collect()
+        };
+        let [gate, up, down] = self.0.each_ref().map(matrices);
+        Some(ExpertBank {
+            gate: gate?,
+            up: up?,
+            down: down?,
+        })
+    }
+
+    fn experts<'a>(&'a self, lowered: Option<&'a ExpertBank>, compute: Compute) -> Experts<'a> {
         let [n_experts, inner, hidden] = self.0[0].dims();
         Experts {
-            weights: Source::Trained(self.0.each_ref().map(|stack| &**stack)),
+            weights: match lowered {
+                Some(bank) => Source::Frozen(bank),
+                None => Source::Trained(self.0.each_ref().map(|stack| &**stack)),
+            },
             factors: [Factors::default(); 3],
             lora: ExpertLora {
                 scale: [0.0; 3],

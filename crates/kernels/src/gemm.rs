@@ -13,10 +13,11 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::Matrix;
+use crate::fp8::{self, Scales, encode_tiles};
 use crate::matrix::round_to_bf16;
 use crate::simd::multiversion;
 use crate::strided::{Mat, MatMut, Write, gemm};
+use crate::{Format, Matrix};
 
 /// Up to this many rows of `x` are multiplied row by row.
 pub(crate) const FEW_ROWS: usize = 8;
@@ -36,6 +37,53 @@ pub enum Compute {
     F32,
     /// Round both operands to bf16 first, and keep activations that wait for the backward pass in bf16.
     Bf16,
+    /// Round both operands to E4M3 first, activations and gradients in tiles of 1 × 128 along the sum, weights in blocks
+    /// of 128 × 128; and keep activations in that form. The values are those of FP8 units, the arithmetic is f32.
+    Fp8(Scales),
+}
+
+impl Compute {
+    /// Rounds rows whose values are summed over in a product.
+    pub(crate) fn round_rows(self, values: &mut [f32], width: usize) {
+        match self {
+            Self::F32 => {}
+            Self::Bf16 => round_to_bf16(values),
+            Self::Fp8(kind) => fp8::round_rows(values, width, kind),
+        }
+    }
+
+    /// Rounds a matrix whose columns are summed over in a product: both operands of a weight's gradient.
+    pub(crate) fn round_columns(self, values: &mut [f32], width: usize) {
+        match self {
+            Self::F32 => {}
+            Self::Bf16 => round_to_bf16(values),
+            Self::Fp8(kind) => fp8::round_columns(values, width, kind),
+        }
+    }
+
+    /// A weight as FP8 products read it; none if it is read as it is.
+    pub(crate) fn lowered(self, matrix: &Matrix) -> Option<Matrix> {
+        match (self, matrix.format()) {
+            (Self::Fp8(_), Format::Fp8(_)) | (Self::F32 | Self::Bf16, _) => None,
+            (Self::Fp8(kind), _) => Some(matrix.to_fp8(kind)),
+        }
+    }
+
+    /// [`Self::lowered`] of f32 values.
+    pub(crate) fn lowered_values(self, values: &[f32], cols: usize) -> Option<Matrix> {
+        match self {
+            Self::F32 | Self::Bf16 => None,
+            Self::Fp8(kind) => {
+                let shape = [values.len() / cols.max(1), cols];
+                Some(Matrix::from_tiles(encode_tiles(
+                    values,
+                    shape,
+                    fp8::BLOCK,
+                    kind,
+                )))
+            }
+        }
+    }
 }
 
 /// A weight `[out, in]` as a product reads it.
@@ -61,8 +109,9 @@ impl<'a> Weights<'a> {
     /// A trained weight: f32 values, rounded on reading if the products are bf16.
     pub(crate) fn trained(values: &'a [f32], cols: usize, compute: Compute) -> Self {
         match compute {
-            Compute::F32 => Self::Values(values, cols),
             Compute::Bf16 => Self::Rounded(values, cols),
+            // In FP8 they were made a matrix of codes before.
+            Compute::F32 | Compute::Fp8(_) => Self::Values(values, cols),
         }
     }
 
@@ -131,7 +180,7 @@ impl<'a> Weights<'a> {
     fn dot(&self, row: usize, x: &[f32]) -> f32 {
         match self {
             Self::Values(values, cols) => dot(&values[row * cols..][..*cols], x),
-            Self::Packed(matrix, Compute::F32) => matrix.dot(row, x),
+            Self::Packed(matrix, Compute::F32 | Compute::Fp8(_)) => matrix.dot(row, x),
             Self::Rounded(..) | Self::Packed(..) => with_scratch(x.len(), |line| {
                 self.read(row..row + 1, 0..x.len(), line);
                 dot(line, x)

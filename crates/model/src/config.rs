@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use burn::tensor::Device;
+use kernels::fp8::Scales;
 use kernels::{Choice, GroupScore, Pairs};
 use serde_json::Value;
 
@@ -52,6 +53,8 @@ pub struct ModelConfig {
     pub moe: Option<MoeConfig>,
     /// Block size of FP8 weights.
     pub fp8_block: [usize; 2],
+    /// Which numbers the scales of FP8 products may be.
+    pub fp8_scales: Scales,
 }
 
 /// The families of checkpoints that the one model computes.
@@ -252,6 +255,7 @@ impl ModelConfig {
                 None
             },
             fp8_block: fp8_block(&keys)?,
+            fp8_scales: fp8_scales(&keys)?,
         };
         config.check_sizes(&keys)?;
         Ok(config)
@@ -522,6 +526,18 @@ fn check_choice(keys: &Keys<'_>, config: &MoeConfig) -> Result<(), Error> {
         ));
     }
     Ok(())
+}
+
+/// How scales are rounded: those of activations follow those of the weights.
+fn fp8_scales(keys: &Keys<'_>) -> Result<Scales, Error> {
+    let Some(quantization) = keys.object("quantization_config")? else {
+        return Ok(Scales::F32);
+    };
+    match quantization.json.get("scale_fmt") {
+        None | Some(Value::Null) => Ok(Scales::F32),
+        Some(name) if name == "ue8m0" => Ok(Scales::PowerOfTwo),
+        Some(_) => Err(quantization.wrong("scale_fmt", "`ue8m0`, or no such key")),
+    }
 }
 
 fn fp8_block(keys: &Keys<'_>) -> Result<[usize; 2], Error> {

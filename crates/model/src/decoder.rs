@@ -3,14 +3,14 @@
 use burn::module::Module;
 use burn::tensor::{Int, Tensor};
 
+use crate::attention::Attention;
 use crate::config::ModelConfig;
-use crate::gqa::Gqa;
 use crate::linear::{Linear, Weight};
-use crate::mla::Mla;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::norm::Norm;
 use crate::pass::Pass;
+use crate::precision::Class;
 
 /// A causal language model. Field names are the checkpoint's keys.
 #[derive(Module, Debug)]
@@ -53,19 +53,6 @@ pub struct DecoderLayer {
     pub post_attention_layernorm: Norm,
     /// The feed-forward part.
     pub mlp: FeedForward,
-}
-
-/// The forms of attention.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "tensor handles; there are as many as layers, and burn derives no boxed variants"
-)]
-#[derive(Module, Debug)]
-pub enum Attention {
-    /// Latent attention.
-    Mla(Mla),
-    /// Grouped queries.
-    Gqa(Gqa),
 }
 
 /// The forms of the feed-forward part.
@@ -122,7 +109,7 @@ impl Model {
     /// - `hidden`: `[tokens, hidden_size]`
     /// - returns: `[tokens, vocab]`, f32
     pub fn logits(&self, hidden: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
-        self.head().forward(hidden, pass)
+        self.head().forward_as(Class::Head, hidden, pass)
     }
 
     /// The loss of every position, without holding the logits.

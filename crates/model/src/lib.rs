@@ -16,34 +16,33 @@
 //! ```
 
 pub mod adapter;
+mod attention;
 mod cache;
 pub mod config;
 mod decoder;
 mod error;
 pub mod export;
-mod gqa;
 pub mod linear;
 pub mod lora;
 pub mod merge;
-mod mla;
 mod mlp;
 pub mod moe;
 mod norm;
 mod parameters;
 mod pass;
 mod patterns;
+pub mod precision;
 mod rope;
 mod sites;
 pub mod weights;
 
 pub use adapter::AdapterWeights;
+pub use attention::{Attention, Gqa, Mla};
 pub use cache::Cache;
 pub use config::ModelConfig;
-pub use decoder::{Attention, Decoder, DecoderLayer, Embedding, FeedForward, Model};
+pub use decoder::{Decoder, DecoderLayer, Embedding, FeedForward, Model};
 pub use error::Error;
-pub use gqa::Gqa;
 pub use kernels::Compute;
-pub use mla::Mla;
 pub use mlp::Mlp;
 pub use norm::Norm;
 pub use parameters::Parameter;

@@ -12,6 +12,7 @@ use kernels::{Compute, Direction, Dropout, HeadRows, Matrix};
 
 use crate::lora::Lora;
 use crate::pass::Pass;
+use crate::precision::Class;
 
 /// A weight `[out, in]`, as a checkpoint stores it.
 #[derive(Module, Debug)]
@@ -79,13 +80,22 @@ impl Linear {
     /// # Panics
     /// If the width does not fit.
     pub fn forward(&self, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
+        self.forward_as(Class::Linear, x, pass)
+    }
+
+    /// [`Self::forward`] in the precision of another class.
+    ///
+    /// # Shapes
+    /// - `x`: `[tokens, in]`
+    /// - returns: `[tokens, out]`
+    ///
+    /// # Panics
+    /// If the width does not fit.
+    pub fn forward_as(&self, class: Class, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
+        let compute = pass.compute_of(class);
         let y = match &self.weight {
-            Weight::Frozen(frozen) => {
-                kernels::linear_frozen(x.clone(), &frozen.matrix, pass.compute)
-            }
-            Weight::Trained(weight) => {
-                kernels::linear_trained(x.clone(), weight.val(), pass.compute)
-            }
+            Weight::Frozen(frozen) => kernels::linear_frozen(x.clone(), &frozen.matrix, compute),
+            Weight::Trained(weight) => kernels::linear_trained(x.clone(), weight.val(), compute),
         };
         let y = match &self.lora {
             Some(lora) => kernels::linear_add(y, lora.project(x, pass), lora.lora_b.val()),
@@ -143,24 +153,19 @@ impl Linear {
         targets: Tensor<1, Int>,
         pass: &Pass<'_>,
     ) -> Tensor<1> {
+        let compute = pass.compute_of(Class::Head);
         match (&self.weight, &self.lora) {
             (Weight::Trained(weight), _) => {
-                kernels::cross_entropy_trained(hidden, weight.val(), targets, pass.compute)
+                kernels::cross_entropy_trained(hidden, weight.val(), targets, compute)
             }
             (Weight::Frozen(frozen), Some(lora)) => {
                 let low_rank = [lora.project(hidden.clone(), pass), lora.lora_b.val()];
-                kernels::cross_entropy_frozen(
-                    hidden,
-                    low_rank,
-                    &frozen.matrix,
-                    targets,
-                    pass.compute,
-                )
+                kernels::cross_entropy_frozen(hidden, low_rank, &frozen.matrix, targets, compute)
             }
             (Weight::Frozen(frozen), None) => {
                 let none = [hidden.dims()[0], frozen.matrix.rows()]
                     .map(|rows| Tensor::zeros([rows, 0], &hidden.device()));
-                kernels::cross_entropy_frozen(hidden, none, &frozen.matrix, targets, pass.compute)
+                kernels::cross_entropy_frozen(hidden, none, &frozen.matrix, targets, compute)
             }
         }
     }

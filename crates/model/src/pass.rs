@@ -5,6 +5,7 @@ use kernels::Compute;
 
 use crate::cache::Cache;
 use crate::moe::router::Routed;
+use crate::precision::Class;
 use crate::rope::RotaryTable;
 
 /// The settings of a pass, the tables it computes once, and what it leaves behind.
@@ -63,6 +64,11 @@ impl<'a> Pass<'a> {
             cache: Some(cache),
             ..Self::new(compute)
         }
+    }
+
+    /// What a class of products computes in.
+    pub(crate) fn compute_of(&self, class: Class) -> Compute {
+        class.compute(self.compute)
     }
 
     /// The rotary tables of this pass.

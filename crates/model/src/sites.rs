@@ -1,6 +1,7 @@
 //! The modules of a model that hold weights, by path, and the patterns that choose among them.
 
-use crate::decoder::{Attention, FeedForward, Model};
+use crate::attention::Attention;
+use crate::decoder::{FeedForward, Model};
 use crate::linear::Linear;
 use crate::mlp::Mlp;
 use crate::moe::experts::Experts;

@@ -13,12 +13,11 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use crate::Error;
+use crate::attention::{Attention, Gqa, Mla};
 use crate::config::{AttentionConfig, GqaConfig, MlaConfig, ModelConfig, MoeConfig};
-use crate::decoder::{Attention, Decoder, DecoderLayer, Embedding, FeedForward, Model};
-use crate::gqa::Gqa;
+use crate::decoder::{Decoder, DecoderLayer, Embedding, FeedForward, Model};
 use crate::linear::{Frozen, Linear, Weight};
 use crate::lora::parameter;
-use crate::mla::Mla;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::moe::experts::{ExpertWeights, Experts, FrozenBank, Stacks};

@@ -100,8 +100,11 @@ pub struct PrecisionSection {
 pub enum Compute {
     /// Single precision.
     F32,
-    /// bf16 storage, f32 accumulation.
+    /// Operands and what is kept for the backward pass in bf16, sums in f32.
     Bf16,
+    /// Operands and what is kept in E4M3, with a scale per 128 values of an activation and per 128 × 128 block of a
+    /// weight; sums in f32.
+    Fp8,
 }
 
 /// `[optimizer]`: AdamW.

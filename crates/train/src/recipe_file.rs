@@ -579,8 +579,8 @@ mod tests {
             "model.tokenizer: expected a path, found true",
         ),
         (
-            "precision.compute = 'fp8'",
-            "precision.compute: expected `f32` or `bf16`, found \"fp8\"",
+            "precision.compute = 'fp4'",
+            "precision.compute: expected one of `f32`, `bf16`, `fp8`, found \"fp4\"",
         ),
         (
             "precision.compute = 16",

@@ -194,10 +194,11 @@ impl Session {
     }
 
     /// What products round to.
-    pub(crate) fn compute(&self) -> model::Compute {
+    pub fn compute(&self) -> model::Compute {
         match self.recipe.precision.compute {
             Compute::F32 => model::Compute::F32,
             Compute::Bf16 => model::Compute::Bf16,
+            Compute::Fp8 => model::Compute::Fp8(self.model.config.fp8_scales),
         }
     }
 }

@@ -1,5 +1,7 @@
 //! The gradients of the operations on the CPU backend.
 
+use std::sync::Arc;
+
 use burn::backend::Flex;
 use burn::tensor::{Bytes, DType};
 use burn_flex::{FlexTensor, Layout};
@@ -8,12 +10,15 @@ use rayon::prelude::*;
 
 use super::{
     ELEMENTS, FactorValues, Floats, RoutingValues, StackValues, TrainedTokens, floats,
-    frozen_experts, int_values, nn, shape_apart, shape_together, trained, turn,
+    frozen_experts, int_values, lowered_bank, lowered_trained, nn, shape_apart, shape_together,
+    trained, turn,
 };
 use crate::attention::{self, ContextGrads};
+use crate::autodiff::Kept;
 use crate::autodiff::{ExpertsSaved, Gradients, LossSaved};
 use crate::cross_entropy::{self, Row};
 use crate::experts::{self, InputGrads};
+use crate::fp8::encode_tiles;
 use crate::gemm::{self, Compute, Weights};
 use crate::ops::{FactorsPrimitive, StacksPrimitive};
 use crate::strided::MatMut;
@@ -21,33 +26,46 @@ use crate::{ExpertBank, ExpertLora, Matrix, Pairs, rms_norm, rope, swiglu};
 
 impl Gradients for Flex {
     fn linear_frozen_dx(dy: FlexTensor, w: &Matrix, compute: Compute) -> FlexTensor {
-        nn(&Floats::rounded(&dy, compute), Weights::frozen(w, compute))
+        let lowered = compute.lowered(w);
+        let w = Weights::frozen(lowered.as_ref().unwrap_or(w), compute);
+        nn(&Floats::rounded(&dy, compute), w)
     }
 
     fn linear_trained_dx(dy: FlexTensor, w: FlexTensor, compute: Compute) -> FlexTensor {
         let w = Floats::new(&w);
-        nn(&Floats::rounded(&dy, compute), trained(&w, compute))
+        let lowered = lowered_trained(&w, compute);
+        nn(
+            &Floats::rounded(&dy, compute),
+            trained(&w, &lowered, compute),
+        )
     }
 
-    fn linear_dw(dy: FlexTensor, x: FlexTensor, compute: Compute) -> FlexTensor {
-        let (dy, x) = (Floats::rounded(&dy, compute), Floats::rounded(&x, compute));
+    fn linear_dw(dy: FlexTensor, x: Kept<FlexTensor>, compute: Compute) -> FlexTensor {
+        let (dy, x) = (
+            Floats::new(&dy).rounded_columns(compute),
+            Floats::kept(&x).rounded_columns(compute),
+        );
         let ([_, out], [_, width]) = (dy.dims::<2>(), x.dims::<2>());
         let mut dw = vec![0.0; out * width];
         gemm::tn(dy.mat(), x.mat(), MatMut::dense(&mut dw, out, width));
         floats(dw, [out, width])
     }
 
-    fn round(x: FlexTensor, compute: Compute) -> FlexTensor {
+    fn keep(x: FlexTensor, compute: Compute) -> Kept<FlexTensor> {
         match compute {
-            Compute::F32 => x,
+            Compute::F32 => Kept::Float(x),
             Compute::Bf16 => {
                 let x = Floats::new(&x);
                 let halves: Vec<bf16> = x.iter().map(|v| bf16::from_f32(*v)).collect();
-                FlexTensor::new(
+                Kept::Float(FlexTensor::new(
                     Bytes::from_elems(halves),
                     Layout::contiguous(x.shape()),
                     DType::BF16,
-                )
+                ))
+            }
+            Compute::Fp8(kind) => {
+                let x = Floats::new(&x);
+                Kept::Fp8(Arc::new(encode_tiles(&x, x.dims(), [1, 128], kind)))
             }
         }
     }
@@ -155,7 +173,8 @@ impl Gradients for Flex {
         wanted: bool,
     ) -> ([FlexTensor; 2], Option<[FlexTensor; 6]>) {
         let (values, dy) = (FactorValues::new(factors), Floats::new(&dy));
-        let experts = frozen_experts(bank, &values, lora, compute);
+        let lowered = lowered_bank(bank, compute);
+        let experts = frozen_experts(lowered.as_ref().unwrap_or(bank), &values, lora, compute);
         let kept = SavedValues::new(&saved);
         let grads = experts::backward_inputs(experts, kept.routing.slots(), kept.saved(), &dy);
         let factors = wanted.then(|| {
@@ -175,7 +194,8 @@ impl Gradients for Flex {
         compute: Compute,
     ) -> ([FlexTensor; 2], [FlexTensor; 3]) {
         let (values, dy) = (StackValues::new(stacks), Floats::new(&dy));
-        let experts = values.experts(compute);
+        let lowered = values.lowered(compute);
+        let experts = values.experts(lowered.as_ref(), compute);
         let kept = SavedValues::new(&saved);
         let grads = experts::backward_inputs(experts, kept.routing.slots(), kept.saved(), &dy);
         let stacks =
@@ -219,7 +239,7 @@ impl Gradients for Flex {
         let tokens = TrainedTokens::new(&saved.h, None, &saved.targets, compute);
         let w = Floats::new(&w);
         let (head, rows) = (
-            tokens.head(trained(&w, compute), None),
+            tokens.head(trained(&w, &None, compute), None),
             loss_rows(&tokens, &dloss, &saved.lse),
         );
         let grads = cross_entropy::backward(head, &rows, [want_w, false]);
@@ -252,7 +272,7 @@ struct SavedValues {
 
 impl SavedValues {
     fn new(saved: &ExpertsSaved<Flex>) -> Self {
-        let [x, gate, up] = [&saved.x, &saved.gate, &saved.up].map(Floats::new);
+        let [x, gate, up] = [&saved.x, &saved.gate, &saved.up].map(Floats::kept);
         Self {
             x,
             routing: RoutingValues::new(&saved.routing),

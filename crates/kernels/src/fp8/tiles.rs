@@ -8,13 +8,18 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{ceil_power_of_two, e4m3_to_f32, encode_scaled, encode_scaled_each};
+use super::{ceil_power_of_two, e4m3_to_f32, encode_scaled, encode_scaled_each, f32_to_e4m3};
+use crate::gemm::with_scratch;
 use crate::simd::multiversion;
 
 /// The largest value of E4M3, which the largest value of a tile becomes.
 const LARGEST: f32 = 448.0;
 /// A tile's largest magnitude counts as at least this: a tile of zeros has a scale to divide by.
 const FLOOR: f32 = 1e-4;
+/// The tile of a weight.
+pub(crate) const BLOCK: [usize; 2] = [128, 128];
+/// Values of an activation that share a scale.
+const GROUP: usize = 128;
 /// Rows of a task where tiles are lower than that.
 const TASK_ROWS: usize = 64;
 
@@ -51,6 +56,22 @@ pub struct Tiles {
 }
 
 impl Tiles {
+    /// A matrix without rows.
+    pub(crate) fn empty(cols: usize, tile: [usize; 2]) -> Self {
+        Self {
+            codes: Vec::new(),
+            scales: Vec::new(),
+            tile,
+            cols,
+        }
+    }
+
+    /// Adds rows below; those that are there must be whole tiles.
+    pub(crate) fn append(&mut self, rows: Self) {
+        self.codes.extend(rows.codes);
+        self.scales.extend(rows.scales);
+    }
+
     /// Number of rows and columns.
     pub fn dims(&self) -> [usize; 2] {
         [self.codes.len() / self.cols.max(1), self.cols]
@@ -122,6 +143,43 @@ pub fn encode_tiles(
     }
 }
 
+/// Rounds a matrix of rows of `width` to what its 1 × 128 tiles hold, in place; serial.
+pub(crate) fn round_rows(values: &mut [f32], width: usize, kind: Scales) {
+    for row in values.chunks_mut(width.max(1)) {
+        for part in row.chunks_mut(GROUP) {
+            round_scaled(part, kind.of(largest_magnitude(part, 0.0)));
+        }
+    }
+}
+
+/// Rounds a matrix of rows of `width` to what its 128 × 1 tiles hold, in place; serial.
+pub(crate) fn round_columns(values: &mut [f32], width: usize, kind: Scales) {
+    with_scratch(width, |scales| {
+        for band in values.chunks_mut((GROUP * width).max(1)) {
+            scales.fill(0.0);
+            band.chunks(width).for_each(|row| larger_each(row, scales));
+            scales.iter_mut().for_each(|scale| *scale = kind.of(*scale));
+            band.chunks_mut(width)
+                .for_each(|row| round_scaled_each(row, scales));
+        }
+    });
+}
+
+multiversion! {
+    fn round_scaled<FMA>(values: &mut [f32], scale: f32) {
+        let _ = FMA;
+        values.iter_mut().for_each(|v| *v = e4m3_to_f32(f32_to_e4m3(*v / scale)) * scale);
+    }
+}
+
+multiversion! {
+    fn round_scaled_each<FMA>(values: &mut [f32], scales: &[f32]) {
+        let _ = FMA;
+        let each = values.iter_mut().zip(scales);
+        each.for_each(|(v, scale)| *v = e4m3_to_f32(f32_to_e4m3(*v / scale)) * scale);
+    }
+}
+
 /// Encodes one row of tiles.
 fn encode_band(
     values: &[f32],
@@ -182,7 +240,6 @@ fn larger(a: f32, b: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fp8::f32_to_e4m3;
     use crate::matrix::tests::noise;
 
     #[test]
@@ -219,6 +276,25 @@ mod tests {
                     assert_eq!(decoded[i], e4m3_to_f32(tiles.codes[i]) * scale);
                     let step = scale * (value.abs() / scale / 16.0).max(2f32.powi(-10));
                     assert!((decoded[i] - value).abs() <= step * 1.001);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rounding_is_encoding_and_decoding() {
+        for [rows, cols] in [[5, 300], [300, 5], [129, 129], [1, 1], [0, 3]] {
+            for kind in [Scales::F32, Scales::PowerOfTwo] {
+                type Round = fn(&mut [f32], usize, Scales);
+                let ways = [(round_rows as Round, [1, 128]), (round_columns, [128, 1])];
+                for (round, tile) in ways {
+                    let values = noise(rows * cols, 5);
+                    let mut expected = vec![0.0; values.len()];
+                    let tiles = encode_tiles(&values, [rows, cols], tile, kind);
+                    tiles.decode(0..rows, &mut expected);
+                    let mut found = values;
+                    round(&mut found, cols, kind);
+                    assert_eq!(found, expected);
                 }
             }
         }

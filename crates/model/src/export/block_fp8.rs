@@ -30,14 +30,13 @@ impl BlockFp8 {
             Some(name) => base.tensor(name)?.dtype,
             None => DType::F32,
         };
-        let named = &base.config()["quantization_config"]["scale_fmt"];
-        let is_power = scale_dtype == DType::F8E8M0 || named == "ue8m0";
+        let is_power = scale_dtype == DType::F8E8M0;
         Ok(Self {
             block: config.fp8_block,
             scales: if is_power {
                 Scales::PowerOfTwo
             } else {
-                Scales::F32
+                config.fp8_scales
             },
             scale_dtype,
         })

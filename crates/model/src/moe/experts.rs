@@ -11,6 +11,7 @@ use kernels::{Dropout, ExpertBank, ExpertFactors, ExpertLora};
 
 use super::router::Routed;
 use crate::pass::Pass;
+use crate::precision::Class;
 
 /// The experts of one layer.
 #[derive(Module, Debug)]
@@ -128,15 +129,16 @@ impl Experts {
             order,
             offsets,
         };
+        let compute = pass.compute_of(Class::Experts);
         match &self.weights {
             ExpertWeights::Frozen(frozen) => {
                 let (factors, lora) = self.factors(&x, pass);
-                kernels::experts_frozen(x, routing, &frozen.bank, factors, lora, pass.compute)
+                kernels::experts_frozen(x, routing, &frozen.bank, factors, lora, compute)
             }
             ExpertWeights::Trained(stacks) => {
                 let stacks = [&stacks.gate_proj, &stacks.up_proj, &stacks.down_proj]
                     .map(|stack| stack.val());
-                kernels::experts_trained(x, routing, stacks, pass.compute)
+                kernels::experts_trained(x, routing, stacks, compute)
             }
         }
     }

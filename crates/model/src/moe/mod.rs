@@ -5,13 +5,13 @@ pub mod router;
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use kernels::Compute;
 
 use self::experts::Experts;
 use self::router::Router;
 use crate::linear::Linear;
 use crate::mlp::Mlp;
 use crate::pass::{Observe, Pass, RoutingRecord};
+use crate::precision::Class;
 
 /// The feed-forward part of a mixture layer.
 #[derive(Module, Debug)]
@@ -32,12 +32,7 @@ impl Moe {
     /// - `x`: `[tokens, hidden_size]`
     /// - returns: `[tokens, hidden_size]`
     pub fn forward(&self, x: Tensor<2>, pass: &mut Pass<'_>, layer_idx: usize) -> Tensor<2> {
-        // Router logits in f32 whatever the pass computes in: bf16 would swap near neighbors.
-        let exact = Pass {
-            dropout_seed: pass.dropout_seed,
-            ..Pass::new(Compute::F32)
-        };
-        let logits = self.gate.forward(x.clone(), &exact);
+        let logits = self.gate.forward_as(Class::Router, x.clone(), pass);
         let routed = self.router.route(logits.clone());
         if pass.observe == Observe::Routing {
             pass.routing.push(RoutingRecord {
