@@ -422,3 +422,46 @@ fn a_full_disk_is_one_sentence_and_leaves_nothing() {
     let resumed = moeforge(&["train", "--resume", &run]);
     assert!(resumed.status.success());
 }
+
+#[test]
+fn precisions_are_compared_and_finished_runs_are_not_trained_again() {
+    let place = tempfile::tempdir().unwrap();
+    let row = |i: i32| (0..40).map(|j| (i * 7 + j * j) % 280).collect::<Vec<_>>();
+    let rows: String = (0..20)
+        .map(|i| format!("{{\"input_ids\": {:?}}}\n", row(i)))
+        .collect();
+    let settings = "[optimizer]\nlearning_rate = 1e-2\n[train]\nmethod = \"lora\"\nsteps = 6\n";
+    let recipe = recipe(&place, settings, &rows);
+    let out = place.path().join("out").to_string_lossy().into_owned();
+    let words = ["precision", &recipe, "--out", &out, "--skip", "2", "--json"];
+    let compare = || {
+        let output = moeforge(&words);
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
+    };
+    let report = compare();
+    let error = |run: usize| report["runs"][run]["mean_error"].as_f64().unwrap();
+    assert_eq!((report["steps"].as_u64(), error(0)), (Some(4), 0.0));
+    // Rounding to four bits of mantissa more is seen, and is not the end of the world.
+    assert!(error(2) > 1e-6 && error(2) < 0.1, "{report}");
+    assert!(error(3) < error(2), "{report}");
+    for file in ["report.txt", "report.json", "loss_error.svg"] {
+        assert!(Path::new(&out).join(file).exists(), "{file}");
+    }
+
+    let metrics = Path::new(&out).join("fp8/metrics.jsonl");
+    let before = std::fs::metadata(&metrics).unwrap().modified().unwrap();
+    let again = compare();
+    assert_eq!(
+        again["runs"][2]["last_loss"],
+        report["runs"][2]["last_loss"]
+    );
+    assert_eq!(
+        std::fs::metadata(&metrics).unwrap().modified().unwrap(),
+        before
+    );
+}

@@ -8,6 +8,8 @@ mod inspect;
 mod logits;
 mod merge;
 mod open;
+mod plot;
+mod precision;
 mod quickstart;
 mod train;
 
@@ -51,6 +53,8 @@ enum Verb {
     Generate(generate::Args),
     /// Fold an adapter into its model.
     Merge(merge::Args),
+    /// Compare training in f32, bf16 and FP8 on a recipe.
+    Precision(precision::Args),
     /// The whole road on the repository's own base and data, printing the verbs it runs.
     Quickstart(quickstart::Args),
 }
@@ -86,6 +90,7 @@ fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
         Verb::Logits(args) => logits::run(&args, console),
         Verb::Generate(args) => generate::run(&args, console),
         Verb::Merge(args) => merge::run(&args, console),
+        Verb::Precision(args) => precision::run(&args, console),
         Verb::Quickstart(args) => quickstart::run(&args, console),
     }
 }

@@ -12,6 +12,14 @@ pub enum Error {
         /// What there should be.
         expected: &'static str,
     },
+    /// Training runs with no step to compare.
+    #[error("expected runs of more than the {skip} steps that are left out, found {found}")]
+    TooShort {
+        /// How many steps are left out.
+        skip: usize,
+        /// How many the shortest run has.
+        found: usize,
+    },
     /// A token the model has no embedding for.
     #[error(
         "sample {sample}: expected token ids below the vocabulary size {vocab_size}, found {id}"

@@ -22,12 +22,14 @@ mod choice;
 mod perplexity;
 
 mod compare;
+mod curves;
 mod report;
 
 mod error;
 
 pub use choice::{ChoiceScore, multiple_choice};
 pub use compare::{Difference, Verdict, compare_choices, compare_text};
+pub use curves::{Curve, CurveConfig, CurveErrors, CurveReport};
 pub use error::{Error, Result};
 pub use losses::{EvalConfig, SampleLoss};
 pub use perplexity::{TextScore, perplexity};

@@ -92,6 +92,9 @@ pub struct LoraSection {
 pub struct PrecisionSection {
     /// The dtype of activations and of what they are multiplied with.
     pub compute: Compute,
+    /// Whether the trained values are rounded to bf16 before the first step: a disturbance as small as a rounding, which
+    /// tells how much of a difference between two runs is chaos.
+    pub round_start: bool,
 }
 
 /// The dtype of activations.
@@ -237,6 +240,7 @@ impl Default for PrecisionSection {
         Self {
             // Right everywhere, and CPUs have no faster way; bf16 is for saving memory.
             compute: Compute::F32,
+            round_start: false,
         }
     }
 }

@@ -168,7 +168,10 @@ mod tests {
     fn every_section_of_the_recipe_is_known_with_its_keys() {
         let names: Vec<&str> = sections().iter().map(|(name, _)| *name).collect();
         assert_eq!(names, fields::<Recipe>());
-        assert_eq!(sections()[3], ("precision", &["compute"][..]));
+        assert_eq!(
+            sections()[3],
+            ("precision", &["compute", "round_start"][..])
+        );
         assert!(sections().iter().all(|(_, keys)| !keys.is_empty()));
     }
 
@@ -201,7 +204,7 @@ mod tests {
         check(
             "precision",
             "zzz",
-            "x: unknown key `precision.zzz`, expected one of `precision.compute`",
+            "x: unknown key `precision.zzz`, expected one of `precision.compute`, `precision.round_start`",
         );
         check(
             "optimiser",

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use burn::tensor::Device;
+use burn::tensor::{Device, FloatDType, Tensor};
 use checkpoint::{Adapter, Folder};
 use data::{Order, Sample, Shuffle, Split, Tokenizer};
 use model::lora::{self, Adapted, LoraConfig, Scaling};
@@ -59,6 +59,10 @@ impl Session {
         let device = Device::flex().autodiff();
         let (mut model, base) = open_model(&recipe, resolve, &device)?;
         let (adapted, scaling) = adapt(&recipe, &mut model, &device)?;
+        if recipe.precision.round_start {
+            let round = |values: Tensor<1>| values.cast(FloatDType::BF16).cast(FloatDType::F32);
+            model = model.map_parameters(&mut |_, values| Some(round(values)));
+        }
         let tokenizer = base.tokenizer.as_deref().map(Tokenizer::open).transpose()?;
         let splits = Splits {
             recipe: &recipe,
@@ -145,7 +149,7 @@ impl Session {
             (std::collections::BTreeMap::new(), Vec::new(), Vec::new());
         let device = self.device.clone().inner();
         read_optimizer(folder, &names, |i, values| {
-            let tensor = burn::tensor::Tensor::<1>::from_floats(values.as_slice(), &device);
+            let tensor = Tensor::<1>::from_floats(values.as_slice(), &device);
             match names[i].0.split_once('/') {
                 Some(("parameter", name)) => _ = parameters.insert(name.to_owned(), tensor),
                 Some((kind @ ("moment1" | "moment2"), name)) => {
@@ -159,7 +163,7 @@ impl Session {
             .model
             .clone()
             .map_parameters(&mut |name, _| parameters.remove(name));
-        let zeros = || burn::tensor::Tensor::<1>::zeros([0], &device);
+        let zeros = || Tensor::<1>::zeros([0], &device);
         for (first, name, tensor) in moments {
             let pair = self
                 .optimizer
@@ -170,7 +174,7 @@ impl Session {
         }
         let device = self.device.clone();
         for ((_, bias), values) in self.model.correction_biases().zip(biases) {
-            *bias = burn::tensor::Tensor::from_floats(values.as_slice(), &device);
+            *bias = Tensor::from_floats(values.as_slice(), &device);
         }
         Ok(())
     }

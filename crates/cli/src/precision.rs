@@ -1,0 +1,170 @@
+//! `moeforge precision`: what lower precision costs in accuracy, on the user's own recipe and data.
+//!
+//! The runs are those of `moeforge train`, one after another, with the same seed and data. What differs is the precision,
+//! and in one twin nothing but a rounding of the initial values: the noise that any difference has to be seen against.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::Duration;
+
+use ::eval::{Curve, CurveConfig, CurveReport};
+use anyhow::{Context, bail};
+use serde_json::Value;
+
+use crate::console::Console;
+use crate::plot::{Line, Plot};
+
+/// Compares training in f32, bf16 and FP8: the losses step by step, speed, memory.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The recipe, a TOML file.
+    recipe: PathBuf,
+    /// Override a setting: section.key=value. May be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Folder for the runs, `report.json`, `report.txt` and `loss_error.svg`. Runs that are there are gone on with.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Weight of a new step in the exponential average of the losses.
+    #[arg(long, value_name = "A", default_value_t = 0.02)]
+    smoothing: f64,
+    /// Steps left out at the start.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    skip: usize,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// The runs: name, and settings of `[precision]`. The first is what the others are compared with.
+const RUNS: [(&str, &[&str]); 4] = [
+    ("bf16", &["precision.compute=bf16"]),
+    (
+        "bf16, start rounded",
+        &["precision.compute=bf16", "precision.round_start=true"],
+    ),
+    ("fp8", &["precision.compute=fp8"]),
+    ("f32", &["precision.compute=f32"]),
+];
+
+const NOTE: &str =
+    "\npeak: memory besides mapped files\nsimulated FP8: values exact, arithmetic f32";
+
+pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
+    if !(args.smoothing > 0.0 && args.smoothing <= 1.0) {
+        bail!(
+            "--smoothing: expected a number above 0 and at most 1, found {}",
+            args.smoothing
+        );
+    }
+    let mut curves = Vec::new();
+    for (name, settings) in RUNS {
+        console.note(format_args!("{name}:"));
+        let folder = args.out.join(name.replace(", ", "-").replace(' ', "-"));
+        let peak_bytes = train(args, settings, &folder)?;
+        curves.push(curve(name, &folder, peak_bytes)?);
+    }
+    let config = CurveConfig {
+        smoothing: args.smoothing,
+        skip: args.skip,
+    };
+    let report = CurveReport::new(curves, config)?;
+    let (text, json) = (report.to_text() + NOTE, format!("{:#}", report.to_json()));
+    checkpoint::write_file(&args.out.join("report.txt"), format!("{text}\n").as_bytes())?;
+    checkpoint::write_file(
+        &args.out.join("report.json"),
+        format!("{json}\n").as_bytes(),
+    )?;
+    let svg = plot(&report).to_svg();
+    checkpoint::write_file(&args.out.join("loss_error.svg"), svg.as_bytes())?;
+    console.result(if args.json { &json } else { &text });
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Trains, or goes on with a run that was stopped. Returns the most memory it held besides mapped files, where the
+/// operating system tells and the run was not finished before.
+fn train(args: &Args, settings: &[&str], folder: &Path) -> anyhow::Result<Option<u64>> {
+    if ["model", "adapter"]
+        .iter()
+        .any(|name| folder.join(name).exists())
+    {
+        return Ok(None);
+    }
+    let program = std::env::current_exe().context("where is this program?")?;
+    let mut command = Command::new(program);
+    command.arg("train");
+    if folder.join("recipe.toml").exists() {
+        command.arg("--resume").arg(folder);
+    } else {
+        command.arg(&args.recipe).arg("--out").arg(folder);
+        let settings = settings.iter().copied().chain(["train.log_every=1"]);
+        for setting in args.set.iter().map(String::as_str).chain(settings) {
+            command.args(["--set", setting]);
+        }
+    }
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .context("cannot start `moeforge train`")?;
+    let mut peak_bytes = None;
+    loop {
+        peak_bytes = peak_bytes.max(anonymous_bytes(&child));
+        match child.try_wait()? {
+            None => std::thread::sleep(Duration::from_millis(20)),
+            Some(status) if status.success() => return Ok(peak_bytes),
+            Some(status) => bail!("{}: `moeforge train` failed, {status}", folder.display()),
+        }
+    }
+}
+
+fn anonymous_bytes(child: &Child) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib << 10)
+}
+
+/// What a run left.
+fn curve(name: &str, folder: &Path, peak_bytes: Option<u64>) -> anyhow::Result<Curve> {
+    let path = folder.join("metrics.jsonl");
+    let text = std::fs::read_to_string(&path)
+        .with_context(|| format!("cannot read {}", path.display()))?;
+    let (mut losses, mut tokens, mut seconds) = (Vec::new(), 0.0, 0.0);
+    for (number, line) in (1..).zip(text.lines()) {
+        let line: Value = serde_json::from_str(line)
+            .with_context(|| format!("{}:{number}: expected JSON", path.display()))?;
+        let [loss, n, s] = ["loss", "tokens", "seconds"].map(|key| line[key].as_f64());
+        if let (Some(loss), Some(n), Some(s)) = (loss, n, s) {
+            losses.push(loss);
+            (tokens, seconds) = (tokens + n, seconds + s);
+        }
+    }
+    Ok(Curve {
+        name: name.into(),
+        losses,
+        tokens_per_second: tokens / seconds,
+        peak_bytes,
+    })
+}
+
+fn plot(report: &CurveReport) -> Plot {
+    let skip = report.config.skip;
+    let lines = report.runs.iter().skip(1).map(|run| Line {
+        name: run.curve.name.clone(),
+        points: (skip + 1..)
+            .zip(&run.errors)
+            .map(|(step, error)| (step as f64, 100.0 * error))
+            .collect(),
+    });
+    let first = &report.runs[0].curve.name;
+    Plot {
+        title: format!("Difference of the smoothed loss to {first}'s"),
+        x: "step".into(),
+        y: "%".into(),
+        lines: lines.collect(),
+        mark: Some((0.25, "0.25 %, DeepSeek-V3's".into())),
+    }
+}
