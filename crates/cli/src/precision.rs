@@ -31,13 +31,17 @@ pub(crate) struct Args {
     /// Steps left out at the start.
     #[arg(long, value_name = "N", default_value_t = 100)]
     skip: usize,
+    /// Also train in FP8 without scales, as a control.
+    #[arg(long)]
+    control: bool,
     /// Print JSON instead of a table.
     #[arg(long)]
     json: bool,
 }
 
-/// The runs: name, and settings of `[precision]`. The first is what the others are compared with.
-const RUNS: [(&str, &[&str]); 4] = [
+/// The runs: name, and settings of `[precision]`. The first is what the others are compared with; the last, which shows
+/// what a difference that matters looks like, is made if asked for.
+const RUNS: [(&str, &[&str]); 5] = [
     ("bf16", &["precision.compute=bf16"]),
     (
         "bf16, start rounded",
@@ -45,6 +49,7 @@ const RUNS: [(&str, &[&str]); 4] = [
     ),
     ("fp8", &["precision.compute=fp8"]),
     ("f32", &["precision.compute=f32"]),
+    ("fp8, unscaled", &["precision.compute=fp8-unscaled"]),
 ];
 
 const NOTE: &str =
@@ -58,7 +63,8 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         );
     }
     let mut curves = Vec::new();
-    for (name, settings) in RUNS {
+    let n_runs = RUNS.len() - usize::from(!args.control);
+    for (name, settings) in &RUNS[..n_runs] {
         console.note(format_args!("{name}:"));
         let folder = args.out.join(name.replace(", ", "-").replace(' ', "-"));
         let peak_bytes = train(args, settings, &folder)?;

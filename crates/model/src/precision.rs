@@ -64,6 +64,7 @@ pub fn described(compute: Compute) -> [&'static str; 3] {
         Compute::Bf16 => ["bf16", "f32", "bf16"],
         Compute::Fp8(Scales::F32) => ["E4M3, f32 scales", "f32", "E4M3"],
         Compute::Fp8(Scales::PowerOfTwo) => ["E4M3, UE8M0 scales", "f32", "E4M3"],
+        Compute::Fp8(Scales::One) => ["E4M3, no scales", "f32", "E4M3"],
     }
 }
 

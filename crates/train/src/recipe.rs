@@ -108,6 +108,9 @@ pub enum Compute {
     /// Operands and what is kept in E4M3, with a scale per 128 values of an activation and per 128 × 128 block of a
     /// weight; sums in f32.
     Fp8,
+    /// The same without scales: a control that shows what they are worth.
+    #[serde(rename = "fp8-unscaled")]
+    Fp8Unscaled,
 }
 
 /// `[optimizer]`: AdamW.

@@ -580,7 +580,7 @@ mod tests {
         ),
         (
             "precision.compute = 'fp4'",
-            "precision.compute: expected one of `f32`, `bf16`, `fp8`, found \"fp4\"",
+            "precision.compute: expected one of `f32`, `bf16`, `fp8`, `fp8-unscaled`, found \"fp4\"",
         ),
         (
             "precision.compute = 16",

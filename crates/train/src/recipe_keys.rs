@@ -161,6 +161,8 @@ impl<'de> Deserializer<'de> for FieldNames<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use crate::Recipe;
 
@@ -173,6 +175,27 @@ mod tests {
             ("precision", &["compute", "round_start"][..])
         );
         assert!(sections().iter().all(|(_, keys)| !keys.is_empty()));
+    }
+
+    #[test]
+    fn the_documented_keys_are_all_keys_with_their_defaults() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/README.md");
+        let text = std::fs::read_to_string(path).unwrap();
+        let block = text.split("```toml\n").nth(1).unwrap();
+        let block = block.split("```").next().unwrap();
+        let documented: Recipe = toml::from_str(block).unwrap();
+        assert_eq!(documented, Recipe::default());
+        let mut parts = block.split("\n[").map(|part| part.trim_start_matches('['));
+        for (section, keys) in sections() {
+            let part = parts.next().unwrap_or_default();
+            let (name, lines) = part.split_once(']').unwrap();
+            assert_eq!(name, section);
+            let found: Vec<&str> = lines
+                .lines()
+                .filter_map(|line| Some(line.trim_start_matches("# ").split_once(" = ")?.0))
+                .collect();
+            assert_eq!(found, keys, "[{section}]");
+        }
     }
 
     #[test]

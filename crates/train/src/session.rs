@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, FloatDType, Tensor};
 use checkpoint::{Adapter, Folder};
 use data::{Order, Sample, Shuffle, Split, Tokenizer};
+use kernels::fp8::Scales;
 use model::lora::{self, Adapted, LoraConfig, Scaling};
 use model::{AdapterWeights, Model, ModelConfig, Training, weights};
 
@@ -203,6 +204,7 @@ impl Session {
             Compute::F32 => model::Compute::F32,
             Compute::Bf16 => model::Compute::Bf16,
             Compute::Fp8 => model::Compute::Fp8(self.model.config.fp8_scales),
+            Compute::Fp8Unscaled => model::Compute::Fp8(Scales::One),
         }
     }
 }

@@ -31,6 +31,8 @@ pub enum Scales {
     F32,
     /// The next power of two above, which scales without rounding (UE8M0).
     PowerOfTwo,
+    /// Always 1: what E4M3 is worth without scales, for comparison.
+    One,
 }
 
 impl Scales {
@@ -39,6 +41,7 @@ impl Scales {
         match self {
             Self::F32 => scale,
             Self::PowerOfTwo => ceil_power_of_two(scale),
+            Self::One => 1.0,
         }
     }
 }
@@ -284,7 +287,7 @@ mod tests {
     #[test]
     fn rounding_is_encoding_and_decoding() {
         for [rows, cols] in [[5, 300], [300, 5], [129, 129], [1, 1], [0, 3]] {
-            for kind in [Scales::F32, Scales::PowerOfTwo] {
+            for kind in [Scales::F32, Scales::PowerOfTwo, Scales::One] {
                 type Round = fn(&mut [f32], usize, Scales);
                 let ways = [(round_rows as Round, [1, 128]), (round_columns, [128, 1])];
                 for (round, tile) in ways {
