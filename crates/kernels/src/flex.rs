@@ -87,10 +87,14 @@ impl Floats {
     fn mapped(&self, rows: usize, change: impl Fn(&mut [f32], usize) + Sync) -> Self {
         let shape = self.shape();
         let width = shape.as_slice().last().copied().unwrap_or(1).max(1);
-        let mut values = self.to_vec();
+        let mut values = vec![0.0; self.len()];
         values
             .par_chunks_mut(rows * width)
-            .for_each(|rows| change(rows, width));
+            .zip(self.par_chunks(rows * width))
+            .for_each(|(copy, values)| {
+                copy.copy_from_slice(values);
+                change(copy, width);
+            });
         Self::in_place(floats(values, shape))
     }
 

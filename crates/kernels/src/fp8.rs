@@ -76,6 +76,32 @@ fn encode<const MANTISSA: u32, const BIAS: u32>(value: f32, largest: f32) -> u8 
     (code | value.to_bits() >> 24 & 0x80) as u8
 }
 
+/// What [`f32_to_e4m3`] and [`e4m3_to_f32`] make of a value, without the code between them.
+#[inline(always)]
+pub(crate) fn round_to_e4m3(value: f32) -> f32 {
+    const LARGEST: f32 = 448.0;
+    const SMALLEST_NORMAL: u32 = (127 - 6) << 23;
+    /// Its last bit is worth 2⁻⁹, the smallest step.
+    const ANCHOR: f32 = 16384.0;
+    let magnitude = value.abs();
+    let is_nan = magnitude.to_bits() > f32::INFINITY.to_bits();
+    let magnitude = if magnitude < LARGEST {
+        magnitude
+    } else {
+        LARGEST
+    };
+    let bits = magnitude.to_bits();
+    let normal = f32::from_bits((bits + 0x7_FFFF + (bits >> 20 & 1)) & !0xF_FFFF);
+    let subnormal = (magnitude + ANCHOR) - ANCHOR;
+    let rounded = if bits < SMALLEST_NORMAL {
+        subnormal
+    } else {
+        normal
+    };
+    let rounded = if is_nan { f32::NAN } else { rounded };
+    f32::from_bits(rounded.to_bits() | value.to_bits() & (1 << 31))
+}
+
 multiversion! {
     /// `codes = e4m3(values / scale)`.
     fn encode_scaled<FMA>(values: &[f32], scale: f32, codes: &mut [u8]) {
@@ -171,6 +197,15 @@ mod tests {
             let expected = nearest(value, e5m2_to_f32, 0x7B);
             assert_eq!(f32_to_e5m2(value), expected, "E5M2 of {value}");
         }
+        for value in around(e4m3_to_f32, 0x7E).into_iter().chain([1e9, -1e9]) {
+            let expected = e4m3_to_f32(f32_to_e4m3(value));
+            assert_eq!(
+                round_to_e4m3(value).to_bits(),
+                expected.to_bits(),
+                "{value}"
+            );
+        }
+        assert!(round_to_e4m3(f32::NAN).is_nan());
         let beyond = [f32::MAX, f32::INFINITY, -449.0, 60_000.0];
         assert_eq!(beyond.map(f32_to_e4m3), [0x7E, 0x7E, 0xFE, 0x7E]);
         assert_eq!(beyond.map(f32_to_e5m2), [0x7B, 0x7B, 0xDF, 0x7B]);

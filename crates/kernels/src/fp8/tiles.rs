@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{ceil_power_of_two, e4m3_to_f32, encode_scaled, encode_scaled_each, f32_to_e4m3};
+use super::{ceil_power_of_two, e4m3_to_f32, encode_scaled, encode_scaled_each, round_to_e4m3};
 use crate::gemm::with_scratch;
 use crate::simd::multiversion;
 
@@ -171,7 +171,7 @@ pub(crate) fn round_columns(values: &mut [f32], width: usize, kind: Scales) {
 multiversion! {
     fn round_scaled<FMA>(values: &mut [f32], scale: f32) {
         let _ = FMA;
-        values.iter_mut().for_each(|v| *v = e4m3_to_f32(f32_to_e4m3(*v / scale)) * scale);
+        values.iter_mut().for_each(|v| *v = round_to_e4m3(*v / scale) * scale);
     }
 }
 
@@ -179,7 +179,7 @@ multiversion! {
     fn round_scaled_each<FMA>(values: &mut [f32], scales: &[f32]) {
         let _ = FMA;
         let each = values.iter_mut().zip(scales);
-        each.for_each(|(v, scale)| *v = e4m3_to_f32(f32_to_e4m3(*v / scale)) * scale);
+        each.for_each(|(v, scale)| *v = round_to_e4m3(*v / scale) * scale);
     }
 }
 
@@ -243,6 +243,7 @@ fn larger(a: f32, b: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fp8::f32_to_e4m3;
     use crate::matrix::tests::noise;
 
     #[test]
