@@ -63,7 +63,7 @@ impl Console {
 
     /// How much memory the program holds now, for those who asked for more. Call it while the model is open.
     pub(crate) fn memory(&self) {
-        if let Some([mapped, own]) = resident_bytes() {
+        if let Some([mapped, own]) = resident_bytes(std::process::id()) {
             let mib = |bytes: u64| bytes >> 20;
             self.detail(format_args!(
                 "memory: {} MiB of mapped files, {} MiB besides",
@@ -155,9 +155,9 @@ impl Progress {
     }
 }
 
-/// Resident bytes of mapped files and of everything else, as Linux counts them; none elsewhere.
-fn resident_bytes() -> Option<[u64; 2]> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+/// A process's resident bytes of mapped files and of everything else, as Linux counts them; none elsewhere.
+pub(crate) fn resident_bytes(process: u32) -> Option<[u64; 2]> {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
     let bytes = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name))?;
         let kib: u64 = line.split_whitespace().next()?.parse().ok()?;

@@ -4,15 +4,17 @@
 //! and in one twin nothing but a rounding of the initial values: the noise that any difference has to be seen against.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use ::eval::{Curve, CurveConfig, CurveReport};
 use anyhow::{Context, bail};
 use serde_json::Value;
+use train::Recipe;
 
-use crate::console::Console;
+use crate::console::{Console, resident_bytes};
 use crate::plot::{Line, Plot};
+use crate::train::usage;
 
 /// Compares training in f32, bf16 and FP8: the losses step by step, speed, memory.
 #[derive(Debug, clap::Args)]
@@ -62,6 +64,8 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
             args.smoothing
         );
     }
+    // What is wrong with the recipe is said once, and before the first run.
+    Recipe::open(&args.recipe, &args.set).map_err(usage)?;
     let mut curves = Vec::new();
     let n_runs = RUNS.len() - usize::from(!args.control);
     for (name, settings) in &RUNS[..n_runs] {
@@ -115,22 +119,13 @@ fn train(args: &Args, settings: &[&str], folder: &Path) -> anyhow::Result<Option
         .context("cannot start `moeforge train`")?;
     let mut peak_bytes = None;
     loop {
-        peak_bytes = peak_bytes.max(anonymous_bytes(&child));
+        peak_bytes = peak_bytes.max(resident_bytes(child.id()).map(|[_, own]| own));
         match child.try_wait()? {
             None => std::thread::sleep(Duration::from_millis(20)),
             Some(status) if status.success() => return Ok(peak_bytes),
             Some(status) => bail!("{}: `moeforge train` failed, {status}", folder.display()),
         }
     }
-}
-
-fn anonymous_bytes(child: &Child) -> Option<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("RssAnon:"))?;
-    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
-    Some(kib << 10)
 }
 
 /// What a run left.

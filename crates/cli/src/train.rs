@@ -71,19 +71,20 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
 
 /// The recipe, and the run directory it is from if a run goes on.
 fn open_recipe(args: &Args) -> anyhow::Result<(Recipe, Option<RunDir>)> {
-    // A wrong recipe is a wrong use of the program.
-    let usage = |error: train::Error| {
-        anyhow::Error::new(WithCode {
-            code: USAGE,
-            message: error.to_string(),
-        })
-    };
     if let Some(path) = &args.resume {
         let run = RunDir::open(path)?;
         return Ok((run.recipe().map_err(usage)?, Some(run)));
     }
     let path = args.recipe.as_deref().unwrap_or(Path::new(""));
     Ok((Recipe::open(path, &args.set).map_err(usage)?, None))
+}
+
+/// A wrong recipe is a wrong use of the program.
+pub(crate) fn usage(error: train::Error) -> anyhow::Error {
+    anyhow::Error::new(WithCode {
+        code: USAGE,
+        message: error.to_string(),
+    })
 }
 
 /// Where a new run goes.

@@ -14,8 +14,7 @@ use super::{
     trained, turn,
 };
 use crate::attention::{self, ContextGrads};
-use crate::autodiff::Kept;
-use crate::autodiff::{ExpertsSaved, Gradients, LossSaved};
+use crate::autodiff::{ExpertsSaved, Gradients, Kept, LossSaved};
 use crate::cross_entropy::{self, Row};
 use crate::experts::{self, InputGrads};
 use crate::fp8::encode_tiles;
