@@ -418,7 +418,10 @@ fn a_full_disk_is_one_sentence_and_leaves_nothing() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     names.sort_unstable();
-    assert_eq!(names, [".lock", "metrics.jsonl", "recipe.toml"]);
+    assert_eq!(
+        names,
+        [".lock", "metrics.jsonl", "precision.txt", "recipe.toml"]
+    );
     let resumed = moeforge(&["train", "--resume", &run]);
     assert!(resumed.status.success());
 }

@@ -5,8 +5,9 @@ use std::process::ExitCode;
 
 use checkpoint::Folder;
 use model::config::AttentionConfig;
+use model::precision::Policy;
 use model::weights::{self, Audit};
-use model::{ModelConfig, weights::keys};
+use model::{Compute, ModelConfig, weights::keys};
 use serde_json::{Value, json};
 
 use crate::console::Console;
@@ -55,6 +56,8 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     console.result(table(&rows(&name, &folder, &config, &audit)?));
+    let policy = Policy::of_checkpoint(&folder, Compute::F32)?;
+    console.result(format_args!("\n{policy}"));
     if args.tensors {
         for tensor in folder.names().map(|name| folder.tensor(name)) {
             let tensor = tensor?;
@@ -135,6 +138,7 @@ fn object(
         "mtp_tensors": audit.mtp.len(),
         "unknown_tensors": audit.unknown,
         "unindexed_tensors": unindexed,
+        "precision": Policy::of_checkpoint(folder, Compute::F32)?.to_json(),
     });
     object["attention"] = match &config.attention {
         AttentionConfig::Mla(mla) => json!({

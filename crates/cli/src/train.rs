@@ -41,7 +41,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         }
         None => (RunDir::create(&out(args), &session.recipe)?, None),
     };
-    describe(&session, resumed, run.path(), console);
+    describe(&session, resumed, run.path(), console)?;
 
     let total = session.total_steps();
     let mut watcher = Watcher {
@@ -49,6 +49,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         smoothed: None,
         seconds: 0.0,
         tokens: 0,
+        kept_bytes: 0,
     };
     let fitted = session.fit(&run, &mut |event| watcher.see(event));
     watcher.progress.finish();
@@ -64,6 +65,10 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     } else {
         "adapter"
     };
+    console.detail(format_args!(
+        "kept for backward at most {:.1} MiB: inputs of linear layers, SwiGLU and experts",
+        watcher.kept_bytes as f64 / f64::from(1 << 20)
+    ));
     console.memory();
     console.result(run.path().join(result).display());
     Ok(ExitCode::SUCCESS)
@@ -99,7 +104,12 @@ fn out(args: &Args) -> PathBuf {
         .unwrap_or_else(|| Path::new("runs").join(format!("{name}-{seconds}")))
 }
 
-fn describe(session: &Session, resumed: Option<u64>, run: &Path, console: &Console) {
+fn describe(
+    session: &Session,
+    resumed: Option<u64>,
+    run: &Path,
+    console: &Console,
+) -> anyhow::Result<()> {
     if !session.adapted.is_empty() {
         console.note(adapted_table(&session.adapted));
     }
@@ -120,11 +130,8 @@ fn describe(session: &Session, resumed: Option<u64>, run: &Path, console: &Conso
             String::new()
         },
     ));
-    if session.compute() != Compute::F32 {
-        console.note(model::precision::table(session.compute()));
-    }
-    if let Compute::Fp8(_) = session.compute() {
-        console.note("simulated FP8: values exact, arithmetic f32");
+    if session.compute() != Compute::F32 || session.recipe.lora.quantizer.is_some() {
+        console.note(session.policy()?);
     }
     console.note(match resumed {
         Some(step) => format!(
@@ -134,6 +141,7 @@ fn describe(session: &Session, resumed: Option<u64>, run: &Path, console: &Conso
         ),
         None => format!("{}: {} steps", run.display(), session.total_steps()),
     });
+    Ok(())
 }
 
 /// What was adapted, one line per kind of module.
@@ -182,6 +190,7 @@ struct Watcher {
     smoothed: Option<f64>,
     seconds: f64,
     tokens: usize,
+    kept_bytes: usize,
 }
 
 impl Watcher {
@@ -191,6 +200,9 @@ impl Watcher {
             Event::Validated { step, loss } => self.progress.line(&format!(
                 "step {step}: validation loss {loss:.4}, perplexity {:.2}",
                 loss.exp()
+            )),
+            Event::Overflowed { step, loss_scale } => self.progress.line(&format!(
+                "step {step}: gradients overflowed; taken again with a loss scale of {loss_scale}"
             )),
             Event::Saved { .. } => {}
         }
@@ -204,6 +216,7 @@ impl Watcher {
         self.smoothed = Some(smoothed);
         self.seconds += report.seconds;
         self.tokens += report.tokens;
+        self.kept_bytes = self.kept_bytes.max(report.kept_bytes);
         let rate = self.tokens as f64 / self.seconds.max(1e-9);
         self.progress.update(
             report.step,

@@ -16,8 +16,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::exp;
-use crate::gemm::{tiles, with_scratch};
-use crate::strided::{Mat, MatMut, Write, gemm};
+use crate::product::gemm::{tiles, with_scratch};
+use crate::product::strided::{Mat, MatMut, Write, gemm};
 
 /// Queries per tile.
 const TILE_QUERIES: usize = 64;

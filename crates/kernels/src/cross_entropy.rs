@@ -11,8 +11,9 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::exp;
-use crate::gemm::{Weights, nn_serial, nt_serial, tiles, with_scratch};
-use crate::strided::{Mat, MatMut, Write, gemm};
+use crate::product::gemm::{nn_serial, nt_serial, tiles, with_scratch};
+use crate::product::strided::{Mat, MatMut, Write, gemm};
+use crate::product::weights::Weights;
 
 /// A target that is no target.
 pub(crate) const IGNORED: i32 = -100;

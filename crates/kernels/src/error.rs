@@ -1,6 +1,6 @@
 //! The one error type of the crate.
 
-/// Why bytes cannot serve as a weight.
+/// Why bytes cannot serve as a weight, or a name not as a format.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
     /// The byte length does not fit the shape and format.
@@ -31,6 +31,14 @@ pub enum Error {
         /// Which scale, row-major.
         idx: usize,
         /// Its value, as text.
+        found: String,
+    },
+    /// No quantizer has this name.
+    #[error("expected one of {}, found `{found}`", known.join(", "))]
+    UnknownQuantizer {
+        /// The names there are.
+        known: Vec<String>,
+        /// What was given.
         found: String,
     },
 }

@@ -15,9 +15,10 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::dropout::Dropout;
-use crate::gemm::{Compute, Weights, nn_serial, nt_serial, tiles, with_scratch};
-use crate::strided::{Mat, MatMut, Write, gemm};
-use crate::{Matrix, swiglu};
+use crate::product::gemm::{nn_serial, nt_serial, tiles, with_scratch};
+use crate::product::strided::{Mat, MatMut, Write, gemm};
+use crate::product::weights::{Folded, Weights};
+use crate::{Compute, Matrix, Quantizer, swiglu};
 
 /// Slots per task: enough rows to pay for decoding a weight tile.
 const TASK_SLOTS: usize = 256;
@@ -38,8 +39,10 @@ pub struct ExpertBank {
 pub struct ExpertLora {
     /// Multiplier of the update of gate, up and down.
     pub scale: [f32; 3],
-    /// Dropout on the input of the updates.
+    /// Dropout on the input of the updates; off where there is a quantizer.
     pub dropout: Dropout,
+    /// Folds the updates into the weights and rounds the sums, as [`crate::linear_merged`] does.
+    pub quantizer: Option<Quantizer>,
 }
 
 /// The three projections of an expert, as indices.
@@ -146,7 +149,7 @@ impl<'a> Experts<'a> {
 
     fn weights(&self, projection: usize, expert: usize) -> Weights<'a> {
         let [in_width, out_width] = self.widths(projection);
-        match self.weights {
+        let weights = match self.weights {
             Source::Frozen(bank) => {
                 let list = [&bank.gate, &bank.up, &bank.down][projection];
                 Weights::frozen(&list[expert], self.compute)
@@ -159,6 +162,22 @@ impl<'a> Experts<'a> {
                     self.compute,
                 )
             }
+        };
+        let Some(quantizer) = self.lora.quantizer else {
+            return weights;
+        };
+        let factors = self.factors(projection, expert);
+        weights.folded(Folded {
+            quantizer,
+            update: factors.map(|(a, b)| (a, b, self.lora.scale[projection])),
+        })
+    }
+
+    /// One expert's factors, where they are applied to the activations.
+    fn factors_beside(&self, projection: usize, expert: usize) -> Option<(Mat<'a>, Mat<'a>)> {
+        match self.lora.quantizer {
+            Some(_) => None,
+            None => self.factors(projection, expert),
         }
     }
 
@@ -192,7 +211,7 @@ impl<'a> Experts<'a> {
             MatMut::dense(y, rows, out_width),
             Write::Replace,
         );
-        let Some((a, b)) = self.factors(projection, expert) else {
+        let Some((a, b)) = self.factors_beside(projection, expert) else {
             return;
         };
         self.with_dropped(projection, places, x, |x| {
@@ -234,7 +253,7 @@ impl<'a> Experts<'a> {
             MatMut::dense(dx, rows, in_width),
             write,
         );
-        let Some((a, b)) = self.factors(projection, expert) else {
+        let Some((a, b)) = self.factors_beside(projection, expert) else {
             return;
         };
         with_scratch(rows * (a.rows() + in_width), |scratch| {

@@ -12,7 +12,7 @@
 
 mod tiles;
 
-pub(crate) use tiles::{BLOCK, round_columns, round_rows};
+pub(crate) use tiles::{BLOCK, round_blocks, round_columns, round_rows};
 pub use tiles::{Scales, Tiles, encode_tiles};
 
 use crate::simd::multiversion;

@@ -19,36 +19,38 @@
 
 mod adamw;
 mod attention;
-mod autodiff;
+mod backend;
 mod cross_entropy;
 mod dropout;
 mod error;
 mod exp;
 mod experts;
-mod flex;
 pub mod fp8;
-mod gemm;
+mod ggml;
 mod matrix;
-mod ops;
+mod product;
+mod quantizer;
 mod rms_norm;
 mod rope;
 mod route;
 mod simd;
-mod strided;
 mod swiglu;
 
 pub use adamw::AdamWStep;
+pub use backend::kept::kept_bytes;
+pub use backend::ops::{
+    Direction, ExpertFactors, HeadRows, Kernels, Merge, Routing, adamw, attention, choose_experts,
+    cross_entropy_frozen, cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained,
+    expanded_attention, experts_frozen, experts_trained, heads_linear, latent_attention,
+    linear_add, linear_frozen, linear_merged, linear_trained, rms_norm, rms_norm_start, rope,
+    sum_of_squares, swiglu,
+};
 pub use dropout::Dropout;
 pub use error::Error;
 pub use experts::{ExpertBank, ExpertLora};
-pub use gemm::Compute;
+pub use ggml::Ggml;
 pub use matrix::{Format, Fp8Blocks, Matrix};
-pub use ops::{
-    Direction, ExpertFactors, HeadRows, Kernels, Routing, adamw, attention, choose_experts,
-    cross_entropy_frozen, cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained,
-    expanded_attention, experts_frozen, experts_trained, heads_linear, latent_attention,
-    linear_add, linear_frozen, linear_trained, rms_norm, rms_norm_start, rope, sum_of_squares,
-    swiglu,
-};
+pub use product::compute::Compute;
+pub use quantizer::Quantizer;
 pub use rope::Pairs;
 pub use route::{Choice, GroupScore};

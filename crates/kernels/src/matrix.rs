@@ -9,11 +9,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 use crate::Error;
-use crate::fp8::{self, Scales, Tiles, e4m3_to_f32, encode_tiles};
-use crate::gemm::with_scratch;
+use crate::fp8::e4m3_to_f32;
 use crate::simd::multiversion;
 
 /// How the numbers of a [`Matrix`] are stored.
@@ -158,42 +156,6 @@ impl Matrix {
             bytes: bytes.into(),
             format: Format::F32,
         }
-    }
-
-    /// A matrix of what was encoded in tiles.
-    pub(crate) fn from_tiles(tiles: Tiles) -> Self {
-        let [rows, cols] = tiles.dims();
-        let blocks = Fp8Blocks {
-            stride: cols.div_ceil(tiles.tile[1]),
-            scales: tiles.scales.into(),
-            block: tiles.tile,
-            first_row: 0,
-        };
-        Self {
-            rows,
-            cols,
-            bytes: tiles.codes.into(),
-            format: Format::Fp8(blocks),
-        }
-    }
-
-    /// The same matrix in blocks of 128 × 128 codes, made a row of blocks at a time.
-    pub(crate) fn to_fp8(&self, kind: Scales) -> Self {
-        let [height, _] = fp8::BLOCK;
-        let bands = (0..self.rows).step_by(height).collect::<Vec<_>>();
-        let bands: Vec<Tiles> = bands
-            .into_par_iter()
-            .map(|start| {
-                let rows = start..self.rows.min(start + height);
-                with_scratch(rows.len() * self.cols, |values| {
-                    self.decode(rows.clone(), 0..self.cols, values);
-                    encode_tiles(values, [rows.len(), self.cols], fp8::BLOCK, kind)
-                })
-            })
-            .collect();
-        let mut all = Tiles::empty(self.cols, fp8::BLOCK);
-        bands.into_iter().for_each(|band| all.append(band));
-        Self::from_tiles(all)
     }
 
     /// Number of rows, the output width of a linear layer.

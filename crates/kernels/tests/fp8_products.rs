@@ -63,7 +63,7 @@ fn linear_products_are_products_of_rounded_operands() {
                 random([tokens, inner]).require_grad(),
                 random([out, inner]).require_grad(),
             );
-            let y = linear_trained(x.clone(), w.clone(), Compute::Fp8(kind));
+            let y = linear_trained(x.clone(), w.clone(), Compute::Fp8(kind), Compute::Fp8(kind));
             let (x_rows, w_blocks) = (rounded(&x, ROWS, kind), rounded(&w, WEIGHTS, kind));
             close(
                 &y,
@@ -208,8 +208,8 @@ fn trained_experts_are_linear_layers_side_by_side() {
         };
         let [gate, up, down] = stacks.each_ref().map(one);
         let xs = of_expert(&x, expert).detach();
-        let linear = |x: Tensor<2>, w: &Tensor<2>| linear_trained(x, w.clone(), compute);
-        let act = swiglu(linear(xs.clone(), &gate), linear(xs, &up));
+        let linear = |x: Tensor<2>, w: &Tensor<2>| linear_trained(x, w.clone(), compute, compute);
+        let act = swiglu(linear(xs.clone(), &gate), linear(xs, &up), compute);
         let expected = linear(act, &down);
         close(&of_expert(&y, expert), &expected, "value");
         let expected = (expected * of_expert(&direction, expert)).sum().backward();
@@ -261,6 +261,7 @@ fn frozen_experts_compute_what_trained_ones_do() {
     let lora = ExpertLora {
         scale: [0.0; 3],
         dropout: Dropout::OFF,
+        quantizer: None,
     };
     let y = experts_frozen(x, turns(tokens), &Arc::new(bank), factors, lora, compute);
     close(&y, &expected, "value");

@@ -85,21 +85,18 @@ impl Model {
                 .rotary_table(start..start + seq, &input_ids.device()),
         );
 
-        let embedded = self
-            .model
-            .embed_tokens
-            .weight
-            .embed(input_ids.reshape([batch * seq]));
-        let mut x = embedded.reshape([batch, seq, hidden_size]);
+        let ids = input_ids.reshape([batch * seq]);
+        let mut x = self.model.embed_tokens.weight.embed(ids);
+        pass.observe_sum(&x, || "model.embed_tokens".into());
         for (layer_idx, layer) in self.model.layers.iter().enumerate() {
-            x = layer.forward(x, pass, layer_idx);
+            x = layer.forward(x, [batch, seq], pass, layer_idx);
         }
         if let Some(cache) = &mut pass.cache {
             cache.advance(seq);
         }
         self.model
             .norm
-            .forward(x.reshape([batch * seq, hidden_size]))
+            .forward(x)
             .reshape([batch, seq, hidden_size])
     }
 
@@ -132,6 +129,7 @@ impl Model {
             weight: self.model.embed_tokens.weight.clone(),
             bias: None,
             lora: None,
+            quantizer: None,
         };
         self.lm_head.clone().unwrap_or_else(tied)
     }
@@ -139,27 +137,27 @@ impl Model {
 
 impl DecoderLayer {
     /// # Shapes
-    /// - `x`: `[batch, seq, hidden_size]`
-    /// - returns: `[batch, seq, hidden_size]`
-    pub fn forward(&self, x: Tensor<3>, pass: &mut Pass<'_>, layer_idx: usize) -> Tensor<3> {
-        let [batch, seq, hidden_size] = x.dims();
-        let (tokens, whole) = ([batch * seq, hidden_size], [batch, seq, hidden_size]);
-
-        let normed = self
-            .input_layernorm
-            .forward(x.clone().reshape(tokens))
-            .reshape(whole);
+    /// - `x`: `[batch · seq, hidden_size]`
+    /// - returns: `[batch · seq, hidden_size]`
+    pub fn forward(
+        &self,
+        x: Tensor<2>,
+        dims: [usize; 2],
+        pass: &mut Pass<'_>,
+        layer_idx: usize,
+    ) -> Tensor<2> {
+        let normed = self.input_layernorm.forward(x.clone());
         let x = x + match &self.self_attn {
-            Attention::Mla(mla) => mla.forward(normed, pass, layer_idx),
-            Attention::Gqa(gqa) => gqa.forward(normed, pass, layer_idx),
+            Attention::Mla(mla) => mla.forward(normed, dims, pass, layer_idx),
+            Attention::Gqa(gqa) => gqa.forward(normed, dims, pass, layer_idx),
         };
-        let normed = self
-            .post_attention_layernorm
-            .forward(x.clone().reshape(tokens));
-        let y = match &self.mlp {
+        pass.observe_sum(&x, || format!("model.layers.{layer_idx}.self_attn"));
+        let normed = self.post_attention_layernorm.forward(x.clone());
+        let x = x + match &self.mlp {
             FeedForward::Dense(mlp) => mlp.forward(normed, pass),
             FeedForward::Moe(moe) => moe.forward(normed, pass, layer_idx),
         };
-        x + y.reshape(whole)
+        pass.observe_sum(&x, || format!("model.layers.{layer_idx}.mlp"));
+        x
     }
 }

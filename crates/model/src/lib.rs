@@ -33,6 +33,7 @@ mod pass;
 mod patterns;
 pub mod precision;
 mod rope;
+mod rounding;
 mod sites;
 pub mod weights;
 
@@ -42,7 +43,7 @@ pub use cache::Cache;
 pub use config::ModelConfig;
 pub use decoder::{Decoder, DecoderLayer, Embedding, FeedForward, Model};
 pub use error::Error;
-pub use kernels::Compute;
+pub use kernels::{Compute, Quantizer};
 pub use mlp::Mlp;
 pub use norm::Norm;
 pub use parameters::Parameter;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor};
-use kernels::{Compute, Direction, Dropout, HeadRows, Matrix};
+use kernels::{Compute, Direction, Dropout, HeadRows, Matrix, Merge, Quantizer};
 
 use crate::lora::Lora;
 use crate::pass::Pass;
@@ -70,6 +70,9 @@ pub struct Linear {
     pub bias: Option<Param<Tensor<1>>>,
     /// The update.
     pub lora: Option<Lora>,
+    /// If there is one, a frozen weight is read as it would be written in this format, its update folded in.
+    #[module(skip)]
+    pub quantizer: Option<Quantizer>,
 }
 
 impl Linear {
@@ -93,13 +96,18 @@ impl Linear {
     /// If the width does not fit.
     pub fn forward_as(&self, class: Class, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
         let compute = pass.compute_of(class);
-        let y = match &self.weight {
-            Weight::Frozen(frozen) => kernels::linear_frozen(x.clone(), &frozen.matrix, compute),
-            Weight::Trained(weight) => kernels::linear_trained(x.clone(), weight.val(), compute),
-        };
-        let y = match &self.lora {
-            Some(lora) => kernels::linear_add(y, lora.project(x, pass), lora.lora_b.val()),
-            None => y,
+        let y = match (&self.weight, self.quantizer) {
+            (Weight::Frozen(frozen), Some(quantizer)) => {
+                self.forward_merged(x, &frozen.matrix, quantizer, compute)
+            }
+            (Weight::Frozen(frozen), None) => {
+                let y = kernels::linear_frozen(x.clone(), &frozen.matrix, compute);
+                self.add_update(y, x, pass)
+            }
+            (Weight::Trained(weight), _) => {
+                let y = kernels::linear_trained(x.clone(), weight.val(), compute, compute);
+                self.add_update(y, x, pass)
+            }
         };
         match &self.bias {
             Some(bias) => y + bias.val().unsqueeze(),
@@ -107,8 +115,32 @@ impl Linear {
         }
     }
 
+    fn add_update(&self, y: Tensor<2>, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
+        match &self.lora {
+            Some(lora) => kernels::linear_add(y, lora.project(x, pass), lora.lora_b.val()),
+            None => y,
+        }
+    }
+
+    /// The product with the weight that a merge into the quantizer's format would write.
+    fn forward_merged(
+        &self,
+        x: Tensor<2>,
+        w: &Arc<Matrix>,
+        quantizer: Quantizer,
+        compute: Compute,
+    ) -> Tensor<2> {
+        let none = |shape: [usize; 2]| Tensor::zeros(shape, &x.device());
+        let (factors, scale) = match &self.lora {
+            Some(lora) => ([lora.lora_a.val(), lora.lora_b.val()], lora.scale),
+            None => ([none([0, w.cols()]), none([w.rows(), 0])], 0.0),
+        };
+        kernels::linear_merged(x, w, factors, Merge { scale, quantizer }, compute)
+    }
+
     /// Multiplies each head with its own rows of the weight, or with their transpose, low-rank update included:
-    /// what folds `kv_b_proj` into queries and outputs while decoding. Without gradient.
+    /// what folds `kv_b_proj` into queries and outputs while decoding. Without gradient, and without the quantizer, whose
+    /// blocks do not end where heads do.
     ///
     /// # Shapes
     /// - `x`: `[tokens, heads, in]` (forward) or `[tokens, heads, rows.len]` (transposed)
@@ -189,7 +221,8 @@ impl Lora {
             ),
             None => x,
         };
-        kernels::linear_trained(x, self.lora_a.val(), Compute::F32) * self.scale
+        let products = Class::Lora.compute(pass.compute);
+        kernels::linear_trained(x, self.lora_a.val(), products, pass.compute) * self.scale
     }
 }
 

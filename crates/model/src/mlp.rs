@@ -5,6 +5,7 @@ use burn::tensor::Tensor;
 
 use crate::linear::Linear;
 use crate::pass::Pass;
+use crate::precision::Class;
 
 /// A dense feed-forward layer, or the shared experts of a mixture.
 #[derive(Module, Debug)]
@@ -26,6 +27,8 @@ impl Mlp {
             self.gate_proj.forward(x.clone(), pass),
             self.up_proj.forward(x, pass),
         );
-        self.down_proj.forward(kernels::swiglu(gate, up), pass)
+        let kept = pass.compute_of(Class::Linear);
+        self.down_proj
+            .forward(kernels::swiglu(gate, up, kept), pass)
     }
 }

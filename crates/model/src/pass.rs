@@ -17,20 +17,24 @@ pub struct Pass<'a> {
     pub dropout_seed: Option<u64>,
     /// Keys of earlier tokens; none means that the input is whole.
     pub cache: Option<&'a mut Cache>,
-    /// Whether mixture layers leave their [`RoutingRecord`].
+    /// What it leaves behind.
     pub observe: Observe,
-    /// What they left, by layer.
+    /// What the mixture layers left, by layer.
     pub routing: Vec<RoutingRecord>,
+    /// The residual stream after each part, by the part's path.
+    pub residuals: Vec<(String, Tensor<2>)>,
     /// Rotary tables of the input's positions; filled by the decoder.
     pub rotary: Option<RotaryTable>,
 }
 
-/// Whether a pass keeps its routing.
+/// What a pass keeps for whoever looks at it later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Observe {
-    /// Keep it.
+    /// Keep the routing.
     Routing,
-    /// Drop it.
+    /// Keep the residual stream after every part of a layer.
+    Residuals,
+    /// Keep nothing.
     Nothing,
 }
 
@@ -54,6 +58,7 @@ impl<'a> Pass<'a> {
             cache: None,
             observe: Observe::Nothing,
             routing: Vec::new(),
+            residuals: Vec::new(),
             rotary: None,
         }
     }
@@ -69,6 +74,13 @@ impl<'a> Pass<'a> {
     /// What a class of products computes in.
     pub(crate) fn compute_of(&self, class: Class) -> Compute {
         class.compute(self.compute)
+    }
+
+    /// Notes the residual stream after a part of the model, if that is asked for.
+    pub(crate) fn observe_sum(&mut self, x: &Tensor<2>, path: impl FnOnce() -> String) {
+        if self.observe == Observe::Residuals {
+            self.residuals.push((path(), x.clone()));
+        }
     }
 
     /// The rotary tables of this pass.

@@ -5,11 +5,18 @@
 //!
 //! Source: DeepSeek-V3, arXiv:2412.19437, section 3.3.1.
 
-use kernels::Compute;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::{Display, Formatter};
+
+use checkpoint::Folder;
 use kernels::fp8::Scales;
+use kernels::{Compute, Quantizer};
+
+use crate::export::block_fp8::is_lowered;
+use crate::weights::is_scale;
 
 /// A part of a model, as precision sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Class {
     /// The linear layers of attention and of dense and shared feed-forward layers.
     Linear,
@@ -36,6 +43,17 @@ impl Class {
         Self::Rest,
     ];
 
+    /// That of a checkpoint's tensor.
+    pub fn of(key: &str) -> Self {
+        match key {
+            _ if is_lowered(key) && key.contains(".mlp.experts.") => Self::Experts,
+            _ if is_lowered(key) => Self::Linear,
+            _ if key.contains(".mlp.gate.") => Self::Router,
+            _ if key.starts_with("lm_head.") => Self::Head,
+            _ => Self::Rest,
+        }
+    }
+
     /// What people call it.
     pub fn name(self) -> &'static str {
         match self {
@@ -58,29 +76,121 @@ impl Class {
 }
 
 /// What products of a precision read, how they add, and what waits for the backward pass.
-pub fn described(compute: Compute) -> [&'static str; 3] {
+fn described(compute: Compute) -> [&'static str; 3] {
     match compute {
         Compute::F32 => ["f32", "f32", "f32"],
         Compute::Bf16 => ["bf16", "f32", "bf16"],
+        Compute::F16 => ["f16", "f32", "f16"],
         Compute::Fp8(Scales::F32) => ["E4M3, f32 scales", "f32", "E4M3"],
         Compute::Fp8(Scales::PowerOfTwo) => ["E4M3, UE8M0 scales", "f32", "E4M3"],
         Compute::Fp8(Scales::One) => ["E4M3, no scales", "f32", "E4M3"],
     }
 }
 
-/// A table of what computes in what, one line per class.
-pub fn table(compute: Compute) -> String {
-    let width = Class::ALL.map(|class| class.name().len()).into_iter().max();
-    let width = width.unwrap_or(0);
-    let mut table = format!(
-        "{:width$}  {:18}  sums  kept for backward",
-        "precision", "operands"
-    );
-    for class in Class::ALL {
-        let [operands, sums, kept] = described(class.compute(compute));
-        table += &format!("\n{:width$}  {operands:18}  {sums:4}  {kept}", class.name());
+/// What every class of a model is stored in, computes in, adds in and keeps for the backward pass.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Policy {
+    /// What the products that may be lowered compute in.
+    pub compute: Compute,
+    /// What frozen weights of those products are rounded to before that.
+    pub quantizer: Option<Quantizer>,
+    /// Names of number formats; a class without any is not there.
+    stored: BTreeMap<Class, BTreeSet<String>>,
+}
+
+impl Policy {
+    /// Of the weights of a checkpoint, in their stored bytes.
+    ///
+    /// # Errors
+    /// If a header of the checkpoint cannot be read.
+    pub fn of_checkpoint(folder: &Folder, compute: Compute) -> Result<Self, checkpoint::Error> {
+        let mut stored: BTreeMap<Class, BTreeSet<String>> = BTreeMap::new();
+        for name in folder.names().filter(|name| !is_scale(name)) {
+            let dtype = folder.tensor(name)?.dtype.to_string();
+            stored.entry(Class::of(name)).or_default().insert(dtype);
+        }
+        Ok(Self {
+            compute,
+            quantizer: None,
+            stored,
+        })
     }
-    table
+
+    /// Of weights that are all trained.
+    pub fn trained(compute: Compute) -> Self {
+        let trained = Class::ALL.into_iter().filter(|class| *class != Class::Lora);
+        let stored = trained.map(|class| (class, BTreeSet::from(["F32, trained".into()])));
+        Self {
+            compute,
+            quantizer: None,
+            stored: stored.collect(),
+        }
+    }
+
+    /// The same with low-rank updates, which a quantizer may make part of the weights.
+    #[must_use]
+    pub fn with_lora(mut self, quantizer: Option<Quantizer>) -> Self {
+        let factors = BTreeSet::from(["F32, trained".into()]);
+        self.stored.insert(Class::Lora, factors);
+        self.quantizer = quantizer;
+        self
+    }
+
+    /// For programs: a list of rows.
+    pub fn to_json(&self) -> serde_json::Value {
+        let rows = Class::ALL.iter().filter_map(|class| self.row(*class));
+        let rows = rows.map(|[class, stored, operands, sums, kept]| {
+            serde_json::json!({
+                "class": class, "stored": stored, "operands": operands, "sums": sums, "kept": kept,
+            })
+        });
+        rows.collect()
+    }
+
+    fn row(&self, class: Class) -> Option<[String; 5]> {
+        let stored = self.stored.get(&class)?;
+        let stored: Vec<&str> = stored.iter().map(String::as_str).collect();
+        let [operands, sums, kept] = described(class.compute(self.compute));
+        let lowered = matches!(class, Class::Linear | Class::Experts);
+        let operands = match self.quantizer {
+            Some(quantizer) if lowered => format!("{operands}; merged weights {quantizer}"),
+            _ => operands.into(),
+        };
+        // The updates' own products are f32; their inputs are those of the layers they sit on.
+        let kept = match class {
+            Class::Lora => described(self.compute)[2],
+            _ => kept,
+        };
+        let cells = [class.name(), &stored.join(" and "), &operands, sums, kept];
+        Some(cells.map(Into::into))
+    }
+}
+
+impl Display for Policy {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        let titles = [
+            "precision",
+            "stored",
+            "operands",
+            "sums",
+            "kept for backward",
+        ];
+        let mut rows = vec![titles.map(Into::into)];
+        rows.extend(Class::ALL.iter().filter_map(|class| self.row(*class)));
+        let width = |column: usize| rows.iter().map(|row: &[String; 5]| row[column].len()).max();
+        let widths = [0, 1, 2, 3, 4].map(|column| width(column).unwrap_or(0));
+        for (number, row) in rows.iter().enumerate() {
+            let cells = row.iter().zip(widths);
+            let cells = cells.map(|(cell, width)| format!("{cell:width$}"));
+            let line = cells.collect::<Vec<_>>().join("  ");
+            let end = if number + 1 < rows.len() { "\n" } else { "" };
+            write!(f, "{}{end}", line.trim_end())?;
+        }
+        if matches!(self.compute, Compute::Fp8(_)) {
+            write!(f, "\nsimulated FP8: values exact, arithmetic f32")?;
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -92,6 +202,52 @@ mod tests {
         let fp8 = Compute::Fp8(Scales::F32);
         let lowered = Class::ALL.map(|class| class.compute(fp8) == fp8);
         assert_eq!(lowered, [true, true, false, false, false, false]);
-        assert_eq!(table(fp8).lines().count(), 7);
+    }
+
+    #[test]
+    fn the_table_has_a_line_per_class_that_is_there() {
+        let trained = Policy::trained(Compute::Fp8(Scales::F32)).to_string();
+        assert_eq!(trained.lines().count(), 7, "{trained}");
+        assert!(trained.ends_with("arithmetic f32"), "{trained}");
+        let quantizer = "gguf:q4_0".parse().ok();
+        let lora = Policy::trained(Compute::Bf16)
+            .with_lora(quantizer)
+            .to_string();
+        assert_eq!(lora.lines().count(), 7, "{lora}");
+        let line = lora.lines().find(|line| line.starts_with("routed experts"));
+        assert!(
+            line.unwrap().contains("bf16; merged weights gguf:q4_0"),
+            "{lora}"
+        );
+        let line = lora.lines().find(|line| line.starts_with("LoRA"));
+        assert!(line.unwrap().ends_with("f32   bf16"), "{lora}");
+    }
+
+    #[test]
+    fn a_tensor_belongs_to_a_class() {
+        let of = |key: &str, class| assert_eq!(Class::of(key), class, "{key}");
+        of(
+            "model.layers.1.mlp.experts.3.up_proj.weight",
+            Class::Experts,
+        );
+        of(
+            "model.layers.1.mlp.shared_experts.up_proj.weight",
+            Class::Linear,
+        );
+        of(
+            "model.layers.1.self_attn.kv_a_proj_with_mqa.weight",
+            Class::Linear,
+        );
+        of("model.layers.1.mlp.gate.weight", Class::Router);
+        of(
+            "model.layers.1.mlp.gate.e_score_correction_bias",
+            Class::Router,
+        );
+        of("lm_head.weight", Class::Head);
+        of("model.embed_tokens.weight", Class::Rest);
+        of(
+            "model.layers.1.self_attn.kv_a_layernorm.weight",
+            Class::Rest,
+        );
     }
 }

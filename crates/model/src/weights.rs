@@ -443,6 +443,7 @@ impl Builder<'_> {
             experts: Experts {
                 weights: self.experts(&format!("{at}.experts"), moe)?,
                 lora: None,
+                quantizer: None,
             },
             shared_experts: if shared > 0 {
                 Some(self.mlp(&format!("{at}.shared_experts"), shared)?)
@@ -506,6 +507,7 @@ impl Builder<'_> {
             weight: self.weight(&format!("{at}.weight"), shape)?,
             bias: None,
             lora: None,
+            quantizer: None,
         })
     }
 

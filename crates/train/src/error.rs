@@ -125,12 +125,14 @@ pub enum Error {
     },
 
     /// A tensor of the optimizer is of another type than it was saved with.
-    #[error("`{}`: tensor `{tensor}`: expected dtype F32, found {found}", path.display())]
+    #[error("`{}`: tensor `{tensor}`: expected dtype {expected}, found {found}", path.display())]
     OptimizerDType {
         /// The file.
         path: PathBuf,
         /// The tensor.
         tensor: String,
+        /// The dtype of this run's.
+        expected: checkpoint::DType,
         /// Its dtype.
         found: checkpoint::DType,
     },
@@ -175,7 +177,7 @@ pub enum Error {
 
     /// A loss or gradient is infinite or not a number.
     #[error(
-        "step {step}: loss {loss}, gradient norm {norm}; first bad gradient: {tensor}; the last checkpoint is intact"
+        "step {step}: loss {loss}, gradient norm {norm}; first not finite: {first}; the last checkpoint is intact"
     )]
     NotFinite {
         /// The step.
@@ -184,8 +186,8 @@ pub enum Error {
         loss: f64,
         /// The norm of its gradient.
         norm: f64,
-        /// A tensor whose gradient is not finite.
-        tensor: String,
+        /// What was the first to be so.
+        first: String,
     },
 }
 

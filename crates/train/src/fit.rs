@@ -6,12 +6,13 @@
 use std::time::Instant;
 
 use burn::module::Module;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use data::{Batch, collate};
 use model::{Model, Observe, Parameter, Pass};
 use serde::Serialize;
 
 use crate::balance::{self, Valid};
+use crate::loss_scale::LossScale;
 use crate::optimizer::Accumulated;
 use crate::run_dir::RunDir;
 use crate::schedule::Schedule;
@@ -30,6 +31,13 @@ pub enum Event {
         step: u64,
         /// Mean nats per trained token.
         loss: f64,
+    },
+    /// Gradients overflowed in f16; the step is taken again with this loss scale.
+    Overflowed {
+        /// Which step.
+        step: u64,
+        /// Half of what it was.
+        loss_scale: f64,
     },
     /// A checkpoint was written.
     Saved {
@@ -57,6 +65,11 @@ pub struct StepReport {
     /// Sum over layers of the balance loss, if it is part of the loss.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub balance_loss: Option<f64>,
+    /// What the loss was multiplied by before it was differentiated, in f16.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f64>,
+    /// The most bytes that waited for the backward pass as inputs of linear layers, of SwiGLU and of experts.
+    pub kept_bytes: usize,
     /// Wall time of the step.
     pub seconds: f64,
 }
@@ -70,12 +83,14 @@ impl Session {
     pub fn fit(&mut self, run: &RunDir, watch: &mut dyn FnMut(&Event)) -> Result<()> {
         let resumed = (self.state.step > 0).then_some(self.state.step);
         let mut metrics = run.metrics(resumed)?;
+        let policy = format!("{}\n", self.policy()?);
+        checkpoint::write_file(&run.path().join("precision.txt"), policy.as_bytes())?;
         let (total, train) = (self.total_steps(), self.recipe.train.clone());
         let due =
             |every: Option<u64>, step: u64| every.is_some_and(|every| step.is_multiple_of(every));
         let mut validated = None;
         while self.state.step < total {
-            let report = self.step(total)?;
+            let report = self.step(total, watch)?;
             let step = report.step;
             if step.is_multiple_of(train.log_every) || step == total {
                 metrics.append(step, &report)?;
@@ -100,55 +115,95 @@ impl Session {
     }
 
     /// One update.
-    fn step(&mut self, total: u64) -> Result<StepReport> {
+    fn step(&mut self, total: u64, watch: &mut dyn FnMut(&Event)) -> Result<StepReport> {
         let started = Instant::now();
         let batches = self.next_batches();
         let trained_tokens: usize = batches.iter().map(|batch| batch.trained_tokens).sum();
-        let (mut gradients, mut loss, mut balance) = (Accumulated::default(), 0.0, 0.0);
-        let mut loads = Vec::new();
-        for batch in &batches {
-            let share = 1.0 / trained_tokens.max(1) as f32;
-            let micro = self.micro_step(batch, share, &mut loads);
-            gradients.add(micro.gradients);
-            loss += micro.loss;
-            balance += micro.balance;
-            self.state.micro_step += 1;
-        }
-        let (step, norm) = (self.state.step + 1, gradients.norm());
-        let loss = loss / trained_tokens.max(1) as f64;
-        if !loss.is_finite() || !norm.is_finite() {
-            let tensor = gradients
-                .first_not_finite()
-                .unwrap_or("the loss")
-                .to_owned();
-            return Err(Error::NotFinite {
-                step,
-                loss,
-                norm,
-                tensor,
-            });
-        }
+        let (sums, norm) = self.finite_sums(&batches, trained_tokens, watch)?;
+        let (step, scale) = (self.state.step + 1, self.loss_scale());
         let rate = Schedule::new(self.recipe.optimizer.learning_rate, &self.recipe.schedule)
             .rate(self.state.step, total);
+        let numbers = (step, norm, scale.unwrap_or(1.0));
         self.model = self
             .optimizer
-            .step(self.model.clone(), gradients, rate, (step, norm));
-        if self.recipe.train.bias_update_speed > 0.0 {
-            balance::update_biases(&mut self.model, &loads, self.recipe.train.bias_update_speed);
+            .step(self.model.clone(), sums.gradients, rate, numbers);
+        let train = &self.recipe.train;
+        if train.bias_update_speed > 0.0 {
+            balance::update_biases(&mut self.model, &sums.loads, train.bias_update_speed);
         }
+        let interval = self.recipe.precision.loss_scale_growth_interval;
+        let grown = |scale: LossScale| scale.after_clean_step(interval);
+        self.state.loss_scale = self.state.loss_scale.map(grown);
+        self.state.micro_step += batches.len() as u64;
         self.state.step = step;
         self.state.trained_tokens += trained_tokens as u64;
         Ok(StepReport {
             step,
-            loss,
+            loss: sums.loss / trained_tokens.max(1) as f64,
             learning_rate: rate,
             grad_norm: norm,
             tokens: batches.iter().flat_map(|batch| &batch.lengths).sum(),
             trained_tokens,
-            balance_loss: (self.recipe.train.balance_loss > 0.0)
-                .then_some(balance / batches.len() as f64),
+            balance_loss: (train.balance_loss > 0.0).then_some(sums.balance / batches.len() as f64),
+            loss_scale: scale,
+            kept_bytes: kernels::kept_bytes(),
             seconds: started.elapsed().as_secs_f64(),
         })
+    }
+
+    /// The sums of a step and the norm of its gradient, all finite. Where f16 gradients overflow, the same batches are
+    /// taken again with half the loss scale.
+    fn finite_sums(
+        &mut self,
+        batches: &[Batch],
+        trained_tokens: usize,
+        watch: &mut dyn FnMut(&Event),
+    ) -> Result<(Sums, f64)> {
+        loop {
+            let scale = self.loss_scale();
+            let sums = self.sums(batches, scale.unwrap_or(1.0) / trained_tokens.max(1) as f64);
+            let norm = sums.gradients.norm() / scale.unwrap_or(1.0);
+            if sums.loss.is_finite() && norm.is_finite() {
+                return Ok((sums, norm));
+            }
+            let step = self.state.step + 1;
+            let halved = self.state.loss_scale.and_then(LossScale::halved);
+            match halved {
+                Some(halved) if sums.loss.is_finite() => {
+                    self.state.loss_scale = Some(halved);
+                    watch(&Event::Overflowed {
+                        step,
+                        loss_scale: halved.factor(),
+                    });
+                }
+                _ => {
+                    return Err(Error::NotFinite {
+                        step,
+                        loss: sums.loss / trained_tokens.max(1) as f64,
+                        norm,
+                        first: self.first_not_finite(batches, &sums.gradients),
+                    });
+                }
+            }
+        }
+    }
+
+    /// Forward and backward of a step's micro-batches; `share` is what one token counts in the loss that is
+    /// differentiated.
+    fn sums(&self, batches: &[Batch], share: f64) -> Sums {
+        let mut sums = Sums::default();
+        for (number, batch) in (self.state.micro_step..).zip(batches) {
+            let micro = self.micro_step(batch, number, share, &mut sums.loads);
+            sums.gradients.add(micro.gradients);
+            sums.loss += micro.loss;
+            sums.balance += micro.balance;
+        }
+        sums
+    }
+
+    /// What the loss is multiplied by before it is differentiated, if by anything.
+    fn loss_scale(&self) -> Option<f64> {
+        self.state.loss_scale.map(LossScale::factor)
     }
 
     fn next_batches(&mut self) -> Vec<Batch> {
@@ -166,13 +221,19 @@ impl Session {
         numbers.map(&mut batch).collect()
     }
 
-    /// Forward and backward of one micro-batch; `share` is what one token counts in the step's loss.
-    fn micro_step(&self, batch: &Batch, share: f32, loads: &mut Vec<(usize, Vec<f64>)>) -> Micro {
+    /// Forward and backward of one micro-batch.
+    fn micro_step(
+        &self,
+        batch: &Batch,
+        number: u64,
+        share: f64,
+        loads: &mut Vec<(usize, Vec<f64>)>,
+    ) -> Micro {
+        let scale = self.loss_scale().unwrap_or(1.0);
         let train = &self.recipe.train;
         let watches = train.balance_loss > 0.0 || train.bias_update_speed > 0.0;
         let mut pass = Pass {
-            dropout_seed: (self.recipe.lora.dropout > 0.0)
-                .then_some(train.seed ^ (self.state.micro_step << 20)),
+            dropout_seed: (self.recipe.lora.dropout > 0.0).then_some(train.seed ^ (number << 20)),
             observe: if watches {
                 Observe::Routing
             } else {
@@ -183,7 +244,7 @@ impl Session {
         let losses = losses(&self.model, batch, &mut pass, &self.device);
         let sum = losses.sum();
         let loss = f64::from(sum.clone().inner().into_scalar::<f32>());
-        let mut total = sum * share;
+        let mut total = sum * share as f32;
         let mut balance_sum = 0.0;
         if watches {
             let valid = Valid::new(&batch.lengths, batch.cols, &self.device);
@@ -192,7 +253,8 @@ impl Session {
                 if train.balance_loss > 0.0 {
                     let term = balance::balance_loss(record, &valid);
                     balance_sum += f64::from(term.clone().inner().into_scalar::<f32>());
-                    total = total + term * (train.balance_loss / train.accumulate as f64) as f32;
+                    let share = scale * train.balance_loss / train.accumulate as f64;
+                    total = total + term * share as f32;
                 }
             }
         }
@@ -231,10 +293,9 @@ impl Session {
     }
 
     fn save(&mut self, run: &RunDir, watch: &mut dyn FnMut(&Event)) -> Result<()> {
-        let names = self.state_tensors();
-        let tensors = self.state_values();
+        let (specs, tensors) = (self.state_tensors(), self.state_values());
         run.save(self.state.step, |writer| {
-            write_optimizer(writer, &names, |i| {
+            write_optimizer(writer, &specs, |i| {
                 Ok(tensors[i].clone().into_data().iter::<f32>().collect())
             })?;
             export::adapter_into(self, writer)?;
@@ -250,10 +311,15 @@ impl Session {
     /// The tensors of [`Session::state_tensors`], in its order. A parameter without a gradient has moments of zero.
     fn state_values(&mut self) -> Vec<Tensor<1>> {
         let parameters = self.model.parameters();
-        let moments = &self.optimizer.moments;
+        let (moments, dtype) = (
+            &self.optimizer.moments,
+            self.recipe.optimizer.moments().float(),
+        );
         let moment = |which: usize| {
             let of = move |p: &Parameter| moments.get(&p.name).map(|pair| pair[which].clone());
-            let zeros = |p: &Parameter| Tensor::zeros(p.values.dims(), &p.values.device());
+            let zeros = |p: &Parameter| {
+                Tensor::zeros(p.values.dims(), (&p.values.device(), DType::from(dtype)))
+            };
             parameters
                 .iter()
                 .map(move |p| of(p).unwrap_or_else(|| zeros(p)))
@@ -273,6 +339,18 @@ impl Session {
     }
 }
 
+/// What the micro-batches of a step give together.
+#[derive(Default)]
+struct Sums {
+    gradients: Accumulated,
+    /// Over the trained tokens.
+    loss: f64,
+    /// Over layers and micro-batches.
+    balance: f64,
+    /// Tokens per expert, by layer.
+    loads: Vec<(usize, Vec<f64>)>,
+}
+
 /// What one micro-batch gives.
 struct Micro {
     gradients: Vec<(String, Tensor<1>)>,
@@ -283,7 +361,12 @@ struct Micro {
 }
 
 /// The loss of every position of a batch.
-fn losses(model: &Model, batch: &Batch, pass: &mut Pass<'_>, device: &Device) -> Tensor<1> {
+pub(crate) fn losses(
+    model: &Model,
+    batch: &Batch,
+    pass: &mut Pass<'_>,
+    device: &Device,
+) -> Tensor<1> {
     let tensor = |values: &Vec<i32>| {
         Tensor::<2, Int>::from_data(
             TensorData::new(values.clone(), [batch.rows, batch.cols]),

@@ -23,9 +23,11 @@
 //! ```
 
 mod balance;
+mod diagnosis;
 mod error;
 mod export;
 mod fit;
+mod loss_scale;
 mod optimizer;
 mod session;
 
@@ -41,10 +43,11 @@ mod state;
 
 pub use self::error::{Error, Result};
 pub use self::fit::{Event, StepReport};
+pub use self::loss_scale::LossScale;
 pub use self::metrics::Metrics;
 pub use self::recipe::{
-    Compute, DataSection, EvalSection, LoraSection, Method, ModelSection, OptimizerSection,
-    PrecisionSection, Recipe, ScheduleKind, ScheduleSection, TrainSection,
+    Compute, DataSection, EvalSection, ExportDType, LoraSection, Method, ModelSection, Moments,
+    OptimizerSection, PrecisionSection, Recipe, ScheduleKind, ScheduleSection, TrainSection,
 };
 pub use self::run_dir::RunDir;
 pub use self::schedule::Schedule;

@@ -1,6 +1,6 @@
 //! AdamW over a model's trained tensors, by name.
 //!
-//! The moments are f32 and the defaults are PyTorch's. Gradients of the micro-batches of a step are added up here
+//! The moments are f32 or bf16 and the defaults are PyTorch's. Gradients of the micro-batches of a step are added up here
 //! first, so a step sees one gradient, whatever the number of micro-batches.
 
 use std::collections::BTreeMap;
@@ -8,9 +8,9 @@ use std::collections::BTreeMap;
 use kernels::AdamWStep;
 use model::Model;
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
-use crate::recipe::OptimizerSection;
+use crate::recipe::{Moments, OptimizerSection};
 
 /// The gradients of one step, added up.
 #[derive(Debug, Default)]
@@ -35,17 +35,9 @@ impl Accumulated {
         squares.sum::<f64>().sqrt()
     }
 
-    /// A tensor whose gradient is not finite, for a message.
-    pub(crate) fn first_not_finite(&self) -> Option<&str> {
-        let bad = |gradient: &Tensor<1>| {
-            !kernels::sum_of_squares(gradient.clone())
-                .into_scalar::<f32>()
-                .is_finite()
-        };
-        self.0
-            .iter()
-            .find(|(_, gradient)| bad(gradient))
-            .map(|(name, _)| name.as_str())
+    /// A tensor's gradient.
+    pub(crate) fn get(&self, name: &str) -> Option<Tensor<1>> {
+        self.0.get(name).cloned()
     }
 }
 
@@ -55,23 +47,28 @@ pub(crate) struct AdamW {
     settings: OptimizerSection,
     /// First and second moment by parameter.
     pub(crate) moments: BTreeMap<String, [Tensor<1>; 2]>,
+    /// What stochastic rounding of the moments is drawn from, if there is any.
+    noise_seed: Option<u64>,
 }
 
 impl AdamW {
-    pub(crate) fn new(settings: &OptimizerSection) -> Self {
+    pub(crate) fn new(settings: &OptimizerSection, seed: u64) -> Self {
+        let is_rounded = settings.moments() == Moments::Bf16 && settings.stochastic_rounding;
         Self {
             settings: settings.clone(),
             moments: BTreeMap::new(),
+            noise_seed: is_rounded.then_some(seed),
         }
     }
 
-    /// Update number `number`, from 1, at a learning rate; `norm` is the gradients' norm.
+    /// Update number `number`, from 1, at a learning rate; `norm` is the gradients' norm, and they are `loss_scale` times
+    /// too large.
     pub(crate) fn step(
         &mut self,
         model: Model,
         mut gradients: Accumulated,
         rate: f64,
-        (number, norm): (u64, f64),
+        (number, norm, loss_scale): (u64, f64, f64),
     ) -> Model {
         let OptimizerSection {
             betas,
@@ -80,7 +77,7 @@ impl AdamW {
             clip,
             ..
         } = self.settings;
-        let gradient_scale = if clip > 0.0 && norm > clip {
+        let clipped = if clip > 0.0 && norm > clip {
             clip / norm
         } else {
             1.0
@@ -91,20 +88,30 @@ impl AdamW {
             eps,
             weight_decay,
             number,
-            gradient_scale,
+            gradient_scale: clipped / loss_scale,
+            noise: None,
         };
+        let dtype = self.settings.moments().float();
         model.map_parameters(&mut |name, values| {
             let gradient = gradients.0.remove(name)?;
-            let zeros = || {
-                [
-                    Tensor::zeros(values.dims(), &values.device()),
-                    Tensor::zeros(values.dims(), &values.device()),
-                ]
+            let zeros = || Tensor::zeros(values.dims(), (&values.device(), DType::from(dtype)));
+            let moments = self.moments.remove(name);
+            let moments = moments.unwrap_or_else(|| [zeros(), zeros()]);
+            let step = AdamWStep {
+                noise: self.noise_seed.map(|seed| mixed(seed, name, number)),
+                ..step
             };
-            let moments = self.moments.remove(name).unwrap_or_else(zeros);
             let (values, moments) = kernels::adamw(values, gradient, moments, step);
             self.moments.insert(name.into(), moments);
             Some(values)
         })
     }
+}
+
+/// A seed for one parameter in one update: FNV-1a of its name, so that it depends on nothing else.
+fn mixed(seed: u64, name: &str, number: u64) -> u64 {
+    let bytes = number.to_le_bytes().into_iter().chain(name.bytes());
+    bytes.fold(seed ^ 0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }

@@ -6,7 +6,9 @@
 
 use std::path::PathBuf;
 
+use burn::tensor::FloatDType;
 use checkpoint::OrderedMap;
+use kernels::Quantizer;
 use serde::de::{Error as _, Unexpected};
 use serde::{Deserialize, Deserializer, Serialize};
 use toml::Value;
@@ -84,6 +86,10 @@ pub struct LoraSection {
     pub rank_pattern: OrderedMap<usize>,
     /// Pattern to alpha. The first match in order counts.
     pub alpha_pattern: OrderedMap<f64>,
+    /// What the merged model will be written in: training then sees the merged weights as they will be rounded, so that
+    /// the adapter's effect survives it. Without it, the base and the adapter are added unrounded.
+    #[serde(with = "by_name", skip_serializing_if = "Option::is_none")]
+    pub quantizer: Option<Quantizer>,
 }
 
 /// `[precision]`: what numbers are computed in.
@@ -95,6 +101,10 @@ pub struct PrecisionSection {
     /// Whether the trained values are rounded to bf16 before the first step: a disturbance as small as a rounding, which
     /// tells how much of a difference between two runs is chaos.
     pub round_start: bool,
+    /// What the loss is multiplied by before it is differentiated, at the start; a power of two. For `f16` alone.
+    pub loss_scale: f64,
+    /// Steps without overflow after which the scale doubles.
+    pub loss_scale_growth_interval: u64,
 }
 
 /// The dtype of activations.
@@ -105,6 +115,8 @@ pub enum Compute {
     F32,
     /// Operands and what is kept for the backward pass in bf16, sums in f32.
     Bf16,
+    /// The same in f16, with a loss scale that follows the gradients.
+    F16,
     /// Operands and what is kept in E4M3, with a scale per 128 values of an activation and per 128 × 128 block of a
     /// weight; sums in f32.
     Fp8,
@@ -127,6 +139,43 @@ pub struct OptimizerSection {
     pub weight_decay: f64,
     /// The largest norm of all gradients together; 0 is off.
     pub clip: f64,
+    /// The dtype of the running means. bf16 with `precision.compute = "fp8"`, else f32.
+    pub moments: Option<Moments>,
+    /// Whether bf16 means are rounded up or down at random, by how near they are.
+    pub stochastic_rounding: bool,
+}
+
+/// The dtype of AdamW's running means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Moments {
+    /// Single precision.
+    F32,
+    /// Half the memory.
+    Bf16,
+}
+
+impl Moments {
+    pub(crate) fn dtype(self) -> checkpoint::DType {
+        match self {
+            Self::F32 => checkpoint::DType::F32,
+            Self::Bf16 => checkpoint::DType::BF16,
+        }
+    }
+
+    pub(crate) fn float(self) -> FloatDType {
+        match self {
+            Self::F32 => FloatDType::F32,
+            Self::Bf16 => FloatDType::BF16,
+        }
+    }
+}
+
+impl OptimizerSection {
+    /// The dtype of the running means, as resolved.
+    pub(crate) fn moments(&self) -> Moments {
+        self.moments.unwrap_or(Moments::F32)
+    }
 }
 
 /// `[schedule]`: the learning rate over the run. What it computes is in
@@ -184,6 +233,20 @@ pub struct TrainSection {
     pub balance_loss: f64,
     /// The step γ of the auxiliary-loss-free balancer; 0 is off.
     pub bias_update_speed: f64,
+    /// What a fully trained model is written in.
+    pub export_dtype: ExportDType,
+}
+
+/// What a fully trained model is written in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ExportDType {
+    /// Block FP8 if the base is, else bf16.
+    Base,
+    /// bfloat16.
+    Bf16,
+    /// Block FP8 for attention and experts, bf16 for the rest.
+    Fp8,
 }
 
 /// What is trained.
@@ -234,6 +297,7 @@ impl Default for LoraSection {
             use_rslora: false,
             rank_pattern: OrderedMap::default(),
             alpha_pattern: OrderedMap::default(),
+            quantizer: None,
         }
     }
 }
@@ -244,6 +308,10 @@ impl Default for PrecisionSection {
             // Right everywhere, and CPUs have no faster way; bf16 is for saving memory.
             compute: Compute::F32,
             round_start: false,
+            // This and the next are PyTorch's: gradients around 1e-8 are in f16's range, and a scale that was halved by
+            // one odd batch comes back.
+            loss_scale: 65536.0,
+            loss_scale_growth_interval: 2000,
         }
     }
 }
@@ -260,6 +328,10 @@ impl Default for OptimizerSection {
             weight_decay: 0.01,
             // DeepSeek-V3's (arXiv:2412.19437, section 4.2), as nearly everyone's.
             clip: 1.0,
+            moments: None,
+            // Rounded to the nearest, the mean of squares would stand still: with a decay of 0.999 a step moves it by
+            // less than half of bf16's last bit.
+            stochastic_rounding: true,
         }
     }
 }
@@ -303,6 +375,8 @@ impl Default for TrainSection {
             // A published router is balanced already, and a short fine-tune should not move it.
             balance_loss: 0.0,
             bias_update_speed: 0.0,
+            // What was opened is what comes back.
+            export_dtype: ExportDType::Base,
         }
     }
 }
@@ -356,8 +430,14 @@ impl Recipe {
         ((epochs * n_rows as f64 / rows_per_step).ceil() as u64).max(1)
     }
 
-    /// Fills in the one default that depends on another key.
+    /// Fills in the defaults that depend on another key.
     pub(crate) fn resolve(&mut self) {
+        let moments = match self.precision.compute {
+            Compute::Fp8 => Moments::Bf16,
+            _ => Moments::F32,
+        };
+        self.optimizer.moments.get_or_insert(moments);
+
         if self.train.steps.is_none() && self.train.epochs.is_none() {
             self.train.epochs = Some(DEFAULT_EPOCHS);
         }
@@ -366,6 +446,30 @@ impl Recipe {
 
 /// One pass: a small data set is learned in it, and a second pass is a decision.
 const DEFAULT_EPOCHS: f64 = 1.0;
+
+/// A quantizer as the text of its name.
+mod by_name {
+    use kernels::Quantizer;
+    use serde::de::{Deserialize, Deserializer, Error};
+    use serde::ser::Serializer;
+
+    pub(super) fn serialize<S: Serializer>(
+        quantizer: &Option<Quantizer>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        match quantizer {
+            Some(quantizer) => serializer.collect_str(quantizer),
+            None => serializer.serialize_none(),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Quantizer>, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        name.parse().map(Some).map_err(D::Error::custom)
+    }
+}
 
 fn one_or_more_paths<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
     let paths = one_or_more(deserializer, "a path or a list of paths")?;

@@ -4,6 +4,7 @@ use std::fmt::Display;
 use std::path::Path;
 
 use crate::Recipe;
+use crate::loss_scale::LARGEST_EXPONENT;
 
 /// A setting that cannot be. Where it was written is known to the reader of the file.
 #[derive(Debug)]
@@ -25,7 +26,28 @@ impl Recipe {
         self.check_paths()?;
         self.check_counts()?;
         self.check_numbers()?;
+        self.check_precision()?;
         self.check_patterns()
+    }
+
+    fn check_precision(&self) -> Result {
+        let precision = &self.precision;
+        let scale = precision.loss_scale;
+        let exponent = scale.log2();
+        let largest = f64::from(LARGEST_EXPONENT);
+        let holds = (0.0..=largest).contains(&exponent) && exponent.fract() == 0.0;
+        let expected = format!("a power of two from 1 to 2^{LARGEST_EXPONENT}");
+        require(holds, "precision.loss_scale", &expected, shown(scale))?;
+        let interval = precision.loss_scale_growth_interval;
+        let expected = "a whole number of at least 1";
+        let key = "precision.loss_scale_growth_interval";
+        require(interval >= 1, key, expected, interval)?;
+        if self.lora.quantizer.is_some() {
+            let dropout = self.lora.dropout;
+            let expected = "0, because `lora.quantizer` makes the adapter part of the weights";
+            require(dropout == 0.0, "lora.dropout", expected, shown(dropout))?;
+        }
+        Ok(())
     }
 
     fn check_choices(&self) -> Result {

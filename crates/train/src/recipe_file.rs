@@ -407,6 +407,7 @@ mod tests {
         expected.model.path = Some("m".to_owned());
         expected.data.path = vec!["d".into()];
         expected.train.epochs = Some(1.0);
+        expected.optimizer.moments = Some(crate::Moments::F32);
         assert_eq!(recipe, expected);
     }
 
@@ -580,7 +581,7 @@ mod tests {
         ),
         (
             "precision.compute = 'fp4'",
-            "precision.compute: expected one of `f32`, `bf16`, `fp8`, `fp8-unscaled`, found \"fp4\"",
+            "precision.compute: expected one of `f32`, `bf16`, `f16`, `fp8`, `fp8-unscaled`, found \"fp4\"",
         ),
         (
             "precision.compute = 16",

@@ -171,8 +171,8 @@ mod tests {
         let names: Vec<&str> = sections().iter().map(|(name, _)| *name).collect();
         assert_eq!(names, fields::<Recipe>());
         assert_eq!(
-            sections()[3],
-            ("precision", &["compute", "round_start"][..])
+            sections()[7],
+            ("eval", &["batch_size", "max_batches"][..])
         );
         assert!(sections().iter().all(|(_, keys)| !keys.is_empty()));
     }
@@ -227,7 +227,7 @@ mod tests {
         check(
             "precision",
             "zzz",
-            "x: unknown key `precision.zzz`, expected one of `precision.compute`, `precision.round_start`",
+            "x: unknown key `precision.zzz`, expected one of `precision.compute`, `precision.round_start`, `precision.loss_scale`, `precision.loss_scale_growth_interval`",
         );
         check(
             "optimiser",

@@ -265,6 +265,7 @@ mod tests {
         recipe.model.path = Some("m".to_owned());
         recipe.data.path = vec!["d".into()];
         recipe.train.steps = Some(3);
+        recipe.resolve();
         recipe
     }
 

@@ -3,12 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, FloatDType, Tensor};
-use checkpoint::{Adapter, Folder};
+use checkpoint::{Adapter, DType, Folder, TensorSpec};
 use data::{Order, Sample, Shuffle, Split, Tokenizer};
 use kernels::fp8::Scales;
 use model::lora::{self, Adapted, LoraConfig, Scaling};
+use model::precision::Policy;
 use model::{AdapterWeights, Model, ModelConfig, Training, weights};
 
+use crate::loss_scale::LossScale;
 use crate::optimizer::AdamW;
 use crate::recipe::{Compute, Method, Recipe};
 use crate::run_dir::RunDir;
@@ -60,6 +62,9 @@ impl Session {
         let device = Device::flex().autodiff();
         let (mut model, base) = open_model(&recipe, resolve, &device)?;
         let (adapted, scaling) = adapt(&recipe, &mut model, &device)?;
+        if let Some(quantizer) = recipe.lora.quantizer {
+            model.round_weights(quantizer, &mut |_| true);
+        }
         if recipe.precision.round_start {
             let round = |values: Tensor<1>| values.cast(FloatDType::BF16).cast(FloatDType::F32);
             model = model.map_parameters(&mut |_, values| Some(round(values)));
@@ -83,13 +88,14 @@ impl Session {
         };
         Ok(Self {
             order: Order::new(train.samples.len(), recipe.train.seed, shuffle),
-            optimizer: AdamW::new(&recipe.optimizer),
+            optimizer: AdamW::new(&recipe.optimizer, recipe.train.seed),
             state: State {
                 step: 0,
                 micro_step: 0,
                 trained_tokens: 0,
                 loss_sum: 0.0,
                 loss_tokens: 0,
+                loss_scale: LossScale::new(&recipe.precision),
                 recipe_hash: recipe.hash(),
             },
             pad_id: tokenizer
@@ -145,16 +151,17 @@ impl Session {
 
     /// Puts a checkpoint's tensors into the model and the optimizer.
     fn restore(&mut self, folder: &Path) -> Result<()> {
-        let names = self.state_tensors();
+        let specs = self.state_tensors();
+        let dtype = self.recipe.optimizer.moments().float();
         let (mut parameters, mut moments, mut biases) =
             (std::collections::BTreeMap::new(), Vec::new(), Vec::new());
         let device = self.device.clone().inner();
-        read_optimizer(folder, &names, |i, values| {
+        read_optimizer(folder, &specs, |i, values| {
             let tensor = Tensor::<1>::from_floats(values.as_slice(), &device);
-            match names[i].0.split_once('/') {
+            match specs[i].name.split_once('/') {
                 Some(("parameter", name)) => _ = parameters.insert(name.to_owned(), tensor),
                 Some((kind @ ("moment1" | "moment2"), name)) => {
-                    moments.push((kind == "moment1", name.to_owned(), tensor))
+                    moments.push((kind == "moment1", name.to_owned(), tensor.cast(dtype)))
                 }
                 _ => biases.push(values),
             }
@@ -180,22 +187,47 @@ impl Session {
         Ok(())
     }
 
-    /// Names and shapes of everything a checkpoint holds: parameters, their moments, the routers' biases.
-    pub(crate) fn state_tensors(&mut self) -> Vec<(String, Vec<usize>)> {
+    /// Everything a checkpoint holds: parameters, their moments, the routers' biases.
+    pub(crate) fn state_tensors(&mut self) -> Vec<TensorSpec> {
         let parameters = self.model.parameters();
-        let named = |kind: &str| {
-            parameters
-                .iter()
-                .map(|p| (format!("{kind}/{}", p.name), vec![p.values.dims()[0]]))
-                .collect::<Vec<_>>()
+        let moments = self.recipe.optimizer.moments().dtype();
+        let kinds = [
+            ("parameter", DType::F32),
+            ("moment1", moments),
+            ("moment2", moments),
+        ];
+        let of_kind = |(kind, dtype): (&str, DType)| {
+            let specs = parameters.iter().map(|p| TensorSpec {
+                name: format!("{kind}/{}", p.name).as_str().into(),
+                dtype,
+                shape: vec![p.values.dims()[0]],
+            });
+            specs.collect::<Vec<_>>()
         };
-        let mut names = [named("parameter"), named("moment1"), named("moment2")].concat();
-        names.extend(
-            self.model
-                .correction_biases()
-                .map(|(layer_idx, bias)| (format!("bias/{layer_idx}"), bias.dims().to_vec())),
-        );
-        names
+        let mut specs = kinds.map(of_kind).concat();
+        let biases = self.model.correction_biases();
+        specs.extend(biases.map(|(layer_idx, bias)| TensorSpec {
+            name: format!("bias/{layer_idx}").as_str().into(),
+            dtype: DType::F32,
+            shape: bias.dims().to_vec(),
+        }));
+        specs
+    }
+
+    /// What is stored, computed, added and kept in what.
+    ///
+    /// # Errors
+    /// If a header of the base cannot be read.
+    pub fn policy(&self) -> Result<Policy> {
+        let compute = self.compute();
+        let policy = match (&self.base.folder, self.recipe.train.method) {
+            (Some(folder), Method::Lora) => {
+                let policy = Policy::of_checkpoint(folder, compute)?;
+                policy.with_lora(self.recipe.lora.quantizer)
+            }
+            _ => Policy::trained(compute),
+        };
+        Ok(policy)
     }
 
     /// What products round to.
@@ -203,6 +235,7 @@ impl Session {
         match self.recipe.precision.compute {
             Compute::F32 => model::Compute::F32,
             Compute::Bf16 => model::Compute::Bf16,
+            Compute::F16 => model::Compute::F16,
             Compute::Fp8 => model::Compute::Fp8(self.model.config.fp8_scales),
             Compute::Fp8Unscaled => model::Compute::Fp8(Scales::One),
         }

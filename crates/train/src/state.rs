@@ -9,6 +9,7 @@ use std::path::Path;
 use checkpoint::{DType, FolderWriter, Safetensors, TensorSpec};
 use serde::{Deserialize, Serialize};
 
+use crate::loss_scale::LossScale;
 use crate::{Error, Result};
 
 const STATE_NAME: &str = "state.json";
@@ -29,6 +30,9 @@ pub struct State {
     pub loss_sum: f64,
     /// The targets since the last line of metrics.
     pub loss_tokens: u64,
+    /// The scale of the loss, in f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
     /// [`Recipe::hash`](crate::Recipe::hash) of the run's recipe.
     pub recipe_hash: String,
 }
@@ -56,7 +60,7 @@ impl State {
 
 /// Writes `optimizer.safetensors` into a checkpoint, one tensor in memory at a time.
 ///
-/// `tensors` are names and shapes; `values(i)` gives the elements of `tensors[i]` and is called
+/// `tensors` are F32 or BF16; `values(i)` gives the elements of `tensors[i]` and is called
 /// once for each, in order. An index of weights must be written before this, or it would list
 /// these tensors too.
 ///
@@ -65,28 +69,28 @@ impl State {
 /// another number of elements than the shape has, or writing fails.
 pub fn write_optimizer(
     writer: &mut FolderWriter,
-    tensors: &[(String, Vec<usize>)],
+    tensors: &[TensorSpec],
     mut values: impl FnMut(usize) -> Result<Vec<f32>>,
 ) -> Result<()> {
-    let specs: Vec<TensorSpec> = tensors
-        .iter()
-        .map(|(name, shape)| TensorSpec {
-            name: name.as_str().into(),
-            dtype: DType::F32,
-            shape: shape.clone(),
-        })
-        .collect();
-    writer.add_shard(OPTIMIZER_NAME, &specs, |i| {
+    writer.add_shard(OPTIMIZER_NAME, tensors, |i| {
         let values = values(i).map_err(|error| checkpoint::Error::Produce {
-            tensor: tensors[i].0.clone(),
+            tensor: tensors[i].name.to_string(),
             cause: Box::new(error),
         })?;
-        Ok(values
-            .iter()
-            .flat_map(|value| value.to_le_bytes())
-            .collect::<Vec<u8>>())
+        Ok(bytes_of(&values, tensors[i].dtype))
     })?;
     Ok(())
+}
+
+/// Values that were made of this dtype, bf16 or f32: nothing is rounded.
+fn bytes_of(values: &[f32], dtype: DType) -> Vec<u8> {
+    let bits = values.iter().map(|value| value.to_bits());
+    match dtype {
+        DType::BF16 => bits
+            .flat_map(|b| ((b >> 16) as u16).to_le_bytes())
+            .collect(),
+        _ => bits.flat_map(u32::to_le_bytes).collect(),
+    }
 }
 
 /// Reads the `optimizer.safetensors` of a checkpoint: `take(i, values)` gets the elements of
@@ -97,23 +101,24 @@ pub fn write_optimizer(
 /// `take` returns.
 pub fn read_optimizer(
     checkpoint: &Path,
-    tensors: &[(String, Vec<usize>)],
+    tensors: &[TensorSpec],
     mut take: impl FnMut(usize, Vec<f32>) -> Result<()>,
 ) -> Result<()> {
     let path = checkpoint.join(OPTIMIZER_NAME);
     let file = Safetensors::open(&path)?;
-    for (name, shape) in tensors {
-        let tensor = file.tensor(name)?;
-        tensor.expect_shape(shape)?;
-        if tensor.dtype != DType::F32 {
+    for spec in tensors {
+        let tensor = file.tensor(&spec.name)?;
+        tensor.expect_shape(&spec.shape)?;
+        if tensor.dtype != spec.dtype {
             return Err(Error::OptimizerDType {
                 path,
-                tensor: name.clone(),
+                tensor: spec.name.to_string(),
+                expected: spec.dtype,
                 found: tensor.dtype,
             });
         }
     }
-    let wanted: HashSet<&str> = tensors.iter().map(|(name, _)| name.as_str()).collect();
+    let wanted: HashSet<&str> = tensors.iter().map(|spec| &*spec.name).collect();
     let extra = file.tensors().iter();
     let mut extra = extra.filter(|tensor| !wanted.contains(&*tensor.name));
     if let Some(extra) = extra.next() {
@@ -124,8 +129,8 @@ pub fn read_optimizer(
             tensor: crate::error::shown(&extra.name),
         });
     }
-    for (i, (name, _)) in tensors.iter().enumerate() {
-        take(i, file.tensor(name)?.to_f32()?)?;
+    for (i, spec) in tensors.iter().enumerate() {
+        take(i, file.tensor(&spec.name)?.to_f32()?)?;
     }
     Ok(())
 }
@@ -161,18 +166,30 @@ mod tests {
             trained_tokens: u64::MAX,
             loss_sum: 0.1 + 0.2,
             loss_tokens: 7,
+            loss_scale: Some(LossScale {
+                exponent: 16,
+                clean_steps: 3,
+            }),
             recipe_hash: "0123456789abcdef".to_owned(),
         }
     }
 
-    fn tensors() -> Vec<(String, Vec<usize>)> {
+    fn spec(name: &str, dtype: DType, shape: &[usize]) -> TensorSpec {
+        TensorSpec {
+            name: name.into(),
+            dtype,
+            shape: shape.to_vec(),
+        }
+    }
+
+    fn tensors() -> Vec<TensorSpec> {
         vec![
-            ("b.exp_avg".to_owned(), vec![2, 1]),
-            ("a".to_owned(), vec![]),
+            spec("b.exp_avg", DType::F32, &[2, 1]),
+            spec("a", DType::BF16, &[]),
         ]
     }
 
-    const VALUES: [&[f32]; 2] = [&[1.5, f32::MIN_POSITIVE / 2.0], &[-0.0]];
+    const VALUES: [&[f32]; 2] = [&[1.5, f32::MIN_POSITIVE / 2.0], &[-1.0078125]];
 
     fn written() -> TempDir {
         let folder = tempfile::tempdir().unwrap();
@@ -222,22 +239,23 @@ mod tests {
     fn moments_of_another_run_are_refused() {
         let folder = written();
         let checkpoint = folder.path().join("c");
-        let check = |tensors: &[(&str, &[usize])], expected: &str| {
-            let tensors: Vec<_> = tensors
-                .iter()
-                .map(|(name, shape)| ((*name).to_owned(), shape.to_vec()))
-                .collect();
-            let error = read_optimizer(&checkpoint, &tensors, |_, _| panic!("not called"));
+        let check = |tensors: &[TensorSpec], expected: &str| {
+            let error = read_optimizer(&checkpoint, tensors, |_, _| panic!("not called"));
             let error = error.unwrap_err().to_string();
             assert!(error.ends_with(expected), "{error}");
         };
-        check(&[("a", &[]), ("c", &[1])], "no tensor `c`");
+        let a = || spec("a", DType::BF16, &[]);
+        check(&[a(), spec("c", DType::F32, &[1])], "no tensor `c`");
         check(
-            &[("b.exp_avg", &[1, 2])],
+            &[spec("a", DType::F32, &[])],
+            "tensor `a`: expected dtype F32, found BF16",
+        );
+        check(
+            &[spec("b.exp_avg", DType::F32, &[1, 2])],
             "tensor `b.exp_avg`: expected shape [1, 2], found [2, 1]",
         );
         check(
-            &[("a", &[])],
+            &[a()],
             "expected 1 tensors, found 2, among them `b.exp_avg`, which this run does not train",
         );
     }

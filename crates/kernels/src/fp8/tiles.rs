@@ -9,7 +9,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::{ceil_power_of_two, e4m3_to_f32, encode_scaled, encode_scaled_each, round_to_e4m3};
-use crate::gemm::with_scratch;
+use crate::product::gemm::with_scratch;
 use crate::simd::multiversion;
 
 /// The largest value of E4M3, which the largest value of a tile becomes.
@@ -59,22 +59,6 @@ pub struct Tiles {
 }
 
 impl Tiles {
-    /// A matrix without rows.
-    pub(crate) fn empty(cols: usize, tile: [usize; 2]) -> Self {
-        Self {
-            codes: Vec::new(),
-            scales: Vec::new(),
-            tile,
-            cols,
-        }
-    }
-
-    /// Adds rows below; those that are there must be whole tiles.
-    pub(crate) fn append(&mut self, rows: Self) {
-        self.codes.extend(rows.codes);
-        self.scales.extend(rows.scales);
-    }
-
     /// Number of rows and columns.
     pub fn dims(&self) -> [usize; 2] {
         [self.codes.len() / self.cols.max(1), self.cols]
@@ -166,6 +150,22 @@ pub(crate) fn round_columns(values: &mut [f32], width: usize, kind: Scales) {
                 .for_each(|row| round_scaled_each(row, scales));
         }
     });
+}
+
+/// Rounds a matrix of rows of `width` to what its 128 × 128 tiles hold, in place; serial.
+pub(crate) fn round_blocks(values: &mut [f32], width: usize, kind: Scales) {
+    let [height, block_width] = BLOCK;
+    for band in values.chunks_mut((height * width).max(1)) {
+        for start in (0..width).step_by(block_width) {
+            let cols = start..width.min(start + block_width);
+            let largest = band.chunks(width).fold(0.0, |largest, row| {
+                largest_magnitude(&row[cols.clone()], largest)
+            });
+            let scale = kind.of(largest);
+            band.chunks_mut(width)
+                .for_each(|row| round_scaled(&mut row[cols.clone()], scale));
+        }
+    }
 }
 
 multiversion! {
@@ -287,10 +287,14 @@ mod tests {
 
     #[test]
     fn rounding_is_encoding_and_decoding() {
-        for [rows, cols] in [[5, 300], [300, 5], [129, 129], [1, 1], [0, 3]] {
+        for [rows, cols] in [[5, 300], [300, 5], [129, 129], [1, 1], [0, 3], [3, 0]] {
             for kind in [Scales::F32, Scales::PowerOfTwo, Scales::One] {
                 type Round = fn(&mut [f32], usize, Scales);
-                let ways = [(round_rows as Round, [1, 128]), (round_columns, [128, 1])];
+                let ways = [
+                    (round_rows as Round, [1, 128]),
+                    (round_columns, [128, 1]),
+                    (round_blocks, [128, 128]),
+                ];
                 for (round, tile) in ways {
                     let values = noise(rows * cols, 5);
                     let mut expected = vec![0.0; values.len()];

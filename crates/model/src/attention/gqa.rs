@@ -35,16 +35,20 @@ pub struct Gqa {
 
 impl Gqa {
     /// # Shapes
-    /// - `x`: `[batch, seq, hidden_size]`
-    /// - returns: `[batch, seq, hidden_size]`
-    pub fn forward(&self, x: Tensor<3>, pass: &mut Pass<'_>, layer_idx: usize) -> Tensor<3> {
-        let [batch, seq, hidden_size] = x.dims();
+    /// - `tokens`: `[batch · seq, hidden_size]`
+    /// - returns: `[batch · seq, hidden_size]`
+    pub fn forward(
+        &self,
+        tokens: Tensor<2>,
+        [batch, seq]: [usize; 2],
+        pass: &mut Pass<'_>,
+        layer_idx: usize,
+    ) -> Tensor<2> {
         let (dim, kv_heads, heads) = (
             self.config.head_dim,
             self.config.num_key_value_heads,
             self.heads,
         );
-        let tokens = x.reshape([batch * seq, hidden_size]);
         let rotary = pass.rotary();
         let turned =
             |x: Tensor<4>| kernels::rope(x, rotary.cos.clone(), rotary.sin.clone(), self.pairs);
@@ -74,8 +78,6 @@ impl Gqa {
 
         let out =
             kernels::attention(q, k, v, self.softmax_scale).reshape([batch * seq, heads * dim]);
-        self.o_proj
-            .forward(out, pass)
-            .reshape([batch, seq, hidden_size])
+        self.o_proj.forward(out, pass)
     }
 }

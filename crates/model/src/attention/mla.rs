@@ -52,11 +52,15 @@ pub struct Mla {
 
 impl Mla {
     /// # Shapes
-    /// - `x`: `[batch, seq, hidden_size]`
-    /// - returns: `[batch, seq, hidden_size]`
-    pub fn forward(&self, x: Tensor<3>, pass: &mut Pass<'_>, layer_idx: usize) -> Tensor<3> {
-        let [batch, seq, hidden_size] = x.dims();
-        let tokens = x.reshape([batch * seq, hidden_size]);
+    /// - `tokens`: `[batch · seq, hidden_size]`
+    /// - returns: `[batch · seq, hidden_size]`
+    pub fn forward(
+        &self,
+        tokens: Tensor<2>,
+        [batch, seq]: [usize; 2],
+        pass: &mut Pass<'_>,
+        layer_idx: usize,
+    ) -> Tensor<2> {
         let q = self.queries(tokens.clone(), [batch, seq], pass);
         let latents = self.latents(tokens, [batch, seq], pass);
 
@@ -67,7 +71,7 @@ impl Mla {
         {
             Some(LayerCache { buffers }) => {
                 let latents = buffers[0].append(latents);
-                if seq == 1 {
+                if seq == 1 && self.kv_b_proj.quantizer.is_none() {
                     self.absorbed(q, latents)
                 } else {
                     self.expanded(q, latents, pass)
@@ -75,9 +79,7 @@ impl Mla {
             }
             None => self.expanded(q, latents, pass),
         };
-        self.o_proj
-            .forward(out, pass)
-            .reshape([batch, seq, hidden_size])
+        self.o_proj.forward(out, pass)
     }
 
     /// Queries of all heads, the end of each rotated: `[batch, seq, heads, qk_head_dim]`.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use kernels::{Dropout, ExpertBank, ExpertFactors, ExpertLora};
+use kernels::{Dropout, ExpertBank, ExpertFactors, ExpertLora, Quantizer};
 
 use super::router::Routed;
 use crate::pass::Pass;
@@ -20,6 +20,9 @@ pub struct Experts {
     pub weights: ExpertWeights,
     /// Their low-rank updates.
     pub lora: Option<ExpertsLora>,
+    /// If there is one, frozen weights are read as they would be written in this format, updates folded in.
+    #[module(skip)]
+    pub quantizer: Option<Quantizer>,
 }
 
 /// Where the experts' weights are.
@@ -199,6 +202,7 @@ impl Experts {
             ExpertLora {
                 scale: [gate_scale, up_scale, down_scale],
                 dropout,
+                quantizer: self.quantizer,
             },
         )
     }

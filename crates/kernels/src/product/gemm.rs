@@ -1,193 +1,30 @@
 //! Matrix products over weights in any stored form.
 //!
 //! Three products make a linear layer: `y = x · wᵀ` ([`nt`]), `dx = dy · w` ([`nn`]) and `dw = dyᵀ · x` ([`tn`]).
-//! The first two take the weight as [`Weights`]: f32 values in place, or a packed [`Matrix`] that is decoded tile
-//! by tile into scratch of the size of the second-level cache, so no converted copy of a weight ever exists.
+//! The first two take the weight as [`Weights`]: f32 values in place, or what is decoded and rounded tile by tile
+//! into scratch of the size of the second-level cache, so no converted copy of a weight ever exists.
 //!
 //! Work is cut into tasks by shape alone and each task is serial, so results do not depend on the number of
 //! threads. A product over few rows goes row by row through dot products: the result of a row then does not
-//! depend on how many rows there are beside it, up to [`FEW_ROWS`].
+//! depend on how many rows there are beside it, up to [`FEW_ROWS`]. A weight
+//! that is rounded in blocks has no row of its own, and goes by tiles always.
 
 use std::cell::RefCell;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::fp8::{self, Scales, encode_tiles};
-use crate::matrix::round_to_bf16;
+use crate::product::strided::{Mat, MatMut, Write, gemm};
+use crate::product::weights::{TILE, Weights};
 use crate::simd::multiversion;
-use crate::strided::{Mat, MatMut, Write, gemm};
-use crate::{Format, Matrix};
 
 /// Up to this many rows of `x` are multiplied row by row.
 pub(crate) const FEW_ROWS: usize = 8;
 
-/// Side of a tile of decoded weights: 256 × 256 f32 values are 256 KiB, a part of the second-level cache.
-const TILE: usize = 256;
 /// Rows and columns of the output that one task computes.
 const TASK: usize = 512;
 /// Outputs per task where there are few rows.
 const FEW_ROWS_TASK: usize = 64;
-
-/// What the operands of a product are rounded to before they are multiplied. Sums are f32 always.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Compute {
-    /// Multiply f32 values as they are.
-    #[default]
-    F32,
-    /// Round both operands to bf16 first, and keep activations that wait for the backward pass in bf16.
-    Bf16,
-    /// Round both operands to E4M3 first, activations and gradients in tiles of 1 × 128 along the sum, weights in blocks
-    /// of 128 × 128; and keep activations in that form. The values are those of FP8 units, the arithmetic is f32.
-    Fp8(Scales),
-}
-
-impl Compute {
-    /// Rounds rows whose values are summed over in a product.
-    pub(crate) fn round_rows(self, values: &mut [f32], width: usize) {
-        match self {
-            Self::F32 => {}
-            Self::Bf16 => round_to_bf16(values),
-            Self::Fp8(kind) => fp8::round_rows(values, width, kind),
-        }
-    }
-
-    /// Rounds a matrix whose columns are summed over in a product: both operands of a weight's gradient.
-    pub(crate) fn round_columns(self, values: &mut [f32], width: usize) {
-        match self {
-            Self::F32 => {}
-            Self::Bf16 => round_to_bf16(values),
-            Self::Fp8(kind) => fp8::round_columns(values, width, kind),
-        }
-    }
-
-    /// A weight as FP8 products read it; none if it is read as it is.
-    pub(crate) fn lowered(self, matrix: &Matrix) -> Option<Matrix> {
-        match (self, matrix.format()) {
-            (Self::Fp8(_), Format::Fp8(_)) | (Self::F32 | Self::Bf16, _) => None,
-            (Self::Fp8(kind), _) => Some(matrix.to_fp8(kind)),
-        }
-    }
-
-    /// [`Self::lowered`] of f32 values.
-    pub(crate) fn lowered_values(self, values: &[f32], cols: usize) -> Option<Matrix> {
-        match self {
-            Self::F32 | Self::Bf16 => None,
-            Self::Fp8(kind) => {
-                let shape = [values.len() / cols.max(1), cols];
-                Some(Matrix::from_tiles(encode_tiles(
-                    values,
-                    shape,
-                    fp8::BLOCK,
-                    kind,
-                )))
-            }
-        }
-    }
-}
-
-/// A weight `[out, in]` as a product reads it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Weights<'a> {
-    /// f32 values in place, and their row length.
-    Values(&'a [f32], usize),
-    /// The same, rounded to bf16 on reading.
-    Rounded(&'a [f32], usize),
-    /// Stored bytes. Formats narrower than bf16 are not rounded again; f32 and f16 files are, if asked.
-    Packed(&'a Matrix, Compute),
-}
-
-impl<'a> Weights<'a> {
-    /// The cheapest way to read a frozen matrix.
-    pub(crate) fn frozen(matrix: &'a Matrix, compute: Compute) -> Self {
-        match matrix.as_f32() {
-            Some(values) => Self::trained(values, matrix.cols(), compute),
-            None => Self::Packed(matrix, compute),
-        }
-    }
-
-    /// A trained weight: f32 values, rounded on reading if the products are bf16.
-    pub(crate) fn trained(values: &'a [f32], cols: usize, compute: Compute) -> Self {
-        match compute {
-            Compute::Bf16 => Self::Rounded(values, cols),
-            // In FP8 they were made a matrix of codes before.
-            Compute::F32 | Compute::Fp8(_) => Self::Values(values, cols),
-        }
-    }
-
-    pub(crate) fn out_width(&self) -> usize {
-        match self {
-            Self::Values(values, cols) | Self::Rounded(values, cols) => {
-                values.len() / (*cols).max(1)
-            }
-            Self::Packed(matrix, _) => matrix.rows(),
-        }
-    }
-
-    pub(crate) fn in_width(&self) -> usize {
-        match self {
-            Self::Values(_, cols) | Self::Rounded(_, cols) => *cols,
-            Self::Packed(matrix, _) => matrix.cols(),
-        }
-    }
-
-    /// Calls `each` on tiles that cover the given rows and columns, rows outermost.
-    fn for_tiles(
-        &self,
-        rows: Range<usize>,
-        cols: Range<usize>,
-        mut each: impl FnMut(Range<usize>, Range<usize>, Mat<'_>),
-    ) {
-        if let Self::Values(values, stride) = *self {
-            let whole = Mat::dense(values, self.out_width(), stride);
-            return each(rows.clone(), cols.clone(), whole.block(rows, cols));
-        }
-        with_scratch(TILE * TILE, |scratch| {
-            for row_tile in tiles(rows, TILE) {
-                for col_tile in tiles(cols.clone(), TILE) {
-                    let tile = &mut scratch[..row_tile.len() * col_tile.len()];
-                    self.read(row_tile.clone(), col_tile.clone(), tile);
-                    let tile = Mat::dense(tile, row_tile.len(), col_tile.len());
-                    each(row_tile.clone(), col_tile, tile);
-                }
-            }
-        });
-    }
-
-    /// Copies a tile out as f32.
-    fn read(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
-        match self {
-            Self::Packed(matrix, compute) => {
-                matrix.decode(rows, cols, out);
-                if *compute == Compute::Bf16 {
-                    round_to_bf16(out);
-                }
-            }
-            Self::Values(values, stride) | Self::Rounded(values, stride) => {
-                for (row, line) in rows.zip(out.chunks_exact_mut(cols.len().max(1))) {
-                    line.copy_from_slice(
-                        &values[row * stride + cols.start..row * stride + cols.end],
-                    );
-                }
-                if matches!(self, Self::Rounded(..)) {
-                    round_to_bf16(out);
-                }
-            }
-        }
-    }
-
-    /// The product of one row with `x`.
-    fn dot(&self, row: usize, x: &[f32]) -> f32 {
-        match self {
-            Self::Values(values, cols) => dot(&values[row * cols..][..*cols], x),
-            Self::Packed(matrix, Compute::F32 | Compute::Fp8(_)) => matrix.dot(row, x),
-            Self::Rounded(..) | Self::Packed(..) => with_scratch(x.len(), |line| {
-                self.read(row..row + 1, 0..x.len(), line);
-                dot(line, x)
-            }),
-        }
-    }
-}
 
 /// Cuts a range into pieces of at most `size`.
 pub(crate) fn tiles(
@@ -252,10 +89,11 @@ multiversion! {
 /// `y = x · wᵀ`: x `[rows, in]`, w `[out, in]`, y `[rows, out]`.
 pub(crate) fn nt(x: Mat<'_>, w: Weights<'_>, y: MatMut<'_>, write: Write) {
     assert_eq!(x.cols(), w.in_width(), "the input width of the weight");
-    if x.rows() <= FEW_ROWS {
+    if x.rows() <= FEW_ROWS && w.block().is_none() {
         return nt_few_rows(x, w, y, write);
     }
-    for_each_task(x.rows(), y.cols(), |rows, outs| {
+    let [grain, _] = w.grain();
+    for_each_task([x.rows(), y.cols()], grain, |rows, outs| {
         // SAFETY: tasks write different blocks.
         #[expect(unsafe_code, reason = "disjoint blocks of one output")]
         let y = unsafe { y.part(rows.clone(), outs.clone()) };
@@ -304,10 +142,11 @@ fn nt_few_rows(x: Mat<'_>, w: Weights<'_>, y: MatMut<'_>, write: Write) {
 /// `dx = dy · w`: dy `[rows, out]`, w `[out, in]`, dx `[rows, in]`.
 pub(crate) fn nn(dy: Mat<'_>, w: Weights<'_>, dx: MatMut<'_>, write: Write) {
     assert_eq!(dy.cols(), w.out_width(), "the output width of the weight");
-    if dy.rows() <= FEW_ROWS {
+    if dy.rows() <= FEW_ROWS && w.block().is_none() {
         return nn_few_rows(dy, w, dx, write);
     }
-    for_each_task(dy.rows(), dx.cols(), |rows, ins| {
+    let [_, grain] = w.grain();
+    for_each_task([dy.rows(), dx.cols()], grain, |rows, ins| {
         // SAFETY: tasks write different blocks.
         #[expect(unsafe_code, reason = "disjoint blocks of one output")]
         let dx = unsafe { dx.part(rows.clone(), ins.clone()) };
@@ -369,7 +208,7 @@ fn nn_few_rows(dy: Mat<'_>, w: Weights<'_>, dx: MatMut<'_>, write: Write) {
 
 /// `dw = dyᵀ · x`: dy `[rows, out]`, x `[rows, in]`, dw `[out, in]`.
 pub(crate) fn tn(dy: Mat<'_>, x: Mat<'_>, dw: MatMut<'_>) {
-    for_each_task(dy.cols(), x.cols(), |outs, ins| {
+    for_each_task([dy.cols(), x.cols()], 16, |outs, ins| {
         // SAFETY: tasks write different blocks.
         #[expect(unsafe_code, reason = "disjoint blocks of one output")]
         let dw = unsafe { dw.part(outs.clone(), ins.clone()) };
@@ -383,10 +222,14 @@ pub(crate) fn tn(dy: Mat<'_>, x: Mat<'_>, dw: MatMut<'_>) {
     });
 }
 
-/// Runs `task` over a grid of output blocks, in parallel.
-fn for_each_task(rows: usize, cols: usize, task: impl Fn(Range<usize>, Range<usize>) + Sync) {
-    let blocks: Vec<_> = tiles(0..rows, task_size(rows))
-        .flat_map(|r| tiles(0..cols, task_size(cols)).map(move |c| (r.clone(), c)))
+/// Runs `task` over a grid of output blocks, in parallel; the blocks' widths are multiples of `grain`.
+fn for_each_task(
+    [rows, cols]: [usize; 2],
+    grain: usize,
+    task: impl Fn(Range<usize>, Range<usize>) + Sync,
+) {
+    let blocks: Vec<_> = tiles(0..rows, task_size(rows, 16))
+        .flat_map(|r| tiles(0..cols, task_size(cols, grain)).map(move |c| (r.clone(), c)))
         .collect();
     blocks
         .into_par_iter()
@@ -394,18 +237,20 @@ fn for_each_task(rows: usize, cols: usize, task: impl Fn(Range<usize>, Range<usi
 }
 
 /// Tasks are [`TASK`] wide, smaller where that would leave a second core idle.
-fn task_size(len: usize) -> usize {
+fn task_size(len: usize, grain: usize) -> usize {
     if len > TASK {
         TASK
     } else {
-        len.div_ceil(2).next_multiple_of(16)
+        len.div_ceil(2).next_multiple_of(grain)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::matrix::round_to_bf16;
     use crate::matrix::tests::{every_format, noise};
+    use crate::{Compute, Matrix};
 
     /// f32 sums of up to 600 products below 1, in another order.
     const TOLERANCE: f64 = 2e-4;

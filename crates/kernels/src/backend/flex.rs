@@ -8,21 +8,23 @@ use std::sync::Arc;
 use burn::backend::Flex;
 use burn::tensor::{Bytes, DType, Shape};
 use burn_flex::{FlexTensor, Layout};
-use half::bf16;
+use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::adamw::{self, AdamWStep};
 use crate::attention::{self, Place};
-use crate::autodiff::Kept;
+use crate::backend::kept::{Form, Kept};
+use crate::backend::ops::{
+    Direction, FactorsPrimitive, HeadRows, Kernels, Merge, RoutingPrimitive, StacksPrimitive,
+};
 use crate::cross_entropy::{self, Head};
 use crate::experts::{self, Experts, Factors, Slots, Source};
-use crate::gemm::{self, Compute, Weights};
-use crate::ops::{
-    Direction, FactorsPrimitive, HeadRows, Kernels, RoutingPrimitive, StacksPrimitive,
-};
-use crate::strided::{Mat, MatMut, Write};
+use crate::fp8::Tiles;
+use crate::product::gemm;
+use crate::product::strided::{Mat, MatMut, Write};
+use crate::product::weights::{Folded, Weights};
 use crate::{
-    Choice, Dropout, ExpertBank, ExpertLora, Matrix, Pairs, rms_norm, rope, route, swiglu,
+    Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Pairs, rms_norm, rope, route, swiglu,
 };
 
 /// A tensor's f32 values in row-major order: in place where they lie so, copied otherwise.
@@ -33,25 +35,19 @@ pub(crate) struct Floats {
 
 impl Floats {
     pub(crate) fn new(tensor: &FlexTensor) -> Self {
+        let widened = |widen: fn(&FlexTensor) -> Vec<f32>| {
+            let tensor = tensor.to_contiguous();
+            Self::in_place(floats(widen(&tensor), tensor.layout().shape().clone()))
+        };
         match tensor.dtype() {
             DType::F32 => Self::in_place(if tensor.is_contiguous() {
                 tensor.clone()
             } else {
                 tensor.to_contiguous()
             }),
-            DType::BF16 => {
-                let tensor = tensor.to_contiguous();
-                let shape = tensor.layout().shape().clone();
-                Self::in_place(floats(
-                    tensor
-                        .storage::<bf16>()
-                        .iter()
-                        .map(|v| v.to_f32())
-                        .collect(),
-                    shape,
-                ))
-            }
-            other => panic!("our kernels take f32 and bf16 tensors, not {other:?}"),
+            DType::BF16 => widened(|t| t.storage::<bf16>().iter().map(|v| v.to_f32()).collect()),
+            DType::F16 => widened(|t| t.storage::<f16>().iter().map(|v| v.to_f32()).collect()),
+            other => panic!("our kernels take f32, f16 and bf16 tensors, not {other:?}"),
         }
     }
 
@@ -67,7 +63,13 @@ impl Floats {
     /// The values as a product in `compute` sees them that sums over the last axis.
     pub(crate) fn rounded(tensor: &FlexTensor, compute: Compute) -> Self {
         let values = Self::new(tensor);
-        if compute == Compute::F32 || (compute == Compute::Bf16 && tensor.dtype() == DType::BF16) {
+        let are_rounded = match compute {
+            Compute::F32 => true,
+            Compute::Bf16 => tensor.dtype() == DType::BF16,
+            Compute::F16 => tensor.dtype() == DType::F16,
+            Compute::Fp8(_) => false,
+        };
+        if are_rounded {
             return values;
         }
         values.mapped(ROUNDED_ROWS, |rows, width| compute.round_rows(rows, width))
@@ -98,23 +100,33 @@ impl Floats {
         Self::in_place(floats(values, shape))
     }
 
-    /// What was kept for the backward pass.
+    /// What was kept for the backward pass, or what it remakes.
     fn kept(kept: &Kept<FlexTensor>) -> Self {
-        match kept {
-            Kept::Float(tensor) => Self::new(tensor),
-            Kept::Fp8(tiles) => {
-                let [rows, cols] = tiles.dims();
-                let mut values = vec![0.0; rows * cols];
-                values
-                    .par_chunks_mut((ROUNDED_ROWS * cols).max(1))
-                    .enumerate()
-                    .for_each(|(i, out)| {
-                        let start = i * ROUNDED_ROWS;
-                        tiles.decode(start..rows.min(start + ROUNDED_ROWS), out);
-                    });
-                Self::in_place(floats(values, [rows, cols]))
+        match kept.form() {
+            Form::Float(tensor) => Self::new(tensor),
+            Form::Fp8(tiles) => Self::decoded(tiles),
+            Form::Norm(x, weight, eps) => {
+                let y = <Flex as Kernels>::rms_norm(x.clone(), weight.clone(), *eps);
+                Self::in_place(y)
+            }
+            Form::Swiglu(products) => {
+                let [gate, up] = products.each_ref().map(|kept| Self::kept(kept));
+                Self::in_place(swiglu_of(&gate, &up))
             }
         }
+    }
+
+    fn decoded(tiles: &Tiles) -> Self {
+        let [rows, cols] = tiles.dims();
+        let mut values = vec![0.0; rows * cols];
+        values
+            .par_chunks_mut((ROUNDED_ROWS * cols).max(1))
+            .enumerate()
+            .for_each(|(i, out)| {
+                let start = i * ROUNDED_ROWS;
+                tiles.decode(start..rows.min(start + ROUNDED_ROWS), out);
+            });
+        Self::in_place(floats(values, [rows, cols]))
     }
 
     fn shape(&self) -> Shape {
@@ -145,7 +157,8 @@ const ROUNDED_ROWS: usize = 128;
 
 /// A tensor whose storage is its values and nothing else, so that it can be written.
 fn owned(x: FlexTensor) -> FlexTensor {
-    let whole = x.is_contiguous() && x.bytes().len() == x.layout().num_elements() * 4;
+    let size = x.layout().num_elements() * x.dtype().size();
+    let whole = x.is_contiguous() && x.bytes().len() == size;
     if whole { x } else { x.to_contiguous() }
 }
 
@@ -177,18 +190,25 @@ fn int_values(tensor: &FlexTensor) -> Vec<i32> {
 
 impl Kernels for Flex {
     fn linear_frozen(x: FlexTensor, w: Arc<Matrix>, compute: Compute) -> FlexTensor {
-        let lowered = compute.lowered(&w);
-        let w = Weights::frozen(lowered.as_ref().unwrap_or(&w), compute);
-        nt(&Floats::rounded(&x, compute), w)
+        nt(&Floats::rounded(&x, compute), Weights::frozen(&w, compute))
     }
 
-    fn linear_trained(x: FlexTensor, w: FlexTensor, compute: Compute) -> FlexTensor {
+    fn linear_trained(x: FlexTensor, w: FlexTensor, compute: Compute, _: Compute) -> FlexTensor {
         let w = Floats::new(&w);
-        let lowered = lowered_trained(&w, compute);
-        nt(
-            &Floats::rounded(&x, compute),
-            trained(&w, &lowered, compute),
-        )
+        nt(&Floats::rounded(&x, compute), trained(&w, compute))
+    }
+
+    fn linear_merged(
+        x: FlexTensor,
+        a: FlexTensor,
+        b: FlexTensor,
+        w: Arc<Matrix>,
+        merge: Merge,
+        compute: Compute,
+    ) -> FlexTensor {
+        let factors = [&a, &b].map(Floats::new);
+        let w = Weights::frozen(&w, compute).folded(folded(&factors, merge));
+        nt(&Floats::rounded(&x, compute), w)
     }
 
     fn linear_add(mut y: FlexTensor, u: FlexTensor, b: FlexTensor) -> FlexTensor {
@@ -197,7 +217,7 @@ impl Kernels for Flex {
         let [rows, cols] = y.layout().shape().dims();
         gemm::nt(
             u.mat(),
-            trained(&b, &None, Compute::F32),
+            trained(&b, Compute::F32),
             MatMut::dense(y.storage_mut(), rows, cols),
             Write::Add,
         );
@@ -261,13 +281,8 @@ impl Kernels for Flex {
         turn(&x, [&cos, &sin], pairs, rope::Turn::Forth)
     }
 
-    fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
-        let (gate, up) = (Floats::new(&gate), Floats::new(&up));
-        let mut out = vec![0.0; gate.len()];
-        out.par_chunks_mut(ELEMENTS)
-            .zip(gate.par_chunks(ELEMENTS).zip(up.par_chunks(ELEMENTS)))
-            .for_each(|(out, (gate, up))| swiglu::forward(gate, up, out));
-        floats(out, gate.dims::<2>())
+    fn swiglu(gate: FlexTensor, up: FlexTensor, _: Compute) -> FlexTensor {
+        swiglu_of(&Floats::new(&gate), &Floats::new(&up))
     }
 
     fn dropout(x: FlexTensor, dropout: Dropout) -> FlexTensor {
@@ -352,9 +367,7 @@ impl Kernels for Flex {
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
         let factors = FactorValues::new(&factors);
         let (x, routing) = (Floats::rounded(&x, compute), RoutingValues::new(&routing));
-        let lowered = lowered_bank(&bank, compute);
-        let bank = lowered.as_ref().unwrap_or(&bank);
-        let experts = frozen_experts(bank, &factors, lora, compute);
+        let experts = frozen_experts(&bank, &factors, lora, compute);
         experts_forward(experts, &routing, &x)
     }
 
@@ -366,8 +379,7 @@ impl Kernels for Flex {
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
         let stacks = StackValues::new(&stacks);
         let (x, routing) = (Floats::rounded(&x, compute), RoutingValues::new(&routing));
-        let lowered = stacks.lowered(compute);
-        experts_forward(stacks.experts(lowered.as_ref(), compute), &routing, &x)
+        experts_forward(stacks.experts(compute), &routing, &x)
     }
 
     fn cross_entropy_frozen(
@@ -394,7 +406,7 @@ impl Kernels for Flex {
         compute: Compute,
     ) -> (FlexTensor, FlexTensor) {
         let w = Floats::new(&w);
-        loss_forward(&h, None, trained(&w, &None, compute), &targets, compute)
+        loss_forward(&h, None, trained(&w, compute), &targets, compute)
     }
 
     fn adamw_step(
@@ -405,13 +417,14 @@ impl Kernels for Flex {
         step: AdamWStep,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
         let (mut p, mut m, mut v) = (owned(p), owned(m), owned(v));
-        adamw::update(
-            p.storage_mut(),
-            &Floats::new(&g),
-            m.storage_mut(),
-            v.storage_mut(),
-            step,
-        );
+        let (values, g) = (p.storage_mut(), Floats::new(&g));
+        match m.dtype() {
+            DType::BF16 => {
+                let (m, v) = (m.storage_mut::<bf16>(), v.storage_mut());
+                adamw::update(values, &g, m, v, step);
+            }
+            _ => adamw::update::<f32>(values, &g, m.storage_mut(), v.storage_mut(), step),
+        }
         (p, m, v)
     }
 
@@ -423,34 +436,25 @@ impl Kernels for Flex {
 /// Elements per task of a cheap elementwise operation.
 const ELEMENTS: usize = 1 << 14;
 
-/// A trained weight, or what was made of it to be read instead.
-fn trained<'a>(w: &'a Floats, lowered: &'a Option<Matrix>, compute: Compute) -> Weights<'a> {
-    match lowered {
-        Some(lowered) => Weights::Packed(lowered, compute),
-        None => Weights::trained(w, w.dims::<2>()[1], compute),
+fn trained(w: &Floats, compute: Compute) -> Weights<'_> {
+    Weights::trained(w, w.dims::<2>()[1], compute)
+}
+
+/// A low-rank update `[a, b]` as a part of its weight.
+fn folded(factors: &[Floats; 2], merge: Merge) -> Folded<'_> {
+    let [a, b] = factors.each_ref().map(Floats::mat);
+    Folded {
+        quantizer: merge.quantizer,
+        update: (a.rows() > 0).then_some((a, b, merge.scale)),
     }
 }
 
-fn lowered_trained(w: &Floats, compute: Compute) -> Option<Matrix> {
-    compute.lowered_values(w, w.dims::<2>()[1])
-}
-
-/// The experts' weights as FP8 products read them; none if they are read as they are.
-fn lowered_bank(bank: &ExpertBank, compute: Compute) -> Option<ExpertBank> {
-    if !matches!(compute, Compute::Fp8(_)) {
-        return None;
-    }
-    let lowered = |weights: &Vec<Matrix>| {
-        let lowered = weights
-            .par_iter()
-            .map(|w| compute.lowered(w).unwrap_or_else(|| w.clone()));
-        lowered.collect()
-    };
-    Some(ExpertBank {
-        gate: lowered(&bank.gate),
-        up: lowered(&bank.up),
-        down: lowered(&bank.down),
-    })
+fn swiglu_of(gate: &Floats, up: &Floats) -> FlexTensor {
+    let mut out = vec![0.0; gate.len()];
+    out.par_chunks_mut(ELEMENTS)
+        .zip(gate.par_chunks(ELEMENTS).zip(up.par_chunks(ELEMENTS)))
+        .for_each(|(out, (gate, up))| swiglu::forward(gate, up, out));
+    floats(out, gate.dims::<2>())
 }
 
 fn nt(x: &Floats, w: Weights<'_>) -> FlexTensor {
@@ -612,32 +616,15 @@ impl StackValues {
         Self([&stacks.gate, &stacks.up, &stacks.down].map(Floats::new))
     }
 
-    /// As FP8 products read them; none if they are read as they are.
-    fn lowered(&self, compute: Compute) -> Option<ExpertBank> {
-        let matrices = |stack: &Floats| -> Option<Vec<Matrix>> {
-            let [_, rows, cols] = stack.dims();
-            let weights = stack.par_chunks((rows * cols).max(1));
-            weights.map(|w| compute.lowered_values(w, cols)).collect()
-        };
-        let [gate, up, down] = self.0.each_ref().map(matrices);
-        Some(ExpertBank {
-            gate: gate?,
-            up: up?,
-            down: down?,
-        })
-    }
-
-    fn experts<'a>(&'a self, lowered: Option<&'a ExpertBank>, compute: Compute) -> Experts<'a> {
+    fn experts(&self, compute: Compute) -> Experts<'_> {
         let [n_experts, inner, hidden] = self.0[0].dims();
         Experts {
-            weights: match lowered {
-                Some(bank) => Source::Frozen(bank),
-                None => Source::Trained(self.0.each_ref().map(|stack| &**stack)),
-            },
+            weights: Source::Trained(self.0.each_ref().map(|stack| &**stack)),
             factors: [Factors::default(); 3],
             lora: ExpertLora {
                 scale: [0.0; 3],
                 dropout: Dropout::OFF,
+                quantizer: None,
             },
             compute,
             hidden,
@@ -696,7 +683,9 @@ impl TrainedTokens {
 
     fn head<'a>(&'a self, w: Weights<'a>, b: Option<&'a Floats>) -> Head<'a> {
         let n = self.at.len();
-        let b = b.map_or(Weights::Values(&[], 0), |b| Weights::Values(b, self.rank));
+        let b = b.map_or(Weights::trained(&[], 0, Compute::F32), |b| {
+            Weights::trained(b, self.rank, Compute::F32)
+        });
         Head {
             h: Mat::dense(&self.h, n, self.hidden),
             w,

@@ -1,72 +1,85 @@
 //! The gradients of the operations on the CPU backend.
 
-use std::sync::Arc;
-
 use burn::backend::Flex;
-use burn::tensor::{Bytes, DType};
+use burn::tensor::{Bytes, DType, Element};
 use burn_flex::{FlexTensor, Layout};
-use half::bf16;
+use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::{
-    ELEMENTS, FactorValues, Floats, RoutingValues, StackValues, TrainedTokens, floats,
-    frozen_experts, int_values, lowered_bank, lowered_trained, nn, shape_apart, shape_together,
-    trained, turn,
+    ELEMENTS, FactorValues, Floats, ROUNDED_ROWS, RoutingValues, StackValues, TrainedTokens,
+    floats, folded, frozen_experts, int_values, nn, nt, shape_apart, shape_together, trained, turn,
 };
 use crate::attention::{self, ContextGrads};
-use crate::autodiff::{ExpertsSaved, Gradients, Kept, LossSaved};
+use crate::backend::autodiff::{ExpertsSaved, Gradients, LossSaved};
+use crate::backend::kept::{Form, Kept};
+use crate::backend::ops::{FactorsPrimitive, Merge, StacksPrimitive};
 use crate::cross_entropy::{self, Row};
 use crate::experts::{self, InputGrads};
 use crate::fp8::encode_tiles;
-use crate::gemm::{self, Compute, Weights};
-use crate::ops::{FactorsPrimitive, StacksPrimitive};
-use crate::strided::MatMut;
-use crate::{ExpertBank, ExpertLora, Matrix, Pairs, rms_norm, rope, swiglu};
+use crate::product::gemm;
+use crate::product::strided::MatMut;
+use crate::product::weights::Weights;
+use crate::{Compute, ExpertBank, ExpertLora, Matrix, Pairs, rms_norm, rope, swiglu};
 
 impl Gradients for Flex {
     fn linear_frozen_dx(dy: FlexTensor, w: &Matrix, compute: Compute) -> FlexTensor {
-        let lowered = compute.lowered(w);
-        let w = Weights::frozen(lowered.as_ref().unwrap_or(w), compute);
-        nn(&Floats::rounded(&dy, compute), w)
+        nn(&Floats::rounded(&dy, compute), Weights::frozen(w, compute))
     }
 
     fn linear_trained_dx(dy: FlexTensor, w: FlexTensor, compute: Compute) -> FlexTensor {
         let w = Floats::new(&w);
-        let lowered = lowered_trained(&w, compute);
-        nn(
-            &Floats::rounded(&dy, compute),
-            trained(&w, &lowered, compute),
-        )
+        nn(&Floats::rounded(&dy, compute), trained(&w, compute))
     }
 
-    fn linear_dw(dy: FlexTensor, x: Kept<FlexTensor>, compute: Compute) -> FlexTensor {
-        let (dy, x) = (
-            Floats::new(&dy).rounded_columns(compute),
-            Floats::kept(&x).rounded_columns(compute),
-        );
-        let ([_, out], [_, width]) = (dy.dims::<2>(), x.dims::<2>());
-        let mut dw = vec![0.0; out * width];
-        gemm::tn(dy.mat(), x.mat(), MatMut::dense(&mut dw, out, width));
-        floats(dw, [out, width])
+    fn linear_dw(dy: FlexTensor, x: &Kept<FlexTensor>, compute: Compute) -> FlexTensor {
+        let dy = Floats::new(&dy).rounded_columns(compute);
+        tn(&dy, &Floats::kept(x).rounded_columns(compute))
+    }
+
+    fn linear_merged_grads(
+        dy: FlexTensor,
+        x: Option<&Kept<FlexTensor>>,
+        factors: [FlexTensor; 2],
+        (w, merge, compute): (&Matrix, Merge, Compute),
+    ) -> (FlexTensor, Option<[FlexTensor; 2]>) {
+        let factors = factors.each_ref().map(Floats::new);
+        let weights = Weights::frozen(w, compute).folded(folded(&factors, merge));
+        let dx = nn(&Floats::rounded(&dy, compute), weights);
+        let grads = x.map(|x| {
+            let ([a, b], x) = (&factors, Floats::kept(x));
+            let scaled = |values: FlexTensor| {
+                Floats::new(&values).mapped(ROUNDED_ROWS, |rows, _| {
+                    rows.iter_mut().for_each(|v| *v *= merge.scale)
+                })
+            };
+            let dy = Floats::new(&dy);
+            let low = scaled(nt(&x, trained(a, Compute::F32)));
+            let dlow = scaled(nn(&dy, trained(b, Compute::F32)));
+            [tn(&dlow, &x), tn(&dy, &low)]
+        });
+        (dx, grads)
     }
 
     fn keep(x: FlexTensor, compute: Compute) -> Kept<FlexTensor> {
-        match compute {
-            Compute::F32 => Kept::Float(x),
-            Compute::Bf16 => {
-                let x = Floats::new(&x);
-                let halves: Vec<bf16> = x.iter().map(|v| bf16::from_f32(*v)).collect();
-                Kept::Float(FlexTensor::new(
-                    Bytes::from_elems(halves),
-                    Layout::contiguous(x.shape()),
-                    DType::BF16,
-                ))
-            }
+        let values = Floats::new(&x);
+        let (form, bytes) = match compute {
+            Compute::F32 => (Form::Float(x), 4 * values.len()),
+            Compute::Bf16 => (
+                Form::Float(narrowed(&values, bf16::from_f32, DType::BF16)),
+                2 * values.len(),
+            ),
+            Compute::F16 => (
+                Form::Float(narrowed(&values, f16::from_f32, DType::F16)),
+                2 * values.len(),
+            ),
             Compute::Fp8(kind) => {
-                let x = Floats::new(&x);
-                Kept::Fp8(Arc::new(encode_tiles(&x, x.dims(), [1, 128], kind)))
+                let tiles = encode_tiles(&values, values.dims(), [1, 128], kind);
+                let bytes = tiles.size_bytes();
+                (Form::Fp8(tiles), bytes)
             }
-        }
+        };
+        Kept::new(form, bytes)
     }
 
     fn embed_dw(ids: FlexTensor, dy: FlexTensor, vocab: usize) -> FlexTensor {
@@ -97,8 +110,12 @@ impl Gradients for Flex {
         turn(&dy, angles.each_ref(), pairs, rope::Turn::Back)
     }
 
-    fn swiglu_grads(dy: FlexTensor, gate: FlexTensor, up: FlexTensor) -> [FlexTensor; 2] {
-        let (dy, gate, up) = (Floats::new(&dy), Floats::new(&gate), Floats::new(&up));
+    fn swiglu_grads(
+        dy: FlexTensor,
+        gate: &Kept<FlexTensor>,
+        up: &Kept<FlexTensor>,
+    ) -> [FlexTensor; 2] {
+        let (dy, gate, up) = (Floats::new(&dy), Floats::kept(gate), Floats::kept(up));
         let (mut dgate, mut dup) = (dy.to_vec(), vec![0.0; dy.len()]);
         let saved = gate.par_chunks(ELEMENTS).zip(up.par_chunks(ELEMENTS));
         dgate
@@ -172,8 +189,7 @@ impl Gradients for Flex {
         wanted: bool,
     ) -> ([FlexTensor; 2], Option<[FlexTensor; 6]>) {
         let (values, dy) = (FactorValues::new(factors), Floats::new(&dy));
-        let lowered = lowered_bank(bank, compute);
-        let experts = frozen_experts(lowered.as_ref().unwrap_or(bank), &values, lora, compute);
+        let experts = frozen_experts(bank, &values, lora, compute);
         let kept = SavedValues::new(&saved);
         let grads = experts::backward_inputs(experts, kept.routing.slots(), kept.saved(), &dy);
         let factors = wanted.then(|| {
@@ -193,8 +209,7 @@ impl Gradients for Flex {
         compute: Compute,
     ) -> ([FlexTensor; 2], [FlexTensor; 3]) {
         let (values, dy) = (StackValues::new(stacks), Floats::new(&dy));
-        let lowered = values.lowered(compute);
-        let experts = values.experts(lowered.as_ref(), compute);
+        let experts = values.experts(compute);
         let kept = SavedValues::new(&saved);
         let grads = experts::backward_inputs(experts, kept.routing.slots(), kept.saved(), &dy);
         let stacks =
@@ -238,7 +253,7 @@ impl Gradients for Flex {
         let tokens = TrainedTokens::new(&saved.h, None, &saved.targets, compute);
         let w = Floats::new(&w);
         let (head, rows) = (
-            tokens.head(trained(&w, &None, compute), None),
+            tokens.head(trained(&w, compute), None),
             loss_rows(&tokens, &dloss, &saved.lse),
         );
         let grads = cross_entropy::backward(head, &rows, [want_w, false]);
@@ -248,6 +263,24 @@ impl Gradients for Flex {
             floats(grads.dw, if want_w { w.dims::<2>() } else { [0, 0] }),
         ]
     }
+}
+
+/// `dyᵀ · x`, as `[out, in]`.
+fn tn(dy: &Floats, x: &Floats) -> FlexTensor {
+    let ([_, out], [_, width]) = (dy.dims::<2>(), x.dims::<2>());
+    let mut dw = vec![0.0; out * width];
+    gemm::tn(dy.mat(), x.mat(), MatMut::dense(&mut dw, out, width));
+    floats(dw, [out, width])
+}
+
+/// The same values as narrower numbers.
+fn narrowed<T: Element + Send>(values: &Floats, narrow: fn(f32) -> T, dtype: DType) -> FlexTensor {
+    let narrow: Vec<T> = values.par_iter().map(|v| narrow(*v)).collect();
+    FlexTensor::new(
+        Bytes::from_elems(narrow),
+        Layout::contiguous(values.shape()),
+        dtype,
+    )
 }
 
 fn loss_rows(tokens: &TrainedTokens, dloss: &FlexTensor, lse: &FlexTensor) -> Vec<Row> {
@@ -271,7 +304,7 @@ struct SavedValues {
 
 impl SavedValues {
     fn new(saved: &ExpertsSaved<Flex>) -> Self {
-        let [x, gate, up] = [&saved.x, &saved.gate, &saved.up].map(Floats::kept);
+        let [x, gate, up] = [&saved.x, &saved.gate, &saved.up].map(|kept| Floats::kept(kept));
         Self {
             x,
             routing: RoutingValues::new(&saved.routing),

@@ -12,26 +12,17 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend};
 
 use crate::adamw::AdamWStep;
-use crate::fp8::Tiles;
-use crate::ops::{FactorsPrimitive, HeadRows, Kernels, RoutingPrimitive, StacksPrimitive};
-use crate::{Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Pairs};
-
-/// What waits for the backward pass, in the form that the precision of the products asks for.
-#[derive(Clone, Debug)]
-pub(crate) enum Kept<F> {
-    /// As it is, or in bf16.
-    Float(F),
-    /// `[rows, cols]` in tiles of 1 × 128.
-    Fp8(Arc<Tiles>),
-}
+use crate::backend::kept::{Form, Kept, remember, shared};
+use crate::backend::ops::{FactorsPrimitive, HeadRows, Kernels, RoutingPrimitive, StacksPrimitive};
+use crate::{Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Merge, Pairs};
 
 /// What the operations on experts keep for their gradients.
 #[derive(Clone, Debug)]
 pub(crate) struct ExpertsSaved<B: Kernels> {
-    pub(crate) x: Kept<FloatTensor<B>>,
+    pub(crate) x: Arc<Kept<FloatTensor<B>>>,
     pub(crate) routing: RoutingPrimitive<B>,
-    pub(crate) gate: Kept<FloatTensor<B>>,
-    pub(crate) up: Kept<FloatTensor<B>>,
+    pub(crate) gate: Arc<Kept<FloatTensor<B>>>,
+    pub(crate) up: Arc<Kept<FloatTensor<B>>>,
 }
 
 /// What the loss of a batch was made from, for its gradient.
@@ -52,9 +43,16 @@ pub(crate) trait Gradients: Kernels {
     ) -> FloatTensor<Self>;
     fn linear_dw(
         dy: FloatTensor<Self>,
-        x: Kept<FloatTensor<Self>>,
+        x: &Kept<FloatTensor<Self>>,
         compute: Compute,
     ) -> FloatTensor<Self>;
+    /// Gradients of x, and of `a` and `b` where x was kept for them.
+    fn linear_merged_grads(
+        dy: FloatTensor<Self>,
+        x: Option<&Kept<FloatTensor<Self>>>,
+        factors: [FloatTensor<Self>; 2],
+        settings: (&Matrix, Merge, Compute),
+    ) -> (FloatTensor<Self>, Option<[FloatTensor<Self>; 2]>);
     /// `x` in the form in which it waits for the backward pass.
     fn keep(x: FloatTensor<Self>, compute: Compute) -> Kept<FloatTensor<Self>>;
     fn embed_dw(ids: IntTensor<Self>, dy: FloatTensor<Self>, vocab: usize) -> FloatTensor<Self>;
@@ -71,8 +69,8 @@ pub(crate) trait Gradients: Kernels {
     ) -> FloatTensor<Self>;
     fn swiglu_grads(
         dy: FloatTensor<Self>,
-        gate: FloatTensor<Self>,
-        up: FloatTensor<Self>,
+        gate: &Kept<FloatTensor<Self>>,
+        up: &Kept<FloatTensor<Self>>,
     ) -> [FloatTensor<Self>; 2];
     /// `saved` is q, k, v, the output and the log-sum-exp.
     fn attention_grads(
@@ -150,11 +148,44 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         compute: Compute,
+        kept: Compute,
     ) -> FloatTensor<Self> {
+        let (id, wants_x) = (x.id(), w.is_tracked());
         let (nodes, x, w) = ([x.node(), w.node()], x.into_primitive(), w.into_primitive());
-        let y = B::linear_trained(x.clone(), w.clone(), compute);
+        let y = B::linear_trained(x.clone(), w.clone(), compute, kept);
         match LinearTrained.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(op) => op.finish((B::keep(x, compute), w, compute), y),
+            OpsKind::Tracked(op) => {
+                let x = wants_x.then(|| shared(id, kept, || B::keep(x, kept)));
+                op.finish((x, w, compute), y)
+            }
+            OpsKind::UnTracked(op) => op.finish(y),
+        }
+    }
+
+    fn linear_merged(
+        x: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        w: Arc<Matrix>,
+        merge: Merge,
+        compute: Compute,
+    ) -> FloatTensor<Self> {
+        let (id, wants_x) = (x.id(), a.is_tracked() || b.is_tracked());
+        let nodes = [x.node(), a.node(), b.node()];
+        let (x, a, b) = (x.into_primitive(), a.into_primitive(), b.into_primitive());
+        let y = B::linear_merged(
+            x.clone(),
+            a.clone(),
+            b.clone(),
+            Arc::clone(&w),
+            merge,
+            compute,
+        );
+        match LinearMerged.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(op) => {
+                let x = wants_x.then(|| shared(id, compute, || B::keep(x, compute)));
+                op.finish((x, [a, b], w, merge, compute), y)
+            }
             OpsKind::UnTracked(op) => op.finish(y),
         }
     }
@@ -199,7 +230,12 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         );
         let y = B::rms_norm(x.clone(), weight.clone(), eps);
         match RmsNorm.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(op) => op.finish((x, weight, eps), y),
+            OpsKind::Tracked(op) => {
+                let kept = Arc::new(Kept::new(Form::Norm(x, weight, eps), 0));
+                let y = op.finish(Arc::clone(&kept), y);
+                remember(y.id(), &kept);
+                y
+            }
             OpsKind::UnTracked(op) => op.finish(y),
         }
     }
@@ -219,15 +255,19 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         }
     }
 
-    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
-        let (nodes, gate, up) = (
-            [gate.node(), up.node()],
-            gate.into_primitive(),
-            up.into_primitive(),
-        );
-        let y = B::swiglu(gate.clone(), up.clone());
+    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>, kept: Compute) -> FloatTensor<Self> {
+        let (nodes, ids) = ([gate.node(), up.node()], [gate.id(), up.id()]);
+        let (gate, up) = (gate.into_primitive(), up.into_primitive());
+        let y = B::swiglu(gate.clone(), up.clone(), kept);
         match Swiglu.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(op) => op.finish((gate, up), y),
+            OpsKind::Tracked(op) => {
+                let gate = shared(ids[0], kept, || B::keep(gate, kept));
+                let up = shared(ids[1], kept, || B::keep(up, kept));
+                let kept = Arc::new(Kept::new(Form::Swiglu([gate, up]), 0));
+                let y = op.finish(Arc::clone(&kept), y);
+                remember(y.id(), &kept);
+                y
+            }
             OpsKind::UnTracked(op) => op.finish(y),
         }
     }
@@ -310,7 +350,7 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         lora: ExpertLora,
         compute: Compute,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        let f = &factors;
+        let (id, f) = (x.id(), &factors);
         let nodes = [
             &x,
             &routing.weights,
@@ -338,10 +378,10 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         let y = match ExpertsFrozen.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(op) => {
                 let saved = ExpertsSaved {
-                    x: B::keep(x, compute),
+                    x: shared(id, compute, || B::keep(x, compute)),
                     routing,
-                    gate: B::keep(gate.clone(), compute),
-                    up: B::keep(up.clone(), compute),
+                    gate: Arc::new(B::keep(gate.clone(), compute)),
+                    up: Arc::new(B::keep(up.clone(), compute)),
                 };
                 op.finish((saved, factors, bank, lora, compute), y)
             }
@@ -356,6 +396,7 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         stacks: StacksPrimitive<Self>,
         compute: Compute,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let id = x.id();
         let nodes =
             [&x, &routing.weights, &stacks.gate, &stacks.up, &stacks.down].map(|t| t.node());
         let (x, routing) = (x.into_primitive(), inner_routing::<B, C>(routing));
@@ -372,10 +413,10 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         {
             OpsKind::Tracked(op) => {
                 let saved = ExpertsSaved {
-                    x: B::keep(x, compute),
+                    x: shared(id, compute, || B::keep(x, compute)),
                     routing,
-                    gate: B::keep(gate.clone(), compute),
-                    up: B::keep(up.clone(), compute),
+                    gate: Arc::new(B::keep(gate.clone(), compute)),
+                    up: Arc::new(B::keep(up.clone(), compute)),
                 };
                 op.finish((saved, stacks, compute), y)
             }
@@ -529,15 +570,34 @@ gradient!(
 gradient!(
     LinearTrained,
     2,
-    (Kept<FloatTensor<B>>, FloatTensor<B>, Compute),
+    (Option<Arc<Kept<FloatTensor<B>>>>, FloatTensor<B>, Compute),
     |dy, parents, (x, w, compute), grads| {
         let [x_node, w_node] = parents;
         if let Some(node) = x_node {
             grads.register::<B>(node, B::linear_trained_dx(dy.clone(), w, compute));
         }
-        if let Some(node) = w_node {
-            grads.register::<B>(node, B::linear_dw(dy, x, compute));
+        if let (Some(node), Some(x)) = (w_node, x) {
+            grads.register::<B>(node, B::linear_dw(dy, &x, compute));
         }
+    }
+);
+
+gradient!(
+    LinearMerged,
+    3,
+    (
+        Option<Arc<Kept<FloatTensor<B>>>>,
+        [FloatTensor<B>; 2],
+        Arc<Matrix>,
+        Merge,
+        Compute
+    ),
+    |dy, parents, (x, factors, w, merge, compute), grads| {
+        let [x_node, factor_nodes @ ..] = parents;
+        let settings = (&*w, merge, compute);
+        let (dx, factors) = B::linear_merged_grads(dy, x.as_deref(), factors, settings);
+        register::<B>(grads, [x_node], [dx]);
+        register::<B>(grads, factor_nodes, factors.into_iter().flatten());
     }
 );
 
@@ -551,8 +611,8 @@ gradient!(
             grads.register::<B>(node, B::linear_trained_dx(dy.clone(), b, Compute::F32));
         }
         if let Some(node) = b_node {
-            let u = Kept::Float(u);
-            grads.register::<B>(node, B::linear_dw(dy.clone(), u, Compute::F32));
+            let u = Kept::new(Form::Float(u), 0);
+            grads.register::<B>(node, B::linear_dw(dy.clone(), &u, Compute::F32));
         }
         register::<B>(grads, [y_node], [dy]);
     }
@@ -570,9 +630,12 @@ gradient!(
 gradient!(
     RmsNorm,
     2,
-    (FloatTensor<B>, FloatTensor<B>, f32),
-    |dy, parents, (x, weight, eps), grads| {
-        register::<B>(grads, parents, B::rms_norm_grads(dy, x, weight, eps));
+    Arc<Kept<FloatTensor<B>>>,
+    |dy, parents, kept, grads| {
+        if let Form::Norm(x, weight, eps) = kept.form() {
+            let values = B::rms_norm_grads(dy, x.clone(), weight.clone(), *eps);
+            register::<B>(grads, parents, values);
+        }
     }
 );
 
@@ -588,9 +651,11 @@ gradient!(
 gradient!(
     Swiglu,
     2,
-    (FloatTensor<B>, FloatTensor<B>),
-    |dy, parents, (gate, up), grads| {
-        register::<B>(grads, parents, B::swiglu_grads(dy, gate, up));
+    Arc<Kept<FloatTensor<B>>>,
+    |dy, parents, kept, grads| {
+        if let Form::Swiglu([gate, up]) = kept.form() {
+            register::<B>(grads, parents, B::swiglu_grads(dy, gate, up));
+        }
     }
 );
 

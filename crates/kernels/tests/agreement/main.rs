@@ -57,6 +57,8 @@ macro_rules! agree {
     }};
 }
 
+mod merged;
+
 /// The same values in bf16, f16, f32 and FP8 bytes, as matrices.
 fn stored(w: &Tensor<2>) -> Vec<Matrix> {
     let ([rows, cols], values) = (w.dims(), values(w));
@@ -104,7 +106,7 @@ fn linear_agrees() {
         agree!(
             "linear_trained",
             [x, w],
-            linear_trained(x.clone(), w.clone(), Compute::F32),
+            linear_trained(x.clone(), w.clone(), Compute::F32, Compute::F32),
             x.clone().matmul(w.clone().transpose())
         );
         agree!(
@@ -147,7 +149,7 @@ fn bf16_products_are_products_of_rounded_operands() {
         random([20, 50]).require_grad(),
         random([30, 50]).require_grad(),
     );
-    let y = linear_trained(x.clone(), w.clone(), Compute::Bf16);
+    let y = linear_trained(x.clone(), w.clone(), Compute::Bf16, Compute::Bf16);
     close(&y, &round(&x).matmul(round(&w).transpose()), "value");
     let direction = random(y.dims());
     let grads = (y * direction.clone()).sum().backward();
@@ -255,7 +257,7 @@ fn norms_and_swiglu_agree() {
         agree!(
             "swiglu",
             [x, up],
-            swiglu(x.clone(), up.clone()),
+            swiglu(x.clone(), up.clone(), Compute::F32),
             x.clone() * sigmoid(x.clone()) * up.clone()
         );
     }
@@ -538,6 +540,7 @@ fn frozen_experts_with_low_rank_updates_agree() {
         let lora = ExpertLora {
             scale: [0.5, 0.0, 2.0],
             dropout: Dropout::OFF,
+            quantizer: None,
         };
         agree!(
             format!("experts_frozen, format {kind}"),
@@ -602,6 +605,7 @@ fn dropped_experts_have_the_gradient_of_their_mask() {
             probability: 0.5,
             seed: 3,
         },
+        quantizer: None,
     };
     let x = random([tokens, hidden]);
     let loss = |x: &Tensor<2>, f: &[Tensor<3>; 6]| {
@@ -728,7 +732,7 @@ fn cross_entropy_agrees() {
 #[test]
 fn untracked_inputs_get_no_gradient_and_cost_no_graph() {
     let (x, w) = (random([10, 6]), random([4, 6]).require_grad());
-    let grads = linear_trained(x.clone(), w.clone(), Compute::F32)
+    let grads = linear_trained(x.clone(), w.clone(), Compute::F32, Compute::F32)
         .sum()
         .backward();
     assert!(x.grad(&grads).is_none() && w.grad(&grads).is_some());

@@ -14,7 +14,7 @@ use burn::backend::{Backend, Dispatch, ExtensionType, backend_extension};
 use burn::tensor::{Int, Tensor};
 
 use crate::adamw::AdamWStep;
-use crate::{Choice, Compute, ExpertBank, ExpertLora, Matrix, Pairs};
+use crate::{Choice, Compute, ExpertBank, ExpertLora, Matrix, Pairs, Quantizer};
 
 /// Which expert serves which token, and with what weight.
 #[derive(Clone, Debug, ExtensionType)]
@@ -53,6 +53,16 @@ pub trait Kernels: Backend {
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         compute: Compute,
+        kept: Compute,
+    ) -> FloatTensor<Self>;
+    /// See [`linear_merged`].
+    fn linear_merged(
+        x: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        w: Arc<Matrix>,
+        merge: Merge,
+        compute: Compute,
     ) -> FloatTensor<Self>;
     /// See [`linear_add`].
     fn linear_add(
@@ -76,7 +86,7 @@ pub trait Kernels: Backend {
         pairs: Pairs,
     ) -> FloatTensor<Self>;
     /// See [`swiglu`].
-    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>, kept: Compute) -> FloatTensor<Self>;
     /// See [`dropout`].
     fn dropout(x: FloatTensor<Self>, dropout: crate::Dropout) -> FloatTensor<Self>;
     /// See [`attention`]; also gives the log-sum-exp of every row of scores.
@@ -190,7 +200,7 @@ pub fn linear_frozen(x: Tensor<2>, w: &Arc<Matrix>, compute: Compute) -> Tensor<
     ))
 }
 
-/// `y = x · wᵀ` with a trained weight.
+/// `y = x · wᵀ` with a trained weight; `x` waits for the backward pass in the form that `kept` asks for.
 ///
 /// # Shapes
 /// - `x`: `[tokens, in]`, `w`: `[out, in]`
@@ -198,11 +208,56 @@ pub fn linear_frozen(x: Tensor<2>, w: &Arc<Matrix>, compute: Compute) -> Tensor<
 ///
 /// # Panics
 /// If the widths do not fit.
-pub fn linear_trained(x: Tensor<2>, w: Tensor<2>, compute: Compute) -> Tensor<2> {
+pub fn linear_trained(x: Tensor<2>, w: Tensor<2>, compute: Compute, kept: Compute) -> Tensor<2> {
     assert_eq!(x.dims()[1], w.dims()[1], "input width of the weight");
     float(Dispatch::linear_trained(
         x.into_dispatch(),
         w.into_dispatch(),
+        compute,
+        kept,
+    ))
+}
+
+/// How a low-rank update becomes part of its weight.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Merge {
+    /// Multiplier of the update.
+    pub scale: f32,
+    /// What the sum is rounded to.
+    pub quantizer: Quantizer,
+}
+
+/// `y = x · q(w + scale · b · a)ᵀ`: a frozen weight as a merge would write it, formed and rounded tile by tile.
+///
+/// Rounding counts as the identity in the gradients of the factors, which are those of a low-rank update that is applied
+/// to the activations; the gradient of `x` goes through the rounded weight.
+///
+/// # Shapes
+/// - `x`: `[tokens, in]`, `w`: `[out, in]`, `a`: `[rank, in]`, `b`: `[out, rank]` (rank 0 means no update)
+/// - returns: `[tokens, out]`
+///
+/// # Panics
+/// If the sizes do not fit.
+pub fn linear_merged(
+    x: Tensor<2>,
+    w: &Arc<Matrix>,
+    [a, b]: [Tensor<2>; 2],
+    merge: Merge,
+    compute: Compute,
+) -> Tensor<2> {
+    let rank = a.dims()[0];
+    assert_eq!(
+        [x.dims()[1], a.dims()[1]],
+        [w.cols(); 2],
+        "input width of the weight"
+    );
+    assert_eq!(b.dims(), [w.rows(), rank], "second factor");
+    float(Dispatch::linear_merged(
+        x.into_dispatch(),
+        a.into_dispatch(),
+        b.into_dispatch(),
+        Arc::clone(w),
+        merge,
         compute,
     ))
 }
@@ -334,7 +389,7 @@ pub fn rope(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, pairs: Pairs) -> Tenso
     ))
 }
 
-/// `silu(gate) · up`, element by element.
+/// `silu(gate) · up`, element by element; both wait for the backward pass in the form that `kept` asks for.
 ///
 /// # Shapes
 /// - `gate`, `up`: `[tokens, width]`
@@ -342,9 +397,13 @@ pub fn rope(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, pairs: Pairs) -> Tenso
 ///
 /// # Panics
 /// If the shapes differ.
-pub fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
+pub fn swiglu(gate: Tensor<2>, up: Tensor<2>, kept: Compute) -> Tensor<2> {
     assert_eq!(gate.dims(), up.dims(), "gate and up");
-    float(Dispatch::swiglu(gate.into_dispatch(), up.into_dispatch()))
+    float(Dispatch::swiglu(
+        gate.into_dispatch(),
+        up.into_dispatch(),
+        kept,
+    ))
 }
 
 /// Drops elements at random and scales the rest; the mask follows from the seed alone.
@@ -644,7 +703,7 @@ pub fn cross_entropy_trained(
     )
 }
 
-/// One AdamW update of flat tensors, in place where nobody else holds them. Has no gradient.
+/// One AdamW update of flat tensors, in place where nobody else holds them. The moments may be bf16. Has no gradient.
 ///
 /// # Shapes
 /// - all `[n]`: parameter, gradient, first and second moment

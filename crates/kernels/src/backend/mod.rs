@@ -1,0 +1,6 @@
+//! The operations as burn sees them: their signatures, the CPU backend, and autodiff.
+
+mod autodiff;
+mod flex;
+pub(crate) mod kept;
+pub(crate) mod ops;

@@ -1,0 +1,276 @@
+//! What the block formats of ggml keep of a row of values.
+//!
+//! A block is 32 values (the first five formats) or 256 (the k-quants) that follow one another in a row, with a scale
+//! of its own; f16 has no blocks. Rounding here is encoding and decoding in one, value for value what a file holds.
+//!
+//! Source: ggml-org/llama.cpp: ggml/src/ggml-quants.c, `quantize_row_*_ref` and `dequantize_row_*`; its fallbacks for
+//! odd widths: src/llama-quant.cpp.
+
+use candle_core::quantized::k_quants::{
+    BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5K, BlockQ6K, GgmlType,
+};
+use half::f16;
+
+use crate::simd::multiversion;
+
+/// Values of a block of the older formats.
+const BLOCK: usize = 32;
+/// Values of a block of the k-quants.
+const SUPER_BLOCK: usize = 256;
+
+/// A number format of GGUF files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Ggml {
+    /// Half precision.
+    F16,
+    /// 8 bits and a scale.
+    Q8_0,
+    /// 5 bits and a scale.
+    Q5_0,
+    /// 5 bits, a scale and a minimum.
+    Q5_1,
+    /// 4 bits and a scale.
+    Q4_0,
+    /// 4 bits, a scale and a minimum.
+    Q4_1,
+    /// 6 bits, scales of 8 bits.
+    Q6K,
+    /// 5 bits, scales and minima of 6 bits.
+    Q5K,
+    /// 4 bits, scales and minima of 6 bits.
+    Q4K,
+    /// 3 bits, scales of 6 bits.
+    Q3K,
+    /// 2 bits, scales and minima of 4 bits.
+    Q2K,
+}
+
+impl Ggml {
+    /// All, from many bits to few.
+    pub const ALL: [Self; 11] = [
+        Self::F16,
+        Self::Q8_0,
+        Self::Q6K,
+        Self::Q5_1,
+        Self::Q5_0,
+        Self::Q5K,
+        Self::Q4_1,
+        Self::Q4_0,
+        Self::Q4K,
+        Self::Q3K,
+        Self::Q2K,
+    ];
+
+    /// Its name, as `q4_0`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::Q8_0 => "q8_0",
+            Self::Q5_0 => "q5_0",
+            Self::Q5_1 => "q5_1",
+            Self::Q4_0 => "q4_0",
+            Self::Q4_1 => "q4_1",
+            Self::Q6K => "q6_k",
+            Self::Q5K => "q5_k",
+            Self::Q4K => "q4_k",
+            Self::Q3K => "q3_k",
+            Self::Q2K => "q2_k",
+        }
+    }
+
+    /// Values of a block.
+    pub fn block(self) -> usize {
+        match self {
+            Self::F16 => 1,
+            Self::Q8_0 | Self::Q5_0 | Self::Q5_1 | Self::Q4_0 | Self::Q4_1 => BLOCK,
+            Self::Q6K | Self::Q5K | Self::Q4K | Self::Q3K | Self::Q2K => SUPER_BLOCK,
+        }
+    }
+
+    /// This format, or the next wider one whose blocks fill rows of this width.
+    pub fn for_width(self, width: usize) -> Self {
+        if width.is_multiple_of(self.block()) {
+            return self;
+        }
+        match self {
+            Self::Q6K => Self::Q8_0.for_width(width),
+            Self::Q5K => Self::Q5_1.for_width(width),
+            Self::Q4K => Self::Q5_0.for_width(width),
+            Self::Q3K | Self::Q2K => Self::Q4_0.for_width(width),
+            _ => Self::F16,
+        }
+    }
+
+    /// Rounds whole blocks to what the format keeps of them.
+    ///
+    /// # Panics
+    /// If the last block is not whole.
+    pub(crate) fn round(self, values: &mut [f32]) {
+        assert!(
+            values.len().is_multiple_of(self.block()),
+            "whole blocks of {}",
+            self.name()
+        );
+        match self {
+            Self::F16 => round_to_f16(values),
+            Self::Q8_0 => round_q8_0(values),
+            Self::Q5_0 => round_scaled(values, 16.0),
+            Self::Q4_0 => round_scaled(values, 8.0),
+            Self::Q5_1 => round_between(values, 31.0),
+            Self::Q4_1 => round_between(values, 15.0),
+            Self::Q6K => through::<BlockQ6K>(values),
+            Self::Q5K => through::<BlockQ5K>(values),
+            Self::Q4K => through::<BlockQ4K>(values),
+            Self::Q3K => through::<BlockQ3K>(values),
+            Self::Q2K => through::<BlockQ2K>(values),
+        }
+    }
+}
+
+multiversion! {
+    /// Rounds to half precision; values beyond its largest become infinite.
+    fn round_to_f16<FMA>(values: &mut [f32]) {
+        let _ = FMA;
+        values.iter_mut().for_each(|v| *v = f16_of(*v));
+    }
+}
+
+#[inline(always)]
+fn f16_of(value: f32) -> f32 {
+    f16::from_f32(value).to_f32()
+}
+
+/// 1 / d, or 0 for a block of zeros.
+#[inline(always)]
+fn inverse(d: f32) -> f32 {
+    if d == 0.0 { 0.0 } else { 1.0 / d }
+}
+
+multiversion! {
+    /// The largest magnitude becomes ±127.
+    fn round_q8_0<FMA>(values: &mut [f32]) {
+        let _ = FMA;
+        for block in values.as_chunks_mut::<BLOCK>().0 {
+            let largest = block.iter().fold(0f32, |a, v| if v.abs() > a { v.abs() } else { a });
+            let d = largest / 127.0;
+            let (kept, inverse) = (f16_of(d), inverse(d));
+            block.iter_mut().for_each(|v| *v = (*v * inverse).round() * kept);
+        }
+    }
+}
+
+multiversion! {
+    /// The value of the largest magnitude becomes `−half`; codes run from `−half` to `half − 1`.
+    fn round_scaled<FMA>(values: &mut [f32], half: f32) {
+        let _ = FMA;
+        for block in values.as_chunks_mut::<BLOCK>().0 {
+            let most = block.iter().fold(0f32, |a, v| if v.abs() > a { v.abs() } else { a });
+            // Of two of the same magnitude the first counts.
+            let most = block.iter().find(|v| v.abs() == most).copied().unwrap_or(0.0);
+            let d = most / -half;
+            let (kept, inverse) = (f16_of(d), inverse(d));
+            for v in block {
+                let code = (*v * inverse + (half + 0.5)).trunc();
+                let code = if code > 2.0 * half - 1.0 { 2.0 * half - 1.0 } else { code };
+                *v = (code - half) * kept;
+            }
+        }
+    }
+}
+
+multiversion! {
+    /// The smallest value becomes code 0, the largest code `steps`.
+    fn round_between<FMA>(values: &mut [f32], steps: f32) {
+        let _ = FMA;
+        for block in values.as_chunks_mut::<BLOCK>().0 {
+            let least = block.iter().fold(f32::INFINITY, |a, v| if *v < a { *v } else { a });
+            let most = block.iter().fold(f32::NEG_INFINITY, |a, v| if *v > a { *v } else { a });
+            let d = (most - least) / steps;
+            let (kept, base, inverse) = (f16_of(d), f16_of(least), inverse(d));
+            for v in block {
+                let code = ((*v - least) * inverse + 0.5).trunc();
+                let code = if code > steps { steps } else { code };
+                *v = code * kept + base;
+            }
+        }
+    }
+}
+
+/// Encodes and decodes.
+fn through<B: GgmlType>(values: &mut [f32]) {
+    let mut blocks = vec![B::zeros(); values.len() / B::BLCK_SIZE];
+    B::from_float(values, &mut blocks);
+    B::to_float(&blocks, values);
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::k_quants::{BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1, BlockQ8_0};
+
+    use super::*;
+    use crate::matrix::tests::noise;
+
+    fn sample() -> Vec<f32> {
+        let mut values = noise(8 * SUPER_BLOCK, 3);
+        values
+            .iter_mut()
+            .enumerate()
+            .for_each(|(i, v)| *v *= 0.01 * (i % 7) as f32 * (i / 64 + 1) as f32);
+        // A block of zeros, one of a constant, one with two values of the largest magnitude.
+        values[..32].fill(0.0);
+        values[32..64].fill(-0.3);
+        (values[70], values[80]) = (1.0, -1.0);
+        values
+    }
+
+    #[test]
+    fn rounding_is_what_another_program_decodes_from_its_own_codes() {
+        let check = |ours: Ggml, theirs: fn(&mut [f32])| {
+            let (mut found, mut expected) = (sample(), sample());
+            ours.round(&mut found);
+            theirs(&mut expected);
+            for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                assert_eq!(found, expected, "{} at {i}", ours.name());
+            }
+        };
+        check(Ggml::Q8_0, through::<BlockQ8_0>);
+        check(Ggml::Q5_0, through::<BlockQ5_0>);
+        check(Ggml::Q5_1, through::<BlockQ5_1>);
+        check(Ggml::Q4_0, through::<BlockQ4_0>);
+        check(Ggml::Q4_1, through::<BlockQ4_1>);
+    }
+
+    #[test]
+    fn more_bits_keep_more_and_none_makes_a_value_worse_than_its_step() {
+        let error = |format: Ggml| {
+            let (before, mut after) = (sample(), sample());
+            format.round(&mut after);
+            let squares = before.iter().zip(&after).map(|(b, a)| (b - a) * (b - a));
+            squares.sum::<f32>().sqrt()
+        };
+        let errors = Ggml::ALL.map(error);
+        let limits = [
+            (Ggml::F16, Ggml::Q8_0),
+            (Ggml::Q8_0, Ggml::Q6K),
+            (Ggml::Q6K, Ggml::Q5_0),
+            (Ggml::Q5K, Ggml::Q4K),
+            (Ggml::Q5_0, Ggml::Q4_0),
+            (Ggml::Q4K, Ggml::Q3K),
+            (Ggml::Q3K, Ggml::Q2K),
+        ];
+        for (more, fewer) in limits {
+            let of = |format| errors[Ggml::ALL.iter().position(|f| *f == format).unwrap()];
+            assert!(of(more) < of(fewer), "{more:?} {fewer:?} {errors:?}");
+        }
+    }
+
+    #[test]
+    fn widths_that_no_block_fills_take_the_next_wider_format() {
+        assert_eq!(Ggml::Q4K.for_width(512), Ggml::Q4K);
+        assert_eq!(Ggml::Q4K.for_width(96), Ggml::Q5_0);
+        assert_eq!(Ggml::Q6K.for_width(96), Ggml::Q8_0);
+        assert_eq!(Ggml::Q2K.for_width(96), Ggml::Q4_0);
+        assert_eq!(Ggml::Q5K.for_width(50), Ggml::F16);
+        assert_eq!(Ggml::Q8_0.for_width(50), Ggml::F16);
+    }
+}

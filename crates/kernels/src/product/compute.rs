@@ -1,0 +1,48 @@
+//! What a product rounds its operands to.
+
+use crate::fp8::{self, Scales};
+use crate::ggml::round_to_f16;
+use crate::matrix::round_to_bf16;
+
+/// What the operands of a product are rounded to before they are multiplied. Sums are f32 always.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Compute {
+    /// Multiply f32 values as they are.
+    #[default]
+    F32,
+    /// Round both operands to bf16 first, and keep activations that wait for the backward pass in bf16.
+    Bf16,
+    /// The same in f16, whose range ends at 65504: gradients need a scale to stay inside.
+    F16,
+    /// Round both operands to E4M3 first, activations and gradients in tiles of 1 × 128 along the sum, weights in blocks
+    /// of 128 × 128; and keep activations in that form. The values are those of FP8 units, the arithmetic is f32.
+    Fp8(Scales),
+}
+
+impl Compute {
+    /// Rounds rows whose values are summed over in a product.
+    pub(crate) fn round_rows(self, values: &mut [f32], width: usize) {
+        match self {
+            Self::F32 => {}
+            Self::Bf16 => round_to_bf16(values),
+            Self::F16 => round_to_f16(values),
+            Self::Fp8(kind) => fp8::round_rows(values, width, kind),
+        }
+    }
+
+    /// Rounds a matrix whose columns are summed over in a product: both operands of a weight's gradient.
+    pub(crate) fn round_columns(self, values: &mut [f32], width: usize) {
+        match self {
+            Self::Fp8(kind) => fp8::round_columns(values, width, kind),
+            _ => self.round_rows(values, width),
+        }
+    }
+
+    /// Rounds a tile of a weight that starts at a block's edge.
+    pub(crate) fn round_weight(self, values: &mut [f32], width: usize) {
+        match self {
+            Self::Fp8(kind) => fp8::round_blocks(values, width, kind),
+            _ => self.round_rows(values, width),
+        }
+    }
+}
