@@ -468,3 +468,124 @@ fn precisions_are_compared_and_finished_runs_are_not_trained_again() {
         before
     );
 }
+
+/// Where a tensor's bytes start in a safetensors file.
+fn start_of(file: &[u8], tensor: &str) -> usize {
+    let header = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let json: serde_json::Value = serde_json::from_slice(&file[8..8 + header]).unwrap();
+    8 + header + json[tensor]["data_offsets"][0].as_u64().unwrap() as usize
+}
+
+#[test]
+fn a_number_that_is_not_finite_stops_a_run_and_leaves_its_checkpoint() {
+    // Token 200 is not a number, and first seen in the third step.
+    let broken = Broken::new("deepseek_v3");
+    let index: serde_json::Value =
+        serde_json::from_str(&broken.text("model.safetensors.index.json")).unwrap();
+    let shard = index["weight_map"]["model.embed_tokens.weight"]
+        .as_str()
+        .unwrap();
+    broken.bytes(shard, |bytes| {
+        let row = start_of(bytes, "model.embed_tokens.weight") + 200 * 64 * 2;
+        bytes[row..row + 2].copy_from_slice(&half_nan());
+    });
+    let rows = [
+        "[1, 2, 3, 4]",
+        "[5, 6, 7, 8]",
+        "[9, 200, 11, 12]",
+        "[13, 14, 15, 16]",
+    ];
+    let rows: String = rows
+        .iter()
+        .map(|ids| format!("{{\"input_ids\": {ids}}}\n"))
+        .collect();
+    let settings =
+        "[train]\nmethod = \"lora\"\nsteps = 4\nbatch_size = 1\nshuffle = false\nsave_every = 2\n";
+    let place = tempfile::tempdir().unwrap();
+    let recipe = recipe(&place, settings, &rows);
+    let run = place.path().join("run");
+    let model = format!("model.path={}", broken.place.path().display());
+    let words = [
+        "train",
+        &recipe,
+        "--set",
+        &model,
+        "--out",
+        &run.to_string_lossy(),
+    ];
+    for precision in ["f32", "f16"] {
+        let _ = std::fs::remove_dir_all(&run);
+        let compute = format!("precision.compute={precision}");
+        let output = moeforge(&[&words[..], &["--set", &compute]].concat());
+        refused(&output, 6, &["step 3", "`model.embed_tokens`", "intact"]);
+        let checkpoint = run.join("checkpoint-2");
+        let files = || {
+            let read = |entry: std::io::Result<std::fs::DirEntry>| {
+                let path = entry.unwrap().path();
+                (path.clone(), std::fs::read(path).unwrap())
+            };
+            let mut files: Vec<_> = std::fs::read_dir(&checkpoint).unwrap().map(read).collect();
+            files.sort();
+            files
+        };
+        let before = files();
+        assert!(before.len() > 2 && !run.join("adapter").exists());
+
+        // It does not go away by itself, and the checkpoint stays what it was.
+        let output = moeforge(&["train", "--resume", &run.to_string_lossy()]);
+        refused(&output, 6, &["step 3", "`model.embed_tokens`"]);
+        assert_eq!(files(), before);
+    }
+}
+
+/// Not a number, in bf16.
+fn half_nan() -> [u8; 2] {
+    0x7FC0u16.to_le_bytes()
+}
+
+#[test]
+fn models_are_converted_and_what_survives_of_an_adapter_is_measured() {
+    let place = tempfile::tempdir().unwrap();
+    let out = place.path().join("fp8").to_string_lossy().into_owned();
+    let model = golden("deepseek_v3").to_string_lossy().into_owned();
+    let json = |words: &[&str]| -> serde_json::Value {
+        let output = moeforge(words);
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let report = json(&[
+        "quantize", &model, "--to", "hf:fp8", "--out", &out, "--json",
+    ]);
+    assert!(
+        report["relative_errors"].as_array().unwrap().len() > 100,
+        "{report}"
+    );
+    let inspected = json(&["inspect", &out, "--json"]);
+    assert!(
+        inspected["precision"].to_string().contains("F8_E4M3"),
+        "{inspected}"
+    );
+
+    let rows: String = (0..3)
+        .map(|i| format!("{{\"input_ids\": {:?}}}\n", (i..i + 30).collect::<Vec<_>>()))
+        .collect();
+    std::fs::write(place.path().join("test.jsonl"), rows).unwrap();
+    let adapter = format!("{model}/adapter_peft");
+    let data = place.path().to_string_lossy().into_owned();
+    let survival = ["survival", &model, "--adapter", &adapter, "--data", &data];
+    let formats = ["--to", "gguf:f16,gguf:q8_0,gguf:q4_0", "--json"];
+    let report = json(&[&survival[..], &formats].concat());
+    let kept = |i: usize| report["formats"][i]["logits_kept"].as_f64().unwrap();
+    assert!(
+        kept(0) > kept(1) && kept(1) > kept(2) && kept(0) > 0.99,
+        "{report}"
+    );
+    let modules = report["formats"][2]["modules_kept"].as_object().unwrap();
+    assert!(modules.len() > 10 && modules.values().all(|kept| kept.as_f64().unwrap() <= 1.0));
+    let wrong = moeforge(&[&survival[..], &["--to", "gguf:q9"]].concat());
+    refused(&wrong, 2, &["gguf:q4_0", "gguf:q9"]);
+}

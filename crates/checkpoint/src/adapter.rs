@@ -5,10 +5,14 @@
 
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
+use crate::json::{CONFIG_LIMIT, parse, read_object};
 use crate::{AdapterConfig, Error, FolderWriter, Result, Safetensors, Tensor, TensorSpec};
 
 const CONFIG_NAME: &str = "adapter_config.json";
 const WEIGHTS_NAME: &str = "adapter_model.safetensors";
+const NOTES_NAME: &str = "moeforge.json";
 const PICKLED_NAME: &str = "adapter_model.bin";
 
 /// An opened adapter.
@@ -16,7 +20,15 @@ const PICKLED_NAME: &str = "adapter_model.bin";
 pub struct Adapter {
     /// Its settings.
     pub config: AdapterConfig,
+    /// The format that it was trained to be merged into, if it says so: a name for whoever knows formats.
+    pub trained_for: Option<String>,
     file: Safetensors,
+}
+
+/// What we know of an adapter that PEFT has no setting for, in a file of its own.
+#[derive(Debug, Serialize, Deserialize)]
+struct Notes {
+    trained_for: String,
 }
 
 impl Adapter {
@@ -33,7 +45,19 @@ impl Adapter {
             });
         }
         let file = Safetensors::open(&weights)?;
-        Ok(Self { config, file })
+        let notes = folder.join(NOTES_NAME);
+        let trained_for = if notes.exists() {
+            let text = read_object(&notes, CONFIG_LIMIT)?;
+            let notes: Notes = parse(&notes, &text)?;
+            Some(notes.trained_for)
+        } else {
+            None
+        };
+        Ok(Self {
+            config,
+            trained_for,
+            file,
+        })
     }
 
     /// The tensors under their full keys (`base_model.model.….lora_A.weight`), in the order of
@@ -63,6 +87,18 @@ impl Adapter {
         let mut writer = FolderWriter::create(folder)?;
         Self::save_into(&mut writer, config, tensors)?;
         writer.finish()
+    }
+
+    /// Notes in a folder that an adapter was trained to be merged into a format.
+    ///
+    /// # Errors
+    /// If writing fails.
+    pub fn note_format(writer: &mut FolderWriter, trained_for: &str) -> Result<()> {
+        let notes = Notes {
+            trained_for: trained_for.into(),
+        };
+        let notes = serde_json::to_value(notes).expect("a struct of a string is JSON");
+        writer.write_json(NOTES_NAME, &notes)
     }
 
     /// Writes an adapter's two files into a folder that holds more, such as a training

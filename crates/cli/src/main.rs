@@ -10,7 +10,9 @@ mod merge;
 mod open;
 mod plot;
 mod precision;
+mod quantize;
 mod quickstart;
+mod survival;
 mod train;
 
 use std::process::ExitCode;
@@ -53,6 +55,10 @@ enum Verb {
     Generate(generate::Args),
     /// Fold an adapter into its model.
     Merge(merge::Args),
+    /// Write a model in another number format.
+    Quantize(quantize::Args),
+    /// Measure what survives of an adapter's effect when it is merged and rounded.
+    Survival(survival::Args),
     /// Compare training in f32, bf16 and FP8 on a recipe.
     Precision(precision::Args),
     /// The whole road on the repository's own base and data, printing the verbs it runs.
@@ -90,6 +96,8 @@ fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
         Verb::Logits(args) => logits::run(&args, console),
         Verb::Generate(args) => generate::run(&args, console),
         Verb::Merge(args) => merge::run(&args, console),
+        Verb::Quantize(args) => quantize::run(&args, console),
+        Verb::Survival(args) => survival::run(&args, console),
         Verb::Precision(args) => precision::run(&args, console),
         Verb::Quickstart(args) => quickstart::run(&args, console),
     }

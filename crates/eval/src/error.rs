@@ -63,6 +63,9 @@ pub enum Error {
         /// The choice, counted from 0.
         choice: usize,
     },
+    /// An adapter that changes no logit.
+    #[error("expected an adapter with an effect, found one that changes no logit")]
+    NoEffect,
     /// Two models were not scored on the same items.
     #[error("expected the same {items} for both models, found {first} and {second}")]
     NotPaired {

@@ -24,6 +24,7 @@ mod perplexity;
 mod compare;
 mod curves;
 mod report;
+mod survival;
 
 mod error;
 
@@ -34,3 +35,4 @@ pub use error::{Error, Result};
 pub use losses::{EvalConfig, SampleLoss};
 pub use perplexity::{TextScore, perplexity};
 pub use report::{Comparison, ModelScores, Report, TaskScore};
+pub use survival::{SurvivalConfig, SurvivalModels, SurvivalReport, Survived, survival};

@@ -6,7 +6,9 @@ use std::path::Path;
 
 use burn::tensor::Tensor;
 use checkpoint::{DType, Folder, FolderWriter, TensorSpec};
+use half::bf16;
 
+use self::block_fp8::{BlockFp8, is_lowered};
 use crate::Error;
 use crate::config::ModelConfig;
 use crate::decoder::Model;
@@ -60,20 +62,75 @@ pub fn exported_config(config: &serde_json::Value, dtype: &str) -> serde_json::V
     config
 }
 
+/// The number format of a written model's weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightFormat {
+    /// Single precision.
+    F32,
+    /// bfloat16; what the base keeps in F32 stays F32.
+    Bf16,
+    /// Block FP8 for the products of attention and experts, bfloat16 for the rest.
+    Fp8,
+}
+
+impl WeightFormat {
+    /// Of what is not FP8.
+    pub(crate) fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 | Self::Fp8 => DType::BF16,
+        }
+    }
+
+    /// The name in `config.json`.
+    pub(crate) fn torch_name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::Bf16 | Self::Fp8 => "bfloat16",
+        }
+    }
+
+    pub(crate) fn encode(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            Self::F32 => values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect(),
+            Self::Bf16 | Self::Fp8 => values
+                .iter()
+                .flat_map(|value| bf16::from_f32(*value).to_le_bytes())
+                .collect(),
+        }
+    }
+}
+
+/// Whether a checkpoint has weights in block FP8.
+pub fn is_fp8(folder: &Folder) -> bool {
+    folder.names().any(is_scale)
+}
+
 /// Largest shard of an exported model.
 const SHARD_BYTES: usize = 4 << 30;
 
-/// Writes a fully trained model's tensors in bf16, the routers' biases in f32, and what `base` has beside them (MTP
-/// layers, tensors nobody knows) as it is.
+/// Writes a fully trained model's tensors, the routers' biases in f32, what its base has beside them (MTP layers,
+/// tensors nobody knows) as it is, an index and a `config.json`. `origin` is the base, if there is one, and the config
+/// as it was read.
 ///
 /// # Errors
-/// If writing fails.
+/// If reading the base or writing fails.
 pub fn export(
     model: &Model,
-    base: Option<&Folder>,
+    origin: (Option<&Folder>, &serde_json::Value),
+    format: WeightFormat,
     writer: &mut FolderWriter,
 ) -> Result<(), Error> {
-    let mut tensors = exported_tensors(model, base)?;
+    let (base, config) = origin;
+    let fp8 = match (format, base) {
+        (WeightFormat::Fp8, Some(base)) => Some(BlockFp8::of(base, &model.config)?),
+        (WeightFormat::Fp8, None) => Some(BlockFp8::new(&model.config)),
+        _ => None,
+    };
+    let mut tensors = exported_tensors(model, base, (format, fp8))?;
     let total: usize = tensors
         .iter()
         .map(|(spec, _)| spec.shape.iter().product::<usize>() * spec.dtype.size_bytes())
@@ -89,41 +146,48 @@ pub fn export(
         } else {
             format!("model-{:05}-of-{n_shards:05}.safetensors", shard + 1)
         };
-        writer.add_shard(&name, &specs, |i| Ok(sources[i].bytes(specs[i].dtype)))?;
+        writer.add_shard(&name, &specs, |i| Ok(sources[i].bytes()))?;
     }
-    Ok(())
+    writer.write_index()?;
+    let mut config = exported_config(config, format.torch_name());
+    if let Some(fp8) = fp8 {
+        config["quantization_config"] = fp8.config();
+    }
+    Ok(writer.write_json("config.json", &config)?)
 }
 
-/// Where an exported tensor's values are.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "a list of handles, one per tensor"
-)]
+/// Where an exported tensor's values are, and what they become.
 enum Exported {
-    /// A part of a trained tensor.
-    Part(Tensor<1>, std::ops::Range<usize>),
+    /// A part of a trained tensor, in a number format.
+    Values(Part, WeightFormat),
+    /// The FP8 codes of one.
+    Codes(Part, BlockFp8, [usize; 2]),
+    /// The scales of those.
+    Scales(Part, BlockFp8, [usize; 2]),
     /// Bytes of the base.
     Bytes(bytes::Bytes),
 }
 
+/// Some of a flat tensor's values.
+#[derive(Clone)]
+struct Part(Tensor<1>, std::ops::Range<usize>);
+
+impl Part {
+    fn values(&self) -> Vec<f32> {
+        let Self(values, range) = self;
+        let values = values.clone().slice([range.clone()]).into_data();
+        values.iter::<f32>().collect()
+    }
+}
+
 impl Exported {
-    fn bytes(&self, dtype: DType) -> bytes::Bytes {
+    fn bytes(&self) -> bytes::Bytes {
         match self {
             Self::Bytes(bytes) => bytes.clone(),
-            Self::Part(values, range) => {
-                let values = values.clone().slice([range.clone()]).into_data();
-                match dtype {
-                    DType::F32 => values
-                        .iter::<f32>()
-                        .flat_map(f32::to_le_bytes)
-                        .collect::<Vec<_>>()
-                        .into(),
-                    _ => values
-                        .iter::<f32>()
-                        .flat_map(|value| half::bf16::from_f32(value).to_le_bytes())
-                        .collect::<Vec<_>>()
-                        .into(),
-                }
+            Self::Values(part, format) => format.encode(&part.values()).into(),
+            Self::Codes(part, fp8, shape) => fp8.encode(&part.values(), *shape).codes.into(),
+            Self::Scales(part, fp8, shape) => {
+                fp8.scale_bytes(&fp8.encode(&part.values(), *shape).scales)
             }
         }
     }
@@ -132,82 +196,73 @@ impl Exported {
 fn exported_tensors(
     model: &Model,
     base: Option<&Folder>,
+    (format, fp8): (WeightFormat, Option<BlockFp8>),
 ) -> Result<Vec<(TensorSpec, Exported)>, Error> {
     let mut sources = std::collections::BTreeMap::new();
     for parameter in model.parameters() {
-        for (key, range) in
-            parameter_keys(&parameter.name, parameter.values.dims()[0], &model.config)
-        {
-            sources.insert(
-                key,
-                (DType::BF16, Exported::Part(parameter.values.clone(), range)),
-            );
+        let n = parameter.values.dims()[0];
+        for (key, range) in parameter_keys(&parameter.name, n, &model.config) {
+            sources.insert(key, (format, Part(parameter.values.clone(), range)));
         }
     }
     for (layer_idx, bias) in model.clone().correction_biases() {
         let key = format!("model.layers.{layer_idx}.mlp.gate.e_score_correction_bias");
-        let len = bias.dims()[0];
-        sources.insert(
-            key,
-            (DType::F32, Exported::Part(bias.clone().inner(), 0..len)),
-        );
+        let part = Part(bias.clone().inner(), 0..bias.dims()[0]);
+        sources.insert(key, (WeightFormat::F32, part));
     }
     let mut tensors = Vec::new();
     for (key, shape) in keys(&model.config) {
-        let Some((dtype, source)) = sources.remove(&key) else {
+        let Some((format, part)) = sources.remove(&key) else {
             return Err(Error::Unsupported(format!(
                 "`{key}` is not trained: only fully trained models are exported"
             )));
         };
-        tensors.push((
-            TensorSpec {
-                name: key.as_str().into(),
-                dtype,
-                shape,
-            },
-            source,
-        ));
+        match (fp8, shape.as_slice()) {
+            (Some(fp8), [rows, cols]) if is_lowered(&key) => {
+                let shape = [*rows, *cols];
+                let [codes, scales] = fp8.specs(&key, shape);
+                tensors.push((codes, Exported::Codes(part.clone(), fp8, shape)));
+                tensors.push((scales, Exported::Scales(part, fp8, shape)));
+            }
+            _ => {
+                let spec = TensorSpec {
+                    name: key.as_str().into(),
+                    dtype: format.dtype(),
+                    shape,
+                };
+                tensors.push((spec, Exported::Values(part, format)));
+            }
+        }
     }
     if let Some(base) = base {
         let audit = audit(base)?;
-        for name in audit
-            .mtp
-            .iter()
-            .chain(&audit.unknown)
-            .filter(|name| !is_scale(name))
-        {
-            tensors.push(carried(base, name, &model.config)?);
+        for name in audit.mtp.iter().chain(&audit.unknown) {
+            tensors.extend(carried(base, name, &model.config, fp8.is_some())?);
         }
     }
     Ok(tensors)
 }
 
-/// A tensor the model does not run, as it is; block FP8 becomes bf16, since the export has no block scales.
+/// A tensor the model does not run, as it is; block FP8 becomes bf16 where the export has no block scales.
 fn carried(
     base: &Folder,
     name: &str,
     config: &ModelConfig,
-) -> Result<(TensorSpec, Exported), Error> {
+    has_scales: bool,
+) -> Result<Option<(TensorSpec, Exported)>, Error> {
     let tensor = base.tensor(name)?;
-    if tensor.dtype != DType::F8E4M3 || tensor.shape.len() != 2 {
-        return Ok((tensor.spec(), Exported::Bytes(tensor.bytes)));
+    if is_scale(name) && !has_scales {
+        return Ok(None);
     }
-    let matrix = read_matrix(
-        base,
-        name,
-        [tensor.shape[0], tensor.shape[1]],
-        config.fp8_block,
-    )?;
-    let bytes: Vec<u8> = matrix
-        .to_f32()
-        .iter()
-        .flat_map(|value| half::bf16::from_f32(*value).to_le_bytes())
-        .collect();
-    Ok((
-        TensorSpec {
-            dtype: DType::BF16,
-            ..tensor.spec()
-        },
-        Exported::Bytes(bytes.into()),
-    ))
+    if has_scales || tensor.dtype != DType::F8E4M3 || tensor.shape.len() != 2 {
+        return Ok(Some((tensor.spec(), Exported::Bytes(tensor.bytes))));
+    }
+    let shape = [tensor.shape[0], tensor.shape[1]];
+    let values = read_matrix(base, name, shape, config.fp8_block)?.to_f32();
+    let spec = TensorSpec {
+        dtype: DType::BF16,
+        ..tensor.spec()
+    };
+    let bytes = WeightFormat::Bf16.encode(&values).into();
+    Ok(Some((spec, Exported::Bytes(bytes))))
 }

@@ -5,10 +5,10 @@
 //! scales. Before it is called good it is opened again and every weight is compared with base plus adapter by another
 //! way: not the sum of matrices, but the products of both with a vector of random signs.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use checkpoint::{DType, Folder, FolderWriter, TensorSpec};
-use half::bf16;
 use kernels::{Format, Matrix};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -18,50 +18,8 @@ use crate::Error;
 use crate::adapter::{AdapterWeights, Pair};
 use crate::config::ModelConfig;
 use crate::export::block_fp8::{BlockFp8, is_lowered};
-use crate::export::{copy_companions, exported_config};
+use crate::export::{WeightFormat, copy_companions, exported_config};
 use crate::weights::{is_scale, keys, read_config, read_matrix, scale_key};
-
-/// The number format of a merged model's weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MergedDType {
-    /// Single precision.
-    F32,
-    /// bfloat16; what the base keeps in F32 stays F32.
-    Bf16,
-    /// Block FP8 for the products of attention and experts, bfloat16 for the rest.
-    Fp8,
-}
-
-impl MergedDType {
-    /// Of what is not FP8.
-    fn dtype(self) -> DType {
-        match self {
-            Self::F32 => DType::F32,
-            Self::Bf16 | Self::Fp8 => DType::BF16,
-        }
-    }
-
-    /// The name in `config.json`.
-    fn torch_name(self) -> &'static str {
-        match self {
-            Self::F32 => "float32",
-            Self::Bf16 | Self::Fp8 => "bfloat16",
-        }
-    }
-
-    fn encode(self, values: &[f32]) -> Vec<u8> {
-        match self {
-            Self::F32 => values
-                .iter()
-                .flat_map(|value| value.to_le_bytes())
-                .collect(),
-            Self::Bf16 | Self::Fp8 => values
-                .iter()
-                .flat_map(|value| bf16::from_f32(*value).to_le_bytes())
-                .collect(),
-        }
-    }
-}
 
 /// What a merge did.
 #[derive(Clone, Debug, PartialEq)]
@@ -74,6 +32,9 @@ pub struct MergeReport {
     pub bytes: u64,
     /// Largest error of the check, relative to the sum of the magnitudes of a row.
     pub largest_error: f32,
+    /// Of each matrix that was written anew, how far it is from what it was made of: root mean square of the differences,
+    /// relative to that of the values.
+    pub errors: Vec<(String, f64)>,
 }
 
 /// Writes `base` with `adapter` folded in to the new folder `out`, whole or not at all.
@@ -86,26 +47,45 @@ pub struct MergeReport {
 pub fn merge(
     base: &Folder,
     adapter: &AdapterWeights,
-    dtype: MergedDType,
+    dtype: WeightFormat,
     out: &Path,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<MergeReport, Error> {
     let config = read_config(base)?;
-    let weights: std::collections::BTreeSet<String> =
-        keys(&config).into_iter().map(|(key, _)| key).collect();
-    if let Some(module) = adapter
-        .modules()
-        .into_iter()
-        .find(|module| !weights.contains(&format!("{module}.weight")))
-    {
+    let weights: BTreeSet<String> = keys(&config).into_iter().map(|(key, _)| key).collect();
+    let mut modules = adapter.modules().into_iter();
+    if let Some(module) = modules.find(|module| !weights.contains(&format!("{module}.weight"))) {
         return Err(adapter.unfit(
             &module,
             "a module of the model".into(),
             "an adapter for another model".into(),
         ));
     }
+    write((base, config), Some(adapter), dtype, out, progress)
+}
+
+/// Writes `base` in another number format to the new folder `out`, whole or not at all; see [`merge`].
+///
+/// # Errors
+/// If reading or writing fails, or the check finds a difference beyond rounding ([`Error::Unfaithful`]).
+pub fn convert(
+    base: &Folder,
+    dtype: WeightFormat,
+    out: &Path,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<MergeReport, Error> {
+    write((base, read_config(base)?), None, dtype, out, progress)
+}
+
+fn write(
+    (base, config): (&Folder, ModelConfig),
+    adapter: Option<&AdapterWeights>,
+    dtype: WeightFormat,
+    out: &Path,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<MergeReport, Error> {
     let fp8 = match dtype {
-        MergedDType::Fp8 => Some(BlockFp8::of(base, &config)?),
+        WeightFormat::Fp8 => Some(BlockFp8::of(base, &config)?),
         _ => None,
     };
     let mut merger = Merger {
@@ -119,6 +99,7 @@ pub fn merge(
             adapted: 0,
             bytes: 0,
             largest_error: 0.0,
+            errors: Vec::new(),
         },
     };
     let mut writer = FolderWriter::create(out)?;
@@ -148,8 +129,8 @@ pub fn merge(
 
 struct Merger<'a> {
     base: &'a Folder,
-    adapter: &'a AdapterWeights,
-    dtype: MergedDType,
+    adapter: Option<&'a AdapterWeights>,
+    dtype: WeightFormat,
     /// How weights become FP8, if they do.
     fp8: Option<BlockFp8>,
     config: ModelConfig,
@@ -248,13 +229,13 @@ impl Merger<'_> {
         let adapted = self.update(&tensor.name).is_some();
         match tensor.dtype {
             DType::F16 | DType::BF16 | DType::F8E4M3 => false,
-            DType::F32 => self.dtype == MergedDType::F32 || (!adapted && tensor.shape.len() == 1),
+            DType::F32 => self.dtype == WeightFormat::F32 || (!adapted && tensor.shape.len() == 1),
             _ => true,
         }
     }
 
     fn update(&self, name: &str) -> Option<Pair> {
-        self.adapter.update(name.strip_suffix(".weight")?)
+        self.adapter?.update(name.strip_suffix(".weight")?)
     }
 
     /// One output tensor's bytes.
@@ -380,7 +361,39 @@ impl Merger<'_> {
             });
         }
         self.report.largest_error = self.report.largest_error.max(largest);
+        let error = relative_error(&base, update.as_ref(), &merged);
+        self.report.errors.push((name.into(), error));
         Ok(())
+    }
+}
+
+/// Root mean square of `merged − (base + update)`, relative to that of the sum.
+fn relative_error(base: &Matrix, update: Option<&Pair>, merged: &Matrix) -> f64 {
+    let width = base.cols();
+    let squares = (0..base.rows()).into_par_iter().map(|row| {
+        let [mut expected, mut found] = [vec![0.0; width], vec![0.0; width]];
+        base.decode(row..row + 1, 0..width, &mut expected);
+        merged.decode(row..row + 1, 0..width, &mut found);
+        if let Some(update) = update {
+            add_to_row(&mut expected, update, row);
+        }
+        let square = |value: f32| f64::from(value) * f64::from(value);
+        let pairs = expected.iter().zip(&found);
+        let difference: f64 = pairs
+            .map(|(expected, found)| square(expected - found))
+            .sum();
+        [
+            difference,
+            expected.iter().map(|value| square(*value)).sum(),
+        ]
+    });
+    // Rows are collected first, so that the sum has one order.
+    let squares: Vec<[f64; 2]> = squares.collect();
+    let [difference, whole] = [0, 1].map(|i| squares.iter().map(|pair| pair[i]).sum::<f64>());
+    if whole > 0.0 {
+        (difference / whole).sqrt()
+    } else {
+        0.0
     }
 }
 
@@ -420,17 +433,17 @@ fn matrix_shape(name: &str, shape: &[usize]) -> Result<[usize; 2], Error> {
 fn add_update(values: &mut [f32], update: &Pair, tensor: &checkpoint::Tensor) -> Result<(), Error> {
     let [width, out] = update.widths();
     tensor.expect_shape(&[out, width])?;
-    values
-        .par_chunks_mut(width)
-        .zip(update.b.par_chunks(update.rank))
-        .for_each(|(row, b)| {
-            for (b, a) in b.iter().zip(update.a.chunks(width)) {
-                row.iter_mut()
-                    .zip(a)
-                    .for_each(|(w, a)| *w += update.scale * b * a);
-            }
-        });
+    let rows = values.par_chunks_mut(width).enumerate();
+    rows.for_each(|(row, values)| add_to_row(values, update, row));
     Ok(())
+}
+
+fn add_to_row(values: &mut [f32], update: &Pair, row: usize) {
+    let b = &update.b[row * update.rank..(row + 1) * update.rank];
+    for (b, a) in b.iter().zip(update.a.chunks(values.len())) {
+        let pairs = values.iter_mut().zip(a);
+        pairs.for_each(|(w, a)| *w += update.scale * b * a);
+    }
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f32 {

@@ -31,8 +31,10 @@ impl Model {
                 Site::Linear(_) => return,
                 Site::Experts(experts) => &mut experts.quantizer,
             };
-            *place = chosen(path).then_some(quantizer);
-            count += usize::from(place.is_some());
+            if chosen(path) {
+                *place = Some(quantizer);
+                count += 1;
+            }
         });
         count
     }

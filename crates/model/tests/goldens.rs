@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Adapter, DType, Folder, Safetensors};
+use moeforge_model::export::WeightFormat;
 use moeforge_model::lora::{self, LoraConfig, Scaling};
-use moeforge_model::merge::{MergedDType, merge};
+use moeforge_model::merge::merge;
 use moeforge_model::{
     AdapterWeights, Cache, Compute, Model, Observe, Pass, Site, Training, weights,
 };
@@ -474,7 +475,7 @@ fn merged_models_are_base_plus_adapter() {
         let report = merge(
             &golden.folder,
             &adapter,
-            MergedDType::F32,
+            WeightFormat::F32,
             &out,
             &mut |_, _| {},
         )
@@ -555,7 +556,7 @@ fn models_merged_in_fp8_keep_what_the_adapter_leaves_alone() {
         let report = merge(
             &golden.folder,
             &adapter,
-            MergedDType::Fp8,
+            WeightFormat::Fp8,
             &out,
             &mut |_, _| {},
         );
@@ -645,7 +646,7 @@ fn fp8_weights_train_like_their_dequantized_twin() {
     merge(
         &golden.folder,
         &nothing,
-        MergedDType::F32,
+        WeightFormat::F32,
         &out,
         &mut |_, _| {},
     )

@@ -1,10 +1,11 @@
 //! What a run leaves for others: an adapter, or a whole model.
 
 use checkpoint::{Adapter, FolderWriter};
-use model::{AdapterWeights, export};
+use model::AdapterWeights;
+use model::export::{self, WeightFormat};
 
 use crate::Result;
-use crate::recipe::Method;
+use crate::recipe::{ExportDType, Method};
 use crate::run_dir::RunDir;
 use crate::session::Session;
 
@@ -39,18 +40,27 @@ pub(crate) fn adapter_into(session: &Session, writer: &mut FolderWriter) -> Resu
         session.recipe.lora.dropout as f32,
     );
     let (config, tensors) = adapter.files(&session.base.name)?;
+    if let Some(quantizer) = session.recipe.lora.quantizer {
+        Adapter::note_format(writer, &quantizer.to_string())?;
+    }
     Ok(Adapter::save_into(writer, &config, &tensors)?)
 }
 
-/// Writes a Hugging Face folder in bf16.
+/// Writes a Hugging Face folder.
 fn model_into(session: &Session, writer: &mut FolderWriter) -> Result<()> {
     let base = &session.base;
-    export::export(&session.model, base.folder.as_ref(), writer)?;
-    writer.write_index()?;
-    writer.write_json(
-        "config.json",
-        &export::exported_config(&base.config, "bfloat16"),
-    )?;
+    let is_fp8 = match session.recipe.train.export_dtype {
+        ExportDType::Fp8 => true,
+        ExportDType::Bf16 => false,
+        ExportDType::Base => base.folder.as_ref().is_some_and(export::is_fp8),
+    };
+    let format = if is_fp8 {
+        WeightFormat::Fp8
+    } else {
+        WeightFormat::Bf16
+    };
+    let origin = (base.folder.as_ref(), &base.config);
+    export::export(&session.model, origin, format, writer)?;
     if let Some(tokenizer) = &base.tokenizer {
         export::copy_companions(tokenizer, writer)?;
     }

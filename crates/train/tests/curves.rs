@@ -187,7 +187,19 @@ fn resumed_runs_end_in_the_same_bits() {
     let common = "steps = 6\nbatch_size = 1\nsave_every = 2\nbalance_loss = 0.01\nkeep_last = 9\n";
     let lora = format!("[lora]\ndropout = 0.1\n[train]\nmethod = \"lora\"\n{common}");
     let full = format!("[train]\nmethod = \"full\"\nbias_update_speed = 0.001\n{common}");
-    for (settings, result) in [(lora, "adapter"), (full, "model")] {
+    // In f16 the scale falls at first and grows every other step; in FP8 the moments are bf16, rounded at random.
+    let f16 = "[precision]\ncompute = \"f16\"\nloss_scale = 1099511627776.0\n\
+               loss_scale_growth_interval = 2\n";
+    let f16 = format!("{f16}{full}");
+    let fp8 = format!("[precision]\ncompute = \"fp8\"\n{full}");
+    let aware = lora.replace("dropout = 0.1", "quantizer = \"gguf:q4_0\"");
+    for (settings, result) in [
+        (lora, "adapter"),
+        (full, "model"),
+        (f16, "model"),
+        (fp8, "model"),
+        (aware, "adapter"),
+    ] {
         resumed_run_is_whole(&settings, result);
     }
 }
@@ -225,4 +237,90 @@ fn resumed_run_is_whole(settings: &str, result: &str) {
     assert_eq!(session.resume(&part).unwrap(), Some(6));
     assert!(losses(&mut session, &part).is_empty());
     assert_eq!((std::fs::read(&metrics).unwrap(), bytes(&made)), before);
+}
+
+/// Steps and overflows of a run, and the scale of the loss in every step.
+fn scaled_run(place: &Place, name: &str, scale: f64) -> (Vec<f64>, Vec<(u64, f64)>, Vec<f64>) {
+    let settings = format!(
+        "[precision]\ncompute = \"f16\"\nloss_scale = {scale:?}\n\
+         [train]\nmethod = \"full\"\nsteps = 4\nbatch_size = 1\naccumulate = 2\n"
+    );
+    let recipe = place.recipe("# deepseek_v3\n", &settings);
+    let run = RunDir::create(&place.path(name), &recipe).unwrap();
+    let (mut losses, mut overflows, mut scales) = (Vec::new(), Vec::new(), Vec::new());
+    open(recipe)
+        .fit(&run, &mut |event| match event {
+            Event::Step(report) => {
+                losses.push(report.loss);
+                scales.push(report.loss_scale.unwrap());
+            }
+            Event::Overflowed { step, loss_scale } => overflows.push((*step, *loss_scale)),
+            _ => {}
+        })
+        .unwrap();
+    (losses, overflows, scales)
+}
+
+#[test]
+fn an_overflow_in_f16_costs_no_data() {
+    let place = Place::new("deepseek_v3");
+    let (losses, overflows, scales) = scaled_run(&place, "overflowing", 2f64.powi(60));
+    assert!(overflows.len() > 10, "{overflows:?}");
+    assert!(
+        overflows.iter().all(|(step, _)| *step == 1),
+        "{overflows:?}"
+    );
+    assert_eq!(overflows.last().unwrap().1, scales[0]);
+
+    // The run is the one that started with the scale it found.
+    let (expected, none, same) = scaled_run(&place, "calm", scales[0]);
+    assert!(none.is_empty(), "{none:?}");
+    assert_eq!((losses, scales), (expected, same));
+    let model = |run: &str| bytes(&place.path(run).join("model"));
+    assert_eq!(model("overflowing"), model("calm"));
+}
+
+#[test]
+fn fully_trained_fp8_models_are_fp8_again() {
+    let place = Place::new("deepseek_v3_fp8");
+    let recipe = place.recipe(
+        "# deepseek_v3_fp8\n",
+        "[precision]\ncompute = \"fp8\"\n[train]\nmethod = \"full\"\nsteps = 3\nbatch_size = 2\n",
+    );
+    let run = RunDir::create(&place.path("run"), &recipe).unwrap();
+    let losses = losses(&mut open(recipe), &run);
+    assert!(losses[2] < losses[0], "{losses:?}");
+    let (before, after) = (
+        checkpoint::Folder::open(&golden("deepseek_v3_fp8")).unwrap(),
+        checkpoint::Folder::open(&place.path("run/model")).unwrap(),
+    );
+    let mut names = [&before, &after].map(|folder| folder.names().collect::<Vec<_>>());
+    names.iter_mut().for_each(|names| names.sort_unstable());
+    assert_eq!(names[0], names[1]);
+    for name in before.names() {
+        let [old, new] = [&before, &after].map(|folder| folder.tensor(name).unwrap());
+        assert_eq!((old.dtype, &old.shape), (new.dtype, &new.shape), "{name}");
+    }
+    assert_eq!(
+        before.config()["quantization_config"],
+        after.config()["quantization_config"]
+    );
+    // In FP8 products its codes are what the same run's bf16 export rounds to.
+    let wide = place.recipe(
+        "# deepseek_v3_fp8\n",
+        "[precision]\ncompute = \"fp8\"\n[train]\nmethod = \"full\"\nsteps = 3\nbatch_size = 2\n\
+         export_dtype = \"bf16\"\n",
+    );
+    let run = RunDir::create(&place.path("wide"), &wide).unwrap();
+    self::losses(&mut open(wide.clone()), &run);
+    let [narrow, wide] = ["run", "wide"].map(|name| {
+        let mut recipe = wide.clone();
+        recipe.model.path = Some(place.path(name).join("model").display().to_string());
+        recipe.train.steps = Some(1);
+        let run = RunDir::create(&place.path(&format!("{name} again")), &recipe).unwrap();
+        self::losses(&mut open(recipe), &run)[0]
+    });
+    // bf16 rounds before FP8 does, and a random model's routing turns on little.
+    assert!((narrow / wide - 1.0).abs() < 0.1, "{narrow} {wide}");
+    assert!(narrow < losses[2] && losses[2] > 1.3 * wide, "{narrow} {losses:?}");
 }

@@ -112,6 +112,7 @@ fn rounding_for_a_format_and_for_the_products_are_two_roundings() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "one setup for two formats")]
 fn merged_experts_are_those_of_the_rounded_sums() {
     let [tokens, experts, top_k, hidden, inner, rank] = [270, 4, 2, 64, 32, 3];
     for format in ["gguf:q4_0", "fp8"] {

@@ -20,6 +20,15 @@ pub(crate) struct BlockFp8 {
 }
 
 impl BlockFp8 {
+    /// DeepSeek V3's way.
+    pub(crate) fn new(config: &ModelConfig) -> Self {
+        Self {
+            block: config.fp8_block,
+            scales: config.fp8_scales,
+            scale_dtype: DType::F32,
+        }
+    }
+
     /// The way of `base` where it has FP8 weights, DeepSeek V3's where it has none.
     ///
     /// # Errors

@@ -1,0 +1,325 @@
+//! What survives of an adapter's effect when it is merged and the weights are rounded.
+//!
+//! Nothing is written for it: a model whose weights are read as they would be written in a format computes what the
+//! export in that format computes, on the modules that are rounded.
+
+use data::{IGNORE, Sample, collate};
+use model::{Compute, Model, Pass, Quantizer};
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use serde_json::{Value, json};
+
+use crate::error::{Error, Result};
+
+/// What survives in one format.
+#[derive(Clone, Debug)]
+pub struct Survived {
+    /// The format.
+    pub quantizer: Quantizer,
+    /// Of the merged model, in nats per target.
+    pub loss: f64,
+    /// Share of the effect on the logits.
+    pub logits: f64,
+    /// The share if only one module's weights are rounded, by its path.
+    pub modules: Vec<(String, f64)>,
+}
+
+/// What survives of an adapter, by format.
+///
+/// The effect on the logits is the difference `e` between the model as the adapter was trained and its base. Of it
+/// `1 − ‖d‖² / ‖e‖²` survives where `d` is the difference between the merged, rounded model and the model as the adapter
+/// was trained: 1 is all, 0 is no better than the base, and less is worse than that. Both are sums over all targets, of
+/// logits without their mean over the vocabulary, which no probability depends on.
+#[derive(Clone, Debug)]
+pub struct SurvivalReport {
+    /// What the adapter was trained on merged weights of, if on any.
+    pub trained_for: Option<Quantizer>,
+    /// Loss of the base.
+    pub base_loss: f64,
+    /// Loss of the base with the adapter beside it, as it was trained.
+    pub trained_loss: f64,
+    /// How many targets there are.
+    pub targets: usize,
+    /// One per format.
+    pub formats: Vec<Survived>,
+}
+
+/// The models that are compared.
+#[derive(Debug)]
+pub struct SurvivalModels<'a> {
+    /// The base.
+    pub base: &'a Model,
+    /// The base with the adapter attached.
+    pub adapted: &'a Model,
+    /// What the adapter was trained on merged weights of, if on any.
+    pub trained_for: Option<Quantizer>,
+}
+
+/// Which formats are measured, and how.
+#[derive(Clone, Debug)]
+pub struct SurvivalConfig {
+    /// The formats.
+    pub quantizers: Vec<Quantizer>,
+    /// How many samples each module is measured on by itself; 0 leaves the modules out.
+    pub module_samples: usize,
+}
+
+/// Measures on samples. `progress` is told how many are done and how many there are.
+///
+/// # Errors
+/// If there is no target, the adapter has no effect, or a loss is not finite.
+pub fn survival(
+    models: &SurvivalModels<'_>,
+    samples: &[Sample],
+    config: &SurvivalConfig,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<SurvivalReport> {
+    let mut trained = models.adapted.clone();
+    if let Some(quantizer) = models.trained_for {
+        trained.round_weights(quantizer, &mut |_| true);
+    }
+    let mut variants = Vec::new();
+    for quantizer in &config.quantizers {
+        let mut paths = Vec::new();
+        let mut whole = models.adapted.clone();
+        whole.round_weights(*quantizer, &mut |path| {
+            paths.push(path.to_owned());
+            true
+        });
+        variants.push(Variant::new(whole, None));
+        for path in paths.into_iter().filter(|_| config.module_samples > 0) {
+            let mut one = trained.clone();
+            one.round_weights(*quantizer, &mut |other| other == path);
+            variants.push(Variant::new(one, Some(path)));
+        }
+    }
+    let mut sums = Sums::default();
+    for (number, sample) in samples.iter().enumerate() {
+        sums.add(
+            models.base,
+            &trained,
+            sample,
+            &mut variants,
+            number < config.module_samples,
+        );
+        progress(number + 1, samples.len());
+    }
+    sums.report(models.trained_for, &config.quantizers, variants)
+}
+
+/// A model with some weights rounded, and what was summed up of it.
+struct Variant {
+    model: Model,
+    /// The one module that is rounded; none for all.
+    path: Option<String>,
+    loss: f64,
+    /// Squares of the differences to the trained model, and of the effect on the same targets.
+    squares: [f64; 2],
+}
+
+impl Variant {
+    fn new(model: Model, path: Option<String>) -> Self {
+        Self {
+            model,
+            path,
+            loss: 0.0,
+            squares: [0.0; 2],
+        }
+    }
+
+    fn survives(&self) -> f64 {
+        1.0 - self.squares[0] / self.squares[1]
+    }
+}
+
+#[derive(Default)]
+struct Sums {
+    targets: usize,
+    base_loss: f64,
+    trained_loss: f64,
+}
+
+impl Sums {
+    fn add(
+        &mut self,
+        base: &Model,
+        trained: &Model,
+        sample: &Sample,
+        variants: &mut [Variant],
+        with_modules: bool,
+    ) {
+        let before = Logits::of(base, sample);
+        let after = Logits::of(trained, sample);
+        self.targets += after.targets.len();
+        self.base_loss += before.loss();
+        self.trained_loss += after.loss();
+        let effect = after.squares_from(&before);
+        let wanted = |variant: &&mut Variant| with_modules || variant.path.is_none();
+        for variant in variants.iter_mut().filter(wanted) {
+            let merged = Logits::of(&variant.model, sample);
+            variant.loss += merged.loss();
+            variant.squares[0] += merged.squares_from(&after);
+            variant.squares[1] += effect;
+        }
+    }
+
+    fn report(
+        self,
+        trained_for: Option<Quantizer>,
+        quantizers: &[Quantizer],
+        variants: Vec<Variant>,
+    ) -> Result<SurvivalReport> {
+        if self.targets == 0 {
+            return Err(Error::Nothing { expected: "target" });
+        }
+        let n = self.targets as f64;
+        let mut formats: Vec<Survived> = Vec::new();
+        for variant in variants {
+            if variant.squares[1] == 0.0 {
+                return Err(Error::NoEffect);
+            }
+            match (&variant.path, formats.last_mut()) {
+                (Some(path), Some(format)) => {
+                    format.modules.push((path.clone(), variant.survives()));
+                }
+                _ => formats.push(Survived {
+                    quantizer: quantizers[formats.len()],
+                    loss: variant.loss / n,
+                    logits: variant.survives(),
+                    modules: Vec::new(),
+                }),
+            }
+        }
+        Ok(SurvivalReport {
+            trained_for,
+            base_loss: self.base_loss / n,
+            trained_loss: self.trained_loss / n,
+            targets: self.targets,
+            formats,
+        })
+    }
+}
+
+/// The logits of a sample's targets, without their mean over the vocabulary.
+struct Logits {
+    targets: Vec<usize>,
+    /// `[targets, vocab]`.
+    values: Vec<f32>,
+    vocab_size: usize,
+}
+
+impl Logits {
+    /// One pass. Waits for the device.
+    fn of(model: &Model, sample: &Sample) -> Self {
+        let batch = collate(&[sample], 0);
+        let device: Device = model.model.norm.weight.val().device();
+        let ids = TensorData::new(batch.input_ids.clone(), [1, batch.cols]);
+        let mut pass = Pass::new(Compute::F32);
+        let hidden = model.hidden(Tensor::<2, Int>::from_data(ids, &device), &mut pass);
+        let [_, seq, width] = hidden.dims();
+        let at: Vec<usize> = (0..seq).filter(|i| batch.targets[*i] != IGNORE).collect();
+        let rows: Vec<i32> = at.iter().map(|i| *i as i32).collect();
+        let rows = Tensor::<1, Int>::from_data(rows.as_slice(), &device);
+        let hidden = hidden.reshape([seq, width]).select(0, rows);
+        let logits = model.logits(hidden, &pass).into_data();
+        let mut values: Vec<f32> = logits.try_to_vec().expect("logits are f32");
+        let vocab_size = model.config.vocab_size;
+        for row in values.chunks_mut(vocab_size) {
+            let mean = row.iter().map(|v| f64::from(*v)).sum::<f64>() / vocab_size as f64;
+            row.iter_mut().for_each(|v| *v -= mean as f32);
+        }
+        Self {
+            targets: at.iter().map(|i| batch.targets[*i] as usize).collect(),
+            values,
+            vocab_size,
+        }
+    }
+
+    /// Summed over the targets, in nats.
+    fn loss(&self) -> f64 {
+        let rows = self.values.chunks(self.vocab_size).zip(&self.targets);
+        let losses = rows.map(|(row, target)| {
+            let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let sum: f64 = row.iter().map(|v| f64::from(v - largest).exp()).sum();
+            sum.ln() + f64::from(largest - row[*target])
+        });
+        losses.sum()
+    }
+
+    fn squares_from(&self, other: &Self) -> f64 {
+        let pairs = self.values.iter().zip(&other.values);
+        pairs.map(|(a, b)| f64::from(a - b).powi(2)).sum()
+    }
+}
+
+impl SurvivalReport {
+    /// The share of the gain in loss that a format keeps.
+    pub fn gain_kept(&self, format: &Survived) -> f64 {
+        (self.base_loss - format.loss) / (self.base_loss - self.trained_loss)
+    }
+
+    /// A table: losses, and what is kept, by format; and the modules that keep least.
+    pub fn to_text(&self) -> String {
+        const SHOWN: usize = 3;
+        let trained = match self.trained_for {
+            Some(quantizer) => format!("adapter, as trained for {quantizer}"),
+            None => "adapter, beside the base".into(),
+        };
+        let width = trained.chars().count();
+        let mut text = format!(
+            "{:width$}  loss    gain kept  effect on logits kept  modules that keep least, alone\n",
+            ""
+        );
+        text += &format!("{:width$}  {:.4}\n", "base", self.base_loss);
+        text += &format!("{trained:width$}  {:.4}\n", self.trained_loss);
+        for format in &self.formats {
+            let mut modules: Vec<_> = format.modules.iter().collect();
+            modules.sort_by(|a, b| a.1.total_cmp(&b.1));
+            let modules = modules.iter().take(SHOWN);
+            let modules: Vec<String> = modules
+                .map(|(path, kept)| format!("{} {:.1} %", short(path), 100.0 * kept))
+                .collect();
+            let line = format!(
+                "{:width$}  {:.4}  {:7.1} %  {:19.1} %  {}",
+                format!("merged in {}", format.quantizer),
+                format.loss,
+                100.0 * self.gain_kept(format),
+                100.0 * format.logits,
+                modules.join(", "),
+            );
+            text += line.trim_end();
+            text += "\n";
+        }
+        text += &format!("over {} targets", self.targets);
+        text
+    }
+
+    /// The same for programs, with every module.
+    pub fn to_json(&self) -> Value {
+        let formats = self.formats.iter().map(|format| {
+            let modules = format.modules.iter();
+            let modules: serde_json::Map<String, Value> = modules
+                .map(|(path, kept)| (path.clone(), (*kept).into()))
+                .collect();
+            json!({
+                "format": format.quantizer.to_string(),
+                "loss": format.loss,
+                "gain_kept": self.gain_kept(format),
+                "logits_kept": format.logits,
+                "modules_kept": modules,
+            })
+        });
+        json!({
+            "trained_for": self.trained_for.map(|quantizer| quantizer.to_string()),
+            "base_loss": self.base_loss,
+            "adapter_loss": self.trained_loss,
+            "targets": self.targets,
+            "formats": formats.collect::<Vec<_>>(),
+        })
+    }
+}
+
+/// A module's path without what all paths have.
+fn short(path: &str) -> &str {
+    path.strip_prefix("model.").unwrap_or(path)
+}
