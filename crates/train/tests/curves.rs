@@ -322,5 +322,8 @@ fn fully_trained_fp8_models_are_fp8_again() {
     });
     // bf16 rounds before FP8 does, and a random model's routing turns on little.
     assert!((narrow / wide - 1.0).abs() < 0.1, "{narrow} {wide}");
-    assert!(narrow < losses[2] && losses[2] > 1.3 * wide, "{narrow} {losses:?}");
+    assert!(
+        narrow < losses[2] && losses[2] > 1.3 * wide,
+        "{narrow} {losses:?}"
+    );
 }
