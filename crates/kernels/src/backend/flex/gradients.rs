@@ -6,10 +6,12 @@ use burn_flex::{FlexTensor, Layout};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::{
-    ELEMENTS, FactorValues, Floats, ROUNDED_ROWS, RoutingValues, StackValues, TrainedTokens,
-    floats, folded, frozen_experts, int_values, nn, nt, shape_apart, shape_together, trained, turn,
-};
+use super::attention::{shape_apart, shape_together};
+use super::experts::{FactorValues, RoutingValues, StackValues, frozen_experts};
+use super::loss::TrainedTokens;
+use super::products::{folded, nn, nt, trained};
+use super::turn;
+use super::values::{ELEMENTS, Floats, ROUNDED_ROWS, floats, int_values};
 use crate::attention::{self, ContextGrads};
 use crate::backend::autodiff::{ExpertsSaved, Gradients, LossSaved};
 use crate::backend::kept::{Form, Kept};

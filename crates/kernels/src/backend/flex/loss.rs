@@ -1,0 +1,104 @@
+//! The loss of a batch on the CPU backend: only the tokens that have a target are looked at.
+
+use burn_flex::FlexTensor;
+
+use super::values::{Floats, floats, int_values};
+use crate::Compute;
+use crate::cross_entropy::{self, Head};
+use crate::product::strided::Mat;
+use crate::product::weights::Weights;
+
+/// The tokens of a loss that have a target, gathered.
+pub(super) struct TrainedTokens {
+    /// Their positions in the batch.
+    pub(super) at: Vec<usize>,
+    pub(super) targets: Vec<usize>,
+    h: Vec<f32>,
+    u: Vec<f32>,
+    pub(super) hidden: usize,
+    pub(super) rank: usize,
+}
+
+impl TrainedTokens {
+    pub(super) fn new(
+        h: &FlexTensor,
+        u: Option<&FlexTensor>,
+        targets: &FlexTensor,
+        compute: Compute,
+    ) -> Self {
+        let targets = int_values(targets);
+        let at = cross_entropy::trained(&targets);
+        let (h, u) = (Floats::rounded(h, compute), u.map(Floats::new));
+        let (hidden, rank) = (h.dims::<2>()[1], u.as_ref().map_or(0, |u| u.dims::<2>()[1]));
+        let gather = |x: &[f32], width: usize| {
+            at.iter()
+                .flat_map(|i| &x[i * width..(i + 1) * width])
+                .copied()
+                .collect::<Vec<_>>()
+        };
+        Self {
+            targets: at.iter().map(|i| targets[*i] as usize).collect(),
+            h: gather(&h, hidden),
+            u: u.map_or(vec![], |u| gather(&u, rank)),
+            at,
+            hidden,
+            rank,
+        }
+    }
+
+    pub(super) fn head<'a>(&'a self, w: Weights<'a>, b: Option<&'a Floats>) -> Head<'a> {
+        let n = self.at.len();
+        let b = b.map_or(Weights::trained(&[], 0, Compute::F32), |b| {
+            Weights::trained(b, self.rank, Compute::F32)
+        });
+        Head {
+            h: Mat::dense(&self.h, n, self.hidden),
+            w,
+            u: Mat::dense(&self.u, n, self.rank),
+            b,
+        }
+    }
+
+    /// Spreads rows of the trained tokens over the whole batch.
+    pub(super) fn scatter(&self, rows: &[f32], width: usize, n_tokens: usize) -> FlexTensor {
+        let mut all = vec![0.0; n_tokens * width];
+        if width > 0 {
+            self.at
+                .iter()
+                .zip(rows.chunks(width))
+                .for_each(|(at, row)| all[at * width..(at + 1) * width].copy_from_slice(row));
+        }
+        floats(all, [n_tokens, width])
+    }
+}
+
+pub(super) fn loss_forward(
+    h: &FlexTensor,
+    low_rank: Option<(&FlexTensor, &FlexTensor)>,
+    w: Weights<'_>,
+    targets: &FlexTensor,
+    compute: Compute,
+) -> (FlexTensor, FlexTensor) {
+    let tokens = TrainedTokens::new(h, low_rank.map(|(u, _)| u), targets, compute);
+    let b = low_rank.map(|(_, b)| Floats::new(b));
+    assert!(
+        tokens.targets.iter().all(|t| *t < w.out_width()),
+        "a target is not below {}",
+        w.out_width()
+    );
+    let (loss, lse): (Vec<_>, Vec<_>) =
+        cross_entropy::forward(tokens.head(w, b.as_ref()), &tokens.targets)
+            .into_iter()
+            .unzip();
+    let n = h.layout().shape().as_slice()[0];
+    let [loss, lse] = [loss, lse].map(|values| {
+        let mut all = vec![0.0; n];
+        tokens
+            .at
+            .iter()
+            .zip(values)
+            .for_each(|(at, value)| all[*at] = value);
+        floats(all, [n])
+    });
+    (loss, lse)
+}

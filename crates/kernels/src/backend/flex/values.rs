@@ -1,0 +1,187 @@
+//! Tensors of the CPU backend as slices, and slices as tensors.
+
+use std::ops::Range;
+
+use burn::backend::Flex;
+use burn::tensor::{Bytes, DType, Shape};
+use burn_flex::{FlexTensor, Layout};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use crate::backend::kept::{Form, Kept};
+use crate::backend::ops::Kernels;
+use crate::fp8::Tiles;
+use crate::product::strided::Mat;
+use crate::{Compute, swiglu};
+
+/// A tensor's f32 values in row-major order: in place where they lie so, copied otherwise.
+pub(super) struct Floats {
+    tensor: FlexTensor,
+    range: Range<usize>,
+}
+
+impl Floats {
+    pub(super) fn new(tensor: &FlexTensor) -> Self {
+        let widened = |widen: fn(&FlexTensor) -> Vec<f32>| {
+            let tensor = tensor.to_contiguous();
+            Self::in_place(floats(widen(&tensor), tensor.layout().shape().clone()))
+        };
+        match tensor.dtype() {
+            DType::F32 => Self::in_place(if tensor.is_contiguous() {
+                tensor.clone()
+            } else {
+                tensor.to_contiguous()
+            }),
+            DType::BF16 => widened(|t| t.storage::<bf16>().iter().map(|v| v.to_f32()).collect()),
+            DType::F16 => widened(|t| t.storage::<f16>().iter().map(|v| v.to_f32()).collect()),
+            other => panic!("our kernels take f32, f16 and bf16 tensors, not {other:?}"),
+        }
+    }
+
+    /// A contiguous tensor may be a part of a larger buffer.
+    pub(super) fn in_place(tensor: FlexTensor) -> Self {
+        let start = tensor.layout().start_offset();
+        Self {
+            range: start..start + tensor.layout().num_elements(),
+            tensor,
+        }
+    }
+
+    /// The values as a product in `compute` sees them that sums over the last axis.
+    pub(super) fn rounded(tensor: &FlexTensor, compute: Compute) -> Self {
+        let values = Self::new(tensor);
+        let are_rounded = match compute {
+            Compute::F32 => true,
+            Compute::Bf16 => tensor.dtype() == DType::BF16,
+            Compute::F16 => tensor.dtype() == DType::F16,
+            Compute::Fp8(_) => false,
+        };
+        if are_rounded {
+            return values;
+        }
+        values.mapped(ROUNDED_ROWS, |rows, width| compute.round_rows(rows, width))
+    }
+
+    /// The values as a product in `compute` sees them that sums over the first axis of two.
+    pub(super) fn rounded_columns(self, compute: Compute) -> Self {
+        if compute == Compute::F32 {
+            return self;
+        }
+        self.mapped(ROUNDED_ROWS, |rows, width| {
+            compute.round_columns(rows, width)
+        })
+    }
+
+    /// A copy, changed some rows at a time.
+    pub(super) fn mapped(&self, rows: usize, change: impl Fn(&mut [f32], usize) + Sync) -> Self {
+        let shape = self.shape();
+        let width = shape.as_slice().last().copied().unwrap_or(1).max(1);
+        let mut values = vec![0.0; self.len()];
+        values
+            .par_chunks_mut(rows * width)
+            .zip(self.par_chunks(rows * width))
+            .for_each(|(copy, values)| {
+                copy.copy_from_slice(values);
+                change(copy, width);
+            });
+        Self::in_place(floats(values, shape))
+    }
+
+    /// What was kept for the backward pass, or what it remakes.
+    pub(super) fn kept(kept: &Kept<FlexTensor>) -> Self {
+        match kept.form() {
+            Form::Float(tensor) => Self::new(tensor),
+            Form::Fp8(tiles) => Self::decoded(tiles),
+            Form::Norm(x, weight, eps) => {
+                let y = <Flex as Kernels>::rms_norm(x.clone(), weight.clone(), *eps);
+                Self::in_place(y)
+            }
+            Form::Swiglu(products) => {
+                let [gate, up] = products.each_ref().map(|kept| Self::kept(kept));
+                Self::in_place(swiglu_of(&gate, &up))
+            }
+        }
+    }
+
+    pub(super) fn decoded(tiles: &Tiles) -> Self {
+        let [rows, cols] = tiles.dims();
+        let mut values = vec![0.0; rows * cols];
+        values
+            .par_chunks_mut((ROUNDED_ROWS * cols).max(1))
+            .enumerate()
+            .for_each(|(i, out)| {
+                let start = i * ROUNDED_ROWS;
+                tiles.decode(start..rows.min(start + ROUNDED_ROWS), out);
+            });
+        Self::in_place(floats(values, [rows, cols]))
+    }
+
+    pub(super) fn shape(&self) -> Shape {
+        self.tensor.layout().shape().clone()
+    }
+
+    pub(super) fn dims<const D: usize>(&self) -> [usize; D] {
+        self.tensor.layout().shape().dims()
+    }
+
+    /// As a matrix of rows of the last axis.
+    pub(super) fn mat(&self) -> Mat<'_> {
+        let [rows, cols] = self.dims();
+        Mat::dense(self, rows, cols)
+    }
+}
+
+impl std::ops::Deref for Floats {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.tensor.storage::<f32>()[self.range.clone()]
+    }
+}
+
+/// Rows per task where activations are rounded: whole tiles of FP8.
+pub(super) const ROUNDED_ROWS: usize = 128;
+
+/// A tensor whose storage is its values and nothing else, so that it can be written.
+pub(super) fn owned(x: FlexTensor) -> FlexTensor {
+    let size = x.layout().num_elements() * x.dtype().size();
+    let whole = x.is_contiguous() && x.bytes().len() == size;
+    if whole { x } else { x.to_contiguous() }
+}
+
+pub(super) fn floats(values: Vec<f32>, shape: impl Into<Shape>) -> FlexTensor {
+    FlexTensor::new(
+        Bytes::from_elems(values),
+        Layout::contiguous(shape.into()),
+        DType::F32,
+    )
+}
+
+pub(super) fn ints(values: Vec<i32>, shape: impl Into<Shape>) -> FlexTensor {
+    FlexTensor::new(
+        Bytes::from_elems(values),
+        Layout::contiguous(shape.into()),
+        DType::I32,
+    )
+}
+
+/// Integer values of either width; burn's default is i32 here, user data may come as i64.
+pub(super) fn int_values(tensor: &FlexTensor) -> Vec<i32> {
+    let tensor = tensor.to_contiguous();
+    match tensor.dtype() {
+        DType::I32 => tensor.storage::<i32>().to_vec(),
+        DType::I64 => tensor.storage::<i64>().iter().map(|v| *v as i32).collect(),
+        other => panic!("our kernels take i32 and i64 ids, not {other:?}"),
+    }
+}
+
+/// Elements per task of a cheap elementwise operation.
+pub(super) const ELEMENTS: usize = 1 << 14;
+
+pub(super) fn swiglu_of(gate: &Floats, up: &Floats) -> FlexTensor {
+    let mut out = vec![0.0; gate.len()];
+    out.par_chunks_mut(ELEMENTS)
+        .zip(gate.par_chunks(ELEMENTS).zip(up.par_chunks(ELEMENTS)))
+        .for_each(|(out, (gate, up))| swiglu::forward(gate, up, out));
+    floats(out, gate.dims::<2>())
+}
