@@ -456,6 +456,14 @@ fn precisions_are_compared_and_finished_runs_are_not_trained_again() {
         assert!(Path::new(&out).join(file).exists(), "{file}");
     }
 
+    let other = moeforge(&[&words[..], &["--set", "train.seed=1"]].concat());
+    refused(&other, 1, &["bf16", "of this recipe", "--out"]);
+    refused(
+        &moeforge(&[&words[..], &["--smoothing", "2"]].concat()),
+        2,
+        &["--smoothing"],
+    );
+
     let metrics = Path::new(&out).join("fp8/metrics.jsonl");
     let before = std::fs::metadata(&metrics).unwrap().modified().unwrap();
     let again = compare();

@@ -10,9 +10,9 @@ use std::time::Duration;
 use ::eval::{Curve, CurveConfig, CurveReport};
 use anyhow::{Context, bail};
 use serde_json::Value;
-use train::Recipe;
+use train::{Recipe, RunDir};
 
-use crate::console::{Console, resident_bytes};
+use crate::console::{Console, USAGE, WithCode, resident_bytes};
 use crate::plot::{Line, Plot};
 use crate::train::usage;
 
@@ -54,24 +54,38 @@ const RUNS: [(&str, &[&str]); 5] = [
     ("fp8, unscaled", &["precision.compute=fp8-unscaled"]),
 ];
 
-const NOTE: &str =
-    "\npeak: memory besides mapped files\nsimulated FP8: values exact, arithmetic f32";
+const NOTE: &str = "\nkept: inputs of linear layers, SwiGLU and experts that wait for the backward pass\n\
+     peak: memory besides mapped files\nsimulated FP8: values exact, arithmetic f32";
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     if !(args.smoothing > 0.0 && args.smoothing <= 1.0) {
-        bail!(
-            "--smoothing: expected a number above 0 and at most 1, found {}",
-            args.smoothing
-        );
+        return Err(anyhow::Error::new(WithCode {
+            code: USAGE,
+            message: format!(
+                "--smoothing: expected a number above 0 and at most 1, found {}",
+                args.smoothing
+            ),
+        }));
     }
-    // What is wrong with the recipe is said once, and before the first run.
-    Recipe::open(&args.recipe, &args.set).map_err(usage)?;
-    let mut curves = Vec::new();
+    // What is wrong with the recipe, or with the runs that are there, is said once, and before the first run.
     let n_runs = RUNS.len() - usize::from(!args.control);
+    let mut runs = Vec::new();
     for (name, settings) in &RUNS[..n_runs] {
-        console.note(format_args!("{name}:"));
         let folder = args.out.join(name.replace(", ", "-").replace(' ', "-"));
-        let peak_bytes = train(args, settings, &folder)?;
+        let settings = all_settings(args, settings);
+        let recipe = Recipe::open(&args.recipe, &settings).map_err(usage)?;
+        if folder.join("recipe.toml").exists() && RunDir::open(&folder)?.recipe()? != recipe {
+            bail!(
+                "`{}`: expected a run of this recipe, found one of another; choose another --out",
+                folder.display()
+            );
+        }
+        runs.push((name, folder, settings));
+    }
+    let mut curves = Vec::new();
+    for (name, folder, settings) in runs {
+        console.note(format_args!("{name}:"));
+        let peak_bytes = train(args, &settings, &folder)?;
         curves.push(curve(name, &folder, peak_bytes)?);
     }
     let config = CurveConfig {
@@ -91,9 +105,16 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// The settings of a run, the user's first.
+fn all_settings(args: &Args, settings: &[&str]) -> Vec<String> {
+    let own = settings.iter().copied().chain(["train.log_every=1"]);
+    let users = args.set.iter().cloned();
+    users.chain(own.map(Into::into)).collect()
+}
+
 /// Trains, or goes on with a run that was stopped. Returns the most memory it held besides mapped files, where the
 /// operating system tells and the run was not finished before.
-fn train(args: &Args, settings: &[&str], folder: &Path) -> anyhow::Result<Option<u64>> {
+fn train(args: &Args, settings: &[String], folder: &Path) -> anyhow::Result<Option<u64>> {
     if ["model", "adapter"]
         .iter()
         .any(|name| folder.join(name).exists())
@@ -107,8 +128,7 @@ fn train(args: &Args, settings: &[&str], folder: &Path) -> anyhow::Result<Option
         command.arg("--resume").arg(folder);
     } else {
         command.arg(&args.recipe).arg("--out").arg(folder);
-        let settings = settings.iter().copied().chain(["train.log_every=1"]);
-        for setting in args.set.iter().map(String::as_str).chain(settings) {
+        for setting in settings {
             command.args(["--set", setting]);
         }
     }
@@ -133,10 +153,11 @@ fn curve(name: &str, folder: &Path, peak_bytes: Option<u64>) -> anyhow::Result<C
     let path = folder.join("metrics.jsonl");
     let text = std::fs::read_to_string(&path)
         .with_context(|| format!("cannot read {}", path.display()))?;
-    let (mut losses, mut tokens, mut seconds) = (Vec::new(), 0.0, 0.0);
+    let (mut losses, mut tokens, mut seconds, mut kept_bytes) = (Vec::new(), 0.0, 0.0, None);
     for (number, line) in (1..).zip(text.lines()) {
         let line: Value = serde_json::from_str(line)
             .with_context(|| format!("{}:{number}: expected JSON", path.display()))?;
+        kept_bytes = kept_bytes.max(line["kept_bytes"].as_u64());
         let [loss, n, s] = ["loss", "tokens", "seconds"].map(|key| line[key].as_f64());
         if let (Some(loss), Some(n), Some(s)) = (loss, n, s) {
             losses.push(loss);
@@ -147,6 +168,7 @@ fn curve(name: &str, folder: &Path, peak_bytes: Option<u64>) -> anyhow::Result<C
         name: name.into(),
         losses,
         tokens_per_second: tokens / seconds,
+        kept_bytes,
         peak_bytes,
     })
 }

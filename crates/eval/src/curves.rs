@@ -15,6 +15,8 @@ pub struct Curve {
     pub losses: Vec<f64>,
     /// Tokens per second over the run.
     pub tokens_per_second: f64,
+    /// The most that waited for a backward pass, where that is known.
+    pub kept_bytes: Option<u64>,
     /// The most memory it held, where that is known.
     pub peak_bytes: Option<u64>,
 }
@@ -94,19 +96,20 @@ impl CurveReport {
     /// A table, and what its numbers mean.
     pub fn to_text(&self) -> String {
         let mut text = format!(
-            "{:20}  last loss  mean error  worst error  tokens/s  peak MiB",
+            "{:20}  last loss  mean error  worst error  tokens/s  kept MiB  peak MiB",
             "run"
         );
         for run in &self.runs {
             let curve = &run.curve;
-            let peak = curve.peak_bytes.map(|bytes| (bytes >> 20).to_string());
+            let mib = |bytes: Option<u64>| bytes.map_or(String::new(), |b| (b >> 20).to_string());
             let [mean, worst] = [run.mean(), run.worst()].map(|e| format!("{:.3} %", 100.0 * e));
             text += &format!(
-                "\n{:20}  {:9.4}  {mean:>10}  {worst:>11}  {:8.0}  {:>8}",
+                "\n{:20}  {:9.4}  {mean:>10}  {worst:>11}  {:8.0}  {:>8}  {:>8}",
                 curve.name,
                 run.last_loss,
                 curve.tokens_per_second,
-                peak.unwrap_or_default()
+                mib(curve.kept_bytes),
+                mib(curve.peak_bytes),
             );
         }
         text + &format!(
@@ -127,6 +130,7 @@ impl CurveReport {
                 "mean_error": run.mean(),
                 "worst_error": run.worst(),
                 "tokens_per_second": run.curve.tokens_per_second,
+                "kept_bytes": run.curve.kept_bytes,
                 "peak_bytes": run.curve.peak_bytes,
             })
         });
@@ -159,6 +163,7 @@ mod tests {
             name: name.into(),
             losses: losses.into(),
             tokens_per_second: 100.0,
+            kept_bytes: Some(2 << 20),
             peak_bytes: Some(3 << 20),
         }
     }
@@ -182,7 +187,7 @@ mod tests {
         assert!(run.errors.iter().zip(expected).all(close));
         assert!((run.worst() - 0.5 / 3.0).abs() < 1e-12);
         assert!((run.mean() - (0.5 / 3.0 + 0.1) / 2.0).abs() < 1e-12);
-        let line = "b                        2.2500    13.333 %     16.667 %       100         3";
+        let line = "b                        2.2500    13.333 %     16.667 %       100         2         3";
         assert!(report.to_text().contains(line), "{}", report.to_text());
         assert_eq!(report.to_json()["runs"][1]["peak_bytes"], 3 << 20);
     }

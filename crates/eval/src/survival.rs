@@ -265,9 +265,15 @@ impl SurvivalReport {
             Some(quantizer) => format!("adapter, as trained for {quantizer}"),
             None => "adapter, beside the base".into(),
         };
-        let width = trained.chars().count();
+        let width = trained.len();
+        let with_modules = self.formats.iter().any(|format| !format.modules.is_empty());
+        let modules = if with_modules {
+            "  modules that keep least, alone"
+        } else {
+            ""
+        };
         let mut text = format!(
-            "{:width$}  loss    gain kept  effect on logits kept  modules that keep least, alone\n",
+            "{:width$}  loss    gain kept  effect on logits kept{modules}\n",
             ""
         );
         text += &format!("{:width$}  {:.4}\n", "base", self.base_loss);
@@ -322,4 +328,55 @@ impl SurvivalReport {
 /// A module's path without what all paths have.
 fn short(path: &str) -> &str {
     path.strip_prefix("model.").unwrap_or(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_of_the_gain_and_of_the_effect() {
+        let report = SurvivalReport {
+            trained_for: None,
+            base_loss: 3.0,
+            trained_loss: 1.0,
+            targets: 10,
+            formats: vec![Survived {
+                quantizer: "gguf:q4_0".parse().unwrap(),
+                loss: 1.5,
+                logits: 0.875,
+                modules: vec![("model.a".into(), 0.5), ("model.b".into(), -0.25)],
+            }],
+        };
+        assert_eq!(report.gain_kept(&report.formats[0]), 0.75);
+        let text = report.to_text();
+        let line = text.lines().find(|line| line.contains("q4_0")).unwrap();
+        let expected = "merged in gguf:q4_0       1.5000     75.0 %                 87.5 %  b -25.0 %, a 50.0 %";
+        assert_eq!(line, expected);
+        assert_eq!(
+            report.to_json()["formats"][0]["modules_kept"]["model.b"],
+            -0.25
+        );
+    }
+
+    #[test]
+    fn a_mean_over_the_vocabulary_changes_nothing_and_a_rounding_does() {
+        let logits = |shift: f32, values: [f32; 4]| {
+            let mean = values.iter().sum::<f32>() / 4.0;
+            Logits {
+                targets: vec![2],
+                values: values.map(|v| v + shift - (mean + shift)).to_vec(),
+                vocab_size: 4,
+            }
+        };
+        let (a, b) = (
+            logits(0.0, [1.0, 2.0, 4.0, 1.0]),
+            logits(5.0, [1.0, 2.0, 4.0, 1.0]),
+        );
+        assert!(a.squares_from(&b) < 1e-9 && (a.loss() - b.loss()).abs() < 1e-6);
+        let expected = (1f64.exp() * 2.0 + 2f64.exp() + 4f64.exp()).ln() - 4.0;
+        assert!((a.loss() - expected).abs() < 1e-6, "{}", a.loss());
+        let c = logits(0.0, [1.0, 2.0, 3.0, 2.0]);
+        assert!((a.squares_from(&c) - 2.0).abs() < 1e-6);
+    }
 }

@@ -203,6 +203,19 @@ impl Matrix {
         }
     }
 
+    /// Summed over a row, half of the smallest step of the format: how far rounding may move values near zero. 0 for
+    /// formats whose steps shrink with the value for as long as it matters.
+    pub fn smallest_half_steps(&self, row: usize) -> f32 {
+        match &self.format {
+            Format::Fp8(blocks) => {
+                spans(0..self.cols, blocks.block[1], |col| blocks.scale(row, col))
+                    .map(|(span, scale)| span.len() as f32 * scale * 2f32.powi(-10))
+                    .sum()
+            }
+            _ => 0.0,
+        }
+    }
+
     /// The values in place, if they are stored as aligned f32.
     pub fn as_f32(&self) -> Option<&[f32]> {
         match self.format {

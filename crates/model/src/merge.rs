@@ -331,11 +331,6 @@ impl Merger<'_> {
             merged.decode(row..row + 1, 0..base.cols(), &mut line);
             line
         };
-        let rounding = Rounding::of(merged.format(), &|| {
-            let rows = (0..merged.rows()).into_par_iter();
-            let largest = rows.map(|row| line(row).iter().fold(0f32, |a, b| a.max(b.abs())));
-            largest.reduce(|| 0.0, f32::max)
-        });
         // Of each row, the error and what rounding explains of it, relative to the row's magnitude.
         let errors = (0..base.rows()).into_par_iter().map(|row| {
             let added = update
@@ -343,7 +338,7 @@ impl Merger<'_> {
                 .map_or(0.0, |u| dot(&u.b[row * u.rank..(row + 1) * u.rank], &low));
             let magnitude: f32 = line(row).iter().map(|value| value.abs()).sum();
             let difference = (base.dot(row, &signs) + added - merged.dot(row, &signs)).abs();
-            let allowed = rounding.allowed(magnitude, base.cols());
+            let allowed = allowed_error(&merged, row, magnitude);
             let magnitude = magnitude + f32::MIN_POSITIVE;
             [difference / magnitude, difference - allowed]
         });
@@ -397,29 +392,16 @@ fn relative_error(base: &Matrix, update: Option<&Pair>, merged: &Matrix) -> f64 
     }
 }
 
-/// How far rounding may move the sum of a row's values.
-struct Rounding {
-    /// Per value, of its magnitude; with room for f32 sums.
-    relative: f32,
-    /// Per value, whatever its magnitude: half of the smallest step of an FP8 block.
-    absolute: f32,
-}
-
-impl Rounding {
-    fn of(format: &Format, largest: &dyn Fn() -> f32) -> Self {
-        let (relative, absolute) = match format {
-            Format::F32 => (1e-6, 0.0),
-            Format::F16 | Format::Bf16 => (1.0 / 256.0, 0.0),
-            // A block's largest value, 1e-4 at least, becomes 448 or more than half of it; the smallest step is 2⁻⁹.
-            Format::Fp8(_) => (1.0 / 16.0, largest().max(1e-4) / 224.0 / 1024.0),
-        };
-        Self { relative, absolute }
-    }
-
-    fn allowed(&self, magnitude: f32, n: usize) -> f32 {
-        let sums = 1e-6 * (n as f32).sqrt();
-        (self.relative + sums) * magnitude + self.absolute * n as f32
-    }
+/// How far rounding may move the sum of a row's values: of each its share, with room for f32 sums, and what the smallest
+/// step of a block allows.
+fn allowed_error(merged: &Matrix, row: usize, magnitude: f32) -> f32 {
+    let relative = match merged.format() {
+        Format::F32 => 1e-6,
+        Format::F16 | Format::Bf16 => 1.0 / 256.0,
+        Format::Fp8(_) => 1.0 / 16.0,
+    };
+    let sums = 1e-6 * (merged.cols() as f32).sqrt();
+    (relative + sums) * magnitude + merged.smallest_half_steps(row)
 }
 
 fn matrix_shape(name: &str, shape: &[usize]) -> Result<[usize; 2], Error> {
