@@ -565,9 +565,16 @@ fn models_are_converted_and_what_survives_of_an_adapter_is_measured() {
         );
         serde_json::from_slice(&output.stdout).unwrap()
     };
-    let report = json(&[
-        "quantize", &model, "--to", "hf:fp8", "--out", &out, "--json",
-    ]);
+    let rows: String = (0..3)
+        .map(|i| format!("{{\"input_ids\": {:?}}}\n", (i..i + 30).collect::<Vec<_>>()))
+        .collect();
+    std::fs::write(place.path().join("test.jsonl"), rows).unwrap();
+    let data = place.path().to_string_lossy().into_owned();
+    let quantize = ["quantize", &model, "--to", "hf:fp8", "--out", &out];
+    let report = json(&[&quantize[..], &["--data", &data, "--json"]].concat());
+    let divergence = &report["divergence"];
+    assert_eq!(divergence["targets"], 3 * 29);
+    assert!(divergence["kl"].as_f64().unwrap() > 1e-6, "{report}");
     assert!(
         report["relative_errors"].as_array().unwrap().len() > 100,
         "{report}"
@@ -578,12 +585,7 @@ fn models_are_converted_and_what_survives_of_an_adapter_is_measured() {
         "{inspected}"
     );
 
-    let rows: String = (0..3)
-        .map(|i| format!("{{\"input_ids\": {:?}}}\n", (i..i + 30).collect::<Vec<_>>()))
-        .collect();
-    std::fs::write(place.path().join("test.jsonl"), rows).unwrap();
     let adapter = format!("{model}/adapter_peft");
-    let data = place.path().to_string_lossy().into_owned();
     let survival = ["survival", &model, "--adapter", &adapter, "--data", &data];
     let formats = ["--to", "gguf:f16,gguf:q8_0,gguf:q4_0", "--json"];
     let report = json(&[&survival[..], &formats].concat());

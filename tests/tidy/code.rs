@@ -17,6 +17,7 @@ const WEIGHT_OPS: [(&[&str], &[&str]); 3] = [
         &[
             "linear_frozen",
             "linear_trained",
+            "linear_merged",
             "linear_add",
             "heads_linear",
             "experts_frozen",

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use ::eval::Divergence;
 use checkpoint::{Adapter, Folder};
 use clap::ValueEnum;
 use model::AdapterWeights;
@@ -54,63 +55,103 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         progress.update_of(done as u64, total as u64)
     });
     progress.finish();
-    report(merged, &args.out, args.json, console)
+    Report::new(merged, &args.out)?.print(args.json, console);
+    Ok(ExitCode::SUCCESS)
 }
 
-/// Prints what was written, by a merge or a conversion.
-pub(crate) fn report(
-    written: Result<MergeReport, model::Error>,
-    out: &Path,
-    json: bool,
-    console: &Console,
-) -> anyhow::Result<ExitCode> {
-    let report = written.map_err(|error| match error {
-        model::Error::Unfaithful { .. } => anyhow::Error::new(WithCode {
-            code: MISMATCH,
-            message: error.to_string(),
-        }),
-        other => other.into(),
-    })?;
-    let mut errors: Vec<_> = report.errors.iter().collect();
-    errors.sort_by(|a, b| b.1.total_cmp(&a.1));
-    if json {
+/// What was written, by a merge or a conversion.
+pub(crate) struct Report<'a> {
+    written: MergeReport,
+    out: &'a Path,
+    /// What the written model predicts against what it was made of, if that was measured.
+    pub(crate) divergence: Option<Divergence>,
+}
+
+impl<'a> Report<'a> {
+    /// A failed check has an exit code of its own.
+    pub(crate) fn new(
+        written: Result<MergeReport, model::Error>,
+        out: &'a Path,
+    ) -> anyhow::Result<Self> {
+        let written = written.map_err(|error| match error {
+            model::Error::Unfaithful { .. } => anyhow::Error::new(WithCode {
+                code: MISMATCH,
+                message: error.to_string(),
+            }),
+            other => other.into(),
+        })?;
+        Ok(Self {
+            written,
+            out,
+            divergence: None,
+        })
+    }
+
+    pub(crate) fn print(&self, json: bool, console: &Console) {
+        let mut errors: Vec<_> = self.written.errors.iter().collect();
+        errors.sort_by(|a, b| b.1.total_cmp(&a.1));
+        if json {
+            console.result(self.json(&errors));
+        } else {
+            console.result(self.text(&errors));
+        }
+    }
+
+    fn json(&self, errors: &[&(String, f64)]) -> serde_json::Value {
+        let MergeReport {
+            tensors,
+            adapted,
+            bytes,
+            largest_error,
+            ..
+        } = &self.written;
         let errors = errors.iter().map(|(name, error)| json!([name, error]));
-        console.result(json!({
-            "out": out,
-            "tensors": report.tensors,
-            "adapted": report.adapted,
-            "bytes": report.bytes,
-            "largest_error": report.largest_error,
+        json!({
+            "out": self.out,
+            "tensors": tensors,
+            "adapted": adapted,
+            "bytes": bytes,
+            "largest_error": largest_error,
             "relative_errors": errors.collect::<Vec<_>>(),
-        }));
-        return Ok(ExitCode::SUCCESS);
+            "divergence": self.divergence,
+        })
     }
-    let adapted = match report.adapted {
-        0 => String::new(),
-        n => format!(", {n} of them with the adapter folded in"),
-    };
-    console.result(format_args!(
-        "{}: {} tensors, {:.1} MiB{adapted}",
-        out.display(),
-        report.tensors,
-        report.bytes as f64 / f64::from(1 << 20),
-    ));
-    let against = match report.adapted {
-        0 => "the source",
-        _ => "base plus adapter",
-    };
-    console.result(format_args!(
-        "checked against {against}: largest error {:.1e} of a row's magnitude",
-        report.largest_error
-    ));
-    if let (Some(worst), Some(median)) = (errors.first(), errors.get(errors.len() / 2)) {
-        console.result(format_args!(
-            "relative error of {} matrices: median {:.1e}, worst {:.1e} ({})",
-            errors.len(),
-            median.1,
-            worst.1,
-            worst.0
-        ));
+
+    fn text(&self, errors: &[&(String, f64)]) -> String {
+        let (adapted, against) = match self.written.adapted {
+            0 => (String::new(), "the source"),
+            n => (
+                format!(", {n} of them with the adapter folded in"),
+                "base plus adapter",
+            ),
+        };
+        let mut text = format!(
+            "{}: {} tensors, {:.1} MiB{adapted}\n\
+             checked against {against}: largest error {:.1e} of a row's magnitude",
+            self.out.display(),
+            self.written.tensors,
+            self.written.bytes as f64 / f64::from(1 << 20),
+            self.written.largest_error,
+        );
+        if let (Some(worst), Some(median)) = (errors.first(), errors.get(errors.len() / 2)) {
+            text += &format!(
+                "\nrelative error of {} matrices: median {:.1e}, worst {:.1e} ({})",
+                errors.len(),
+                median.1,
+                worst.1,
+                worst.0
+            );
+        }
+        if let Some(found) = &self.divergence {
+            text += &format!(
+                "\nover {} targets: KL {:.2e} nats, the same most probable token for {:.1} %, loss {:.4} to {:.4}",
+                found.targets,
+                found.kl,
+                100.0 * found.top1_agreement,
+                found.reference_loss,
+                found.loss
+            );
+        }
+        text
     }
-    Ok(ExitCode::SUCCESS)
 }

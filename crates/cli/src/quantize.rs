@@ -1,16 +1,19 @@
 //! `moeforge quantize`: a model in another number format.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use ::eval::{Divergence, divergence};
+use anyhow::Context;
 use checkpoint::Folder;
 use clap::ValueEnum;
+use data::Split;
 use model::export::WeightFormat;
 use model::merge::convert;
 
 use crate::console::Console;
-use crate::merge::report;
-use crate::open::find;
+use crate::merge::Report;
+use crate::open::{find, open_model};
 
 /// Writes a model in another number format, shard by shard, and checks the result.
 #[derive(Debug, clap::Args)]
@@ -23,6 +26,12 @@ pub(crate) struct Args {
     /// Where the new model goes; must not exist or be empty.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// Folder with `test.jsonl`: also compare what both models predict.
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Compare on the first so many samples.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    max_samples: usize,
     /// Print the report as JSON, with the error of every matrix.
     #[arg(long)]
     json: bool,
@@ -53,5 +62,33 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         progress.update_of(done as u64, total as u64)
     });
     progress.finish();
-    report(written, &args.out, args.json, console)
+    let mut report = Report::new(written, &args.out)?;
+    if let Some(data) = &args.data {
+        report.divergence = Some(compare(args, data, console)?);
+    }
+    report.print(args.json, console);
+    Ok(ExitCode::SUCCESS)
 }
+
+/// What the new model predicts, against the old.
+fn compare(args: &Args, data: &Path, console: &Console) -> anyhow::Result<Divergence> {
+    let source = open_model(&args.model, None, console)?;
+    let found = open_model(&args.out.to_string_lossy(), None, console)?;
+    let file = data.join("test.jsonl");
+    let config = &source.model.config;
+    let length = MAX_LENGTH.min(config.max_position_embeddings);
+    let mut split = Split::open(&file, source.tokenizer.as_ref(), length, config.vocab_size)?;
+    split.samples.truncate(args.max_samples);
+    let mut progress = console.progress(split.samples.len() as u64, "samples");
+    let compared = divergence(
+        &source.model,
+        &found.model,
+        &split.samples,
+        &mut |done, _| progress.update(done as u64, ""),
+    );
+    progress.finish();
+    compared.with_context(|| format!("`{}`", file.display()))
+}
+
+/// Longest sequence that is compared, in tokens: a row of logits per token is held.
+const MAX_LENGTH: usize = 256;

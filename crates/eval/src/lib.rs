@@ -16,6 +16,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod logits;
 mod losses;
 
 mod choice;
@@ -23,6 +24,7 @@ mod perplexity;
 
 mod compare;
 mod curves;
+mod divergence;
 mod report;
 mod survival;
 
@@ -31,6 +33,7 @@ mod error;
 pub use choice::{ChoiceScore, multiple_choice};
 pub use compare::{Difference, Verdict, compare_choices, compare_text};
 pub use curves::{Curve, CurveConfig, CurveErrors, CurveReport};
+pub use divergence::{Divergence, divergence};
 pub use error::{Error, Result};
 pub use losses::{EvalConfig, SampleLoss};
 pub use perplexity::{TextScore, perplexity};

@@ -3,13 +3,12 @@
 //! Nothing is written for it: a model whose weights are read as they would be written in a format computes what the
 //! export in that format computes, on the modules that are rounded.
 
-use data::{IGNORE, Sample, collate};
-use model::{Compute, Model, Pass, Quantizer};
-
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use data::Sample;
+use model::{Model, Quantizer};
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
+use crate::logits::Logits;
 
 /// What survives in one format.
 #[derive(Clone, Debug)]
@@ -200,58 +199,6 @@ impl Sums {
     }
 }
 
-/// The logits of a sample's targets, without their mean over the vocabulary.
-struct Logits {
-    targets: Vec<usize>,
-    /// `[targets, vocab]`.
-    values: Vec<f32>,
-    vocab_size: usize,
-}
-
-impl Logits {
-    /// One pass. Waits for the device.
-    fn of(model: &Model, sample: &Sample) -> Self {
-        let batch = collate(&[sample], 0);
-        let device: Device = model.model.norm.weight.val().device();
-        let ids = TensorData::new(batch.input_ids.clone(), [1, batch.cols]);
-        let mut pass = Pass::new(Compute::F32);
-        let hidden = model.hidden(Tensor::<2, Int>::from_data(ids, &device), &mut pass);
-        let [_, seq, width] = hidden.dims();
-        let at: Vec<usize> = (0..seq).filter(|i| batch.targets[*i] != IGNORE).collect();
-        let rows: Vec<i32> = at.iter().map(|i| *i as i32).collect();
-        let rows = Tensor::<1, Int>::from_data(rows.as_slice(), &device);
-        let hidden = hidden.reshape([seq, width]).select(0, rows);
-        let logits = model.logits(hidden, &pass).into_data();
-        let mut values: Vec<f32> = logits.try_to_vec().expect("logits are f32");
-        let vocab_size = model.config.vocab_size;
-        for row in values.chunks_mut(vocab_size) {
-            let mean = row.iter().map(|v| f64::from(*v)).sum::<f64>() / vocab_size as f64;
-            row.iter_mut().for_each(|v| *v -= mean as f32);
-        }
-        Self {
-            targets: at.iter().map(|i| batch.targets[*i] as usize).collect(),
-            values,
-            vocab_size,
-        }
-    }
-
-    /// Summed over the targets, in nats.
-    fn loss(&self) -> f64 {
-        let rows = self.values.chunks(self.vocab_size).zip(&self.targets);
-        let losses = rows.map(|(row, target)| {
-            let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let sum: f64 = row.iter().map(|v| f64::from(v - largest).exp()).sum();
-            sum.ln() + f64::from(largest - row[*target])
-        });
-        losses.sum()
-    }
-
-    fn squares_from(&self, other: &Self) -> f64 {
-        let pairs = self.values.iter().zip(&other.values);
-        pairs.map(|(a, b)| f64::from(a - b).powi(2)).sum()
-    }
-}
-
 impl SurvivalReport {
     /// The share of the gain in loss that a format keeps.
     pub fn gain_kept(&self, format: &Survived) -> f64 {
@@ -357,26 +304,5 @@ mod tests {
             report.to_json()["formats"][0]["modules_kept"]["model.b"],
             -0.25
         );
-    }
-
-    #[test]
-    fn a_mean_over_the_vocabulary_changes_nothing_and_a_rounding_does() {
-        let logits = |shift: f32, values: [f32; 4]| {
-            let mean = values.iter().sum::<f32>() / 4.0;
-            Logits {
-                targets: vec![2],
-                values: values.map(|v| v + shift - (mean + shift)).to_vec(),
-                vocab_size: 4,
-            }
-        };
-        let (a, b) = (
-            logits(0.0, [1.0, 2.0, 4.0, 1.0]),
-            logits(5.0, [1.0, 2.0, 4.0, 1.0]),
-        );
-        assert!(a.squares_from(&b) < 1e-9 && (a.loss() - b.loss()).abs() < 1e-6);
-        let expected = (1f64.exp() * 2.0 + 2f64.exp() + 4f64.exp()).ln() - 4.0;
-        assert!((a.loss() - expected).abs() < 1e-6, "{}", a.loss());
-        let c = logits(0.0, [1.0, 2.0, 3.0, 2.0]);
-        assert!((a.squares_from(&c) - 2.0).abs() < 1e-6);
     }
 }

@@ -87,7 +87,8 @@ impl Ggml {
         }
     }
 
-    /// This format, or the next wider one whose blocks fill rows of this width.
+    /// This format, or the one that llama.cpp takes for rows of this width, which its blocks do not fill. In place of
+    /// `iq4_nl`, which we have not, it is q4_0.
     pub fn for_width(self, width: usize) -> Self {
         if width.is_multiple_of(self.block()) {
             return self;

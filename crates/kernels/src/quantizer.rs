@@ -41,7 +41,10 @@ impl Quantizer {
     }
 
     /// Rounds a tile `[rows, width]` of whole blocks; at the matrix's right and lower edge FP8 blocks may be partial.
-    pub(crate) fn round(self, values: &mut [f32], width: usize) {
+    ///
+    /// # Panics
+    /// If the blocks of a GGUF format do not fill the values.
+    pub fn round(self, values: &mut [f32], width: usize) {
         match self {
             Self::Fp8(kind) => fp8::round_blocks(values, width, kind),
             Self::Gguf(format) => format.round(values),

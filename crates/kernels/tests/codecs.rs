@@ -1,9 +1,10 @@
-//! The FP8 codecs against the goldens of an independent implementation (`tests/goldens/codecs`), bit for bit.
+//! The FP8 codecs and the blocks of ggml against the goldens of an independent implementation (`tests/goldens/codecs`), bit for bit.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
 use std::path::Path;
 
+use moeforge_kernels::Quantizer;
 use moeforge_kernels::fp8::{
     Scales, ceil_power_of_two, e4m3_to_f32, e5m2_to_f32, e8m0_to_f32, encode_tiles, f32_to_e4m3,
 };
@@ -71,6 +72,21 @@ fn blocks_encode_as_the_goldens_say() {
             let mut decoded = vec![0.0; 300 * 200];
             tiles.decode(0..300, &mut decoded);
             assert_eq!(decoded, floats(goldens, &at("dequant")));
+        }
+    });
+}
+
+#[test]
+fn blocks_of_ggml_keep_what_the_goldens_say() {
+    with_goldens(|goldens| {
+        for name in ["Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1"] {
+            let quantizer: Quantizer = format!("gguf:{}", name.to_lowercase()).parse().unwrap();
+            let mut found = floats(goldens, "gguf.x");
+            quantizer.round(&mut found, 512);
+            let expected = floats(goldens, &format!("gguf.{name}.dequant"));
+            for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                assert_eq!(found, expected, "{name} at {i}");
+            }
         }
     });
 }
