@@ -13,7 +13,7 @@ use model::weights::read_config;
 use serde_json::json;
 
 use crate::console::{Console, MISMATCH, WithCode};
-use crate::open::find;
+use crate::open::{find, note_format};
 
 /// Folds an adapter into its model, shard by shard, and checks the result.
 #[derive(Debug, clap::Args)]
@@ -44,7 +44,9 @@ enum DType {
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let base = Folder::open(&find(&args.model)?)?;
-    let adapter = AdapterWeights::read(&Adapter::open(&args.adapter)?, &read_config(&base)?)?;
+    let adapter = Adapter::open(&args.adapter)?;
+    note_format(&adapter, &args.adapter, console);
+    let adapter = AdapterWeights::read(&adapter, &read_config(&base)?)?;
     let dtype = match args.dtype {
         DType::Bf16 => WeightFormat::Bf16,
         DType::F32 => WeightFormat::F32,

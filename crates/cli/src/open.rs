@@ -90,6 +90,7 @@ pub(crate) fn open_model(
     let mut model = weights::load(&folder, Training::Frozen, &device)?;
     if let Some(path) = adapter {
         let adapter = checkpoint::Adapter::open(path)?;
+        note_format(&adapter, path, console);
         let adapted = AdapterWeights::read(&adapter, &model.config)?.attach(&mut model, &device)?;
         let parameters: usize = adapted.iter().map(|module| module.parameters).sum();
         console.detail(format_args!(
@@ -106,6 +107,21 @@ pub(crate) fn open_model(
         name,
         device,
     })
+}
+
+/// Says so if an adapter was trained for weights that are rounded after a merge: beside the base it is not what it was.
+pub(crate) fn note_format(adapter: &checkpoint::Adapter, path: &Path, console: &Console) {
+    if let Some(format) = &adapter.trained_for {
+        let format: String = format
+            .chars()
+            .filter(|c| !c.is_control())
+            .take(40)
+            .collect();
+        console.note(format_args!(
+            "{}: trained to be merged and rounded to {format}; see `moeforge survival`",
+            path.display()
+        ));
+    }
 }
 
 /// Opens a model's folder, and says what to call it.

@@ -1,6 +1,7 @@
 //! `moeforge precision`: what lower precision costs in accuracy, on the user's own recipe and data.
 //!
-//! The runs are those of `moeforge train`, one after another, with the same seed and data. What differs is the precision,
+//! The runs are those of `moeforge train`, one after another, with the same seed and data. What differs is the precision
+//! (FP8's optimizer keeps its moments in bf16, unless the recipe says otherwise),
 //! and in one twin nothing but a rounding of the initial values: the noise that any difference has to be seen against.
 
 use std::path::{Path, PathBuf};

@@ -4,16 +4,17 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use ::eval::{Divergence, divergence};
-use anyhow::Context;
 use checkpoint::Folder;
 use clap::ValueEnum;
-use data::Split;
+use data::{Sample, Split};
 use model::export::WeightFormat;
 use model::merge::convert;
+use model::weights::read_config;
 
 use crate::console::Console;
 use crate::merge::Report;
-use crate::open::{find, open_model};
+use crate::open::{find, open_model, open_tokenizer};
+use crate::survival::finite;
 
 /// Writes a model in another number format, shard by shard, and checks the result.
 #[derive(Debug, clap::Args)]
@@ -57,37 +58,53 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         Format::Bf16 => WeightFormat::Bf16,
         Format::F32 => WeightFormat::F32,
     };
+    // What there is to compare on is opened first: a conversion may take long.
+    let samples = match &args.data {
+        Some(data) => samples(args, data, &model)?,
+        None => vec![],
+    };
     let mut progress = console.progress(0, "converting");
     let written = convert(&model, format, &args.out, &mut |done, total| {
         progress.update_of(done as u64, total as u64)
     });
     progress.finish();
     let mut report = Report::new(written, &args.out)?;
-    if let Some(data) = &args.data {
-        report.divergence = Some(compare(args, data, console)?);
-    }
+    let compared = args
+        .data
+        .as_ref()
+        .map(|data| compare(args, data, &samples, console));
+    let compared = compared.transpose();
+    report.divergence = compared.as_ref().ok().cloned().flatten();
     report.print(args.json, console);
+    compared?;
     Ok(ExitCode::SUCCESS)
 }
 
+/// The first rows of `test.jsonl`.
+fn samples(args: &Args, data: &Path, model: &Folder) -> anyhow::Result<Vec<Sample>> {
+    let (config, tokenizer) = (read_config(model)?, open_tokenizer(model.path())?);
+    let length = MAX_LENGTH.min(config.max_position_embeddings);
+    let file = data.join("test.jsonl");
+    let mut split = Split::open(&file, tokenizer.as_ref(), length, config.vocab_size)?;
+    split.samples.truncate(args.max_samples);
+    Ok(split.samples)
+}
+
 /// What the new model predicts, against the old.
-fn compare(args: &Args, data: &Path, console: &Console) -> anyhow::Result<Divergence> {
+fn compare(
+    args: &Args,
+    data: &Path,
+    samples: &[Sample],
+    console: &Console,
+) -> anyhow::Result<Divergence> {
     let source = open_model(&args.model, None, console)?;
     let found = open_model(&args.out.to_string_lossy(), None, console)?;
-    let file = data.join("test.jsonl");
-    let config = &source.model.config;
-    let length = MAX_LENGTH.min(config.max_position_embeddings);
-    let mut split = Split::open(&file, source.tokenizer.as_ref(), length, config.vocab_size)?;
-    split.samples.truncate(args.max_samples);
-    let mut progress = console.progress(split.samples.len() as u64, "samples");
-    let compared = divergence(
-        &source.model,
-        &found.model,
-        &split.samples,
-        &mut |done, _| progress.update(done as u64, ""),
-    );
+    let mut progress = console.progress(samples.len() as u64, "samples");
+    let compared = divergence(&source.model, &found.model, samples, &mut |done, _| {
+        progress.update(done as u64, "")
+    });
     progress.finish();
-    compared.with_context(|| format!("`{}`", file.display()))
+    finite(compared, data)
 }
 
 /// Longest sequence that is compared, in tokens: a row of logits per token is held.

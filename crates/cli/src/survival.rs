@@ -1,6 +1,6 @@
 //! `moeforge survival`: what is left of an adapter's effect once it is merged and the weights are rounded.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use ::eval::{SurvivalConfig, SurvivalModels, survival};
@@ -9,7 +9,7 @@ use data::Split;
 use model::Quantizer;
 use model::adapter::AdapterWeights;
 
-use crate::console::{Console, USAGE, WithCode};
+use crate::console::{Console, NOT_FINITE, USAGE, WithCode};
 use crate::open::open_model;
 
 /// Measures what survives of an adapter when it is merged into formats of fewer bits, without writing any.
@@ -33,9 +33,9 @@ pub(crate) struct Args {
     /// Measure on the first so many samples.
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_samples: usize,
-    /// Measure each module alone on the first so many of them; 0 leaves this out.
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    module_samples: usize,
+    /// Measure each module alone on the first so many of them; 0 leaves this out. Default: 4 with --to, else 0.
+    #[arg(long, value_name = "N")]
+    module_samples: Option<usize>,
     /// Longest sequence, in tokens.
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_length: usize,
@@ -62,25 +62,41 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     split.samples.truncate(args.max_samples);
     let config = SurvivalConfig {
         quantizers,
-        module_samples: args.module_samples,
+        module_samples: args
+            .module_samples
+            .unwrap_or(if args.to.is_empty() { 0 } else { 4 }),
     };
     let models = SurvivalModels {
         base: &base.model,
         adapted: &adapted,
         trained_for,
     };
-    let mut progress = console.progress(split.samples.len() as u64, "samples");
-    let found = survival(&models, &split.samples, &config, &mut |done, _| {
-        progress.update(done as u64, "")
+    let mut progress = console.progress(0, "passes");
+    let found = survival(&models, &split.samples, &config, &mut |done, total| {
+        progress.update_of(done as u64, total as u64)
     });
     progress.finish();
-    let report = found.with_context(|| format!("`{}`", file.display()))?;
+    let report = finite(found, &file)?;
     if args.json {
         console.result(format_args!("{:#}", report.to_json()));
     } else {
         console.result(report.to_text());
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A loss that is not finite has an exit code of its own.
+pub(crate) fn finite<T>(found: Result<T, ::eval::Error>, file: &Path) -> anyhow::Result<T> {
+    found.map_err(|error| {
+        let message = format!("`{}`: {error}", file.display());
+        match error {
+            ::eval::Error::NotFinite { .. } => anyhow::Error::new(WithCode {
+                code: NOT_FINITE,
+                message,
+            }),
+            _ => anyhow::Error::msg(message),
+        }
+    })
 }
 
 /// The formats by their names; all where there is none.

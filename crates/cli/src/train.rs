@@ -130,7 +130,7 @@ fn describe(
             String::new()
         },
     ));
-    if session.compute() != Compute::F32 || session.recipe.lora.quantizer.is_some() {
+    if session.compute() != Compute::F32 || session.quantizer.is_some() {
         console.note(session.policy()?);
     }
     console.note(match resumed {

@@ -25,7 +25,7 @@ pub struct Divergence {
 /// Compares a model with a reference on samples. `progress` is told how many are done and how many there are.
 ///
 /// # Errors
-/// If there is no target.
+/// If there is no target, or a loss is not finite.
 pub fn divergence(
     reference: &Model,
     model: &Model,
@@ -34,12 +34,22 @@ pub fn divergence(
 ) -> Result<Divergence> {
     let (mut kl, mut agreed, mut losses, mut targets) = (0.0, 0, [0.0; 2], 0);
     for (number, sample) in samples.iter().enumerate() {
+        if sample.trained_tokens() == 0 {
+            continue;
+        }
         let [expected, found] = [reference, model].map(|model| Logits::of(model, sample));
         kl += expected.divergence_to(&found);
         agreed += expected.agreement_with(&found);
         losses[0] += expected.loss();
         losses[1] += found.loss();
         targets += expected.targets.len();
+        let loss = losses[0] + losses[1];
+        if !loss.is_finite() {
+            return Err(Error::NotFinite {
+                sample: number,
+                loss,
+            });
+        }
         progress(number + 1, samples.len());
     }
     if targets == 0 {

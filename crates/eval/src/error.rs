@@ -63,6 +63,9 @@ pub enum Error {
         /// The choice, counted from 0.
         choice: usize,
     },
+    /// The model cannot be read as asked.
+    #[error(transparent)]
+    Model(#[from] model::Error),
     /// An adapter that changes no logit.
     #[error("expected an adapter with an effect, found one that changes no logit")]
     NoEffect,

@@ -27,14 +27,18 @@ impl Logits {
         let rows = Tensor::<1, Int>::from_data(rows.as_slice(), &device);
         let hidden = hidden.reshape([seq, width]).select(0, rows);
         let logits = model.logits(hidden, &pass).into_data();
-        let mut values: Vec<f32> = logits.try_to_vec().expect("logits are f32");
-        let vocab_size = model.config.vocab_size;
+        let values: Vec<f32> = logits.try_to_vec().expect("logits are f32");
+        let targets = at.iter().map(|i| batch.targets[*i] as usize).collect();
+        Self::new(targets, values, model.config.vocab_size)
+    }
+
+    fn new(targets: Vec<usize>, mut values: Vec<f32>, vocab_size: usize) -> Self {
         for row in values.chunks_mut(vocab_size) {
             let mean = row.iter().map(|v| f64::from(*v)).sum::<f64>() / vocab_size as f64;
             row.iter_mut().for_each(|v| *v -= mean as f32);
         }
         Self {
-            targets: at.iter().map(|i| batch.targets[*i] as usize).collect(),
+            targets,
             values,
             vocab_size,
         }
@@ -96,12 +100,7 @@ mod tests {
     #[test]
     fn a_mean_over_the_vocabulary_changes_nothing_and_a_rounding_does() {
         let logits = |shift: f32, values: [f32; 4]| {
-            let mean = values.iter().sum::<f32>() / 4.0;
-            Logits {
-                targets: vec![2],
-                values: values.map(|v| v + shift - (mean + shift)).to_vec(),
-                vocab_size: 4,
-            }
+            Logits::new(vec![2], values.map(|v| v + shift).to_vec(), 4)
         };
         let (a, b) = (
             logits(0.0, [1.0, 2.0, 4.0, 1.0]),
@@ -116,11 +115,7 @@ mod tests {
 
     #[test]
     fn divergence_is_that_written_out() {
-        let logits = |values: [f32; 3]| Logits {
-            targets: vec![0],
-            values: values.to_vec(),
-            vocab_size: 3,
-        };
+        let logits = |values: [f32; 3]| Logits::new(vec![0], values.to_vec(), 3);
         let (p, q) = ([0.5f64, 0.25, 0.25], [0.25f64, 0.5, 0.25]);
         let [a, b] = [p, q].map(|p| logits(p.map(|p| p.ln() as f32 + 3.0)));
         let expected = 0.5 * 2f64.ln() - 0.25 * 2f64.ln();

@@ -3,6 +3,8 @@
 //! Nothing is written for it: a model whose weights are read as they would be written in a format computes what the
 //! export in that format computes, on the modules that are rounded.
 
+use std::collections::BTreeMap;
+
 use data::Sample;
 use model::{Model, Quantizer};
 use serde_json::{Value, json};
@@ -19,6 +21,8 @@ pub struct Survived {
     pub loss: f64,
     /// Share of the effect on the logits.
     pub logits: f64,
+    /// How many matrices are in which format: the one asked for, or another where its blocks do not fill the rows.
+    pub matrices: BTreeMap<String, usize>,
     /// The share if only one module's weights are rounded, by its path.
     pub modules: Vec<(String, f64)>,
 }
@@ -75,33 +79,42 @@ pub fn survival(
 ) -> Result<SurvivalReport> {
     let mut trained = models.adapted.clone();
     if let Some(quantizer) = models.trained_for {
-        trained.round_weights(quantizer, &mut |_| true);
+        trained.round_weights(quantizer, &mut |_| true)?;
     }
     let mut variants = Vec::new();
     for quantizer in &config.quantizers {
         let mut paths = Vec::new();
         let mut whole = models.adapted.clone();
-        whole.round_weights(*quantizer, &mut |path| {
+        let formats = whole.round_weights(*quantizer, &mut |path| {
             paths.push(path.to_owned());
             true
+        })?;
+        variants.push(Variant {
+            formats,
+            ..Variant::new(whole, None)
         });
-        variants.push(Variant::new(whole, None));
         for path in paths.into_iter().filter(|_| config.module_samples > 0) {
             let mut one = trained.clone();
-            one.round_weights(*quantizer, &mut |other| other == path);
+            one.round_weights(*quantizer, &mut |other| other == path)?;
             variants.push(Variant::new(one, Some(path)));
         }
     }
+    let samples = samples.iter().filter(|sample| sample.trained_tokens() > 0);
+    let samples: Vec<&Sample> = samples.collect();
+    // Base, adapter and every format on every sample, every module on the first ones.
+    let (n_formats, n_variants) = (config.quantizers.len(), variants.len());
+    let n_modules = n_variants - n_formats;
+    let passes = |n: usize| n * (2 + n_formats) + n.min(config.module_samples) * n_modules;
     let mut sums = Sums::default();
     for (number, sample) in samples.iter().enumerate() {
-        sums.add(
-            models.base,
-            &trained,
-            sample,
-            &mut variants,
-            number < config.module_samples,
-        );
-        progress(number + 1, samples.len());
+        let with_modules = number < config.module_samples;
+        sums.add([models.base, &trained], sample, &mut variants, with_modules);
+        let loss = sums.base_loss + sums.trained_loss;
+        if !loss.is_finite() {
+            let sample = number;
+            return Err(Error::NotFinite { sample, loss });
+        }
+        progress(passes(number + 1), passes(samples.len()));
     }
     sums.report(models.trained_for, &config.quantizers, variants)
 }
@@ -111,6 +124,8 @@ struct Variant {
     model: Model,
     /// The one module that is rounded; none for all.
     path: Option<String>,
+    /// How many matrices are rounded to which format, where all are.
+    formats: BTreeMap<String, usize>,
     loss: f64,
     /// Squares of the differences to the trained model, and of the effect on the same targets.
     squares: [f64; 2],
@@ -121,6 +136,7 @@ impl Variant {
         Self {
             model,
             path,
+            formats: BTreeMap::new(),
             loss: 0.0,
             squares: [0.0; 2],
         }
@@ -141,8 +157,7 @@ struct Sums {
 impl Sums {
     fn add(
         &mut self,
-        base: &Model,
-        trained: &Model,
+        [base, trained]: [&Model; 2],
         sample: &Sample,
         variants: &mut [Variant],
         with_modules: bool,
@@ -174,7 +189,7 @@ impl Sums {
         let n = self.targets as f64;
         let mut formats: Vec<Survived> = Vec::new();
         for variant in variants {
-            if variant.squares[1] == 0.0 {
+            if variant.squares[1] == 0.0 && variant.path.is_none() {
                 return Err(Error::NoEffect);
             }
             match (&variant.path, formats.last_mut()) {
@@ -185,6 +200,7 @@ impl Sums {
                     quantizer: quantizers[formats.len()],
                     loss: variant.loss / n,
                     logits: variant.survives(),
+                    matrices: variant.formats,
                     modules: Vec::new(),
                 }),
             }
@@ -200,9 +216,10 @@ impl Sums {
 }
 
 impl SurvivalReport {
-    /// The share of the gain in loss that a format keeps.
-    pub fn gain_kept(&self, format: &Survived) -> f64 {
-        (self.base_loss - format.loss) / (self.base_loss - self.trained_loss)
+    /// The share of the gain in loss that a format keeps, if there is a gain.
+    pub fn gain_kept(&self, format: &Survived) -> Option<f64> {
+        let gain = self.base_loss - self.trained_loss;
+        (gain > 0.0).then(|| (self.base_loss - format.loss) / gain)
     }
 
     /// A table: losses, and what is kept, by format; and the modules that keep least.
@@ -232,11 +249,12 @@ impl SurvivalReport {
             let modules: Vec<String> = modules
                 .map(|(path, kept)| format!("{} {:.1} %", short(path), 100.0 * kept))
                 .collect();
+            let gain = self.gain_kept(format);
+            let gain = gain.map_or("no gain".into(), |kept| format!("{:.1} %", 100.0 * kept));
             let line = format!(
-                "{:width$}  {:.4}  {:7.1} %  {:19.1} %  {}",
+                "{:width$}  {:.4}  {gain:>9}  {:19.1} %  {}",
                 format!("merged in {}", format.quantizer),
                 format.loss,
-                100.0 * self.gain_kept(format),
                 100.0 * format.logits,
                 modules.join(", "),
             );
@@ -244,6 +262,18 @@ impl SurvivalReport {
             text += "\n";
         }
         text += &format!("over {} targets", self.targets);
+        for format in self
+            .formats
+            .iter()
+            .filter(|format| format.matrices.len() > 1)
+        {
+            let counts = format
+                .matrices
+                .iter()
+                .map(|(name, n)| format!("{n} matrices in {name}"));
+            let counts: Vec<String> = counts.collect();
+            text += &format!("\n{}: {}", format.quantizer, counts.join(", "));
+        }
         text
     }
 
@@ -258,6 +288,7 @@ impl SurvivalReport {
                 "format": format.quantizer.to_string(),
                 "loss": format.loss,
                 "gain_kept": self.gain_kept(format),
+                "matrices": format.matrices,
                 "logits_kept": format.logits,
                 "modules_kept": modules,
             })
@@ -292,14 +323,23 @@ mod tests {
                 quantizer: "gguf:q4_0".parse().unwrap(),
                 loss: 1.5,
                 logits: 0.875,
+                matrices: BTreeMap::from([("gguf:f16".to_owned(), 1), ("gguf:q4_0".to_owned(), 2)]),
                 modules: vec![("model.a".into(), 0.5), ("model.b".into(), -0.25)],
             }],
         };
-        assert_eq!(report.gain_kept(&report.formats[0]), 0.75);
+        assert_eq!(report.gain_kept(&report.formats[0]), Some(0.75));
+        let no_gain = SurvivalReport {
+            base_loss: 1.0,
+            ..report.clone()
+        };
+        assert_eq!(no_gain.gain_kept(&report.formats[0]), None);
+        assert!(no_gain.to_text().contains("no gain"));
         let text = report.to_text();
         let line = text.lines().find(|line| line.contains("q4_0")).unwrap();
         let expected = "merged in gguf:q4_0       1.5000     75.0 %                 87.5 %  b -25.0 %, a 50.0 %";
         assert_eq!(line, expected);
+        let end = "gguf:q4_0: 1 matrices in gguf:f16, 2 matrices in gguf:q4_0";
+        assert!(text.ends_with(end), "{text}");
         assert_eq!(
             report.to_json()["formats"][0]["modules_kept"]["model.b"],
             -0.25

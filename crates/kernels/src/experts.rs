@@ -8,7 +8,8 @@
 //! Backward needs the products of gate and up, which are saved, and no down product: the gradient of a routing
 //! weight is `⟨dy, down(a)⟩ = ⟨downᵀ(dy), a⟩`, and `downᵀ(dy)` is needed anyway.
 //!
-//! Every expert may carry a low-rank update of each weight, `w + scale · b · a`, applied to the activations.
+//! Every expert may carry a low-rank update of each weight, `w + scale · b · a`, applied to the activations, or added to
+//! the weight tile by tile where a quantizer rounds the sum.
 
 use std::ops::Range;
 

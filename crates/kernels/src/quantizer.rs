@@ -24,7 +24,7 @@ impl Quantizer {
         all
     }
 
-    /// The quantizer for a weight of this row length: blocks that do not fill a row are replaced as llama.cpp does.
+    /// The quantizer for a weight of this row length: see [`Ggml::for_width`].
     pub fn for_width(self, width: usize) -> Self {
         match self {
             Self::Fp8(_) => self,
@@ -70,7 +70,7 @@ impl FromStr for Quantizer {
         let found = known.iter().find(|known| known.to_string() == text);
         found.copied().ok_or_else(|| Error::UnknownQuantizer {
             known: known.iter().map(Self::to_string).collect(),
-            found: text.chars().take(40).collect(),
+            found: text.chars().filter(|c| !c.is_control()).take(40).collect(),
         })
     }
 }

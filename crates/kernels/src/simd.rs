@@ -28,9 +28,11 @@ macro_rules! multiversion {
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
                     && is_x86_feature_detected!("f16c")
                 {
-                    // SAFETY: the features were detected just above; AVX-512 includes AVX2 and FMA.
+                    // SAFETY: the features were detected just above.
                     return unsafe { avx512($($arg),*) };
                 }
                 if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {

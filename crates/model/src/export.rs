@@ -67,7 +67,7 @@ pub fn exported_config(config: &serde_json::Value, dtype: &str) -> serde_json::V
 pub enum WeightFormat {
     /// Single precision.
     F32,
-    /// bfloat16; what the base keeps in F32 stays F32.
+    /// bfloat16; a merge leaves norms and routers that the base keeps in F32 as they are.
     Bf16,
     /// Block FP8 for the products of attention and experts, bfloat16 for the rest.
     Fp8,

@@ -1,7 +1,8 @@
 //! Low-rank updates: which modules get one, how it is applied, and how adapters in PEFT's two dialects become ours.
 //!
 //! An update is `scale · b · a` on a weight `[out, in]`, with `a [rank, in]` and `b [out, rank]`. It is applied to the
-//! activations, `y += (scale · drop(x) · aᵀ) · bᵀ`; the updated weight is never formed while training.
+//! activations, `y += (scale · drop(x) · aᵀ) · bᵀ`, or added to the weight tile by tile where a quantizer rounds the sum;
+//! the updated weight is never formed whole while training.
 //!
 //! Dialects for routed experts (ARCHITECTURE of the formats, not of the update): *classic* has one pair per expert and
 //! projection; *fused* (PEFT today) has two pairs of stacked factors per layer, `gate_up_proj` and `down_proj`, `A` with

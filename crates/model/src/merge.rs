@@ -19,6 +19,7 @@ use crate::adapter::{AdapterWeights, Pair};
 use crate::config::ModelConfig;
 use crate::export::block_fp8::{BlockFp8, is_lowered};
 use crate::export::{WeightFormat, copy_companions, exported_config};
+use crate::precision::Class;
 use crate::weights::{is_scale, keys, read_config, read_matrix, scale_key};
 
 /// What a merge did.
@@ -229,7 +230,10 @@ impl Merger<'_> {
         let adapted = self.update(&tensor.name).is_some();
         match tensor.dtype {
             DType::F16 | DType::BF16 | DType::F8E4M3 => false,
-            DType::F32 => self.dtype == WeightFormat::F32 || (!adapted && tensor.shape.len() == 1),
+            DType::F32 => {
+                let is_small = tensor.shape.len() == 1 || Class::of(&tensor.name) == Class::Router;
+                self.dtype == WeightFormat::F32 || (!adapted && is_small)
+            }
             _ => true,
         }
     }

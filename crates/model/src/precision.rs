@@ -9,8 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Display, Formatter};
 
 use checkpoint::Folder;
+use kernels::Compute;
 use kernels::fp8::Scales;
-use kernels::{Compute, Quantizer};
 
 use crate::export::block_fp8::is_lowered;
 use crate::weights::is_scale;
@@ -92,8 +92,8 @@ fn described(compute: Compute) -> [&'static str; 3] {
 pub struct Policy {
     /// What the products that may be lowered compute in.
     pub compute: Compute,
-    /// What frozen weights of those products are rounded to before that.
-    pub quantizer: Option<Quantizer>,
+    /// What merged weights of those products are rounded to before that; empty if they are not.
+    pub merged: String,
     /// Names of number formats; a class without any is not there.
     stored: BTreeMap<Class, BTreeSet<String>>,
 }
@@ -111,7 +111,7 @@ impl Policy {
         }
         Ok(Self {
             compute,
-            quantizer: None,
+            merged: String::new(),
             stored,
         })
     }
@@ -122,17 +122,22 @@ impl Policy {
         let stored = trained.map(|class| (class, BTreeSet::from(["F32, trained".into()])));
         Self {
             compute,
-            quantizer: None,
+            merged: String::new(),
             stored: stored.collect(),
         }
     }
 
-    /// The same with low-rank updates, which a quantizer may make part of the weights.
+    /// The same with low-rank updates. `formats` says how many matrices are read merged and rounded to what, see
+    /// [`crate::Model::round_weights`].
     #[must_use]
-    pub fn with_lora(mut self, quantizer: Option<Quantizer>) -> Self {
+    pub fn with_lora(mut self, formats: &BTreeMap<String, usize>) -> Self {
         let factors = BTreeSet::from(["F32, trained".into()]);
         self.stored.insert(Class::Lora, factors);
-        self.quantizer = quantizer;
+        let formats = formats.iter().map(|(format, n)| match formats.len() {
+            1 => format.clone(),
+            _ => format!("{format} ({n} matrices)"),
+        });
+        self.merged = formats.collect::<Vec<_>>().join(" and ");
         self
     }
 
@@ -152,9 +157,10 @@ impl Policy {
         let stored: Vec<&str> = stored.iter().map(String::as_str).collect();
         let [operands, sums, kept] = described(class.compute(self.compute));
         let lowered = matches!(class, Class::Linear | Class::Experts);
-        let operands = match self.quantizer {
-            Some(quantizer) if lowered => format!("{operands}; merged weights {quantizer}"),
-            _ => operands.into(),
+        let operands = if lowered && !self.merged.is_empty() {
+            format!("{operands}; merged weights {}", self.merged)
+        } else {
+            operands.into()
         };
         // The updates' own products are f32; their inputs are those of the layers they sit on.
         let kept = match class {
@@ -209,9 +215,9 @@ mod tests {
         let trained = Policy::trained(Compute::Fp8(Scales::F32)).to_string();
         assert_eq!(trained.lines().count(), 7, "{trained}");
         assert!(trained.ends_with("arithmetic f32"), "{trained}");
-        let quantizer = "gguf:q4_0".parse().ok();
+        let formats = BTreeMap::from([("gguf:q4_0".to_owned(), 7)]);
         let lora = Policy::trained(Compute::Bf16)
-            .with_lora(quantizer)
+            .with_lora(&formats)
             .to_string();
         assert_eq!(lora.lines().count(), 7, "{lora}");
         let line = lora.lines().find(|line| line.starts_with("routed experts"));

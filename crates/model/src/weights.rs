@@ -71,7 +71,14 @@ pub fn fresh(config: &ModelConfig, seed: u64, device: &Device) -> Result<Model, 
 /// # Errors
 /// If the config is not one we compute.
 pub fn read_config(folder: &Folder) -> Result<ModelConfig, Error> {
-    ModelConfig::from_json(folder.config(), &folder.path().join("config.json"))
+    let mut config = ModelConfig::from_json(folder.config(), &folder.path().join("config.json"))?;
+    // A config may be silent about its scales; their dtype is not.
+    if let Some(name) = folder.names().find(|name| is_scale(name))
+        && folder.tensor(name)?.dtype == DType::F8E8M0
+    {
+        config.fp8_scales = fp8::Scales::PowerOfTwo;
+    }
+    Ok(config)
 }
 
 /// Reads a weight of any published format.

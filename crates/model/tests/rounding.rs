@@ -70,8 +70,8 @@ fn a_model_read_as_fp8_computes_what_its_fp8_merge_computes() {
         let (mut model, adapter) = adapted(&folder);
         let unrounded = logits(&model);
         let quantizer: Quantizer = "fp8".parse().unwrap();
-        let modules = model.round_weights(quantizer, &mut |_| true);
-        assert!(modules > 10, "{modules}");
+        let formats = model.round_weights(quantizer, &mut |_| true).unwrap();
+        assert!(formats["fp8"] > 30 && formats.len() == 1, "{formats:?}");
         let found = logits(&model);
 
         let place = tempfile::tempdir().unwrap();
@@ -92,10 +92,19 @@ fn a_model_read_as_fp8_computes_what_its_fp8_merge_computes() {
 fn one_module_can_be_rounded_and_the_router_is_never() {
     let folder = golden("deepseek_v3");
     let mut paths = Vec::new();
-    load(&folder).round_weights("gguf:q4_0".parse().unwrap(), &mut |path| {
+    let mut look = |path: &str| {
         paths.push(path.to_owned());
         false
-    });
+    };
+    let none = load(&folder).round_weights("gguf:q4_0".parse().unwrap(), &mut look);
+    assert!(none.unwrap().is_empty());
+    // Rows of 24 are no whole blocks of 32.
+    let formats = load(&folder).round_weights("gguf:q4_0".parse().unwrap(), &mut |_| true);
+    let formats = formats.unwrap();
+    assert!(
+        formats["gguf:f16"] >= 24 && formats["gguf:q4_0"] > 24,
+        "{formats:?}"
+    );
     assert!(paths.iter().any(|path| path.ends_with("mlp.experts")));
     assert!(
         !paths
@@ -105,7 +114,10 @@ fn one_module_can_be_rounded_and_the_router_is_never() {
     let exact = logits(&load(&folder));
     let rounded = |format: &str, chosen: &str| {
         let mut model = load(&folder);
-        model.round_weights(format.parse().unwrap(), &mut |path| path.contains(chosen));
+        let quantizer = format.parse().unwrap();
+        model
+            .round_weights(quantizer, &mut |path| path.contains(chosen))
+            .unwrap();
         difference(&logits(&model), &exact)
     };
     let (one, all) = (

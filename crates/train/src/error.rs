@@ -137,6 +137,26 @@ pub enum Error {
         found: checkpoint::DType,
     },
 
+    /// The adapter to go on from says that it was trained for a format that is not known.
+    #[error("`{}`: {cause}", path.join("moeforge.json").display())]
+    TrainedFor {
+        /// The adapter.
+        path: PathBuf,
+        /// What is wrong with the name.
+        cause: kernels::Error,
+    },
+
+    /// A checkpoint's loss scale is not one that the run can have.
+    #[error(
+        "`{}`: expected a loss scale of at most 2^{} in f16 and none elsewhere, found otherwise",
+        path.join("state.json").display(),
+        crate::loss_scale::LARGEST_EXPONENT
+    )]
+    LossScale {
+        /// The checkpoint.
+        path: PathBuf,
+    },
+
     /// The optimizer's state has a tensor that the run does not train.
     #[error(
         "`{}`: expected {expected} tensors, found {found}, among them `{tensor}`, which this run does not train",

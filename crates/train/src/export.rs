@@ -40,7 +40,7 @@ pub(crate) fn adapter_into(session: &Session, writer: &mut FolderWriter) -> Resu
         session.recipe.lora.dropout as f32,
     );
     let (config, tensors) = adapter.files(&session.base.name)?;
-    if let Some(quantizer) = session.recipe.lora.quantizer {
+    if let Some(quantizer) = session.quantizer {
         Adapter::note_format(writer, &quantizer.to_string())?;
     }
     Ok(Adapter::save_into(writer, &config, &tensors)?)

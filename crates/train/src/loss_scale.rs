@@ -44,9 +44,10 @@ impl LossScale {
 
     /// After a step without overflow.
     pub(crate) fn after_clean_step(self, growth_interval: u64) -> Self {
-        if self.clean_steps + 1 < growth_interval {
+        let clean_steps = self.clean_steps.saturating_add(1);
+        if clean_steps < growth_interval {
             return Self {
-                clean_steps: self.clean_steps + 1,
+                clean_steps,
                 ..self
             };
         }

@@ -139,7 +139,7 @@ pub struct OptimizerSection {
     pub weight_decay: f64,
     /// The largest norm of all gradients together; 0 is off.
     pub clip: f64,
-    /// The dtype of the running means. bf16 with `precision.compute = "fp8"`, else f32.
+    /// The dtype of the running means. bf16 where everything is trained in FP8, else f32.
     pub moments: Option<Moments>,
     /// Whether bf16 means are rounded up or down at random, by how near they are.
     pub stochastic_rounding: bool,
@@ -432,8 +432,8 @@ impl Recipe {
 
     /// Fills in the defaults that depend on another key.
     pub(crate) fn resolve(&mut self) {
-        let moments = match self.precision.compute {
-            Compute::Fp8 => Moments::Bf16,
+        let moments = match (self.train.method, self.precision.compute) {
+            (Method::Full, Compute::Fp8 | Compute::Fp8Unscaled) => Moments::Bf16,
             _ => Moments::F32,
         };
         self.optimizer.moments.get_or_insert(moments);

@@ -43,6 +43,9 @@ impl Recipe {
         let key = "precision.loss_scale_growth_interval";
         require(interval >= 1, key, expected, interval)?;
         if self.lora.quantizer.is_some() {
+            let is_lora = self.train.method == crate::Method::Lora;
+            let expected = "`lora`, because `lora.quantizer` is given";
+            require(is_lora, "train.method", expected, "`full`")?;
             let dropout = self.lora.dropout;
             let expected = "0, because `lora.quantizer` makes the adapter part of the weights";
             require(dropout == 0.0, "lora.dropout", expected, shown(dropout))?;

@@ -1,16 +1,18 @@
 //! A training session: a model, its data and its optimizer, as a recipe describes them.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, FloatDType, Tensor};
 use checkpoint::{Adapter, DType, Folder, TensorSpec};
 use data::{Order, Sample, Shuffle, Split, Tokenizer};
+use kernels::Quantizer;
 use kernels::fp8::Scales;
 use model::lora::{self, Adapted, LoraConfig, Scaling};
 use model::precision::Policy;
 use model::{AdapterWeights, Model, ModelConfig, Training, weights};
 
-use crate::loss_scale::LossScale;
+use crate::loss_scale::{LARGEST_EXPONENT, LossScale};
 use crate::optimizer::AdamW;
 use crate::recipe::{Compute, Method, Recipe};
 use crate::run_dir::RunDir;
@@ -26,6 +28,10 @@ pub struct Session {
     pub(crate) model: Model,
     /// What was adapted; empty for full training.
     pub adapted: Vec<Adapted>,
+    /// What the merged weights are rounded to, if to anything: as the recipe says, or the adapter it goes on from.
+    pub quantizer: Option<Quantizer>,
+    /// How many matrices are rounded to which format.
+    formats: BTreeMap<String, usize>,
     /// Training samples.
     pub train: Split,
     /// Validation samples, if there are any.
@@ -62,8 +68,10 @@ impl Session {
         let device = Device::flex().autodiff();
         let (mut model, base) = open_model(&recipe, resolve, &device)?;
         let (adapted, scaling) = adapt(&recipe, &mut model, &device)?;
-        if let Some(quantizer) = recipe.lora.quantizer {
-            model.round_weights(quantizer, &mut |_| true);
+        let quantizer = quantizer_of(&recipe)?;
+        let mut formats = BTreeMap::new();
+        if let Some(quantizer) = quantizer {
+            formats = model.round_weights(quantizer, &mut |_| true)?;
         }
         if recipe.precision.round_start {
             let round = |values: Tensor<1>| values.cast(FloatDType::BF16).cast(FloatDType::F32);
@@ -105,6 +113,8 @@ impl Session {
             recipe,
             model,
             adapted,
+            quantizer,
+            formats,
             train,
             valid,
             device,
@@ -124,6 +134,13 @@ impl Session {
         let state = State::read(&folder)?;
         if state.recipe_hash != self.recipe.hash() {
             return Err(Error::OtherRecipe { path: folder });
+        }
+        let fits = match state.loss_scale {
+            Some(scale) => self.state.loss_scale.is_some() && scale.exponent <= LARGEST_EXPONENT,
+            None => self.state.loss_scale.is_none(),
+        };
+        if !fits {
+            return Err(Error::LossScale { path: folder });
         }
         self.restore(&folder)?;
         self.state = state;
@@ -153,8 +170,7 @@ impl Session {
     fn restore(&mut self, folder: &Path) -> Result<()> {
         let specs = self.state_tensors();
         let dtype = self.recipe.optimizer.moments().float();
-        let (mut parameters, mut moments, mut biases) =
-            (std::collections::BTreeMap::new(), Vec::new(), Vec::new());
+        let (mut parameters, mut moments, mut biases) = (BTreeMap::new(), Vec::new(), Vec::new());
         let device = self.device.clone().inner();
         read_optimizer(folder, &specs, |i, values| {
             let tensor = Tensor::<1>::from_floats(values.as_slice(), &device);
@@ -223,7 +239,7 @@ impl Session {
         let policy = match (&self.base.folder, self.recipe.train.method) {
             (Some(folder), Method::Lora) => {
                 let policy = Policy::of_checkpoint(folder, compute)?;
-                policy.with_lora(self.recipe.lora.quantizer)
+                policy.with_lora(&self.formats)
             }
             _ => Policy::trained(compute),
         };
@@ -240,6 +256,19 @@ impl Session {
             Compute::Fp8Unscaled => model::Compute::Fp8(Scales::One),
         }
     }
+}
+
+/// What a recipe's adapter is trained to be merged into.
+fn quantizer_of(recipe: &Recipe) -> Result<Option<Quantizer>> {
+    let (None, Some(folder)) = (recipe.lora.quantizer, &recipe.model.adapter) else {
+        return Ok(recipe.lora.quantizer);
+    };
+    let adapter = Adapter::open(folder)?;
+    let parsed = adapter.trained_for.as_deref().map(str::parse).transpose();
+    parsed.map_err(|cause| Error::TrainedFor {
+        path: folder.clone(),
+        cause,
+    })
 }
 
 /// Puts the recipe's low-rank updates on the model: fresh ones, or those of an adapter.

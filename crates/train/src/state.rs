@@ -1,7 +1,7 @@
 //! What a checkpoint holds besides weights: where the run stands, and the optimizer's moments.
 //!
 //! Nothing is rounded: counters are integers, sums are written as the shortest decimal that reads
-//! back to the same bits, and moments are f32. So a resumed run continues bit for bit.
+//! back to the same bits, and moments are in the dtype they were made in. So a resumed run continues bit for bit.
 
 use std::collections::HashSet;
 use std::path::Path;

@@ -46,13 +46,14 @@ pub(crate) trait Gradients: Kernels {
         x: &Kept<FloatTensor<Self>>,
         compute: Compute,
     ) -> FloatTensor<Self>;
-    /// Gradients of x, and of `a` and `b` where x was kept for them.
+    /// Gradients of x if it is wanted, and of `a` and `b` where x was kept for them.
     fn linear_merged_grads(
         dy: FloatTensor<Self>,
         x: Option<&Kept<FloatTensor<Self>>>,
         factors: [FloatTensor<Self>; 2],
         settings: (&Matrix, Merge, Compute),
-    ) -> (FloatTensor<Self>, Option<[FloatTensor<Self>; 2]>);
+        want_x: bool,
+    ) -> (Option<FloatTensor<Self>>, Option<[FloatTensor<Self>; 2]>);
     /// `x` in the form in which it waits for the backward pass.
     fn keep(x: FloatTensor<Self>, compute: Compute) -> Kept<FloatTensor<Self>>;
     fn embed_dw(ids: IntTensor<Self>, dy: FloatTensor<Self>, vocab: usize) -> FloatTensor<Self>;
@@ -595,8 +596,9 @@ gradient!(
     |dy, parents, (x, factors, w, merge, compute), grads| {
         let [x_node, factor_nodes @ ..] = parents;
         let settings = (&*w, merge, compute);
-        let (dx, factors) = B::linear_merged_grads(dy, x.as_deref(), factors, settings);
-        register::<B>(grads, [x_node], [dx]);
+        let want_x = x_node.is_some();
+        let (dx, factors) = B::linear_merged_grads(dy, x.as_deref(), factors, settings, want_x);
+        register::<B>(grads, [x_node], dx);
         register::<B>(grads, factor_nodes, factors.into_iter().flatten());
     }
 );

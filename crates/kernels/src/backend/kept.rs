@@ -2,7 +2,8 @@
 //!
 //! The inputs of linear layers, of SwiGLU and of the experts wait in the form that the precision of the products asks
 //! for: f32, 16 bits, or E4M3. All consumers of one tensor share what is kept of it. What is cheap to remake is not
-//! kept at all: the output of a norm comes again from the norm's input, that of SwiGLU from gate and up.
+//! kept at all: the output of a norm comes again from the norm's input, in f32, that of SwiGLU from what is kept of gate
+//! and up.
 
 use std::any::Any;
 use std::cell::RefCell;
@@ -80,15 +81,16 @@ pub(crate) fn shared<F: Send + Sync + 'static>(
     compute: Compute,
     make: impl FnOnce() -> Kept<F>,
 ) -> Arc<Kept<F>> {
-    RECENT.with_borrow_mut(|recent| {
+    let known = RECENT.with_borrow(|recent| {
         let known = recent.iter().find(|(of, precision, _)| {
             *of == node && precision.is_none_or(|precision| precision == compute)
         });
-        if let Some(kept) = known.and_then(|(.., kept)| downcast(kept)) {
-            return kept;
-        }
+        known.and_then(|(.., kept)| downcast(kept))
+    });
+    // Making runs parallel loops, in which this thread may turn to other work: the list is not held meanwhile.
+    known.unwrap_or_else(|| {
         let kept = Arc::new(make());
-        push(recent, (node, Some(compute), weak(&kept)));
+        RECENT.with_borrow_mut(|recent| push(recent, (node, Some(compute), weak(&kept))));
         kept
     })
 }

@@ -196,18 +196,11 @@ impl<'a> Weights<'a> {
             Stored::Values(values, cols) if self.is_exact() => {
                 dot(&values[row * cols..][..cols], x)
             }
-            Stored::Packed(matrix) if self.is_exact() || self.keeps_codes() => matrix.dot(row, x),
+            Stored::Packed(matrix) if self.is_exact() => matrix.dot(row, x),
             _ => with_scratch(x.len(), |line| {
                 self.read(row..row + 1, 0..x.len(), line);
                 dot(line, x)
             }),
         }
-    }
-
-    /// Whether an FP8 matrix is multiplied in FP8: its codes are the operands.
-    fn keeps_codes(&self) -> bool {
-        self.folded.is_none()
-            && !self.is_rounded_in_blocks()
-            && matches!(self.compute, Compute::Fp8(_))
     }
 }

@@ -2,7 +2,7 @@
 //! the identity in the gradient.
 
 use candle_core::quantized::k_quants::{BlockQ4_0, BlockQ4K, BlockQ8_0, GgmlType};
-use moeforge_kernels::fp8::{Scales, encode_tiles};
+use moeforge_kernels::fp8::{Scales, encode_tiles, f32_to_e4m3};
 use moeforge_kernels::{Merge, Quantizer, linear_merged};
 
 use super::*;
@@ -191,5 +191,57 @@ fn merged_experts_are_those_of_the_rounded_sums() {
                 ]
             )
         );
+    }
+}
+
+/// A matrix of E4M3 codes whose values are multiples of an eighth, with ragged blocks of different scales.
+fn coarse_fp8(rows: usize, cols: usize) -> Matrix {
+    let codes: Vec<u8> = (0..rows * cols)
+        .map(|i| f32_to_e4m3(((i * 7919 % 17) as f32 - 8.0) / 8.0))
+        .collect();
+    let grid = [rows.div_ceil(128), cols.div_ceil(128)];
+    let scales = (0..grid[0] * grid[1]).map(|i| 2f32.powi(i as i32 % 3));
+    Matrix::fp8(
+        [rows, cols],
+        codes.into(),
+        scales.collect(),
+        &grid,
+        [128, 128],
+    )
+    .unwrap()
+}
+
+#[test]
+fn updates_are_folded_onto_fp8_weights_and_fp8_alone_is_left_as_it_is() {
+    for [tokens, out, inner] in [[30, 200, 300], [600, 300, 130], [1, 64, 257]] {
+        let matrix = Arc::new(coarse_fp8(out, inner));
+        let w = dense(&matrix);
+        let (x, a, b) = (
+            random([tokens, inner]),
+            coarse([2, inner]),
+            coarse([out, 2]),
+        );
+        let merge = Merge {
+            scale: 2.0,
+            quantizer: "fp8".parse().unwrap(),
+        };
+        agree!(
+            format!("fp8 onto fp8 of {out} × {inner}"),
+            [x, a, b],
+            linear_merged(
+                x.clone(),
+                &matrix,
+                [a.clone(), b.clone()],
+                merge,
+                Compute::F32
+            ),
+            x.clone()
+                .matmul(straight_through(&w, b.clone().matmul(a.clone()) * 2.0, "fp8").transpose())
+        );
+        // The codes are what a merge copies: other scales would be as good, and not the same.
+        let none = [[0, inner], [out, 0]].map(|shape| Tensor::zeros(shape, &device()));
+        let y = linear_merged(x.clone(), &matrix, none, merge, Compute::F32);
+        let expected = linear_frozen(x.clone(), &matrix, Compute::F32);
+        assert_eq!(values(&y), values(&expected));
     }
 }

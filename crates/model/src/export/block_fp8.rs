@@ -29,26 +29,20 @@ impl BlockFp8 {
         }
     }
 
-    /// The way of `base` where it has FP8 weights, DeepSeek V3's where it has none.
+    /// The way of `base` where it has FP8 weights, DeepSeek V3's where it has none. Fresh scales are powers of two or f32:
+    /// rounded to bf16 they would not be those that the codes were made with.
     ///
     /// # Errors
     /// If a scale of the base cannot be read.
     pub(crate) fn of(base: &Folder, config: &ModelConfig) -> Result<Self, Error> {
+        let mut own = Self::new(config);
         let scale = base.names().find(|name| is_scale(name));
-        let scale_dtype = match scale {
-            Some(name) => base.tensor(name)?.dtype,
-            None => DType::F32,
-        };
-        let is_power = scale_dtype == DType::F8E8M0;
-        Ok(Self {
-            block: config.fp8_block,
-            scales: if is_power {
-                Scales::PowerOfTwo
-            } else {
-                config.fp8_scales
-            },
-            scale_dtype,
-        })
+        if let Some(name) = scale
+            && base.tensor(name)?.dtype == DType::F8E8M0
+        {
+            own.scale_dtype = DType::F8E8M0;
+        }
+        Ok(own)
     }
 
     /// The codes and the scales of a weight.
@@ -73,10 +67,6 @@ impl BlockFp8 {
     pub(crate) fn scale_bytes(&self, scales: &[f32]) -> Bytes {
         let bytes: Vec<u8> = match self.scale_dtype {
             DType::F8E8M0 => scales.iter().map(|s| power_of_two_to_e8m0(*s)).collect(),
-            DType::BF16 => scales
-                .iter()
-                .flat_map(|s| half::bf16::from_f32(*s).to_le_bytes())
-                .collect(),
             _ => scales.iter().flat_map(|s| s.to_le_bytes()).collect(),
         };
         bytes.into()

@@ -44,10 +44,11 @@ impl Gradients for Flex {
         x: Option<&Kept<FlexTensor>>,
         factors: [FlexTensor; 2],
         (w, merge, compute): (&Matrix, Merge, Compute),
-    ) -> (FlexTensor, Option<[FlexTensor; 2]>) {
+        want_x: bool,
+    ) -> (Option<FlexTensor>, Option<[FlexTensor; 2]>) {
         let factors = factors.each_ref().map(Floats::new);
         let weights = Weights::frozen(w, compute).folded(folded(&factors, merge));
-        let dx = nn(&Floats::rounded(&dy, compute), weights);
+        let dx = want_x.then(|| nn(&Floats::rounded(&dy, compute), weights));
         let grads = x.map(|x| {
             let ([a, b], x) = (&factors, Floats::kept(x));
             let scaled = |values: FlexTensor| {
@@ -72,7 +73,8 @@ impl Gradients for Flex {
                 2 * values.len(),
             ),
             Compute::F16 => (
-                Form::Float(narrowed(&values, f16::from_f32, DType::F16)),
+                // What is kept may be larger than what a product read, as gate and up are: it must not become infinite.
+                Form::Float(narrowed(&values, saturated, DType::F16)),
                 2 * values.len(),
             ),
             Compute::Fp8(kind) => {
@@ -192,7 +194,9 @@ impl Gradients for Flex {
     ) -> ([FlexTensor; 2], Option<[FlexTensor; 6]>) {
         let (values, dy) = (FactorValues::new(factors), Floats::new(&dy));
         let experts = frozen_experts(bank, &values, lora, compute);
-        let kept = SavedValues::new(&saved);
+        let mut kept = SavedValues::new(&saved);
+        // The factors' inputs are those that the forward pass multiplied.
+        kept.x = Floats::rounded(kept.x.tensor(), compute);
         let grads = experts::backward_inputs(experts, kept.routing.slots(), kept.saved(), &dy);
         let factors = wanted.then(|| {
             let grads =
@@ -273,6 +277,11 @@ fn tn(dy: &Floats, x: &Floats) -> FlexTensor {
     let mut dw = vec![0.0; out * width];
     gemm::tn(dy.mat(), x.mat(), MatMut::dense(&mut dw, out, width));
     floats(dw, [out, width])
+}
+
+fn saturated(value: f32) -> f16 {
+    let largest = f16::MAX.to_f32();
+    f16::from_f32(value.clamp(-largest, largest))
 }
 
 /// The same values as narrower numbers.

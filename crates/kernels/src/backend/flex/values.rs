@@ -116,6 +116,10 @@ impl Floats {
         Self::in_place(floats(values, [rows, cols]))
     }
 
+    pub(super) fn tensor(&self) -> &FlexTensor {
+        &self.tensor
+    }
+
     pub(super) fn shape(&self) -> Shape {
         self.tensor.layout().shape().clone()
     }
