@@ -270,9 +270,10 @@ impl SurvivalReport {
             let counts = format
                 .matrices
                 .iter()
-                .map(|(name, n)| format!("{n} matrices in {name}"));
+                .map(|(name, n)| format!("{name} for {n}"));
             let counts: Vec<String> = counts.collect();
-            text += &format!("\n{}: {}", format.quantizer, counts.join(", "));
+            let counts = counts.join(", ");
+            text += &format!("\n{}, by number of matrices: {counts}", format.quantizer);
         }
         text
     }
@@ -338,7 +339,7 @@ mod tests {
         let line = text.lines().find(|line| line.contains("q4_0")).unwrap();
         let expected = "merged in gguf:q4_0       1.5000     75.0 %                 87.5 %  b -25.0 %, a 50.0 %";
         assert_eq!(line, expected);
-        let end = "gguf:q4_0: 1 matrices in gguf:f16, 2 matrices in gguf:q4_0";
+        let end = "gguf:q4_0, by number of matrices: gguf:f16 for 1, gguf:q4_0 for 2";
         assert!(text.ends_with(end), "{text}");
         assert_eq!(
             report.to_json()["formats"][0]["modules_kept"]["model.b"],
