@@ -7,6 +7,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::shown;
 use crate::json::{CONFIG_LIMIT, parse, read_object};
 use crate::{AdapterConfig, Error, FolderWriter, Result, Safetensors, Tensor, TensorSpec};
 
@@ -49,7 +50,7 @@ impl Adapter {
         let trained_for = if notes.exists() {
             let text = read_object(&notes, CONFIG_LIMIT)?;
             let notes: Notes = parse(&notes, &text)?;
-            Some(notes.trained_for)
+            Some(shown(&notes.trained_for))
         } else {
             None
         };

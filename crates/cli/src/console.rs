@@ -188,6 +188,20 @@ pub(crate) const MISMATCH: u8 = 4;
 /// A loss or gradient became infinite or not a number.
 pub(crate) const NOT_FINITE: u8 = 6;
 
+/// What was measured, or what went wrong with it: a loss that is no number has an exit code of its own.
+pub(crate) fn finite<T>(found: ::eval::Result<T>, of: &dyn Display) -> anyhow::Result<T> {
+    found.map_err(|problem| {
+        let message = format!("{of}: {problem}");
+        match problem {
+            ::eval::Error::NotFinite { .. } => anyhow::Error::new(WithCode {
+                code: NOT_FINITE,
+                message,
+            }),
+            _ => anyhow::Error::msg(message),
+        }
+    })
+}
+
 /// The exit code of an error: 1 unless it carries its own.
 pub(crate) fn exit_code(error: &anyhow::Error) -> ExitCode {
     error

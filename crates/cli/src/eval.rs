@@ -8,7 +8,7 @@ use anyhow::Context;
 use data::Split;
 use model::Compute;
 
-use crate::console::{Console, NOT_FINITE, Progress, WithCode};
+use crate::console::{Console, Progress, finite};
 use crate::open::{ModelArgs, Opened, open_model};
 
 #[derive(Debug, clap::Args)]
@@ -154,19 +154,9 @@ fn tell(progress: &mut Progress, done: usize, opened: &Opened) {
     progress.update(done as u64, &opened.name);
 }
 
-/// A score, or what went wrong with which file and model. A loss that is no number has an exit code of its own.
+/// A score, or what went wrong with which file and model.
 fn scored<T>(found: ::eval::Result<T>, file: &Path, opened: &Opened) -> anyhow::Result<T> {
-    found.map_err(|problem| {
-        let message = format!("{}: {}: {problem}", opened.name, file.display());
-        match problem {
-            ::eval::Error::NotFinite { .. } => WithCode {
-                code: NOT_FINITE,
-                message,
-            }
-            .into(),
-            _ => anyhow::Error::msg(message),
-        }
-    })
+    finite(found, &format_args!("{}: {}", opened.name, file.display()))
 }
 
 #[cfg(test)]

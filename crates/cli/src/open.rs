@@ -112,11 +112,6 @@ pub(crate) fn open_model(
 /// Says so if an adapter was trained for weights that are rounded after a merge: beside the base it is not what it was.
 pub(crate) fn note_format(adapter: &checkpoint::Adapter, path: &Path, console: &Console) {
     if let Some(format) = &adapter.trained_for {
-        let format: String = format
-            .chars()
-            .filter(|c| !c.is_control())
-            .take(40)
-            .collect();
         console.note(format_args!(
             "{}: trained to be merged and rounded to {format}; see `moeforge survival`",
             path.display()

@@ -11,10 +11,9 @@ use model::export::WeightFormat;
 use model::merge::convert;
 use model::weights::read_config;
 
-use crate::console::Console;
+use crate::console::{Console, finite};
 use crate::merge::Report;
 use crate::open::{find, open_model, open_tokenizer};
-use crate::survival::finite;
 
 /// Writes a model in another number format, shard by shard, and checks the result.
 #[derive(Debug, clap::Args)]
@@ -104,7 +103,7 @@ fn compare(
         progress.update(done as u64, "")
     });
     progress.finish();
-    finite(compared, data)
+    finite(compared, &data.display())
 }
 
 /// Longest sequence that is compared, in tokens: a row of logits per token is held.

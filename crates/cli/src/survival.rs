@@ -1,6 +1,6 @@
 //! `moeforge survival`: what is left of an adapter's effect once it is merged and the weights are rounded.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use ::eval::{SurvivalConfig, SurvivalModels, survival};
@@ -9,7 +9,7 @@ use data::Split;
 use model::Quantizer;
 use model::adapter::AdapterWeights;
 
-use crate::console::{Console, NOT_FINITE, USAGE, WithCode};
+use crate::console::{Console, USAGE, WithCode, finite};
 use crate::open::open_model;
 
 /// Measures what survives of an adapter when it is merged into formats of fewer bits, without writing any.
@@ -76,27 +76,13 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         progress.update_of(done as u64, total as u64)
     });
     progress.finish();
-    let report = finite(found, &file)?;
+    let report = finite(found, &file.display())?;
     if args.json {
         console.result(format_args!("{:#}", report.to_json()));
     } else {
         console.result(report.to_text());
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// A loss that is not finite has an exit code of its own.
-pub(crate) fn finite<T>(found: Result<T, ::eval::Error>, file: &Path) -> anyhow::Result<T> {
-    found.map_err(|error| {
-        let message = format!("`{}`: {error}", file.display());
-        match error {
-            ::eval::Error::NotFinite { .. } => anyhow::Error::new(WithCode {
-                code: NOT_FINITE,
-                message,
-            }),
-            _ => anyhow::Error::msg(message),
-        }
-    })
 }
 
 /// The formats by their names; all where there is none.

@@ -109,7 +109,8 @@ pub fn survival(
     for (number, sample) in samples.iter().enumerate() {
         let with_modules = number < config.module_samples;
         sums.add([models.base, &trained], sample, &mut variants, with_modules);
-        let loss = sums.base_loss + sums.trained_loss;
+        let merged = variants.iter().map(|variant| variant.loss);
+        let loss = sums.base_loss + sums.trained_loss + merged.sum::<f64>();
         if !loss.is_finite() {
             let sample = number;
             return Err(Error::NotFinite { sample, loss });

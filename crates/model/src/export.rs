@@ -46,9 +46,12 @@ pub fn copy_companions(folder: &Path, writer: &mut FolderWriter) -> Result<(), E
     Ok(())
 }
 
-/// A checkpoint's config for weights in another format: not quantized, and with `dtype` (PyTorch's name) under the key
-/// of the dialect it is written in.
-pub fn exported_config(config: &serde_json::Value, dtype: &str) -> serde_json::Value {
+/// A checkpoint's config for weights in another format, which is named under the key of the dialect it is written in.
+pub(crate) fn exported_config(
+    config: &serde_json::Value,
+    format: WeightFormat,
+    fp8: Option<BlockFp8>,
+) -> serde_json::Value {
     let mut config = config.clone();
     if let Some(keys) = config.as_object_mut() {
         keys.shift_remove("quantization_config");
@@ -57,7 +60,10 @@ pub fn exported_config(config: &serde_json::Value, dtype: &str) -> serde_json::V
         } else {
             "torch_dtype"
         };
-        keys.insert(key.into(), dtype.into());
+        keys.insert(key.into(), format.torch_name().into());
+    }
+    if let Some(fp8) = fp8 {
+        config["quantization_config"] = fp8.config();
     }
     config
 }
@@ -83,7 +89,7 @@ impl WeightFormat {
     }
 
     /// The name in `config.json`.
-    pub(crate) fn torch_name(self) -> &'static str {
+    fn torch_name(self) -> &'static str {
         match self {
             Self::F32 => "float32",
             Self::Bf16 | Self::Fp8 => "bfloat16",
@@ -125,10 +131,9 @@ pub fn export(
     writer: &mut FolderWriter,
 ) -> Result<(), Error> {
     let (base, config) = origin;
-    let fp8 = match (format, base) {
-        (WeightFormat::Fp8, Some(base)) => Some(BlockFp8::of(base, &model.config)?),
-        (WeightFormat::Fp8, None) => Some(BlockFp8::new(&model.config)),
-        _ => None,
+    let fp8 = match format {
+        WeightFormat::Fp8 => Some(BlockFp8::of(base, &model.config)?),
+        WeightFormat::F32 | WeightFormat::Bf16 => None,
     };
     let mut tensors = exported_tensors(model, base, (format, fp8))?;
     let total: usize = tensors
@@ -149,10 +154,7 @@ pub fn export(
         writer.add_shard(&name, &specs, |i| Ok(sources[i].bytes()))?;
     }
     writer.write_index()?;
-    let mut config = exported_config(config, format.torch_name());
-    if let Some(fp8) = fp8 {
-        config["quantization_config"] = fp8.config();
-    }
+    let config = exported_config(config, format, fp8);
     Ok(writer.write_json("config.json", &config)?)
 }
 

@@ -86,7 +86,7 @@ fn write(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<MergeReport, Error> {
     let fp8 = match dtype {
-        WeightFormat::Fp8 => Some(BlockFp8::of(base, &config)?),
+        WeightFormat::Fp8 => Some(BlockFp8::of(Some(base), &config)?),
         _ => None,
     };
     let mut merger = Merger {
@@ -117,10 +117,7 @@ fn write(
         }
     }
     writer.write_index()?;
-    let mut config = exported_config(base.config(), dtype.torch_name());
-    if let Some(fp8) = merger.fp8 {
-        config["quantization_config"] = fp8.config();
-    }
+    let config = exported_config(base.config(), dtype, merger.fp8);
     writer.write_json("config.json", &config)?;
     copy_companions(base.path(), &mut writer)?;
     merger.check(&Folder::open(writer.path())?, &mut step)?;

@@ -73,12 +73,18 @@ pub fn fresh(config: &ModelConfig, seed: u64, device: &Device) -> Result<Model, 
 pub fn read_config(folder: &Folder) -> Result<ModelConfig, Error> {
     let mut config = ModelConfig::from_json(folder.config(), &folder.path().join("config.json"))?;
     // A config may be silent about its scales; their dtype is not.
-    if let Some(name) = folder.names().find(|name| is_scale(name))
-        && folder.tensor(name)?.dtype == DType::F8E8M0
-    {
+    if has_e8m0_scales(folder)? {
         config.fp8_scales = fp8::Scales::PowerOfTwo;
     }
     Ok(config)
+}
+
+/// Whether the block scales of a checkpoint are stored as powers of two; not if it has none.
+pub(crate) fn has_e8m0_scales(folder: &Folder) -> Result<bool, Error> {
+    match folder.names().find(|name| is_scale(name)) {
+        Some(name) => Ok(folder.tensor(name)?.dtype == DType::F8E8M0),
+        None => Ok(false),
+    }
 }
 
 /// Reads a weight of any published format.

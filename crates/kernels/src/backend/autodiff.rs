@@ -25,6 +25,24 @@ pub(crate) struct ExpertsSaved<B: Kernels> {
     pub(crate) up: Arc<Kept<FloatTensor<B>>>,
 }
 
+impl<B: Gradients> ExpertsSaved<B> {
+    /// Keeps the input, which has a node, and the products of gate and up.
+    fn new(
+        (node, x): (NodeId, FloatTensor<B>),
+        routing: RoutingPrimitive<B>,
+        products: [FloatTensor<B>; 2],
+        compute: Compute,
+    ) -> Self {
+        let [gate, up] = products.map(|product| Arc::new(B::keep(product, compute)));
+        Self {
+            x: shared(node, compute, || B::keep(x, compute)),
+            routing,
+            gate,
+            up,
+        }
+    }
+}
+
 /// What the loss of a batch was made from, for its gradient.
 #[derive(Clone, Debug)]
 pub(crate) struct LossSaved<F, I> {
@@ -378,12 +396,8 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         );
         let y = match ExpertsFrozen.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(op) => {
-                let saved = ExpertsSaved {
-                    x: shared(id, compute, || B::keep(x, compute)),
-                    routing,
-                    gate: Arc::new(B::keep(gate.clone(), compute)),
-                    up: Arc::new(B::keep(up.clone(), compute)),
-                };
+                let products = [gate.clone(), up.clone()];
+                let saved = ExpertsSaved::new((id, x), routing, products, compute);
                 op.finish((saved, factors, bank, lora, compute), y)
             }
             OpsKind::UnTracked(op) => op.finish(y),
@@ -413,12 +427,8 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
             .stateful()
         {
             OpsKind::Tracked(op) => {
-                let saved = ExpertsSaved {
-                    x: shared(id, compute, || B::keep(x, compute)),
-                    routing,
-                    gate: Arc::new(B::keep(gate.clone(), compute)),
-                    up: Arc::new(B::keep(up.clone(), compute)),
-                };
+                let products = [gate.clone(), up.clone()];
+                let saved = ExpertsSaved::new((id, x), routing, products, compute);
                 op.finish((saved, stacks, compute), y)
             }
             OpsKind::UnTracked(op) => op.finish(y),

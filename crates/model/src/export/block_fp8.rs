@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::weights::{is_scale, scale_key};
+use crate::weights::{has_e8m0_scales, scale_key};
 
 /// How a checkpoint's FP8 weights are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,29 +20,18 @@ pub(crate) struct BlockFp8 {
 }
 
 impl BlockFp8 {
-    /// DeepSeek V3's way.
-    pub(crate) fn new(config: &ModelConfig) -> Self {
-        Self {
-            block: config.fp8_block,
-            scales: config.fp8_scales,
-            scale_dtype: DType::F32,
-        }
-    }
-
     /// The way of `base` where it has FP8 weights, DeepSeek V3's where it has none. Fresh scales are powers of two or f32:
     /// rounded to bf16 they would not be those that the codes were made with.
     ///
     /// # Errors
     /// If a scale of the base cannot be read.
-    pub(crate) fn of(base: &Folder, config: &ModelConfig) -> Result<Self, Error> {
-        let mut own = Self::new(config);
-        let scale = base.names().find(|name| is_scale(name));
-        if let Some(name) = scale
-            && base.tensor(name)?.dtype == DType::F8E8M0
-        {
-            own.scale_dtype = DType::F8E8M0;
-        }
-        Ok(own)
+    pub(crate) fn of(base: Option<&Folder>, config: &ModelConfig) -> Result<Self, Error> {
+        let is_e8m0 = base.map_or(Ok(false), has_e8m0_scales)?;
+        Ok(Self {
+            block: config.fp8_block,
+            scales: config.fp8_scales,
+            scale_dtype: if is_e8m0 { DType::F8E8M0 } else { DType::F32 },
+        })
     }
 
     /// The codes and the scales of a weight.

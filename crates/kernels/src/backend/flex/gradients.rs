@@ -195,8 +195,10 @@ impl Gradients for Flex {
         let (values, dy) = (FactorValues::new(factors), Floats::new(&dy));
         let experts = frozen_experts(bank, &values, lora, compute);
         let mut kept = SavedValues::new(&saved);
-        // The factors' inputs are those that the forward pass multiplied.
-        kept.x = Floats::rounded(kept.x.tensor(), compute);
+        // The factors' inputs are those that the forward pass multiplied; what is remade was not rounded yet.
+        if wanted && matches!(saved.x.form(), Form::Norm(..) | Form::Swiglu(_)) {
+            kept.x = Floats::rounded(kept.x.tensor(), compute);
+        }
         let grads = experts::backward_inputs(experts, kept.routing.slots(), kept.saved(), &dy);
         let factors = wanted.then(|| {
             let grads =
