@@ -8,12 +8,12 @@ use rayon::prelude::*;
 
 use super::attention::{shape_apart, shape_together};
 use super::experts::{FactorValues, RoutingValues, StackValues, frozen_experts};
-use super::loss::TrainedTokens;
+use super::loss::{TrainedTokens, loss_with_gradients};
 use super::products::{folded, nn, nt, trained};
 use super::turn;
-use super::values::{ELEMENTS, Floats, ROUNDED_ROWS, floats, int_values};
+use super::values::{ELEMENTS, Floats, ROUNDED_ROWS, floats, int_values, owned};
 use crate::attention::{self, ContextGrads};
-use crate::backend::autodiff::{ExpertsSaved, Gradients, LossSaved};
+use crate::backend::gradients::{ExpertsSaved, Gradients, LossSaved};
 use crate::backend::kept::{Form, Kept};
 use crate::backend::ops::{FactorsPrimitive, Merge, StacksPrimitive};
 use crate::cross_entropy::{self, Row};
@@ -227,6 +227,26 @@ impl Gradients for Flex {
             kept.input_grads(grads),
             stacks.map(|grad| floats(grad, shapes.next().unwrap_or_default())),
         )
+    }
+
+    fn cross_entropy_with_gradients(
+        h: FlexTensor,
+        targets: FlexTensor,
+        w: &Matrix,
+        compute: Compute,
+    ) -> [FlexTensor; 3] {
+        loss_with_gradients(&h, Weights::frozen(w, compute), &targets, compute)
+    }
+
+    fn scaled_rows(x: FlexTensor, factors: FlexTensor) -> FlexTensor {
+        let mut x = owned(x);
+        let factors = Floats::new(&factors);
+        let width = x.layout().num_elements() / factors.len().max(1);
+        x.storage_mut::<f32>()
+            .par_chunks_mut(width.max(1))
+            .zip(factors.par_iter())
+            .for_each(|(row, factor)| row.iter_mut().for_each(|x| *x *= factor));
+        x
     }
 
     fn cross_entropy_frozen_grads(
