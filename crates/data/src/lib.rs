@@ -43,6 +43,7 @@ pub use decode_stream::DecodeStream;
 pub use error::{Error, Result};
 pub use ids::read_ids;
 pub use order::{Order, Shuffle};
+pub use row::Pair;
 pub use sample::Sample;
-pub use split::{Counts, Split};
+pub use split::{Counts, Pairs, Split};
 pub use tokenizer::{Bos, Special, Tokenizer};

@@ -402,4 +402,5 @@ fn join(all: &mut Split, more: Split) {
     a.truncated_rows += b.truncated_rows;
     a.untrained_samples += b.untrained_samples;
     all.samples.extend::<Vec<Sample>>(more.samples);
+    all.ignored_keys.extend(more.ignored_keys);
 }
