@@ -136,6 +136,13 @@ impl ChatTemplate {
         let template = self.environment.get_template(NAME);
         template.is_ok_and(|template| template.source().contains(text))
     }
+
+    /// The template and the tokens it may name: what renderings depend on.
+    pub(crate) fn identity(&self) -> String {
+        let template = self.environment.get_template(NAME);
+        let source = template.map(|template| template.source().to_owned());
+        format!("{source:?} {:?}", self.special_tokens)
+    }
 }
 
 /// The messages with the arguments of every tool call as JSON text, if any are objects: DeepSeek's

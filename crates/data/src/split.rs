@@ -1,11 +1,11 @@
 //! A whole JSON-lines file as samples.
 
 use crate::error::{Error, Result};
-use crate::file::{parse_line, read_lines};
-use crate::row::{Limits, Pair, Row};
+use crate::reader::{Reader, Wanted, note_ignored};
+use crate::row::Pair;
 use crate::sample::Sample;
 use crate::tokenizer::Tokenizer;
-use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -75,31 +75,9 @@ impl Pairs {
     }
 }
 
-/// What a caller can use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wanted {
-    Samples,
-    Pairs,
-}
-
-impl Wanted {
-    fn check(self, row: &Row) -> Result<()> {
-        match (self, row) {
-            (Self::Samples, Row::Pair(_)) => Err(Error::schema(
-                "a row to learn from alone",
-                "a preference row {chosen, rejected}, which needs a method that compares answers",
-            )),
-            (Self::Pairs, row) if !matches!(row, Row::Pair(_)) => Err(Error::schema(
-                "a preference row {chosen, rejected, prompt?}",
-                "another kind of row",
-            )),
-            _ => Ok(()),
-        }
-    }
-}
-
 /// What a file holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Counts {
     /// Rows, blank lines not counted.
     pub rows: usize,
@@ -160,56 +138,50 @@ impl Split {
         vocab_size: usize,
         wanted: Wanted,
     ) -> Result<Self> {
-        if max_length < 2 {
-            return Err(Error::MaxLength(max_length));
-        }
-        // Batches hold ids as `i32`.
-        let limits = Limits {
-            max_length,
-            vocab_size: vocab_size.min(i32::MAX as usize),
+        let reader = Reader::new(tokenizer, max_length, vocab_size, wanted)?;
+        let mut split = Self {
+            samples: Vec::new(),
+            counts: Counts::default(),
+            ignored_keys: BTreeSet::new(),
         };
-        let lines = read_lines(path)?;
-        let read = |(number, line): &(usize, String)| {
-            let samples = || {
-                let (row, ignored) = Row::parse(parse_line(line)?)?;
-                wanted.check(&row)?;
-                Ok((row.samples(tokenizer, limits)?, ignored))
-            };
-            samples().map_err(|problem: Error| problem.at(path, *number))
-        };
-        // Collected before errors are looked at, so that the first in the file is the one reported.
-        let rows: Vec<Result<(Vec<Sample>, Vec<String>)>> = lines.par_iter().map(read).collect();
-        let rows = rows.into_iter().collect::<Result<Vec<_>>>()?;
-        let (rows, ignored): (Vec<_>, Vec<_>) = rows.into_iter().unzip();
-
-        let counts = Counts::of(&rows);
-        if counts.trained_tokens == 0 {
+        reader.read(path, |row| {
+            split.counts.add_row(&row.samples);
+            split.samples.extend(row.samples);
+            note_ignored(&mut split.ignored_keys, row.ignored);
+            Ok(())
+        })?;
+        if split.counts.trained_tokens == 0 {
             return Err(Error::NothingTrained {
                 path: path.to_path_buf(),
-                rows: counts.rows,
+                rows: split.counts.rows,
             });
         }
-        Ok(Self {
-            samples: rows.into_iter().flatten().collect(),
-            counts,
-            ignored_keys: ignored.into_iter().flatten().collect(),
-        })
+        Ok(split)
     }
 }
 
 impl Counts {
-    fn of(rows: &[Vec<Sample>]) -> Self {
-        let samples = || rows.iter().flatten();
-        Self {
-            rows: rows.len(),
-            tokens: samples().map(|sample| sample.ids.len()).sum(),
-            trained_tokens: samples().map(Sample::trained_tokens).sum(),
-            trained_bytes: samples().map(|sample| sample.trained_bytes).sum(),
-            truncated_rows: samples().filter(|sample| sample.truncated).count(),
-            untrained_samples: samples()
-                .filter(|sample| sample.trained_tokens() == 0)
-                .count(),
-        }
+    /// Counts one more row.
+    pub(crate) fn add_row(&mut self, samples: &[Sample]) {
+        let count = |holds: fn(&&Sample) -> bool| samples.iter().filter(holds).count();
+        self.add(Self {
+            rows: 1,
+            tokens: samples.iter().map(|sample| sample.ids.len()).sum(),
+            trained_tokens: samples.iter().map(Sample::trained_tokens).sum(),
+            trained_bytes: samples.iter().map(|sample| sample.trained_bytes).sum(),
+            truncated_rows: count(|sample| sample.truncated),
+            untrained_samples: count(|sample| sample.trained_tokens() == 0),
+        });
+    }
+
+    /// Adds what another file holds.
+    pub(crate) fn add(&mut self, more: Self) {
+        self.rows += more.rows;
+        self.tokens += more.tokens;
+        self.trained_tokens += more.trained_tokens;
+        self.trained_bytes += more.trained_bytes;
+        self.truncated_rows += more.truncated_rows;
+        self.untrained_samples += more.untrained_samples;
     }
 }
 

@@ -38,6 +38,9 @@ const END_OF_THOUGHT: &str = "</think>";
 /// A text, and the ranges of it that are trained.
 pub(crate) type MarkedText = (String, Vec<Range<usize>>);
 
+/// Messages by number, and where in the text each is.
+type Turns = Vec<(usize, Range<usize>)>;
+
 /// A conversation to render.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Conversation<'a> {
@@ -56,7 +59,7 @@ impl Conversation<'_> {
         let (mut kept, mut apart) = (Vec::new(), Vec::new());
         for (index, turn) in turns {
             let message = &self.messages[index];
-            if message["weight"] == 0 {
+            if message["weight"].as_f64() == Some(0.0) {
                 continue;
             }
             match thought(message).filter(|thought| !whole[turn.clone()].contains(thought)) {
@@ -109,9 +112,9 @@ impl Conversation<'_> {
 
     /// The text of the conversation, and the ranges of it that the assistant says in the messages
     /// from number `first` on, with the number of each.
-    fn assistant_turns(&self, first: usize) -> Result<(String, Vec<(usize, Range<usize>)>)> {
+    fn assistant_turns(&self, first: usize) -> Result<(String, Turns)> {
         let whole = self.render(self.messages, GenerationPrompt::Omit)?;
-        let mut turns: Vec<(usize, Range<usize>)> = Vec::new();
+        let mut turns = Turns::new();
         for (index, message) in self.messages.iter().enumerate().skip(first) {
             if message["role"] != "assistant" {
                 continue;
@@ -273,6 +276,19 @@ mod tests {
         let plain = "{% for m in messages %}{{ m.role }}: {{ m.content|trim }}\n{% endfor %}\
             {% if add_generation_prompt %}assistant:{% endif %}";
         check(plain, &chat, &[" B\n", " \n"]);
+    }
+
+    #[test]
+    fn a_space_that_the_model_has_to_write_is_part_of_its_turn() {
+        // V2's way: the prompt ends with the colon.
+        let v2 = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}\n\n\
+            {% else %}Assistant: {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}\
+            {% if add_generation_prompt %}Assistant:{% endif %}";
+        let chat = json!([
+            {"role": "user", "content": "A"}, {"role": "assistant", "content": "B"},
+            {"role": "user", "content": "C"}, {"role": "assistant", "content": "D"}]);
+        let expected = "<s>User: A\n\nAssistant: B</s>User: C\n\nAssistant: D</s>";
+        check_texts(v2, &chat, &[(" B</s>| D</s>", expected)]);
     }
 
     fn thinking_chat() -> Value {
