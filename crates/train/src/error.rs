@@ -195,6 +195,16 @@ pub enum Error {
         path: PathBuf,
     },
 
+    /// A checkpoint was made with other training rows.
+    #[error(
+        "`{}`: made with other training rows, another tokenizer or another chat template than there are now; start a new run",
+        path.display()
+    )]
+    OtherData {
+        /// The checkpoint.
+        path: PathBuf,
+    },
+
     /// A loss or gradient is infinite or not a number.
     #[error(
         "step {step}: loss {loss}, gradient norm {norm}; first not finite: {first}; the last checkpoint is intact"

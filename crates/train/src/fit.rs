@@ -12,6 +12,7 @@ use model::{Model, Observe, Parameter, Pass};
 use serde::Serialize;
 
 use crate::balance::{self, Valid};
+use crate::dataset::segments;
 use crate::loss_scale::LossScale;
 use crate::optimizer::Accumulated;
 use crate::run_dir::RunDir;
@@ -117,7 +118,7 @@ impl Session {
     /// One update.
     fn step(&mut self, total: u64, watch: &mut dyn FnMut(&Event)) -> Result<StepReport> {
         let started = Instant::now();
-        let batches = self.next_batches();
+        let batches = self.next_batches()?;
         let trained_tokens: usize = batches.iter().map(|batch| batch.trained_tokens).sum();
         let (sums, norm) = self.finite_sums(&batches, trained_tokens, watch)?;
         let (step, scale) = (self.state.step + 1, self.loss_scale());
@@ -206,19 +207,11 @@ impl Session {
         self.state.loss_scale.map(LossScale::factor)
     }
 
-    fn next_batches(&mut self) -> Vec<Batch> {
+    fn next_batches(&mut self) -> Result<Vec<Batch>> {
         let train = &self.recipe.train;
         let numbers = self.state.micro_step..self.state.micro_step + train.accumulate as u64;
-        let mut batch = |number| {
-            let samples: Vec<_> = self
-                .order
-                .batch(number, train.batch_size)
-                .into_iter()
-                .map(|i| &self.train.samples[i])
-                .collect();
-            collate(&samples, self.pad_id)
-        };
-        numbers.map(&mut batch).collect()
+        let batches = numbers.map(|number| self.train.batch(number, self.pad_id));
+        batches.collect()
     }
 
     /// Forward and backward of one micro-batch.
@@ -247,7 +240,11 @@ impl Session {
         let mut total = sum * share as f32;
         let mut balance_sum = 0.0;
         if watches {
-            let valid = Valid::new(&batch.lengths, batch.cols, &self.device);
+            let valid = Valid::new(&batch.lengths, batch.cols, &self.device).of_sequences(
+                &batch.starts,
+                &batch.lengths,
+                &self.device,
+            );
             for record in &pass.routing {
                 add_load(loads, record.layer_idx, balance::load(record, &valid));
                 if train.balance_loss > 0.0 {
@@ -280,7 +277,10 @@ impl Session {
         let eval = &self.recipe.eval;
         let (mut sum, mut tokens) = (0.0, 0);
         let limit = eval.max_batches.map_or(usize::MAX, |max| max as usize);
-        for samples in valid.samples.chunks(eval.batch_size).take(limit) {
+        let indices: Vec<usize> = (0..valid.len()).collect();
+        for indices in indices.chunks(eval.batch_size).take(limit) {
+            let samples = indices.iter().map(|&index| valid.sample(index));
+            let samples = samples.collect::<data::Result<Vec<_>>>()?;
             let batch = collate(&samples.iter().collect::<Vec<_>>(), self.pad_id);
             let losses = losses(&model, &batch, &mut Pass::new(self.compute()), &device);
             sum += f64::from(losses.sum().into_scalar::<f32>());
@@ -373,6 +373,7 @@ pub(crate) fn losses(
             device,
         )
     };
+    pass.segments = segments(batch);
     let hidden = model.hidden(tensor(&batch.input_ids), pass);
     model.loss(hidden, tensor(&batch.targets), pass)
 }

@@ -35,6 +35,8 @@ pub struct State {
     pub loss_scale: Option<LossScale>,
     /// [`Recipe::hash`](crate::Recipe::hash) of the run's recipe.
     pub recipe_hash: String,
+    /// [`data::Corpus::identity`] of the run's training rows.
+    pub data_hash: String,
 }
 
 impl State {
@@ -171,6 +173,7 @@ mod tests {
                 clean_steps: 3,
             }),
             recipe_hash: "0123456789abcdef".to_owned(),
+            data_hash: "fedcba9876543210".to_owned(),
         }
     }
 

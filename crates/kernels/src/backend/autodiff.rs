@@ -15,7 +15,7 @@ use crate::adamw::AdamWStep;
 use crate::backend::gradients::{ExpertsSaved, Gradients, LossSaved};
 use crate::backend::kept::{Form, Kept, remember, shared};
 use crate::backend::ops::{FactorsPrimitive, HeadRows, Kernels, RoutingPrimitive, StacksPrimitive};
-use crate::{Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Merge, Pairs};
+use crate::{Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Merge, Pairs, Segments};
 
 /// The loss against a frozen head without a low-rank update, whose gradient is made with it; and the log-sum-exps.
 fn cross_entropy_plain<B: Gradients, C: CheckpointStrategy>(
@@ -210,12 +210,17 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         scale: f32,
+        segments: Segments,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let nodes = [q.node(), k.node(), v.node()];
         let (q, k, v) = (q.into_primitive(), k.into_primitive(), v.into_primitive());
-        let (out, lse) = B::causal_attention(q.clone(), k.clone(), v.clone(), scale);
+        let (out, lse) =
+            B::causal_attention(q.clone(), k.clone(), v.clone(), scale, segments.clone());
         let out = match Attention.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(op) => op.finish(([q, k, v, out.clone(), lse.clone()], scale), out),
+            OpsKind::Tracked(op) => {
+                let saved = [q, k, v, out.clone(), lse.clone()];
+                op.finish((saved, scale, segments), out)
+            }
             OpsKind::UnTracked(op) => op.finish(out),
         };
         (out, Self::from_inner(lse))
@@ -227,17 +232,19 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         latents: FloatTensor<Self>,
         v_dim: usize,
         scale: f32,
+        segments: Segments,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let nodes = [q.node(), kv.node(), latents.node()];
         let (q, kv) = (q.into_primitive(), kv.into_primitive());
         let latents = latents.into_primitive();
+        let inputs = (q.clone(), kv.clone(), latents.clone());
         let (out, lse) =
-            B::expanded_attention(q.clone(), kv.clone(), latents.clone(), v_dim, scale);
+            B::expanded_attention(inputs.0, inputs.1, inputs.2, v_dim, scale, segments.clone());
         let op = ExpandedAttention.prepare::<C>(nodes).compute_bound();
         let out = match op.stateful() {
             OpsKind::Tracked(op) => {
                 let saved = [q, kv, latents, out.clone(), lse.clone()];
-                op.finish((saved, v_dim, scale), out)
+                op.finish((saved, v_dim, scale, segments), out)
             }
             OpsKind::UnTracked(op) => op.finish(out),
         };
@@ -588,18 +595,19 @@ gradient!(Drop, 1, Dropout, |dy, parents, dropout, grads| {
 gradient!(
     Attention,
     3,
-    ([FloatTensor<B>; 5], f32),
-    |dy, parents, (saved, scale), grads| {
-        register::<B>(grads, parents, B::attention_grads(dy, saved, scale));
+    ([FloatTensor<B>; 5], f32, Segments),
+    |dy, parents, (saved, scale, segments), grads| {
+        let values = B::attention_grads(dy, saved, scale, &segments);
+        register::<B>(grads, parents, values);
     }
 );
 
 gradient!(
     ExpandedAttention,
     3,
-    ([FloatTensor<B>; 5], usize, f32),
-    |dy, parents, (saved, v_dim, scale), grads| {
-        let values = B::expanded_attention_grads(dy, saved, v_dim, scale);
+    ([FloatTensor<B>; 5], usize, f32, Segments),
+    |dy, parents, (saved, v_dim, scale, segments), grads| {
+        let values = B::expanded_attention_grads(dy, saved, v_dim, scale, &segments);
         register::<B>(grads, parents, values);
     }
 );

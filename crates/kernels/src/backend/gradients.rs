@@ -7,7 +7,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 
 use crate::backend::kept::{Kept, shared};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
-use crate::{Compute, ExpertBank, ExpertLora, Matrix, Merge, Pairs};
+use crate::{Compute, ExpertBank, ExpertLora, Matrix, Merge, Pairs, Segments};
 
 /// What the operations on experts keep for their gradients.
 #[derive(Clone, Debug)]
@@ -89,6 +89,7 @@ pub(crate) trait Gradients: Kernels {
         dout: FloatTensor<Self>,
         saved: [FloatTensor<Self>; 5],
         scale: f32,
+        segments: &Segments,
     ) -> [FloatTensor<Self>; 3];
     /// `saved` is q, the keys and values, the latents, the output and the log-sum-exp.
     fn expanded_attention_grads(
@@ -96,6 +97,7 @@ pub(crate) trait Gradients: Kernels {
         saved: [FloatTensor<Self>; 5],
         v_dim: usize,
         scale: f32,
+        segments: &Segments,
     ) -> [FloatTensor<Self>; 3];
     /// Gradients of x and the routing weights, and of the six factors if they are wanted.
     fn experts_frozen_grads(
