@@ -48,8 +48,9 @@ pub use self::fit::{Event, StepReport};
 pub use self::loss_scale::LossScale;
 pub use self::metrics::Metrics;
 pub use self::recipe::{
-    Compute, DataSection, EvalSection, ExportDType, LoraSection, Method, ModelSection, Moments,
-    OptimizerSection, PrecisionSection, Recipe, ScheduleKind, ScheduleSection, TrainSection,
+    Compute, DataSection, EvalSection, ExpertsShare, ExportDType, LoraSection, Method,
+    ModelSection, Moments, OptimizerSection, PrecisionSection, Recipe, ScheduleKind,
+    ScheduleSection, TrainSection,
 };
 pub use self::run_dir::RunDir;
 pub use self::schedule::Schedule;

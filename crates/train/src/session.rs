@@ -8,14 +8,14 @@ use checkpoint::{Adapter, DType, Folder, TensorSpec};
 use data::{Corpus, Reading, Tokenizer, Wanted};
 use kernels::Quantizer;
 use kernels::fp8::Scales;
-use model::lora::{self, Adapted, LoraConfig, Scaling};
+use model::lora::{self, Adapted, LoraConfig, Scaling, Share};
 use model::precision::Policy;
 use model::{AdapterWeights, Model, ModelConfig, Training, weights};
 
 use crate::dataset::{self, Dataset};
 use crate::loss_scale::{LARGEST_EXPONENT, LossScale};
 use crate::optimizer::AdamW;
-use crate::recipe::{Compute, Method, Recipe};
+use crate::recipe::{Compute, ExpertsShare, Method, Recipe, RouterTraining};
 use crate::run_dir::RunDir;
 use crate::state::{State, read_optimizer};
 use crate::{Error, Result};
@@ -43,6 +43,8 @@ pub struct Session {
     pub(crate) base: Base,
     /// How the adapter's alphas become scales.
     pub(crate) scaling: Scaling,
+    /// Which factors the experts of a layer share.
+    pub(crate) share: Option<Share>,
     pub(crate) pad_id: u32,
 }
 
@@ -100,7 +102,10 @@ impl Session {
         let resolve = surroundings.resolve;
         let device = Device::flex().autodiff();
         let (mut model, base) = open_model(&recipe, resolve, &device)?;
-        let (adapted, scaling) = adapt(&recipe, &mut model, &device)?;
+        let (adapted, scaling, share) = adapt(&recipe, &mut model, &device)?;
+        if model.parameters().is_empty() {
+            return Err(Error::NothingTrained);
+        }
         let quantizer = quantizer_of(&recipe)?;
         let mut formats = BTreeMap::new();
         if let Some(quantizer) = quantizer {
@@ -122,7 +127,7 @@ impl Session {
         let train = Dataset::open(&recipe, reading)?;
         let valid = dataset::validation(&recipe, reading)?;
         Ok(Self {
-            optimizer: AdamW::new(&recipe.optimizer, recipe.train.seed),
+            optimizer: AdamW::new(&recipe),
             state: State {
                 step: 0,
                 micro_step: 0,
@@ -147,6 +152,7 @@ impl Session {
             device,
             base,
             scaling,
+            share,
         })
     }
 
@@ -294,7 +300,12 @@ fn quantizer_of(recipe: &Recipe) -> Result<Option<Quantizer>> {
         return Ok(recipe.lora.quantizer);
     };
     let adapter = Adapter::open(folder)?;
-    let parsed = adapter.trained_for.as_deref().map(str::parse).transpose();
+    let parsed = adapter
+        .notes
+        .trained_for
+        .as_deref()
+        .map(str::parse)
+        .transpose();
     parsed.map_err(|cause| Error::TrainedFor {
         path: folder.clone(),
         cause,
@@ -302,15 +313,21 @@ fn quantizer_of(recipe: &Recipe) -> Result<Option<Quantizer>> {
 }
 
 /// Puts the recipe's low-rank updates on the model: fresh ones, or those of an adapter.
-fn adapt(recipe: &Recipe, model: &mut Model, device: &Device) -> Result<(Vec<Adapted>, Scaling)> {
-    let plain = lora_config(recipe).scaling;
+fn adapt(
+    recipe: &Recipe,
+    model: &mut Model,
+    device: &Device,
+) -> Result<(Vec<Adapted>, Scaling, Option<Share>)> {
+    let config = lora_config(recipe);
+    let (scaling, share) = (config.scaling, config.experts_share);
     match (recipe.train.method, &recipe.model.adapter) {
-        (Method::Full, _) => Ok((vec![], plain)),
-        (Method::Lora, None) => Ok((lora::attach(model, &lora_config(recipe), device)?, plain)),
+        (Method::Full, _) => Ok((vec![], scaling, None)),
+        (Method::Lora, None) => Ok((lora::attach(model, &config, device)?, scaling, share)),
         (Method::Lora, Some(folder)) => {
             let adapter = AdapterWeights::read(&Adapter::open(folder)?, &model.config)?
                 .with_dropout(recipe.lora.dropout as f32)?;
-            Ok((adapter.attach(model, device)?, adapter.scaling()))
+            let adapted = adapter.attach(model, device)?;
+            Ok((adapted, adapter.scaling(), adapter.share()))
         }
     }
 }
@@ -322,12 +339,7 @@ fn open_model(
 ) -> Result<(Model, Base)> {
     if let Some(path) = &recipe.model.path {
         let folder = Folder::open(&resolve(path)?)?;
-        let training = if recipe.train.method == Method::Full {
-            Training::Full
-        } else {
-            Training::Frozen
-        };
-        let model = weights::load(&folder, training, device)?;
+        let model = weights::load(&folder, recipe.training(), device)?;
         let tokenizer = recipe
             .model
             .tokenizer
@@ -367,9 +379,12 @@ fn open_model(
 /// The adapter a recipe asks for.
 fn lora_config(recipe: &Recipe) -> LoraConfig {
     let lora = &recipe.lora;
+    let router = |wanted| (recipe.train.router == Some(wanted)).then(|| ROUTER.to_owned());
+    let with =
+        |patterns: &[String], more: Option<String>| patterns.iter().cloned().chain(more).collect();
     LoraConfig {
-        target: lora.target.clone(),
-        exclude: lora.exclude.clone(),
+        target: with(&lora.target, router(RouterTraining::Trainable)),
+        exclude: with(&lora.exclude, router(RouterTraining::Frozen)),
         rank: lora.rank,
         alpha: lora.alpha,
         scaling: if lora.use_rslora {
@@ -389,5 +404,43 @@ fn lora_config(recipe: &Recipe) -> LoraConfig {
             .collect(),
         dropout: lora.dropout as f32,
         seed: recipe.train.seed,
+        use_dora: lora.use_dora,
+        experts_share: lora.experts_share.map(|share| match share {
+            ExpertsShare::A => Share::A,
+            ExpertsShare::B => Share::B,
+            ExpertsShare::Outer => Share::Outer,
+        }),
+    }
+}
+
+/// The routers' weights, as a pattern.
+const ROUTER: &str = "mlp.gate";
+
+impl Recipe {
+    /// Which of the model's own weights change.
+    fn training(&self) -> Training {
+        let train = &self.train;
+        if train.method == Method::Lora {
+            return Training::Frozen;
+        }
+        let (mut patterns, mut but) = (train.unfrozen_parameters.clone(), vec![]);
+        let all = patterns.is_empty();
+        if all {
+            patterns.push("*".into());
+        }
+        match train.router {
+            Some(RouterTraining::Frozen | RouterTraining::BiasOnly) => but.push(ROUTER.into()),
+            Some(RouterTraining::Trainable) if !all => patterns.push(ROUTER.into()),
+            _ => {}
+        }
+        if all && but.is_empty() {
+            return Training::Full;
+        }
+        Training::Chosen(patterns, but)
+    }
+
+    /// Whether weights are trained and some are not.
+    pub(crate) fn is_partial(&self) -> bool {
+        matches!(self.training(), Training::Chosen(..))
     }
 }
