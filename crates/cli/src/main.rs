@@ -3,6 +3,7 @@
 mod console;
 mod data_check;
 mod eval;
+mod experts;
 mod generate;
 mod inspect;
 mod logits;
@@ -49,6 +50,8 @@ enum Verb {
     Train(train::Args),
     /// Measure: loss, perplexity, bits per byte, multiple choice; several models side by side.
     Eval(eval::Args),
+    /// Measure which experts a task uses, and write the part of a recipe that trains those.
+    Experts(experts::Args),
     /// Write the logits of given token ids, for comparing implementations.
     Logits(logits::Args),
     /// Continue a prompt.
@@ -93,6 +96,7 @@ fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
         Verb::Data(data_check::Data::Check(args)) => data_check::run(&args, console),
         Verb::Train(args) => train::run(&args, console),
         Verb::Eval(args) => eval::run(&args, console),
+        Verb::Experts(args) => experts::run(&args, console),
         Verb::Logits(args) => logits::run(&args, console),
         Verb::Generate(args) => generate::run(&args, console),
         Verb::Merge(args) => merge::run(&args, console),
