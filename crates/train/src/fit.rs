@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::balance::{self, Valid};
 use crate::dataset::segments;
+use crate::dpo::{self, Rewards};
 use crate::loss_scale::LossScale;
 use crate::optimizer::Accumulated;
 use crate::run_dir::RunDir;
@@ -53,8 +54,11 @@ pub struct StepReport {
     /// Its number, from 1.
     #[serde(skip)]
     pub step: u64,
-    /// Mean nats per trained token, over the step.
+    /// Mean nats per trained token, or per pair, over the step.
     pub loss: f64,
+    /// Means over the step's pairs, if preferences are learned.
+    #[serde(flatten)]
+    pub rewards: Option<Rewards>,
     /// The learning rate.
     pub learning_rate: f64,
     /// Norm of the gradient before clipping.
@@ -120,7 +124,8 @@ impl Session {
         let started = Instant::now();
         let batches = self.next_batches()?;
         let trained_tokens: usize = batches.iter().map(|batch| batch.trained_tokens).sum();
-        let (sums, norm) = self.finite_sums(&batches, trained_tokens, watch)?;
+        let counted: usize = batches.iter().map(|batch| self.counted(batch)).sum();
+        let (sums, norm) = self.finite_sums(&batches, counted, watch)?;
         let (step, scale) = (self.state.step + 1, self.loss_scale());
         let rate = Schedule::new(self.recipe.optimizer.learning_rate, &self.recipe.schedule)
             .rate(self.state.step, total);
@@ -140,7 +145,8 @@ impl Session {
         self.state.trained_tokens += trained_tokens as u64;
         Ok(StepReport {
             step,
-            loss: sums.loss / trained_tokens.max(1) as f64,
+            loss: sums.loss / counted.max(1) as f64,
+            rewards: sums.rewards.map(|rewards| rewards.mean(counted)),
             learning_rate: rate,
             grad_norm: norm,
             tokens: batches.iter().flat_map(|batch| &batch.lengths).sum(),
@@ -157,12 +163,12 @@ impl Session {
     fn finite_sums(
         &mut self,
         batches: &[Batch],
-        trained_tokens: usize,
+        counted: usize,
         watch: &mut dyn FnMut(&Event),
     ) -> Result<(Sums, f64)> {
         loop {
             let scale = self.loss_scale();
-            let sums = self.sums(batches, scale.unwrap_or(1.0) / trained_tokens.max(1) as f64);
+            let sums = self.sums(batches, scale.unwrap_or(1.0) / counted.max(1) as f64);
             let norm = sums.gradients.norm() / scale.unwrap_or(1.0);
             if sums.loss.is_finite() && norm.is_finite() {
                 return Ok((sums, norm));
@@ -180,7 +186,7 @@ impl Session {
                 _ => {
                     return Err(Error::NotFinite {
                         step,
-                        loss: sums.loss / trained_tokens.max(1) as f64,
+                        loss: sums.loss / counted.max(1) as f64,
                         norm,
                         first: self.first_not_finite(batches, &sums.gradients),
                     });
@@ -198,6 +204,9 @@ impl Session {
             sums.gradients.add(micro.gradients);
             sums.loss += micro.loss;
             sums.balance += micro.balance;
+            if let Some(rewards) = micro.rewards {
+                sums.rewards.get_or_insert_default().add(rewards);
+            }
         }
         sums
     }
@@ -235,6 +244,7 @@ impl Session {
             ..Pass::new(self.compute())
         };
         let losses = losses(&self.model, batch, &mut pass, &self.device);
+        let (losses, rewards) = self.compared(losses, batch);
         let sum = losses.sum();
         let loss = f64::from(sum.clone().inner().into_scalar::<f32>());
         let mut total = sum * share as f32;
@@ -260,6 +270,32 @@ impl Session {
             gradients: self.model.gradients(&mut gradients),
             loss,
             balance: balance_sum,
+            rewards,
+        }
+    }
+
+    /// The losses that are learned from, and the sum of what the answers earn if preferences are.
+    fn compared(&self, losses: Tensor<1>, batch: &Batch) -> (Tensor<1>, Option<Rewards>) {
+        let Some(reference) = &self.reference else {
+            return (losses, None);
+        };
+        let device = self.device.clone().inner();
+        let before = self::losses(reference, batch, &mut Pass::new(self.compute()), &device);
+        let [policy, before] =
+            [losses, before].map(|losses| dpo::log_probabilities(losses, batch.rows));
+        let before = match policy.device().is_autodiff() {
+            true => Tensor::from_inner(before),
+            false => before,
+        };
+        let (losses, rewards) = dpo::losses(policy, before, &self.recipe.dpo);
+        (losses, Some(rewards))
+    }
+
+    /// How many things a batch's loss is summed over: its targets, or its pairs.
+    fn counted(&self, batch: &Batch) -> usize {
+        match self.reference {
+            Some(_) => batch.rows / 2,
+            None => batch.trained_tokens,
         }
     }
 
@@ -275,19 +311,32 @@ impl Session {
         };
         let (model, device) = (self.model.clone().valid(), self.device.clone().inner());
         let eval = &self.recipe.eval;
-        let (mut sum, mut tokens) = (0.0, 0);
+        let (mut sum, mut counted, mut rewards) = (0.0, 0, None::<Rewards>);
         let limit = eval.max_batches.map_or(usize::MAX, |max| max as usize);
         let indices: Vec<usize> = (0..valid.len()).collect();
-        for indices in indices.chunks(eval.batch_size).take(limit) {
+        let per_row = if self.reference.is_some() { 2 } else { 1 };
+        for indices in indices.chunks(eval.batch_size * per_row).take(limit) {
             let samples = indices.iter().map(|&index| valid.sample(index));
             let samples = samples.collect::<data::Result<Vec<_>>>()?;
             let batch = collate(&samples.iter().collect::<Vec<_>>(), self.pad_id);
             let losses = losses(&model, &batch, &mut Pass::new(self.compute()), &device);
+            let (losses, earned) = self.compared(losses, &batch);
             sum += f64::from(losses.sum().into_scalar::<f32>());
-            tokens += batch.trained_tokens;
+            counted += self.counted(&batch);
+            if let Some(earned) = earned {
+                rewards.get_or_insert_default().add(earned);
+            }
         }
-        let loss = sum / tokens.max(1) as f64;
-        metrics.append(step, &serde_json::json!({ "valid_loss": loss }))?;
+        let loss = sum / counted.max(1) as f64;
+        let mut line = serde_json::json!({ "valid_loss": loss });
+        if let Some(rewards) = rewards {
+            let Rewards {
+                margin, accuracy, ..
+            } = rewards.mean(counted);
+            line["valid_rewards/margins"] = margin.into();
+            line["valid_rewards/accuracies"] = accuracy.into();
+        }
+        metrics.append(step, &line)?;
         watch(&Event::Validated { step, loss });
         Ok(())
     }
@@ -343,8 +392,10 @@ impl Session {
 #[derive(Default)]
 struct Sums {
     gradients: Accumulated,
-    /// Over the trained tokens.
+    /// Over the trained tokens, or pairs.
     loss: f64,
+    /// Over the pairs, if preferences are learned.
+    rewards: Option<Rewards>,
     /// Over layers and micro-batches.
     balance: f64,
     /// Tokens per expert, by layer.
@@ -354,8 +405,10 @@ struct Sums {
 /// What one micro-batch gives.
 struct Micro {
     gradients: Vec<(String, Tensor<1>)>,
-    /// Sum over its trained tokens.
+    /// Sum over its trained tokens, or pairs.
     loss: f64,
+    /// Sum over its pairs, if preferences are learned.
+    rewards: Option<Rewards>,
     /// Sum over layers.
     balance: f64,
 }

@@ -25,6 +25,7 @@
 mod balance;
 mod dataset;
 mod diagnosis;
+mod dpo;
 mod error;
 mod export;
 mod fit;
@@ -43,13 +44,14 @@ mod run_dir;
 mod state;
 
 pub use self::dataset::Dataset;
+pub use self::dpo::Rewards;
 pub use self::error::{Error, Result};
 pub use self::fit::{Event, StepReport};
 pub use self::loss_scale::LossScale;
 pub use self::metrics::Metrics;
 pub use self::recipe::{
-    Compute, DataSection, EvalSection, ExpertsShare, ExportDType, LoraSection, Method,
-    ModelSection, Moments, OptimizerSection, PrecisionSection, Recipe, ScheduleKind,
+    Compute, DataSection, DpoSection, EvalSection, ExpertsShare, ExportDType, LoraSection, Loss,
+    Method, ModelSection, Moments, OptimizerSection, PrecisionSection, Recipe, ScheduleKind,
     ScheduleSection, TrainSection,
 };
 pub use self::run_dir::RunDir;

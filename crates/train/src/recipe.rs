@@ -33,6 +33,8 @@ pub struct Recipe {
     pub schedule: ScheduleSection,
     /// How long, in what portions, and what is written down.
     pub train: TrainSection,
+    /// Learning from preferences. Without effect unless `train.loss` is `dpo`.
+    pub dpo: DpoSection,
     /// The validation pass.
     pub eval: EvalSection,
 }
@@ -235,6 +237,8 @@ pub enum ScheduleKind {
 pub struct TrainSection {
     /// What is trained: an adapter, or weights.
     pub method: Method,
+    /// What is learned from the rows.
+    pub loss: Loss,
     /// With `full`: the tensors that are trained, as runs of components of their names. All of them if there is none.
     #[serde(deserialize_with = "one_or_more_patterns")]
     pub unfrozen_parameters: Vec<String>,
@@ -267,6 +271,36 @@ pub struct TrainSection {
     pub bias_update_speed: f64,
     /// What a fully trained model is written in.
     pub export_dtype: ExportDType,
+}
+
+/// What is learned from the rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Loss {
+    /// The next token.
+    CrossEntropy,
+    /// Which of two answers to prefer, against the model as it was: arXiv:2305.18290.
+    Dpo,
+}
+
+/// `[dpo]`: learning from preferences.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DpoSection {
+    /// How much a difference in log-probability counts: how near the model stays to what it was.
+    pub beta: f64,
+    /// How often the labels are thought to be wrong.
+    pub label_smoothing: f64,
+}
+
+impl Default for DpoSection {
+    fn default() -> Self {
+        Self {
+            // The paper's, and TRL's.
+            beta: 0.1,
+            label_smoothing: 0.0,
+        }
+    }
 }
 
 /// What of the routers changes.
@@ -409,6 +443,7 @@ impl Default for TrainSection {
         Self {
             // Fits where training everything does not.
             method: Method::Lora,
+            loss: Loss::CrossEntropy,
             unfrozen_parameters: Vec::new(),
             router: None,
             steps: None,

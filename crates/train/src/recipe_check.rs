@@ -55,6 +55,31 @@ impl Recipe {
         Ok(())
     }
 
+    /// Learning from preferences, and what that excludes.
+    fn check_dpo(&self) -> Result {
+        let dpo = &self.dpo;
+        check_positive("dpo.beta", dpo.beta)?;
+        let holds = (0.0..0.5).contains(&dpo.label_smoothing);
+        let expected = "a number of at least 0 and below 0.5";
+        require(
+            holds,
+            "dpo.label_smoothing",
+            expected,
+            shown(dpo.label_smoothing),
+        )?;
+        if self.train.loss != crate::Loss::Dpo {
+            return Ok(());
+        }
+        let expected =
+            "`cross-entropy`, because `model.config` makes fresh weights, which prefer nothing yet";
+        let is_fresh = self.model.config.is_some();
+        require(!is_fresh, "train.loss", expected, "`dpo`")?;
+        let expected = "false, because `train.loss` is `dpo`, whose answers stand alone";
+        require(!self.data.packing, "data.packing", expected, "true")?;
+        let key = "data.group_by_length";
+        require(!self.data.group_by_length, key, expected, "true")
+    }
+
     /// What is trained, and what that excludes.
     fn check_method(&self) -> Result {
         let (train, lora) = (&self.train, &self.lora);
@@ -81,6 +106,7 @@ impl Recipe {
         let expected = "`base`, because some tensors stay as they are; convert the result with `moeforge quantize`";
         let key = "train.export_dtype";
         require(!is_partial || is_as_base, key, expected, "another")?;
+        self.check_dpo()?;
         let speed = train.bias_update_speed;
         let key = "train.bias_update_speed";
         match train.router {

@@ -15,7 +15,7 @@ use model::{AdapterWeights, Model, ModelConfig, Training, weights};
 use crate::dataset::{self, Dataset};
 use crate::loss_scale::{LARGEST_EXPONENT, LossScale};
 use crate::optimizer::AdamW;
-use crate::recipe::{Compute, ExpertsShare, Method, Recipe, RouterTraining};
+use crate::recipe::{Compute, ExpertsShare, Loss, Method, Recipe, RouterTraining};
 use crate::run_dir::RunDir;
 use crate::state::{State, read_optimizer};
 use crate::{Error, Result};
@@ -43,6 +43,8 @@ pub struct Session {
     pub(crate) base: Base,
     /// How the adapter's alphas become scales.
     pub(crate) scaling: Scaling,
+    /// The model as it was, where preferences are learned.
+    pub(crate) reference: Option<Model>,
     /// Which factors the experts of a layer share.
     pub(crate) share: Option<Share>,
     pub(crate) pad_id: u32,
@@ -102,6 +104,7 @@ impl Session {
         let resolve = surroundings.resolve;
         let device = Device::flex().autodiff();
         let (mut model, base) = open_model(&recipe, resolve, &device)?;
+        let reference = reference_of(&recipe, &base, &device)?;
         let (adapted, scaling, share) = adapt(&recipe, &mut model, &device)?;
         if model.parameters().is_empty() {
             return Err(Error::NothingTrained);
@@ -112,15 +115,17 @@ impl Session {
             formats = model.round_weights(quantizer, &mut |_| true)?;
         }
         if recipe.precision.round_start {
-            let round = |values: Tensor<1>| values.cast(FloatDType::BF16).cast(FloatDType::F32);
-            model = model.map_parameters(&mut |_, values| Some(round(values)));
+            model = rounded(model);
         }
         let tokenizer = base.tokenizer.as_deref().map(Tokenizer::open).transpose()?;
         let reading = Reading {
             tokenizer: tokenizer.as_ref(),
             max_length: recipe.data.max_length,
             vocab_size: model.config.vocab_size,
-            wanted: Wanted::Samples,
+            wanted: match recipe.train.loss {
+                Loss::CrossEntropy => Wanted::Samples,
+                Loss::Dpo => Wanted::Pairs,
+            },
             cache: surroundings.token_cache,
             progress: surroundings.tokenizing,
         };
@@ -153,6 +158,7 @@ impl Session {
             base,
             scaling,
             share,
+            reference,
         })
     }
 
@@ -292,6 +298,24 @@ impl Session {
             Compute::Fp8Unscaled => model::Compute::Fp8(Scales::One),
         }
     }
+}
+
+/// The trained values rounded to bf16.
+fn rounded(model: Model) -> Model {
+    let round = |values: Tensor<1>| values.cast(FloatDType::BF16).cast(FloatDType::F32);
+    model.map_parameters(&mut |_, values| Some(round(values)))
+}
+
+/// The model as it was, without gradients, where answers are compared with what it thought of them: its weights are
+/// mapped once more, which takes no memory.
+fn reference_of(recipe: &Recipe, base: &Base, device: &Device) -> Result<Option<Model>> {
+    let folder = base
+        .folder
+        .as_ref()
+        .filter(|_| recipe.train.loss == Loss::Dpo);
+    let device = device.clone().inner();
+    let load = |folder| weights::load(folder, Training::Frozen, &device);
+    Ok(folder.map(load).transpose()?)
 }
 
 /// What a recipe's adapter is trained to be merged into.
