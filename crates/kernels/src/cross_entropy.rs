@@ -24,7 +24,7 @@ use crate::product::weights::Weights;
 pub(crate) const IGNORED: i32 = -100;
 
 /// Tokens per task and vocabulary entries per tile.
-const TILE_TOKENS: usize = 256;
+const TILE_TOKENS: usize = 128;
 const TILE_VOCAB: usize = 256;
 /// Tokens between two visits of the same vocabulary entry in the backward pass.
 const PASS_TOKENS: usize = 1024;

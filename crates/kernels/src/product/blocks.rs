@@ -12,7 +12,7 @@
     reason = "pointers into packed panels; sizes are checked by `gemm`"
 )]
 
-use super::microkernel::{DEPTH, LEFT_STRIDE, Lanes, Out, Portable, tile};
+use super::microkernel::{DEPTH, LEFT_STRIDE, Lanes, Out, Panel, Portable, tile};
 use super::strided::{Mat, MatMut, Write};
 use crate::product::gemm::with_scratch;
 
@@ -93,20 +93,83 @@ unsafe fn blocks<V: Lanes, const NV: usize>(call: Call<'_>) {
             let b = call.b.block(sums.clone(), outs.clone());
             // SAFETY: the caller's promise; the scratch holds a block.
             unsafe {
-                pack::<V, NV>(b, call.panels);
+                let panels = if is_read_once::<V>(call.a, b) {
+                    Panels::in_place(b)
+                } else {
+                    pack::<V, NV>(b, call.panels);
+                    Panels::packed(call.panels, b.rows())
+                };
                 let a = call.a.block(0..call.a.rows(), sums.clone());
                 let write = call.write.after(first == 0);
                 let dst = call.dst.part(0..a.rows(), outs);
-                block::<V, NV>(dst, a, call.panels, call.scale, write, call.left);
+                block::<V, NV>(dst, a, panels, call.scale, write, call.left);
             }
         }
+    }
+}
+
+/// Whether the right operand is better left where it is: its rows are contiguous, end with a vector, and one row of tiles
+/// reads them.
+#[inline(always)]
+fn is_read_once<V: Lanes>(a: Mat<'_>, b: Mat<'_>) -> bool {
+    a.rows() <= V::TILE[0] && b.strides()[1] == 1 && b.cols().is_multiple_of(V::LEN)
+}
+
+/// Where the panels of a right operand lie.
+#[derive(Clone, Copy)]
+struct Panels {
+    ptr: *const f32,
+    /// Distance of a panel's rows, if it is not the panel's width.
+    stride: Option<usize>,
+    /// Rows of a panel.
+    depth: usize,
+}
+
+impl Panels {
+    fn packed(panels: &[f32], depth: usize) -> Self {
+        Self {
+            ptr: panels.as_ptr(),
+            stride: None,
+            depth,
+        }
+    }
+
+    fn in_place(b: Mat<'_>) -> Self {
+        Self {
+            ptr: b.as_ptr(),
+            stride: Some(b.strides()[0]),
+            depth: b.rows(),
+        }
+    }
+
+    /// The first panel, `width` wide, and those behind it.
+    ///
+    /// # Safety
+    /// There is such a panel.
+    #[inline(always)]
+    unsafe fn split(self, width: usize) -> (Panel, Self) {
+        let (stride, taken) = match self.stride {
+            Some(stride) => (stride, width),
+            None => (width, self.depth * width),
+        };
+        let panel = Panel {
+            ptr: self.ptr,
+            stride,
+        };
+        // SAFETY: at most one past the end of what the panels lie in.
+        let ptr = unsafe { self.ptr.add(taken) };
+        (panel, Self { ptr, ..self })
     }
 }
 
 /// Widths of the panels that cover some columns: whole tiles, then a vector where that is enough.
 #[inline(always)]
 fn panel_width<V: Lanes, const NV: usize>(left: usize) -> usize {
-    if left > V::LEN { NV * V::LEN } else { V::LEN }
+    if left > (NV - 1) * V::LEN {
+        NV * V::LEN
+    } else {
+        V::LEN
+    }
 }
 
 /// Copies a block of the right operand into panels, rows of a panel one after another, zeros at its edge.
@@ -209,7 +272,7 @@ unsafe fn pack_columns<V: Lanes>(
 unsafe fn block<V: Lanes, const NV: usize>(
     dst: MatMut<'_>,
     a: Mat<'_>,
-    panels: &[f32],
+    panels: Panels,
     scale: f32,
     write: Write,
     left: &mut [f32],
@@ -219,7 +282,7 @@ unsafe fn block<V: Lanes, const NV: usize>(
         let rows = row..a.rows().min(row + V::TILE[0]);
         // SAFETY: there is room for the rows of a tile.
         unsafe { copy_left::<V>(a.block(rows.clone(), 0..depth), left) };
-        let (mut col, mut panel) = (0, panels.as_ptr());
+        let (mut col, mut panels) = (0, panels);
         while col < cols {
             let width = panel_width::<V, NV>(cols - col);
             // SAFETY: the tile lies inside dst, the panel inside the panels.
@@ -231,12 +294,13 @@ unsafe fn block<V: Lanes, const NV: usize>(
                     scale,
                     add: write == Write::Add,
                 };
+                let (panel, behind) = panels.split(width);
                 if width == V::LEN {
                     tile::<V, 1>(rows.len(), depth, left.as_ptr(), panel, out);
                 } else {
                     tile::<V, NV>(rows.len(), depth, left.as_ptr(), panel, out);
                 }
-                panel = panel.add(depth * width);
+                panels = behind;
             }
             col += width;
         }

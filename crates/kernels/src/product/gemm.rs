@@ -21,8 +21,8 @@ use crate::simd::multiversion;
 /// Up to this many rows of `x` are multiplied row by row.
 pub(crate) const FEW_ROWS: usize = 8;
 
-/// Rows and columns of the output that one task computes.
-const TASK: usize = 512;
+/// Rows and columns of the output that one task computes: few rows, so that cores of unequal speed end together.
+const TASK: [usize; 2] = [256, 512];
 /// Outputs per task where there are few rows.
 const FEW_ROWS_TASK: usize = 64;
 
@@ -228,18 +228,22 @@ fn for_each_task(
     grain: usize,
     task: impl Fn(Range<usize>, Range<usize>) + Sync,
 ) {
-    let blocks: Vec<_> = tiles(0..rows, task_size(rows, 16))
-        .flat_map(|r| tiles(0..cols, task_size(cols, grain)).map(move |c| (r.clone(), c)))
+    let [height, width] = [
+        task_size(rows, TASK[0], 16),
+        task_size(cols, TASK[1], grain),
+    ];
+    let blocks: Vec<_> = tiles(0..rows, height)
+        .flat_map(|r| tiles(0..cols, width).map(move |c| (r.clone(), c)))
         .collect();
     blocks
         .into_par_iter()
         .for_each(|(rows, cols)| task(rows, cols));
 }
 
-/// Tasks are [`TASK`] wide, smaller where that would leave a second core idle.
-fn task_size(len: usize, grain: usize) -> usize {
-    if len > TASK {
-        TASK
+/// Tasks are `most` wide, smaller where that would leave a second core idle.
+fn task_size(len: usize, most: usize, grain: usize) -> usize {
+    if len > most {
+        most
     } else {
         len.div_ceil(2).next_multiple_of(grain)
     }

@@ -63,16 +63,23 @@ pub(super) struct Out {
     pub(super) add: bool,
 }
 
-/// One tile of `rows ≤ TILE[0]` rows and `NV` vectors, summed over `len` rows of a packed panel.
+/// Columns of the right operand as wide as a tile: row `p` is at `ptr + p · stride`.
+#[derive(Clone, Copy)]
+pub(super) struct Panel {
+    pub(super) ptr: *const f32,
+    pub(super) stride: usize,
+}
+
+/// One tile of `rows ≤ TILE[0]` rows and `NV` vectors, summed over `len` rows of a panel.
 ///
 /// # Safety
-/// The operands cover the tile, the panel holds `len` rows of `NV · LEN` values, and the CPU has the instructions of `V`.
+/// The operands cover the tile, the panel has `len` rows of `NV · LEN` values, and the CPU has the instructions of `V`.
 #[inline(always)]
 pub(super) unsafe fn tile<V: Lanes, const NV: usize>(
     rows: usize,
     len: usize,
     a: *const f32,
-    panel: *const f32,
+    panel: Panel,
     out: Out,
 ) {
     // SAFETY: the caller's promise, handed on.
@@ -101,7 +108,7 @@ pub(super) unsafe fn tile<V: Lanes, const NV: usize>(
 unsafe fn sums<V: Lanes, const MR: usize, const NV: usize>(
     len: usize,
     a: *const f32,
-    panel: *const f32,
+    panel: Panel,
     out: Out,
 ) {
     // SAFETY: row i < MR and p < len lie inside the operands, and stores end at `out.cols`.
@@ -110,7 +117,7 @@ unsafe fn sums<V: Lanes, const MR: usize, const NV: usize>(
         for p in 0..len {
             let mut b = [V::splat(0.0); NV];
             for (j, b) in b.iter_mut().enumerate() {
-                *b = V::load(panel.add((p * NV + j) * V::LEN));
+                *b = V::load(panel.ptr.add(p * panel.stride + j * V::LEN));
             }
             for (i, sums) in sums.iter_mut().enumerate() {
                 let value = V::splat(*a.add(i * LEFT_STRIDE + p));
@@ -119,25 +126,59 @@ unsafe fn sums<V: Lanes, const MR: usize, const NV: usize>(
                 }
             }
         }
-        let (scale, zero) = (V::splat(out.scale), V::splat(0.0));
-        for (i, sums) in sums.iter().enumerate() {
-            for (j, sum) in sums.iter().enumerate() {
-                let (to, cols) = (
-                    out.ptr.add(i * out.stride + j * V::LEN),
-                    out.cols.saturating_sub(j * V::LEN),
-                );
-                if cols >= V::LEN {
-                    let before = if out.add { V::load(to) } else { zero };
-                    sum.mul_add(scale, before).store(to);
-                } else if cols > 0 {
-                    let before = if out.add {
-                        V::load_first(to, cols)
-                    } else {
-                        zero
-                    };
-                    sum.mul_add(scale, before).store_first(to, cols);
+        // Both loops are short enough to be unrolled, so that the sums never leave the registers.
+        let scale = V::splat(out.scale);
+        let whole = out.cols == NV * V::LEN;
+        if whole && out.add {
+            for (i, sums) in sums.iter().enumerate() {
+                for (j, sum) in sums.iter().enumerate() {
+                    let to = out.ptr.add(i * out.stride + j * V::LEN);
+                    sum.mul_add(scale, V::load(to)).store(to);
                 }
             }
+        } else if whole {
+            for (i, sums) in sums.iter().enumerate() {
+                for (j, sum) in sums.iter().enumerate() {
+                    let to = out.ptr.add(i * out.stride + j * V::LEN);
+                    sum.mul_add(scale, V::splat(0.0)).store(to);
+                }
+            }
+        } else {
+            let mut rows = [0.0; MAX_TILE];
+            for (i, sums) in sums.iter().enumerate() {
+                for (j, sum) in sums.iter().enumerate() {
+                    sum.store(rows.as_mut_ptr().add((i * NV + j) * V::LEN));
+                }
+            }
+            for (i, row) in rows.chunks_exact(NV * V::LEN).enumerate().take(MR) {
+                edge::<V>(row, out.ptr.add(i * out.stride), out);
+            }
+        }
+    }
+}
+
+/// Values of the largest tile of all.
+const MAX_TILE: usize = 12 * 32;
+
+/// Writes a row of sums of which only the first `out.cols` exist.
+///
+/// # Safety
+/// As [`tile`].
+#[inline(always)]
+unsafe fn edge<V: Lanes>(sums: &[f32], to: *mut f32, out: Out) {
+    let (scale, zero) = (unsafe { V::splat(out.scale) }, unsafe { V::splat(0.0) });
+    for (at, sums) in (0..out.cols).step_by(V::LEN).zip(sums.chunks_exact(V::LEN)) {
+        let len = V::LEN.min(out.cols - at);
+        // SAFETY: the first `cols` columns exist.
+        unsafe {
+            let to = to.add(at);
+            let before = if out.add {
+                V::load_first(to, len)
+            } else {
+                zero
+            };
+            let sum = V::load(sums.as_ptr());
+            sum.mul_add(scale, before).store_first(to, len);
         }
     }
 }

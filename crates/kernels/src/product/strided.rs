@@ -12,6 +12,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::blocks;
+use crate::product::gemm::with_scratch;
 
 /// A matrix to read: any row and column stride.
 #[derive(Clone, Copy, Debug)]
@@ -227,12 +228,36 @@ pub(crate) fn gemm(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, write: W
     if m == 0 || n == 0 {
         return;
     }
-    if k > 0 {
+    if k > 0 && n <= NARROW && a.row_stride == 1 {
+        narrow(dst, a, b, scale, write);
+    } else if k > 0 {
         blocks::product(&dst, a, b, scale, write);
     } else if write == Write::Replace {
         let mut dst = dst;
         (0..m).for_each(|row| dst.row(row).fill(0.0));
     }
+}
+
+/// Outputs of up to this width are made turned, where that reads the left operand in the order in which it lies: the
+/// gradient of a low-rank factor.
+const NARROW: usize = 8;
+
+fn narrow(mut dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, write: Write) {
+    let (m, n) = (dst.rows, dst.cols);
+    with_scratch(m * n, |turned| {
+        let view = MatMut::dense(turned, n, m);
+        blocks::product(&view, b.t(), a.t(), scale, Write::Replace);
+        for row in 0..m {
+            for (col, dst) in dst.row(row).iter_mut().enumerate() {
+                let value = turned[col * m + row];
+                *dst = if write == Write::Add {
+                    *dst + value
+                } else {
+                    value
+                };
+            }
+        }
+    });
 }
 
 #[cfg(test)]
