@@ -18,7 +18,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::exp;
-use crate::product::gemm::{tiles, with_scratch};
+use crate::product::gemm::{tiles, with_scratch, zeros};
 use crate::product::strided::{Mat, MatMut, Write, gemm};
 
 /// Queries per tile.
@@ -220,7 +220,7 @@ pub(crate) fn forward(
     segments: &Segments,
 ) -> (Vec<f32>, Vec<f32>) {
     let (place, heads) = (shape.out(), shape.q.heads);
-    let mut out = vec![0.0; shape.batch * shape.seq * heads * place.dim];
+    let mut out = zeros(shape.batch * shape.seq * heads * place.dim);
     let mut lse = vec![0.0; shape.batch * heads * shape.seq];
     let all = place.all(&mut out, shape.batch * shape.seq);
     lse.par_chunks_mut(shape.seq.max(1))
@@ -301,7 +301,7 @@ pub(crate) fn backward(
     (shape, segments): (Shape, &Segments),
     grads: ContextGrads<'_>,
 ) -> Vec<f32> {
-    let mut dq = vec![0.0; saved.q.len()];
+    let mut dq = zeros(saved.q.len());
     let dq_all = shape.q.all(&mut dq, shape.batch * shape.seq);
     let kv_rows = shape.batch * shape.kv_seq;
     let (kv_heads, group) = (shape.k.heads, shape.q.heads / shape.k.heads);
@@ -325,7 +325,7 @@ pub(crate) fn backward(
     };
     // Every key head adds to the shared part, so each sums its own and they are summed at the end, in their order.
     let shared = Place::whole(kv_heads, shape.shared.dim);
-    let mut partial = vec![0.0; kv_rows * kv_heads * shared.dim];
+    let mut partial = zeros(kv_rows * kv_heads * shared.dim);
     let partial_all = shared.all(&mut partial, kv_rows);
     (0..shape.batch * kv_heads)
         .into_par_iter()

@@ -16,7 +16,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::dropout::Dropout;
-use crate::product::gemm::{nn_serial, nt_serial, tiles, with_scratch};
+use crate::product::gemm::{nn_serial, nt_serial, tiles, with_scratch, zeros};
 use crate::product::strided::{Mat, MatMut, Write, gemm};
 use crate::product::weights::{Folded, Weights};
 use crate::{Compute, Matrix, Quantizer, swiglu};
@@ -127,7 +127,7 @@ impl Slots<'_> {
             .iter()
             .enumerate()
             .for_each(|(at, slot)| places[*slot as usize] = at);
-        let mut out = vec![0.0; self.order.len() / self.top_k * width];
+        let mut out = zeros(self.order.len() / self.top_k * width);
         out.par_chunks_mut(width)
             .enumerate()
             .for_each(|(token, out)| {
@@ -326,7 +326,7 @@ pub(crate) fn forward(
 ) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     let Experts { hidden, inner, .. } = experts;
     let n_slots = slots.order.len();
-    let [mut gate, mut up] = [vec![0.0; n_slots * inner], vec![0.0; n_slots * inner]];
+    let [mut gate, mut up] = [zeros(n_slots * inner), zeros(n_slots * inner)];
     let y = with_scratch(n_slots * hidden, |rows| {
         rows[slots.served() * hidden..].fill(0.0);
         forward_slots(experts, slots, x, [&mut gate, &mut up, rows]);
@@ -396,7 +396,7 @@ pub(crate) fn backward_inputs(
 ) -> InputGrads {
     let Experts { hidden, inner, .. } = experts;
     let n_slots = slots.order.len();
-    let [mut dgate, mut dup, mut act] = [inner; 3].map(|width| vec![0.0; n_slots * width]);
+    let [mut dgate, mut dup, mut act] = [inner; 3].map(|width| zeros(n_slots * width));
     let mut dweights = vec![0.0; n_slots];
     let dx = with_scratch(n_slots * (hidden + 1), |scratch| {
         let (dx, sorted_dweights) = scratch.split_at_mut(n_slots * hidden);

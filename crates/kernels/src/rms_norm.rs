@@ -2,6 +2,8 @@
 
 use rayon::prelude::*;
 
+use crate::product::gemm::zeros;
+
 /// Rows per task; also the unit in which the weight's gradient is summed, so the order of its sum is fixed.
 const TASK_ROWS: usize = 64;
 
@@ -14,7 +16,7 @@ fn inverse_rms(x: &[f32], eps: f32) -> f32 {
 /// as they are.
 pub(crate) fn forward(x: &[f32], width: usize, weight: &[f32], eps: f32) -> Vec<f32> {
     let normed = weight.len();
-    let mut y = vec![0.0; x.len()];
+    let mut y = zeros(x.len());
     y.par_chunks_mut(width * TASK_ROWS)
         .zip(x.par_chunks(width * TASK_ROWS))
         .for_each(|(y, x)| {
@@ -40,7 +42,7 @@ pub(crate) fn backward(
     eps: f32,
 ) -> (Vec<f32>, Vec<f32>) {
     let normed = weight.len();
-    let mut dx = vec![0.0; x.len()];
+    let mut dx = zeros(x.len());
     let partial: Vec<Vec<f32>> = dx
         .par_chunks_mut(width * TASK_ROWS)
         .zip(

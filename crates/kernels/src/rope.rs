@@ -5,6 +5,8 @@
 
 use rayon::prelude::*;
 
+use crate::product::gemm::zeros;
+
 /// Which two features of a head are turned together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pairs {
@@ -33,7 +35,7 @@ pub(crate) fn rotate(
     let [_, seq, heads, dim] = dims;
     let half = cos.len() / seq.max(1);
     let start = dim - 2 * half;
-    let mut y = vec![0.0; x.len()];
+    let mut y = zeros(x.len());
     y.par_chunks_mut((heads * dim).max(1))
         .zip(x.par_chunks((heads * dim).max(1)))
         .enumerate()

@@ -10,6 +10,7 @@
 //! that is rounded in blocks has no row of its own, and goes by tiles always.
 
 use std::cell::RefCell;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -58,6 +59,24 @@ pub(crate) fn with_scratch<R>(len: usize, use_it: impl FnOnce(&mut [f32]) -> R) 
     let result = use_it(&mut buffer[..len]);
     SCRATCH.with_borrow_mut(|pool| pool.push(buffer));
     result
+}
+
+/// Values that one task of [`zeros`] writes.
+const ZEROS_TASK: usize = 1 << 16;
+
+/// New zeros; many of them are written by all threads, since memory that is used again must be cleared first.
+#[expect(
+    unsafe_code,
+    reason = "the length of a vector whose values were just written"
+)]
+pub(crate) fn zeros(len: usize) -> Vec<f32> {
+    let mut values = Vec::with_capacity(len);
+    values.spare_capacity_mut()[..len]
+        .par_chunks_mut(ZEROS_TASK)
+        .for_each(|part| part.fill(MaybeUninit::new(0.0)));
+    // SAFETY: the first `len` values were written.
+    unsafe { values.set_len(len) };
+    values
 }
 
 multiversion! {

@@ -120,7 +120,7 @@ impl Gradients for Flex {
         up: &Kept<FlexTensor>,
     ) -> [FlexTensor; 2] {
         let (dy, gate, up) = (Floats::new(&dy), Floats::kept(gate), Floats::kept(up));
-        let (mut dgate, mut dup) = (dy.to_vec(), vec![0.0; dy.len()]);
+        let (mut dgate, mut dup) = (dy.to_vec(), gemm::zeros(dy.len()));
         let saved = gate.par_chunks(ELEMENTS).zip(up.par_chunks(ELEMENTS));
         dgate
             .par_chunks_mut(ELEMENTS)
@@ -183,7 +183,7 @@ impl Gradients for Flex {
             lse: &lse,
         };
         let shape = shape_together(&q, &kv, &latents, v_dim);
-        let (mut dkv, mut dlatents) = (vec![0.0; kv.len()], vec![0.0; latents.len()]);
+        let (mut dkv, mut dlatents) = (gemm::zeros(kv.len()), gemm::zeros(latents.len()));
         let grads = ContextGrads::Together {
             dkv: &mut dkv,
             dshared: &mut dlatents,
@@ -303,7 +303,7 @@ impl Gradients for Flex {
 /// `dyᵀ · x`, as `[out, in]`.
 fn tn(dy: &Floats, x: &Floats) -> FlexTensor {
     let ([_, out], [_, width]) = (dy.dims::<2>(), x.dims::<2>());
-    let mut dw = vec![0.0; out * width];
+    let mut dw = gemm::zeros(out * width);
     gemm::tn(dy.mat(), x.mat(), MatMut::dense(&mut dw, out, width));
     floats(dw, [out, width])
 }

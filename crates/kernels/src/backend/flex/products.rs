@@ -24,7 +24,7 @@ pub(super) fn folded(factors: &[Floats; 2], merge: Merge) -> Folded<'_> {
 
 pub(super) fn nt(x: &Floats, w: Weights<'_>) -> FlexTensor {
     let (rows, cols) = (x.mat().rows(), w.out_width());
-    let mut y = vec![0.0; rows * cols];
+    let mut y = gemm::zeros(rows * cols);
     gemm::nt(
         x.mat(),
         w,
@@ -36,7 +36,7 @@ pub(super) fn nt(x: &Floats, w: Weights<'_>) -> FlexTensor {
 
 pub(super) fn nn(dy: &Floats, w: Weights<'_>) -> FlexTensor {
     let (rows, cols) = (dy.mat().rows(), w.in_width());
-    let mut dx = vec![0.0; rows * cols];
+    let mut dx = gemm::zeros(rows * cols);
     gemm::nn(
         dy.mat(),
         w,

@@ -11,6 +11,7 @@ use rayon::prelude::*;
 use crate::backend::kept::{Form, Kept};
 use crate::backend::ops::Kernels;
 use crate::fp8::Tiles;
+use crate::product::gemm::zeros;
 use crate::product::strided::Mat;
 use crate::{Compute, swiglu};
 
@@ -183,7 +184,7 @@ pub(super) fn int_values(tensor: &FlexTensor) -> Vec<i32> {
 pub(super) const ELEMENTS: usize = 1 << 14;
 
 pub(super) fn swiglu_of(gate: &Floats, up: &Floats) -> FlexTensor {
-    let mut out = vec![0.0; gate.len()];
+    let mut out = zeros(gate.len());
     out.par_chunks_mut(ELEMENTS)
         .zip(gate.par_chunks(ELEMENTS).zip(up.par_chunks(ELEMENTS)))
         .for_each(|(out, (gate, up))| swiglu::forward(gate, up, out));
