@@ -1,7 +1,11 @@
 //! The model: embedding, decoder layers, norm, output head.
 
+mod checkpointing;
+
 use burn::module::Module;
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Device, Int, Tensor};
+
+pub use self::checkpointing::{Checkpointing, Trace};
 
 use crate::attention::Attention;
 use crate::config::ModelConfig;
@@ -11,6 +15,7 @@ use crate::moe::Moe;
 use crate::norm::Norm;
 use crate::pass::Pass;
 use crate::precision::Class;
+use crate::rope::RotaryTable;
 
 /// A causal language model. Field names are the checkpoint's keys.
 #[derive(Module, Debug)]
@@ -78,27 +83,40 @@ impl Model {
     /// # Panics
     /// If an id is not below the vocabulary's size.
     pub fn hidden(&self, input_ids: Tensor<2, Int>, pass: &mut Pass<'_>) -> Tensor<3> {
-        let ([batch, seq], hidden_size) = (input_ids.dims(), self.config.hidden_size);
-        let start = pass.cache.as_ref().map_or(0, |cache| cache.len());
-        let device = input_ids.device();
-        pass.rotary = Some(match pass.segments.positions(seq) {
-            Some(positions) => self.config.rotary_table(positions.into_iter(), &device),
-            None => self.config.rotary_table(start..start + seq, &device),
-        });
-
-        let ids = input_ids.reshape([batch * seq]);
-        let mut x = self.model.embed_tokens.weight.embed(ids);
-        pass.observe_sum(&x, || "model.embed_tokens".into());
+        let dims = input_ids.dims();
+        let mut x = self.enter(input_ids, pass);
         for (layer_idx, layer) in self.model.layers.iter().enumerate() {
-            x = layer.forward(x, [batch, seq], pass, layer_idx);
+            x = layer.forward(x, dims, pass, layer_idx);
         }
         if let Some(cache) = &mut pass.cache {
-            cache.advance(seq);
+            cache.advance(dims[1]);
         }
-        self.model
-            .norm
-            .forward(x)
-            .reshape([batch, seq, hidden_size])
+        self.leave(x, dims)
+    }
+
+    /// What enters the first layer, `[batch · seq, hidden_size]`; gives the pass its rotary tables.
+    fn enter(&self, input_ids: Tensor<2, Int>, pass: &mut Pass<'_>) -> Tensor<2> {
+        let [batch, seq] = input_ids.dims();
+        pass.rotary = Some(self.rotary(seq, pass, &input_ids.device()));
+        let ids = input_ids.reshape([batch * seq]);
+        let x = self.model.embed_tokens.weight.embed(ids);
+        pass.observe_sum(&x, || "model.embed_tokens".into());
+        x
+    }
+
+    /// The rotary tables of `seq` positions that continue those of the pass's cache.
+    fn rotary(&self, seq: usize, pass: &Pass<'_>, device: &Device) -> RotaryTable {
+        let start = pass.cache.as_ref().map_or(0, |cache| cache.len());
+        match pass.segments.positions(seq) {
+            Some(positions) => self.config.rotary_table(positions.into_iter(), device),
+            None => self.config.rotary_table(start..start + seq, device),
+        }
+    }
+
+    /// The hidden states, `[batch, seq, hidden_size]`, from what leaves the last layer.
+    fn leave(&self, x: Tensor<2>, [batch, seq]: [usize; 2]) -> Tensor<3> {
+        let hidden = self.model.norm.forward(x);
+        hidden.reshape([batch, seq, self.config.hidden_size])
     }
 
     /// Logits of some hidden states.

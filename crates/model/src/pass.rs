@@ -1,6 +1,6 @@
 //! What one forward pass carries from layer to layer besides the residual stream.
 
-use burn::tensor::Tensor;
+use burn::tensor::{Int, Tensor};
 use kernels::{Compute, Segments};
 
 use crate::cache::Cache;
@@ -20,6 +20,8 @@ pub struct Pass<'a> {
     /// The sequences that packed rows hold. None sees another, and each counts its positions from 0. Not together with
     /// a cache.
     pub segments: Segments,
+    /// The experts that the next mixture layer takes, `[tokens, top_k]`, chosen when it ran before.
+    pub replay: Option<Tensor<2, Int>>,
     /// What it leaves behind.
     pub observe: Observe,
     /// What the mixture layers left, by layer.
@@ -60,6 +62,7 @@ impl<'a> Pass<'a> {
             dropout_seed: None,
             cache: None,
             segments: Segments::whole(),
+            replay: None,
             observe: Observe::Nothing,
             routing: Vec::new(),
             residuals: Vec::new(),

@@ -5,7 +5,7 @@
 //!
 //! Source: DeepSeek-V3, arXiv:2412.19437, section 2.1.2; deepseek-ai/DeepSeek-V3: inference/model.py, `Gate`.
 
-use burn::tensor::activation::{sigmoid, softmax};
+use burn::tensor::activation::sigmoid;
 use burn::tensor::{Int, Tensor};
 
 use crate::config::{MoeConfig, Scoring};
@@ -31,24 +31,31 @@ pub struct Routed {
 }
 
 impl Router {
+    /// Chooses experts, unless they are given, and weighs them.
+    ///
     /// # Shapes
-    /// - `logits`: `[tokens, experts]`, f32
-    pub fn route(&self, logits: Tensor<2>) -> Routed {
+    /// - `logits`: `[tokens, experts]`, f32; `chosen`: `[tokens, top_k]`
+    pub fn route(&self, logits: Tensor<2>, chosen: Option<Tensor<2, Int>>) -> Routed {
         let scores = match self.config.scoring_func {
-            Scoring::Softmax => softmax(logits, 1),
+            Scoring::Softmax => softmax(logits),
             Scoring::Sigmoid => sigmoid(logits),
         };
-        let choice = match &self.e_score_correction_bias {
-            Some(bias) => scores.clone() + bias.clone().unsqueeze(),
-            None => scores.clone(),
-        };
-        let ids = kernels::choose_experts(choice, self.config.choice);
+        let ids = chosen.unwrap_or_else(|| self.choose(scores.clone()));
         let weights = self.weigh(scores.clone().gather(1, ids.clone()));
         Routed {
             scores,
             ids,
             weights,
         }
+    }
+
+    /// The experts of every token, `[tokens, top_k]`, by scores and bias.
+    fn choose(&self, scores: Tensor<2>) -> Tensor<2, Int> {
+        let choice = match &self.e_score_correction_bias {
+            Some(bias) => scores + bias.clone().unsqueeze(),
+            None => scores,
+        };
+        kernels::choose_experts(choice, self.config.choice)
     }
 
     /// Turns the scores of the chosen experts into their weights.
@@ -60,4 +67,12 @@ impl Router {
         };
         weights * self.config.routed_scaling_factor
     }
+}
+
+/// burn's own softmax is one operation without autodiff and several with it, which differ in the last bit: a layer that runs
+/// again in a graph would not give the values of its first run.
+fn softmax(logits: Tensor<2>) -> Tensor<2> {
+    let max = logits.clone().detach().max_dim(1);
+    let exps = (logits - max).exp();
+    exps.clone() / exps.sum_dim(1)
 }

@@ -1,0 +1,237 @@
+//! A forward pass that is differentiated, layer by layer from the end.
+//!
+//! Every layer has a graph of its own, from its input to its output. The loss is differentiated by the last layer's
+//! output, then each layer by its input, and a graph is gone before the next is read. So what is kept between forward
+//! and backward is a choice: all graphs, or, with little memory, only what enters each layer, from which a layer runs
+//! again before backward goes through it. A layer that runs again is given the experts that its first run chose. The
+//! graphs are the same and the kernels give the same bits for the same inputs, so the gradients are the same, bit for
+//! bit.
+//!
+//! Source of the idea: Chen et al., arXiv:1604.06174.
+
+use burn::module::Module;
+use burn::tensor::{Int, Tensor};
+
+use super::Model;
+use crate::linear::Weight;
+use crate::moe::router::Routed;
+use crate::pass::{Observe, Pass, RoutingRecord};
+
+/// What waits for the backward pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Checkpointing {
+    /// All that the layers need for their gradients.
+    #[default]
+    None,
+    /// What enters each layer.
+    Block,
+}
+
+/// A forward pass up to the last layer, to be differentiated.
+#[derive(Debug)]
+pub struct Trace {
+    input_ids: Tensor<2, Int>,
+    layers: Vec<Run>,
+    /// What left the last layer, without its graph.
+    output: Tensor<2>,
+    /// Layers below this one have nothing to train.
+    first: usize,
+}
+
+/// What is kept of one layer, `[tokens, hidden_size]` each.
+#[derive(Debug)]
+enum Run {
+    /// Input and output, with the graph between them.
+    Graph(Tensor<2>, Tensor<2>),
+    /// The input, without a graph, and the experts that were chosen.
+    Input(Tensor<2>, Option<Tensor<2, Int>>),
+}
+
+impl Trace {
+    /// Runs the layers of a model.
+    ///
+    /// # Shapes
+    /// - `input_ids`: `[batch, seq]`
+    ///
+    /// # Panics
+    /// If an id is not below the vocabulary's size, or the pass has a cache.
+    pub fn new(
+        model: &Model,
+        input_ids: Tensor<2, Int>,
+        pass: &mut Pass<'_>,
+        checkpointing: Checkpointing,
+    ) -> Self {
+        assert!(
+            pass.cache.is_none(),
+            "a pass that is differentiated has no cache"
+        );
+        let mut trace = Self {
+            output: model.enter(input_ids.clone(), pass).inner(),
+            layers: Vec::with_capacity(model.model.layers.len()),
+            first: model.first_trained_layer(),
+            input_ids,
+        };
+        match checkpointing {
+            Checkpointing::None => trace.run_in_graphs(model, pass),
+            Checkpointing::Block => trace.run_plainly(&model.clone().valid(), pass),
+        }
+        trace
+    }
+
+    fn run_in_graphs(&mut self, model: &Model, pass: &mut Pass<'_>) {
+        let dims = self.input_ids.dims();
+        for (layer_idx, layer) in model.model.layers.iter().enumerate() {
+            let x = self.leaf(model, layer_idx, self.output.clone());
+            let y = layer.forward(x.clone(), dims, pass, layer_idx);
+            self.output = y.clone().inner();
+            self.layers.push(Run::Graph(x, y));
+        }
+    }
+
+    fn run_plainly(&mut self, plain: &Model, pass: &Pass<'_>) {
+        let dims = self.input_ids.dims();
+        let mut pass = Pass {
+            dropout_seed: pass.dropout_seed,
+            segments: pass.segments.clone(),
+            observe: Observe::Routing,
+            ..Pass::new(pass.compute)
+        };
+        pass.rotary = Some(plain.rotary(dims[1], &pass, &self.output.device()));
+        for (layer_idx, layer) in plain.model.layers.iter().enumerate() {
+            let x = self.output.clone();
+            self.output = layer.forward(x.clone(), dims, &mut pass, layer_idx);
+            let chosen = pass.routing.pop().map(|record| record.routed.ids);
+            self.layers.push(Run::Input(x, chosen));
+        }
+    }
+
+    /// The start of a layer's graph; tracked if something before the layer wants a gradient.
+    fn leaf(&self, model: &Model, layer_idx: usize, x: Tensor<2>) -> Tensor<2> {
+        let x = Tensor::from_inner(x);
+        if layer_idx > self.first || model.is_embedding_trained() {
+            x.require_grad()
+        } else {
+            x
+        }
+    }
+
+    /// Differentiates a loss of the hidden states after the last norm, `[batch, seq, hidden_size]`, and adds to it, for
+    /// every mixture layer that the pass observes, a term of its routing. Returns the gradients of the trained tensors by
+    /// name. The routing that is left in the pass has no graph.
+    ///
+    /// # Panics
+    /// If model or pass is another one than the trace is of.
+    pub fn backward(
+        mut self,
+        model: &Model,
+        pass: &mut Pass<'_>,
+        loss: impl FnOnce(Tensor<3>, &Pass<'_>) -> Tensor<1>,
+        mut term: impl FnMut(&RoutingRecord) -> Option<Tensor<1>>,
+    ) -> Vec<(String, Tensor<1>)> {
+        let dims = self.input_ids.dims();
+        let mut gradients = vec![];
+        let x = Tensor::from_inner(self.output.clone()).require_grad();
+        let total = loss(model.leave(x.clone(), dims), pass);
+        let mut dx = differentiate(model, total, &x, &mut gradients);
+        for layer_idx in (self.first..self.layers.len()).rev() {
+            let run = self.layers.pop().expect("a run per layer");
+            let (x, y) = self.graph(model, run, pass, layer_idx);
+            // The gradient of this sum by y is exactly dx.
+            let mut total = (y * Tensor::from_inner(dx)).sum();
+            let mut records = pass.routing.iter_mut();
+            if let Some(record) = records.find(|record| record.layer_idx == layer_idx) {
+                if let Some(term) = term(record) {
+                    total = total + term;
+                }
+                record.forget_graph();
+            }
+            dx = differentiate(model, total, &x, &mut gradients);
+        }
+        if model.is_embedding_trained() {
+            let x = model.enter(self.input_ids, pass);
+            let total = (x.clone() * Tensor::from_inner(dx)).sum();
+            differentiate(model, total, &x, &mut gradients);
+        }
+        pass.routing.sort_by_key(|record| record.layer_idx);
+        gradients
+    }
+
+    /// Input and output of a layer with the graph between them.
+    fn graph(
+        &self,
+        model: &Model,
+        run: Run,
+        pass: &mut Pass<'_>,
+        layer_idx: usize,
+    ) -> (Tensor<2>, Tensor<2>) {
+        match run {
+            Run::Graph(x, y) => (x, y),
+            Run::Input(x, chosen) => {
+                let x = self.leaf(model, layer_idx, x);
+                pass.replay = chosen.map(Tensor::from_inner);
+                let layer = &model.model.layers[layer_idx];
+                let y = layer.forward(x.clone(), self.input_ids.dims(), pass, layer_idx);
+                pass.replay = None;
+                (x, y)
+            }
+        }
+    }
+}
+
+/// Adds the gradients of a total to those there are, and returns that of `x`: zeros if it has none.
+fn differentiate(
+    model: &Model,
+    total: Tensor<1>,
+    x: &Tensor<2>,
+    gradients: &mut Vec<(String, Tensor<1>)>,
+) -> Tensor<2> {
+    let mut found = total.backward();
+    let dx = x
+        .grad(&found)
+        .unwrap_or_else(|| x.clone().inner().zeros_like());
+    for (name, gradient) in model.gradients(&mut found) {
+        match gradients.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, sum)) => *sum = sum.clone() + gradient,
+            None => gradients.push((name, gradient)),
+        }
+    }
+    dx
+}
+
+impl Model {
+    /// The lowest layer with something to train; the number of layers if there is none.
+    fn first_trained_layer(&self) -> usize {
+        if self.is_embedding_trained() {
+            return 0;
+        }
+        let layer_of = |name: &str| {
+            let rest = name.strip_prefix("model.layers.")?;
+            rest.split('.').next()?.parse().ok()
+        };
+        let names = self.parameters().into_iter();
+        names
+            .filter_map(|parameter| layer_of(&parameter.name))
+            .min()
+            .unwrap_or(self.model.layers.len())
+    }
+
+    fn is_embedding_trained(&self) -> bool {
+        match &self.model.embed_tokens.weight {
+            Weight::Trained(weight) => weight.val().is_require_grad(),
+            Weight::Frozen(_) => false,
+        }
+    }
+}
+
+impl RoutingRecord {
+    /// Keeps the values alone, so that the graph of the layer can go.
+    fn forget_graph(&mut self) {
+        let values = |x: &Tensor<2>| Tensor::from_inner(x.clone().inner());
+        self.logits = values(&self.logits);
+        self.routed = Routed {
+            scores: values(&self.routed.scores),
+            ids: self.routed.ids.clone(),
+            weights: values(&self.routed.weights),
+        };
+    }
+}

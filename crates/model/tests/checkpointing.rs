@@ -1,0 +1,194 @@
+//! Gradients of a pass that keeps only the layers' inputs are those of a pass that keeps everything, bit for bit; and both
+//! are those of one graph, up to the order of sums.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use checkpoint::Folder;
+use moeforge_model::lora::{self, LoraConfig, Scaling};
+use moeforge_model::{
+    Checkpointing, Compute, Model, Observe, Pass, RoutingRecord, Trace, Training, weights,
+};
+
+/// The bits of a loss and of all gradients, by name.
+type Bits = (Vec<u32>, BTreeMap<String, Vec<u32>>);
+
+/// Relative error where sums of f32 are made in another order.
+const SUMS: f32 = 1e-4;
+
+const MODELS: [&str; 4] = [
+    "deepseek_v2_lite",
+    "deepseek_v3",
+    "deepseek_v3_fp8",
+    "qwen2_distill",
+];
+
+fn open(name: &str, training: Training, device: &Device) -> Model {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../tests/goldens")
+        .join(name);
+    weights::load(&Folder::open(&path).unwrap(), training, device).unwrap()
+}
+
+/// Updates of some layers' modules, both factors with values.
+fn adapted(name: &str, target: &[&str], device: &Device) -> Model {
+    let mut model = open(name, Training::Frozen, device);
+    let settings = LoraConfig {
+        target: target.iter().map(|target| (*target).into()).collect(),
+        exclude: vec![],
+        rank: 3,
+        alpha: 6.0,
+        scaling: Scaling::Plain,
+        rank_pattern: vec![],
+        alpha_pattern: vec![],
+        dropout: 0.1,
+        seed: 5,
+        use_dora: false,
+        experts_share: None,
+    };
+    lora::attach(&mut model, &settings, device).unwrap();
+    model
+        .map_parameters(&mut |name, values| name.ends_with("lora_b").then(|| values.clone() + 0.01))
+}
+
+fn ids(model: &Model, device: &Device) -> Tensor<2, Int> {
+    let vocab = model.config.vocab_size as i32;
+    let ids: Vec<i32> = (0..3 * 21).map(|i| i * i * 31 % vocab).collect();
+    Tensor::from_data(TensorData::new(ids, [3, 21]), device)
+}
+
+fn pass(compute: Compute) -> Pass<'static> {
+    Pass {
+        dropout_seed: Some(7),
+        observe: Observe::Routing,
+        ..Pass::new(compute)
+    }
+}
+
+/// A mean over tokens; not the sum, so that the gradients' factors are no powers of two.
+fn loss(model: &Model, hidden: Tensor<3>, targets: Tensor<2, Int>, pass: &Pass<'_>) -> Tensor<1> {
+    model.loss(hidden, targets, pass).sum() / 61.0
+}
+
+/// Something of the routing that has a gradient.
+fn term(record: &RoutingRecord) -> Tensor<1> {
+    (record.routed.scores.clone() * record.routed.scores.clone()).sum() * 0.3
+}
+
+fn bits(values: Tensor<1>) -> Vec<u32> {
+    let values: Vec<f32> = values.into_data().try_to_vec().unwrap();
+    values.into_iter().map(f32::to_bits).collect()
+}
+
+/// One graph from the embedding to the loss, differentiated at once.
+fn whole(model: &Model, ids: &Tensor<2, Int>, mut pass: Pass<'_>) -> BTreeMap<String, Vec<f32>> {
+    let hidden = model.hidden(ids.clone(), &mut pass);
+    let loss = loss(model, hidden, ids.clone(), &pass);
+    let records = pass.routing.iter();
+    let total = records.fold(loss, |total, record| total + term(record));
+    let gradients = model.gradients(&mut total.backward()).into_iter();
+    let values = |g: Tensor<1>| g.into_data().try_to_vec().unwrap();
+    gradients.map(|(name, g)| (name, values(g))).collect()
+}
+
+fn traced(
+    model: &Model,
+    ids: &Tensor<2, Int>,
+    mut pass: Pass<'_>,
+    checkpointing: Checkpointing,
+) -> Bits {
+    let trace = Trace::new(model, ids.clone(), &mut pass, checkpointing);
+    let mut seen = vec![];
+    let gradients = trace.backward(
+        model,
+        &mut pass,
+        |hidden, pass| {
+            let loss = loss(model, hidden, ids.clone(), pass);
+            seen = bits(loss.clone().inner());
+            loss
+        },
+        |record| Some(term(record)),
+    );
+    let layers: Vec<usize> = pass.routing.iter().map(|record| record.layer_idx).collect();
+    assert!(layers.is_sorted(), "records are left in the layers' order");
+    let gradients = gradients.into_iter().map(|(name, g)| (name, bits(g)));
+    (seen, gradients.collect())
+}
+
+fn assert_same(model: &Model, device: &Device, compute: Compute, what: &str) {
+    let ids = ids(model, device);
+    let run = |checkpointing| traced(model, &ids, pass(compute), checkpointing);
+    let (expected, found) = (run(Checkpointing::None), run(Checkpointing::Block));
+    assert_eq!(expected.0, found.0, "{what}: loss");
+    let whole = whole(model, &ids, pass(compute));
+    assert!(!whole.is_empty(), "{what}: something is trained");
+    let names = |bits: &Bits| bits.1.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(whole.keys().cloned().collect::<Vec<_>>(), names(&expected));
+    assert_eq!(names(&expected), names(&found), "{what}");
+    for (name, gradient) in &expected.1 {
+        assert!(*gradient == found.1[name], "{what}: {name} differs");
+        let whole = &whole[name];
+        let size = whole.iter().fold(0f32, |max, g| max.max(g.abs()));
+        let pairs = gradient.iter().map(|g| f32::from_bits(*g)).zip(whole);
+        let error = pairs.fold(0f32, |max, (a, b)| max.max((a - b).abs()));
+        assert!(
+            error <= SUMS * size,
+            "{what}: {name} is off by {error} of {size}"
+        );
+    }
+}
+
+#[test]
+fn gradients_of_updates_are_those_of_a_plain_pass() {
+    let device = Device::flex().autodiff();
+    for name in MODELS {
+        for compute in [Compute::F32, Compute::Bf16] {
+            let model = adapted(name, &["all-linear"], &device);
+            assert_same(&model, &device, compute, &format!("{name} {compute:?}"));
+        }
+    }
+}
+
+#[test]
+fn layers_below_the_first_update_are_left_out() {
+    let device = Device::flex().autodiff();
+    let model = adapted("deepseek_v3", &["layers.1.self_attn.o_proj"], &device);
+    assert_same(&model, &device, Compute::F32, "one module");
+}
+
+#[test]
+fn gradients_of_all_weights_are_those_of_a_plain_pass() {
+    let device = Device::flex().autodiff();
+    for name in ["deepseek_v2_lite", "deepseek_v3", "qwen2_distill"] {
+        let model = open(name, Training::Full, &device);
+        assert_same(&model, &device, Compute::F32, name);
+    }
+}
+
+#[test]
+fn a_replayed_choice_is_taken_as_it_is() {
+    let device = Device::flex();
+    let model = open("deepseek_v3", Training::Frozen, &device);
+    let ids = ids(&model, &device);
+    let run = |pass: &mut Pass<'_>| model.hidden(ids.clone(), pass);
+    let mut first = pass(Compute::F32);
+    first.dropout_seed = None;
+    run(&mut first);
+    let own = first.routing[0].routed.ids.clone();
+    let mut second = Pass {
+        replay: Some(own.clone().zeros_like() + 1),
+        ..pass(Compute::F32)
+    };
+    run(&mut second);
+    let replayed: Vec<i32> = second.routing[0]
+        .routed
+        .ids
+        .clone()
+        .into_data()
+        .iter()
+        .collect();
+    assert!(replayed.iter().all(|id| *id == 1), "{replayed:?}");
+}
