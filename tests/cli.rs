@@ -297,58 +297,71 @@ fn wrong_recipes_and_rows_are_refused_in_one_sentence() {
     }
 }
 
+/// Forty rows over which a small model learns something.
+fn forty_rows() -> String {
+    let row = |i: i32| (0..30).map(|j| (i * 7 + j * j) % 280).collect::<Vec<_>>();
+    (0..40)
+        .map(|i| format!("{{\"input_ids\": {:?}}}\n", row(i)))
+        .collect()
+}
+
 #[test]
 fn runs_killed_at_any_moment_end_in_the_same_bits() {
     let place = tempfile::tempdir().unwrap();
-    let rows: String = (0..40)
-        .map(|i| {
-            format!(
-                "{{\"input_ids\": {:?}}}\n",
-                (0..30).map(|j| (i * 7 + j * j) % 280).collect::<Vec<_>>()
-            )
-        })
-        .collect();
     let settings = "[lora]\ndropout = 0.1\n[train]\nmethod = \"lora\"\nsteps = 60\nbatch_size = 2\nsave_every = 3\n";
-    let recipe = recipe(&place, settings, &rows);
+    let recipe = recipe(&place, settings, &forty_rows());
+    let out = place.path().join("out").to_string_lossy().into_owned();
+    let words = ["resume-check", &recipe, "--out", &out, "--kills", "12"];
+    let output = moeforge(&[&words[..], &["--json"]].concat());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(found["kills"], 12, "{found}");
+    assert_eq!(found["equal"], true, "{found}");
+    // The runs that ended alike are gone, and the one they are like is not overwritten.
+    assert!(!Path::new(&out).join("killed-1").exists());
+    refused(&moeforge(&words), 1, &["whole", "--out"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bits() {
+    let place = tempfile::tempdir().unwrap();
+    let settings = "[train]\nmethod = \"lora\"\nsteps = 200\nbatch_size = 2\nlog_every = 1\n";
+    let recipe = recipe(&place, settings, &forty_rows());
     let path = |name: &str| place.path().join(name).to_string_lossy().into_owned();
-    let whole = moeforge(&["train", &recipe, "--out", &path("whole")]);
     assert!(
-        whole.status.success(),
-        "{}",
-        String::from_utf8_lossy(&whole.stderr)
+        moeforge(&["train", &recipe, "--out", &path("whole")])
+            .status
+            .success()
     );
 
-    // Kills at moments that shift against the saves; the last start is left to finish.
-    let part = path("part");
-    for kill in 0..12u64 {
-        let first = ["train", &recipe, "--out", &part];
-        let again = ["train", "--resume", &part];
-        let started = Path::new(&part).join("recipe.toml").exists();
-        let mut child = command(if started { &again } else { &first })
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
+    for (signal, code) in [("INT", 130), ("TERM", 143)] {
+        let run = path(signal);
+        let child = command(&["train", &recipe, "--out", &run])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        std::thread::sleep(Duration::from_millis(150 + 37 * kill));
-        let _ = child.kill();
-        child.wait().unwrap();
+        let metrics = Path::new(&run).join("metrics.jsonl");
+        while !std::fs::read(&metrics).is_ok_and(|text| !text.is_empty()) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let sent = ["-s", signal, &child.id().to_string()];
+        assert!(Command::new("kill").args(sent).status().unwrap().success());
+        let output = child.wait_with_output().unwrap();
+        let words = ["saved", "moeforge train --resume", signal];
+        refused(&output, code, &words);
+        assert!(!Path::new(&run).join("adapter").exists());
+
+        let resumed = moeforge(&["train", "--resume", &run]);
+        assert!(resumed.status.success());
+        let weights = |run: &str| {
+            let file = Path::new(run).join("adapter/adapter_model.safetensors");
+            std::fs::read(file).unwrap()
+        };
+        assert_eq!(weights(&run), weights(&path("whole")));
     }
-    let last = moeforge(&["train", "--resume", &part]);
-    assert!(
-        last.status.success(),
-        "{}",
-        String::from_utf8_lossy(&last.stderr)
-    );
-    let adapter = |run: &str| {
-        std::fs::read(
-            place
-                .path()
-                .join(run)
-                .join("adapter/adapter_model.safetensors"),
-        )
-        .unwrap()
-    };
-    assert_eq!(adapter("whole"), adapter("part"));
 }
 
 /// The program on a disk that is full after so many blocks of 512 bytes to a file.

@@ -185,6 +185,8 @@ impl std::error::Error for WithCode {}
 pub(crate) const USAGE: u8 = 2;
 /// A verification found a difference.
 pub(crate) const MISMATCH: u8 = 4;
+/// The machine has too little memory.
+pub(crate) const NO_MEMORY: u8 = 5;
 /// A loss or gradient became infinite or not a number.
 pub(crate) const NOT_FINITE: u8 = 6;
 

@@ -12,6 +12,7 @@ mod plot;
 mod precision;
 mod quantize;
 mod quickstart;
+mod resume_check;
 mod survival;
 mod train;
 
@@ -47,6 +48,8 @@ enum Verb {
     Data(data_check::Data),
     /// Train: pretrain, fine-tune, or LoRA, as a recipe says.
     Train(train::Args),
+    /// Train a recipe twice, the second time killed again and again, and compare the results bit for bit.
+    ResumeCheck(resume_check::Args),
     /// Measure: loss, perplexity, bits per byte, multiple choice; several models side by side.
     Eval(eval::Args),
     /// Write the logits of given token ids, for comparing implementations.
@@ -92,6 +95,7 @@ fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
         Verb::Inspect(args) => inspect::run(&args, console),
         Verb::Data(data_check::Data::Check(args)) => data_check::run(&args, console),
         Verb::Train(args) => train::run(&args, console),
+        Verb::ResumeCheck(args) => resume_check::run(&args, console),
         Verb::Eval(args) => eval::run(&args, console),
         Verb::Logits(args) => logits::run(&args, console),
         Verb::Generate(args) => generate::run(&args, console),

@@ -195,6 +195,37 @@ pub enum Error {
         path: PathBuf,
     },
 
+    /// The host was asked to stop by a signal, and the run did.
+    #[error(
+        "stopped by {} after step {step}, which is saved; go on with `moeforge train --resume {}`",
+        signal_name(*.signal), run.display()
+    )]
+    Interrupted {
+        /// The run directory.
+        run: PathBuf,
+        /// The step that was saved.
+        step: u64,
+        /// The signal's number.
+        signal: i32,
+    },
+
+    /// The machine was about to run out of memory.
+    #[error(
+        "stopped after step {step}, which is saved: the machine has {} MiB of memory left, less than {}; \
+         end other programs or take a smaller `train.batch_size`, and go on with `moeforge train --resume {}`",
+        available_bytes >> 20, limit_bytes >> 20, run.display()
+    )]
+    LowMemory {
+        /// The run directory.
+        run: PathBuf,
+        /// The step that was saved.
+        step: u64,
+        /// What was left.
+        available_bytes: u64,
+        /// Below this a run stops.
+        limit_bytes: u64,
+    },
+
     /// A loss or gradient is infinite or not a number.
     #[error(
         "step {step}: loss {loss}, gradient norm {norm}; first not finite: {first}; the last checkpoint is intact"
@@ -209,6 +240,15 @@ pub enum Error {
         /// What was the first to be so.
         first: String,
     },
+}
+
+/// A signal as people call it.
+fn signal_name(signal: i32) -> String {
+    match signal {
+        2 => "SIGINT".into(),
+        15 => "SIGTERM".into(),
+        other => format!("signal {other}"),
+    }
 }
 
 /// Makes an [`Error::Io`] of what the operating system said: `.map_err(io("read", path))`.

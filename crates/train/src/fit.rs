@@ -3,6 +3,8 @@
 //! The loss is averaged over the trained tokens of the whole step: a step of four micro-batches has the gradient of
 //! one four times as large, however unevenly the tokens are spread over them.
 
+mod host;
+
 use std::time::Instant;
 
 use burn::module::Module;
@@ -19,6 +21,8 @@ use crate::schedule::Schedule;
 use crate::session::Session;
 use crate::state::write_optimizer;
 use crate::{Error, Metrics, Result, export};
+
+pub use self::host::{Host, Memory};
 
 /// What happened, for whoever watches.
 #[derive(Clone, Debug)]
@@ -79,8 +83,9 @@ impl Session {
     /// `adapter/` or `model/`.
     ///
     /// # Errors
-    /// If a loss or gradient is not finite, or writing fails. The latest checkpoint stays.
-    pub fn fit(&mut self, run: &RunDir, watch: &mut dyn FnMut(&Event)) -> Result<()> {
+    /// If a loss or gradient is not finite, or writing fails: the latest checkpoint stays. If the host asks to stop or
+    /// memory runs short: the last step is saved before.
+    pub fn fit(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
         let resumed = (self.state.step > 0).then_some(self.state.step);
         let mut metrics = run.metrics(resumed)?;
         let policy = format!("{}\n", self.policy()?);
@@ -90,36 +95,62 @@ impl Session {
             |every: Option<u64>, step: u64| every.is_some_and(|every| step.is_multiple_of(every));
         let mut validated = None;
         while self.state.step < total {
-            let report = self.step(total, watch)?;
+            let report = self.step(total, host)?;
             let step = report.step;
             if step.is_multiple_of(train.log_every) || step == total {
                 metrics.append(step, &report)?;
             }
-            watch(&Event::Step(report));
+            host.see(&Event::Step(report));
             if due(train.eval_every, step) {
-                self.validate(step, &mut metrics, watch)?;
+                self.validate(step, &mut metrics, host)?;
                 validated = Some(step);
             }
-            if due(train.save_every, step) && step < total {
-                self.save(run, watch)?;
+            if step < total {
+                if due(train.save_every, step) {
+                    self.save(run, host)?;
+                }
+                self.stop_if_asked(run, host)?;
             }
         }
         // A finished run that is resumed has all this, and may lack its result only.
         if resumed != Some(total) {
             if validated != Some(total) {
-                self.validate(total, &mut metrics, watch)?;
+                self.validate(total, &mut metrics, host)?;
             }
-            self.save(run, watch)?;
+            self.save(run, host)?;
         }
         export::result(self, run)
     }
 
+    /// Saves and fails if the host was told to stop, or if memory runs short.
+    fn stop_if_asked(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
+        let (step, path) = (self.state.step, run.path().to_owned());
+        let error = if let Some(signal) = host.interrupted() {
+            Error::Interrupted {
+                run: path,
+                step,
+                signal,
+            }
+        } else if let Some(available_bytes) = host.memory().shortage() {
+            Error::LowMemory {
+                run: path,
+                step,
+                available_bytes,
+                limit_bytes: Memory::LEAST_AVAILABLE_BYTES,
+            }
+        } else {
+            return Ok(());
+        };
+        self.save(run, host)?;
+        Err(error)
+    }
+
     /// One update.
-    fn step(&mut self, total: u64, watch: &mut dyn FnMut(&Event)) -> Result<StepReport> {
+    fn step(&mut self, total: u64, host: &mut dyn Host) -> Result<StepReport> {
         let started = Instant::now();
         let batches = self.next_batches();
         let trained_tokens: usize = batches.iter().map(|batch| batch.trained_tokens).sum();
-        let (sums, norm) = self.finite_sums(&batches, trained_tokens, watch)?;
+        let (sums, norm) = self.finite_sums(&batches, trained_tokens, host)?;
         let (step, scale) = (self.state.step + 1, self.loss_scale());
         let rate = Schedule::new(self.recipe.optimizer.learning_rate, &self.recipe.schedule)
             .rate(self.state.step, total);
@@ -157,7 +188,7 @@ impl Session {
         &mut self,
         batches: &[Batch],
         trained_tokens: usize,
-        watch: &mut dyn FnMut(&Event),
+        host: &mut dyn Host,
     ) -> Result<(Sums, f64)> {
         loop {
             let scale = self.loss_scale();
@@ -171,7 +202,7 @@ impl Session {
             match halved {
                 Some(halved) if sums.loss.is_finite() => {
                     self.state.loss_scale = Some(halved);
-                    watch(&Event::Overflowed {
+                    host.see(&Event::Overflowed {
                         step,
                         loss_scale: halved.factor(),
                     });
@@ -267,12 +298,7 @@ impl Session {
     }
 
     /// The mean loss over the validation split, if there is one.
-    fn validate(
-        &self,
-        step: u64,
-        metrics: &mut Metrics,
-        watch: &mut dyn FnMut(&Event),
-    ) -> Result<()> {
+    fn validate(&self, step: u64, metrics: &mut Metrics, host: &mut dyn Host) -> Result<()> {
         let Some(valid) = &self.valid else {
             return Ok(());
         };
@@ -288,11 +314,11 @@ impl Session {
         }
         let loss = sum / tokens.max(1) as f64;
         metrics.append(step, &serde_json::json!({ "valid_loss": loss }))?;
-        watch(&Event::Validated { step, loss });
+        host.see(&Event::Validated { step, loss });
         Ok(())
     }
 
-    fn save(&mut self, run: &RunDir, watch: &mut dyn FnMut(&Event)) -> Result<()> {
+    fn save(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
         let (specs, tensors) = (self.state_tensors(), self.state_values());
         run.save(self.state.step, |writer| {
             write_optimizer(writer, &specs, |i| {
@@ -302,7 +328,7 @@ impl Session {
             self.state.write(writer)
         })?;
         run.prune(self.recipe.train.keep_last)?;
-        watch(&Event::Saved {
+        host.see(&Event::Saved {
             step: self.state.step,
         });
         Ok(())

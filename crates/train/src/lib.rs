@@ -42,7 +42,7 @@ mod run_dir;
 mod state;
 
 pub use self::error::{Error, Result};
-pub use self::fit::{Event, StepReport};
+pub use self::fit::{Event, Host, Memory, StepReport};
 pub use self::loss_scale::LossScale;
 pub use self::metrics::Metrics;
 pub use self::recipe::{

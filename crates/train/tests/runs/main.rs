@@ -2,6 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
+/// Runs that are asked to stop, or have to.
+mod stops;
+
 use std::path::{Path, PathBuf};
 
 use checkpoint::Safetensors;
@@ -67,7 +70,7 @@ impl Place {
 fn losses(session: &mut Session, run: &RunDir) -> Vec<f64> {
     let mut losses = Vec::new();
     session
-        .fit(run, &mut |event| {
+        .fit(run, &mut |event: &Event| {
             if let Event::Step(report) = event {
                 losses.push(report.loss)
             }
@@ -249,7 +252,7 @@ fn scaled_run(place: &Place, name: &str, scale: f64) -> (Vec<f64>, Vec<(u64, f64
     let run = RunDir::create(&place.path(name), &recipe).unwrap();
     let (mut losses, mut overflows, mut scales) = (Vec::new(), Vec::new(), Vec::new());
     open(recipe)
-        .fit(&run, &mut |event| match event {
+        .fit(&run, &mut |event: &Event| match event {
             Event::Step(report) => {
                 losses.push(report.loss);
                 scales.push(report.loss_scale.unwrap());

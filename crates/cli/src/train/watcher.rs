@@ -1,0 +1,80 @@
+//! What a run shows on the terminal, and what it learns from the machine.
+
+use train::{Event, Host, Memory, Session, StepReport};
+
+use super::memory;
+use super::signals::Signals;
+use crate::console::{Console, Progress};
+
+/// Shows a run's progress, and tells the run of signals and of memory.
+#[derive(Debug)]
+pub(super) struct Watcher {
+    progress: Progress,
+    signals: Signals,
+    smoothed: Option<f64>,
+    seconds: f64,
+    tokens: usize,
+    kept_bytes: usize,
+}
+
+impl Host for Watcher {
+    fn see(&mut self, event: &Event) {
+        match event {
+            Event::Step(report) => self.step(report),
+            Event::Validated { step, loss } => self.progress.line(&format!(
+                "step {step}: validation loss {loss:.4}, perplexity {:.2}",
+                loss.exp()
+            )),
+            Event::Overflowed { step, loss_scale } => self.progress.line(&format!(
+                "step {step}: gradients overflowed; taken again with a loss scale of {loss_scale}"
+            )),
+            Event::Saved { .. } => {}
+        }
+    }
+
+    fn interrupted(&mut self) -> Option<i32> {
+        self.signals.received()
+    }
+
+    fn memory(&mut self) -> Memory {
+        memory::read()
+    }
+}
+
+impl Watcher {
+    pub(super) fn new(session: &Session, signals: Signals, console: &Console) -> Self {
+        Self {
+            progress: console.progress(session.total_steps(), "training"),
+            signals,
+            smoothed: None,
+            seconds: 0.0,
+            tokens: 0,
+            kept_bytes: 0,
+        }
+    }
+
+    /// Removes the progress bar. Returns the most bytes that waited for a backward pass.
+    pub(super) fn finish(self) -> usize {
+        self.progress.finish();
+        self.kept_bytes
+    }
+
+    fn step(&mut self, report: &StepReport) {
+        // An exponential average over about 20 steps: single steps are too noisy to read.
+        let smoothed = self
+            .smoothed
+            .map_or(report.loss, |old| old + 0.05 * (report.loss - old));
+        self.smoothed = Some(smoothed);
+        self.seconds += report.seconds;
+        self.tokens += report.tokens;
+        self.kept_bytes = self.kept_bytes.max(report.kept_bytes);
+        let rate = self.tokens as f64 / self.seconds.max(1e-9);
+        self.progress.update(
+            report.step,
+            &format!(
+                "loss {smoothed:.4} lr {:.1e} {rate:.0} tokens/s",
+                report.learning_rate
+            ),
+        );
+    }
+}
