@@ -433,7 +433,14 @@ fn a_full_disk_is_one_sentence_and_leaves_nothing() {
     names.sort_unstable();
     assert_eq!(
         names,
-        [".lock", "metrics.jsonl", "precision.txt", "recipe.toml"]
+        [
+            ".lock",
+            "events.out.tfevents.0000000001.moeforge",
+            "gradients.json",
+            "metrics.jsonl",
+            "precision.txt",
+            "recipe.toml"
+        ]
     );
     let resumed = moeforge(&["train", "--resume", &run]);
     assert!(resumed.status.success());

@@ -155,6 +155,19 @@ impl Progress {
     }
 }
 
+/// A text of a model or a file on one line, without control characters, which could steer a terminal.
+pub(crate) fn printable(text: &str) -> String {
+    let mut line = String::new();
+    for c in text.chars() {
+        if c.is_control() {
+            line.extend(c.escape_default());
+        } else {
+            line.push(c);
+        }
+    }
+    line
+}
+
 /// A process's resident bytes of mapped files and of everything else, as Linux counts them; none elsewhere.
 pub(crate) fn resident_bytes(process: u32) -> Option<[u64; 2]> {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
@@ -189,6 +202,8 @@ pub(crate) const MISMATCH: u8 = 4;
 pub(crate) const NO_MEMORY: u8 = 5;
 /// A loss or gradient became infinite or not a number.
 pub(crate) const NOT_FINITE: u8 = 6;
+/// A run stopped before its end, with a checkpoint to go on from.
+pub(crate) const STOPPED: u8 = 7;
 
 /// What was measured, or what went wrong with it: a loss that is no number has an exit code of its own.
 pub(crate) fn finite<T>(found: ::eval::Result<T>, of: &dyn Display) -> anyhow::Result<T> {

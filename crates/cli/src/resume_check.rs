@@ -53,17 +53,10 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         );
     }
     console.note(format_args!("{}: without interruption", whole.display()));
-    let started = Instant::now();
-    let mut child = start(args, &whole)?;
-    child.wait()?;
-    ended(&mut child).with_context(|| format!("{}: the run failed", whole.display()))?;
-    let seconds = started.elapsed().as_secs_f64();
-
     let mut check = Check {
         args,
+        longest: longest_life(train_whole(args, &whole)?, args.kills),
         whole,
-        // Long enough to come some way, short enough that a run is killed several times.
-        longest: seconds.min((seconds / 4.0).max(1.0)),
         random: args.seed,
         tally: Tally::default(),
         progress: console.progress(args.kills, "killing"),
@@ -90,11 +83,34 @@ struct Check<'a> {
     args: &'a Args,
     /// The run without interruption.
     whole: PathBuf,
-    /// Seconds after which a process is killed at the latest.
+    /// The most seconds that a process is given.
     longest: f64,
     random: u64,
     tally: Tally,
     progress: Progress,
+}
+
+/// Trains without interruption. Returns the seconds until the first step and the seconds after it.
+fn train_whole(args: &Args, run: &Path) -> anyhow::Result<[f64; 2]> {
+    let started = Instant::now();
+    let mut child = start(args, run)?;
+    // What a run writes when everything is open.
+    let marker = run.join("precision.txt");
+    while !marker.exists() && !has_ended(&mut child, Some(Duration::from_millis(5)))? {}
+    let opening = started.elapsed().as_secs_f64();
+    has_ended(&mut child, None)?;
+    ended(&mut child).with_context(|| format!("{}: the run failed", run.display()))?;
+    Ok([opening, started.elapsed().as_secs_f64() - opening])
+}
+
+/// The longest time that a process is given, so that one run takes all the kills: drawn evenly from 0 to this, the times
+/// left after opening add up to most of what the steps need.
+fn longest_life([opening, steps]: [f64; 2], kills: u64) -> f64 {
+    const SHARE: f64 = 0.7;
+    // (longest − opening)² / (2 · longest) is a process's mean time for steps; kills times that is their share.
+    let per_kill = 2.0 * SHARE * steps / kills.max(1) as f64;
+    let half = opening + per_kill / 2.0;
+    half + (half * half - opening * opening).sqrt()
 }
 
 /// What was done and found.
@@ -171,7 +187,7 @@ impl Tally {
 
     fn to_text(&self, out: &Path) -> String {
         let mut text = format!(
-            "kills: {}, in {} runs; {} while a checkpoint was written or removed, {} before there was a run directory",
+            "kills: {}, in {} run(s); {} while a checkpoint was written or removed, {} before there was a run directory",
             self.kills, self.rounds, self.while_saving, self.before_start
         );
         if self.differences.is_empty() {
@@ -335,4 +351,22 @@ fn metrics(run: &Path) -> anyhow::Result<Vec<Value>> {
         Ok(line)
     });
     lines.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lives_are_so_long_that_one_run_takes_all_kills() {
+        for (opening, steps, kills) in [(0.3, 60.0, 100), (2.0, 10.0, 7), (0.0, 5.0, 1)] {
+            let longest = longest_life([opening, steps], kills);
+            // The mean of what is left after opening, of lives drawn evenly: summed up here.
+            let n = 100_000;
+            let lives = (0..n).map(|i| longest * (f64::from(i) + 0.5) / f64::from(n));
+            let mean = lives.map(|life| (life - opening).max(0.0)).sum::<f64>() / f64::from(n);
+            let share = mean * kills as f64 / steps;
+            assert!((share - 0.7).abs() < 1e-3, "{share}");
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! `moeforge train`: a recipe, from its start or from where a run was stopped.
 
 mod memory;
+mod samples;
 mod signals;
 mod watcher;
 
@@ -14,7 +15,7 @@ use train::{Recipe, RunDir, Session};
 
 use self::signals::Signals;
 use self::watcher::Watcher;
-use crate::console::{Console, NO_MEMORY, NOT_FINITE, USAGE, WithCode};
+use crate::console::{Console, NO_MEMORY, NOT_FINITE, STOPPED, USAGE, WithCode};
 use crate::open::find;
 
 /// Trains as a recipe says: pretraining, full fine-tuning, or LoRA.
@@ -52,7 +53,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     };
     describe(&session, resumed, run.path(), console)?;
 
-    let mut watcher = Watcher::new(&session, Signals::listen()?, console);
+    let mut watcher = Watcher::new(&session, Signals::listen()?, console)?;
     let fitted = session.fit(&run, &mut watcher);
     let kept_bytes = watcher.finish();
     fitted.map_err(with_code)?;
@@ -75,6 +76,7 @@ fn with_code(error: train::Error) -> anyhow::Error {
     let code = match error {
         train::Error::NotFinite { .. } => NOT_FINITE,
         train::Error::LowMemory { .. } => NO_MEMORY,
+        train::Error::Diverged { .. } => STOPPED,
         // As shells have it.
         train::Error::Interrupted { signal, .. } => (128 + signal) as u8,
         other => return other.into(),

@@ -167,6 +167,15 @@ pub fn attach(
     Ok(adapted)
 }
 
+/// Takes all low-rank updates off a model: what is left is its base. Weights are shared, not copied, so a clone costs
+/// nothing.
+pub fn detach(model: &mut Model) {
+    model.for_each_site(&mut |_, site| match site {
+        Site::Linear(linear) => linear.lora = None,
+        Site::Experts(experts) => experts.lora = None,
+    });
+}
+
 fn last_names(modules: &[String]) -> String {
     let mut names: Vec<&str> = modules
         .iter()

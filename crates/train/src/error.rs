@@ -182,10 +182,63 @@ pub enum Error {
     Resolve(String),
 
     /// No data folder has a training split.
-    #[error("no `train.jsonl` in {}", folders.iter().map(|folder| format!("`{}`", folder.display())).collect::<Vec<_>>().join(", "))]
+    #[error("no `train.jsonl` in {}", listed(folders))]
     NoTrainingData {
         /// The folders looked at.
         folders: Vec<PathBuf>,
+    },
+
+    /// No data folder has a validation split, and a setting needs one.
+    #[error(
+        "`{key}` needs validation rows: no `valid.jsonl` in {}",
+        listed(folders)
+    )]
+    NoValidationData {
+        /// The setting.
+        key: &'static str,
+        /// The folders looked at.
+        folders: Vec<PathBuf>,
+    },
+
+    /// The checkpoint with the lowest validation loss is gone.
+    #[error(
+        "`{}`: expected the checkpoint with the lowest validation loss, found none; \
+         without it there is no best model to export",
+        path.display()
+    )]
+    NoBest {
+        /// Where it was.
+        path: PathBuf,
+    },
+
+    /// The loss went up again and again.
+    #[error(
+        "step {step}: loss {loss:.4} after {smoothed:.4} on average, and the run went back {rollbacks} times already; \
+         `{}` is from before; try a lower `optimizer.learning_rate` or a tighter `optimizer.clip`",
+        run.join(format!("checkpoint-{anchor}")).display()
+    )]
+    Diverged {
+        /// The run directory.
+        run: PathBuf,
+        /// The step.
+        step: u64,
+        /// Its loss.
+        loss: f64,
+        /// The average before it went up.
+        smoothed: f64,
+        /// How often the run went back.
+        rollbacks: u64,
+        /// The step of the last good checkpoint.
+        anchor: u64,
+    },
+
+    /// A sample could not be generated.
+    #[error("eval.prompts: \"{}\": {problem}", shown(prompt))]
+    Sample {
+        /// What was to be continued.
+        prompt: String,
+        /// What went wrong.
+        problem: String,
     },
 
     /// A checkpoint was made by another recipe.
@@ -240,6 +293,13 @@ pub enum Error {
         /// What was the first to be so.
         first: String,
     },
+}
+
+fn listed(folders: &[PathBuf]) -> String {
+    let names = folders
+        .iter()
+        .map(|folder| format!("`{}`", folder.display()));
+    names.collect::<Vec<_>>().join(", ")
 }
 
 /// A signal as people call it.

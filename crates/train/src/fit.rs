@@ -3,7 +3,12 @@
 //! The loss is averaged over the trained tokens of the whole step: a step of four micro-batches has the gradient of
 //! one four times as large, however unevenly the tokens are spread over them.
 
+mod census;
+mod experts;
 mod host;
+mod range_test;
+mod validation;
+mod watchdog;
 
 use std::time::Instant;
 
@@ -15,26 +20,36 @@ use serde::Serialize;
 
 use crate::balance::{self, Valid};
 use crate::loss_scale::LossScale;
+use crate::metrics::journal::Journal;
 use crate::optimizer::Accumulated;
 use crate::run_dir::RunDir;
 use crate::schedule::Schedule;
 use crate::session::Session;
-use crate::state::write_optimizer;
-use crate::{Error, Metrics, Result, export};
+use crate::state::{State, write_optimizer};
+use crate::{Error, Result, export};
 
+pub use self::census::{Census, TensorGradient, Zero};
+pub(crate) use self::experts::Picks;
+pub use self::experts::{LayerDrift, LayerLoad};
 pub use self::host::{Host, Memory};
+pub use self::range_test::{RangeTest, RatePoint, steepest};
+pub use self::watchdog::Watchdog;
 
 /// What happened, for whoever watches.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// An update was made.
     Step(StepReport),
+    /// The first step's gradient was looked at.
+    FirstGradient(Census),
     /// The validation loss was measured.
     Validated {
         /// After which step.
         step: u64,
         /// Mean nats per trained token.
         loss: f64,
+        /// Share of the routers' picks that the adapter changes, where there are both.
+        drift: Option<f64>,
     },
     /// Gradients overflowed in f16; the step is taken again with this loss scale.
     Overflowed {
@@ -43,11 +58,45 @@ pub enum Event {
         /// Half of what it was.
         loss_scale: f64,
     },
+    /// The model continued the recipe's prompts.
+    Sampled {
+        /// After which step.
+        step: u64,
+        /// In the recipe's order.
+        samples: Vec<Sample>,
+    },
+    /// The loss had gone astray, and the run went back.
+    RolledBack {
+        /// From which step.
+        step: u64,
+        /// Its loss.
+        loss: f64,
+        /// The average before it went up.
+        smoothed: f64,
+        /// The step that the run goes on after.
+        to: u64,
+    },
+    /// The run is over, and this is the step that it leaves.
+    TookBest {
+        /// With the lowest validation loss.
+        step: u64,
+        /// That loss, in mean nats per trained token.
+        loss: f64,
+    },
     /// A checkpoint was written.
     Saved {
         /// After which step.
         step: u64,
     },
+}
+
+/// What the model writes after a prompt.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Sample {
+    /// The prompt.
+    pub prompt: String,
+    /// What comes after it.
+    pub text: String,
 }
 
 /// One update.
@@ -87,39 +136,121 @@ impl Session {
     /// memory runs short: the last step is saved before.
     pub fn fit(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
         let resumed = (self.state.step > 0).then_some(self.state.step);
-        let mut metrics = run.metrics(resumed)?;
+        let mut journal = Journal::open(run, resumed)?;
         let policy = format!("{}\n", self.policy()?);
         checkpoint::write_file(&run.path().join("precision.txt"), policy.as_bytes())?;
-        let (total, train) = (self.total_steps(), self.recipe.train.clone());
-        let due =
-            |every: Option<u64>, step: u64| every.is_some_and(|every| step.is_multiple_of(every));
-        let mut validated = None;
-        while self.state.step < total {
-            let report = self.step(total, host)?;
-            let step = report.step;
-            if step.is_multiple_of(train.log_every) || step == total {
-                metrics.append(step, &report)?;
-            }
-            host.see(&Event::Step(report));
-            if due(train.eval_every, step) {
-                self.validate(step, &mut metrics, host)?;
-                validated = Some(step);
-            }
-            if step < total {
-                if due(train.save_every, step) {
-                    self.save(run, host)?;
-                }
-                self.stop_if_asked(run, host)?;
+        if resumed.is_none() {
+            self.sample(&mut journal, host)?;
+            // What a spike before the first regular checkpoint goes back to.
+            if self.anchor().is_some() {
+                self.save(run, host)?;
             }
         }
-        // A finished run that is resumed has all this, and may lack its result only.
-        if resumed != Some(total) {
-            if validated != Some(total) {
-                self.validate(total, &mut metrics, host)?;
-            }
+        // A finished run that is resumed has everything but, perhaps, its result.
+        if !self.is_over() {
+            self.train(run, &mut journal, host)?;
+            self.sample(&mut journal, host)?;
             self.save(run, host)?;
         }
+        self.take_best(run, host)?;
         export::result(self, run)
+    }
+
+    /// Makes all steps that are left, and measures the last one.
+    fn train(&mut self, run: &RunDir, journal: &mut Journal, host: &mut dyn Host) -> Result<()> {
+        let (total, train) = (self.total_steps(), self.recipe.train.clone());
+        let schedule = Schedule::new(self.recipe.optimizer.learning_rate, &self.recipe.schedule);
+        let generate_every = self.recipe.eval.generate_every;
+        let due =
+            |every: Option<u64>, step: u64| every.is_some_and(|every| step.is_multiple_of(every));
+        while !self.is_over() {
+            let rate = schedule.rate(self.state.step, total);
+            let report = self.step(rate, Some(run), host)?;
+            let (step, loss) = (report.step, report.loss);
+            let first_batch = self.state.micro_step - train.accumulate as u64;
+            if self.roll_back_if_astray((loss, first_batch), (run, journal), host)? {
+                continue;
+            }
+            if step.is_multiple_of(train.log_every) || step == total {
+                self.log(&report, journal, host)?;
+            }
+            host.see(&Event::Step(report));
+            let is_best = (due(train.eval_every, step) || step == total)
+                && self.validate(step, journal, host)?;
+            if self.is_over() {
+                break;
+            }
+            if due(generate_every, step) {
+                self.sample(journal, host)?;
+            }
+            if due(train.save_every, step) || is_best && train.keep_best {
+                self.save(run, host)?;
+            }
+            self.stop_if_asked(run, host)?;
+        }
+        Ok(())
+    }
+
+    /// Whether all steps are made, or the validation loss has stopped falling.
+    fn is_over(&self) -> bool {
+        let patience = self.recipe.eval.patience;
+        let is_spent = patience.is_some_and(|most| self.state.passes_since_best >= most);
+        is_spent || self.state.step >= self.total_steps()
+    }
+
+    /// Writes a step down, with what the experts got since the last time.
+    fn log(
+        &mut self,
+        report: &StepReport,
+        journal: &mut Journal,
+        host: &mut dyn Host,
+    ) -> Result<()> {
+        let loads = std::mem::take(&mut self.state.expert_loads);
+        let loads = loads
+            .iter()
+            .map(|(layer, load)| LayerLoad::new(*layer, load));
+        let peak_bytes = host.memory().peak_bytes;
+        journal.step(report, &loads.collect::<Vec<_>>(), peak_bytes)
+    }
+
+    /// Lets the host continue the recipe's prompts.
+    fn sample(&self, journal: &mut Journal, host: &mut dyn Host) -> Result<()> {
+        let prompts = &self.recipe.eval.prompts;
+        if prompts.is_empty() {
+            return Ok(());
+        }
+        let (model, step) = (self.model.clone().valid(), self.state.step);
+        let sample = |prompt: &String| {
+            let text = host.generate(&model, prompt);
+            let text = text.map_err(|problem| Error::Sample {
+                prompt: prompt.clone(),
+                problem,
+            })?;
+            let prompt = prompt.clone();
+            Ok(Sample { prompt, text })
+        };
+        let samples = prompts.iter().map(sample).collect::<Result<Vec<_>>>()?;
+        journal.samples(step, &samples)?;
+        host.see(&Event::Sampled { step, samples });
+        Ok(())
+    }
+
+    /// Goes back to the step with the lowest validation loss, if the recipe wants that one.
+    fn take_best(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
+        let best = self.state.best.filter(|_| self.recipe.train.keep_best);
+        let Some(best) = best.filter(|best| best.step != self.state.step) else {
+            return Ok(());
+        };
+        let path = run.checkpoint_path(best.step);
+        if !run.steps()?.contains(&best.step) {
+            return Err(Error::NoBest { path });
+        }
+        self.restore(&path)?;
+        host.see(&Event::TookBest {
+            step: best.step,
+            loss: best.loss,
+        });
+        Ok(())
     }
 
     /// Saves and fails if the host was told to stop, or if memory runs short.
@@ -145,15 +276,20 @@ impl Session {
         Err(error)
     }
 
-    /// One update.
-    fn step(&mut self, total: u64, host: &mut dyn Host) -> Result<StepReport> {
+    /// One update at a learning rate. The first one of a run leaves a census of its gradient.
+    fn step(&mut self, rate: f64, run: Option<&RunDir>, host: &mut dyn Host) -> Result<StepReport> {
         let started = Instant::now();
+        self.state.micro_step = self.state.watchdog.next_batch(self.state.micro_step);
         let batches = self.next_batches();
         let trained_tokens: usize = batches.iter().map(|batch| batch.trained_tokens).sum();
         let (sums, norm) = self.finite_sums(&batches, trained_tokens, host)?;
         let (step, scale) = (self.state.step + 1, self.loss_scale());
-        let rate = Schedule::new(self.recipe.optimizer.learning_rate, &self.recipe.schedule)
-            .rate(self.state.step, total);
+        if let (1, Some(run)) = (step, run) {
+            let census = Census::new(&self.model.parameters(), &sums);
+            census.write(run.path())?;
+            host.see(&Event::FirstGradient(census));
+        }
+        self.note_loads(&sums.loads);
         let numbers = (step, norm, scale.unwrap_or(1.0));
         self.model = self
             .optimizer
@@ -262,14 +398,9 @@ impl Session {
     ) -> Micro {
         let scale = self.loss_scale().unwrap_or(1.0);
         let train = &self.recipe.train;
-        let watches = train.balance_loss > 0.0 || train.bias_update_speed > 0.0;
         let mut pass = Pass {
             dropout_seed: (self.recipe.lora.dropout > 0.0).then_some(train.seed ^ (number << 20)),
-            observe: if watches {
-                Observe::Routing
-            } else {
-                Observe::Nothing
-            },
+            observe: Observe::Routing,
             ..Pass::new(self.compute())
         };
         let losses = losses(&self.model, batch, &mut pass, &self.device);
@@ -277,16 +408,18 @@ impl Session {
         let loss = f64::from(sum.clone().inner().into_scalar::<f32>());
         let mut total = sum * share as f32;
         let mut balance_sum = 0.0;
-        if watches {
+        for record in &pass.routing {
+            let [_, experts] = record.routed.scores.dims();
+            let load = Picks::of(record, &batch.lengths, batch.cols).load(experts);
+            add_load(loads, record.layer_idx, load);
+        }
+        if train.balance_loss > 0.0 {
             let valid = Valid::new(&batch.lengths, batch.cols, &self.device);
             for record in &pass.routing {
-                add_load(loads, record.layer_idx, balance::load(record, &valid));
-                if train.balance_loss > 0.0 {
-                    let term = balance::balance_loss(record, &valid);
-                    balance_sum += f64::from(term.clone().inner().into_scalar::<f32>());
-                    let share = scale * train.balance_loss / train.accumulate as f64;
-                    total = total + term * share as f32;
-                }
+                let term = balance::balance_loss(record, &valid);
+                balance_sum += f64::from(term.clone().inner().into_scalar::<f32>());
+                let share = scale * train.balance_loss / train.accumulate as f64;
+                total = total + term * share as f32;
             }
         }
         let mut gradients = total.backward();
@@ -297,25 +430,15 @@ impl Session {
         }
     }
 
-    /// The mean loss over the validation split, if there is one.
-    fn validate(&self, step: u64, metrics: &mut Metrics, host: &mut dyn Host) -> Result<()> {
-        let Some(valid) = &self.valid else {
-            return Ok(());
-        };
-        let (model, device) = (self.model.clone().valid(), self.device.clone().inner());
-        let eval = &self.recipe.eval;
-        let (mut sum, mut tokens) = (0.0, 0);
-        let limit = eval.max_batches.map_or(usize::MAX, |max| max as usize);
-        for samples in valid.samples.chunks(eval.batch_size).take(limit) {
-            let batch = collate(&samples.iter().collect::<Vec<_>>(), self.pad_id);
-            let losses = losses(&model, &batch, &mut Pass::new(self.compute()), &device);
-            sum += f64::from(losses.sum().into_scalar::<f32>());
-            tokens += batch.trained_tokens;
+    /// Adds a step's loads to those since the last line of metrics.
+    fn note_loads(&mut self, loads: &[(usize, Vec<f64>)]) {
+        for (layer, load) in loads {
+            let sums = self.state.expert_loads.entry(*layer).or_default();
+            sums.resize(load.len(), 0);
+            for (sum, n) in sums.iter_mut().zip(load) {
+                *sum = sum.saturating_add(*n as u64);
+            }
         }
-        let loss = sum / tokens.max(1) as f64;
-        metrics.append(step, &serde_json::json!({ "valid_loss": loss }))?;
-        host.see(&Event::Validated { step, loss });
-        Ok(())
     }
 
     fn save(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
@@ -327,11 +450,29 @@ impl Session {
             export::adapter_into(self, writer)?;
             self.state.write(writer)
         })?;
-        run.prune(self.recipe.train.keep_last)?;
+        run.prune(self.recipe.train.keep_last, &self.protected(run)?)?;
         host.see(&Event::Saved {
             step: self.state.step,
         });
         Ok(())
+    }
+
+    /// The checkpoints that stay whatever their age: what a spike goes back to, and the best ones, of this step and of all
+    /// that a resumed run may start from.
+    fn protected(&self, run: &RunDir) -> Result<Vec<u64>> {
+        let train = &self.recipe.train;
+        let mut protected: Vec<u64> = self.anchor().into_iter().collect();
+        if train.keep_best {
+            let steps = run.steps()?;
+            let newest = steps.iter().rev().take(train.keep_last);
+            let starts: Vec<u64> = newest.chain(&protected).copied().collect();
+            protected.extend(self.state.best.map(|best| best.step));
+            for step in starts {
+                let state = State::read(&run.checkpoint_path(step))?;
+                protected.extend(state.best.map(|best| best.step));
+            }
+        }
+        Ok(protected)
     }
 
     /// The tensors of [`Session::state_tensors`], in its order. A parameter without a gradient has moments of zero.
@@ -367,7 +508,7 @@ impl Session {
 
 /// What the micro-batches of a step give together.
 #[derive(Default)]
-struct Sums {
+pub(crate) struct Sums {
     gradients: Accumulated,
     /// Over the trained tokens.
     loss: f64,
@@ -393,14 +534,14 @@ pub(crate) fn losses(
     pass: &mut Pass<'_>,
     device: &Device,
 ) -> Tensor<1> {
-    let tensor = |values: &Vec<i32>| {
-        Tensor::<2, Int>::from_data(
-            TensorData::new(values.clone(), [batch.rows, batch.cols]),
-            device,
-        )
-    };
-    let hidden = model.hidden(tensor(&batch.input_ids), pass);
-    model.loss(hidden, tensor(&batch.targets), pass)
+    let hidden = model.hidden(ids(&batch.input_ids, batch, device), pass);
+    model.loss(hidden, ids(&batch.targets, batch, device), pass)
+}
+
+/// Some ids of a batch, `[rows, cols]`.
+fn ids(ids: &[i32], batch: &Batch, device: &Device) -> Tensor<2, Int> {
+    let shape = [batch.rows, batch.cols];
+    Tensor::from_data(TensorData::new(ids.to_vec(), shape), device)
 }
 
 fn add_load(loads: &mut Vec<(usize, Vec<f64>)>, layer_idx: usize, load: Vec<f64>) {

@@ -42,7 +42,10 @@ mod run_dir;
 mod state;
 
 pub use self::error::{Error, Result};
-pub use self::fit::{Event, Host, Memory, StepReport};
+pub use self::fit::{
+    Census, Event, Host, LayerDrift, LayerLoad, Memory, RangeTest, RatePoint, Sample, StepReport,
+    TensorGradient, Watchdog, Zero, steepest,
+};
 pub use self::loss_scale::LossScale;
 pub use self::metrics::Metrics;
 pub use self::recipe::{
@@ -52,4 +55,4 @@ pub use self::recipe::{
 pub use self::run_dir::RunDir;
 pub use self::schedule::Schedule;
 pub use self::session::Session;
-pub use self::state::{State, read_optimizer, write_optimizer};
+pub use self::state::{Best, State, read_optimizer, write_optimizer};

@@ -12,7 +12,8 @@ use model::lora::{self, Adapted, LoraConfig, Scaling};
 use model::precision::Policy;
 use model::{AdapterWeights, Model, ModelConfig, Training, weights};
 
-use crate::loss_scale::{LARGEST_EXPONENT, LossScale};
+use crate::fit::Picks;
+use crate::loss_scale::LARGEST_EXPONENT;
 use crate::optimizer::AdamW;
 use crate::recipe::{Compute, Method, Recipe};
 use crate::run_dir::RunDir;
@@ -44,6 +45,8 @@ pub struct Session {
     /// How the adapter's alphas become scales.
     pub(crate) scaling: Scaling,
     pub(crate) pad_id: u32,
+    /// What the base's routers pick on the validation rows, once that is known.
+    pub(crate) base_picks: Option<Vec<Picks>>,
 }
 
 /// Where the model came from, for what is written beside its weights.
@@ -89,6 +92,7 @@ impl Session {
                 folders: recipe.data.path.clone(),
             })?;
         let valid = splits.open("valid.jsonl")?;
+        expect_valid(&recipe, valid.as_ref())?;
         let shuffle = if recipe.train.shuffle {
             Shuffle::Seeded
         } else {
@@ -97,15 +101,7 @@ impl Session {
         Ok(Self {
             order: Order::new(train.samples.len(), recipe.train.seed, shuffle),
             optimizer: AdamW::new(&recipe.optimizer, recipe.train.seed),
-            state: State {
-                step: 0,
-                micro_step: 0,
-                trained_tokens: 0,
-                loss_sum: 0.0,
-                loss_tokens: 0,
-                loss_scale: LossScale::new(&recipe.precision),
-                recipe_hash: recipe.hash(),
-            },
+            state: State::start(&recipe),
             pad_id: tokenizer
                 .and_then(|tokenizer| tokenizer.eos_id())
                 .filter(|id| (*id as usize) < model.config.vocab_size)
@@ -120,6 +116,7 @@ impl Session {
             device,
             base,
             scaling,
+            base_picks: None,
         })
     }
 
@@ -131,20 +128,30 @@ impl Session {
         let Some((step, folder)) = run.latest()? else {
             return Ok(None);
         };
-        let state = State::read(&folder)?;
+        self.load(&folder)?;
+        Ok(Some(step))
+    }
+
+    /// Becomes what a checkpoint holds.
+    pub(crate) fn load(&mut self, folder: &Path) -> Result<()> {
+        let state = State::read(folder)?;
         if state.recipe_hash != self.recipe.hash() {
-            return Err(Error::OtherRecipe { path: folder });
+            return Err(Error::OtherRecipe {
+                path: folder.to_owned(),
+            });
         }
         let fits = match state.loss_scale {
             Some(scale) => self.state.loss_scale.is_some() && scale.exponent <= LARGEST_EXPONENT,
             None => self.state.loss_scale.is_none(),
         };
         if !fits {
-            return Err(Error::LossScale { path: folder });
+            return Err(Error::LossScale {
+                path: folder.to_owned(),
+            });
         }
-        self.restore(&folder)?;
+        self.restore(folder)?;
         self.state = state;
-        Ok(Some(step))
+        Ok(())
     }
 
     /// Optimizer updates made so far.
@@ -157,6 +164,16 @@ impl Session {
         self.recipe.total_steps(self.train.samples.len())
     }
 
+    /// The folder with the tokenizer's files, if there is a tokenizer.
+    pub fn tokenizer_folder(&self) -> Option<&Path> {
+        self.base.tokenizer.as_deref()
+    }
+
+    /// The checkpoint that training started from; none for fresh weights.
+    pub fn base_folder(&self) -> Option<&Folder> {
+        self.base.folder.as_ref()
+    }
+
     /// Trained numbers.
     pub fn trained_parameters(&self) -> usize {
         self.model
@@ -167,7 +184,7 @@ impl Session {
     }
 
     /// Puts a checkpoint's tensors into the model and the optimizer.
-    fn restore(&mut self, folder: &Path) -> Result<()> {
+    pub(crate) fn restore(&mut self, folder: &Path) -> Result<()> {
         let specs = self.state_tensors();
         let dtype = self.recipe.optimizer.moments().float();
         let (mut parameters, mut moments, mut biases) = (BTreeMap::new(), Vec::new(), Vec::new());
@@ -256,6 +273,22 @@ impl Session {
             Compute::Fp8Unscaled => model::Compute::Fp8(Scales::One),
         }
     }
+}
+
+/// Refuses settings that look at validation rows where there are none.
+fn expect_valid(recipe: &Recipe, valid: Option<&Split>) -> Result<()> {
+    let key = if recipe.train.keep_best {
+        "train.keep_best"
+    } else if recipe.eval.patience.is_some() {
+        "eval.patience"
+    } else {
+        return Ok(());
+    };
+    let missing = || Error::NoValidationData {
+        key,
+        folders: recipe.data.path.clone(),
+    };
+    valid.map(|_| ()).ok_or_else(missing)
 }
 
 /// What a recipe's adapter is trained to be merged into.

@@ -1,16 +1,19 @@
 //! What a run shows on the terminal, and what it learns from the machine.
 
-use train::{Event, Host, Memory, Session, StepReport};
+use model::Model;
+use train::{Event, Host, Memory, Sample, Session, StepReport};
 
 use super::memory;
+use super::samples::Sampler;
 use super::signals::Signals;
-use crate::console::{Console, Progress};
+use crate::console::{self, Console, Progress};
 
 /// Shows a run's progress, and tells the run of signals and of memory.
 #[derive(Debug)]
 pub(super) struct Watcher {
     progress: Progress,
     signals: Signals,
+    sampler: Option<Sampler>,
     smoothed: Option<f64>,
     seconds: f64,
     tokens: usize,
@@ -21,12 +24,39 @@ impl Host for Watcher {
     fn see(&mut self, event: &Event) {
         match event {
             Event::Step(report) => self.step(report),
-            Event::Validated { step, loss } => self.progress.line(&format!(
-                "step {step}: validation loss {loss:.4}, perplexity {:.2}",
-                loss.exp()
-            )),
+            Event::FirstGradient(census) => self.progress.line(&census.summary()),
+            Event::Validated { step, loss, drift } => {
+                let drift = drift.map_or_else(String::new, |drift| {
+                    format!(
+                        ", {:.1} % of expert picks are not the base's",
+                        100.0 * drift
+                    )
+                });
+                self.progress.line(&format!(
+                    "step {step}: validation loss {loss:.4}, perplexity {:.2}{drift}",
+                    loss.exp()
+                ));
+            }
             Event::Overflowed { step, loss_scale } => self.progress.line(&format!(
                 "step {step}: gradients overflowed; taken again with a loss scale of {loss_scale}"
+            )),
+            Event::RolledBack {
+                step,
+                loss,
+                smoothed,
+                to,
+            } => self.progress.line(&format!(
+                "step {step}: loss {loss:.4} after {smoothed:.4} on average; going back to step {to} and passing over \
+                 the batches that did it"
+            )),
+            Event::Sampled { step, samples } => {
+                for Sample { prompt, text } in samples {
+                    let line = format!("step {step}: {prompt} → {text}");
+                    self.progress.line(&console::printable(&line));
+                }
+            }
+            Event::TookBest { step, loss } => self.progress.line(&format!(
+                "step {step} had the lowest validation loss, {loss:.4}, and is what is left"
             )),
             Event::Saved { .. } => {}
         }
@@ -39,18 +69,29 @@ impl Host for Watcher {
     fn memory(&mut self) -> Memory {
         memory::read()
     }
+
+    fn generate(&mut self, model: &Model, prompt: &str) -> Result<String, String> {
+        let sampler = self.sampler.as_ref().ok_or("there is no tokenizer")?;
+        let text = sampler.text(model, prompt);
+        text.map_err(|error| format!("{error:#}"))
+    }
 }
 
 impl Watcher {
-    pub(super) fn new(session: &Session, signals: Signals, console: &Console) -> Self {
-        Self {
+    pub(super) fn new(
+        session: &Session,
+        signals: Signals,
+        console: &Console,
+    ) -> anyhow::Result<Self> {
+        Ok(Self {
             progress: console.progress(session.total_steps(), "training"),
             signals,
+            sampler: Sampler::new(session)?,
             smoothed: None,
             seconds: 0.0,
             tokens: 0,
             kept_bytes: 0,
-        }
+        })
     }
 
     /// Removes the progress bar. Returns the most bytes that waited for a backward pass.

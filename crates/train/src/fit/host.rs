@@ -1,5 +1,7 @@
 //! What a run tells whoever started it, and what it asks of them: all that a library cannot know by itself.
 
+use model::Model;
+
 use super::Event;
 
 /// The program around a run. A closure over events is one that has nothing to add.
@@ -15,6 +17,14 @@ pub trait Host {
     /// What memory there is. Asked after every step.
     fn memory(&mut self) -> Memory {
         Memory::default()
+    }
+
+    /// Continues one of the recipe's prompts with a model that has no gradients.
+    ///
+    /// # Errors
+    /// If it cannot: what is wrong.
+    fn generate(&mut self, _model: &Model, _prompt: &str) -> Result<String, String> {
+        Err("this program writes no samples".to_owned())
     }
 }
 

@@ -4,6 +4,8 @@
 
 /// Runs that are asked to stop, or have to.
 mod stops;
+/// What a run looks at while it goes on, and what it does about it.
+mod watching;
 
 use std::path::{Path, PathBuf};
 

@@ -1,0 +1,166 @@
+//! What the first step's gradient reaches, and why it does not reach the rest.
+//!
+//! A module that never gets a gradient trains nothing and nobody sees it. In the first step most zeros have a good
+//! reason: while a low-rank update's second factor is zero its first one has no gradient, and an expert without a token
+//! has none either.
+
+use std::path::Path;
+
+use burn::tensor::Tensor;
+use model::Parameter;
+use serde::Serialize;
+
+use super::Sums;
+use crate::Result;
+
+/// The file in the run directory.
+const NAME: &str = "gradients.json";
+
+/// The first step's gradients, tensor by tensor.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Census {
+    /// Every trained tensor.
+    pub tensors: Vec<TensorGradient>,
+}
+
+/// The first gradient of one tensor.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TensorGradient {
+    /// Its name.
+    pub name: String,
+    /// The gradient's norm.
+    pub norm: f64,
+    /// Why it is zero, if it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zero: Option<Zero>,
+    /// The experts whose part of it is zero because they got no token.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub experts_without_token: Vec<usize>,
+}
+
+/// Why a gradient is zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Zero {
+    /// It is a first factor whose second factor is still zero: this passes with the first step.
+    SecondFactorIsZero,
+    /// None of its experts got a token.
+    NoToken,
+    /// The loss does not depend on it.
+    NotReached,
+    /// The loss depends on it, and its gradient is zero all the same.
+    Unknown,
+}
+
+impl Census {
+    /// Of the gradients of a step. Reads them back, which is why it is for one step only.
+    pub(crate) fn new(parameters: &[Parameter], sums: &Sums) -> Self {
+        let entry = |parameter: &Parameter| {
+            let Some(gradient) = sums.gradients.get(&parameter.name) else {
+                return TensorGradient {
+                    name: parameter.name.clone(),
+                    norm: 0.0,
+                    zero: Some(Zero::NotReached),
+                    experts_without_token: vec![],
+                };
+            };
+            let squares = squares(gradient, parameter);
+            let load = load_of(parameter, &sums.loads);
+            let idle = |i: &usize| squares[*i] == 0.0 && load.is_some_and(|load| load[*i] == 0.0);
+            let idle: Vec<usize> = (0..squares.len()).filter(idle).collect();
+            let norm = squares.iter().sum::<f64>().sqrt();
+            let why = || {
+                if second_factor_is_zero(parameter, parameters) {
+                    Zero::SecondFactorIsZero
+                } else if idle.len() == squares.len() {
+                    Zero::NoToken
+                } else {
+                    Zero::Unknown
+                }
+            };
+            TensorGradient {
+                name: parameter.name.clone(),
+                norm,
+                zero: (norm == 0.0).then(why),
+                experts_without_token: idle,
+            }
+        };
+        Self {
+            tensors: parameters.iter().map(entry).collect(),
+        }
+    }
+
+    /// Writes it into a run directory.
+    pub(crate) fn write(&self, run: &Path) -> Result<()> {
+        let json = serde_json::to_string_pretty(self).expect("names and numbers are JSON");
+        Ok(checkpoint::write_file(
+            &run.join(NAME),
+            format!("{json}\n").as_bytes(),
+        )?)
+    }
+
+    /// One sentence for the person at the terminal.
+    pub fn summary(&self) -> String {
+        let zeros = |why: Zero| self.tensors.iter().filter(move |t| t.zero == Some(why));
+        let reached = self.tensors.iter().filter(|t| t.zero.is_none()).count();
+        let mut text = format!(
+            "first gradient: in {reached} of {} tensors",
+            self.tensors.len()
+        );
+        let waiting = zeros(Zero::SecondFactorIsZero).count();
+        if waiting > 0 {
+            text += &format!("; {waiting} are zero only because lora_b starts at zero");
+        }
+        // An expert has several tensors; the worst of a layer's is what it got.
+        let idle = self
+            .tensors
+            .iter()
+            .map(|t| t.experts_without_token.len())
+            .max();
+        if let Some(idle) = idle.filter(|idle| *idle > 0) {
+            text += &format!("; up to {idle} experts of a layer got no token");
+        }
+        for (why, what) in [
+            (Zero::NotReached, "not reached by the loss"),
+            (Zero::Unknown, "zero for no known reason"),
+        ] {
+            if let Some(first) = zeros(why).next() {
+                text += &format!("; {} are {what} (`{}`, …)", zeros(why).count(), first.name);
+            }
+        }
+        text + &format!("; see {NAME}")
+    }
+}
+
+/// The sums of squares of a tensor's gradient: one for each expert if it is a stack of those, else one.
+fn squares(gradient: Tensor<1>, parameter: &Parameter) -> Vec<f64> {
+    let n_parts = match parameter.shape[..] {
+        [experts, _, _] => experts,
+        _ => 1,
+    };
+    let values: Vec<f64> = gradient.into_data().iter::<f32>().map(f64::from).collect();
+    let part = (values.len() / n_parts.max(1)).max(1);
+    let squares = values
+        .chunks(part)
+        .map(|part| part.iter().map(|x| x * x).sum());
+    squares.collect()
+}
+
+/// The load of the experts that a tensor is a stack of.
+fn load_of<'a>(parameter: &Parameter, loads: &'a [(usize, Vec<f64>)]) -> Option<&'a Vec<f64>> {
+    let layer = parameter.name.split_once("layers.")?.1.split('.').next()?;
+    let layer: usize = layer.parse().ok()?;
+    let (_, load) = loads.iter().find(|(found, _)| *found == layer)?;
+    let is_stack = parameter.shape.len() == 3 && parameter.shape[0] == load.len();
+    is_stack.then_some(load)
+}
+
+/// Whether a tensor is the first factor of an update whose second one is zero.
+fn second_factor_is_zero(parameter: &Parameter, parameters: &[Parameter]) -> bool {
+    let Some(module) = parameter.name.strip_suffix("lora_a") else {
+        return false;
+    };
+    let second = format!("{module}lora_b");
+    let second = parameters.iter().find(|p| p.name == second);
+    second.is_some_and(|p| p.values.clone().into_data().iter::<f32>().all(|x| x == 0.0))
+}
