@@ -364,6 +364,77 @@ fn a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bits() {
     }
 }
 
+#[test]
+fn a_run_is_reported_with_its_samples_on_a_page_of_its_own() {
+    let place = tempfile::tempdir().unwrap();
+    let path = |name: &str| place.path().join(name).to_string_lossy().into_owned();
+    let run = path("run");
+    let smoke = ["train", "recipes/smoke/lora.toml", "--out", &run];
+    let samples = [
+        "--set",
+        "eval.prompts=[\"What is <b>?\"]",
+        "--set",
+        "eval.max_new_tokens=4",
+        "--set",
+        "train.log_every=1",
+    ];
+    let output = moeforge(&[&smoke[..], &samples].concat());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    for words in [
+        "first gradient: in ",
+        "step 0: What is <b>? →",
+        "step 3: What is <b>? →",
+    ] {
+        assert!(stderr.contains(words), "`{words}` is not in: {stderr}");
+    }
+    assert!(moeforge(&["report", &run]).status.success());
+    let page = std::fs::read_to_string(place.path().join("run/report.html")).unwrap();
+    for words in [
+        "<svg",
+        ">Loss, nats<",
+        "Sample: What is &lt;b&gt;?",
+        "use_rslora = true",
+    ] {
+        assert!(page.contains(words), "`{words}` is not in the page");
+    }
+    // Nothing is fetched: the one address is the name of SVG.
+    assert_eq!(
+        page.matches("http").count(),
+        page.matches("xmlns=\"http").count()
+    );
+    refused(
+        &moeforge(&["report", &path("")]),
+        1,
+        &["recipe.toml", "found none"],
+    );
+}
+
+#[test]
+fn a_learning_rate_is_suggested_and_no_run_is_left() {
+    let place = tempfile::tempdir().unwrap();
+    let svg = place.path().join("lr.svg").to_string_lossy().into_owned();
+    let recipe = recipe(
+        &place,
+        "[train]\nmethod = \"lora\"\nbatch_size = 2\n",
+        &forty_rows(),
+    );
+    let before = std::fs::read_dir(place.path()).unwrap().count();
+    let words = [
+        "find-lr", &recipe, "--from", "1e-5", "--to", "1e-1", "--steps", "20", "--out", &svg,
+    ];
+    let output = moeforge(&[&words[..], &["--json"]].concat());
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let steps = found["steps"].as_array().unwrap();
+    let loss = |i: usize| steps[i]["smoothed_loss"].as_f64().unwrap();
+    assert!(loss(steps.len() - 1) < loss(0), "{found}");
+    let suggestion = found["suggestion"].as_f64().unwrap();
+    assert!(suggestion > 1e-5 && suggestion < 1e-1, "{found}");
+    assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), before + 1);
+    let backwards = moeforge(&[&words[..], &["--to", "1e-6"]].concat());
+    assert_eq!(backwards.status.code(), Some(2));
+}
+
 /// The program on a disk that is full after so many blocks of 512 bytes to a file.
 #[cfg(unix)]
 fn with_room_for(blocks: usize, words: &[&str]) -> Output {

@@ -51,8 +51,9 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         }
     })?;
     progress.finish();
-    checkpoint::write_file(&args.out, plot(&points).to_svg().as_bytes())?;
     let suggestion = steepest(&points);
+    let plot = plot(&points, suggestion);
+    checkpoint::write_file(&args.out, plot.to_svg().as_bytes())?;
     if args.json {
         console.result(to_json(&points, suggestion));
         return Ok(ExitCode::SUCCESS);
@@ -92,13 +93,16 @@ fn range(args: &Args) -> anyhow::Result<RangeTest> {
     })
 }
 
-fn plot(points: &[RatePoint]) -> Plot {
+fn plot(points: &[RatePoint], suggestion: Option<f64>) -> Plot {
     let line = |name: &str, y: fn(&RatePoint) -> f64| Line {
         name: name.into(),
         points: points.iter().map(|point| (point.rate, y(point))).collect(),
     };
     Plot {
-        title: "Loss while the learning rate grows".into(),
+        title: suggestion.map_or_else(
+            || "Loss while the learning rate grows".into(),
+            |rate| format!("Loss while the learning rate grows: falls fastest at {rate:.1e}"),
+        ),
         x: "learning rate".into(),
         y: "nats".into(),
         lines: vec![line("smoothed", |p| p.smoothed), line("step", |p| p.loss)],

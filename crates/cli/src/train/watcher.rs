@@ -113,9 +113,16 @@ impl Watcher {
         self.progress.update(
             report.step,
             &format!(
-                "loss {smoothed:.4} lr {:.1e} {rate:.0} tokens/s",
-                report.learning_rate
+                "loss {smoothed:.4} lr {:.1e} {rate:.0} tokens/s{}",
+                report.learning_rate,
+                memory_held()
             ),
         );
     }
+}
+
+/// What the program holds besides mapped files, for the progress line; nothing where the operating system does not tell.
+fn memory_held() -> String {
+    let held = console::resident_bytes(std::process::id());
+    held.map_or_else(String::new, |[_, own]| format!(" {} MiB", own >> 20))
 }

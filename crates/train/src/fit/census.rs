@@ -125,7 +125,7 @@ impl Census {
             (Zero::Unknown, "zero for no known reason"),
         ] {
             if let Some(first) = zeros(why).next() {
-                text += &format!("; {} are {what} (`{}`, …)", zeros(why).count(), first.name);
+                text += &format!("; {what}: {} (`{}`, …)", zeros(why).count(), first.name);
             }
         }
         text + &format!("; see {NAME}")
@@ -163,4 +163,66 @@ fn second_factor_is_zero(parameter: &Parameter, parameters: &[Parameter]) -> boo
     let second = format!("{module}lora_b");
     let second = parameters.iter().find(|p| p.name == second);
     second.is_some_and(|p| p.values.clone().into_data().iter::<f32>().all(|x| x == 0.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+
+    #[test]
+    fn every_zero_has_its_reason() {
+        let device = Device::flex();
+        let tensor = |values: &[f32]| Tensor::<1>::from_floats(values, &device);
+        let parameter = |name: &str, shape: &[usize], value: f32| Parameter {
+            name: format!("model.layers.3.mlp.{name}"),
+            shape: shape.to_vec(),
+            values: tensor(&vec![value; shape.iter().product()]),
+        };
+        let parameters = [
+            parameter("experts.lora.up_proj.lora_a", &[3, 1, 2], 0.5),
+            parameter("experts.lora.up_proj.lora_b", &[3, 2, 1], 0.0),
+            parameter("experts.lora.down_proj.lora_b", &[3, 1, 1], 1.0),
+            parameter("shared_experts.up_proj.weight", &[2, 1], 1.0),
+            parameter("gate.weight", &[1, 1], 1.0),
+        ];
+        let gradients: [&[f32]; 4] = [
+            &[0.0; 6],
+            &[0.0, 0.0, 3.0, 4.0, 0.0, 0.0],
+            &[0.0; 3],
+            &[0.0; 2],
+        ];
+        let named = parameters.iter().map(|p| p.name.clone());
+        let mut sums = Sums::default();
+        sums.gradients
+            .add(named.zip(gradients.map(tensor)).collect());
+        // Expert 1 got tokens: that its part of `down_proj` is zero has another reason.
+        sums.loads = vec![(3, vec![0.0, 4.0, 0.0])];
+        let census = Census::new(&parameters, &sums);
+        let found: Vec<_> = census
+            .tensors
+            .iter()
+            .map(|t| (t.norm, t.zero, &t.experts_without_token[..]))
+            .collect();
+        let expected: [(f64, Option<Zero>, &[usize]); 5] = [
+            (0.0, Some(Zero::SecondFactorIsZero), &[0, 2]),
+            (5.0, None, &[0, 2]),
+            (0.0, Some(Zero::Unknown), &[0, 2]),
+            (0.0, Some(Zero::Unknown), &[]),
+            (0.0, Some(Zero::NotReached), &[]),
+        ];
+        assert_eq!(found, expected);
+        sums.loads = vec![(3, vec![0.0; 3])];
+        let census = Census::new(&parameters, &sums);
+        assert_eq!(census.tensors[2].zero, Some(Zero::NoToken));
+        let summary = census.summary();
+        for words in [
+            "in 1 of 5",
+            "not reached by the loss: 1 (`model.layers.3.mlp.gate.weight`",
+            "up to 3 experts",
+        ] {
+            assert!(summary.contains(words), "{summary}");
+        }
+    }
 }
