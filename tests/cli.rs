@@ -18,6 +18,7 @@ fn command(words: &[&str]) -> Command {
     command
         .args(words)
         .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"))
         .stdin(Stdio::null());
     command
 }
@@ -303,6 +304,67 @@ fn forty_rows() -> String {
     (0..40)
         .map(|i| format!("{{\"input_ids\": {:?}}}\n", row(i)))
         .collect()
+}
+
+#[test]
+fn data_is_checked_counted_and_shown() {
+    let place = tempfile::tempdir().unwrap();
+    let write = |file: &str, rows: &[&str]| {
+        std::fs::write(place.path().join(file), rows.join("\n")).unwrap();
+    };
+    let chat = r#"{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}"#;
+    let long = r#"{"input_ids": [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]}"#;
+    let masked = r#"{"input_ids": [5, 6], "labels": [5, -100], "id": 3}"#;
+    write("train.jsonl", &[long, masked, long]);
+    write(
+        "valid.jsonl",
+        &[r#"{"prompt": "a", "chosen": "b", "rejected": "c"}"#, long],
+    );
+    let (dir, model) = (place.path().to_string_lossy(), golden("deepseek_v3"));
+    let model = model.to_string_lossy();
+    let words = [
+        "data",
+        "check",
+        &dir,
+        "--model",
+        &model,
+        "--max-length",
+        "8",
+    ];
+    let output = moeforge(&words);
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{output:?}");
+    for expected in [
+        "train.jsonl: 1 sample is in train.jsonl already; the first is sample 3, like sample 1 there",
+        "valid.jsonl: 1 sample is in train.jsonl already; the first is sample 3, like sample 1 there",
+        "train.jsonl, sample 1, cut:",
+        "«",
+    ] {
+        assert!(stdout.contains(expected), "{stdout}");
+    }
+    assert!(!stdout.contains('\u{1b}'), "{stdout}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("keys that nothing reads: id"));
+
+    let output = moeforge(&[&words[..], &["--json"]].concat());
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let train = &found["files"][0];
+    assert_eq!(train["counts"]["truncated_rows"], 2, "{found}");
+    assert_eq!(train["counts"]["untrained_samples"], 1, "{found}");
+    assert_eq!(train["survey"]["lengths"]["max"], 8, "{found}");
+    assert_eq!(
+        found["files"][1]["survey"]["shared"][0]["samples"], 1,
+        "{found}"
+    );
+
+    write("valid.jsonl", &[masked]);
+    refused(
+        &moeforge(&words),
+        1,
+        &["valid.jsonl", "no token to train on in 1 rows"],
+    );
+    // This model has no chat template.
+    write("valid.jsonl", &[chat]);
+    refused(&moeforge(&words), 1, &["valid.jsonl:1", "no chat template"]);
 }
 
 #[test]

@@ -155,17 +155,17 @@ impl Progress {
     }
 }
 
-/// A text of a model or a file on one line, without control characters, which could steer a terminal.
-pub(crate) fn printable(text: &str) -> String {
-    let mut line = String::new();
+/// A text of a model or a file without control characters, which could steer a terminal, but for those that are kept.
+pub(crate) fn printable(text: &str, kept: &[char]) -> String {
+    let mut safe = String::with_capacity(text.len());
     for c in text.chars() {
-        if c.is_control() {
-            line.extend(c.escape_default());
+        if c.is_control() && !kept.contains(&c) {
+            safe.extend(c.escape_default());
         } else {
-            line.push(c);
+            safe.push(c);
         }
     }
-    line
+    safe
 }
 
 /// A process's resident bytes of mapped files and of everything else, as Linux counts them; none elsewhere.

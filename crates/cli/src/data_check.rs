@@ -1,19 +1,21 @@
 //! `data check`: training data as the model will see it.
 
+use std::cell::RefCell;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use data::{Sample, Split, Tokenizer};
+use data::{Corpus, Reading, Repeats, Sample, Survey, Tokenizer, Wanted};
 
-use crate::console::Console;
-use crate::open::{find, open_tokenizer, read_config};
+use crate::console::{Console, printable};
+use crate::open::{find, open_tokenizer, read_config, token_cache};
+use crate::train::{TOKENIZING, note_reading};
 
 /// What to do with data.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Data {
-    /// Check every row, count tokens, and show the first rows with their trained tokens marked.
+    /// Check every row, count tokens and duplicates, and show the first samples with their trained tokens marked.
     Check(Args),
 }
 
@@ -30,6 +32,9 @@ pub(crate) struct Args {
     /// How many samples of each file to show.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub(crate) rows: usize,
+    /// Print what was found as JSON, without samples.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// How trained text is told from the rest.
@@ -38,6 +43,9 @@ enum Marks {
     Color,
     Quotes,
 }
+
+/// What may lay out the text of a sample.
+const LAYOUT: [char; 2] = ['\n', '\t'];
 
 const FILES: [&str; 3] = ["train.jsonl", "valid.jsonl", "test.jsonl"];
 
@@ -61,21 +69,122 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         bail!("{dir}: expected one of {names}, found none");
     }
 
-    let mut splits = Vec::new();
-    for file in files {
-        let path = args.dir.join(file);
-        let split = Split::open(&path, tokenizer.as_ref(), args.max_length, vocab_size)?;
-        splits.push((file, split));
+    let mut corpora = Vec::new();
+    for file in &files {
+        corpora.push(open_corpus(
+            args,
+            file,
+            (tokenizer.as_ref(), vocab_size),
+            console,
+        )?);
     }
-    console.result(table(&splits).trim_end());
-    let marks = marks();
-    for (file, split) in &splits {
-        for (sample_idx, sample) in split.samples.iter().take(args.rows).enumerate() {
-            let text = rendered(sample, tokenizer.as_ref(), marks)?;
-            console.result(format_args!("\n{file}, sample {}:\n{text}", sample_idx + 1));
+    let surveys = Survey::of(&corpora.iter().collect::<Vec<_>>());
+    let checked: Vec<Checked<'_>> = files
+        .iter()
+        .zip(&corpora)
+        .zip(surveys)
+        .map(|((file, corpus), survey)| Checked {
+            file,
+            corpus,
+            survey,
+        })
+        .collect();
+    if args.json {
+        let checked = checked.iter().map(Checked::to_json);
+        let report = serde_json::json!({ "files": checked.collect::<Vec<_>>() });
+        console.result(format_args!("{report:#}"));
+        return Ok(ExitCode::SUCCESS);
+    }
+    console.result(table(&checked).trim_end());
+    repeats(&checked)
+        .iter()
+        .for_each(|line| console.result(line));
+    show(&checked, args.rows, tokenizer.as_ref(), console)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn open_corpus(
+    args: &Args,
+    file: &str,
+    (tokenizer, vocab_size): (Option<&Tokenizer>, usize),
+    console: &Console,
+) -> anyhow::Result<Corpus> {
+    let (cache, progress) = (token_cache(), console.progress(0, TOKENIZING));
+    let progress = RefCell::new(progress);
+    let reading = Reading {
+        tokenizer,
+        max_length: args.max_length,
+        vocab_size,
+        wanted: Wanted::Any,
+        cache: cache.as_deref(),
+        progress: &|done, total| progress.borrow_mut().update_of(done / 1000, total / 1000),
+    };
+    let corpus = Corpus::open(&[args.dir.join(file)], reading);
+    progress.into_inner().finish();
+    let corpus = corpus?;
+    note_reading(&corpus, console);
+    Ok(corpus)
+}
+
+/// One file, and what was found in it.
+struct Checked<'a> {
+    file: &'a str,
+    corpus: &'a Corpus,
+    survey: Survey,
+}
+
+impl Checked<'_> {
+    fn to_json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "file": self.file,
+            "counts": self.corpus.counts,
+            "survey": self.survey,
+            "ignored_keys": self.corpus.ignored_keys,
+        })
+    }
+}
+
+/// What is there more than once, in sentences.
+fn repeats(checked: &[Checked<'_>]) -> Vec<String> {
+    let mut lines = Vec::new();
+    let mut tell = |at: &Checked<'_>, found: &Repeats, there: &str| {
+        let Some([sample, earlier]) = found.first else {
+            return;
+        };
+        let (file, n) = (at.file, found.samples);
+        lines.push(format!(
+            "{file}: {n} {} in {there} already; the first is sample {}, like sample {} there",
+            if n == 1 { "sample is" } else { "samples are" },
+            sample + 1,
+            earlier + 1
+        ));
+    };
+    for at in checked {
+        tell(at, &at.survey.repeated, at.file);
+        for (earlier, found) in checked.iter().zip(&at.survey.shared) {
+            tell(at, found, earlier.file);
         }
     }
-    Ok(ExitCode::SUCCESS)
+    lines
+}
+
+/// The first samples of each file, as the model sees them.
+fn show(
+    checked: &[Checked<'_>],
+    rows: usize,
+    tokenizer: Option<&Tokenizer>,
+    console: &Console,
+) -> anyhow::Result<()> {
+    let marks = marks();
+    for Checked { file, corpus, .. } in checked {
+        for index in 0..rows.min(corpus.len()) {
+            let sample = corpus.sample(index)?;
+            let text = rendered(&sample, tokenizer, marks)?;
+            let cut = if sample.truncated { ", cut" } else { "" };
+            console.result(format_args!("\n{file}, sample {}{cut}:\n{text}", index + 1));
+        }
+    }
+    Ok(())
 }
 
 fn marks() -> Marks {
@@ -87,32 +196,40 @@ fn marks() -> Marks {
     }
 }
 
-fn table(splits: &[(&str, Split)]) -> String {
+fn table(checked: &[Checked<'_>]) -> String {
     let header = [
         "file",
         "rows",
         "samples",
         "tokens",
         "trained",
+        "median",
+        "90 %",
+        "99 %",
         "longest",
         "cut",
         "nothing trained",
     ];
     let mut rows = vec![header.map(str::to_owned)];
-    for (file, split) in splits {
-        let counts = split.counts;
-        let lengths = split.samples.iter().map(|sample| sample.ids.len());
+    for checked in checked {
+        let (counts, lengths) = (checked.corpus.counts, checked.survey.lengths);
         let numbers = [
             counts.rows,
-            split.samples.len(),
+            checked.survey.samples,
             counts.tokens,
             counts.trained_tokens,
-            lengths.max().unwrap_or(0),
+            lengths.median as usize,
+            lengths.p90 as usize,
+            lengths.p99 as usize,
+            lengths.max as usize,
             counts.truncated_rows,
             counts.untrained_samples,
         ];
-        let [a, b, c, d, e, f, g] = numbers.map(|number| number.to_string());
-        rows.push([(*file).to_owned(), a, b, c, d, e, f, g]);
+        let mut row = header.map(|_| checked.file.to_owned());
+        for (cell, number) in row[1..].iter_mut().zip(numbers) {
+            *cell = number.to_string();
+        }
+        rows.push(row);
     }
     let mut text = String::new();
     for row in &rows {
@@ -140,7 +257,7 @@ fn rendered(
         None => id_spans(sample),
     };
     let spans = spans.iter().map(|(text, trained)| {
-        let text = printable(text);
+        let text = printable(text, &LAYOUT);
         match (trained, marks) {
             (false, _) => text,
             (true, Marks::Color) => format!("\u{1b}[32m{text}\u{1b}[0m"),
@@ -160,19 +277,6 @@ fn id_spans(sample: &Sample) -> Vec<(String, bool)> {
             (ids.collect(), *run[0].1)
         })
         .collect()
-}
-
-/// Text without what would steer a terminal: the rows are anybody's.
-fn printable(text: &str) -> String {
-    let mut safe = String::with_capacity(text.len());
-    for character in text.chars() {
-        if character.is_control() && !matches!(character, '\n' | '\t') {
-            safe.extend(character.escape_default());
-        } else {
-            safe.push(character);
-        }
-    }
-    safe
 }
 
 #[cfg(test)]
@@ -199,6 +303,9 @@ mod tests {
 
     #[test]
     fn rows_cannot_steer_the_terminal() {
-        assert_eq!(printable("é\u{1b}[2J\r\n\tx"), "é\\u{1b}[2J\\r\n\tx");
+        assert_eq!(
+            printable("é\u{1b}[2J\r\n\tx", &LAYOUT),
+            "é\\u{1b}[2J\\r\n\tx"
+        );
     }
 }

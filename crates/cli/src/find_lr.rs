@@ -4,12 +4,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use serde_json::{Value, json};
-use train::{Event, RangeTest, RatePoint, Recipe, Session, steepest};
+use train::{Event, RangeTest, RatePoint, Recipe, steepest};
 
 use crate::console::{Console, USAGE, WithCode};
-use crate::open::find;
 use crate::plot::{Axes, Line, Plot};
-use crate::train::usage;
+use crate::train::{open_session, usage};
 
 /// Trains a few steps with a learning rate that grows until the loss blows up, and suggests one. Leaves no run.
 #[derive(Debug, clap::Args)]
@@ -40,9 +39,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let test = range(args)?;
     let recipe = Recipe::open(&args.recipe, &args.set).map_err(usage)?;
     let in_recipe = recipe.optimizer.learning_rate;
-    let mut session = Session::open(recipe, &|model| {
-        find(model).map_err(|error| train::Error::Resolve(format!("{error:#}")))
-    })?;
+    let mut session = open_session(recipe, console)?;
     let mut progress = console.progress(test.steps, "learning rates");
     let points = session.range_test(test, &mut |event: &Event| {
         if let Event::Step(report) = event {

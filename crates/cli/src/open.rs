@@ -176,6 +176,14 @@ fn hf_home() -> Option<PathBuf> {
     set("HF_HOME").map(PathBuf::from).or_else(default)
 }
 
+/// Where tokenized rows are kept for the next run: in `XDG_CACHE_HOME`, or in `.cache` at home.
+pub(crate) fn token_cache() -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+    let default = || Some(PathBuf::from(set("HOME")?).join(".cache"));
+    let folder = set("XDG_CACHE_HOME").map(PathBuf::from).or_else(default)?;
+    Some(folder.join("moeforge/tokens"))
+}
+
 /// The last name of a path.
 pub(crate) fn name_of(path: &Path) -> String {
     let whole = path.canonicalize();

@@ -5,18 +5,20 @@ mod samples;
 mod signals;
 mod watcher;
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use data::Corpus;
 use model::Compute;
 use model::lora::Adapted;
-use train::{Recipe, RunDir, Session};
+use train::{Recipe, RunDir, Session, Surroundings};
 
 use self::signals::Signals;
 use self::watcher::Watcher;
-use crate::console::{Console, NO_MEMORY, NOT_FINITE, STOPPED, USAGE, WithCode};
-use crate::open::find;
+use crate::console::{Console, NO_MEMORY, NOT_FINITE, STOPPED, USAGE, WithCode, printable};
+use crate::open::{find, token_cache};
 
 /// Trains as a recipe says: pretraining, full fine-tuning, or LoRA.
 #[derive(Debug, clap::Args)]
@@ -37,9 +39,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (recipe, old_run) = open_recipe(args)?;
-    let mut session = Session::open(recipe, &|model| {
-        find(model).map_err(|error| train::Error::Resolve(format!("{error:#}")))
-    })?;
+    let mut session = open_session(recipe, console)?;
     // A new run directory is made last, so that a run that cannot start leaves none.
     let (run, resumed) = match old_run {
         Some(run) => {
@@ -85,6 +85,60 @@ fn with_code(error: train::Error) -> anyhow::Error {
     anyhow::Error::new(WithCode { code, message })
 }
 
+/// What is in progress, and its unit.
+pub(crate) const TOKENIZING: &str = "tokenizing (kB)";
+
+/// Opens what a recipe names, with progress while rows are tokenized.
+pub(crate) fn open_session(recipe: Recipe, console: &Console) -> anyhow::Result<Session> {
+    let (progress, cache) = (RefCell::new(None), token_cache());
+    let surroundings = Surroundings {
+        resolve: &|model| find(model).map_err(|error| train::Error::Resolve(format!("{error:#}"))),
+        token_cache: cache.as_deref(),
+        tokenizing: &|done, total| {
+            let mut progress = progress.borrow_mut();
+            progress
+                .get_or_insert_with(|| console.progress(total / 1000, TOKENIZING))
+                .update_of(done / 1000, total / 1000);
+        },
+    };
+    let session = Session::open_in(recipe, surroundings)?;
+    if let Some(progress) = progress.into_inner() {
+        progress.finish();
+    }
+    let corpora = [Some(&session.train.corpus), session.valid.as_ref()];
+    for corpus in corpora.into_iter().flatten() {
+        note_reading(corpus, console);
+    }
+    Ok(session)
+}
+
+/// Says what was not read or not kept of data.
+pub(crate) fn note_reading(corpus: &Corpus, console: &Console) {
+    if !corpus.ignored_keys.is_empty() {
+        let names: Vec<String> = corpus
+            .ignored_keys
+            .iter()
+            .map(|key| printable(key, &[]))
+            .collect();
+        console.note(format_args!(
+            "rows have keys that nothing reads: {}",
+            names.join(", ")
+        ));
+    }
+    let (counts, samples) = (corpus.counts, corpus.len());
+    if counts.untrained_samples > 0 {
+        console.note(format_args!(
+            "{} of {samples} samples have no token to train",
+            counts.untrained_samples
+        ));
+    }
+    if let Some(problem) = &corpus.cache_problem {
+        console.note(format_args!(
+            "tokens are not kept for the next run: {problem}"
+        ));
+    }
+}
+
 /// The recipe, and the run directory it is from if a run goes on.
 fn open_recipe(args: &Args) -> anyhow::Result<(Recipe, Option<RunDir>)> {
     if let Some(path) = &args.resume {
@@ -125,12 +179,16 @@ fn describe(
     if !session.adapted.is_empty() {
         console.note(adapted_table(&session.adapted));
     }
-    let counts = session.train.counts;
+    let (counts, samples) = (session.train.corpus.counts, session.train.corpus.len());
     console.note(format_args!(
-        "{} trained numbers; {} samples of {} rows, {} tokens, {} of them targets{}",
+        "{} trained numbers; {samples} samples of {} rows{}, {} tokens, {} of them targets{}",
         session.trained_parameters(),
-        session.train.samples.len(),
         counts.rows,
+        if session.recipe.data.packing {
+            format!(", packed into {}", session.train.rows())
+        } else {
+            String::new()
+        },
         counts.tokens,
         counts.trained_tokens,
         if counts.truncated_rows > 0 {

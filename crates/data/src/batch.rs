@@ -8,61 +8,85 @@ pub const IGNORE: i32 = -100;
 /// A rectangle of tokens and the targets they are to predict.
 ///
 /// # Shapes
-/// `input_ids` and `targets` are `[rows, cols]`, row-major; `cols` is the longest sample's length.
+/// `input_ids` and `targets` are `[rows, cols]`, row-major; `cols` is the longest row's length.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
     /// Tokens, padded on the right.
     pub input_ids: Vec<i32>,
     /// The token after the one in the same place of `input_ids` if it is trained, else [`IGNORE`].
-    /// So the last of a row is always [`IGNORE`].
+    /// So the last of a sample is always [`IGNORE`].
     pub targets: Vec<i32>,
-    /// How many samples.
+    /// How many rows.
     pub rows: usize,
     /// Length of the longest.
     pub cols: usize,
-    /// Length of each sample without its padding, `[rows]`.
+    /// Length of each row without its padding, `[rows]`.
     pub lengths: Vec<usize>,
+    /// Where the samples of each row begin: only 0 where rows are not packed.
+    pub starts: Vec<Vec<usize>>,
     /// How many targets there are. Zero is possible: check before dividing by it.
     pub trained_tokens: usize,
     /// UTF-8 bytes of text that the targets stand for.
     pub trained_bytes: usize,
 }
 
-/// Puts samples side by side.
+impl Batch {
+    /// Whether any row holds several samples.
+    pub fn is_packed(&self) -> bool {
+        self.starts.iter().any(|starts| starts.len() > 1)
+    }
+}
+
+/// Puts samples side by side, each a row.
 ///
 /// # Panics
 /// If a token id is beyond `i32`, or a sample has not one mark per token. Samples that this crate
 /// reads are checked.
 pub fn collate(samples: &[&Sample], pad_id: u32) -> Batch {
+    let rows: Vec<&[&Sample]> = samples.iter().map(std::slice::from_ref).collect();
+    collate_rows(&rows, pad_id)
+}
+
+/// Puts rows of samples side by side. The samples of a row follow each other; none may see another.
+///
+/// # Panics
+/// As [`collate`].
+pub fn collate_rows(packed: &[&[&Sample]], pad_id: u32) -> Batch {
     let as_i32 = |id: u32| {
         i32::try_from(id).expect("token ids are below the vocabulary size, which fits i32")
     };
-    let rows = samples.len();
-    let cols = samples
-        .iter()
-        .map(|sample| sample.ids.len())
-        .max()
-        .unwrap_or(0);
+    let length = |row: &&[&Sample]| row.iter().map(|sample| sample.ids.len()).sum();
+    let lengths: Vec<usize> = packed.iter().map(length).collect();
+    let (rows, cols) = (packed.len(), lengths.iter().copied().max().unwrap_or(0));
     let mut input_ids = vec![as_i32(pad_id); rows * cols];
     let mut targets = vec![IGNORE; rows * cols];
-    for (row, sample) in samples.iter().enumerate() {
-        assert_eq!(
-            sample.ids.len(),
-            sample.trained.len(),
-            "a sample has one mark per token"
-        );
-        for (col, (&id, &trained)) in sample.ids.iter().zip(&sample.trained).enumerate() {
-            let position = row * cols + col;
-            input_ids[position] = as_i32(id);
-            if trained && col > 0 {
-                targets[position - 1] = as_i32(id);
+    let mut starts = vec![Vec::new(); rows];
+    for (row, samples) in packed.iter().enumerate() {
+        let mut start = 0;
+        for sample in *samples {
+            let (ids, trained) = (&sample.ids, &sample.trained);
+            assert_eq!(ids.len(), trained.len(), "a sample has one mark per token");
+            for (col, (&id, &trained)) in ids.iter().zip(trained).enumerate() {
+                let position = row * cols + start + col;
+                input_ids[position] = as_i32(id);
+                if trained && col > 0 {
+                    targets[position - 1] = as_i32(id);
+                }
             }
+            starts[row].push(start);
+            start += ids.len();
         }
     }
     Batch {
         trained_tokens: targets.iter().filter(|&&target| target != IGNORE).count(),
-        trained_bytes: samples.iter().map(|sample| sample.trained_bytes).sum(),
-        lengths: samples.iter().map(|sample| sample.ids.len()).collect(),
+        trained_bytes: packed
+            .iter()
+            .copied()
+            .flatten()
+            .map(|sample| sample.trained_bytes)
+            .sum(),
+        lengths,
+        starts,
         input_ids,
         targets,
         rows,
@@ -94,6 +118,7 @@ mod tests {
             rows: 2,
             cols: 4,
             lengths: vec![4, 2],
+            starts: vec![vec![0], vec![0]],
             trained_tokens: 3,
             trained_bytes: 11,
         };
@@ -107,6 +132,22 @@ mod tests {
             sample(&[3, 4], &[true, true], 0),
         );
         assert_eq!(collate(&[&above, &below], 0).targets, [-100, -100, 4, -100]);
+    }
+
+    #[test]
+    fn packed_samples_follow_each_other_and_predict_nothing_across() {
+        let long = sample(&[5, 6, 7], &[false, true, true], 2);
+        let short = sample(&[3, 4], &[true, true], 1);
+        let batch = collate_rows(&[&[&short, &long], &[&long]], 0);
+        assert_eq!(batch.input_ids, [3, 4, 5, 6, 7, 5, 6, 7, 0, 0]);
+        let expected = [4, -100, 6, 7, -100, 6, 7, -100, -100, -100];
+        assert_eq!(batch.targets, expected);
+        assert_eq!(batch.starts, [vec![0, 2], vec![0]]);
+        assert_eq!(
+            (batch.lengths.as_slice(), batch.trained_bytes),
+            (&[5, 3][..], 5)
+        );
+        assert!(batch.is_packed() && !collate(&[&long], 0).is_packed());
     }
 
     #[test]

@@ -21,6 +21,8 @@ const NAME: &str = "chat_template";
 pub enum GenerationPrompt {
     /// End with the header, so that the model answers.
     Add,
+    /// The same for an answer that begins with a thought, where the template can be told so.
+    Think,
     /// End with the last message.
     Omit,
 }
@@ -91,6 +93,19 @@ impl ChatTemplate {
         tools: Option<&Value>,
         generation_prompt: GenerationPrompt,
     ) -> Result<String> {
+        self.render_as_given(messages, tools, generation_prompt)
+            .or_else(|problem| match with_arguments_as_text(messages) {
+                Some(messages) => self.render_as_given(&messages, tools, generation_prompt),
+                None => Err(problem),
+            })
+    }
+
+    fn render_as_given(
+        &self,
+        messages: &[Value],
+        tools: Option<&Value>,
+        generation_prompt: GenerationPrompt,
+    ) -> Result<String> {
         let template = self
             .environment
             .get_template(NAME)
@@ -106,10 +121,46 @@ impl ChatTemplate {
         context.insert("documents", TemplateValue::from(()));
         context.insert(
             "add_generation_prompt",
-            (generation_prompt == GenerationPrompt::Add).into(),
+            (generation_prompt != GenerationPrompt::Omit).into(),
         );
+        if generation_prompt == GenerationPrompt::Think {
+            // DeepSeek's name and Qwen's. Templates ask whether they are defined.
+            context.insert("thinking", true.into());
+            context.insert("enable_thinking", true.into());
+        }
         template.render(context).map_err(template_error)
     }
+
+    /// Whether a text occurs in the template.
+    pub(crate) fn knows(&self, text: &str) -> bool {
+        let template = self.environment.get_template(NAME);
+        template.is_ok_and(|template| template.source().contains(text))
+    }
+
+    /// The template and the tokens it may name: what renderings depend on.
+    pub(crate) fn identity(&self) -> String {
+        let template = self.environment.get_template(NAME);
+        let source = template.map(|template| template.source().to_owned());
+        format!("{source:?} {:?}", self.special_tokens)
+    }
+}
+
+/// The messages with the arguments of every tool call as JSON text, if any are objects: DeepSeek's
+/// templates want text, as OpenAI's interface has it, others want objects, as Hugging Face advises.
+fn with_arguments_as_text(messages: &[Value]) -> Option<Vec<Value>> {
+    let mut messages = messages.to_vec();
+    let mut changed = false;
+    let calls = messages
+        .iter_mut()
+        .filter_map(|message| message.get_mut("tool_calls")?.as_array_mut())
+        .flatten();
+    for arguments in calls.filter_map(|call| call.get_mut("function")?.get_mut("arguments")) {
+        if arguments.is_object() {
+            *arguments = Value::String(python::json_text(arguments));
+            changed = true;
+        }
+    }
+    changed.then_some(messages)
 }
 
 fn template_error(problem: minijinja::Error) -> Error {
@@ -266,6 +317,21 @@ mod tests {
              <｜tool▁sep｜>f\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>\
              <｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>42<｜tool▁output▁end｜><｜tool▁outputs▁end｜>"
         );
+    }
+
+    #[test]
+    fn arguments_of_tool_calls_may_be_text_or_objects() {
+        let template = ChatTemplate::open(&goldens()).unwrap().unwrap();
+        let render = |arguments: Value| {
+            let call =
+                json!({"type": "function", "function": {"name": "f", "arguments": arguments}});
+            let messages = [json!({"role": "assistant", "content": null, "tool_calls": [call]})];
+            template
+                .render(&messages, None, GenerationPrompt::Omit)
+                .unwrap()
+        };
+        let text = render(json!("{\"x\": [1, 2]}"));
+        assert_eq!(render(json!({"x": [1, 2]})), text);
     }
 
     fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {

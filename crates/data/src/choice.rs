@@ -1,7 +1,7 @@
 //! Multiple-choice questions: a prompt, several continuations, one of them right.
 
 use crate::error::{Error, Result};
-use crate::file::{describe, parse_line, read_lines};
+use crate::file::{Line, Lines, describe, parse_line};
 use crate::row::{continuation, messages, render_prompt};
 use crate::sample::Sample;
 use crate::tokenizer::{Bos, Tokenizer};
@@ -43,12 +43,13 @@ pub fn choices(path: &Path, tokenizer: &Tokenizer, max_length: usize) -> Result<
     if max_length < 2 {
         return Err(Error::MaxLength(max_length));
     }
-    let read = |(number, line): (usize, String)| {
-        let row = parse_line(&line).and_then(ChoiceRow::parse);
+    let read = |line: Result<Line>| {
+        let Line { number, text, .. } = line?;
+        let row = parse_line(&text).and_then(ChoiceRow::parse);
         row.and_then(|row| row.tokenize(tokenizer, max_length))
             .map_err(|problem| problem.at(path, number))
     };
-    read_lines(path)?.into_iter().map(read).collect()
+    Lines::open(path)?.map(read).collect()
 }
 
 impl ChoiceRow {

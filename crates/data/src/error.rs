@@ -106,6 +106,20 @@ pub enum Error {
         max_length: usize,
     },
 
+    /// A file is no longer what was read first.
+    #[error("{}: was changed while it was in use; start again", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
+
+    /// Tokens in the cache are not those that were put there.
+    #[error("{}: this file of the token cache is damaged; delete it, and it is made again", path.display())]
+    TokenCache {
+        /// The file.
+        path: PathBuf,
+    },
+
     /// No token of a whole split is a target.
     #[error("{}: no token to train on in {rows} rows", path.display())]
     NothingTrained {

@@ -6,7 +6,7 @@
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
 /// The longest line of a JSON-lines file. A row is one document; the longest known are books.
@@ -46,37 +46,110 @@ pub(crate) fn require_text(path: &Path, limit_bytes: u64) -> Result<String> {
     })
 }
 
-/// The lines of a JSON-lines file with their numbers, counted from 1. Blank lines are skipped,
-/// and so is a byte-order mark.
-pub(crate) fn read_lines(path: &Path) -> Result<Vec<(usize, String)>> {
-    let read = |problem| Error::Read {
-        path: path.to_path_buf(),
-        problem,
-    };
-    let mut reader = BufReader::new(File::open(path).map_err(read)?);
-    let mut lines = Vec::new();
-    for number in 1.. {
-        let mut bytes = Vec::new();
-        let mut bounded = (&mut reader).take(MAX_LINE_BYTES + 1);
-        if bounded.read_until(b'\n', &mut bytes).map_err(read)? == 0 {
-            break;
-        }
-        if bytes.len() as u64 > MAX_LINE_BYTES {
-            let expected = format!("a line of at most {MAX_LINE_BYTES} bytes");
-            return Err(Error::schema(expected, "a longer one").at(path, number));
-        }
-        let line = String::from_utf8(bytes)
-            .map_err(|_| Error::schema("UTF-8 text", "other bytes").at(path, number))?;
-        let line = if number == 1 {
-            line.trim_start_matches('\u{feff}')
-        } else {
-            &line
-        };
-        if !line.trim().is_empty() {
-            lines.push((number, line.trim().to_owned()));
+/// A line of a JSON-lines file that is not blank.
+#[derive(Debug)]
+pub(crate) struct Line {
+    /// Counted from 1.
+    pub(crate) number: usize,
+    /// Where it begins in the file.
+    pub(crate) offset: u64,
+    /// Where the next one begins.
+    pub(crate) end: u64,
+    /// Without white space around it.
+    pub(crate) text: String,
+}
+
+/// The lines of a JSON-lines file. Blank lines are skipped, and so is a byte-order mark.
+pub(crate) struct Lines<'a> {
+    path: &'a Path,
+    reader: BufReader<File>,
+    number: usize,
+    offset: u64,
+}
+
+impl<'a> Lines<'a> {
+    pub(crate) fn open(path: &'a Path) -> Result<Self> {
+        let file = File::open(path).map_err(|problem| Error::Read {
+            path: path.to_path_buf(),
+            problem,
+        })?;
+        Ok(Self {
+            path,
+            reader: BufReader::new(file),
+            number: 0,
+            offset: 0,
+        })
+    }
+
+    fn read(&mut self) -> Result<Option<Line>> {
+        loop {
+            let (number, offset) = (self.number + 1, self.offset);
+            let bytes = bounded_line(&mut self.reader, self.path, Some(number))?;
+            if bytes.is_empty() {
+                return Ok(None);
+            }
+            self.number = number;
+            self.offset += bytes.len() as u64;
+            let text =
+                text_of(bytes, offset).map_err(|problem: Error| problem.at(self.path, number))?;
+            if !text.is_empty() {
+                return Ok(Some(Line {
+                    number,
+                    offset,
+                    end: self.offset,
+                    text,
+                }));
+            }
         }
     }
-    Ok(lines)
+}
+
+impl Iterator for Lines<'_> {
+    type Item = Result<Line>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.read().transpose()
+    }
+}
+
+/// The line that begins at an offset of a file, without white space around it.
+pub(crate) fn line_at(file: &mut File, path: &Path, offset: u64) -> Result<String> {
+    file.seek(SeekFrom::Start(offset))
+        .map_err(|problem| Error::Read {
+            path: path.to_path_buf(),
+            problem,
+        })?;
+    text_of(bounded_line(&mut BufReader::new(file), path, None)?, offset)
+}
+
+/// The bytes through the next line end; none at the end of the file.
+fn bounded_line(reader: &mut impl BufRead, path: &Path, number: Option<usize>) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let mut bounded = reader.take(MAX_LINE_BYTES + 1);
+    bounded
+        .read_until(b'\n', &mut bytes)
+        .map_err(|problem| Error::Read {
+            path: path.to_path_buf(),
+            problem,
+        })?;
+    if bytes.len() as u64 > MAX_LINE_BYTES {
+        let expected = format!("a line of at most {MAX_LINE_BYTES} bytes");
+        let problem = Error::schema(expected, "a longer one");
+        return Err(match number {
+            Some(number) => problem.at(path, number),
+            None => problem,
+        });
+    }
+    Ok(bytes)
+}
+
+fn text_of(bytes: Vec<u8>, offset: u64) -> Result<String> {
+    let text = String::from_utf8(bytes).map_err(|_| Error::schema("UTF-8 text", "other bytes"))?;
+    let text = match offset {
+        0 => text.trim_start_matches('\u{feff}'),
+        _ => &text,
+    };
+    Ok(text.trim().to_owned())
 }
 
 /// Parses one line. serde_json's own "line 1" is dropped: the caller knows the real number.
@@ -112,7 +185,10 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), bytes).unwrap();
         let name = file.path().display().to_string();
-        read_lines(file.path()).map_err(|error| error.to_string().replace(&name, "FILE"))
+        let lines = Lines::open(file.path()).unwrap();
+        let line = |line: Result<Line>| line.map(|line| (line.number, line.text));
+        let found: Result<_> = lines.map(line).collect();
+        found.map_err(|error| error.to_string().replace(&name, "FILE"))
     }
 
     #[test]
@@ -120,6 +196,20 @@ mod tests {
         let found = lines(b"\xEF\xBB\xBFa\r\n\r\n  \n b\nc").unwrap();
         let expected = [(1, "a"), (4, "b"), (5, "c")].map(|(n, text)| (n, text.to_owned()));
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn a_line_is_found_again_by_its_offset() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "\u{feff}é\r\n\n  bc \nlast").unwrap();
+        let path = file.path().to_path_buf();
+        for line in Lines::open(&path).unwrap() {
+            let line = line.unwrap();
+            assert_eq!(
+                line_at(file.as_file_mut(), &path, line.offset).unwrap(),
+                line.text
+            );
+        }
     }
 
     #[test]

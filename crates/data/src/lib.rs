@@ -25,24 +25,34 @@ mod tokenizer;
 mod turn;
 
 mod choice;
+mod corpus;
 mod file;
 mod ids;
+mod reader;
 mod row;
 mod sample;
 mod split;
+mod survey;
+mod token_cache;
 
 mod batch;
 mod order;
+mod packing;
 
 mod error;
 
-pub use batch::{Batch, IGNORE, collate};
+pub use batch::{Batch, IGNORE, collate, collate_rows};
 pub use chat_template::{ChatTemplate, GenerationPrompt};
 pub use choice::{Choice, ChoiceRow, choices};
+pub use corpus::{Corpus, Reading};
 pub use decode_stream::DecodeStream;
 pub use error::{Error, Result};
 pub use ids::read_ids;
 pub use order::{Order, Shuffle};
+pub use packing::Packing;
+pub use reader::Wanted;
+pub use row::Pair;
 pub use sample::Sample;
-pub use split::{Counts, Split};
+pub use split::{Counts, Pairs, Split};
+pub use survey::{Lengths, Repeats, Survey};
 pub use tokenizer::{Bos, Special, Tokenizer};

@@ -6,8 +6,8 @@
 //!
 //! The shuffle is ours, because a library may change its algorithm and with it every recorded run:
 //!
-//! - generator: ChaCha8, key = seed (8 bytes, little-endian), epoch (8 bytes, little-endian), then
-//!   16 zero bytes; stream 0;
+//! - generator: ChaCha8, key = seed, epoch, and what is shuffled (0 for the samples of all folders, a
+//!   folder's number where they are weighted), each 8 bytes, little-endian, then 8 zero bytes; stream 0;
 //! - Fisher-Yates from the end: for `i` = `n - 1` down to 1, swap `i` with a uniform `j` in `0..=i`;
 //! - uniform below `m`: draw `u64`s until one is below the largest multiple of `m` that fits, and
 //!   take it modulo `m`.
@@ -24,37 +24,116 @@ pub enum Shuffle {
     FileOrder,
 }
 
+/// Batches among which those of similar length are sought: enough for little padding, few enough for
+/// every stretch of training to see all lengths.
+const BATCHES_PER_GROUP: usize = 50;
+
+/// What a permutation is drawn for; part of the generator's key.
+const MIXTURE: u64 = u64::MAX;
+const GROUPS: u64 = u64::MAX - 1;
+
 /// The order of samples over all epochs.
 #[derive(Clone, Debug)]
 pub struct Order {
-    n_samples: usize,
+    parts: Vec<Part>,
+    epoch_len: usize,
     seed: u64,
     shuffle: Shuffle,
-    /// The epoch asked for last, and its permutation.
+    groups: Option<Groups>,
+    /// The epoch asked for last, and its samples.
     cached: Option<(u64, Vec<usize>)>,
+}
+
+/// Samples that are visited evenly among themselves.
+#[derive(Clone, Debug)]
+struct Part {
+    /// The number of its first.
+    first: usize,
+    n_samples: usize,
+    /// How many of them an epoch visits: less than all, or some several times.
+    visits: usize,
+}
+
+/// What is known of samples that are grouped by length.
+#[derive(Clone, Debug)]
+struct Groups {
+    lengths: Vec<u32>,
+    batch_size: usize,
 }
 
 impl Order {
     /// The order of `n_samples` samples.
     pub fn new(n_samples: usize, seed: u64, shuffle: Shuffle) -> Self {
-        Self {
+        let all = Part {
+            first: 0,
             n_samples,
+            visits: n_samples,
+        };
+        Self {
+            parts: vec![all],
+            epoch_len: n_samples,
             seed,
             shuffle,
+            groups: None,
             cached: None,
         }
+    }
+
+    /// The order of several parts, `sizes` samples each, of which an epoch holds shares proportional
+    /// to `weights`. An epoch is as long as all samples together: it visits a part with more than its
+    /// share of samples only in part, going on in the next epoch, and a small one repeatedly.
+    ///
+    /// # Panics
+    /// If a weight is negative or none is positive, or there is not one for every part.
+    pub fn mixed(sizes: &[usize], weights: &[f64], seed: u64, shuffle: Shuffle) -> Self {
+        assert_eq!(sizes.len(), weights.len(), "a weight for every part");
+        let mut order = Self::new(sizes.iter().sum(), seed, shuffle);
+        let visits = shares(order.epoch_len, sizes, weights);
+        let mut first = 0;
+        order.parts.clear();
+        for (&n_samples, visits) in sizes.iter().zip(visits) {
+            order.parts.push(Part {
+                first,
+                n_samples,
+                visits,
+            });
+            first += n_samples;
+        }
+        order.epoch_len = order.parts.iter().map(|part| part.visits).sum();
+        order
+    }
+
+    /// Lets every batch hold samples of similar lengths: among 50 batches at a time the samples are
+    /// sorted, and the batches shuffled. For shuffled orders only; `lengths` has one for every sample,
+    /// and [`Order::batch`] is then asked for this size alone.
+    ///
+    /// # Panics
+    /// If there are not as many lengths as samples.
+    pub fn grouped_by_length(mut self, lengths: Vec<u32>, batch_size: usize) -> Self {
+        let n_samples: usize = self.parts.iter().map(|part| part.n_samples).sum();
+        assert_eq!(lengths.len(), n_samples, "a length for every sample");
+        self.groups = (self.shuffle == Shuffle::Seeded).then_some(Groups {
+            lengths,
+            batch_size: batch_size.max(1),
+        });
+        self
+    }
+
+    /// How many samples an epoch visits.
+    pub fn epoch_len(&self) -> usize {
+        self.epoch_len
     }
 
     /// The samples of micro-batch number `step_index`, counted from 0 over the whole run. Empty if
     /// there are no samples.
     ///
-    /// Depends on nothing but the arguments and those of [`Order::new`]; only the permutation of
+    /// Depends on nothing but the arguments and how the order was made; only the permutation of
     /// the latest epoch is kept, so calls in increasing order are cheap.
     ///
     /// # Panics
     /// If `step_index * batch_size` is beyond 64 bits.
     pub fn batch(&mut self, step_index: u64, batch_size: usize) -> Vec<usize> {
-        if self.n_samples == 0 {
+        if self.epoch_len == 0 {
             return Vec::new();
         }
         let batch_size = batch_size as u64;
@@ -69,29 +148,143 @@ impl Order {
 
     /// The sample at a position of the stream.
     fn sample(&mut self, position: u64) -> usize {
-        let n_samples = self.n_samples as u64;
-        let (epoch, within) = (position / n_samples, (position % n_samples) as usize);
-        if self.shuffle == Shuffle::FileOrder {
-            return within;
+        let epoch_len = self.epoch_len as u64;
+        let (epoch, within) = (position / epoch_len, (position % epoch_len) as usize);
+        if !matches!(&self.cached, Some((cached, _)) if *cached == epoch) {
+            self.cached = Some((epoch, self.epoch(epoch)));
         }
-        match &self.cached {
-            Some((cached, permutation)) if *cached == epoch => permutation[within],
-            _ => {
-                let permutation = permutation(self.n_samples, self.seed, epoch);
-                let sample = permutation[within];
-                self.cached = Some((epoch, permutation));
-                sample
+        self.cached
+            .as_ref()
+            .map_or(0, |(_, samples)| samples[within])
+    }
+
+    /// The samples of an epoch.
+    fn epoch(&self, epoch: u64) -> Vec<usize> {
+        let mut samples = match self.parts.as_slice() {
+            [all] => self.visited(all, epoch, 0),
+            parts => {
+                let visited = (0..)
+                    .zip(parts)
+                    .map(|(i, part)| self.visited(part, epoch, i));
+                self.mix(visited.collect(), epoch)
+            }
+        };
+        if let Some(groups) = &self.groups {
+            groups.sort(&mut samples, self.seed, epoch);
+        }
+        samples
+    }
+
+    /// What an epoch visits of a part: the next `visits` of the part's own stream.
+    fn visited(&self, part: &Part, epoch: u64, number: u64) -> Vec<usize> {
+        let n_samples = part.n_samples as u64;
+        let mut position = u128::from(epoch) * part.visits as u128;
+        let end = position + part.visits as u128;
+        let mut samples = Vec::with_capacity(part.visits);
+        while position < end {
+            let (pass, within) = (
+                position / u128::from(n_samples),
+                position % u128::from(n_samples),
+            );
+            let take = (end - position).min(u128::from(n_samples) - within) as usize;
+            let within = within as usize;
+            match self.shuffle {
+                Shuffle::FileOrder => samples.extend(within..within + take),
+                Shuffle::Seeded => {
+                    let order = permutation(part.n_samples, [self.seed, pass as u64, number]);
+                    samples.extend_from_slice(&order[within..within + take]);
+                }
+            }
+            position += take as u128;
+        }
+        samples.iter_mut().for_each(|sample| *sample += part.first);
+        samples
+    }
+
+    /// One list of the parts' samples: shuffled, or each part spread evenly.
+    fn mix(&self, visited: Vec<Vec<usize>>, epoch: u64) -> Vec<usize> {
+        if self.shuffle == Shuffle::Seeded {
+            let all = visited.concat();
+            let order = permutation(all.len(), [self.seed, epoch, MIXTURE]);
+            return order.into_iter().map(|i| all[i]).collect();
+        }
+        let mut spread: Vec<(f64, usize)> = Vec::with_capacity(self.epoch_len);
+        for samples in visited {
+            let n = samples.len() as f64;
+            let placed = samples.into_iter().enumerate();
+            spread.extend(placed.map(|(i, sample)| ((i as f64 + 0.5) / n, sample)));
+        }
+        // Stable, so that parts stand in their order where they fall together.
+        spread.sort_by(|a, b| a.0.total_cmp(&b.0));
+        spread.into_iter().map(|(_, sample)| sample).collect()
+    }
+}
+
+impl Groups {
+    /// Sorts an epoch's samples by length among 50 batches at a time, and shuffles these batches.
+    /// A batch that began in the epoch before, and one that ends in the next, stay where they are.
+    fn sort(&self, samples: &mut [usize], seed: u64, epoch: u64) {
+        let (size, epoch_len) = (self.batch_size, samples.len());
+        let begun = (epoch % size as u64) as usize * (epoch_len % size) % size;
+        let rest = ((size - begun) % size).min(epoch_len);
+        let mut rng = generator([seed, epoch, GROUPS]);
+        for group in samples[rest..].chunks_mut(size * BATCHES_PER_GROUP) {
+            group.sort_by_key(|&sample| self.lengths[sample]);
+            let n_batches = group.len() / size;
+            for i in (1..n_batches).rev() {
+                let j = below(&mut rng, i as u64 + 1) as usize;
+                (0..size).for_each(|k| group.swap(i * size + k, j * size + k));
             }
         }
     }
 }
 
-fn permutation(n_samples: usize, seed: u64, epoch: u64) -> Vec<usize> {
-    let mut key = [0; 32];
-    key[..8].copy_from_slice(&seed.to_le_bytes());
-    key[8..16].copy_from_slice(&epoch.to_le_bytes());
-    let mut rng = ChaCha8Rng::from_seed(key);
+/// `total` in whole shares proportional to the weights, by largest remainders; nothing for a part
+/// without samples, and at least one for any other of positive weight.
+fn shares(total: usize, sizes: &[usize], weights: &[f64]) -> Vec<usize> {
+    let weights: Vec<f64> = sizes
+        .iter()
+        .zip(weights)
+        .map(|(&size, &weight)| if size == 0 { 0.0 } else { weight })
+        .collect();
+    let sum: f64 = weights.iter().sum();
+    let valid = weights.iter().all(|weight| *weight >= 0.0) && sum > 0.0;
+    assert!(
+        valid || total == 0,
+        "weights of at least 0, not all 0: {weights:?}"
+    );
+    let exact = |weight: f64| weight / sum * total as f64;
+    let mut shares: Vec<usize> = weights
+        .iter()
+        .map(|&weight| exact(weight) as usize)
+        .collect();
+    let mut by_remainder: Vec<usize> = (0..weights.len()).collect();
+    by_remainder.sort_by(|&a, &b| {
+        let remainder = |i: usize| exact(weights[i]).fract();
+        remainder(b).total_cmp(&remainder(a)).then(a.cmp(&b))
+    });
+    let missing = total.saturating_sub(shares.iter().sum());
+    by_remainder
+        .iter()
+        .take(missing)
+        .for_each(|&i| shares[i] += 1);
+    for (share, weight) in shares.iter_mut().zip(weights) {
+        *share = (*share).max(usize::from(weight > 0.0));
+    }
+    shares
+}
 
+/// The generator of one purpose: seed, epoch, and what for.
+fn generator(key: [u64; 3]) -> ChaCha8Rng {
+    let mut bytes = [0; 32];
+    for (bytes, number) in bytes.chunks_mut(8).zip(key) {
+        bytes.copy_from_slice(&number.to_le_bytes());
+    }
+    ChaCha8Rng::from_seed(bytes)
+}
+
+fn permutation(n_samples: usize, key: [u64; 3]) -> Vec<usize> {
+    let mut rng = generator(key);
     let mut permutation: Vec<usize> = (0..n_samples).collect();
     for i in (1..n_samples).rev() {
         let j = below(&mut rng, i as u64 + 1) as usize;
@@ -171,6 +364,70 @@ mod tests {
             [[0, 1], [2, 0], [1, 2]]
         );
         assert!(Order::new(0, 9, Shuffle::Seeded).batch(4, 2).is_empty());
+    }
+
+    #[test]
+    fn weighted_parts_have_their_shares_and_are_visited_evenly() {
+        for shuffle in [Shuffle::Seeded, Shuffle::FileOrder] {
+            // An epoch of 40: 10 of the first part's 30, and every one of the second's 10 three times.
+            let mut order = Order::mixed(&[30, 10], &[1.0, 3.0], 5, shuffle);
+            assert_eq!(order.epoch_len(), 40);
+            let visits: Vec<usize> = (0..3).flat_map(|epoch| order.batch(epoch, 40)).collect();
+            let count = |visits: &[usize], sample| visits.iter().filter(|&&i| i == sample).count();
+            for epoch in visits.chunks(40) {
+                assert_eq!(epoch.iter().filter(|&&sample| sample < 30).count(), 10);
+                assert!((30..40).all(|sample| count(epoch, sample) == 3));
+            }
+            // Three epochs go once through the large part.
+            assert!(
+                (0..30).all(|sample| count(&visits, sample) == 1),
+                "{shuffle:?}"
+            );
+            let mut resumed = Order::mixed(&[30, 10], &[1.0, 3.0], 5, shuffle);
+            assert_eq!(resumed.batch(11, 7), visits[77..84]);
+        }
+        let mut order = Order::mixed(&[2, 4], &[1.0, 2.0], 0, Shuffle::FileOrder);
+        assert_eq!(order.batch(0, 6), [2, 0, 3, 4, 1, 5]);
+    }
+
+    #[test]
+    fn shares_are_whole_and_no_weighted_part_is_left_out() {
+        assert_eq!(shares(10, &[5, 5], &[1.0, 2.0]), [3, 7]);
+        assert_eq!(shares(10, &[9, 1], &[1e9, 1e-9]), [10, 1]);
+        assert_eq!(shares(10, &[10, 0], &[1.0, 1.0]), [10, 0]);
+        assert_eq!(shares(10, &[5, 5], &[0.0, 2.0]), [0, 10]);
+    }
+
+    #[test]
+    fn batches_hold_similar_lengths_and_every_sample_once() {
+        let lengths: Vec<u32> = (0..1003)
+            .map(|i: u32| i.wrapping_mul(2_654_435_761) % 512)
+            .collect();
+        let grouped = || Order::new(1003, 3, Shuffle::Seeded).grouped_by_length(lengths.clone(), 4);
+        let padding = |order: &mut Order| -> u32 {
+            let of_batch = |batch: Vec<usize>| {
+                let longest = batch.iter().map(|&i| lengths[i]).max().unwrap_or(0);
+                batch.iter().map(|&i| longest - lengths[i]).sum::<u32>()
+            };
+            (0..1003).map(|step| of_batch(order.batch(step, 4))).sum()
+        };
+        let mut plain = Order::new(1003, 3, Shuffle::Seeded);
+        assert!(padding(&mut grouped()) * 10 < padding(&mut plain));
+        // 1003 is no multiple of 4: epochs begin inside of batches.
+        let mut order = grouped();
+        let stream: Vec<usize> = (0..1003).flat_map(|step| order.batch(step, 4)).collect();
+        for epoch in stream.chunks(1003) {
+            let mut epoch = epoch.to_vec();
+            epoch.sort_unstable();
+            assert_eq!(epoch, (0..1003).collect::<Vec<_>>());
+        }
+        // A resumed run goes on where it stopped.
+        for step in [900, 3, 251] {
+            assert_eq!(grouped().batch(step, 4), stream[step as usize * 4..][..4]);
+        }
+        // Batches do not grow along the epoch.
+        let longest: Vec<u32> = stream.chunks(4).take(50).map(|b| lengths[b[3]]).collect();
+        assert!(!longest.is_sorted() && !longest.is_sorted_by(|a, b| a >= b));
     }
 
     #[test]

@@ -87,6 +87,16 @@ fn to_json(value: &Value, options: Kwargs) -> Result<Value, minijinja::Error> {
     Ok(Value::from(text))
 }
 
+/// A value as Python's `json.dumps(value, ensure_ascii=False)` writes it.
+pub(crate) fn json_text(value: &serde_json::Value) -> String {
+    let mut out = Vec::new();
+    let written = value.serialize(&mut serde_json::Serializer::with_formatter(
+        &mut out, Spaced,
+    ));
+    let text = written.ok().and_then(|()| String::from_utf8(out).ok());
+    text.unwrap_or_else(|| value.to_string())
+}
+
 /// One line of JSON with Python's `", "` and `": "`.
 struct Spaced;
 

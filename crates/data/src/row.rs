@@ -6,12 +6,18 @@ use crate::file::describe;
 use crate::sample::{Marked, Sample};
 use crate::tokenizer::{Bos, Tokenizer};
 use crate::turn::Conversation;
+use kind::Kind;
 use serde_json::{Map, Value};
+use std::ops::Range;
+
+mod foreign;
+mod kind;
+mod pair;
+
+pub use pair::Pair;
 
 /// The label of a token that is not trained: PyTorch's `ignore_index`.
 const NOT_TRAINED: i64 = -100;
-
-const ROWS: &str = "one of the rows {text}, {prompt, completion}, {messages}, {messages, tools}, {input_ids}, {input_ids, labels}";
 
 /// What samples must keep to.
 #[derive(Clone, Copy, Debug)]
@@ -37,33 +43,41 @@ pub(crate) enum Row {
     },
     /// Another program's tokens.
     Ids { ids: Vec<u32>, trained: Vec<bool> },
+    /// Two answers to one prompt: the chosen row and the rejected one.
+    Pair(Box<[Self; 2]>),
 }
 
 impl Row {
-    /// Recognizes a row from its keys.
-    pub(crate) fn parse(value: Value) -> Result<Self> {
+    /// Recognizes a row from its keys; also gives the keys that nothing reads.
+    pub(crate) fn parse(value: Value) -> Result<(Self, Vec<String>)> {
         let Value::Object(mut row) = value else {
             return Err(Error::schema("a JSON object", describe(&value)));
         };
-        let mut keys: Vec<&str> = row.keys().map(String::as_str).collect();
-        keys.sort_unstable();
-        match keys.as_slice() {
-            ["text"] => Ok(Self::Text(string(&mut row, "text")?)),
-            ["completion", "prompt"] => completion(row),
-            ["messages"] | ["messages", "tools"] => {
-                let tools = tools(row.remove("tools"))?;
+        let (kind, ignored) = Kind::of(&mut row)?;
+        let tools = tools(row.remove("tools"))?;
+        let parsed = match kind {
+            Kind::Text => Self::Text(string(&mut row, "text")?),
+            Kind::Completion => completion(row, tools)?,
+            Kind::Messages => {
                 let messages = messages("messages", row.remove("messages"))?;
-                Self::conversation(messages, tools, 0)
+                Self::conversation(messages, tools, 0)?
             }
-            ["input_ids"] | ["input_ids", "labels"] => pretokenized(&mut row),
-            _ => Err(Error::schema(
-                ROWS,
-                format!("the keys {{{}}}", keys.join(", ")),
-            )),
-        }
+            Kind::Instruction => Self::conversation(foreign::instruction(&mut row)?, tools, 0)?,
+            Kind::Conversations => {
+                let list = Value::Array(foreign::conversations(&mut row)?);
+                Self::conversation(messages("conversations", Some(list))?, tools, 0)?
+            }
+            Kind::Ids => pretokenized(&mut row)?,
+            Kind::Pair => Self::Pair(Box::new(pair::parse(&mut row, tools)?)),
+        };
+        Ok((parsed, ignored))
     }
 
-    fn conversation(messages: Vec<Value>, tools: Option<Value>, first: usize) -> Result<Self> {
+    pub(crate) fn conversation(
+        messages: Vec<Value>,
+        tools: Option<Value>,
+        first: usize,
+    ) -> Result<Self> {
         if messages[first..]
             .iter()
             .all(|message| message["role"] != "assistant")
@@ -80,49 +94,55 @@ impl Row {
         })
     }
 
-    /// The row in tokens, cut to length: several samples for a long text, otherwise one.
+    /// The row in tokens, cut to length: several samples for a long text or for a conversation
+    /// whose thoughts the template drops, two for a pair, otherwise one.
     pub(crate) fn samples(
         &self,
         tokenizer: Option<&Tokenizer>,
         limits: Limits,
     ) -> Result<Vec<Sample>> {
-        let marked = match self {
-            Self::Ids { ids, trained } => Marked {
+        if let Self::Pair(answers) = self {
+            let answers = answers.iter().map(|row| {
+                let mut samples = row.samples(tokenizer, limits)?;
+                // Of an answer in several turns, the last is the one that was chosen.
+                samples
+                    .pop()
+                    .ok_or_else(|| Error::schema("an answer", "none"))
+            });
+            return answers.collect();
+        }
+        let pieces = match self {
+            Self::Ids { ids, trained } => vec![Marked {
                 ids: ids.clone(),
                 trained: trained.clone(),
                 text_bytes: vec![0; ids.len()],
-            },
+            }],
             _ => self.tokenize(tokenizer.ok_or(Error::NoTokenizer)?)?,
         };
-        let beyond = |id: &&u32| **id as usize >= limits.vocab_size;
-        if let Some(&id) = marked.ids.iter().find(beyond) {
-            return Err(Error::Vocabulary {
-                id,
-                vocab_size: limits.vocab_size,
-            });
+        let mut samples = Vec::new();
+        for marked in &pieces {
+            limits.check(&marked.ids)?;
+            match self {
+                Self::Text(_) => samples.extend(marked.chunks(limits.max_length)),
+                _ => samples.push(marked.truncate(limits.max_length)),
+            }
         }
-        if marked.ids.is_empty() {
-            return Err(Error::schema("at least one token", "an empty row"));
-        }
-        Ok(match self {
-            Self::Text(_) => marked.chunks(limits.max_length),
-            _ => vec![marked.truncate(limits.max_length)],
-        })
+        Ok(samples)
     }
 
-    fn tokenize(&self, tokenizer: &Tokenizer) -> Result<Marked> {
+    fn tokenize(&self, tokenizer: &Tokenizer) -> Result<Vec<Marked>> {
         match self {
             Self::Text(text) => {
                 let encoded = tokenizer.encode_with_ranges(text, Bos::Add)?;
                 let mut marked =
                     Marked::new(encoded, std::slice::from_ref(&(0..text.len())), tokenizer);
                 marked.end_with(tokenizer.eos_id());
-                Ok(marked)
+                Ok(vec![marked])
             }
             Self::Completion { prompt, completion } => {
                 let mut marked = continuation(prompt, completion, Bos::Add, tokenizer)?;
                 marked.end_with(tokenizer.eos_id());
-                Ok(marked)
+                Ok(vec![marked])
             }
             Self::Messages {
                 messages,
@@ -136,12 +156,31 @@ impl Row {
                     messages,
                     tools: tools.as_ref(),
                 };
-                let (text, turns) = conversation.assistant_turns(*first)?;
-                let encoded = tokenizer.encode_with_ranges(&text, Bos::Never)?;
-                Ok(Marked::new(encoded, &turns, tokenizer))
+                let encode = |(text, turns): (String, Vec<Range<usize>>)| {
+                    let encoded = tokenizer.encode_with_ranges(&text, Bos::Never)?;
+                    Ok(Marked::new(encoded, &turns, tokenizer))
+                };
+                let texts = conversation.texts(*first)?;
+                texts.into_iter().map(encode).collect()
             }
-            Self::Ids { .. } => Ok(Marked::default()),
+            Self::Ids { .. } | Self::Pair(_) => Ok(Vec::new()),
         }
+    }
+}
+
+impl Limits {
+    fn check(&self, ids: &[u32]) -> Result<()> {
+        let beyond = |id: &&u32| **id as usize >= self.vocab_size;
+        if let Some(&id) = ids.iter().find(beyond) {
+            return Err(Error::Vocabulary {
+                id,
+                vocab_size: self.vocab_size,
+            });
+        }
+        if ids.is_empty() {
+            return Err(Error::schema("at least one token", "an empty row"));
+        }
+        Ok(())
     }
 }
 
@@ -169,7 +208,7 @@ pub(crate) fn render_prompt(messages: &[Value], template: Option<&ChatTemplate>)
 }
 
 /// A {prompt, completion} row: two strings, or messages and the assistant's answer to them.
-fn completion(mut row: Map<String, Value>) -> Result<Row> {
+fn completion(mut row: Map<String, Value>, tools: Option<Value>) -> Result<Row> {
     if row["prompt"].is_string() {
         let (prompt, completion) = (string(&mut row, "prompt")?, string(&mut row, "completion")?);
         return Ok(Row::Completion { prompt, completion });
@@ -182,12 +221,12 @@ fn completion(mut row: Map<String, Value>) -> Result<Row> {
         }
         completion => all.extend(messages("completion", completion)?),
     }
-    Row::conversation(all, None, first)
+    Row::conversation(all, tools, first)
 }
 
 /// A list of messages, each an object with a role.
 pub(crate) fn messages(key: &str, value: Option<Value>) -> Result<Vec<Value>> {
-    let list = match value.unwrap_or_default() {
+    let mut list = match value.unwrap_or_default() {
         Value::Array(list) if !list.is_empty() => list,
         Value::Array(_) => {
             return Err(Error::schema(
@@ -212,6 +251,10 @@ pub(crate) fn messages(key: &str, value: Option<Value>) -> Result<Vec<Value>> {
             };
             return Err(Error::schema(expected, found));
         }
+    }
+    // Columns of a table are null where a message has no such key, and templates ask for the key.
+    for message in list.iter_mut().filter_map(Value::as_object_mut) {
+        message.retain(|key, value| key == "content" || !value.is_null());
     }
     Ok(list)
 }
@@ -280,7 +323,15 @@ pub(crate) fn integers<T: TryFrom<i64>>(key: &str, value: Option<Value>) -> Resu
     list.iter().enumerate().map(integer).collect()
 }
 
-fn string(row: &mut Map<String, Value>, key: &str) -> Result<String> {
+/// A string that may be left out, or null.
+pub(crate) fn optional_string(row: &mut Map<String, Value>, key: &str) -> Result<Option<String>> {
+    match row.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(_) => string(row, key).map(Some),
+    }
+}
+
+pub(crate) fn string(row: &mut Map<String, Value>, key: &str) -> Result<String> {
     match row.remove(key).unwrap_or_default() {
         Value::String(text) => Ok(text),
         other => Err(Error::schema(
@@ -311,6 +362,7 @@ mod tests {
         let tokenizer = tokenizer(Some(CHAT), add_bos);
         let samples = Row::parse(row)
             .unwrap()
+            .0
             .samples(Some(&tokenizer), LIMITS)
             .unwrap();
         let [sample] = samples.as_slice() else {
@@ -385,11 +437,12 @@ mod tests {
     #[test]
     fn labels_are_those_of_hugging_face() {
         let row = json!({"input_ids": [5, 6, 7, 8], "labels": [5, -100, 7, 8]});
-        let samples = Row::parse(row).unwrap().samples(None, LIMITS).unwrap();
+        let samples = Row::parse(row).unwrap().0.samples(None, LIMITS).unwrap();
         // The label of the first token trains nothing: nothing predicts it.
         assert_eq!(samples[0].trained, [false, false, true, true]);
         let samples = Row::parse(json!({"input_ids": [5, 6]}))
             .unwrap()
+            .0
             .samples(None, LIMITS)
             .unwrap();
         assert_eq!(
@@ -400,20 +453,16 @@ mod tests {
 
     fn refused(row: Value, expected: &str) {
         let tokenizer = tokenizer(None, true);
-        let samples = Row::parse(row.clone()).and_then(|row| row.samples(Some(&tokenizer), LIMITS));
+        let samples =
+            Row::parse(row.clone()).and_then(|(row, _)| row.samples(Some(&tokenizer), LIMITS));
         let problem = samples.unwrap_err().to_string();
         assert!(problem.contains(expected), "{row}: {problem}");
     }
 
     #[test]
     fn rows_with_the_wrong_keys_or_values_say_so() {
-        let accepted = "{messages, tools}, {input_ids}, {input_ids, labels}";
         refused(json!([1]), "expected a JSON object, found a list");
-        refused(
-            json!({"text": "a", "prompt": "b"}),
-            "found the keys {prompt, text}",
-        );
-        refused(json!({}), &format!("{accepted}, found the keys {{}}"));
+        refused(json!({"txt": "a"}), "found the keys {txt}");
         refused(json!({"text": 3}), "expected a string in `text`, found 3");
         let row = json!({"prompt": "a", "completion": []});
         refused(row, "expected a string in `completion`, found a list");
@@ -492,6 +541,7 @@ mod tests {
         let samples = |row| {
             Row::parse(row)
                 .unwrap()
+                .0
                 .samples(Some(&tokenizer), limits)
                 .unwrap()
         };

@@ -1,7 +1,9 @@
 //! One sequence of tokens, with a mark on those the model learns to predict.
 
 use crate::error::Result;
+use crate::token_cache::word;
 use crate::tokenizer::{Encoded, Special, Tokenizer};
+use sha2::{Digest, Sha256};
 use std::ops::Range;
 
 /// One sequence, no longer than the maximum length.
@@ -24,6 +26,16 @@ impl Sample {
     /// How many tokens are targets.
     pub fn trained_tokens(&self) -> usize {
         self.trained.iter().filter(|&&trained| trained).count()
+    }
+
+    /// A number that tells its tokens and marks from others.
+    pub(crate) fn fingerprint(&self) -> u64 {
+        let words = self.ids.iter().zip(&self.trained);
+        let mut hash = Sha256::new();
+        words.for_each(|(&id, &trained)| hash.update(word(id, trained).to_le_bytes()));
+        let mut first = [0; 8];
+        first.copy_from_slice(&hash.finalize()[..8]);
+        u64::from_le_bytes(first)
     }
 
     /// The sample for people: runs of text, each with whether it is trained. A run that begins or

@@ -1,11 +1,12 @@
 //! A whole JSON-lines file as samples.
 
 use crate::error::{Error, Result};
-use crate::file::{parse_line, read_lines};
-use crate::row::{Limits, Row};
+use crate::reader::{Reader, Wanted, note_ignored};
+use crate::row::Pair;
 use crate::sample::Sample;
 use crate::tokenizer::Tokenizer;
-use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// One file of a data folder (`train.jsonl`, `valid.jsonl`, `test.jsonl`), in memory.
@@ -15,10 +16,68 @@ pub struct Split {
     pub samples: Vec<Sample>,
     /// What was read, and what was lost.
     pub counts: Counts,
+    /// Names of keys that rows have and nothing reads.
+    pub ignored_keys: BTreeSet<String>,
+}
+
+/// A file of preference rows, in memory.
+#[derive(Clone, Debug)]
+pub struct Pairs {
+    /// Chosen and rejected in turn.
+    split: Split,
+}
+
+impl Pairs {
+    /// Reads a file whose rows are `chosen` and `rejected`, with `prompt` or both beginning with the
+    /// same messages or text; strings or lists of messages. What is trained, and the rest, is as for
+    /// [`Split::open`]: the answers, with their end token.
+    ///
+    /// # Errors
+    /// As [`Split::open`]; also if a row is no pair.
+    pub fn open(
+        path: &Path,
+        tokenizer: Option<&Tokenizer>,
+        max_length: usize,
+        vocab_size: usize,
+    ) -> Result<Self> {
+        let split = Split::read(path, tokenizer, max_length, vocab_size, Wanted::Pairs)?;
+        Ok(Self { split })
+    }
+
+    /// How many pairs there are.
+    pub fn len(&self) -> usize {
+        self.split.samples.len() / 2
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What was read, and what was lost; a pair counts as two samples.
+    pub fn counts(&self) -> Counts {
+        self.split.counts
+    }
+
+    /// A pair, counted from 0.
+    ///
+    /// # Errors
+    /// If the file cannot be read any more.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub fn pair(&self, index: usize) -> Result<Pair> {
+        let sample = |which: usize| self.split.samples[2 * index + which].clone();
+        Ok(Pair {
+            chosen: sample(0),
+            rejected: sample(1),
+        })
+    }
 }
 
 /// What a file holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Counts {
     /// Rows, blank lines not counted.
     pub rows: usize,
@@ -46,10 +105,17 @@ impl Split {
     /// | `prompt`, `completion` (strings) | both joined, and EOS | completion and EOS |
     /// | `prompt` (messages), `completion` (messages or string) | the chat template's | the assistant's turns of the completion, with their end token |
     /// | `messages`, optional `tools` | the chat template's | all turns of the assistant, with their end token |
+    /// | `instruction`, `output`, optional `input`, `system` (Alpaca) | the chat template's | the output, with its end token |
+    /// | `conversations` of `from` and `value`, optional `system`, `tools` (ShareGPT) | the chat template's | all turns of the assistant, with their end token |
     /// | `input_ids`, optional `labels` | as given | where `labels` (in the place of the token, as in Hugging Face) is not −100 |
     ///
     /// A BOS is put before `text` and `prompt` strings if the model was trained with one; the first
     /// token of a sample is never trained. Rows other than `text` are truncated at the right.
+    ///
+    /// A turn with a thought (`reasoning_content`, or `<think>…</think>` in its content) that the
+    /// template drops is trained in a sample of its own, which ends with the thought and the turn.
+    /// A message with a `weight` of 0 is not trained. Other keys than these are not read; their
+    /// names are in `ignored_keys`.
     ///
     /// `tokenizer` may be `None` if all rows are `input_ids`. `vocab_size` is the model's.
     ///
@@ -62,51 +128,60 @@ impl Split {
         max_length: usize,
         vocab_size: usize,
     ) -> Result<Self> {
-        if max_length < 2 {
-            return Err(Error::MaxLength(max_length));
-        }
-        // Batches hold ids as `i32`.
-        let limits = Limits {
-            max_length,
-            vocab_size: vocab_size.min(i32::MAX as usize),
-        };
-        let lines = read_lines(path)?;
-        let read = |(number, line): &(usize, String)| {
-            let row = parse_line(line).and_then(Row::parse);
-            row.and_then(|row| row.samples(tokenizer, limits))
-                .map_err(|problem| problem.at(path, *number))
-        };
-        // Collected before errors are looked at, so that the first in the file is the one reported.
-        let rows: Vec<Result<Vec<Sample>>> = lines.par_iter().map(read).collect();
-        let rows = rows.into_iter().collect::<Result<Vec<_>>>()?;
+        Self::read(path, tokenizer, max_length, vocab_size, Wanted::Samples)
+    }
 
-        let counts = Counts::of(&rows);
-        if counts.trained_tokens == 0 {
+    fn read(
+        path: &Path,
+        tokenizer: Option<&Tokenizer>,
+        max_length: usize,
+        vocab_size: usize,
+        wanted: Wanted,
+    ) -> Result<Self> {
+        let reader = Reader::new(tokenizer, max_length, vocab_size, wanted)?;
+        let mut split = Self {
+            samples: Vec::new(),
+            counts: Counts::default(),
+            ignored_keys: BTreeSet::new(),
+        };
+        reader.read(path, |row| {
+            split.counts.add_row(&row.samples);
+            split.samples.extend(row.samples);
+            note_ignored(&mut split.ignored_keys, row.ignored);
+            Ok(())
+        })?;
+        if split.counts.trained_tokens == 0 {
             return Err(Error::NothingTrained {
                 path: path.to_path_buf(),
-                rows: counts.rows,
+                rows: split.counts.rows,
             });
         }
-        Ok(Self {
-            samples: rows.into_iter().flatten().collect(),
-            counts,
-        })
+        Ok(split)
     }
 }
 
 impl Counts {
-    fn of(rows: &[Vec<Sample>]) -> Self {
-        let samples = || rows.iter().flatten();
-        Self {
-            rows: rows.len(),
-            tokens: samples().map(|sample| sample.ids.len()).sum(),
-            trained_tokens: samples().map(Sample::trained_tokens).sum(),
-            trained_bytes: samples().map(|sample| sample.trained_bytes).sum(),
-            truncated_rows: samples().filter(|sample| sample.truncated).count(),
-            untrained_samples: samples()
-                .filter(|sample| sample.trained_tokens() == 0)
-                .count(),
-        }
+    /// Counts one more row.
+    pub(crate) fn add_row(&mut self, samples: &[Sample]) {
+        let count = |holds: fn(&&Sample) -> bool| samples.iter().filter(holds).count();
+        self.add(Self {
+            rows: 1,
+            tokens: samples.iter().map(|sample| sample.ids.len()).sum(),
+            trained_tokens: samples.iter().map(Sample::trained_tokens).sum(),
+            trained_bytes: samples.iter().map(|sample| sample.trained_bytes).sum(),
+            truncated_rows: count(|sample| sample.truncated),
+            untrained_samples: count(|sample| sample.trained_tokens() == 0),
+        });
+    }
+
+    /// Adds what another file holds.
+    pub(crate) fn add(&mut self, more: Self) {
+        self.rows += more.rows;
+        self.tokens += more.tokens;
+        self.trained_tokens += more.trained_tokens;
+        self.trained_bytes += more.trained_bytes;
+        self.truncated_rows += more.truncated_rows;
+        self.untrained_samples += more.untrained_samples;
     }
 }
 
@@ -155,6 +230,85 @@ mod tests {
             "{problem}"
         );
         assert!(problem.ends_with("found the keys {txt}"), "{problem}");
+    }
+
+    /// The texts of both answers, `[…]` around what is trained.
+    fn pair(row: &serde_json::Value) -> Result<[String; 2], String> {
+        const CHAT: &str = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}\
+            {% if add_generation_prompt %}<assistant>{% endif %}";
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), row.to_string()).unwrap();
+        let tokenizer = tokenizer(Some(CHAT), false);
+        let pairs =
+            Pairs::open(file.path(), Some(&tokenizer), 99, 288).map_err(|p| p.to_string())?;
+        assert_eq!((pairs.len(), pairs.counts().rows), (1, 1));
+        let pair = pairs.pair(0).unwrap();
+        Ok([&pair.chosen, &pair.rejected].map(|sample| {
+            let spans = sample.spans(&tokenizer).unwrap();
+            let show = |(text, trained)| if trained { format!("[{text}]") } else { text };
+            spans.into_iter().map(show).collect()
+        }))
+    }
+
+    #[test]
+    fn preferences_are_two_answers_to_one_prompt() {
+        let check = |row: serde_json::Value, expected: [&str; 2]| {
+            assert_eq!(pair(&row).unwrap(), expected, "{row}");
+        };
+        let eos = "<｜end▁of▁sentence｜>";
+        let ends = |texts: [&str; 2]| texts.map(|text| format!("{text}{eos}]"));
+        let [chosen, rejected] = ends(["q:[x", "q:[zw"]);
+        let expected = [chosen.as_str(), rejected.as_str()];
+        check(
+            serde_json::json!({"prompt": "q:", "chosen": "x", "rejected": "zw"}),
+            expected,
+        );
+        check(
+            serde_json::json!({"chosen": "q:x", "rejected": "q:zw"}),
+            expected,
+        );
+
+        let user = serde_json::json!({"role": "user", "content": "q"});
+        let says = |text| serde_json::json!({"role": "assistant", "content": text});
+        let expected = ["<user>q<assistant>[x]", "<user>q<assistant>[zw]"];
+        let whole = |text| serde_json::json!([user, says(text)]);
+        check(
+            serde_json::json!({"chosen": whole("x"), "rejected": whole("zw")}),
+            expected,
+        );
+        check(
+            serde_json::json!({"prompt": "q", "chosen": whole("x"), "rejected": whole("zw"), "score_chosen": 1}),
+            expected,
+        );
+        check(
+            serde_json::json!({"prompt": [user], "chosen": [says("x")], "rejected": [says("zw")]}),
+            expected,
+        );
+        check(
+            serde_json::json!({"prompt": [user], "chosen": "x", "rejected": "zw"}),
+            expected,
+        );
+    }
+
+    #[test]
+    fn pairs_and_other_rows_are_not_taken_for_each_other() {
+        let problem = pair(&serde_json::json!({"text": "a"})).unwrap_err();
+        assert!(problem.ends_with(
+            "expected a preference row {chosen, rejected, prompt?}, found another kind of row"
+        ));
+        let problem = open(r#"{"prompt": "a", "chosen": "b", "rejected": "c"}"#, 8).unwrap_err();
+        assert!(
+            problem.contains("found a preference row {chosen, rejected}"),
+            "{problem}"
+        );
+        let apart = serde_json::json!({
+            "chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "rejected": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "b"}]});
+        let problem = pair(&apart).unwrap_err();
+        assert!(
+            problem.contains("to begin with the same messages, found none in common"),
+            "{problem}"
+        );
     }
 
     #[test]

@@ -8,6 +8,7 @@ use crate::chat_template::{CONFIG, ChatTemplate, TokenizerConfig};
 use crate::decode_stream::DecodeStream;
 use crate::error::{Error, Result};
 use crate::file::require_text;
+use sha2::{Digest, Sha256};
 use std::collections::HashSet;
 use std::fmt;
 use std::ops::Range;
@@ -47,6 +48,7 @@ pub struct Tokenizer {
     vocab_size: usize,
     special_ids: HashSet<u32>,
     chat_template: Option<ChatTemplate>,
+    identity: [u8; 32],
 }
 
 /// Token ids, and for each the bytes of the text it stands for. Tokens that are parts of one
@@ -79,6 +81,8 @@ impl Tokenizer {
         let path = folder.join("tokenizer.json");
         let text = require_text(&path, MAX_TOKENIZER_BYTES)?;
         let malformed = |problem: tokenizers::Error| Error::malformed(&path, problem.to_string());
+        let mut identity = Sha256::new();
+        identity.update(&text);
         let parse = || {
             let mut inner = tokenizers::Tokenizer::from_bytes(text)?;
             let processor_bos = bos_of_post_processor(&inner)?;
@@ -112,13 +116,19 @@ impl Tokenizer {
             return Err(Error::malformed(&path, problem));
         }
 
+        let adds_bos = config.add_bos_token.unwrap_or(processor_bos.is_some());
+        let chat_template = ChatTemplate::from_config(folder, &config)?;
+        let template = chat_template.as_ref().map(ChatTemplate::identity);
+        identity.update(format!("{bos_id:?} {eos_id:?} {adds_bos} {template:?}"));
+
         Ok(Self {
             bos_id,
             eos_id,
-            adds_bos: config.add_bos_token.unwrap_or(processor_bos.is_some()),
+            adds_bos,
             vocab_size: largest_id.map_or(0, |id| id as usize + 1),
             special_ids,
-            chat_template: ChatTemplate::from_config(folder, &config)?,
+            chat_template,
+            identity: identity.finalize().into(),
             inner,
         })
     }
@@ -187,6 +197,11 @@ impl Tokenizer {
     /// The model's chat template, if it has one.
     pub fn chat_template(&self) -> Option<&ChatTemplate> {
         self.chat_template.as_ref()
+    }
+
+    /// SHA-256 of all that ids and renderings depend on.
+    pub(crate) fn identity(&self) -> &[u8; 32] {
+        &self.identity
     }
 
     /// Whether a token steers the model rather than being text.

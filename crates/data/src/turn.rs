@@ -15,6 +15,11 @@
 //!    the two renderings of 1 part.
 //!
 //! If none of them fits, there is an error rather than a guess.
+//!
+//! A turn whose message has a thought (`reasoning_content`, or `<think>…</think>` in `content`) that
+//! the template drops is trained apart: in a text that ends with it, thought included, as the model
+//! has to write it there. So every turn is trained once, after the context it will be written in:
+//! earlier thoughts are as the template shows them.
 
 use crate::chat_template::{ChatTemplate, GenerationPrompt};
 use crate::error::{Error, Result};
@@ -26,6 +31,16 @@ use std::ops::Range;
 /// line ends in known templates). More means that the comparison went wrong.
 const MAX_WRAPPER_BYTES: usize = 64;
 
+/// What is around a thought in DeepSeek's and Qwen's texts.
+const THINK: &str = "<think>";
+const END_OF_THOUGHT: &str = "</think>";
+
+/// A text, and the ranges of it that are trained.
+pub(crate) type MarkedText = (String, Vec<Range<usize>>);
+
+/// Messages by number, and where in the text each is.
+type Turns = Vec<(usize, Range<usize>)>;
+
 /// A conversation to render.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Conversation<'a> {
@@ -36,20 +51,80 @@ pub(crate) struct Conversation<'a> {
 }
 
 impl Conversation<'_> {
+    /// The texts in which the assistant's messages from number `first` on are trained: the whole
+    /// conversation, and one for each turn whose thought that lacks. A message with a `weight` of 0
+    /// is not trained.
+    pub(crate) fn texts(&self, first: usize) -> Result<Vec<MarkedText>> {
+        let (whole, turns) = self.assistant_turns(first)?;
+        let (mut kept, mut apart) = (Vec::new(), Vec::new());
+        for (index, turn) in turns {
+            let message = &self.messages[index];
+            if message["weight"].as_f64() == Some(0.0) {
+                continue;
+            }
+            match thought(message).filter(|thought| !whole[turn.clone()].contains(thought)) {
+                Some(thought) if self.template.knows(END_OF_THOUGHT) => {
+                    apart.push(self.with_thought(index, &whole[turn], thought)?);
+                }
+                _ => kept.push(turn),
+            }
+        }
+        // Without a single turn to train the row is still a sample, and counted as such.
+        if !kept.is_empty() || apart.is_empty() {
+            apart.insert(0, (whole, kept));
+        }
+        Ok(apart)
+    }
+
+    /// The conversation through a message, with the thought that is missing in `turn`.
+    fn with_thought(&self, index: usize, turn: &str, thought: &str) -> Result<MarkedText> {
+        // A template may show the thought of the last message.
+        let through = Self {
+            messages: &self.messages[..=index],
+            ..*self
+        };
+        if let Ok((text, mut turns)) = through.assistant_turns(index)
+            && let Some((_, turn)) = turns.pop()
+            && text[turn.clone()].contains(thought)
+        {
+            return Ok((text, vec![turn]));
+        }
+        let before = self.render(&self.messages[..index], GenerationPrompt::Think)?;
+        // R1's prompt opens the thought on a line of its own, V3.1's does not. Without either, the
+        // model has to open it.
+        let (open, inline) = match before.trim_end().ends_with(THINK) {
+            true => ("", before.ends_with(THINK)),
+            false => ("<think>\n", false),
+        };
+        let answer = turn.trim_start_matches(END_OF_THOUGHT);
+        let answer = match inline {
+            true => format!("{thought}{END_OF_THOUGHT}{answer}"),
+            false => {
+                let answer = answer.trim_start_matches(['\n', ' ']);
+                format!("{open}{thought}\n{END_OF_THOUGHT}\n\n{answer}")
+            }
+        };
+        let start = before.len();
+        let text = before + &answer;
+        let turn = start..text.len();
+        Ok((text, vec![turn]))
+    }
+
     /// The text of the conversation, and the ranges of it that the assistant says in the messages
-    /// from number `first` on.
-    pub(crate) fn assistant_turns(&self, first: usize) -> Result<(String, Vec<Range<usize>>)> {
+    /// from number `first` on, with the number of each.
+    fn assistant_turns(&self, first: usize) -> Result<(String, Turns)> {
         let whole = self.render(self.messages, GenerationPrompt::Omit)?;
-        let mut turns: Vec<Range<usize>> = Vec::new();
+        let mut turns = Turns::new();
         for (index, message) in self.messages.iter().enumerate().skip(first) {
             if message["role"] != "assistant" {
                 continue;
             }
-            let floor = turns.last().map_or(0, |turn| turn.end);
+            let floor = turns.last().map_or(0, |(_, turn)| turn.end);
             let turn = self
                 .turn(&whole, index)?
                 .filter(|turn| turn.start >= floor && turn.start <= turn.end);
-            turns.push(self.without_trailing_space(&whole, turn.ok_or(Error::Turn { index })?));
+            let turn = self.without_trailing_space(&whole, turn.ok_or(Error::Turn { index })?);
+            turns.push((index, turn));
         }
         Ok((whole, turns))
     }
@@ -123,6 +198,17 @@ impl Conversation<'_> {
     }
 }
 
+/// What the assistant thought before a message, if it did.
+fn thought(message: &Value) -> Option<&str> {
+    let apart = message["reasoning_content"].as_str();
+    let within = || {
+        let (thought, _) = message["content"].as_str()?.split_once(END_OF_THOUGHT)?;
+        Some(thought.trim_start().trim_start_matches(THINK))
+    };
+    let thought = apart.or_else(within)?.trim();
+    (!thought.is_empty()).then_some(thought)
+}
+
 /// How many bytes two texts have in common at their beginning, in whole characters.
 pub(crate) fn common_prefix(a: &str, b: &str) -> usize {
     let same = a.chars().zip(b.chars()).take_while(|(a, b)| a == b);
@@ -154,7 +240,8 @@ mod tests {
         <｜Assistant｜>{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}\
         {% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}";
 
-    fn turns(template: &str, messages: &Value) -> Result<Vec<String>> {
+    /// The trained texts, and the whole texts that they are in.
+    fn texts(template: &str, messages: &Value) -> Result<Vec<(Vec<String>, String)>> {
         let tokenizer = tokenizer(Some(template), true);
         let conversation = Conversation {
             tokenizer: &tokenizer,
@@ -162,11 +249,16 @@ mod tests {
             messages: messages.as_array().unwrap(),
             tools: None,
         };
-        let (whole, turns) = conversation.assistant_turns(0)?;
-        Ok(turns
-            .into_iter()
-            .map(|turn| whole[turn].to_owned())
-            .collect())
+        let cut = |(text, turns): MarkedText| {
+            let turns = turns.into_iter().map(|turn| text[turn].to_owned());
+            (turns.collect(), text)
+        };
+        Ok(conversation.texts(0)?.into_iter().map(cut).collect())
+    }
+
+    fn turns(template: &str, messages: &Value) -> Result<Vec<String>> {
+        let texts = texts(template, messages)?;
+        Ok(texts.into_iter().flat_map(|(turns, _)| turns).collect())
     }
 
     fn check(template: &str, messages: &Value, expected: &[&str]) {
@@ -187,28 +279,132 @@ mod tests {
     }
 
     #[test]
-    fn thoughts_that_a_template_drops_are_not_trained_and_those_it_keeps_are() {
+    fn a_space_that_the_model_has_to_write_is_part_of_its_turn() {
+        // V2's way: the prompt ends with the colon.
+        let v2 = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}\n\n\
+            {% else %}Assistant: {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}\
+            {% if add_generation_prompt %}Assistant:{% endif %}";
         let chat = json!([
-            {"role": "user", "content": "A"}, {"role": "assistant", "content": "<think>x</think>B", "reasoning_content": "x"},
-            {"role": "user", "content": "C"}, {"role": "assistant", "content": "D", "reasoning_content": "y"}]);
+            {"role": "user", "content": "A"}, {"role": "assistant", "content": "B"},
+            {"role": "user", "content": "C"}, {"role": "assistant", "content": "D"}]);
+        let expected = "<s>User: A\n\nAssistant: B</s>User: C\n\nAssistant: D</s>";
+        check_texts(v2, &chat, &[(" B</s>| D</s>", expected)]);
+    }
+
+    fn thinking_chat() -> Value {
+        json!([
+            {"role": "user", "content": "A"}, {"role": "assistant", "content": "<think>x</think>B"},
+            {"role": "user", "content": "C"}, {"role": "assistant", "content": "D", "reasoning_content": "y"}])
+    }
+
+    fn check_texts(template: &str, messages: &Value, expected: &[(&str, &str)]) {
+        let short = |text: &str| {
+            text.replace("<｜begin▁of▁sentence｜>", "<s>")
+                .replace("<｜end▁of▁sentence｜>", "</s>")
+        };
+        let found = texts(template, messages).unwrap();
+        let found: Vec<_> = found
+            .iter()
+            .map(|(turns, text)| (short(&turns.join("|")), short(text)))
+            .collect();
+        let expected = expected
+            .iter()
+            .map(|(a, b)| ((*a).to_owned(), (*b).to_owned()));
+        assert_eq!(found, expected.collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn every_thought_is_trained_once_after_what_the_model_will_see() {
+        let chat = thinking_chat();
+        let r1 = deepseek().replace(
+            "{{'<｜Assistant｜>'}}{% endif %}",
+            "{{'<｜Assistant｜><think>\\n'}}{% endif %}",
+        );
+        assert_ne!(r1, deepseek());
+        check_texts(
+            &r1,
+            &chat,
+            &[
+                (
+                    "x\n</think>\n\nB</s>",
+                    "<s><｜User｜>A<｜Assistant｜><think>\nx\n</think>\n\nB</s>",
+                ),
+                (
+                    "y\n</think>\n\nD</s>",
+                    "<s><｜User｜>A<｜Assistant｜>B</s><｜User｜>C<｜Assistant｜><think>\ny\n</think>\n\nD</s>",
+                ),
+            ],
+        );
+        // V3's prompt opens no thought: there the model has to.
         check(
             &deepseek(),
             &chat,
-            &["B<｜end▁of▁sentence｜>", "D<｜end▁of▁sentence｜>"],
-        );
-        check(
-            THINKING,
-            &chat,
             &[
-                "B<｜end▁of▁sentence｜>",
+                "<think>\nx\n</think>\n\nB<｜end▁of▁sentence｜>",
                 "<think>\ny\n</think>\n\nD<｜end▁of▁sentence｜>",
             ],
         );
-        let opened = &[
-            "<think>x</think>B<｜end▁of▁sentence｜>",
-            "D<｜end▁of▁sentence｜>",
-        ];
-        check(OPENED, &chat, opened);
+        check_texts(
+            THINKING,
+            &chat,
+            &[
+                (
+                    "<think>\ny\n</think>\n\nD</s>",
+                    "<|user|>\nA</s>\n<|assistant|>\nB</s>\n<|user|>\nC</s>\n\
+                     <|assistant|>\n<think>\ny\n</think>\n\nD</s>\n",
+                ),
+                (
+                    "<think>\nx\n</think>\n\nB</s>",
+                    "<|user|>\nA</s>\n<|assistant|>\n<think>\nx\n</think>\n\nB</s>",
+                ),
+            ],
+        );
+        // A template that knows of no thoughts shows what the content holds, and nothing else.
+        let opened = OPENED.replace("</think>", "");
+        check(
+            &opened,
+            &chat,
+            &[
+                "<think>x</think>B<｜end▁of▁sentence｜>",
+                "D<｜end▁of▁sentence｜>",
+            ],
+        );
+    }
+
+    /// V3.1's way: past answers and quick ones follow `</think>`, a thinking one follows `<think>`.
+    const HYBRID: &str = "{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}\
+        <｜Assistant｜></think>{{ m.content.split('</think>', 1)[-1] }}{{ eos_token }}{% endif %}{% endfor %}\
+        {% if add_generation_prompt %}<｜Assistant｜>{% if thinking %}<think>{% else %}</think>{% endif %}{% endif %}";
+
+    #[test]
+    fn a_template_with_and_without_thoughts_is_told_which() {
+        let mut chat = thinking_chat();
+        chat[1]["content"] = "B".into();
+        check_texts(
+            HYBRID,
+            &chat,
+            &[
+                (
+                    "B</s>",
+                    "<｜User｜>A<｜Assistant｜></think>B</s><｜User｜>C<｜Assistant｜></think>D</s>",
+                ),
+                (
+                    "y</think>D</s>",
+                    "<｜User｜>A<｜Assistant｜></think>B</s><｜User｜>C<｜Assistant｜><think>y</think>D</s>",
+                ),
+            ],
+        );
+    }
+
+    #[test]
+    fn messages_of_no_weight_are_not_trained() {
+        let mut chat = thinking_chat();
+        chat[1]["weight"] = 0.into();
+        check(
+            &deepseek(),
+            &chat,
+            &["<think>\ny\n</think>\n\nD<｜end▁of▁sentence｜>"],
+        );
     }
 
     #[test]

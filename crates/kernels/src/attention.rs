@@ -4,7 +4,8 @@
 //! distills). A key may end in a part that all heads share, in a tensor of its own (latent attention, expanded: the
 //! rotated key), and keys and values may lie side by side in one row (what `kv_b_proj` makes). With one key head whose
 //! values are a prefix of its keys it is the absorbed form. Queries are the last `seq` positions of the `kv_seq` keys:
-//! query `i` sees keys up to `kv_seq − seq + i`.
+//! query `i` sees keys up to `kv_seq − seq + i`. A row that is packed with several sequences is that many rows of their
+//! own lengths: no tile reaches over a wall, so what a sequence gives does not depend on its neighbors.
 //!
 //! Backward recomputes the scores from the saved log-sum-exp of every row.
 //!
@@ -12,6 +13,7 @@
 //! a tile's whole row of scores fits in cache here.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
@@ -21,6 +23,52 @@ use crate::product::strided::{Mat, MatMut, Write, gemm};
 
 /// Queries per tile.
 const TILE_QUERIES: usize = 64;
+
+/// Where the sequences begin that the rows of a batch are packed with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segments(Arc<[Vec<usize>]>);
+
+impl Segments {
+    /// Every row is one sequence.
+    pub fn whole() -> Self {
+        Self(Arc::new([]))
+    }
+
+    /// The first position of every sequence, row by row.
+    ///
+    /// # Panics
+    /// If the first of a row does not begin at 0, or they are not in order.
+    pub fn packed(starts: Vec<Vec<usize>>) -> Self {
+        for starts in &starts {
+            assert!(
+                starts.first() == Some(&0) && starts.is_sorted_by(|a, b| a < b),
+                "starts of packed sequences: {starts:?}"
+            );
+        }
+        Self(starts.into())
+    }
+
+    /// The position of every token of packed rows of length `seq` in its own sequence, row by row; none where rows are
+    /// whole.
+    pub fn positions(&self, seq: usize) -> Option<Vec<usize>> {
+        let of_row = |starts: &Vec<usize>| {
+            let ends = starts[1..].iter().copied().chain([seq]);
+            let lengths = starts.iter().zip(ends).map(|(start, end)| end - start);
+            lengths.flat_map(|len| 0..len).collect::<Vec<_>>()
+        };
+        (!self.0.is_empty()).then(|| self.0.iter().flat_map(of_row).collect())
+    }
+
+    /// Whether they are those of a batch of this shape; packed rows are read whole.
+    pub(crate) fn fit(&self, [batch, seq, kv_seq]: [usize; 3]) -> bool {
+        let within = |starts: &Vec<usize>| starts.last().is_some_and(|last| *last < seq.max(1));
+        self.0.is_empty() || (self.0.len() == batch && seq == kv_seq && self.0.iter().all(within))
+    }
+
+    fn of_row(&self, row: usize) -> &[usize] {
+        self.0.get(row).map_or(&[0], Vec::as_slice)
+    }
+}
 
 /// Where the features of heads lie in a tensor `[batch, len, heads, width]`: `dim` of them, from `start` of each.
 #[derive(Clone, Copy, Debug)]
@@ -89,13 +137,19 @@ impl Shape {
         Place::whole(self.q.heads, self.v.dim)
     }
 
-    /// Keys that the queries of a tile may see, all together.
-    fn visible(&self, tile: &Range<usize>) -> usize {
-        self.kv_seq - self.seq + tile.end
-    }
-
-    fn tiles(&self) -> impl Iterator<Item = Range<usize>> + Clone + use<> {
-        tiles(0..self.seq, TILE_QUERIES)
+    /// The tiles of a row whose sequences begin at `starts`: queries, and the keys that they may see, all together.
+    fn tiles<'a>(
+        &self,
+        starts: &'a [usize],
+    ) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + use<'a> {
+        let (seq, earlier) = (self.seq, self.kv_seq - self.seq);
+        let ends = starts[1..].iter().copied().chain([seq]);
+        starts.iter().zip(ends).flat_map(move |(&start, end)| {
+            tiles(start..end, TILE_QUERIES).map(move |tile| {
+                let keys = start..earlier + tile.end;
+                (tile, keys)
+            })
+        })
     }
 }
 
@@ -131,14 +185,14 @@ impl<'a> Head<'a> {
     }
 
     /// Scores of a tile of queries, −∞ where the key lies after the query.
-    fn scores(&self, tile: Range<usize>, visible: usize, scores: &mut [f32]) {
-        let (rows, own) = (tile.len(), self.k.cols());
+    fn scores(&self, tile: Range<usize>, seen: Range<usize>, scores: &mut [f32]) {
+        let (rows, own, visible) = (tile.len(), self.k.cols(), seen.len());
         let mut write = Write::Replace;
         for (keys, cols) in [(self.k, 0..own), (self.shared, own..self.q.cols())] {
             if !cols.is_empty() {
                 let (q, keys) = (
                     self.q.block(tile.clone(), cols),
-                    keys.block(0..visible, 0..keys.cols()),
+                    keys.block(seen.clone(), 0..keys.cols()),
                 );
                 gemm(
                     MatMut::dense(scores, rows, visible),
@@ -163,6 +217,7 @@ pub(crate) fn forward(
     context: Context<'_>,
     scale: f32,
     shape: Shape,
+    segments: &Segments,
 ) -> (Vec<f32>, Vec<f32>) {
     let (place, heads) = (shape.out(), shape.q.heads);
     let mut out = vec![0.0; shape.batch * shape.seq * heads * place.dim];
@@ -176,23 +231,29 @@ pub(crate) fn forward(
             // SAFETY: a task writes one head of one sequence.
             #[expect(unsafe_code, reason = "disjoint blocks of one output")]
             let out = unsafe { place.part(&all, shape.seq, row, head) };
-            forward_head(inputs, shape, out, lse);
+            forward_head(inputs, shape.tiles(segments.of_row(row)), out, lse);
         });
     (out, lse)
 }
 
-fn forward_head(head: Head<'_>, shape: Shape, mut out: MatMut<'_>, lse: &mut [f32]) {
-    for tile in shape.tiles() {
-        let visible = shape.visible(&tile);
+fn forward_head(
+    head: Head<'_>,
+    tiles: impl Iterator<Item = (Range<usize>, Range<usize>)>,
+    mut out: MatMut<'_>,
+    lse: &mut [f32],
+) {
+    let v_dim = head.v.cols();
+    for (tile, seen) in tiles {
+        let visible = seen.len();
         with_scratch(tile.len() * visible, |scores| {
-            head.scores(tile.clone(), visible, scores);
+            head.scores(tile.clone(), seen.clone(), scores);
             for (scores, lse) in scores.chunks_mut(visible).zip(&mut lse[tile.clone()]) {
                 *lse = softmax(scores);
             }
             gemm(
-                out.block(tile.clone(), 0..shape.v.dim),
+                out.block(tile.clone(), 0..v_dim),
                 Mat::dense(scores, tile.len(), visible),
-                head.v.block(0..visible, 0..shape.v.dim),
+                head.v.block(seen, 0..v_dim),
                 1.0,
                 Write::Replace,
             );
@@ -237,7 +298,7 @@ pub(crate) fn backward(
     dout: &[f32],
     saved: Saved<'_>,
     scale: f32,
-    shape: Shape,
+    (shape, segments): (Shape, &Segments),
     grads: ContextGrads<'_>,
 ) -> Vec<f32> {
     let mut dq = vec![0.0; saved.q.len()];
@@ -297,7 +358,8 @@ pub(crate) fn backward(
                     let cols = 0..d.cols();
                     d.block(keys.clone(), cols)
                 });
-                backward_head(inputs, outputs, shape, [dq, dk, dv, dshared]);
+                let tiles = shape.tiles(segments.of_row(row));
+                backward_head(inputs, outputs, tiles, [dq, dk, dv, dshared]);
             }
         });
     add_partial(dshared, &partial, shape.shared, shared);
@@ -331,21 +393,26 @@ struct Outputs<'a> {
 }
 
 /// Adds one head's part to `[dq, dk, dv, dshared]`.
-fn backward_head(head: Head<'_>, outputs: Outputs<'_>, shape: Shape, grads: [MatMut<'_>; 4]) {
+fn backward_head(
+    head: Head<'_>,
+    outputs: Outputs<'_>,
+    tiles: impl Iterator<Item = (Range<usize>, Range<usize>)>,
+    grads: [MatMut<'_>; 4],
+) {
     let [mut dq, mut dk, mut dv, mut dshared] = grads;
-    let (own, dim, v_dim) = (shape.k.dim, shape.q.dim, shape.v.dim);
-    for tile in shape.tiles() {
-        let visible = shape.visible(&tile);
+    let (own, dim, v_dim) = (head.k.cols(), head.q.cols(), head.v.cols());
+    for (tile, seen) in tiles {
+        let visible = seen.len();
         let (rows, size) = (tile.len(), tile.len() * visible);
         let dout = outputs.dout.block(tile.clone(), 0..v_dim);
         with_scratch(2 * size, |scratch| {
             let (p, ds) = scratch.split_at_mut(size);
-            head.scores(tile.clone(), visible, p);
+            head.scores(tile.clone(), seen.clone(), p);
             for (p, lse) in p.chunks_mut(visible).zip(&outputs.lse[tile.clone()]) {
                 exp::exp_shifted(p, *lse);
             }
             let (v, dp) = (
-                head.v.block(0..visible, 0..v_dim),
+                head.v.block(seen.clone(), 0..v_dim),
                 MatMut::dense(ds, rows, visible),
             );
             gemm(dp, dout, v.t(), 1.0, Write::Replace);
@@ -354,14 +421,20 @@ fn backward_head(head: Head<'_>, outputs: Outputs<'_>, shape: Shape, grads: [Mat
                 score_gradients(ds, p, outputs.dout.row(at), outputs.out.row(at));
             }
             let (p, ds) = (Mat::dense(p, rows, visible), Mat::dense(ds, rows, visible));
-            gemm(dv.block(0..visible, 0..v_dim), p.t(), dout, 1.0, Write::Add);
+            gemm(
+                dv.block(seen.clone(), 0..v_dim),
+                p.t(),
+                dout,
+                1.0,
+                Write::Add,
+            );
             for (keys, dkeys, cols) in [
                 (head.k, &mut dk, 0..own),
                 (head.shared, &mut dshared, own..dim),
             ] {
                 let width = cols.len();
                 let q = head.q.block(tile.clone(), cols.clone());
-                let keys = keys.block(0..visible, 0..width);
+                let keys = keys.block(seen.clone(), 0..width);
                 gemm(
                     dq.block(tile.clone(), cols),
                     ds,
@@ -370,7 +443,7 @@ fn backward_head(head: Head<'_>, outputs: Outputs<'_>, shape: Shape, grads: [Mat
                     Write::Replace,
                 );
                 gemm(
-                    dkeys.block(0..visible, 0..width),
+                    dkeys.block(seen.clone(), 0..width),
                     ds.t(),
                     q,
                     head.scale,

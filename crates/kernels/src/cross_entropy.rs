@@ -1,10 +1,15 @@
 //! The loss of a language model without its logits.
 //!
 //! `loss[t] = log Σ_v exp(h_t · w_v) − h_t · w_target`, computed for blocks of tokens over tiles of the vocabulary:
-//! at no time are there more logits than 1024 × 512. Tokens without a target cost nothing. Backward computes
-//! the tiles again from the saved log-sum-exp.
+//! at no time are there more logits than 1024 × 256. Tokens without a target cost nothing.
+//!
+//! Where the head is frozen, one visit of it gives losses and gradients: the gradient of a loss is
+//! `Σ_v softmax_v · w_v − w_target`, which sums like the output of attention whose keys and values are `w`. Otherwise
+//! backward computes the tiles again from the saved log-sum-exp.
 //!
 //! A low-rank update of the head enters as a second product, `logits = h · wᵀ + u · bᵀ`.
+//!
+//! Source of the sum relative to a running maximum: Milakov and Gimelshein, arXiv:1805.02867.
 
 use std::ops::Range;
 
@@ -19,8 +24,8 @@ use crate::product::weights::Weights;
 pub(crate) const IGNORED: i32 = -100;
 
 /// Tokens per task and vocabulary entries per tile.
-const TILE_TOKENS: usize = 128;
-const TILE_VOCAB: usize = 512;
+const TILE_TOKENS: usize = 256;
+const TILE_VOCAB: usize = 256;
 /// Tokens between two visits of the same vocabulary entry in the backward pass.
 const PASS_TOKENS: usize = 1024;
 
@@ -93,34 +98,113 @@ pub(crate) fn forward(head: Head<'_>, targets: &[usize]) -> Vec<(f32, f32)> {
     let blocks: Vec<_> = tiles(0..targets.len(), TILE_TOKENS).collect();
     blocks
         .into_par_iter()
-        .flat_map_iter(|tokens| forward_block(head, tokens.clone(), &targets[tokens]))
+        .flat_map_iter(|tokens| forward_block(head, tokens.clone(), &targets[tokens], None))
         .collect()
 }
 
-fn forward_block(head: Head<'_>, tokens: Range<usize>, targets: &[usize]) -> Vec<(f32, f32)> {
-    // Running maximum, sum of exponentials below it, and the target's logit.
-    let mut state = vec![(f32::NEG_INFINITY, 0.0f32, 0.0f32); tokens.len()];
-    with_scratch(tokens.len() * TILE_VOCAB, |scratch| {
+/// [`forward`] of a head without a low-rank update, and the gradients of the losses by `h`, `[tokens, hidden]`.
+pub(crate) fn forward_with_gradients(
+    head: Head<'_>,
+    targets: &[usize],
+) -> (Vec<(f32, f32)>, Vec<f32>) {
+    let hidden = head.h.cols();
+    let mut dh = vec![0.0; targets.len() * hidden];
+    let losses = dh
+        .par_chunks_mut((TILE_TOKENS * hidden).max(1))
+        .zip(targets.par_chunks(TILE_TOKENS))
+        .enumerate()
+        .flat_map_iter(|(i, (dh, targets))| {
+            let start = i * TILE_TOKENS;
+            forward_block(head, start..start + targets.len(), targets, Some(dh))
+        })
+        .collect();
+    (losses, dh)
+}
+
+/// What is known of a token after some of the vocabulary.
+#[derive(Clone, Copy)]
+struct Seen {
+    max: f32,
+    /// Of the exponentials, relative to the maximum.
+    sum: f32,
+    at_target: f32,
+}
+
+impl Seen {
+    /// Adds a tile of logits, which become exponentials; returns by how much the maximum changed the earlier ones.
+    fn add(&mut self, logits: &mut [f32], target: Option<usize>) -> f32 {
+        if let Some(at) = target {
+            self.at_target = logits[at];
+        }
+        let max = exp::max(logits).max(self.max);
+        let faded = (self.max - max).exp();
+        self.sum = self.sum * faded + exp::exp_shifted(logits, max);
+        self.max = max;
+        faded
+    }
+}
+
+fn forward_block(
+    head: Head<'_>,
+    tokens: Range<usize>,
+    targets: &[usize],
+    mut dh: Option<&mut [f32]>,
+) -> Vec<(f32, f32)> {
+    let (n, hidden) = (tokens.len(), head.h.cols());
+    let mut seen = vec![
+        Seen {
+            max: f32::NEG_INFINITY,
+            sum: 0.0,
+            at_target: 0.0
+        };
+        n
+    ];
+    with_scratch(n * TILE_VOCAB, |scratch| {
         for vocab in tiles(0..head.vocab(), TILE_VOCAB) {
-            let logits = &mut scratch[..tokens.len() * vocab.len()];
+            let logits = &mut scratch[..n * vocab.len()];
             head.logits(tokens.clone(), vocab.clone(), logits);
-            for (logits, ((max, sum, at_target), target)) in logits
-                .chunks_mut(vocab.len())
-                .zip(state.iter_mut().zip(targets))
-            {
-                if vocab.contains(target) {
-                    *at_target = logits[target - vocab.start];
+            for (i, logits) in logits.chunks_mut(vocab.len()).enumerate() {
+                let target = vocab
+                    .contains(&targets[i])
+                    .then(|| targets[i] - vocab.start);
+                let faded = seen[i].add(logits, target);
+                if let Some(dh) = &mut dh
+                    && faded != 1.0
+                {
+                    exp::scale(&mut dh[i * hidden..][..hidden], faded);
                 }
-                let new_max = exp::max(logits).max(*max);
-                *sum = *sum * (*max - new_max).exp() + exp::exp_shifted(logits, new_max);
-                *max = new_max;
+            }
+            if let Some(dh) = &mut dh {
+                let (exps, dh) = (
+                    Mat::dense(logits, n, vocab.len()),
+                    MatMut::dense(dh, n, hidden),
+                );
+                nn_serial(exps, head.w, vocab, 0..hidden, dh, Write::Add);
             }
         }
     });
-    state
-        .into_iter()
-        .map(|(max, sum, at_target)| (max + sum.ln() - at_target, max + sum.ln()))
-        .collect()
+    if let Some(dh) = dh {
+        finish_gradients(head.w, &seen, targets, dh);
+    }
+    let losses = |seen: Seen| {
+        let lse = seen.max + seen.sum.ln();
+        (lse - seen.at_target, lse)
+    };
+    seen.into_iter().map(losses).collect()
+}
+
+/// Sums of `exp(logit) · w` become gradients: means of `w`, less the targets' rows.
+fn finish_gradients(w: Weights<'_>, seen: &[Seen], targets: &[usize], dh: &mut [f32]) {
+    let hidden = w.in_width();
+    with_scratch(hidden, |row| {
+        for ((dh, seen), target) in dh.chunks_mut(hidden.max(1)).zip(seen).zip(targets) {
+            w.read(*target..target + 1, 0..hidden, row);
+            let share = 1.0 / seen.sum;
+            dh.iter_mut()
+                .zip(&*row)
+                .for_each(|(dh, w)| *dh = *dh * share - w);
+        }
+    });
 }
 
 /// Gradients of a head's inputs and weights.

@@ -37,6 +37,7 @@ mod simd;
 mod swiglu;
 
 pub use adamw::AdamWStep;
+pub use attention::Segments;
 pub use backend::kept::kept_bytes;
 pub use backend::ops::{
     Direction, ExpertFactors, HeadRows, Kernels, Merge, Routing, adamw, attention, choose_experts,

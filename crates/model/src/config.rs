@@ -12,7 +12,6 @@
 mod keys;
 mod read;
 
-use std::ops::Range;
 use std::path::Path;
 
 use burn::tensor::Device;
@@ -315,7 +314,11 @@ impl ModelConfig {
     }
 
     /// The rotary tables of some positions.
-    pub fn rotary_table(&self, positions: Range<usize>, device: &Device) -> RotaryTable {
+    pub fn rotary_table(
+        &self,
+        positions: impl ExactSizeIterator<Item = usize>,
+        device: &Device,
+    ) -> RotaryTable {
         self.rope.table(positions, self.rope_dim(), device)
     }
 

@@ -80,10 +80,11 @@ impl Model {
     pub fn hidden(&self, input_ids: Tensor<2, Int>, pass: &mut Pass<'_>) -> Tensor<3> {
         let ([batch, seq], hidden_size) = (input_ids.dims(), self.config.hidden_size);
         let start = pass.cache.as_ref().map_or(0, |cache| cache.len());
-        pass.rotary = Some(
-            self.config
-                .rotary_table(start..start + seq, &input_ids.device()),
-        );
+        let device = input_ids.device();
+        pass.rotary = Some(match pass.segments.positions(seq) {
+            Some(positions) => self.config.rotary_table(positions.into_iter(), &device),
+            None => self.config.rotary_table(start..start + seq, &device),
+        });
 
         let ids = input_ids.reshape([batch * seq]);
         let mut x = self.model.embed_tokens.weight.embed(ids);

@@ -1,7 +1,7 @@
 //! What one forward pass carries from layer to layer besides the residual stream.
 
 use burn::tensor::Tensor;
-use kernels::Compute;
+use kernels::{Compute, Segments};
 
 use crate::cache::Cache;
 use crate::moe::router::Routed;
@@ -17,6 +17,9 @@ pub struct Pass<'a> {
     pub dropout_seed: Option<u64>,
     /// Keys of earlier tokens; none means that the input is whole.
     pub cache: Option<&'a mut Cache>,
+    /// The sequences that packed rows hold. None sees another, and each counts its positions from 0. Not together with
+    /// a cache.
+    pub segments: Segments,
     /// What it leaves behind.
     pub observe: Observe,
     /// What the mixture layers left, by layer.
@@ -56,6 +59,7 @@ impl<'a> Pass<'a> {
             compute,
             dropout_seed: None,
             cache: None,
+            segments: Segments::whole(),
             observe: Observe::Nothing,
             routing: Vec::new(),
             residuals: Vec::new(),

@@ -5,19 +5,33 @@
 //! to `dim / 2 − 1`, as published.
 
 use std::f64::consts::PI;
-use std::ops::Range;
 
 use burn::tensor::{Device, Tensor, TensorData};
+use kernels::Pairs;
 
 use crate::config::{RopeConfig, RopeScaling};
 
-/// Cosines and sines of the positions of one forward pass, `[seq, dim / 2]` each.
+/// Cosines and sines of the positions of one forward pass, `[seq, dim / 2]` each; of packed rows, which count their
+/// positions each in its own way, `[batch · seq, dim / 2]`.
 #[derive(Clone, Debug)]
 pub struct RotaryTable {
     /// Cosines.
     pub cos: Tensor<2>,
     /// Sines.
     pub sin: Tensor<2>,
+}
+
+impl RotaryTable {
+    /// Turns the last features of every head of `x` `[batch, seq, heads, dim]`.
+    pub(crate) fn turn(&self, x: Tensor<4>, pairs: Pairs) -> Tensor<4> {
+        let [batch, seq, heads, dim] = x.dims();
+        let (cos, sin) = (self.cos.clone(), self.sin.clone());
+        if cos.dims()[0] == seq {
+            return kernels::rope(x, cos, sin, pairs);
+        }
+        let x = x.reshape([1, batch * seq, heads, dim]);
+        kernels::rope(x, cos, sin, pairs).reshape([batch, seq, heads, dim])
+    }
 }
 
 impl RopeConfig {
@@ -92,7 +106,12 @@ impl RopeConfig {
     }
 
     /// The tables of some positions, for heads of width `dim`.
-    pub fn table(&self, positions: Range<usize>, dim: usize, device: &Device) -> RotaryTable {
+    pub fn table(
+        &self,
+        positions: impl ExactSizeIterator<Item = usize>,
+        dim: usize,
+        device: &Device,
+    ) -> RotaryTable {
         let (frequencies, amplitude) = (self.frequencies(dim), self.amplitude() as f32);
         let shape = [positions.len(), dim / 2];
         // f32 products of position and frequency, as the reference implementation computes them.
@@ -121,7 +140,6 @@ fn temperature(factor: f64, mscale: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kernels::Pairs;
 
     #[test]
     fn yarn_keeps_fast_pairs_and_stretches_slow_ones() {

@@ -9,30 +9,53 @@
 //! Source: DeepSeek-V3, arXiv:2412.19437, section 2.1.2, equations 17 to 20 (check the numbers); the update is that of
 //! arXiv:2408.15664, algorithm 1.
 
-use burn::tensor::{Int, Tensor, TensorData};
+use std::ops::Range;
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use model::{Model, RoutingRecord};
 
-/// Which tokens of a batch are no padding, `[tokens, 1]`, and how long each sequence is.
+/// Which tokens of a batch are no padding, `[tokens, 1]`, and which sequence each belongs to.
 #[derive(Debug)]
 pub(crate) struct Valid {
     mask: Tensor<2>,
-    lengths: Tensor<2>,
-    rows: usize,
+    /// `[sequences, tokens]`: one part in its length for each token of a sequence.
+    shares: Tensor<2>,
 }
 
 impl Valid {
     /// For sequences of some lengths padded to `cols`.
-    pub(crate) fn new(lengths: &[usize], cols: usize, device: &burn::tensor::Device) -> Self {
+    pub(crate) fn new(lengths: &[usize], cols: usize, device: &Device) -> Self {
         let mask: Vec<f32> = lengths
             .iter()
             .flat_map(|len| (0..cols).map(move |col| f32::from(u8::from(col < *len))))
             .collect();
         let tokens = mask.len();
-        let lens: Vec<f32> = lengths.iter().map(|len| *len as f32).collect();
+        let rows = lengths.iter().enumerate();
+        let sequences = rows.map(|(row, len)| row * cols..row * cols + len);
         Self {
             mask: Tensor::from_data(TensorData::new(mask, [tokens, 1]), device),
-            lengths: Tensor::from_data(TensorData::new(lens, [lengths.len(), 1]), device),
-            rows: lengths.len(),
+            shares: shares(&sequences.collect::<Vec<_>>(), tokens, device),
+        }
+    }
+
+    /// The same where rows are packed with sequences that begin at `starts`.
+    pub(crate) fn of_sequences(
+        self,
+        starts: &[Vec<usize>],
+        lengths: &[usize],
+        device: &Device,
+    ) -> Self {
+        let [tokens, _] = self.mask.dims();
+        let cols = tokens / lengths.len().max(1);
+        let mut sequences = Vec::new();
+        for (row, (starts, len)) in starts.iter().zip(lengths).enumerate() {
+            let ends = starts.iter().skip(1).chain([len]);
+            let ranges = starts.iter().zip(ends);
+            sequences.extend(ranges.map(|(start, end)| row * cols + start..row * cols + end));
+        }
+        Self {
+            shares: shares(&sequences, tokens, device),
+            ..self
         }
     }
 
@@ -42,14 +65,19 @@ impl Valid {
         one_hot.sum_dim(1).squeeze_dim::<2>(1) * self.mask.clone()
     }
 
-    /// Means over each sequence: `[tokens, experts]` → `[rows, experts]`.
+    /// Means over each sequence: `[tokens, experts]` → `[sequences, experts]`.
     fn mean(&self, x: Tensor<2>) -> Tensor<2> {
-        let [tokens, experts] = x.dims();
-        x.reshape([self.rows, tokens / self.rows, experts])
-            .sum_dim(1)
-            .squeeze_dim::<2>(1)
-            / self.lengths.clone()
+        self.shares.clone().matmul(x)
     }
+}
+
+/// One row for each sequence, given by its tokens.
+fn shares(sequences: &[Range<usize>], tokens: usize, device: &Device) -> Tensor<2> {
+    let mut shares = vec![0f32; sequences.len() * tokens];
+    for (row, sequence) in shares.chunks_mut(tokens.max(1)).zip(sequences) {
+        row[sequence.clone()].fill(1.0 / sequence.len().max(1) as f32);
+    }
+    Tensor::from_data(TensorData::new(shares, [sequences.len(), tokens]), device)
 }
 
 /// `Σ_e f_e · P_e` of one layer, averaged over the batch's sequences; 1 for even load.
@@ -60,7 +88,8 @@ pub(crate) fn balance_loss(record: &RoutingRecord, valid: &Valid) -> Tensor<1> {
         valid.mean(valid.chosen(routed.ids.clone(), experts)) * (experts as f32 / top_k as f32);
     let normalized = routed.scores.clone() / (routed.scores.clone().sum_dim(1) + 1e-20);
     let score = valid.mean(normalized * valid.mask.clone());
-    (share.without_autodiff() * score).sum() / valid.rows as f32
+    let [sequences, _] = share.dims();
+    (share.without_autodiff() * score).sum() / sequences as f32
 }
 
 /// Moves every correction bias by `speed` towards even load; `loads` are by layer and over the whole step.
@@ -89,7 +118,6 @@ mod tests {
 
     use super::*;
     use crate::fit::Picks;
-    use burn::tensor::Device;
     use model::{Compute, Observe, Pass, Training, weights};
 
     #[test]
@@ -165,6 +193,23 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn means_are_over_sequences_without_padding() {
+        let device = Device::flex();
+        let x = Tensor::<2>::from_floats([[1.], [3.], [9.], [4.], [6.], [9.]], &device);
+        let means =
+            |valid: &Valid| -> Vec<f32> { valid.mean(x.clone()).into_data().try_to_vec().unwrap() };
+        let valid = Valid::new(&[2, 3], 3, &device);
+        let close = |found: Vec<f32>, expected: &[f32]| {
+            assert_eq!(found.len(), expected.len());
+            let near = |(f, e): (&f32, &f32)| (f - e).abs() < 1e-6 * e;
+            assert!(found.iter().zip(expected).all(near), "{found:?}");
+        };
+        close(means(&valid), &[2.0, 19.0 / 3.0]);
+        let packed = valid.of_sequences(&[vec![0], vec![0, 2]], &[2, 3], &device);
+        close(means(&packed), &[2.0, 5.0, 9.0]);
     }
 
     #[test]

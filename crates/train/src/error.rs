@@ -248,6 +248,16 @@ pub enum Error {
         path: PathBuf,
     },
 
+    /// A checkpoint was made with other training rows.
+    #[error(
+        "`{}`: made with other training rows, another tokenizer or another chat template than there are now; start a new run",
+        path.display()
+    )]
+    OtherData {
+        /// The checkpoint.
+        path: PathBuf,
+    },
+
     /// The host was asked to stop by a signal, and the run did.
     #[error(
         "stopped by {} after step {step}, which is saved; go on with `moeforge train --resume {}`",

@@ -14,11 +14,12 @@ use std::time::Instant;
 
 use burn::module::Module;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use data::{Batch, collate};
+use data::Batch;
 use model::{Model, Observe, Parameter, Pass};
 use serde::Serialize;
 
 use crate::balance::{self, Valid};
+use crate::dataset::segments;
 use crate::loss_scale::LossScale;
 use crate::metrics::journal::Journal;
 use crate::optimizer::Accumulated;
@@ -280,7 +281,7 @@ impl Session {
     fn step(&mut self, rate: f64, run: Option<&RunDir>, host: &mut dyn Host) -> Result<StepReport> {
         let started = Instant::now();
         self.state.micro_step = self.state.watchdog.next_batch(self.state.micro_step);
-        let batches = self.next_batches();
+        let batches = self.next_batches()?;
         let trained_tokens: usize = batches.iter().map(|batch| batch.trained_tokens).sum();
         let (sums, norm) = self.finite_sums(&batches, trained_tokens, host)?;
         let (step, scale) = (self.state.step + 1, self.loss_scale());
@@ -373,19 +374,11 @@ impl Session {
         self.state.loss_scale.map(LossScale::factor)
     }
 
-    fn next_batches(&mut self) -> Vec<Batch> {
+    fn next_batches(&mut self) -> Result<Vec<Batch>> {
         let train = &self.recipe.train;
         let numbers = self.state.micro_step..self.state.micro_step + train.accumulate as u64;
-        let mut batch = |number| {
-            let samples: Vec<_> = self
-                .order
-                .batch(number, train.batch_size)
-                .into_iter()
-                .map(|i| &self.train.samples[i])
-                .collect();
-            collate(&samples, self.pad_id)
-        };
-        numbers.map(&mut batch).collect()
+        let batches = numbers.map(|number| self.train.batch(number, self.pad_id));
+        batches.collect()
     }
 
     /// Forward and backward of one micro-batch.
@@ -414,7 +407,11 @@ impl Session {
             add_load(loads, record.layer_idx, load);
         }
         if train.balance_loss > 0.0 {
-            let valid = Valid::new(&batch.lengths, batch.cols, &self.device);
+            let valid = Valid::new(&batch.lengths, batch.cols, &self.device).of_sequences(
+                &batch.starts,
+                &batch.lengths,
+                &self.device,
+            );
             for record in &pass.routing {
                 let term = balance::balance_loss(record, &valid);
                 balance_sum += f64::from(term.clone().inner().into_scalar::<f32>());
@@ -534,8 +531,14 @@ pub(crate) fn losses(
     pass: &mut Pass<'_>,
     device: &Device,
 ) -> Tensor<1> {
-    let hidden = model.hidden(ids(&batch.input_ids, batch, device), pass);
+    let hidden = hidden(model, batch, pass, device);
     model.loss(hidden, ids(&batch.targets, batch, device), pass)
+}
+
+/// What the head reads at every position of a batch. No sample of a packed row sees another.
+fn hidden(model: &Model, batch: &Batch, pass: &mut Pass<'_>, device: &Device) -> Tensor<3> {
+    pass.segments = segments(batch);
+    model.hidden(ids(&batch.input_ids, batch, device), pass)
 }
 
 /// Some ids of a batch, `[rows, cols]`.

@@ -23,6 +23,7 @@
 //! ```
 
 mod balance;
+mod dataset;
 mod diagnosis;
 mod error;
 mod export;
@@ -41,6 +42,7 @@ mod metrics;
 mod run_dir;
 mod state;
 
+pub use self::dataset::Dataset;
 pub use self::error::{Error, Result};
 pub use self::fit::{
     Census, Event, Host, LayerDrift, LayerLoad, Memory, RangeTest, RatePoint, Sample, StepReport,
@@ -54,5 +56,5 @@ pub use self::recipe::{
 };
 pub use self::run_dir::RunDir;
 pub use self::schedule::Schedule;
-pub use self::session::Session;
+pub use self::session::{Session, Surroundings};
 pub use self::state::{Best, State, read_optimizer, write_optimizer};

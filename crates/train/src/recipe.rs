@@ -59,8 +59,15 @@ pub struct DataSection {
     /// Folders with `train.jsonl` and `valid.jsonl`. A recipe may give one as a plain string.
     #[serde(deserialize_with = "one_or_more_paths")]
     pub path: Vec<PathBuf>,
+    /// What share of the samples each folder gives; without it, every sample is visited once an epoch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weights: Option<Vec<f64>>,
     /// Longer rows are cut to this many tokens.
     pub max_length: usize,
+    /// Whether samples share rows of `max_length` tokens, each for itself, instead of being padded.
+    pub packing: bool,
+    /// Whether a batch holds samples of similar length, to have less padding.
+    pub group_by_length: bool,
 }
 
 /// `[lora]`: the adapter.
@@ -291,9 +298,13 @@ impl Default for DataSection {
     fn default() -> Self {
         Self {
             path: Vec::new(),
+            weights: None,
             // Holds a question with its answer or a page of text; attention and activations grow
             // with it, and a machine without much memory should start.
             max_length: 1024,
+            // Both change which samples share a step, and packing how many steps an epoch has.
+            packing: false,
+            group_by_length: false,
         }
     }
 }

@@ -113,6 +113,7 @@ impl Recipe {
         if self.data.path.is_empty() {
             return Err(problem("data.path", "at least one folder", "none"));
         }
+        self.check_data()?;
         let model = &self.model;
         let mut paths = vec![
             ("model.path", model.path.as_deref().map(Path::new)),
@@ -125,6 +126,29 @@ impl Recipe {
         for (key, path) in paths {
             let is_named = path.is_none_or(|path| !path.as_os_str().is_empty());
             require(is_named, key, "no empty path", "one")?;
+        }
+        Ok(())
+    }
+
+    fn check_data(&self) -> Result {
+        let data = &self.data;
+        if let Some(weights) = &data.weights {
+            let n_folders = data.path.len();
+            let expected = format!("{n_folders} numbers, one for each folder of `data.path`");
+            let found = format!("{} of them", weights.len());
+            require(weights.len() == n_folders, "data.weights", &expected, found)?;
+            let valid = weights
+                .iter()
+                .all(|weight| weight.is_finite() && *weight >= 0.0);
+            let expected = "finite numbers of at least 0, not all 0";
+            let holds = valid && weights.iter().any(|weight| *weight > 0.0);
+            require(holds, "data.weights", expected, "others")?;
+        }
+        if data.group_by_length {
+            let expected = "false, because `data.packing` leaves no padding";
+            require(!data.packing, "data.group_by_length", expected, "true")?;
+            let expected = "false, because `train.shuffle = false` keeps the order of the files";
+            require(self.train.shuffle, "data.group_by_length", expected, "true")?;
         }
         Ok(())
     }

@@ -340,6 +340,7 @@ fn expected(message: &str) -> String {
         Some("a boolean") => "`true` or `false`",
         Some("path string") => "a path",
         Some("an object" | "a map") => "a table",
+        Some("a sequence") => "a list",
         Some("an array of length 2" | "fewer elements in array") => "a list of 2 numbers",
         Some("string only") => "a string",
         Some(words) => words,

@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, FloatDType, Tensor};
 use checkpoint::{Adapter, DType, Folder, TensorSpec};
-use data::{Order, Sample, Shuffle, Split, Tokenizer};
+use data::{Corpus, Reading, Tokenizer, Wanted};
 use kernels::Quantizer;
 use kernels::fp8::Scales;
 use model::lora::{self, Adapted, LoraConfig, Scaling};
 use model::precision::Policy;
 use model::{AdapterWeights, Model, ModelConfig, Training, weights};
 
+use crate::dataset::{self, Dataset};
 use crate::fit::Picks;
 use crate::loss_scale::LARGEST_EXPONENT;
 use crate::optimizer::AdamW;
@@ -33,11 +34,10 @@ pub struct Session {
     pub quantizer: Option<Quantizer>,
     /// How many matrices are rounded to which format.
     formats: BTreeMap<String, usize>,
-    /// Training samples.
-    pub train: Split,
+    /// Training rows.
+    pub train: Dataset,
     /// Validation samples, if there are any.
-    pub valid: Option<Split>,
-    pub(crate) order: Order,
+    pub valid: Option<Corpus>,
     pub(crate) optimizer: AdamW,
     pub(crate) state: State,
     pub(crate) device: Device,
@@ -62,12 +62,45 @@ pub(crate) struct Base {
     pub(crate) name: String,
 }
 
+/// What a session asks of the program around it.
+#[derive(Clone, Copy)]
+pub struct Surroundings<'a> {
+    /// Turns the recipe's model into a folder.
+    pub resolve: &'a dyn Fn(&str) -> Result<PathBuf>,
+    /// Where tokenized rows are kept for the next run; none keeps none.
+    pub token_cache: Option<&'a Path>,
+    /// Told how many bytes of rows are tokenized, and how many there are.
+    pub tokenizing: &'a dyn Fn(u64, u64),
+}
+
+impl std::fmt::Debug for Surroundings<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Surroundings")
+            .field("token_cache", &self.token_cache)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Session {
     /// Opens what a recipe names. `resolve` turns the recipe's model into a folder.
     ///
     /// # Errors
     /// If the model, the tokenizer, an adapter or a data file cannot be used.
     pub fn open(recipe: Recipe, resolve: &dyn Fn(&str) -> Result<PathBuf>) -> Result<Self> {
+        let surroundings = Surroundings {
+            resolve,
+            token_cache: None,
+            tokenizing: &|_, _| {},
+        };
+        Self::open_in(recipe, surroundings)
+    }
+
+    /// [`Session::open`] with a token cache.
+    ///
+    /// # Errors
+    /// As [`Session::open`].
+    pub fn open_in(recipe: Recipe, surroundings: Surroundings<'_>) -> Result<Self> {
+        let resolve = surroundings.resolve;
         let device = Device::flex().autodiff();
         let (mut model, base) = open_model(&recipe, resolve, &device)?;
         let (adapted, scaling) = adapt(&recipe, &mut model, &device)?;
@@ -81,27 +114,20 @@ impl Session {
             model = model.map_parameters(&mut |_, values| Some(round(values)));
         }
         let tokenizer = base.tokenizer.as_deref().map(Tokenizer::open).transpose()?;
-        let splits = Splits {
-            recipe: &recipe,
+        let reading = Reading {
             tokenizer: tokenizer.as_ref(),
+            max_length: recipe.data.max_length,
             vocab_size: model.config.vocab_size,
+            wanted: Wanted::Samples,
+            cache: surroundings.token_cache,
+            progress: surroundings.tokenizing,
         };
-        let train = splits
-            .open("train.jsonl")?
-            .ok_or_else(|| Error::NoTrainingData {
-                folders: recipe.data.path.clone(),
-            })?;
-        let valid = splits.open("valid.jsonl")?;
+        let train = Dataset::open(&recipe, reading)?;
+        let valid = dataset::validation(&recipe, reading)?;
         expect_valid(&recipe, valid.as_ref())?;
-        let shuffle = if recipe.train.shuffle {
-            Shuffle::Seeded
-        } else {
-            Shuffle::FileOrder
-        };
         Ok(Self {
-            order: Order::new(train.samples.len(), recipe.train.seed, shuffle),
             optimizer: AdamW::new(&recipe.optimizer, recipe.train.seed),
-            state: State::start(&recipe),
+            state: State::start(&recipe, train.corpus.identity()),
             pad_id: tokenizer
                 .and_then(|tokenizer| tokenizer.eos_id())
                 .filter(|id| (*id as usize) < model.config.vocab_size)
@@ -140,6 +166,11 @@ impl Session {
                 path: folder.to_owned(),
             });
         }
+        if state.data_hash != self.state.data_hash {
+            return Err(Error::OtherData {
+                path: folder.to_owned(),
+            });
+        }
         let fits = match state.loss_scale {
             Some(scale) => self.state.loss_scale.is_some() && scale.exponent <= LARGEST_EXPONENT,
             None => self.state.loss_scale.is_none(),
@@ -161,7 +192,7 @@ impl Session {
 
     /// Optimizer updates of the whole run.
     pub fn total_steps(&self) -> u64 {
-        self.recipe.total_steps(self.train.samples.len())
+        self.recipe.total_steps(self.train.rows())
     }
 
     /// The folder with the tokenizer's files, if there is a tokenizer.
@@ -276,7 +307,7 @@ impl Session {
 }
 
 /// Refuses settings that look at validation rows where there are none.
-fn expect_valid(recipe: &Recipe, valid: Option<&Split>) -> Result<()> {
+fn expect_valid(recipe: &Recipe, valid: Option<&Corpus>) -> Result<()> {
     let key = if recipe.train.keep_best {
         "train.keep_best"
     } else if recipe.eval.patience.is_some() {
@@ -393,46 +424,4 @@ fn lora_config(recipe: &Recipe) -> LoraConfig {
         dropout: lora.dropout as f32,
         seed: recipe.train.seed,
     }
-}
-
-/// Opens the splits of a recipe's data folders.
-struct Splits<'a> {
-    recipe: &'a Recipe,
-    tokenizer: Option<&'a Tokenizer>,
-    vocab_size: usize,
-}
-
-impl Splits<'_> {
-    /// One split of all folders that have it, one folder after the other.
-    fn open(&self, name: &str) -> Result<Option<Split>> {
-        let mut all: Option<Split> = None;
-        for folder in &self.recipe.data.path {
-            let file = folder.join(name);
-            if !file.exists() {
-                continue;
-            }
-            let split = Split::open(
-                &file,
-                self.tokenizer,
-                self.recipe.data.max_length,
-                self.vocab_size,
-            )?;
-            match &mut all {
-                None => all = Some(split),
-                Some(all) => join(all, split),
-            }
-        }
-        Ok(all)
-    }
-}
-
-fn join(all: &mut Split, more: Split) {
-    let (a, b) = (&mut all.counts, more.counts);
-    a.rows += b.rows;
-    a.tokens += b.tokens;
-    a.trained_tokens += b.trained_tokens;
-    a.trained_bytes += b.trained_bytes;
-    a.truncated_rows += b.truncated_rows;
-    a.untrained_samples += b.untrained_samples;
-    all.samples.extend::<Vec<Sample>>(more.samples);
 }

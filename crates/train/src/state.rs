@@ -48,6 +48,8 @@ pub struct State {
     pub watchdog: Watchdog,
     /// [`Recipe::hash`](crate::Recipe::hash) of the run's recipe.
     pub recipe_hash: String,
+    /// [`data::Corpus::identity`] of the run's training rows.
+    pub data_hash: String,
 }
 
 /// A validation pass with the lowest loss.
@@ -62,8 +64,8 @@ pub struct Best {
 }
 
 impl State {
-    /// Before the first step of a recipe.
-    pub(crate) fn start(recipe: &Recipe) -> Self {
+    /// Before the first step of a recipe on training rows with this [`data::Corpus::identity`].
+    pub(crate) fn start(recipe: &Recipe, data_hash: String) -> Self {
         Self {
             step: 0,
             micro_step: 0,
@@ -76,6 +78,7 @@ impl State {
             passes_since_best: 0,
             watchdog: Watchdog::default(),
             recipe_hash: recipe.hash(),
+            data_hash,
         }
     }
 
@@ -233,6 +236,7 @@ mod tests {
             passes_since_best: 1,
             watchdog: Watchdog::default(),
             recipe_hash: "0123456789abcdef".to_owned(),
+            data_hash: "fedcba9876543210".to_owned(),
         }
     }
 

@@ -52,7 +52,7 @@ impl Host for Watcher {
             Event::Sampled { step, samples } => {
                 for Sample { prompt, text } in samples {
                     let line = format!("step {step}: {prompt} → {text}");
-                    self.progress.line(&console::printable(&line));
+                    self.progress.line(&console::printable(&line, &[]));
                 }
             }
             Event::TookBest { step, loss } => self.progress.line(&format!(

@@ -9,132 +9,37 @@ use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::Checkpoi
 use burn::backend::autodiff::grads::Gradients as Grads;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Autodiff, AutodiffBackend};
+use burn::backend::{Autodiff, AutodiffBackend, TensorMetadata};
 
 use crate::adamw::AdamWStep;
+use crate::backend::gradients::{ExpertsSaved, Gradients, LossSaved};
 use crate::backend::kept::{Form, Kept, remember, shared};
 use crate::backend::ops::{FactorsPrimitive, HeadRows, Kernels, RoutingPrimitive, StacksPrimitive};
-use crate::{Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Merge, Pairs};
+use crate::{Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Merge, Pairs, Segments};
 
-/// What the operations on experts keep for their gradients.
-#[derive(Clone, Debug)]
-pub(crate) struct ExpertsSaved<B: Kernels> {
-    pub(crate) x: Arc<Kept<FloatTensor<B>>>,
-    pub(crate) routing: RoutingPrimitive<B>,
-    pub(crate) gate: Arc<Kept<FloatTensor<B>>>,
-    pub(crate) up: Arc<Kept<FloatTensor<B>>>,
-}
-
-impl<B: Gradients> ExpertsSaved<B> {
-    /// Keeps the input, which has a node, and the products of gate and up.
-    fn new(
-        (node, x): (NodeId, FloatTensor<B>),
-        routing: RoutingPrimitive<B>,
-        products: [FloatTensor<B>; 2],
-        compute: Compute,
-    ) -> Self {
-        let [gate, up] = products.map(|product| Arc::new(B::keep(product, compute)));
-        Self {
-            x: shared(node, compute, || B::keep(x, compute)),
-            routing,
-            gate,
-            up,
+/// The loss against a frozen head without a low-rank update, whose gradient is made with it; and the log-sum-exps.
+fn cross_entropy_plain<B: Gradients, C: CheckpointStrategy>(
+    h: FloatTensor<Autodiff<B, C>>,
+    [u, b]: [FloatTensor<B>; 2],
+    targets: IntTensor<B>,
+    w: Arc<Matrix>,
+    compute: Compute,
+) -> (FloatTensor<Autodiff<B, C>>, FloatTensor<B>) {
+    let (node, h) = (h.node(), h.into_primitive());
+    match CrossEntropyPlain
+        .prepare::<C>([node])
+        .compute_bound()
+        .stateful()
+    {
+        OpsKind::Tracked(op) => {
+            let [loss, lse, dh] = B::cross_entropy_with_gradients(h, targets, &w, compute);
+            (op.finish(dh, loss), lse)
+        }
+        OpsKind::UnTracked(op) => {
+            let (loss, lse) = B::cross_entropy_frozen(h, u, b, targets, w, compute);
+            (op.finish(loss), lse)
         }
     }
-}
-
-/// What the loss of a batch was made from, for its gradient.
-#[derive(Clone, Debug)]
-pub(crate) struct LossSaved<F, I> {
-    pub(crate) h: F,
-    pub(crate) targets: I,
-    pub(crate) lse: F,
-}
-
-/// The gradients of [`Kernels`], on a backend without autodiff. Argument order: output gradient, saved, settings.
-pub(crate) trait Gradients: Kernels {
-    fn linear_frozen_dx(dy: FloatTensor<Self>, w: &Matrix, compute: Compute) -> FloatTensor<Self>;
-    fn linear_trained_dx(
-        dy: FloatTensor<Self>,
-        w: FloatTensor<Self>,
-        compute: Compute,
-    ) -> FloatTensor<Self>;
-    fn linear_dw(
-        dy: FloatTensor<Self>,
-        x: &Kept<FloatTensor<Self>>,
-        compute: Compute,
-    ) -> FloatTensor<Self>;
-    /// Gradients of x if it is wanted, and of `a` and `b` where x was kept for them.
-    fn linear_merged_grads(
-        dy: FloatTensor<Self>,
-        x: Option<&Kept<FloatTensor<Self>>>,
-        factors: [FloatTensor<Self>; 2],
-        settings: (&Matrix, Merge, Compute),
-        want_x: bool,
-    ) -> (Option<FloatTensor<Self>>, Option<[FloatTensor<Self>; 2]>);
-    /// `x` in the form in which it waits for the backward pass.
-    fn keep(x: FloatTensor<Self>, compute: Compute) -> Kept<FloatTensor<Self>>;
-    fn embed_dw(ids: IntTensor<Self>, dy: FloatTensor<Self>, vocab: usize) -> FloatTensor<Self>;
-    fn rms_norm_grads(
-        dy: FloatTensor<Self>,
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        eps: f32,
-    ) -> [FloatTensor<Self>; 2];
-    fn rope_dx(
-        dy: FloatTensor<Self>,
-        angles: [FloatTensor<Self>; 2],
-        pairs: Pairs,
-    ) -> FloatTensor<Self>;
-    fn swiglu_grads(
-        dy: FloatTensor<Self>,
-        gate: &Kept<FloatTensor<Self>>,
-        up: &Kept<FloatTensor<Self>>,
-    ) -> [FloatTensor<Self>; 2];
-    /// `saved` is q, k, v, the output and the log-sum-exp.
-    fn attention_grads(
-        dout: FloatTensor<Self>,
-        saved: [FloatTensor<Self>; 5],
-        scale: f32,
-    ) -> [FloatTensor<Self>; 3];
-    /// `saved` is q, the keys and values, the latents, the output and the log-sum-exp.
-    fn expanded_attention_grads(
-        dout: FloatTensor<Self>,
-        saved: [FloatTensor<Self>; 5],
-        v_dim: usize,
-        scale: f32,
-    ) -> [FloatTensor<Self>; 3];
-    /// Gradients of x and the routing weights, and of the six factors if they are wanted.
-    fn experts_frozen_grads(
-        dy: FloatTensor<Self>,
-        saved: ExpertsSaved<Self>,
-        factors: &FactorsPrimitive<Self>,
-        settings: (&ExpertBank, ExpertLora, Compute),
-        wanted: bool,
-    ) -> ([FloatTensor<Self>; 2], Option<[FloatTensor<Self>; 6]>);
-    /// Gradients of x and the routing weights, and of the three stacks.
-    fn experts_trained_grads(
-        dy: FloatTensor<Self>,
-        saved: ExpertsSaved<Self>,
-        stacks: &StacksPrimitive<Self>,
-        compute: Compute,
-    ) -> ([FloatTensor<Self>; 2], [FloatTensor<Self>; 3]);
-    /// Gradients of h, u and b.
-    fn cross_entropy_frozen_grads(
-        dloss: FloatTensor<Self>,
-        saved: LossSaved<FloatTensor<Self>, IntTensor<Self>>,
-        low_rank: [FloatTensor<Self>; 2],
-        settings: (&Matrix, Compute),
-        want_b: bool,
-    ) -> [FloatTensor<Self>; 3];
-    /// Gradients of h and w.
-    fn cross_entropy_trained_grads(
-        dloss: FloatTensor<Self>,
-        saved: LossSaved<FloatTensor<Self>, IntTensor<Self>>,
-        w: FloatTensor<Self>,
-        compute: Compute,
-        want_w: bool,
-    ) -> [FloatTensor<Self>; 2];
 }
 
 /// Registers the gradient of each tracked parent.
@@ -233,7 +138,7 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
 
     fn embed_trained(w: FloatTensor<Self>, ids: IntTensor<Self>) -> FloatTensor<Self> {
         let (node, w) = (w.node(), w.into_primitive());
-        let vocab = burn::backend::TensorMetadata::shape(&w).as_slice()[0];
+        let vocab = w.shape().as_slice()[0];
         let y = B::embed_trained(w, ids.clone());
         match EmbedTrained.prepare::<C>([node]).compute_bound().stateful() {
             OpsKind::Tracked(op) => op.finish((ids, vocab), y),
@@ -305,12 +210,17 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         scale: f32,
+        segments: Segments,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let nodes = [q.node(), k.node(), v.node()];
         let (q, k, v) = (q.into_primitive(), k.into_primitive(), v.into_primitive());
-        let (out, lse) = B::causal_attention(q.clone(), k.clone(), v.clone(), scale);
+        let (out, lse) =
+            B::causal_attention(q.clone(), k.clone(), v.clone(), scale, segments.clone());
         let out = match Attention.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(op) => op.finish(([q, k, v, out.clone(), lse.clone()], scale), out),
+            OpsKind::Tracked(op) => {
+                let saved = [q, k, v, out.clone(), lse.clone()];
+                op.finish((saved, scale, segments), out)
+            }
             OpsKind::UnTracked(op) => op.finish(out),
         };
         (out, Self::from_inner(lse))
@@ -322,17 +232,19 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         latents: FloatTensor<Self>,
         v_dim: usize,
         scale: f32,
+        segments: Segments,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let nodes = [q.node(), kv.node(), latents.node()];
         let (q, kv) = (q.into_primitive(), kv.into_primitive());
         let latents = latents.into_primitive();
+        let inputs = (q.clone(), kv.clone(), latents.clone());
         let (out, lse) =
-            B::expanded_attention(q.clone(), kv.clone(), latents.clone(), v_dim, scale);
+            B::expanded_attention(inputs.0, inputs.1, inputs.2, v_dim, scale, segments.clone());
         let op = ExpandedAttention.prepare::<C>(nodes).compute_bound();
         let out = match op.stateful() {
             OpsKind::Tracked(op) => {
                 let saved = [q, kv, latents, out.clone(), lse.clone()];
-                op.finish((saved, v_dim, scale), out)
+                op.finish((saved, v_dim, scale, segments), out)
             }
             OpsKind::UnTracked(op) => op.finish(out),
         };
@@ -445,7 +357,12 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         compute: Compute,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let nodes = [h.node(), u.node(), b.node()];
-        let (h, u, b) = (h.into_primitive(), u.into_primitive(), b.into_primitive());
+        let (u, b) = (u.into_primitive(), b.into_primitive());
+        if u.shape()[1] == 0 {
+            let (loss, lse) = cross_entropy_plain::<B, C>(h, [u, b], targets, w, compute);
+            return (loss, Self::from_inner(lse));
+        }
+        let h = h.into_primitive();
         let (loss, lse) = B::cross_entropy_frozen(
             h.clone(),
             u.clone(),
@@ -678,18 +595,19 @@ gradient!(Drop, 1, Dropout, |dy, parents, dropout, grads| {
 gradient!(
     Attention,
     3,
-    ([FloatTensor<B>; 5], f32),
-    |dy, parents, (saved, scale), grads| {
-        register::<B>(grads, parents, B::attention_grads(dy, saved, scale));
+    ([FloatTensor<B>; 5], f32, Segments),
+    |dy, parents, (saved, scale, segments), grads| {
+        let values = B::attention_grads(dy, saved, scale, &segments);
+        register::<B>(grads, parents, values);
     }
 );
 
 gradient!(
     ExpandedAttention,
     3,
-    ([FloatTensor<B>; 5], usize, f32),
-    |dy, parents, (saved, v_dim, scale), grads| {
-        let values = B::expanded_attention_grads(dy, saved, v_dim, scale);
+    ([FloatTensor<B>; 5], usize, f32, Segments),
+    |dy, parents, (saved, v_dim, scale, segments), grads| {
+        let values = B::expanded_attention_grads(dy, saved, v_dim, scale, &segments);
         register::<B>(grads, parents, values);
     }
 );
@@ -723,6 +641,15 @@ gradient!(
         let (inputs, stacks) = B::experts_trained_grads(dy, saved, &stacks, compute);
         register::<B>(grads, [x, weights], inputs);
         register::<B>(grads, stack_nodes, stacks);
+    }
+);
+
+gradient!(
+    CrossEntropyPlain,
+    1,
+    FloatTensor<B>,
+    |dloss, parents, dh, grads| {
+        register::<B>(grads, parents, [B::scaled_rows(dh, dloss)]);
     }
 );
 

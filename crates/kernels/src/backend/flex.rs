@@ -21,7 +21,7 @@ use self::loss::loss_forward;
 use self::products::{folded, nt, trained};
 use self::values::{ELEMENTS, Floats, floats, int_values, ints, owned, swiglu_of};
 use crate::adamw::{self, AdamWStep};
-use crate::attention::Context;
+use crate::attention::{Context, Segments};
 use crate::backend::ops::{
     Direction, FactorsPrimitive, HeadRows, Kernels, Merge, RoutingPrimitive, StacksPrimitive,
 };
@@ -143,6 +143,7 @@ impl Kernels for Flex {
         k: FlexTensor,
         v: FlexTensor,
         scale: f32,
+        segments: Segments,
     ) -> (FlexTensor, FlexTensor) {
         let (q, k, v) = (Floats::new(&q), Floats::new(&k), Floats::new(&v));
         let context = Context {
@@ -150,7 +151,7 @@ impl Kernels for Flex {
             v: &v,
             shared: &[],
         };
-        attend(&q, context, scale, shape_apart(&q, &k, &v))
+        attend(&q, context, scale, shape_apart(&q, &k, &v), &segments)
     }
 
     fn expanded_attention(
@@ -159,6 +160,7 @@ impl Kernels for Flex {
         latents: FlexTensor,
         v_dim: usize,
         scale: f32,
+        segments: Segments,
     ) -> (FlexTensor, FlexTensor) {
         let (q, kv, latents) = (Floats::new(&q), Floats::new(&kv), Floats::new(&latents));
         let context = Context {
@@ -166,7 +168,8 @@ impl Kernels for Flex {
             v: &kv,
             shared: &latents,
         };
-        attend(&q, context, scale, shape_together(&q, &kv, &latents, v_dim))
+        let shape = shape_together(&q, &kv, &latents, v_dim);
+        attend(&q, context, scale, shape, &segments)
     }
 
     fn latent_attention(
@@ -183,7 +186,7 @@ impl Kernels for Flex {
             v: &latents,
             shared: &[],
         };
-        attend(&q, context, scale, shape).0
+        attend(&q, context, scale, shape, &Segments::whole()).0
     }
 
     fn choose_experts(scores: FlexTensor, choice: Choice) -> FlexTensor {

@@ -2,5 +2,6 @@
 
 mod autodiff;
 mod flex;
+pub(crate) mod gradients;
 pub(crate) mod kept;
 pub(crate) mod ops;

@@ -14,7 +14,7 @@ use burn::backend::{Backend, Dispatch, ExtensionType, backend_extension};
 use burn::tensor::{Int, Tensor};
 
 use crate::adamw::AdamWStep;
-use crate::{Choice, Compute, ExpertBank, ExpertLora, Matrix, Pairs, Quantizer};
+use crate::{Choice, Compute, ExpertBank, ExpertLora, Matrix, Pairs, Quantizer, Segments};
 
 /// Which expert serves which token, and with what weight.
 #[derive(Clone, Debug, ExtensionType)]
@@ -95,6 +95,7 @@ pub trait Kernels: Backend {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         scale: f32,
+        segments: Segments,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
     /// See [`expanded_attention`]; also gives the log-sum-exp of every row of scores.
     fn expanded_attention(
@@ -103,6 +104,7 @@ pub trait Kernels: Backend {
         latents: FloatTensor<Self>,
         v_dim: usize,
         scale: f32,
+        segments: Segments,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
     /// See [`latent_attention`].
     fn latent_attention(
@@ -418,15 +420,21 @@ pub fn dropout(x: Tensor<2>, dropout: crate::Dropout) -> Tensor<2> {
     float(Dispatch::dropout(x.into_dispatch(), dropout))
 }
 
-/// Causal attention; the queries are the last `seq` of the `kv_seq` positions.
+/// Causal attention; the queries are the last `seq` of the `kv_seq` positions, and see those of their own segment.
 ///
 /// # Shapes
 /// - `q`: `[batch, seq, heads, dim]`, `k`: `[batch, kv_seq, kv_heads, dim]`, `v`: `[batch, kv_seq, kv_heads, v_dim]`
 /// - returns: `[batch, seq, heads, v_dim]`
 ///
 /// # Panics
-/// If the sizes do not fit, `kv_heads` does not divide `heads`, or `kv_seq < seq`.
-pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f32) -> Tensor<4> {
+/// If the sizes do not fit, `kv_heads` does not divide `heads`, `kv_seq < seq`, or there are segments and `kv_seq ≠ seq`.
+pub fn attention(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    scale: f32,
+    segments: &Segments,
+) -> Tensor<4> {
     let ([batch, seq, heads, dim], [k_batch, kv_seq, kv_heads, k_dim]) = (q.dims(), k.dims());
     assert_eq!(
         (batch, dim),
@@ -439,7 +447,7 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f32) -> Tensor
         "values of the keys"
     );
     assert!(
-        kv_seq >= seq && heads % kv_heads == 0,
+        kv_seq >= seq && heads % kv_heads == 0 && segments.fit([batch, seq, kv_seq]),
         "{seq} queries of {kv_seq} keys, {heads} heads over {kv_heads}"
     );
     Tensor::from_dispatch(
@@ -448,6 +456,7 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f32) -> Tensor
             k.into_dispatch(),
             v.into_dispatch(),
             scale,
+            segments.clone(),
         )
         .0,
     )
@@ -464,15 +473,17 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f32) -> Tensor
 /// - returns: `[batch, seq, heads, v_dim]`
 ///
 /// # Panics
-/// If the sizes do not fit, or `kv_seq < seq`.
+/// If the sizes do not fit, `kv_seq < seq`, or there are segments and `kv_seq ≠ seq`.
 pub fn expanded_attention(
     q: Tensor<4>,
     kv: Tensor<4>,
     latents: Tensor<4>,
     v_dim: usize,
     scale: f32,
+    segments: &Segments,
 ) -> Tensor<4> {
     let ([batch, seq, heads, dim], [_, kv_seq, _, width]) = (q.dims(), kv.dims());
+    assert!(kv_seq >= seq && segments.fit([batch, seq, kv_seq]));
     let [.., latent] = latents.dims();
     assert_eq!(
         kv.dims(),
@@ -485,7 +496,7 @@ pub fn expanded_attention(
         "latents of the keys"
     );
     assert!(
-        kv_seq >= seq && v_dim <= width && dim + v_dim >= width && dim + v_dim - width <= latent,
+        v_dim <= width && dim + v_dim >= width && dim + v_dim - width <= latent,
         "{seq} queries of {dim}, {kv_seq} keys and values of {width} with {v_dim}, latents of {latent}"
     );
     Tensor::from_dispatch(
@@ -495,6 +506,7 @@ pub fn expanded_attention(
             latents.into_dispatch(),
             v_dim,
             scale,
+            segments.clone(),
         )
         .0,
     )

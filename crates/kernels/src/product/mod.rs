@@ -1,6 +1,8 @@
 //! Matrix products over weights in any stored form, and what their operands are rounded to.
 
+mod blocks;
 pub(crate) mod compute;
 pub(crate) mod gemm;
+mod microkernel;
 pub(crate) mod strided;
 pub(crate) mod weights;

@@ -1,15 +1,17 @@
-//! Views of f32 memory as matrices, and the one call into the `gemm` crate.
+//! Views of f32 memory as matrices, and their product.
 //!
 //! Views know their size, so that the product can check that its operands fit: everything above this file works
 //! with views and stays safe.
 
 #![expect(
     unsafe_code,
-    reason = "strided views over slices, handed to gemm by pointer; sizes are checked here"
+    reason = "strided views over slices, handed to the product by pointer; sizes are checked here"
 )]
 
 use std::marker::PhantomData;
 use std::ops::Range;
+
+use super::blocks;
 
 /// A matrix to read: any row and column stride.
 #[derive(Clone, Copy, Debug)]
@@ -55,6 +57,15 @@ impl<'a> Mat<'a> {
 
     pub(crate) fn cols(&self) -> usize {
         self.cols
+    }
+
+    /// Distances between rows and between columns.
+    pub(super) fn strides(&self) -> [usize; 2] {
+        [self.row_stride, self.col_stride]
+    }
+
+    pub(super) fn as_ptr(&self) -> *const f32 {
+        self.ptr
     }
 
     /// The transposed view.
@@ -135,6 +146,15 @@ impl<'a> MatMut<'a> {
         self.cols
     }
 
+    /// Distance between rows.
+    pub(super) fn stride(&self) -> usize {
+        self.row_stride
+    }
+
+    pub(super) fn as_ptr(&self) -> *mut f32 {
+        self.ptr
+    }
+
     /// A part of the view, while the whole is borrowed.
     pub(crate) fn block(&mut self, rows: Range<usize>, cols: Range<usize>) -> MatMut<'_> {
         // SAFETY: the borrow of `self` is unique for as long as the part lives.
@@ -204,34 +224,14 @@ pub(crate) fn gemm(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, write: W
         b.rows,
         b.cols
     );
-    if m == 0 || n == 0 || (k == 0 && write == Write::Add) {
+    if m == 0 || n == 0 {
         return;
     }
-    let keep = if write == Write::Add { 1.0 } else { 0.0 };
-    // SAFETY: the views' constructors checked that all rows and columns lie inside live slices; `dst` is a unique
-    // borrow, so it does not alias `a` or `b`.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            dst.ptr,
-            1,
-            dst.row_stride as isize,
-            write == Write::Add,
-            a.ptr,
-            a.col_stride as isize,
-            a.row_stride as isize,
-            b.ptr,
-            b.col_stride as isize,
-            b.row_stride as isize,
-            keep,
-            scale,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
+    if k > 0 {
+        blocks::product(&dst, a, b, scale, write);
+    } else if write == Write::Replace {
+        let mut dst = dst;
+        (0..m).for_each(|row| dst.row(row).fill(0.0));
     }
 }
 

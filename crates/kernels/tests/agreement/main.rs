@@ -9,10 +9,10 @@ use burn::tensor::activation::{log_softmax, sigmoid, softmax};
 use burn::tensor::{Bool, Device, Distribution, Int, Tensor, TensorData};
 use moeforge_kernels::{
     Choice, Compute, Direction, Dropout, ExpertBank, ExpertFactors, ExpertLora, Format, GroupScore,
-    HeadRows, Matrix, Pairs, Routing, attention, choose_experts, cross_entropy_frozen,
-    cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained, experts_frozen,
-    experts_trained, heads_linear, linear_add, linear_frozen, linear_trained, rms_norm, rope,
-    swiglu,
+    HeadRows, Matrix, Pairs, Routing, Segments, attention, choose_experts, cross_entropy_frozen,
+    cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained, expanded_attention,
+    experts_frozen, experts_trained, heads_linear, linear_add, linear_frozen, linear_trained,
+    rms_norm, rope, swiglu,
 };
 
 /// f32 sums of a few hundred products of values around 1, in another order: relative to the largest value.
@@ -58,6 +58,7 @@ macro_rules! agree {
 }
 
 mod merged;
+mod packed;
 
 /// The same values in bf16, f16, f32 and FP8 bytes, as matrices.
 fn stored(w: &Tensor<2>) -> Vec<Matrix> {
@@ -358,7 +359,7 @@ fn attention_agrees() {
         agree!(
             what,
             [q, k, v],
-            attention(q.clone(), k.clone(), v.clone(), 0.7),
+            attention(q.clone(), k.clone(), v.clone(), 0.7, &Segments::whole()),
             plain(q.clone(), k.clone(), v.clone())
         );
     }
@@ -368,7 +369,7 @@ fn attention_agrees() {
 fn latent_attention_is_attention_over_a_shared_row() {
     let (q, latents) = (random([2, 3, 4, 7]), random([2, 9, 1, 7]));
     let v = latents.clone().slice([0..2, 0..9, 0..1, 0..5]);
-    let expected = attention(q.clone(), latents.clone(), v, 0.3);
+    let expected = attention(q.clone(), latents.clone(), v, 0.3, &Segments::whole());
     close(&kernels_latent(q, latents), &expected, "latent");
 }
 
@@ -399,10 +400,10 @@ fn expanded_attention_is_attention_over_assembled_keys() {
                 let shared = latents.slice([0..batch, 0..kv_seq, 0..1, latent - rope..latent]);
                 parts.push(shared.repeat_dim(2, heads));
             }
-            attention(q, Tensor::cat(parts, 3), v, 0.7)
+            attention(q, Tensor::cat(parts, 3), v, 0.7, &Segments::whole())
         };
         let run = |q: Tensor<4>, kv: Tensor<4>, latents: Tensor<4>| {
-            moeforge_kernels::expanded_attention(q, kv, latents, v_dim, 0.7)
+            expanded_attention(q, kv, latents, v_dim, 0.7, &Segments::whole())
         };
         let what = format!("expanded {seq} of {kv_seq}, {nope} + {rope}");
         if rope > 0 {

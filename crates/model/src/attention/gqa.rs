@@ -50,8 +50,7 @@ impl Gqa {
             self.heads,
         );
         let rotary = pass.rotary();
-        let turned =
-            |x: Tensor<4>| kernels::rope(x, rotary.cos.clone(), rotary.sin.clone(), self.pairs);
+        let turned = |x: Tensor<4>| rotary.turn(x, self.pairs);
 
         let q = turned(
             self.q_proj
@@ -76,8 +75,8 @@ impl Gqa {
             None => (k, v),
         };
 
-        let out =
-            kernels::attention(q, k, v, self.softmax_scale).reshape([batch * seq, heads * dim]);
+        let out = kernels::attention(q, k, v, self.softmax_scale, &pass.segments)
+            .reshape([batch * seq, heads * dim]);
         self.o_proj.forward(out, pass)
     }
 }

@@ -97,8 +97,7 @@ impl Mla {
             _ => unreachable!("the loader builds q_proj, or the three parts of the bottleneck"),
         };
         let q = q.reshape([batch, seq, self.heads, self.config.qk_head_dim()]);
-        let rotary = pass.rotary();
-        kernels::rope(q, rotary.cos, rotary.sin, self.pairs)
+        pass.rotary().turn(q, self.pairs)
     }
 
     /// What the cache stores: normalized latent and rotated shared key, `[batch, seq, 1, kv_lora_rank + rope]`.
@@ -106,9 +105,8 @@ impl Mla {
         let kv = self.kv_a_proj_with_mqa.forward(tokens, pass); // [tokens, rank + rope]
         let [_, width] = kv.dims();
         let kv = self.kv_a_layernorm.forward_start(kv);
-        let rotary = pass.rotary();
-        let kv = kv.reshape([batch, seq, 1, width]);
-        kernels::rope(kv, rotary.cos, rotary.sin, self.pairs)
+        pass.rotary()
+            .turn(kv.reshape([batch, seq, 1, width]), self.pairs)
     }
 
     /// Attention over rebuilt keys and values; returns `[tokens, heads · v_head_dim]`.
@@ -123,7 +121,8 @@ impl Mla {
             .kv_b_proj
             .forward(latent, pass)
             .reshape([batch, kv_seq, heads, nope + v_dim]);
-        let out = kernels::expanded_attention(q, kv, latents, v_dim, self.softmax_scale);
+        let scale = self.softmax_scale;
+        let out = kernels::expanded_attention(q, kv, latents, v_dim, scale, &pass.segments);
         let [_, seq, ..] = out.dims();
         out.reshape([batch * seq, heads * v_dim])
     }

@@ -1,11 +1,11 @@
 //! The validation pass: the loss on rows that are not trained on, and how far the routing is from the base's.
 
 use burn::module::Module;
-use data::{Batch, Sample, collate};
+use data::{Batch, collate};
 use model::{Model, Observe, Pass, lora};
 
 use super::experts::{self, Picks};
-use super::{Event, Host, losses};
+use super::{Event, Host, hidden, losses};
 use crate::Result;
 use crate::metrics::journal::{Journal, Validation};
 use crate::session::Session;
@@ -21,7 +21,7 @@ impl Session {
         journal: &mut Journal,
         host: &mut dyn Host,
     ) -> Result<bool> {
-        let Some(found) = self.validation() else {
+        let Some(found) = self.validation()? else {
             return Ok(false);
         };
         journal.validation(step, &found)?;
@@ -35,12 +35,14 @@ impl Session {
         Ok(self.state.note_validation(found.valid_loss))
     }
 
-    fn validation(&mut self) -> Option<Validation> {
+    fn validation(&mut self) -> Result<Option<Validation>> {
+        if self.valid.is_none() {
+            return Ok(None);
+        }
         let (model, device) = (self.model.clone().valid(), self.device.clone().inner());
-        let max_batches = self.recipe.eval.max_batches;
-        let limit = max_batches.map_or(usize::MAX, |max| max as usize);
         let (mut sum, mut tokens, mut picks) = (0.0, 0, Vec::new());
-        for (i, batch) in self.valid_batches()?.take(limit).enumerate() {
+        for (i, batch) in self.valid_batches().enumerate() {
+            let batch = batch?;
             let mut pass = Pass::new(self.compute());
             if i < DRIFT_BATCHES && !self.adapted.is_empty() {
                 pass.observe = Observe::Routing;
@@ -50,48 +52,49 @@ impl Session {
             tokens += batch.trained_tokens;
             picks.extend(picks_of(&pass, &batch));
         }
-        let base_picks = self.base_picks.take();
-        let base_picks = base_picks.unwrap_or_else(|| {
-            let n_batches = limit.min(DRIFT_BATCHES);
-            if picks.is_empty() {
-                vec![]
-            } else {
-                self.picks_without_adapter(model, n_batches)
-            }
-        });
+        let base_picks = match self.base_picks.take() {
+            Some(base_picks) => base_picks,
+            None if picks.is_empty() => vec![],
+            None => self.picks_without_adapter(model)?,
+        };
         let routing_drift = experts::drift(&picks, &base_picks);
         self.base_picks = Some(base_picks);
-        Some(Validation {
+        Ok(Some(Validation {
             valid_loss: sum / tokens.max(1) as f64,
             routing_drift,
-        })
+        }))
     }
 
     /// What the base's routers pick in the first validation batches.
-    fn picks_without_adapter(&self, mut model: Model, n_batches: usize) -> Vec<Picks> {
+    fn picks_without_adapter(&self, mut model: Model) -> Result<Vec<Picks>> {
         lora::detach(&mut model);
         let device = self.device.clone().inner();
-        let batches = self.valid_batches().into_iter().flatten().take(n_batches);
-        let picks = batches.flat_map(|batch| {
+        let mut picks = Vec::new();
+        for batch in self.valid_batches().take(DRIFT_BATCHES) {
+            let batch = batch?;
             let mut pass = Pass {
                 observe: Observe::Routing,
                 ..Pass::new(self.compute())
             };
-            model.hidden(super::ids(&batch.input_ids, &batch, &device), &mut pass);
-            picks_of(&pass, &batch)
-        });
-        picks.collect()
+            hidden(&model, &batch, &mut pass, &device);
+            picks.extend(picks_of(&pass, &batch));
+        }
+        Ok(picks)
     }
 
-    /// The validation split in batches, if there is one.
-    fn valid_batches(&self) -> Option<impl Iterator<Item = Batch>> {
-        let samples = &self.valid.as_ref()?.samples;
-        let batches = samples.chunks(self.recipe.eval.batch_size);
-        Some(
-            batches.map(|samples: &[Sample]| {
-                collate(&samples.iter().collect::<Vec<_>>(), self.pad_id)
-            }),
-        )
+    /// What is measured of the validation split, in batches; none if there is no split.
+    fn valid_batches(&self) -> impl Iterator<Item = Result<Batch>> {
+        let eval = &self.recipe.eval;
+        let limit = eval.max_batches.map_or(usize::MAX, |max| max as usize);
+        let batches = self.valid.iter().flat_map(move |corpus| {
+            let firsts = (0..corpus.len()).step_by(eval.batch_size);
+            firsts.map(move |first| (corpus, first..corpus.len().min(first + eval.batch_size)))
+        });
+        batches.take(limit).map(|(corpus, indices)| {
+            let samples = indices.map(|index| corpus.sample(index));
+            let samples = samples.collect::<data::Result<Vec<_>>>()?;
+            Ok(collate(&samples.iter().collect::<Vec<_>>(), self.pad_id))
+        })
     }
 }
 

@@ -71,16 +71,29 @@ fn lines(run: &Path, key: &str) -> Vec<Value> {
 const SPIKING: &str = "[train]\nmethod = \"full\"\nsteps = 40\nbatch_size = 1\nshuffle = false\nsave_every = 4\n\
      log_every = 1\nspike_factor = 1.5\nspike_steps = 2\n";
 
-/// A recipe whose rows 29 to 32 are unlike those before.
-fn spiking(place: &Place, settings: &str) -> Recipe {
-    std::fs::write(place.path("train.jsonl"), rows(60, 29..33)).unwrap();
-    place.recipe("# deepseek_v3\n", &format!("{SPIKING}{settings}"))
+/// A recipe whose rows 29 to 32, of so many samples, are unlike those before.
+fn spiking(place: &Place, samples_per_row: usize, set: &[&str]) -> Recipe {
+    let [n, first, end] = [60, 29, 33].map(|row| row * samples_per_row);
+    std::fs::write(place.path("train.jsonl"), rows(n, first..end)).unwrap();
+    place.recipe("# deepseek_v3\n", SPIKING);
+    let set: Vec<String> = set.iter().map(|&setting| setting.to_owned()).collect();
+    Recipe::open(&place.path("recipe.toml"), &set).unwrap()
 }
 
 #[test]
 fn a_run_that_goes_astray_goes_back_and_passes_over_the_batches() {
+    goes_back(1, &[]);
+}
+
+#[test]
+fn a_packed_run_passes_over_packed_batches() {
+    goes_back(2, &["data.packing=true", "data.max_length=48"]);
+}
+
+fn goes_back(samples_per_row: usize, set: &[&str]) {
     let place = Place::new("deepseek_v3");
-    let recipe = spiking(&place, "");
+    let recipe = spiking(&place, samples_per_row, set);
+    assert_eq!(open(recipe.clone()).train.rows(), 60);
     let whole = RunDir::create(&place.path("whole"), &recipe).unwrap();
     let mut notes = Notes::default();
     fit(&recipe, &whole, &mut notes).unwrap();
@@ -122,7 +135,7 @@ fn a_run_that_goes_astray_goes_back_and_passes_over_the_batches() {
 #[test]
 fn a_run_that_goes_astray_too_often_stops_with_a_checkpoint_from_before() {
     let place = Place::new("deepseek_v3");
-    let recipe = spiking(&place, "max_rollbacks = 1\n");
+    let recipe = spiking(&place, 1, &["train.max_rollbacks=1"]);
     let run = RunDir::create(&place.path("run"), &recipe).unwrap();
     let error = fit(&recipe, &run, &mut Notes::default()).unwrap_err();
     let is_expected = matches!(

@@ -3,7 +3,7 @@
 use burn_flex::FlexTensor;
 
 use super::values::{Floats, floats};
-use crate::attention::{self, Place};
+use crate::attention::{self, Place, Segments};
 
 /// Keys and values in two tensors.
 pub(super) fn shape_apart(q: &Floats, k: &Floats, v: &Floats) -> attention::Shape {
@@ -56,8 +56,9 @@ pub(super) fn attend(
     context: attention::Context<'_>,
     scale: f32,
     shape: attention::Shape,
+    segments: &Segments,
 ) -> (FlexTensor, FlexTensor) {
-    let (out, lse) = attention::forward(q, context, scale, shape);
+    let (out, lse) = attention::forward(q, context, scale, shape, segments);
     let (batch, seq, heads) = (shape.batch, shape.seq, shape.q.heads);
     (
         floats(out, [batch, seq, heads, shape.v.dim]),

@@ -8,12 +8,12 @@ use rayon::prelude::*;
 
 use super::attention::{shape_apart, shape_together};
 use super::experts::{FactorValues, RoutingValues, StackValues, frozen_experts};
-use super::loss::TrainedTokens;
+use super::loss::{TrainedTokens, loss_with_gradients};
 use super::products::{folded, nn, nt, trained};
 use super::turn;
-use super::values::{ELEMENTS, Floats, ROUNDED_ROWS, floats, int_values};
-use crate::attention::{self, ContextGrads};
-use crate::backend::autodiff::{ExpertsSaved, Gradients, LossSaved};
+use super::values::{ELEMENTS, Floats, ROUNDED_ROWS, floats, int_values, owned};
+use crate::attention::{self, ContextGrads, Segments};
+use crate::backend::gradients::{ExpertsSaved, Gradients, LossSaved};
 use crate::backend::kept::{Form, Kept};
 use crate::backend::ops::{FactorsPrimitive, Merge, StacksPrimitive};
 use crate::cross_entropy::{self, Row};
@@ -133,7 +133,12 @@ impl Gradients for Flex {
         ]
     }
 
-    fn attention_grads(dout: FlexTensor, saved: [FlexTensor; 5], scale: f32) -> [FlexTensor; 3] {
+    fn attention_grads(
+        dout: FlexTensor,
+        saved: [FlexTensor; 5],
+        scale: f32,
+        segments: &Segments,
+    ) -> [FlexTensor; 3] {
         let dout = Floats::new(&dout);
         let [q, k, v, out, lse] = saved.each_ref().map(Floats::new);
         let context = attention::Context {
@@ -152,7 +157,8 @@ impl Gradients for Flex {
             dk: &mut dk,
             dv: &mut dv,
         };
-        let dq = attention::backward(&dout, saved, scale, shape_apart(&q, &k, &v), grads);
+        let shape = shape_apart(&q, &k, &v);
+        let dq = attention::backward(&dout, saved, scale, (shape, segments), grads);
         [(dq, &q), (dk, &k), (dv, &v)].map(|(grad, of)| floats(grad, of.dims::<4>()))
     }
 
@@ -161,6 +167,7 @@ impl Gradients for Flex {
         saved: [FlexTensor; 5],
         v_dim: usize,
         scale: f32,
+        segments: &Segments,
     ) -> [FlexTensor; 3] {
         let dout = Floats::new(&dout);
         let [q, kv, latents, out, lse] = saved.each_ref().map(Floats::new);
@@ -181,7 +188,7 @@ impl Gradients for Flex {
             dkv: &mut dkv,
             dshared: &mut dlatents,
         };
-        let dq = attention::backward(&dout, saved, scale, shape, grads);
+        let dq = attention::backward(&dout, saved, scale, (shape, segments), grads);
         [(dq, &q), (dkv, &kv), (dlatents, &latents)].map(|(grad, of)| floats(grad, of.dims::<4>()))
     }
 
@@ -227,6 +234,26 @@ impl Gradients for Flex {
             kept.input_grads(grads),
             stacks.map(|grad| floats(grad, shapes.next().unwrap_or_default())),
         )
+    }
+
+    fn cross_entropy_with_gradients(
+        h: FlexTensor,
+        targets: FlexTensor,
+        w: &Matrix,
+        compute: Compute,
+    ) -> [FlexTensor; 3] {
+        loss_with_gradients(&h, Weights::frozen(w, compute), &targets, compute)
+    }
+
+    fn scaled_rows(x: FlexTensor, factors: FlexTensor) -> FlexTensor {
+        let mut x = owned(x);
+        let factors = Floats::new(&factors);
+        let width = x.layout().num_elements() / factors.len().max(1);
+        x.storage_mut::<f32>()
+            .par_chunks_mut(width.max(1))
+            .zip(factors.par_iter())
+            .for_each(|(row, factor)| row.iter_mut().for_each(|x| *x *= factor));
+        x
     }
 
     fn cross_entropy_frozen_grads(

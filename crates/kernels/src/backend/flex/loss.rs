@@ -59,6 +59,24 @@ impl TrainedTokens {
         }
     }
 
+    fn check(&self, w: Weights<'_>) {
+        assert!(
+            self.targets.iter().all(|t| *t < w.out_width()),
+            "a target is not below {}",
+            w.out_width()
+        );
+    }
+
+    /// Losses and log-sum-exps of the whole batch `h`, 0 where there is no target.
+    fn spread(&self, losses: Vec<(f32, f32)>, h: &FlexTensor) -> (FlexTensor, FlexTensor) {
+        let n = h.layout().shape().as_slice()[0];
+        let (mut loss, mut lse) = (vec![0.0; n], vec![0.0; n]);
+        for (at, values) in self.at.iter().zip(losses) {
+            (loss[*at], lse[*at]) = values;
+        }
+        (floats(loss, [n]), floats(lse, [n]))
+    }
+
     /// Spreads rows of the trained tokens over the whole batch.
     pub(super) fn scatter(&self, rows: &[f32], width: usize, n_tokens: usize) -> FlexTensor {
         let mut all = vec![0.0; n_tokens * width];
@@ -81,24 +99,23 @@ pub(super) fn loss_forward(
 ) -> (FlexTensor, FlexTensor) {
     let tokens = TrainedTokens::new(h, low_rank.map(|(u, _)| u), targets, compute);
     let b = low_rank.map(|(_, b)| Floats::new(b));
-    assert!(
-        tokens.targets.iter().all(|t| *t < w.out_width()),
-        "a target is not below {}",
-        w.out_width()
-    );
-    let (loss, lse): (Vec<_>, Vec<_>) =
-        cross_entropy::forward(tokens.head(w, b.as_ref()), &tokens.targets)
-            .into_iter()
-            .unzip();
-    let n = h.layout().shape().as_slice()[0];
-    let [loss, lse] = [loss, lse].map(|values| {
-        let mut all = vec![0.0; n];
-        tokens
-            .at
-            .iter()
-            .zip(values)
-            .for_each(|(at, value)| all[*at] = value);
-        floats(all, [n])
-    });
-    (loss, lse)
+    tokens.check(w);
+    let losses = cross_entropy::forward(tokens.head(w, b.as_ref()), &tokens.targets);
+    tokens.spread(losses, h)
+}
+
+/// Losses and log-sum-exps of a frozen head, and the losses' gradients by `h`.
+pub(super) fn loss_with_gradients(
+    h: &FlexTensor,
+    w: Weights<'_>,
+    targets: &FlexTensor,
+    compute: Compute,
+) -> [FlexTensor; 3] {
+    let tokens = TrainedTokens::new(h, None, targets, compute);
+    tokens.check(w);
+    let (losses, dh) = cross_entropy::forward_with_gradients(tokens.head(w, None), &tokens.targets);
+    let (loss, lse) = tokens.spread(losses, h);
+    let n_tokens = lse.layout().num_elements();
+    let dh = tokens.scatter(&dh, tokens.hidden, n_tokens);
+    [loss, lse, dh]
 }

@@ -1,0 +1,453 @@
+//! The samples of one or more files, read from the disk when they are asked for.
+//!
+//! What is in memory is where each sample lies and how long it is, not its tokens: a data set may be
+//! larger than memory. Every row is read and tokenized once at the start, so that a broken one is
+//! found before training, and the tokens go into the [cache](crate::token_cache). Without a cache
+//! folder, a row is tokenized again whenever one of its samples is asked for.
+
+use crate::error::{Error, Result};
+use crate::file::line_at;
+use crate::reader::{Reader, RowSamples, Wanted, note_ignored};
+use crate::sample::Sample;
+use crate::split::Counts;
+use crate::token_cache::{CacheWriter, Key, TokenCache};
+use crate::tokenizer::Tokenizer;
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+/// How files are read.
+#[derive(Clone, Copy)]
+pub struct Reading<'a> {
+    /// May be none if all rows are `input_ids`.
+    pub tokenizer: Option<&'a Tokenizer>,
+    /// The longest sample, in tokens.
+    pub max_length: usize,
+    /// The model's.
+    pub vocab_size: usize,
+    /// Which rows there may be.
+    pub wanted: Wanted,
+    /// The folder of the token cache.
+    pub cache: Option<&'a Path>,
+    /// Told how many bytes are tokenized, and how many there are; not if they are in the cache.
+    pub progress: &'a dyn Fn(u64, u64),
+}
+
+impl std::fmt::Debug for Reading<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reading")
+            .field("max_length", &self.max_length)
+            .field("vocab_size", &self.vocab_size)
+            .field("cache", &self.cache)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The samples of files, one file after the other.
+#[derive(Debug)]
+pub struct Corpus {
+    files: Vec<Part>,
+    /// What was read, and what was lost.
+    pub counts: Counts,
+    /// Names of keys that rows have and nothing reads.
+    pub ignored_keys: BTreeSet<String>,
+    /// Why tokens are not kept in the cache folder, if there is one and they are not.
+    pub cache_problem: Option<String>,
+}
+
+/// One file.
+#[derive(Debug)]
+struct Part {
+    path: PathBuf,
+    entries: Vec<Entry>,
+    counts: Counts,
+    ignored_keys: BTreeSet<String>,
+    key: Key,
+    source: Source,
+}
+
+/// Where a sample lies, and what is known without reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    /// Of its tokens in the cache, or else of its row in the file.
+    pub(crate) offset: u64,
+    /// Of its tokens and marks.
+    pub(crate) fingerprint: u64,
+    pub(crate) tokens: u32,
+    pub(crate) trained_tokens: u32,
+    pub(crate) trained_bytes: u32,
+    /// Which of its row's samples it is.
+    pub(crate) piece: u32,
+    pub(crate) truncated: bool,
+}
+
+/// Where tokens come from.
+#[derive(Debug)]
+enum Source {
+    Cache(TokenCache),
+    Rows {
+        file: Mutex<File>,
+        tokenizer: Option<Box<Tokenizer>>,
+        max_length: usize,
+        vocab_size: usize,
+    },
+}
+
+impl Corpus {
+    /// Reads files as [`Split::open`](crate::Split::open) does, and remembers where the samples are.
+    ///
+    /// # Errors
+    /// As [`Split::open`](crate::Split::open); a single file may train nothing, all together must
+    /// not. A cache that cannot be written is no error but noted in `cache_problem`.
+    pub fn open(paths: &[PathBuf], reading: Reading<'_>) -> Result<Self> {
+        let size = |path: &PathBuf| path.metadata().map_or(0, |data| data.len());
+        let total = paths.iter().map(size).sum();
+        let mut corpus = Self {
+            files: Vec::new(),
+            counts: Counts::default(),
+            ignored_keys: BTreeSet::new(),
+            cache_problem: None,
+        };
+        let mut before = 0;
+        for path in paths {
+            let tell = |bytes| (reading.progress)(before + bytes, total);
+            let (part, problem) = Part::open(path, reading, &tell)?;
+            corpus.counts.add(part.counts);
+            corpus
+                .ignored_keys
+                .extend(part.ignored_keys.iter().cloned());
+            corpus.cache_problem = corpus.cache_problem.or(problem);
+            corpus.files.push(part);
+            before += size(path);
+        }
+        if let (0, Some(path)) = (corpus.counts.trained_tokens, paths.first()) {
+            return Err(Error::NothingTrained {
+                path: path.clone(),
+                rows: corpus.counts.rows,
+            });
+        }
+        Ok(corpus)
+    }
+
+    /// How many samples there are.
+    pub fn len(&self) -> usize {
+        self.files.iter().map(|part| part.entries.len()).sum()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// How many samples each file has.
+    pub fn parts(&self) -> Vec<usize> {
+        self.files.iter().map(|part| part.entries.len()).collect()
+    }
+
+    /// The lengths of all samples, in tokens.
+    pub fn lengths(&self) -> Vec<u32> {
+        self.entries().map(|entry| entry.tokens).collect()
+    }
+
+    /// A number for every sample that is the same for samples of the same tokens and marks, and, but
+    /// for one chance in 2⁶⁴, for no others.
+    pub fn fingerprints(&self) -> impl Iterator<Item = u64> {
+        self.entries().map(|entry| entry.fingerprint)
+    }
+
+    /// A text that differs between data that differ: in rows, tokenizer, template or length.
+    pub fn identity(&self) -> String {
+        Key::of_all(self.files.iter().map(|part| part.key)).to_string()
+    }
+
+    /// A sample, counted from 0 over all files.
+    ///
+    /// # Errors
+    /// If the file or the cache cannot be read any more, or was changed since it was opened.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub fn sample(&self, index: usize) -> Result<Sample> {
+        let mut index = index;
+        for part in &self.files {
+            match part.entries.get(index) {
+                Some(entry) => return part.sample(entry),
+                None => index -= part.entries.len(),
+            }
+        }
+        panic!("{} samples more than there are", index + 1);
+    }
+
+    fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.files.iter().flat_map(|part| &part.entries)
+    }
+}
+
+impl Part {
+    /// Opens a file by its tokens in the cache, or reads it and puts them there; also says why that
+    /// did not work.
+    fn open(
+        path: &Path,
+        reading: Reading<'_>,
+        tell: &dyn Fn(u64),
+    ) -> Result<(Self, Option<String>)> {
+        let (max_length, vocab_size) = (reading.max_length, reading.vocab_size);
+        let reader = Reader::new(reading.tokenizer, max_length, vocab_size, reading.wanted)?;
+        let key = Key::of(path, &reader)?;
+        let cached = reading.cache.map(|folder| folder.join(key.file_name()));
+        if let Some(cache) = cached
+            .as_deref()
+            .and_then(|file| TokenCache::open(file, key))
+        {
+            return Ok((Self::cached(path, key, cache), None));
+        }
+
+        let mut index = Index::default();
+        let mut writer = cached.as_deref().map(CacheWriter::create);
+        reader.read(path, |row| {
+            index.add(&row);
+            if let Some(Ok(open)) = &mut writer
+                && let Err(problem) = open.add(&row)
+            {
+                writer = Some(Err(problem));
+            }
+            tell(row.end);
+            Ok(())
+        })?;
+        let finish = |writer: CacheWriter| writer.finish(key, &index.counts, &index.ignored_keys);
+        let finished = writer.map(|writer| writer.and_then(finish));
+        let problem = match (finished, cached) {
+            (Some(Ok(())), Some(file)) => match TokenCache::open(&file, key) {
+                Some(cache) => return Ok((Self::cached(path, key, cache), None)),
+                None => Some(format!("{}: cannot be read back", file.display())),
+            },
+            (Some(Err(problem)), Some(file)) => Some(format!("{}: {problem}", file.display())),
+            _ => None,
+        };
+        let file = File::open(path).map_err(|problem| Error::Read {
+            path: path.to_owned(),
+            problem,
+        })?;
+        let source = Source::Rows {
+            file: Mutex::new(file),
+            tokenizer: reading.tokenizer.cloned().map(Box::new),
+            max_length,
+            vocab_size,
+        };
+        let part = Self {
+            path: path.to_owned(),
+            entries: index.entries,
+            counts: index.counts,
+            ignored_keys: index.ignored_keys,
+            key,
+            source,
+        };
+        Ok((part, problem))
+    }
+
+    fn cached(path: &Path, key: Key, mut cache: TokenCache) -> Self {
+        Self {
+            path: path.to_owned(),
+            entries: std::mem::take(&mut cache.entries),
+            counts: cache.counts,
+            ignored_keys: std::mem::take(&mut cache.ignored_keys),
+            key,
+            source: Source::Cache(cache),
+        }
+    }
+
+    fn sample(&self, entry: &Entry) -> Result<Sample> {
+        match &self.source {
+            Source::Cache(cache) => cache.sample(entry),
+            Source::Rows {
+                file,
+                tokenizer,
+                max_length,
+                vocab_size,
+            } => {
+                let changed = || Error::Changed {
+                    path: self.path.clone(),
+                };
+                let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+                let line = line_at(&mut file, &self.path, entry.offset)?;
+                drop(file);
+                let reader =
+                    Reader::new(tokenizer.as_deref(), *max_length, *vocab_size, Wanted::Any)?;
+                let (samples, _) = reader.row(&line).map_err(|_| changed())?;
+                let sample = samples.into_iter().nth(entry.piece as usize);
+                let same = |sample: &Sample| sample.fingerprint() == entry.fingerprint;
+                sample.filter(same).ok_or_else(changed)
+            }
+        }
+    }
+}
+
+/// What is noted of a file while it is read.
+#[derive(Default)]
+struct Index {
+    entries: Vec<Entry>,
+    counts: Counts,
+    ignored_keys: BTreeSet<String>,
+}
+
+impl Index {
+    fn add(&mut self, row: &RowSamples) {
+        self.counts.add_row(&row.samples);
+        note_ignored(&mut self.ignored_keys, row.ignored.clone());
+        let entries = row.samples.iter().zip(0..);
+        let entry = |(sample, piece)| Entry {
+            piece,
+            ..sample_entry(sample, row.offset)
+        };
+        self.entries.extend(entries.map(entry));
+    }
+}
+
+/// What is known of a sample that lies at `offset`.
+pub(crate) fn sample_entry(sample: &Sample, offset: u64) -> Entry {
+    // A row has at most 2²⁴ bytes.
+    let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    Entry {
+        offset,
+        fingerprint: sample.fingerprint(),
+        tokens: number(sample.ids.len()),
+        trained_tokens: number(sample.trained_tokens()),
+        trained_bytes: number(sample.trained_bytes),
+        piece: 0,
+        truncated: sample.truncated,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::split::Split;
+    use crate::tokenizer::tests::tokenizer;
+    use std::fs;
+
+    const ROWS: &str = "{\"text\": \"qzxjkvw\"}\n\n{\"prompt\": \"é\", \"completion\": \"w\", \"id\": 3}\n\
+        {\"input_ids\": [9, 8, 7, 6, 5], \"labels\": [-100, -100, -100, -100, 5]}";
+
+    fn open(paths: &[PathBuf], cache: Option<&Path>, tokenized: &dyn Fn(u64, u64)) -> Corpus {
+        let tokenizer = tokenizer(None, true);
+        let reading = Reading {
+            tokenizer: Some(&tokenizer),
+            max_length: 4,
+            vocab_size: 288,
+            wanted: Wanted::Samples,
+            cache,
+            progress: tokenized,
+        };
+        Corpus::open(paths, reading).unwrap()
+    }
+
+    fn samples(corpus: &Corpus) -> Vec<Sample> {
+        let samples = (0..corpus.len()).map(|index| corpus.sample(index).unwrap());
+        samples.collect()
+    }
+
+    fn file(folder: &Path, name: &str, rows: &str) -> PathBuf {
+        fs::write(folder.join(name), rows).unwrap();
+        folder.join(name)
+    }
+
+    #[test]
+    fn samples_are_those_of_the_split_from_rows_and_from_the_cache() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = file(folder.path(), "train.jsonl", ROWS);
+        let split = Split::open(&path, Some(&tokenizer(None, true)), 4, 288).unwrap();
+        let cache = folder.path().join("cache");
+        for cache in [None, Some(cache.as_path()), Some(&cache)] {
+            let corpus = open(std::slice::from_ref(&path), cache, &|_, _| {});
+            assert_eq!(samples(&corpus), split.samples);
+            assert_eq!(corpus.counts, split.counts);
+            assert_eq!(corpus.ignored_keys, BTreeSet::from(["id".to_owned()]));
+            assert_eq!(corpus.lengths(), [4, 4, 3, 4, 4]);
+            assert_eq!(corpus.cache_problem, None);
+        }
+        let two = open(&[path.clone(), path], Some(&cache), &|_, _| {});
+        assert_eq!((two.len(), two.parts()), (10, vec![5, 5]));
+        assert_eq!(two.sample(7).unwrap(), split.samples[2]);
+        assert_eq!(two.counts.rows, 6);
+    }
+
+    #[test]
+    fn rows_are_tokenized_once_until_something_changes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = file(folder.path(), "train.jsonl", ROWS);
+        let cache = folder.path().join("cache");
+        let tokenizes = |path: &PathBuf| {
+            let told = std::cell::Cell::new((0, 0));
+            let corpus = open(std::slice::from_ref(path), Some(&cache), &|done, total| {
+                told.set((done, total));
+            });
+            assert_eq!(corpus.sample(0).unwrap().ids.len(), 4);
+            (told.get(), corpus.identity())
+        };
+        let size = ROWS.len() as u64;
+        let (told, identity) = tokenizes(&path);
+        assert_eq!(told, (size, size));
+        assert_eq!(tokenizes(&path), ((0, 0), identity.clone()));
+        // The name of the file does not matter, its content does.
+        let moved = file(folder.path(), "other.jsonl", ROWS);
+        assert_eq!(tokenizes(&moved), ((0, 0), identity.clone()));
+        let changed = file(folder.path(), "train.jsonl", &ROWS.replace("qz", "zq"));
+        let (told, other) = tokenizes(&changed);
+        assert_eq!(told.0, size);
+        assert_ne!(other, identity);
+    }
+
+    #[test]
+    fn damaged_caches_are_made_again_or_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = file(folder.path(), "train.jsonl", ROWS);
+        let cache = folder.path().join("cache");
+        let paths = std::slice::from_ref(&path);
+        let expected = samples(&open(paths, Some(&cache), &|_, _| {}));
+        let entry = fs::read_dir(&cache)
+            .unwrap()
+            .next()
+            .unwrap()
+            .unwrap()
+            .path();
+        let whole = fs::read(&entry).unwrap();
+        assert_eq!(fs::read_dir(&cache).unwrap().count(), 1);
+        for cut in [0, 7, 20, whole.len() / 2, whole.len() - 1] {
+            fs::write(&entry, &whole[..cut]).unwrap();
+            assert_eq!(
+                samples(&open(paths, Some(&cache), &|_, _| {})),
+                expected,
+                "{cut}"
+            );
+        }
+        // The index is checked when the cache is opened, tokens when they are read.
+        let mut damaged = whole.clone();
+        let last = damaged.len() - 60;
+        damaged[last] ^= 1;
+        fs::write(&entry, &damaged).unwrap();
+        assert_eq!(samples(&open(paths, Some(&cache), &|_, _| {})), expected);
+        let mut damaged = whole;
+        damaged[17] ^= 1;
+        fs::write(&entry, &damaged).unwrap();
+        let problem = open(paths, Some(&cache), &|_, _| {}).sample(0).unwrap_err();
+        let problem = problem.to_string();
+        assert!(problem.contains("delete it"), "{problem}");
+    }
+
+    #[test]
+    fn a_cache_that_cannot_be_written_is_noted() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = file(folder.path(), "train.jsonl", ROWS);
+        let corpus = open(
+            std::slice::from_ref(&path),
+            Some(&path.join("no")),
+            &|_, _| {},
+        );
+        assert!(corpus.cache_problem.is_some());
+        assert_eq!(corpus.sample(4).unwrap().ids, [9, 8, 7, 6]);
+        file(folder.path(), "train.jsonl", &ROWS.replace("qz", "zq"));
+        let problem = corpus.sample(0).unwrap_err().to_string();
+        assert!(problem.contains("changed while it was in use"), "{problem}");
+    }
+}

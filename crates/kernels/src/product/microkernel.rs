@@ -1,0 +1,418 @@
+//! The innermost part of every product: a few rows of the output, a few vectors wide, held in registers.
+//!
+//! `tile` sums `a(i, p) · b(p, j)` over `p` with one fused multiplication and addition after another, so an element's
+//! value depends on its own row and column alone: not on the tile it falls into, on the rows beside it, or on the width of
+//! the vectors.
+
+#![expect(
+    unsafe_code,
+    reason = "vector instructions on pointers; the callers in this folder check sizes and features"
+)]
+
+/// A vector of f32 values in a register.
+pub(super) trait Lanes: Copy {
+    /// Values in it.
+    const LEN: usize;
+    /// Rows and vectors of the largest tile: its sums, one row of b and a value of a fill the registers.
+    const TILE: [usize; 2];
+
+    unsafe fn splat(value: f32) -> Self;
+    /// # Safety
+    /// `LEN` values can be read.
+    unsafe fn load(from: *const f32) -> Self;
+    /// # Safety
+    /// `LEN` values can be written.
+    unsafe fn store(self, to: *mut f32);
+    /// The first `len ≤ LEN` values, zeros behind them.
+    ///
+    /// # Safety
+    /// `len` values can be read.
+    unsafe fn load_first(from: *const f32, len: usize) -> Self;
+    /// # Safety
+    /// `len` values can be written.
+    unsafe fn store_first(self, to: *mut f32, len: usize);
+    /// `self · a + b`.
+    unsafe fn mul_add(self, a: Self, b: Self) -> Self;
+    /// Turns `rows ≤ LEN` rows of `cols ≤ LEN` values into `cols` rows of `LEN`, zeros at their ends.
+    ///
+    /// # Safety
+    /// The rows, `stride` and `to_stride` apart, can be read and written.
+    unsafe fn transpose(
+        from: *const f32,
+        stride: usize,
+        size: [usize; 2],
+        to: *mut f32,
+        to_stride: usize,
+    );
+}
+
+/// Distance of the left operand's rows. A constant, so that all rows are addressed from one register; and no power of two,
+/// which would put them into the same few lines of the first-level cache.
+pub(super) const LEFT_STRIDE: usize = DEPTH + 16;
+/// The most that a tile sums over.
+pub(super) const DEPTH: usize = 256;
+
+/// Where a tile goes: `scale · sum`, added to what is there or in its place.
+#[derive(Clone, Copy)]
+pub(super) struct Out {
+    pub(super) ptr: *mut f32,
+    pub(super) stride: usize,
+    /// Columns that exist; the panel may be wider.
+    pub(super) cols: usize,
+    pub(super) scale: f32,
+    pub(super) add: bool,
+}
+
+/// One tile of `rows ≤ TILE[0]` rows and `NV` vectors, summed over `len` rows of a packed panel.
+///
+/// # Safety
+/// The operands cover the tile, the panel holds `len` rows of `NV · LEN` values, and the CPU has the instructions of `V`.
+#[inline(always)]
+pub(super) unsafe fn tile<V: Lanes, const NV: usize>(
+    rows: usize,
+    len: usize,
+    a: *const f32,
+    panel: *const f32,
+    out: Out,
+) {
+    // SAFETY: the caller's promise, handed on.
+    unsafe {
+        match rows {
+            1 => sums::<V, 1, NV>(len, a, panel, out),
+            2 => sums::<V, 2, NV>(len, a, panel, out),
+            3 => sums::<V, 3, NV>(len, a, panel, out),
+            4 => sums::<V, 4, NV>(len, a, panel, out),
+            5 => sums::<V, 5, NV>(len, a, panel, out),
+            6 => sums::<V, 6, NV>(len, a, panel, out),
+            7 => sums::<V, 7, NV>(len, a, panel, out),
+            8 => sums::<V, 8, NV>(len, a, panel, out),
+            9 => sums::<V, 9, NV>(len, a, panel, out),
+            10 => sums::<V, 10, NV>(len, a, panel, out),
+            11 => sums::<V, 11, NV>(len, a, panel, out),
+            12 => sums::<V, 12, NV>(len, a, panel, out),
+            _ => unreachable!("tiles have at most twelve rows"),
+        }
+    }
+}
+
+/// # Safety
+/// As [`tile`].
+#[inline(always)]
+unsafe fn sums<V: Lanes, const MR: usize, const NV: usize>(
+    len: usize,
+    a: *const f32,
+    panel: *const f32,
+    out: Out,
+) {
+    // SAFETY: row i < MR and p < len lie inside the operands, and stores end at `out.cols`.
+    unsafe {
+        let mut sums = [[V::splat(0.0); NV]; MR];
+        for p in 0..len {
+            let mut b = [V::splat(0.0); NV];
+            for (j, b) in b.iter_mut().enumerate() {
+                *b = V::load(panel.add((p * NV + j) * V::LEN));
+            }
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let value = V::splat(*a.add(i * LEFT_STRIDE + p));
+                for (sum, b) in sums.iter_mut().zip(b) {
+                    *sum = value.mul_add(b, *sum);
+                }
+            }
+        }
+        let (scale, zero) = (V::splat(out.scale), V::splat(0.0));
+        for (i, sums) in sums.iter().enumerate() {
+            for (j, sum) in sums.iter().enumerate() {
+                let (to, cols) = (
+                    out.ptr.add(i * out.stride + j * V::LEN),
+                    out.cols.saturating_sub(j * V::LEN),
+                );
+                if cols >= V::LEN {
+                    let before = if out.add { V::load(to) } else { zero };
+                    sum.mul_add(scale, before).store(to);
+                } else if cols > 0 {
+                    let before = if out.add {
+                        V::load_first(to, cols)
+                    } else {
+                        zero
+                    };
+                    sum.mul_add(scale, before).store_first(to, cols);
+                }
+            }
+        }
+    }
+}
+
+/// Four values that the compiler turns into whatever the target has: NEON and SSE have four.
+#[derive(Clone, Copy)]
+pub(super) struct Portable([f32; 4]);
+
+impl Lanes for Portable {
+    const LEN: usize = 4;
+    const TILE: [usize; 2] = [6, 4];
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        Self([value; 4])
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { Self(from.cast::<[f32; 4]>().read_unaligned()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[f32; 4]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_first(from: *const f32, len: usize) -> Self {
+        let mut values = [0.0; 4];
+        for (i, value) in values.iter_mut().enumerate().take(len) {
+            // SAFETY: the caller's promise.
+            *value = unsafe { *from.add(i) };
+        }
+        Self(values)
+    }
+
+    #[inline(always)]
+    unsafe fn store_first(self, to: *mut f32, len: usize) {
+        for (i, value) in self.0.iter().enumerate().take(len) {
+            // SAFETY: the caller's promise.
+            unsafe { *to.add(i) = *value };
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(self, a: Self, b: Self) -> Self {
+        let mut sums = b.0;
+        for (sum, (x, a)) in sums.iter_mut().zip(self.0.iter().zip(a.0)) {
+            // Without the instruction, `mul_add` is a slow library call.
+            *sum = if cfg!(target_arch = "aarch64") {
+                x.mul_add(a, *sum)
+            } else {
+                x * a + *sum
+            };
+        }
+        Self(sums)
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(
+        from: *const f32,
+        stride: usize,
+        [rows, cols]: [usize; 2],
+        to: *mut f32,
+        to_stride: usize,
+    ) {
+        for i in 0..Self::LEN {
+            for j in 0..cols {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    *to.add(j * to_stride + i) = if i < rows {
+                        *from.add(i * stride + j)
+                    } else {
+                        0.0
+                    };
+                }
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use self::x86::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::Lanes;
+
+    /// Sixteen values.
+    #[derive(Clone, Copy)]
+    pub(in crate::product) struct Avx512(__m512);
+
+    /// The first `len` lanes.
+    #[inline(always)]
+    fn mask(len: usize) -> __mmask16 {
+        ((1u32 << len) - 1) as __mmask16
+    }
+
+    // SAFETY (all below): the caller's promises about pointers; the caller checked for avx512f.
+    impl Lanes for Avx512 {
+        const LEN: usize = 16;
+        const TILE: [usize; 2] = [12, 2];
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { Self(_mm512_set1_ps(value)) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { Self(_mm512_loadu_ps(from)) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { _mm512_storeu_ps(to, self.0) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_first(from: *const f32, len: usize) -> Self {
+            unsafe { Self(_mm512_maskz_loadu_ps(mask(len), from)) }
+        }
+
+        #[inline(always)]
+        unsafe fn store_first(self, to: *mut f32, len: usize) {
+            unsafe { _mm512_mask_storeu_ps(to, mask(len), self.0) }
+        }
+
+        #[inline(always)]
+        unsafe fn mul_add(self, a: Self, b: Self) -> Self {
+            unsafe { Self(_mm512_fmadd_ps(self.0, a.0, b.0)) }
+        }
+
+        /// Pairs, fours, then the four quarters of a register: 64 shuffles for 256 values.
+        #[inline(always)]
+        unsafe fn transpose(
+            from: *const f32,
+            stride: usize,
+            [rows, cols]: [usize; 2],
+            to: *mut f32,
+            to_stride: usize,
+        ) {
+            unsafe {
+                let zero = _mm512_setzero_ps();
+                let (mut a, mut b) = ([zero; 16], [zero; 16]);
+                // Loops of constant length stay in registers.
+                for (i, row) in a.iter_mut().enumerate() {
+                    let from = from.wrapping_add(i * stride);
+                    *row = Self::load_first(from, if i < rows { cols } else { 0 }).0;
+                }
+                for i in 0..8 {
+                    b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+                    b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+                }
+                let low = |x, y| {
+                    _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)))
+                };
+                let high = |x, y| {
+                    _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)))
+                };
+                for i in (0..16).step_by(4) {
+                    a[i] = low(b[i], b[i + 2]);
+                    a[i + 1] = high(b[i], b[i + 2]);
+                    a[i + 2] = low(b[i + 1], b[i + 3]);
+                    a[i + 3] = high(b[i + 1], b[i + 3]);
+                }
+                for c in 0..4 {
+                    b[c] = _mm512_shuffle_f32x4::<0x88>(a[c], a[4 + c]);
+                    b[4 + c] = _mm512_shuffle_f32x4::<0xdd>(a[c], a[4 + c]);
+                    b[8 + c] = _mm512_shuffle_f32x4::<0x88>(a[8 + c], a[12 + c]);
+                    b[12 + c] = _mm512_shuffle_f32x4::<0xdd>(a[8 + c], a[12 + c]);
+                }
+                for c in 0..4 {
+                    a[c] = _mm512_shuffle_f32x4::<0x88>(b[c], b[8 + c]);
+                    a[4 + c] = _mm512_shuffle_f32x4::<0x88>(b[4 + c], b[12 + c]);
+                    a[8 + c] = _mm512_shuffle_f32x4::<0xdd>(b[c], b[8 + c]);
+                    a[12 + c] = _mm512_shuffle_f32x4::<0xdd>(b[4 + c], b[12 + c]);
+                }
+                for (j, column) in a.iter().enumerate() {
+                    if j < cols {
+                        _mm512_storeu_ps(to.add(j * to_stride), *column);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Eight values.
+    #[derive(Clone, Copy)]
+    pub(in crate::product) struct Avx2(__m256);
+
+    /// All bits set in the first `len` lanes.
+    #[inline(always)]
+    unsafe fn lanes(len: usize) -> __m256i {
+        const BITS: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
+        // SAFETY: len ≤ 8, so eight values from there exist; the caller checked for avx2.
+        unsafe { _mm256_loadu_si256(BITS.as_ptr().add(8 - len).cast()) }
+    }
+
+    // SAFETY (all below): the caller's promises about pointers; the caller checked for avx2 and fma.
+    impl Lanes for Avx2 {
+        const LEN: usize = 8;
+        const TILE: [usize; 2] = [6, 2];
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { Self(_mm256_set1_ps(value)) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { Self(_mm256_loadu_ps(from)) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { _mm256_storeu_ps(to, self.0) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_first(from: *const f32, len: usize) -> Self {
+            unsafe { Self(_mm256_maskload_ps(from, lanes(len))) }
+        }
+
+        #[inline(always)]
+        unsafe fn store_first(self, to: *mut f32, len: usize) {
+            unsafe { _mm256_maskstore_ps(to, lanes(len), self.0) }
+        }
+
+        #[inline(always)]
+        unsafe fn mul_add(self, a: Self, b: Self) -> Self {
+            unsafe { Self(_mm256_fmadd_ps(self.0, a.0, b.0)) }
+        }
+
+        #[inline(always)]
+        unsafe fn transpose(
+            from: *const f32,
+            stride: usize,
+            [rows, cols]: [usize; 2],
+            to: *mut f32,
+            to_stride: usize,
+        ) {
+            unsafe {
+                let zero = _mm256_setzero_ps();
+                let (mut a, mut b) = ([zero; 8], [zero; 8]);
+                // Loops of constant length stay in registers.
+                for (i, row) in a.iter_mut().enumerate() {
+                    let from = from.wrapping_add(i * stride);
+                    *row = Self::load_first(from, if i < rows { cols } else { 0 }).0;
+                }
+                for i in 0..4 {
+                    b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+                    b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+                }
+                for i in (0..8).step_by(4) {
+                    a[i] = _mm256_shuffle_ps::<0x44>(b[i], b[i + 2]);
+                    a[i + 1] = _mm256_shuffle_ps::<0xee>(b[i], b[i + 2]);
+                    a[i + 2] = _mm256_shuffle_ps::<0x44>(b[i + 1], b[i + 3]);
+                    a[i + 3] = _mm256_shuffle_ps::<0xee>(b[i + 1], b[i + 3]);
+                }
+                for c in 0..4 {
+                    b[c] = _mm256_permute2f128_ps::<0x20>(a[c], a[4 + c]);
+                    b[4 + c] = _mm256_permute2f128_ps::<0x31>(a[c], a[4 + c]);
+                }
+                for (j, column) in b.iter().enumerate() {
+                    if j < cols {
+                        _mm256_storeu_ps(to.add(j * to_stride), *column);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! The rows a run is trained on: where they are, how they are packed, and the order of its batches.
+
+use std::path::{Path, PathBuf};
+
+use data::{Batch, Corpus, Order, Packing, Reading, Sample, Shuffle, collate_rows};
+use kernels::Segments;
+
+use crate::recipe::Recipe;
+use crate::{Error, Result};
+
+/// The training rows, and batches of them by number.
+#[derive(Debug)]
+pub struct Dataset {
+    /// The samples.
+    pub corpus: Corpus,
+    packing: Packing,
+    order: Order,
+    batch_size: usize,
+}
+
+impl Dataset {
+    /// Opens the `train.jsonl` of a recipe's folders.
+    ///
+    /// # Errors
+    /// If no folder has one, a folder with a weight has none, or a file cannot be used.
+    pub(crate) fn open(recipe: &Recipe, reading: Reading<'_>) -> Result<Self> {
+        let files = files(recipe, "train.jsonl");
+        let folders = || recipe.data.path.clone();
+        if files.is_empty() {
+            return Err(Error::NoTrainingData { folders: folders() });
+        }
+        if recipe.data.weights.is_some() && files.len() < recipe.data.path.len() {
+            let lacks = |folder: &PathBuf| !folder.join("train.jsonl").exists();
+            let folders = folders().into_iter().filter(lacks).collect();
+            return Err(Error::NoTrainingData { folders });
+        }
+        let corpus = Corpus::open(&files, reading)?;
+        let shuffle = if recipe.train.shuffle {
+            Shuffle::Seeded
+        } else {
+            Shuffle::FileOrder
+        };
+        // Weighted folders have rows of their own, so that their shares can be kept.
+        let parts = match recipe.data.weights {
+            Some(_) => corpus.parts(),
+            None => vec![corpus.len()],
+        };
+        let lengths = corpus.lengths();
+        let (mut packing, mut rows, mut first) = (Packing::none(0), Vec::new(), 0);
+        for part in parts {
+            let of_part = match recipe.data.packing {
+                true => Packing::best_fit(&lengths[first..first + part], recipe.data.max_length),
+                false => Packing::none(part),
+            };
+            rows.push(of_part.n_rows());
+            packing.append(&of_part, first);
+            first += part;
+        }
+        let (n_rows, seed) = (packing.n_rows(), recipe.train.seed);
+        let mut order = match &recipe.data.weights {
+            Some(weights) => Order::mixed(&rows, weights, seed, shuffle),
+            None => Order::new(n_rows, seed, shuffle),
+        };
+        if recipe.data.group_by_length {
+            order = order.grouped_by_length(lengths, recipe.train.batch_size);
+        }
+        Ok(Self {
+            corpus,
+            packing,
+            order,
+            batch_size: recipe.train.batch_size,
+        })
+    }
+
+    /// How many rows the batches of an epoch hold: samples, or packed rows of them.
+    pub fn rows(&self) -> usize {
+        self.order.epoch_len()
+    }
+
+    /// Micro-batch number `number`, counted from 0 over the whole run.
+    pub(crate) fn batch(&mut self, number: u64, pad_id: u32) -> Result<Batch> {
+        let rows = self.order.batch(number, self.batch_size);
+        let rows = rows.into_iter().map(|row| {
+            let samples = self.packing.row(row);
+            let samples = samples.into_iter().map(|i| self.corpus.sample(i));
+            samples.collect::<data::Result<Vec<Sample>>>()
+        });
+        let rows = rows.collect::<data::Result<Vec<_>>>()?;
+        let rows: Vec<Vec<&Sample>> = rows.iter().map(|row| row.iter().collect()).collect();
+        let rows: Vec<&[&Sample]> = rows.iter().map(Vec::as_slice).collect();
+        Ok(collate_rows(&rows, pad_id))
+    }
+}
+
+/// Opens the `valid.jsonl` of a recipe's folders, one after the other; none if there are none.
+pub(crate) fn validation(recipe: &Recipe, reading: Reading<'_>) -> Result<Option<Corpus>> {
+    let files = files(recipe, "valid.jsonl");
+    if files.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(Corpus::open(&files, reading)?))
+}
+
+fn files(recipe: &Recipe, name: &str) -> Vec<PathBuf> {
+    let folders = recipe.data.path.iter();
+    let files = folders.map(|folder| folder.join(name));
+    files.filter(|file: &PathBuf| Path::exists(file)).collect()
+}
+
+/// What attention may not look across in a batch.
+pub(crate) fn segments(batch: &Batch) -> Segments {
+    if batch.is_packed() {
+        Segments::packed(batch.starts.clone())
+    } else {
+        Segments::whole()
+    }
+}
