@@ -1,4 +1,4 @@
-//! A LoRA adapter as PEFT stores it: a folder with a configuration and one safetensors file.
+//! A LoRA adapter as PEFT or mlx-lm stores it: a folder with a configuration and one safetensors file.
 //!
 //! Keys and shapes are handed over as they are in the file; the two dialects for experts are
 //! told apart by whoever knows the model.
@@ -9,10 +9,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::shown;
 use crate::json::{CONFIG_LIMIT, parse, read_object};
+use crate::mlx_adapter;
 use crate::{AdapterConfig, Error, FolderWriter, Result, Safetensors, Tensor, TensorSpec};
 
 const CONFIG_NAME: &str = "adapter_config.json";
 const WEIGHTS_NAME: &str = "adapter_model.safetensors";
+const MLX_WEIGHTS_NAME: &str = "adapters.safetensors";
 const NOTES_NAME: &str = "moeforge.json";
 const PICKLED_NAME: &str = "adapter_model.bin";
 
@@ -21,15 +23,33 @@ const PICKLED_NAME: &str = "adapter_model.bin";
 pub struct Adapter {
     /// Its settings.
     pub config: AdapterConfig,
-    /// The format that it was trained to be merged into, if it says so: a name for whoever knows formats.
-    pub trained_for: Option<String>,
+    /// Who names its tensors.
+    pub layout: Layout,
+    /// What else it says of itself.
+    pub notes: Notes,
     file: Safetensors,
 }
 
+/// The programs whose names and shapes an adapter's tensors have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// PEFT's.
+    Peft,
+    /// mlx-lm's.
+    Mlx,
+}
+
 /// What we know of an adapter that PEFT has no setting for, in a file of its own.
-#[derive(Debug, Serialize, Deserialize)]
-struct Notes {
-    trained_for: String,
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Notes {
+    /// The format that it was trained to be merged into: a name for whoever knows formats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trained_for: Option<String>,
+    /// Which factors the experts of a layer share, `A`, `B` or `outer`. The file repeats them for every expert, as PEFT
+    /// wants them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub experts_share: Option<String>,
 }
 
 impl Adapter {
@@ -38,8 +58,16 @@ impl Adapter {
     /// # Errors
     /// If a file is absent or malformed, or a setting is unsupported.
     pub fn open(folder: &Path) -> Result<Self> {
-        let config = AdapterConfig::open(&folder.join(CONFIG_NAME))?;
         let weights = folder.join(WEIGHTS_NAME);
+        if !weights.exists() && folder.join(MLX_WEIGHTS_NAME).exists() {
+            return Ok(Self {
+                config: mlx_adapter::read_config(&folder.join(CONFIG_NAME))?,
+                layout: Layout::Mlx,
+                notes: Notes::default(),
+                file: Safetensors::open(&folder.join(MLX_WEIGHTS_NAME))?,
+            });
+        }
+        let config = AdapterConfig::open(&folder.join(CONFIG_NAME))?;
         if !weights.exists() && folder.join(PICKLED_NAME).exists() {
             return Err(Error::AdapterPickled {
                 folder: folder.to_owned(),
@@ -47,22 +75,29 @@ impl Adapter {
         }
         let file = Safetensors::open(&weights)?;
         let notes = folder.join(NOTES_NAME);
-        let trained_for = if notes.exists() {
+        let notes = if notes.exists() {
             let text = read_object(&notes, CONFIG_LIMIT)?;
-            let notes: Notes = parse(&notes, &text)?;
-            Some(shown(&notes.trained_for))
+            let Notes {
+                trained_for,
+                experts_share,
+            } = parse(&notes, &text)?;
+            Notes {
+                trained_for: trained_for.as_deref().map(shown),
+                experts_share: experts_share.as_deref().map(shown),
+            }
         } else {
-            None
+            Notes::default()
         };
         Ok(Self {
             config,
-            trained_for,
+            layout: Layout::Peft,
+            notes,
             file,
         })
     }
 
-    /// The tensors under their full keys (`base_model.model.….lora_A.weight`), in the order of
-    /// the file.
+    /// The tensors under their full keys (`base_model.model.….lora_A.weight` of PEFT), in the order
+    /// of the file.
     pub fn tensors(&self) -> &[Tensor] {
         self.file.tensors()
     }
@@ -90,15 +125,15 @@ impl Adapter {
         writer.finish()
     }
 
-    /// Notes in a folder that an adapter was trained to be merged into a format.
+    /// Writes what an adapter says of itself beside PEFT's settings, if it says anything.
     ///
     /// # Errors
     /// If writing fails.
-    pub fn note_format(writer: &mut FolderWriter, trained_for: &str) -> Result<()> {
-        let notes = Notes {
-            trained_for: trained_for.into(),
-        };
-        let notes = serde_json::to_value(notes).expect("a struct of a string is JSON");
+    pub fn save_notes(writer: &mut FolderWriter, notes: &Notes) -> Result<()> {
+        if *notes == Notes::default() {
+            return Ok(());
+        }
+        let notes = serde_json::to_value(notes).expect("a struct of strings is JSON");
         writer.write_json(NOTES_NAME, &notes)
     }
 

@@ -38,6 +38,9 @@ pub struct AdapterConfig {
     /// Whether the scaling is `lora_alpha / √r` instead of `lora_alpha / r`.
     #[serde(default)]
     pub use_rslora: bool,
+    /// Whether the lengths of the updated weights' rows are trained too.
+    #[serde(default)]
+    pub use_dora: bool,
     /// Regex on a module's name to its rank. The first match in order counts.
     #[serde(default)]
     pub rank_pattern: OrderedMap<usize>,
@@ -92,6 +95,7 @@ impl AdapterConfig {
             lora_alpha,
             lora_dropout: 0.0,
             use_rslora: false,
+            use_dora: false,
             rank_pattern: OrderedMap::default(),
             alpha_pattern: OrderedMap::default(),
             target_modules: None,
@@ -180,13 +184,14 @@ impl AdapterConfig {
 }
 
 /// Settings that are read, or that change nothing about a trained adapter's values.
-const ACCEPTED: [&str; 22] = [
+const ACCEPTED: [&str; 23] = [
     "task_type",
     "base_model_name_or_path",
     "r",
     "lora_alpha",
     "lora_dropout",
     "use_rslora",
+    "use_dora",
     "rank_pattern",
     "alpha_pattern",
     "target_modules",
@@ -321,7 +326,7 @@ mod tests {
     #[test]
     fn settings_that_matter_are_read() {
         let config = read_with(
-            r#""use_rslora": true, "lora_dropout": 0.1, "target_modules": "all-linear",
+            r#""use_rslora": true, "use_dora": true, "lora_dropout": 0.1, "target_modules": "all-linear",
                "rank_pattern": {"z.*": 2, "a": 1}, "alpha_pattern": {"a": 0.5},
                "target_parameters": ["mlp.experts.down_proj"], "exclude_modules": ["q_proj"],
                "layers_to_transform": 3, "init_lora_weights": "gaussian", "inference_mode": null"#,
@@ -329,6 +334,7 @@ mod tests {
         let expected = AdapterConfig {
             task_type: None,
             use_rslora: true,
+            use_dora: true,
             lora_dropout: 0.1,
             target_modules: Some(TargetModules::Regex("all-linear".into())),
             rank_pattern: OrderedMap(vec![("z.*".into(), 2), ("a".into(), 1)]),
@@ -345,7 +351,6 @@ mod tests {
 
     /// Setting, its name, and how a message shows its value.
     const REFUSED: &[(&str, &str, &str)] = &[
-        (r#""use_dora": true"#, "use_dora", "true"),
         (r#""use_qalora": true"#, "use_qalora", "true"),
         (r#""lora_bias": true"#, "lora_bias", "true"),
         (r#""fan_in_fan_out": true"#, "fan_in_fan_out", "true"),

@@ -33,6 +33,7 @@ mod tensor;
 
 mod header;
 mod map;
+mod mlx_adapter;
 mod safetensors;
 
 mod cache;
@@ -46,7 +47,7 @@ mod adapter;
 mod adapter_config;
 mod ordered_map;
 
-pub use self::adapter::Adapter;
+pub use self::adapter::{Adapter, Layout, Notes};
 pub use self::adapter_config::{AdapterConfig, TargetModules};
 pub use self::cache::resolve;
 pub use self::dtype::DType;

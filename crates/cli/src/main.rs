@@ -3,6 +3,7 @@
 mod console;
 mod data_check;
 mod eval;
+mod experts;
 mod find_lr;
 mod generate;
 mod inspect;
@@ -58,6 +59,8 @@ enum Verb {
     ResumeCheck(resume_check::Args),
     /// Measure: loss, perplexity, bits per byte, multiple choice; several models side by side.
     Eval(eval::Args),
+    /// Measure which experts a task uses, and write the part of a recipe that trains those.
+    Experts(experts::Args),
     /// Write the logits of given token ids, for comparing implementations.
     Logits(logits::Args),
     /// Continue a prompt.
@@ -105,6 +108,7 @@ fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
         Verb::Report(args) => report::run(&args, console),
         Verb::ResumeCheck(args) => resume_check::run(&args, console),
         Verb::Eval(args) => eval::run(&args, console),
+        Verb::Experts(args) => experts::run(&args, console),
         Verb::Logits(args) => logits::run(&args, console),
         Verb::Generate(args) => generate::run(&args, console),
         Verb::Merge(args) => merge::run(&args, console),

@@ -111,7 +111,7 @@ pub(crate) fn open_model(
 
 /// Says so if an adapter was trained for weights that are rounded after a merge: beside the base it is not what it was.
 pub(crate) fn note_format(adapter: &checkpoint::Adapter, path: &Path, console: &Console) {
-    if let Some(format) = &adapter.trained_for {
+    if let Some(format) = &adapter.notes.trained_for {
         console.note(format_args!(
             "{}: trained to be merged and rounded to {format}; see `moeforge survival`",
             path.display()

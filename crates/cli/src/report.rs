@@ -63,13 +63,26 @@ impl Log {
         Ok(Self(lines))
     }
 
-    /// What the lines say under a key, by step.
+    /// What the lines say, by step.
     fn series(&self, number: impl Fn(&Value) -> Option<f64>) -> Vec<(f64, f64)> {
         let points = self.0.iter().filter_map(|line| {
             let step = line["step"].as_f64()?;
             Some((step, number(line)?))
         });
         points.collect()
+    }
+
+    /// The numbers under a key, by step.
+    fn numbers(&self, key: &str) -> Vec<(f64, f64)> {
+        self.series(|line| line[key].as_f64())
+    }
+
+    /// One line for each name, of the numbers under its key.
+    fn lines(&self, named_keys: &[(&str, &str)]) -> Vec<Line> {
+        let lines = named_keys.iter();
+        lines
+            .map(|(name, key)| named(name, self.numbers(key)))
+            .collect()
     }
 
     /// One line for each layer, of what the objects in a list under `list` say; of many layers the least, the mean and the
@@ -199,8 +212,7 @@ fn page(run: &Path, recipe: &Recipe, log: &Log) -> String {
 
 /// The numbers one looks for first.
 fn facts(log: &Log) -> String {
-    let losses = log.series(|line| line["loss"].as_f64());
-    let valid = log.series(|line| line["valid_loss"].as_f64());
+    let (losses, valid) = (log.numbers("loss"), log.numbers("valid_loss"));
     let best = valid.iter().min_by(|a, b| a.1.total_cmp(&b.1));
     let sum = |key: &str| {
         log.0
@@ -232,41 +244,59 @@ fn facts(log: &Log) -> String {
 }
 
 fn plots(log: &Log) -> Vec<Plot> {
-    let losses = log.series(|line| line["loss"].as_f64());
-    let smooth = smoothed(&losses);
-    let of = |key: &'static str| log.series(|line| line[key].as_f64());
+    let losses = log.numbers("loss");
     let rate = log.series(|line| Some(line["tokens"].as_f64()? / line["seconds"].as_f64()?));
-    let plot = |title: &str, y: &str, axes, lines: Vec<Line>| Plot {
-        title: title.to_owned(),
-        x: "step".to_owned(),
-        y: y.to_owned(),
-        lines: lines
-            .into_iter()
-            .filter(|line| !line.points.is_empty())
-            .collect(),
-        mark: None,
-        axes,
-    };
+    let one = |points| vec![named("", points)];
     let loss = vec![
-        named("smoothed", smooth),
-        named("validation", of("valid_loss")),
+        named("smoothed", smoothed(&losses)),
+        named("validation", log.numbers("valid_loss")),
         named("training", losses),
+    ];
+    let rewards = [
+        ("chosen", "rewards/chosen"),
+        ("rejected", "rewards/rejected"),
+        ("margin", "rewards/margins"),
+        ("validation margin", "valid_rewards/margins"),
+    ];
+    let accuracies = [
+        ("training", "rewards/accuracies"),
+        ("validation", "valid_rewards/accuracies"),
     ];
     let plots = [
         plot("Loss", "nats", Axes::Tight, loss),
         plot(
+            "What answers earn",
+            "nats",
+            Axes::Tight,
+            log.lines(&rewards),
+        ),
+        plot(
+            "Share of pairs whose chosen answer earns more",
+            "",
+            Axes::FromZero,
+            log.lines(&accuracies),
+        ),
+        plot(
             "Learning rate",
             "",
             Axes::FromZero,
-            vec![named("", of("learning_rate"))],
+            one(log.numbers("learning_rate")),
         ),
         plot(
             "Gradient norm, before clipping",
             "",
             Axes::FromZero,
-            vec![named("", of("grad_norm"))],
+            one(log.numbers("grad_norm")),
         ),
-        plot("Speed", "tokens/s", Axes::FromZero, vec![named("", rate)]),
+        plot("Speed", "tokens/s", Axes::FromZero, one(rate)),
+    ];
+    let plots = plots.into_iter().chain(expert_plots(log));
+    plots.filter(|plot| !plot.lines.is_empty()).collect()
+}
+
+/// What the routers do.
+fn expert_plots(log: &Log) -> [Plot; 3] {
+    [
         plot(
             "Evenness of the experts' load (entropy, 1 is even)",
             "",
@@ -280,16 +310,25 @@ fn plots(log: &Log) -> Vec<Plot> {
             log.layers("experts", "dead"),
         ),
         plot(
-            "Share of expert picks that the adapter changes",
+            "Share of expert picks that are not the base's",
             "",
             Axes::FromZero,
             log.layers("routing_drift", "drift"),
         ),
-    ];
-    plots
-        .into_iter()
-        .filter(|plot| !plot.lines.is_empty())
-        .collect()
+    ]
+}
+
+/// Lines over the steps; those without a point are left out.
+fn plot(title: &str, y: &str, axes: Axes, mut lines: Vec<Line>) -> Plot {
+    lines.retain(|line| !line.points.is_empty());
+    Plot {
+        title: title.to_owned(),
+        x: "step".to_owned(),
+        y: y.to_owned(),
+        lines,
+        mark: None,
+        axes,
+    }
 }
 
 /// The load of all experts, over the last steps that were written down.

@@ -48,7 +48,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let quantizers = quantizers(&args.to)?;
     let base = open_model(&args.model, None, console)?;
     let adapter = checkpoint::Adapter::open(&args.adapter)?;
-    let trained_for = adapter.trained_for.as_deref().map(str::parse);
+    let trained_for = adapter.notes.trained_for.as_deref().map(str::parse);
     let trained_for: Option<Quantizer> = trained_for
         .transpose()
         .with_context(|| format!("`{}`", args.adapter.display()))?;

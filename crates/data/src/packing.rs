@@ -27,6 +27,19 @@ impl Packing {
         }
     }
 
+    /// Samples two by two.
+    ///
+    /// # Panics
+    /// If there are more than 2³² samples.
+    pub fn pairs(n_samples: usize) -> Self {
+        let n = u32::try_from(n_samples).expect("samples are counted in 32 bits");
+        Self {
+            samples: (0..n).collect(),
+            ends: (1..=n_samples / 2).map(|row| 2 * row).collect(),
+            n_rows: n_samples / 2,
+        }
+    }
+
     /// Rows of at most `capacity` tokens, for samples of these lengths. A longer sample is a row of
     /// its own.
     ///

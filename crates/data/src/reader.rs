@@ -138,7 +138,7 @@ impl Wanted {
         match (self, row) {
             (Self::Samples, Row::Pair(_)) => Err(Error::schema(
                 "a row to learn from alone",
-                "a preference row {chosen, rejected}, which needs a method that compares answers",
+                "a preference row {chosen, rejected}, which `train.loss = \"dpo\"` learns from",
             )),
             (Self::Pairs, row) if !matches!(row, Row::Pair(_)) => Err(Error::schema(
                 "a preference row {chosen, rejected, prompt?}",

@@ -25,6 +25,7 @@ mod perplexity;
 mod compare;
 mod curves;
 mod divergence;
+mod expert_load;
 mod report;
 mod survival;
 
@@ -35,6 +36,7 @@ pub use compare::{Difference, Verdict, compare_choices, compare_text};
 pub use curves::{Curve, CurveConfig, CurveErrors, CurveReport};
 pub use divergence::{Divergence, divergence};
 pub use error::{Error, Result};
+pub use expert_load::{ChosenExperts, ExpertLoad, choose, expert_loads};
 pub use losses::{EvalConfig, SampleLoss};
 pub use perplexity::{TextScore, perplexity};
 pub use report::{Comparison, ModelScores, Report, TaskScore};

@@ -29,7 +29,7 @@ pub struct SampleLoss {
 }
 
 /// Padding needs an id that every model has.
-const PAD_ID: u32 = 0;
+pub(crate) const PAD_ID: u32 = 0;
 
 /// The losses of samples, in their order. `progress` is told how many are done and how many there are.
 ///
@@ -66,7 +66,7 @@ pub(crate) fn losses(
     Ok(losses)
 }
 
-fn check(model: &Model, samples: &[&Sample]) -> Result<()> {
+pub(crate) fn check(model: &Model, samples: &[&Sample]) -> Result<()> {
     let (vocab_size, limit) = (
         model.config.vocab_size,
         model.config.max_position_embeddings,

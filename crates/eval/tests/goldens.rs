@@ -8,7 +8,7 @@ use burn::tensor::Device;
 use data::{Choice, Sample};
 use infer::Engine;
 use model::Compute;
-use moeforge_eval::{EvalConfig, multiple_choice, perplexity};
+use moeforge_eval::{EvalConfig, ExpertLoad, expert_loads, multiple_choice, perplexity};
 use serde_json::Value;
 
 /// Of the golden loss, which is a mean in f32.
@@ -167,4 +167,43 @@ fn samples_that_do_not_fit_the_model_are_refused() {
         problem.unwrap_err().to_string(),
         "expected at least one target to score, found none"
     );
+}
+
+#[test]
+fn expert_loads_are_the_goldens() {
+    let engine = engine("deepseek_v3");
+    let (samples, _) = golden("deepseek_v3");
+    let text = std::fs::read_to_string(path("deepseek_v3").join("golden.json")).unwrap();
+    let json: Value = serde_json::from_str(&text).unwrap();
+    let loads = |samples: &[Sample], batch_size| -> Vec<ExpertLoad> {
+        expert_loads(&engine.model, samples, &config(batch_size), &mut |_, _| ()).unwrap()
+    };
+    let found = loads(&samples, 2);
+    assert_eq!(
+        found.iter().map(|load| load.layer).collect::<Vec<_>>(),
+        [1, 2]
+    );
+    for load in &found {
+        let counts = json["balance"][load.layer.to_string()]["expert_load"].as_array();
+        let counts: Vec<f64> = counts
+            .unwrap()
+            .iter()
+            .map(|n| n.as_f64().unwrap())
+            .collect();
+        let slots = counts.iter().sum::<f64>();
+        for (share, count) in load.tokens.iter().zip(&counts) {
+            assert!((share - count / slots).abs() < 1e-12, "{share} {count}");
+        }
+        assert!((load.gates.iter().sum::<f64>() - 1.0).abs() < 1e-9);
+    }
+    // Every sample counts the same, and padding not at all.
+    let short = sample(&samples[1].ids[..9]);
+    let pair = [samples[0].clone(), short];
+    let apart = [loads(&pair[..1], 1), loads(&pair[1..], 1)];
+    for (layer, load) in loads(&pair, 2).iter().enumerate() {
+        for (expert, share) in load.gates.iter().enumerate() {
+            let mean = (apart[0][layer].gates[expert] + apart[1][layer].gates[expert]) / 2.0;
+            assert!((share - mean).abs() < 1e-6, "{share} {mean}");
+        }
+    }
 }

@@ -95,6 +95,11 @@ impl Slots<'_> {
         self.order[at] as usize / self.top_k
     }
 
+    /// How many slots have an expert. The rest, behind the last offset, count as zero: others serve them.
+    fn served(&self) -> usize {
+        self.offsets.last().map_or(0, |end| *end as usize)
+    }
+
     fn of_expert(&self, expert: usize) -> Range<usize> {
         self.offsets[expert] as usize..self.offsets[expert + 1] as usize
     }
@@ -323,6 +328,7 @@ pub(crate) fn forward(
     let n_slots = slots.order.len();
     let [mut gate, mut up] = [vec![0.0; n_slots * inner], vec![0.0; n_slots * inner]];
     let y = with_scratch(n_slots * hidden, |rows| {
+        rows[slots.served() * hidden..].fill(0.0);
         forward_slots(experts, slots, x, [&mut gate, &mut up, rows]);
         slots.combine(rows, Some(weights), hidden)
     });
@@ -394,6 +400,8 @@ pub(crate) fn backward_inputs(
     let mut dweights = vec![0.0; n_slots];
     let dx = with_scratch(n_slots * (hidden + 1), |scratch| {
         let (dx, sorted_dweights) = scratch.split_at_mut(n_slots * hidden);
+        dx[slots.served() * hidden..].fill(0.0);
+        sorted_dweights[slots.served()..].fill(0.0);
         let outputs = [
             &mut dgate,
             &mut dup,

@@ -33,6 +33,7 @@ mod quantizer;
 mod rms_norm;
 mod rope;
 mod route;
+mod row_norms;
 mod simd;
 mod swiglu;
 
@@ -44,7 +45,7 @@ pub use backend::ops::{
     cross_entropy_frozen, cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained,
     expanded_attention, experts_frozen, experts_trained, heads_linear, latent_attention,
     linear_add, linear_frozen, linear_merged, linear_trained, rms_norm, rms_norm_start, rope,
-    sum_of_squares, swiglu,
+    row_norms, sum_of_squares, swiglu,
 };
 pub use dropout::Dropout;
 pub use error::Error;

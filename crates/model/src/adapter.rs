@@ -11,6 +11,7 @@
 //! Source: huggingface/peft: src/peft/tuners/lora/layer.py, `ParamWrapper`; checked against adapters it wrote.
 
 mod attach;
+mod mlx;
 mod read;
 mod write;
 
@@ -18,11 +19,13 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use crate::Error;
-use crate::lora::Scaling;
+use crate::lora::{Scaling, Share};
 use crate::sites::PROJECTIONS;
 
 /// What PEFT puts before a module's path.
 const PREFIX: &str = "base_model.model.";
+/// What it puts behind it for DoRA's lengths of rows.
+const MAGNITUDE: &str = ".lora_magnitude_vector";
 
 /// The update of one weight `[out, in]`.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,12 +40,41 @@ pub struct Pair {
     pub alpha: f64,
     /// Multiplier of the update.
     pub scale: f32,
+    /// DoRA's lengths of the updated rows, `[out]`.
+    pub magnitude: Option<Vec<f32>>,
 }
 
 impl Pair {
     /// Input and output width.
     pub fn widths(&self) -> [usize; 2] {
         [self.a.len() / self.rank, self.b.len() / self.rank]
+    }
+
+    /// Updates one row of the weight.
+    pub(crate) fn apply(&self, row: usize, values: &mut [f32]) {
+        let gain = self.gain(row, values);
+        self.add(row, values);
+        values.iter_mut().for_each(|w| *w *= gain);
+    }
+
+    /// What DoRA multiplies an updated row by, from the row as it was; 1 without DoRA.
+    pub(crate) fn gain(&self, row: usize, values: &[f32]) -> f32 {
+        let Some(magnitude) = &self.magnitude else {
+            return 1.0;
+        };
+        let mut updated = values.to_vec();
+        self.add(row, &mut updated);
+        let squares = updated.iter().map(|w| f64::from(*w).powi(2));
+        magnitude[row] / squares.sum::<f64>().sqrt() as f32
+    }
+
+    /// Adds the product of the factors to one row.
+    fn add(&self, row: usize, values: &mut [f32]) {
+        let b = &self.b[row * self.rank..(row + 1) * self.rank];
+        for (b, a) in b.iter().zip(self.a.chunks(values.len())) {
+            let pairs = values.iter_mut().zip(a);
+            pairs.for_each(|(w, a)| *w += self.scale * b * a);
+        }
     }
 }
 
@@ -55,6 +87,8 @@ pub struct AdapterWeights {
     fused: BTreeMap<(String, Fused), Vec<Pair>>,
     scaling: Scaling,
     dropout: f32,
+    /// Whether the experts of a layer share a factor, as the adapter's notes say.
+    share: Option<Share>,
     /// Where it was read from, for messages.
     source: PathBuf,
     /// Modules of the same last names that have no update: last names alone would choose them too.
@@ -81,6 +115,11 @@ impl AdapterWeights {
     /// How alphas become scales.
     pub fn scaling(&self) -> Scaling {
         self.scaling
+    }
+
+    /// Which factors the experts of a layer share.
+    pub fn share(&self) -> Option<Share> {
+        self.share
     }
 
     /// The same updates with another dropout.

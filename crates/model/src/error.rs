@@ -48,6 +48,16 @@ pub enum Error {
         /// What there is to match, by its last names.
         available: String,
     },
+    /// A pattern that chooses tensors chose none.
+    #[error(
+        "pattern `{pattern}` matches no tensor of the model; tensors are called like `{example}`"
+    )]
+    NoTensor {
+        /// The pattern.
+        pattern: String,
+        /// The name of one that there is.
+        example: String,
+    },
     /// An adapter does not fit the model.
     #[error("{}: adapter tensor `{name}`: expected {expected}, found {found}", .file.display())]
     Adapter {

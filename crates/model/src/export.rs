@@ -2,11 +2,12 @@
 
 pub(crate) mod block_fp8;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::Tensor;
 use checkpoint::{DType, Folder, FolderWriter, TensorSpec};
-use half::bf16;
+use half::{bf16, f16};
 
 use self::block_fp8::{BlockFp8, is_lowered};
 use crate::Error;
@@ -97,16 +98,21 @@ impl WeightFormat {
     }
 
     pub(crate) fn encode(self, values: &[f32]) -> Vec<u8> {
-        match self {
-            Self::F32 => values
-                .iter()
-                .flat_map(|value| value.to_le_bytes())
-                .collect(),
-            Self::Bf16 | Self::Fp8 => values
-                .iter()
-                .flat_map(|value| bf16::from_f32(*value).to_le_bytes())
-                .collect(),
-        }
+        encode(self.dtype(), values)
+    }
+}
+
+/// Values in a dtype of plain floats.
+fn encode(dtype: DType, values: &[f32]) -> Vec<u8> {
+    let values = values.iter();
+    match dtype {
+        DType::BF16 => values
+            .flat_map(|value| bf16::from_f32(*value).to_le_bytes())
+            .collect(),
+        DType::F16 => values
+            .flat_map(|value| f16::from_f32(*value).to_le_bytes())
+            .collect(),
+        _ => values.flat_map(|value| value.to_le_bytes()).collect(),
     }
 }
 
@@ -161,7 +167,7 @@ pub fn export(
 /// Where an exported tensor's values are, and what they become.
 enum Exported {
     /// A part of a trained tensor, in a number format.
-    Values(Part, WeightFormat),
+    Values(Part, DType),
     /// The FP8 codes of one.
     Codes(Part, BlockFp8, [usize; 2]),
     /// The scales of those.
@@ -186,7 +192,7 @@ impl Exported {
     fn bytes(&self) -> bytes::Bytes {
         match self {
             Self::Bytes(bytes) => bytes.clone(),
-            Self::Values(part, format) => format.encode(&part.values()).into(),
+            Self::Values(part, dtype) => encode(*dtype, &part.values()).into(),
             Self::Codes(part, fp8, shape) => fp8.encode(&part.values(), *shape).codes.into(),
             Self::Scales(part, fp8, shape) => {
                 fp8.scale_bytes(&fp8.encode(&part.values(), *shape).scales)
@@ -195,29 +201,76 @@ impl Exported {
     }
 }
 
+/// Ends the name of a router's bias.
+const BIAS: &str = "e_score_correction_bias";
+
+/// Where the values of the trained tensors are, the routers' biases included, by key.
+fn sources(model: &Model) -> BTreeMap<String, Part> {
+    let mut sources = BTreeMap::new();
+    for parameter in model.parameters() {
+        let n = parameter.values.dims()[0];
+        for (key, range) in parameter_keys(&parameter.name, n, model) {
+            sources.insert(key, Part(parameter.values.clone(), range));
+        }
+    }
+    for (layer_idx, bias) in model.clone().correction_biases() {
+        let key = format!("model.layers.{layer_idx}.mlp.gate.{BIAS}");
+        sources.insert(key, Part(bias.clone().inner(), 0..bias.dims()[0]));
+    }
+    sources
+}
+
+/// Writes a model of which some tensors were trained: the base's files with the values of those replaced, in the formats
+/// they have there. All else keeps its bytes.
+///
+/// # Errors
+/// If reading the base or writing fails.
+pub fn export_chosen(model: &Model, base: &Folder, writer: &mut FolderWriter) -> Result<(), Error> {
+    let sources = sources(model);
+    let fp8 = is_fp8(base)
+        .then(|| BlockFp8::of(Some(base), &model.config))
+        .transpose()?;
+    for (file, names) in base.shards() {
+        let mut tensors = Vec::new();
+        for name in names {
+            let tensor = base.tensor(name)?;
+            let key = name.strip_suffix("_scale_inv").unwrap_or(name);
+            let exported = match (sources.get(key), fp8, base.tensor(key)?.shape.as_slice()) {
+                (None, ..) => Exported::Bytes(tensor.bytes.clone()),
+                (Some(part), Some(fp8), [rows, cols]) if key != name => {
+                    Exported::Scales(part.clone(), fp8, [*rows, *cols])
+                }
+                (Some(part), Some(fp8), [rows, cols]) if tensor.dtype == DType::F8E4M3 => {
+                    Exported::Codes(part.clone(), fp8, [*rows, *cols])
+                }
+                (Some(part), ..) => Exported::Values(part.clone(), tensor.dtype),
+            };
+            tensors.push((tensor.spec(), exported));
+        }
+        let (specs, sources): (Vec<_>, Vec<_>) = tensors.into_iter().unzip();
+        writer.add_shard(file, &specs, |i| Ok(sources[i].bytes()))?;
+    }
+    writer.write_index()?;
+    Ok(writer.write_json("config.json", base.config())?)
+}
+
 fn exported_tensors(
     model: &Model,
     base: Option<&Folder>,
     (format, fp8): (WeightFormat, Option<BlockFp8>),
 ) -> Result<Vec<(TensorSpec, Exported)>, Error> {
-    let mut sources = std::collections::BTreeMap::new();
-    for parameter in model.parameters() {
-        let n = parameter.values.dims()[0];
-        for (key, range) in parameter_keys(&parameter.name, n, &model.config) {
-            sources.insert(key, (format, Part(parameter.values.clone(), range)));
-        }
-    }
-    for (layer_idx, bias) in model.clone().correction_biases() {
-        let key = format!("model.layers.{layer_idx}.mlp.gate.e_score_correction_bias");
-        let part = Part(bias.clone().inner(), 0..bias.dims()[0]);
-        sources.insert(key, (WeightFormat::F32, part));
-    }
+    let mut sources = sources(model);
     let mut tensors = Vec::new();
     for (key, shape) in keys(&model.config) {
-        let Some((format, part)) = sources.remove(&key) else {
+        let Some(part) = sources.remove(&key) else {
             return Err(Error::Unsupported(format!(
-                "`{key}` is not trained: only fully trained models are exported"
+                "`{key}` is not trained: only fully trained models are written in another format"
             )));
+        };
+        let format = if key.ends_with(BIAS) {
+            WeightFormat::F32
+        } else {
+            format
         };
         match (fp8, shape.as_slice()) {
             (Some(fp8), [rows, cols]) if is_lowered(&key) => {
@@ -232,7 +285,7 @@ fn exported_tensors(
                     dtype: format.dtype(),
                     shape,
                 };
-                tensors.push((spec, Exported::Values(part, format)));
+                tensors.push((spec, Exported::Values(part, format.dtype())));
             }
         }
     }

@@ -100,14 +100,7 @@ impl Linear {
             (Weight::Frozen(frozen), Some(quantizer)) => {
                 self.forward_merged(x, &frozen.matrix, quantizer, compute)
             }
-            (Weight::Frozen(frozen), None) => {
-                let y = kernels::linear_frozen(x.clone(), &frozen.matrix, compute);
-                self.add_update(y, x, pass)
-            }
-            (Weight::Trained(weight), _) => {
-                let y = kernels::linear_trained(x.clone(), weight.val(), compute, compute);
-                self.add_update(y, x, pass)
-            }
+            _ => self.forward_updated(x, compute, pass),
         };
         match &self.bias {
             Some(bias) => y + bias.val().unsqueeze(),
@@ -115,11 +108,30 @@ impl Linear {
         }
     }
 
-    fn add_update(&self, y: Tensor<2>, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
-        match &self.lora {
-            Some(lora) => kernels::linear_add(y, lora.project(x, pass), lora.lora_b.val()),
-            None => y,
+    /// The product with the weight alone.
+    fn product(&self, x: Tensor<2>, compute: Compute) -> Tensor<2> {
+        match &self.weight {
+            Weight::Frozen(frozen) => kernels::linear_frozen(x, &frozen.matrix, compute),
+            Weight::Trained(weight) => kernels::linear_trained(x, weight.val(), compute, compute),
         }
+    }
+
+    /// The product with the weight and its update.
+    fn forward_updated(&self, x: Tensor<2>, compute: Compute, pass: &Pass<'_>) -> Tensor<2> {
+        let y = self.product(x.clone(), compute);
+        let Some(lora) = &self.lora else { return y };
+        let updated = |y, x| kernels::linear_add(y, lora.project(x, pass), lora.lora_b.val());
+        let Some(gains) = lora.gains(&self.weight) else {
+            return updated(y, lora.dropped(x, pass));
+        };
+        let gains = gains.unsqueeze();
+        if lora.dropout == 0.0 || pass.dropout_seed.is_none() {
+            return updated(y, x) * gains;
+        }
+        // What DoRA changes is of dropped inputs only, its share of the base's product included.
+        let x = lora.dropped(x, pass);
+        let dropped = self.product(x.clone(), compute);
+        y - dropped.clone() + updated(dropped, x) * gains
     }
 
     /// The product with the weight that a merge into the quantizer's format would write.
@@ -149,6 +161,15 @@ impl Linear {
     /// # Panics
     /// If the sizes do not fit.
     pub fn per_head(&self, x: Tensor<3>, rows: HeadRows) -> Tensor<3> {
+        let gains = self.lora.as_ref().and_then(|lora| lora.gains(&self.weight));
+        let gains = gains.map(|gains| {
+            let of_heads = gains.reshape([1, rows.heads, self.weight.dims()[0] / rows.heads]);
+            of_heads.slice([0..1, 0..rows.heads, rows.start..rows.start + rows.len])
+        });
+        let x = match (&gains, rows.direction) {
+            (Some(gains), Direction::Transposed) => x * gains.clone(),
+            _ => x,
+        };
         let y = match &self.weight {
             Weight::Frozen(frozen) => kernels::heads_linear(x.clone(), &frozen.matrix, rows),
             Weight::Trained(weight) => per_head_dense(x.clone(), weight.val(), rows),
@@ -171,7 +192,11 @@ impl Linear {
                 flat(u).matmul(a).reshape([tokens, heads, width])
             }
         };
-        y + update * lora.scale
+        let y = y + update * lora.scale;
+        match (gains, rows.direction) {
+            (Some(gains), Direction::Forward) => y * gains,
+            _ => y,
+        }
     }
 
     /// The loss of every token with this layer as the output head; the logits are never held together.
@@ -191,7 +216,8 @@ impl Linear {
                 kernels::cross_entropy_trained(hidden, weight.val(), targets, compute)
             }
             (Weight::Frozen(frozen), Some(lora)) => {
-                let low_rank = [lora.project(hidden.clone(), pass), lora.lora_b.val()];
+                let low = lora.project(lora.dropped(hidden.clone(), pass), pass);
+                let low_rank = [low, lora.lora_b.val()];
                 kernels::cross_entropy_frozen(hidden, low_rank, &frozen.matrix, targets, compute)
             }
             (Weight::Frozen(frozen), None) => {
@@ -204,25 +230,52 @@ impl Linear {
 }
 
 impl Lora {
-    /// The first half of the update, `scale · drop(x) · aᵀ`.
+    /// The input as the update sees it.
+    fn dropped(&self, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
+        let Some(seed) = pass.dropout_seed else {
+            return x;
+        };
+        let dropout = Dropout {
+            probability: self.dropout,
+            seed,
+        };
+        kernels::dropout(x, dropout.fork(self.site))
+    }
+
+    /// The first half of the update, `scale · x · aᵀ`.
     ///
     /// # Shapes
     /// - `x`: `[tokens, in]`
     /// - returns: `[tokens, rank]`
-    pub(crate) fn project(&self, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
-        let x = match pass.dropout_seed {
-            Some(seed) => kernels::dropout(
-                x,
-                Dropout {
-                    probability: self.dropout,
-                    seed,
-                }
-                .fork(self.site),
-            ),
-            None => x,
-        };
+    fn project(&self, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
         let products = Class::Lora.compute(pass.compute);
         kernels::linear_trained(x, self.lora_a.val(), products, pass.compute) * self.scale
+    }
+
+    /// DoRA's factor of every output, `[out]`: its magnitude over the norm of its row, which counts as a constant. None
+    /// for a plain update.
+    fn gains(&self, weight: &Weight) -> Option<Tensor<1>> {
+        let dora = self.dora.as_ref()?;
+        let norms = match &dora.norms {
+            Some(norms) => norms.clone(),
+            None => self.row_norms(weight),
+        };
+        Some(dora.lora_magnitude_vector.val() / norms)
+    }
+
+    /// The norms of the updated weight's rows, `[out]`, without gradient.
+    pub(crate) fn row_norms(&self, weight: &Weight) -> Tensor<1> {
+        // In burn, what is detached from a parameter still asks for a gradient.
+        let factors =
+            [&self.lora_a, &self.lora_b].map(|factor| factor.val().set_require_grad(false));
+        match weight {
+            Weight::Frozen(frozen) => kernels::row_norms(&frozen.matrix, factors, self.scale),
+            Weight::Trained(weight) => {
+                let [a, b] = factors;
+                let whole = weight.val().set_require_grad(false) + b.matmul(a) * self.scale;
+                whole.powi_scalar(2).sum_dim(1).squeeze_dim::<1>(1).sqrt()
+            }
+        }
     }
 }
 

@@ -4,6 +4,9 @@
 //! activations, `y += (scale · drop(x) · aᵀ) · bᵀ`, or added to the weight tile by tile where a quantizer rounds the sum;
 //! the updated weight is never formed whole while training.
 //!
+//! DoRA (arXiv:2402.09353) gives every row of the updated weight a trained length: `m_i · (w + scale · b · a)_i / ‖·‖`, with
+//! the norm a constant of the gradient.
+//!
 //! Dialects for routed experts (ARCHITECTURE of the formats, not of the update): *classic* has one pair per expert and
 //! projection; *fused* (PEFT today) has two pairs of stacked factors per layer, `gate_up_proj` and `down_proj`, `A` with
 //! rows `expert · rank + j` and `B` with columns `j · experts + expert`.
@@ -17,7 +20,7 @@ use crate::Error;
 use crate::decoder::Model;
 use crate::linear::Linear;
 use crate::moe::experts::{Experts, ExpertsLora, FactorStacks};
-use crate::sites::{Site, matches};
+use crate::sites::{PROJECTIONS, Site, matches};
 
 /// The low-rank update of one linear layer.
 #[derive(Module, Debug)]
@@ -35,6 +38,18 @@ pub struct Lora {
     /// This site's number, for the dropout's seed.
     #[module(skip)]
     pub site: u64,
+    /// The lengths of the updated rows, if they are trained too.
+    pub dora: Option<Dora>,
+}
+
+/// What DoRA adds to an update.
+#[derive(Module, Debug)]
+pub struct Dora {
+    /// The length of every row of the updated weight, `[out]`.
+    pub lora_magnitude_vector: Param<Tensor<1>>,
+    /// The norms of those rows, `[out]`, where nothing is trained that would change them.
+    #[module(skip)]
+    pub norms: Option<Tensor<1>>,
 }
 
 impl Lora {
@@ -65,6 +80,47 @@ pub struct LoraConfig {
     pub dropout: f32,
     /// Seed of the fresh factors.
     pub seed: u64,
+    /// Whether the lengths of rows are trained too.
+    pub use_dora: bool,
+    /// Which factors the experts of a layer share.
+    pub experts_share: Option<Share>,
+}
+
+/// Which factors of their updates the experts of a layer share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Share {
+    /// The first of every projection.
+    A,
+    /// The second of every projection.
+    B,
+    /// Those of the residual stream's width: the first of gate and up, the second of down.
+    Outer,
+}
+
+impl Share {
+    /// What adapters call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::A => "A",
+            Self::B => "B",
+            Self::Outer => "outer",
+        }
+    }
+
+    /// What an adapter calls so.
+    pub fn named(name: &str) -> Option<Self> {
+        let mut all = [Self::A, Self::B, Self::Outer].into_iter();
+        all.find(|share| share.name() == name)
+    }
+
+    /// Whether one projection's first and second factor are shared.
+    pub(crate) fn factors(self, projection: &str) -> [bool; 2] {
+        match self {
+            Self::A => [true, false],
+            Self::B => [false, true],
+            Self::Outer => [projection != "down_proj", projection == "down_proj"],
+        }
+    }
 }
 
 /// How alpha becomes a scale.
@@ -118,62 +174,77 @@ impl LoraConfig {
         self.target.iter().any(|pattern| matches(pattern, module))
             && !self.exclude.iter().any(|pattern| matches(pattern, module))
     }
+
+    /// The experts of a layer whose updates are asked for, by projection: all of them by the projection's path, or single
+    /// ones by their own.
+    fn chosen_experts(&self, path: &str, projection: &str, n_experts: usize) -> Vec<usize> {
+        let of_all = format!("{path}.{projection}");
+        let any = |patterns: &[String], module: &str| {
+            let mut patterns = patterns.iter();
+            patterns.any(|pattern| matches(pattern, &of_all) || matches(pattern, module))
+        };
+        let is_chosen = |expert: &usize| {
+            let module = format!("{path}.{expert}.{projection}");
+            any(&self.target, &module) && !any(&self.exclude, &module)
+        };
+        (0..n_experts).filter(is_chosen).collect()
+    }
 }
 
 /// Puts fresh updates on the modules a config chooses; their effect is zero until they are trained.
 ///
 /// # Errors
-/// [`Error::NoMatch`] for a pattern (of `target`, `exclude`, `rank_pattern` or `alpha_pattern`) that matches nothing.
+/// [`Error::NoMatch`] for a pattern (of `target`, `exclude`, `rank_pattern` or `alpha_pattern`) that matches nothing;
+/// [`Error::Unsupported`] for experts whose projections are chosen apart, and for modules that have no DoRA.
 pub fn attach(
     model: &mut Model,
     config: &LoraConfig,
     device: &Device,
 ) -> Result<Vec<Adapted>, Error> {
-    let modules = model.module_paths();
-    let named = config
-        .rank_pattern
-        .iter()
-        .map(|(p, _)| p)
-        .chain(config.alpha_pattern.iter().map(|(p, _)| p));
-    for pattern in config.target.iter().chain(&config.exclude).chain(named) {
-        if !modules.iter().any(|module| matches(pattern, module)) {
+    check_patterns(model, config)?;
+    let (mut adapted, mut failure, mut site_number) = (Vec::new(), None, 0);
+    model.for_each_site(&mut |path, site| {
+        site_number += 1;
+        let found = match site {
+            Site::Linear(linear) if config.adapts(path) => {
+                attach_linear(linear, path, config, (site_number, device)).map(|one| vec![one])
+            }
+            Site::Linear(_) => Ok(vec![]),
+            Site::Experts(experts) => attach_experts(experts, path, config, (site_number, device)),
+        };
+        match found {
+            Ok(found) => adapted.extend(found),
+            Err(error) => failure = failure.take().or(Some(error)),
+        }
+    });
+    match failure {
+        Some(error) => Err(error),
+        None if adapted.is_empty() => Err(Error::NoMatch {
+            pattern: config.target.join(", "),
+            available: last_names(&model.module_paths()),
+        }),
+        None => Ok(adapted),
+    }
+}
+
+/// Refuses a pattern that chooses nothing.
+fn check_patterns(model: &Model, config: &LoraConfig) -> Result<(), Error> {
+    let (modules, experts) = (model.module_paths(), model.expert_paths());
+    let ranks = config.rank_pattern.iter().map(|(pattern, _)| pattern);
+    let alphas = config.alpha_pattern.iter().map(|(pattern, _)| pattern);
+    let of_modules = ranks.chain(alphas).map(|pattern| (pattern, false));
+    let chosen = config.target.iter().chain(&config.exclude);
+    for (pattern, may_be_expert) in chosen.map(|pattern| (pattern, true)).chain(of_modules) {
+        let any = |paths: &[String]| paths.iter().any(|path| matches(pattern, path));
+        let is_known = any(&modules) || (may_be_expert && any(&experts));
+        if !is_known {
             return Err(Error::NoMatch {
                 pattern: pattern.clone(),
                 available: last_names(&modules),
             });
         }
     }
-    let mut adapted = Vec::new();
-    let mut site_number = 0;
-    model.for_each_site(&mut |path, site| {
-        site_number += 1;
-        match site {
-            Site::Linear(linear) if config.adapts(path) => {
-                adapted.push(attach_linear(linear, path, config, (site_number, device)))
-            }
-            Site::Linear(_) => {}
-            Site::Experts(experts) => {
-                adapted.extend(attach_experts(experts, path, config, (site_number, device)))
-            }
-        }
-    });
-    if adapted.is_empty() {
-        let pattern = config.target.join(", ");
-        return Err(Error::NoMatch {
-            pattern,
-            available: last_names(&modules),
-        });
-    }
-    Ok(adapted)
-}
-
-/// Takes all low-rank updates off a model: what is left is its base. Weights are shared, not copied, so a clone costs
-/// nothing.
-pub fn detach(model: &mut Model) {
-    model.for_each_site(&mut |_, site| match site {
-        Site::Linear(linear) => linear.lora = None,
-        Site::Experts(experts) => experts.lora = None,
-    });
+    Ok(())
 }
 
 fn last_names(modules: &[String]) -> String {
@@ -186,18 +257,35 @@ fn last_names(modules: &[String]) -> String {
     names.join(", ")
 }
 
+/// Refuses DoRA where there is none: PEFT has none for experts either, and the loss never holds the head's outputs.
+pub(crate) fn check_dora(path: &str) -> Result<(), Error> {
+    let is_expert = path.contains(".experts");
+    if !is_expert && path != "lm_head" {
+        return Ok(());
+    }
+    let (what, pattern) = if is_expert {
+        ("routed experts", "experts")
+    } else {
+        ("the output head", "lm_head")
+    };
+    Err(Error::Unsupported(format!(
+        "`{path}`: DoRA is for linear layers, not for {what}; leave them out with \
+         `lora.exclude = [\"{pattern}\"]`, or set `lora.use_dora` to false"
+    )))
+}
+
 fn attach_linear(
     linear: &mut Linear,
     path: &str,
     config: &LoraConfig,
     (site, device): (u64, &Device),
-) -> Adapted {
+) -> Result<Adapted, Error> {
     let ([out, width], rank, alpha) = (
         linear.weight.dims(),
         config.rank_of(path),
         config.alpha_of(path),
     );
-    linear.lora = Some(Lora {
+    let mut lora = Lora {
         lora_a: parameter(
             uniform(config.seed, path, rank * width, width),
             [rank, width],
@@ -207,13 +295,26 @@ fn attach_linear(
         scale: config.scaling.scale(alpha, rank),
         dropout: config.dropout,
         site,
-    });
-    Adapted {
+        dora: None,
+    };
+    if config.use_dora {
+        check_dora(path)?;
+        let norms = lora.row_norms(&linear.weight);
+        lora.dora = Some(Dora {
+            lora_magnitude_vector: Param::initialized(
+                ParamId::new(),
+                norms.set_require_grad(device.is_autodiff()),
+            ),
+            norms: None,
+        });
+    }
+    linear.lora = Some(lora);
+    Ok(Adapted {
         module: path.into(),
         rank,
         alpha,
-        parameters: rank * (width + out),
-    }
+        parameters: rank * (width + out) + if config.use_dora { out } else { 0 },
+    })
 }
 
 fn attach_experts(
@@ -221,47 +322,80 @@ fn attach_experts(
     path: &str,
     config: &LoraConfig,
     (site, device): (u64, &Device),
-) -> Vec<Adapted> {
+) -> Result<Vec<Adapted>, Error> {
     let [n_experts, inner, hidden] = experts.dims();
+    let by_projection =
+        PROJECTIONS.map(|projection| config.chosen_experts(path, projection, n_experts));
+    let Some(chosen) = by_projection.iter().find(|chosen| !chosen.is_empty()) else {
+        return Ok(vec![]);
+    };
+    if let Some(other) = by_projection
+        .iter()
+        .find(|other| !other.is_empty() && *other != chosen)
+    {
+        return Err(Error::Unsupported(format!(
+            "`{path}`: `lora.target` and `lora.exclude` choose {} experts for one projection and {} for another; \
+             choose the same ones",
+            chosen.len(),
+            other.len()
+        )));
+    }
+    if config.use_dora {
+        check_dora(path)?;
+    }
     let mut adapted = Vec::new();
-    let mut stacks = |projection: &str, [width, out]: [usize; 2]| {
-        let path = format!("{path}.{projection}");
-        config.adapts(&path).then(|| {
-            let (rank, alpha) = (config.rank_of(&path), config.alpha_of(&path));
-            adapted.push(Adapted {
-                module: path.clone(),
-                rank,
-                alpha,
-                parameters: n_experts * rank * (width + out),
-            });
-            FactorStacks {
-                lora_a: parameter(
-                    uniform(config.seed, &path, n_experts * rank * width, width),
-                    [n_experts, rank, width],
-                    device,
-                ),
-                lora_b: parameter(
-                    vec![0.0; n_experts * out * rank],
-                    [n_experts, out, rank],
-                    device,
-                ),
-                scale: config.scaling.scale(alpha, rank),
-            }
+    let mut stacks = |index: usize, [width, out]: [usize; 2]| {
+        let path = format!("{path}.{}", PROJECTIONS[index]);
+        let n = by_projection[index].len();
+        (n > 0).then(|| {
+            let (stacks, one) = fresh_stacks(config, &path, (n, [width, out]), device);
+            adapted.push(one);
+            stacks
         })
     };
     let lora = ExpertsLora {
-        gate_proj: stacks("gate_proj", [hidden, inner]),
-        up_proj: stacks("up_proj", [hidden, inner]),
+        gate_proj: stacks(0, [hidden, inner]),
+        up_proj: stacks(1, [hidden, inner]),
         gate_up_proj: None,
         is_fused: false,
-        down_proj: stacks("down_proj", [inner, hidden]),
+        down_proj: stacks(2, [inner, hidden]),
         dropout: config.dropout,
         site,
     };
-    if !adapted.is_empty() {
-        experts.lora = Some(lora);
-    }
-    adapted
+    experts.choose(chosen.clone());
+    experts.lora = Some(lora);
+    Ok(adapted)
+}
+
+/// Fresh factors of one projection of `n` experts.
+fn fresh_stacks(
+    config: &LoraConfig,
+    path: &str,
+    (n, [width, out]): (usize, [usize; 2]),
+    device: &Device,
+) -> (FactorStacks, Adapted) {
+    let (rank, alpha) = (config.rank_of(path), config.alpha_of(path));
+    let projection = path.rsplit('.').next().unwrap_or(path);
+    let shared = config.experts_share.map(|share| share.factors(projection));
+    let [n_a, n_b] = shared
+        .unwrap_or_default()
+        .map(|is_shared| if is_shared { 1 } else { n });
+    let stacks = FactorStacks {
+        lora_a: parameter(
+            uniform(config.seed, path, n_a * rank * width, width),
+            [n_a, rank, width],
+            device,
+        ),
+        lora_b: parameter(vec![0.0; n_b * out * rank], [n_b, out, rank], device),
+        scale: config.scaling.scale(alpha, rank),
+    };
+    let adapted = Adapted {
+        module: path.into(),
+        rank,
+        alpha,
+        parameters: rank * (n_a * width + n_b * out),
+    };
+    (stacks, adapted)
 }
 
 /// A tensor that is trained.

@@ -332,13 +332,22 @@ impl Merger<'_> {
             merged.decode(row..row + 1, 0..base.cols(), &mut line);
             line
         };
+        let gain = |row: usize| match &update {
+            Some(update) if update.magnitude.is_some() => {
+                let mut plain = vec![0.0; base.cols()];
+                base.decode(row..row + 1, 0..base.cols(), &mut plain);
+                update.gain(row, &plain)
+            }
+            _ => 1.0,
+        };
         // Of each row, the error and what rounding explains of it, relative to the row's magnitude.
         let errors = (0..base.rows()).into_par_iter().map(|row| {
             let added = update
                 .as_ref()
                 .map_or(0.0, |u| dot(&u.b[row * u.rank..(row + 1) * u.rank], &low));
             let magnitude: f32 = line(row).iter().map(|value| value.abs()).sum();
-            let difference = (base.dot(row, &signs) + added - merged.dot(row, &signs)).abs();
+            let expected = gain(row) * (base.dot(row, &signs) + added);
+            let difference = (expected - merged.dot(row, &signs)).abs();
             let allowed = allowed_error(&merged, row, magnitude);
             let magnitude = magnitude + f32::MIN_POSITIVE;
             [difference / magnitude, difference - allowed]
@@ -371,7 +380,7 @@ fn relative_error(base: &Matrix, update: Option<&Pair>, merged: &Matrix) -> f64 
         base.decode(row..row + 1, 0..width, &mut expected);
         merged.decode(row..row + 1, 0..width, &mut found);
         if let Some(update) = update {
-            add_to_row(&mut expected, update, row);
+            update.apply(row, &mut expected);
         }
         let square = |value: f32| f64::from(value) * f64::from(value);
         let pairs = expected.iter().zip(&found);
@@ -412,21 +421,13 @@ fn matrix_shape(name: &str, shape: &[usize]) -> Result<[usize; 2], Error> {
     })
 }
 
-/// `w += scale · b · a`.
+/// Makes a weight the updated one.
 fn add_update(values: &mut [f32], update: &Pair, tensor: &checkpoint::Tensor) -> Result<(), Error> {
     let [width, out] = update.widths();
     tensor.expect_shape(&[out, width])?;
     let rows = values.par_chunks_mut(width).enumerate();
-    rows.for_each(|(row, values)| add_to_row(values, update, row));
+    rows.for_each(|(row, values)| update.apply(row, values));
     Ok(())
-}
-
-fn add_to_row(values: &mut [f32], update: &Pair, row: usize) {
-    let b = &update.b[row * update.rank..(row + 1) * update.rank];
-    for (b, a) in b.iter().zip(update.a.chunks(values.len())) {
-        let pairs = values.iter_mut().zip(a);
-        pairs.for_each(|(w, a)| *w += update.scale * b * a);
-    }
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f32 {

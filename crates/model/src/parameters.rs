@@ -54,6 +54,16 @@ impl Model {
         })
     }
 
+    /// The numbers of the trained or updated experts of a layer, by the path of anything in it; none if it has no experts.
+    pub fn expert_numbers(&self, path: &str) -> Vec<usize> {
+        let layer = path.split('.').nth(2).and_then(|layer| layer.parse().ok());
+        let layer = layer.and_then(|layer: usize| self.model.layers.get(layer));
+        match layer.map(|layer| &layer.mlp) {
+            Some(FeedForward::Moe(moe)) => moe.experts.numbers(),
+            _ => vec![],
+        }
+    }
+
     /// The correction biases of the routers, by layer: moved by the balancer, never by an optimizer.
     pub fn correction_biases(&mut self) -> impl Iterator<Item = (usize, &mut Tensor<1>)> {
         self.model

@@ -19,7 +19,7 @@ impl Model {
     /// format: one whose rows the blocks do not fill is in another than was asked for.
     ///
     /// # Errors
-    /// If FP8 is asked for and the model's own blocks are not 128 × 128.
+    /// If FP8 is asked for and the model's own blocks are not 128 × 128, or the model has DoRA updates.
     pub fn round_weights(
         &mut self,
         quantizer: Quantizer,
@@ -35,11 +35,12 @@ impl Model {
             Quantizer::Fp8(_) => Quantizer::Fp8(self.config.fp8_scales),
             Quantizer::Gguf(_) => quantizer,
         };
-        let mut counts = BTreeMap::new();
+        let (mut counts, mut has_dora) = (BTreeMap::new(), false);
         self.for_each_site(&mut |path, site| {
             let (place, matrices) = match site {
                 Site::Linear(linear) if is_lowered(&format!("{path}.weight")) => {
                     let width = linear.weight.dims()[1];
+                    has_dora |= linear.lora.as_ref().is_some_and(|lora| lora.dora.is_some());
                     (&mut linear.quantizer, vec![(width, 1)])
                 }
                 Site::Linear(_) => return,
@@ -56,6 +57,13 @@ impl Model {
                 }
             }
         });
+        if has_dora {
+            return Err(Error::Unsupported(
+                "weights that carry a DoRA update are not read rounded; merge the adapter and look at the merged \
+                 model"
+                    .into(),
+            ));
+        }
         Ok(counts)
     }
 }

@@ -78,6 +78,19 @@ impl Model {
         });
         paths
     }
+
+    /// The paths of all projections of single experts, `….experts.7.down_proj`.
+    pub fn expert_paths(&self) -> Vec<String> {
+        let mut paths = Vec::new();
+        self.clone().for_each_site(&mut |path, site| {
+            if let Site::Experts(experts) = site {
+                let numbers = 0..experts.dims()[0];
+                let of = |expert| PROJECTIONS.map(|name| format!("{path}.{expert}.{name}"));
+                paths.extend(numbers.flat_map(of));
+            }
+        });
+        paths
+    }
 }
 
 fn visit_mlp(path: &str, mlp: &mut Mlp, visit: &mut dyn FnMut(&str, Site<'_>)) {

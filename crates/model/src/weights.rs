@@ -20,29 +20,64 @@ use crate::linear::{Frozen, Linear, Weight};
 use crate::lora::parameter;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
-use crate::moe::experts::{ExpertWeights, Experts, FrozenBank, Stacks};
+use crate::moe::experts::{Chosen, ExpertWeights, Experts, FrozenBank, PartlyTrained, Stacks};
 use crate::moe::router::Router;
 use crate::norm::Norm;
-use crate::sites::PROJECTIONS;
+use crate::sites::{PROJECTIONS, matches};
 
 /// Epsilon of the norms inside latent attention, whatever the config says.
 const LATENT_NORM_EPS: f32 = 1e-6;
 
-/// Whether a model's own weights change.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Which of a model's own weights change.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Training {
     /// They stay in their published bytes; adapters may be trained on them.
     Frozen,
     /// All are trained, in f32.
     Full,
+    /// Those whose keys match a pattern of the first list and none of the second; see [`matches()`].
+    Chosen(Vec<String>, Vec<String>),
+}
+
+impl Training {
+    fn trains(&self, key: &str) -> bool {
+        let any = |patterns: &[String]| patterns.iter().any(|pattern| matches(pattern, key));
+        match self {
+            Self::Frozen => false,
+            Self::Full => true,
+            Self::Chosen(patterns, but) => any(patterns) && !any(but),
+        }
+    }
+
+    /// Refuses a pattern that chooses no tensor.
+    fn check(&self, config: &ModelConfig) -> Result<(), Error> {
+        let Self::Chosen(patterns, _) = self else {
+            return Ok(());
+        };
+        let keys = keys(config);
+        let matches_none =
+            |pattern: &&String| !keys.iter().any(|(key, _)| matches(pattern.as_str(), key));
+        match patterns.iter().find(matches_none) {
+            Some(pattern) => Err(Error::NoTensor {
+                pattern: pattern.clone(),
+                example: keys
+                    .get(keys.len() / 2)
+                    .map(|(key, _)| key.clone())
+                    .unwrap_or_default(),
+            }),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Opens a model over a checkpoint.
 ///
 /// # Errors
-/// If the config is not one we compute, or a tensor is missing or of another shape or dtype than the config says.
+/// If the config is not one we compute, a tensor is missing or of another shape or dtype than the config says, or a
+/// pattern chooses nothing.
 pub fn load(folder: &Folder, training: Training, device: &Device) -> Result<Model, Error> {
     let config = read_config(folder)?;
+    training.check(&config)?;
     Builder {
         source: Source::Folder(folder),
         training,
@@ -453,11 +488,7 @@ impl Builder<'_> {
                 },
                 config: moe.clone(),
             },
-            experts: Experts {
-                weights: self.experts(&format!("{at}.experts"), moe)?,
-                lora: None,
-                quantizer: None,
-            },
+            experts: self.experts(&format!("{at}.experts"), moe)?,
             shared_experts: if shared > 0 {
                 Some(self.mlp(&format!("{at}.shared_experts"), shared)?)
             } else {
@@ -466,52 +497,106 @@ impl Builder<'_> {
         })
     }
 
-    fn experts(&self, at: &str, moe: &MoeConfig) -> Result<ExpertWeights, Error> {
-        let (n, inner, hidden) = (
-            moe.n_routed_experts,
-            moe.moe_intermediate_size,
-            self.config.hidden_size,
-        );
+    fn experts(&self, at: &str, moe: &MoeConfig) -> Result<Experts, Error> {
+        let n = moe.n_routed_experts;
         let key = |expert: usize, projection: &str| format!("{at}.{expert}.{projection}.weight");
-        match (self.training, &self.source) {
-            (Training::Frozen, Source::Folder(folder)) => {
-                let bank = |projection: &str, shape| {
-                    (0..n)
-                        .map(|expert| {
-                            read_matrix(
-                                folder,
-                                &key(expert, projection),
-                                shape,
-                                self.config.fp8_block,
-                            )
-                        })
-                        .collect::<Result<Vec<_>, _>>()
-                };
-                let [gate, up, down] = PROJECTIONS;
-                let bank = ExpertBank {
-                    gate: bank(gate, [inner, hidden])?,
-                    up: bank(up, [inner, hidden])?,
-                    down: bank(down, [hidden, inner])?,
-                };
-                Ok(ExpertWeights::Frozen(FrozenBank {
-                    bank: Arc::new(bank),
-                }))
+        let trains = |expert: usize, projection| self.training.trains(&key(expert, projection));
+        let [gate, up, down] = PROJECTIONS.map(|projection| {
+            (0..n)
+                .filter(|expert| trains(*expert, projection))
+                .collect::<Vec<_>>()
+        });
+        let chosen = [&gate, &up, &down]
+            .into_iter()
+            .find(|chosen| !chosen.is_empty());
+        let is_even = |numbers: &&Vec<usize>| numbers.is_empty() || Some(*numbers) == chosen;
+        if ![&gate, &up, &down].iter().all(is_even) {
+            return Err(Error::Unsupported(format!(
+                "`{at}`: {} experts' gate_proj are to be trained, {} up_proj and {} down_proj; choose the same \
+                 experts for every projection, or none",
+                gate.len(),
+                up.len(),
+                down.len()
+            )));
+        }
+        let weights = match chosen {
+            None => ExpertWeights::Frozen(FrozenBank {
+                bank: self.bank(at, moe)?,
+            }),
+            Some(_) if self.training == Training::Full => {
+                let all: Vec<usize> = (0..n).collect();
+                ExpertWeights::Trained(self.stacks(at, moe, &all)?)
             }
-            _ => {
-                let stack = |projection: &str, [out, width]: [usize; 2]| {
-                    let mut values = Vec::with_capacity(n * out * width);
-                    for expert in 0..n {
-                        values.extend(self.values(&key(expert, projection), [out, width])?);
-                    }
-                    Ok::<_, Error>(parameter(values, [n, out, width], self.device))
-                };
-                let [gate, up, down] = PROJECTIONS;
-                Ok(ExpertWeights::Trained(Stacks {
-                    gate_proj: stack(gate, [inner, hidden])?,
-                    up_proj: stack(up, [inner, hidden])?,
-                    down_proj: stack(down, [hidden, inner])?,
-                }))
+            Some(numbers) => ExpertWeights::Partly(PartlyTrained {
+                bank: self.bank(at, moe)?,
+                trained: self.stacks(at, moe, numbers)?,
+            }),
+        };
+        let chosen = match &weights {
+            ExpertWeights::Partly(partly) => {
+                chosen.map(|numbers| Chosen::new(numbers.clone(), &partly.bank))
             }
+            _ => None,
+        };
+        Ok(Experts {
+            weights,
+            lora: None,
+            quantizer: None,
+            chosen,
+        })
+    }
+
+    /// Views of a layer's experts in their published bytes.
+    fn bank(&self, at: &str, moe: &MoeConfig) -> Result<Arc<ExpertBank>, Error> {
+        let (inner, hidden) = (moe.moe_intermediate_size, self.config.hidden_size);
+        let bank = |projection: &str, shape| {
+            let key = |expert| format!("{at}.{expert}.{projection}.weight");
+            (0..moe.n_routed_experts)
+                .map(|expert| self.matrix(&key(expert), shape))
+                .collect::<Result<Vec<_>, _>>()
+        };
+        let [gate, up, down] = PROJECTIONS;
+        Ok(Arc::new(ExpertBank {
+            gate: bank(gate, [inner, hidden])?,
+            up: bank(up, [inner, hidden])?,
+            down: bank(down, [hidden, inner])?,
+        }))
+    }
+
+    /// The values of some experts, each projection trained if it is chosen.
+    fn stacks(&self, at: &str, moe: &MoeConfig, numbers: &[usize]) -> Result<Stacks, Error> {
+        let (inner, hidden) = (moe.moe_intermediate_size, self.config.hidden_size);
+        let stack = |projection: &str, [out, width]: [usize; 2]| {
+            let key = |expert: usize| format!("{at}.{expert}.{projection}.weight");
+            let mut values = Vec::with_capacity(numbers.len() * out * width);
+            for expert in numbers {
+                values.extend(self.values(&key(*expert), [out, width])?);
+            }
+            let trains = self.training.trains(&key(numbers[0]));
+            let stack = parameter(values, [numbers.len(), out, width], self.device);
+            Ok::<_, Error>(if trains {
+                stack
+            } else {
+                stack.set_require_grad(false)
+            })
+        };
+        let [gate, up, down] = PROJECTIONS;
+        Ok(Stacks {
+            gate_proj: stack(gate, [inner, hidden])?,
+            up_proj: stack(up, [inner, hidden])?,
+            down_proj: stack(down, [hidden, inner])?,
+        })
+    }
+
+    /// A weight in its published bytes; a fresh one in f32.
+    fn matrix(&self, key: &str, shape: [usize; 2]) -> Result<Matrix, Error> {
+        match self.source {
+            Source::Folder(folder) => read_matrix(folder, key, shape, self.config.fp8_block),
+            Source::Fresh(_) => Ok(Matrix::from_f32(
+                shape[0],
+                shape[1],
+                &self.values(key, shape)?,
+            )),
         }
     }
 
@@ -525,17 +610,12 @@ impl Builder<'_> {
     }
 
     fn weight(&self, key: &str, shape: [usize; 2]) -> Result<Weight, Error> {
-        match (self.training, &self.source) {
-            (Training::Frozen, Source::Folder(folder)) => {
-                let matrix = Arc::new(read_matrix(folder, key, shape, self.config.fp8_block)?);
-                Ok(Weight::Frozen(Frozen { matrix }))
-            }
-            _ => Ok(Weight::Trained(parameter(
-                self.values(key, shape)?,
-                shape,
-                self.device,
-            ))),
+        if self.training.trains(key) {
+            let values = self.values(key, shape)?;
+            return Ok(Weight::Trained(parameter(values, shape, self.device)));
         }
+        let matrix = Arc::new(self.matrix(key, shape)?);
+        Ok(Weight::Frozen(Frozen { matrix }))
     }
 
     /// A matrix's values in f32.
@@ -563,14 +643,11 @@ impl Builder<'_> {
     /// A vector that is trained with the rest.
     fn vector(&self, key: &str, len: usize, fresh: f32) -> Result<Param<Tensor<1>>, Error> {
         let values = self.vector_values(key, len, fresh)?;
-        Ok(match self.training {
-            Training::Full => parameter(values, [len], self.device),
-            Training::Frozen => Param::initialized(
-                ParamId::new(),
-                Tensor::from_floats(values.as_slice(), self.device),
-            )
-            .set_require_grad(false),
-        })
+        if self.training.trains(key) {
+            return Ok(parameter(values, [len], self.device));
+        }
+        let values = Tensor::from_floats(values.as_slice(), self.device);
+        Ok(Param::initialized(ParamId::new(), values).set_require_grad(false))
     }
 
     /// A vector that never has a gradient.
@@ -609,26 +686,28 @@ fn normal(seed: u64, key: &str, n: usize, deviation: f32) -> Vec<f32> {
     values
 }
 
-/// The checkpoint keys a trained tensor stands for, each with its part of the flat values. Empty for adapters.
+/// The checkpoint keys a trained tensor of a model stands for, each with its part of the flat values. Empty for adapters.
 pub fn parameter_keys(
     parameter: &str,
     len: usize,
-    config: &ModelConfig,
+    model: &Model,
 ) -> Vec<(String, std::ops::Range<usize>)> {
     if parameter.contains(".lora.") {
         return vec![];
     }
-    // Field names are keys, except for stacked experts: `….experts.weights.up_proj` holds all of them.
-    match (parameter.split_once(".experts.weights."), &config.moe) {
-        (Some((layer, projection)), Some(moe)) => {
-            let size = len / moe.n_routed_experts;
-            let key = |expert| format!("{layer}.experts.{expert}.{projection}.weight");
-            (0..moe.n_routed_experts)
-                .map(|expert| (key(expert), expert * size..(expert + 1) * size))
-                .collect()
-        }
-        _ => vec![(parameter.into(), 0..len)],
-    }
+    // Field names are keys, except for stacked experts: `….experts.weights.up_proj` holds all of them, and
+    // `….experts.weights.trained.up_proj` some.
+    let Some((layer, projection)) = parameter.split_once(".experts.weights.") else {
+        return vec![(parameter.into(), 0..len)];
+    };
+    let projection = projection.strip_prefix("trained.").unwrap_or(projection);
+    let numbers = model.expert_numbers(layer);
+    let size = len / numbers.len().max(1);
+    let key = |expert| format!("{layer}.experts.{expert}.{projection}.weight");
+    let parts = (0..).zip(numbers);
+    parts
+        .map(|(place, expert)| (key(expert), place * size..(place + 1) * size))
+        .collect()
 }
 
 /// Whether a tensor holds the block scales of another.

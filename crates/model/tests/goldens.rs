@@ -269,7 +269,7 @@ fn loss_and_gradients_are_the_goldens() {
         let mut norms: std::collections::BTreeMap<String, f64> = Default::default();
         for (parameter, gradient) in model.gradients(&mut gradients) {
             let gradient = values(gradient);
-            for (key, range) in weights::parameter_keys(&parameter, gradient.len(), &model.config) {
+            for (key, range) in weights::parameter_keys(&parameter, gradient.len(), &model) {
                 let norm = gradient[range]
                     .iter()
                     .map(|g| f64::from(*g).powi(2))
@@ -608,6 +608,8 @@ fn small_lora(target: &[&str]) -> LoraConfig {
         alpha_pattern: vec![],
         dropout: 0.0,
         seed: 5,
+        use_dora: false,
+        experts_share: None,
     }
 }
 

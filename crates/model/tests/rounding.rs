@@ -54,6 +54,8 @@ fn adapted(folder: &Folder) -> (Model, AdapterWeights) {
         alpha_pattern: vec![],
         dropout: 0.0,
         seed: 5,
+        use_dora: false,
+        experts_share: None,
     };
     lora::attach(&mut model, &config, &device).unwrap();
     let model = model.map_parameters(&mut |_, values| Some(values + 0.02));

@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use data::{Batch, Corpus, Order, Packing, Reading, Sample, Shuffle, collate_rows};
+use data::{Batch, Corpus, Order, Packing, Reading, Sample, Shuffle, collate, collate_rows};
 use kernels::Segments;
 
-use crate::recipe::Recipe;
+use crate::recipe::{Loss, Recipe};
 use crate::{Error, Result};
 
 /// The training rows, and batches of them by number.
@@ -16,6 +16,8 @@ pub struct Dataset {
     packing: Packing,
     order: Order,
     batch_size: usize,
+    /// Whether what is packed together are the two answers of a pair, which are rows of their own.
+    is_paired: bool,
 }
 
 impl Dataset {
@@ -45,10 +47,12 @@ impl Dataset {
             Some(_) => corpus.parts(),
             None => vec![corpus.len()],
         };
+        let is_paired = recipe.train.loss == Loss::Dpo;
         let lengths = corpus.lengths();
         let (mut packing, mut rows, mut first) = (Packing::none(0), Vec::new(), 0);
         for part in parts {
             let of_part = match recipe.data.packing {
+                _ if is_paired => Packing::pairs(part),
                 true => Packing::best_fit(&lengths[first..first + part], recipe.data.max_length),
                 false => Packing::none(part),
             };
@@ -69,10 +73,11 @@ impl Dataset {
             packing,
             order,
             batch_size: recipe.train.batch_size,
+            is_paired,
         })
     }
 
-    /// How many rows the batches of an epoch hold: samples, or packed rows of them.
+    /// How many rows the batches of an epoch hold: samples, packed rows of them, or pairs.
     pub fn rows(&self) -> usize {
         self.order.epoch_len()
     }
@@ -86,6 +91,10 @@ impl Dataset {
             samples.collect::<data::Result<Vec<Sample>>>()
         });
         let rows = rows.collect::<data::Result<Vec<_>>>()?;
+        if self.is_paired {
+            let answers: Vec<&Sample> = rows.iter().flatten().collect();
+            return Ok(collate(&answers, pad_id));
+        }
         let rows: Vec<Vec<&Sample>> = rows.iter().map(|row| row.iter().collect()).collect();
         let rows: Vec<&[&Sample]> = rows.iter().map(Vec::as_slice).collect();
         Ok(collate_rows(&rows, pad_id))

@@ -97,6 +97,12 @@ pub enum Error {
         path: PathBuf,
     },
 
+    /// What a recipe chooses is not there to be trained.
+    #[error(
+        "train: expected at least one tensor that is trained, found none; see train.unfrozen_parameters and train.router"
+    )]
+    NothingTrained,
+
     /// Another process trains in this run directory.
     #[error("`{}`: another process is using this run directory", path.display())]
     RunInUse {

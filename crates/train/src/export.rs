@@ -1,6 +1,6 @@
 //! What a run leaves for others: an adapter, or a whole model.
 
-use checkpoint::{Adapter, FolderWriter};
+use checkpoint::{Adapter, FolderWriter, Notes};
 use model::AdapterWeights;
 use model::export::{self, WeightFormat};
 
@@ -40,9 +40,11 @@ pub(crate) fn adapter_into(session: &Session, writer: &mut FolderWriter) -> Resu
         session.recipe.lora.dropout as f32,
     );
     let (config, tensors) = adapter.files(&session.base.name)?;
-    if let Some(quantizer) = session.quantizer {
-        Adapter::note_format(writer, &quantizer.to_string())?;
-    }
+    let notes = Notes {
+        trained_for: session.quantizer.map(|quantizer| quantizer.to_string()),
+        experts_share: session.share.map(|share| share.name().into()),
+    };
+    Adapter::save_notes(writer, &notes)?;
     Ok(Adapter::save_into(writer, &config, &tensors)?)
 }
 
@@ -59,8 +61,15 @@ fn model_into(session: &Session, writer: &mut FolderWriter) -> Result<()> {
     } else {
         WeightFormat::Bf16
     };
-    let origin = (base.folder.as_ref(), &base.config);
-    export::export(&session.model, origin, format, writer)?;
+    match &base.folder {
+        Some(folder) if session.recipe.is_partial() => {
+            export::export_chosen(&session.model, folder, writer)?;
+        }
+        folder => {
+            let origin = (folder.as_ref(), &base.config);
+            export::export(&session.model, origin, format, writer)?;
+        }
+    }
     if let Some(tokenizer) = &base.tokenizer {
         export::copy_companions(tokenizer, writer)?;
     }

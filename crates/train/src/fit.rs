@@ -1,7 +1,7 @@
 //! The training loop: forward, backward, update; validate, save, log.
 //!
 //! The loss is averaged over the trained tokens of the whole step: a step of four micro-batches has the gradient of
-//! one four times as large, however unevenly the tokens are spread over them.
+//! one four times as large, however unevenly the tokens are spread over them. Of preferences it is averaged over pairs.
 
 mod census;
 mod experts;
@@ -20,9 +20,11 @@ use serde::Serialize;
 
 use crate::balance::{self, Valid};
 use crate::dataset::segments;
+use crate::dpo::{self, Rewards};
 use crate::loss_scale::LossScale;
 use crate::metrics::journal::Journal;
 use crate::optimizer::Accumulated;
+use crate::recipe::Loss;
 use crate::run_dir::RunDir;
 use crate::schedule::Schedule;
 use crate::session::Session;
@@ -47,9 +49,11 @@ pub enum Event {
     Validated {
         /// After which step.
         step: u64,
-        /// Mean nats per trained token.
+        /// Mean nats per trained token, or per pair.
         loss: f64,
-        /// Share of the routers' picks that the adapter changes, where there are both.
+        /// Means over the pairs, if preferences are learned.
+        rewards: Option<Rewards>,
+        /// Share of the routers' picks that are not the reference's, where there are both.
         drift: Option<f64>,
     },
     /// Gradients overflowed in f16; the step is taken again with this loss scale.
@@ -81,7 +85,7 @@ pub enum Event {
     TookBest {
         /// With the lowest validation loss.
         step: u64,
-        /// That loss, in mean nats per trained token.
+        /// That loss.
         loss: f64,
     },
     /// A checkpoint was written.
@@ -106,8 +110,11 @@ pub struct StepReport {
     /// Its number, from 1.
     #[serde(skip)]
     pub step: u64,
-    /// Mean nats per trained token, over the step.
+    /// Mean nats per trained token, or per pair, over the step.
     pub loss: f64,
+    /// Means over the step's pairs, if preferences are learned.
+    #[serde(flatten)]
+    pub rewards: Option<Rewards>,
     /// The learning rate.
     pub learning_rate: f64,
     /// Norm of the gradient before clipping.
@@ -283,10 +290,11 @@ impl Session {
         self.state.micro_step = self.state.watchdog.next_batch(self.state.micro_step);
         let batches = self.next_batches()?;
         let trained_tokens: usize = batches.iter().map(|batch| batch.trained_tokens).sum();
-        let (sums, norm) = self.finite_sums(&batches, trained_tokens, host)?;
+        let counted: usize = batches.iter().map(|batch| self.counted(batch)).sum();
+        let (sums, norm) = self.finite_sums(&batches, counted, host)?;
         let (step, scale) = (self.state.step + 1, self.loss_scale());
         if let (1, Some(run)) = (step, run) {
-            let census = Census::new(&self.model.parameters(), &sums);
+            let census = Census::of(&self.model, &sums);
             census.write(run.path())?;
             host.see(&Event::FirstGradient(census));
         }
@@ -307,7 +315,8 @@ impl Session {
         self.state.trained_tokens += trained_tokens as u64;
         Ok(StepReport {
             step,
-            loss: sums.loss / trained_tokens.max(1) as f64,
+            loss: sums.loss / counted.max(1) as f64,
+            rewards: sums.rewards.map(|rewards| rewards.mean(counted)),
             learning_rate: rate,
             grad_norm: norm,
             tokens: batches.iter().flat_map(|batch| &batch.lengths).sum(),
@@ -324,12 +333,12 @@ impl Session {
     fn finite_sums(
         &mut self,
         batches: &[Batch],
-        trained_tokens: usize,
+        counted: usize,
         host: &mut dyn Host,
     ) -> Result<(Sums, f64)> {
         loop {
             let scale = self.loss_scale();
-            let sums = self.sums(batches, scale.unwrap_or(1.0) / trained_tokens.max(1) as f64);
+            let sums = self.sums(batches, scale.unwrap_or(1.0) / counted.max(1) as f64);
             let norm = sums.gradients.norm() / scale.unwrap_or(1.0);
             if sums.loss.is_finite() && norm.is_finite() {
                 return Ok((sums, norm));
@@ -347,7 +356,7 @@ impl Session {
                 _ => {
                     return Err(Error::NotFinite {
                         step,
-                        loss: sums.loss / trained_tokens.max(1) as f64,
+                        loss: sums.loss / counted.max(1) as f64,
                         norm,
                         first: self.first_not_finite(batches, &sums.gradients),
                     });
@@ -356,7 +365,7 @@ impl Session {
         }
     }
 
-    /// Forward and backward of a step's micro-batches; `share` is what one token counts in the loss that is
+    /// Forward and backward of a step's micro-batches; `share` is what one token, or pair, counts in the loss that is
     /// differentiated.
     fn sums(&self, batches: &[Batch], share: f64) -> Sums {
         let mut sums = Sums::default();
@@ -365,6 +374,9 @@ impl Session {
             sums.gradients.add(micro.gradients);
             sums.loss += micro.loss;
             sums.balance += micro.balance;
+            if let Some(rewards) = micro.rewards {
+                sums.rewards.get_or_insert_default().add(rewards);
+            }
         }
         sums
     }
@@ -397,6 +409,7 @@ impl Session {
             ..Pass::new(self.compute())
         };
         let losses = losses(&self.model, batch, &mut pass, &self.device);
+        let (losses, rewards) = self.compared(losses, batch);
         let sum = losses.sum();
         let loss = f64::from(sum.clone().inner().into_scalar::<f32>());
         let mut total = sum * share as f32;
@@ -424,7 +437,42 @@ impl Session {
             gradients: self.model.gradients(&mut gradients),
             loss,
             balance: balance_sum,
+            rewards,
         }
+    }
+
+    /// The losses that are learned from, and the sum of what the answers earn if preferences are.
+    fn compared(&self, losses: Tensor<1>, batch: &Batch) -> (Tensor<1>, Option<Rewards>) {
+        let reference = self
+            .reference
+            .as_ref()
+            .filter(|_| self.learns_preferences());
+        let Some(reference) = reference else {
+            return (losses, None);
+        };
+        let device = self.device.clone().inner();
+        let before = self::losses(reference, batch, &mut Pass::new(self.compute()), &device);
+        let [policy, before] =
+            [losses, before].map(|losses| dpo::log_probabilities(losses, batch.rows));
+        let before = match policy.device().is_autodiff() {
+            true => Tensor::from_inner(before),
+            false => before,
+        };
+        let (losses, rewards) = dpo::losses(policy, before, &self.recipe.dpo);
+        (losses, Some(rewards))
+    }
+
+    /// How many things a batch's loss is summed over: its targets, or its pairs.
+    fn counted(&self, batch: &Batch) -> usize {
+        match self.recipe.train.loss {
+            Loss::Dpo => batch.rows / 2,
+            Loss::CrossEntropy => batch.trained_tokens,
+        }
+    }
+
+    /// Whether rows come in pairs of a chosen and a rejected answer.
+    fn learns_preferences(&self) -> bool {
+        self.recipe.train.loss == Loss::Dpo
     }
 
     /// Adds a step's loads to those since the last line of metrics.
@@ -507,8 +555,10 @@ impl Session {
 #[derive(Default)]
 pub(crate) struct Sums {
     gradients: Accumulated,
-    /// Over the trained tokens.
+    /// Over the trained tokens, or pairs.
     loss: f64,
+    /// Over the pairs, if preferences are learned.
+    rewards: Option<Rewards>,
     /// Over layers and micro-batches.
     balance: f64,
     /// Tokens per expert, by layer.
@@ -518,8 +568,10 @@ pub(crate) struct Sums {
 /// What one micro-batch gives.
 struct Micro {
     gradients: Vec<(String, Tensor<1>)>,
-    /// Sum over its trained tokens.
+    /// Sum over its trained tokens, or pairs.
     loss: f64,
+    /// Sum over its pairs, if preferences are learned.
+    rewards: Option<Rewards>,
     /// Sum over layers.
     balance: f64,
 }

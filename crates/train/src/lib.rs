@@ -25,6 +25,7 @@
 mod balance;
 mod dataset;
 mod diagnosis;
+mod dpo;
 mod error;
 mod export;
 mod fit;
@@ -43,6 +44,7 @@ mod run_dir;
 mod state;
 
 pub use self::dataset::Dataset;
+pub use self::dpo::Rewards;
 pub use self::error::{Error, Result};
 pub use self::fit::{
     Census, Event, Host, LayerDrift, LayerLoad, Memory, RangeTest, RatePoint, Sample, StepReport,
@@ -51,8 +53,9 @@ pub use self::fit::{
 pub use self::loss_scale::LossScale;
 pub use self::metrics::Metrics;
 pub use self::recipe::{
-    Compute, DataSection, EvalSection, ExportDType, LoraSection, Method, ModelSection, Moments,
-    OptimizerSection, PrecisionSection, Recipe, ScheduleKind, ScheduleSection, TrainSection,
+    Compute, DataSection, DpoSection, EvalSection, ExpertsShare, ExportDType, LoraSection, Loss,
+    Method, ModelSection, Moments, OptimizerSection, PrecisionSection, Recipe, ScheduleKind,
+    ScheduleSection, TrainSection,
 };
 pub use self::run_dir::RunDir;
 pub use self::schedule::Schedule;

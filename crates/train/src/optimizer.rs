@@ -10,7 +10,7 @@ use model::Model;
 
 use burn::tensor::{DType, Tensor};
 
-use crate::recipe::{Moments, OptimizerSection};
+use crate::recipe::{Moments, OptimizerSection, Recipe};
 
 /// The gradients of one step, added up.
 #[derive(Debug, Default)]
@@ -47,16 +47,20 @@ pub(crate) struct AdamW {
     settings: OptimizerSection,
     /// First and second moment by parameter.
     pub(crate) moments: BTreeMap<String, [Tensor<1>; 2]>,
+    /// LoRA+: how many times the learning rate of the second factors is that of everything else.
+    lora_b_ratio: f64,
     /// What stochastic rounding of the moments is drawn from, if there is any.
     noise_seed: Option<u64>,
 }
 
 impl AdamW {
-    pub(crate) fn new(settings: &OptimizerSection, seed: u64) -> Self {
+    pub(crate) fn new(recipe: &Recipe) -> Self {
+        let (settings, seed) = (&recipe.optimizer, recipe.train.seed);
         let is_rounded = settings.moments() == Moments::Bf16 && settings.stochastic_rounding;
         Self {
             settings: settings.clone(),
             moments: BTreeMap::new(),
+            lora_b_ratio: recipe.lora.loraplus_lr_ratio,
             noise_seed: is_rounded.then_some(seed),
         }
     }
@@ -97,7 +101,9 @@ impl AdamW {
             let zeros = || Tensor::zeros(values.dims(), (&values.device(), DType::from(dtype)));
             let moments = self.moments.remove(name);
             let moments = moments.unwrap_or_else(|| [zeros(), zeros()]);
+            let is_lora_b = name.ends_with(".lora_b");
             let step = AdamWStep {
+                rate: rate * if is_lora_b { self.lora_b_ratio } else { 1.0 },
                 noise: self.noise_seed.map(|seed| mixed(seed, name, number)),
                 ..step
             };

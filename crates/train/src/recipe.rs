@@ -33,6 +33,8 @@ pub struct Recipe {
     pub schedule: ScheduleSection,
     /// How long, in what portions, and what is written down.
     pub train: TrainSection,
+    /// Learning from preferences. Without effect unless `train.loss` is `dpo`.
+    pub dpo: DpoSection,
     /// The validation pass.
     pub eval: EvalSection,
 }
@@ -89,6 +91,13 @@ pub struct LoraSection {
     pub exclude: Vec<String>,
     /// Whether the scale is `alpha / √rank` instead of `alpha / rank`.
     pub use_rslora: bool,
+    /// Whether the lengths of the updated weights' rows are trained too: DoRA, arXiv:2402.09353.
+    pub use_dora: bool,
+    /// How many times the learning rate of the second factors is that of the first: LoRA+, arXiv:2402.12354.
+    pub loraplus_lr_ratio: f64,
+    /// Which factor the experts of a layer share, if any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub experts_share: Option<ExpertsShare>,
     /// Pattern to rank. The first match in order counts.
     pub rank_pattern: OrderedMap<usize>,
     /// Pattern to alpha. The first match in order counts.
@@ -97,6 +106,18 @@ pub struct LoraSection {
     /// the adapter's effect survives it. Without it, the base and the adapter are added unrounded.
     #[serde(with = "by_name", skip_serializing_if = "Option::is_none")]
     pub quantizer: Option<Quantizer>,
+}
+
+/// Which factors of their updates the experts of a layer share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExpertsShare {
+    /// The first of every projection.
+    A,
+    /// The second of every projection.
+    B,
+    /// The first of gate and up, the second of down: those as wide as the residual stream.
+    #[serde(rename = "outer")]
+    Outer,
 }
 
 /// `[precision]`: what numbers are computed in.
@@ -214,8 +235,16 @@ pub enum ScheduleKind {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainSection {
-    /// What is trained: an adapter, or everything.
+    /// What is trained: an adapter, or weights.
     pub method: Method,
+    /// What is learned from the rows.
+    pub loss: Loss,
+    /// With `full`: the tensors that are trained, as runs of components of their names. All of them if there is none.
+    #[serde(deserialize_with = "one_or_more_patterns")]
+    pub unfrozen_parameters: Vec<String>,
+    /// What of the routers changes. By default what `lora.target` or `unfrozen_parameters` choose.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub router: Option<RouterTraining>,
     /// Optimizer updates in all. This or `epochs`.
     pub steps: Option<u64>,
     /// Passes over the data. This or `steps`; one pass if a recipe has neither.
@@ -252,6 +281,59 @@ pub struct TrainSection {
     pub export_dtype: ExportDType,
 }
 
+/// What is learned from the rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Loss {
+    /// The next token.
+    CrossEntropy,
+    /// Which of two answers to prefer, against the model as it was: arXiv:2305.18290.
+    Dpo,
+}
+
+impl Loss {
+    /// Up to this a loss is not high, whatever it was before. Preferences are learned from ln 2, which is no preference,
+    /// towards zero, where single pairs are many times the average.
+    pub(crate) fn calm(self) -> f64 {
+        match self {
+            Self::CrossEntropy => 0.0,
+            Self::Dpo => std::f64::consts::LN_2,
+        }
+    }
+}
+
+/// `[dpo]`: learning from preferences.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DpoSection {
+    /// How much a difference in log-probability counts: how near the model stays to what it was.
+    pub beta: f64,
+    /// How often the labels are thought to be wrong.
+    pub label_smoothing: f64,
+}
+
+impl Default for DpoSection {
+    fn default() -> Self {
+        Self {
+            // The paper's, and TRL's.
+            beta: 0.1,
+            label_smoothing: 0.0,
+        }
+    }
+}
+
+/// What of the routers changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RouterTraining {
+    /// Nothing, as DeepSeek fine-tunes.
+    Frozen,
+    /// The weight: updated by the adapter, or trained with the rest.
+    Trainable,
+    /// The correction bias, by the balancer; the weight stays.
+    BiasOnly,
+}
+
 /// What a fully trained model is written in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -270,7 +352,7 @@ pub enum ExportDType {
 pub enum Method {
     /// A LoRA adapter on frozen weights.
     Lora,
-    /// Every weight.
+    /// The weights themselves: all, or those that `unfrozen_parameters` choose.
     Full,
 }
 
@@ -324,6 +406,11 @@ impl Default for LoraSection {
             exclude: Vec::new(),
             // The plain scale is what other tools assume.
             use_rslora: false,
+            // Costs a pass over every adapted weight per step; a matter of taste at ranks above 8.
+            use_dora: false,
+            // Both factors alike, as in every other tool's default. LoRA+ itself advises 16.
+            loraplus_lr_ratio: 1.0,
+            experts_share: None,
             rank_pattern: OrderedMap::default(),
             alpha_pattern: OrderedMap::default(),
             quantizer: None,
@@ -385,6 +472,9 @@ impl Default for TrainSection {
         Self {
             // Fits where training everything does not.
             method: Method::Lora,
+            loss: Loss::CrossEntropy,
+            unfrozen_parameters: Vec::new(),
+            router: None,
             steps: None,
             epochs: None,
             // Four rows of 1024 tokens fill the matrix kernels; more only costs memory, and

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use crate::Recipe;
 use crate::loss_scale::LARGEST_EXPONENT;
+use crate::recipe::RouterTraining;
 
 /// A setting that cannot be. Where it was written is known to the reader of the file.
 #[derive(Debug)]
@@ -28,6 +29,7 @@ impl Recipe {
         self.check_numbers()?;
         self.check_precision()?;
         self.check_watching()?;
+        self.check_method()?;
         self.check_patterns()
     }
 
@@ -74,6 +76,78 @@ impl Recipe {
             require(!prompt.is_empty(), "eval.prompts", "no empty prompt", "one")?;
         }
         Ok(())
+    }
+
+    /// Learning from preferences, and what that excludes.
+    fn check_dpo(&self) -> Result {
+        let dpo = &self.dpo;
+        check_positive("dpo.beta", dpo.beta)?;
+        let holds = (0.0..0.5).contains(&dpo.label_smoothing);
+        let expected = "a number of at least 0 and below 0.5";
+        require(
+            holds,
+            "dpo.label_smoothing",
+            expected,
+            shown(dpo.label_smoothing),
+        )?;
+        if self.train.loss != crate::Loss::Dpo {
+            return Ok(());
+        }
+        let expected =
+            "`cross-entropy`, because `model.config` makes fresh weights, which prefer nothing yet";
+        let is_fresh = self.model.config.is_some();
+        require(!is_fresh, "train.loss", expected, "`dpo`")?;
+        let expected = "false, because `train.loss` is `dpo`, whose answers stand alone";
+        require(!self.data.packing, "data.packing", expected, "true")?;
+        let key = "data.group_by_length";
+        require(!self.data.group_by_length, key, expected, "true")
+    }
+
+    /// What is trained, and what that excludes.
+    fn check_method(&self) -> Result {
+        let (train, lora) = (&self.train, &self.lora);
+        let is_full = train.method == crate::Method::Full;
+        if lora.use_dora {
+            let expected = "false, because `lora.quantizer` is given";
+            require(lora.quantizer.is_none(), "lora.use_dora", expected, true)?;
+        }
+        let some = !train.unfrozen_parameters.is_empty();
+        let key = "train.unfrozen_parameters";
+        let expected = "none with `train.method = \"lora\"`, whose adapter holds no weights";
+        require(is_full || !some, key, expected, "some")?;
+        let keeps_router = matches!(
+            train.router,
+            Some(RouterTraining::Frozen | RouterTraining::BiasOnly)
+        );
+        let is_partial = some || (is_full && keeps_router);
+        if is_partial && self.model.config.is_some() {
+            let key = if some { key } else { "train.router" };
+            let expected = "nothing left out, because `model.config` makes fresh weights";
+            return Err(problem(key, expected, "a part that is not trained"));
+        }
+        let is_as_base = train.export_dtype == crate::ExportDType::Base;
+        let expected = "`base`, because some tensors stay as they are; convert the result with `moeforge quantize`";
+        let key = "train.export_dtype";
+        require(!is_partial || is_as_base, key, expected, "another")?;
+        self.check_dpo()?;
+        let speed = train.bias_update_speed;
+        let key = "train.bias_update_speed";
+        match train.router {
+            Some(RouterTraining::BiasOnly) if !is_full => {
+                let expected = "`frozen` or `trainable` with `train.method = \"lora\"`, whose adapter holds no bias";
+                Err(problem("train.router", expected, "`bias-only`"))
+            }
+            Some(RouterTraining::BiasOnly) => {
+                let expected =
+                    "a number above 0, such as 1e-3, because `train.router` is `bias-only`";
+                require(speed > 0.0, key, expected, speed)
+            }
+            Some(RouterTraining::Frozen) => {
+                let expected = "0, because `train.router` is `frozen`";
+                require(speed == 0.0, key, expected, speed)
+            }
+            _ => Ok(()),
+        }
     }
 
     fn check_choices(&self) -> Result {
@@ -195,6 +269,7 @@ impl Recipe {
         let (optimizer, train) = (&self.optimizer, &self.train);
         let positive = [
             ("lora.alpha", self.lora.alpha),
+            ("lora.loraplus_lr_ratio", self.lora.loraplus_lr_ratio),
             ("optimizer.learning_rate", optimizer.learning_rate),
             ("optimizer.eps", optimizer.eps),
             ("train.epochs", train.epochs.unwrap_or(1.0)),
@@ -244,7 +319,9 @@ impl Recipe {
         }
         let targets = lora.target.iter().map(|text| ("lora.target", text));
         let excludes = lora.exclude.iter().map(|text| ("lora.exclude", text));
-        for (key, text) in targets.chain(excludes) {
+        let unfrozen = self.train.unfrozen_parameters.iter();
+        let unfrozen = unfrozen.map(|text| ("train.unfrozen_parameters", text));
+        for (key, text) in targets.chain(excludes).chain(unfrozen) {
             require(!text.is_empty(), key, "no empty pattern", "one")?;
         }
         for (pattern, &rank) in lora.rank_pattern.iter() {

@@ -693,8 +693,8 @@ mod tests {
             "unknown key `model.seed`, did you mean `train.seed`?",
         ),
         (
-            "schedule.lora = 8",
-            "unknown key `schedule.lora`, expected one of `schedule.kind`, `schedule.warmup_steps`, `schedule.final_ratio`",
+            "schedule.xyz = 8",
+            "unknown key `schedule.xyz`, expected one of `schedule.kind`, `schedule.warmup_steps`, `schedule.final_ratio`",
         ),
         (
             "loar.rank = 8",
@@ -816,6 +816,26 @@ mod tests {
             LEAST,
             &["optimizer.clip=-1"],
             "--set optimizer.clip=-1: optimizer.clip: expected a finite number of at least 0, found -1",
+        ),
+        (
+            LEAST,
+            &["train.unfrozen_parameters=['experts']"],
+            "--set train.unfrozen_parameters=['experts']: train.unfrozen_parameters: expected none with `train.method = \"lora\"`, whose adapter holds no weights, found [\"experts\"]",
+        ),
+        (
+            LEAST,
+            &["train.method=full", "train.router=bias-only"],
+            "r.toml: train.bias_update_speed: expected a number above 0, such as 1e-3, because `train.router` is `bias-only`, found 0",
+        ),
+        (
+            LEAST,
+            &["train.router=bias-only"],
+            "--set train.router=bias-only: train.router: expected `frozen` or `trainable` with `train.method = \"lora\"`, whose adapter holds no bias, found \"bias-only\"",
+        ),
+        (
+            LEAST,
+            &["lora.loraplus_lr_ratio=0"],
+            "--set lora.loraplus_lr_ratio=0: lora.loraplus_lr_ratio: expected a finite number above 0, found 0",
         ),
         (
             "[model\npath = 'm'",

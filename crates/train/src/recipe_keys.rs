@@ -8,15 +8,15 @@ use serde::forward_to_deserialize_any;
 
 use crate::error::shown;
 use crate::recipe::{
-    DataSection, EvalSection, LoraSection, ModelSection, OptimizerSection, PrecisionSection,
-    ScheduleSection, TrainSection,
+    DataSection, DpoSection, EvalSection, LoraSection, ModelSection, OptimizerSection,
+    PrecisionSection, ScheduleSection, TrainSection,
 };
 use crate::{Error, Result};
 
 /// A section's name and its keys.
 type Section = (&'static str, &'static [&'static str]);
 
-fn sections() -> [Section; 8] {
+fn sections() -> [Section; 9] {
     [
         ("model", fields::<ModelSection>()),
         ("data", fields::<DataSection>()),
@@ -25,6 +25,7 @@ fn sections() -> [Section; 8] {
         ("optimizer", fields::<OptimizerSection>()),
         ("schedule", fields::<ScheduleSection>()),
         ("train", fields::<TrainSection>()),
+        ("dpo", fields::<DpoSection>()),
         ("eval", fields::<EvalSection>()),
     ]
 }
@@ -170,7 +171,7 @@ mod tests {
     fn every_section_of_the_recipe_is_known_with_its_keys() {
         let names: Vec<&str> = sections().iter().map(|(name, _)| *name).collect();
         assert_eq!(names, fields::<Recipe>());
-        assert_eq!(sections()[7].1[..2], ["batch_size", "max_batches"]);
+        assert_eq!(sections()[8].1[..2], ["batch_size", "max_batches"]);
         assert!(sections().iter().all(|(_, keys)| !keys.is_empty()));
     }
 

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use burn::module::Module;
 use burn::tensor::{Device, FloatDType, Tensor};
 use checkpoint::{Adapter, DType, Folder, TensorSpec};
 use data::{Corpus, Reading, Tokenizer, Wanted};
 use kernels::Quantizer;
 use kernels::fp8::Scales;
-use model::lora::{self, Adapted, LoraConfig, Scaling};
+use model::lora::{self, Adapted, LoraConfig, Scaling, Share};
 use model::precision::Policy;
 use model::{AdapterWeights, Model, ModelConfig, Training, weights};
 
@@ -16,7 +17,7 @@ use crate::dataset::{self, Dataset};
 use crate::fit::Picks;
 use crate::loss_scale::LARGEST_EXPONENT;
 use crate::optimizer::AdamW;
-use crate::recipe::{Compute, Method, Recipe};
+use crate::recipe::{Compute, ExpertsShare, Loss, Method, Recipe, RouterTraining};
 use crate::run_dir::RunDir;
 use crate::state::{State, read_optimizer};
 use crate::{Error, Result};
@@ -44,9 +45,14 @@ pub struct Session {
     pub(crate) base: Base,
     /// How the adapter's alphas become scales.
     pub(crate) scaling: Scaling,
+    /// The model as it was, without gradients: what preferences and routing are compared with. None for full training on
+    /// next tokens.
+    pub(crate) reference: Option<Model>,
+    /// Which factors the experts of a layer share.
+    pub(crate) share: Option<Share>,
     pub(crate) pad_id: u32,
-    /// What the base's routers pick on the validation rows, once that is known.
-    pub(crate) base_picks: Option<Vec<Picks>>,
+    /// What the reference's routers pick on the validation rows, once that is known.
+    pub(crate) reference_picks: Option<Vec<Picks>>,
 }
 
 /// Where the model came from, for what is written beside its weights.
@@ -103,22 +109,31 @@ impl Session {
         let resolve = surroundings.resolve;
         let device = Device::flex().autodiff();
         let (mut model, base) = open_model(&recipe, resolve, &device)?;
-        let (adapted, scaling) = adapt(&recipe, &mut model, &device)?;
+        let mut reference = reference_of(&recipe, &model, &base)?;
+        let (adapted, scaling, share) = adapt(&recipe, &mut model, &device)?;
+        if model.parameters().is_empty() {
+            return Err(Error::NothingTrained);
+        }
         let quantizer = quantizer_of(&recipe)?;
         let mut formats = BTreeMap::new();
         if let Some(quantizer) = quantizer {
             formats = model.round_weights(quantizer, &mut |_| true)?;
+            if let Some(reference) = &mut reference {
+                reference.round_weights(quantizer, &mut |_| true)?;
+            }
         }
         if recipe.precision.round_start {
-            let round = |values: Tensor<1>| values.cast(FloatDType::BF16).cast(FloatDType::F32);
-            model = model.map_parameters(&mut |_, values| Some(round(values)));
+            model = rounded(model);
         }
         let tokenizer = base.tokenizer.as_deref().map(Tokenizer::open).transpose()?;
         let reading = Reading {
             tokenizer: tokenizer.as_ref(),
             max_length: recipe.data.max_length,
             vocab_size: model.config.vocab_size,
-            wanted: Wanted::Samples,
+            wanted: match recipe.train.loss {
+                Loss::CrossEntropy => Wanted::Samples,
+                Loss::Dpo => Wanted::Pairs,
+            },
             cache: surroundings.token_cache,
             progress: surroundings.tokenizing,
         };
@@ -126,7 +141,7 @@ impl Session {
         let valid = dataset::validation(&recipe, reading)?;
         expect_valid(&recipe, valid.as_ref())?;
         Ok(Self {
-            optimizer: AdamW::new(&recipe.optimizer, recipe.train.seed),
+            optimizer: AdamW::new(&recipe),
             state: State::start(&recipe, train.corpus.identity()),
             pad_id: tokenizer
                 .and_then(|tokenizer| tokenizer.eos_id())
@@ -142,7 +157,9 @@ impl Session {
             device,
             base,
             scaling,
-            base_picks: None,
+            share,
+            reference,
+            reference_picks: None,
         })
     }
 
@@ -322,13 +339,37 @@ fn expect_valid(recipe: &Recipe, valid: Option<&Corpus>) -> Result<()> {
     valid.map(|_| ()).ok_or_else(missing)
 }
 
+/// The trained values rounded to bf16.
+fn rounded(model: Model) -> Model {
+    let round = |values: Tensor<1>| values.cast(FloatDType::BF16).cast(FloatDType::F32);
+    model.map_parameters(&mut |_, values| Some(round(values)))
+}
+
+/// A model as it is before anything is put on it. It takes no memory: an adapter's base has its weights in common with
+/// the model, and where those are trained they are mapped from their file once more.
+fn reference_of(recipe: &Recipe, model: &Model, base: &Base) -> Result<Option<Model>> {
+    let device = Device::flex();
+    match (recipe.train.method, &base.folder) {
+        (Method::Lora, _) => Ok(Some(model.clone().valid())),
+        (Method::Full, Some(folder)) if recipe.train.loss == Loss::Dpo => {
+            Ok(Some(weights::load(folder, Training::Frozen, &device)?))
+        }
+        (Method::Full, _) => Ok(None),
+    }
+}
+
 /// What a recipe's adapter is trained to be merged into.
 fn quantizer_of(recipe: &Recipe) -> Result<Option<Quantizer>> {
     let (None, Some(folder)) = (recipe.lora.quantizer, &recipe.model.adapter) else {
         return Ok(recipe.lora.quantizer);
     };
     let adapter = Adapter::open(folder)?;
-    let parsed = adapter.trained_for.as_deref().map(str::parse).transpose();
+    let parsed = adapter
+        .notes
+        .trained_for
+        .as_deref()
+        .map(str::parse)
+        .transpose();
     parsed.map_err(|cause| Error::TrainedFor {
         path: folder.clone(),
         cause,
@@ -336,15 +377,21 @@ fn quantizer_of(recipe: &Recipe) -> Result<Option<Quantizer>> {
 }
 
 /// Puts the recipe's low-rank updates on the model: fresh ones, or those of an adapter.
-fn adapt(recipe: &Recipe, model: &mut Model, device: &Device) -> Result<(Vec<Adapted>, Scaling)> {
-    let plain = lora_config(recipe).scaling;
+fn adapt(
+    recipe: &Recipe,
+    model: &mut Model,
+    device: &Device,
+) -> Result<(Vec<Adapted>, Scaling, Option<Share>)> {
+    let config = lora_config(recipe);
+    let (scaling, share) = (config.scaling, config.experts_share);
     match (recipe.train.method, &recipe.model.adapter) {
-        (Method::Full, _) => Ok((vec![], plain)),
-        (Method::Lora, None) => Ok((lora::attach(model, &lora_config(recipe), device)?, plain)),
+        (Method::Full, _) => Ok((vec![], scaling, None)),
+        (Method::Lora, None) => Ok((lora::attach(model, &config, device)?, scaling, share)),
         (Method::Lora, Some(folder)) => {
             let adapter = AdapterWeights::read(&Adapter::open(folder)?, &model.config)?
                 .with_dropout(recipe.lora.dropout as f32)?;
-            Ok((adapter.attach(model, device)?, adapter.scaling()))
+            let adapted = adapter.attach(model, device)?;
+            Ok((adapted, adapter.scaling(), adapter.share()))
         }
     }
 }
@@ -356,12 +403,7 @@ fn open_model(
 ) -> Result<(Model, Base)> {
     if let Some(path) = &recipe.model.path {
         let folder = Folder::open(&resolve(path)?)?;
-        let training = if recipe.train.method == Method::Full {
-            Training::Full
-        } else {
-            Training::Frozen
-        };
-        let model = weights::load(&folder, training, device)?;
+        let model = weights::load(&folder, recipe.training(), device)?;
         let tokenizer = recipe
             .model
             .tokenizer
@@ -401,9 +443,12 @@ fn open_model(
 /// The adapter a recipe asks for.
 fn lora_config(recipe: &Recipe) -> LoraConfig {
     let lora = &recipe.lora;
+    let router = |wanted| (recipe.train.router == Some(wanted)).then(|| ROUTER.to_owned());
+    let with =
+        |patterns: &[String], more: Option<String>| patterns.iter().cloned().chain(more).collect();
     LoraConfig {
-        target: lora.target.clone(),
-        exclude: lora.exclude.clone(),
+        target: with(&lora.target, router(RouterTraining::Trainable)),
+        exclude: with(&lora.exclude, router(RouterTraining::Frozen)),
         rank: lora.rank,
         alpha: lora.alpha,
         scaling: if lora.use_rslora {
@@ -423,5 +468,43 @@ fn lora_config(recipe: &Recipe) -> LoraConfig {
             .collect(),
         dropout: lora.dropout as f32,
         seed: recipe.train.seed,
+        use_dora: lora.use_dora,
+        experts_share: lora.experts_share.map(|share| match share {
+            ExpertsShare::A => Share::A,
+            ExpertsShare::B => Share::B,
+            ExpertsShare::Outer => Share::Outer,
+        }),
+    }
+}
+
+/// The routers' weights, as a pattern.
+const ROUTER: &str = "mlp.gate";
+
+impl Recipe {
+    /// Which of the model's own weights change.
+    fn training(&self) -> Training {
+        let train = &self.train;
+        if train.method == Method::Lora {
+            return Training::Frozen;
+        }
+        let (mut patterns, mut but) = (train.unfrozen_parameters.clone(), vec![]);
+        let all = patterns.is_empty();
+        if all {
+            patterns.push("*".into());
+        }
+        match train.router {
+            Some(RouterTraining::Frozen | RouterTraining::BiasOnly) => but.push(ROUTER.into()),
+            Some(RouterTraining::Trainable) if !all => patterns.push(ROUTER.into()),
+            _ => {}
+        }
+        if all && but.is_empty() {
+            return Training::Full;
+        }
+        Training::Chosen(patterns, but)
+    }
+
+    /// Whether weights are trained and some are not.
+    pub(crate) fn is_partial(&self) -> bool {
+        matches!(self.training(), Training::Chosen(..))
     }
 }

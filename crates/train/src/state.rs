@@ -58,7 +58,7 @@ pub struct State {
 pub struct Best {
     /// After which step.
     pub step: u64,
-    /// Mean nats per trained token.
+    /// Mean nats per trained token, or per pair.
     #[serde(with = "exact")]
     pub loss: f64,
 }

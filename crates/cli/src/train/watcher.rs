@@ -25,16 +25,30 @@ impl Host for Watcher {
         match event {
             Event::Step(report) => self.step(report),
             Event::FirstGradient(census) => self.progress.line(&census.summary()),
-            Event::Validated { step, loss, drift } => {
+            Event::Validated {
+                step,
+                loss,
+                rewards,
+                drift,
+            } => {
                 let drift = drift.map_or_else(String::new, |drift| {
                     format!(
                         ", {:.1} % of expert picks are not the base's",
                         100.0 * drift
                     )
                 });
+                let meaning = rewards.map_or_else(
+                    || format!("perplexity {:.2}", loss.exp()),
+                    |earned| {
+                        format!(
+                            "margin {:.4}, {:.1} % of pairs in the right order",
+                            earned.margin,
+                            100.0 * earned.accuracy
+                        )
+                    },
+                );
                 self.progress.line(&format!(
-                    "step {step}: validation loss {loss:.4}, perplexity {:.2}{drift}",
-                    loss.exp()
+                    "step {step}: validation loss {loss:.4}, {meaning}{drift}"
                 ));
             }
             Event::Overflowed { step, loss_scale } => self.progress.line(&format!(

@@ -128,6 +128,20 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         }
     }
 
+    fn row_norms(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        w: Arc<Matrix>,
+        scale: f32,
+    ) -> FloatTensor<Self> {
+        Self::from_inner(B::row_norms(
+            a.into_primitive(),
+            b.into_primitive(),
+            w,
+            scale,
+        ))
+    }
+
     fn heads_linear(x: FloatTensor<Self>, w: Arc<Matrix>, heads: HeadRows) -> FloatTensor<Self> {
         Self::from_inner(B::heads_linear(x.into_primitive(), w, heads))
     }

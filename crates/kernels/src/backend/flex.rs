@@ -30,6 +30,7 @@ use crate::product::strided::{Mat, MatMut, Write};
 use crate::product::weights::Weights;
 use crate::{
     Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Pairs, rms_norm, rope, route,
+    row_norms,
 };
 
 impl Kernels for Flex {
@@ -66,6 +67,16 @@ impl Kernels for Flex {
             Write::Add,
         );
         y
+    }
+
+    fn row_norms(a: FlexTensor, b: FlexTensor, w: Arc<Matrix>, scale: f32) -> FlexTensor {
+        let factors = [&a, &b].map(Floats::new);
+        let [a, b] = factors.each_ref().map(Floats::mat);
+        let update = (a.rows() > 0).then_some((a, b, scale));
+        floats(
+            row_norms::row_norms(Weights::frozen(&w, Compute::F32), update),
+            [w.rows()],
+        )
     }
 
     fn heads_linear(x: FlexTensor, w: Arc<Matrix>, rows: HeadRows) -> FlexTensor {

@@ -70,6 +70,13 @@ pub trait Kernels: Backend {
         u: FloatTensor<Self>,
         b: FloatTensor<Self>,
     ) -> FloatTensor<Self>;
+    /// See [`row_norms`].
+    fn row_norms(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        w: Arc<Matrix>,
+        scale: f32,
+    ) -> FloatTensor<Self>;
     /// See [`heads_linear`].
     fn heads_linear(x: FloatTensor<Self>, w: Arc<Matrix>, heads: HeadRows) -> FloatTensor<Self>;
     /// See [`embed_frozen`].
@@ -282,6 +289,26 @@ pub fn linear_add(y: Tensor<2>, u: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
         y.into_dispatch(),
         u.into_dispatch(),
         b.into_dispatch(),
+    ))
+}
+
+/// `‖w_i + scale · b_i · a‖` of every row `i` of a frozen weight, formed tile by tile. Has no gradient.
+///
+/// # Shapes
+/// - `w`: `[out, in]`, `a`: `[rank, in]`, `b`: `[out, rank]` (rank 0 means no update)
+/// - returns: `[out]`
+///
+/// # Panics
+/// If the sizes do not fit.
+pub fn row_norms(w: &Arc<Matrix>, [a, b]: [Tensor<2>; 2], scale: f32) -> Tensor<1> {
+    let rank = a.dims()[0];
+    assert_eq!(a.dims(), [rank, w.cols()], "first factor");
+    assert_eq!(b.dims(), [w.rows(), rank], "second factor");
+    Tensor::from_dispatch(Dispatch::row_norms(
+        a.into_dispatch(),
+        b.into_dispatch(),
+        Arc::clone(w),
+        scale,
     ))
 }
 
@@ -582,7 +609,7 @@ pub struct Routing {
     pub weights: Tensor<2>,
     /// `[slots]`, see [`dispatch`].
     pub order: Tensor<1, Int>,
-    /// `[experts + 1]`.
+    /// `[experts + 1]`; slots behind the last one are served elsewhere and count as zero.
     pub offsets: Tensor<1, Int>,
 }
 

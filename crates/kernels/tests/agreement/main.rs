@@ -59,6 +59,7 @@ macro_rules! agree {
 
 mod merged;
 mod packed;
+mod parts;
 
 /// The same values in bf16, f16, f32 and FP8 bytes, as matrices.
 fn stored(w: &Tensor<2>) -> Vec<Matrix> {

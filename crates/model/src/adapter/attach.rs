@@ -5,8 +5,9 @@ use burn::tensor::Device;
 use super::{AdapterWeights, Fused, Pair};
 use crate::Error;
 use crate::decoder::Model;
-use crate::lora::{Adapted, Lora, parameter};
-use crate::moe::experts::{ExpertsLora, FactorStacks};
+use crate::linear::Weight;
+use crate::lora::{Adapted, Dora, Lora, check_dora, parameter};
+use crate::moe::experts::{Experts, ExpertsLora, FactorStacks};
 use crate::sites::{PROJECTIONS, Site};
 
 impl AdapterWeights {
@@ -21,28 +22,23 @@ impl AdapterWeights {
             site_number += 1;
             let found = match site {
                 Site::Linear(linear) => self
-                    .linear_lora(path, linear.weight.dims(), site_number, device)
+                    .linear_lora(path, &linear.weight, site_number, device)
                     .map(|lora| {
                         linear.lora = lora;
                         rest.remove(path);
                         self.linear
                             .get(path)
-                            .map(|pair| Adapted::new(path, pair, 1))
+                            .map(|pair| Adapted::new(path, pair))
                             .into_iter()
                             .collect()
                     }),
-                Site::Experts(experts) => self
-                    .experts_lora(path, experts.dims(), site_number, device)
-                    .map(|found| {
-                        let (lora, adapted) =
-                            found.map_or((None, vec![]), |(lora, adapted)| (Some(lora), adapted));
-                        experts.lora = lora;
-                        let n = experts.dims()[0];
-                        (0..n)
-                            .flat_map(|e| PROJECTIONS.map(|p| format!("{path}.{e}.{p}")))
-                            .for_each(|module| _ = rest.remove(&module));
-                        adapted
-                    }),
+                Site::Experts(experts) => {
+                    let n = experts.dims()[0];
+                    (0..n)
+                        .flat_map(|e| PROJECTIONS.map(|p| format!("{path}.{e}.{p}")))
+                        .for_each(|module| _ = rest.remove(&module));
+                    self.attach_experts(path, experts, site_number, device)
+                }
             };
             match found {
                 Ok(found) => adapted.extend(found),
@@ -82,45 +78,52 @@ impl AdapterWeights {
     fn linear_lora(
         &self,
         path: &str,
-        dims: [usize; 2],
+        weight: &Weight,
         site: u64,
         device: &Device,
     ) -> Result<Option<Lora>, Error> {
         let Some(pair) = self.linear.get(path) else {
             return Ok(None);
         };
+        let dims = weight.dims();
         self.check_widths(path, pair, dims)?;
-        Ok(Some(Lora {
+        let mut lora = Lora {
             lora_a: parameter(pair.a.clone(), [pair.rank, dims[1]], device),
             lora_b: parameter(pair.b.clone(), [dims[0], pair.rank], device),
             scale: pair.scale,
             dropout: self.dropout,
             site,
-        }))
+            dora: None,
+        };
+        if let Some(magnitude) = &pair.magnitude {
+            check_dora(path)?;
+            // Where nothing is trained the norms stay what they are: a decoded token would cost as much as they do.
+            let norms = (!device.is_autodiff()).then(|| lora.row_norms(weight));
+            lora.dora = Some(Dora {
+                lora_magnitude_vector: parameter(magnitude.clone(), [dims[0]], device),
+                norms,
+            });
+        }
+        Ok(Some(lora))
     }
 
-    fn experts_lora(
+    /// Puts the updates of a layer's experts on them: of all, or of some.
+    fn attach_experts(
         &self,
         path: &str,
-        dims: [usize; 3],
+        experts: &mut Experts,
         site: u64,
         device: &Device,
-    ) -> Result<Option<(ExpertsLora, Vec<Adapted>)>, Error> {
-        let [n_experts, inner, hidden] = dims;
+    ) -> Result<Vec<Adapted>, Error> {
+        let [n_experts, inner, hidden] = experts.dims();
         let fused = |fused: Fused| {
             let pairs = self.fused.get(&(path.into(), fused))?;
             Some(pairs.iter().collect::<Vec<_>>())
         };
         let (fused_gate_up, fused_down) = (fused(Fused::GateUp), fused(Fused::Down));
         let is_fused = fused_gate_up.is_some() || fused_down.is_some();
-        let [gate, up, down] = PROJECTIONS;
-        let classic_gate = self.classic(path, gate, n_experts)?;
-        let classic_up = self.classic(path, up, n_experts)?;
-        let classic_down = self.classic(path, down, n_experts)?;
-        let is_classic = [&classic_gate, &classic_up, &classic_down]
-            .into_iter()
-            .any(Option::is_some);
-        if is_fused && is_classic {
+        let numbers = self.numbers(path, n_experts)?;
+        if is_fused && !numbers.is_empty() {
             return Err(self.unfit(
                 path,
                 "one form of update for the experts of a layer".into(),
@@ -129,21 +132,38 @@ impl AdapterWeights {
         }
         let mut adapted = Vec::new();
         let mut stacks = |name: &str, pairs: Option<Vec<&Pair>>, dims: [usize; 2]| {
-            let Some(pairs) = pairs else { return Ok(None) };
+            let Some(pairs) = pairs else {
+                return Ok::<_, Error>(None);
+            };
             let module = format!("{path}.{name}");
-            adapted.push(Adapted::new(&module, pairs[0], n_experts));
-            self.stacked(&module, &pairs, dims, device).map(Some)
+            let stacks = self.stacked(&module, &pairs, dims, device)?;
+            adapted.push(Adapted {
+                parameters: [&stacks.lora_a, &stacks.lora_b]
+                    .map(|factor| factor.val().shape().num_elements())
+                    .iter()
+                    .sum(),
+                ..Adapted::new(&module, pairs[0])
+            });
+            Ok(Some(stacks))
         };
+        let classic = |projection| self.classic(path, projection, &numbers);
+        let [gate, up, down] = PROJECTIONS;
         let lora = ExpertsLora {
-            gate_proj: stacks(gate, classic_gate, [inner, hidden])?,
-            up_proj: stacks(up, classic_up, [inner, hidden])?,
+            gate_proj: stacks(gate, classic(gate), [inner, hidden])?,
+            up_proj: stacks(up, classic(up), [inner, hidden])?,
             gate_up_proj: stacks("gate_up_proj", fused_gate_up, [2 * inner, hidden])?,
-            down_proj: stacks(down, fused_down.or(classic_down), [hidden, inner])?,
+            down_proj: stacks(down, fused_down.or(classic(down)), [hidden, inner])?,
             is_fused,
             dropout: self.dropout,
             site,
         };
-        Ok((!adapted.is_empty()).then_some((lora, adapted)))
+        if !adapted.is_empty() {
+            if !is_fused {
+                experts.choose(numbers);
+            }
+            experts.lora = Some(lora);
+        }
+        Ok(adapted)
     }
 
     /// The pairs of all experts as stacks, for a weight `[out, width]`.
@@ -163,50 +183,75 @@ impl AdapterWeights {
                 return Err(self.unfit(module, expected, shown(pair)));
             }
         }
-        let gather = |of: fn(&Pair) -> &Vec<f32>| {
-            let values = pairs.iter().flat_map(|pair| of(pair));
-            values.copied().collect::<Vec<_>>()
+        let projection = module.rsplit('.').next().unwrap_or(module);
+        let shared = self
+            .share
+            .map_or([false; 2], |share| share.factors(projection));
+        let gather = |of: fn(&Pair) -> &Vec<f32>, is_shared: bool| {
+            if !is_shared {
+                let values = pairs.iter().flat_map(|pair| of(pair));
+                return Ok((values.copied().collect::<Vec<_>>(), pairs.len()));
+            }
+            match pairs.iter().all(|pair| of(pair) == of(first)) {
+                true => Ok((of(first).clone(), 1)),
+                false => Err(self.unfit(
+                    module,
+                    "one factor for all experts, as moeforge.json says".into(),
+                    "different ones".into(),
+                )),
+            }
         };
-        let (n, rank) = (pairs.len(), first.rank);
+        let (a, n_a) = gather(|pair| &pair.a, shared[0])?;
+        let (b, n_b) = gather(|pair| &pair.b, shared[1])?;
+        let rank = first.rank;
         Ok(FactorStacks {
-            lora_a: parameter(gather(|pair| &pair.a), [n, rank, width], device),
-            lora_b: parameter(gather(|pair| &pair.b), [n, out, rank], device),
+            lora_a: parameter(a, [n_a, rank, width], device),
+            lora_b: parameter(b, [n_b, out, rank], device),
             scale: first.scale,
         })
     }
 
-    /// The pairs of all experts of a layer in the classic dialect: all, or none.
-    fn classic(
-        &self,
-        path: &str,
-        projection: &str,
-        n_experts: usize,
-    ) -> Result<Option<Vec<&Pair>>, Error> {
-        let found: Vec<Option<&Pair>> = (0..n_experts)
-            .map(|expert| self.linear.get(&format!("{path}.{expert}.{projection}")))
-            .collect();
-        match found.iter().position(Option::is_none) {
-            None => Ok(Some(found.into_iter().flatten().collect())),
-            Some(_) if found.iter().all(Option::is_none) => Ok(None),
-            Some(missing) => {
-                let some = format!("updates of all {n_experts} experts, or of none");
-                Err(self.unfit(
-                    &format!("{path}.{missing}.{projection}"),
-                    some,
-                    "nothing".into(),
-                ))
+    /// The numbers of a layer's experts that have updates of their own: the same for every projection that has any.
+    fn numbers(&self, path: &str, n_experts: usize) -> Result<Vec<usize>, Error> {
+        let has = |expert: usize, projection: &str| {
+            let module = format!("{path}.{expert}.{projection}");
+            self.linear.contains_key(&module)
+        };
+        let mut all: Vec<usize> = Vec::new();
+        for projection in PROJECTIONS {
+            let numbers: Vec<usize> = (0..n_experts).filter(|e| has(*e, projection)).collect();
+            if all.is_empty() {
+                all = numbers;
+            } else if !numbers.is_empty() && numbers != all {
+                return Err(self.unfit(
+                    &format!("{path}.{projection}"),
+                    format!(
+                        "updates of the {} experts that other projections update",
+                        all.len()
+                    ),
+                    format!("updates of {}, or of others", numbers.len()),
+                ));
             }
         }
+        Ok(all)
+    }
+
+    /// The pairs of some experts in the classic dialect, if the projection has any.
+    fn classic(&self, path: &str, projection: &str, numbers: &[usize]) -> Option<Vec<&Pair>> {
+        let pair = |expert: &usize| self.linear.get(&format!("{path}.{expert}.{projection}"));
+        let pairs: Option<Vec<&Pair>> = numbers.iter().map(pair).collect();
+        pairs.filter(|pairs| !pairs.is_empty())
     }
 }
 
 impl Adapted {
-    fn new(module: &str, pair: &Pair, copies: usize) -> Self {
+    fn new(module: &str, pair: &Pair) -> Self {
+        let magnitude = pair.magnitude.as_ref().map_or(0, Vec::len);
         Self {
             module: module.into(),
             rank: pair.rank,
             alpha: pair.alpha,
-            parameters: copies * (pair.a.len() + pair.b.len()),
+            parameters: pair.a.len() + pair.b.len() + magnitude,
         }
     }
 }

@@ -1,13 +1,14 @@
 //! From PEFT's tensors to updates.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
-use checkpoint::Adapter;
+use checkpoint::{Adapter, Layout};
 
-use super::{AdapterWeights, Fused, PREFIX, Pair, fused_name};
+use super::{AdapterWeights, Fused, MAGNITUDE, PREFIX, Pair, fused_name};
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::lora::Scaling;
+use crate::lora::{Scaling, Share, check_dora};
 use crate::patterns::{Patterns, Settings};
 
 impl AdapterWeights {
@@ -32,6 +33,7 @@ impl AdapterWeights {
             fused: BTreeMap::new(),
             scaling,
             dropout: settings.lora_dropout as f32,
+            share: share_of(adapter, &source)?,
             source,
             others: vec![],
         };
@@ -51,8 +53,13 @@ impl AdapterWeights {
             alpha: settings.lora_alpha,
             rank: settings.r,
         };
-        for tensor in adapter.tensors() {
-            weights.read_update(adapter, tensor, &patterns, config)?;
+        match adapter.layout {
+            Layout::Mlx => weights.read_mlx(adapter, config)?,
+            Layout::Peft => {
+                for tensor in adapter.tensors() {
+                    weights.read_update(adapter, tensor, &patterns, config)?;
+                }
+            }
         }
         if weights.linear.is_empty() && weights.fused.is_empty() {
             return Err(weights.unfit("lora_A", "at least one update".into(), "none".into()));
@@ -75,10 +82,16 @@ impl AdapterWeights {
         let b = adapter.tensor(&format!("{PREFIX}{path}.lora_B.weight"))?;
         let owner = path.strip_suffix(".base_layer").unwrap_or(path);
         if !owner.ends_with(".experts") {
-            let pair = self.pair([a, &b], settings.alpha_of(path))?;
+            let mut pair = self.pair([a, &b], settings.alpha_of(path))?;
+            if adapter.config.use_dora {
+                pair.magnitude = Some(self.magnitude(adapter, path, &pair)?);
+            }
             self.check_rank(a, &pair, settings.rank_of(path))?;
             self.linear.insert(path.into(), pair);
             return Ok(());
+        }
+        if adapter.config.use_dora {
+            check_dora(owner)?;
         }
         let fused = self.fused_parameter(adapter, path, [a, &b], config)?;
         let name = fused_name(owner, fused);
@@ -92,11 +105,21 @@ impl AdapterWeights {
         Ok(())
     }
 
-    /// Everything that is no `lora_A` must be the `lora_B` of one.
+    /// DoRA's lengths of the rows of one module.
+    fn magnitude(&self, adapter: &Adapter, path: &str, pair: &Pair) -> Result<Vec<f32>, Error> {
+        let tensor = adapter.tensor(&format!("{PREFIX}{path}{MAGNITUDE}"))?;
+        let [_, out] = pair.widths();
+        tensor.expect_shape(&[out])?;
+        Ok(tensor.to_f32()?)
+    }
+
+    /// Everything that is no `lora_A` must be the `lora_B` of one, or DoRA's part of it.
     fn check_partner(&self, adapter: &Adapter, tensor: &checkpoint::Tensor) -> Result<(), Error> {
+        let magnitude = tensor.name.strip_suffix(MAGNITUDE);
         let partner = tensor
             .name
             .strip_suffix(".lora_B.weight")
+            .or(magnitude.filter(|_| adapter.config.use_dora))
             .map(|path| format!("{path}.lora_A.weight"));
         match partner {
             Some(partner) if tensor.name.starts_with(PREFIX) => {
@@ -110,7 +133,12 @@ impl AdapterWeights {
         }
     }
 
-    fn wrong(&self, tensor: &checkpoint::Tensor, expected: String, found: String) -> Error {
+    pub(super) fn wrong(
+        &self,
+        tensor: &checkpoint::Tensor,
+        expected: String,
+        found: String,
+    ) -> Error {
         Error::Adapter {
             file: self.source.clone(),
             name: tensor.name.to_string(),
@@ -127,6 +155,7 @@ impl AdapterWeights {
                 rank,
                 alpha,
                 scale: self.scaling.scale(alpha, rank),
+                magnitude: None,
             }),
             (a_shape, b_shape) => Err(self.wrong(
                 b,
@@ -238,7 +267,24 @@ impl AdapterWeights {
             rank,
             alpha,
             scale: self.scaling.scale(alpha, rank),
+            magnitude: None,
         };
         Ok((0..experts).map(pair).collect())
+    }
+}
+
+/// Which factors the experts share, as an adapter's notes have it.
+fn share_of(adapter: &Adapter, source: &Path) -> Result<Option<Share>, Error> {
+    let Some(name) = &adapter.notes.experts_share else {
+        return Ok(None);
+    };
+    match Share::named(name) {
+        Some(share) => Ok(Some(share)),
+        None => Err(Error::Adapter {
+            file: source.with_file_name("moeforge.json"),
+            name: "experts_share".into(),
+            expected: "A, B or outer".into(),
+            found: name.clone(),
+        }),
     }
 }

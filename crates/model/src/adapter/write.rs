@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use burn::module::Param;
 use burn::tensor::Tensor;
 use checkpoint::{AdapterConfig, DType};
 
-use super::{AdapterWeights, Fused, PREFIX, Pair, fused_name};
+use super::{AdapterWeights, Fused, MAGNITUDE, PREFIX, Pair, fused_name};
 use crate::Error;
 use crate::decoder::Model;
-use crate::lora::Scaling;
+use crate::lora::{Dora, Scaling};
 use crate::moe::experts::{ExpertsLora, FactorStacks};
 use crate::patterns::most_common;
 use crate::sites::{PROJECTIONS, Site};
@@ -22,6 +23,7 @@ impl AdapterWeights {
             fused: BTreeMap::new(),
             scaling,
             dropout,
+            share: None,
             source: PathBuf::new(),
             others: vec![],
         };
@@ -32,12 +34,14 @@ impl AdapterWeights {
                     plain.push(path.to_owned());
                 }
                 if let Some(lora) = &linear.lora {
-                    let pair = weights.described(
+                    let mut pair = weights.described(
                         flat(lora.lora_a.val()),
                         flat(lora.lora_b.val()),
                         lora.rank(),
                         lora.scale,
                     );
+                    let magnitude = |dora: &Dora| flat(dora.lora_magnitude_vector.val());
+                    pair.magnitude = lora.dora.as_ref().map(magnitude);
                     weights.linear.insert(path.into(), pair);
                 }
             }
@@ -46,7 +50,12 @@ impl AdapterWeights {
                     return plain
                         .extend(PROJECTIONS.map(|projection| format!("{path}.{projection}")));
                 };
-                weights.add_experts(path, lora);
+                let numbers = experts.numbers();
+                weights.add_experts(path, lora, &numbers);
+                let others = (0..experts.dims()[0]).filter(|expert| !numbers.contains(expert));
+                plain.extend(
+                    others.flat_map(|e| PROJECTIONS.map(|name| format!("{path}.{e}.{name}"))),
+                );
             }
         });
         let chosen = |path: &String| {
@@ -60,7 +69,7 @@ impl AdapterWeights {
     }
 
     /// Adds the updates of a layer's experts.
-    fn add_experts(&mut self, path: &str, lora: &ExpertsLora) {
+    fn add_experts(&mut self, path: &str, lora: &ExpertsLora, numbers: &[usize]) {
         let [gate, up, down] = PROJECTIONS;
         for (name, stacks) in [
             (gate, &lora.gate_proj),
@@ -69,7 +78,7 @@ impl AdapterWeights {
             (down, &lora.down_proj),
         ] {
             let Some(stacks) = stacks else { continue };
-            let pairs = self.unstacked(stacks);
+            let pairs = self.unstacked(stacks, numbers.len());
             if lora.is_fused {
                 let fused = if name == down {
                     Fused::Down
@@ -78,9 +87,9 @@ impl AdapterWeights {
                 };
                 self.fused.insert((path.into(), fused), pairs);
             } else {
-                let named = pairs
-                    .into_iter()
-                    .enumerate()
+                let named = numbers
+                    .iter()
+                    .zip(pairs)
                     .map(|(expert, pair)| (format!("{path}.{expert}.{name}"), pair));
                 self.linear.extend(named);
             }
@@ -100,17 +109,22 @@ impl AdapterWeights {
             rank,
             alpha: (alpha * digits).round() / digits,
             scale,
+            magnitude: None,
         }
     }
 
-    fn unstacked(&self, stacks: &FactorStacks) -> Vec<Pair> {
-        let [n_experts, rank, _] = stacks.lora_a.val().dims();
-        let (a, b) = (flat(stacks.lora_a.val()), flat(stacks.lora_b.val()));
-        let parts = a
-            .chunks(a.len() / n_experts)
-            .zip(b.chunks(b.len() / n_experts));
-        parts
-            .map(|(a, b)| self.described(a.to_vec(), b.to_vec(), rank, stacks.scale))
+    /// One pair per expert; a shared factor is in all of them.
+    fn unstacked(&self, stacks: &FactorStacks, n_experts: usize) -> Vec<Pair> {
+        let rank = stacks.lora_a.val().dims()[1];
+        let parts = |stack: &Param<Tensor<3>>| -> Vec<Vec<f32>> {
+            let (stack, n) = (stack.val(), stack.val().dims()[0]);
+            let values = flat(stack);
+            let parts = values.chunks(values.len() / n).map(<[f32]>::to_vec);
+            parts.cycle().take(n_experts).collect()
+        };
+        let pairs = parts(&stacks.lora_a).into_iter().zip(parts(&stacks.lora_b));
+        pairs
+            .map(|(a, b)| self.described(a, b, rank, stacks.scale))
             .collect()
     }
 
@@ -132,6 +146,10 @@ impl AdapterWeights {
                 [out, pair.rank],
                 &pair.b,
             )?);
+            if let Some(magnitude) = &pair.magnitude {
+                let name = format!("{PREFIX}{path}{MAGNITUDE}");
+                tensors.push(tensor(&name, [out], magnitude)?);
+            }
         }
         for ((owner, fused), pairs) in &self.fused {
             let inner =
@@ -177,6 +195,7 @@ impl AdapterWeights {
         config.base_model_name_or_path = Some(base.into());
         config.lora_dropout = f64::from(self.dropout);
         config.use_rslora = self.scaling == Scaling::RsLora;
+        config.use_dora = all.iter().any(|(_, pair)| pair.magnitude.is_some());
         config.rank_pattern = all
             .iter()
             .filter(|(_, pair)| pair.rank != rank)
@@ -218,7 +237,11 @@ fn flat<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().try_to_vec().expect("factors are f32")
 }
 
-fn tensor(name: &str, shape: [usize; 2], values: &[f32]) -> Result<checkpoint::Tensor, Error> {
+fn tensor<const D: usize>(
+    name: &str,
+    shape: [usize; D],
+    values: &[f32],
+) -> Result<checkpoint::Tensor, Error> {
     let bytes: Vec<u8> = values
         .iter()
         .flat_map(|value| value.to_le_bytes())

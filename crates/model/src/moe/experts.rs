@@ -1,13 +1,17 @@
 //! The routed experts: one of the two places where a weight meets an activation (the other is `linear.rs`).
 //!
 //! Frozen experts are a bank of views, one matrix per expert and projection, as the checkpoint stores them apart.
-//! Trained ones are three stacks. Low-rank updates are stacks too: one pair of factors per expert.
+//! Trained ones are three stacks. Low-rank updates are stacks too: one pair of factors per expert, or one factor of the
+//! pair for all of them.
+//!
+//! Where only some experts are trained or updated, a layer runs in two parts: those, and the others. Each part gets the
+//! slots of its own experts alone, so the others cost no gradient.
 
 use std::sync::Arc;
 
 use burn::module::{Module, Param};
-use burn::tensor::Tensor;
-use kernels::{Dropout, ExpertBank, ExpertFactors, ExpertLora, Quantizer};
+use burn::tensor::{Device, Int, Tensor};
+use kernels::{Compute, Dropout, ExpertBank, ExpertFactors, ExpertLora, Quantizer};
 
 use super::router::Routed;
 use crate::pass::Pass;
@@ -23,19 +27,66 @@ pub struct Experts {
     /// If there is one, frozen weights are read as they would be written in this format, updates folded in.
     #[module(skip)]
     pub quantizer: Option<Quantizer>,
+    /// If only some of them are trained or updated: which.
+    #[module(skip)]
+    pub chosen: Option<Chosen>,
+}
+
+/// Some of a layer's experts, and the others.
+#[derive(Clone, Debug)]
+pub struct Chosen {
+    /// Numbers of those that are trained or updated, ascending.
+    pub numbers: Vec<usize>,
+    /// Numbers of the others.
+    others: Vec<usize>,
+    /// The published weights of the chosen, and of the others.
+    banks: [Arc<ExpertBank>; 2],
+}
+
+impl Chosen {
+    /// Parts a layer's experts.
+    ///
+    /// # Panics
+    /// If a number is not below the bank's size.
+    pub fn new(numbers: Vec<usize>, bank: &ExpertBank) -> Self {
+        let others: Vec<usize> = (0..bank.gate.len())
+            .filter(|expert| !numbers.contains(expert))
+            .collect();
+        let pick = |numbers: &[usize]| {
+            let of = |list: &[kernels::Matrix]| numbers.iter().map(|n| list[*n].clone()).collect();
+            Arc::new(ExpertBank {
+                gate: of(&bank.gate),
+                up: of(&bank.up),
+                down: of(&bank.down),
+            })
+        };
+        Self {
+            banks: [pick(&numbers), pick(&others)],
+            numbers,
+            others,
+        }
+    }
 }
 
 /// Where the experts' weights are.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "tensor handles; there are as many as layers, and burn derives no boxed variants"
-)]
 #[derive(Module, Debug)]
 pub enum ExpertWeights {
     /// Never change, have no gradient, stay in their published bytes.
     Frozen(FrozenBank),
     /// Trained, in f32.
     Trained(Stacks),
+    /// The chosen ones are trained, the others frozen.
+    Partly(PartlyTrained),
+}
+
+/// Frozen experts, some of which are trained.
+#[derive(Module, Debug)]
+pub struct PartlyTrained {
+    /// All of them, as published.
+    #[module(skip)]
+    pub bank: Arc<ExpertBank>,
+    /// The chosen ones, as trained.
+    pub trained: Stacks,
 }
 
 /// Views of frozen experts.
@@ -83,41 +134,87 @@ pub struct ExpertsLora {
 /// Stacked factors of one projection.
 #[derive(Module, Debug)]
 pub struct FactorStacks {
-    /// `[experts, rank, in]`.
+    /// `[experts, rank, in]`, or `[1, rank, in]` if the experts share it.
     pub lora_a: Param<Tensor<3>>,
-    /// `[experts, out, rank]`.
+    /// `[experts, out, rank]`, or `[1, out, rank]` if the experts share it.
     pub lora_b: Param<Tensor<3>>,
     /// Multiplier of the update.
     #[module(skip)]
     pub scale: f32,
 }
 
+impl FactorStacks {
+    /// Both factors with one entry per expert; the gradient of a shared one is the sum over them.
+    fn of_each(&self, experts: usize) -> [Tensor<3>; 2] {
+        [&self.lora_a, &self.lora_b].map(|factor| {
+            let factor = factor.val();
+            let [n, rows, cols] = factor.dims();
+            if n == experts {
+                factor
+            } else {
+                factor.expand([experts, rows, cols])
+            }
+        })
+    }
+}
+
 impl Experts {
+    /// The published weights; none if all are trained.
+    fn bank(&self) -> Option<&Arc<ExpertBank>> {
+        match &self.weights {
+            ExpertWeights::Frozen(frozen) => Some(&frozen.bank),
+            ExpertWeights::Partly(partly) => Some(&partly.bank),
+            ExpertWeights::Trained(_) => None,
+        }
+    }
+
+    /// How many experts are trained or updated, if any are.
+    pub fn n_chosen(&self) -> usize {
+        let chosen = self.chosen.as_ref();
+        chosen.map_or_else(|| self.dims()[0], |chosen| chosen.numbers.len())
+    }
+
+    /// The numbers of the experts that are trained or updated, if any are.
+    pub fn numbers(&self) -> Vec<usize> {
+        let chosen = self.chosen.as_ref();
+        chosen.map_or_else(
+            || (0..self.dims()[0]).collect(),
+            |chosen| chosen.numbers.clone(),
+        )
+    }
+
+    /// Leaves all but some of the frozen experts alone: updates that are put on then are those of the chosen ones.
+    pub fn choose(&mut self, numbers: Vec<usize>) {
+        self.chosen = match self.bank() {
+            Some(bank) if numbers.len() < bank.gate.len() => Some(Chosen::new(numbers, bank)),
+            _ => None,
+        };
+    }
+
     /// Number of experts, inner width and hidden width.
     pub fn dims(&self) -> [usize; 3] {
-        match &self.weights {
-            ExpertWeights::Frozen(frozen) => {
-                let bank = &frozen.bank;
-                [bank.gate.len(), bank.gate[0].rows(), bank.gate[0].cols()]
-            }
-            ExpertWeights::Trained(stacks) => stacks.gate_proj.val().dims(),
+        match (&self.weights, self.bank()) {
+            (ExpertWeights::Trained(stacks), _) => stacks.gate_proj.val().dims(),
+            (_, Some(bank)) => [bank.gate.len(), bank.gate[0].rows(), bank.gate[0].cols()],
+            _ => unreachable!("what is not trained as a whole has a bank"),
         }
     }
 
     /// Bytes held in memory or mapped.
     pub fn size_bytes(&self) -> usize {
-        match &self.weights {
-            ExpertWeights::Frozen(frozen) => {
-                let bank = &frozen.bank;
-                bank.gate
-                    .iter()
-                    .chain(&bank.up)
-                    .chain(&bank.down)
-                    .map(kernels::Matrix::size_bytes)
-                    .sum()
+        let matrices = self
+            .bank()
+            .into_iter()
+            .flat_map(|bank| bank.gate.iter().chain(&bank.up).chain(&bank.down));
+        let mapped: usize = matrices.map(kernels::Matrix::size_bytes).sum();
+        let held = match &self.weights {
+            ExpertWeights::Frozen(_) => 0,
+            ExpertWeights::Trained(_) | ExpertWeights::Partly(_) => {
+                let [_, inner, hidden] = self.dims();
+                self.n_chosen() * inner * hidden * 3 * 4
             }
-            ExpertWeights::Trained(_) => self.dims().iter().product::<usize>() * 3 * 4,
-        }
+        };
+        mapped + held
     }
 
     /// The weighted sum of every token's experts.
@@ -126,31 +223,64 @@ impl Experts {
     /// - `x`: `[tokens, hidden_size]`
     /// - returns: `[tokens, hidden_size]`
     pub fn forward(&self, x: Tensor<2>, routed: Routed, pass: &Pass<'_>) -> Tensor<2> {
-        let (order, offsets) = kernels::dispatch(routed.ids, self.dims()[0]);
-        let routing = kernels::Routing {
-            weights: routed.weights,
-            order,
-            offsets,
-        };
         let compute = pass.compute_of(Class::Experts);
-        match &self.weights {
-            ExpertWeights::Frozen(frozen) => {
-                let (factors, lora) = self.factors(&x, pass);
-                kernels::experts_frozen(x, routing, &frozen.bank, factors, lora, compute)
+        let experts = self.dims()[0];
+        match (&self.weights, &self.chosen) {
+            (ExpertWeights::Frozen(frozen), None) => {
+                let routing = routing(&routed, None, experts);
+                self.frozen(x, routing, &frozen.bank, pass)
             }
-            ExpertWeights::Trained(stacks) => {
-                let stacks = [&stacks.gate_proj, &stacks.up_proj, &stacks.down_proj]
-                    .map(|stack| stack.val());
-                kernels::experts_trained(x, routing, stacks, compute)
+            (ExpertWeights::Trained(stacks), _) => {
+                stacks.forward(x, routing(&routed, None, experts), compute)
+            }
+            (weights, Some(chosen)) => {
+                let [own, rest] = [&chosen.numbers, &chosen.others]
+                    .map(|numbers| routing(&routed, Some(numbers), experts));
+                let y = match weights {
+                    ExpertWeights::Partly(partly) => {
+                        partly.trained.forward(x.clone(), own, compute)
+                    }
+                    _ => self.frozen(x.clone(), own, &chosen.banks[0], pass),
+                };
+                if chosen.others.is_empty() {
+                    return y;
+                }
+                let others = Self {
+                    lora: None,
+                    chosen: None,
+                    ..self.clone()
+                };
+                y + others.frozen(x, rest, &chosen.banks[1], pass)
+            }
+            (ExpertWeights::Partly(_), None) => {
+                unreachable!("the loader notes which experts it trains")
             }
         }
     }
 
-    /// The updates as the kernel takes them: rank 0 where there is none.
-    fn factors(&self, x: &Tensor<2>, pass: &Pass<'_>) -> (ExpertFactors, ExpertLora) {
-        let [experts, inner, hidden] = self.dims();
+    /// The experts of a bank with their updates.
+    fn frozen(
+        &self,
+        x: Tensor<2>,
+        routing: kernels::Routing,
+        bank: &Arc<ExpertBank>,
+        pass: &Pass<'_>,
+    ) -> Tensor<2> {
+        let compute = pass.compute_of(Class::Experts);
+        let (factors, lora) = self.factors(bank, &x.device(), pass);
+        kernels::experts_frozen(x, routing, bank, factors, lora, compute)
+    }
+
+    /// The updates of a bank's experts as the kernel takes them: rank 0 where there is none.
+    fn factors(
+        &self,
+        bank: &ExpertBank,
+        device: &Device,
+        pass: &Pass<'_>,
+    ) -> (ExpertFactors, ExpertLora) {
+        let [experts, inner, hidden] = [bank.gate.len(), bank.gate[0].rows(), bank.gate[0].cols()];
         let none = |[width_in, width_out]: [usize; 2]| {
-            let zeros = |shape| Tensor::zeros(shape, &x.device());
+            let zeros = |shape| Tensor::zeros(shape, device);
             (
                 [
                     zeros([experts, 0, width_in]),
@@ -159,8 +289,7 @@ impl Experts {
                 0.0,
             )
         };
-        let some =
-            |factors: &FactorStacks| ([factors.lora_a.val(), factors.lora_b.val()], factors.scale);
+        let some = |factors: &FactorStacks| (factors.of_each(experts), factors.scale);
         let lora = self.lora.as_ref();
         let pick = |of: fn(&ExpertsLora) -> &Option<FactorStacks>, widths| {
             lora.and_then(|lora| of(lora).as_ref())
@@ -171,11 +300,8 @@ impl Experts {
         let ((gate, gate_scale), (up, up_scale)) =
             match lora.and_then(|lora| lora.gate_up_proj.as_ref()) {
                 Some(both) => {
-                    let (a, b, rank) = (
-                        both.lora_a.val(),
-                        both.lora_b.val(),
-                        both.lora_a.val().dims()[1],
-                    );
+                    let [a, b] = both.of_each(experts);
+                    let rank = a.dims()[1];
                     let half = |rows: std::ops::Range<usize>| {
                         (
                             [a.clone(), b.clone().slice([0..experts, rows, 0..rank])],
@@ -205,5 +331,40 @@ impl Experts {
                 quantizer: self.quantizer,
             },
         )
+    }
+}
+
+impl Stacks {
+    fn forward(&self, x: Tensor<2>, routing: kernels::Routing, compute: Compute) -> Tensor<2> {
+        let stacks = [&self.gate_proj, &self.up_proj, &self.down_proj].map(|stack| stack.val());
+        kernels::experts_trained(x, routing, stacks, compute)
+    }
+}
+
+/// The slots of all experts, or of those with some numbers, which then count from zero.
+fn routing(routed: &Routed, numbers: Option<&Vec<usize>>, experts: usize) -> kernels::Routing {
+    let weights = routed.weights.clone();
+    let Some(numbers) = numbers else {
+        let (order, offsets) = kernels::dispatch(routed.ids.clone(), experts);
+        return kernels::Routing {
+            weights,
+            order,
+            offsets,
+        };
+    };
+    // All others are one more expert, whose slots come last and are left out.
+    let n = numbers.len();
+    let mut places = vec![n as i32; experts];
+    (0..)
+        .zip(numbers)
+        .for_each(|(place, number)| places[*number] = place);
+    let (device, [tokens, top_k]) = (weights.device(), routed.ids.dims());
+    let places = Tensor::<1, Int>::from_ints(places.as_slice(), &device);
+    let ids = places.select(0, routed.ids.clone().reshape([tokens * top_k]));
+    let (order, offsets) = kernels::dispatch(ids.reshape([tokens, top_k]), n + 1);
+    kernels::Routing {
+        weights,
+        order,
+        offsets: offsets.select(0, Tensor::arange(0..n as i64 + 1, &device)),
     }
 }

@@ -7,7 +7,7 @@
 use std::path::Path;
 
 use burn::tensor::Tensor;
-use model::Parameter;
+use model::{Model, Parameter};
 use serde::Serialize;
 
 use super::Sums;
@@ -54,7 +54,16 @@ pub enum Zero {
 
 impl Census {
     /// Of the gradients of a step. Reads them back, which is why it is for one step only.
-    pub(crate) fn new(parameters: &[Parameter], sums: &Sums) -> Self {
+    pub(crate) fn of(model: &Model, sums: &Sums) -> Self {
+        Self::new(
+            &model.parameters(),
+            &|name| model.expert_numbers(name),
+            sums,
+        )
+    }
+
+    /// `experts` gives the numbers of the experts that a stack is of.
+    fn new(parameters: &[Parameter], experts: &dyn Fn(&str) -> Vec<usize>, sums: &Sums) -> Self {
         let entry = |parameter: &Parameter| {
             let Some(gradient) = sums.gradients.get(&parameter.name) else {
                 return TensorGradient {
@@ -65,14 +74,25 @@ impl Census {
                 };
             };
             let squares = squares(gradient, parameter);
-            let load = load_of(parameter, &sums.loads);
-            let idle = |i: &usize| squares[*i] == 0.0 && load.is_some_and(|load| load[*i] == 0.0);
-            let idle: Vec<usize> = (0..squares.len()).filter(idle).collect();
+            let experts = match parameter.shape[..] {
+                [_, _, _] => experts(&parameter.name),
+                _ => vec![],
+            };
+            let load = load_of(&parameter.name, &sums.loads);
+            let is_idle = |expert: &usize| load.is_some_and(|load| load.get(*expert) == Some(&0.0));
+            // A factor that the experts share has one part for all of them.
+            let parts = if squares.len() == experts.len() {
+                &squares[..]
+            } else {
+                &[]
+            };
+            let zeros = experts.iter().zip(parts).filter(|(_, sum)| **sum == 0.0);
+            let idle: Vec<usize> = zeros.map(|(n, _)| *n).filter(is_idle).collect();
             let norm = squares.iter().sum::<f64>().sqrt();
             let why = || {
                 if second_factor_is_zero(parameter, parameters) {
                     Zero::SecondFactorIsZero
-                } else if idle.len() == squares.len() {
+                } else if !experts.is_empty() && experts.iter().all(is_idle) {
                     Zero::NoToken
                 } else {
                     Zero::Unknown
@@ -146,13 +166,12 @@ fn squares(gradient: Tensor<1>, parameter: &Parameter) -> Vec<f64> {
     squares.collect()
 }
 
-/// The load of the experts that a tensor is a stack of.
-fn load_of<'a>(parameter: &Parameter, loads: &'a [(usize, Vec<f64>)]) -> Option<&'a Vec<f64>> {
-    let layer = parameter.name.split_once("layers.")?.1.split('.').next()?;
+/// The load of the experts of a tensor's layer.
+fn load_of<'a>(parameter: &str, loads: &'a [(usize, Vec<f64>)]) -> Option<&'a Vec<f64>> {
+    let layer = parameter.split_once("layers.")?.1.split('.').next()?;
     let layer: usize = layer.parse().ok()?;
     let (_, load) = loads.iter().find(|(found, _)| *found == layer)?;
-    let is_stack = parameter.shape.len() == 3 && parameter.shape[0] == load.len();
-    is_stack.then_some(load)
+    Some(load)
 }
 
 /// Whether a tensor is the first factor of an update whose second one is zero.
@@ -199,7 +218,8 @@ mod tests {
             .add(named.zip(gradients.map(tensor)).collect());
         // Expert 1 got tokens: that its part of `down_proj` is zero has another reason.
         sums.loads = vec![(3, vec![0.0, 4.0, 0.0])];
-        let census = Census::new(&parameters, &sums);
+        let all = |_: &str| vec![0, 1, 2];
+        let census = Census::new(&parameters, &all, &sums);
         let found: Vec<_> = census
             .tensors
             .iter()
@@ -214,7 +234,7 @@ mod tests {
         ];
         assert_eq!(found, expected);
         sums.loads = vec![(3, vec![0.0; 3])];
-        let census = Census::new(&parameters, &sums);
+        let census = Census::new(&parameters, &all, &sums);
         assert_eq!(census.tensors[2].zero, Some(Zero::NoToken));
         let summary = census.summary();
         for words in [
@@ -224,5 +244,54 @@ mod tests {
         ] {
             assert!(summary.contains(words), "{summary}");
         }
+    }
+
+    #[test]
+    fn parts_are_of_the_chosen_experts_and_a_shared_factor_is_of_all_of_them() {
+        let device = Device::flex();
+        let tensor = |values: &[f32]| Tensor::<1>::from_floats(values, &device);
+        let parameter = |name: &str, shape: [usize; 3]| Parameter {
+            name: format!("model.layers.1.mlp.experts.{name}"),
+            shape: shape.to_vec(),
+            values: tensor(&vec![1.0; shape.iter().product()]),
+        };
+        let parameters = [
+            parameter("weights.trained.up_proj", [2, 1, 1]),
+            parameter("lora.up_proj.lora_a", [1, 1, 1]),
+        ];
+        let found = |gradients: [&[f32]; 2], loads: [f64; 4]| {
+            let named = parameters.iter().map(|p| p.name.clone());
+            let mut sums = Sums::default();
+            sums.gradients
+                .add(named.zip(gradients.map(tensor)).collect());
+            sums.loads = vec![(1, loads.to_vec())];
+            let census = Census::new(&parameters, &|_| vec![1, 3], &sums);
+            census.tensors
+        };
+        // Experts 1 and 3 are chosen: what 0 and 2 get says nothing.
+        let tensors = found([&[0.0, 2.0], &[2.0]], [0.0, 0.0, 9.0, 4.0]);
+        assert_eq!(
+            (tensors[0].zero, &tensors[0].experts_without_token),
+            (None, &vec![1])
+        );
+        assert_eq!(
+            (tensors[1].zero, &tensors[1].experts_without_token),
+            (None, &vec![])
+        );
+        let tensors = found([&[0.0, 0.0], &[0.0]], [7.0, 0.0, 9.0, 0.0]);
+        assert_eq!(tensors[0].experts_without_token, [1, 3]);
+        assert!(
+            tensors
+                .iter()
+                .all(|tensor| tensor.zero == Some(Zero::NoToken)),
+            "{tensors:?}"
+        );
+        let tensors = found([&[0.0, 0.0], &[0.0]], [0.0, 1.0, 0.0, 1.0]);
+        assert!(
+            tensors
+                .iter()
+                .all(|tensor| tensor.zero == Some(Zero::Unknown)),
+            "{tensors:?}"
+        );
     }
 }

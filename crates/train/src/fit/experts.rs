@@ -1,4 +1,4 @@
-//! What a router does to its experts: how many tokens each gets, and how far it has drifted from the base's.
+//! What a router does to its experts: how many tokens each gets, and how far it has drifted from the reference's.
 
 use burn::tensor::{Int, Tensor};
 use model::RoutingRecord;
@@ -17,12 +17,12 @@ pub struct LayerLoad {
     pub load: Vec<u64>,
 }
 
-/// How one layer's picks differ from those without the adapter.
+/// How one layer's picks differ from the reference's.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct LayerDrift {
     /// Which layer.
     pub layer: usize,
-    /// Share of the picks that the base does not make for the same token.
+    /// Share of the picks that the reference does not make for the same token.
     pub drift: f64,
 }
 
@@ -81,7 +81,7 @@ impl Picks {
     }
 }
 
-/// The drift of every layer over some batches, whose picks come in the same order with and without the adapter.
+/// The drift of every layer over some batches, whose picks come in the same order in both models.
 pub(crate) fn drift(picks: &[Picks], base: &[Picks]) -> Vec<LayerDrift> {
     let mut counts: Vec<(usize, usize, usize)> = Vec::new(); // layer, moved, all
     for (picks, base) in picks.iter().zip(base) {

@@ -26,7 +26,7 @@ pub struct RangeTest {
 pub struct RatePoint {
     /// The learning rate.
     pub rate: f64,
-    /// Mean nats per trained token, before the update.
+    /// Mean nats per trained token, or per pair, before the update.
     pub loss: f64,
     /// The same, averaged over the last few steps.
     pub smoothed: f64,
@@ -50,7 +50,7 @@ impl Session {
     /// If the first loss or gradient is not finite already.
     pub fn range_test(&mut self, test: RangeTest, host: &mut dyn Host) -> Result<Vec<RatePoint>> {
         let mut points: Vec<RatePoint> = Vec::new();
-        let mut lowest = f64::INFINITY;
+        let (mut lowest, calm) = (f64::INFINITY, self.recipe.train.loss.calm());
         let (mut average, mut weights) = (0.0, 0.0);
         for step in 0..test.steps {
             let rate = test.rate(step);
@@ -70,7 +70,7 @@ impl Session {
             });
             host.see(&Event::Step(report));
             lowest = lowest.min(smoothed);
-            if smoothed > BLOWN_UP * lowest || host.interrupted().is_some() {
+            if smoothed > BLOWN_UP * lowest.max(calm) || host.interrupted().is_some() {
                 break;
             }
         }

@@ -42,7 +42,8 @@ pub struct Watchdog {
 impl Watchdog {
     /// Takes note of a step's loss, whose first micro-batch is given. Returns whether the run has gone astray.
     fn is_astray(&mut self, loss: f64, first_batch: u64, train: &TrainSection) -> bool {
-        if self.steps >= WARMUP_STEPS && loss > train.spike_factor * self.smoothed {
+        let is_high = loss > train.spike_factor * self.smoothed && loss > train.loss.calm();
+        if self.steps >= WARMUP_STEPS && is_high {
             if self.spikes == 0 {
                 self.first_batch = first_batch;
             }
@@ -131,6 +132,7 @@ impl Session {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::recipe::Loss;
 
     #[test]
     fn only_several_spikes_in_a_row_count_and_only_after_a_while() {
@@ -150,6 +152,20 @@ mod tests {
         assert_eq!(watchdog.first_batch, 23);
         // Spikes are not part of the average they are compared with.
         assert!(watchdog.smoothed < 1.5, "{watchdog:?}");
+    }
+
+    #[test]
+    fn a_pair_that_is_still_told_apart_is_no_spike() {
+        let train = TrainSection {
+            loss: Loss::Dpo,
+            spike_factor: 2.0,
+            spike_steps: 1,
+            ..TrainSection::default()
+        };
+        let mut watchdog = Watchdog::default();
+        let mut see = |loss, batch| watchdog.is_astray(loss, batch, &train);
+        assert!((0..20).all(|batch| !see(0.05, batch)));
+        assert!(!see(0.69, 20) && see(0.7, 21));
     }
 
     #[test]

@@ -2,12 +2,13 @@
 //!
 //! Tags are those the field uses: `train/loss`, `eval/loss`, `perf/tokens_per_sec`, `moe/layer_03/load`.
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::json;
 
 use super::Metrics;
 use super::event_file::{EventFile, Value};
 use crate::Result;
+use crate::dpo::Rewards;
 use crate::fit::{LayerDrift, LayerLoad, Sample, StepReport};
 use crate::run_dir::RunDir;
 
@@ -21,9 +22,12 @@ pub(crate) struct Journal {
 /// What a validation pass found.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Validation {
-    /// Mean nats per trained token.
+    /// Mean nats per trained token, or per pair.
     pub(crate) valid_loss: f64,
-    /// Share of the expert picks that the adapter changes.
+    /// Means over the pairs, if preferences are learned.
+    #[serde(flatten, serialize_with = "as_valid")]
+    pub(crate) rewards: Option<Rewards>,
+    /// How far the expert picks are from the reference's.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) routing_drift: Vec<LayerDrift>,
 }
@@ -68,6 +72,7 @@ impl Journal {
                 .loss_scale
                 .map(|scale| scalar("train/loss_scale", scale)),
         );
+        values.extend(report.rewards.iter().flat_map(|r| of_rewards("train", r)));
         values.extend(peak_bytes.map(|bytes| scalar("memory/peak_bytes", bytes as f64)));
         if !loads.is_empty() {
             self.metrics.append(step, &json!({ "experts": loads }))?;
@@ -85,6 +90,7 @@ impl Journal {
     pub(crate) fn validation(&mut self, step: u64, found: &Validation) -> Result<()> {
         self.metrics.append(step, found)?;
         let mut values = vec![scalar("eval/loss", found.valid_loss)];
+        values.extend(found.rewards.iter().flat_map(|r| of_rewards("eval", r)));
         for layer in &found.routing_drift {
             values.push((
                 of_layer(layer.layer, "routing_drift"),
@@ -139,4 +145,20 @@ fn scalar(tag: &str, value: f64) -> (String, Value) {
 /// With two digits, so that layers sort.
 fn of_layer(layer: usize, name: &str) -> String {
     format!("moe/layer_{layer:02}/{name}")
+}
+
+/// What answers earn, under TRL's names.
+fn of_rewards(split: &str, rewards: &Rewards) -> [(String, Value); 4] {
+    rewards
+        .named()
+        .map(|(name, value)| scalar(&format!("{split}/{name}"), value))
+}
+
+/// The rewards of the validation split in a line of metrics, beside those of the training rows.
+fn as_valid<S: Serializer>(
+    rewards: &Option<Rewards>,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    let named = rewards.iter().flat_map(Rewards::named);
+    serializer.collect_map(named.map(|(name, value)| (format!("valid_{name}"), value)))
 }

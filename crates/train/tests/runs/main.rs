@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
+/// Learning from preferences.
+mod preferences;
 /// Runs that are asked to stop, or have to.
 mod stops;
 /// What a run looks at while it goes on, and what it does about it.
@@ -86,9 +88,13 @@ fn open(recipe: Recipe) -> Session {
 }
 
 fn expected_curve(name: &str, key: &str) -> Vec<f64> {
-    let json: serde_json::Value =
-        serde_json::from_str(&std::fs::read_to_string(golden(name).join("golden.json")).unwrap())
-            .unwrap();
+    let file = if ["dora", "rslora"].contains(&key) {
+        "methods.json"
+    } else {
+        "golden.json"
+    };
+    let json = std::fs::read_to_string(golden(name).join(file)).unwrap();
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     json[key]["adamw_loss_curve"]
         .as_array()
         .unwrap()
@@ -132,22 +138,93 @@ fn full_training_follows_the_golden_curve() {
 
 #[test]
 fn lora_training_follows_the_golden_curve() {
-    for name in ["deepseek_v2_lite", "deepseek_v3"] {
+    for (name, adapter, key) in [
+        ("deepseek_v2_lite", "adapter_peft", "lora_peft"),
+        ("deepseek_v3", "adapter_peft", "lora_peft"),
+        ("deepseek_v3", "adapter_dora", "dora"),
+        ("deepseek_v3", "adapter_rslora", "rslora"),
+        ("qwen2_distill", "adapter_dora", "dora"),
+        ("qwen2_distill", "adapter_rslora", "rslora"),
+    ] {
         let place = Place::new(name);
-        let model = format!(
-            "# {name}\nadapter = {:?}\n",
-            golden(name).join("adapter_peft")
-        );
+        let model = format!("# {name}\nadapter = {:?}\n", golden(name).join(adapter));
         let recipe = place.recipe(
             &model,
             "[train]\nmethod = \"lora\"\nsteps = 11\nbatch_size = 2\nshuffle = false\n",
         );
         let run = RunDir::create(&place.path("run"), &recipe).unwrap();
-        assert_curve(
-            &losses(&mut open(recipe), &run),
-            &expected_curve(name, "lora_peft"),
-            name,
+        let found = losses(&mut open(recipe), &run);
+        assert_curve(&found, &expected_curve(name, key), &format!("{name} {key}"));
+    }
+}
+
+/// An adapter's tensors, trained for one step from fresh factors.
+fn first_step(place: &Place, run: &str, settings: &str) -> Safetensors {
+    let train = "[train]\nsteps = 1\nbatch_size = 2\nshuffle = false\n";
+    let recipe = place.recipe("# deepseek_v3\n", &format!("{settings}{train}"));
+    let run = RunDir::create(&place.path(run), &recipe).unwrap();
+    losses(&mut open(recipe), &run);
+    Safetensors::open(&run.path().join("adapter/adapter_model.safetensors")).unwrap()
+}
+
+#[test]
+fn lora_plus_moves_the_second_factor_faster() {
+    let place = Place::new("deepseek_v3");
+    let plain = first_step(&place, "plain", "");
+    let plus = first_step(&place, "plus", "[lora]\nloraplus_lr_ratio = 16\n");
+    for tensor in plain.tensors() {
+        let [before, after] = [&plain, &plus].map(|file| file.tensor(&tensor.name).unwrap());
+        let [before, after] = [before, after].map(|tensor| tensor.to_f32().unwrap());
+        // The second factors start at zero, so that they are their first update.
+        let ratio = if tensor.name.ends_with("lora_B.weight") {
+            16.0
+        } else {
+            1.0
+        };
+        for (before, after) in before.iter().zip(&after) {
+            let expected = ratio * before;
+            assert!(
+                (after - expected).abs() <= 1e-5 * expected.abs(),
+                "{}: {after}, expected {expected}",
+                tensor.name
+            );
+        }
+    }
+}
+
+#[test]
+fn what_is_not_chosen_keeps_its_bytes() {
+    let place = Place::new("deepseek_v3");
+    let chosen = "unfrozen_parameters = [\"layers.1.mlp.experts.*\", \"norm\"]\n";
+    for (settings, trained) in [
+        (chosen, &["mlp.experts", "model.norm"][..]),
+        (
+            "router = \"frozen\"\n",
+            &["mlp", "self_attn", "norm", "embed", "head"][..],
+        ),
+        (
+            "router = \"bias-only\"\nbias_update_speed = 0.001\nunfrozen_parameters = \"norm\"\n",
+            &["e_score_correction_bias", "model.norm"][..],
+        ),
+    ] {
+        let recipe = place.recipe(
+            "# deepseek_v3\n",
+            &format!("[train]\nmethod = \"full\"\nsteps = 2\nbatch_size = 2\n{settings}"),
         );
+        let run = tempfile::tempdir().unwrap();
+        let run = RunDir::create(&run.path().join("run"), &recipe).unwrap();
+        losses(&mut open(recipe), &run);
+        let [before, after] = [golden("deepseek_v3"), run.path().join("model")]
+            .map(|path| checkpoint::Folder::open(&path).unwrap());
+        let mut changed = 0;
+        for name in before.names() {
+            let [old, new] = [&before, &after].map(|folder| folder.tensor(name).unwrap());
+            let router = name.ends_with("mlp.gate.weight");
+            let may_change = !router && trained.iter().any(|part| name.contains(part));
+            assert!(may_change || old.bytes == new.bytes, "{settings}: {name}");
+            changed += usize::from(old.bytes != new.bytes);
+        }
+        assert!(changed > 0, "{settings}");
     }
 }
 
@@ -198,19 +275,29 @@ fn resumed_runs_end_in_the_same_bits() {
     let f16 = format!("{f16}{full}");
     let fp8 = format!("[precision]\ncompute = \"fp8\"\n{full}");
     let aware = lora.replace("dropout = 0.1", "quantizer = \"gguf:q4_0\"");
+    let dora = lora.replace("[train]", "use_dora = true\nexclude = \"experts\"\n[train]");
+    let shared = "loraplus_lr_ratio = 4.0\nexperts_share = \"outer\"\n[train]";
+    let shared = lora.replace("[train]", shared);
+    let some = format!("{full}unfrozen_parameters = [\"layers.2.mlp.experts.3\", \"self_attn\"]\n");
     for (settings, result) in [
         (lora, "adapter"),
         (full, "model"),
         (f16, "model"),
         (fp8, "model"),
         (aware, "adapter"),
+        (dora, "adapter"),
+        (shared, "adapter"),
+        (some, "model"),
     ] {
         resumed_run_is_whole(&settings, result);
     }
 }
 
 fn resumed_run_is_whole(settings: &str, result: &str) {
-    let place = Place::new("deepseek_v3");
+    resumed_run_is_whole_in(&Place::new("deepseek_v3"), settings, result);
+}
+
+fn resumed_run_is_whole_in(place: &Place, settings: &str, result: &str) {
     let recipe = place.recipe("# deepseek_v3\n", settings);
     let whole = RunDir::create(&place.path("whole"), &recipe).unwrap();
     losses(&mut open(recipe.clone()), &whole);

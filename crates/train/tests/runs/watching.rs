@@ -7,15 +7,24 @@ use super::{Place, bytes, open};
 
 /// Remembers what it is told, and may ask to stop after a step.
 #[derive(Default)]
-struct Notes {
+pub(super) struct Notes {
     stop_after: Option<u64>,
-    step: u64,
+    pub(super) step: u64,
     steps: Vec<u64>,
     losses: Vec<f64>,
-    valid: Vec<(u64, f64, Option<f64>)>,
+    pub(super) valid: Vec<(u64, f64, Option<f64>)>,
     rollbacks: Vec<(u64, u64)>,
     census: Option<Census>,
-    best: Option<u64>,
+    pub(super) best: Option<u64>,
+}
+
+impl Notes {
+    pub(super) fn stopping_after(step: u64) -> Self {
+        Self {
+            stop_after: Some(step),
+            ..Self::default()
+        }
+    }
 }
 
 impl Host for Notes {
@@ -26,7 +35,9 @@ impl Host for Notes {
                 self.steps.push(report.step);
                 self.losses.push(report.loss);
             }
-            Event::Validated { step, loss, drift } => self.valid.push((*step, *loss, *drift)),
+            Event::Validated {
+                step, loss, drift, ..
+            } => self.valid.push((*step, *loss, *drift)),
             Event::RolledBack { step, to, .. } => {
                 self.rollbacks.push((*step, *to));
             }
@@ -53,14 +64,14 @@ fn rows(n: usize, odd: std::ops::Range<usize>) -> String {
         .collect()
 }
 
-fn fit(recipe: &Recipe, run: &RunDir, notes: &mut Notes) -> Result<(), Error> {
+pub(super) fn fit(recipe: &Recipe, run: &RunDir, notes: &mut Notes) -> Result<(), Error> {
     let mut session = open(recipe.clone());
     session.resume(run)?;
     session.fit(run, notes)
 }
 
 /// The lines of a run's metrics that have a key.
-fn lines(run: &Path, key: &str) -> Vec<Value> {
+pub(super) fn lines(run: &Path, key: &str) -> Vec<Value> {
     let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let lines = text
         .lines()
@@ -114,10 +125,7 @@ fn goes_back(samples_per_row: usize, set: &[&str]) {
     // A run that is stopped before, in the middle of, or after the spike makes the same of it.
     for stop_after in [10, 30, 33] {
         let part = RunDir::create(&place.path(&format!("part {stop_after}")), &recipe).unwrap();
-        let mut notes = Notes {
-            stop_after: Some(stop_after),
-            ..Notes::default()
-        };
+        let mut notes = Notes::stopping_after(stop_after);
         let stopped = fit(&recipe, &part, &mut notes).unwrap_err();
         assert!(
             matches!(stopped, Error::Interrupted { signal: 15, .. }),
@@ -199,10 +207,7 @@ fn a_run_ends_when_the_validation_loss_rises_and_leaves_the_best() {
 
     for stop_after in [1, best, last - 1] {
         let part = RunDir::create(&place.path(&format!("part {stop_after}")), &recipe).unwrap();
-        let mut notes = Notes {
-            stop_after: Some(stop_after),
-            ..Notes::default()
-        };
+        let mut notes = Notes::stopping_after(stop_after);
         fit(&recipe, &part, &mut notes).unwrap_err();
         fit(&recipe, &part, &mut Notes::default()).unwrap();
         for result in ["adapter".to_owned(), format!("checkpoint-{last}")] {
@@ -277,4 +282,50 @@ fn loads_add_up_and_the_first_gradient_is_explained() {
         written["tensors"].as_array().unwrap().len(),
         census.tensors.len()
     );
+}
+
+/// The census of a run's first step.
+fn census(place: &Place, name: &str, settings: &str) -> Census {
+    let settings = format!("{settings}steps = 1\nbatch_size = 2\n");
+    let recipe = place.recipe("# deepseek_v3\n", &settings);
+    let run = RunDir::create(&place.path(name), &recipe).unwrap();
+    let mut notes = Notes::default();
+    fit(&recipe, &run, &mut notes).unwrap();
+    notes.census.unwrap()
+}
+
+#[test]
+fn the_first_gradient_of_every_method_is_explained() {
+    let place = Place::new("deepseek_v3");
+    let dora = "[lora]\nuse_dora = true\nexclude = \"experts\"\n[train]\n";
+    let shared = "[lora]\ntarget = \"experts\"\nexperts_share = \"outer\"\n[train]\n";
+    let some = "[lora]\ntarget = \"mlp.experts.3\"\n[train]\n";
+    let full = "[train]\nmethod = \"full\"\nunfrozen_parameters = [\"mlp.experts.3\", \"norm\"]\n";
+    let methods = [
+        ("dora", dora, "lora_magnitude_vector"),
+        ("shared", shared, "down_proj.lora_b"),
+        ("some", some, "up_proj.lora_b"),
+        ("full", full, "weights.trained.up_proj"),
+    ];
+    for (name, settings, reached) in methods {
+        let census = census(&place, name, settings);
+        let mut has_gradient = false;
+        for tensor in &census.tensors {
+            let is_first = tensor.name.ends_with("lora_a");
+            assert_eq!(
+                tensor.zero == Some(Zero::SecondFactorIsZero),
+                is_first,
+                "{tensor:?}"
+            );
+            let is_known = is_first || matches!(tensor.zero, None | Some(Zero::NoToken));
+            assert!(is_known, "{name}: {tensor:?}");
+            has_gradient |= tensor.name.ends_with(reached) && tensor.norm > 0.0;
+            let idle = &tensor.experts_without_token;
+            assert!(
+                idle.iter().all(|expert| *expert == 3 || name == "shared"),
+                "{tensor:?}"
+            );
+        }
+        assert!(has_gradient, "{name}: {census:?}");
+    }
 }
