@@ -298,6 +298,14 @@ fn wrong_recipes_and_rows_are_refused_in_one_sentence() {
     }
 }
 
+/// Forty rows over which a small model learns something.
+fn forty_rows() -> String {
+    let row = |i: i32| (0..30).map(|j| (i * 7 + j * j) % 280).collect::<Vec<_>>();
+    (0..40)
+        .map(|i| format!("{{\"input_ids\": {:?}}}\n", row(i)))
+        .collect()
+}
+
 #[test]
 fn data_is_checked_counted_and_shown() {
     let place = tempfile::tempdir().unwrap();
@@ -362,55 +370,131 @@ fn data_is_checked_counted_and_shown() {
 #[test]
 fn runs_killed_at_any_moment_end_in_the_same_bits() {
     let place = tempfile::tempdir().unwrap();
-    let rows: String = (0..40)
-        .map(|i| {
-            format!(
-                "{{\"input_ids\": {:?}}}\n",
-                (0..30).map(|j| (i * 7 + j * j) % 280).collect::<Vec<_>>()
-            )
-        })
-        .collect();
     let settings = "[lora]\ndropout = 0.1\n[train]\nmethod = \"lora\"\nsteps = 60\nbatch_size = 2\nsave_every = 3\n";
-    let recipe = recipe(&place, settings, &rows);
+    let recipe = recipe(&place, settings, &forty_rows());
+    let out = place.path().join("out").to_string_lossy().into_owned();
+    let words = ["resume-check", &recipe, "--out", &out, "--kills", "12"];
+    let output = moeforge(&[&words[..], &["--json"]].concat());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(found["kills"], 12, "{found}");
+    assert_eq!(found["equal"], true, "{found}");
+    // The runs that ended alike are gone, and the one they are like is not overwritten.
+    assert!(!Path::new(&out).join("killed-1").exists());
+    refused(&moeforge(&words), 1, &["whole", "--out"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bits() {
+    let place = tempfile::tempdir().unwrap();
+    let settings = "[train]\nmethod = \"lora\"\nsteps = 200\nbatch_size = 2\nlog_every = 1\n";
+    let recipe = recipe(&place, settings, &forty_rows());
     let path = |name: &str| place.path().join(name).to_string_lossy().into_owned();
-    let whole = moeforge(&["train", &recipe, "--out", &path("whole")]);
     assert!(
-        whole.status.success(),
-        "{}",
-        String::from_utf8_lossy(&whole.stderr)
+        moeforge(&["train", &recipe, "--out", &path("whole")])
+            .status
+            .success()
     );
 
-    // Kills at moments that shift against the saves; the last start is left to finish.
-    let part = path("part");
-    for kill in 0..12u64 {
-        let first = ["train", &recipe, "--out", &part];
-        let again = ["train", "--resume", &part];
-        let started = Path::new(&part).join("recipe.toml").exists();
-        let mut child = command(if started { &again } else { &first })
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
+    for (signal, code) in [("INT", 130), ("TERM", 143)] {
+        let run = path(signal);
+        let child = command(&["train", &recipe, "--out", &run])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        std::thread::sleep(Duration::from_millis(150 + 37 * kill));
-        let _ = child.kill();
-        child.wait().unwrap();
+        let metrics = Path::new(&run).join("metrics.jsonl");
+        while !std::fs::read(&metrics).is_ok_and(|text| !text.is_empty()) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let sent = ["-s", signal, &child.id().to_string()];
+        assert!(Command::new("kill").args(sent).status().unwrap().success());
+        let output = child.wait_with_output().unwrap();
+        let words = ["saved", "moeforge train --resume", signal];
+        refused(&output, code, &words);
+        assert!(!Path::new(&run).join("adapter").exists());
+
+        let resumed = moeforge(&["train", "--resume", &run]);
+        assert!(resumed.status.success());
+        let weights = |run: &str| {
+            let file = Path::new(run).join("adapter/adapter_model.safetensors");
+            std::fs::read(file).unwrap()
+        };
+        assert_eq!(weights(&run), weights(&path("whole")));
     }
-    let last = moeforge(&["train", "--resume", &part]);
-    assert!(
-        last.status.success(),
-        "{}",
-        String::from_utf8_lossy(&last.stderr)
+}
+
+#[test]
+fn a_run_is_reported_with_its_samples_on_a_page_of_its_own() {
+    let place = tempfile::tempdir().unwrap();
+    let path = |name: &str| place.path().join(name).to_string_lossy().into_owned();
+    let run = path("run");
+    let smoke = ["train", "recipes/smoke/lora.toml", "--out", &run];
+    let samples = [
+        "--set",
+        "eval.prompts=[\"What is <b>?\"]",
+        "--set",
+        "eval.max_new_tokens=4",
+        "--set",
+        "train.log_every=1",
+    ];
+    let output = moeforge(&[&smoke[..], &samples].concat());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    for words in [
+        "first gradient: in ",
+        "step 0: What is <b>? →",
+        "step 3: What is <b>? →",
+    ] {
+        assert!(stderr.contains(words), "`{words}` is not in: {stderr}");
+    }
+    assert!(moeforge(&["report", &run]).status.success());
+    let page = std::fs::read_to_string(place.path().join("run/report.html")).unwrap();
+    for words in [
+        "<svg",
+        ">Loss, nats<",
+        "Sample: What is &lt;b&gt;?",
+        "use_rslora = true",
+    ] {
+        assert!(page.contains(words), "`{words}` is not in the page");
+    }
+    // Nothing is fetched: the one address is the name of SVG.
+    assert_eq!(
+        page.matches("http").count(),
+        page.matches("xmlns=\"http").count()
     );
-    let adapter = |run: &str| {
-        std::fs::read(
-            place
-                .path()
-                .join(run)
-                .join("adapter/adapter_model.safetensors"),
-        )
-        .unwrap()
-    };
-    assert_eq!(adapter("whole"), adapter("part"));
+    refused(
+        &moeforge(&["report", &path("")]),
+        1,
+        &["recipe.toml", "found none"],
+    );
+}
+
+#[test]
+fn a_learning_rate_is_suggested_and_no_run_is_left() {
+    let place = tempfile::tempdir().unwrap();
+    let svg = place.path().join("lr.svg").to_string_lossy().into_owned();
+    let recipe = recipe(
+        &place,
+        "[train]\nmethod = \"lora\"\nbatch_size = 2\n",
+        &forty_rows(),
+    );
+    let before = std::fs::read_dir(place.path()).unwrap().count();
+    let words = [
+        "find-lr", &recipe, "--from", "1e-5", "--to", "1e-1", "--steps", "20", "--out", &svg,
+    ];
+    let output = moeforge(&[&words[..], &["--json"]].concat());
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let steps = found["steps"].as_array().unwrap();
+    let loss = |i: usize| steps[i]["smoothed_loss"].as_f64().unwrap();
+    assert!(loss(steps.len() - 1) < loss(0), "{found}");
+    let suggestion = found["suggestion"].as_f64().unwrap();
+    assert!(suggestion > 1e-5 && suggestion < 1e-1, "{found}");
+    assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), before + 1);
+    let backwards = moeforge(&[&words[..], &["--to", "1e-6"]].concat());
+    assert_eq!(backwards.status.code(), Some(2));
 }
 
 /// The program on a disk that is full after so many blocks of 512 bytes to a file.
@@ -482,7 +566,14 @@ fn a_full_disk_is_one_sentence_and_leaves_nothing() {
     names.sort_unstable();
     assert_eq!(
         names,
-        [".lock", "metrics.jsonl", "precision.txt", "recipe.toml"]
+        [
+            ".lock",
+            "events.out.tfevents.0000000001.moeforge",
+            "gradients.json",
+            "metrics.jsonl",
+            "precision.txt",
+            "recipe.toml"
+        ]
     );
     let resumed = moeforge(&["train", "--resume", &run]);
     assert!(resumed.status.success());

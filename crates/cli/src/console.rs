@@ -155,6 +155,19 @@ impl Progress {
     }
 }
 
+/// A text of a model or a file without control characters, which could steer a terminal, but for those that are kept.
+pub(crate) fn printable(text: &str, kept: &[char]) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() && !kept.contains(&c) {
+            safe.extend(c.escape_default());
+        } else {
+            safe.push(c);
+        }
+    }
+    safe
+}
+
 /// A process's resident bytes of mapped files and of everything else, as Linux counts them; none elsewhere.
 pub(crate) fn resident_bytes(process: u32) -> Option<[u64; 2]> {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
@@ -185,8 +198,12 @@ impl std::error::Error for WithCode {}
 pub(crate) const USAGE: u8 = 2;
 /// A verification found a difference.
 pub(crate) const MISMATCH: u8 = 4;
+/// The machine has too little memory.
+pub(crate) const NO_MEMORY: u8 = 5;
 /// A loss or gradient became infinite or not a number.
 pub(crate) const NOT_FINITE: u8 = 6;
+/// A run stopped before its end, with a checkpoint to go on from.
+pub(crate) const STOPPED: u8 = 7;
 
 /// What was measured, or what went wrong with it: a loss that is no number has an exit code of its own.
 pub(crate) fn finite<T>(found: ::eval::Result<T>, of: &dyn Display) -> anyhow::Result<T> {

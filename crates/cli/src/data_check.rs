@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use data::{Corpus, Reading, Repeats, Sample, Survey, Tokenizer, Wanted};
 
-use crate::console::Console;
+use crate::console::{Console, printable};
 use crate::open::{find, open_tokenizer, read_config, token_cache};
 use crate::train::{TOKENIZING, note_reading};
 
@@ -43,6 +43,9 @@ enum Marks {
     Color,
     Quotes,
 }
+
+/// What may lay out the text of a sample.
+const LAYOUT: [char; 2] = ['\n', '\t'];
 
 const FILES: [&str; 3] = ["train.jsonl", "valid.jsonl", "test.jsonl"];
 
@@ -254,7 +257,7 @@ fn rendered(
         None => id_spans(sample),
     };
     let spans = spans.iter().map(|(text, trained)| {
-        let text = printable(text);
+        let text = printable(text, &LAYOUT);
         match (trained, marks) {
             (false, _) => text,
             (true, Marks::Color) => format!("\u{1b}[32m{text}\u{1b}[0m"),
@@ -274,19 +277,6 @@ fn id_spans(sample: &Sample) -> Vec<(String, bool)> {
             (ids.collect(), *run[0].1)
         })
         .collect()
-}
-
-/// Text without what would steer a terminal: the rows are anybody's.
-pub(crate) fn printable(text: &str) -> String {
-    let mut safe = String::with_capacity(text.len());
-    for character in text.chars() {
-        if character.is_control() && !matches!(character, '\n' | '\t') {
-            safe.extend(character.escape_default());
-        } else {
-            safe.push(character);
-        }
-    }
-    safe
 }
 
 #[cfg(test)]
@@ -313,6 +303,9 @@ mod tests {
 
     #[test]
     fn rows_cannot_steer_the_terminal() {
-        assert_eq!(printable("é\u{1b}[2J\r\n\tx"), "é\\u{1b}[2J\\r\n\tx");
+        assert_eq!(
+            printable("é\u{1b}[2J\r\n\tx", &LAYOUT),
+            "é\\u{1b}[2J\\r\n\tx"
+        );
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use data::{Bos, GenerationPrompt, Special, Tokenizer};
+use data::{Bos, ChatTemplate, GenerationPrompt, Special, Tokenizer};
 use infer::{Engine, GenerateConfig, Generation, SampleConfig, Stop};
 use model::Compute;
 use serde_json::{Value, json};
@@ -91,9 +91,18 @@ fn prompts(args: &Args, opened: &Opened) -> anyhow::Result<Vec<Vec<u32>>> {
         let folder = opened.folder.path().display();
         format!("{folder}: expected a chat template for `--chat`, found none")
     })?;
+    Ok(vec![question(tokenizer, template, text)?])
+}
+
+/// The ids of a user's message, put with a chat template.
+pub(crate) fn question(
+    tokenizer: &Tokenizer,
+    template: &ChatTemplate,
+    text: &str,
+) -> anyhow::Result<Vec<u32>> {
     let message = json!({"role": "user", "content": text});
     let text = template.render(&[message], None, GenerationPrompt::Add)?;
-    Ok(vec![tokenizer.encode(&text, Bos::Never)?])
+    Ok(tokenizer.encode(&text, Bos::Never)?)
 }
 
 fn config(args: &Args, opened: &Opened) -> anyhow::Result<GenerateConfig> {

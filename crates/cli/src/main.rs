@@ -4,6 +4,7 @@ mod console;
 mod data_check;
 mod eval;
 mod experts;
+mod find_lr;
 mod generate;
 mod inspect;
 mod logits;
@@ -13,6 +14,8 @@ mod plot;
 mod precision;
 mod quantize;
 mod quickstart;
+mod report;
+mod resume_check;
 mod survival;
 mod train;
 
@@ -48,6 +51,12 @@ enum Verb {
     Data(data_check::Data),
     /// Train: pretrain, fine-tune, or LoRA, as a recipe says.
     Train(train::Args),
+    /// Look for a learning rate: a short run with a growing one, a plot, a suggestion.
+    FindLr(find_lr::Args),
+    /// Write a page with a run's curves, the load of its experts, its samples and its recipe.
+    Report(report::Args),
+    /// Train a recipe twice, the second time killed again and again, and compare the results bit for bit.
+    ResumeCheck(resume_check::Args),
     /// Measure: loss, perplexity, bits per byte, multiple choice; several models side by side.
     Eval(eval::Args),
     /// Measure which experts a task uses, and write the part of a recipe that trains those.
@@ -95,6 +104,9 @@ fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
         Verb::Inspect(args) => inspect::run(&args, console),
         Verb::Data(data_check::Data::Check(args)) => data_check::run(&args, console),
         Verb::Train(args) => train::run(&args, console),
+        Verb::FindLr(args) => find_lr::run(&args, console),
+        Verb::Report(args) => report::run(&args, console),
+        Verb::ResumeCheck(args) => resume_check::run(&args, console),
         Verb::Eval(args) => eval::run(&args, console),
         Verb::Experts(args) => experts::run(&args, console),
         Verb::Logits(args) => logits::run(&args, console),

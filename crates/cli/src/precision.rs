@@ -14,7 +14,7 @@ use serde_json::Value;
 use train::{Recipe, RunDir};
 
 use crate::console::{Console, USAGE, WithCode, resident_bytes};
-use crate::plot::{Line, Plot};
+use crate::plot::{Axes, Line, Plot};
 use crate::train::usage;
 
 /// Compares training in f32, bf16 and FP8: the losses step by step, speed, memory.
@@ -190,5 +190,6 @@ fn plot(report: &CurveReport) -> Plot {
         y: "%".into(),
         lines: lines.collect(),
         mark: Some((0.25, "0.25 %, DeepSeek-V3's".into())),
+        axes: Axes::FromZero,
     }
 }

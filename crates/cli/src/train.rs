@@ -1,5 +1,10 @@
 //! `moeforge train`: a recipe, from its start or from where a run was stopped.
 
+mod memory;
+mod samples;
+mod signals;
+mod watcher;
+
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -8,10 +13,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use data::Corpus;
 use model::Compute;
 use model::lora::Adapted;
-use train::{Event, Recipe, RunDir, Session, StepReport, Surroundings};
+use train::{Recipe, RunDir, Session, Surroundings};
 
-use crate::console::{Console, NOT_FINITE, Progress, USAGE, WithCode};
-use crate::data_check::printable;
+use self::signals::Signals;
+use self::watcher::Watcher;
+use crate::console::{Console, NO_MEMORY, NOT_FINITE, STOPPED, USAGE, WithCode, printable};
 use crate::open::{find, token_cache};
 
 /// Trains as a recipe says: pretraining, full fine-tuning, or LoRA.
@@ -40,27 +46,17 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
             let step = session.resume(&run)?;
             (run, step)
         }
-        None => (RunDir::create(&out(args), &session.recipe)?, None),
+        None => {
+            let path = new_run(args.out.as_deref(), args.recipe.as_deref(), "");
+            (RunDir::create(&path, &session.recipe)?, None)
+        }
     };
     describe(&session, resumed, run.path(), console)?;
 
-    let total = session.total_steps();
-    let mut watcher = Watcher {
-        progress: console.progress(total, "training"),
-        smoothed: None,
-        seconds: 0.0,
-        tokens: 0,
-        kept_bytes: 0,
-    };
-    let fitted = session.fit(&run, &mut |event| watcher.see(event));
-    watcher.progress.finish();
-    fitted.map_err(|error| match error {
-        train::Error::NotFinite { .. } => anyhow::Error::new(WithCode {
-            code: NOT_FINITE,
-            message: error.to_string(),
-        }),
-        other => other.into(),
-    })?;
+    let mut watcher = Watcher::new(&session, Signals::listen()?, console)?;
+    let fitted = session.fit(&run, &mut watcher);
+    let kept_bytes = watcher.finish();
+    fitted.map_err(with_code)?;
     let result = if session.adapted.is_empty() {
         "model"
     } else {
@@ -68,18 +64,32 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     };
     console.detail(format_args!(
         "kept for backward at most {:.1} MiB: inputs of linear layers, SwiGLU and experts",
-        watcher.kept_bytes as f64 / f64::from(1 << 20)
+        kept_bytes as f64 / f64::from(1 << 20)
     ));
     console.memory();
     console.result(run.path().join(result).display());
     Ok(ExitCode::SUCCESS)
 }
 
+/// How a run ended that did not come to its end.
+fn with_code(error: train::Error) -> anyhow::Error {
+    let code = match error {
+        train::Error::NotFinite { .. } => NOT_FINITE,
+        train::Error::LowMemory { .. } => NO_MEMORY,
+        train::Error::Diverged { .. } => STOPPED,
+        // As shells have it.
+        train::Error::Interrupted { signal, .. } => (128 + signal) as u8,
+        other => return other.into(),
+    };
+    let message = error.to_string();
+    anyhow::Error::new(WithCode { code, message })
+}
+
 /// What is in progress, and its unit.
 pub(crate) const TOKENIZING: &str = "tokenizing (kB)";
 
 /// Opens what a recipe names, with progress while rows are tokenized.
-fn open_session(recipe: Recipe, console: &Console) -> anyhow::Result<Session> {
+pub(crate) fn open_session(recipe: Recipe, console: &Console) -> anyhow::Result<Session> {
     let (progress, cache) = (RefCell::new(None), token_cache());
     let surroundings = Surroundings {
         resolve: &|model| find(model).map_err(|error| train::Error::Resolve(format!("{error:#}"))),
@@ -108,7 +118,7 @@ pub(crate) fn note_reading(corpus: &Corpus, console: &Console) {
         let names: Vec<String> = corpus
             .ignored_keys
             .iter()
-            .map(|key| printable(key))
+            .map(|key| printable(key, &[]))
             .collect();
         console.note(format_args!(
             "rows have keys that nothing reads: {}",
@@ -147,16 +157,17 @@ pub(crate) fn usage(error: train::Error) -> anyhow::Error {
     })
 }
 
-/// Where a new run goes.
-fn out(args: &Args) -> PathBuf {
-    let recipe = args.recipe.as_deref().and_then(Path::file_stem);
-    let name = recipe.map_or_else(|| "run".into(), |name| name.to_string_lossy());
+/// Where a new run goes: as asked, or a folder under runs/ named by the recipe, what it is for, and the time.
+pub(crate) fn new_run(out: Option<&Path>, recipe: Option<&Path>, purpose: &str) -> PathBuf {
+    let name = recipe.and_then(Path::file_stem);
+    let name = name.map_or_else(|| "run".into(), |name| name.to_string_lossy());
     let seconds = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |time| time.as_secs());
-    args.out
-        .clone()
-        .unwrap_or_else(|| Path::new("runs").join(format!("{name}-{seconds}")))
+    out.map_or_else(
+        || Path::new("runs").join(format!("{name}{purpose}-{seconds}")),
+        Path::to_owned,
+    )
 }
 
 fn describe(
@@ -241,48 +252,4 @@ fn adapted_table(adapted: &[Adapted]) -> String {
         );
     }
     table
-}
-
-/// Shows a run's progress.
-struct Watcher {
-    progress: Progress,
-    smoothed: Option<f64>,
-    seconds: f64,
-    tokens: usize,
-    kept_bytes: usize,
-}
-
-impl Watcher {
-    fn see(&mut self, event: &Event) {
-        match event {
-            Event::Step(report) => self.step(report),
-            Event::Validated { step, loss } => self.progress.line(&format!(
-                "step {step}: validation loss {loss:.4}, perplexity {:.2}",
-                loss.exp()
-            )),
-            Event::Overflowed { step, loss_scale } => self.progress.line(&format!(
-                "step {step}: gradients overflowed; taken again with a loss scale of {loss_scale}"
-            )),
-            Event::Saved { .. } => {}
-        }
-    }
-
-    fn step(&mut self, report: &StepReport) {
-        // An exponential average over about 20 steps: single steps are too noisy to read.
-        let smoothed = self
-            .smoothed
-            .map_or(report.loss, |old| old + 0.05 * (report.loss - old));
-        self.smoothed = Some(smoothed);
-        self.seconds += report.seconds;
-        self.tokens += report.tokens;
-        self.kept_bytes = self.kept_bytes.max(report.kept_bytes);
-        let rate = self.tokens as f64 / self.seconds.max(1e-9);
-        self.progress.update(
-            report.step,
-            &format!(
-                "loss {smoothed:.4} lr {:.1e} {rate:.0} tokens/s",
-                report.learning_rate
-            ),
-        );
-    }
 }

@@ -54,8 +54,8 @@ impl Model {
         })
     }
 
-    /// The numbers of the trained or updated experts of a layer, by the path of its feed-forward part.
-    pub(crate) fn expert_numbers(&self, path: &str) -> Vec<usize> {
+    /// The numbers of the trained or updated experts of a layer, by the path of anything in it; none if it has no experts.
+    pub fn expert_numbers(&self, path: &str) -> Vec<usize> {
         let layer = path.split('.').nth(2).and_then(|layer| layer.parse().ok());
         let layer = layer.and_then(|layer: usize| self.model.layers.get(layer));
         match layer.map(|layer| &layer.mlp) {

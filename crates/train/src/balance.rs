@@ -92,13 +92,6 @@ pub(crate) fn balance_loss(record: &RoutingRecord, valid: &Valid) -> Tensor<1> {
     (share.without_autodiff() * score).sum() / sequences as f32
 }
 
-/// The tokens routed to each expert of one layer.
-pub(crate) fn load(record: &RoutingRecord, valid: &Valid) -> Vec<f64> {
-    let [_, experts] = record.routed.scores.dims();
-    let counts = valid.chosen(record.routed.ids.clone(), experts).sum_dim(0);
-    counts.into_data().iter::<f32>().map(f64::from).collect()
-}
-
 /// Moves every correction bias by `speed` towards even load; `loads` are by layer and over the whole step.
 pub(crate) fn update_biases(model: &mut Model, loads: &[(usize, Vec<f64>)], speed: f64) {
     for (layer_idx, bias) in model.correction_biases() {
@@ -124,6 +117,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::fit::Picks;
     use model::{Compute, Observe, Pass, Training, weights};
 
     #[test]
@@ -179,8 +173,10 @@ mod tests {
                     .iter()
                     .map(|n| n.as_f64().unwrap())
                     .collect();
-                assert_eq!(load(record, &valid), wanted, "{name}");
-                loads.push((record.layer_idx, load(record, &valid)));
+                let lengths = vec![cols; rows];
+                let load = Picks::of(record, &lengths, cols).load(wanted.len());
+                assert_eq!(load, wanted, "{name}");
+                loads.push((record.layer_idx, load));
             }
             update_biases(&mut model, &loads, 0.001);
             for (layer_idx, bias) in model.correction_biases() {

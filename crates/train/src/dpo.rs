@@ -30,6 +30,16 @@ pub struct Rewards {
 }
 
 impl Rewards {
+    /// Each with its name in the metrics, which is TRL's.
+    pub(crate) fn named(&self) -> [(&'static str, f64); 4] {
+        [
+            ("rewards/chosen", self.chosen),
+            ("rewards/rejected", self.rejected),
+            ("rewards/margins", self.margin),
+            ("rewards/accuracies", self.accuracy),
+        ]
+    }
+
     /// Adds those of more pairs to a sum over pairs.
     pub(crate) fn add(&mut self, more: Self) {
         self.chosen += more.chosen;

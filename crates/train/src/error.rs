@@ -188,10 +188,63 @@ pub enum Error {
     Resolve(String),
 
     /// No data folder has a training split.
-    #[error("no `train.jsonl` in {}", folders.iter().map(|folder| format!("`{}`", folder.display())).collect::<Vec<_>>().join(", "))]
+    #[error("no `train.jsonl` in {}", listed(folders))]
     NoTrainingData {
         /// The folders looked at.
         folders: Vec<PathBuf>,
+    },
+
+    /// No data folder has a validation split, and a setting needs one.
+    #[error(
+        "`{key}` needs validation rows: no `valid.jsonl` in {}",
+        listed(folders)
+    )]
+    NoValidationData {
+        /// The setting.
+        key: &'static str,
+        /// The folders looked at.
+        folders: Vec<PathBuf>,
+    },
+
+    /// The checkpoint with the lowest validation loss is gone.
+    #[error(
+        "`{}`: expected the checkpoint with the lowest validation loss, found none; \
+         without it there is no best model to export",
+        path.display()
+    )]
+    NoBest {
+        /// Where it was.
+        path: PathBuf,
+    },
+
+    /// The loss went up again and again.
+    #[error(
+        "step {step}: loss {loss:.4} after {smoothed:.4} on average, and the run went back {rollbacks} times already; \
+         `{}` is from before; try a lower `optimizer.learning_rate` or a tighter `optimizer.clip`",
+        run.join(format!("checkpoint-{anchor}")).display()
+    )]
+    Diverged {
+        /// The run directory.
+        run: PathBuf,
+        /// The step.
+        step: u64,
+        /// Its loss.
+        loss: f64,
+        /// The average before it went up.
+        smoothed: f64,
+        /// How often the run went back.
+        rollbacks: u64,
+        /// The step of the last good checkpoint.
+        anchor: u64,
+    },
+
+    /// A sample could not be generated.
+    #[error("eval.prompts: \"{}\": {problem}", shown(prompt))]
+    Sample {
+        /// What was to be continued.
+        prompt: String,
+        /// What went wrong.
+        problem: String,
     },
 
     /// A checkpoint was made by another recipe.
@@ -211,6 +264,37 @@ pub enum Error {
         path: PathBuf,
     },
 
+    /// The host was asked to stop by a signal, and the run did.
+    #[error(
+        "stopped by {} after step {step}, which is saved; go on with `moeforge train --resume {}`",
+        signal_name(*.signal), run.display()
+    )]
+    Interrupted {
+        /// The run directory.
+        run: PathBuf,
+        /// The step that was saved.
+        step: u64,
+        /// The signal's number.
+        signal: i32,
+    },
+
+    /// The machine was about to run out of memory.
+    #[error(
+        "stopped after step {step}, which is saved: the machine has {} MiB of memory left, less than {}; \
+         end other programs or take a smaller `train.batch_size`, and go on with `moeforge train --resume {}`",
+        available_bytes >> 20, limit_bytes >> 20, run.display()
+    )]
+    LowMemory {
+        /// The run directory.
+        run: PathBuf,
+        /// The step that was saved.
+        step: u64,
+        /// What was left.
+        available_bytes: u64,
+        /// Below this a run stops.
+        limit_bytes: u64,
+    },
+
     /// A loss or gradient is infinite or not a number.
     #[error(
         "step {step}: loss {loss}, gradient norm {norm}; first not finite: {first}; the last checkpoint is intact"
@@ -225,6 +309,22 @@ pub enum Error {
         /// What was the first to be so.
         first: String,
     },
+}
+
+fn listed(folders: &[PathBuf]) -> String {
+    let names = folders
+        .iter()
+        .map(|folder| format!("`{}`", folder.display()));
+    names.collect::<Vec<_>>().join(", ")
+}
+
+/// A signal as people call it.
+fn signal_name(signal: i32) -> String {
+    match signal {
+        2 => "SIGINT".into(),
+        15 => "SIGTERM".into(),
+        other => format!("signal {other}"),
+    }
 }
 
 /// Makes an [`Error::Io`] of what the operating system said: `.map_err(io("read", path))`.

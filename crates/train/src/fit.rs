@@ -1,13 +1,20 @@
 //! The training loop: forward, backward, update; validate, save, log.
 //!
 //! The loss is averaged over the trained tokens of the whole step: a step of four micro-batches has the gradient of
-//! one four times as large, however unevenly the tokens are spread over them.
+//! one four times as large, however unevenly the tokens are spread over them. Of preferences it is averaged over pairs.
+
+mod census;
+mod experts;
+mod host;
+mod range_test;
+mod validation;
+mod watchdog;
 
 use std::time::Instant;
 
 use burn::module::Module;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use data::{Batch, collate};
+use data::Batch;
 use model::{Model, Observe, Parameter, Pass};
 use serde::Serialize;
 
@@ -15,24 +22,39 @@ use crate::balance::{self, Valid};
 use crate::dataset::segments;
 use crate::dpo::{self, Rewards};
 use crate::loss_scale::LossScale;
+use crate::metrics::journal::Journal;
 use crate::optimizer::Accumulated;
+use crate::recipe::Loss;
 use crate::run_dir::RunDir;
 use crate::schedule::Schedule;
 use crate::session::Session;
-use crate::state::write_optimizer;
-use crate::{Error, Metrics, Result, export};
+use crate::state::{State, write_optimizer};
+use crate::{Error, Result, export};
+
+pub use self::census::{Census, TensorGradient, Zero};
+pub(crate) use self::experts::Picks;
+pub use self::experts::{LayerDrift, LayerLoad};
+pub use self::host::{Host, Memory};
+pub use self::range_test::{RangeTest, RatePoint, steepest};
+pub use self::watchdog::Watchdog;
 
 /// What happened, for whoever watches.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// An update was made.
     Step(StepReport),
+    /// The first step's gradient was looked at.
+    FirstGradient(Census),
     /// The validation loss was measured.
     Validated {
         /// After which step.
         step: u64,
-        /// Mean nats per trained token.
+        /// Mean nats per trained token, or per pair.
         loss: f64,
+        /// Means over the pairs, if preferences are learned.
+        rewards: Option<Rewards>,
+        /// Share of the routers' picks that are not the reference's, where there are both.
+        drift: Option<f64>,
     },
     /// Gradients overflowed in f16; the step is taken again with this loss scale.
     Overflowed {
@@ -41,11 +63,45 @@ pub enum Event {
         /// Half of what it was.
         loss_scale: f64,
     },
+    /// The model continued the recipe's prompts.
+    Sampled {
+        /// After which step.
+        step: u64,
+        /// In the recipe's order.
+        samples: Vec<Sample>,
+    },
+    /// The loss had gone astray, and the run went back.
+    RolledBack {
+        /// From which step.
+        step: u64,
+        /// Its loss.
+        loss: f64,
+        /// The average before it went up.
+        smoothed: f64,
+        /// The step that the run goes on after.
+        to: u64,
+    },
+    /// The run is over, and this is the step that it leaves.
+    TookBest {
+        /// With the lowest validation loss.
+        step: u64,
+        /// That loss.
+        loss: f64,
+    },
     /// A checkpoint was written.
     Saved {
         /// After which step.
         step: u64,
     },
+}
+
+/// What the model writes after a prompt.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Sample {
+    /// The prompt.
+    pub prompt: String,
+    /// What comes after it.
+    pub text: String,
 }
 
 /// One update.
@@ -84,51 +140,165 @@ impl Session {
     /// `adapter/` or `model/`.
     ///
     /// # Errors
-    /// If a loss or gradient is not finite, or writing fails. The latest checkpoint stays.
-    pub fn fit(&mut self, run: &RunDir, watch: &mut dyn FnMut(&Event)) -> Result<()> {
+    /// If a loss or gradient is not finite, or writing fails: the latest checkpoint stays. If the host asks to stop or
+    /// memory runs short: the last step is saved before.
+    pub fn fit(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
         let resumed = (self.state.step > 0).then_some(self.state.step);
-        let mut metrics = run.metrics(resumed)?;
+        let mut journal = Journal::open(run, resumed)?;
         let policy = format!("{}\n", self.policy()?);
         checkpoint::write_file(&run.path().join("precision.txt"), policy.as_bytes())?;
-        let (total, train) = (self.total_steps(), self.recipe.train.clone());
-        let due =
-            |every: Option<u64>, step: u64| every.is_some_and(|every| step.is_multiple_of(every));
-        let mut validated = None;
-        while self.state.step < total {
-            let report = self.step(total, watch)?;
-            let step = report.step;
-            if step.is_multiple_of(train.log_every) || step == total {
-                metrics.append(step, &report)?;
-            }
-            watch(&Event::Step(report));
-            if due(train.eval_every, step) {
-                self.validate(step, &mut metrics, watch)?;
-                validated = Some(step);
-            }
-            if due(train.save_every, step) && step < total {
-                self.save(run, watch)?;
+        if resumed.is_none() {
+            self.sample(&mut journal, host)?;
+            // What a spike before the first regular checkpoint goes back to.
+            if self.anchor().is_some() {
+                self.save(run, host)?;
             }
         }
-        // A finished run that is resumed has all this, and may lack its result only.
-        if resumed != Some(total) {
-            if validated != Some(total) {
-                self.validate(total, &mut metrics, watch)?;
-            }
-            self.save(run, watch)?;
+        // A finished run that is resumed has everything but, perhaps, its result.
+        if !self.is_over() {
+            self.train(run, &mut journal, host)?;
+            self.sample(&mut journal, host)?;
+            self.save(run, host)?;
         }
+        self.take_best(run, host)?;
         export::result(self, run)
     }
 
-    /// One update.
-    fn step(&mut self, total: u64, watch: &mut dyn FnMut(&Event)) -> Result<StepReport> {
+    /// Makes all steps that are left, and measures the last one.
+    fn train(&mut self, run: &RunDir, journal: &mut Journal, host: &mut dyn Host) -> Result<()> {
+        let (total, train) = (self.total_steps(), self.recipe.train.clone());
+        let schedule = Schedule::new(self.recipe.optimizer.learning_rate, &self.recipe.schedule);
+        let generate_every = self.recipe.eval.generate_every;
+        let due =
+            |every: Option<u64>, step: u64| every.is_some_and(|every| step.is_multiple_of(every));
+        while !self.is_over() {
+            let rate = schedule.rate(self.state.step, total);
+            let report = self.step(rate, Some(run), host)?;
+            let (step, loss) = (report.step, report.loss);
+            let first_batch = self.state.micro_step - train.accumulate as u64;
+            if self.roll_back_if_astray((loss, first_batch), (run, journal), host)? {
+                continue;
+            }
+            if step.is_multiple_of(train.log_every) || step == total {
+                self.log(&report, journal, host)?;
+            }
+            host.see(&Event::Step(report));
+            let is_best = (due(train.eval_every, step) || step == total)
+                && self.validate(step, journal, host)?;
+            if self.is_over() {
+                break;
+            }
+            if due(generate_every, step) {
+                self.sample(journal, host)?;
+            }
+            if due(train.save_every, step) || is_best && train.keep_best {
+                self.save(run, host)?;
+            }
+            self.stop_if_asked(run, host)?;
+        }
+        Ok(())
+    }
+
+    /// Whether all steps are made, or the validation loss has stopped falling.
+    fn is_over(&self) -> bool {
+        let patience = self.recipe.eval.patience;
+        let is_spent = patience.is_some_and(|most| self.state.passes_since_best >= most);
+        is_spent || self.state.step >= self.total_steps()
+    }
+
+    /// Writes a step down, with what the experts got since the last time.
+    fn log(
+        &mut self,
+        report: &StepReport,
+        journal: &mut Journal,
+        host: &mut dyn Host,
+    ) -> Result<()> {
+        let loads = std::mem::take(&mut self.state.expert_loads);
+        let loads = loads
+            .iter()
+            .map(|(layer, load)| LayerLoad::new(*layer, load));
+        let peak_bytes = host.memory().peak_bytes;
+        journal.step(report, &loads.collect::<Vec<_>>(), peak_bytes)
+    }
+
+    /// Lets the host continue the recipe's prompts.
+    fn sample(&self, journal: &mut Journal, host: &mut dyn Host) -> Result<()> {
+        let prompts = &self.recipe.eval.prompts;
+        if prompts.is_empty() {
+            return Ok(());
+        }
+        let (model, step) = (self.model.clone().valid(), self.state.step);
+        let sample = |prompt: &String| {
+            let text = host.generate(&model, prompt);
+            let text = text.map_err(|problem| Error::Sample {
+                prompt: prompt.clone(),
+                problem,
+            })?;
+            let prompt = prompt.clone();
+            Ok(Sample { prompt, text })
+        };
+        let samples = prompts.iter().map(sample).collect::<Result<Vec<_>>>()?;
+        journal.samples(step, &samples)?;
+        host.see(&Event::Sampled { step, samples });
+        Ok(())
+    }
+
+    /// Goes back to the step with the lowest validation loss, if the recipe wants that one.
+    fn take_best(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
+        let best = self.state.best.filter(|_| self.recipe.train.keep_best);
+        let Some(best) = best.filter(|best| best.step != self.state.step) else {
+            return Ok(());
+        };
+        let path = run.checkpoint_path(best.step);
+        if !run.steps()?.contains(&best.step) {
+            return Err(Error::NoBest { path });
+        }
+        self.restore(&path)?;
+        host.see(&Event::TookBest {
+            step: best.step,
+            loss: best.loss,
+        });
+        Ok(())
+    }
+
+    /// Saves and fails if the host was told to stop, or if memory runs short.
+    fn stop_if_asked(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
+        let (step, path) = (self.state.step, run.path().to_owned());
+        let error = if let Some(signal) = host.interrupted() {
+            Error::Interrupted {
+                run: path,
+                step,
+                signal,
+            }
+        } else if let Some(available_bytes) = host.memory().shortage() {
+            Error::LowMemory {
+                run: path,
+                step,
+                available_bytes,
+                limit_bytes: Memory::LEAST_AVAILABLE_BYTES,
+            }
+        } else {
+            return Ok(());
+        };
+        self.save(run, host)?;
+        Err(error)
+    }
+
+    /// One update at a learning rate. The first one of a run leaves a census of its gradient.
+    fn step(&mut self, rate: f64, run: Option<&RunDir>, host: &mut dyn Host) -> Result<StepReport> {
         let started = Instant::now();
+        self.state.micro_step = self.state.watchdog.next_batch(self.state.micro_step);
         let batches = self.next_batches()?;
         let trained_tokens: usize = batches.iter().map(|batch| batch.trained_tokens).sum();
         let counted: usize = batches.iter().map(|batch| self.counted(batch)).sum();
-        let (sums, norm) = self.finite_sums(&batches, counted, watch)?;
+        let (sums, norm) = self.finite_sums(&batches, counted, host)?;
         let (step, scale) = (self.state.step + 1, self.loss_scale());
-        let rate = Schedule::new(self.recipe.optimizer.learning_rate, &self.recipe.schedule)
-            .rate(self.state.step, total);
+        if let (1, Some(run)) = (step, run) {
+            let census = Census::of(&self.model, &sums);
+            census.write(run.path())?;
+            host.see(&Event::FirstGradient(census));
+        }
+        self.note_loads(&sums.loads);
         let numbers = (step, norm, scale.unwrap_or(1.0));
         self.model = self
             .optimizer
@@ -164,7 +334,7 @@ impl Session {
         &mut self,
         batches: &[Batch],
         counted: usize,
-        watch: &mut dyn FnMut(&Event),
+        host: &mut dyn Host,
     ) -> Result<(Sums, f64)> {
         loop {
             let scale = self.loss_scale();
@@ -178,7 +348,7 @@ impl Session {
             match halved {
                 Some(halved) if sums.loss.is_finite() => {
                     self.state.loss_scale = Some(halved);
-                    watch(&Event::Overflowed {
+                    host.see(&Event::Overflowed {
                         step,
                         loss_scale: halved.factor(),
                     });
@@ -195,7 +365,7 @@ impl Session {
         }
     }
 
-    /// Forward and backward of a step's micro-batches; `share` is what one token counts in the loss that is
+    /// Forward and backward of a step's micro-batches; `share` is what one token, or pair, counts in the loss that is
     /// differentiated.
     fn sums(&self, batches: &[Batch], share: f64) -> Sums {
         let mut sums = Sums::default();
@@ -233,14 +403,9 @@ impl Session {
     ) -> Micro {
         let scale = self.loss_scale().unwrap_or(1.0);
         let train = &self.recipe.train;
-        let watches = train.balance_loss > 0.0 || train.bias_update_speed > 0.0;
         let mut pass = Pass {
             dropout_seed: (self.recipe.lora.dropout > 0.0).then_some(train.seed ^ (number << 20)),
-            observe: if watches {
-                Observe::Routing
-            } else {
-                Observe::Nothing
-            },
+            observe: Observe::Routing,
             ..Pass::new(self.compute())
         };
         let losses = losses(&self.model, batch, &mut pass, &self.device);
@@ -249,20 +414,22 @@ impl Session {
         let loss = f64::from(sum.clone().inner().into_scalar::<f32>());
         let mut total = sum * share as f32;
         let mut balance_sum = 0.0;
-        if watches {
+        for record in &pass.routing {
+            let [_, experts] = record.routed.scores.dims();
+            let load = Picks::of(record, &batch.lengths, batch.cols).load(experts);
+            add_load(loads, record.layer_idx, load);
+        }
+        if train.balance_loss > 0.0 {
             let valid = Valid::new(&batch.lengths, batch.cols, &self.device).of_sequences(
                 &batch.starts,
                 &batch.lengths,
                 &self.device,
             );
             for record in &pass.routing {
-                add_load(loads, record.layer_idx, balance::load(record, &valid));
-                if train.balance_loss > 0.0 {
-                    let term = balance::balance_loss(record, &valid);
-                    balance_sum += f64::from(term.clone().inner().into_scalar::<f32>());
-                    let share = scale * train.balance_loss / train.accumulate as f64;
-                    total = total + term * share as f32;
-                }
+                let term = balance::balance_loss(record, &valid);
+                balance_sum += f64::from(term.clone().inner().into_scalar::<f32>());
+                let share = scale * train.balance_loss / train.accumulate as f64;
+                total = total + term * share as f32;
             }
         }
         let mut gradients = total.backward();
@@ -276,7 +443,11 @@ impl Session {
 
     /// The losses that are learned from, and the sum of what the answers earn if preferences are.
     fn compared(&self, losses: Tensor<1>, batch: &Batch) -> (Tensor<1>, Option<Rewards>) {
-        let Some(reference) = &self.reference else {
+        let reference = self
+            .reference
+            .as_ref()
+            .filter(|_| self.learns_preferences());
+        let Some(reference) = reference else {
             return (losses, None);
         };
         let device = self.device.clone().inner();
@@ -293,55 +464,29 @@ impl Session {
 
     /// How many things a batch's loss is summed over: its targets, or its pairs.
     fn counted(&self, batch: &Batch) -> usize {
-        match self.reference {
-            Some(_) => batch.rows / 2,
-            None => batch.trained_tokens,
+        match self.recipe.train.loss {
+            Loss::Dpo => batch.rows / 2,
+            Loss::CrossEntropy => batch.trained_tokens,
         }
     }
 
-    /// The mean loss over the validation split, if there is one.
-    fn validate(
-        &self,
-        step: u64,
-        metrics: &mut Metrics,
-        watch: &mut dyn FnMut(&Event),
-    ) -> Result<()> {
-        let Some(valid) = &self.valid else {
-            return Ok(());
-        };
-        let (model, device) = (self.model.clone().valid(), self.device.clone().inner());
-        let eval = &self.recipe.eval;
-        let (mut sum, mut counted, mut rewards) = (0.0, 0, None::<Rewards>);
-        let limit = eval.max_batches.map_or(usize::MAX, |max| max as usize);
-        let indices: Vec<usize> = (0..valid.len()).collect();
-        let per_row = if self.reference.is_some() { 2 } else { 1 };
-        for indices in indices.chunks(eval.batch_size * per_row).take(limit) {
-            let samples = indices.iter().map(|&index| valid.sample(index));
-            let samples = samples.collect::<data::Result<Vec<_>>>()?;
-            let batch = collate(&samples.iter().collect::<Vec<_>>(), self.pad_id);
-            let losses = losses(&model, &batch, &mut Pass::new(self.compute()), &device);
-            let (losses, earned) = self.compared(losses, &batch);
-            sum += f64::from(losses.sum().into_scalar::<f32>());
-            counted += self.counted(&batch);
-            if let Some(earned) = earned {
-                rewards.get_or_insert_default().add(earned);
+    /// Whether rows come in pairs of a chosen and a rejected answer.
+    fn learns_preferences(&self) -> bool {
+        self.recipe.train.loss == Loss::Dpo
+    }
+
+    /// Adds a step's loads to those since the last line of metrics.
+    fn note_loads(&mut self, loads: &[(usize, Vec<f64>)]) {
+        for (layer, load) in loads {
+            let sums = self.state.expert_loads.entry(*layer).or_default();
+            sums.resize(load.len(), 0);
+            for (sum, n) in sums.iter_mut().zip(load) {
+                *sum = sum.saturating_add(*n as u64);
             }
         }
-        let loss = sum / counted.max(1) as f64;
-        let mut line = serde_json::json!({ "valid_loss": loss });
-        if let Some(rewards) = rewards {
-            let Rewards {
-                margin, accuracy, ..
-            } = rewards.mean(counted);
-            line["valid_rewards/margins"] = margin.into();
-            line["valid_rewards/accuracies"] = accuracy.into();
-        }
-        metrics.append(step, &line)?;
-        watch(&Event::Validated { step, loss });
-        Ok(())
     }
 
-    fn save(&mut self, run: &RunDir, watch: &mut dyn FnMut(&Event)) -> Result<()> {
+    fn save(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
         let (specs, tensors) = (self.state_tensors(), self.state_values());
         run.save(self.state.step, |writer| {
             write_optimizer(writer, &specs, |i| {
@@ -350,11 +495,29 @@ impl Session {
             export::adapter_into(self, writer)?;
             self.state.write(writer)
         })?;
-        run.prune(self.recipe.train.keep_last)?;
-        watch(&Event::Saved {
+        run.prune(self.recipe.train.keep_last, &self.protected(run)?)?;
+        host.see(&Event::Saved {
             step: self.state.step,
         });
         Ok(())
+    }
+
+    /// The checkpoints that stay whatever their age: what a spike goes back to, and the best ones, of this step and of all
+    /// that a resumed run may start from.
+    fn protected(&self, run: &RunDir) -> Result<Vec<u64>> {
+        let train = &self.recipe.train;
+        let mut protected: Vec<u64> = self.anchor().into_iter().collect();
+        if train.keep_best {
+            let steps = run.steps()?;
+            let newest = steps.iter().rev().take(train.keep_last);
+            let starts: Vec<u64> = newest.chain(&protected).copied().collect();
+            protected.extend(self.state.best.map(|best| best.step));
+            for step in starts {
+                let state = State::read(&run.checkpoint_path(step))?;
+                protected.extend(state.best.map(|best| best.step));
+            }
+        }
+        Ok(protected)
     }
 
     /// The tensors of [`Session::state_tensors`], in its order. A parameter without a gradient has moments of zero.
@@ -390,7 +553,7 @@ impl Session {
 
 /// What the micro-batches of a step give together.
 #[derive(Default)]
-struct Sums {
+pub(crate) struct Sums {
     gradients: Accumulated,
     /// Over the trained tokens, or pairs.
     loss: f64,
@@ -420,15 +583,20 @@ pub(crate) fn losses(
     pass: &mut Pass<'_>,
     device: &Device,
 ) -> Tensor<1> {
-    let tensor = |values: &Vec<i32>| {
-        Tensor::<2, Int>::from_data(
-            TensorData::new(values.clone(), [batch.rows, batch.cols]),
-            device,
-        )
-    };
+    let hidden = hidden(model, batch, pass, device);
+    model.loss(hidden, ids(&batch.targets, batch, device), pass)
+}
+
+/// What the head reads at every position of a batch. No sample of a packed row sees another.
+fn hidden(model: &Model, batch: &Batch, pass: &mut Pass<'_>, device: &Device) -> Tensor<3> {
     pass.segments = segments(batch);
-    let hidden = model.hidden(tensor(&batch.input_ids), pass);
-    model.loss(hidden, tensor(&batch.targets), pass)
+    model.hidden(ids(&batch.input_ids, batch, device), pass)
+}
+
+/// Some ids of a batch, `[rows, cols]`.
+fn ids(ids: &[i32], batch: &Batch, device: &Device) -> Tensor<2, Int> {
+    let shape = [batch.rows, batch.cols];
+    Tensor::from_data(TensorData::new(ids.to_vec(), shape), device)
 }
 
 fn add_load(loads: &mut Vec<(usize, Vec<f64>)>, layer_idx: usize, load: Vec<f64>) {

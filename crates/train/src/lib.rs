@@ -46,7 +46,10 @@ mod state;
 pub use self::dataset::Dataset;
 pub use self::dpo::Rewards;
 pub use self::error::{Error, Result};
-pub use self::fit::{Event, StepReport};
+pub use self::fit::{
+    Census, Event, Host, LayerDrift, LayerLoad, Memory, RangeTest, RatePoint, Sample, StepReport,
+    TensorGradient, Watchdog, Zero, steepest,
+};
 pub use self::loss_scale::LossScale;
 pub use self::metrics::Metrics;
 pub use self::recipe::{
@@ -57,4 +60,4 @@ pub use self::recipe::{
 pub use self::run_dir::RunDir;
 pub use self::schedule::Schedule;
 pub use self::session::{Session, Surroundings};
-pub use self::state::{State, read_optimizer, write_optimizer};
+pub use self::state::{Best, State, read_optimizer, write_optimizer};

@@ -4,6 +4,9 @@
 //! at most the line it was writing. A resumed run writes again what came after its checkpoint;
 //! those lines are cut off first. Nothing here reads a clock.
 
+pub(crate) mod event_file;
+pub(crate) mod journal;
+
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};

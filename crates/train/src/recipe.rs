@@ -265,6 +265,14 @@ pub struct TrainSection {
     pub save_every: Option<u64>,
     /// How many checkpoints are kept.
     pub keep_last: usize,
+    /// Whether the checkpoint with the lowest validation loss is kept too, and is what the run leaves at its end.
+    pub keep_best: bool,
+    /// A loss over so many times the average before it is a spike; 0 is off. Needs `save_every`.
+    pub spike_factor: f64,
+    /// Spikes in a row after which the run goes back to a checkpoint and passes over their batches.
+    pub spike_steps: u64,
+    /// How often a run goes back before it stops.
+    pub max_rollbacks: u64,
     /// The factor α of the sequence-wise balance loss; 0 is off.
     pub balance_loss: f64,
     /// The step γ of the auxiliary-loss-free balancer; 0 is off.
@@ -281,6 +289,17 @@ pub enum Loss {
     CrossEntropy,
     /// Which of two answers to prefer, against the model as it was: arXiv:2305.18290.
     Dpo,
+}
+
+impl Loss {
+    /// Up to this a loss is not high, whatever it was before. Preferences are learned from ln 2, which is no preference,
+    /// towards zero, where single pairs are many times the average.
+    pub(crate) fn calm(self) -> f64 {
+        match self {
+            Self::CrossEntropy => 0.0,
+            Self::Dpo => std::f64::consts::LN_2,
+        }
+    }
 }
 
 /// `[dpo]`: learning from preferences.
@@ -345,6 +364,16 @@ pub struct EvalSection {
     pub batch_size: usize,
     /// Batches after which the pass ends. Without it, all of them.
     pub max_batches: Option<u64>,
+    /// Passes without a new lowest loss after which the run ends. Needs `train.eval_every`.
+    pub patience: Option<u64>,
+    /// What the model is to continue, at the start, every `generate_every` steps, and at the end.
+    pub prompts: Vec<String>,
+    /// Steps between two samples. Without it, only at the start and at the end.
+    pub generate_every: Option<u64>,
+    /// The most tokens of a sample.
+    pub max_new_tokens: usize,
+    /// Whether a prompt is put to the model as a user's message, with the chat template.
+    pub chat: bool,
 }
 
 impl Default for DataSection {
@@ -462,6 +491,15 @@ impl Default for TrainSection {
             save_every: None,
             // The newest, and one to fall back to; optimizer states are large.
             keep_last: 2,
+            // Off, because a second copy of the optimizer's state is large, and because the last is what other tools leave.
+            keep_best: false,
+            // Off: losses of small batches differ a lot, and a run that goes back has seen other rows than the recipe
+            // says. 2 or 3 is a spike for batches of thousands of tokens.
+            spike_factor: 0.0,
+            // One or two are outliers that AdamW and clipping forgive.
+            spike_steps: 3,
+            // A run that goes astray again after this has another problem than its batches.
+            max_rollbacks: 3,
             // A published router is balanced already, and a short fine-tune should not move it.
             balance_loss: 0.0,
             bias_update_speed: 0.0,
@@ -477,6 +515,12 @@ impl Default for EvalSection {
             // What fits in training fits here, without gradients.
             batch_size: TrainSection::default().batch_size,
             max_batches: None,
+            patience: None,
+            prompts: Vec::new(),
+            generate_every: None,
+            // A few lines, in seconds.
+            max_new_tokens: 64,
+            chat: false,
         }
     }
 }

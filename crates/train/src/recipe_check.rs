@@ -28,6 +28,7 @@ impl Recipe {
         self.check_counts()?;
         self.check_numbers()?;
         self.check_precision()?;
+        self.check_watching()?;
         self.check_method()?;
         self.check_patterns()
     }
@@ -51,6 +52,28 @@ impl Recipe {
             let dropout = self.lora.dropout;
             let expected = "0, because `lora.quantizer` makes the adapter part of the weights";
             require(dropout == 0.0, "lora.dropout", expected, shown(dropout))?;
+        }
+        Ok(())
+    }
+
+    /// What is looked at while the run goes on.
+    fn check_watching(&self) -> Result {
+        let (train, eval) = (&self.train, &self.eval);
+        let factor = train.spike_factor;
+        let expected = "0, or a finite number above 1";
+        let holds = factor == 0.0 || factor > 1.0 && factor.is_finite();
+        require(holds, "train.spike_factor", expected, shown(factor))?;
+        let can_go_back = factor == 0.0 || train.save_every.is_some();
+        let expected = "a number, because `train.spike_factor` is given";
+        require(can_go_back, "train.save_every", expected, "none")?;
+        let is_measured = eval.patience.is_none() || train.eval_every.is_some();
+        let expected = "a number, because `eval.patience` is given";
+        require(is_measured, "train.eval_every", expected, "none")?;
+        let has_prompts = eval.generate_every.is_none() || !eval.prompts.is_empty();
+        let expected = "at least one, because `eval.generate_every` is given";
+        require(has_prompts, "eval.prompts", expected, "none")?;
+        for prompt in &eval.prompts {
+            require(!prompt.is_empty(), "eval.prompts", "no empty prompt", "one")?;
         }
         Ok(())
     }
@@ -225,6 +248,10 @@ impl Recipe {
             ("train.keep_last", Some(train.keep_last as u64)),
             ("eval.batch_size", Some(self.eval.batch_size as u64)),
             ("eval.max_batches", self.eval.max_batches),
+            ("eval.patience", self.eval.patience),
+            ("eval.generate_every", self.eval.generate_every),
+            ("eval.max_new_tokens", Some(self.eval.max_new_tokens as u64)),
+            ("train.spike_steps", Some(train.spike_steps)),
         ];
         for (key, count) in positive {
             let is_positive = count.is_none_or(|count| count >= 1);

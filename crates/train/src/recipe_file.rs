@@ -669,6 +669,18 @@ mod tests {
             "train.balance_loss: expected a finite number of at least 0, found -1",
         ),
         (
+            "train.spike_factor = 1",
+            "train.spike_factor: expected 0, or a finite number above 1, found 1",
+        ),
+        (
+            "eval.patience = 0",
+            "eval.patience: expected a whole number of at least 1, found 0",
+        ),
+        (
+            "eval.prompts = ['']",
+            "eval.prompts: expected no empty prompt, found [\"\"]",
+        ),
+        (
             "eval.max_batches = 0",
             "eval.max_batches: expected a whole number of at least 1, found 0",
         ),
@@ -681,8 +693,8 @@ mod tests {
             "unknown key `model.seed`, did you mean `train.seed`?",
         ),
         (
-            "eval.xyz = 8",
-            "unknown key `eval.xyz`, expected one of `eval.batch_size`, `eval.max_batches`",
+            "schedule.xyz = 8",
+            "unknown key `schedule.xyz`, expected one of `schedule.kind`, `schedule.warmup_steps`, `schedule.final_ratio`",
         ),
         (
             "loar.rank = 8",

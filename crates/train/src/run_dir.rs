@@ -133,22 +133,35 @@ impl RunDir {
         Ok(latest.map(|step| (step, self.checkpoint_path(step))))
     }
 
-    /// Removes all but the newest checkpoints, and returns the steps of those removed. The newest
-    /// one stays even if `keep_last` is 0.
+    /// Removes all but the newest checkpoints and those of the steps `also`, and returns the steps
+    /// of those removed. The newest one stays even if `keep_last` is 0.
     ///
     /// # Errors
     /// If the directory cannot be read or changed.
-    pub fn prune(&self, keep_last: usize) -> Result<Vec<u64>> {
+    pub fn prune(&self, keep_last: usize, also: &[u64]) -> Result<Vec<u64>> {
         let mut steps = self.steps()?;
         steps.truncate(steps.len().saturating_sub(keep_last.max(1)));
+        steps.retain(|step| !also.contains(step));
         for &step in &steps {
             self.remove(step)?;
         }
         Ok(steps)
     }
 
+    /// Removes the checkpoints after a step, the newest first.
+    ///
+    /// # Errors
+    /// If the directory cannot be read or changed.
+    pub(crate) fn remove_after(&self, last: u64) -> Result<()> {
+        let steps = self.steps()?;
+        for &step in steps.iter().rev().filter(|step| **step > last) {
+            self.remove(step)?;
+        }
+        Ok(())
+    }
+
     /// The steps of all complete checkpoints, in order.
-    fn steps(&self) -> Result<Vec<u64>> {
+    pub(crate) fn steps(&self) -> Result<Vec<u64>> {
         let mut steps: Vec<u64> = names(&self.path)?
             .iter()
             .filter_map(|name| step_of(name))
@@ -158,7 +171,8 @@ impl RunDir {
         Ok(steps)
     }
 
-    fn checkpoint_path(&self, step: u64) -> PathBuf {
+    /// Where the checkpoint of a step is, or would be.
+    pub(crate) fn checkpoint_path(&self, step: u64) -> PathBuf {
         self.path.join(format!("checkpoint-{step}"))
     }
 
@@ -210,7 +224,14 @@ fn names(path: &Path) -> Result<Vec<String>> {
 /// Whether a name is one that a killed process leaves: the lock, or what it was writing or
 /// removing.
 fn is_leftover(name: &str) -> bool {
-    const STARTS: [&str; 4] = [".checkpoint-", ".recipe.toml.", ".adapter.", ".model."];
+    const STARTS: [&str; 6] = [
+        ".checkpoint-",
+        ".recipe.toml.",
+        ".precision.txt.",
+        ".gradients.json.",
+        ".adapter.",
+        ".model.",
+    ];
     let is_ours = STARTS.iter().any(|start| name.starts_with(start));
     name == LOCK_NAME || is_ours && name.ends_with(".tmp")
 }
@@ -379,9 +400,10 @@ mod tests {
         for step in [1, 5, 10, 20] {
             run.save(step, fill).unwrap();
         }
-        assert_eq!(run.prune(4).unwrap(), [0; 0]);
-        assert_eq!(run.prune(2).unwrap(), [1, 5]);
-        assert_eq!(run.prune(0).unwrap(), [10]);
+        assert_eq!(run.prune(4, &[]).unwrap(), [0; 0]);
+        assert_eq!(run.prune(2, &[5, 7]).unwrap(), [1]);
+        assert_eq!(run.prune(2, &[]).unwrap(), [5]);
+        assert_eq!(run.prune(0, &[]).unwrap(), [10]);
         let expected = [".lock", "checkpoint-20", "recipe.toml"];
         assert_eq!(sorted_names(folder.path()), expected);
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use burn::module::Module;
 use burn::tensor::{Device, FloatDType, Tensor};
 use checkpoint::{Adapter, DType, Folder, TensorSpec};
 use data::{Corpus, Reading, Tokenizer, Wanted};
@@ -13,7 +14,8 @@ use model::precision::Policy;
 use model::{AdapterWeights, Model, ModelConfig, Training, weights};
 
 use crate::dataset::{self, Dataset};
-use crate::loss_scale::{LARGEST_EXPONENT, LossScale};
+use crate::fit::Picks;
+use crate::loss_scale::LARGEST_EXPONENT;
 use crate::optimizer::AdamW;
 use crate::recipe::{Compute, ExpertsShare, Loss, Method, Recipe, RouterTraining};
 use crate::run_dir::RunDir;
@@ -43,11 +45,14 @@ pub struct Session {
     pub(crate) base: Base,
     /// How the adapter's alphas become scales.
     pub(crate) scaling: Scaling,
-    /// The model as it was, where preferences are learned.
+    /// The model as it was, without gradients: what preferences and routing are compared with. None for full training on
+    /// next tokens.
     pub(crate) reference: Option<Model>,
     /// Which factors the experts of a layer share.
     pub(crate) share: Option<Share>,
     pub(crate) pad_id: u32,
+    /// What the reference's routers pick on the validation rows, once that is known.
+    pub(crate) reference_picks: Option<Vec<Picks>>,
 }
 
 /// Where the model came from, for what is written beside its weights.
@@ -104,7 +109,7 @@ impl Session {
         let resolve = surroundings.resolve;
         let device = Device::flex().autodiff();
         let (mut model, base) = open_model(&recipe, resolve, &device)?;
-        let reference = reference_of(&recipe, &base, &device)?;
+        let mut reference = reference_of(&recipe, &model, &base)?;
         let (adapted, scaling, share) = adapt(&recipe, &mut model, &device)?;
         if model.parameters().is_empty() {
             return Err(Error::NothingTrained);
@@ -113,6 +118,9 @@ impl Session {
         let mut formats = BTreeMap::new();
         if let Some(quantizer) = quantizer {
             formats = model.round_weights(quantizer, &mut |_| true)?;
+            if let Some(reference) = &mut reference {
+                reference.round_weights(quantizer, &mut |_| true)?;
+            }
         }
         if recipe.precision.round_start {
             model = rounded(model);
@@ -131,18 +139,10 @@ impl Session {
         };
         let train = Dataset::open(&recipe, reading)?;
         let valid = dataset::validation(&recipe, reading)?;
+        expect_valid(&recipe, valid.as_ref())?;
         Ok(Self {
             optimizer: AdamW::new(&recipe),
-            state: State {
-                step: 0,
-                micro_step: 0,
-                trained_tokens: 0,
-                loss_sum: 0.0,
-                loss_tokens: 0,
-                loss_scale: LossScale::new(&recipe.precision),
-                recipe_hash: recipe.hash(),
-                data_hash: train.corpus.identity(),
-            },
+            state: State::start(&recipe, train.corpus.identity()),
             pad_id: tokenizer
                 .and_then(|tokenizer| tokenizer.eos_id())
                 .filter(|id| (*id as usize) < model.config.vocab_size)
@@ -159,6 +159,7 @@ impl Session {
             scaling,
             share,
             reference,
+            reference_picks: None,
         })
     }
 
@@ -170,23 +171,35 @@ impl Session {
         let Some((step, folder)) = run.latest()? else {
             return Ok(None);
         };
-        let state = State::read(&folder)?;
+        self.load(&folder)?;
+        Ok(Some(step))
+    }
+
+    /// Becomes what a checkpoint holds.
+    pub(crate) fn load(&mut self, folder: &Path) -> Result<()> {
+        let state = State::read(folder)?;
         if state.recipe_hash != self.recipe.hash() {
-            return Err(Error::OtherRecipe { path: folder });
+            return Err(Error::OtherRecipe {
+                path: folder.to_owned(),
+            });
         }
         if state.data_hash != self.state.data_hash {
-            return Err(Error::OtherData { path: folder });
+            return Err(Error::OtherData {
+                path: folder.to_owned(),
+            });
         }
         let fits = match state.loss_scale {
             Some(scale) => self.state.loss_scale.is_some() && scale.exponent <= LARGEST_EXPONENT,
             None => self.state.loss_scale.is_none(),
         };
         if !fits {
-            return Err(Error::LossScale { path: folder });
+            return Err(Error::LossScale {
+                path: folder.to_owned(),
+            });
         }
-        self.restore(&folder)?;
+        self.restore(folder)?;
         self.state = state;
-        Ok(Some(step))
+        Ok(())
     }
 
     /// Optimizer updates made so far.
@@ -199,6 +212,16 @@ impl Session {
         self.recipe.total_steps(self.train.rows())
     }
 
+    /// The folder with the tokenizer's files, if there is a tokenizer.
+    pub fn tokenizer_folder(&self) -> Option<&Path> {
+        self.base.tokenizer.as_deref()
+    }
+
+    /// The checkpoint that training started from; none for fresh weights.
+    pub fn base_folder(&self) -> Option<&Folder> {
+        self.base.folder.as_ref()
+    }
+
     /// Trained numbers.
     pub fn trained_parameters(&self) -> usize {
         self.model
@@ -209,7 +232,7 @@ impl Session {
     }
 
     /// Puts a checkpoint's tensors into the model and the optimizer.
-    fn restore(&mut self, folder: &Path) -> Result<()> {
+    pub(crate) fn restore(&mut self, folder: &Path) -> Result<()> {
         let specs = self.state_tensors();
         let dtype = self.recipe.optimizer.moments().float();
         let (mut parameters, mut moments, mut biases) = (BTreeMap::new(), Vec::new(), Vec::new());
@@ -300,22 +323,39 @@ impl Session {
     }
 }
 
+/// Refuses settings that look at validation rows where there are none.
+fn expect_valid(recipe: &Recipe, valid: Option<&Corpus>) -> Result<()> {
+    let key = if recipe.train.keep_best {
+        "train.keep_best"
+    } else if recipe.eval.patience.is_some() {
+        "eval.patience"
+    } else {
+        return Ok(());
+    };
+    let missing = || Error::NoValidationData {
+        key,
+        folders: recipe.data.path.clone(),
+    };
+    valid.map(|_| ()).ok_or_else(missing)
+}
+
 /// The trained values rounded to bf16.
 fn rounded(model: Model) -> Model {
     let round = |values: Tensor<1>| values.cast(FloatDType::BF16).cast(FloatDType::F32);
     model.map_parameters(&mut |_, values| Some(round(values)))
 }
 
-/// The model as it was, without gradients, where answers are compared with what it thought of them: its weights are
-/// mapped once more, which takes no memory.
-fn reference_of(recipe: &Recipe, base: &Base, device: &Device) -> Result<Option<Model>> {
-    let folder = base
-        .folder
-        .as_ref()
-        .filter(|_| recipe.train.loss == Loss::Dpo);
-    let device = device.clone().inner();
-    let load = |folder| weights::load(folder, Training::Frozen, &device);
-    Ok(folder.map(load).transpose()?)
+/// A model as it is before anything is put on it. It takes no memory: an adapter's base has its weights in common with
+/// the model, and where those are trained they are mapped from their file once more.
+fn reference_of(recipe: &Recipe, model: &Model, base: &Base) -> Result<Option<Model>> {
+    let device = Device::flex();
+    match (recipe.train.method, &base.folder) {
+        (Method::Lora, _) => Ok(Some(model.clone().valid())),
+        (Method::Full, Some(folder)) if recipe.train.loss == Loss::Dpo => {
+            Ok(Some(weights::load(folder, Training::Frozen, &device)?))
+        }
+        (Method::Full, _) => Ok(None),
+    }
 }
 
 /// What a recipe's adapter is trained to be merged into.

@@ -3,14 +3,15 @@
 //! Nothing is rounded: counters are integers, sums are written as the shortest decimal that reads
 //! back to the same bits, and moments are in the dtype they were made in. So a resumed run continues bit for bit.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use checkpoint::{DType, FolderWriter, Safetensors, TensorSpec};
 use serde::{Deserialize, Serialize};
 
+use crate::fit::Watchdog;
 use crate::loss_scale::LossScale;
-use crate::{Error, Result};
+use crate::{Error, Recipe, Result};
 
 const STATE_NAME: &str = "state.json";
 const OPTIMIZER_NAME: &str = "optimizer.safetensors";
@@ -33,13 +34,68 @@ pub struct State {
     /// The scale of the loss, in f16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScale>,
+    /// Slots that each expert got since the last line of metrics, by layer.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub expert_loads: BTreeMap<usize, Vec<u64>>,
+    /// The best validation pass so far.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub best: Option<Best>,
+    /// Validation passes since then.
+    #[serde(default)]
+    pub passes_since_best: u64,
+    /// What the watchdog remembers.
+    #[serde(default)]
+    pub watchdog: Watchdog,
     /// [`Recipe::hash`](crate::Recipe::hash) of the run's recipe.
     pub recipe_hash: String,
     /// [`data::Corpus::identity`] of the run's training rows.
     pub data_hash: String,
 }
 
+/// A validation pass with the lowest loss.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Best {
+    /// After which step.
+    pub step: u64,
+    /// Mean nats per trained token, or per pair.
+    #[serde(with = "exact")]
+    pub loss: f64,
+}
+
 impl State {
+    /// Before the first step of a recipe on training rows with this [`data::Corpus::identity`].
+    pub(crate) fn start(recipe: &Recipe, data_hash: String) -> Self {
+        Self {
+            step: 0,
+            micro_step: 0,
+            trained_tokens: 0,
+            loss_sum: 0.0,
+            loss_tokens: 0,
+            loss_scale: LossScale::new(&recipe.precision),
+            expert_loads: BTreeMap::new(),
+            best: None,
+            passes_since_best: 0,
+            watchdog: Watchdog::default(),
+            recipe_hash: recipe.hash(),
+            data_hash,
+        }
+    }
+
+    /// Takes note of a validation pass after the current step. Returns whether its loss is the lowest so far.
+    pub(crate) fn note_validation(&mut self, loss: f64) -> bool {
+        // A loss that is no number is never the best.
+        let is_best = loss.is_finite() && self.best.is_none_or(|best| loss < best.loss);
+        if is_best {
+            let step = self.step;
+            self.best = Some(Best { step, loss });
+            self.passes_since_best = 0;
+        } else {
+            self.passes_since_best += 1;
+        }
+        is_best
+    }
+
     /// Writes `state.json` into a checkpoint.
     ///
     /// # Errors
@@ -138,15 +194,15 @@ pub fn read_optimizer(
 }
 
 /// A number as text: JSON's reader may be off by the last bit, and JSON has no infinity.
-mod exact {
+pub(crate) mod exact {
     use serde::de::{Deserialize, Deserializer, Error};
     use serde::ser::Serializer;
 
-    pub(super) fn serialize<S: Serializer>(number: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(number: &f64, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(number)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
         let text = String::deserialize(deserializer)?;
         text.parse()
             .map_err(|_| D::Error::custom("expected a number as text"))
@@ -172,6 +228,13 @@ mod tests {
                 exponent: 16,
                 clean_steps: 3,
             }),
+            expert_loads: BTreeMap::from([(3, vec![7, 0, u64::MAX])]),
+            best: Some(Best {
+                step: 2,
+                loss: 1.0 / 3.0,
+            }),
+            passes_since_best: 1,
+            watchdog: Watchdog::default(),
             recipe_hash: "0123456789abcdef".to_owned(),
             data_hash: "fedcba9876543210".to_owned(),
         }
@@ -236,6 +299,28 @@ mod tests {
             let read: State = serde_json::from_str(&text).unwrap();
             assert_eq!(read.loss_sum.to_bits(), sum.to_bits());
         }
+    }
+
+    #[test]
+    fn the_best_pass_is_the_first_with_the_lowest_loss() {
+        let mut state = State {
+            best: None,
+            ..state()
+        };
+        let mut note = |step, loss| {
+            state.step = step;
+            let is_best = state.note_validation(loss);
+            (
+                is_best,
+                state.best.map(|best| best.step),
+                state.passes_since_best,
+            )
+        };
+        assert_eq!(note(1, f64::NAN), (false, None, 2));
+        assert_eq!(note(2, 3.0), (true, Some(2), 0));
+        assert_eq!(note(3, 3.0), (false, Some(2), 1));
+        assert_eq!(note(4, f64::INFINITY), (false, Some(2), 2));
+        assert_eq!(note(5, 2.5), (true, Some(5), 0));
     }
 
     #[test]

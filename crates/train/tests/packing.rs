@@ -156,7 +156,7 @@ impl Place {
 fn reports(session: &mut Session, run: &RunDir) -> Vec<StepReport> {
     let mut reports = Vec::new();
     session
-        .fit(run, &mut |event| {
+        .fit(run, &mut |event: &Event| {
             if let Event::Step(report) = event {
                 reports.push(report.clone());
             }
@@ -170,7 +170,7 @@ fn packed_runs_are_runs_of_the_same_samples_apart() {
     let place = Place::new();
     let run = |name: &str, data: &str, batch_size: usize| {
         let settings = format!(
-            "[train]\nmethod = \"full\"\nsteps = 3\nbatch_size = {batch_size}\nbalance_loss = 0.1\n"
+            "[train]\nmethod = \"full\"\nsteps = 3\nbatch_size = {batch_size}\nbalance_loss = 0.1\nlog_every = 1\n"
         );
         let recipe = place.recipe("deepseek_v3", data, &settings);
         let run = RunDir::create(&place.path(name), &recipe).unwrap();
@@ -193,6 +193,26 @@ fn packed_runs_are_runs_of_the_same_samples_apart() {
         );
     }
     assert_eq!(packed.len(), 3);
+    // The same tokens meet the same routers, and no padding is counted.
+    let [found, expected] = ["packed", "apart"].map(|name| first_experts(&place.path(name)));
+    assert!(
+        !expected.is_empty() && found == expected,
+        "{found:?} {expected:?}"
+    );
+}
+
+/// What each expert got in the first step, by layer.
+fn first_experts(run: &Path) -> Vec<Vec<u64>> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let line = text
+        .lines()
+        .find(|line| line.contains("\"experts\""))
+        .unwrap();
+    let line: serde_json::Value = serde_json::from_str(line).unwrap();
+    let layers = line["experts"].as_array().unwrap().iter();
+    layers
+        .map(|layer| serde_json::from_value(layer["load"].clone()).unwrap())
+        .collect()
 }
 
 fn bytes(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {

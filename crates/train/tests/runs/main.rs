@@ -2,6 +2,13 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
+/// Learning from preferences.
+mod preferences;
+/// Runs that are asked to stop, or have to.
+mod stops;
+/// What a run looks at while it goes on, and what it does about it.
+mod watching;
+
 use std::path::{Path, PathBuf};
 
 use checkpoint::Safetensors;
@@ -67,7 +74,7 @@ impl Place {
 fn losses(session: &mut Session, run: &RunDir) -> Vec<f64> {
     let mut losses = Vec::new();
     session
-        .fit(run, &mut |event| {
+        .fit(run, &mut |event: &Event| {
             if let Event::Step(report) = event {
                 losses.push(report.loss)
             }
@@ -257,88 +264,6 @@ fn bytes(folder: &Path) -> Vec<(String, Vec<u8>)> {
         .collect()
 }
 
-/// Preference rows, with a validation split of the same.
-fn preferences(place: &Place) {
-    let text = std::fs::read_to_string(place.path("train.jsonl")).unwrap();
-    let rows: Vec<serde_json::Value> = text
-        .lines()
-        .map(|row| serde_json::from_str(row).unwrap())
-        .collect();
-    let ids = |row: usize, range: std::ops::Range<usize>| -> Vec<i64> {
-        let ids = rows[row]["input_ids"].as_array().unwrap();
-        ids[range]
-            .iter()
-            .map(|id| 33 + id.as_i64().unwrap() % 90)
-            .collect()
-    };
-    let word = |row, range| -> String {
-        let ids = ids(row, range);
-        ids.into_iter().map(|id| char::from(id as u8)).collect()
-    };
-    let pair = |i: usize| {
-        let (prompt, chosen, rejected) =
-            (word(0, i..i + 6), word(0, i + 6..i + 11), word(1, i..i + 8));
-        serde_json::json!({"prompt": prompt, "chosen": chosen, "rejected": rejected}).to_string()
-    };
-    let rows: Vec<String> = (0..6).map(|i| pair(2 * i) + "\n").collect();
-    for name in ["train.jsonl", "valid.jsonl"] {
-        std::fs::write(place.path(name), rows.concat()).unwrap();
-    }
-}
-
-#[test]
-fn preferences_are_learned_from_a_start_at_ln_2() {
-    let place = Place::new("deepseek_v3");
-    preferences(&place);
-    for method in [
-        "method = \"lora\"",
-        "method = \"full\"\nunfrozen_parameters = \"self_attn\"",
-    ] {
-        let recipe = place.recipe(
-            "# deepseek_v3\n",
-            &format!(
-                "[train]\n{method}\nloss = \"dpo\"\nsteps = 12\nbatch_size = 3\naccumulate = 2\n"
-            ),
-        );
-        let run = tempfile::tempdir().unwrap();
-        let run = RunDir::create(&run.path().join("run"), &recipe).unwrap();
-        let (mut reports, mut validated) = (Vec::new(), Vec::new());
-        open(recipe)
-            .fit(&run, &mut |event| match event {
-                Event::Step(report) => reports.push(report.clone()),
-                Event::Validated { loss, .. } => validated.push(*loss),
-                _ => {}
-            })
-            .unwrap();
-        // The model and its reference differ in nothing but in where a weight is read from.
-        let (first, last) = (&reports[0], &reports[11]);
-        assert!(
-            (first.loss - std::f64::consts::LN_2).abs() < 1e-4,
-            "{}",
-            first.loss
-        );
-        assert!(first.rewards.unwrap().margin.abs() < 1e-3, "{first:?}");
-        assert!(last.loss < 0.9 * first.loss, "{} {}", first.loss, last.loss);
-        assert_eq!(last.rewards.unwrap().accuracy, 1.0);
-        assert!(validated[0] < first.loss, "{validated:?}");
-        let metrics = std::fs::read_to_string(run.path().join("metrics.jsonl")).unwrap();
-        assert!(metrics.contains("\"rewards/margins\":"), "{metrics}");
-        assert!(
-            metrics.contains("\"valid_rewards/accuracies\":1.0"),
-            "{metrics}"
-        );
-    }
-}
-
-#[test]
-fn a_resumed_run_of_preferences_ends_in_the_same_bits() {
-    let settings = "[lora]\ndropout = 0.1\n[train]\nloss = \"dpo\"\nsteps = 6\nbatch_size = 2\n\
-                    save_every = 2\nkeep_last = 9\n";
-    let place = Place::new("deepseek_v3");
-    preferences(&place);
-    resumed_run_is_whole_in(&place, settings, "adapter");
-}
-
 #[test]
 fn resumed_runs_end_in_the_same_bits() {
     let common = "steps = 6\nbatch_size = 1\nsave_every = 2\nbalance_loss = 0.01\nkeep_last = 9\n";
@@ -416,7 +341,7 @@ fn scaled_run(place: &Place, name: &str, scale: f64) -> (Vec<f64>, Vec<(u64, f64
     let run = RunDir::create(&place.path(name), &recipe).unwrap();
     let (mut losses, mut overflows, mut scales) = (Vec::new(), Vec::new(), Vec::new());
     open(recipe)
-        .fit(&run, &mut |event| match event {
+        .fit(&run, &mut |event: &Event| match event {
             Event::Step(report) => {
                 losses.push(report.loss);
                 scales.push(report.loss_scale.unwrap());

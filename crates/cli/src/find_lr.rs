@@ -1,0 +1,117 @@
+//! `moeforge find-lr`: which learning rate a recipe can bear, found by a short run with a growing one.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use serde_json::{Value, json};
+use train::{Event, RangeTest, RatePoint, Recipe, steepest};
+
+use crate::console::{Console, USAGE, WithCode};
+use crate::plot::{Axes, Line, Plot};
+use crate::train::{open_session, usage};
+
+/// Trains a few steps with a learning rate that grows until the loss blows up, and suggests one. Leaves no run.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The recipe, a TOML file.
+    recipe: PathBuf,
+    /// Override a setting: section.key=value. May be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// The first learning rate.
+    #[arg(long, value_name = "RATE", default_value_t = 1e-6)]
+    from: f64,
+    /// The last one, unless the loss blows up before.
+    #[arg(long, value_name = "RATE", default_value_t = 1.0)]
+    to: f64,
+    /// Steps from the one to the other.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    steps: u64,
+    /// The plot.
+    #[arg(long, value_name = "FILE.svg", default_value = "find-lr.svg")]
+    out: PathBuf,
+    /// Print JSON with every step instead of a suggestion.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
+    let test = range(args)?;
+    let recipe = Recipe::open(&args.recipe, &args.set).map_err(usage)?;
+    let in_recipe = recipe.optimizer.learning_rate;
+    let mut session = open_session(recipe, console)?;
+    let mut progress = console.progress(test.steps, "learning rates");
+    let points = session.range_test(test, &mut |event: &Event| {
+        if let Event::Step(report) = event {
+            let status = format!("lr {:.1e} loss {:.4}", report.learning_rate, report.loss);
+            progress.update(report.step, &status);
+        }
+    })?;
+    progress.finish();
+    let suggestion = steepest(&points);
+    let plot = plot(&points, suggestion);
+    checkpoint::write_file(&args.out, plot.to_svg().as_bytes())?;
+    if args.json {
+        console.result(to_json(&points, suggestion));
+        return Ok(ExitCode::SUCCESS);
+    }
+    console.note(format_args!(
+        "{}: {} steps up to {:.1e}; the recipe has {in_recipe:.1e}",
+        args.out.display(),
+        points.len(),
+        points.last().map_or(args.from, |point| point.rate)
+    ));
+    match suggestion {
+        Some(rate) => {
+            console.note("the loss falls fastest at, and a good peak is around:");
+            console.result(format_args!("{rate:.1e}"));
+        }
+        None => console.note("the loss never falls: there is no rate to suggest; look at the data"),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn range(args: &Args) -> anyhow::Result<RangeTest> {
+    let holds = args.from > 0.0 && args.to > args.from && args.to.is_finite() && args.steps >= 5;
+    if !holds {
+        let message = format!(
+            "--from, --to, --steps: expected 0 < from < to and at least 5 steps, found {} to {} in {} steps",
+            args.from, args.to, args.steps
+        );
+        return Err(anyhow::Error::new(WithCode {
+            code: USAGE,
+            message,
+        }));
+    }
+    Ok(RangeTest {
+        from: args.from,
+        to: args.to,
+        steps: args.steps,
+    })
+}
+
+fn plot(points: &[RatePoint], suggestion: Option<f64>) -> Plot {
+    let line = |name: &str, y: fn(&RatePoint) -> f64| Line {
+        name: name.into(),
+        points: points.iter().map(|point| (point.rate, y(point))).collect(),
+    };
+    Plot {
+        title: suggestion.map_or_else(
+            || "Loss while the learning rate grows".into(),
+            |rate| format!("Loss while the learning rate grows: falls fastest at {rate:.1e}"),
+        ),
+        x: "learning rate".into(),
+        y: "nats".into(),
+        lines: vec![line("smoothed", |p| p.smoothed), line("step", |p| p.loss)],
+        mark: None,
+        axes: Axes::LogX,
+    }
+}
+
+fn to_json(points: &[RatePoint], suggestion: Option<f64>) -> Value {
+    let point = |p: &RatePoint| json!({"learning_rate": p.rate, "loss": p.loss, "smoothed_loss": p.smoothed});
+    json!({
+        "suggestion": suggestion,
+        "steps": points.iter().map(point).collect::<Vec<_>>(),
+    })
+}

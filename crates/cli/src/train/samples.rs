@@ -1,0 +1,75 @@
+//! What the model writes after the recipe's prompts while it is trained.
+
+use std::ops::ControlFlow;
+
+use anyhow::{Context, bail};
+use burn::tensor::Device;
+use data::{Bos, Special, Tokenizer};
+use infer::{Engine, GenerateConfig, SampleConfig};
+use model::Model;
+use train::{Recipe, Session};
+
+use crate::generate::question;
+
+/// Continues prompts as the recipe says, always with the likeliest token, so that samples of different steps compare.
+#[derive(Debug)]
+pub(super) struct Sampler {
+    tokenizer: Tokenizer,
+    config: GenerateConfig,
+    chat: bool,
+}
+
+impl Sampler {
+    /// For a session whose recipe has prompts; none if it has none.
+    pub(super) fn new(session: &Session) -> anyhow::Result<Option<Self>> {
+        let Recipe { eval, .. } = &session.recipe;
+        if eval.prompts.is_empty() {
+            return Ok(None);
+        }
+        let folder = session.tokenizer_folder();
+        let folder = folder.context("`eval.prompts` needs a tokenizer; give `model.tokenizer`")?;
+        let tokenizer = Tokenizer::open(folder)?;
+        if eval.chat && tokenizer.chat_template().is_none() {
+            let folder = folder.display();
+            bail!("{folder}: expected a chat template for `eval.chat`, found none");
+        }
+        let eos = tokenizer.eos_id();
+        let stop_ids = match session.base_folder() {
+            Some(base) => infer::end_of_text_ids(base, eos)?,
+            None => eos.into_iter().collect(),
+        };
+        let config = GenerateConfig {
+            max_tokens: eval.max_new_tokens,
+            sample: SampleConfig {
+                temperature: 0.0,
+                top_p: 1.0,
+                seed: 0,
+            },
+            stop_ids,
+            compute: session.compute(),
+        };
+        let chat = eval.chat;
+        Ok(Some(Self {
+            tokenizer,
+            config,
+            chat,
+        }))
+    }
+
+    /// What the model writes after a prompt.
+    pub(super) fn text(&self, model: &Model, prompt: &str) -> anyhow::Result<String> {
+        let template = self.tokenizer.chat_template().filter(|_| self.chat);
+        let ids = match template {
+            Some(template) => question(&self.tokenizer, template, prompt)?,
+            None => self.tokenizer.encode(prompt, Bos::Add)?,
+        };
+        let engine = Engine {
+            model: model.clone(),
+            device: Device::flex(),
+        };
+        let generation = engine.generate(&ids, &self.config, &mut |_| ControlFlow::Continue(()))?;
+        Ok(self
+            .tokenizer
+            .decode(&generation.token_ids, Special::Skip)?)
+    }
+}

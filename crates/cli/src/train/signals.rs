@@ -1,0 +1,58 @@
+//! SIGINT and SIGTERM: the first asks the run to save and stop, the second stops at once.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use anyhow::Context;
+
+/// What came in so far.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Signals {
+    /// The number of the first signal, 0 before it.
+    first: Arc<AtomicI32>,
+}
+
+impl Signals {
+    /// From now on the two signals end the program only if they come twice. The first one is answered on stderr at once,
+    /// because a step may take its time.
+    pub(crate) fn listen() -> anyhow::Result<Self> {
+        let signals = Self::default();
+        #[cfg(unix)]
+        signals
+            .clone()
+            .spawn()
+            .context("cannot listen to signals")?;
+        Ok(signals)
+    }
+
+    /// The signal that came in first, if any did.
+    pub(crate) fn received(&self) -> Option<i32> {
+        Some(self.first.load(Ordering::Relaxed)).filter(|signal| *signal != 0)
+    }
+
+    #[cfg(unix)]
+    fn spawn(self) -> std::io::Result<()> {
+        use std::io::Write;
+
+        use signal_hook::consts::{SIGINT, SIGTERM};
+
+        let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
+        let listen = move || {
+            for signal in &mut signals {
+                if self.first.swap(signal, Ordering::Relaxed) != 0 {
+                    // Without unwinding or destructors: what is half-written has a name that says so.
+                    signal_hook::low_level::exit(128 + signal);
+                }
+                let mut stderr = std::io::stderr();
+                let _ = writeln!(
+                    stderr,
+                    "\nfinishing the step and saving; once more to stop at once"
+                );
+            }
+        };
+        std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(listen)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,116 @@
+//! The validation pass: the loss on rows that are not trained on, and how far the routing is from the reference's.
+
+use burn::module::Module;
+use data::{Batch, collate};
+use model::{Model, Observe, Pass};
+
+use super::experts::{self, Picks};
+use super::{Event, Host, hidden, losses};
+use crate::Result;
+use crate::dpo::Rewards;
+use crate::metrics::journal::{Journal, Validation};
+use crate::session::Session;
+
+/// The batches whose picks are compared with the reference's. Its own are kept, two bytes each.
+const DRIFT_BATCHES: usize = 16;
+
+impl Session {
+    /// Measures the validation split, if there is one. Returns whether its loss is the lowest so far.
+    pub(super) fn validate(
+        &mut self,
+        step: u64,
+        journal: &mut Journal,
+        host: &mut dyn Host,
+    ) -> Result<bool> {
+        let Some(found) = self.validation()? else {
+            return Ok(false);
+        };
+        journal.validation(step, &found)?;
+        let drifts = found.routing_drift.iter().map(|layer| layer.drift);
+        let n_layers = found.routing_drift.len();
+        host.see(&Event::Validated {
+            step,
+            loss: found.valid_loss,
+            rewards: found.rewards,
+            drift: (n_layers > 0).then(|| drifts.sum::<f64>() / n_layers as f64),
+        });
+        Ok(self.state.note_validation(found.valid_loss))
+    }
+
+    fn validation(&mut self) -> Result<Option<Validation>> {
+        if self.valid.is_none() {
+            return Ok(None);
+        }
+        let (model, device) = (self.model.clone().valid(), self.device.clone().inner());
+        let (mut sum, mut counted, mut picks) = (0.0, 0, Vec::new());
+        let mut rewards = None::<Rewards>;
+        for (i, batch) in self.valid_batches().enumerate() {
+            let batch = batch?;
+            let mut pass = Pass::new(self.compute());
+            if i < DRIFT_BATCHES && self.reference.is_some() {
+                pass.observe = Observe::Routing;
+            }
+            let losses = losses(&model, &batch, &mut pass, &device);
+            picks.extend(picks_of(&pass, &batch));
+            let (losses, earned) = self.compared(losses, &batch);
+            sum += f64::from(losses.sum().into_scalar::<f32>());
+            counted += self.counted(&batch);
+            if let Some(earned) = earned {
+                rewards.get_or_insert_default().add(earned);
+            }
+        }
+        let reference_picks = match (self.reference_picks.take(), &self.reference) {
+            (Some(known), _) => known,
+            (None, Some(reference)) if !picks.is_empty() => self.picks(reference)?,
+            _ => vec![],
+        };
+        let routing_drift = experts::drift(&picks, &reference_picks);
+        self.reference_picks = Some(reference_picks);
+        Ok(Some(Validation {
+            valid_loss: sum / counted.max(1) as f64,
+            rewards: rewards.map(|rewards| rewards.mean(counted)),
+            routing_drift,
+        }))
+    }
+
+    /// What a model's routers pick in the first validation batches.
+    fn picks(&self, model: &Model) -> Result<Vec<Picks>> {
+        let device = self.device.clone().inner();
+        let mut picks = Vec::new();
+        for batch in self.valid_batches().take(DRIFT_BATCHES) {
+            let batch = batch?;
+            let mut pass = Pass {
+                observe: Observe::Routing,
+                ..Pass::new(self.compute())
+            };
+            hidden(model, &batch, &mut pass, &device);
+            picks.extend(picks_of(&pass, &batch));
+        }
+        Ok(picks)
+    }
+
+    /// What is measured of the validation split, in batches; none if there is no split.
+    fn valid_batches(&self) -> impl Iterator<Item = Result<Batch>> {
+        let eval = &self.recipe.eval;
+        let limit = eval.max_batches.map_or(usize::MAX, |max| max as usize);
+        // Both answers of a pair are samples, one after the other.
+        let per_row = if self.learns_preferences() { 2 } else { 1 };
+        let size = eval.batch_size * per_row;
+        let batches = self.valid.iter().flat_map(move |corpus| {
+            let firsts = (0..corpus.len()).step_by(size);
+            firsts.map(move |first| (corpus, first..corpus.len().min(first + size)))
+        });
+        batches.take(limit).map(|(corpus, indices)| {
+            let samples = indices.map(|index| corpus.sample(index));
+            let samples = samples.collect::<data::Result<Vec<_>>>()?;
+            Ok(collate(&samples.iter().collect::<Vec<_>>(), self.pad_id))
+        })
+    }
+}
+
+fn picks_of(pass: &Pass<'_>, batch: &Batch) -> Vec<Picks> {
+    let records = pass.routing.iter();
+    records
+        .map(|record| Picks::of(record, &batch.lengths, batch.cols))
+        .collect()
+}
