@@ -15,7 +15,7 @@ use std::time::Instant;
 use burn::module::Module;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use data::Batch;
-use model::{Model, Observe, Parameter, Pass};
+use model::{Model, Observe, Parameter, Pass, Trace};
 use serde::Serialize;
 
 use crate::balance::{self, Valid};
@@ -405,38 +405,48 @@ impl Session {
         let train = &self.recipe.train;
         let mut pass = Pass {
             dropout_seed: (self.recipe.lora.dropout > 0.0).then_some(train.seed ^ (number << 20)),
+            segments: segments(batch),
             observe: Observe::Routing,
             ..Pass::new(self.compute())
         };
-        let losses = losses(&self.model, batch, &mut pass, &self.device);
-        let (losses, rewards) = self.compared(losses, batch);
-        let sum = losses.sum();
-        let loss = f64::from(sum.clone().inner().into_scalar::<f32>());
-        let mut total = sum * share as f32;
-        let mut balance_sum = 0.0;
+        let (mut loss, mut rewards, mut balance) = (0.0, None, 0.0);
+        let valid = (train.balance_loss > 0.0).then(|| {
+            let valid = Valid::new(&batch.lengths, batch.cols, &self.device);
+            valid.of_sequences(&batch.starts, &batch.lengths, &self.device)
+        });
+        let balance_share = scale * train.balance_loss / train.accumulate as f64;
+        let tensor = |values| ids(values, batch, &self.device);
+        let trace = Trace::new(
+            &self.model,
+            tensor(&batch.input_ids),
+            &mut pass,
+            train.checkpointing.into(),
+        );
+        let gradients = trace.backward(
+            &self.model,
+            &mut pass,
+            |hidden, pass| {
+                let losses = self.model.loss(hidden, tensor(&batch.targets), pass);
+                let (losses, earned) = self.compared(losses, batch);
+                let sum = losses.sum();
+                (loss, rewards) = (scalar(&sum), earned);
+                sum * share as f32
+            },
+            |record| {
+                let term = balance::balance_loss(record, valid.as_ref()?);
+                balance += scalar(&term);
+                Some(term * balance_share as f32)
+            },
+        );
         for record in &pass.routing {
             let [_, experts] = record.routed.scores.dims();
             let load = Picks::of(record, &batch.lengths, batch.cols).load(experts);
             add_load(loads, record.layer_idx, load);
         }
-        if train.balance_loss > 0.0 {
-            let valid = Valid::new(&batch.lengths, batch.cols, &self.device).of_sequences(
-                &batch.starts,
-                &batch.lengths,
-                &self.device,
-            );
-            for record in &pass.routing {
-                let term = balance::balance_loss(record, &valid);
-                balance_sum += f64::from(term.clone().inner().into_scalar::<f32>());
-                let share = scale * train.balance_loss / train.accumulate as f64;
-                total = total + term * share as f32;
-            }
-        }
-        let mut gradients = total.backward();
         Micro {
-            gradients: self.model.gradients(&mut gradients),
+            gradients,
             loss,
-            balance: balance_sum,
+            balance,
             rewards,
         }
     }
@@ -591,6 +601,10 @@ pub(crate) fn losses(
 fn hidden(model: &Model, batch: &Batch, pass: &mut Pass<'_>, device: &Device) -> Tensor<3> {
     pass.segments = segments(batch);
     model.hidden(ids(&batch.input_ids, batch, device), pass)
+}
+
+fn scalar(x: &Tensor<1>) -> f64 {
+    f64::from(x.clone().inner().into_scalar::<f32>())
 }
 
 /// Some ids of a batch, `[rows, cols]`.

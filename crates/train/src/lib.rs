@@ -53,9 +53,9 @@ pub use self::fit::{
 pub use self::loss_scale::LossScale;
 pub use self::metrics::Metrics;
 pub use self::recipe::{
-    Compute, DataSection, DpoSection, EvalSection, ExpertsShare, ExportDType, LoraSection, Loss,
-    Method, ModelSection, Moments, OptimizerSection, PrecisionSection, Recipe, ScheduleKind,
-    ScheduleSection, TrainSection,
+    Checkpointing, Compute, DataSection, DpoSection, EvalSection, ExpertsShare, ExportDType,
+    LoraSection, Loss, Method, ModelSection, Moments, OptimizerSection, PrecisionSection, Recipe,
+    ScheduleKind, ScheduleSection, TrainSection,
 };
 pub use self::run_dir::RunDir;
 pub use self::schedule::Schedule;

@@ -273,6 +273,8 @@ pub struct TrainSection {
     pub spike_steps: u64,
     /// How often a run goes back before it stops.
     pub max_rollbacks: u64,
+    /// What waits for the backward pass.
+    pub checkpointing: Checkpointing,
     /// The factor α of the sequence-wise balance loss; 0 is off.
     pub balance_loss: f64,
     /// The step γ of the auxiliary-loss-free balancer; 0 is off.
@@ -332,6 +334,25 @@ pub enum RouterTraining {
     Trainable,
     /// The correction bias, by the balancer; the weight stays.
     BiasOnly,
+}
+
+/// What of a forward pass waits for the backward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Checkpointing {
+    /// All that the layers need for their gradients.
+    None,
+    /// What enters each layer; backward runs the layers again.
+    Block,
+}
+
+impl From<Checkpointing> for model::Checkpointing {
+    fn from(checkpointing: Checkpointing) -> Self {
+        match checkpointing {
+            Checkpointing::None => Self::None,
+            Checkpointing::Block => Self::Block,
+        }
+    }
 }
 
 /// What a fully trained model is written in.
@@ -500,6 +521,8 @@ impl Default for TrainSection {
             spike_steps: 3,
             // A run that goes astray again after this has another problem than its batches.
             max_rollbacks: 3,
+            // Running layers twice costs a third of the speed; it is for what does not fit otherwise.
+            checkpointing: Checkpointing::None,
             // A published router is balanced already, and a short fine-tune should not move it.
             balance_loss: 0.0,
             bias_update_speed: 0.0,

@@ -88,8 +88,8 @@ impl Trace {
         }
     }
 
-    fn run_plainly(&mut self, plain: &Model, pass: &Pass<'_>) {
-        let dims = self.input_ids.dims();
+    fn run_plainly(&mut self, plain: &Model, observer: &mut Pass<'_>) {
+        let (dims, pass) = (self.input_ids.dims(), &*observer);
         let mut pass = Pass {
             dropout_seed: pass.dropout_seed,
             segments: pass.segments.clone(),
@@ -100,8 +100,15 @@ impl Trace {
         for (layer_idx, layer) in plain.model.layers.iter().enumerate() {
             let x = self.output.clone();
             self.output = layer.forward(x.clone(), dims, &mut pass, layer_idx);
-            let chosen = pass.routing.pop().map(|record| record.routed.ids);
+            let record = pass.routing.pop();
+            let chosen = record.as_ref().map(|record| record.routed.ids.clone());
             self.layers.push(Run::Input(x, chosen));
+            // No second run will tell.
+            if layer_idx < self.first && observer.observe == Observe::Routing {
+                observer
+                    .routing
+                    .extend(record.map(|record| record.tracked()));
+            }
         }
     }
 
@@ -116,7 +123,8 @@ impl Trace {
     }
 
     /// Differentiates a loss of the hidden states after the last norm, `[batch, seq, hidden_size]`, and adds to it, for
-    /// every mixture layer that the pass observes, a term of its routing. Returns the gradients of the trained tensors by
+    /// every mixture layer that the pass observes, a term of its routing (of layers with nothing to train it is asked for
+    /// too, and has no gradient). Returns the gradients of the trained tensors by
     /// name. The routing that is left in the pass has no graph.
     ///
     /// # Panics
@@ -146,6 +154,10 @@ impl Trace {
                 record.forget_graph();
             }
             dx = differentiate(model, total, &x, &mut gradients);
+        }
+        // What does not change counts in the loss and has no gradient.
+        for record in pass.routing.iter().filter(|r| r.layer_idx < self.first) {
+            term(record);
         }
         if model.is_embedding_trained() {
             let x = model.enter(self.input_ids, pass);
@@ -228,10 +240,20 @@ impl RoutingRecord {
     fn forget_graph(&mut self) {
         let values = |x: &Tensor<2>| Tensor::from_inner(x.clone().inner());
         self.logits = values(&self.logits);
-        self.routed = Routed {
-            scores: values(&self.routed.scores),
-            ids: self.routed.ids.clone(),
-            weights: values(&self.routed.weights),
-        };
+        self.routed.scores = values(&self.routed.scores);
+        self.routed.weights = values(&self.routed.weights);
+    }
+
+    /// What was recorded without autodiff, as a pass with it leaves it.
+    fn tracked(self) -> Self {
+        Self {
+            layer_idx: self.layer_idx,
+            logits: Tensor::from_inner(self.logits),
+            routed: Routed {
+                scores: Tensor::from_inner(self.routed.scores),
+                ids: Tensor::from_inner(self.routed.ids),
+                weights: Tensor::from_inner(self.routed.weights),
+            },
+        }
     }
 }

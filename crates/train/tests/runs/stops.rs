@@ -1,4 +1,4 @@
-//! Runs that do not come to their end at once.
+//! Runs that do not come to their end at once, or by another way.
 
 use moeforge_train::{Error, Event, Host, Memory, RunDir};
 
@@ -50,5 +50,26 @@ fn a_run_that_is_short_of_memory_saves_and_goes_on_to_the_same_bits() {
     for result in ["adapter", "checkpoint-5"] {
         let [whole, part] = ["whole", "part"].map(|run| bytes(&place.path(run).join(result)));
         assert_eq!(whole, part, "{result}");
+    }
+}
+
+#[test]
+fn layers_that_run_again_leave_the_same_bits() {
+    for method in ["lora", "full"] {
+        let place = Place::new("deepseek_v3");
+        let result = |checkpointing: &str| {
+            let settings = format!(
+                "[lora]\ndropout = 0.1\n[train]\nmethod = \"{method}\"\nsteps = 4\nbatch_size = 1\naccumulate = 2\n\
+                 balance_loss = 0.01\ncheckpointing = \"{checkpointing}\"\n"
+            );
+            let recipe = place.recipe("# deepseek_v3\n", &settings);
+            let run = RunDir::create(&place.path(checkpointing), &recipe).unwrap();
+            let losses = losses(&mut open(recipe), &run);
+            let folder = if method == "lora" { "adapter" } else { "model" };
+            (losses, bytes(&place.path(checkpointing).join(folder)))
+        };
+        let (plain, again) = (result("none"), result("block"));
+        assert_eq!(plain.0, again.0, "{method}: losses");
+        assert!(plain.1 == again.1, "{method}: weights differ");
     }
 }
