@@ -179,7 +179,7 @@ fn a_replayed_choice_is_taken_as_it_is() {
     run(&mut first);
     let own = first.routing[0].routed.ids.clone();
     let mut second = Pass {
-        replay: Some(own.clone().zeros_like() + 1),
+        replay: Some(own.zeros_like() + 1),
         ..pass(Compute::F32)
     };
     run(&mut second);

@@ -20,13 +20,52 @@ use crate::product::gemm::with_scratch;
 const WIDTH: usize = 512;
 /// Rows of the largest tile.
 const MAX_ROWS: usize = 12;
+/// The widest panel.
+const WIDEST: usize = 32;
 /// Vectors that cross a cache line cost double.
 const CACHE_LINE: usize = 64;
 
+/// Which instructions a product is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Version {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Version {
+    /// Those that the CPU has, the widest last.
+    fn all() -> impl DoubleEndedIterator<Item = Self> {
+        #[cfg(target_arch = "x86_64")]
+        let (wide, wider) = (
+            (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"))
+                .then_some(Self::Avx2),
+            is_x86_feature_detected!("avx512f").then_some(Self::Avx512),
+        );
+        #[cfg(not(target_arch = "x86_64"))]
+        let (wide, wider) = (None, None);
+        [Some(Self::Portable), wide, wider].into_iter().flatten()
+    }
+}
+
 /// `dst = scale · a · b`, or added to `dst`, with the widest vectors the CPU has; serial.
 pub(super) fn product(dst: &MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, write: Write) {
-    let [_, depth, cols] = [a.rows(), a.cols(), b.cols()];
-    let padded = cols.min(WIDTH).next_multiple_of(16);
+    let version = Version::all().next_back().unwrap_or(Version::Portable);
+    product_in(version, dst, a, b, (scale, write));
+}
+
+/// [`product`] with some instructions, which the CPU has.
+fn product_in(
+    version: Version,
+    dst: &MatMut<'_>,
+    a: Mat<'_>,
+    b: Mat<'_>,
+    (scale, write): (f32, Write),
+) {
+    let (depth, cols) = (a.cols(), b.cols());
+    let padded = cols.min(WIDTH).next_multiple_of(WIDEST);
     let len = depth.min(DEPTH) * padded + MAX_ROWS * LEFT_STRIDE + CACHE_LINE / size_of::<f32>();
     with_scratch(len, |scratch| {
         let skipped = scratch.as_ptr().align_offset(CACHE_LINE);
@@ -40,19 +79,16 @@ pub(super) fn product(dst: &MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, writ
             left,
             panels,
         };
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx512f") {
-                // SAFETY: detected just above.
-                return unsafe { avx512(call) };
-            }
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                // SAFETY: detected just above.
-                return unsafe { avx2(call) };
+        // SAFETY: versions are made where the CPU has their instructions.
+        unsafe {
+            match version {
+                Version::Portable => blocks::<Portable, 4>(call),
+                #[cfg(target_arch = "x86_64")]
+                Version::Avx2 => avx2(call),
+                #[cfg(target_arch = "x86_64")]
+                Version::Avx512 => avx512(call),
             }
         }
-        // SAFETY: needs no special instructions.
-        unsafe { blocks::<Portable, 4>(call) }
     });
 }
 
@@ -336,6 +372,111 @@ unsafe fn copy_left<V: Lanes>(a: Mat<'_>, to: &mut [f32]) {
             for (col, to) in (0..a.cols()).zip(to) {
                 // SAFETY: inside the operand.
                 *to = unsafe { *a.as_ptr().add(row * row_stride + col * col_stride) };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::matrix::tests::noise;
+
+    /// f32 sums of up to 300 products below 1, in another order.
+    const TOLERANCE: f64 = 2e-4;
+
+    /// The product of every version, as bits; operands may be stored turned.
+    fn all(size: [usize; 3], turned: [bool; 2], write: Write) -> Vec<(Version, Vec<f32>)> {
+        let [m, n, k] = size;
+        let (a, b) = (noise(m * k, 1), noise(k * n, 2));
+        let view = |values, rows, cols, turned| match turned {
+            true => Mat::dense(values, cols, rows).t(),
+            false => Mat::dense(values, rows, cols),
+        };
+        let (a, b) = (view(&a, m, k, turned[0]), view(&b, k, n, turned[1]));
+        let product = |version| {
+            // Wider than the product, to see what is written beside it.
+            let mut dst = vec![0.5; m * (n + 3)];
+            let view = MatMut::new(&mut dst, m, n, n + 3);
+            product_in(version, &view, a, b, (0.75, write));
+            (version, dst)
+        };
+        Version::all().map(product).collect()
+    }
+
+    fn by_hand([m, n, k]: [usize; 3], turned: [bool; 2], write: Write) -> Vec<f64> {
+        let (a, b) = (noise(m * k, 1), noise(k * n, 2));
+        let at = |values: &[f32], [rows, cols]: [usize; 2], i: usize, j: usize, turned| {
+            f64::from(values[if turned { j * rows + i } else { i * cols + j }])
+        };
+        let start = if write == Write::Add { 0.5 } else { 0.0 };
+        let mut dst = vec![0.5; m * (n + 3)];
+        for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+            let products =
+                (0..k).map(|p| at(&a, [m, k], i, p, turned[0]) * at(&b, [k, n], p, j, turned[1]));
+            dst[i * (n + 3) + j] = start + 0.75 * products.sum::<f64>();
+        }
+        dst
+    }
+
+    #[test]
+    fn every_version_gives_the_sums_written_out_over_ragged_shapes() {
+        let sizes = [
+            [1, 1, 1],
+            [5, 16, 3],
+            [12, 32, 40],
+            [12, 48, 7],
+            [13, 33, 65],
+            [40, 8, 19],
+            [29, 17, 300],
+            [7, 530, 21],
+            [25, 100, 257],
+        ];
+        let ways = [[false, false], [false, true], [true, false], [true, true]];
+        for (size, turned) in sizes.iter().flat_map(|s| ways.map(|w| (*s, w))) {
+            for write in [Write::Replace, Write::Add] {
+                let expected = by_hand(size, turned, write);
+                for (version, found) in all(size, turned, write) {
+                    for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                        assert!(
+                            (f64::from(*found) - expected).abs() < TOLERANCE,
+                            "{version:?} {size:?} {turned:?} {write:?} at {i}: {found} {expected}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn the_width_of_the_vectors_changes_no_bit() {
+        for turned in [[false, false], [false, true], [true, false]] {
+            let mut found = all([29, 77, 300], turned, Write::Replace);
+            found.retain(|(version, _)| *version != Version::Portable);
+            assert!(found.windows(2).all(|pair| pair[0].1 == pair[1].1));
+        }
+    }
+
+    #[test]
+    fn an_element_does_not_depend_on_what_is_beside_it() {
+        let (a, b) = (noise(40 * 300, 1), noise(300 * 90, 2));
+        let (a, b) = (Mat::dense(&a, 40, 300), Mat::dense(&b, 300, 90));
+        let mut whole = vec![0.0; 40 * 90];
+        let view = MatMut::dense(&mut whole, 40, 90);
+        product(&view, a, b, 1.0, Write::Replace);
+        for (rows, cols) in [
+            (0..1, 0..90),
+            (3..20, 5..6),
+            (39..40, 41..90),
+            (7..33, 16..64),
+        ] {
+            let mut part = vec![0.0; rows.len() * cols.len()];
+            let view = MatMut::dense(&mut part, rows.len(), cols.len());
+            let (a, b) = (a.block(rows.clone(), 0..300), b.block(0..300, cols.clone()));
+            product(&view, a, b, 1.0, Write::Replace);
+            for (row, part) in rows.zip(part.chunks(cols.len())) {
+                assert_eq!(part, &whole[row * 90..][cols.clone()]);
             }
         }
     }

@@ -669,6 +669,15 @@ fn dropped_experts_have_the_gradient_of_their_mask() {
     }
 }
 
+/// A target for two tokens of three.
+fn some_targets(tokens: usize, vocab: usize) -> Vec<i32> {
+    let target = |i: usize| match i % 3 {
+        1 => -100,
+        _ => (i * 31 % vocab) as i32,
+    };
+    (0..tokens).map(target).collect()
+}
+
 #[test]
 fn cross_entropy_agrees() {
     for [tokens, vocab, hidden] in [[3, 5, 4], [140, 1100, 9], [260, 513, 33]] {
@@ -678,15 +687,7 @@ fn cross_entropy_agrees() {
             random([tokens, 3]),
             random([vocab, 3]),
         );
-        let targets: Vec<i32> = (0..tokens)
-            .map(|i| {
-                if i % 3 == 1 {
-                    -100
-                } else {
-                    (i * 31 % vocab) as i32
-                }
-            })
-            .collect();
+        let targets = some_targets(tokens, vocab);
         let trained = Tensor::<1>::from_floats(
             targets
                 .iter()
@@ -726,6 +727,13 @@ fn cross_entropy_agrees() {
                     h.clone().matmul(dense.clone().transpose())
                         + u.clone().matmul(b.clone().transpose())
                 )
+            );
+            let none = [tokens, vocab].map(|rows| Tensor::zeros([rows, 0], &device()));
+            agree!(
+                format!("cross_entropy_frozen without update, {}", w.format().name()),
+                [h],
+                cross_entropy_frozen(h.clone(), none, &w, targets.clone(), Compute::F32),
+                plain(h.clone().matmul(dense.clone().transpose()))
             );
         }
     }
