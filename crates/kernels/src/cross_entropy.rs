@@ -16,7 +16,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::exp;
-use crate::product::gemm::{nn_serial, nt_serial, tiles, with_scratch};
+use crate::product::gemm::{nn_serial, nt_serial, tiles, with_scratch, zeros};
 use crate::product::strided::{Mat, MatMut, Write, gemm};
 use crate::product::weights::Weights;
 
@@ -108,7 +108,7 @@ pub(crate) fn forward_with_gradients(
     targets: &[usize],
 ) -> (Vec<(f32, f32)>, Vec<f32>) {
     let hidden = head.h.cols();
-    let mut dh = vec![0.0; targets.len() * hidden];
+    let mut dh = zeros(targets.len() * hidden);
     let losses = dh
         .par_chunks_mut((TILE_TOKENS * hidden).max(1))
         .zip(targets.par_chunks(TILE_TOKENS))

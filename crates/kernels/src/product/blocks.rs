@@ -12,16 +12,12 @@
     reason = "pointers into packed panels; sizes are checked by `gemm`"
 )]
 
-use super::microkernel::{DEPTH, LEFT_STRIDE, Lanes, Out, Panel, Portable, tile};
+use super::microkernel::{DEPTH, LEFT_STRIDE, Lanes, MAX_ROWS, Out, Panel, Portable, WIDEST, tile};
 use super::strided::{Mat, MatMut, Write};
 use crate::product::gemm::with_scratch;
 
 /// Columns of the right operand per block.
 const WIDTH: usize = 512;
-/// Rows of the largest tile.
-const MAX_ROWS: usize = 12;
-/// The widest panel.
-const WIDEST: usize = 32;
 /// Vectors that cross a cache line cost double.
 const CACHE_LINE: usize = 64;
 
@@ -148,7 +144,7 @@ unsafe fn blocks<V: Lanes, const NV: usize>(call: Call<'_>) {
 /// reads them.
 #[inline(always)]
 fn is_read_once<V: Lanes>(a: Mat<'_>, b: Mat<'_>) -> bool {
-    a.rows() <= V::TILE[0] && b.strides()[1] == 1 && b.cols().is_multiple_of(V::LEN)
+    a.rows() <= V::ROWS && b.strides()[1] == 1 && b.cols().is_multiple_of(V::LEN)
 }
 
 /// Where the panels of a right operand lie.
@@ -314,8 +310,8 @@ unsafe fn block<V: Lanes, const NV: usize>(
     left: &mut [f32],
 ) {
     let (depth, cols) = (a.cols(), dst.cols());
-    for row in (0..a.rows()).step_by(V::TILE[0]) {
-        let rows = row..a.rows().min(row + V::TILE[0]);
+    for row in (0..a.rows()).step_by(V::ROWS) {
+        let rows = row..a.rows().min(row + V::ROWS);
         // SAFETY: there is room for the rows of a tile.
         unsafe { copy_left::<V>(a.block(rows.clone(), 0..depth), left) };
         let (mut col, mut panels) = (0, panels);

@@ -13,8 +13,8 @@
 pub(super) trait Lanes: Copy {
     /// Values in it.
     const LEN: usize;
-    /// Rows and vectors of the largest tile: its sums, one row of b and a value of a fill the registers.
-    const TILE: [usize; 2];
+    /// Rows of the largest tile: its sums, one row of b and a value of a fill the registers.
+    const ROWS: usize;
 
     unsafe fn splat(value: f32) -> Self;
     /// # Safety
@@ -51,6 +51,9 @@ pub(super) trait Lanes: Copy {
 pub(super) const LEFT_STRIDE: usize = DEPTH + 16;
 /// The most that a tile sums over.
 pub(super) const DEPTH: usize = 256;
+/// Rows of the largest tile of all vectors, and columns of the widest panel.
+pub(super) const MAX_ROWS: usize = 12;
+pub(super) const WIDEST: usize = 32;
 
 /// Where a tile goes: `scale · sum`, added to what is there or in its place.
 #[derive(Clone, Copy)]
@@ -70,7 +73,7 @@ pub(super) struct Panel {
     pub(super) stride: usize,
 }
 
-/// One tile of `rows ≤ TILE[0]` rows and `NV` vectors, summed over `len` rows of a panel.
+/// One tile of `rows ≤ ROWS` rows and `NV` vectors, summed over `len` rows of a panel.
 ///
 /// # Safety
 /// The operands cover the tile, the panel has `len` rows of `NV · LEN` values, and the CPU has the instructions of `V`.
@@ -144,7 +147,7 @@ unsafe fn sums<V: Lanes, const MR: usize, const NV: usize>(
                 }
             }
         } else {
-            let mut rows = [0.0; MAX_TILE];
+            let mut rows = [0.0; MAX_ROWS * WIDEST];
             for (i, sums) in sums.iter().enumerate() {
                 for (j, sum) in sums.iter().enumerate() {
                     sum.store(rows.as_mut_ptr().add((i * NV + j) * V::LEN));
@@ -156,9 +159,6 @@ unsafe fn sums<V: Lanes, const MR: usize, const NV: usize>(
         }
     }
 }
-
-/// Values of the largest tile of all.
-const MAX_TILE: usize = 12 * 32;
 
 /// Writes a row of sums of which only the first `out.cols` exist.
 ///
@@ -189,7 +189,7 @@ pub(super) struct Portable([f32; 4]);
 
 impl Lanes for Portable {
     const LEN: usize = 4;
-    const TILE: [usize; 2] = [6, 4];
+    const ROWS: usize = 6;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
@@ -270,7 +270,7 @@ pub(super) use self::x86::{Avx2, Avx512};
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::Lanes;
+    use super::{Lanes, MAX_ROWS};
 
     /// Sixteen values.
     #[derive(Clone, Copy)]
@@ -285,7 +285,7 @@ mod x86 {
     // SAFETY (all below): the caller's promises about pointers; the caller checked for avx512f.
     impl Lanes for Avx512 {
         const LEN: usize = 16;
-        const TILE: [usize; 2] = [12, 2];
+        const ROWS: usize = MAX_ROWS;
 
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
@@ -386,7 +386,7 @@ mod x86 {
     // SAFETY (all below): the caller's promises about pointers; the caller checked for avx2 and fma.
     impl Lanes for Avx2 {
         const LEN: usize = 8;
-        const TILE: [usize; 2] = [6, 2];
+        const ROWS: usize = 6;
 
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {

@@ -124,8 +124,8 @@ impl Trace {
 
     /// Differentiates a loss of the hidden states after the last norm, `[batch, seq, hidden_size]`, and adds to it, for
     /// every mixture layer that the pass observes, a term of its routing (of layers with nothing to train it is asked for
-    /// too, and has no gradient). Returns the gradients of the trained tensors by
-    /// name. The routing that is left in the pass has no graph.
+    /// too, and has no gradient). Returns the gradients of the trained tensors by name. The routing that is left in the
+    /// pass has no graph.
     ///
     /// # Panics
     /// If model or pass is another one than the trace is of.
