@@ -50,12 +50,12 @@ pub fn expert_loads(
     check(model, &samples.iter().collect::<Vec<_>>())?;
     let mut loads: Vec<ExpertLoad> = Vec::new();
     let mut done = 0;
-    for samples in samples.chunks(config.batch_size.max(1)) {
-        let batch = collate(&samples.iter().collect::<Vec<_>>(), PAD_ID);
+    for chunk in samples.chunks(config.batch_size.max(1)) {
+        let batch = collate(&chunk.iter().collect::<Vec<_>>(), PAD_ID);
         for record in routing(model, &batch, config) {
             add(&mut loads, &record, &batch);
         }
-        done += samples.len();
+        done += chunk.len();
         progress(done, samples.len());
     }
     if loads.is_empty() {

@@ -1,7 +1,7 @@
 //! The loss of a language model without its logits.
 //!
 //! `loss[t] = log Σ_v exp(h_t · w_v) − h_t · w_target`, computed for blocks of tokens over tiles of the vocabulary:
-//! at no time are there more logits than 1024 × 256. Tokens without a target cost nothing.
+//! at no time does a task hold more logits than 128 × 256, and backward more than 1024 × 256. Tokens without a target cost nothing.
 //!
 //! Where the head is frozen, one visit of it gives losses and gradients: the gradient of a loss is
 //! `Σ_v softmax_v · w_v − w_target`, which sums like the output of attention whose keys and values are `w`. Otherwise

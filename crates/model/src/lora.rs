@@ -2,7 +2,7 @@
 //!
 //! An update is `scale · b · a` on a weight `[out, in]`, with `a [rank, in]` and `b [out, rank]`. It is applied to the
 //! activations, `y += (scale · drop(x) · aᵀ) · bᵀ`, or added to the weight tile by tile where a quantizer rounds the sum;
-//! the updated weight is never formed whole while training.
+//! the updated weight is never formed whole while training (with DoRA on a trained weight it is, for its norms).
 //!
 //! DoRA (arXiv:2402.09353) gives every row of the updated weight a trained length: `m_i · (w + scale · b · a)_i / ‖·‖`, with
 //! the norm a constant of the gradient.

@@ -1,8 +1,8 @@
 //! The innermost part of every product: a few rows of the output, a few vectors wide, held in registers.
 //!
-//! `tile` sums `a(i, p) · b(p, j)` over `p` with one fused multiplication and addition after another, so an element's
-//! value depends on its own row and column alone: not on the tile it falls into, on the rows beside it, or on the width of
-//! the vectors.
+//! `tile` sums `a(i, p) · b(p, j)` over `p` with one multiplication and addition after another, fused where the CPU can, so
+//! an element's value depends on its own row and column alone: not on the tile it falls into, on the rows beside it, or on
+//! the width of fused vectors.
 
 #![expect(
     unsafe_code,

@@ -239,7 +239,7 @@ pub(crate) fn gemm(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, write: W
 }
 
 /// Outputs of up to this width are made turned, where that reads the left operand in the order in which it lies: the
-/// gradient of a low-rank factor.
+/// gradient of a low-rank factor. Added to what is there, they round once more than wider ones.
 const NARROW: usize = 8;
 
 fn narrow(mut dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, write: Write) {

@@ -177,6 +177,9 @@ impl AdapterWeights {
         let first = pairs[0];
         for pair in pairs {
             self.check_widths(module, pair, [out, width])?;
+            if pair.magnitude.is_some() {
+                check_dora(module)?;
+            }
             if (pair.rank, pair.scale) != (first.rank, first.scale) {
                 let shown = |pair: &Pair| format!("rank {} and scale {}", pair.rank, pair.scale);
                 let expected = format!("{} for all experts of a layer", shown(first));

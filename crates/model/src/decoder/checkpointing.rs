@@ -31,6 +31,7 @@ pub enum Checkpointing {
 #[derive(Debug)]
 pub struct Trace {
     input_ids: Tensor<2, Int>,
+    /// From the first that has something to train.
     layers: Vec<Run>,
     /// What left the last layer, without its graph.
     output: Tensor<2>,
@@ -84,7 +85,9 @@ impl Trace {
             let x = self.leaf(model, layer_idx, self.output.clone());
             let y = layer.forward(x.clone(), dims, pass, layer_idx);
             self.output = y.clone().inner();
-            self.layers.push(Run::Graph(x, y));
+            if layer_idx >= self.first {
+                self.layers.push(Run::Graph(x, y));
+            }
         }
     }
 
@@ -102,9 +105,10 @@ impl Trace {
             self.output = layer.forward(x.clone(), dims, &mut pass, layer_idx);
             let record = pass.routing.pop();
             let chosen = record.as_ref().map(|record| record.routed.ids.clone());
-            self.layers.push(Run::Input(x, chosen));
-            // No second run will tell.
-            if layer_idx < self.first && observer.observe == Observe::Routing {
+            if layer_idx >= self.first {
+                self.layers.push(Run::Input(x, chosen));
+            } else if observer.observe == Observe::Routing {
+                // No second run will tell.
                 observer
                     .routing
                     .extend(record.map(|record| record.tracked()));
@@ -141,7 +145,7 @@ impl Trace {
         let x = Tensor::from_inner(self.output.clone()).require_grad();
         let total = loss(model.leave(x.clone(), dims), pass);
         let mut dx = differentiate(model, total, &x, &mut gradients);
-        for layer_idx in (self.first..self.layers.len()).rev() {
+        for layer_idx in (self.first..model.model.layers.len()).rev() {
             let run = self.layers.pop().expect("a run per layer");
             let (x, y) = self.graph(model, run, pass, layer_idx);
             // The gradient of this sum by y is exactly dx.
@@ -183,7 +187,6 @@ impl Trace {
                 pass.replay = chosen.map(Tensor::from_inner);
                 let layer = &model.model.layers[layer_idx];
                 let y = layer.forward(x.clone(), self.input_ids.dims(), pass, layer_idx);
-                pass.replay = None;
                 (x, y)
             }
         }

@@ -234,8 +234,8 @@ impl Experts {
                 stacks.forward(x, routing(&routed, None, experts), compute)
             }
             (weights, Some(chosen)) => {
-                let [own, rest] = [&chosen.numbers, &chosen.others]
-                    .map(|numbers| routing(&routed, Some(numbers), experts));
+                let part = |numbers: &Vec<usize>| routing(&routed, Some(numbers), experts);
+                let own = part(&chosen.numbers);
                 let y = match weights {
                     ExpertWeights::Partly(partly) => {
                         partly.trained.forward(x.clone(), own, compute)
@@ -250,7 +250,7 @@ impl Experts {
                     chosen: None,
                     ..self.clone()
                 };
-                y + others.frozen(x, rest, &chosen.banks[1], pass)
+                y + others.frozen(x, part(&chosen.others), &chosen.banks[1], pass)
             }
             (ExpertWeights::Partly(_), None) => {
                 unreachable!("the loader notes which experts it trains")

@@ -33,7 +33,7 @@ impl Moe {
     /// - returns: `[tokens, hidden_size]`
     pub fn forward(&self, x: Tensor<2>, pass: &mut Pass<'_>, layer_idx: usize) -> Tensor<2> {
         let logits = self.gate.forward_as(Class::Router, x.clone(), pass);
-        let routed = self.router.route(logits.clone(), pass.replay.clone());
+        let routed = self.router.route(logits.clone(), pass.replay.take());
         if pass.observe == Observe::Routing {
             pass.routing.push(RoutingRecord {
                 layer_idx,
