@@ -493,8 +493,9 @@ fn a_learning_rate_is_suggested_and_no_run_is_left() {
     let suggestion = found["suggestion"].as_f64().unwrap();
     assert!(suggestion > 1e-5 && suggestion < 1e-1, "{found}");
     assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), before + 1);
-    let backwards = moeforge(&[&words[..], &["--to", "1e-6"]].concat());
+    let backwards = moeforge(&["find-lr", &recipe, "--from", "1e-1", "--to", "1e-6"]);
     assert_eq!(backwards.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&backwards.stderr).contains("0 < from < to"));
 }
 
 /// The program on a disk that is full after so many blocks of 512 bytes to a file.

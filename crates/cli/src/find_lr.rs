@@ -8,7 +8,7 @@ use train::{Event, RangeTest, RatePoint, Recipe, steepest};
 
 use crate::console::{Console, USAGE, WithCode};
 use crate::plot::{Axes, Line, Plot};
-use crate::train::{open_session, usage};
+use crate::train::{open_session, usage, with_code};
 
 /// Trains a few steps with a learning rate that grows until the loss blows up, and suggests one. Leaves no run.
 #[derive(Debug, clap::Args)]
@@ -30,7 +30,7 @@ pub(crate) struct Args {
     /// The plot.
     #[arg(long, value_name = "FILE.svg", default_value = "find-lr.svg")]
     out: PathBuf,
-    /// Print JSON with every step instead of a suggestion.
+    /// Print JSON: every step, and the suggestion.
     #[arg(long)]
     json: bool,
 }
@@ -46,8 +46,9 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
             let status = format!("lr {:.1e} loss {:.4}", report.learning_rate, report.loss);
             progress.update(report.step, &status);
         }
-    })?;
+    });
     progress.finish();
+    let points = points.map_err(with_code)?;
     let suggestion = steepest(&points);
     let plot = plot(&points, suggestion);
     checkpoint::write_file(&args.out, plot.to_svg().as_bytes())?;

@@ -28,7 +28,7 @@ pub(crate) struct Args {
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// How often to kill.
-    #[arg(long, value_name = "N", default_value_t = 20)]
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
     kills: u64,
     /// What the moments are drawn from.
     #[arg(long, value_name = "S", default_value_t = 0)]
@@ -268,7 +268,7 @@ fn ended(child: &mut Child) -> anyhow::Result<()> {
     bail!("`moeforge train` ended with {status}: {}", said.trim())
 }
 
-/// What differs between two runs: the result, the last checkpoint, and the metrics but for times.
+/// What differs between two runs: the result, the checkpoints, and the metrics but for times.
 fn differences(whole: &Path, run: &Path) -> anyhow::Result<Vec<String>> {
     let mut found = Vec::new();
     let folders: BTreeSet<String> = [whole, run]

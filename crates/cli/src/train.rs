@@ -40,6 +40,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (recipe, old_run) = open_recipe(args)?;
     let mut session = open_session(recipe, console)?;
+    let mut watcher = Watcher::new(&session, Signals::listen()?, console)?;
     // A new run directory is made last, so that a run that cannot start leaves none.
     let (run, resumed) = match old_run {
         Some(run) => {
@@ -53,7 +54,6 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     };
     describe(&session, resumed, run.path(), console)?;
 
-    let mut watcher = Watcher::new(&session, Signals::listen()?, console)?;
     let fitted = session.fit(&run, &mut watcher);
     let kept_bytes = watcher.finish();
     fitted.map_err(with_code)?;
@@ -72,7 +72,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
 }
 
 /// How a run ended that did not come to its end.
-fn with_code(error: train::Error) -> anyhow::Error {
+pub(crate) fn with_code(error: train::Error) -> anyhow::Error {
     let code = match error {
         train::Error::NotFinite { .. } => NOT_FINITE,
         train::Error::LowMemory { .. } => NO_MEMORY,

@@ -114,9 +114,10 @@ impl Corpus {
             let tell = |bytes| (reading.progress)(before + bytes, total);
             let (part, problem) = Part::open(path, reading, &tell)?;
             corpus.counts.add(part.counts);
-            corpus
-                .ignored_keys
-                .extend(part.ignored_keys.iter().cloned());
+            note_ignored(
+                &mut corpus.ignored_keys,
+                part.ignored_keys.iter().cloned().collect(),
+            );
             corpus.cache_problem = corpus.cache_problem.or(problem);
             corpus.files.push(part);
             before += size(path);

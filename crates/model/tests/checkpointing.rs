@@ -191,4 +191,5 @@ fn a_replayed_choice_is_taken_as_it_is() {
         .iter()
         .collect();
     assert!(replayed.iter().all(|id| *id == 1), "{replayed:?}");
+    assert!(second.replay.is_none(), "one layer takes it");
 }

@@ -23,30 +23,18 @@ pub(crate) struct Valid {
 }
 
 impl Valid {
-    /// For sequences of some lengths padded to `cols`.
-    pub(crate) fn new(lengths: &[usize], cols: usize, device: &Device) -> Self {
+    /// For rows of some lengths padded to `cols`, in which sequences begin at `starts`.
+    pub(crate) fn new(
+        starts: &[Vec<usize>],
+        lengths: &[usize],
+        cols: usize,
+        device: &Device,
+    ) -> Self {
         let mask: Vec<f32> = lengths
             .iter()
             .flat_map(|len| (0..cols).map(move |col| f32::from(u8::from(col < *len))))
             .collect();
         let tokens = mask.len();
-        let rows = lengths.iter().enumerate();
-        let sequences = rows.map(|(row, len)| row * cols..row * cols + len);
-        Self {
-            mask: Tensor::from_data(TensorData::new(mask, [tokens, 1]), device),
-            shares: shares(&sequences.collect::<Vec<_>>(), tokens, device),
-        }
-    }
-
-    /// The same where rows are packed with sequences that begin at `starts`.
-    pub(crate) fn of_sequences(
-        self,
-        starts: &[Vec<usize>],
-        lengths: &[usize],
-        device: &Device,
-    ) -> Self {
-        let [tokens, _] = self.mask.dims();
-        let cols = tokens / lengths.len().max(1);
         let mut sequences = Vec::new();
         for (row, (starts, len)) in starts.iter().zip(lengths).enumerate() {
             let ends = starts.iter().skip(1).chain([len]);
@@ -54,8 +42,8 @@ impl Valid {
             sequences.extend(ranges.map(|(start, end)| row * cols + start..row * cols + end));
         }
         Self {
+            mask: Tensor::from_data(TensorData::new(mask, [tokens, 1]), device),
             shares: shares(&sequences, tokens, device),
-            ..self
         }
     }
 
@@ -157,7 +145,7 @@ mod tests {
             let [rows, cols] = ids.dims();
             model.hidden(ids, &mut pass);
 
-            let valid = Valid::new(&vec![cols; rows], cols, &device);
+            let valid = Valid::new(&vec![vec![0]; rows], &vec![cols; rows], cols, &device);
             let mut loads = Vec::new();
             for record in &pass.routing {
                 let expected = &golden["balance"][record.layer_idx.to_string()];
@@ -201,21 +189,21 @@ mod tests {
         let x = Tensor::<2>::from_floats([[1.], [3.], [9.], [4.], [6.], [9.]], &device);
         let means =
             |valid: &Valid| -> Vec<f32> { valid.mean(x.clone()).into_data().try_to_vec().unwrap() };
-        let valid = Valid::new(&[2, 3], 3, &device);
+        let valid = Valid::new(&[vec![0], vec![0]], &[2, 3], 3, &device);
         let close = |found: Vec<f32>, expected: &[f32]| {
             assert_eq!(found.len(), expected.len());
             let near = |(f, e): (&f32, &f32)| (f - e).abs() < 1e-6 * e;
             assert!(found.iter().zip(expected).all(near), "{found:?}");
         };
         close(means(&valid), &[2.0, 19.0 / 3.0]);
-        let packed = valid.of_sequences(&[vec![0], vec![0, 2]], &[2, 3], &device);
+        let packed = Valid::new(&[vec![0], vec![0, 2]], &[2, 3], 3, &device);
         close(means(&packed), &[2.0, 5.0, 9.0]);
     }
 
     #[test]
     fn padding_has_no_load() {
         let device = Device::flex();
-        let valid = Valid::new(&[3, 1], 3, &device);
+        let valid = Valid::new(&[vec![0], vec![0]], &[3, 1], 3, &device);
         let ids = Tensor::<2, Int>::from_ints([[0], [1], [1], [2], [0], [0]], &device);
         let chosen: Vec<f32> = valid
             .chosen(ids, 3)

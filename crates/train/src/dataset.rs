@@ -62,7 +62,16 @@ impl Dataset {
         }
         let (n_rows, seed) = (packing.n_rows(), recipe.train.seed);
         let mut order = match &recipe.data.weights {
-            Some(weights) => Order::mixed(&rows, weights, seed, shuffle),
+            Some(weights) => {
+                let counts = rows.iter().zip(weights);
+                if !counts
+                    .clone()
+                    .any(|(rows, weight)| *rows > 0 && *weight > 0.0)
+                {
+                    return Err(Error::NoWeightedRows { folders: folders() });
+                }
+                Order::mixed(&rows, weights, seed, shuffle)
+            }
             None => Order::new(n_rows, seed, shuffle),
         };
         if recipe.data.group_by_length {

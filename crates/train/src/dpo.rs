@@ -1,7 +1,7 @@
 //! Direct preference optimization: two answers to each prompt, and a model that should come to prefer the better one.
 //!
-//! `loss = −log σ(β · ((log π(c) − log π(r)) − (log π₀(c) − log π₀(r))))` with `π` the trained model, `π₀` the model it
-//! started from, and the log-probability of an answer the sum over its tokens. Label smoothing `ε` mixes in the loss of the
+//! `loss = −log σ(β · ((log π(c) − log π(r)) − (log π₀(c) − log π₀(r))))` with `π` the trained model, `π₀` the base
+//! without an adapter, and the log-probability of an answer the sum over its tokens. Label smoothing `ε` mixes in the loss of the
 //! opposite preference with weight `ε`, for labels that are wrong that often.
 //!
 //! Source: arXiv:2305.18290, equation 7; label smoothing as in arXiv:2403.00409.

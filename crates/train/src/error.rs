@@ -194,6 +194,16 @@ pub enum Error {
         folders: Vec<PathBuf>,
     },
 
+    /// No data folder with a weight has a row.
+    #[error(
+        "`data.weights`: expected a row in a folder of positive weight, found none in {}",
+        listed(folders)
+    )]
+    NoWeightedRows {
+        /// The folders looked at.
+        folders: Vec<PathBuf>,
+    },
+
     /// No data folder has a validation split, and a setting needs one.
     #[error(
         "`{key}` needs validation rows: no `valid.jsonl` in {}",
@@ -281,7 +291,8 @@ pub enum Error {
     /// The machine was about to run out of memory.
     #[error(
         "stopped after step {step}, which is saved: the machine has {} MiB of memory left, less than {}; \
-         end other programs or take a smaller `train.batch_size`, and go on with `moeforge train --resume {}`",
+         end other programs and go on with `moeforge train --resume {}`, or start a new run with a smaller \
+         `train.batch_size` or with `train.checkpointing = \"block\"`",
         available_bytes >> 20, limit_bytes >> 20, run.display()
     )]
     LowMemory {

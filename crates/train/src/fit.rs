@@ -410,10 +410,8 @@ impl Session {
             ..Pass::new(self.compute())
         };
         let (mut loss, mut rewards, mut balance) = (0.0, None, 0.0);
-        let valid = (train.balance_loss > 0.0).then(|| {
-            let valid = Valid::new(&batch.lengths, batch.cols, &self.device);
-            valid.of_sequences(&batch.starts, &batch.lengths, &self.device)
-        });
+        let valid = (train.balance_loss > 0.0)
+            .then(|| Valid::new(&batch.starts, &batch.lengths, batch.cols, &self.device));
         let balance_share = scale * train.balance_loss / train.accumulate as f64;
         let tensor = |values| ids(values, batch, &self.device);
         let trace = Trace::new(

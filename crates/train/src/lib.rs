@@ -55,7 +55,7 @@ pub use self::metrics::Metrics;
 pub use self::recipe::{
     Checkpointing, Compute, DataSection, DpoSection, EvalSection, ExpertsShare, ExportDType,
     LoraSection, Loss, Method, ModelSection, Moments, OptimizerSection, PrecisionSection, Recipe,
-    ScheduleKind, ScheduleSection, TrainSection,
+    RouterTraining, ScheduleKind, ScheduleSection, TrainSection,
 };
 pub use self::run_dir::RunDir;
 pub use self::schedule::Schedule;

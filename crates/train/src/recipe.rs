@@ -289,7 +289,7 @@ pub struct TrainSection {
 pub enum Loss {
     /// The next token.
     CrossEntropy,
-    /// Which of two answers to prefer, against the model as it was: arXiv:2305.18290.
+    /// Which of two answers to prefer, against the base without an adapter: arXiv:2305.18290.
     Dpo,
 }
 

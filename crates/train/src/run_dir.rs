@@ -224,11 +224,12 @@ fn names(path: &Path) -> Result<Vec<String>> {
 /// Whether a name is one that a killed process leaves: the lock, or what it was writing or
 /// removing.
 fn is_leftover(name: &str) -> bool {
-    const STARTS: [&str; 6] = [
+    const STARTS: [&str; 7] = [
         ".checkpoint-",
         ".recipe.toml.",
         ".precision.txt.",
         ".gradients.json.",
+        ".report.html.",
         ".adapter.",
         ".model.",
     ];

@@ -45,8 +45,8 @@ pub struct Session {
     pub(crate) base: Base,
     /// How the adapter's alphas become scales.
     pub(crate) scaling: Scaling,
-    /// The model as it was, without gradients: what preferences and routing are compared with. None for full training on
-    /// next tokens.
+    /// The base without an adapter and without gradients: what preferences and routing are compared with. None for full
+    /// training on next tokens.
     pub(crate) reference: Option<Model>,
     /// Which factors the experts of a layer share.
     pub(crate) share: Option<Share>,

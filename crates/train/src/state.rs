@@ -26,11 +26,6 @@ pub struct State {
     pub micro_step: u64,
     /// Unmasked targets trained on.
     pub trained_tokens: u64,
-    /// Sum of the loss over the targets since the last line of metrics, in nats.
-    #[serde(with = "exact")]
-    pub loss_sum: f64,
-    /// The targets since the last line of metrics.
-    pub loss_tokens: u64,
     /// The scale of the loss, in f16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScale>,
@@ -70,8 +65,6 @@ impl State {
             step: 0,
             micro_step: 0,
             trained_tokens: 0,
-            loss_sum: 0.0,
-            loss_tokens: 0,
             loss_scale: LossScale::new(&recipe.precision),
             expert_loads: BTreeMap::new(),
             best: None,
@@ -222,8 +215,6 @@ mod tests {
             step: 3,
             micro_step: 12,
             trained_tokens: u64::MAX,
-            loss_sum: 0.1 + 0.2,
-            loss_tokens: 7,
             loss_scale: Some(LossScale {
                 exponent: 16,
                 clean_steps: 3,
@@ -282,8 +273,8 @@ mod tests {
     }
 
     #[test]
-    fn sums_of_every_kind_read_back() {
-        for sum in [
+    fn losses_of_every_kind_read_back() {
+        for loss in [
             0.0,
             -0.0,
             1e300,
@@ -292,12 +283,12 @@ mod tests {
             1.0 / 3.0,
         ] {
             let state = State {
-                loss_sum: sum,
+                best: Some(Best { step: 2, loss }),
                 ..state()
             };
             let text = serde_json::to_string(&state).unwrap();
             let read: State = serde_json::from_str(&text).unwrap();
-            assert_eq!(read.loss_sum.to_bits(), sum.to_bits());
+            assert_eq!(read.best.unwrap().loss.to_bits(), loss.to_bits());
         }
     }
 

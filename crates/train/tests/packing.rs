@@ -279,3 +279,17 @@ fn a_weighted_folder_without_rows_is_refused() {
         "{problem}"
     );
 }
+
+#[test]
+fn weights_that_leave_no_row_are_refused() {
+    let place = Place::new();
+    std::fs::write(place.path("b/train.jsonl"), "").unwrap();
+    let recipe = place.recipe("qwen2_distill", "weights = [0, 1]\n", "");
+    let problem = Session::open(recipe, &|model| Ok(model.into()))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        problem.starts_with("`data.weights`: expected a row in a folder of positive weight"),
+        "{problem}"
+    );
+}

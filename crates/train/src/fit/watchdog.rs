@@ -33,9 +33,7 @@ pub struct Watchdog {
     spikes: u64,
     /// The micro-batch with which they began.
     first_batch: u64,
-    /// How often the run went back.
-    rollbacks: u64,
-    /// Micro-batches that are passed over, as half-open ranges.
+    /// Micro-batches that are passed over, as half-open ranges: one for each time the run went back.
     skipped: Vec<[u64; 2]>,
 }
 
@@ -97,10 +95,10 @@ impl Session {
         };
         let Watchdog {
             smoothed,
-            rollbacks,
             mut skipped,
             ..
         } = self.state.watchdog.clone();
+        let rollbacks = skipped.len() as u64;
         // What came after belongs to the spike; a run that is killed here goes back again.
         run.remove_after(anchor)?;
         if rollbacks >= max_rollbacks {
@@ -115,7 +113,6 @@ impl Session {
         }
         skipped.push([self.state.watchdog.first_batch, self.state.micro_step]);
         self.load(&run.checkpoint_path(anchor))?;
-        self.state.watchdog.rollbacks = rollbacks + 1;
         self.state.watchdog.skipped = skipped.clone();
         *journal = Journal::open(run, Some(anchor))?;
         journal.rollback(anchor + 1, step, [loss, smoothed], &skipped)?;
