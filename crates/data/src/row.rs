@@ -104,7 +104,10 @@ impl Row {
         if let Self::Pair(answers) = self {
             let answers = answers.iter().map(|row| {
                 let mut samples = row.samples(tokenizer, limits)?;
-                // Of an answer in several turns, the last is the one that was chosen.
+                // An answer is one sample: of turns that need texts of their own, the last is what was chosen.
+                if let (Some(last), true) = (row.last_turn(), samples.len() > 1) {
+                    samples = last.samples(tokenizer, limits)?;
+                }
                 samples
                     .pop()
                     .ok_or_else(|| Error::schema("an answer", "none"))
@@ -128,6 +131,24 @@ impl Row {
             }
         }
         Ok(samples)
+    }
+
+    /// A conversation of which only the assistant's last turn is trained.
+    fn last_turn(&self) -> Option<Self> {
+        let Self::Messages {
+            messages, tools, ..
+        } = self
+        else {
+            return None;
+        };
+        let first = messages
+            .iter()
+            .rposition(|message| message["role"] == "assistant")?;
+        Some(Self::Messages {
+            messages: messages.clone(),
+            tools: tools.clone(),
+            first,
+        })
     }
 
     fn tokenize(&self, tokenizer: &Tokenizer) -> Result<Vec<Marked>> {
@@ -564,5 +585,37 @@ mod tests {
             ),
             (1, 4, 1, true)
         );
+    }
+
+    #[test]
+    fn of_an_answer_in_several_texts_the_last_turn_is_chosen() {
+        // Shows the thought of the last message alone, so that the first turn needs a text of its own.
+        let template = "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' and loop.last %}<think>\n\
+            {{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}{{ eos_token }}\n{% endfor %}\
+            {% if add_generation_prompt %}<|assistant|>\n{% endif %}";
+        let tokenizer = tokenizer(Some(template), true);
+        let row = json!({
+            "prompt": [{"role": "user", "content": "A"}],
+            "chosen": [
+                {"role": "assistant", "reasoning_content": "x", "content": "B"},
+                {"role": "user", "content": "C"},
+                {"role": "assistant", "reasoning_content": "y", "content": "D"}],
+            "rejected": [{"role": "assistant", "reasoning_content": "z", "content": "E"}]});
+        let limits = Limits {
+            max_length: 999,
+            ..LIMITS
+        };
+        let (row, _) = Row::parse(row).unwrap();
+        let samples = row.samples(Some(&tokenizer), limits).unwrap();
+        let trained = |sample: &Sample| -> String {
+            let spans = sample.spans(&tokenizer).unwrap().into_iter();
+            spans
+                .filter(|(_, trained)| *trained)
+                .map(|(text, _)| text)
+                .collect()
+        };
+        let found: Vec<String> = samples.iter().map(trained).collect();
+        let turn = |thought, answer| format!("<think>\n{thought}\n</think>\n\n{answer}{EOS}");
+        assert_eq!(found, [turn("y", "D"), turn("z", "E")]);
     }
 }
