@@ -1,8 +1,8 @@
 //! A whole product, cut into blocks that fit the caches.
 //!
 //! The right operand is packed into panels, as wide as a tile of the microkernel, of which one block fits the second-level
-//! cache. Packing also turns a transposed operand, so that `x · wᵀ` runs as fast as `dy · w`. Of the left
-//! operand a tile's rows are copied side by side, which costs little and keeps them out of each other's way in the cache.
+//! cache. Packing also turns a transposed operand, so that `x · wᵀ` runs as fast as `dy · w`. The left
+//! operand is read where it lies, unless it is transposed: then some of its rows are turned at a time.
 //!
 //! Source of the cut: Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008, with the roles of
 //! the operands exchanged, since ours are row-major.
@@ -12,12 +12,19 @@
     reason = "pointers into packed panels; sizes are checked by `gemm`"
 )]
 
-use super::microkernel::{DEPTH, LEFT_STRIDE, Lanes, MAX_ROWS, Out, Panel, Portable, WIDEST, tile};
+use super::microkernel::{Lanes, Left, Out, Panel, Portable, WIDEST, tile};
 use super::strided::{Mat, MatMut, Write};
 use crate::product::gemm::with_scratch;
 
-/// Columns of the right operand per block.
-const WIDTH: usize = 512;
+/// Rows and columns of the right operand per block: its panels take a quarter of a second-level cache of 1 MiB, of which a
+/// neighbor may use half.
+const BLOCK: [usize; 2] = [512, 128];
+/// The same where the left operand is turned, which is done once per block: so it is wider.
+const TURNED_BLOCK: [usize; 2] = [256, 512];
+/// Rows of a transposed left operand that are turned at once: whole tiles, and whole vectors.
+const TURNED: usize = 48;
+/// Distance of turned rows: no power of two, which would put them into the same few lines of the first-level cache.
+const TURNED_STRIDE: usize = TURNED_BLOCK[0] + 16;
 /// Vectors that cross a cache line cost double.
 const CACHE_LINE: usize = 64;
 
@@ -60,18 +67,23 @@ fn product_in(
     b: Mat<'_>,
     (scale, write): (f32, Write),
 ) {
-    let (depth, cols) = (a.cols(), b.cols());
-    let padded = cols.min(WIDTH).next_multiple_of(WIDEST);
-    let len = depth.min(DEPTH) * padded + MAX_ROWS * LEFT_STRIDE + CACHE_LINE / size_of::<f32>();
+    let (block, turned) = if a.strides()[1] == 1 {
+        (BLOCK, 0)
+    } else {
+        (TURNED_BLOCK, TURNED * TURNED_STRIDE)
+    };
+    let padded = b.cols().min(block[1]).next_multiple_of(WIDEST);
+    let len = a.cols().min(block[0]) * padded + turned + CACHE_LINE / size_of::<f32>();
     with_scratch(len, |scratch| {
         let skipped = scratch.as_ptr().align_offset(CACHE_LINE);
-        let (left, panels) = scratch[skipped..].split_at_mut(MAX_ROWS * LEFT_STRIDE);
+        let (left, panels) = scratch[skipped..].split_at_mut(turned);
         let call = Call {
             dst,
             a,
             b,
             scale,
             write,
+            block,
             left,
             panels,
         };
@@ -95,6 +107,8 @@ struct Call<'a> {
     b: Mat<'a>,
     scale: f32,
     write: Write,
+    /// Rows and columns of the right operand per block.
+    block: [usize; 2],
     left: &'a mut [f32],
     panels: &'a mut [f32],
 }
@@ -103,7 +117,7 @@ struct Call<'a> {
 #[target_feature(enable = "avx512f")]
 unsafe fn avx512(call: Call<'_>) {
     // SAFETY: this function has the feature.
-    unsafe { blocks::<super::microkernel::Avx512, 2>(call) }
+    unsafe { blocks::<super::microkernel::Avx512, 4>(call) }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -118,14 +132,15 @@ unsafe fn avx2(call: Call<'_>) {
 #[inline(always)]
 unsafe fn blocks<V: Lanes, const NV: usize>(call: Call<'_>) {
     let (depth, cols) = (call.a.cols(), call.b.cols());
-    for first in (0..depth).step_by(DEPTH) {
-        let sums = first..depth.min(first + DEPTH);
-        for start in (0..cols).step_by(WIDTH) {
-            let outs = start..cols.min(start + WIDTH);
+    let [deep, wide] = call.block;
+    for first in (0..depth).step_by(deep) {
+        let sums = first..depth.min(first + deep);
+        for start in (0..cols).step_by(wide) {
+            let outs = start..cols.min(start + wide);
             let b = call.b.block(sums.clone(), outs.clone());
             // SAFETY: the caller's promise; the scratch holds a block.
             unsafe {
-                let panels = if is_read_once::<V>(call.a, b) {
+                let panels = if is_read_in_place::<V>(call.a, b) {
                     Panels::in_place(b)
                 } else {
                     pack::<V, NV>(b, call.panels);
@@ -140,11 +155,11 @@ unsafe fn blocks<V: Lanes, const NV: usize>(call: Call<'_>) {
     }
 }
 
-/// Whether the right operand is better left where it is: its rows are contiguous, end with a vector, and one row of tiles
-/// reads them.
+/// Whether the right operand is better left where it is: its rows are contiguous, end with a vector, and one or two rows of tiles
+/// read them.
 #[inline(always)]
-fn is_read_once<V: Lanes>(a: Mat<'_>, b: Mat<'_>) -> bool {
-    a.rows() <= V::ROWS && b.strides()[1] == 1 && b.cols().is_multiple_of(V::LEN)
+fn is_read_in_place<V: Lanes>(a: Mat<'_>, b: Mat<'_>) -> bool {
+    a.rows() <= 2 * V::ROWS && b.strides()[1] == 1 && b.cols().is_multiple_of(V::LEN)
 }
 
 /// Where the panels of a right operand lie.
@@ -194,14 +209,10 @@ impl Panels {
     }
 }
 
-/// Widths of the panels that cover some columns: whole tiles, then a vector where that is enough.
+/// Widths of the panels that cover some columns: whole tiles, then as many vectors as are enough.
 #[inline(always)]
 fn panel_width<V: Lanes, const NV: usize>(left: usize) -> usize {
-    if left > (NV - 1) * V::LEN {
-        NV * V::LEN
-    } else {
-        V::LEN
-    }
+    left.next_multiple_of(V::LEN).min(NV * V::LEN)
 }
 
 /// Copies a block of the right operand into panels, rows of a panel one after another, zeros at its edge.
@@ -284,8 +295,8 @@ unsafe fn pack_columns<V: Lanes>(
         }
         return;
     }
-    for row in (0..rows).step_by(V::LEN) {
-        for col in (0..width).step_by(V::LEN) {
+    for col in (0..width).step_by(V::LEN) {
+        for row in (0..rows).step_by(V::LEN) {
             let size = [real.saturating_sub(col), rows - row].map(|n| n.min(V::LEN));
             // SAFETY: what is read lies inside the operand, what is written inside the panel.
             unsafe {
@@ -309,62 +320,99 @@ unsafe fn block<V: Lanes, const NV: usize>(
     write: Write,
     left: &mut [f32],
 ) {
-    let (depth, cols) = (a.cols(), dst.cols());
-    for row in (0..a.rows()).step_by(V::ROWS) {
-        let rows = row..a.rows().min(row + V::ROWS);
-        // SAFETY: there is room for the rows of a tile.
-        unsafe { copy_left::<V>(a.block(rows.clone(), 0..depth), left) };
-        let (mut col, mut panels) = (0, panels);
-        while col < cols {
-            let width = panel_width::<V, NV>(cols - col);
-            // SAFETY: the tile lies inside dst, the panel inside the panels.
-            unsafe {
-                let out = Out {
-                    ptr: dst.as_ptr().add(row * dst.stride() + col),
-                    stride: dst.stride(),
-                    cols: width.min(cols - col),
-                    scale,
-                    add: write == Write::Add,
-                };
-                let (panel, behind) = panels.split(width);
-                if width == V::LEN {
-                    tile::<V, 1>(rows.len(), depth, left.as_ptr(), panel, out);
-                } else {
-                    tile::<V, NV>(rows.len(), depth, left.as_ptr(), panel, out);
-                }
-                panels = behind;
+    for first in (0..a.rows()).step_by(TURNED) {
+        let group = first..a.rows().min(first + TURNED);
+        let a = a.block(group.clone(), 0..a.cols());
+        let left = if a.strides()[1] == 1 {
+            Left {
+                ptr: a.as_ptr(),
+                stride: a.strides()[0],
             }
-            col += width;
+        } else {
+            // SAFETY: there is room for the rows of a group.
+            unsafe { turn_left::<V>(a, left) };
+            Left {
+                ptr: left.as_ptr(),
+                stride: TURNED_STRIDE,
+            }
+        };
+        // Tiles of the same height: a row or two alone would wait for its operands.
+        let height = a.rows().div_ceil(a.rows().div_ceil(V::ROWS));
+        for row in (0..a.rows()).step_by(height) {
+            let rows = row..a.rows().min(row + height);
+            let left = Left {
+                ptr: left.ptr.wrapping_add(row * left.stride),
+                ..left
+            };
+            // SAFETY: parts of one thread, one after another; the caller's promise.
+            unsafe {
+                let dst = dst.part(first + row..first + rows.end, 0..dst.cols());
+                row_of_tiles::<V, NV>(dst, left, a.cols(), panels, (scale, write));
+            }
         }
     }
 }
 
-/// Copies a tile's rows of the left operand.
+/// The tiles of a few rows, over all panels.
+///
+/// # Safety
+/// As [`blocks`]; the panels are those of the block, and `left` covers the rows of `dst`.
+#[inline(always)]
+unsafe fn row_of_tiles<V: Lanes, const NV: usize>(
+    dst: MatMut<'_>,
+    left: Left,
+    depth: usize,
+    mut panels: Panels,
+    (scale, write): (f32, Write),
+) {
+    let (rows, cols) = (dst.rows(), dst.cols());
+    let mut col = 0;
+    while col < cols {
+        let width = panel_width::<V, NV>(cols - col);
+        // SAFETY: the tile lies inside dst, the panel inside the panels.
+        unsafe {
+            let out = Out {
+                ptr: dst.as_ptr().add(col),
+                stride: dst.stride(),
+                cols: width.min(cols - col),
+                scale,
+                add: write == Write::Add,
+            };
+            let (panel, behind) = panels.split(width);
+            match width / V::LEN {
+                1 => tile::<V, 1>(rows, depth, left, panel, out),
+                2 => tile::<V, 2>(rows, depth, left, panel, out),
+                3 => tile::<V, 3>(rows, depth, left, panel, out),
+                _ => tile::<V, NV>(rows, depth, left, panel, out),
+            }
+            panels = behind;
+        }
+        col += width;
+    }
+}
+
+/// Turns rows of a left operand whose columns are not contiguous.
 ///
 /// # Safety
 /// As [`blocks`]; `to` holds the rows.
 #[inline(always)]
-unsafe fn copy_left<V: Lanes>(a: Mat<'_>, to: &mut [f32]) {
+unsafe fn turn_left<V: Lanes>(a: Mat<'_>, to: &mut [f32]) {
     let [row_stride, col_stride] = a.strides();
-    if col_stride == 1 {
-        for (row, to) in (0..a.rows()).zip(to.chunks_mut(LEFT_STRIDE)) {
-            to[..a.cols()].copy_from_slice(a.row(row));
-        }
-    } else if row_stride == 1 {
+    if row_stride == 1 {
         for col in (0..a.cols()).step_by(V::LEN) {
             let cols = V::LEN.min(a.cols() - col);
             for row in (0..a.rows()).step_by(V::LEN) {
                 let size = [cols, V::LEN.min(a.rows() - row)];
-                // SAFETY: what is read lies inside the operand; rows of the copy are longer than `DEPTH` by a vector.
+                // SAFETY: what is read lies inside the operand; rows of the copy are longer than the block is deep, by a vector.
                 unsafe {
                     let from = a.as_ptr().add(row + col * col_stride);
-                    let to = to.as_mut_ptr().add(row * LEFT_STRIDE + col);
-                    V::transpose(from, col_stride, size, to, LEFT_STRIDE);
+                    let to = to.as_mut_ptr().add(row * TURNED_STRIDE + col);
+                    V::transpose(from, col_stride, size, to, TURNED_STRIDE);
                 }
             }
         }
     } else {
-        for (row, to) in (0..a.rows()).zip(to.chunks_mut(LEFT_STRIDE)) {
+        for (row, to) in (0..a.rows()).zip(to.chunks_mut(TURNED_STRIDE)) {
             for (col, to) in (0..a.cols()).zip(to) {
                 // SAFETY: inside the operand.
                 *to = unsafe { *a.as_ptr().add(row * row_stride + col * col_stride) };
@@ -450,8 +498,8 @@ mod tests {
         let [m, n, k] = [29, 77, 300];
         let (a, b) = (noise(m * k, 1), noise(k * n, 2));
         let one_by_one = |i: usize, j: usize| {
-            (0..k).step_by(DEPTH).fold(0f32, |before, first| {
-                let sum = (first..k.min(first + DEPTH))
+            (0..k).step_by(BLOCK[0]).fold(0f32, |before, first| {
+                let sum = (first..k.min(first + BLOCK[0]))
                     .fold(0f32, |sum, p| a[i * k + p].mul_add(b[p * n + j], sum));
                 sum.mul_add(0.75, before)
             })

@@ -4,8 +4,8 @@
 //! The first two take the weight as [`Weights`]: f32 values in place, or what is decoded and rounded tile by tile
 //! into scratch of the size of the second-level cache, so no converted copy of a weight ever exists.
 //!
-//! Work is cut into tasks by shape alone and each task is serial, so results do not depend on the number of
-//! threads. A product over few rows goes row by row through dot products: the result of a row then does not
+//! Work is cut into tasks that are serial, along rows and columns of the result alone, so results do not depend on the
+//! number of threads. A product over few rows goes row by row through dot products: the result of a row then does not
 //! depend on how many rows there are beside it, up to [`FEW_ROWS`]. A weight
 //! that is rounded in blocks has no row of its own, and goes by tiles always.
 
@@ -22,8 +22,12 @@ use crate::simd::multiversion;
 /// Up to this many rows of `x` are multiplied row by row.
 pub(crate) const FEW_ROWS: usize = 8;
 
-/// Rows and columns of the output that one task computes: few rows, so that cores of unequal speed end together.
-const TASK: [usize; 2] = [256, 512];
+/// Columns of the output that one task computes, and the most rows: tall, since each task packs its weights anew.
+const TASK: [usize; 2] = [1024, 128];
+/// Tasks per thread, where there are rows for them: cores of unequal speed end together.
+const TASKS_PER_THREAD: usize = 4;
+/// Fewer rows are not worth a task.
+const FEWEST_ROWS: usize = 48;
 /// Outputs per task where there are few rows.
 const FEW_ROWS_TASK: usize = 64;
 
@@ -241,31 +245,23 @@ pub(crate) fn tn(dy: Mat<'_>, x: Mat<'_>, dw: MatMut<'_>) {
     });
 }
 
-/// Runs `task` over a grid of output blocks, in parallel; the blocks' widths are multiples of `grain`.
+/// Runs `task` over a grid of output blocks, in parallel; the blocks' widths are multiples of `grain`. How many rows a
+/// task has changes no result, so it may depend on the number of threads.
 fn for_each_task(
     [rows, cols]: [usize; 2],
     grain: usize,
     task: impl Fn(Range<usize>, Range<usize>) + Sync,
 ) {
-    let [height, width] = [
-        task_size(rows, TASK[0], 16),
-        task_size(cols, TASK[1], grain),
-    ];
-    let blocks: Vec<_> = tiles(0..rows, height)
-        .flat_map(|r| tiles(0..cols, width).map(move |c| (r.clone(), c)))
+    let width = TASK[1].next_multiple_of(grain);
+    let wanted = TASKS_PER_THREAD * rayon::current_num_threads();
+    let pieces = wanted.div_ceil(cols.div_ceil(width).max(1));
+    let height = rows.div_ceil(pieces).clamp(FEWEST_ROWS, TASK[0]);
+    let blocks: Vec<_> = tiles(0..cols, width)
+        .flat_map(|c| tiles(0..rows, height).map(move |r| (r, c.clone())))
         .collect();
     blocks
         .into_par_iter()
         .for_each(|(rows, cols)| task(rows, cols));
-}
-
-/// Tasks are `most` wide, smaller where that would leave a second core idle.
-fn task_size(len: usize, most: usize, grain: usize) -> usize {
-    if len > most {
-        most
-    } else {
-        len.div_ceil(2).next_multiple_of(grain)
-    }
 }
 
 #[cfg(test)]

@@ -9,6 +9,8 @@
     reason = "vector instructions on pointers; the callers in this folder check sizes and features"
 )]
 
+use std::hint::black_box;
+
 /// A vector of f32 values in a register.
 pub(super) trait Lanes: Copy {
     /// Values in it.
@@ -46,14 +48,9 @@ pub(super) trait Lanes: Copy {
     );
 }
 
-/// Distance of the left operand's rows. A constant, so that all rows are addressed from one register; and no power of two,
-/// which would put them into the same few lines of the first-level cache.
-pub(super) const LEFT_STRIDE: usize = DEPTH + 16;
-/// The most that a tile sums over.
-pub(super) const DEPTH: usize = 256;
 /// Rows of the largest tile of all vectors, and columns of the widest panel.
-pub(super) const MAX_ROWS: usize = 12;
-pub(super) const WIDEST: usize = 32;
+pub(super) const MAX_ROWS: usize = 6;
+pub(super) const WIDEST: usize = 64;
 
 /// Where a tile goes: `scale · sum`, added to what is there or in its place.
 #[derive(Clone, Copy)]
@@ -64,6 +61,13 @@ pub(super) struct Out {
     pub(super) cols: usize,
     pub(super) scale: f32,
     pub(super) add: bool,
+}
+
+/// Rows of the left operand: value `p` of row `i` is at `ptr + i · stride + p`.
+#[derive(Clone, Copy)]
+pub(super) struct Left {
+    pub(super) ptr: *const f32,
+    pub(super) stride: usize,
 }
 
 /// Columns of the right operand as wide as a tile: row `p` is at `ptr + p · stride`.
@@ -81,26 +85,20 @@ pub(super) struct Panel {
 pub(super) unsafe fn tile<V: Lanes, const NV: usize>(
     rows: usize,
     len: usize,
-    a: *const f32,
+    left: Left,
     panel: Panel,
     out: Out,
 ) {
     // SAFETY: the caller's promise, handed on.
     unsafe {
         match rows {
-            1 => sums::<V, 1, NV>(len, a, panel, out),
-            2 => sums::<V, 2, NV>(len, a, panel, out),
-            3 => sums::<V, 3, NV>(len, a, panel, out),
-            4 => sums::<V, 4, NV>(len, a, panel, out),
-            5 => sums::<V, 5, NV>(len, a, panel, out),
-            6 => sums::<V, 6, NV>(len, a, panel, out),
-            7 => sums::<V, 7, NV>(len, a, panel, out),
-            8 => sums::<V, 8, NV>(len, a, panel, out),
-            9 => sums::<V, 9, NV>(len, a, panel, out),
-            10 => sums::<V, 10, NV>(len, a, panel, out),
-            11 => sums::<V, 11, NV>(len, a, panel, out),
-            12 => sums::<V, 12, NV>(len, a, panel, out),
-            _ => unreachable!("tiles have at most twelve rows"),
+            1 => sums::<V, 1, NV>(len, left, panel, out),
+            2 => sums::<V, 2, NV>(len, left, panel, out),
+            3 => sums::<V, 3, NV>(len, left, panel, out),
+            4 => sums::<V, 4, NV>(len, left, panel, out),
+            5 => sums::<V, 5, NV>(len, left, panel, out),
+            6 => sums::<V, 6, NV>(len, left, panel, out),
+            _ => unreachable!("tiles have at most six rows"),
         }
     }
 }
@@ -110,12 +108,16 @@ pub(super) unsafe fn tile<V: Lanes, const NV: usize>(
 #[inline(always)]
 unsafe fn sums<V: Lanes, const MR: usize, const NV: usize>(
     len: usize,
-    a: *const f32,
+    left: Left,
     panel: Panel,
     out: Out,
 ) {
     // SAFETY: row i < MR and p < len lie inside the operands, and stores end at `out.cols`.
     unsafe {
+        // Hides that the rows are equally far apart. The compiler would make each address out of the one before, for every
+        // value: a chain of additions as long as the multiplications beside it.
+        let rows: [_; MR] =
+            std::array::from_fn(|i| black_box(left.ptr.wrapping_add(i * left.stride)));
         let mut sums = [[V::splat(0.0); NV]; MR];
         for p in 0..len {
             let mut b = [V::splat(0.0); NV];
@@ -123,7 +125,7 @@ unsafe fn sums<V: Lanes, const MR: usize, const NV: usize>(
                 *b = V::load(panel.ptr.add(p * panel.stride + j * V::LEN));
             }
             for (i, sums) in sums.iter_mut().enumerate() {
-                let value = V::splat(*a.add(i * LEFT_STRIDE + p));
+                let value = V::splat(*rows[i].add(p));
                 for (sum, b) in sums.iter_mut().zip(b) {
                     *sum = value.mul_add(b, *sum);
                 }

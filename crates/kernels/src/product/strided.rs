@@ -143,6 +143,10 @@ impl<'a> MatMut<'a> {
         Self::new(values, rows, cols, cols)
     }
 
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
     pub(crate) fn cols(&self) -> usize {
         self.cols
     }
