@@ -224,6 +224,7 @@ pub(crate) fn forward(
     let mut lse = vec![0.0; shape.batch * heads * shape.seq];
     let all = place.all(&mut out, shape.batch * shape.seq);
     lse.par_chunks_mut(shape.seq.max(1))
+        .with_max_len(1)
         .enumerate()
         .for_each(|(task, lse)| {
             let (row, head) = (task / heads, task % heads);
@@ -329,6 +330,7 @@ pub(crate) fn backward(
     let partial_all = shared.all(&mut partial, kv_rows);
     (0..shape.batch * kv_heads)
         .into_par_iter()
+        .with_max_len(1)
         .for_each(|task| {
             let (row, kv_head) = (task / kv_heads, task % kv_heads);
             // SAFETY: a task writes the columns of its key head, and of the query heads that share it, in the rows of

@@ -1,7 +1,7 @@
 //! The loss of a language model without its logits.
 //!
 //! `loss[t] = log Σ_v exp(h_t · w_v) − h_t · w_target`, computed for blocks of tokens over tiles of the vocabulary:
-//! at no time does a task hold more logits than 128 × 256, and backward more than 1024 × 256. Tokens without a target cost nothing.
+//! at no time does a task hold more logits than 512 × 512, and backward more than 1024 × 512. Tokens without a target cost nothing.
 //!
 //! Where the head is frozen, one visit of it gives losses and gradients: the gradient of a loss is
 //! `Σ_v softmax_v · w_v − w_target`, which sums like the output of attention whose keys and values are `w`. Otherwise
@@ -23,11 +23,16 @@ use crate::product::weights::Weights;
 /// A target that is no target.
 pub(crate) const IGNORED: i32 = -100;
 
-/// Tokens per task and vocabulary entries per tile.
-const TILE_TOKENS: usize = 128;
-const TILE_VOCAB: usize = 256;
-/// Tokens between two visits of the same vocabulary entry in the backward pass.
+/// Tokens and vocabulary entries of a tile of logits: many tokens, since a tile's weights are packed anew for each.
+const TILE_TOKENS: usize = 512;
+const TILE_VOCAB: usize = 512;
+/// At least this many tasks visit the vocabulary: few tokens are cut along it too.
+const TASKS: usize = 16;
+/// Tokens between two visits of the same vocabulary entry in the backward pass, and those of one of its tasks.
 const PASS_TOKENS: usize = 1024;
+const PASS_TASK_TOKENS: usize = 256;
+/// Vocabulary entries of whose gradients a task takes care.
+const OUTER_ROWS: usize = 128;
 
 /// The two products that make logits: h `[tokens, hidden]` with w `[vocab, hidden]`, u `[tokens, rank]` with
 /// b `[vocab, rank]`; a rank of 0 leaves the second out.
@@ -95,11 +100,13 @@ pub(crate) fn trained(targets: &[i32]) -> Vec<usize> {
 
 /// Loss and log-sum-exp per token of `head`, all of which have a target.
 pub(crate) fn forward(head: Head<'_>, targets: &[usize]) -> Vec<(f32, f32)> {
-    let blocks: Vec<_> = tiles(0..targets.len(), TILE_TOKENS).collect();
-    blocks
-        .into_par_iter()
-        .flat_map_iter(|tokens| forward_block(head, tokens.clone(), &targets[tokens], None))
-        .collect()
+    let visits = visit(head, targets, 0);
+    let (_, n_parts) = parts(head, targets);
+    let of_token = |token| {
+        let (tile, i) = (token / TILE_TOKENS, token % TILE_TOKENS);
+        Seen::of_all(&visits[tile * n_parts..][..n_parts], i).loss()
+    };
+    (0..targets.len()).map(of_token).collect()
 }
 
 /// [`forward`] of a head without a low-rank update, and the gradients of the losses by `h`, `[tokens, hidden]`.
@@ -108,14 +115,19 @@ pub(crate) fn forward_with_gradients(
     targets: &[usize],
 ) -> (Vec<(f32, f32)>, Vec<f32>) {
     let hidden = head.h.cols();
+    let visits = visit(head, targets, hidden);
+    let (_, n_parts) = parts(head, targets);
     let mut dh = zeros(targets.len() * hidden);
     let losses = dh
-        .par_chunks_mut((TILE_TOKENS * hidden).max(1))
-        .zip(targets.par_chunks(TILE_TOKENS))
+        .par_chunks_mut(hidden.max(1))
+        .zip(targets)
         .enumerate()
-        .flat_map_iter(|(i, (dh, targets))| {
-            let start = i * TILE_TOKENS;
-            forward_block(head, start..start + targets.len(), targets, Some(dh))
+        .map(|(token, (dh, target))| {
+            let (tile, i) = (token / TILE_TOKENS, token % TILE_TOKENS);
+            let parts = &visits[tile * n_parts..][..n_parts];
+            let seen = Seen::of_all(parts, i);
+            gradient(head.w, parts, (i, seen), *target, dh);
+            seen.loss()
         })
         .collect();
     (losses, dh)
@@ -131,6 +143,12 @@ struct Seen {
 }
 
 impl Seen {
+    const NOTHING: Self = Self {
+        max: f32::NEG_INFINITY,
+        sum: 0.0,
+        at_target: 0.0,
+    };
+
     /// Adds a tile of logits, which become exponentials; returns by how much the maximum changed the earlier ones.
     fn add(&mut self, logits: &mut [f32], target: Option<usize>) -> f32 {
         if let Some(at) = target {
@@ -142,68 +160,103 @@ impl Seen {
         self.max = max;
         faded
     }
+
+    /// What all parts of the vocabulary say of the `i`-th token of a tile; only one part has its target.
+    fn of_all(parts: &[Visit], i: usize) -> Self {
+        let parts = || parts.iter().map(|part| part.seen[i]);
+        let max = parts().fold(f32::NEG_INFINITY, |max, seen| max.max(seen.max));
+        Self {
+            max,
+            sum: parts().map(|seen| seen.sum * (seen.max - max).exp()).sum(),
+            at_target: parts().map(|seen| seen.at_target).sum(),
+        }
+    }
+
+    /// The loss, and the log-sum-exp.
+    fn loss(self) -> (f32, f32) {
+        let lse = self.max + self.sum.ln();
+        (lse - self.at_target, lse)
+    }
 }
 
-fn forward_block(
+/// What a task found: a tile of tokens and a part of the vocabulary.
+struct Visit {
+    seen: Vec<Seen>,
+    /// `[tokens, hidden]` sums of `exp(logit) · w`, relative to the maxima; empty if not wanted.
+    sums: Vec<f32>,
+}
+
+/// Vocabulary entries of a part, and how many parts there are.
+fn parts(head: Head<'_>, targets: &[usize]) -> (usize, usize) {
+    let wanted = TASKS.div_ceil(targets.len().div_ceil(TILE_TOKENS).max(1));
+    let part = head
+        .vocab()
+        .div_ceil(wanted)
+        .next_multiple_of(TILE_VOCAB)
+        .max(TILE_VOCAB);
+    (part, head.vocab().div_ceil(part).max(1))
+}
+
+/// Tiles of tokens, and for each the parts of the vocabulary; `wide` is the width of the sums.
+fn visit(head: Head<'_>, targets: &[usize], wide: usize) -> Vec<Visit> {
+    let (part, _) = parts(head, targets);
+    let tasks: Vec<_> = tiles(0..targets.len(), TILE_TOKENS)
+        .flat_map(|tokens| tiles(0..head.vocab(), part).map(move |vocab| (tokens.clone(), vocab)))
+        .collect();
+    tasks
+        .into_par_iter()
+        .with_max_len(1)
+        .map(|(tokens, vocab)| visit_part(head, targets, (tokens, vocab), wide))
+        .collect()
+}
+
+fn visit_part(
     head: Head<'_>,
-    tokens: Range<usize>,
     targets: &[usize],
-    mut dh: Option<&mut [f32]>,
-) -> Vec<(f32, f32)> {
-    let (n, hidden) = (tokens.len(), head.h.cols());
-    let mut seen = vec![
-        Seen {
-            max: f32::NEG_INFINITY,
-            sum: 0.0,
-            at_target: 0.0
-        };
-        n
-    ];
+    (tokens, vocab): (Range<usize>, Range<usize>),
+    wide: usize,
+) -> Visit {
+    let (n, targets) = (tokens.len(), &targets[tokens.clone()]);
+    let (mut seen, mut sums) = (vec![Seen::NOTHING; n], vec![0.0; n * wide]);
     with_scratch(n * TILE_VOCAB, |scratch| {
-        for vocab in tiles(0..head.vocab(), TILE_VOCAB) {
+        for vocab in tiles(vocab, TILE_VOCAB) {
             let logits = &mut scratch[..n * vocab.len()];
             head.logits(tokens.clone(), vocab.clone(), logits);
             for (i, logits) in logits.chunks_mut(vocab.len()).enumerate() {
-                let target = vocab
-                    .contains(&targets[i])
-                    .then(|| targets[i] - vocab.start);
-                let faded = seen[i].add(logits, target);
-                if let Some(dh) = &mut dh
-                    && faded != 1.0
-                {
-                    exp::scale(&mut dh[i * hidden..][..hidden], faded);
+                let is_here = vocab.contains(&targets[i]);
+                let faded = seen[i].add(logits, is_here.then(|| targets[i] - vocab.start));
+                if faded != 1.0 {
+                    exp::scale(&mut sums[i * wide..][..wide], faded);
                 }
             }
-            if let Some(dh) = &mut dh {
-                let (exps, dh) = (
-                    Mat::dense(logits, n, vocab.len()),
-                    MatMut::dense(dh, n, hidden),
-                );
-                nn_serial(exps, head.w, vocab, 0..hidden, dh, Write::Add);
+            if wide > 0 {
+                let exps = Mat::dense(logits, n, vocab.len());
+                let sums = MatMut::dense(&mut sums, n, wide);
+                nn_serial(exps, head.w, vocab, 0..wide, sums, Write::Add);
             }
         }
     });
-    if let Some(dh) = dh {
-        finish_gradients(head.w, &seen, targets, dh);
-    }
-    let losses = |seen: Seen| {
-        let lse = seen.max + seen.sum.ln();
-        (lse - seen.at_target, lse)
-    };
-    seen.into_iter().map(losses).collect()
+    Visit { seen, sums }
 }
 
-/// Sums of `exp(logit) · w` become gradients: means of `w`, less the targets' rows.
-fn finish_gradients(w: Weights<'_>, seen: &[Seen], targets: &[usize], dh: &mut [f32]) {
-    let hidden = w.in_width();
-    with_scratch(hidden, |row| {
-        for ((dh, seen), target) in dh.chunks_mut(hidden.max(1)).zip(seen).zip(targets) {
-            w.read(*target..target + 1, 0..hidden, row);
-            let share = 1.0 / seen.sum;
-            dh.iter_mut()
-                .zip(&*row)
-                .for_each(|(dh, w)| *dh = *dh * share - w);
-        }
+/// Sums of `exp(logit) · w` become a gradient: the mean of `w`, less the target's row.
+fn gradient(
+    w: Weights<'_>,
+    parts: &[Visit],
+    (i, seen): (usize, Seen),
+    target: usize,
+    dh: &mut [f32],
+) {
+    for part in parts {
+        let share = (part.seen[i].max - seen.max).exp() / seen.sum;
+        let sums = &part.sums[i * dh.len()..][..dh.len()];
+        dh.iter_mut()
+            .zip(sums)
+            .for_each(|(dh, sum)| *dh += share * sum);
+    }
+    with_scratch(dh.len(), |row| {
+        w.read(target..target + 1, 0..dh.len(), row);
+        dh.iter_mut().zip(&*row).for_each(|(dh, w)| *dh -= w);
     });
 }
 
@@ -274,8 +327,8 @@ fn backward_inputs(
         let cols = values.len() / n;
         MatMut::dense(values, n, cols)
     });
-    let blocks: Vec<_> = tiles(0..n, TILE_TOKENS).collect();
-    blocks.into_par_iter().for_each(|block| {
+    let blocks: Vec<_> = tiles(0..n, PASS_TASK_TOKENS).collect();
+    blocks.into_par_iter().with_max_len(1).for_each(|block| {
         // SAFETY: tasks write different rows.
         #[expect(unsafe_code, reason = "disjoint rows of three outputs")]
         let [mut dlogits, dh, du] = unsafe {
@@ -297,12 +350,12 @@ fn backward_inputs(
 
 /// `dw += dlogitsᵀ · x`, in parallel over rows of `dw`.
 fn add_outer(dw: &mut [f32], dlogits: Mat<'_>, x: Mat<'_>) {
-    let size = TILE_TOKENS * x.cols();
+    let size = OUTER_ROWS * x.cols();
     if size == 0 {
         return;
     }
     dw.par_chunks_mut(size).enumerate().for_each(|(i, dw)| {
-        let start = i * TILE_TOKENS;
+        let start = i * OUTER_ROWS;
         let rows = dw.len() / x.cols();
         let dlogits = dlogits.block(0..x.rows(), start..start + rows).t();
         gemm(

@@ -3,13 +3,31 @@
 use rayon::prelude::*;
 
 use crate::product::gemm::zeros;
+use crate::simd::multiversion;
 
 /// Rows per task; also the unit in which the weight's gradient is summed, so the order of its sum is fixed.
 const TASK_ROWS: usize = 64;
+/// Sums that are made side by side.
+const LANES: usize = 16;
 
+#[inline(always)]
 fn inverse_rms(x: &[f32], eps: f32) -> f32 {
-    let squares: f64 = x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
+    let squares = sum(x.len(), |i| f64::from(x[i]) * f64::from(x[i]));
     1.0 / ((squares / x.len() as f64) as f32 + eps).sqrt()
+}
+
+/// The sum of f32 values, in f64 and in a fixed order of lanes: one sum after another would wait for each addition.
+#[inline(always)]
+fn sum(len: usize, value: impl Fn(usize) -> f64) -> f64 {
+    let mut lanes = [0f64; LANES];
+    let whole = len - len % LANES;
+    for start in (0..whole).step_by(LANES) {
+        for (i, lane) in lanes.iter_mut().enumerate() {
+            *lane += value(start + i);
+        }
+    }
+    (whole..len).for_each(|i| lanes[i - whole] += value(i));
+    lanes.iter().sum()
 }
 
 /// x `[rows, width]`, weight `[normed ≤ width]` → `[rows, width]`: the first `normed` features normalized, the others
@@ -21,10 +39,7 @@ pub(crate) fn forward(x: &[f32], width: usize, weight: &[f32], eps: f32) -> Vec<
         .zip(x.par_chunks(width * TASK_ROWS))
         .for_each(|(y, x)| {
             for (y, x) in y.chunks_mut(width).zip(x.chunks(width)) {
-                let scale = inverse_rms(&x[..normed], eps);
-                y.iter_mut()
-                    .zip(x.iter().zip(weight))
-                    .for_each(|(y, (x, w))| *y = x * scale * w);
+                normalize(&mut y[..normed], &x[..normed], weight, eps);
                 y[normed..].copy_from_slice(&x[normed..]);
             }
         });
@@ -58,7 +73,7 @@ pub(crate) fn backward(
                 let (dx, rest) = dx.split_at_mut(normed);
                 rest.copy_from_slice(&dy[normed..]);
                 let (dy, x) = (&dy[..normed], &x[..normed]);
-                backward_row(dx, &mut dw, dy, x, weight, inverse_rms(x, eps));
+                backward_row(dx, &mut dw, dy, x, weight, eps);
             }
             dw
         })
@@ -70,17 +85,26 @@ pub(crate) fn backward(
     (dx, dw)
 }
 
-fn backward_row(dx: &mut [f32], dw: &mut [f32], dy: &[f32], x: &[f32], weight: &[f32], scale: f32) {
-    let along: f64 = dy
-        .iter()
-        .zip(weight)
-        .zip(x)
-        .map(|((dy, w), x)| f64::from(dy * w) * f64::from(x * scale))
-        .sum();
-    let mean = (along / x.len() as f64) as f32;
-    for i in 0..x.len() {
-        let normalized = x[i] * scale;
-        dx[i] = scale * (dy[i] * weight[i] - normalized * mean);
-        dw[i] += dy[i] * normalized;
+multiversion! {
+    fn normalize<FMA>(y: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
+        let scale = inverse_rms(x, eps);
+        for (y, (x, w)) in y.iter_mut().zip(x.iter().zip(weight)) {
+            *y = x * scale * w;
+        }
+    }
+}
+
+multiversion! {
+    fn backward_row<FMA>(dx: &mut [f32], dw: &mut [f32], dy: &[f32], x: &[f32], weight: &[f32], eps: f32) {
+        let n = x.len();
+        let (dx, dw, dy, weight) = (&mut dx[..n], &mut dw[..n], &dy[..n], &weight[..n]);
+        let scale = inverse_rms(x, eps);
+        let along = sum(n, |i| f64::from(dy[i] * weight[i]) * f64::from(x[i] * scale));
+        let mean = (along / n as f64) as f32;
+        for i in 0..n {
+            let normalized = x[i] * scale;
+            dx[i] = scale * (dy[i] * weight[i] - normalized * mean);
+            dw[i] += dy[i] * normalized;
+        }
     }
 }

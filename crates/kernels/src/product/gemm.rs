@@ -261,6 +261,7 @@ fn for_each_task(
         .collect();
     blocks
         .into_par_iter()
+        .with_max_len(1)
         .for_each(|(rows, cols)| task(rows, cols));
 }
 
