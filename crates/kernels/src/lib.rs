@@ -40,12 +40,15 @@ mod swiglu;
 pub use adamw::AdamWStep;
 pub use attention::Segments;
 pub use backend::kept::kept_bytes;
+pub use backend::linear::{
+    Direction, HeadRows, Merge, Update, heads_linear, linear_add, linear_frozen, linear_merged,
+    linear_trained, linear_updated, row_norms,
+};
 pub use backend::ops::{
-    Direction, ExpertFactors, HeadRows, Kernels, Merge, Routing, adamw, attention, choose_experts,
-    cross_entropy_frozen, cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained,
-    expanded_attention, experts_frozen, experts_trained, heads_linear, latent_attention,
-    linear_add, linear_frozen, linear_merged, linear_trained, rms_norm, rms_norm_start, rope,
-    row_norms, sum_of_squares, swiglu,
+    ExpertFactors, Kernels, Routing, adamw, attention, choose_experts, cross_entropy_frozen,
+    cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained, expanded_attention,
+    experts_frozen, experts_trained, latent_attention, rms_norm, rms_norm_start, rope,
+    sum_of_squares, swiglu,
 };
 pub use dropout::Dropout;
 pub use error::Error;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor};
-use kernels::{Compute, Direction, Dropout, HeadRows, Matrix, Merge, Quantizer};
+use kernels::{Compute, Direction, Dropout, HeadRows, Matrix, Merge, Quantizer, Update};
 
 use crate::lora::Lora;
 use crate::pass::Pass;
@@ -118,20 +118,38 @@ impl Linear {
 
     /// The product with the weight and its update.
     fn forward_updated(&self, x: Tensor<2>, compute: Compute, pass: &Pass<'_>) -> Tensor<2> {
-        let y = self.product(x.clone(), compute);
-        let Some(lora) = &self.lora else { return y };
-        let updated = |y, x| kernels::linear_add(y, lora.project(x, pass), lora.lora_b.val());
-        let Some(gains) = lora.gains(&self.weight) else {
-            return updated(y, lora.dropped(x, pass));
+        let Some(lora) = &self.lora else {
+            return self.product(x, compute);
         };
-        let gains = gains.unsqueeze();
-        if lora.dropout == 0.0 || pass.dropout_seed.is_none() {
-            return updated(y, x) * gains;
+        let gains = lora.gains(&self.weight).map(Tensor::unsqueeze::<2>);
+        if !lora.drops(pass) {
+            let y = self.updated(lora, x, compute, pass);
+            return match gains {
+                Some(gains) => y * gains,
+                None => y,
+            };
         }
+        let (y, x) = (self.product(x.clone(), compute), lora.dropped(x, pass));
+        let Some(gains) = gains else {
+            return lora.add_to(y, x, pass);
+        };
         // What DoRA changes is of dropped inputs only, its share of the base's product included.
-        let x = lora.dropped(x, pass);
         let dropped = self.product(x.clone(), compute);
-        y - dropped.clone() + updated(dropped, x) * gains
+        y - dropped.clone() + lora.add_to(dropped, x, pass) * gains
+    }
+
+    /// The product with the weight and its update, of one input.
+    fn updated(&self, lora: &Lora, x: Tensor<2>, compute: Compute, pass: &Pass<'_>) -> Tensor<2> {
+        let Weight::Frozen(frozen) = &self.weight else {
+            return lora.add_to(self.product(x.clone(), compute), x, pass);
+        };
+        let update = Update {
+            scale: lora.scale,
+            compute,
+            kept: pass.compute,
+        };
+        let factors = [lora.lora_a.val(), lora.lora_b.val()];
+        kernels::linear_updated(x, &frozen.matrix, factors, update)
     }
 
     /// The product with the weight that a merge into the quantizer's format would write.
@@ -230,6 +248,16 @@ impl Linear {
 }
 
 impl Lora {
+    /// Whether the update sees another input than the weight.
+    fn drops(&self, pass: &Pass<'_>) -> bool {
+        self.dropout != 0.0 && pass.dropout_seed.is_some()
+    }
+
+    /// The update of `x`, added to `y`.
+    fn add_to(&self, y: Tensor<2>, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
+        kernels::linear_add(y, self.project(x, pass), self.lora_b.val())
+    }
+
     /// The input as the update sees it.
     fn dropped(&self, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
         let Some(seed) = pass.dropout_seed else {

@@ -14,7 +14,8 @@ use burn::backend::{Autodiff, AutodiffBackend, TensorMetadata};
 use crate::adamw::AdamWStep;
 use crate::backend::gradients::{ExpertsSaved, Gradients, LossSaved};
 use crate::backend::kept::{Form, Kept, remember, shared};
-use crate::backend::ops::{FactorsPrimitive, HeadRows, Kernels, RoutingPrimitive, StacksPrimitive};
+use crate::backend::linear::{HeadRows, Update};
+use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
 use crate::{Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Merge, Pairs, Segments};
 
 /// The loss against a frozen head without a low-rank update, whose gradient is made with it; and the log-sum-exps.
@@ -84,6 +85,28 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
             }
             OpsKind::UnTracked(op) => op.finish(y),
         }
+    }
+
+    fn linear_updated(
+        x: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        w: Arc<Matrix>,
+        update: Update,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (id, wants_x) = (x.id(), a.is_tracked() || b.is_tracked());
+        let nodes = [x.node(), a.node(), b.node()];
+        let (x, a, b) = (x.into_primitive(), a.into_primitive(), b.into_primitive());
+        let (y, low) = B::linear_updated(x.clone(), a.clone(), b.clone(), Arc::clone(&w), update);
+        let y = match LinearUpdated.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(op) => {
+                let kept = update.kept;
+                let x = wants_x.then(|| shared(id, kept, || B::keep(x, kept)));
+                op.finish(((x, low.clone()), [a, b], w, update), y)
+            }
+            OpsKind::UnTracked(op) => op.finish(y),
+        };
+        (y, Self::from_inner(low))
     }
 
     fn linear_merged(
@@ -521,6 +544,25 @@ gradient!(
         if let (Some(node), Some(x)) = (w_node, x) {
             grads.register::<B>(node, B::linear_dw(dy, &x, compute));
         }
+    }
+);
+
+gradient!(
+    LinearUpdated,
+    3,
+    (
+        (Option<Arc<Kept<FloatTensor<B>>>>, FloatTensor<B>),
+        [FloatTensor<B>; 2],
+        Arc<Matrix>,
+        Update
+    ),
+    |dy, parents, ((x, low), factors, w, update), grads| {
+        let [x_node, factor_nodes @ ..] = parents;
+        let want_x = x_node.is_some();
+        let kept = (x.as_deref(), low);
+        let (dx, factors) = B::linear_updated_grads(dy, kept, factors, (&w, update), want_x);
+        register::<B>(grads, [x_node], dx);
+        register::<B>(grads, factor_nodes, factors.into_iter().flatten());
     }
 );
 

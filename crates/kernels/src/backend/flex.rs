@@ -18,13 +18,12 @@ use rayon::prelude::*;
 use self::attention::{attend, shape_apart, shape_together};
 use self::experts::{FactorValues, RoutingValues, StackValues, experts_forward, frozen_experts};
 use self::loss::loss_forward;
-use self::products::{folded, nt, trained};
+use self::products::{folded, nt, nt_sum, scaled, trained};
 use self::values::{ELEMENTS, Floats, floats, int_values, ints, owned, swiglu_of};
 use crate::adamw::{self, AdamWStep};
 use crate::attention::{Context, Segments};
-use crate::backend::ops::{
-    Direction, FactorsPrimitive, HeadRows, Kernels, Merge, RoutingPrimitive, StacksPrimitive,
-};
+use crate::backend::linear::{Direction, HeadRows, Merge, Update};
+use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
 use crate::product::gemm;
 use crate::product::strided::{Mat, MatMut, Write};
 use crate::product::weights::Weights;
@@ -41,6 +40,23 @@ impl Kernels for Flex {
     fn linear_trained(x: FlexTensor, w: FlexTensor, compute: Compute, _: Compute) -> FlexTensor {
         let w = Floats::new(&w);
         nt(&Floats::rounded(&x, compute), trained(&w, compute))
+    }
+
+    fn linear_updated(
+        x: FlexTensor,
+        a: FlexTensor,
+        b: FlexTensor,
+        w: Arc<Matrix>,
+        update: Update,
+    ) -> (FlexTensor, FlexTensor) {
+        let [values, a, b] = [&x, &a, &b].map(Floats::new);
+        let low = scaled(&nt(&values, trained(&a, Compute::F32)), update.scale);
+        let x = Floats::rounded(&x, update.compute);
+        let y = nt_sum(&[
+            (x.mat(), Weights::frozen(&w, update.compute)),
+            (low.mat(), trained(&b, Compute::F32)),
+        ]);
+        (y, low.tensor().clone())
     }
 
     fn linear_merged(

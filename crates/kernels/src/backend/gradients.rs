@@ -7,7 +7,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 
 use crate::backend::kept::{Kept, shared};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
-use crate::{Compute, ExpertBank, ExpertLora, Matrix, Merge, Pairs, Segments};
+use crate::{Compute, ExpertBank, ExpertLora, Matrix, Merge, Pairs, Segments, Update};
 
 /// What the operations on experts keep for their gradients.
 #[derive(Clone, Debug)]
@@ -57,6 +57,14 @@ pub(crate) trait Gradients: Kernels {
         x: &Kept<FloatTensor<Self>>,
         compute: Compute,
     ) -> FloatTensor<Self>;
+    /// Gradients of x if it is wanted, and of `a` and `b` where x was kept for them; `saved` is x and `scale · x · aᵀ`.
+    fn linear_updated_grads(
+        dy: FloatTensor<Self>,
+        saved: (Option<&Kept<FloatTensor<Self>>>, FloatTensor<Self>),
+        factors: [FloatTensor<Self>; 2],
+        settings: (&Matrix, Update),
+        want_x: bool,
+    ) -> (Option<FloatTensor<Self>>, Option<[FloatTensor<Self>; 2]>);
     /// Gradients of x if it is wanted, and of `a` and `b` where x was kept for them.
     fn linear_merged_grads(
         dy: FloatTensor<Self>,

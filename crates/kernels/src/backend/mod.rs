@@ -4,4 +4,5 @@ mod autodiff;
 mod flex;
 pub(crate) mod gradients;
 pub(crate) mod kept;
+pub(crate) mod linear;
 pub(crate) mod ops;

@@ -14,7 +14,8 @@ use burn::backend::{Backend, Dispatch, ExtensionType, backend_extension};
 use burn::tensor::{Int, Tensor};
 
 use crate::adamw::AdamWStep;
-use crate::{Choice, Compute, ExpertBank, ExpertLora, Matrix, Pairs, Quantizer, Segments};
+use crate::backend::linear::{HeadRows, Merge, Update};
+use crate::{Choice, Compute, ExpertBank, ExpertLora, Matrix, Pairs, Segments};
 
 /// Which expert serves which token, and with what weight.
 #[derive(Clone, Debug, ExtensionType)]
@@ -46,16 +47,24 @@ pub struct StacksPrimitive<B: Backend> {
 /// Our operations on a backend's own tensors. Use the functions of this crate, which take burn's tensors.
 #[backend_extension(Autodiff, Flex)]
 pub trait Kernels: Backend {
-    /// See [`linear_frozen`].
+    /// See [`crate::linear_frozen`].
     fn linear_frozen(x: FloatTensor<Self>, w: Arc<Matrix>, compute: Compute) -> FloatTensor<Self>;
-    /// See [`linear_trained`].
+    /// See [`crate::linear_trained`].
     fn linear_trained(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         compute: Compute,
         kept: Compute,
     ) -> FloatTensor<Self>;
-    /// See [`linear_merged`].
+    /// See [`crate::linear_updated`]; also gives `scale · x · aᵀ`.
+    fn linear_updated(
+        x: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        w: Arc<Matrix>,
+        update: Update,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    /// See [`crate::linear_merged`].
     fn linear_merged(
         x: FloatTensor<Self>,
         a: FloatTensor<Self>,
@@ -64,20 +73,20 @@ pub trait Kernels: Backend {
         merge: Merge,
         compute: Compute,
     ) -> FloatTensor<Self>;
-    /// See [`linear_add`].
+    /// See [`crate::linear_add`].
     fn linear_add(
         y: FloatTensor<Self>,
         u: FloatTensor<Self>,
         b: FloatTensor<Self>,
     ) -> FloatTensor<Self>;
-    /// See [`row_norms`].
+    /// See [`crate::row_norms`].
     fn row_norms(
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
         w: Arc<Matrix>,
         scale: f32,
     ) -> FloatTensor<Self>;
-    /// See [`heads_linear`].
+    /// See [`crate::heads_linear`].
     fn heads_linear(x: FloatTensor<Self>, w: Arc<Matrix>, heads: HeadRows) -> FloatTensor<Self>;
     /// See [`embed_frozen`].
     fn embed_frozen(ids: IntTensor<Self>, w: Arc<Matrix>) -> FloatTensor<Self>;
@@ -166,173 +175,6 @@ pub trait Kernels: Backend {
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
     /// See [`sum_of_squares`].
     fn sum_of_squares_f32(x: FloatTensor<Self>) -> FloatTensor<Self>;
-}
-
-/// Which rows of a weight belong to which head, and in which direction they are multiplied.
-///
-/// The weight's rows are `heads` equal groups; of each group the rows `start..start + len` take part.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HeadRows {
-    /// Number of heads.
-    pub heads: usize,
-    /// First row used within a head's group.
-    pub start: usize,
-    /// Rows used.
-    pub len: usize,
-    /// Multiply with the rows as they are, or with their transpose.
-    pub direction: Direction,
-}
-
-/// Whether a product runs from a weight's input to its output, or back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
-    /// `y = x · wᵀ`.
-    Forward,
-    /// `y = x · w`.
-    Transposed,
-}
-
-/// `y = x · wᵀ` with a frozen weight.
-///
-/// # Shapes
-/// - `x`: `[tokens, in]`, `w`: `[out, in]`
-/// - returns: `[tokens, out]`
-///
-/// # Panics
-/// If the widths do not fit.
-pub fn linear_frozen(x: Tensor<2>, w: &Arc<Matrix>, compute: Compute) -> Tensor<2> {
-    assert_eq!(x.dims()[1], w.cols(), "input width of the weight");
-    float(Dispatch::linear_frozen(
-        x.into_dispatch(),
-        Arc::clone(w),
-        compute,
-    ))
-}
-
-/// `y = x · wᵀ` with a trained weight; `x` waits for the backward pass in the form that `kept` asks for.
-///
-/// # Shapes
-/// - `x`: `[tokens, in]`, `w`: `[out, in]`
-/// - returns: `[tokens, out]`
-///
-/// # Panics
-/// If the widths do not fit.
-pub fn linear_trained(x: Tensor<2>, w: Tensor<2>, compute: Compute, kept: Compute) -> Tensor<2> {
-    assert_eq!(x.dims()[1], w.dims()[1], "input width of the weight");
-    float(Dispatch::linear_trained(
-        x.into_dispatch(),
-        w.into_dispatch(),
-        compute,
-        kept,
-    ))
-}
-
-/// How a low-rank update becomes part of its weight.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Merge {
-    /// Multiplier of the update.
-    pub scale: f32,
-    /// What the sum is rounded to.
-    pub quantizer: Quantizer,
-}
-
-/// `y = x · q(w + scale · b · a)ᵀ`: a frozen weight as a merge would write it, formed and rounded tile by tile.
-///
-/// Rounding counts as the identity in the gradients of the factors, which are those of a low-rank update that is applied
-/// to the activations; the gradient of `x` goes through the rounded weight.
-///
-/// # Shapes
-/// - `x`: `[tokens, in]`, `w`: `[out, in]`, `a`: `[rank, in]`, `b`: `[out, rank]` (rank 0 means no update)
-/// - returns: `[tokens, out]`
-///
-/// # Panics
-/// If the sizes do not fit.
-pub fn linear_merged(
-    x: Tensor<2>,
-    w: &Arc<Matrix>,
-    [a, b]: [Tensor<2>; 2],
-    merge: Merge,
-    compute: Compute,
-) -> Tensor<2> {
-    let rank = a.dims()[0];
-    assert_eq!(
-        [x.dims()[1], a.dims()[1]],
-        [w.cols(); 2],
-        "input width of the weight"
-    );
-    assert_eq!(b.dims(), [w.rows(), rank], "second factor");
-    float(Dispatch::linear_merged(
-        x.into_dispatch(),
-        a.into_dispatch(),
-        b.into_dispatch(),
-        Arc::clone(w),
-        merge,
-        compute,
-    ))
-}
-
-/// `y + u · bᵀ`, in place where nobody else holds `y`; the second half of a low-rank update.
-///
-/// # Shapes
-/// - `y`: `[tokens, out]`, `u`: `[tokens, rank]`, `b`: `[out, rank]`
-/// - returns: `[tokens, out]`
-///
-/// # Panics
-/// If the sizes do not fit.
-pub fn linear_add(y: Tensor<2>, u: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
-    assert_eq!(
-        (y.dims()[1], u.dims()[1]),
-        (b.dims()[0], b.dims()[1]),
-        "widths of the factor"
-    );
-    float(Dispatch::linear_add(
-        y.into_dispatch(),
-        u.into_dispatch(),
-        b.into_dispatch(),
-    ))
-}
-
-/// `‖w_i + scale · b_i · a‖` of every row `i` of a frozen weight, formed tile by tile. Has no gradient.
-///
-/// # Shapes
-/// - `w`: `[out, in]`, `a`: `[rank, in]`, `b`: `[out, rank]` (rank 0 means no update)
-/// - returns: `[out]`
-///
-/// # Panics
-/// If the sizes do not fit.
-pub fn row_norms(w: &Arc<Matrix>, [a, b]: [Tensor<2>; 2], scale: f32) -> Tensor<1> {
-    let rank = a.dims()[0];
-    assert_eq!(a.dims(), [rank, w.cols()], "first factor");
-    assert_eq!(b.dims(), [w.rows(), rank], "second factor");
-    Tensor::from_dispatch(Dispatch::row_norms(
-        a.into_dispatch(),
-        b.into_dispatch(),
-        Arc::clone(w),
-        scale,
-    ))
-}
-
-/// Multiplies each head with its own rows of one frozen weight. Has no gradient: decoding uses it.
-///
-/// # Shapes
-/// - `w`: `[heads · rows_per_head, in]`
-/// - `x`: `[tokens, heads, in]` (forward) or `[tokens, heads, rows.len]` (transposed)
-/// - returns: `[tokens, heads, rows.len]` (forward) or `[tokens, heads, in]` (transposed)
-///
-/// # Panics
-/// If the sizes do not fit.
-pub fn heads_linear(x: Tensor<3>, w: &Arc<Matrix>, rows: HeadRows) -> Tensor<3> {
-    let width = if rows.direction == Direction::Forward {
-        w.cols()
-    } else {
-        rows.len
-    };
-    assert_eq!(x.dims()[1..], [rows.heads, width], "heads and width");
-    Tensor::from_dispatch(Dispatch::heads_linear(
-        x.into_dispatch(),
-        Arc::clone(w),
-        rows,
-    ))
 }
 
 /// Rows of a frozen embedding.
@@ -783,7 +625,7 @@ pub fn sum_of_squares(x: Tensor<1>) -> Tensor<1> {
     Tensor::from_dispatch(Dispatch::sum_of_squares_f32(x.into_dispatch()))
 }
 
-fn float(tensor: burn::backend::DispatchTensor) -> Tensor<2> {
+pub(super) fn float(tensor: burn::backend::DispatchTensor) -> Tensor<2> {
     Tensor::from_dispatch(tensor)
 }
 

@@ -109,19 +109,45 @@ multiversion! {
     }
 }
 
+/// One product of a sum: rows of activations, and the weight they are multiplied with.
+pub(crate) type Term<'a> = (Mat<'a>, Weights<'a>);
+
 /// `y = x · wᵀ`: x `[rows, in]`, w `[out, in]`, y `[rows, out]`.
 pub(crate) fn nt(x: Mat<'_>, w: Weights<'_>, y: MatMut<'_>, write: Write) {
-    assert_eq!(x.cols(), w.in_width(), "the input width of the weight");
-    if x.rows() <= FEW_ROWS && w.block().is_none() {
-        return nt_few_rows(x, w, y, write);
+    nt_sum(&[(x, w)], y, write);
+}
+
+/// `y = Σ x · wᵀ`, each as in [`nt`], of terms that read few rows in the same way.
+pub(crate) fn nt_sum(terms: &[Term<'_>], mut y: MatMut<'_>, write: Write) {
+    for (x, w) in terms {
+        assert_eq!(x.cols(), w.in_width(), "the input width of the weight");
     }
-    let [grain, _] = w.grain();
-    for_each_task([x.rows(), y.cols()], grain, |rows, outs| {
+    if is_few_rows(terms) {
+        let (rows, cols) = (0..y.rows(), 0..y.cols());
+        for (i, (x, w)) in terms.iter().enumerate() {
+            let y = y.block(rows.clone(), cols.clone());
+            nt_few_rows(*x, *w, y, write.after(i == 0));
+        }
+        return;
+    }
+    let grain = terms.iter().map(|(_, w)| w.grain()[0]).max().unwrap_or(1);
+    for_each_task([y.rows(), y.cols()], grain, |rows, outs| {
         // SAFETY: tasks write different blocks.
         #[expect(unsafe_code, reason = "disjoint blocks of one output")]
-        let y = unsafe { y.part(rows.clone(), outs.clone()) };
-        nt_serial(x.block(rows, 0..x.cols()), w, outs, y, write);
+        let mut y = unsafe { y.part(rows.clone(), outs.clone()) };
+        for (i, (x, w)) in terms.iter().enumerate() {
+            let y = y.block(0..rows.len(), 0..outs.len());
+            let x = x.block(rows.clone(), 0..x.cols());
+            nt_serial(x, *w, outs.clone(), y, write.after(i == 0));
+        }
     });
+}
+
+/// Whether the rows are multiplied one by one: they are few, and each weight can be read by rows.
+fn is_few_rows(terms: &[Term<'_>]) -> bool {
+    terms
+        .iter()
+        .all(|(x, w)| x.rows() <= FEW_ROWS && w.block().is_none())
 }
 
 /// [`nt`] on one thread, for the output columns `outs`.
@@ -164,23 +190,32 @@ fn nt_few_rows(x: Mat<'_>, w: Weights<'_>, y: MatMut<'_>, write: Write) {
 
 /// `dx = dy · w`: dy `[rows, out]`, w `[out, in]`, dx `[rows, in]`.
 pub(crate) fn nn(dy: Mat<'_>, w: Weights<'_>, dx: MatMut<'_>, write: Write) {
-    assert_eq!(dy.cols(), w.out_width(), "the output width of the weight");
-    if dy.rows() <= FEW_ROWS && w.block().is_none() {
-        return nn_few_rows(dy, w, dx, write);
+    nn_sum(&[(dy, w)], dx, write);
+}
+
+/// `dx = Σ dy · w`, each as in [`nn`], of terms that read few rows in the same way.
+pub(crate) fn nn_sum(terms: &[Term<'_>], mut dx: MatMut<'_>, write: Write) {
+    for (dy, w) in terms {
+        assert_eq!(dy.cols(), w.out_width(), "the output width of the weight");
     }
-    let [_, grain] = w.grain();
-    for_each_task([dy.rows(), dx.cols()], grain, |rows, ins| {
+    if is_few_rows(terms) {
+        let (rows, cols) = (0..dx.rows(), 0..dx.cols());
+        for (i, (dy, w)) in terms.iter().enumerate() {
+            let dx = dx.block(rows.clone(), cols.clone());
+            nn_few_rows(*dy, *w, dx, write.after(i == 0));
+        }
+        return;
+    }
+    let grain = terms.iter().map(|(_, w)| w.grain()[1]).max().unwrap_or(1);
+    for_each_task([dx.rows(), dx.cols()], grain, |rows, ins| {
         // SAFETY: tasks write different blocks.
         #[expect(unsafe_code, reason = "disjoint blocks of one output")]
-        let dx = unsafe { dx.part(rows.clone(), ins.clone()) };
-        nn_serial(
-            dy.block(rows, 0..dy.cols()),
-            w,
-            0..dy.cols(),
-            ins,
-            dx,
-            write,
-        );
+        let mut dx = unsafe { dx.part(rows.clone(), ins.clone()) };
+        for (i, (dy, w)) in terms.iter().enumerate() {
+            let dx = dx.block(0..rows.len(), 0..ins.len());
+            let (dy, outs) = (dy.block(rows.clone(), 0..dy.cols()), 0..dy.cols());
+            nn_serial(dy, *w, outs, ins.clone(), dx, write.after(i == 0));
+        }
     });
 }
 

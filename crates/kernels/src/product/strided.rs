@@ -143,7 +143,7 @@ impl<'a> MatMut<'a> {
         Self::new(values, rows, cols, cols)
     }
 
-    pub(super) fn rows(&self) -> usize {
+    pub(crate) fn rows(&self) -> usize {
         self.rows
     }
 

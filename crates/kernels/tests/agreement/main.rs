@@ -9,10 +9,10 @@ use burn::tensor::activation::{log_softmax, sigmoid, softmax};
 use burn::tensor::{Bool, Device, Distribution, Int, Tensor, TensorData};
 use moeforge_kernels::{
     Choice, Compute, Direction, Dropout, ExpertBank, ExpertFactors, ExpertLora, Format, GroupScore,
-    HeadRows, Matrix, Pairs, Routing, Segments, attention, choose_experts, cross_entropy_frozen,
-    cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained, expanded_attention,
-    experts_frozen, experts_trained, heads_linear, linear_add, linear_frozen, linear_trained,
-    rms_norm, rope, swiglu,
+    HeadRows, Matrix, Pairs, Routing, Segments, Update, attention, choose_experts,
+    cross_entropy_frozen, cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained,
+    expanded_attention, experts_frozen, experts_trained, heads_linear, linear_add, linear_frozen,
+    linear_trained, linear_updated, rms_norm, rope, swiglu,
 };
 
 /// f32 sums of a few hundred products of values around 1, in another order: relative to the largest value.
@@ -105,6 +105,7 @@ fn linear_agrees() {
             random([out, 3]),
             random([tokens, 3]),
         );
+        let a = random([3, inner]);
         agree!(
             "linear_trained",
             [x, w],
@@ -125,6 +126,22 @@ fn linear_agrees() {
                 [x],
                 linear_frozen(x.clone(), &w, Compute::F32),
                 x.clone().matmul(dense.clone().transpose())
+            );
+            let what = format!("linear_updated {}", w.format().name());
+            let update = Update {
+                scale: 0.7,
+                compute: Compute::F32,
+                kept: Compute::F32,
+            };
+            agree!(
+                what,
+                [x, a, b],
+                linear_updated(x.clone(), &w, [a.clone(), b.clone()], update),
+                x.clone().matmul(dense.clone().transpose())
+                    + x.clone()
+                        .matmul(a.clone().transpose())
+                        .matmul(b.clone().transpose())
+                        * 0.7
             );
         }
     }

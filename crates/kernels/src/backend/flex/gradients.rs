@@ -9,13 +9,14 @@ use rayon::prelude::*;
 use super::attention::{shape_apart, shape_together};
 use super::experts::{FactorValues, RoutingValues, StackValues, frozen_experts};
 use super::loss::{TrainedTokens, loss_with_gradients};
-use super::products::{folded, nn, nt, trained};
+use super::products::{folded, nn, nn_sum, nt, scaled, trained};
 use super::turn;
-use super::values::{ELEMENTS, Floats, ROUNDED_ROWS, floats, int_values, owned};
+use super::values::{ELEMENTS, Floats, floats, int_values, owned};
 use crate::attention::{self, ContextGrads, Segments};
 use crate::backend::gradients::{ExpertsSaved, Gradients, LossSaved};
 use crate::backend::kept::{Form, Kept};
-use crate::backend::ops::{FactorsPrimitive, Merge, StacksPrimitive};
+use crate::backend::linear::{Merge, Update};
+use crate::backend::ops::{FactorsPrimitive, StacksPrimitive};
 use crate::cross_entropy::{self, Row};
 use crate::experts::{self, InputGrads};
 use crate::fp8::encode_tiles;
@@ -39,6 +40,27 @@ impl Gradients for Flex {
         tn(&dy, &Floats::kept(x).rounded_columns(compute))
     }
 
+    fn linear_updated_grads(
+        dy: FlexTensor,
+        (x, low): (Option<&Kept<FlexTensor>>, FlexTensor),
+        factors: [FlexTensor; 2],
+        (w, update): (&Matrix, Update),
+        want_x: bool,
+    ) -> (Option<FlexTensor>, Option<[FlexTensor; 2]>) {
+        let [a, b] = factors.each_ref().map(Floats::new);
+        let values = Floats::new(&dy);
+        let dlow = scaled(&nn(&values, trained(&b, Compute::F32)), update.scale);
+        let dx = want_x.then(|| {
+            let dy = Floats::rounded(&dy, update.compute);
+            nn_sum(&[
+                (dy.mat(), Weights::frozen(w, update.compute)),
+                (dlow.mat(), trained(&a, Compute::F32)),
+            ])
+        });
+        let grads = x.map(|x| [tn(&dlow, &Floats::kept(x)), tn(&values, &Floats::new(&low))]);
+        (dx, grads)
+    }
+
     fn linear_merged_grads(
         dy: FlexTensor,
         x: Option<&Kept<FlexTensor>>,
@@ -51,14 +73,9 @@ impl Gradients for Flex {
         let dx = want_x.then(|| nn(&Floats::rounded(&dy, compute), weights));
         let grads = x.map(|x| {
             let ([a, b], x) = (&factors, Floats::kept(x));
-            let scaled = |values: FlexTensor| {
-                Floats::new(&values).mapped(ROUNDED_ROWS, |rows, _| {
-                    rows.iter_mut().for_each(|v| *v *= merge.scale)
-                })
-            };
             let dy = Floats::new(&dy);
-            let low = scaled(nt(&x, trained(a, Compute::F32)));
-            let dlow = scaled(nn(&dy, trained(b, Compute::F32)));
+            let low = scaled(&nt(&x, trained(a, Compute::F32)), merge.scale);
+            let dlow = scaled(&nn(&dy, trained(b, Compute::F32)), merge.scale);
             [tn(&dlow, &x), tn(&dy, &low)]
         });
         (dx, grads)

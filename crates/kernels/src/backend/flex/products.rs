@@ -2,10 +2,10 @@
 
 use burn_flex::FlexTensor;
 
-use super::values::{Floats, floats};
+use super::values::{Floats, ROUNDED_ROWS, floats};
 use crate::Compute;
-use crate::backend::ops::Merge;
-use crate::product::gemm;
+use crate::backend::linear::Merge;
+use crate::product::gemm::{self, Term};
 use crate::product::strided::{MatMut, Write};
 use crate::product::weights::{Folded, Weights};
 
@@ -23,25 +23,32 @@ pub(super) fn folded(factors: &[Floats; 2], merge: Merge) -> Folded<'_> {
 }
 
 pub(super) fn nt(x: &Floats, w: Weights<'_>) -> FlexTensor {
-    let (rows, cols) = (x.mat().rows(), w.out_width());
+    nt_sum(&[(x.mat(), w)])
+}
+
+/// The sum of products with the same rows and outputs.
+pub(super) fn nt_sum(terms: &[Term<'_>]) -> FlexTensor {
+    let (rows, cols) = (terms[0].0.rows(), terms[0].1.out_width());
     let mut y = gemm::zeros(rows * cols);
-    gemm::nt(
-        x.mat(),
-        w,
-        MatMut::dense(&mut y, rows, cols),
-        Write::Replace,
-    );
+    gemm::nt_sum(terms, MatMut::dense(&mut y, rows, cols), Write::Replace);
     floats(y, [rows, cols])
 }
 
 pub(super) fn nn(dy: &Floats, w: Weights<'_>) -> FlexTensor {
-    let (rows, cols) = (dy.mat().rows(), w.in_width());
+    nn_sum(&[(dy.mat(), w)])
+}
+
+/// The sum of products with the same rows and inputs.
+pub(super) fn nn_sum(terms: &[Term<'_>]) -> FlexTensor {
+    let (rows, cols) = (terms[0].0.rows(), terms[0].1.in_width());
     let mut dx = gemm::zeros(rows * cols);
-    gemm::nn(
-        dy.mat(),
-        w,
-        MatMut::dense(&mut dx, rows, cols),
-        Write::Replace,
-    );
+    gemm::nn_sum(terms, MatMut::dense(&mut dx, rows, cols), Write::Replace);
     floats(dx, [rows, cols])
+}
+
+/// The values times a number.
+pub(super) fn scaled(values: &FlexTensor, scale: f32) -> Floats {
+    Floats::new(values).mapped(ROUNDED_ROWS, |rows, _| {
+        rows.iter_mut().for_each(|v| *v *= scale);
+    })
 }

@@ -1,0 +1,218 @@
+//! Linear layers as burn sees them: products of activations with frozen and trained weights, and with low-rank updates.
+
+use std::sync::Arc;
+
+use burn::backend::Dispatch;
+use burn::tensor::Tensor;
+
+use crate::backend::ops::{Kernels, float};
+use crate::{Compute, Matrix, Quantizer};
+
+/// Which rows of a weight belong to which head, and in which direction they are multiplied.
+///
+/// The weight's rows are `heads` equal groups; of each group the rows `start..start + len` take part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadRows {
+    /// Number of heads.
+    pub heads: usize,
+    /// First row used within a head's group.
+    pub start: usize,
+    /// Rows used.
+    pub len: usize,
+    /// Multiply with the rows as they are, or with their transpose.
+    pub direction: Direction,
+}
+
+/// Whether a product runs from a weight's input to its output, or back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// `y = x · wᵀ`.
+    Forward,
+    /// `y = x · w`.
+    Transposed,
+}
+
+/// `y = x · wᵀ` with a frozen weight.
+///
+/// # Shapes
+/// - `x`: `[tokens, in]`, `w`: `[out, in]`
+/// - returns: `[tokens, out]`
+///
+/// # Panics
+/// If the widths do not fit.
+pub fn linear_frozen(x: Tensor<2>, w: &Arc<Matrix>, compute: Compute) -> Tensor<2> {
+    assert_eq!(x.dims()[1], w.cols(), "input width of the weight");
+    float(Dispatch::linear_frozen(
+        x.into_dispatch(),
+        Arc::clone(w),
+        compute,
+    ))
+}
+
+/// `y = x · wᵀ` with a trained weight; `x` waits for the backward pass in the form that `kept` asks for.
+///
+/// # Shapes
+/// - `x`: `[tokens, in]`, `w`: `[out, in]`
+/// - returns: `[tokens, out]`
+///
+/// # Panics
+/// If the widths do not fit.
+pub fn linear_trained(x: Tensor<2>, w: Tensor<2>, compute: Compute, kept: Compute) -> Tensor<2> {
+    assert_eq!(x.dims()[1], w.dims()[1], "input width of the weight");
+    float(Dispatch::linear_trained(
+        x.into_dispatch(),
+        w.into_dispatch(),
+        compute,
+        kept,
+    ))
+}
+
+/// A low-rank update that is applied to the activations, and how its layer multiplies.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Update {
+    /// Multiplier of the update.
+    pub scale: f32,
+    /// What the product with the weight rounds its operands to; those with the factors are f32.
+    pub compute: Compute,
+    /// In what form the input waits for the backward pass.
+    pub kept: Compute,
+}
+
+/// `y = x · wᵀ + scale · (x · aᵀ) · bᵀ` with a frozen weight: what [`linear_frozen`], [`linear_trained`] and
+/// [`linear_add`] make together, in one visit of `y` and of the gradient of `x`.
+///
+/// # Shapes
+/// - `x`: `[tokens, in]`, `w`: `[out, in]`, `a`: `[rank, in]`, `b`: `[out, rank]`
+/// - returns: `[tokens, out]`
+///
+/// # Panics
+/// If the sizes do not fit.
+pub fn linear_updated(
+    x: Tensor<2>,
+    w: &Arc<Matrix>,
+    [a, b]: [Tensor<2>; 2],
+    update: Update,
+) -> Tensor<2> {
+    assert_eq!(
+        [x.dims()[1], a.dims()[1]],
+        [w.cols(); 2],
+        "input width of the weight"
+    );
+    assert_eq!(b.dims(), [w.rows(), a.dims()[0]], "second factor");
+    let (y, _low) = Dispatch::linear_updated(
+        x.into_dispatch(),
+        a.into_dispatch(),
+        b.into_dispatch(),
+        Arc::clone(w),
+        update,
+    );
+    float(y)
+}
+
+/// How a low-rank update becomes part of its weight.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Merge {
+    /// Multiplier of the update.
+    pub scale: f32,
+    /// What the sum is rounded to.
+    pub quantizer: Quantizer,
+}
+
+/// `y = x · q(w + scale · b · a)ᵀ`: a frozen weight as a merge would write it, formed and rounded tile by tile.
+///
+/// Rounding counts as the identity in the gradients of the factors, which are those of a low-rank update that is applied
+/// to the activations; the gradient of `x` goes through the rounded weight.
+///
+/// # Shapes
+/// - `x`: `[tokens, in]`, `w`: `[out, in]`, `a`: `[rank, in]`, `b`: `[out, rank]` (rank 0 means no update)
+/// - returns: `[tokens, out]`
+///
+/// # Panics
+/// If the sizes do not fit.
+pub fn linear_merged(
+    x: Tensor<2>,
+    w: &Arc<Matrix>,
+    [a, b]: [Tensor<2>; 2],
+    merge: Merge,
+    compute: Compute,
+) -> Tensor<2> {
+    let rank = a.dims()[0];
+    assert_eq!(
+        [x.dims()[1], a.dims()[1]],
+        [w.cols(); 2],
+        "input width of the weight"
+    );
+    assert_eq!(b.dims(), [w.rows(), rank], "second factor");
+    float(Dispatch::linear_merged(
+        x.into_dispatch(),
+        a.into_dispatch(),
+        b.into_dispatch(),
+        Arc::clone(w),
+        merge,
+        compute,
+    ))
+}
+
+/// `y + u · bᵀ`, in place where nobody else holds `y`; the second half of a low-rank update.
+///
+/// # Shapes
+/// - `y`: `[tokens, out]`, `u`: `[tokens, rank]`, `b`: `[out, rank]`
+/// - returns: `[tokens, out]`
+///
+/// # Panics
+/// If the sizes do not fit.
+pub fn linear_add(y: Tensor<2>, u: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
+    assert_eq!(
+        (y.dims()[1], u.dims()[1]),
+        (b.dims()[0], b.dims()[1]),
+        "widths of the factor"
+    );
+    float(Dispatch::linear_add(
+        y.into_dispatch(),
+        u.into_dispatch(),
+        b.into_dispatch(),
+    ))
+}
+
+/// `‖w_i + scale · b_i · a‖` of every row `i` of a frozen weight, formed tile by tile. Has no gradient.
+///
+/// # Shapes
+/// - `w`: `[out, in]`, `a`: `[rank, in]`, `b`: `[out, rank]` (rank 0 means no update)
+/// - returns: `[out]`
+///
+/// # Panics
+/// If the sizes do not fit.
+pub fn row_norms(w: &Arc<Matrix>, [a, b]: [Tensor<2>; 2], scale: f32) -> Tensor<1> {
+    let rank = a.dims()[0];
+    assert_eq!(a.dims(), [rank, w.cols()], "first factor");
+    assert_eq!(b.dims(), [w.rows(), rank], "second factor");
+    Tensor::from_dispatch(Dispatch::row_norms(
+        a.into_dispatch(),
+        b.into_dispatch(),
+        Arc::clone(w),
+        scale,
+    ))
+}
+
+/// Multiplies each head with its own rows of one frozen weight. Has no gradient: decoding uses it.
+///
+/// # Shapes
+/// - `w`: `[heads · rows_per_head, in]`
+/// - `x`: `[tokens, heads, in]` (forward) or `[tokens, heads, rows.len]` (transposed)
+/// - returns: `[tokens, heads, rows.len]` (forward) or `[tokens, heads, in]` (transposed)
+///
+/// # Panics
+/// If the sizes do not fit.
+pub fn heads_linear(x: Tensor<3>, w: &Arc<Matrix>, rows: HeadRows) -> Tensor<3> {
+    let width = if rows.direction == Direction::Forward {
+        w.cols()
+    } else {
+        rows.len
+    };
+    assert_eq!(x.dims()[1..], [rows.heads, width], "heads and width");
+    Tensor::from_dispatch(Dispatch::heads_linear(
+        x.into_dispatch(),
+        Arc::clone(w),
+        rows,
+    ))
+}
