@@ -18,7 +18,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::exp;
-use crate::product::gemm::{tiles, with_scratch, zeros};
+use crate::product::gemm::{dot, tiles, with_scratch, zeros};
 use crate::product::strided::{Mat, MatMut, Write, gemm};
 
 /// Queries per tile.
@@ -458,7 +458,7 @@ fn backward_head(
 
 /// Turns one row of the probabilities' gradients into the scores': `p · (dp − ⟨dout, out⟩)`.
 fn score_gradients(ds: &mut [f32], p: &[f32], dout: &[f32], out: &[f32]) {
-    let delta: f32 = dout.iter().zip(out).map(|(dout, out)| dout * out).sum();
+    let delta = dot(dout, out);
     ds.iter_mut()
         .zip(p)
         .for_each(|(ds, p)| *ds = p * (*ds - delta));

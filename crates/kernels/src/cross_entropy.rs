@@ -27,7 +27,7 @@ pub(crate) const IGNORED: i32 = -100;
 const TILE_TOKENS: usize = 512;
 const TILE_VOCAB: usize = 512;
 /// At least this many tasks visit the vocabulary: few tokens are cut along it too.
-const TASKS: usize = 16;
+const TASKS: usize = 32;
 /// Tokens between two visits of the same vocabulary entry in the backward pass, and those of one of its tasks.
 const PASS_TOKENS: usize = 1024;
 const PASS_TASK_TOKENS: usize = 256;

@@ -16,7 +16,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::dropout::Dropout;
-use crate::product::gemm::{nn_serial, nt_serial, tiles, with_scratch, zeros};
+use crate::product::gemm::{dot, nn_serial, nt_serial, share, tiles, with_scratch, zeros};
 use crate::product::strided::{Mat, MatMut, Write, gemm};
 use crate::product::weights::{Folded, Weights};
 use crate::{Compute, Matrix, Quantizer, swiglu};
@@ -342,31 +342,29 @@ fn forward_slots(experts: Experts<'_>, slots: Slots<'_>, x: &[f32], outputs: [&m
     let [gate, up, rows] = outputs;
     let outputs = [(gate, inner), (up, inner), (rows, hidden)]
         .map(|(v, width)| MatMut::dense(v, n_slots, width));
-    slots
-        .pieces()
-        .into_par_iter()
-        .with_max_len(1)
-        .for_each(|(expert, places)| {
-            // SAFETY: pieces are different places.
-            #[expect(unsafe_code, reason = "disjoint rows of three outputs")]
-            let [mut gate, mut up, mut out] = unsafe {
-                outputs
-                    .each_ref()
-                    .map(|all| all.part(places.clone(), 0..all.cols()))
-            };
-            let n = places.len();
-            with_scratch(n * (hidden + inner), |scratch| {
-                let (xs, act) = scratch.split_at_mut(n * hidden);
-                slots.gather(x, hidden, places.clone(), xs);
-                let xs = Mat::dense(xs, n, hidden);
-                experts.project(GATE, expert, places.clone(), xs, gate.values());
-                experts.project(UP, expert, places.clone(), xs, up.values());
-                swiglu::forward(gate.values(), up.values(), act);
-                experts.compute.round_rows(act, inner);
-                let act = Mat::dense(act, n, inner);
-                experts.project(DOWN, expert, places, act, out.values());
-            });
+    let pieces = slots.pieces();
+    share(pieces.len(), |i| {
+        let (expert, places) = pieces[i].clone();
+        // SAFETY: pieces are different places.
+        #[expect(unsafe_code, reason = "disjoint rows of three outputs")]
+        let [mut gate, mut up, mut out] = unsafe {
+            outputs
+                .each_ref()
+                .map(|all| all.part(places.clone(), 0..all.cols()))
+        };
+        let n = places.len();
+        with_scratch(n * (hidden + inner), |scratch| {
+            let (xs, act) = scratch.split_at_mut(n * hidden);
+            slots.gather(x, hidden, places.clone(), xs);
+            let xs = Mat::dense(xs, n, hidden);
+            experts.project(GATE, expert, places.clone(), xs, gate.values());
+            experts.project(UP, expert, places.clone(), xs, up.values());
+            swiglu::forward(gate.values(), up.values(), act);
+            experts.compute.round_rows(act, inner);
+            let act = Mat::dense(act, n, inner);
+            experts.project(DOWN, expert, places, act, out.values());
         });
+    });
 }
 
 /// What the backward pass reads: the inputs of [`forward`] and the products it saved.
@@ -445,37 +443,35 @@ fn backward_slots(
         let width = values.len() / n_slots.max(1);
         MatMut::dense(values, n_slots, width)
     });
-    slots
-        .pieces()
-        .into_par_iter()
-        .with_max_len(1)
-        .for_each(|(expert, places)| {
-            // SAFETY: pieces are different places.
-            #[expect(unsafe_code, reason = "disjoint rows of five outputs")]
-            let [mut dgate, mut dup, mut act, mut dx, mut dweight] = unsafe {
-                outputs
-                    .each_ref()
-                    .map(|all| all.part(places.clone(), 0..all.cols()))
-            };
-            let (n, range) = (places.len(), places.start * inner..places.end * inner);
-            let (gate, up) = (&saved.gate[range.clone()], &saved.up[range]);
-            swiglu::forward(gate, up, act.values());
-            back_through_down(experts, slots, dy, (expert, places.clone()), dgate.values());
-            let weights = places
-                .clone()
-                .map(|at| saved.weights[slots.order[at] as usize]);
-            with_rounded_rows(act.values(), inner, experts.compute, |act| {
-                weigh(dgate.values(), act, dweight.values(), weights);
-            });
-            swiglu::backward(dgate.values(), dup.values(), gate, up);
-            let gradients = [(GATE, dgate, Write::Replace), (UP, dup, Write::Add)];
-            for (projection, mut dy, write) in gradients {
-                with_rounded_rows(dy.values(), inner, experts.compute, |dy| {
-                    let (dy, dx) = (Mat::dense(dy, n, inner), (dx.values(), write));
-                    experts.project_back(projection, expert, places.clone(), dy, dx);
-                });
-            }
+    let pieces = slots.pieces();
+    share(pieces.len(), |i| {
+        let (expert, places) = pieces[i].clone();
+        // SAFETY: pieces are different places.
+        #[expect(unsafe_code, reason = "disjoint rows of five outputs")]
+        let [mut dgate, mut dup, mut act, mut dx, mut dweight] = unsafe {
+            outputs
+                .each_ref()
+                .map(|all| all.part(places.clone(), 0..all.cols()))
+        };
+        let (n, range) = (places.len(), places.start * inner..places.end * inner);
+        let (gate, up) = (&saved.gate[range.clone()], &saved.up[range]);
+        swiglu::forward(gate, up, act.values());
+        back_through_down(experts, slots, dy, (expert, places.clone()), dgate.values());
+        let weights = places
+            .clone()
+            .map(|at| saved.weights[slots.order[at] as usize]);
+        with_rounded_rows(act.values(), inner, experts.compute, |act| {
+            weigh(dgate.values(), act, dweight.values(), weights);
         });
+        swiglu::backward(dgate.values(), dup.values(), gate, up);
+        let gradients = [(GATE, dgate, Write::Replace), (UP, dup, Write::Add)];
+        for (projection, mut dy, write) in gradients {
+            with_rounded_rows(dy.values(), inner, experts.compute, |dy| {
+                let (dy, dx) = (Mat::dense(dy, n, inner), (dx.values(), write));
+                experts.project_back(projection, expert, places.clone(), dy, dx);
+            });
+        }
+    });
 }
 
 /// The activations' gradients, before the routing weights: `downᵀ(dy)`.
@@ -542,7 +538,7 @@ fn weigh(dact: &mut [f32], act: &[f32], dweights: &mut [f32], weights: impl Iter
     let width = act.len() / dweights.len().max(1);
     let rows = dact.chunks_mut(width.max(1)).zip(act.chunks(width.max(1)));
     for ((dact, act), (dweight, weight)) in rows.zip(dweights.iter_mut().zip(weights)) {
-        *dweight = dact.iter().zip(act).map(|(dact, act)| dact * act).sum();
+        *dweight = dot(dact, act);
         dact.iter_mut().for_each(|dact| *dact *= weight);
     }
 }

@@ -12,6 +12,7 @@
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
@@ -23,9 +24,10 @@ use crate::simd::multiversion;
 pub(crate) const FEW_ROWS: usize = 8;
 
 /// Columns of the output that one task computes, and the most rows: tall, since each task packs its weights anew.
-const TASK: [usize; 2] = [1024, 128];
-/// Tasks per thread, where there are rows for them: cores of unequal speed end together.
-const TASKS_PER_THREAD: usize = 4;
+const WIDTH: usize = 128;
+const HEIGHT: usize = 1024;
+/// Pieces of the last columns, one for each thread: small tasks, so that cores of unequal speed end together.
+const PIECES: usize = 4;
 /// Fewer rows are not worth a task.
 const FEWEST_ROWS: usize = 48;
 /// Outputs per task where there are few rows.
@@ -81,6 +83,40 @@ pub(crate) fn zeros(len: usize) -> Vec<f32> {
     // SAFETY: the first `len` values were written.
     unsafe { values.set_len(len) };
     values
+}
+
+/// New values of a matrix that a product replaces, all of them: they are not cleared before.
+#[expect(
+    unsafe_code,
+    reason = "the length of a vector whose values were just written"
+)]
+fn replaced([rows, cols]: [usize; 2], product: impl FnOnce(MatMut<'_>)) -> Vec<f32> {
+    let mut values = Vec::with_capacity(rows * cols);
+    let spare = &mut values.spare_capacity_mut()[..rows * cols];
+    if cfg!(test) {
+        spare.fill(MaybeUninit::new(f32::NAN));
+    }
+    product(MatMut::unwritten(spare, rows, cols));
+    // SAFETY: the products of this file write every value when they replace what is there.
+    unsafe { values.set_len(rows * cols) };
+    values
+}
+
+/// [`nt_sum`] as new values.
+pub(crate) fn new_nt(terms: &[Term<'_>]) -> Vec<f32> {
+    let size = [terms[0].0.rows(), terms[0].1.out_width()];
+    replaced(size, |y| nt_sum(terms, y, Write::Replace))
+}
+
+/// [`nn_sum`] as new values.
+pub(crate) fn new_nn(terms: &[Term<'_>]) -> Vec<f32> {
+    let size = [terms[0].0.rows(), terms[0].1.in_width()];
+    replaced(size, |dx| nn_sum(terms, dx, Write::Replace))
+}
+
+/// [`tn`] as new values.
+pub(crate) fn new_tn(dy: Mat<'_>, x: Mat<'_>) -> Vec<f32> {
+    replaced([dy.cols(), x.cols()], |dw| tn(dy, x, dw))
 }
 
 multiversion! {
@@ -287,17 +323,43 @@ fn for_each_task(
     grain: usize,
     task: impl Fn(Range<usize>, Range<usize>) + Sync,
 ) {
-    let width = TASK[1].next_multiple_of(grain);
-    let wanted = TASKS_PER_THREAD * rayon::current_num_threads();
-    let pieces = wanted.div_ceil(cols.div_ceil(width).max(1));
-    let height = rows.div_ceil(pieces).clamp(FEWEST_ROWS, TASK[0]);
-    let blocks: Vec<_> = tiles(0..cols, width)
-        .flat_map(|c| tiles(0..rows, height).map(move |r| (r, c.clone())))
+    let columns: Vec<_> = tiles(0..cols, WIDTH.next_multiple_of(grain)).collect();
+    let (tall, last) = columns.split_at(columns.len().saturating_sub(rayon::current_num_threads()));
+    let short = rows.div_ceil(PIECES).clamp(FEWEST_ROWS, HEIGHT);
+    let blocks: Vec<_> = [(tall, HEIGHT), (last, short)]
+        .into_iter()
+        .flat_map(|(columns, height)| {
+            let rows = move || tiles(0..rows, height);
+            columns
+                .iter()
+                .flat_map(move |cols| rows().map(move |rows| (rows, cols.clone())))
+        })
         .collect();
-    blocks
-        .into_par_iter()
-        .with_max_len(1)
-        .for_each(|(rows, cols)| task(rows, cols));
+    share(blocks.len(), |i| {
+        let (rows, cols) = blocks[i].clone();
+        task(rows, cols);
+    });
+}
+
+/// Runs tasks on all threads, each of which takes the next as soon as it is done: they end together, however unequal the
+/// cores are, if the last tasks are small.
+pub(crate) fn share(n_tasks: usize, task: impl Fn(usize) + Sync) {
+    let next = AtomicUsize::new(0);
+    let take = || {
+        while let i = next.fetch_add(1, Ordering::Relaxed)
+            && i < n_tasks
+        {
+            task(i);
+        }
+    };
+    if n_tasks == 1 {
+        return take();
+    }
+    rayon::scope(|scope| {
+        for _ in 0..rayon::current_num_threads().min(n_tasks) {
+            scope.spawn(|_| take());
+        }
+    });
 }
 
 #[cfg(test)]
@@ -398,6 +460,43 @@ mod tests {
                 }),
                 "dw",
             );
+        }
+    }
+
+    #[test]
+    fn sums_of_products_write_every_value_of_new_memory() {
+        // Few rows, an empty sum, more columns than a task has, and more rows.
+        for (rows, out, inner, rank) in [(3, 70, 40, 2), (20, 300, 0, 3), (1100, 140, 9, 0)] {
+            let (x, u, dy) = (
+                noise(rows * inner, 1),
+                noise(rows * rank, 2),
+                noise(rows * out, 3),
+            );
+            let (w, b) = (noise(out * inner, 4), noise(out * rank, 5));
+            let mats = (Mat::dense(&x, rows, inner), Mat::dense(&u, rows, rank));
+            let weights = |values, cols| Weights::trained(values, cols, Compute::F32);
+            let found = match (inner, rank) {
+                (0, _) => new_nt(&[(mats.1, weights(&b, rank))]),
+                (_, 0) => new_nt(&[(mats.0, weights(&w, inner))]),
+                _ => new_nt(&[(mats.0, weights(&w, inner)), (mats.1, weights(&b, rank))]),
+            };
+            let expected = (0..rows * out).map(|i| {
+                let (row, col) = (i / out, i % out);
+                sum(inner, |l| x[row * inner + l], |l| w[col * inner + l])
+                    + sum(rank, |l| u[row * rank + l], |l| b[col * rank + l])
+            });
+            close(&found, expected, "y");
+            let dy = Mat::dense(&dy, rows, out);
+            let dw = new_tn(dy, mats.0);
+            let expected = (0..out * inner)
+                .map(|i| sum(rows, |l| dy.row(l)[i / inner], |l| x[l * inner + i % inner]));
+            close(&dw, expected, "dw");
+            if inner > 0 {
+                let dx = new_nn(&[(dy, weights(&w, inner))]);
+                let expected = (0..rows * inner)
+                    .map(|i| sum(out, |l| dy.row(i / inner)[l], |l| w[l * inner + i % inner]));
+                close(&dx, expected, "dx");
+            }
         }
     }
 

@@ -9,6 +9,7 @@
 )]
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::blocks;
@@ -141,6 +142,18 @@ impl<'a> MatMut<'a> {
     /// Contiguous rows.
     pub(crate) fn dense(values: &'a mut [f32], rows: usize, cols: usize) -> Self {
         Self::new(values, rows, cols, cols)
+    }
+
+    /// Contiguous rows of memory that is only to be written.
+    pub(crate) fn unwritten(values: &'a mut [MaybeUninit<f32>], rows: usize, cols: usize) -> Self {
+        assert!(rows * cols <= values.len(), "view leaves its slice");
+        Self {
+            ptr: values.as_mut_ptr().cast(),
+            rows,
+            cols,
+            row_stride: cols,
+            values: PhantomData,
+        }
     }
 
     pub(crate) fn rows(&self) -> usize {

@@ -21,7 +21,6 @@ use crate::cross_entropy::{self, Row};
 use crate::experts::{self, InputGrads};
 use crate::fp8::encode_tiles;
 use crate::product::gemm;
-use crate::product::strided::MatMut;
 use crate::product::weights::Weights;
 use crate::{Compute, ExpertBank, ExpertLora, Matrix, Pairs, rms_norm, rope, swiglu};
 
@@ -320,8 +319,7 @@ impl Gradients for Flex {
 /// `dyᵀ · x`, as `[out, in]`.
 fn tn(dy: &Floats, x: &Floats) -> FlexTensor {
     let ([_, out], [_, width]) = (dy.dims::<2>(), x.dims::<2>());
-    let mut dw = gemm::zeros(out * width);
-    gemm::tn(dy.mat(), x.mat(), MatMut::dense(&mut dw, out, width));
+    let dw = gemm::new_tn(dy.mat(), x.mat());
     floats(dw, [out, width])
 }
 

@@ -6,7 +6,6 @@ use super::values::{Floats, ROUNDED_ROWS, floats};
 use crate::Compute;
 use crate::backend::linear::Merge;
 use crate::product::gemm::{self, Term};
-use crate::product::strided::{MatMut, Write};
 use crate::product::weights::{Folded, Weights};
 
 pub(super) fn trained(w: &Floats, compute: Compute) -> Weights<'_> {
@@ -28,10 +27,8 @@ pub(super) fn nt(x: &Floats, w: Weights<'_>) -> FlexTensor {
 
 /// The sum of products with the same rows and outputs.
 pub(super) fn nt_sum(terms: &[Term<'_>]) -> FlexTensor {
-    let (rows, cols) = (terms[0].0.rows(), terms[0].1.out_width());
-    let mut y = gemm::zeros(rows * cols);
-    gemm::nt_sum(terms, MatMut::dense(&mut y, rows, cols), Write::Replace);
-    floats(y, [rows, cols])
+    let size = [terms[0].0.rows(), terms[0].1.out_width()];
+    floats(gemm::new_nt(terms), size)
 }
 
 pub(super) fn nn(dy: &Floats, w: Weights<'_>) -> FlexTensor {
@@ -40,10 +37,8 @@ pub(super) fn nn(dy: &Floats, w: Weights<'_>) -> FlexTensor {
 
 /// The sum of products with the same rows and inputs.
 pub(super) fn nn_sum(terms: &[Term<'_>]) -> FlexTensor {
-    let (rows, cols) = (terms[0].0.rows(), terms[0].1.in_width());
-    let mut dx = gemm::zeros(rows * cols);
-    gemm::nn_sum(terms, MatMut::dense(&mut dx, rows, cols), Write::Replace);
-    floats(dx, [rows, cols])
+    let size = [terms[0].0.rows(), terms[0].1.in_width()];
+    floats(gemm::new_nn(terms), size)
 }
 
 /// The values times a number.
