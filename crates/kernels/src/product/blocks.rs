@@ -16,9 +16,11 @@ use super::microkernel::{Lanes, Left, Out, Panel, Portable, WIDEST, tile};
 use super::strided::{Mat, MatMut, Write};
 use crate::product::gemm::with_scratch;
 
-/// Rows and columns of the right operand per block: its panels take a quarter of a second-level cache of 1 MiB, of which a
-/// neighbor may use half.
-const BLOCK: [usize; 2] = [512, 128];
+/// Rows and columns of the right operand per block: its panels take half of a second-level cache of 1 MiB.
+const BLOCK: [usize; 2] = [512, 256];
+/// Its columns where the left operand has few rows, to which panels are worth less than what they push out of the cache.
+const NARROW_BLOCK: usize = 128;
+const FEW_ROWS: usize = 256;
 /// The same where the left operand is turned, which is done once per block: so it is wider.
 const TURNED_BLOCK: [usize; 2] = [256, 512];
 /// Rows of a transposed left operand that are turned at once: whole tiles, and whole vectors.
@@ -68,7 +70,9 @@ fn product_in(
     (scale, write): (f32, Write),
 ) {
     let (block, turned) = if a.strides()[1] == 1 {
-        (BLOCK, 0)
+        let [deep, wide] = BLOCK;
+        let is_narrow = a.rows() < FEW_ROWS;
+        ([deep, if is_narrow { NARROW_BLOCK } else { wide }], 0)
     } else {
         (TURNED_BLOCK, TURNED * TURNED_STRIDE)
     };

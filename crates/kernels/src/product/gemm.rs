@@ -24,9 +24,10 @@ use crate::simd::multiversion;
 pub(crate) const FEW_ROWS: usize = 8;
 
 /// Columns of the output that one task computes, and the most rows: tall, since each task packs its weights anew.
-const WIDTH: usize = 128;
+const WIDTH: usize = 256;
 const HEIGHT: usize = 1024;
-/// Pieces of the last columns, one for each thread: small tasks, so that cores of unequal speed end together.
+/// Pieces of each of the last columns, one column for each thread, and pieces per thread if there are few columns: small
+/// tasks, so that cores of unequal speed end together.
 const PIECES: usize = 4;
 /// Fewer rows are not worth a task.
 const FEWEST_ROWS: usize = 48;
@@ -324,8 +325,10 @@ fn for_each_task(
     task: impl Fn(Range<usize>, Range<usize>) + Sync,
 ) {
     let columns: Vec<_> = tiles(0..cols, WIDTH.next_multiple_of(grain)).collect();
-    let (tall, last) = columns.split_at(columns.len().saturating_sub(rayon::current_num_threads()));
-    let short = rows.div_ceil(PIECES).clamp(FEWEST_ROWS, HEIGHT);
+    let threads = rayon::current_num_threads();
+    let (tall, last) = columns.split_at(columns.len().saturating_sub(threads));
+    let pieces = (PIECES * threads).div_ceil(last.len().max(1));
+    let short = rows.div_ceil(pieces).clamp(FEWEST_ROWS, HEIGHT);
     let blocks: Vec<_> = [(tall, HEIGHT), (last, short)]
         .into_iter()
         .flat_map(|(columns, height)| {

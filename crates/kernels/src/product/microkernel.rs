@@ -332,9 +332,15 @@ mod x86 {
                 let zero = _mm512_setzero_ps();
                 let (mut a, mut b) = ([zero; 16], [zero; 16]);
                 // Loops of constant length stay in registers.
-                for (i, row) in a.iter_mut().enumerate() {
-                    let from = from.wrapping_add(i * stride);
-                    *row = Self::load_first(from, if i < rows { cols } else { 0 }).0;
+                if rows == 16 && cols == 16 {
+                    for (i, row) in a.iter_mut().enumerate() {
+                        *row = Self::load(from.add(i * stride)).0;
+                    }
+                } else {
+                    for (i, row) in a.iter_mut().enumerate() {
+                        let from = from.wrapping_add(i * stride);
+                        *row = Self::load_first(from, if i < rows { cols } else { 0 }).0;
+                    }
                 }
                 for i in 0..8 {
                     b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
