@@ -34,6 +34,15 @@ impl Console {
         Self { level }
     }
 
+    /// The option that makes another process print as much, if there is one.
+    pub(crate) fn flag(&self) -> Option<&'static str> {
+        match self.level {
+            Level::Quiet => Some("--quiet"),
+            Level::Normal => None,
+            Level::Verbose => Some("--verbose"),
+        }
+    }
+
     /// A line of a result. A closed pipe ends the program quietly, as `head` would have it.
     pub(crate) fn result(&self, text: impl Display) {
         self.stream(format_args!("{text}\n"));

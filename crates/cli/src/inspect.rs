@@ -27,10 +27,10 @@ pub(crate) struct Args {
 
 /// How many numbers a model has.
 #[derive(Debug, PartialEq)]
-struct Parameters {
-    total: u64,
+pub(crate) struct Parameters {
+    pub(crate) total: u64,
     /// Those that one token meets: of the routed experts only as many as a token is sent to.
-    active: u64,
+    pub(crate) active: u64,
 }
 
 /// Tensors of one dtype.
@@ -73,7 +73,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
 /// Counts from the shapes that the config gives, embedding and output head included, multi-token prediction left out.
 ///
 /// Source: deepseek-ai/DeepSeek-V3: README_WEIGHTS.md (what counts as active).
-fn parameters(config: &ModelConfig) -> Parameters {
+pub(crate) fn parameters(config: &ModelConfig) -> Parameters {
     let (mut shared, mut routed) = (0, 0);
     for (key, shape) in keys(config) {
         let numbers: u64 = shape.iter().map(|axis| *axis as u64).product();

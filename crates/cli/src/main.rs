@@ -1,5 +1,6 @@
 //! The command line: one file per verb. Printing, progress, environment and exit codes live here and nowhere else.
 
+mod bench;
 mod console;
 mod data_check;
 mod eval;
@@ -73,6 +74,9 @@ enum Verb {
     Survival(survival::Args),
     /// Compare training in f32, bf16 and FP8 on a recipe.
     Precision(precision::Args),
+    /// Measure how fast this machine is with a model, and against what it could be.
+    #[command(subcommand)]
+    Bench(bench::Bench),
     /// The whole road on the repository's own base and data, printing the verbs it runs.
     Quickstart(quickstart::Args),
 }
@@ -115,6 +119,7 @@ fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
         Verb::Quantize(args) => quantize::run(&args, console),
         Verb::Survival(args) => survival::run(&args, console),
         Verb::Precision(args) => precision::run(&args, console),
+        Verb::Bench(bench) => bench::run(&bench, console),
         Verb::Quickstart(args) => quickstart::run(&args, console),
     }
 }

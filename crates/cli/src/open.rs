@@ -11,6 +11,7 @@ use clap::ValueEnum;
 use data::Tokenizer;
 use model::adapter::AdapterWeights;
 use model::{Model, ModelConfig, Training, weights};
+use serde_json::Value;
 
 use crate::console::Console;
 
@@ -152,21 +153,25 @@ pub(crate) fn open_tokenizer(folder: &Path) -> anyhow::Result<Option<Tokenizer>>
 
 /// The architecture in a folder that may have no weights yet; none where there is no `config.json`.
 pub(crate) fn read_config(folder: &Path) -> anyhow::Result<Option<ModelConfig>> {
-    /// Real ones have a few thousand bytes.
-    const LIMIT: u64 = 16 << 20;
-
     let path = folder.join("config.json");
     if !path.exists() {
         return Ok(None);
     }
+    Ok(Some(ModelConfig::from_json(&read_json(&path)?, &path)?))
+}
+
+/// The content of a `config.json`.
+pub(crate) fn read_json(path: &Path) -> anyhow::Result<Value> {
+    /// Real ones have a few thousand bytes.
+    const LIMIT: u64 = 16 << 20;
+
     let reading = || format!("cannot read `{}`", path.display());
     let mut text = Vec::new();
-    let file = File::open(&path).with_context(reading)?;
+    let file = File::open(path).with_context(reading)?;
     file.take(LIMIT)
         .read_to_end(&mut text)
         .with_context(reading)?;
-    let json = serde_json::from_slice(&text).with_context(reading)?;
-    Ok(Some(ModelConfig::from_json(&json, &path)?))
+    serde_json::from_slice(&text).with_context(reading)
 }
 
 /// `HF_HOME`, or where Hugging Face's tools put it.

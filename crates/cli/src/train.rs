@@ -1,6 +1,6 @@
 //! `moeforge train`: a recipe, from its start or from where a run was stopped.
 
-mod memory;
+pub(crate) mod memory;
 mod samples;
 mod signals;
 mod watcher;

@@ -1,11 +1,13 @@
 //! The model: embedding, decoder layers, norm, output head.
 
 mod checkpointing;
+mod cost;
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 
 pub use self::checkpointing::{Checkpointing, Trace};
+pub use self::cost::Cost;
 
 use crate::attention::Attention;
 use crate::config::ModelConfig;

@@ -41,7 +41,9 @@ pub use adapter::AdapterWeights;
 pub use attention::{Attention, Gqa, Mla};
 pub use cache::Cache;
 pub use config::ModelConfig;
-pub use decoder::{Checkpointing, Decoder, DecoderLayer, Embedding, FeedForward, Model, Trace};
+pub use decoder::{
+    Checkpointing, Cost, Decoder, DecoderLayer, Embedding, FeedForward, Model, Trace,
+};
 pub use error::Error;
 pub use kernels::{Compute, Quantizer};
 pub use mlp::Mlp;

@@ -11,6 +11,7 @@ use checkpoint::{DType, Folder};
 use kernels::{ExpertBank, Format, Matrix, fp8};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
+use rayon::prelude::*;
 
 use crate::Error;
 use crate::attention::{Attention, Gqa, Mla};
@@ -87,14 +88,21 @@ pub fn load(folder: &Folder, training: Training, device: &Device) -> Result<Mode
     .model()
 }
 
-/// A model with fresh weights, all trained: normal with the config's `initializer_range`, norms one, biases zero.
+/// A model with fresh weights: normal with the config's `initializer_range`, norms one, biases zero. Those that are not
+/// trained are held in f32.
 ///
 /// # Errors
-/// None today; the walk is shared with [`load`].
-pub fn fresh(config: &ModelConfig, seed: u64, device: &Device) -> Result<Model, Error> {
+/// If a pattern of what is trained chooses nothing.
+pub fn fresh(
+    config: &ModelConfig,
+    training: Training,
+    seed: u64,
+    device: &Device,
+) -> Result<Model, Error> {
+    training.check(config)?;
     Builder {
         source: Source::Fresh(seed),
-        training: Training::Full,
+        training,
         config,
         device,
     }
@@ -552,6 +560,7 @@ impl Builder<'_> {
         let bank = |projection: &str, shape| {
             let key = |expert| format!("{at}.{expert}.{projection}.weight");
             (0..moe.n_routed_experts)
+                .into_par_iter()
                 .map(|expert| self.matrix(&key(expert), shape))
                 .collect::<Result<Vec<_>, _>>()
         };

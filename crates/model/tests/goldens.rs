@@ -641,7 +641,7 @@ fn fp8_weights_train_like_their_dequantized_twin() {
     let out = place.path().join("twin");
     let config = weights::read_config(&golden.folder).unwrap();
     let nothing = AdapterWeights::from_model(
-        &weights::fresh(&config, 0, &Device::flex()).unwrap(),
+        &weights::fresh(&config, Training::Full, 0, &Device::flex()).unwrap(),
         Scaling::Plain,
         0.0,
     );

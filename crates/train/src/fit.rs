@@ -7,6 +7,7 @@ mod census;
 mod experts;
 mod host;
 mod range_test;
+mod trial;
 mod validation;
 mod watchdog;
 

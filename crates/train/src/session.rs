@@ -428,7 +428,7 @@ fn open_model(
         cause,
     })?;
     let config = ModelConfig::from_json(&json, &file)?;
-    let model = weights::fresh(&config, recipe.train.seed, device)?;
+    let model = weights::fresh(&config, recipe.training(), recipe.train.seed, device)?;
     Ok((
         model,
         Base {

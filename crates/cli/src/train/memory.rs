@@ -10,6 +10,11 @@ pub(crate) fn read() -> Memory {
     }
 }
 
+/// Makes what is held now the most that was held, where Linux lets a program do so; see proc(5), `clear_refs`.
+pub(crate) fn forget_peak() {
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+}
+
 /// The bytes on the line of a file that starts with a name.
 fn bytes(file: &str, name: &str) -> Option<u64> {
     let text = std::fs::read_to_string(file).ok()?;

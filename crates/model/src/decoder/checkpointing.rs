@@ -215,7 +215,7 @@ fn differentiate(
 
 impl Model {
     /// The lowest layer with something to train; the number of layers if there is none.
-    fn first_trained_layer(&self) -> usize {
+    pub(super) fn first_trained_layer(&self) -> usize {
         if self.is_embedding_trained() {
             return 0;
         }

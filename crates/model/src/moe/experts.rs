@@ -335,6 +335,11 @@ impl Experts {
 }
 
 impl Stacks {
+    /// Whether the gate, up and down projections are trained.
+    pub(crate) fn trained(&self) -> [bool; 3] {
+        [&self.gate_proj, &self.up_proj, &self.down_proj].map(|stack| stack.val().is_require_grad())
+    }
+
     fn forward(&self, x: Tensor<2>, routing: kernels::Routing, compute: Compute) -> Tensor<2> {
         let stacks = [&self.gate_proj, &self.up_proj, &self.down_proj].map(|stack| stack.val());
         kernels::experts_trained(x, routing, stacks, compute)

@@ -1,0 +1,84 @@
+//! The model that is measured: a checkpoint, or an architecture whose weights are made up.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use checkpoint::Folder;
+use model::ModelConfig;
+use model::weights;
+use serde_json::Value;
+
+use crate::open::{find, name_of, read_json};
+
+/// What is measured.
+#[derive(Debug)]
+pub(super) struct Subject {
+    /// What to call it: the folder's name.
+    pub(super) name: String,
+    pub(super) config: ModelConfig,
+    pub(super) weights: Weights,
+}
+
+/// Where weights come from.
+#[derive(Debug)]
+pub(super) enum Weights {
+    /// A model folder.
+    Checkpoint(PathBuf),
+    /// The seed of the recipe, for the architecture of this `config.json`.
+    Random(Value),
+}
+
+impl Subject {
+    /// Opens what a user typed: a model, a folder with nothing but a `config.json`, or such a file. Of random weights the
+    /// number of routed experts may be another than in the file.
+    pub(super) fn open(model: &str, experts: Option<u64>) -> anyhow::Result<Self> {
+        let path = Path::new(model);
+        if path.is_file() {
+            return Self::random(path, experts);
+        }
+        let path = find(model)?;
+        let folder = match Folder::open(&path) {
+            Ok(folder) => folder,
+            Err(checkpoint::Error::NoWeights { found, .. }) if found == "none" => {
+                return Self::random(&path.join("config.json"), experts);
+            }
+            Err(error) => return Err(error.into()),
+        };
+        if experts.is_some() {
+            bail!(
+                "--experts: expected a model without weights, which are then made up, found those of `{}`",
+                path.display()
+            );
+        }
+        Ok(Self {
+            name: name_of(&path),
+            config: weights::read_config(&folder)?,
+            weights: Weights::Checkpoint(path),
+        })
+    }
+
+    fn random(file: &Path, experts: Option<u64>) -> anyhow::Result<Self> {
+        const KEY: &str = "n_routed_experts";
+        let mut json = read_json(file)?;
+        if let Some(experts) = experts {
+            match json.get_mut(KEY) {
+                Some(found) => *found = experts.into(),
+                None => bail!(
+                    "--experts: expected a config with `{KEY}`, found none in `{}`",
+                    file.display()
+                ),
+            }
+        }
+        let config = ModelConfig::from_json(&json, file);
+        let config = match experts {
+            Some(experts) => config.with_context(|| format!("--experts {experts}"))?,
+            None => config?,
+        };
+        let file = file.canonicalize()?;
+        Ok(Self {
+            name: name_of(file.parent().unwrap_or(&file)),
+            config,
+            weights: Weights::Random(json),
+        })
+    }
+}

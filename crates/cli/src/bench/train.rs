@@ -1,0 +1,382 @@
+//! `moeforge bench train`: steps of training as `moeforge train` makes them, timed.
+//!
+//! The rows are made up, and the weights too where there are none; the session, its step and its optimizer are those of
+//! a run. What is made up is the same in every process. Several combinations are measured in a process each, so that the
+//! memory of one is not that of another.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Stdio};
+
+use ::train::{Event, Loss, Recipe, Session, StepReport, product_speeds};
+use anyhow::{Context, bail};
+use serde_json::{Value, json};
+
+use super::scratch::Scratch;
+use super::subject::{Subject, Weights};
+use super::table;
+use crate::console::{Console, USAGE, WithCode};
+use crate::inspect::parameters;
+use crate::train::{memory, usage, with_code};
+
+/// Times training steps: tokens per second, memory, and the share of what this machine multiplies at most. By default
+/// LoRA of rank 8 on all linear layers and experts, in f32.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Hugging Face folder, or `org/name` in the local Hugging Face cache. A folder with a `config.json` and no weights,
+    /// or such a file, gets random ones.
+    model: String,
+    /// Folder of a LoRA adapter (PEFT) to go on from.
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
+    /// Sequences in a step; several numbers with commas are measured one after the other.
+    #[arg(long, value_name = "B", value_delimiter = ',', default_value = "4",
+          value_parser = clap::value_parser!(u64).range(1..=1 << 16))]
+    batch: Vec<u64>,
+    /// Tokens in a sequence; several with commas.
+    #[arg(long, value_name = "S", value_delimiter = ',', default_value = "256",
+          value_parser = clap::value_parser!(u64).range(2..=1 << 20))]
+    seq: Vec<u64>,
+    /// Routed experts of a layer, instead of the config's, where weights are random; several with commas.
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..))]
+    experts: Vec<u64>,
+    /// Steps that are timed, after one that is not.
+    #[arg(long, value_name = "R", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    reps: u64,
+    /// Override a setting of the recipe, such as lora.rank=16 or train.method=full. May be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Settings that the options say, or that would make the rows others.
+const OWN: [(&str, &str); 4] = [
+    ("model.adapter", "--adapter"),
+    ("model.", "MODEL"),
+    ("data.", "--seq, which says how long the made-up rows are"),
+    ("train.batch_size", "--batch"),
+];
+
+/// How often the machine's limit is measured before the steps, and again after them.
+const PRODUCTS: usize = 3;
+
+/// What one line of the table is of.
+#[derive(Clone, Copy, Debug)]
+struct Combination {
+    batch: u64,
+    seq: u64,
+    /// None for as many as the config says.
+    experts: Option<u64>,
+}
+
+pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
+    check_settings(args)?;
+    let combinations = combinations(args);
+    // What is wrong with any of them is said before the first one takes its time.
+    let subjects = combinations.iter();
+    let subjects = subjects.map(|combination| Subject::open(&args.model, combination.experts));
+    let subjects = subjects.collect::<anyhow::Result<Vec<_>>>()?;
+    let is_alone = combinations.len() == 1;
+    let mut whole = Value::Null;
+    for (combination, subject) in combinations.into_iter().zip(subjects) {
+        let measured = if is_alone {
+            measure(args, combination, &subject, console)?
+        } else {
+            match measure_apart(args, combination, console)? {
+                Ok(measured) => measured,
+                // It has said what is wrong.
+                Err(code) => return Ok(code),
+            }
+        };
+        if !args.json {
+            if whole.is_null() {
+                console.result(format_args!("{}\n\n{}", title(&measured), table::header()));
+            }
+            console.result(table::row(&measured["results"][0]));
+        }
+        whole = joined(whole, measured);
+    }
+    if args.json {
+        console.result(format_args!("{whole:#}"));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn check_settings(args: &Args) -> anyhow::Result<()> {
+    for setting in &args.set {
+        if let Some((key, option)) = OWN.iter().find(|(key, _)| setting.starts_with(key)) {
+            return Err(misuse(format!(
+                "--set {setting}: expected no `{key}` here; use {option}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// A wrong use of the program.
+fn misuse(message: String) -> anyhow::Error {
+    anyhow::Error::new(WithCode {
+        code: USAGE,
+        message,
+    })
+}
+
+fn combinations(args: &Args) -> Vec<Combination> {
+    let experts: Vec<Option<u64>> = match args.experts.as_slice() {
+        [] => vec![None],
+        experts => experts.iter().copied().map(Some).collect(),
+    };
+    let mut all = Vec::new();
+    for &experts in &experts {
+        for &batch in &args.batch {
+            all.extend(args.seq.iter().map(|&seq| Combination {
+                batch,
+                seq,
+                experts,
+            }));
+        }
+    }
+    all
+}
+
+/// One combination, in this process.
+fn measure(
+    args: &Args,
+    combination: Combination,
+    subject: &Subject,
+    console: &Console,
+) -> anyhow::Result<Value> {
+    let Combination { batch, seq, .. } = combination;
+    let is_random = matches!(subject.weights, Weights::Random(_));
+    if is_random {
+        console.note(format_args!("{batch} × {seq}: making up weights"));
+    }
+    let mut limits = product_speeds(PRODUCTS);
+    memory::forget_peak();
+    let mut session = open(args, combination, subject)?;
+    let mut progress = console.progress(1 + args.reps, "steps");
+    let reports = session.trial(1 + args.reps, &mut |event: &Event| {
+        if let Event::Step(report) = event {
+            let speed = speed(report);
+            progress.update(report.step, &format!("{batch} × {seq} {speed:.0} tokens/s"));
+        }
+    });
+    progress.finish();
+    let reports = reports.map_err(with_code)?;
+    let (peak_bytes, timed) = (memory::read().peak_bytes, &reports[1..]);
+    limits.extend(product_speeds(PRODUCTS));
+
+    let speeds = Spread::of(timed.iter().map(speed));
+    let limit = Spread::of(limits).median;
+    let cost = session.cost(seq as usize).total();
+    let recipe = &session.recipe;
+    Ok(json!({
+        "model": subject.name,
+        "family": subject.config.model_type.name(),
+        "weights": if is_random { "random" } else { "checkpoint" },
+        "seed": recipe.train.seed,
+        "method": recipe.train.method,
+        "compute": recipe.precision.compute,
+        "set": args.set,
+        "threads": rayon::current_num_threads(),
+        "reps": args.reps,
+        "results": [{
+            "batch": batch,
+            "seq": seq,
+            "experts": subject.config.moe.as_ref().map(|moe| moe.n_routed_experts),
+            "parameters": parameters(&subject.config).total,
+            "trained_parameters": session.trained_parameters(),
+            "tokens_per_second": speeds.to_json(),
+            "step_seconds": Spread::of(timed.iter().map(|report| report.seconds)).to_json(),
+            "peak_bytes": peak_bytes,
+            "flops_per_token": cost,
+            "flops_per_second": cost * speeds.median,
+            "limit_flops_per_second": limit,
+            "fraction_of_limit": cost * speeds.median / limit,
+        }],
+    }))
+}
+
+/// One combination, in a process of its own; if that fails, its exit code.
+fn measure_apart(
+    args: &Args,
+    combination: Combination,
+    console: &Console,
+) -> anyhow::Result<Result<Value, ExitCode>> {
+    let Combination {
+        batch,
+        seq,
+        experts,
+    } = combination;
+    let program = std::env::current_exe().context("where is this program?")?;
+    let mut command = Command::new(program);
+    command.args(["bench", "train", "--json"]).arg(&args.model);
+    let numbers = [
+        ("--threads", Some(rayon::current_num_threads() as u64)),
+        ("--batch", Some(batch)),
+        ("--seq", Some(seq)),
+        ("--experts", experts),
+        ("--reps", Some(args.reps)),
+    ];
+    for (option, number) in numbers {
+        if let Some(number) = number {
+            command.args([option, &number.to_string()]);
+        }
+    }
+    if let Some(adapter) = &args.adapter {
+        command.arg("--adapter").arg(adapter);
+    }
+    for setting in &args.set {
+        command.args(["--set", setting]);
+    }
+    let child = command
+        .args(console.flag())
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot start `moeforge bench`")?;
+    match child.status.code() {
+        Some(0) => Ok(Ok(serde_json::from_slice(&child.stdout)?)),
+        Some(code) => Ok(Err(ExitCode::from(code as u8))),
+        None => bail!("{batch} × {seq}: ended by the system, {}", child.status),
+    }
+}
+
+/// A session over made-up rows. Nothing of it is on the disk when it is open.
+fn open(args: &Args, combination: Combination, subject: &Subject) -> anyhow::Result<Session> {
+    let scratch = Scratch::new()?;
+    let Combination { batch, seq, .. } = combination;
+    let mut recipe = Recipe::default();
+    recipe.train.steps = Some(1 + args.reps);
+    recipe.train.batch_size = batch as usize;
+    recipe.data.max_length = seq as usize;
+    recipe.data.path = vec![scratch.path().to_owned()];
+    recipe.model.path = Some(match &subject.weights {
+        Weights::Checkpoint(folder) => text(folder.canonicalize()?)?,
+        Weights::Random(_) => subject.name.clone(),
+    });
+    if let Some(adapter) = &args.adapter {
+        let adapter = adapter.canonicalize();
+        let adapter = adapter.with_context(|| "--adapter: cannot open the folder".to_owned())?;
+        recipe.model.adapter = Some(text(adapter)?.into());
+    }
+    let file = scratch.write("bench.toml", &recipe.to_toml())?;
+    let mut recipe = Recipe::open(&file, &args.set).map_err(usage)?;
+    if recipe.train.loss != Loss::CrossEntropy {
+        return Err(misuse(
+            "--set train.loss: expected `cross-entropy`, because made-up rows are no pairs".into(),
+        ));
+    }
+    if let Weights::Random(config) = &subject.weights {
+        // A recipe may not ask for an adapter on fresh weights, which it would be of no use without. Here nothing is kept.
+        recipe.model.path = None;
+        recipe.model.config = Some(scratch.write("config.json", &config.to_string())?);
+    }
+    let n_rows = (1 + args.reps) * batch * recipe.train.accumulate as u64;
+    let rows = rows(n_rows, seq, subject.config.vocab_size as u64);
+    scratch.write("train.jsonl", &rows)?;
+    Ok(Session::open(recipe, &|folder| Ok(folder.into()))?)
+}
+
+/// A path as a recipe can hold it.
+fn text(path: PathBuf) -> anyhow::Result<String> {
+    let text = path.into_os_string().into_string();
+    text.map_err(|path| anyhow::anyhow!("`{}`: expected a path in UTF-8", path.display()))
+}
+
+/// Rows of made-up tokens, spread over the vocabulary: every one a Fibonacci hash of its place.
+fn rows(n_rows: u64, seq: u64, vocab_size: u64) -> String {
+    let mut text = String::new();
+    for row in 0..n_rows {
+        let places = row * seq..(row + 1) * seq;
+        let ids = places.map(|place| {
+            let hash = place.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+            (hash % vocab_size).to_string()
+        });
+        let ids = ids.collect::<Vec<_>>().join(",");
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{{\"input_ids\":[{ids}]}}");
+    }
+    text
+}
+
+/// The smallest, the middle and the largest of some numbers.
+#[derive(Debug)]
+struct Spread {
+    median: f64,
+    min: f64,
+    max: f64,
+}
+
+impl Spread {
+    /// Of at least one number.
+    fn of(numbers: impl IntoIterator<Item = f64>) -> Self {
+        let mut sorted: Vec<f64> = numbers.into_iter().collect();
+        sorted.sort_by(f64::total_cmp);
+        let (last, half) = (sorted.len() - 1, sorted.len() / 2);
+        Self {
+            median: f64::midpoint(sorted[last / 2], sorted[half]),
+            min: sorted[0],
+            max: sorted[last],
+        }
+    }
+
+    fn to_json(&self) -> Value {
+        json!({"median": self.median, "min": self.min, "max": self.max})
+    }
+}
+
+fn speed(report: &StepReport) -> f64 {
+    report.tokens as f64 / report.seconds
+}
+
+/// What was measured, in a line.
+fn title(measured: &Value) -> String {
+    let text = |key: &str| measured[key].as_str().unwrap_or("").to_owned();
+    let first = &measured["results"][0];
+    let millions = |key: &str| first[key].as_f64().unwrap_or(0.0) / 1e6;
+    let weights = match measured["weights"].as_str() {
+        Some("random") => format!("random f32 weights (seed {})", measured["seed"]),
+        _ => "its own weights".to_owned(),
+    };
+    let settings: Vec<&str> = measured["set"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
+    let settings = if settings.is_empty() {
+        String::new()
+    } else {
+        format!(" ({})", settings.join(", "))
+    };
+    format!(
+        "{} ({}), {:.1} M parameters, {weights}; {} trains {:.1} M in {}{settings}; {} threads, {} steps each",
+        text("model"),
+        text("family"),
+        millions("parameters"),
+        text("method"),
+        millions("trained_parameters"),
+        text("compute"),
+        measured["threads"],
+        measured["reps"],
+    )
+}
+
+/// The results of both, under what is said of the first.
+fn joined(mut whole: Value, mut more: Value) -> Value {
+    match whole["results"].as_array_mut() {
+        None => more,
+        Some(results) => {
+            results.extend(
+                more["results"]
+                    .as_array_mut()
+                    .into_iter()
+                    .flat_map(std::mem::take),
+            );
+            whole
+        }
+    }
+}

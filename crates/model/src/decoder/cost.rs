@@ -1,0 +1,257 @@
+//! What training on a token costs, counted from the model's own shapes.
+//!
+//! Counted are the products that the mathematics asks for: of weights and low-rank factors with activations, of their
+//! gradients, and of queries with keys and weights with values in attention, where a token meets itself and what comes
+//! before it. A gradient by the input of a layer counts from the lowest layer that has something to train upward, and one
+//! by a weight only where that is trained. What is computed a second time, as with checkpointing or in attention's
+//! backward pass, is a price and no use, and does not count. Nor do norms, activations and the optimizer, which multiply
+//! little.
+
+use super::Model;
+use crate::config::AttentionConfig;
+use crate::linear::{Linear, Weight};
+use crate::moe::experts::{ExpertWeights, Experts, FactorStacks};
+use crate::sites::Site;
+
+/// Floating-point operations of one token; a multiplication and its addition are two.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cost {
+    /// The forward pass, output head included.
+    pub forward: f64,
+    /// Gradients by activations.
+    pub input_gradients: f64,
+    /// Gradients by what is trained.
+    pub weight_gradients: f64,
+}
+
+impl Cost {
+    /// Forward and backward together.
+    pub fn total(&self) -> f64 {
+        self.forward + self.input_gradients + self.weight_gradients
+    }
+
+    /// Adds the products of one token with so many weights, of which a share is trained.
+    fn add(&mut self, weights: f64, is_differentiated: bool, trained: f64) {
+        self.forward += 2.0 * weights;
+        if is_differentiated {
+            self.input_gradients += 2.0 * weights;
+        }
+        self.weight_gradients += 2.0 * weights * trained;
+    }
+}
+
+impl Model {
+    /// What training on a token of a sequence of `seq` costs in the mean. Of a model in which nothing is trained it is
+    /// what the forward pass costs.
+    pub fn cost(&self, seq: usize) -> Cost {
+        let first = self.first_trained_layer();
+        let (layers, mut cost) = (self.model.layers.len(), Cost::default());
+        let top_k = self.config.moe.as_ref().map_or(0, |moe| moe.choice.top_k);
+        let is_trained = !self.parameters().is_empty();
+        let layer_of = |path: &str| {
+            path.strip_prefix("model.layers.")?
+                .split('.')
+                .next()?
+                .parse()
+                .ok()
+        };
+        let mut whole = self.clone();
+        if whole.lm_head.is_none() {
+            whole.lm_head = Some(whole.head());
+        }
+        whole.for_each_site(&mut |path, site| {
+            let is_differentiated =
+                layer_of(path).map_or(is_trained, |layer: usize| layer >= first);
+            match site {
+                Site::Linear(linear) => add_linear(&mut cost, linear, is_differentiated),
+                Site::Experts(experts) => add_experts(&mut cost, experts, top_k, is_differentiated),
+            }
+        });
+        let attention = self.attention_products(seq);
+        cost.forward += attention * layers as f64;
+        cost.input_gradients += 2.0 * attention * (layers - first) as f64;
+        cost
+    }
+
+    /// What one layer's attention costs one token of a sequence in the mean, forward.
+    fn attention_products(&self, seq: usize) -> f64 {
+        let widths = match &self.config.attention {
+            AttentionConfig::Mla(mla) => mla.qk_head_dim() + mla.v_head_dim,
+            AttentionConfig::Gqa(gqa) => 2 * gqa.head_dim,
+        };
+        let seen = (seq + 1) as f64 / 2.0;
+        2.0 * (self.config.num_attention_heads * widths) as f64 * seen
+    }
+}
+
+fn add_linear(cost: &mut Cost, linear: &Linear, is_differentiated: bool) {
+    let [out, width] = linear.weight.dims();
+    let trained = match &linear.weight {
+        Weight::Trained(weight) => share(weight.val().is_require_grad()),
+        Weight::Frozen(_) => 0.0,
+    };
+    cost.add((out * width) as f64, is_differentiated, trained);
+    if let Some(lora) = &linear.lora {
+        let trained = share(lora.lora_a.val().is_require_grad());
+        let numbers = lora.rank() * (out + width);
+        cost.add(numbers as f64, is_differentiated, trained);
+    }
+}
+
+/// The products of a token with `top_k` experts; each is taken to be chosen as often as any other.
+fn add_experts(cost: &mut Cost, experts: &Experts, top_k: usize, is_differentiated: bool) {
+    let [n, inner, hidden] = experts.dims();
+    let chosen = experts.n_chosen() as f64 / n as f64;
+    let trained = match &experts.weights {
+        ExpertWeights::Frozen(_) => [0.0; 3],
+        ExpertWeights::Trained(stacks) => stacks.trained().map(share),
+        ExpertWeights::Partly(partly) => partly.trained.trained().map(|is| chosen * share(is)),
+    };
+    for trained in trained {
+        cost.add((top_k * inner * hidden) as f64, is_differentiated, trained);
+    }
+    let Some(lora) = &experts.lora else { return };
+    let stacks = [
+        &lora.gate_proj,
+        &lora.up_proj,
+        &lora.gate_up_proj,
+        &lora.down_proj,
+    ];
+    for stack in stacks.into_iter().flatten() {
+        let trained = share(stack.lora_a.val().is_require_grad());
+        let numbers = top_k as f64 * chosen * numbers_of_one(stack);
+        cost.add(numbers, is_differentiated, trained);
+    }
+}
+
+/// The numbers of both factors of one expert.
+fn numbers_of_one(stack: &FactorStacks) -> f64 {
+    let [a, b] = [&stack.lora_a, &stack.lora_b].map(|factor| {
+        let [_, rows, cols] = factor.val().dims();
+        rows * cols
+    });
+    (a + b) as f64
+}
+
+fn share(is_whole: bool) -> f64 {
+    if is_whole { 1.0 } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use burn::tensor::Device;
+
+    use super::*;
+    use crate::lora::{self, LoraConfig, Scaling};
+    use crate::{ModelConfig, Training, weights};
+
+    /// 64 wide, 3 layers of which the first is dense, 4 heads, 12 experts of which a token takes 4, and 1 shared.
+    const V3: &str = include_str!("../../../../tests/goldens/deepseek_v3/config.json");
+    /// 64 wide, 3 layers, 8 query heads and 2 of keys and values, all 8 wide.
+    const QWEN2: &str = include_str!("../../../../tests/goldens/qwen2_distill/config.json");
+
+    fn model(config: &str, training: Training, lora: Option<&str>) -> Model {
+        let (json, device) = (
+            serde_json::from_str(config).unwrap(),
+            Device::flex().autodiff(),
+        );
+        let config = ModelConfig::from_json(&json, Path::new("config.json")).unwrap();
+        let mut model = weights::fresh(&config, training, 0, &device).unwrap();
+        if let Some(target) = lora {
+            let config = LoraConfig {
+                target: vec![target.into()],
+                exclude: vec![],
+                rank: 2,
+                alpha: 4.0,
+                scaling: Scaling::Plain,
+                rank_pattern: vec![],
+                alpha_pattern: vec![],
+                dropout: 0.0,
+                seed: 0,
+                use_dora: false,
+                experts_share: None,
+            };
+            lora::attach(&mut model, &config, &device).unwrap();
+        }
+        model
+    }
+
+    /// Products of a token with the weights of the V3 model: attention, feed-forward, head.
+    const V3_ATTENTION: f64 = (48 * 64 + 4 * 24 * 48 + 40 * 64 + 4 * 32 * 32 + 64 * 64) as f64;
+    const V3_MOE: f64 = (12 * 64 + 4 * 3 * 64 * 24 + 3 * 64 * 24) as f64;
+    const V3_WEIGHTS: f64 =
+        3.0 * V3_ATTENTION + (3 * 64 * 144) as f64 + 2.0 * V3_MOE + (288 * 64) as f64;
+    /// Scores and sums of values: 4 heads of 24 and 16, over 5 of 9 tokens in the mean, 3 layers.
+    const V3_SCORES: f64 = (3 * 2 * 4 * (24 + 16) * 5) as f64;
+
+    #[test]
+    fn lora_on_a_mixture_costs_no_gradient_of_frozen_weights() {
+        let attention = 48 + 64 + 96 + 48 + 40 + 64 + 128 + 32 + 64 + 64;
+        let dense = 3 * (64 + 144);
+        let moe = 4 * 3 * (64 + 24) + 3 * (64 + 24);
+        let factors = f64::from(2 * (3 * attention + dense + 2 * moe));
+        assert_eq!((V3_WEIGHTS, factors), (148_992.0, 10_416.0));
+        let expected = Cost {
+            forward: 2.0 * (V3_WEIGHTS + factors) + V3_SCORES,
+            input_gradients: 2.0 * (V3_WEIGHTS + factors) + 2.0 * V3_SCORES,
+            weight_gradients: 2.0 * factors,
+        };
+        let model = model(V3, Training::Frozen, Some("all-linear"));
+        assert_eq!(model.cost(9), expected);
+        assert_eq!(expected.total(), 323_616.0 + 328_416.0 + 20_832.0);
+    }
+
+    #[test]
+    fn one_expert_of_twelve_is_met_by_a_third_of_the_tokens() {
+        let model = model(V3, Training::Frozen, Some("layers.1.mlp.experts.7"));
+        let factors = f64::from(2 * 3 * (64 + 24)) * 4.0 / 12.0;
+        let above = 2.0 * (V3_ATTENTION + V3_MOE) + f64::from(288 * 64);
+        let expected = Cost {
+            forward: 2.0 * (V3_WEIGHTS + factors) + V3_SCORES,
+            input_gradients: 2.0 * (above + factors) + 2.0 * V3_SCORES * 2.0 / 3.0,
+            weight_gradients: 2.0 * factors,
+        };
+        let found = model.cost(9);
+        assert!((found.total() - expected.total()).abs() < 1e-6, "{found:?}");
+        assert!((found.weight_gradients - expected.weight_gradients).abs() < 1e-6);
+    }
+
+    #[test]
+    fn full_training_costs_three_products_per_weight_and_part_of_it_fewer() {
+        let layer = f64::from(64 * 64 + 2 * 16 * 64 + 64 * 64 + 3 * 64 * 176);
+        let (head, scores) = (f64::from(320 * 64), f64::from(2 * 8 * (8 + 8) * 5));
+        let full = Cost {
+            forward: 2.0 * (3.0 * layer + head) + 3.0 * scores,
+            input_gradients: 2.0 * (3.0 * layer + head) + 2.0 * 3.0 * scores,
+            weight_gradients: 2.0 * (3.0 * layer + head),
+        };
+        assert_eq!(model(QWEN2, Training::Full, None).cost(9), full);
+        assert_eq!(full.total(), 308_992.0 + 312_832.0 + 305_152.0);
+        let last = Training::Chosen(vec!["layers.2".into()], vec![]);
+        let expected = Cost {
+            input_gradients: 2.0 * (layer + head) + 2.0 * scores,
+            weight_gradients: 2.0 * layer,
+            ..full
+        };
+        assert_eq!(model(QWEN2, last, None).cost(9), expected);
+        let expected = Cost {
+            input_gradients: 0.0,
+            weight_gradients: 0.0,
+            ..full
+        };
+        assert_eq!(model(QWEN2, Training::Frozen, None).cost(9), expected);
+    }
+
+    #[test]
+    fn a_head_that_is_the_embedding_counts_as_one_of_its_own() {
+        let tied = QWEN2.replace(
+            "\"tie_word_embeddings\": false",
+            "\"tie_word_embeddings\": true",
+        );
+        assert_ne!(tied, QWEN2);
+        let costs = [QWEN2, &tied].map(|config| model(config, Training::Full, None).cost(9));
+        assert_eq!(costs[0], costs[1]);
+    }
+}

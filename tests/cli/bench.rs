@@ -1,0 +1,127 @@
+//! `moeforge bench`: what it measures, and what it refuses.
+
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+use tempfile::TempDir;
+
+use super::{command, golden, moeforge, refused};
+
+/// Times two steps, in a place that is then found as it was.
+fn bench_train(place: &TempDir, model: &Path, words: &[&str]) -> Output {
+    let files = || std::fs::read_dir(place.path()).unwrap().count();
+    let before = files();
+    let mut command = command(&["bench", "train", "--reps", "2"]);
+    let command = command.arg(model).args(words).env("TMPDIR", place.path());
+    let output = command.output().unwrap();
+    assert_eq!(files(), before);
+    output
+}
+
+/// A folder with nothing but the config of a golden model.
+fn bare(place: &TempDir) -> PathBuf {
+    let bare = place.path().join("bare");
+    std::fs::create_dir(&bare).unwrap();
+    let config = golden("deepseek_v3").join("config.json");
+    std::fs::copy(config, bare.join("config.json")).unwrap();
+    bare
+}
+
+#[test]
+fn training_is_timed_on_a_checkpoint_and_nothing_is_left() {
+    let place = tempfile::tempdir().unwrap();
+    let words = ["--batch", "2", "--seq", "16", "--json"];
+    let output = bench_train(&place, &golden("deepseek_v3"), &words);
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(found["weights"], "checkpoint");
+    let result = &found["results"][0];
+    for key in ["tokens_per_second", "step_seconds"] {
+        let number = |which: &str| result[key][which].as_f64().unwrap();
+        let [min, median, max] = ["min", "median", "max"].map(number);
+        assert!(0.0 < min && min <= median && median <= max, "{found}");
+    }
+    let fraction = result["fraction_of_limit"].as_f64().unwrap();
+    assert!(fraction > 0.0 && fraction < 1.5, "{found}");
+    for (key, expected) in [("batch", 2), ("seq", 16), ("experts", 12)] {
+        assert_eq!(result[key], expected);
+    }
+    // The counts of the model crate's tests, with rank 8 and sequences of 16.
+    let (weights, factors, scores) = (148_992.0, 4.0 * 10_416.0, 3.0 * 4.0 * 40.0 * 17.0);
+    let expected = 4.0 * weights + 6.0 * factors + 3.0 * scores;
+    assert_eq!(result["flops_per_token"], expected);
+    if cfg!(target_os = "linux") {
+        assert!(result["peak_bytes"].as_u64().unwrap() > 1 << 20, "{found}");
+    }
+}
+
+#[test]
+fn training_is_timed_with_random_weights_in_every_combination() {
+    let place = tempfile::tempdir().unwrap();
+    let bare = bare(&place);
+    let words = ["--batch", "1", "--seq", "8", "--experts", "8,12", "--json"];
+    let output = bench_train(&place, &bare, &words);
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let results = found["results"].as_array().unwrap();
+    let of = |key: &str| {
+        let of = |result: &serde_json::Value| result[key].as_u64().unwrap();
+        results.iter().map(of).collect::<Vec<_>>()
+    };
+    assert_eq!(found["weights"], "random");
+    assert_eq!(of("experts"), [8, 12]);
+    assert!(of("parameters")[0] < of("parameters")[1], "{found}");
+
+    let words = ["--batch", "1", "--seq", "8", "--set", "lora.rank=2"];
+    let table = bench_train(&place, &bare.join("config.json"), &words);
+    let text = String::from_utf8(table.stdout).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 4, "{text}");
+    assert!(lines[0].contains("random f32 weights (seed 0)"), "{text}");
+    assert!(lines[0].contains("(lora.rank=2)"), "{text}");
+    let has = |line: &str, words: [&str; 2]| words.iter().all(|word| line.contains(word));
+    assert!(has(lines[2], ["tokens/s", "of limit"]), "{text}");
+    assert!(has(lines[3], [" to ", " % of "]), "{text}");
+}
+
+#[test]
+fn what_cannot_be_timed_is_said_in_one_sentence() {
+    let place = tempfile::tempdir().unwrap();
+    let bare = bare(&place);
+    let cases: [(&[&str], i32, &[&str]); 5] = [
+        (
+            &["--experts", "12,10"],
+            1,
+            &["--experts 10", "n_group", "divisor of the 10"],
+        ),
+        (
+            &["--set", "train.batch_size=3"],
+            2,
+            &["train.batch_size", "--batch"],
+        ),
+        (&["--set", "lora.rnk=3"], 2, &["lora.rnk", "rank"]),
+        (&["--set", "train.loss=dpo"], 2, &["train.loss", "pairs"]),
+        (
+            &["--seq", "8,16", "--set", "lora.target=\"nothing\""],
+            1,
+            &["nothing", "q_b_proj"],
+        ),
+    ];
+    for (words, code, expected) in cases {
+        refused(&bench_train(&place, &bare, words), code, expected);
+    }
+    let own = bench_train(&place, &golden("deepseek_v3"), &["--experts", "12"]);
+    refused(&own, 1, &["--experts", "without weights"]);
+    for words in [
+        ["--seq", "0"],
+        ["--seq", "8,0"],
+        ["--batch", "0"],
+        ["--reps", "0"],
+    ] {
+        let output = moeforge(&[&["bench", "train", "recipes/bench/moe"][..], &words].concat());
+        refused(&output, 2, &[words[0], "0 is not in"]);
+    }
+    let file = bare.join("config.json");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, text.replace("deepseek_v3", "gpt2")).unwrap();
+    let unknown = bench_train(&place, &bare, &[]);
+    refused(&unknown, 1, &["config.json", "model_type", "gpt2"]);
+}
