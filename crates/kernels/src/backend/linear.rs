@@ -93,12 +93,8 @@ pub fn linear_updated(
     [a, b]: [Tensor<2>; 2],
     update: Update,
 ) -> Tensor<2> {
-    assert_eq!(
-        [x.dims()[1], a.dims()[1]],
-        [w.cols(); 2],
-        "input width of the weight"
-    );
-    assert_eq!(b.dims(), [w.rows(), a.dims()[0]], "second factor");
+    assert_eq!(x.dims()[1], w.cols(), "input width of the weight");
+    check_factors(w, &a, &b);
     let (y, _low) = Dispatch::linear_updated(
         x.into_dispatch(),
         a.into_dispatch(),
@@ -136,13 +132,8 @@ pub fn linear_merged(
     merge: Merge,
     compute: Compute,
 ) -> Tensor<2> {
-    let rank = a.dims()[0];
-    assert_eq!(
-        [x.dims()[1], a.dims()[1]],
-        [w.cols(); 2],
-        "input width of the weight"
-    );
-    assert_eq!(b.dims(), [w.rows(), rank], "second factor");
+    assert_eq!(x.dims()[1], w.cols(), "input width of the weight");
+    check_factors(w, &a, &b);
     float(Dispatch::linear_merged(
         x.into_dispatch(),
         a.into_dispatch(),
@@ -183,9 +174,7 @@ pub fn linear_add(y: Tensor<2>, u: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
 /// # Panics
 /// If the sizes do not fit.
 pub fn row_norms(w: &Arc<Matrix>, [a, b]: [Tensor<2>; 2], scale: f32) -> Tensor<1> {
-    let rank = a.dims()[0];
-    assert_eq!(a.dims(), [rank, w.cols()], "first factor");
-    assert_eq!(b.dims(), [w.rows(), rank], "second factor");
+    check_factors(w, &a, &b);
     Tensor::from_dispatch(Dispatch::row_norms(
         a.into_dispatch(),
         b.into_dispatch(),
@@ -215,4 +204,11 @@ pub fn heads_linear(x: Tensor<3>, w: &Arc<Matrix>, rows: HeadRows) -> Tensor<3> 
         Arc::clone(w),
         rows,
     ))
+}
+
+/// Stops where the factors `a [rank, in]` and `b [out, rank]` are of another weight.
+fn check_factors(w: &Matrix, a: &Tensor<2>, b: &Tensor<2>) {
+    let rank = a.dims()[0];
+    assert_eq!(a.dims(), [rank, w.cols()], "first factor");
+    assert_eq!(b.dims(), [w.rows(), rank], "second factor");
 }

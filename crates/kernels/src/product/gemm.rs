@@ -155,27 +155,40 @@ pub(crate) fn nt(x: Mat<'_>, w: Weights<'_>, y: MatMut<'_>, write: Write) {
 }
 
 /// `y = Σ x · wᵀ`, each as in [`nt`], of terms that read few rows in the same way.
-pub(crate) fn nt_sum(terms: &[Term<'_>], mut y: MatMut<'_>, write: Write) {
+pub(crate) fn nt_sum(terms: &[Term<'_>], y: MatMut<'_>, write: Write) {
     for (x, w) in terms {
         assert_eq!(x.cols(), w.in_width(), "the input width of the weight");
     }
+    let grain = terms.iter().map(|(_, w)| w.grain()[0]).max();
+    add_up(terms, grain, y, write, nt_few_rows, nt_serial);
+}
+
+/// Makes a sum of products: row by row if there are few, or in tasks whose widths are multiples of `grain` and that
+/// make all terms of their part of the result.
+fn add_up(
+    terms: &[Term<'_>],
+    grain: Option<usize>,
+    mut sum: MatMut<'_>,
+    write: Write,
+    few_rows: impl Fn(Mat<'_>, Weights<'_>, MatMut<'_>, Write),
+    serial: impl Fn(Mat<'_>, Weights<'_>, Range<usize>, MatMut<'_>, Write) + Sync,
+) {
+    let size = [sum.rows(), sum.cols()];
     if is_few_rows(terms) {
-        let (rows, cols) = (0..y.rows(), 0..y.cols());
         for (i, (x, w)) in terms.iter().enumerate() {
-            let y = y.block(rows.clone(), cols.clone());
-            nt_few_rows(*x, *w, y, write.after(i == 0));
+            let sum = sum.block(0..size[0], 0..size[1]);
+            few_rows(*x, *w, sum, write.after(i == 0));
         }
         return;
     }
-    let grain = terms.iter().map(|(_, w)| w.grain()[0]).max().unwrap_or(1);
-    for_each_task([y.rows(), y.cols()], grain, |rows, outs| {
+    for_each_task(size, grain.unwrap_or(1), |rows, cols| {
         // SAFETY: tasks write different blocks.
         #[expect(unsafe_code, reason = "disjoint blocks of one output")]
-        let mut y = unsafe { y.part(rows.clone(), outs.clone()) };
+        let mut sum = unsafe { sum.part(rows.clone(), cols.clone()) };
         for (i, (x, w)) in terms.iter().enumerate() {
-            let y = y.block(0..rows.len(), 0..outs.len());
+            let sum = sum.block(0..rows.len(), 0..cols.len());
             let x = x.block(rows.clone(), 0..x.cols());
-            nt_serial(x, *w, outs.clone(), y, write.after(i == 0));
+            serial(x, *w, cols.clone(), sum, write.after(i == 0));
         }
     });
 }
@@ -231,29 +244,21 @@ pub(crate) fn nn(dy: Mat<'_>, w: Weights<'_>, dx: MatMut<'_>, write: Write) {
 }
 
 /// `dx = Σ dy · w`, each as in [`nn`], of terms that read few rows in the same way.
-pub(crate) fn nn_sum(terms: &[Term<'_>], mut dx: MatMut<'_>, write: Write) {
+pub(crate) fn nn_sum(terms: &[Term<'_>], dx: MatMut<'_>, write: Write) {
     for (dy, w) in terms {
         assert_eq!(dy.cols(), w.out_width(), "the output width of the weight");
     }
-    if is_few_rows(terms) {
-        let (rows, cols) = (0..dx.rows(), 0..dx.cols());
-        for (i, (dy, w)) in terms.iter().enumerate() {
-            let dx = dx.block(rows.clone(), cols.clone());
-            nn_few_rows(*dy, *w, dx, write.after(i == 0));
-        }
-        return;
-    }
-    let grain = terms.iter().map(|(_, w)| w.grain()[1]).max().unwrap_or(1);
-    for_each_task([dx.rows(), dx.cols()], grain, |rows, ins| {
-        // SAFETY: tasks write different blocks.
-        #[expect(unsafe_code, reason = "disjoint blocks of one output")]
-        let mut dx = unsafe { dx.part(rows.clone(), ins.clone()) };
-        for (i, (dy, w)) in terms.iter().enumerate() {
-            let dx = dx.block(0..rows.len(), 0..ins.len());
-            let (dy, outs) = (dy.block(rows.clone(), 0..dy.cols()), 0..dy.cols());
-            nn_serial(dy, *w, outs, ins.clone(), dx, write.after(i == 0));
-        }
-    });
+    let grain = terms.iter().map(|(_, w)| w.grain()[1]).max();
+    add_up(
+        terms,
+        grain,
+        dx,
+        write,
+        nn_few_rows,
+        |dy, w, ins, dx, write| {
+            nn_serial(dy, w, 0..dy.cols(), ins, dx, write);
+        },
+    );
 }
 
 /// [`nn`] on one thread, for the weight rows `outs` (which are `dy`'s columns) and the columns `ins`.
