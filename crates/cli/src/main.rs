@@ -26,6 +26,9 @@ use clap::{Parser, Subcommand};
 
 use crate::console::Console;
 
+#[global_allocator]
+static BUFFERS: kernels::Buffers = kernels::Buffers::new();
+
 /// Fine-tunes DeepSeek mixture-of-experts models on the machine you own, says how much better they got, and runs them.
 #[derive(Debug, Parser)]
 #[command(version, propagate_version = true, arg_required_else_help = true)]

@@ -6,6 +6,8 @@
 use half::bf16;
 use rayon::prelude::*;
 
+use crate::simd::{multiversion, sum};
+
 /// Elements per task, and per partial sum.
 const TASK: usize = 1 << 14;
 
@@ -116,11 +118,14 @@ pub(crate) fn update<M: Moment>(
 
 /// The sum of squares in f64, by parts of fixed size.
 pub(crate) fn sum_of_squares(x: &[f32]) -> f64 {
-    let parts: Vec<f64> = x
-        .par_chunks(TASK)
-        .map(|part| part.iter().map(|x| f64::from(*x) * f64::from(*x)).sum())
-        .collect();
+    let parts: Vec<f64> = x.par_chunks(TASK).map(squares).collect();
     parts.iter().sum()
+}
+
+multiversion! {
+    fn squares<FMA>(x: &[f32]) -> f64 {
+        sum(x.len(), |i| f64::from(x[i]) * f64::from(x[i]))
+    }
 }
 
 #[cfg(test)]

@@ -3,31 +3,15 @@
 use rayon::prelude::*;
 
 use crate::product::gemm::zeros;
-use crate::simd::multiversion;
+use crate::simd::{multiversion, sum};
 
 /// Rows per task; also the unit in which the weight's gradient is summed, so the order of its sum is fixed.
 const TASK_ROWS: usize = 64;
-/// Sums that are made side by side.
-const LANES: usize = 16;
 
 #[inline(always)]
 fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     let squares = sum(x.len(), |i| f64::from(x[i]) * f64::from(x[i]));
     1.0 / ((squares / x.len() as f64) as f32 + eps).sqrt()
-}
-
-/// The sum of f32 values, in f64 and in a fixed order of lanes: one sum after another would wait for each addition.
-#[inline(always)]
-fn sum(len: usize, value: impl Fn(usize) -> f64) -> f64 {
-    let mut lanes = [0f64; LANES];
-    let whole = len - len % LANES;
-    for start in (0..whole).step_by(LANES) {
-        for (i, lane) in lanes.iter_mut().enumerate() {
-            *lane += value(start + i);
-        }
-    }
-    (whole..len).for_each(|i| lanes[i - whole] += value(i));
-    lanes.iter().sum()
 }
 
 /// x `[rows, width]`, weight `[normed ≤ width]` → `[rows, width]`: the first `normed` features normalized, the others

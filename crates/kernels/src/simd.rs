@@ -46,3 +46,20 @@ macro_rules! multiversion {
 }
 
 pub(crate) use multiversion;
+
+/// Sums that are made side by side.
+const LANES: usize = 16;
+
+/// The sum of f32 values, in f64 and in a fixed order of lanes: one sum after another would wait for each addition.
+#[inline(always)]
+pub(crate) fn sum(len: usize, value: impl Fn(usize) -> f64) -> f64 {
+    let mut lanes = [0f64; LANES];
+    let whole = len - len % LANES;
+    for start in (0..whole).step_by(LANES) {
+        for (i, lane) in lanes.iter_mut().enumerate() {
+            *lane += value(start + i);
+        }
+    }
+    (whole..len).for_each(|i| lanes[i - whole] += value(i));
+    lanes.iter().sum()
+}

@@ -41,17 +41,17 @@ impl Model {
         taker.found
     }
 
-    /// Replaces trained tensors: `update` sees each one's name and flat values and returns its new values, or none to
-    /// keep it.
-    #[must_use]
-    pub fn map_parameters(
-        self,
-        update: &mut dyn FnMut(&str, Tensor<1>) -> Option<Tensor<1>>,
-    ) -> Self {
-        self.map(&mut Updater {
+    /// Replaces trained tensors: `update` sees each one's name and flat values and returns its new values.
+    ///
+    /// The values are nobody else's while it has them, so it may change them where they lie, as long as nothing but
+    /// this model holds them.
+    pub fn map_parameters(&mut self, update: &mut dyn FnMut(&str, Tensor<1>) -> Tensor<1>) {
+        let emptied = self.clone().map(&mut Emptier);
+        let model = std::mem::replace(self, emptied);
+        *self = model.map(&mut Updater {
             path: Path::default(),
             update,
-        })
+        });
     }
 
     /// The numbers of the trained or updated experts of a layer, by the path of anything in it; none if it has no experts.
@@ -160,9 +160,21 @@ impl ModuleVisitor for GradientTaker<'_> {
     }
 }
 
+/// Leaves a model without the values of its trained tensors.
+struct Emptier;
+
+impl ModuleMapper for Emptier {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if !param.val().is_require_grad() {
+            return param;
+        }
+        param.map(|tensor| Tensor::zeros([0; D], &tensor.device()))
+    }
+}
+
 struct Updater<'a> {
     path: Path,
-    update: &'a mut dyn FnMut(&str, Tensor<1>) -> Option<Tensor<1>>,
+    update: &'a mut dyn FnMut(&str, Tensor<1>) -> Tensor<1>,
 }
 
 impl ModuleMapper for Updater<'_> {
@@ -179,11 +191,10 @@ impl ModuleMapper for Updater<'_> {
             return param;
         }
         let name = self.path.name();
-        param.map(
-            |tensor| match (self.update)(&name, flat(tensor.clone().inner())) {
-                Some(values) => Tensor::from_inner(values.reshape(tensor.dims())).require_grad(),
-                None => tensor,
-            },
-        )
+        param.map(|tensor| {
+            let dims = tensor.dims();
+            let values = (self.update)(&name, flat(tensor.inner()));
+            Tensor::from_inner(values.reshape(dims)).require_grad()
+        })
     }
 }

@@ -50,8 +50,10 @@ fn adapted(name: &str, target: &[&str], device: &Device) -> Model {
         experts_share: None,
     };
     lora::attach(&mut model, &settings, device).unwrap();
+    model.map_parameters(&mut |name, values| {
+        values + if name.ends_with("lora_b") { 0.01 } else { 0.0 }
+    });
     model
-        .map_parameters(&mut |name, values| name.ends_with("lora_b").then(|| values.clone() + 0.01))
 }
 
 fn ids(model: &Model, device: &Device) -> Tensor<2, Int> {

@@ -428,7 +428,7 @@ fn adapter_gradients_are_the_goldens() {
         let found = model.gradients(&mut gradients);
         // Put each gradient in its parameter's place: the adapter's own files then name them as PEFT does.
         let mut by_name: std::collections::BTreeMap<_, _> = found.into_iter().collect();
-        let model = model.map_parameters(&mut |name, _| by_name.remove(name));
+        model.map_parameters(&mut |name, values| by_name.remove(name).unwrap_or(values));
         let (_, tensors) = AdapterWeights::from_model(&model, Scaling::Plain, 0.0)
             .files(".")
             .unwrap();
@@ -546,7 +546,7 @@ fn models_merged_in_fp8_keep_what_the_adapter_leaves_alone() {
         let mut model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
         lora::attach(&mut model, &small_lora(&["o_proj", "experts"]), &device).unwrap();
         // Fresh factors are an update of zero.
-        let model = model.map_parameters(&mut |_, values| Some(values + 0.02));
+        model.map_parameters(&mut |_, values| values + 0.02);
         let adapter = AdapterWeights::from_model(&model, Scaling::Plain, 0.0);
         let run = |model: &Model| logits(model, golden.ids(&device), &mut Pass::new(Compute::F32));
         let expected = run(&model);
@@ -658,8 +658,9 @@ fn fp8_weights_train_like_their_dequantized_twin() {
         let mut model = weights::load(folder, Training::Frozen, &device).unwrap();
         lora::attach(&mut model, &settings, &device).unwrap();
         // Fresh factors have lora_b zero and so no gradient of lora_a: give both some values.
-        let model = model.map_parameters(&mut |name, values| {
-            name.ends_with("lora_b").then(|| values.clone() + 0.01)
+        model.map_parameters(&mut |name, values| {
+            let shift = if name.ends_with("lora_b") { 0.01 } else { 0.0 };
+            values + shift
         });
         let loss = mean_loss(&model, golden.ids(&device), &mut Pass::new(Compute::F32));
         let mut gradients = loss.backward();

@@ -169,7 +169,7 @@ fn gradients_are_those_of_peft() {
     each(|name, method| {
         let json = std::fs::read_to_string(golden(name).join("methods.json")).unwrap();
         let json: serde_json::Value = serde_json::from_str(&json).unwrap();
-        let model = adapted(name, method, &device);
+        let mut model = adapted(name, method, &device);
         let loss = loss(&model, &ids(name, &device), &mut Pass::new(Compute::F32));
         let expected = json[method]["loss"].as_f64().unwrap() as f32;
         assert_close(
@@ -182,7 +182,7 @@ fn gradients_are_those_of_peft() {
         // Put each gradient in its parameter's place: the adapter's own files then name them as PEFT does.
         let found = model.gradients(&mut loss.backward());
         let mut found: BTreeMap<_, _> = found.into_iter().collect();
-        let model = model.map_parameters(&mut |name, _| found.remove(name));
+        model.map_parameters(&mut |name, values| found.remove(name).unwrap_or(values));
         let adapter = AdapterWeights::from_model(&model, scaling(method), 0.0);
         let (_, tensors) = adapter.files(".").unwrap();
         let expected = json[method]["grad_norms"].as_object().unwrap();
@@ -319,9 +319,10 @@ fn gradients_of_dora_are_finite_differences() {
             .map(|(_, gradient)| values((gradient.clone() * direction(gradient)).sum())[0])
             .sum();
         let at = |step: f32| {
-            let moved = model.clone().map_parameters(&mut |name, values| {
-                let step = direction(&values) * step;
-                name.ends_with(suffix).then(|| values + step)
+            let mut moved = model.clone();
+            moved.map_parameters(&mut |name, values| {
+                let step = if name.ends_with(suffix) { step } else { 0.0 };
+                values.clone() + direction(&values) * step
             });
             values(loss(&moved, &ids, &mut Pass::new(Compute::F32)).inner())[0]
         };
@@ -361,11 +362,13 @@ fn attach(model: &mut Model, config: &LoraConfig, device: &Device) {
             .map(|i| 0.05 * (seed + 0.7 * i as f32).sin())
             .collect();
         let shift = Tensor::from_floats(shift.as_slice(), &values.device());
-        name.contains(".lora.").then(|| values + shift)
+        if name.contains(".lora.") {
+            values + shift
+        } else {
+            values
+        }
     };
-    *model = model
-        .clone()
-        .map_parameters(&mut |name, values| moved(name, values));
+    model.map_parameters(&mut |name, values| moved(name, values));
 }
 
 /// Saves the updates of a model and reads them back.
@@ -512,7 +515,7 @@ fn trained_experts_have_the_gradients_of_full_training() {
             let by_key: BTreeMap<_, _> = by_key.collect();
             (by_key, model)
         };
-        let ((found, model), (expected, _)) = (run(some), run(Training::Full));
+        let ((found, mut model), (expected, _)) = (run(some), run(Training::Full));
         assert_eq!(found.len(), chosen.len() + 3, "{:?}", found.keys());
         for (key, found) in &found {
             let largest = expected[key]
@@ -522,7 +525,7 @@ fn trained_experts_have_the_gradients_of_full_training() {
         }
 
         // Written, what was not trained keeps its bytes, and what was comes back in the format it had.
-        let model = model.map_parameters(&mut |_, values| Some(values * 2.0));
+        model.map_parameters(&mut |_, values| values * 2.0);
         let place = tempfile::tempdir().unwrap();
         let mut writer = FolderWriter::create(&place.path().join("out")).unwrap();
         export_chosen(&model, &base, &mut writer).unwrap();

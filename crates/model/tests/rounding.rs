@@ -58,7 +58,7 @@ fn adapted(folder: &Folder) -> (Model, AdapterWeights) {
         experts_share: None,
     };
     lora::attach(&mut model, &config, &device).unwrap();
-    let model = model.map_parameters(&mut |_, values| Some(values + 0.02));
+    model.map_parameters(&mut |_, values| values + 0.02);
     let adapter = AdapterWeights::from_model(&model, Scaling::Plain, 0.0);
     let mut plain = load(folder);
     adapter.attach(&mut plain, &Device::flex()).unwrap();

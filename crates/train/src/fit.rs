@@ -301,9 +301,8 @@ impl Session {
         }
         self.note_loads(&sums.loads);
         let numbers = (step, norm, scale.unwrap_or(1.0));
-        self.model = self
-            .optimizer
-            .step(self.model.clone(), sums.gradients, rate, numbers);
+        self.optimizer
+            .step(&mut self.model, sums.gradients, rate, numbers);
         let train = &self.recipe.train;
         if train.bias_update_speed > 0.0 {
             balance::update_biases(&mut self.model, &sums.loads, train.bias_update_speed);

@@ -69,11 +69,11 @@ impl AdamW {
     /// too large.
     pub(crate) fn step(
         &mut self,
-        model: Model,
+        model: &mut Model,
         mut gradients: Accumulated,
         rate: f64,
         (number, norm, loss_scale): (u64, f64, f64),
-    ) -> Model {
+    ) {
         let OptimizerSection {
             betas,
             eps,
@@ -97,7 +97,9 @@ impl AdamW {
         };
         let dtype = self.settings.moments().float();
         model.map_parameters(&mut |name, values| {
-            let gradient = gradients.0.remove(name)?;
+            let Some(gradient) = gradients.0.remove(name) else {
+                return values;
+            };
             let zeros = || Tensor::zeros(values.dims(), (&values.device(), DType::from(dtype)));
             let moments = self.moments.remove(name);
             let moments = moments.unwrap_or_else(|| [zeros(), zeros()]);
@@ -109,8 +111,8 @@ impl AdamW {
             };
             let (values, moments) = kernels::adamw(values, gradient, moments, step);
             self.moments.insert(name.into(), moments);
-            Some(values)
-        })
+            values
+        });
     }
 }
 

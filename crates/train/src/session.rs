@@ -123,7 +123,7 @@ impl Session {
             }
         }
         if recipe.precision.round_start {
-            model = rounded(model);
+            round(&mut model);
         }
         let tokenizer = base.tokenizer.as_deref().map(Tokenizer::open).transpose()?;
         let reading = Reading {
@@ -248,10 +248,8 @@ impl Session {
             }
             Ok(())
         })?;
-        self.model = self
-            .model
-            .clone()
-            .map_parameters(&mut |name, _| parameters.remove(name));
+        self.model
+            .map_parameters(&mut |name, values| parameters.remove(name).unwrap_or(values));
         let zeros = || Tensor::<1>::zeros([0], &device);
         for (first, name, tensor) in moments {
             let pair = self
@@ -339,10 +337,9 @@ fn expect_valid(recipe: &Recipe, valid: Option<&Corpus>) -> Result<()> {
     valid.map(|_| ()).ok_or_else(missing)
 }
 
-/// The trained values rounded to bf16.
-fn rounded(model: Model) -> Model {
-    let round = |values: Tensor<1>| values.cast(FloatDType::BF16).cast(FloatDType::F32);
-    model.map_parameters(&mut |_, values| Some(round(values)))
+/// Rounds the trained values to bf16.
+fn round(model: &mut Model) {
+    model.map_parameters(&mut |_, values| values.cast(FloatDType::BF16).cast(FloatDType::F32));
 }
 
 /// A model as it is before anything is put on it. It takes no memory: an adapter's base has its weights in common with

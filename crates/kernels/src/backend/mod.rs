@@ -1,6 +1,7 @@
 //! The operations as burn sees them: their signatures, the CPU backend, and autodiff.
 
 mod autodiff;
+pub(crate) mod buffers;
 mod flex;
 pub(crate) mod gradients;
 pub(crate) mod kept;

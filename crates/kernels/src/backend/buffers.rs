@@ -1,0 +1,325 @@
+//! Large blocks of memory, used again.
+//!
+//! A training step frees and asks for the same large blocks over and over. The system's allocator gives each of them
+//! back, and the operating system clears every page of the next one: a fifth of a full fine-tuning step. Here a freed
+//! block waits for the next request of its size instead.
+
+#![expect(unsafe_code, reason = "an allocator")]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::ptr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// From this size on, a block is large.
+const LARGE: usize = 1 << 20;
+/// Blocks that can wait at once. A model's step has some hundred sizes, most of them alike.
+const SLOTS: usize = 256;
+
+/// A program's allocator, `#[global_allocator]`, that keeps freed large blocks.
+///
+/// What is in use and what waits are together never more than was in use at once before: keeping blocks does not raise
+/// the program's peak. Large blocks ask Linux for huge pages, of which a block needs hundreds of times fewer.
+#[derive(Debug)]
+pub struct Buffers(Mutex<Kept>);
+
+#[derive(Debug)]
+struct Kept {
+    /// Bytes of large blocks in use, and the most there ever were.
+    in_use: usize,
+    peak: usize,
+    /// Bytes of the blocks that wait.
+    waiting: usize,
+    /// The blocks that wait, the longest waiting first.
+    blocks: [(usize, Layout); SLOTS],
+    len: usize,
+}
+
+impl Buffers {
+    /// An allocator that keeps nothing yet.
+    pub const fn new() -> Self {
+        Self(Mutex::new(Kept {
+            in_use: 0,
+            peak: 0,
+            waiting: 0,
+            blocks: [(0, Layout::new::<()>()); SLOTS],
+            len: 0,
+        }))
+    }
+
+    /// Counts a block as in use; it is one that waited, if there is one.
+    fn claim(&self, layout: Layout) -> Option<*mut u8> {
+        let mut kept = self.kept();
+        let waiting = kept.take(layout);
+        kept.enter(layout.size());
+        waiting
+    }
+
+    /// A block fresh from the system.
+    fn prepared(&self, block: *mut u8, layout: Layout) -> *mut u8 {
+        if block.is_null() {
+            self.kept().in_use -= layout.size();
+        } else {
+            ask_for_huge_pages(block, layout.size());
+        }
+        block
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Default for Buffers {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Kept {
+    /// Counts a block as in use, and frees what waits beyond the peak.
+    fn enter(&mut self, size: usize) {
+        self.in_use += size;
+        self.peak = self.peak.max(self.in_use);
+        while self.in_use + self.waiting > self.peak {
+            self.free_oldest();
+        }
+    }
+
+    /// A waiting block of exactly this layout, the one that was freed last.
+    fn take(&mut self, layout: Layout) -> Option<*mut u8> {
+        let waiting = &self.blocks[..self.len];
+        let i = waiting.iter().rposition(|block| block.1 == layout)?;
+        Some(self.remove(i))
+    }
+
+    fn put(&mut self, block: *mut u8, layout: Layout) {
+        if self.len == SLOTS {
+            self.free_oldest();
+        }
+        self.blocks[self.len] = (block.expose_provenance(), layout);
+        self.len += 1;
+        self.waiting += layout.size();
+    }
+
+    fn free_oldest(&mut self) {
+        let layout = self.blocks[0].1;
+        let block = self.remove(0);
+        // SAFETY: it came from `System` with this layout, and nobody else has it while it waits.
+        unsafe { System.dealloc(block, layout) }
+    }
+
+    fn remove(&mut self, i: usize) -> *mut u8 {
+        let (block, layout) = self.blocks[i];
+        self.blocks.copy_within(i + 1..self.len, i);
+        self.len -= 1;
+        self.waiting -= layout.size();
+        ptr::with_exposed_provenance_mut(block)
+    }
+}
+
+// SAFETY: every block comes from `System` with the layout it was asked for, and goes back to it with the same one; a
+// block that waits is in nobody's hands and is handed out once, for the same layout. Nothing here panics or allocates.
+unsafe impl GlobalAlloc for Buffers {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if layout.size() < LARGE {
+            // SAFETY: the caller's layout.
+            return unsafe { System.alloc(layout) };
+        }
+        // SAFETY: the caller's layout.
+        let fresh = || unsafe { System.alloc(layout) };
+        self.claim(layout)
+            .unwrap_or_else(|| self.prepared(fresh(), layout))
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        if layout.size() < LARGE {
+            // SAFETY: the caller's layout.
+            return unsafe { System.alloc_zeroed(layout) };
+        }
+        if let Some(block) = self.claim(layout) {
+            // SAFETY: a block of this size that nobody else has.
+            unsafe { block.write_bytes(0, layout.size()) };
+            return block;
+        }
+        // SAFETY: the caller's layout.
+        self.prepared(unsafe { System.alloc_zeroed(layout) }, layout)
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        if layout.size() < LARGE {
+            // SAFETY: a block of the caller's, that came from `System` with this layout.
+            return unsafe { System.dealloc(block, layout) };
+        }
+        let mut kept = self.kept();
+        kept.in_use -= layout.size();
+        kept.put(block, layout);
+    }
+
+    unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // SAFETY: a block of the caller's, that came from `System` with this layout.
+        let grown = unsafe { System.realloc(block, layout, size) };
+        if !grown.is_null() && layout.size().max(size) >= LARGE {
+            let large = |size: usize| if size < LARGE { 0 } else { size };
+            let mut kept = self.kept();
+            kept.in_use -= large(layout.size());
+            kept.enter(large(size));
+        }
+        grown
+    }
+}
+
+/// Linux backs a block with pages of 2 MiB where it can; elsewhere nothing.
+#[cfg(target_os = "linux")]
+fn ask_for_huge_pages(block: *mut u8, size: usize) {
+    const MADV_HUGEPAGE: i32 = 14;
+    const PAGE: usize = 1 << 12;
+    const WORTH_IT: usize = 4 << 20;
+    unsafe extern "C" {
+        fn madvise(start: *mut u8, len: usize, advice: i32) -> i32;
+    }
+    if size < WORTH_IT {
+        return;
+    }
+    let start = block.map_addr(|address| address.next_multiple_of(PAGE));
+    let len = (size - (start.addr() - block.addr())) & !(PAGE - 1);
+    // SAFETY: whole pages inside the block; advice changes no content. A refusal (no huge pages, larger pages) is fine.
+    let _ = unsafe { madvise(start, len, MADV_HUGEPAGE) };
+}
+
+#[cfg(not(target_os = "linux"))]
+fn ask_for_huge_pages(_: *mut u8, _: usize) {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout(size: usize) -> Layout {
+        Layout::array::<u8>(size).expect("a size in range")
+    }
+
+    /// A block filled with a byte.
+    fn filled(buffers: &Buffers, size: usize, byte: u8) -> *mut u8 {
+        // SAFETY: the size is not zero, and the block is written where it was just allocated.
+        unsafe {
+            let block = buffers.alloc(layout(size));
+            block.write_bytes(byte, size);
+            block
+        }
+    }
+
+    fn free(buffers: &Buffers, block: *mut u8, size: usize) {
+        // SAFETY: the tests free what `filled` gave them, with its size.
+        unsafe { buffers.dealloc(block, layout(size)) }
+    }
+
+    fn bytes(block: *mut u8, size: usize) -> &'static [u8] {
+        // SAFETY: the tests look at blocks that are in use.
+        unsafe { std::slice::from_raw_parts(block, size) }
+    }
+
+    #[test]
+    fn a_freed_block_is_the_next_of_its_size_and_of_no_other() {
+        let buffers = Buffers::new();
+        let (first, other) = (filled(&buffers, LARGE, 1), filled(&buffers, LARGE + 64, 2));
+        free(&buffers, first, LARGE);
+        let smaller = filled(&buffers, LARGE - 1, 3);
+        assert_ne!(smaller, first);
+        let again = filled(&buffers, LARGE, 4);
+        assert_eq!(again, first);
+        assert!(bytes(other, LARGE + 64).iter().all(|byte| *byte == 2));
+        free(&buffers, smaller, LARGE - 1);
+        free(&buffers, other, LARGE + 64);
+        free(&buffers, again, LARGE);
+    }
+
+    #[test]
+    fn a_block_used_again_is_zero_where_zeros_are_asked_for() {
+        let buffers = Buffers::new();
+        let size = 5 << 20;
+        let block = filled(&buffers, size, 0xAB);
+        free(&buffers, block, size);
+        // SAFETY: the size is not zero.
+        let zeroed = unsafe { buffers.alloc_zeroed(layout(size)) };
+        assert_eq!(zeroed, block);
+        assert!(bytes(zeroed, size).iter().all(|byte| *byte == 0));
+        free(&buffers, zeroed, size);
+    }
+
+    #[test]
+    fn a_grown_block_keeps_its_bytes_and_is_counted_as_grown() {
+        let buffers = Buffers::new();
+        let sizes = [LARGE / 2, 3 * LARGE, 9 * LARGE, LARGE, LARGE / 4];
+        let mut block = filled(&buffers, sizes[0], 7);
+        for pair in sizes.windows(2) {
+            // SAFETY: the block is in use and has the first of the two sizes.
+            block = unsafe { buffers.realloc(block, layout(pair[0]), pair[1]) };
+            assert!(bytes(block, LARGE / 4).iter().all(|byte| *byte == 7));
+            let large = if pair[1] < LARGE { 0 } else { pair[1] };
+            assert_eq!(buffers.kept().in_use, large);
+        }
+        free(&buffers, block, LARGE / 4);
+    }
+
+    /// Thousands of allocations of uneven sizes: what waits and what is in use stay below the peak, and no two blocks
+    /// share a byte.
+    #[test]
+    fn what_waits_never_raises_the_peak() {
+        let buffers = Buffers::new();
+        let mut held: Vec<(*mut u8, usize, u8)> = vec![];
+        let mut peak = 0;
+        let mut bits = 1u64;
+        for i in 0..4000u32 {
+            bits = bits
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            let draw = (bits >> 33) as usize;
+            if held.len() < 12 && !draw.is_multiple_of(3) {
+                let size = LARGE + (draw % 7) * 4096;
+                let byte = i as u8;
+                held.push((filled(&buffers, size, byte), size, byte));
+            } else if !held.is_empty() {
+                let (block, size, byte) = held.swap_remove(draw % held.len());
+                assert!(bytes(block, size).iter().all(|found| *found == byte));
+                free(&buffers, block, size);
+            }
+            let in_use: usize = held.iter().map(|block| block.1).sum();
+            peak = peak.max(in_use);
+            let kept = buffers.kept();
+            assert_eq!((kept.in_use, kept.peak), (in_use, peak));
+            assert!(kept.in_use + kept.waiting <= peak);
+            let waiting = kept.blocks[..kept.len].iter().map(|block| block.1.size());
+            assert_eq!(kept.waiting, waiting.sum::<usize>());
+        }
+    }
+
+    #[test]
+    fn more_blocks_than_can_wait_lose_the_oldest() {
+        let buffers = Buffers::new();
+        let blocks: Vec<_> = (0..SLOTS + 3).map(|_| filled(&buffers, LARGE, 1)).collect();
+        blocks
+            .iter()
+            .for_each(|block| free(&buffers, *block, LARGE));
+        let kept = buffers.kept();
+        assert_eq!((kept.len, kept.waiting), (SLOTS, SLOTS * LARGE));
+    }
+
+    #[test]
+    fn threads_share_blocks_without_mixing_them() {
+        let buffers = Buffers::new();
+        std::thread::scope(|scope| {
+            for thread in 1..=4u8 {
+                let buffers = &buffers;
+                scope.spawn(move || {
+                    for round in 0..200usize {
+                        let size = LARGE + (round % 3) * 4096;
+                        let block = filled(buffers, size, thread);
+                        std::thread::yield_now();
+                        assert!(bytes(block, size).iter().all(|byte| *byte == thread));
+                        free(buffers, block, size);
+                    }
+                });
+            }
+        });
+        assert_eq!(buffers.kept().in_use, 0);
+    }
+}
