@@ -1,4 +1,4 @@
-//! The element types a model's files use, named as safetensors names them.
+//! The element types a model's files use, named as safetensors names them, and ggml's blocks.
 
 use std::fmt;
 
@@ -40,10 +40,31 @@ pub enum DType {
     U8,
     /// One byte, zero or one.
     Bool,
+    /// ggml's 32 numbers of 4 bits with a scale.
+    Q4_0,
+    /// 32 numbers of 4 bits with a scale and a minimum.
+    Q4_1,
+    /// 32 numbers of 5 bits with a scale.
+    Q5_0,
+    /// 32 numbers of 5 bits with a scale and a minimum.
+    Q5_1,
+    /// 32 numbers of 8 bits with a scale.
+    Q8_0,
+    /// 256 numbers of 2 bits, with scales and minima of 4 bits.
+    Q2K,
+    /// 256 numbers of 3 bits, with scales of 6 bits.
+    Q3K,
+    /// 256 numbers of 4 bits, with scales and minima of 6 bits.
+    Q4K,
+    /// 256 numbers of 5 bits, with scales and minima of 6 bits.
+    Q5K,
+    /// 256 numbers of 6 bits, with scales of 8 bits.
+    Q6K,
 }
 
 impl DType {
-    const ALL: [Self; 16] = [
+    /// Those of safetensors files.
+    const PLAIN: [Self; 16] = [
         Self::F64,
         Self::F32,
         Self::F16,
@@ -62,9 +83,50 @@ impl DType {
         Self::Bool,
     ];
 
-    /// The size of one element, in bytes.
+    /// Those of GGUF files, by the number they have there.
+    const GGML: [(u32, Self); 18] = [
+        (0, Self::F32),
+        (1, Self::F16),
+        (2, Self::Q4_0),
+        (3, Self::Q4_1),
+        (6, Self::Q5_0),
+        (7, Self::Q5_1),
+        (8, Self::Q8_0),
+        (10, Self::Q2K),
+        (11, Self::Q3K),
+        (12, Self::Q4K),
+        (13, Self::Q5K),
+        (14, Self::Q6K),
+        (24, Self::I8),
+        (25, Self::I16),
+        (26, Self::I32),
+        (27, Self::I64),
+        (28, Self::F64),
+        (30, Self::BF16),
+    ];
+
+    /// Elements that are stored together: 1, but for ggml's blocks.
+    pub fn block(self) -> usize {
+        match self {
+            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
+            Self::Q2K | Self::Q3K | Self::Q4K | Self::Q5K | Self::Q6K => 256,
+            _ => 1,
+        }
+    }
+
+    /// The size of one element, or of one block, in bytes.
     pub fn size_bytes(self) -> usize {
         match self {
+            Self::Q4_0 => 18,
+            Self::Q4_1 => 20,
+            Self::Q5_0 => 22,
+            Self::Q5_1 => 24,
+            Self::Q8_0 => 34,
+            Self::Q2K => 84,
+            Self::Q3K => 110,
+            Self::Q4K => 144,
+            Self::Q5K => 176,
+            Self::Q6K => 210,
             Self::F64 | Self::I64 | Self::U64 => 8,
             Self::F32 | Self::I32 | Self::U32 => 4,
             Self::F16 | Self::BF16 | Self::I16 | Self::U16 => 2,
@@ -72,7 +134,7 @@ impl DType {
         }
     }
 
-    /// The name in a safetensors header.
+    /// The name in a safetensors header; ggml's for its blocks.
     fn name(self) -> &'static str {
         match self {
             Self::F64 => "F64",
@@ -91,12 +153,28 @@ impl DType {
             Self::U16 => "U16",
             Self::U8 => "U8",
             Self::Bool => "BOOL",
+            Self::Q4_0 => "Q4_0",
+            Self::Q4_1 => "Q4_1",
+            Self::Q5_0 => "Q5_0",
+            Self::Q5_1 => "Q5_1",
+            Self::Q8_0 => "Q8_0",
+            Self::Q2K => "Q2_K",
+            Self::Q3K => "Q3_K",
+            Self::Q4K => "Q4_K",
+            Self::Q5K => "Q5_K",
+            Self::Q6K => "Q6_K",
         }
     }
 
     /// The dtype of that name in a safetensors header.
     pub(crate) fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|dtype| dtype.name() == name)
+        Self::PLAIN.into_iter().find(|dtype| dtype.name() == name)
+    }
+
+    /// The dtype of that number in a GGUF file.
+    pub(crate) fn from_ggml(number: u32) -> Option<Self> {
+        let known = Self::GGML.into_iter().find(|known| known.0 == number);
+        known.map(|(_, dtype)| dtype)
     }
 }
 
@@ -115,37 +193,15 @@ impl TryFrom<::safetensors::Dtype> for DType {
     }
 }
 
-impl From<DType> for ::safetensors::Dtype {
-    fn from(dtype: DType) -> Self {
-        match dtype {
-            DType::F64 => Self::F64,
-            DType::F32 => Self::F32,
-            DType::F16 => Self::F16,
-            DType::BF16 => Self::BF16,
-            DType::F8E4M3 => Self::F8_E4M3,
-            DType::F8E5M2 => Self::F8_E5M2,
-            DType::F8E8M0 => Self::F8_E8M0,
-            DType::I64 => Self::I64,
-            DType::I32 => Self::I32,
-            DType::I16 => Self::I16,
-            DType::I8 => Self::I8,
-            DType::U64 => Self::U64,
-            DType::U32 => Self::U32,
-            DType::U16 => Self::U16,
-            DType::U8 => Self::U8,
-            DType::Bool => Self::BOOL,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn every_dtype_agrees_with_the_safetensors_crate_in_name_and_size() {
-        for dtype in DType::ALL {
-            let theirs = ::safetensors::Dtype::from(dtype);
+        for dtype in DType::PLAIN {
+            let name = serde_json::Value::from(dtype.to_string());
+            let theirs: ::safetensors::Dtype = serde_json::from_value(name).unwrap();
             assert_eq!(theirs.to_string(), dtype.to_string());
             assert_eq!(theirs.bitsize(), dtype.size_bytes() * 8);
             assert_eq!(DType::try_from(theirs).unwrap(), dtype);

@@ -81,6 +81,15 @@ pub enum Error {
         cause: serde_json::Error,
     },
 
+    /// A GGUF file is malformed, or not of a kind that is read.
+    #[error("`{file}`: {problem}")]
+    Gguf {
+        /// The file.
+        file: PathBuf,
+        /// The key or tensor, what was expected and what was found.
+        problem: String,
+    },
+
     /// A tensor's name is empty, longer than any real one, or has control characters.
     #[error(
         "`{file}`: expected a printable tensor name of 1 to {limit} bytes, found {len}: `{found}`"

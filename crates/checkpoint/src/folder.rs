@@ -1,9 +1,10 @@
-//! A Hugging Face model folder: its configuration and the tensors of all its shards.
+//! A model: a Hugging Face folder, or a GGUF as the folder it was converted from; its configuration and the tensors of
+//! all its files.
 //!
 //! Which tensor is in which shard comes from the index, as it is written there; the names of
 //! shards are never constructed. Tokenizers and chat templates in the folder are not read here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -11,6 +12,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::{io, shown};
+use crate::gguf::Gguf;
+use crate::gguf::origin::{self, Origin};
 use crate::json::{self, CONFIG_LIMIT, INDEX_LIMIT};
 use crate::{Error, OrderedMap, Result, Safetensors, Tensor};
 
@@ -19,22 +22,25 @@ pub(crate) const INDEX_NAME: &str = "model.safetensors.index.json";
 /// The only shard of a folder without an index.
 pub(crate) const SINGLE_NAME: &str = "model.safetensors";
 
-/// An opened model folder. All shards are mapped; nothing is copied.
+/// An opened model. All files are mapped; nothing is copied.
 #[derive(Clone, Debug)]
 pub struct Folder {
     path: PathBuf,
     config: Value,
     generation_config: Option<Value>,
     shards: Vec<Shard>,
-    /// Tensor name to the shard that holds it.
-    shard_of: BTreeMap<String, usize>,
+    /// Tensor name to the shard that holds it, and its place there.
+    place_of: BTreeMap<String, [usize; 2]>,
     unindexed: Vec<Tensor>,
+    /// Of a GGUF: its metadata, and how its tensors become those of the folder it was made from.
+    gguf: Option<(BTreeMap<String, Value>, Origin)>,
 }
 
 #[derive(Clone, Debug)]
 struct Shard {
     name: String,
-    file: Safetensors,
+    /// In the order of their bytes.
+    tensors: Vec<Tensor>,
 }
 
 /// The part of an index that is used. Its `metadata` is free text, and wrong in some models.
@@ -44,12 +50,16 @@ struct Index {
 }
 
 impl Folder {
-    /// Opens a folder: reads `config.json`, maps every shard, checks every header and the index.
+    /// Opens a folder: reads `config.json`, maps every shard, checks every header and the index. Or a GGUF file, whose
+    /// tensors get the names and the order of rows they had in the folder it was made from.
     ///
     /// # Errors
     /// If `config.json` or the weights are absent or malformed, or the index and the shards
-    /// disagree.
+    /// disagree; if a GGUF is malformed or of an architecture that is not read.
     pub fn open(path: &Path) -> Result<Self> {
+        if path.is_file() {
+            return Self::open_gguf(path);
+        }
         let config = read_json(&path.join("config.json"))?;
         let generation_config = path.join("generation_config.json");
         let generation_config = if generation_config.exists() {
@@ -62,8 +72,9 @@ impl Folder {
             config,
             generation_config,
             shards: Vec::new(),
-            shard_of: BTreeMap::new(),
+            place_of: BTreeMap::new(),
             unindexed: Vec::new(),
+            gguf: None,
         };
         let index = path.join(INDEX_NAME);
         if index.exists() {
@@ -74,9 +85,58 @@ impl Folder {
         Ok(folder)
     }
 
-    /// The folder's path.
+    fn open_gguf(path: &Path) -> Result<Self> {
+        let gguf = Gguf::open(path)?;
+        let origin = Origin::of(path, &gguf)?;
+        let mut folder = Self {
+            path: path.to_owned(),
+            config: origin.config.clone(),
+            generation_config: None,
+            shards: Vec::new(),
+            place_of: BTreeMap::new(),
+            unindexed: Vec::new(),
+            gguf: Some((gguf.metadata, origin)),
+        };
+        for (file, mut tensors) in gguf.files {
+            for (i, tensor) in tensors.iter_mut().enumerate() {
+                tensor.name = origin::key(&tensor.name).into();
+                let place = [folder.shards.len(), i];
+                if let Some([first, _]) = folder.place_of.insert(tensor.name.to_string(), place) {
+                    return Err(Error::DuplicateTensor {
+                        tensor: tensor.name.to_string(),
+                        first: folder
+                            .shards
+                            .get(first)
+                            .map_or_else(|| file.clone(), |shard| path.with_file_name(&shard.name)),
+                        second: file,
+                    });
+                }
+            }
+            let name = file.file_name().unwrap_or_default().to_string_lossy();
+            folder.shards.push(Shard {
+                name: name.into_owned(),
+                tensors,
+            });
+        }
+        Ok(folder)
+    }
+
+    /// The path of the folder, or of the GGUF file.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The file that the configuration stands in, for messages.
+    pub fn config_path(&self) -> PathBuf {
+        match self.gguf {
+            Some(_) => self.path.clone(),
+            None => self.path.join("config.json"),
+        }
+    }
+
+    /// The metadata of a GGUF: numbers, texts, and lists of them, by their keys there. None of a folder.
+    pub fn metadata(&self) -> Option<&BTreeMap<String, Value>> {
+        self.gguf.as_ref().map(|gguf| &gguf.0)
     }
 
     /// The content of `config.json`, an object.
@@ -91,25 +151,29 @@ impl Folder {
 
     /// The names of all tensors, sorted.
     pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
-        self.shard_of.keys().map(String::as_str)
+        self.place_of.keys().map(String::as_str)
     }
 
     /// Whether there is a tensor of that name.
     pub fn contains(&self, name: &str) -> bool {
-        self.shard_of.contains_key(name)
+        self.place_of.contains_key(name)
     }
 
-    /// The tensor of that name, as a slice of its shard's map.
+    /// The tensor of that name, as a slice of its file's map; where a GGUF has its rows in another order, as a copy.
     ///
     /// # Errors
-    /// If there is none.
+    /// If there is none, or its rows cannot be put in order.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
-        match self.shard_of.get(name).and_then(|&i| self.shards.get(i)) {
-            Some(shard) => shard.file.tensor(name),
-            None => Err(Error::NoTensor {
+        let Some([shard, i]) = self.place_of.get(name) else {
+            return Err(Error::NoTensor {
                 path: self.path.clone(),
                 tensor: name.to_owned(),
-            }),
+            });
+        };
+        let tensor = self.shards[*shard].tensors[*i].clone();
+        match &self.gguf {
+            Some((_, origin)) => origin.restore(tensor),
+            None => Ok(tensor),
         }
     }
 
@@ -119,7 +183,7 @@ impl Folder {
         let shards = self.shards.iter();
         shards
             .map(|shard| {
-                let names = shard.file.tensors().iter().map(|tensor| &*tensor.name);
+                let names = shard.tensors.iter().map(|tensor| &*tensor.name);
                 let indexed = names.filter(|name| self.contains(name)).collect();
                 (shard.name.as_str(), indexed)
             })
@@ -135,7 +199,7 @@ impl Folder {
     /// The size of all tensors, in bytes.
     pub fn tensor_bytes(&self) -> u64 {
         let shards = self.shards.iter();
-        let tensors = shards.flat_map(|shard| shard.file.tensors());
+        let tensors = shards.flat_map(|shard| &shard.tensors);
         let indexed = tensors.filter(|tensor| self.contains(&tensor.name));
         indexed.map(|tensor| tensor.bytes.len() as u64).sum()
     }
@@ -143,8 +207,9 @@ impl Folder {
     fn open_single(&mut self, name: String) -> Result<()> {
         let file = Safetensors::open(&self.path.join(&name))?;
         let names = file.tensors().iter().map(|tensor| tensor.name.to_string());
-        self.shard_of = names.map(|name| (name, 0)).collect();
-        self.shards = vec![Shard { name, file }];
+        self.place_of = names.enumerate().map(|(i, name)| (name, [0, i])).collect();
+        let tensors = file.tensors().to_vec();
+        self.shards = vec![Shard { name, tensors }];
         Ok(())
     }
 
@@ -160,20 +225,21 @@ impl Folder {
         for (name, tensor) in shards {
             position.insert(name.to_owned(), self.shards.len());
             let file = open_shard(index_path, name, tensor)?;
+            let tensors = file.tensors().to_vec();
             let name = name.to_owned();
-            self.shards.push(Shard { name, file });
+            self.shards.push(Shard { name, tensors });
         }
+        let places: Vec<HashMap<&str, usize>> = self.shards.iter().map(Shard::places).collect();
         for (tensor, name) in index.weight_map.0 {
-            let i = position[&name];
-            let file = &self.shards[i].file;
-            if !file.contains(&tensor) {
+            let shard = position[&name];
+            let Some(i) = places[shard].get(tensor.as_str()) else {
                 return Err(Error::ShardLacks {
                     index: index_path.to_owned(),
                     tensor: shown(&tensor),
-                    file: file.path().to_owned(),
+                    file: index_path.with_file_name(name),
                 });
-            }
-            self.shard_of.insert(tensor, i);
+            };
+            self.place_of.insert(tensor, [shard, *i]);
         }
         self.find_unindexed()
     }
@@ -181,14 +247,14 @@ impl Folder {
     /// Looks for tensors in the shards that the index does not name there.
     fn find_unindexed(&mut self) -> Result<()> {
         for (i, shard) in self.shards.iter().enumerate() {
-            for tensor in shard.file.tensors() {
-                match self.shard_of.get(&*tensor.name) {
-                    Some(&indexed) if indexed == i => {}
-                    Some(&indexed) => {
+            for tensor in &shard.tensors {
+                match self.place_of.get(&*tensor.name) {
+                    Some([indexed, _]) if *indexed == i => {}
+                    Some([indexed, _]) => {
                         return Err(Error::DuplicateTensor {
                             tensor: tensor.name.to_string(),
-                            first: self.shards[indexed].file.path().to_owned(),
-                            second: shard.file.path().to_owned(),
+                            first: self.path.join(&self.shards[*indexed].name),
+                            second: tensor.file.to_path_buf(),
                         });
                     }
                     None => self.unindexed.push(tensor.clone()),
@@ -196,6 +262,14 @@ impl Folder {
             }
         }
         Ok(())
+    }
+}
+
+impl Shard {
+    /// Where each tensor is.
+    fn places(&self) -> HashMap<&str, usize> {
+        let names = self.tensors.iter().map(|tensor| &*tensor.name);
+        names.enumerate().map(|(i, name)| (name, i)).collect()
     }
 }
 

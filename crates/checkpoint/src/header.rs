@@ -146,7 +146,7 @@ fn checked_spec(
 }
 
 /// Checks that a name is fit for messages.
-fn check_name(file: &Path, name: &str) -> Result<()> {
+pub(crate) fn check_name(file: &Path, name: &str) -> Result<()> {
     if (1..=NAME_LIMIT).contains(&name.len()) && !name.chars().any(char::is_control) {
         return Ok(());
     }
@@ -174,6 +174,10 @@ pub(crate) fn encode(
     let mut end = 0usize;
     for spec in tensors {
         check_name(file, &spec.name)?;
+        if spec.dtype.block() > 1 {
+            let found = spec.dtype.to_string();
+            return Err(Error::UnsupportedDType { found });
+        }
         let start = end;
         end = start
             .checked_add(spec.n_bytes(file)?)

@@ -1,4 +1,4 @@
-//! Model files in and out: Hugging Face folders, safetensors files and LoRA adapters.
+//! Model files in and out: Hugging Face folders, GGUF files, safetensors files and LoRA adapters.
 //!
 //! Reading maps a file and hands out its tensors as slices of the map, so opening a model
 //! copies nothing. Writing streams one tensor at a time into a temporary sibling and renames it
@@ -31,6 +31,7 @@ mod error;
 mod dtype;
 mod tensor;
 
+mod gguf;
 mod header;
 mod map;
 mod mlx_adapter;

@@ -131,10 +131,15 @@ impl fmt::Debug for Tensor {
 impl TensorSpec {
     /// The size of the whole tensor, in bytes. `file` is named in the error.
     pub(crate) fn n_bytes(&self, file: &Path) -> Result<usize> {
-        let size = self
+        let elements = self
             .shape
             .iter()
-            .try_fold(self.dtype.size_bytes(), |size, &n| size.checked_mul(n));
+            .try_fold(1usize, |n, &size| n.checked_mul(size));
+        let block = self.dtype.block();
+        // Blocks do not cross rows.
+        let width = self.shape.last().copied().unwrap_or(1);
+        let elements = elements.filter(|_| width.is_multiple_of(block));
+        let size = elements.and_then(|n| (n / block).checked_mul(self.dtype.size_bytes()));
         size.ok_or_else(|| Error::ShapeOverflow {
             file: file.to_owned(),
             tensor: self.name.to_string(),
