@@ -1,4 +1,4 @@
-//! What the block formats of ggml keep of a row of values.
+//! The block formats of ggml: what they mean, and what they keep of a row of values.
 //!
 //! A block is 32 values (the first five formats) or 256 (the k-quants) that follow one another in a row, with a scale
 //! of its own; f16 has no blocks. Rounding here is encoding and decoding in one. For the formats of 32 that is value for
@@ -7,6 +7,8 @@
 //!
 //! Source: ggml-org/llama.cpp: ggml/src/ggml-quants.c, `quantize_row_*_ref` and `dequantize_row_*`; its fallbacks for
 //! odd widths: src/llama-quant.cpp.
+
+mod decode;
 
 use candle_core::quantized::k_quants::{
     BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5K, BlockQ6K, GgmlType,

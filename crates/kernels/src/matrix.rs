@@ -12,6 +12,7 @@ use half::{bf16, f16};
 
 use crate::Error;
 use crate::fp8::e4m3_to_f32;
+use crate::ggml::Ggml;
 use crate::simd::multiversion;
 
 /// How the numbers of a [`Matrix`] are stored.
@@ -25,6 +26,8 @@ pub enum Format {
     Bf16,
     /// E4M3 codes with one f32 scale per block: `value = code × scale`.
     Fp8(Fp8Blocks),
+    /// Blocks of ggml's, which do not cross rows.
+    Ggml(Ggml),
 }
 
 /// The scales of an FP8 matrix. Blocks at the right and lower edge may be partial.
@@ -46,13 +49,20 @@ impl Fp8Blocks {
 }
 
 impl Format {
-    /// Bytes of one number, scales not counted.
-    pub fn size_bytes(&self) -> usize {
+    /// Numbers that are stored together, and their bytes; scales that are stored elsewhere are not counted.
+    fn block(&self) -> (usize, usize) {
         match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-            Self::Fp8(_) => 1,
+            Self::F32 => (1, 4),
+            Self::F16 | Self::Bf16 => (1, 2),
+            Self::Fp8(_) => (1, 1),
+            Self::Ggml(format) => (format.block(), format.block_bytes()),
         }
+    }
+
+    /// Bytes of so many numbers of a row, whole blocks.
+    fn bytes_of(&self, numbers: usize) -> usize {
+        let (block, bytes) = self.block();
+        numbers / block * bytes
     }
 
     /// The name a person reads.
@@ -62,6 +72,7 @@ impl Format {
             Self::F16 => "F16",
             Self::Bf16 => "BF16",
             Self::Fp8(_) => "FP8",
+            Self::Ggml(format) => format.name(),
         }
     }
 }
@@ -76,15 +87,14 @@ pub struct Matrix {
 }
 
 impl Matrix {
-    /// A matrix over stored bytes of one of the dense formats.
+    /// A matrix over stored bytes of a format without scales elsewhere.
     ///
     /// # Errors
-    /// If the byte length is not `rows × cols` numbers.
+    /// If the byte length is not `rows × cols` numbers, or a row is not whole blocks.
     pub fn dense(rows: usize, cols: usize, format: Format, bytes: Bytes) -> Result<Self, Error> {
-        let expected = rows
-            .saturating_mul(cols)
-            .saturating_mul(format.size_bytes());
-        if bytes.len() == expected {
+        let (block, size) = format.block();
+        let expected = rows.saturating_mul(cols / block).saturating_mul(size);
+        if bytes.len() == expected && cols.is_multiple_of(block) {
             return Ok(Self {
                 rows,
                 cols,
@@ -187,7 +197,7 @@ impl Matrix {
     /// # Panics
     /// If the range leaves the matrix.
     pub fn row_range(&self, rows: Range<usize>) -> Self {
-        let row_bytes = self.cols * self.format.size_bytes();
+        let row_bytes = self.format.bytes_of(self.cols);
         let mut format = self.format.clone();
         if let Format::Fp8(blocks) = &mut format {
             blocks.first_row += rows.start;
@@ -246,10 +256,13 @@ impl Matrix {
     }
 
     fn decode_row(&self, row: usize, cols: Range<usize>, out: &mut [f32]) {
-        let size = self.format.size_bytes();
-        let start = (row * self.cols + cols.start) * size;
-        let bytes = &self.bytes[start..start + cols.len() * size];
+        let line = self.row(row);
+        if let Format::Ggml(format) = self.format {
+            return decode_blocks(format, line, cols, out);
+        }
+        let bytes = &line[self.format.bytes_of(cols.start)..self.format.bytes_of(cols.end)];
         match &self.format {
+            Format::Ggml(_) => {}
             Format::F32 => decode_f32(bytes, out),
             Format::F16 => decode_f16(bytes, out),
             Format::Bf16 => decode_bf16(bytes, out),
@@ -264,15 +277,21 @@ impl Matrix {
         }
     }
 
+    /// The bytes of a row.
+    fn row(&self, row: usize) -> &[u8] {
+        let size = self.format.bytes_of(self.cols);
+        &self.bytes[row * size..(row + 1) * size]
+    }
+
     /// The product of one row with `x`, straight from the stored bytes.
     ///
     /// # Panics
     /// If `x` is not one value per column.
     pub fn dot(&self, row: usize, x: &[f32]) -> f32 {
         assert_eq!(x.len(), self.cols, "a vector of the matrix's width");
-        let size = self.format.size_bytes();
-        let bytes = &self.bytes[row * self.cols * size..(row + 1) * self.cols * size];
+        let bytes = self.row(row);
         match &self.format {
+            Format::Ggml(format) => dot_blocks(*format, bytes, x),
             Format::F32 => dot_f32(bytes, x),
             Format::F16 => dot_f16(bytes, x),
             Format::Bf16 => dot_bf16(bytes, x),
@@ -321,6 +340,46 @@ fn f16_at(bytes: &[u8]) -> f32 {
     f16::from_le_bytes([bytes[0], bytes[1]]).to_f32()
 }
 
+/// Values that [`dot_blocks`] decodes at a time: whole blocks of every format.
+const DECODED: usize = 256;
+
+/// Decodes some columns of a row of blocks. At the edges, blocks that are not wanted whole are decoded beside.
+fn decode_blocks(format: Ggml, line: &[u8], cols: Range<usize>, out: &mut [f32]) {
+    let (block, size) = (format.block(), format.block_bytes());
+    let mut at = cols.start;
+    while at < cols.end {
+        let done = at - cols.start;
+        let whole = (cols.end - at) / block;
+        if at.is_multiple_of(block) && whole > 0 {
+            let from = at / block;
+            let values = &mut out[done..done + whole * block];
+            format.decode(&line[from * size..(from + whole) * size], values);
+            at += whole * block;
+        } else {
+            let (first, mut values) = (at / block, [0.0; DECODED]);
+            let values = &mut values[..block];
+            format.decode(&line[first * size..(first + 1) * size], values);
+            let end = cols.end.min((first + 1) * block);
+            out[done..done + end - at]
+                .copy_from_slice(&values[at - first * block..end - first * block]);
+            at = end;
+        }
+    }
+}
+
+/// The product of a row of blocks with `x`, some values decoded at a time.
+fn dot_blocks(format: Ggml, line: &[u8], x: &[f32]) -> f32 {
+    let mut values = [0.0; DECODED];
+    let bytes = DECODED / format.block() * format.block_bytes();
+    let parts = line.chunks(bytes).zip(x.chunks(DECODED));
+    let products = parts.map(|(line, x)| {
+        let values = &mut values[..x.len()];
+        format.decode(line, values);
+        dot_values(values, x)
+    });
+    products.sum()
+}
+
 /// Independent partial sums of a dot product: enough to hide the latency of an addition.
 const LANES: usize = 32;
 
@@ -353,6 +412,21 @@ fn dot_with<const SIZE: usize, const FMA: bool>(
     lanes.iter().sum()
 }
 
+multiversion! {
+    fn dot_values<FMA>(values: &[f32], x: &[f32]) -> f32 {
+        let mut lanes = [0f32; LANES];
+        let add = |lane: &mut f32, value: f32, x: f32| {
+            *lane = if FMA { value.mul_add(x, *lane) } else { value * x + *lane };
+        };
+        // Rows of blocks are of whole lanes.
+        for (values, xs) in values.chunks_exact(LANES).zip(x.chunks_exact(LANES)) {
+            for (lane, (value, x)) in lanes.iter_mut().zip(values.iter().zip(xs)) {
+                add(lane, *value, *x);
+            }
+        }
+        lanes.iter().sum()
+    }
+}
 multiversion! {
     fn dot_f32<FMA>(bytes: &[u8], x: &[f32]) -> f32 { dot_with::<4, FMA>(bytes, x, f32_at) }
 }
@@ -459,21 +533,72 @@ pub(crate) mod tests {
         }
     }
 
+    /// A matrix of every format of blocks, with rows of two of the largest; of codes that mean numbers.
+    pub(crate) fn every_block_format(rows: usize) -> Vec<Matrix> {
+        let cols = 2 * DECODED;
+        let formats = Ggml::ALL.into_iter().filter(|format| format.block() > 1);
+        let matrix = |format: Ggml| {
+            let bytes = rows * cols / format.block() * format.block_bytes();
+            // Of no byte the highest bits of an exponent are set, so that no scale is infinite.
+            let bytes: Vec<u8> = (0..bytes).map(|i| (i * 37 % 251) as u8 & 0xAF).collect();
+            Matrix::dense(rows, cols, Format::Ggml(format), bytes.into()).unwrap()
+        };
+        formats.map(matrix).collect()
+    }
+
+    #[test]
+    fn a_tile_of_blocks_is_a_cut_of_the_whole() {
+        for matrix in every_block_format(5) {
+            let (whole, cols) = (matrix.to_f32(), matrix.cols());
+            assert!(whole.iter().all(|value| value.is_finite()));
+            for range in [
+                0..cols,
+                0..256,
+                256..512,
+                32..64,
+                3..5,
+                17..300,
+                250..512,
+                31..33,
+                7..7,
+            ] {
+                let mut tile = vec![0.0; 3 * range.len()];
+                matrix.decode(1..4, range.clone(), &mut tile);
+                for (row, line) in (1..4).zip(tile.chunks(range.len().max(1))) {
+                    let expected = &whole[row * cols..][range.clone()];
+                    assert_eq!(line, expected, "{} {range:?}", matrix.format().name());
+                }
+            }
+            let view = matrix.row_range(2..4).to_f32();
+            assert_eq!(view, whole[2 * cols..4 * cols]);
+        }
+        let torn = Matrix::dense(1, 48, Format::Ggml(Ggml::Q8_0), Bytes::from(vec![0; 51]));
+        assert!(torn.is_err());
+    }
+
     #[test]
     fn a_row_product_agrees_with_the_decoded_row() {
-        // Different orders of f32 sums over 77 values below 1.
-        const TOLERANCE: f64 = 1e-5;
-        for matrix in every_format(9, 77, 2) {
-            let (x, whole) = (noise(77, 3), matrix.to_f32());
+        // Different orders of f32 sums, relative to the sum of magnitudes.
+        const TOLERANCE: f64 = 1e-6;
+        for matrix in every_format(9, 77, 2)
+            .into_iter()
+            .chain(every_block_format(9))
+        {
+            let cols = matrix.cols();
+            let (x, whole) = (noise(cols, 3), matrix.to_f32());
             for row in 0..9 {
-                let expected: f64 = whole[row * 77..][..77]
+                let size: f64 = whole[row * cols..][..cols]
+                    .iter()
+                    .map(|w| f64::from(w.abs()))
+                    .sum();
+                let expected: f64 = whole[row * cols..][..cols]
                     .iter()
                     .zip(&x)
                     .map(|(w, x)| f64::from(*w) * f64::from(*x))
                     .sum();
                 let found = f64::from(matrix.dot(row, &x));
                 assert!(
-                    (found - expected).abs() < TOLERANCE,
+                    (found - expected).abs() <= TOLERANCE * size,
                     "{} row {row}: {found} {expected}",
                     matrix.format().name()
                 );

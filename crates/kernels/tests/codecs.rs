@@ -4,15 +4,19 @@
 
 use std::path::Path;
 
-use moeforge_kernels::Quantizer;
 use moeforge_kernels::fp8::{
     Scales, ceil_power_of_two, e4m3_to_f32, e5m2_to_f32, e8m0_to_f32, encode_tiles, f32_to_e4m3,
 };
+use moeforge_kernels::{Format, Ggml, Matrix, Quantizer};
 use safetensors::SafeTensors;
 
 fn with_goldens(check: impl FnOnce(&SafeTensors<'_>)) {
+    with_file("golden.safetensors", check);
+}
+
+fn with_file(name: &str, check: impl FnOnce(&SafeTensors<'_>)) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/codecs");
-    let bytes = std::fs::read(path.join("golden.safetensors")).unwrap();
+    let bytes = std::fs::read(path.join(name)).unwrap();
     check(&SafeTensors::deserialize(&bytes).unwrap());
 }
 
@@ -86,6 +90,24 @@ fn blocks_of_ggml_keep_what_the_goldens_say() {
             let expected = floats(goldens, &format!("gguf.{name}.dequant"));
             for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
                 assert_eq!(found, expected, "{name} at {i}");
+            }
+        }
+    });
+}
+
+/// Blocks of random codes: `tests/goldens/ggml_blocks.py`.
+#[test]
+fn blocks_of_every_format_decode_as_the_golden_says() {
+    with_file("ggml.safetensors", |goldens| {
+        for format in Ggml::ALL.into_iter().filter(|format| format.block() > 1) {
+            let name = format.name();
+            let bytes = goldens.tensor(&format!("{name}.bytes")).unwrap();
+            let expected = floats(goldens, &format!("{name}.values"));
+            let bytes = bytes.data().to_vec().into();
+            let matrix = Matrix::dense(2, expected.len() / 2, Format::Ggml(format), bytes);
+            for (i, (found, expected)) in matrix.unwrap().to_f32().iter().zip(&expected).enumerate()
+            {
+                assert_same(*found, *expected, &format!("{name} at {i}"));
             }
         }
     });

@@ -20,6 +20,9 @@ use crate::weights::{audit, is_scale, keys, parameter_keys, read_matrix};
 /// # Errors
 /// If the folder cannot be read, or a file not be copied.
 pub fn copy_companions(folder: &Path, writer: &mut FolderWriter) -> Result<(), Error> {
+    if folder.is_file() {
+        return Ok(());
+    }
     const WANTED: [&str; 5] = ["json", "jinja", "model", "txt", "py"];
     const MADE_ANEW: [&str; 3] = [
         "config.json",

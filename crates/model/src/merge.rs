@@ -231,7 +231,7 @@ impl Merger<'_> {
                 let is_small = tensor.shape.len() == 1 || Class::of(&tensor.name) == Class::Router;
                 self.dtype == WeightFormat::F32 || (!adapted && is_small)
             }
-            _ => true,
+            other => other.block() == 1,
         }
     }
 
@@ -263,11 +263,12 @@ impl Merger<'_> {
 
     /// A tensor's values, updated.
     fn values(&self, tensor: &checkpoint::Tensor) -> Result<Vec<f32>, Error> {
-        let mut values = match tensor.dtype {
-            DType::F8E4M3 => self
-                .matrix(self.base, &tensor.name, &tensor.shape)?
-                .to_f32(),
-            _ => tensor.to_f32()?,
+        let is_coded = tensor.dtype == DType::F8E4M3 || tensor.dtype.block() > 1;
+        let mut values = if is_coded {
+            self.matrix(self.base, &tensor.name, &tensor.shape)?
+                .to_f32()
+        } else {
+            tensor.to_f32()?
         };
         if let Some(update) = self.update(&tensor.name) {
             add_update(&mut values, &update, tensor)?;
@@ -409,6 +410,7 @@ fn allowed_error(merged: &Matrix, row: usize, magnitude: f32) -> f32 {
         Format::F32 => 1e-6,
         Format::F16 | Format::Bf16 => 1.0 / 256.0,
         Format::Fp8(_) => 1.0 / 16.0,
+        Format::Ggml(_) => 0.0,
     };
     let sums = 1e-6 * (merged.cols() as f32).sqrt();
     (relative + sums) * magnitude + merged.smallest_half_steps(row)

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use burn::module::{Param, ParamId};
 use burn::tensor::{Device, Tensor};
 use checkpoint::{DType, Folder};
-use kernels::{ExpertBank, Format, Matrix, fp8};
+use kernels::{ExpertBank, Format, Ggml, Matrix, fp8};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
@@ -114,7 +114,7 @@ pub fn fresh(
 /// # Errors
 /// If the config is not one we compute.
 pub fn read_config(folder: &Folder) -> Result<ModelConfig, Error> {
-    let mut config = ModelConfig::from_json(folder.config(), &folder.path().join("config.json"))?;
+    let mut config = ModelConfig::from_json(folder.config(), &folder.config_path())?;
     // A config may be silent about its scales; their dtype is not.
     if has_e8m0_scales(folder)? {
         config.fp8_scales = fp8::Scales::PowerOfTwo;
@@ -176,12 +176,32 @@ pub fn read_matrix(
             )
             .map_err(wrong)
         }
-        found => Err(Error::DType {
-            file: tensor.file.to_path_buf(),
-            name: key.into(),
-            found,
-        }),
+        found => match ggml(found) {
+            Some(format) => dense(Format::Ggml(format)),
+            None => Err(Error::DType {
+                file: tensor.file.to_path_buf(),
+                name: key.into(),
+                found,
+            }),
+        },
     }
+}
+
+/// The format of blocks that a GGUF's tensor is in, if it is in any.
+fn ggml(dtype: DType) -> Option<Ggml> {
+    Some(match dtype {
+        DType::Q4_0 => Ggml::Q4_0,
+        DType::Q4_1 => Ggml::Q4_1,
+        DType::Q5_0 => Ggml::Q5_0,
+        DType::Q5_1 => Ggml::Q5_1,
+        DType::Q8_0 => Ggml::Q8_0,
+        DType::Q2K => Ggml::Q2K,
+        DType::Q3K => Ggml::Q3K,
+        DType::Q4K => Ggml::Q4K,
+        DType::Q5K => Ggml::Q5K,
+        DType::Q6K => Ggml::Q6K,
+        _ => return None,
+    })
 }
 
 /// The name of a weight's block scales. Despite it, they multiply.

@@ -283,6 +283,10 @@ fn malformed_files_are_refused() {
         .metadata
         .retain(|entry| entry.0 != "llama.block_count");
     refuse(&lacks, "expected a key `llama.block_count`, found none");
+}
+
+#[test]
+fn malformed_descriptions_are_refused() {
     let mut twice = llama();
     twice.metadata.push(twice.metadata[1].clone());
     refuse(&twice, "appears twice");

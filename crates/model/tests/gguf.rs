@@ -1,0 +1,153 @@
+//! Models in GGUF files: the logits of an independent implementation, training on quantized weights, and the way back to
+//! a folder. The files are made by `tests/goldens/gguf_models.py`.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use checkpoint::{Folder, Safetensors};
+use moeforge_model::export::WeightFormat;
+use moeforge_model::lora::{self, LoraConfig, Scaling};
+use moeforge_model::merge::convert;
+use moeforge_model::{Compute, Model, Pass, Training, weights};
+
+const MODELS: [&str; 3] = ["llama_f32", "llama_q4_1", "qwen2_q5_0"];
+/// The bar for f32 logits that spread over about 10.
+const LOGITS: f32 = 2e-4;
+
+fn goldens() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/gguf")
+}
+
+fn open(name: &str) -> Folder {
+    Folder::open(&goldens().join(format!("{name}.gguf"))).unwrap()
+}
+
+fn ids(name: &str, device: &Device) -> Tensor<2, Int> {
+    let goldens = Safetensors::open(&goldens().join("golden.safetensors")).unwrap();
+    let tensor = goldens.tensor(&format!("{name}.ids")).unwrap();
+    let id = |bytes: &[u8]| i32::from_le_bytes(bytes.try_into().unwrap());
+    let ids: Vec<i32> = tensor.bytes.chunks(4).map(id).collect();
+    let n = ids.len();
+    Tensor::from_data(TensorData::new(ids, [1, n]), device)
+}
+
+fn logits(model: &Model, ids: Tensor<2, Int>) -> Vec<f32> {
+    let mut pass = Pass::new(Compute::F32);
+    let [batch, seq] = ids.dims();
+    let hidden = model.hidden(ids, &mut pass);
+    let hidden = hidden.reshape([batch * seq, model.config.hidden_size]);
+    let logits = model.logits(hidden, &pass);
+    logits.into_data().try_to_vec().unwrap()
+}
+
+fn load(folder: &Folder) -> Model {
+    weights::load(folder, Training::Frozen, &Device::flex()).unwrap()
+}
+
+#[track_caller]
+fn assert_close(found: &[f32], expected: &[f32], tolerance: f32, what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let difference = (found - expected).abs();
+        assert!(
+            difference <= tolerance,
+            "{what} at {i}: {found}, expected {expected}"
+        );
+    }
+}
+
+#[test]
+fn logits_are_the_goldens() {
+    let goldens = Safetensors::open(&goldens().join("golden.safetensors")).unwrap();
+    for name in MODELS {
+        let expected = goldens.tensor(&format!("{name}.logits")).unwrap();
+        let found = logits(&load(&open(name)), ids(name, &Device::flex()));
+        assert_close(&found, &expected.to_f32().unwrap(), LOGITS, name);
+    }
+}
+
+#[test]
+fn nothing_in_a_gguf_is_unknown_and_its_bytes_stay() {
+    for (name, class) in [("llama_q4_1", "Q4_1"), ("qwen2_q5_0", "Q5_0")] {
+        let folder = open(name);
+        assert!(weights::audit(&folder).unwrap().unknown.is_empty());
+        let key = "model.layers.1.self_attn.q_proj.weight";
+        assert_eq!(folder.tensor(key).unwrap().dtype.to_string(), class);
+        let matrix = weights::read_matrix(&folder, key, [64, 64], [128, 128]).unwrap();
+        assert_eq!(matrix.size_bytes(), folder.tensor(key).unwrap().bytes.len());
+    }
+}
+
+/// A folder of the decoded values computes the same, and in it the file's rows have a folder's order.
+#[test]
+fn a_gguf_converts_to_a_folder_that_computes_the_same() {
+    for name in MODELS {
+        let place = tempfile::tempdir().unwrap();
+        let before = logits(&load(&open(name)), ids(name, &Device::flex()));
+        let formats = [
+            ("f32", WeightFormat::F32, 2e-5),
+            ("bf16", WeightFormat::Bf16, 0.3),
+        ];
+        for (dir, dtype, tolerance) in formats {
+            let out = place.path().join(dir);
+            convert(&open(name), dtype, &out, &mut |_, _| {}).unwrap();
+            let folder = Folder::open(&out).unwrap();
+            assert!(folder.names().eq(open(name).names()), "{name}");
+            let after = logits(&load(&folder), ids(name, &Device::flex()));
+            assert_close(&after, &before, tolerance, name);
+        }
+    }
+}
+
+/// Gradients of updates on quantized weights are those on the same weights in f32.
+#[test]
+fn updates_train_on_quantized_weights_as_on_their_values() {
+    let device = Device::flex().autodiff();
+    for name in ["llama_q4_1", "qwen2_q5_0"] {
+        let place = tempfile::tempdir().unwrap();
+        let out = place.path().join("f32");
+        convert(&open(name), WeightFormat::F32, &out, &mut |_, _| {}).unwrap();
+        let gradients = |folder: &Folder| {
+            let mut model = weights::load(folder, Training::Frozen, &device).unwrap();
+            lora::attach(&mut model, &all_linears(), &device).unwrap();
+            model.map_parameters(&mut |name, values| {
+                values + if name.ends_with("lora_b") { 0.01 } else { 0.0 }
+            });
+            let ids = ids(name, &device);
+            let (inputs, targets) = (ids.clone().slice([0..1, 0..23]), ids.slice([0..1, 1..24]));
+            let mut pass = Pass::new(Compute::F32);
+            let hidden = model.hidden(inputs, &mut pass);
+            let mut gradients = model.loss(hidden, targets, &pass).mean().backward();
+            model.gradients(&mut gradients)
+        };
+        let (found, expected) = (
+            gradients(&open(name)),
+            gradients(&Folder::open(&out).unwrap()),
+        );
+        assert!(found.len() >= 3 * 7 * 2, "{}", found.len());
+        for ((key, found), (_, expected)) in found.into_iter().zip(expected) {
+            let [found, expected]: [Vec<f32>; 2] =
+                [found, expected].map(|g| g.into_data().try_to_vec().unwrap());
+            let largest = expected.iter().fold(1e-3f32, |max, g| max.max(g.abs()));
+            assert_close(&found, &expected, 1e-4 * largest, &key);
+        }
+    }
+}
+
+fn all_linears() -> LoraConfig {
+    LoraConfig {
+        target: vec!["all-linear".into()],
+        exclude: vec![],
+        rank: 3,
+        alpha: 6.0,
+        scaling: Scaling::Plain,
+        rank_pattern: vec![],
+        alpha_pattern: vec![],
+        dropout: 0.0,
+        seed: 5,
+        use_dora: false,
+        experts_share: None,
+    }
+}
