@@ -3,17 +3,14 @@
 //! Deliberately not here: which of that text is trained (see `turn.rs`), and tokens.
 
 use crate::error::{Error, Result};
-use crate::file::read_text;
 use crate::python;
+use crate::tokenizer::TokenizerFiles;
 use minijinja::{Environment, Value as TemplateValue};
 use serde::Deserialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::Path;
 
-/// Templates are a few kilobytes and tokenizer configurations a few hundred at most.
-const MAX_CONFIG_BYTES: u64 = 16 << 20;
 const NAME: &str = "chat_template";
 
 /// Whether a rendering ends with the header of the answer to come.
@@ -43,32 +40,26 @@ impl fmt::Debug for ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// Opens the template of a model folder: the file `chat_template.jinja`, or else
-    /// `chat_template` in `tokenizer_config.json` (one template, or the one named `default`).
-    /// `None` if the folder has neither.
-    ///
-    /// # Errors
-    /// If a file cannot be read or is malformed, or the template does not parse.
-    pub fn open(folder: &Path) -> Result<Option<Self>> {
-        Self::from_config(folder, &TokenizerConfig::open(folder)?)
-    }
-
-    pub(crate) fn from_config(folder: &Path, config: &TokenizerConfig) -> Result<Option<Self>> {
-        let file = folder.join("chat_template.jinja");
-        let (path, source) = match (read_text(&file, MAX_CONFIG_BYTES)?, &config.chat_template) {
-            (Some(source), _) => (file, source),
-            (None, Some(TemplateField::One(source))) => (folder.join(CONFIG), source.clone()),
+    /// The file `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json` (one
+    /// template, or the one named `default`). `None` if there is neither.
+    pub(crate) fn from_files(
+        files: &TokenizerFiles,
+        config: &TokenizerConfig,
+    ) -> Result<Option<Self>> {
+        let (name, source) = match (&files.chat_template, &config.chat_template) {
+            (Some(source), _) => (TEMPLATE, source),
+            (None, Some(TemplateField::One(source))) => (CONFIG, source),
             (None, Some(TemplateField::Named(named))) => {
                 match named.iter().find(|template| template.name == "default") {
-                    Some(template) => (folder.join(CONFIG), template.template.clone()),
+                    Some(template) => (CONFIG, &template.template),
                     None => return Ok(None),
                 }
             }
             (None, None) => return Ok(None),
         };
-        Self::new(&source, config.special_tokens())
+        Self::new(source, config.special_tokens())
             .map(Some)
-            .map_err(|problem| Error::malformed(&path, problem.to_string()))
+            .map_err(|problem| files.malformed(name, &problem.to_string()))
     }
 
     fn new(source: &str, special_tokens: BTreeMap<&'static str, String>) -> Result<Self> {
@@ -188,6 +179,7 @@ fn without_generation_tags(source: &str) -> String {
 }
 
 pub(crate) const CONFIG: &str = "tokenizer_config.json";
+pub(crate) const TEMPLATE: &str = "chat_template.jinja";
 
 /// The keys of `tokenizer_config.json` that matter here. Others are Python's.
 #[derive(Debug, Default, Deserialize)]
@@ -228,13 +220,12 @@ struct NamedTemplate {
 }
 
 impl TokenizerConfig {
-    /// Opens the file in a model folder; the default if there is none.
-    pub(crate) fn open(folder: &Path) -> Result<Self> {
-        let path = folder.join(CONFIG);
-        let Some(text) = read_text(&path, MAX_CONFIG_BYTES)? else {
+    /// The default if there is no such file.
+    pub(crate) fn from_files(files: &TokenizerFiles) -> Result<Self> {
+        let Some(text) = &files.config else {
             return Ok(Self::default());
         };
-        serde_json::from_str(&text).map_err(|problem| Error::malformed(&path, problem.to_string()))
+        serde_json::from_str(text).map_err(|problem| files.malformed(CONFIG, &problem.to_string()))
     }
 
     pub(crate) fn bos_token(&self) -> Option<&str> {
@@ -272,6 +263,7 @@ mod tests {
     use super::*;
     use crate::file::require_text;
     use serde_json::json;
+    use std::path::Path;
 
     fn goldens() -> std::path::PathBuf {
         Path::new(concat!(
@@ -281,9 +273,14 @@ mod tests {
         .to_path_buf()
     }
 
+    fn open(folder: &Path) -> Result<Option<ChatTemplate>> {
+        let files = TokenizerFiles::beside(folder, String::new())?;
+        ChatTemplate::from_files(&files, &TokenizerConfig::from_files(&files)?)
+    }
+
     #[test]
     fn deepseek_v3_renders_as_hugging_face_does() {
-        let template = ChatTemplate::open(&goldens()).unwrap().unwrap();
+        let template = open(&goldens()).unwrap().unwrap();
         let text = require_text(&goldens().join("golden.json"), 1 << 20).unwrap();
         let golden: Value = serde_json::from_str(&text).unwrap();
         let chats = golden["chat"].as_array().unwrap();
@@ -301,7 +298,7 @@ mod tests {
 
     #[test]
     fn deepseek_v3_renders_tool_calls() {
-        let template = ChatTemplate::open(&goldens()).unwrap().unwrap();
+        let template = open(&goldens()).unwrap().unwrap();
         let call = json!({"type": "function", "function": {"name": "f", "arguments": "{}"}});
         let messages = [
             json!({"role": "user", "content": "go"}),
@@ -321,7 +318,7 @@ mod tests {
 
     #[test]
     fn arguments_of_tool_calls_may_be_text_or_objects() {
-        let template = ChatTemplate::open(&goldens()).unwrap().unwrap();
+        let template = open(&goldens()).unwrap().unwrap();
         let render = |arguments: Value| {
             let call =
                 json!({"type": "function", "function": {"name": "f", "arguments": arguments}});
@@ -346,7 +343,7 @@ mod tests {
     fn the_template_is_found_wherever_it_is_kept() {
         let check = |files: &[(&str, &str)], expected: Option<&str>| {
             let folder = folder(files);
-            let template = ChatTemplate::open(folder.path()).unwrap();
+            let template = open(folder.path()).unwrap();
             let rendered = template.map(|t| t.render(&[], None, GenerationPrompt::Omit).unwrap());
             assert_eq!(rendered.as_deref(), expected, "{files:?}");
         };
@@ -377,7 +374,7 @@ mod tests {
     fn broken_templates_and_configs_name_their_file() {
         let check = |files: &[(&str, &str)], expected: &str| {
             let folder = folder(files);
-            let problem = ChatTemplate::open(folder.path()).unwrap_err().to_string();
+            let problem = open(folder.path()).unwrap_err().to_string();
             assert!(problem.contains(expected), "{problem}");
         };
         check(

@@ -4,10 +4,18 @@
 //! and dropout are read once and then switched off: this crate decides about BOS and length
 //! itself, and the same text always gives the same ids.
 
+mod files;
+mod gguf;
+mod sentencepiece;
+mod splits;
+
+pub use files::TokenizerFiles;
+pub use gguf::GgufTokens;
+
 use crate::chat_template::{CONFIG, ChatTemplate, TokenizerConfig};
 use crate::decode_stream::DecodeStream;
 use crate::error::{Error, Result};
-use crate::file::require_text;
+use files::TOKENIZER;
 use sha2::{Digest, Sha256};
 use std::collections::HashSet;
 use std::fmt;
@@ -15,9 +23,6 @@ use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use tokenizers::{ModelWrapper, PostProcessorWrapper};
-
-/// The largest published `tokenizer.json` is a tenth of this.
-const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
 
 /// Whether a text gets the token that begins a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +43,7 @@ pub enum Special {
     Skip,
 }
 
-/// The tokenizer of a model folder.
+/// The tokenizer of a model.
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
@@ -71,32 +76,42 @@ impl fmt::Debug for Tokenizer {
 }
 
 impl Tokenizer {
-    /// Opens `tokenizer.json` and, if they are there, `tokenizer_config.json` and
-    /// `chat_template.jinja` in a model folder.
+    /// [`TokenizerFiles::read`] and [`Tokenizer::new`], for a model folder that must have a
+    /// `tokenizer.json`.
     ///
     /// # Errors
-    /// If a file cannot be read or is malformed, or the configuration names a BOS or EOS token
-    /// that is not in the vocabulary.
+    /// As these two.
     pub fn open(folder: &Path) -> Result<Self> {
-        let path = folder.join("tokenizer.json");
-        let text = require_text(&path, MAX_TOKENIZER_BYTES)?;
-        let malformed = |problem: tokenizers::Error| Error::malformed(&path, problem.to_string());
+        let files = TokenizerFiles::read(folder)?.ok_or_else(|| Error::Read {
+            path: folder.join(TOKENIZER),
+            problem: std::io::ErrorKind::NotFound.into(),
+        })?;
+        Self::new(&files)
+    }
+
+    /// The tokenizer that files describe.
+    ///
+    /// # Errors
+    /// If a file is malformed, or the configuration names a BOS or EOS token that is not in the
+    /// vocabulary.
+    pub fn new(files: &TokenizerFiles) -> Result<Self> {
         let mut identity = Sha256::new();
-        identity.update(&text);
+        identity.update(&files.tokenizer);
         let parse = || {
-            let mut inner = tokenizers::Tokenizer::from_bytes(text)?;
+            let mut inner = tokenizers::Tokenizer::from_bytes(&files.tokenizer)?;
             let processor_bos = bos_of_post_processor(&inner)?;
             make_plain(&mut inner)?;
             Ok((inner, processor_bos))
         };
-        let (inner, processor_bos) = guarded(parse).map_err(malformed)?;
+        let (inner, processor_bos) =
+            guarded(parse).map_err(|problem| files.malformed(TOKENIZER, &problem.to_string()))?;
 
-        let config = TokenizerConfig::open(folder)?;
+        let config = TokenizerConfig::from_files(files)?;
         let known = |token: Option<&str>| match token {
             None => Ok(None),
             Some(text) => inner.token_to_id(text).map(Some).ok_or_else(|| {
                 let problem = format!("expected a token of the vocabulary, found `{text}`");
-                Error::malformed(&folder.join(CONFIG), problem)
+                files.malformed(CONFIG, &problem)
             }),
         };
         let bos_id = known(config.bos_token())?.or(processor_bos);
@@ -113,11 +128,11 @@ impl Tokenizer {
         let largest_id = inner.get_vocab(true).into_values().max();
         if let Some(id) = largest_id.filter(|&id| i32::try_from(id).is_err()) {
             let problem = format!("expected token ids below 2^31, found {id}");
-            return Err(Error::malformed(&path, problem));
+            return Err(files.malformed(TOKENIZER, &problem));
         }
 
         let adds_bos = config.add_bos_token.unwrap_or(processor_bos.is_some());
-        let chat_template = ChatTemplate::from_config(folder, &config)?;
+        let chat_template = ChatTemplate::from_files(files, &config)?;
         let template = chat_template.as_ref().map(ChatTemplate::identity);
         identity.update(format!("{bos_id:?} {eos_id:?} {adds_bos} {template:?}"));
 
@@ -260,6 +275,7 @@ fn make_plain(inner: &mut tokenizers::Tokenizer) -> tokenizers::Result<()> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::file::require_text;
     use serde_json::{Value, json};
     use std::path::PathBuf;
 

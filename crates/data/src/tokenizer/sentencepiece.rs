@@ -1,0 +1,125 @@
+//! SentencePiece BPE, as `tokenizer.json` has it.
+//!
+//! SentencePiece knows no merges: it joins the two neighbors whose joint text is the token with
+//! the highest score, the leftmost of equals, until no neighbors make a token. `tokenizer.json`
+//! wants a list of merges, the first to be done first. So each way to make a token of two others
+//! is a merge, and merges are in the order of the scores of what they make.
+//!
+//! That is the same as long as scores are distinct, as those of trained vocabularies are. Several
+//! ways to make one token have one score; among them the order of ids decides, as in Hugging
+//! Face's own conversion.
+//!
+//! Source: ggml-org/llama.cpp: src/llama-vocab.cpp, `llm_tokenizer_spm_session`;
+//! huggingface/transformers: src/transformers/convert_slow_tokenizer.py, `generate_merges`.
+
+use super::gguf::{GgufTokens, Kind, Scheme, Vocabulary};
+use serde_json::{Value, json};
+
+/// What stands for a space.
+const SPACE: &str = "\u{2581}";
+/// The longest token whose halves are looked for: the search takes the square of its length.
+/// Trained ones have at most a few dozen bytes.
+const MAX_TOKEN_BYTES: usize = 1024;
+
+pub(super) fn scheme(gguf: &GgufTokens, vocabulary: &Vocabulary<'_>) -> Result<Scheme, String> {
+    let prefix = gguf.add_space_prefix.unwrap_or(true);
+    let replaced = |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
+    let mut normalizers = vec![replaced(" ", SPACE)];
+    let mut decoders = vec![
+        replaced(SPACE, " "),
+        json!({"type": "ByteFallback"}),
+        json!({"type": "Fuse"}),
+    ];
+    if prefix {
+        normalizers.insert(0, json!({"type": "Prepend", "prepend": SPACE}));
+        decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+    }
+    Ok(Scheme {
+        normalizer: json!({"type": "Sequence", "normalizers": normalizers}),
+        pre_tokenizer: Value::Null,
+        decoder: json!({"type": "Sequence", "decoders": decoders}),
+        model: json!({
+            "type": "BPE",
+            "dropout": null,
+            "unk_token": unknown(vocabulary)?,
+            "continuing_subword_prefix": null,
+            "end_of_word_suffix": null,
+            "fuse_unk": true,
+            "byte_fallback": true,
+            "ignore_merges": false,
+            "vocab": vocabulary.to_json(),
+            "merges": merges(gguf, vocabulary)?,
+        }),
+        adds_bos: true,
+    })
+}
+
+/// The token for what no piece stands for. There may be none where every byte has a token.
+fn unknown<'a>(vocabulary: &'a Vocabulary<'_>) -> Result<Option<&'a str>, String> {
+    let mut tokens = vocabulary.tokens.iter();
+    let unknown = tokens.find(|(_, kind)| *kind == Kind::Unknown);
+    let byte = |byte: u8| format!("<0x{byte:02X}>");
+    let missing = |byte: &String| !vocabulary.ids.contains_key(byte.as_str());
+    match ((0..=u8::MAX).map(byte).find(missing), unknown) {
+        (_, Some((text, _))) => Ok(Some(text)),
+        (None, None) => Ok(None),
+        (Some(byte), None) => Err(format!(
+            "`tokenizer.ggml.tokens`: expected a token for every byte or one of type 2 (unknown), \
+             found no {byte}"
+        )),
+    }
+}
+
+/// Each way to make a token of two others, the highest score first.
+fn merges<'a>(
+    gguf: &GgufTokens,
+    vocabulary: &'a Vocabulary<'_>,
+) -> Result<Vec<(&'a str, &'a str)>, String> {
+    check_scores(&gguf.scores, vocabulary.tokens.len())?;
+    let piece = |text: &str| {
+        let id = *vocabulary.ids.get(text)?;
+        (vocabulary.tokens[id as usize].1 == Kind::Piece).then_some(id)
+    };
+    let mut merges = Vec::new();
+    for (id, (text, kind)) in vocabulary.tokens.iter().enumerate() {
+        if *kind != Kind::Piece {
+            continue;
+        }
+        if text.len() > MAX_TOKEN_BYTES {
+            let bytes = text.len();
+            return Err(format!(
+                "`tokenizer.ggml.tokens`: expected at most {MAX_TOKEN_BYTES} bytes, found {bytes} \
+                 in token {id}"
+            ));
+        }
+        for (end, _) in text.char_indices().skip(1) {
+            let (left, right) = text.split_at(end);
+            if let (Some(left_id), Some(right_id)) = (piece(left), piece(right)) {
+                merges.push((gguf.scores[id], id, left_id, right_id, (left, right)));
+            }
+        }
+    }
+    if merges.is_empty() {
+        return Err("`tokenizer.ggml.tokens`: expected tokens made of others, found none".into());
+    }
+    merges.sort_by(|a, b| {
+        let best = b.0.total_cmp(&a.0);
+        best.then((a.1, a.2, a.3).cmp(&(b.1, b.2, b.3)))
+    });
+    Ok(merges.into_iter().map(|(.., pair)| pair).collect())
+}
+
+fn check_scores(scores: &[f32], count: usize) -> Result<(), String> {
+    if scores.len() != count {
+        return Err(format!(
+            "`tokenizer.ggml.scores`: expected one for each of {count} tokens, found {}",
+            scores.len()
+        ));
+    }
+    match scores.iter().position(|score| score.is_nan()) {
+        None => Ok(()),
+        Some(id) => Err(format!(
+            "`tokenizer.ggml.scores`: expected numbers, found NaN for token {id}"
+        )),
+    }
+}
