@@ -277,7 +277,7 @@ impl Roles<'_> {
 
 fn kind(code: Option<i32>, id: u32) -> Result<Kind, String> {
     match code {
-        // Files from before there were types have none, and llama.cpp writes 0 for a new kind.
+        // Files from before there were types have none; 0 says that the type is not known.
         None | Some(0 | 1 | 5) => Ok(Kind::Piece),
         Some(2) => Ok(Kind::Unknown),
         Some(3) => Ok(Kind::Control),
