@@ -51,6 +51,28 @@ def back(values, heads):
     return rows.swapaxes(1, 2).reshape(values.shape)
 
 
+def add_tokenizer(writer, folder, config):
+    """The folder's tokenizer, which is cut to pieces as DeepSeek-V3's."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    texts = {id: text for text, id in tokenizer["model"]["vocab"].items()}
+    added = {token["id"]: token for token in tokenizer["added_tokens"]}
+    texts |= {id: token["content"] for id, token in added.items()}
+    kinds = [
+        (gguf.TokenType.CONTROL if added[id]["special"] else gguf.TokenType.USER_DEFINED) if id in added
+        else gguf.TokenType.NORMAL
+        for id in range(config["vocab_size"])
+    ]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("deepseek-v3")
+    writer.add_token_list([texts[id] for id in range(config["vocab_size"])])
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])
+    writer.add_add_bos_token(True)
+
+
 def make(source, name, kind_of):
     config = json.loads((HERE / source / "config.json").read_text())
     config.pop("rope_scaling", None)
@@ -67,8 +89,7 @@ def make(source, name, kind_of):
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_bos_token_id(config["bos_token_id"])
-    writer.add_eos_token_id(config["eos_token_id"])
+    add_tokenizer(writer, HERE / source, config)
     state = {}
     for key, tensor in sorted(load_file(HERE / source / "model.safetensors").items()):
         values = tensor.float().numpy()

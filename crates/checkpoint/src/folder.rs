@@ -34,6 +34,7 @@ pub struct Folder {
     unindexed: Vec<Tensor>,
     /// Of a GGUF: its metadata, and how its tensors become those of the folder it was made from.
     gguf: Option<(BTreeMap<String, Value>, Origin)>,
+    texts: Vec<(String, String)>,
 }
 
 #[derive(Clone, Debug)]
@@ -75,6 +76,7 @@ impl Folder {
             place_of: BTreeMap::new(),
             unindexed: Vec::new(),
             gguf: None,
+            texts: Vec::new(),
         };
         let index = path.join(INDEX_NAME);
         if index.exists() {
@@ -96,6 +98,7 @@ impl Folder {
             place_of: BTreeMap::new(),
             unindexed: Vec::new(),
             gguf: Some((gguf.metadata, origin)),
+            texts: Vec::new(),
         };
         for (file, mut tensors) in gguf.files {
             for (i, tensor) in tensors.iter_mut().enumerate() {
@@ -137,6 +140,18 @@ impl Folder {
     /// The metadata of a GGUF: numbers, texts, and lists of them, by their keys there. None of a folder.
     pub fn metadata(&self) -> Option<&BTreeMap<String, Value>> {
         self.gguf.as_ref().map(|gguf| &gguf.0)
+    }
+
+    /// Gives a GGUF the files that would stand beside its weights in a folder, as names and contents: a tokenizer's.
+    #[must_use]
+    pub fn with_texts(mut self, texts: Vec<(String, String)>) -> Self {
+        self.texts = texts;
+        self
+    }
+
+    /// What [`Folder::with_texts`] gave.
+    pub fn texts(&self) -> &[(String, String)] {
+        &self.texts
     }
 
     /// The content of `config.json`, an object.

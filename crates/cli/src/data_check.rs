@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use data::{Corpus, Reading, Repeats, Sample, Survey, Tokenizer, Wanted};
 
 use crate::console::{Console, printable};
-use crate::open::{find, open_tokenizer, read_config, token_cache};
+use crate::open::{find, open_texts, token_cache};
 use crate::train::{TOKENIZING, note_reading};
 
 /// What to do with data.
@@ -51,8 +51,8 @@ const FILES: [&str; 3] = ["train.jsonl", "valid.jsonl", "test.jsonl"];
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let folder = find(&args.model)?;
-    let tokenizer = open_tokenizer(&folder)?;
-    let vocab_size = match read_config(&folder)? {
+    let (tokenizer, config) = open_texts(&folder)?;
+    let vocab_size = match config {
         Some(config) => config.vocab_size,
         None => tokenizer
             .as_ref()

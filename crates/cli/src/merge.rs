@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use ::eval::Divergence;
-use checkpoint::{Adapter, Folder};
+use checkpoint::Adapter;
 use clap::ValueEnum;
 use model::AdapterWeights;
 use model::export::WeightFormat;
@@ -13,7 +13,7 @@ use model::weights::read_config;
 use serde_json::json;
 
 use crate::console::{Console, MISMATCH, WithCode};
-use crate::open::{find, note_format};
+use crate::open::{note_format, open_folder};
 
 /// Folds an adapter into its model, shard by shard, and checks the result.
 #[derive(Debug, clap::Args)]
@@ -43,7 +43,7 @@ enum DType {
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
-    let base = Folder::open(&find(&args.model)?)?;
+    let (base, _) = open_folder(&args.model)?;
     let adapter = Adapter::open(&args.adapter)?;
     note_format(&adapter, &args.adapter, console);
     let adapter = AdapterWeights::read(&adapter, &read_config(&base)?)?;

@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use burn::tensor::Device;
 use checkpoint::Folder;
 use clap::ValueEnum;
-use data::Tokenizer;
+use data::{Tokenizer, TokenizerFiles};
 use model::adapter::AdapterWeights;
 use model::{Model, ModelConfig, Training, weights};
 use serde_json::Value;
@@ -18,7 +18,7 @@ use crate::console::Console;
 /// Which model, and where it computes.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct ModelArgs {
-    /// Hugging Face folder, or `org/name` in the local Hugging Face cache.
+    /// Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.
     pub(crate) model: String,
     /// Folder of a LoRA adapter (PEFT) to attach.
     #[arg(long, value_name = "DIR")]
@@ -73,9 +73,9 @@ impl DeviceName {
 impl Opened {
     /// The tokenizer, for a verb that cannot do without.
     pub(crate) fn expect_tokenizer(&self) -> anyhow::Result<&Tokenizer> {
-        let file = self.folder.path().join("tokenizer.json");
+        let path = self.folder.path().display();
         let tokenizer = self.tokenizer.as_ref();
-        tokenizer.with_context(|| format!("{}: expected a tokenizer, found none", file.display()))
+        tokenizer.with_context(|| format!("{path}: expected a tokenizer, found none"))
     }
 }
 
@@ -102,7 +102,7 @@ pub(crate) fn open_model(
         name = format!("{name} + {}", name_of(path));
     }
     Ok(Opened {
-        tokenizer: open_tokenizer(folder.path())?,
+        tokenizer: open_tokenizer(&folder)?,
         folder,
         model,
         name,
@@ -128,31 +128,47 @@ pub(crate) fn open_folder(model: &str) -> anyhow::Result<(Folder, String)> {
     } else {
         model.to_owned()
     };
-    Ok((Folder::open(&path)?, name))
+    Ok((train::open_folder(&path)?, name))
 }
 
-/// The folder of a model: a path, or `org/name` in the local Hugging Face cache.
+/// The folder or GGUF file of a model: a path, or `org/name` in the local Hugging Face cache.
 pub(crate) fn find(model: &str) -> anyhow::Result<PathBuf> {
     let path = checkpoint::resolve(model, hf_home().as_deref())?;
-    if path.is_file() {
+    if path.is_file() && !is_gguf(&path) {
         bail!(
-            "`{}`: expected the folder of a model, found a file",
+            "`{}`: expected the folder of a model or a `.gguf` file, found another file",
             path.display()
         );
     }
     Ok(path)
 }
 
-/// The tokenizer of a model's folder, if it has one.
-pub(crate) fn open_tokenizer(folder: &Path) -> anyhow::Result<Option<Tokenizer>> {
-    if !folder.join("tokenizer.json").exists() {
-        return Ok(None);
-    }
-    Ok(Some(Tokenizer::open(folder)?))
+/// Whether a path is named as GGUF files are.
+pub(crate) fn is_gguf(path: &Path) -> bool {
+    let extension = path.extension();
+    extension.is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
 }
 
-/// The architecture in a folder that may have no weights yet; none where there is no `config.json`.
-pub(crate) fn read_config(folder: &Path) -> anyhow::Result<Option<ModelConfig>> {
+/// The tokenizer of a model, if it has one.
+pub(crate) fn open_tokenizer(folder: &Folder) -> anyhow::Result<Option<Tokenizer>> {
+    let files = train::tokenizer_of(folder)?;
+    Ok(files.as_ref().map(Tokenizer::new).transpose()?)
+}
+
+/// The tokenizer and the architecture of a model, or of a folder that may have no weights yet: each if it is there.
+pub(crate) fn open_texts(path: &Path) -> anyhow::Result<(Option<Tokenizer>, Option<ModelConfig>)> {
+    if path.is_file() {
+        let folder = Folder::open(path)?;
+        let config = weights::read_config(&folder)?;
+        return Ok((open_tokenizer(&folder)?, Some(config)));
+    }
+    let files = TokenizerFiles::read(path)?;
+    let tokenizer = files.as_ref().map(Tokenizer::new).transpose()?;
+    Ok((tokenizer, read_config(path)?))
+}
+
+/// The architecture in a folder; none where there is no `config.json`.
+fn read_config(folder: &Path) -> anyhow::Result<Option<ModelConfig>> {
     let path = folder.join("config.json");
     if !path.exists() {
         return Ok(None);

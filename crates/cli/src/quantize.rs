@@ -13,7 +13,7 @@ use model::weights::read_config;
 
 use crate::console::{Console, finite};
 use crate::merge::Report;
-use crate::open::{find, open_model, open_tokenizer};
+use crate::open::{open_folder, open_model, open_tokenizer};
 
 /// Writes a model in another number format, shard by shard, and checks the result.
 #[derive(Debug, clap::Args)]
@@ -51,7 +51,7 @@ enum Format {
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
-    let model = Folder::open(&find(&args.model)?)?;
+    let (model, _) = open_folder(&args.model)?;
     let format = match args.to {
         Format::Fp8 => WeightFormat::Fp8,
         Format::Bf16 => WeightFormat::Bf16,
@@ -81,7 +81,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
 
 /// The first rows of `test.jsonl`.
 fn samples(args: &Args, data: &Path, model: &Folder) -> anyhow::Result<Vec<Sample>> {
-    let (config, tokenizer) = (read_config(model)?, open_tokenizer(model.path())?);
+    let (config, tokenizer) = (read_config(model)?, open_tokenizer(model)?);
     let length = MAX_LENGTH.min(config.max_position_embeddings);
     let file = data.join("test.jsonl");
     let mut split = Split::open(&file, tokenizer.as_ref(), length, config.vocab_size)?;

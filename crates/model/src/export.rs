@@ -15,14 +15,25 @@ use crate::config::ModelConfig;
 use crate::decoder::Model;
 use crate::weights::{audit, is_scale, keys, parameter_keys, read_matrix};
 
-/// Copies tokenizer, templates and the like: every small file beside the weights.
+/// Copies what stands beside a model's weights: tokenizer, templates and the like.
+///
+/// # Errors
+/// As [`copy_texts`].
+pub fn copy_companions(model: &Folder, writer: &mut FolderWriter) -> Result<(), Error> {
+    if model.metadata().is_none() {
+        return copy_texts(model.path(), writer);
+    }
+    for (name, text) in model.texts() {
+        writer.write_bytes(name, text.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// Copies every small file of a folder but those that an export makes anew.
 ///
 /// # Errors
 /// If the folder cannot be read, or a file not be copied.
-pub fn copy_companions(folder: &Path, writer: &mut FolderWriter) -> Result<(), Error> {
-    if folder.is_file() {
-        return Ok(());
-    }
+pub fn copy_texts(folder: &Path, writer: &mut FolderWriter) -> Result<(), Error> {
     const WANTED: [&str; 5] = ["json", "jinja", "model", "txt", "py"];
     const MADE_ANEW: [&str; 3] = [
         "config.json",

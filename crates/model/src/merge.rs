@@ -119,7 +119,7 @@ fn write(
     writer.write_index()?;
     let config = exported_config(base.config(), dtype, merger.fp8);
     writer.write_json("config.json", &config)?;
-    copy_companions(base.path(), &mut writer)?;
+    copy_companions(base, &mut writer)?;
     merger.check(&Folder::open(writer.path())?, &mut step)?;
     writer.finish()?;
     Ok(merger.report)

@@ -70,8 +70,10 @@ fn model_into(session: &Session, writer: &mut FolderWriter) -> Result<()> {
             export::export(&session.model, origin, format, writer)?;
         }
     }
-    if let Some(tokenizer) = &base.tokenizer {
-        export::copy_companions(tokenizer, writer)?;
+    match (&base.tokenizer_folder, &base.folder) {
+        (Some(path), _) => export::copy_texts(path, writer)?,
+        (None, Some(folder)) => export::copy_companions(folder, writer)?,
+        (None, None) => {}
     }
     Ok(())
 }

@@ -61,5 +61,5 @@ pub use self::recipe::{
 };
 pub use self::run_dir::RunDir;
 pub use self::schedule::Schedule;
-pub use self::session::{Session, Surroundings};
+pub use self::session::{Session, Surroundings, open_folder, tokenizer_of};
 pub use self::state::{Best, State, read_optimizer, write_optimizer};

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use burn::module::Module;
 use burn::tensor::{Device, FloatDType, Tensor};
 use checkpoint::{Adapter, DType, Folder, TensorSpec};
-use data::{Corpus, Reading, Tokenizer, Wanted};
+use data::{Corpus, Reading, Tokenizer, TokenizerFiles, Wanted};
 use kernels::Quantizer;
 use kernels::fp8::Scales;
 use model::lora::{self, Adapted, LoraConfig, Scaling, Share};
@@ -62,8 +62,9 @@ pub(crate) struct Base {
     pub(crate) folder: Option<Folder>,
     /// `config.json` as it was read.
     pub(crate) config: serde_json::Value,
-    /// A folder with the tokenizer's files.
-    pub(crate) tokenizer: Option<PathBuf>,
+    /// The tokenizer's files, and their folder where it is another than the checkpoint's.
+    pub(crate) tokenizer: Option<TokenizerFiles>,
+    pub(crate) tokenizer_folder: Option<PathBuf>,
     /// How the base is named in an adapter.
     pub(crate) name: String,
 }
@@ -125,7 +126,7 @@ impl Session {
         if recipe.precision.round_start {
             round(&mut model);
         }
-        let tokenizer = base.tokenizer.as_deref().map(Tokenizer::open).transpose()?;
+        let tokenizer = base.tokenizer.as_ref().map(Tokenizer::new).transpose()?;
         let reading = Reading {
             tokenizer: tokenizer.as_ref(),
             max_length: recipe.data.max_length,
@@ -212,9 +213,9 @@ impl Session {
         self.recipe.total_steps(self.train.rows())
     }
 
-    /// The folder with the tokenizer's files, if there is a tokenizer.
-    pub fn tokenizer_folder(&self) -> Option<&Path> {
-        self.base.tokenizer.as_deref()
+    /// The tokenizer's files, if there is a tokenizer.
+    pub fn tokenizer_files(&self) -> Option<&TokenizerFiles> {
+        self.base.tokenizer.as_ref()
     }
 
     /// The checkpoint that training started from; none for fresh weights.
@@ -393,26 +394,49 @@ fn adapt(
     }
 }
 
+/// Opens a model's folder, or a GGUF file with the tokenizer that it holds.
+///
+/// # Errors
+/// If a file of it is malformed.
+pub fn open_folder(path: &Path) -> Result<Folder> {
+    let folder = Folder::open(path)?;
+    let (Some(_), Some(files)) = (folder.metadata(), tokenizer_of(&folder)?) else {
+        return Ok(folder);
+    };
+    let texts = files.files().map(|(name, text)| (name.into(), text.into()));
+    Ok(folder.with_texts(texts.collect()))
+}
+
+/// The tokenizer of a model's folder or of a GGUF file, if it has one.
+///
+/// # Errors
+/// If it is malformed, or of a kind that is not known.
+pub fn tokenizer_of(folder: &Folder) -> Result<Option<TokenizerFiles>> {
+    match folder.metadata() {
+        Some(metadata) => Ok(TokenizerFiles::of_metadata(folder.path(), metadata)?),
+        None => Ok(TokenizerFiles::read(folder.path())?),
+    }
+}
+
 fn open_model(
     recipe: &Recipe,
     resolve: &dyn Fn(&str) -> Result<PathBuf>,
     device: &Device,
 ) -> Result<(Model, Base)> {
+    let tokenizer_folder = recipe.model.tokenizer.clone();
+    let given = tokenizer_folder.as_deref().map(TokenizerFiles::read);
+    let given = given.transpose()?.flatten();
     if let Some(path) = &recipe.model.path {
-        let folder = Folder::open(&resolve(path)?)?;
+        let folder = open_folder(&resolve(path)?)?;
         let model = weights::load(&folder, recipe.training(), device)?;
-        let tokenizer = recipe
-            .model
-            .tokenizer
-            .clone()
-            .unwrap_or_else(|| folder.path().to_owned());
-        let tokenizer = tokenizer
-            .join("tokenizer.json")
-            .exists()
-            .then_some(tokenizer);
+        let tokenizer = match given {
+            None if tokenizer_folder.is_none() => tokenizer_of(&folder)?,
+            given => given,
+        };
         let base = Base {
             config: folder.config().clone(),
             tokenizer,
+            tokenizer_folder,
             name: path.clone(),
             folder: Some(folder),
         };
@@ -431,7 +455,8 @@ fn open_model(
         Base {
             folder: None,
             config: json,
-            tokenizer: recipe.model.tokenizer.clone(),
+            tokenizer: given,
+            tokenizer_folder,
             name: file.display().to_string(),
         },
     ))

@@ -8,7 +8,7 @@ use model::ModelConfig;
 use model::weights;
 use serde_json::Value;
 
-use crate::open::{find, name_of, read_json};
+use crate::open::{find, is_gguf, name_of, read_json};
 
 /// What is measured.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ impl Subject {
     /// number of routed experts may be another than in the file.
     pub(super) fn open(model: &str, experts: Option<u64>) -> anyhow::Result<Self> {
         let path = Path::new(model);
-        if path.is_file() {
+        if path.is_file() && !is_gguf(path) {
             return Self::random(path, experts);
         }
         let path = find(model)?;

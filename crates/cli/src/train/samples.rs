@@ -26,12 +26,11 @@ impl Sampler {
         if eval.prompts.is_empty() {
             return Ok(None);
         }
-        let folder = session.tokenizer_folder();
-        let folder = folder.context("`eval.prompts` needs a tokenizer; give `model.tokenizer`")?;
-        let tokenizer = Tokenizer::open(folder)?;
+        let files = session.tokenizer_files();
+        let files = files.context("`eval.prompts` needs a tokenizer; give `model.tokenizer`")?;
+        let tokenizer = Tokenizer::new(files)?;
         if eval.chat && tokenizer.chat_template().is_none() {
-            let folder = folder.display();
-            bail!("{folder}: expected a chat template for `eval.chat`, found none");
+            bail!("`eval.chat`: expected a tokenizer with a chat template, found none");
         }
         let eos = tokenizer.eos_id();
         let stop_ids = match session.base_folder() {

@@ -59,7 +59,7 @@ impl Ggml {
 
 #[inline(always)]
 fn half_at(bytes: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
+    f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32_const()
 }
 
 /// Blocks of `BYTES` bytes and `N` values, one after the other.

@@ -1,0 +1,175 @@
+//! The metadata of a GGUF, as far as it is about tokens, with its types checked.
+
+use super::files::TokenizerFiles;
+use super::gguf::GgufTokens;
+use crate::error::{Error, Result};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+impl TokenizerFiles {
+    /// The files of the tokenizer in a GGUF's metadata, numbers, texts and lists by their keys;
+    /// `None` if it has none. `path` is the GGUF's, for messages.
+    ///
+    /// # Errors
+    /// If a key has a value of another type than it should, or as
+    /// [`from_gguf`](TokenizerFiles::from_gguf).
+    pub fn of_metadata(path: &Path, metadata: &BTreeMap<String, Value>) -> Result<Option<Self>> {
+        if !metadata.contains_key("tokenizer.ggml.tokens") {
+            return Ok(None);
+        }
+        let keys = Keys { path, metadata };
+        let tokens = GgufTokens {
+            model: keys.text("model")?.unwrap_or_default(),
+            pre: keys.text("pre")?,
+            tokens: keys.list("tokens", "texts", text)?,
+            types: keys.list("token_type", "whole numbers", |value| {
+                i32::try_from(value.as_i64()?).ok()
+            })?,
+            scores: keys.list("scores", "numbers", |value| Some(value.as_f64()? as f32))?,
+            merges: keys.list("merges", "texts", text)?,
+            bos: keys.id("bos_token_id")?,
+            eos: keys.id("eos_token_id")?,
+            unknown: keys.id("unknown_token_id")?,
+            padding: keys.id("padding_token_id")?,
+            add_bos: keys.flag("add_bos_token")?,
+            add_eos: keys.flag("add_eos_token")?,
+            add_space_prefix: keys.flag("add_space_prefix")?,
+            chat_template: keys.one("tokenizer.chat_template", "a text", text)?,
+        };
+        Self::from_gguf(path, &tokens).map(Some)
+    }
+}
+
+fn text(value: &Value) -> Option<String> {
+    value.as_str().map(str::to_owned)
+}
+
+struct Keys<'a> {
+    path: &'a Path,
+    metadata: &'a BTreeMap<String, Value>,
+}
+
+impl Keys<'_> {
+    fn one<T>(
+        &self,
+        key: &str,
+        expected: &str,
+        read: impl Fn(&Value) -> Option<T>,
+    ) -> Result<Option<T>> {
+        let Some(value) = self.metadata.get(key) else {
+            return Ok(None);
+        };
+        let value = read(value);
+        let wrong = || Error::malformed(self.path, format!("`{key}`: expected {expected}"));
+        value.map(Some).ok_or_else(wrong)
+    }
+
+    fn text(&self, name: &str) -> Result<Option<String>> {
+        self.one(&format!("tokenizer.ggml.{name}"), "a text", text)
+    }
+
+    fn id(&self, name: &str) -> Result<Option<u32>> {
+        self.one(&format!("tokenizer.ggml.{name}"), "a token's id", |value| {
+            u32::try_from(value.as_u64()?).ok()
+        })
+    }
+
+    fn flag(&self, name: &str) -> Result<Option<bool>> {
+        let key = format!("tokenizer.ggml.{name}");
+        self.one(&key, "true or false", Value::as_bool)
+    }
+
+    /// A list; empty if there is none.
+    fn list<T>(
+        &self,
+        name: &str,
+        expected: &str,
+        read: impl Fn(&Value) -> Option<T>,
+    ) -> Result<Vec<T>> {
+        let (key, expected) = (
+            format!("tokenizer.ggml.{name}"),
+            format!("a list of {expected}"),
+        );
+        let list = self.one(&key, &expected, |value| {
+            value.as_array()?.iter().map(&read).collect()
+        })?;
+        Ok(list.unwrap_or_default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Bos, Tokenizer};
+    use serde_json::json;
+
+    fn metadata(change: impl FnOnce(&mut Value)) -> BTreeMap<String, Value> {
+        let mut json = json!({
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "smollm",
+            "tokenizer.ggml.tokens": ["<|end|>", "a", "b", "ab"],
+            "tokenizer.ggml.token_type": [3, 1, 1, 1],
+            "tokenizer.ggml.merges": ["a b"],
+            "tokenizer.ggml.eos_token_id": 0,
+            "tokenizer.ggml.add_bos_token": false,
+            "tokenizer.chat_template": "{{ messages[0].content }}",
+        });
+        change(&mut json);
+        serde_json::from_value(json).unwrap()
+    }
+
+    fn open(metadata: &BTreeMap<String, Value>) -> Result<Option<TokenizerFiles>> {
+        TokenizerFiles::of_metadata(Path::new("m.gguf"), metadata)
+    }
+
+    #[test]
+    fn metadata_become_a_tokenizer() {
+        let files = open(&metadata(|_| {})).unwrap().unwrap();
+        let tokenizer = Tokenizer::new(&files).unwrap();
+        assert_eq!(tokenizer.encode("aab<|end|>", Bos::Add).unwrap(), [1, 3, 0]);
+        assert_eq!(tokenizer.eos_id(), Some(0));
+        assert!(tokenizer.chat_template().is_some());
+    }
+
+    #[test]
+    fn a_gguf_without_tokens_has_no_tokenizer() {
+        let none = metadata(|json| {
+            _ = json
+                .as_object_mut()
+                .unwrap()
+                .remove("tokenizer.ggml.tokens")
+        });
+        assert!(open(&none).unwrap().is_none());
+    }
+
+    #[test]
+    fn values_of_another_type_are_refused_by_key() {
+        for (key, value, expected) in [
+            ("tokenizer.ggml.model", json!(3), "a text"),
+            ("tokenizer.ggml.tokens", json!("a"), "a list of texts"),
+            ("tokenizer.ggml.tokens", json!(["a", 1]), "a list of texts"),
+            (
+                "tokenizer.ggml.token_type",
+                json!([1u64 << 40]),
+                "a list of whole numbers",
+            ),
+            ("tokenizer.ggml.scores", json!([null]), "a list of numbers"),
+            ("tokenizer.ggml.eos_token_id", json!(-1), "a token's id"),
+            (
+                "tokenizer.ggml.add_bos_token",
+                json!("yes"),
+                "true or false",
+            ),
+            ("tokenizer.chat_template", json!(["x"]), "a text"),
+        ] {
+            let error = open(&metadata(|json| json[key] = value)).unwrap_err();
+            let error = error.to_string();
+            assert!(error.contains("m.gguf"), "{error}");
+            assert!(
+                error.ends_with(&format!("`{key}`: expected {expected}")),
+                "{error}"
+            );
+        }
+    }
+}
