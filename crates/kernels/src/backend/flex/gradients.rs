@@ -222,15 +222,17 @@ impl Gradients for Flex {
         if wanted && matches!(saved.x.form(), Form::Norm(..) | Form::Swiglu(_)) {
             kept.x = Floats::rounded(kept.x.tensor(), compute);
         }
-        let grads = experts::backward_inputs(experts, kept.routing.slots(), kept.saved(), &dy);
-        let factors = wanted.then(|| {
-            let grads =
-                experts::backward_factors(experts, kept.routing.slots(), kept.saved(), &dy, &grads);
-            let [[ga, gb], [ua, ub], [da, db]] = grads;
-            let mut shapes = values.0.iter().flatten().map(|factor| factor.dims::<3>());
-            [ga, gb, ua, ub, da, db].map(|grad| floats(grad, shapes.next().unwrap_or_default()))
-        });
-        (kept.input_grads(grads), factors)
+        let (slots, saved) = (kept.routing.slots(), kept.saved());
+        if !wanted {
+            let grads = experts::backward_inputs(experts, slots, saved, &dy);
+            return (kept.input_grads(grads), None);
+        }
+        let (grads, factors) = experts::backward_updated(experts, slots, saved, &dy);
+        let [[ga, gb], [ua, ub], [da, db]] = factors;
+        let mut shapes = values.0.iter().flatten().map(|factor| factor.dims::<3>());
+        let factors =
+            [ga, gb, ua, ub, da, db].map(|grad| floats(grad, shapes.next().unwrap_or_default()));
+        (kept.input_grads(grads), Some(factors))
     }
 
     fn experts_trained_grads(
@@ -242,9 +244,8 @@ impl Gradients for Flex {
         let (values, dy) = (StackValues::new(stacks), Floats::new(&dy));
         let experts = values.experts(compute);
         let kept = SavedValues::new(&saved);
-        let grads = experts::backward_inputs(experts, kept.routing.slots(), kept.saved(), &dy);
-        let stacks =
-            experts::backward_weights(experts, kept.routing.slots(), kept.saved(), &dy, &grads);
+        let (slots, saved) = (kept.routing.slots(), kept.saved());
+        let (grads, stacks) = experts::backward_trained(experts, slots, saved, &dy);
         let mut shapes = values.0.iter().map(|stack| stack.dims::<3>());
         (
             kept.input_grads(grads),
