@@ -588,7 +588,8 @@ fn backward_group(
         with_rounded_rows(act.values(), inner, experts.compute, |act| {
             weigh(dgate.values(), act, dweight.values(), weights);
         });
-        swiglu::backward(dgate.values(), dup.values(), gate, up);
+        dup.values().copy_from_slice(up);
+        swiglu::backward(dgate.values(), dup.values(), gate);
         let gradients = [(GATE, dgate, Write::Replace), (UP, dup, Write::Add)];
         for (projection, mut dy, write) in gradients {
             with_rounded_rows(dy.values(), inner, experts.compute, |dy| {
@@ -741,4 +742,70 @@ pub(crate) fn backward_inputs(
     dy: &[f32],
 ) -> InputGrads {
     backward(experts, slots, saved, dy, |_| {})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::matrix::tests::noise;
+    use crate::route;
+
+    /// Groups of experts depend on the number of threads; what they give does not.
+    #[test]
+    fn the_number_of_threads_changes_groups_and_no_bit() {
+        let [tokens, n_experts, top_k, hidden, inner, rank] = [4000, 5, 2, 6, 3, 2];
+        let size = hidden * inner;
+        let stacks = [1, 2, 3].map(|seed| noise(n_experts * size, seed));
+        let factors = [4, 5].map(|seed| noise(n_experts * rank * hidden.max(inner), seed));
+        let [a, b] = factors.each_ref();
+        let factors = Factors { a, b, rank };
+        let experts = Experts {
+            weights: Source::Trained(stacks.each_ref().map(Vec::as_slice)),
+            factors: [factors; 3],
+            lora: ExpertLora {
+                scale: [0.5; 3],
+                dropout: Dropout::OFF,
+                quantizer: None,
+            },
+            compute: Compute::F32,
+            hidden,
+            inner,
+            n_experts,
+        };
+        // Every token's first expert is a popular one, and its second another.
+        let ids: Vec<i32> = (0..tokens as i32)
+            .flat_map(|token| [token % 2, 2 + token % 3])
+            .collect();
+        let (order, offsets) = route::dispatch(&ids, n_experts);
+        let slots = Slots {
+            order: &order,
+            offsets: &offsets,
+            top_k,
+        };
+        let (x, dy) = (noise(tokens * hidden, 6), noise(tokens * hidden, 7));
+        let weights = noise(tokens * top_k, 8);
+        let run = || {
+            let (y, gate, up) = forward(experts, slots, &x, &weights);
+            let saved = Saved {
+                x: &x,
+                weights: &weights,
+                gate: &gate,
+                up: &up,
+            };
+            let (inputs, factors) = backward_updated(experts, slots, saved, &dy);
+            let (_, stacks) = backward_trained(experts, slots, saved, &dy);
+            let factors = factors.into_iter().flatten().chain(stacks);
+            let all = [y, inputs.dx, inputs.dweights].into_iter().chain(factors);
+            (slots.groups().len(), all.collect::<Vec<_>>())
+        };
+        let [(many, one_thread), (few, four_threads)] = [1, 4].map(|threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            pool.build().unwrap().install(run)
+        });
+        assert!(many > few, "{many} groups, {few} groups");
+        for (i, (one, four)) in one_thread.iter().zip(&four_threads).enumerate() {
+            assert!(one == four, "result {i} differs");
+            assert!(one.iter().any(|v| *v != 0.0), "result {i} is nothing");
+        }
+    }
 }

@@ -1,5 +1,7 @@
 //! The gradients of the operations on the CPU backend.
 
+use std::sync::Arc;
+
 use burn::backend::Flex;
 use burn::tensor::{Bytes, DType, Element};
 use burn_flex::{FlexTensor, Layout};
@@ -49,6 +51,8 @@ impl Gradients for Flex {
         let [a, b] = factors.each_ref().map(Floats::new);
         let values = Floats::new(&dy);
         let dlow = scaled(&nn(&values, trained(&b, Compute::F32)), update.scale);
+        // First the factors': the x that is remade for them is gone when there must be room for its gradient.
+        let grads = x.map(|x| [tn(&dlow, &Floats::kept(x)), tn(&values, &Floats::new(&low))]);
         let dx = want_x.then(|| {
             let dy = Floats::rounded(&dy, update.compute);
             nn_sum(&[
@@ -56,7 +60,6 @@ impl Gradients for Flex {
                 (dlow.mat(), trained(&a, Compute::F32)),
             ])
         });
-        let grads = x.map(|x| [tn(&dlow, &Floats::kept(x)), tn(&values, &Floats::new(&low))]);
         (dx, grads)
     }
 
@@ -130,23 +133,20 @@ impl Gradients for Flex {
         turn(&dy, angles.each_ref(), pairs, rope::Turn::Back)
     }
 
-    fn swiglu_grads(
-        dy: FlexTensor,
-        gate: &Kept<FlexTensor>,
-        up: &Kept<FlexTensor>,
-    ) -> [FlexTensor; 2] {
-        let (dy, gate, up) = (Floats::new(&dy), Floats::kept(gate), Floats::kept(up));
-        let (mut dgate, mut dup) = (dy.to_vec(), gemm::zeros(dy.len()));
-        let saved = gate.par_chunks(ELEMENTS).zip(up.par_chunks(ELEMENTS));
+    fn swiglu_grads(dy: FlexTensor, products: [Arc<Kept<FlexTensor>>; 2]) -> [FlexTensor; 2] {
+        let dy = Floats::new(&dy).tensor().clone();
+        let [gate, up] = products.each_ref().map(|kept| Floats::kept(kept));
+        drop(products);
+        // Nobody reads dy and up again, as a rule: their gradients are then written where they lie.
+        let [mut dgate, mut dup] = [dy, up.tensor().clone()].map(owned);
+        drop(up);
         dgate
+            .storage_mut::<f32>()
             .par_chunks_mut(ELEMENTS)
-            .zip(dup.par_chunks_mut(ELEMENTS))
-            .zip(saved)
-            .for_each(|((dgate, dup), (gate, up))| swiglu::backward(dgate, dup, gate, up));
-        [
-            floats(dgate, gate.dims::<2>()),
-            floats(dup, gate.dims::<2>()),
-        ]
+            .zip(dup.storage_mut::<f32>().par_chunks_mut(ELEMENTS))
+            .zip(gate.par_chunks(ELEMENTS))
+            .for_each(|((dgate, dup), gate)| swiglu::backward(dgate, dup, gate));
+        [dgate, dup]
     }
 
     fn attention_grads(
