@@ -2,8 +2,9 @@
 //! j-th expert, over slots that are sorted by expert.
 //!
 //! A task takes a piece of one expert's slots: it gathers their tokens, multiplies with the expert's three weights
-//! (decoded tile by tile if packed), and writes one row per slot. A second pass adds each token's rows up in the
-//! order of its choices. So one popular expert does not idle the other cores, and no sum depends on timing.
+//! (decoded tile by tile if packed), and writes one row per slot. So one popular expert does not idle the other cores.
+//! Experts take turns in groups, and after each group its rows are added to their tokens': rows wait for one group, not
+//! for all slots. A token's rows are added in the order of their experts, so no sum depends on timing or on the groups.
 //!
 //! Backward needs the products of gate and up, which are saved, and no down product: the gradient of a routing
 //! weight is `⟨dy, down(a)⟩ = ⟨downᵀ(dy), a⟩`, and `downᵀ(dy)` is needed anyway.
@@ -23,6 +24,8 @@ use crate::{Compute, Matrix, Quantizer, swiglu};
 
 /// Slots per task: enough rows to pay for decoding a weight tile.
 const TASK_SLOTS: usize = 256;
+/// Tasks per thread in a group of experts: enough for the threads to end together.
+const GROUP_TASKS: usize = 16;
 
 /// The frozen weights of a layer's experts; each list holds one matrix per expert.
 #[derive(Clone, Debug)]
@@ -85,7 +88,7 @@ pub(crate) struct Factors<'a> {
 pub(crate) struct Slots<'a> {
     /// Slot ids sorted by expert; slot `token × top_k + j`.
     pub(crate) order: &'a [i32],
-    /// `[experts + 1]`.
+    /// `[experts + 1]`. The slots behind the last one count as zero: others serve them.
     pub(crate) offsets: &'a [i32],
     pub(crate) top_k: usize,
 }
@@ -95,18 +98,43 @@ impl Slots<'_> {
         self.order[at] as usize / self.top_k
     }
 
-    /// How many slots have an expert. The rest, behind the last offset, count as zero: others serve them.
-    fn served(&self) -> usize {
-        self.offsets.last().map_or(0, |end| *end as usize)
+    /// The places of consecutive experts.
+    fn places(&self, experts: Range<usize>) -> Range<usize> {
+        self.offsets[experts.start] as usize..self.offsets[experts.end] as usize
     }
 
     fn of_expert(&self, expert: usize) -> Range<usize> {
-        self.offsets[expert] as usize..self.offsets[expert + 1] as usize
+        self.places(expert..expert + 1)
+    }
+
+    /// Consecutive experts that take their turn together: one, or as many as have few slots. It changes no result how
+    /// they are grouped, so it may depend on the number of threads.
+    fn groups(&self) -> Vec<Range<usize>> {
+        let most = GROUP_TASKS * TASK_SLOTS * rayon::current_num_threads();
+        let mut groups: Vec<Range<usize>> = vec![];
+        for expert in 0..self.offsets.len() - 1 {
+            match groups.last_mut() {
+                Some(group) if self.places(group.start..expert + 1).len() <= most => {
+                    group.end = expert + 1;
+                }
+                _ => groups.push(expert..expert + 1),
+            }
+        }
+        groups
+    }
+
+    /// Lends `width` values per slot of the largest group.
+    fn with_group_scratch<R>(&self, width: usize, use_it: impl FnOnce(&mut [f32]) -> R) -> R {
+        let sizes = self
+            .groups()
+            .into_iter()
+            .map(|group| self.places(group).len());
+        with_scratch(sizes.max().unwrap_or(0) * width, use_it)
     }
 
     /// Pieces of work: an expert and some of its places in `order`.
-    fn pieces(&self) -> Vec<(usize, Range<usize>)> {
-        (0..self.offsets.len() - 1)
+    fn pieces(&self, experts: Range<usize>) -> Vec<(usize, Range<usize>)> {
+        experts
             .flat_map(|expert| {
                 tiles(self.of_expert(expert), TASK_SLOTS).map(move |places| (expert, places))
             })
@@ -119,27 +147,37 @@ impl Slots<'_> {
         }
     }
 
-    /// Adds each token's rows up, in the order of its choices: rows sorted by expert `[slots, width]`, each
-    /// multiplied by its weight if there are any → `[tokens, width]`.
-    fn combine(&self, rows: &[f32], weights: Option<&[f32]>, width: usize) -> Vec<f32> {
-        let mut places = vec![0usize; self.order.len()];
-        self.order
-            .iter()
-            .enumerate()
-            .for_each(|(at, slot)| places[*slot as usize] = at);
-        let mut out = zeros(self.order.len() / self.top_k * width);
-        out.par_chunks_mut(width)
-            .enumerate()
-            .for_each(|(token, out)| {
-                for slot in token * self.top_k..(token + 1) * self.top_k {
-                    let weight = weights.map_or(1.0, |weights| weights[slot]);
-                    let row = &rows[places[slot] * width..][..width];
-                    out.iter_mut()
-                        .zip(row)
-                        .for_each(|(out, row)| *out += weight * row);
-                }
-            });
-        out
+    /// The places of every token's slots, in the order of their experts.
+    fn by_token(&self) -> Vec<usize> {
+        let mut places = vec![0; self.order.len()];
+        let slots = self.order.iter().enumerate();
+        slots.for_each(|(at, slot)| places[*slot as usize] = at);
+        let tokens = places.chunks_mut(self.top_k);
+        tokens.for_each(<[usize]>::sort_unstable);
+        places
+    }
+
+    /// Adds the rows of some places to those of their tokens, `[tokens, width]`, each multiplied by its weight if there
+    /// are any.
+    fn add_rows(
+        &self,
+        (rows, places): (&[f32], Range<usize>),
+        weights: Option<&[f32]>,
+        by_token: &[usize],
+        sums: &mut [f32],
+    ) {
+        let width = rows.len() / places.len().max(1);
+        let tokens = by_token.par_chunks(self.top_k);
+        let sums = sums.par_chunks_mut(width.max(1));
+        sums.zip(tokens).for_each(|(sum, token)| {
+            for at in token.iter().filter(|at| places.contains(at)) {
+                let weight = weights.map_or(1.0, |weights| weights[self.order[*at] as usize]);
+                let row = &rows[(at - places.start) * width..][..width];
+                sum.iter_mut()
+                    .zip(row)
+                    .for_each(|(sum, row)| *sum += weight * row);
+            }
+        });
     }
 }
 
@@ -308,6 +346,38 @@ impl<'a> Experts<'a> {
         });
     }
 
+    /// The gradients `a [rank, in]` and `b [out, rank]` of one expert's factors, from its inputs and output gradients.
+    fn factor_grads(
+        &self,
+        projection: usize,
+        (expert, places): (usize, Range<usize>),
+        [x, dy]: [Mat<'_>; 2],
+        [mut da, mut db]: [MatMut<'_>; 2],
+    ) {
+        let Some((a, b)) = self.factors(projection, expert) else {
+            return;
+        };
+        let (n, rank, scale) = (x.rows(), a.rows(), self.lora.scale[projection]);
+        self.with_dropped(projection, places, x, |x| {
+            with_scratch(2 * n * rank, |scratch| {
+                let (low, dlow) = scratch.split_at_mut(n * rank);
+                gemm(MatMut::dense(low, n, rank), x, a.t(), scale, Write::Replace);
+                gemm(MatMut::dense(dlow, n, rank), dy, b, scale, Write::Replace);
+                let [low, dlow] = [low, dlow].map(|values| Mat::dense(values, n, rank));
+                let db = MatMut::dense(db.values(), dy.cols(), rank);
+                gemm(db, dy.t(), low, 1.0, Write::Replace);
+                let da = MatMut::dense(da.values(), rank, x.cols());
+                gemm(da, dlow.t(), x, 1.0, Write::Replace);
+            });
+        });
+    }
+
+    /// Something of every expert, one after the other, as a row for each.
+    fn by_expert<'v>(&self, values: &'v mut [f32]) -> MatMut<'v> {
+        let width = values.len() / self.n_experts.max(1);
+        MatMut::dense(values, self.n_experts, width)
+    }
+
     fn drop_rows(&self, projection: usize, places: Range<usize>, rows: &mut [f32], width: usize) {
         let dropout = self.lora.dropout.fork(projection as u64);
         for (place, row) in places.zip(rows.chunks_mut(width)) {
@@ -326,31 +396,43 @@ pub(crate) fn forward(
 ) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     let Experts { hidden, inner, .. } = experts;
     let n_slots = slots.order.len();
+    let (mut y, by_token) = (zeros(x.len()), slots.by_token());
     let [mut gate, mut up] = [zeros(n_slots * inner), zeros(n_slots * inner)];
-    let y = with_scratch(n_slots * hidden, |rows| {
-        rows[slots.served() * hidden..].fill(0.0);
-        forward_slots(experts, slots, x, [&mut gate, &mut up, rows]);
-        slots.combine(rows, Some(weights), hidden)
+    slots.with_group_scratch(hidden, |scratch| {
+        for group in slots.groups() {
+            let places = slots.places(group.clone());
+            let rows = &mut scratch[..places.len() * hidden];
+            let products =
+                [&mut gate, &mut up].map(|all| &mut all[places.start * inner..places.end * inner]);
+            forward_group(experts, slots, x, (group, products), rows);
+            slots.add_rows((rows, places), Some(weights), &by_token, &mut y);
+        }
     });
     (y, gate, up)
 }
 
-/// Fills the products of gate and up `[slots, inner]` and the output rows `[slots, hidden]`, sorted by expert.
-fn forward_slots(experts: Experts<'_>, slots: Slots<'_>, x: &[f32], outputs: [&mut [f32]; 3]) {
+/// Fills a group's products of gate and up `[slots, inner]` and its output rows `[slots, hidden]`.
+fn forward_group(
+    experts: Experts<'_>,
+    slots: Slots<'_>,
+    x: &[f32],
+    (group, [gate, up]): (Range<usize>, [&mut [f32]; 2]),
+    rows: &mut [f32],
+) {
     let Experts { hidden, inner, .. } = experts;
-    let n_slots = slots.order.len();
-    let [gate, up, rows] = outputs;
+    let all = slots.places(group.clone());
     let outputs = [(gate, inner), (up, inner), (rows, hidden)]
-        .map(|(v, width)| MatMut::dense(v, n_slots, width));
-    let pieces = slots.pieces();
+        .map(|(values, width)| MatMut::dense(values, all.len(), width));
+    let pieces = slots.pieces(group);
     share(pieces.len(), |i| {
         let (expert, places) = pieces[i].clone();
+        let rows = places.start - all.start..places.end - all.start;
         // SAFETY: pieces are different places.
         #[expect(unsafe_code, reason = "disjoint rows of three outputs")]
         let [mut gate, mut up, mut out] = unsafe {
             outputs
                 .each_ref()
-                .map(|all| all.part(places.clone(), 0..all.cols()))
+                .map(|all| all.part(rows.clone(), 0..all.cols()))
         };
         let n = places.len();
         with_scratch(n * (hidden + inner), |scratch| {
@@ -376,82 +458,125 @@ pub(crate) struct Saved<'a> {
     pub(crate) up: &'a [f32],
 }
 
-/// Gradients that every backward pass makes, and per slot what the weights' gradients are made from.
+/// Gradients that every backward pass makes.
 #[derive(Debug)]
 pub(crate) struct InputGrads {
     /// `[tokens, hidden]`.
     pub(crate) dx: Vec<f32>,
     /// `[slots]`, in slot order.
     pub(crate) dweights: Vec<f32>,
-    /// Gradients of the products of gate and up, and the activation, `[slots, inner]`, sorted by expert.
-    dgate: Vec<f32>,
-    dup: Vec<f32>,
-    act: Vec<f32>,
 }
 
-/// dy `[tokens, hidden]` → gradients of the inputs.
-pub(crate) fn backward_inputs(
-    experts: Experts<'_>,
-    slots: Slots<'_>,
-    saved: Saved<'_>,
-    dy: &[f32],
-) -> InputGrads {
-    let Experts { hidden, inner, .. } = experts;
-    let n_slots = slots.order.len();
-    let [mut dgate, mut dup, mut act] = [inner; 3].map(|width| zeros(n_slots * width));
-    let mut dweights = vec![0.0; n_slots];
-    let dx = with_scratch(n_slots * (hidden + 1), |scratch| {
-        let (dx, sorted_dweights) = scratch.split_at_mut(n_slots * hidden);
-        dx[slots.served() * hidden..].fill(0.0);
-        sorted_dweights[slots.served()..].fill(0.0);
-        let outputs = [
-            &mut dgate,
-            &mut dup,
-            &mut act,
-            &mut *dx,
-            &mut *sorted_dweights,
-        ];
-        backward_slots(experts, slots, saved, dy, outputs);
-        slots
-            .order
-            .iter()
-            .zip(sorted_dweights)
-            .for_each(|(slot, dweight)| dweights[*slot as usize] = *dweight);
-        slots.combine(dx, None, hidden)
-    });
-    InputGrads {
-        dx,
-        dweights,
-        dgate,
-        dup,
-        act,
+/// What the gradients of a group's weights are made from, besides the inputs.
+#[derive(Debug)]
+struct Group<'a> {
+    experts: Range<usize>,
+    /// Gradients of the products of gate and up, and the activations, `[slots, inner]`.
+    inner: [&'a [f32]; 3],
+}
+
+impl Group<'_> {
+    fn for_each_projection(&self, task: impl Fn(usize, usize) + Sync) {
+        share(3 * self.experts.len(), |i| {
+            task(i % 3, self.experts.start + i / 3);
+        });
+    }
+
+    /// Hands over the input rows and output gradients of one expert's projection.
+    fn with_operands(
+        &self,
+        (experts, slots, saved): (Experts<'_>, Slots<'_>, Saved<'_>),
+        dy: &[f32],
+        (projection, expert): (usize, usize),
+        use_them: impl FnOnce(Mat<'_>, Mat<'_>),
+    ) {
+        let (places, start) = (
+            slots.of_expert(expert),
+            slots.places(self.experts.clone()).start,
+        );
+        let (n, inner, hidden) = (places.len(), experts.inner, experts.hidden);
+        let rows = (places.start - start) * inner..(places.end - start) * inner;
+        with_scratch(n * hidden, |scratch| {
+            let source = if projection == DOWN { dy } else { saved.x };
+            slots.gather(source, hidden, places.clone(), scratch);
+            if projection == DOWN {
+                for (at, row) in places.zip(scratch.chunks_mut(hidden)) {
+                    let weight = saved.weights[slots.order[at] as usize];
+                    row.iter_mut().for_each(|dy| *dy *= weight);
+                }
+            }
+            let wide = Mat::dense(scratch, n, hidden);
+            let [dgate, dup, act] = self
+                .inner
+                .map(|values| Mat::dense(&values[rows.clone()], n, inner));
+            match projection {
+                GATE => use_them(wide, dgate),
+                UP => use_them(wide, dup),
+                _ => use_them(act, wide),
+            }
+        });
     }
 }
 
-/// Fills, sorted by expert, the gradients of the products of gate and up and the activations `[slots, inner]`, the
-/// input gradients `[slots, hidden]` and the routing weights' `[slots]`.
-fn backward_slots(
+/// dy `[tokens, hidden]` → gradients of the inputs; `learn` sees each group on the way.
+fn backward(
     experts: Experts<'_>,
     slots: Slots<'_>,
     saved: Saved<'_>,
     dy: &[f32],
-    outputs: [&mut [f32]; 5],
+    mut learn: impl FnMut(Group<'_>),
+) -> InputGrads {
+    let Experts { hidden, inner, .. } = experts;
+    let (mut dx, mut dweights) = (zeros(dy.len()), vec![0.0; slots.order.len()]);
+    let by_token = slots.by_token();
+    let widths = [inner, inner, inner, hidden, 1];
+    slots.with_group_scratch(widths.iter().sum(), |scratch| {
+        for group in slots.groups() {
+            let places = slots.places(group.clone());
+            let mut rest = &mut *scratch;
+            let mut outputs = widths.map(|width| {
+                rest.split_off_mut(..places.len() * width)
+                    .expect("a share of the scratch of every group")
+            });
+            backward_group(experts, slots, saved, dy, (group.clone(), &mut outputs));
+            let [dgate, dup, act, rows, sorted_dweights] = outputs;
+            learn(Group {
+                experts: group,
+                inner: [dgate, dup, act],
+            });
+            let of_slots = slots.order[places.clone()].iter().zip(sorted_dweights);
+            of_slots.for_each(|(slot, dweight)| dweights[*slot as usize] = *dweight);
+            slots.add_rows((rows, places), None, &by_token, &mut dx);
+        }
+    });
+    InputGrads { dx, dweights }
+}
+
+/// Fills a group's gradients of the products of gate and up and its activations `[slots, inner]`, the input gradients
+/// `[slots, hidden]` and the routing weights' `[slots]`.
+fn backward_group(
+    experts: Experts<'_>,
+    slots: Slots<'_>,
+    saved: Saved<'_>,
+    dy: &[f32],
+    (group, outputs): (Range<usize>, &mut [&mut [f32]; 5]),
 ) {
     let inner = experts.inner;
-    let n_slots = slots.order.len();
-    let outputs = outputs.map(|values| {
-        let width = values.len() / n_slots.max(1);
-        MatMut::dense(values, n_slots, width)
+    let all = slots.places(group.clone());
+    let outputs = outputs.each_mut().map(|values| {
+        let width = values.len() / all.len().max(1);
+        MatMut::dense(values, all.len(), width)
     });
-    let pieces = slots.pieces();
+    let pieces = slots.pieces(group);
     share(pieces.len(), |i| {
         let (expert, places) = pieces[i].clone();
+        let rows = places.start - all.start..places.end - all.start;
         // SAFETY: pieces are different places.
         #[expect(unsafe_code, reason = "disjoint rows of five outputs")]
         let [mut dgate, mut dup, mut act, mut dx, mut dweight] = unsafe {
             outputs
                 .each_ref()
-                .map(|all| all.part(places.clone(), 0..all.cols()))
+                .map(|all| all.part(rows.clone(), 0..all.cols()))
         };
         let (n, range) = (places.len(), places.start * inner..places.end * inner);
         let (gate, up) = (&saved.gate[range.clone()], &saved.up[range]);
@@ -463,7 +588,8 @@ fn backward_slots(
         with_rounded_rows(act.values(), inner, experts.compute, |act| {
             weigh(dgate.values(), act, dweight.values(), weights);
         });
-        swiglu::backward(dgate.values(), dup.values(), gate, up);
+        dup.values().copy_from_slice(up);
+        swiglu::backward(dgate.values(), dup.values(), gate);
         let gradients = [(GATE, dgate, Write::Replace), (UP, dup, Write::Add)];
         for (projection, mut dy, write) in gradients {
             with_rounded_rows(dy.values(), inner, experts.compute, |dy| {
@@ -543,131 +669,143 @@ fn weigh(dact: &mut [f32], act: &[f32], dweights: &mut [f32], weights: impl Iter
     }
 }
 
-/// Gradients of gate, up and down `[experts, out, in]`.
-pub(crate) fn backward_weights(
+/// Gradients of the inputs, and of gate, up and down `[experts, out, in]`.
+pub(crate) fn backward_trained(
     experts: Experts<'_>,
     slots: Slots<'_>,
     saved: Saved<'_>,
     dy: &[f32],
-    grads: &InputGrads,
-) -> [Vec<f32>; 3] {
+) -> (InputGrads, [Vec<f32>; 3]) {
     let size = experts.hidden * experts.inner;
     let mut stacks = [GATE, UP, DOWN].map(|_| vec![0.0; experts.n_experts * size]);
-    stacks
-        .par_iter_mut()
-        .enumerate()
-        .for_each(|(projection, stack)| {
-            stack
-                .par_chunks_mut(size)
-                .enumerate()
-                .for_each(|(expert, dw)| {
-                    with_operands(
-                        (experts, slots, saved),
-                        dy,
-                        grads,
-                        (projection, expert),
-                        |x, dy| {
-                            with_rounded_columns([x, dy], experts.compute, |x, dy| {
-                                let dw = MatMut::dense(dw, dy.cols(), x.cols());
-                                gemm(dw, dy.t(), x, 1.0, Write::Replace);
-                            });
-                        },
-                    );
+    let outputs = stacks.each_mut().map(|stack| experts.by_expert(stack));
+    let grads = backward(experts, slots, saved, dy, |group| {
+        group.for_each_projection(|projection, expert| {
+            // SAFETY: each projection of each expert comes once.
+            #[expect(unsafe_code, reason = "disjoint rows of three outputs")]
+            let mut dw = unsafe { outputs[projection].part(expert..expert + 1, 0..size) };
+            let of = (experts, slots, saved);
+            group.with_operands(of, dy, (projection, expert), |x, dy| {
+                with_rounded_columns([x, dy], experts.compute, |x, dy| {
+                    let dw = MatMut::dense(dw.values(), dy.cols(), x.cols());
+                    gemm(dw, dy.t(), x, 1.0, Write::Replace);
                 });
+            });
         });
-    stacks
+    });
+    (grads, stacks)
 }
 
-/// Gradients of the factors `a [experts, rank, in]` and `b [experts, out, rank]` of gate, up and down.
-pub(crate) fn backward_factors(
+/// Gradients of the inputs, and of the factors `a [experts, rank, in]` and `b [experts, out, rank]` of gate, up and
+/// down.
+pub(crate) fn backward_updated(
     experts: Experts<'_>,
     slots: Slots<'_>,
     saved: Saved<'_>,
     dy: &[f32],
-    grads: &InputGrads,
-) -> [[Vec<f32>; 2]; 3] {
-    [GATE, UP, DOWN].map(|projection| {
-        let ([in_width, out_width], rank) =
-            (experts.widths(projection), experts.factors[projection].rank);
-        let (mut da_all, mut db_all) = (
-            vec![0.0; experts.n_experts * rank * in_width],
-            vec![0.0; experts.n_experts * rank * out_width],
-        );
-        if rank == 0 {
-            return [da_all, db_all];
-        }
-        let stacks = da_all
-            .par_chunks_mut(rank * in_width)
-            .zip(db_all.par_chunks_mut(rank * out_width));
-        stacks.enumerate().for_each(|(expert, (da, db))| {
-            let Some((a, b)) = experts.factors(projection, expert) else {
-                return;
+) -> (InputGrads, [[Vec<f32>; 2]; 3]) {
+    let mut stacks = [GATE, UP, DOWN].map(|projection| {
+        let (widths, rank) = (experts.widths(projection), experts.factors[projection].rank);
+        widths.map(|width| vec![0.0; experts.n_experts * rank * width])
+    });
+    let outputs = stacks
+        .each_mut()
+        .map(|pair| pair.each_mut().map(|stack| experts.by_expert(stack)));
+    let grads = backward(experts, slots, saved, dy, |group| {
+        group.for_each_projection(|projection, expert| {
+            // SAFETY: each projection of each expert comes once.
+            #[expect(unsafe_code, reason = "disjoint rows of six outputs")]
+            let grads = unsafe {
+                outputs[projection]
+                    .each_ref()
+                    .map(|all| all.part(expert..expert + 1, 0..all.cols()))
             };
-            with_operands(
-                (experts, slots, saved),
-                dy,
-                grads,
-                (projection, expert),
-                |x, dy| {
-                    let (n, scale) = (x.rows(), experts.lora.scale[projection]);
-                    experts.with_dropped(projection, slots.of_expert(expert), x, |x| {
-                        with_scratch(2 * n * rank, |scratch| {
-                            let (low, dlow) = scratch.split_at_mut(n * rank);
-                            gemm(MatMut::dense(low, n, rank), x, a.t(), scale, Write::Replace);
-                            gemm(MatMut::dense(dlow, n, rank), dy, b, scale, Write::Replace);
-                            gemm(
-                                MatMut::dense(db, out_width, rank),
-                                dy.t(),
-                                Mat::dense(low, n, rank),
-                                1.0,
-                                Write::Replace,
-                            );
-                            gemm(
-                                MatMut::dense(da, rank, in_width),
-                                Mat::dense(dlow, n, rank).t(),
-                                x,
-                                1.0,
-                                Write::Replace,
-                            );
-                        });
-                    });
-                },
-            );
+            let of = (experts, slots, saved);
+            group.with_operands(of, dy, (projection, expert), |x, dy| {
+                experts.factor_grads(
+                    projection,
+                    (expert, slots.of_expert(expert)),
+                    [x, dy],
+                    grads,
+                );
+            });
         });
-        [da_all, db_all]
-    })
+    });
+    (grads, stacks)
 }
 
-/// Hands over the input rows and output gradients of one expert's projection.
-fn with_operands(
-    (experts, slots, saved): (Experts<'_>, Slots<'_>, Saved<'_>),
+/// Gradients of the inputs alone.
+pub(crate) fn backward_inputs(
+    experts: Experts<'_>,
+    slots: Slots<'_>,
+    saved: Saved<'_>,
     dy: &[f32],
-    grads: &InputGrads,
-    (projection, expert): (usize, usize),
-    use_them: impl FnOnce(Mat<'_>, Mat<'_>),
-) {
-    let places = slots.of_expert(expert);
-    let (n, inner, hidden) = (places.len(), experts.inner, experts.hidden);
-    let rows = places.start * inner..places.end * inner;
-    with_scratch(n * hidden, |scratch| {
-        let source = if projection == DOWN { dy } else { saved.x };
-        slots.gather(source, hidden, places.clone(), scratch);
-        if projection == DOWN {
-            for (at, row) in places.zip(scratch.chunks_mut(hidden)) {
-                let weight = saved.weights[slots.order[at] as usize];
-                row.iter_mut().for_each(|dy| *dy *= weight);
-            }
+) -> InputGrads {
+    backward(experts, slots, saved, dy, |_| {})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::matrix::tests::noise;
+    use crate::route;
+
+    /// Groups of experts depend on the number of threads; what they give does not.
+    #[test]
+    fn the_number_of_threads_changes_groups_and_no_bit() {
+        let [tokens, n_experts, top_k, hidden, inner, rank] = [4000, 5, 2, 6, 3, 2];
+        let size = hidden * inner;
+        let stacks = [1, 2, 3].map(|seed| noise(n_experts * size, seed));
+        let factors = [4, 5].map(|seed| noise(n_experts * rank * hidden.max(inner), seed));
+        let [a, b] = factors.each_ref();
+        let factors = Factors { a, b, rank };
+        let experts = Experts {
+            weights: Source::Trained(stacks.each_ref().map(Vec::as_slice)),
+            factors: [factors; 3],
+            lora: ExpertLora {
+                scale: [0.5; 3],
+                dropout: Dropout::OFF,
+                quantizer: None,
+            },
+            compute: Compute::F32,
+            hidden,
+            inner,
+            n_experts,
+        };
+        // Every token's first expert is a popular one, and its second another.
+        let ids: Vec<i32> = (0..tokens as i32)
+            .flat_map(|token| [token % 2, 2 + token % 3])
+            .collect();
+        let (order, offsets) = route::dispatch(&ids, n_experts);
+        let slots = Slots {
+            order: &order,
+            offsets: &offsets,
+            top_k,
+        };
+        let (x, dy) = (noise(tokens * hidden, 6), noise(tokens * hidden, 7));
+        let weights = noise(tokens * top_k, 8);
+        let run = || {
+            let (y, gate, up) = forward(experts, slots, &x, &weights);
+            let saved = Saved {
+                x: &x,
+                weights: &weights,
+                gate: &gate,
+                up: &up,
+            };
+            let (inputs, factors) = backward_updated(experts, slots, saved, &dy);
+            let (_, stacks) = backward_trained(experts, slots, saved, &dy);
+            let factors = factors.into_iter().flatten().chain(stacks);
+            let all = [y, inputs.dx, inputs.dweights].into_iter().chain(factors);
+            (slots.groups().len(), all.collect::<Vec<_>>())
+        };
+        let [(many, one_thread), (few, four_threads)] = [1, 4].map(|threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            pool.build().unwrap().install(run)
+        });
+        assert!(many > few, "{many} groups, {few} groups");
+        for (i, (one, four)) in one_thread.iter().zip(&four_threads).enumerate() {
+            assert!(one == four, "result {i} differs");
+            assert!(one.iter().any(|v| *v != 0.0), "result {i} is nothing");
         }
-        let (wide, dgate, dup, act) = (
-            Mat::dense(scratch, n, hidden),
-            Mat::dense(&grads.dgate[rows.clone()], n, inner),
-            Mat::dense(&grads.dup[rows.clone()], n, inner),
-            Mat::dense(&grads.act[rows], n, inner),
-        );
-        match projection {
-            GATE => use_them(wide, dgate),
-            UP => use_them(wide, dup),
-            _ => use_them(act, wide),
-        }
-    });
+    }
 }

@@ -19,14 +19,14 @@ multiversion! {
 }
 
 multiversion! {
-    /// Turns `d(out)` in `dgate` into the gradient of `gate`, and writes the gradient of `up`.
+    /// Turns `d(out)` into the gradient of `gate`, and `up` into its own.
     ///
     /// `d silu(g) = σ(g) · (1 + g · (1 − σ(g)))`.
-    fn backward<FMA>(dgate: &mut [f32], dup: &mut [f32], gate: &[f32], up: &[f32]) {
-        for ((dgate, dup), (gate, up)) in dgate.iter_mut().zip(dup).zip(gate.iter().zip(up)) {
+    fn backward<FMA>(dgate: &mut [f32], up: &mut [f32], gate: &[f32]) {
+        for ((dgate, up), gate) in dgate.iter_mut().zip(up).zip(gate) {
             let (dout, sigma) = (*dgate, sigmoid::<FMA>(*gate));
-            *dgate = dout * up * sigma * (1.0 + gate * (1.0 - sigma));
-            *dup = dout * gate * sigma;
+            *dgate = dout * *up * sigma * (1.0 + gate * (1.0 - sigma));
+            *up = dout * gate * sigma;
         }
     }
 }

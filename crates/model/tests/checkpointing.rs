@@ -18,6 +18,8 @@ type Bits = (Vec<u32>, BTreeMap<String, Vec<u32>>);
 
 /// Relative error where sums of f32 are made in another order.
 const SUMS: f32 = 1e-4;
+/// Where such sums are rounded to bf16, some fall on the other side: half the distance of neighbors.
+const ROUNDED_SUMS: f32 = 4e-3;
 
 const MODELS: [&str; 4] = [
     "deepseek_v2_lite",
@@ -126,6 +128,10 @@ fn assert_same(model: &Model, device: &Device, compute: Compute, what: &str) {
     let (expected, found) = (run(Checkpointing::None), run(Checkpointing::Block));
     assert_eq!(expected.0, found.0, "{what}: loss");
     let whole = whole(model, &ids, pass(compute));
+    let tolerance = match compute {
+        Compute::F32 => SUMS,
+        _ => ROUNDED_SUMS,
+    };
     assert!(!whole.is_empty(), "{what}: something is trained");
     let names = |bits: &Bits| bits.1.keys().cloned().collect::<Vec<_>>();
     assert_eq!(whole.keys().cloned().collect::<Vec<_>>(), names(&expected));
@@ -137,7 +143,7 @@ fn assert_same(model: &Model, device: &Device, compute: Compute, what: &str) {
         let pairs = gradient.iter().map(|g| f32::from_bits(*g)).zip(whole);
         let error = pairs.fold(0f32, |max, (a, b)| max.max((a - b).abs()));
         assert!(
-            error <= SUMS * size,
+            error <= tolerance * size,
             "{what}: {name} is off by {error} of {size}"
         );
     }

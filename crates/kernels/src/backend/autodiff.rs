@@ -638,8 +638,10 @@ gradient!(
     2,
     Arc<Kept<FloatTensor<B>>>,
     |dy, parents, kept, grads| {
-        if let Form::Swiglu([gate, up]) = kept.form() {
-            register::<B>(grads, parents, B::swiglu_grads(dy, gate, up));
+        if let Form::Swiglu(products) = kept.form() {
+            let products = products.clone();
+            drop(kept);
+            register::<B>(grads, parents, B::swiglu_grads(dy, products));
         }
     }
 );

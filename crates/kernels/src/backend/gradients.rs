@@ -87,10 +87,10 @@ pub(crate) trait Gradients: Kernels {
         angles: [FloatTensor<Self>; 2],
         pairs: Pairs,
     ) -> FloatTensor<Self>;
+    /// `products` are gate and up; what of them is kept for nobody else may be written.
     fn swiglu_grads(
         dy: FloatTensor<Self>,
-        gate: &Kept<FloatTensor<Self>>,
-        up: &Kept<FloatTensor<Self>>,
+        products: [Arc<Kept<FloatTensor<Self>>>; 2],
     ) -> [FloatTensor<Self>; 2];
     /// `saved` is q, k, v, the output and the log-sum-exp.
     fn attention_grads(

@@ -82,7 +82,7 @@ impl Trace {
     fn run_in_graphs(&mut self, model: &Model, pass: &mut Pass<'_>) {
         let dims = self.input_ids.dims();
         for (layer_idx, layer) in model.model.layers.iter().enumerate() {
-            let x = self.leaf(model, layer_idx, self.output.clone());
+            let x = leaf(model, self.first, layer_idx, self.output.clone());
             let y = layer.forward(x.clone(), dims, pass, layer_idx);
             self.output = y.clone().inner();
             if layer_idx >= self.first {
@@ -116,16 +116,6 @@ impl Trace {
         }
     }
 
-    /// The start of a layer's graph; tracked if something before the layer wants a gradient.
-    fn leaf(&self, model: &Model, layer_idx: usize, x: Tensor<2>) -> Tensor<2> {
-        let x = Tensor::from_inner(x);
-        if layer_idx > self.first || model.is_embedding_trained() {
-            x.require_grad()
-        } else {
-            x
-        }
-    }
-
     /// Differentiates a loss of the hidden states after the last norm, `[batch, seq, hidden_size]`, and adds to it, for
     /// every mixture layer that the pass observes, a term of its routing (of layers with nothing to train it is asked for
     /// too, and has no gradient). Returns the gradients of the trained tensors by name. The routing that is left in the
@@ -134,20 +124,28 @@ impl Trace {
     /// # Panics
     /// If model or pass is another one than the trace is of.
     pub fn backward(
-        mut self,
+        self,
         model: &Model,
         pass: &mut Pass<'_>,
         loss: impl FnOnce(Tensor<3>, &Pass<'_>) -> Tensor<1>,
         mut term: impl FnMut(&RoutingRecord) -> Option<Tensor<1>>,
     ) -> Vec<(String, Tensor<1>)> {
-        let dims = self.input_ids.dims();
+        let Self {
+            input_ids,
+            mut layers,
+            output,
+            first,
+        } = self;
+        let dims = input_ids.dims();
         let mut gradients = vec![];
-        let x = Tensor::from_inner(self.output.clone()).require_grad();
-        let total = loss(model.leave(x.clone(), dims), pass);
-        let mut dx = differentiate(model, total, &x, &mut gradients);
-        for layer_idx in (self.first..model.model.layers.len()).rev() {
-            let run = self.layers.pop().expect("a run per layer");
-            let (x, y) = self.graph(model, run, pass, layer_idx);
+        let mut dx = {
+            let x = Tensor::from_inner(output).require_grad();
+            let total = loss(model.leave(x.clone(), dims), pass);
+            differentiate(model, total, &x, &mut gradients)
+        };
+        for layer_idx in (first..model.model.layers.len()).rev() {
+            let run = layers.pop().expect("a run per layer");
+            let (x, y) = run.graph(model, (dims, first), pass, layer_idx);
             // The gradient of this sum by y is exactly dx.
             let mut total = (y * Tensor::from_inner(dx)).sum();
             let mut records = pass.routing.iter_mut();
@@ -160,36 +158,48 @@ impl Trace {
             dx = differentiate(model, total, &x, &mut gradients);
         }
         // What does not change counts in the loss and has no gradient.
-        for record in pass.routing.iter().filter(|r| r.layer_idx < self.first) {
+        for record in pass.routing.iter().filter(|r| r.layer_idx < first) {
             term(record);
         }
         if model.is_embedding_trained() {
-            let x = model.enter(self.input_ids, pass);
+            let x = model.enter(input_ids, pass);
             let total = (x.clone() * Tensor::from_inner(dx)).sum();
             differentiate(model, total, &x, &mut gradients);
         }
         pass.routing.sort_by_key(|record| record.layer_idx);
         gradients
     }
+}
 
+impl Run {
     /// Input and output of a layer with the graph between them.
     fn graph(
-        &self,
+        self,
         model: &Model,
-        run: Run,
+        (dims, first): ([usize; 2], usize),
         pass: &mut Pass<'_>,
         layer_idx: usize,
     ) -> (Tensor<2>, Tensor<2>) {
-        match run {
-            Run::Graph(x, y) => (x, y),
-            Run::Input(x, chosen) => {
-                let x = self.leaf(model, layer_idx, x);
+        match self {
+            Self::Graph(x, y) => (x, y),
+            Self::Input(x, chosen) => {
+                let x = leaf(model, first, layer_idx, x);
                 pass.replay = chosen.map(Tensor::from_inner);
                 let layer = &model.model.layers[layer_idx];
-                let y = layer.forward(x.clone(), self.input_ids.dims(), pass, layer_idx);
+                let y = layer.forward(x.clone(), dims, pass, layer_idx);
                 (x, y)
             }
         }
+    }
+}
+
+/// The start of a layer's graph; tracked if something before the layer wants a gradient.
+fn leaf(model: &Model, first: usize, layer_idx: usize, x: Tensor<2>) -> Tensor<2> {
+    let x = Tensor::from_inner(x);
+    if layer_idx > first || model.is_embedding_trained() {
+        x.require_grad()
+    } else {
+        x
     }
 }
 

@@ -1,5 +1,7 @@
 //! The gradients of the operations on the CPU backend.
 
+use std::sync::Arc;
+
 use burn::backend::Flex;
 use burn::tensor::{Bytes, DType, Element};
 use burn_flex::{FlexTensor, Layout};
@@ -49,6 +51,8 @@ impl Gradients for Flex {
         let [a, b] = factors.each_ref().map(Floats::new);
         let values = Floats::new(&dy);
         let dlow = scaled(&nn(&values, trained(&b, Compute::F32)), update.scale);
+        // First the factors': the x that is remade for them is gone when there must be room for its gradient.
+        let grads = x.map(|x| [tn(&dlow, &Floats::kept(x)), tn(&values, &Floats::new(&low))]);
         let dx = want_x.then(|| {
             let dy = Floats::rounded(&dy, update.compute);
             nn_sum(&[
@@ -56,7 +60,6 @@ impl Gradients for Flex {
                 (dlow.mat(), trained(&a, Compute::F32)),
             ])
         });
-        let grads = x.map(|x| [tn(&dlow, &Floats::kept(x)), tn(&values, &Floats::new(&low))]);
         (dx, grads)
     }
 
@@ -130,23 +133,20 @@ impl Gradients for Flex {
         turn(&dy, angles.each_ref(), pairs, rope::Turn::Back)
     }
 
-    fn swiglu_grads(
-        dy: FlexTensor,
-        gate: &Kept<FlexTensor>,
-        up: &Kept<FlexTensor>,
-    ) -> [FlexTensor; 2] {
-        let (dy, gate, up) = (Floats::new(&dy), Floats::kept(gate), Floats::kept(up));
-        let (mut dgate, mut dup) = (dy.to_vec(), gemm::zeros(dy.len()));
-        let saved = gate.par_chunks(ELEMENTS).zip(up.par_chunks(ELEMENTS));
+    fn swiglu_grads(dy: FlexTensor, products: [Arc<Kept<FlexTensor>>; 2]) -> [FlexTensor; 2] {
+        let dy = Floats::new(&dy).tensor().clone();
+        let [gate, up] = products.each_ref().map(|kept| Floats::kept(kept));
+        drop(products);
+        // Nobody reads dy and up again, as a rule: their gradients are then written where they lie.
+        let [mut dgate, mut dup] = [dy, up.tensor().clone()].map(owned);
+        drop(up);
         dgate
+            .storage_mut::<f32>()
             .par_chunks_mut(ELEMENTS)
-            .zip(dup.par_chunks_mut(ELEMENTS))
-            .zip(saved)
-            .for_each(|((dgate, dup), (gate, up))| swiglu::backward(dgate, dup, gate, up));
-        [
-            floats(dgate, gate.dims::<2>()),
-            floats(dup, gate.dims::<2>()),
-        ]
+            .zip(dup.storage_mut::<f32>().par_chunks_mut(ELEMENTS))
+            .zip(gate.par_chunks(ELEMENTS))
+            .for_each(|((dgate, dup), gate)| swiglu::backward(dgate, dup, gate));
+        [dgate, dup]
     }
 
     fn attention_grads(
@@ -222,15 +222,17 @@ impl Gradients for Flex {
         if wanted && matches!(saved.x.form(), Form::Norm(..) | Form::Swiglu(_)) {
             kept.x = Floats::rounded(kept.x.tensor(), compute);
         }
-        let grads = experts::backward_inputs(experts, kept.routing.slots(), kept.saved(), &dy);
-        let factors = wanted.then(|| {
-            let grads =
-                experts::backward_factors(experts, kept.routing.slots(), kept.saved(), &dy, &grads);
-            let [[ga, gb], [ua, ub], [da, db]] = grads;
-            let mut shapes = values.0.iter().flatten().map(|factor| factor.dims::<3>());
-            [ga, gb, ua, ub, da, db].map(|grad| floats(grad, shapes.next().unwrap_or_default()))
-        });
-        (kept.input_grads(grads), factors)
+        let (slots, saved) = (kept.routing.slots(), kept.saved());
+        if !wanted {
+            let grads = experts::backward_inputs(experts, slots, saved, &dy);
+            return (kept.input_grads(grads), None);
+        }
+        let (grads, factors) = experts::backward_updated(experts, slots, saved, &dy);
+        let [[ga, gb], [ua, ub], [da, db]] = factors;
+        let mut shapes = values.0.iter().flatten().map(|factor| factor.dims::<3>());
+        let factors =
+            [ga, gb, ua, ub, da, db].map(|grad| floats(grad, shapes.next().unwrap_or_default()));
+        (kept.input_grads(grads), Some(factors))
     }
 
     fn experts_trained_grads(
@@ -242,9 +244,8 @@ impl Gradients for Flex {
         let (values, dy) = (StackValues::new(stacks), Floats::new(&dy));
         let experts = values.experts(compute);
         let kept = SavedValues::new(&saved);
-        let grads = experts::backward_inputs(experts, kept.routing.slots(), kept.saved(), &dy);
-        let stacks =
-            experts::backward_weights(experts, kept.routing.slots(), kept.saved(), &dy, &grads);
+        let (slots, saved) = (kept.routing.slots(), kept.saved());
+        let (grads, stacks) = experts::backward_trained(experts, slots, saved, &dy);
         let mut shapes = values.0.iter().map(|stack| stack.dims::<3>());
         (
             kept.input_grads(grads),
