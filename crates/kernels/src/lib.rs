@@ -39,7 +39,7 @@ mod swiglu;
 
 pub use adamw::AdamWStep;
 pub use attention::Segments;
-pub use backend::buffers::Buffers;
+pub use backend::buffers::{Buffers, map_large_blocks};
 pub use backend::kept::kept_bytes;
 pub use backend::linear::{
     Direction, HeadRows, Merge, Update, heads_linear, linear_add, linear_frozen, linear_merged,

@@ -17,7 +17,7 @@ use crate::dataset::{self, Dataset};
 use crate::fit::Picks;
 use crate::loss_scale::LARGEST_EXPONENT;
 use crate::optimizer::AdamW;
-use crate::recipe::{Compute, ExpertsShare, Loss, Method, Recipe, RouterTraining};
+use crate::recipe::{Checkpointing, Compute, ExpertsShare, Loss, Method, Recipe, RouterTraining};
 use crate::run_dir::RunDir;
 use crate::state::{State, read_optimizer};
 use crate::{Error, Result};
@@ -108,6 +108,9 @@ impl Session {
     /// As [`Session::open`].
     pub fn open_in(recipe: Recipe, surroundings: Surroundings<'_>) -> Result<Self> {
         let resolve = surroundings.resolve;
+        if recipe.train.checkpointing == Checkpointing::Block {
+            kernels::map_large_blocks();
+        }
         let device = Device::flex().autodiff();
         let (mut model, base) = open_model(&recipe, resolve, &device)?;
         let mut reference = reference_of(&recipe, &model, &base)?;
