@@ -22,7 +22,7 @@ pub(crate) const INDEX_NAME: &str = "model.safetensors.index.json";
 /// The only shard of a folder without an index.
 pub(crate) const SINGLE_NAME: &str = "model.safetensors";
 
-/// An opened model. All files are mapped; nothing is copied.
+/// An opened model. All files are mapped; opening copies nothing.
 #[derive(Clone, Debug)]
 pub struct Folder {
     path: PathBuf,
@@ -179,17 +179,25 @@ impl Folder {
     /// # Errors
     /// If there is none, or its rows cannot be put in order.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
-        let Some([shard, i]) = self.place_of.get(name) else {
-            return Err(Error::NoTensor {
-                path: self.path.clone(),
-                tensor: name.to_owned(),
-            });
-        };
-        let tensor = self.shards[*shard].tensors[*i].clone();
+        let tensor = self.stored(name)?.clone();
         match &self.gguf {
             Some((_, origin)) => origin.restore(tensor),
             None => Ok(tensor),
         }
+    }
+
+    /// The tensor of that name with its rows as the file has them: for its dtype, shape and size.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn stored(&self, name: &str) -> Result<&Tensor> {
+        let place = self.place_of.get(name);
+        place
+            .map(|[shard, i]| &self.shards[*shard].tensors[*i])
+            .ok_or_else(|| Error::NoTensor {
+                path: self.path.clone(),
+                tensor: name.to_owned(),
+            })
     }
 
     /// The shards, sorted by file name: the file name, and the names of its tensors in the order

@@ -7,7 +7,8 @@
 //! and what was found.
 //!
 //! What the numbers mean is not known here: this crate has no tensors of its own to compute
-//! with, and a tensor's key and shape are handed over as the file has them.
+//! with, and a tensor's key and shape are handed over as the file has them, those of a GGUF as the
+//! folder had them that it was made from.
 //!
 //! ```no_run
 //! use checkpoint::{Folder, FolderWriter, TensorSpec};

@@ -59,7 +59,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let policy = Policy::of_checkpoint(&folder, Compute::F32)?;
     console.result(format_args!("\n{policy}"));
     if args.tensors {
-        for tensor in folder.names().map(|name| folder.tensor(name)) {
+        for tensor in folder.names().map(|name| folder.stored(name)) {
             let tensor = tensor?;
             console.result(format_args!(
                 "{}  {}  {:?}",
@@ -100,7 +100,7 @@ fn cache_bytes_per_token(config: &ModelConfig) -> usize {
 fn stored(folder: &Folder) -> anyhow::Result<BTreeMap<String, Stored>> {
     let mut by_dtype: BTreeMap<String, Stored> = BTreeMap::new();
     for name in folder.names() {
-        let tensor = folder.tensor(name)?;
+        let tensor = folder.stored(name)?;
         let stored = by_dtype.entry(tensor.dtype.to_string()).or_default();
         stored.count += 1;
         stored.bytes += tensor.bytes.len() as u64;
@@ -172,7 +172,7 @@ fn object(
 fn tensors(folder: &Folder) -> anyhow::Result<Value> {
     let mut list = Vec::new();
     for name in folder.names() {
-        let tensor = folder.tensor(name)?;
+        let tensor = folder.stored(name)?;
         list.push(json!({
             "name": name,
             "dtype": tensor.dtype.to_string(),

@@ -158,7 +158,7 @@ pub(crate) fn open_tokenizer(folder: &Folder) -> anyhow::Result<Option<Tokenizer
 /// The tokenizer and the architecture of a model, or of a folder that may have no weights yet: each if it is there.
 pub(crate) fn open_texts(path: &Path) -> anyhow::Result<(Option<Tokenizer>, Option<ModelConfig>)> {
     if path.is_file() {
-        let folder = Folder::open(path)?;
+        let folder = train::open_folder(path)?;
         let config = weights::read_config(&folder)?;
         return Ok((open_tokenizer(&folder)?, Some(config)));
     }

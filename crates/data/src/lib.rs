@@ -55,4 +55,4 @@ pub use row::Pair;
 pub use sample::Sample;
 pub use split::{Counts, Pairs, Split};
 pub use survey::{Lengths, Repeats, Survey};
-pub use tokenizer::{Bos, GgufTokens, Special, Tokenizer, TokenizerFiles};
+pub use tokenizer::{Bos, Special, Tokenizer, TokenizerFiles};

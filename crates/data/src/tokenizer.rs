@@ -11,7 +11,6 @@ mod sentencepiece;
 mod splits;
 
 pub use files::TokenizerFiles;
-pub use gguf::GgufTokens;
 
 use crate::chat_template::{CONFIG, ChatTemplate, TokenizerConfig};
 use crate::decode_stream::DecodeStream;
@@ -77,17 +76,12 @@ impl fmt::Debug for Tokenizer {
 }
 
 impl Tokenizer {
-    /// [`TokenizerFiles::read`] and [`Tokenizer::new`], for a model folder that must have a
-    /// `tokenizer.json`.
+    /// [`TokenizerFiles::open`] and [`Tokenizer::new`].
     ///
     /// # Errors
     /// As these two.
     pub fn open(folder: &Path) -> Result<Self> {
-        let files = TokenizerFiles::read(folder)?.ok_or_else(|| Error::Read {
-            path: folder.join(TOKENIZER),
-            problem: std::io::ErrorKind::NotFound.into(),
-        })?;
-        Self::new(&files)
+        Self::new(&TokenizerFiles::open(folder)?)
     }
 
     /// The tokenizer that files describe.

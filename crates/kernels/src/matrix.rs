@@ -257,12 +257,10 @@ impl Matrix {
 
     fn decode_row(&self, row: usize, cols: Range<usize>, out: &mut [f32]) {
         let line = self.row(row);
-        if let Format::Ggml(format) = self.format {
-            return decode_blocks(format, line, cols, out);
-        }
         let bytes = &line[self.format.bytes_of(cols.start)..self.format.bytes_of(cols.end)];
         match &self.format {
-            Format::Ggml(_) => {}
+            // Tiles need not begin and end with a block.
+            Format::Ggml(format) => decode_blocks(*format, line, cols, out),
             Format::F32 => decode_f32(bytes, out),
             Format::F16 => decode_f16(bytes, out),
             Format::Bf16 => decode_bf16(bytes, out),

@@ -249,7 +249,7 @@ pub fn export_chosen(model: &Model, base: &Folder, writer: &mut FolderWriter) ->
         for name in names {
             let tensor = base.tensor(name)?;
             let key = name.strip_suffix("_scale_inv").unwrap_or(name);
-            let exported = match (sources.get(key), fp8, base.tensor(key)?.shape.as_slice()) {
+            let exported = match (sources.get(key), fp8, base.stored(key)?.shape.as_slice()) {
                 (None, ..) => Exported::Bytes(tensor.bytes.clone()),
                 (Some(part), Some(fp8), [rows, cols]) if key != name => {
                     Exported::Scales(part.clone(), fp8, [*rows, *cols])

@@ -106,7 +106,7 @@ impl Policy {
     pub fn of_checkpoint(folder: &Folder, compute: Compute) -> Result<Self, checkpoint::Error> {
         let mut stored: BTreeMap<Class, BTreeSet<String>> = BTreeMap::new();
         for name in folder.names().filter(|name| !is_scale(name)) {
-            let dtype = folder.tensor(name)?.dtype.to_string();
+            let dtype = folder.stored(name)?.dtype.to_string();
             stored.entry(Class::of(name)).or_default().insert(dtype);
         }
         Ok(Self {

@@ -125,7 +125,7 @@ pub fn read_config(folder: &Folder) -> Result<ModelConfig, Error> {
 /// Whether the block scales of a checkpoint are stored as powers of two; not if it has none.
 pub(crate) fn has_e8m0_scales(folder: &Folder) -> Result<bool, Error> {
     match folder.names().find(|name| is_scale(name)) {
-        Some(name) => Ok(folder.tensor(name)?.dtype == DType::F8E8M0),
+        Some(name) => Ok(folder.stored(name)?.dtype == DType::F8E8M0),
         None => Ok(false),
     }
 }

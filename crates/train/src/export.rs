@@ -71,6 +71,7 @@ fn model_into(session: &Session, writer: &mut FolderWriter) -> Result<()> {
         }
     }
     match (&base.tokenizer_folder, &base.folder) {
+        _ if base.tokenizer.is_none() => {}
         (Some(path), _) => export::copy_texts(path, writer)?,
         (None, Some(folder)) => export::copy_companions(folder, writer)?,
         (None, None) => {}

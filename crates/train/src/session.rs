@@ -403,20 +403,23 @@ fn adapt(
 /// If a file of it is malformed.
 pub fn open_folder(path: &Path) -> Result<Folder> {
     let folder = Folder::open(path)?;
-    let (Some(_), Some(files)) = (folder.metadata(), tokenizer_of(&folder)?) else {
+    let Some(metadata) = folder.metadata() else {
         return Ok(folder);
     };
-    let texts = files.files().map(|(name, text)| (name.into(), text.into()));
-    Ok(folder.with_texts(texts.collect()))
+    let files = TokenizerFiles::of_metadata(path, metadata)?;
+    let texts = files.iter().flat_map(TokenizerFiles::files);
+    let texts = texts.map(|(name, text)| (name.into(), text.into()));
+    let texts = texts.collect();
+    Ok(folder.with_texts(texts))
 }
 
-/// The tokenizer of a model's folder or of a GGUF file, if it has one.
+/// The tokenizer of what [`open_folder`] opened, if it has one.
 ///
 /// # Errors
-/// If it is malformed, or of a kind that is not known.
+/// If a file of it cannot be read.
 pub fn tokenizer_of(folder: &Folder) -> Result<Option<TokenizerFiles>> {
     match folder.metadata() {
-        Some(metadata) => Ok(TokenizerFiles::of_metadata(folder.path(), metadata)?),
+        Some(_) => Ok(TokenizerFiles::of_texts(folder.path(), folder.texts())),
         None => Ok(TokenizerFiles::read(folder.path())?),
     }
 }
@@ -427,14 +430,12 @@ fn open_model(
     device: &Device,
 ) -> Result<(Model, Base)> {
     let tokenizer_folder = recipe.model.tokenizer.clone();
-    let given = tokenizer_folder.as_deref().map(TokenizerFiles::read);
-    let given = given.transpose()?.flatten();
     if let Some(path) = &recipe.model.path {
         let folder = open_folder(&resolve(path)?)?;
         let model = weights::load(&folder, recipe.training(), device)?;
-        let tokenizer = match given {
-            None if tokenizer_folder.is_none() => tokenizer_of(&folder)?,
-            given => given,
+        let tokenizer = match &tokenizer_folder {
+            Some(given) => TokenizerFiles::read(given)?,
+            None => tokenizer_of(&folder)?,
         };
         let base = Base {
             config: folder.config().clone(),
@@ -452,13 +453,14 @@ fn open_model(
         cause,
     })?;
     let config = ModelConfig::from_json(&json, &file)?;
+    let tokenizer = tokenizer_folder.as_deref().map(TokenizerFiles::open);
     let model = weights::fresh(&config, recipe.training(), recipe.train.seed, device)?;
     Ok((
         model,
         Base {
             folder: None,
             config: json,
-            tokenizer: given,
+            tokenizer: tokenizer.transpose()?,
             tokenizer_folder,
             name: file.display().to_string(),
         },

@@ -45,6 +45,17 @@ impl TokenizerFiles {
             .transpose()
     }
 
+    /// [`TokenizerFiles::read`], for a folder that must have a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// As there, and if there is none.
+    pub fn open(folder: &Path) -> Result<Self> {
+        Self::read(folder)?.ok_or_else(|| Error::Read {
+            path: folder.join(TOKENIZER),
+            problem: std::io::ErrorKind::NotFound.into(),
+        })
+    }
+
     /// A `tokenizer.json` with the other files of its folder.
     pub(crate) fn beside(folder: &Path, tokenizer: String) -> Result<Self> {
         Ok(Self {
@@ -61,7 +72,7 @@ impl TokenizerFiles {
     /// # Errors
     /// If the tokens are of a kind not known here or contradict themselves. The message names
     /// the GGUF's key.
-    pub fn from_gguf(path: &Path, tokens: &GgufTokens) -> Result<Self> {
+    pub(crate) fn from_gguf(path: &Path, tokens: &GgufTokens) -> Result<Self> {
         let (tokenizer, config) = tokens
             .to_json()
             .map_err(|problem| Error::malformed(path, problem))?;
@@ -71,6 +82,21 @@ impl TokenizerFiles {
             // People read this one.
             config: Some(format!("{config:#}\n")),
             chat_template: None,
+        })
+    }
+
+    /// The same again from what [`TokenizerFiles::files`] gave of a GGUF's tokenizer; `None` if
+    /// that is nothing.
+    pub fn of_texts(path: &Path, texts: &[(String, String)]) -> Option<Self> {
+        let text = |wanted: &str| {
+            let found = texts.iter().find(|(name, _)| name == wanted)?;
+            Some(found.1.clone())
+        };
+        Some(Self {
+            origin: Origin::Gguf(path.to_path_buf()),
+            tokenizer: text(TOKENIZER)?,
+            config: text(CONFIG),
+            chat_template: text(TEMPLATE),
         })
     }
 

@@ -16,39 +16,39 @@ use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
 /// The keys of a GGUF that are about tokens, as they are in the file. Nothing is believed: they
-/// are checked when [`TokenizerFiles::from_gguf`](crate::TokenizerFiles::from_gguf) reads them.
+/// are checked when they become the texts of [`TokenizerFiles`](super::TokenizerFiles).
 #[derive(Clone, Debug, Default)]
-pub struct GgufTokens {
+pub(crate) struct GgufTokens {
     /// `tokenizer.ggml.model`: `gpt2` (byte-level BPE) or `llama` (SentencePiece BPE).
-    pub model: String,
+    pub(crate) model: String,
     /// `tokenizer.ggml.pre`: how text is cut before merging. Only `gpt2` has need of it.
-    pub pre: Option<String>,
+    pub(crate) pre: Option<String>,
     /// `tokenizer.ggml.tokens`: the text of every token, by id.
-    pub tokens: Vec<String>,
+    pub(crate) tokens: Vec<String>,
     /// `tokenizer.ggml.token_type`: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused,
     /// 6 byte. One for each token, or empty if the file has none: all are normal then.
-    pub types: Vec<i32>,
+    pub(crate) types: Vec<i32>,
     /// `tokenizer.ggml.scores`: one for each token. Only `llama` has need of them.
-    pub scores: Vec<f32>,
+    pub(crate) scores: Vec<f32>,
     /// `tokenizer.ggml.merges`: two tokens with a space between, the first to be merged first.
     /// Only `gpt2` has need of them.
-    pub merges: Vec<String>,
+    pub(crate) merges: Vec<String>,
     /// `tokenizer.ggml.bos_token_id`: the token that begins a sequence.
-    pub bos: Option<u32>,
+    pub(crate) bos: Option<u32>,
     /// `tokenizer.ggml.eos_token_id`: the token that ends one.
-    pub eos: Option<u32>,
+    pub(crate) eos: Option<u32>,
     /// `tokenizer.ggml.unknown_token_id`: the token for what no other stands for.
-    pub unknown: Option<u32>,
+    pub(crate) unknown: Option<u32>,
     /// `tokenizer.ggml.padding_token_id`: the token that fills up a batch.
-    pub padding: Option<u32>,
+    pub(crate) padding: Option<u32>,
     /// `tokenizer.ggml.add_bos_token`. The default depends on the kind of tokenizer.
-    pub add_bos: Option<bool>,
+    pub(crate) add_bos: Option<bool>,
     /// `tokenizer.ggml.add_eos_token`. False by default.
-    pub add_eos: Option<bool>,
+    pub(crate) add_eos: Option<bool>,
     /// `tokenizer.ggml.add_space_prefix`. True by default for `llama`; `gpt2` has no prefix.
-    pub add_space_prefix: Option<bool>,
+    pub(crate) add_space_prefix: Option<bool>,
     /// `tokenizer.chat_template`: a Jinja template.
-    pub chat_template: Option<String>,
+    pub(crate) chat_template: Option<String>,
 }
 
 /// What a token stands for.

@@ -12,8 +12,8 @@ impl TokenizerFiles {
     /// `None` if it has none. `path` is the GGUF's, for messages.
     ///
     /// # Errors
-    /// If a key has a value of another type than it should, or as
-    /// [`from_gguf`](TokenizerFiles::from_gguf).
+    /// If a key has a value of another type than it should, or
+    /// the tokens are of a kind not known here or contradict themselves.
     pub fn of_metadata(path: &Path, metadata: &BTreeMap<String, Value>) -> Result<Option<Self>> {
         if !metadata.contains_key("tokenizer.ggml.tokens") {
             return Ok(None);
