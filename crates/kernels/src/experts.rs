@@ -442,7 +442,7 @@ fn forward_group(
             experts.project(GATE, expert, places.clone(), xs, gate.values());
             experts.project(UP, expert, places.clone(), xs, up.values());
             swiglu::forward(gate.values(), up.values(), act);
-            experts.compute.round_rows(act, inner);
+            experts.compute.before_products().round_rows(act, inner);
             let act = Mat::dense(act, n, inner);
             experts.project(DOWN, expert, places, act, out.values());
         });

@@ -34,6 +34,7 @@ mod rms_norm;
 mod rope;
 mod route;
 mod row_norms;
+mod rows;
 mod simd;
 mod swiglu;
 

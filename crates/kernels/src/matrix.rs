@@ -197,7 +197,7 @@ impl Matrix {
     /// # Panics
     /// If the range leaves the matrix.
     pub fn row_range(&self, rows: Range<usize>) -> Self {
-        let row_bytes = self.format.bytes_of(self.cols);
+        let row_bytes = self.row_bytes();
         let mut format = self.format.clone();
         if let Format::Fp8(blocks) = &mut format {
             blocks.first_row += rows.start;
@@ -275,9 +275,19 @@ impl Matrix {
         }
     }
 
+    /// All bytes, row after row.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// How many bytes a row has.
+    pub(crate) fn row_bytes(&self) -> usize {
+        self.format.bytes_of(self.cols)
+    }
+
     /// The bytes of a row.
     fn row(&self, row: usize) -> &[u8] {
-        let size = self.format.bytes_of(self.cols);
+        let size = self.row_bytes();
         &self.bytes[row * size..(row + 1) * size]
     }
 

@@ -70,6 +70,8 @@ impl Class {
     pub fn compute(self, compute: Compute) -> Compute {
         match self {
             Self::Linear | Self::Experts => compute,
+            // Of a head in blocks every token reads all of it.
+            Self::Head if compute == Compute::Int8 => compute,
             Self::Router | Self::Head | Self::Lora | Self::Rest => Compute::F32,
         }
     }
@@ -81,6 +83,7 @@ fn described(compute: Compute) -> [&'static str; 3] {
         Compute::F32 => ["f32", "f32", "f32"],
         Compute::Bf16 => ["bf16", "f32", "bf16"],
         Compute::F16 => ["f16", "f32", "f16"],
+        Compute::Int8 => ["int8 with blocks, f32 otherwise", "f32", "f32"],
         Compute::Fp8(Scales::F32) => ["E4M3, f32 scales", "f32", "E4M3"],
         Compute::Fp8(Scales::PowerOfTwo) => ["E4M3, UE8M0 scales", "f32", "E4M3"],
         Compute::Fp8(Scales::One) => ["E4M3, no scales", "f32", "E4M3"],

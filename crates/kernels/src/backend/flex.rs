@@ -34,7 +34,8 @@ use crate::{
 
 impl Kernels for Flex {
     fn linear_frozen(x: FlexTensor, w: Arc<Matrix>, compute: Compute) -> FlexTensor {
-        nt(&Floats::rounded(&x, compute), Weights::frozen(&w, compute))
+        let x = Floats::rounded(&x, compute.before_products());
+        nt(&x, Weights::frozen(&w, compute))
     }
 
     fn linear_trained(x: FlexTensor, w: FlexTensor, compute: Compute, _: Compute) -> FlexTensor {
@@ -51,7 +52,7 @@ impl Kernels for Flex {
     ) -> (FlexTensor, FlexTensor) {
         let [values, a, b] = [&x, &a, &b].map(Floats::new);
         let low = scaled(&nt(&values, trained(&a, Compute::F32)), update.scale);
-        let x = Floats::rounded(&x, update.compute);
+        let x = Floats::rounded(&x, update.compute.before_products());
         let y = nt_sum(&[
             (x.mat(), Weights::frozen(&w, update.compute)),
             (low.mat(), trained(&b, Compute::F32)),
@@ -240,7 +241,8 @@ impl Kernels for Flex {
         compute: Compute,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
         let factors = FactorValues::new(&factors);
-        let (x, routing) = (Floats::rounded(&x, compute), RoutingValues::new(&routing));
+        let x = Floats::rounded(&x, compute.before_products());
+        let routing = RoutingValues::new(&routing);
         let experts = frozen_experts(&bank, &factors, lora, compute);
         experts_forward(experts, &routing, &x)
     }

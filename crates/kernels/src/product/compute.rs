@@ -3,6 +3,8 @@
 use crate::fp8::{self, Scales};
 use crate::ggml::round_to_f16;
 use crate::matrix::round_to_bf16;
+use crate::rows;
+use crate::{Format, Ggml, Matrix};
 
 /// What the operands of a product are rounded to before they are multiplied. Sums are f32 always.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -17,9 +19,29 @@ pub enum Compute {
     /// Round both operands to E4M3 first, activations and gradients in tiles of 1 × 128 along the sum, weights in blocks
     /// of 128 × 128; and keep activations in that form. The values are those of FP8 units, the arithmetic is f32.
     Fp8(Scales),
+    /// Round activations to int8 in blocks of 32, with a scale each, where the weight is in blocks of ggml's, and multiply
+    /// the codes of both; multiply f32 values where it is not. For inference.
+    Int8,
 }
 
 impl Compute {
+    /// What products with a weight round to: int8 is for weights in blocks.
+    pub(crate) fn over(self, w: &Matrix) -> Self {
+        match (self, w.format()) {
+            (Self::Int8, Format::Ggml(format)) if *format != Ggml::F16 => self,
+            (Self::Int8, _) => Self::F32,
+            _ => self,
+        }
+    }
+
+    /// What activations are rounded to before a product, where those in int8 make their codes themselves.
+    pub(crate) fn before_products(self) -> Self {
+        match self {
+            Self::Int8 => Self::F32,
+            _ => self,
+        }
+    }
+
     /// Rounds rows whose values are summed over in a product.
     pub(crate) fn round_rows(self, values: &mut [f32], width: usize) {
         match self {
@@ -27,6 +49,7 @@ impl Compute {
             Self::Bf16 => round_to_bf16(values),
             Self::F16 => round_to_f16(values),
             Self::Fp8(kind) => fp8::round_rows(values, width, kind),
+            Self::Int8 => rows::round_rows(values, width),
         }
     }
 
@@ -42,6 +65,7 @@ impl Compute {
     pub(crate) fn round_weight(self, values: &mut [f32], width: usize) {
         match self {
             Self::Fp8(kind) => fp8::round_blocks(values, width, kind),
+            Self::Int8 => {}
             _ => self.round_rows(values, width),
         }
     }

@@ -17,7 +17,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::prelude::*;
 
 use crate::product::strided::{Mat, MatMut, Write, gemm};
+use crate::product::team::share_quickly;
 use crate::product::weights::{TILE, Weights};
+use crate::rows::Packed;
 use crate::simd::multiversion;
 
 /// Up to this many rows of `x` are multiplied row by row.
@@ -212,6 +214,9 @@ pub(crate) fn nt_serial(
     if x.cols() == 0 && write == Write::Replace {
         rows.clone().for_each(|row| y.row(row).fill(0.0));
     }
+    if w.is_int8() {
+        return nt_int8(x, w, outs, y, write);
+    }
     w.for_tiles(outs.clone(), 0..x.cols(), |out_tile, in_tile, tile| {
         let write = write.after(in_tile.start == 0);
         let y = y.block(
@@ -222,7 +227,19 @@ pub(crate) fn nt_serial(
     });
 }
 
+/// [`nt_serial`] with activations in int8.
+fn nt_int8(x: Mat<'_>, w: Weights<'_>, outs: Range<usize>, y: MatMut<'_>, write: Write) {
+    let Some(packed) = w.packed() else {
+        unreachable!("weights in blocks have products of rows");
+    };
+    let rows: Vec<usize> = (0..x.rows()).collect();
+    packed.multiply((&packed.input(x), &rows), outs, y, write);
+}
+
 fn nt_few_rows(x: Mat<'_>, w: Weights<'_>, y: MatMut<'_>, write: Write) {
+    if let Some(packed) = w.packed() {
+        return multiply_rows(x, packed, y, write);
+    }
     let outs: Vec<_> = tiles(0..y.cols(), FEW_ROWS_TASK).collect();
     outs.into_par_iter().for_each(|outs| {
         // SAFETY: tasks write different columns.
@@ -236,6 +253,52 @@ fn nt_few_rows(x: Mat<'_>, w: Weights<'_>, y: MatMut<'_>, write: Write) {
             }
         }
     });
+}
+
+/// Bytes of a weight that are worth a task of microseconds.
+const ROW_TASK: usize = 1 << 14;
+/// Tasks per thread at most.
+const ROW_TASKS: usize = 8;
+
+/// [`nt`] for few rows, on the stored bytes of the weight.
+fn multiply_rows(x: Mat<'_>, w: Packed<'_>, y: MatMut<'_>, write: Write) {
+    let (input, rows) = (w.input(x), [0, 1, 2, 3, 4, 5, 6, 7]);
+    let outs = row_tasks(y.cols(), w.row_bytes());
+    share_quickly(outs.len(), |i| {
+        let outs = outs.get(i);
+        // SAFETY: tasks write different columns.
+        #[expect(unsafe_code, reason = "disjoint columns of one output")]
+        let y = unsafe { y.part(0..x.rows(), outs.clone()) };
+        w.multiply((&input, &rows[..x.rows()]), outs, y, write);
+    });
+}
+
+/// Equal pieces of a weight's rows, worth a task each.
+pub(crate) fn row_tasks(rows: usize, row_bytes: usize) -> Pieces {
+    let most = ROW_TASKS * rayon::current_num_threads();
+    let n = (rows * row_bytes).div_ceil(ROW_TASK).clamp(1, most);
+    Pieces {
+        len: rows,
+        // Whole fours, which share what is read of the activations.
+        size: rows.div_ceil(n).next_multiple_of(4),
+    }
+}
+
+/// A range in pieces.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pieces {
+    len: usize,
+    size: usize,
+}
+
+impl Pieces {
+    pub(crate) fn len(&self) -> usize {
+        self.len.div_ceil(self.size.max(1))
+    }
+
+    pub(crate) fn get(&self, i: usize) -> Range<usize> {
+        i * self.size..self.len.min((i + 1) * self.size)
+    }
 }
 
 /// `dx = dy · w`: dy `[rows, out]`, w `[out, in]`, dx `[rows, in]`.

@@ -5,4 +5,5 @@ pub(crate) mod compute;
 pub(crate) mod gemm;
 mod microkernel;
 pub(crate) mod strided;
+pub(crate) mod team;
 pub(crate) mod weights;

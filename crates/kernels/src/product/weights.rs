@@ -9,6 +9,7 @@ use std::ops::Range;
 use crate::fp8;
 use crate::product::gemm::{dot, tiles, with_scratch};
 use crate::product::strided::{Mat, MatMut, Write, gemm};
+use crate::rows::Packed;
 use crate::{Compute, Format, Matrix, Quantizer};
 
 /// Side of a tile: 256 × 256 f32 values are 256 KiB, a part of the second-level cache.
@@ -44,10 +45,10 @@ impl<'a> Weights<'a> {
     /// A frozen matrix, read in place where it is f32.
     pub(crate) fn frozen(matrix: &'a Matrix, compute: Compute) -> Self {
         match matrix.as_f32() {
-            Some(values) => Self::trained(values, matrix.cols(), compute),
+            Some(values) => Self::trained(values, matrix.cols(), compute.over(matrix)),
             None => Self {
                 stored: Stored::Packed(matrix),
-                compute,
+                compute: compute.over(matrix),
                 folded: None,
             },
         }
@@ -124,7 +125,7 @@ impl<'a> Weights<'a> {
     /// Whether the stored values are those that are multiplied.
     fn is_exact(&self) -> bool {
         let same = match self.compute {
-            Compute::F32 => true,
+            Compute::F32 | Compute::Int8 => true,
             Compute::Bf16 | Compute::F16 => false,
             Compute::Fp8(_) => !self.is_rounded_in_blocks(),
         };
@@ -187,6 +188,20 @@ impl<'a> Weights<'a> {
         match self.compute {
             Compute::Fp8(_) if !self.is_rounded_in_blocks() => {}
             compute => compute.round_weight(out, cols.len()),
+        }
+    }
+
+    /// Whether activations are int8.
+    pub(crate) fn is_int8(&self) -> bool {
+        self.compute == Compute::Int8 && self.folded.is_none()
+    }
+
+    /// The weight as products of rows read it, if they can.
+    pub(crate) fn packed(&self) -> Option<Packed<'a>> {
+        match self.stored {
+            _ if !self.is_exact() => None,
+            Stored::Values(values, cols) => Some(Packed::of_values(values, cols)),
+            Stored::Packed(matrix) => Packed::new(matrix, self.compute),
         }
     }
 

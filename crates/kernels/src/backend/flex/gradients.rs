@@ -86,7 +86,7 @@ impl Gradients for Flex {
     fn keep(x: FlexTensor, compute: Compute) -> Kept<FlexTensor> {
         let values = Floats::new(&x);
         let (form, bytes) = match compute {
-            Compute::F32 => (Form::Float(x), 4 * values.len()),
+            Compute::F32 | Compute::Int8 => (Form::Float(x), 4 * values.len()),
             Compute::Bf16 => (
                 Form::Float(narrowed(&values, bf16::from_f32, DType::BF16)),
                 2 * values.len(),

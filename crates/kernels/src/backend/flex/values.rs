@@ -55,7 +55,7 @@ impl Floats {
             Compute::F32 => true,
             Compute::Bf16 => tensor.dtype() == DType::BF16,
             Compute::F16 => tensor.dtype() == DType::F16,
-            Compute::Fp8(_) => false,
+            Compute::Fp8(_) | Compute::Int8 => false,
         };
         if are_rounded {
             return values;

@@ -1,0 +1,230 @@
+//! Products of few rows, straight on the stored bytes of a weight: what decoding is made of.
+//!
+//! A weight in blocks is multiplied with activations in int8 ([`Activations`]), one of f32, f16 or bf16 with the
+//! activations as they are. The bytes are read once for all rows, in the order in which they lie, and nothing is written
+//! but the results: so the limit is how fast memory can be read.
+//!
+//! A result depends on its row of activations and its row of the weight alone, not on the rows beside them, and is the
+//! same on every instruction set ([`isa`]).
+
+mod activations;
+mod formats;
+mod isa;
+mod tile;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use std::ops::Range;
+
+use self::activations::Activations;
+pub(crate) use self::activations::round_rows;
+use self::tile::{Instructions, Job, Kind};
+use crate::product::strided::{Mat, MatMut, Write};
+use crate::{Compute, Format, Matrix};
+
+/// Most rows that are multiplied at once.
+pub(crate) const MOST_ROWS: usize = 8;
+
+/// A weight that has products of rows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Packed<'a> {
+    bytes: &'a [u8],
+    row_bytes: usize,
+    cols: usize,
+    kind: Kind,
+}
+
+/// Activations, in the form that a weight is multiplied with.
+#[derive(Debug)]
+pub(crate) enum Input<'a> {
+    Floats(Mat<'a>),
+    Int8(Activations),
+}
+
+impl<'a> Packed<'a> {
+    /// None where the weight is of another kind, or what it is multiplied with is to be rounded otherwise.
+    pub(crate) fn new(w: &'a Matrix, compute: Compute) -> Option<Self> {
+        let kind = match (w.format(), compute) {
+            (Format::F32, Compute::F32 | Compute::Int8) => Kind::F32,
+            (Format::F16, Compute::F32 | Compute::Int8) => Kind::F16,
+            (Format::Bf16, Compute::F32 | Compute::Int8) => Kind::Bf16,
+            (Format::Ggml(format), Compute::Int8) => Kind::Blocks(*format),
+            _ => return None,
+        };
+        Some(Self {
+            bytes: w.bytes(),
+            row_bytes: w.row_bytes(),
+            cols: w.cols(),
+            kind,
+        })
+    }
+
+    /// f32 values, row after row.
+    pub(crate) fn of_values(values: &'a [f32], cols: usize) -> Self {
+        // SAFETY: f32 values are bytes, four each.
+        #[expect(unsafe_code, reason = "f32 values read as bytes")]
+        let bytes = unsafe {
+            std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values))
+        };
+        Self {
+            bytes,
+            row_bytes: 4 * cols,
+            cols,
+            kind: Kind::F32,
+        }
+    }
+
+    /// Activations as this weight wants them.
+    pub(crate) fn input<'x>(&self, x: Mat<'x>) -> Input<'x> {
+        match self.kind {
+            Kind::Blocks(_) => Input::Int8(Activations::new(x)),
+            _ => Input::Floats(x),
+        }
+    }
+
+    /// Bytes of a row of the weight.
+    pub(crate) fn row_bytes(&self) -> usize {
+        self.row_bytes
+    }
+
+    /// `y = x · wᵀ` for some rows of `x`, given by their numbers, and some of `w`: y `[rows, outs]`.
+    ///
+    /// # Panics
+    /// If a range leaves its matrix or the sizes do not fit.
+    pub(crate) fn multiply(
+        &self,
+        (x, rows): (&Input<'_>, &[usize]),
+        outs: Range<usize>,
+        mut y: MatMut<'_>,
+        write: Write,
+    ) {
+        assert!(
+            outs.end * self.row_bytes <= self.bytes.len()
+                && y.rows() == rows.len()
+                && y.cols() == outs.len(),
+            "rows of a weight and of its product"
+        );
+        for (i, rows) in rows.chunks(MOST_ROWS).enumerate() {
+            let from = i * MOST_ROWS;
+            let y = y.block(from..from + rows.len(), 0..outs.len());
+            let job = self.job(outs.clone());
+            job.run((self.kind, Instructions::best()), x, rows, y, write);
+        }
+    }
+
+    fn job(&self, outs: Range<usize>) -> Job<'a> {
+        Job {
+            bytes: &self.bytes[outs.start * self.row_bytes..outs.end * self.row_bytes],
+            row_bytes: self.row_bytes,
+            cols: self.cols,
+            outs: outs.len(),
+        }
+    }
+}
+
+impl Input<'_> {
+    fn int8(&self) -> &Activations {
+        match self {
+            Self::Int8(x) => x,
+            Self::Floats(_) => unreachable!("made by `Packed::input` for a weight in blocks"),
+        }
+    }
+
+    fn floats(&self) -> Mat<'_> {
+        match self {
+            Self::Floats(x) => *x,
+            Self::Int8(_) => unreachable!("made by `Packed::input` for a weight without blocks"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Ggml;
+    use crate::matrix::tests::{every_block_format, every_format, noise};
+
+    /// Formats of 32 with an odd number of blocks in a row.
+    fn odd_blocks(rows: usize) -> Vec<Matrix> {
+        let formats = Ggml::ALL.into_iter().filter(|format| format.block() == 32);
+        let matrix = |format: Ggml| {
+            let bytes = rows * 3 * format.block_bytes();
+            let bytes: Vec<u8> = (0..bytes).map(|i| (i * 61 % 251) as u8 & 0xAF).collect();
+            Matrix::dense(rows, 96, Format::Ggml(format), bytes.into()).unwrap()
+        };
+        formats.map(matrix).collect()
+    }
+
+    fn all() -> Vec<Matrix> {
+        let mut all = every_block_format(9);
+        all.extend(odd_blocks(6));
+        all.extend(
+            [(7, 77), (3, 16), (5, 7)]
+                .into_iter()
+                .flat_map(|(rows, cols)| every_format(rows, cols, 2)),
+        );
+        all.retain(|w| Packed::new(w, Compute::Int8).is_some());
+        all
+    }
+
+    fn product(w: &Matrix, x: &[f32], rows: &[usize], instructions: Instructions) -> Vec<f32> {
+        let packed = Packed::new(w, Compute::Int8).unwrap();
+        let x = Mat::dense(x, x.len() / w.cols(), w.cols());
+        let mut y = vec![f32::NAN; rows.len() * w.rows()];
+        let input = packed.input(x);
+        for (i, rows) in rows.chunks(MOST_ROWS).enumerate() {
+            let part = &mut y[i * MOST_ROWS * w.rows()..][..rows.len() * w.rows()];
+            let y = MatMut::dense(part, rows.len(), w.rows());
+            let job = packed.job(0..w.rows());
+            job.run((packed.kind, instructions), &input, rows, y, Write::Replace);
+        }
+        y
+    }
+
+    #[test]
+    fn a_product_is_that_of_the_decoded_weight_and_rounded_activations() {
+        for w in all() {
+            let (n, cols) = (11, w.cols());
+            let (x, dense) = (noise(n * cols, 3), w.to_f32());
+            let mut rounded = x.clone();
+            Compute::Int8.over(&w).round_rows(&mut rounded, cols);
+            let order = [3, 0, 10, 10, 1, 2, 4, 5, 6, 7, 8];
+            for n_rows in 1..=order.len() {
+                let found = product(&w, &x, &order[..n_rows], Instructions::best());
+                for (i, found) in found.iter().enumerate() {
+                    let (row, out) = (order[i / w.rows()], i % w.rows());
+                    let (x, w) = (&rounded[row * cols..][..cols], &dense[out * cols..][..cols]);
+                    let products = || x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w));
+                    let size: f64 = products().map(f64::abs).sum();
+                    // Sums of offsets and of codes may cancel.
+                    let size = size + w.iter().map(|w| f64::from(w.abs())).sum::<f64>();
+                    let expected: f64 = products().sum();
+                    assert!(
+                        (f64::from(*found) - expected).abs() <= 2e-6 * size,
+                        "{:?} at {i} of {n_rows}: {found} {expected}",
+                        Packed::new(&all()[0], Compute::Int8)
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits_for_any_number_of_rows() {
+        for w in all() {
+            let x = noise(8 * w.cols(), 5);
+            let rows = [0, 1, 2, 3, 4, 5, 6, 7];
+            let expected = product(&w, &x, &rows, Instructions::Portable);
+            for instructions in Instructions::all() {
+                for n in 1..=8 {
+                    let found = product(&w, &x, &rows[..n], instructions);
+                    let same = found
+                        .iter()
+                        .zip(&expected)
+                        .all(|(a, b)| a.to_bits() == b.to_bits());
+                    assert!(same, "{instructions:?} {} {n}", w.format().name());
+                }
+            }
+        }
+    }
+}

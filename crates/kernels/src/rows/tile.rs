@@ -1,0 +1,407 @@
+//! Some rows of a weight times some rows of activations, in registers.
+
+#![expect(
+    unsafe_code,
+    reason = "vector instructions on pointers, behind the checks of features here and of sizes in `rows`"
+)]
+
+use super::Input;
+use super::activations::Row;
+use super::formats::{self, Format};
+use super::isa::{Isa, LANES, Portable, STEP};
+#[cfg(target_arch = "x86_64")]
+use super::x86::{Avx2, Avx512};
+use crate::Ggml;
+use crate::product::strided::{MatMut, Write};
+
+/// How a weight's bytes are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    F32,
+    F16,
+    Bf16,
+    Blocks(Ggml),
+}
+
+/// Instructions that the CPU has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Instructions {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    Portable,
+}
+
+impl Instructions {
+    /// The widest.
+    pub(super) fn best() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let has_avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
+            if has_avx2
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512vnni")
+            {
+                return Self::Avx512;
+            }
+            if has_avx2 {
+                return Self::Avx2;
+            }
+        }
+        Self::Portable
+    }
+
+    /// All, the widest first.
+    #[cfg(test)]
+    pub(super) fn all() -> Vec<Self> {
+        let all = [
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2,
+            Self::Portable,
+        ];
+        let best = Self::best();
+        all.into_iter().skip_while(|some| *some != best).collect()
+    }
+}
+
+/// Consecutive rows of a weight.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Job<'a> {
+    pub(super) bytes: &'a [u8],
+    pub(super) row_bytes: usize,
+    pub(super) cols: usize,
+    pub(super) outs: usize,
+}
+
+/// Activations of a tile.
+trait Source: Copy {
+    /// # Safety
+    /// The CPU has the instructions of `I`; the rows of the weight and of the activations can be read.
+    unsafe fn sums<I: Isa, const R: usize, const N: usize>(
+        job: &Job<'_>,
+        rows: [*const u8; R],
+        x: [Self; N],
+    ) -> [[f32; N]; R];
+}
+
+/// Rows in int8, for a format of blocks.
+struct OfBlocks<F>(Row, std::marker::PhantomData<F>);
+
+impl<F> Clone for OfBlocks<F> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<F> Copy for OfBlocks<F> {}
+
+/// A block of zeros, which stands in for the second half of a row's last step.
+static NOTHING: [u8; 64] = [0; 64];
+
+impl<F: Format> Source for OfBlocks<F> {
+    #[inline(always)]
+    unsafe fn sums<I: Isa, const R: usize, const N: usize>(
+        job: &Job<'_>,
+        rows: [*const u8; R],
+        x: [Self; N],
+    ) -> [[f32; N]; R] {
+        let per_unit = if F::STEPS == 1 { 2 } else { 1 };
+        let blocks = job.row_bytes / F::BYTES;
+        // SAFETY: a unit's blocks lie in the row, or are nothing; activations are filled up to whole steps.
+        unsafe {
+            let mut sums = [[I::zero(); N]; R];
+            for unit in 0..blocks.div_ceil(per_unit) {
+                let first = unit * per_unit * F::BYTES;
+                let has_second = per_unit == 2 && 2 * unit + 1 < blocks;
+                let heads = rows.map(|row| {
+                    let block = row.add(first);
+                    let second = if has_second {
+                        block.add(F::BYTES)
+                    } else {
+                        NOTHING.as_ptr()
+                    };
+                    F::head::<I>([block, second])
+                });
+                for step in 0..F::STEPS {
+                    let at = unit * F::STEPS + step;
+                    for (head, sums) in heads.iter().zip(&mut sums) {
+                        add_step::<I, F, N>(head, step, at, &x, sums);
+                    }
+                }
+            }
+            sums.map(|sums| sums.map(|sums| I::total(sums)))
+        }
+    }
+}
+
+/// # Safety
+/// As [`Source::sums`].
+#[inline(always)]
+unsafe fn add_step<I: Isa, F: Format, const N: usize>(
+    head: &F::Head,
+    step: usize,
+    at: usize,
+    x: &[OfBlocks<F>; N],
+    sums: &mut [I::Sums; N],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let (codes, scales) = (F::codes::<I>(head, step), F::scales::<I>(head, step));
+        for (x, sum) in x.iter().zip(sums) {
+            let (codes_of_x, starts) = (x.0.codes.add(at * STEP), x.0.starts.add(at * LANES));
+            let products = if F::IS_SIGNED {
+                I::dot_signed(codes, codes_of_x, starts)
+            } else {
+                I::dot(codes, codes_of_x, starts, F::BIAS)
+            };
+            let scales = I::mul(scales, I::load(x.0.scales.add(at * LANES)));
+            *sum = I::mul_add(products, scales, *sum);
+            if F::HAS_OFFSETS {
+                let offsets = F::offsets::<I>(head, step);
+                *sum = I::mul_add(offsets, I::load(x.0.sums.add(at * LANES)), *sum);
+            }
+        }
+    }
+}
+
+/// Numbers without blocks.
+trait Number {
+    const BYTES: usize;
+    /// # Safety
+    /// 16 numbers can be read, and the CPU has the instructions of `I`.
+    unsafe fn load<I: Isa>(from: *const u8) -> I::Sums;
+}
+
+macro_rules! numbers {
+    ($name:ident, $bytes:expr, |$from:ident| $load:expr) => {
+        struct $name;
+
+        impl Number for $name {
+            const BYTES: usize = $bytes;
+
+            #[inline(always)]
+            unsafe fn load<I: Isa>($from: *const u8) -> I::Sums {
+                // SAFETY: the caller's promise.
+                unsafe { $load }
+            }
+        }
+    };
+}
+
+numbers!(F32, 4, |from| I::load(from.cast()));
+numbers!(F16, 2, |from| I::load_f16(from));
+numbers!(Bf16, 2, |from| I::load_bf16(from));
+
+/// A row of f32, for weights without blocks.
+struct OfNumbers<F>(*const f32, std::marker::PhantomData<F>);
+
+impl<F> Clone for OfNumbers<F> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<F> Copy for OfNumbers<F> {}
+
+impl<F: Number> Source for OfNumbers<F> {
+    #[inline(always)]
+    unsafe fn sums<I: Isa, const R: usize, const N: usize>(
+        job: &Job<'_>,
+        rows: [*const u8; R],
+        x: [Self; N],
+    ) -> [[f32; N]; R] {
+        let whole = job.cols - job.cols % LANES;
+        // SAFETY: whole steps lie in the rows, and what is left is copied to where a whole step can be read.
+        unsafe {
+            let mut sums = [[I::zero(); N]; R];
+            for at in (0..whole).step_by(LANES) {
+                for (row, sums) in rows.iter().zip(&mut sums) {
+                    let w = F::load::<I>(row.add(at * F::BYTES));
+                    for (x, sum) in x.iter().zip(sums) {
+                        *sum = I::mul_add(w, I::load(x.0.add(at)), *sum);
+                    }
+                }
+            }
+            let left = job.cols - whole;
+            if left > 0 {
+                for (row, sums) in rows.iter().zip(&mut sums) {
+                    let mut bytes = [0u8; LANES * 4];
+                    let from = row.add(whole * F::BYTES);
+                    std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), left * F::BYTES);
+                    let w = F::load::<I>(bytes.as_ptr());
+                    for (x, sum) in x.iter().zip(sums) {
+                        let mut values = [0f32; LANES];
+                        std::ptr::copy_nonoverlapping(x.0.add(whole), values.as_mut_ptr(), left);
+                        *sum = I::mul_add(w, I::load(values.as_ptr()), *sum);
+                    }
+                }
+            }
+            sums.map(|sums| sums.map(|sums| I::total(sums)))
+        }
+    }
+}
+
+impl Job<'_> {
+    /// Multiplies with up to eight rows of activations.
+    pub(super) fn run(
+        &self,
+        (kind, instructions): (Kind, Instructions),
+        x: &Input<'_>,
+        rows: &[usize],
+        y: MatMut<'_>,
+        write: Write,
+    ) {
+        match kind {
+            Kind::F32 => self.numbers::<F32>(instructions, x, rows, y, write),
+            Kind::F16 => self.numbers::<F16>(instructions, x, rows, y, write),
+            Kind::Bf16 => self.numbers::<Bf16>(instructions, x, rows, y, write),
+            Kind::Blocks(format) => match format {
+                Ggml::F16 => unreachable!("f16 has no blocks; matrices of it are `Format::F16`"),
+                Ggml::Q8_0 => self.blocks::<formats::Q8_0>(instructions, x, rows, y, write),
+                Ggml::Q4_0 => self.blocks::<formats::Q4_0>(instructions, x, rows, y, write),
+                Ggml::Q4_1 => self.blocks::<formats::Q4_1>(instructions, x, rows, y, write),
+                Ggml::Q5_0 => self.blocks::<formats::Q5_0>(instructions, x, rows, y, write),
+                Ggml::Q5_1 => self.blocks::<formats::Q5_1>(instructions, x, rows, y, write),
+                Ggml::Q2K => self.blocks::<formats::Q2K>(instructions, x, rows, y, write),
+                Ggml::Q3K => self.blocks::<formats::Q3K>(instructions, x, rows, y, write),
+                Ggml::Q4K => self.blocks::<formats::Q4K>(instructions, x, rows, y, write),
+                Ggml::Q5K => self.blocks::<formats::Q5K>(instructions, x, rows, y, write),
+                Ggml::Q6K => self.blocks::<formats::Q6K>(instructions, x, rows, y, write),
+            },
+        }
+    }
+
+    fn numbers<F: Number>(
+        &self,
+        instructions: Instructions,
+        x: &Input<'_>,
+        rows: &[usize],
+        y: MatMut<'_>,
+        write: Write,
+    ) {
+        let x = x.floats();
+        assert_eq!(x.cols(), self.cols, "the input width of the weight");
+        let row = |i: usize| OfNumbers::<F>(x.row(rows[i]).as_ptr(), std::marker::PhantomData);
+        self.dispatch(instructions, rows.len(), row, y, write);
+    }
+
+    fn blocks<F: Format>(
+        &self,
+        instructions: Instructions,
+        x: &Input<'_>,
+        rows: &[usize],
+        y: MatMut<'_>,
+        write: Write,
+    ) {
+        let x = x.int8();
+        assert_eq!(
+            x.width(),
+            self.cols.next_multiple_of(STEP),
+            "the input width of the weight"
+        );
+        let row = |i: usize| OfBlocks::<F>(x.row(rows[i]), std::marker::PhantomData);
+        self.dispatch(instructions, rows.len(), row, y, write);
+    }
+
+    fn dispatch<S: Source>(
+        &self,
+        instructions: Instructions,
+        n: usize,
+        row: impl Fn(usize) -> S,
+        y: MatMut<'_>,
+        write: Write,
+    ) {
+        match instructions {
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512 => {
+                #[target_feature(
+                    enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"
+                )]
+                fn run<S: Source>(
+                    job: &Job<'_>,
+                    n: usize,
+                    row: impl Fn(usize) -> S,
+                    y: MatMut<'_>,
+                    write: Write,
+                ) {
+                    job.by_rows::<Avx512, S>(n, row, y, write);
+                }
+                // SAFETY: `Instructions` of the CPU.
+                unsafe { run(self, n, row, y, write) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx2 => {
+                #[target_feature(enable = "avx2,fma,f16c")]
+                fn run<S: Source>(
+                    job: &Job<'_>,
+                    n: usize,
+                    row: impl Fn(usize) -> S,
+                    y: MatMut<'_>,
+                    write: Write,
+                ) {
+                    job.by_rows::<Avx2, S>(n, row, y, write);
+                }
+                // SAFETY: `Instructions` of the CPU.
+                unsafe { run(self, n, row, y, write) }
+            }
+            Instructions::Portable => self.by_rows::<Portable, S>(n, row, y, write),
+        }
+    }
+
+    /// Cuts the rows of activations into eights, fours, twos and ones. For few of them several rows of the weight share
+    /// what is read of the activations.
+    #[inline(always)]
+    fn by_rows<I: Isa, S: Source>(
+        &self,
+        n: usize,
+        row: impl Fn(usize) -> S,
+        mut y: MatMut<'_>,
+        write: Write,
+    ) {
+        let mut at = 0;
+        while at < n {
+            let y = y.block(at..n, 0..self.outs);
+            let row = |i: usize| row(at + i);
+            at += match n - at {
+                8.. => self.tiles::<I, S, 1, 8>(std::array::from_fn(row), y, write),
+                4.. => self.tiles::<I, S, 2, 4>(std::array::from_fn(row), y, write),
+                2.. => self.tiles::<I, S, 2, 2>(std::array::from_fn(row), y, write),
+                _ => self.tiles::<I, S, 4, 1>(std::array::from_fn(row), y, write),
+            };
+        }
+    }
+
+    /// All rows of the weight with `N` rows of activations, `R` at a time. Returns `N`.
+    #[inline(always)]
+    fn tiles<I: Isa, S: Source, const R: usize, const N: usize>(
+        &self,
+        x: [S; N],
+        mut y: MatMut<'_>,
+        write: Write,
+    ) -> usize {
+        for out in (0..self.outs).step_by(R) {
+            // Behind the last row comes the last row again.
+            let rows = std::array::from_fn(|r| {
+                let row = (out + r).min(self.outs - 1);
+                self.bytes[row * self.row_bytes..].as_ptr()
+            });
+            // SAFETY: `dispatch` found the instructions; rows are whole; `blocks` and `numbers` checked the widths.
+            let sums = unsafe { S::sums::<I, R, N>(self, rows, x) };
+            for (r, sums) in sums.iter().enumerate().take(self.outs - out) {
+                for (i, sum) in sums.iter().enumerate() {
+                    let y = &mut y.row(i)[out + r];
+                    *y = if write == Write::Add { *y + sum } else { *sum };
+                }
+            }
+        }
+        N
+    }
+}
