@@ -120,7 +120,7 @@ fn config(args: &Args, opened: &Opened) -> anyhow::Result<GenerateConfig> {
         } else {
             infer::end_of_text_ids(&opened.folder, eos)?
         },
-        compute: Compute::F32,
+        compute: Compute::Int8,
     })
 }
 

@@ -25,6 +25,8 @@ pub(super) trait Isa: Copy {
     /// 16 f32 lanes.
     type Sums: Copy;
 
+    /// Asks for the bytes of a step or so, which will be read soon; there need not be any.
+    fn prefetch(from: *const u8, bytes: usize);
     unsafe fn zero() -> Self::Sums;
     /// An f16.
     unsafe fn f16(from: *const u8) -> f32;
@@ -84,6 +86,8 @@ fn lanes(mut value: impl FnMut(usize) -> f32) -> [f32; LANES] {
 impl Isa for Portable {
     type Codes = [u8; STEP];
     type Sums = [f32; LANES];
+
+    fn prefetch(_: *const u8, _: usize) {}
 
     unsafe fn zero() -> Self::Sums {
         [0.0; LANES]

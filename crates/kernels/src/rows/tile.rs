@@ -104,7 +104,7 @@ impl<F> Clone for OfBlocks<F> {
 impl<F> Copy for OfBlocks<F> {}
 
 /// A block of zeros, which stands in for the second half of a row's last step.
-static NOTHING: [u8; 64] = [0; 64];
+static NOTHING: [u8; 256] = [0; 256];
 
 impl<F: Format> Source for OfBlocks<F> {
     #[inline(always)]
@@ -121,15 +121,18 @@ impl<F: Format> Source for OfBlocks<F> {
             for unit in 0..blocks.div_ceil(per_unit) {
                 let first = unit * per_unit * F::BYTES;
                 let has_second = per_unit == 2 && 2 * unit + 1 < blocks;
-                let heads = rows.map(|row| {
+                // Loops and no closures: instructions in a closure would be calls.
+                let mut heads = [F::head::<I>([NOTHING.as_ptr(); 2]); R];
+                for (row, head) in rows.iter().zip(&mut heads) {
                     let block = row.add(first);
+                    I::prefetch(block.wrapping_add(job.ahead(R)), per_unit * F::BYTES);
                     let second = if has_second {
                         block.add(F::BYTES)
                     } else {
                         NOTHING.as_ptr()
                     };
-                    F::head::<I>([block, second])
-                });
+                    *head = F::head::<I>([block, second]);
+                }
                 for step in 0..F::STEPS {
                     let at = unit * F::STEPS + step;
                     for (head, sums) in heads.iter().zip(&mut sums) {
@@ -137,9 +140,25 @@ impl<F: Format> Source for OfBlocks<F> {
                     }
                 }
             }
-            sums.map(|sums| sums.map(|sums| I::total(sums)))
+            totals::<I, R, N>(&sums)
         }
     }
+}
+
+/// # Safety
+/// As [`Source::sums`].
+#[inline(always)]
+unsafe fn totals<I: Isa, const R: usize, const N: usize>(
+    sums: &[[I::Sums; N]; R],
+) -> [[f32; N]; R] {
+    let mut totals = [[0.0; N]; R];
+    for (sums, totals) in sums.iter().zip(&mut totals) {
+        for (sum, total) in sums.iter().zip(totals) {
+            // SAFETY: the caller's promise.
+            *total = unsafe { I::total(*sum) };
+        }
+    }
+    totals
 }
 
 /// # Safety
@@ -224,7 +243,9 @@ impl<F: Number> Source for OfNumbers<F> {
             let mut sums = [[I::zero(); N]; R];
             for at in (0..whole).step_by(LANES) {
                 for (row, sums) in rows.iter().zip(&mut sums) {
-                    let w = F::load::<I>(row.add(at * F::BYTES));
+                    let from = row.add(at * F::BYTES);
+                    I::prefetch(from.wrapping_add(job.ahead(R)), F::BYTES * LANES);
+                    let w = F::load::<I>(from);
                     for (x, sum) in x.iter().zip(sums) {
                         *sum = I::mul_add(w, I::load(x.0.add(at)), *sum);
                     }
@@ -244,12 +265,22 @@ impl<F: Number> Source for OfNumbers<F> {
                     }
                 }
             }
-            sums.map(|sums| sums.map(|sums| I::total(sums)))
+            totals::<I, R, N>(&sums)
         }
     }
 }
 
+/// Bytes that are read while memory brings others: rows that are multiplied together lie too near each other for the CPU
+/// to see the order in which they are read.
+const AHEAD: usize = 2048;
+
 impl Job<'_> {
+    /// How far behind a row lies the one that is asked for: whole tiles of `R` rows.
+    #[inline(always)]
+    fn ahead(&self, rows: usize) -> usize {
+        (rows * self.row_bytes).max(1) * AHEAD.div_ceil((rows * self.row_bytes).max(1))
+    }
+
     /// Multiplies with up to eight rows of activations.
     pub(super) fn run(
         &self,

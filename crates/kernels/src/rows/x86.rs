@@ -27,10 +27,26 @@ unsafe fn f16(from: *const u8) -> f32 {
     }
 }
 
+/// Bytes of a line of the cache.
+const LINE: usize = 64;
+
+#[inline(always)]
+fn prefetch(from: *const u8, bytes: usize) {
+    for at in (0..bytes).step_by(LINE) {
+        // SAFETY: a hint, which never fails.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(at).cast()) }
+    }
+}
+
 // SAFETY (all below): the caller's promises about pointers; the caller checked for the features.
 impl Isa for Avx512 {
     type Codes = __m512i;
     type Sums = __m512;
+
+    #[inline(always)]
+    fn prefetch(from: *const u8, bytes: usize) {
+        prefetch(from, bytes);
+    }
 
     #[inline(always)]
     unsafe fn zero() -> __m512 {
@@ -82,7 +98,8 @@ impl Isa for Avx512 {
     #[inline(always)]
     unsafe fn halves(numbers: [f32; 2]) -> __m512 {
         unsafe {
-            let [low, high] = numbers.map(|number| _mm256_castps_si256(_mm256_set1_ps(number)));
+            let low = _mm256_castps_si256(_mm256_set1_ps(numbers[0]));
+            let high = _mm256_castps_si256(_mm256_set1_ps(numbers[1]));
             _mm512_castsi512_ps(joined(low, high))
         }
     }
@@ -99,7 +116,8 @@ impl Isa for Avx512 {
     #[inline(always)]
     unsafe fn halves_f16(from: [*const u8; 2]) -> __m512 {
         unsafe {
-            let [low, high] = from.map(|from| _mm_set1_epi16(from.cast::<i16>().read_unaligned()));
+            let low = _mm_set1_epi16(from[0].cast::<i16>().read_unaligned());
+            let high = _mm_set1_epi16(from[1].cast::<i16>().read_unaligned());
             _mm512_cvtph_ps(_mm256_set_m128i(high, low))
         }
     }
@@ -107,16 +125,16 @@ impl Isa for Avx512 {
     #[inline(always)]
     unsafe fn bytes(from: [*const u8; 2]) -> __m512i {
         unsafe {
-            let [low, high] = from.map(|from| _mm256_loadu_si256(from.cast()));
-            joined(low, high)
+            let low = _mm256_loadu_si256(from[0].cast());
+            joined(low, _mm256_loadu_si256(from[1].cast()))
         }
     }
 
     #[inline(always)]
     unsafe fn nibbles(from: [*const u8; 2]) -> __m512i {
         unsafe {
-            let [low, high] =
-                from.map(|from| _mm256_broadcastsi128_si256(_mm_loadu_si128(from.cast())));
+            let low = _mm256_broadcastsi128_si256(_mm_loadu_si128(from[0].cast()));
+            let high = _mm256_broadcastsi128_si256(_mm_loadu_si128(from[1].cast()));
             let shifts = _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0);
             let codes = _mm512_srlv_epi64(joined(low, high), shifts);
             _mm512_and_si512(codes, _mm512_set1_epi8(15))
@@ -191,9 +209,102 @@ unsafe fn total(sums: __m256) -> f32 {
     }
 }
 
+/// One register of [`Avx2`]'s two. No closures here: instructions in a closure would be calls.
+mod half {
+    use std::arch::x86_64::*;
+
+    #[inline(always)]
+    pub(super) unsafe fn load_bf16(from: *const u8) -> __m256 {
+        unsafe {
+            let words = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words))
+        }
+    }
+
+    /// Each of two numbers in four lanes.
+    #[inline(always)]
+    pub(super) unsafe fn pair(numbers: *const f32) -> __m256 {
+        unsafe {
+            let (low, high) = (_mm_set1_ps(*numbers), _mm_set1_ps(*numbers.add(1)));
+            _mm256_set_m128(high, low)
+        }
+    }
+
+    #[inline(always)]
+    pub(super) unsafe fn splat_f16(from: *const u8) -> __m256 {
+        unsafe { _mm256_cvtph_ps(_mm_set1_epi16(from.cast::<i16>().read_unaligned())) }
+    }
+
+    #[inline(always)]
+    pub(super) unsafe fn nibbles(from: *const u8) -> __m256i {
+        unsafe {
+            let bytes = _mm_loadu_si128(from.cast());
+            let codes = _mm256_set_m128i(_mm_srli_epi16::<4>(bytes), bytes);
+            _mm256_and_si256(codes, _mm256_set1_epi8(15))
+        }
+    }
+
+    #[inline(always)]
+    pub(super) unsafe fn field(bytes: __m256i, shift: u32, mask: u8) -> __m256i {
+        unsafe {
+            let codes = _mm256_srl_epi64(bytes, _mm_cvtsi32_si128(shift as i32));
+            _mm256_and_si256(codes, _mm256_set1_epi8(mask as i8))
+        }
+    }
+
+    #[inline(always)]
+    pub(super) unsafe fn bits(bits: u32, value: u8) -> __m256i {
+        unsafe {
+            // A byte of the bits in each of its eight places, and there the bit of the place.
+            let places = _mm256_setr_epi64x(
+                0,
+                0x0101_0101_0101_0101,
+                0x0202_0202_0202_0202,
+                0x0303_0303_0303_0303,
+            );
+            let wanted = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+            let bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(bits as i32), places);
+            let is_set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, wanted), wanted);
+            _mm256_and_si256(is_set, _mm256_set1_epi8(value as i8))
+        }
+    }
+
+    #[inline(always)]
+    pub(super) unsafe fn dot(
+        codes: __m256i,
+        x: *const i8,
+        start: *const i32,
+        shift: u32,
+    ) -> __m256 {
+        unsafe {
+            // Two products of less than 2^13: no sum is too large for 16 bits.
+            let pairs = _mm256_maddubs_epi16(codes, _mm256_loadu_si256(x.cast()));
+            let fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+            let start = _mm256_loadu_si256(start.cast());
+            let start = _mm256_sll_epi32(start, _mm_cvtsi32_si128(shift as i32));
+            _mm256_cvtepi32_ps(_mm256_add_epi32(start, fours))
+        }
+    }
+
+    #[inline(always)]
+    pub(super) unsafe fn dot_signed(codes: __m256i, x: *const i8) -> __m256 {
+        unsafe {
+            let x = _mm256_sign_epi8(_mm256_loadu_si256(x.cast()), codes);
+            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), x);
+            let fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+            _mm256_cvtepi32_ps(fours)
+        }
+    }
+}
+
 impl Isa for Avx2 {
     type Codes = [__m256i; 2];
     type Sums = [__m256; 2];
+
+    #[inline(always)]
+    fn prefetch(from: *const u8, bytes: usize) {
+        prefetch(from, bytes);
+    }
 
     #[inline(always)]
     unsafe fn zero() -> [__m256; 2] {
@@ -212,17 +323,17 @@ impl Isa for Avx2 {
 
     #[inline(always)]
     unsafe fn load_f16(from: *const u8) -> [__m256; 2] {
-        unsafe { [from, from.add(16)].map(|from| _mm256_cvtph_ps(_mm_loadu_si128(from.cast()))) }
+        unsafe {
+            [
+                _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
+                _mm256_cvtph_ps(_mm_loadu_si128(from.add(16).cast())),
+            ]
+        }
     }
 
     #[inline(always)]
     unsafe fn load_bf16(from: *const u8) -> [__m256; 2] {
-        unsafe {
-            [from, from.add(16)].map(|from| {
-                let words = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words))
-            })
-        }
+        unsafe { [half::load_bf16(from), half::load_bf16(from.add(16))] }
     }
 
     #[inline(always)]
@@ -247,103 +358,78 @@ impl Isa for Avx2 {
 
     #[inline(always)]
     unsafe fn halves(numbers: [f32; 2]) -> [__m256; 2] {
-        unsafe { numbers.map(|number| _mm256_set1_ps(number)) }
+        unsafe { [_mm256_set1_ps(numbers[0]), _mm256_set1_ps(numbers[1])] }
     }
 
     #[inline(always)]
     unsafe fn quarters(numbers: *const f32) -> [__m256; 2] {
-        unsafe {
-            [0, 2].map(|i| {
-                let [low, high] = [*numbers.add(i), *numbers.add(i + 1)];
-                _mm256_set_m128(_mm_set1_ps(high), _mm_set1_ps(low))
-            })
-        }
+        unsafe { [half::pair(numbers), half::pair(numbers.add(2))] }
     }
 
     #[inline(always)]
     unsafe fn halves_f16(from: [*const u8; 2]) -> [__m256; 2] {
-        unsafe {
-            from.map(|from| _mm256_cvtph_ps(_mm_set1_epi16(from.cast::<i16>().read_unaligned())))
-        }
+        unsafe { [half::splat_f16(from[0]), half::splat_f16(from[1])] }
     }
 
     #[inline(always)]
     unsafe fn bytes(from: [*const u8; 2]) -> [__m256i; 2] {
-        unsafe { from.map(|from| _mm256_loadu_si256(from.cast())) }
+        unsafe {
+            [
+                _mm256_loadu_si256(from[0].cast()),
+                _mm256_loadu_si256(from[1].cast()),
+            ]
+        }
     }
 
     #[inline(always)]
     unsafe fn nibbles(from: [*const u8; 2]) -> [__m256i; 2] {
-        unsafe {
-            from.map(|from| {
-                let bytes = _mm_loadu_si128(from.cast());
-                let codes = _mm256_set_m128i(_mm_srli_epi16::<4>(bytes), bytes);
-                _mm256_and_si256(codes, _mm256_set1_epi8(15))
-            })
-        }
+        unsafe { [half::nibbles(from[0]), half::nibbles(from[1])] }
     }
 
     #[inline(always)]
     unsafe fn fields(from: *const u8, shifts: [u32; 2], mask: u8) -> [__m256i; 2] {
         unsafe {
             let bytes = _mm256_loadu_si256(from.cast());
-            shifts.map(|shift| {
-                let codes = _mm256_srl_epi64(bytes, _mm_cvtsi32_si128(shift as i32));
-                _mm256_and_si256(codes, _mm256_set1_epi8(mask as i8))
-            })
+            [
+                half::field(bytes, shifts[0], mask),
+                half::field(bytes, shifts[1], mask),
+            ]
         }
     }
 
     #[inline(always)]
     unsafe fn halves_of_bytes(from: *const u8, shift: u32) -> [__m256i; 2] {
         unsafe {
-            [from, from.add(32)].map(|from| {
-                let bytes = _mm256_loadu_si256(from.cast());
-                let codes = _mm256_srl_epi64(bytes, _mm_cvtsi32_si128(shift as i32));
-                _mm256_and_si256(codes, _mm256_set1_epi8(15))
-            })
+            [
+                half::field(_mm256_loadu_si256(from.cast()), shift, 15),
+                half::field(_mm256_loadu_si256(from.add(32).cast()), shift, 15),
+            ]
         }
     }
 
     #[inline(always)]
     unsafe fn bits(bits: [u32; 2], value: u8) -> [__m256i; 2] {
-        unsafe {
-            // A byte of the bits in each of its eight places, and there the bit of the place.
-            let places = _mm256_setr_epi64x(
-                0,
-                0x0101_0101_0101_0101,
-                0x0202_0202_0202_0202,
-                0x0303_0303_0303_0303,
-            );
-            let wanted = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
-            bits.map(|bits| {
-                let bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(bits as i32), places);
-                let is_set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, wanted), wanted);
-                _mm256_and_si256(is_set, _mm256_set1_epi8(value as i8))
-            })
-        }
+        unsafe { [half::bits(bits[0], value), half::bits(bits[1], value)] }
     }
 
     #[inline(always)]
     unsafe fn merge<const SHIFT: u32>(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
         unsafe {
             let count = _mm_cvtsi32_si128(SHIFT as i32);
-            [0, 1].map(|i| _mm256_or_si256(a[i], _mm256_sll_epi64(b[i], count)))
+            [
+                _mm256_or_si256(a[0], _mm256_sll_epi64(b[0], count)),
+                _mm256_or_si256(a[1], _mm256_sll_epi64(b[1], count)),
+            ]
         }
     }
 
     #[inline(always)]
     unsafe fn dot(codes: [__m256i; 2], x: *const i8, start: *const i32, shift: u32) -> [__m256; 2] {
         unsafe {
-            [0, 1].map(|i| {
-                let x = _mm256_loadu_si256(x.add(32 * i).cast());
-                // Two products of less than 2^13: no sum is too large for 16 bits.
-                let pairs = _mm256_maddubs_epi16(codes[i], x);
-                let fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-                let start = _mm256_loadu_si256(start.add(8 * i).cast());
-                let start = _mm256_sll_epi32(start, _mm_cvtsi32_si128(shift as i32));
-                _mm256_cvtepi32_ps(_mm256_add_epi32(start, fours))
-            })
+            [
+                half::dot(codes[0], x, start, shift),
+                half::dot(codes[1], x.add(32), start.add(8), shift),
+            ]
         }
     }
 
@@ -351,13 +437,10 @@ impl Isa for Avx2 {
     #[inline(always)]
     unsafe fn dot_signed(codes: [__m256i; 2], x: *const i8, _: *const i32) -> [__m256; 2] {
         unsafe {
-            [0, 1].map(|i| {
-                let x = _mm256_loadu_si256(x.add(32 * i).cast());
-                let x = _mm256_sign_epi8(x, codes[i]);
-                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes[i]), x);
-                let fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-                _mm256_cvtepi32_ps(fours)
-            })
+            [
+                half::dot_signed(codes[0], x),
+                half::dot_signed(codes[1], x.add(32)),
+            ]
         }
     }
 }
