@@ -23,6 +23,8 @@ FORMATS = {
     "q4_k": (Type.Q4_K, 144, [0, 2]),
     "q5_k": (Type.Q5_K, 176, [0, 2]),
     "q6_k": (Type.Q6_K, 210, [208]),
+    "iq4_nl": (Type.IQ4_NL, 18, [0]),
+    "mxfp4": (Type.MXFP4, 17, []),
 }
 
 random = np.random.default_rng(7)

@@ -60,6 +60,10 @@ pub enum DType {
     Q5K,
     /// 256 numbers of 6 bits, with scales of 8 bits.
     Q6K,
+    /// 32 numbers of 16 uneven steps with a scale.
+    Iq4Nl,
+    /// 32 4-bit floats, 2 exponent and 1 mantissa bits, with a power of two.
+    MxFp4,
 }
 
 impl DType {
@@ -84,7 +88,7 @@ impl DType {
     ];
 
     /// Those of GGUF files, by the number they have there.
-    const GGML: [(u32, Self); 18] = [
+    const GGML: [(u32, Self); 20] = [
         (0, Self::F32),
         (1, Self::F16),
         (2, Self::Q4_0),
@@ -97,18 +101,21 @@ impl DType {
         (12, Self::Q4K),
         (13, Self::Q5K),
         (14, Self::Q6K),
+        (20, Self::Iq4Nl),
         (24, Self::I8),
         (25, Self::I16),
         (26, Self::I32),
         (27, Self::I64),
         (28, Self::F64),
         (30, Self::BF16),
+        (39, Self::MxFp4),
     ];
 
     /// Elements that are stored together: 1, but for ggml's blocks.
     pub fn block(self) -> usize {
         match self {
             Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
+            Self::Iq4Nl | Self::MxFp4 => 32,
             Self::Q2K | Self::Q3K | Self::Q4K | Self::Q5K | Self::Q6K => 256,
             _ => 1,
         }
@@ -117,7 +124,8 @@ impl DType {
     /// The size of one element, or of one block, in bytes.
     pub fn size_bytes(self) -> usize {
         match self {
-            Self::Q4_0 => 18,
+            Self::MxFp4 => 17,
+            Self::Q4_0 | Self::Iq4Nl => 18,
             Self::Q4_1 => 20,
             Self::Q5_0 => 22,
             Self::Q5_1 => 24,
@@ -163,6 +171,8 @@ impl DType {
             Self::Q4K => "Q4_K",
             Self::Q5K => "Q5_K",
             Self::Q6K => "Q6_K",
+            Self::Iq4Nl => "IQ4_NL",
+            Self::MxFp4 => "MXFP4",
         }
     }
 

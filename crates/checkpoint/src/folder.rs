@@ -12,8 +12,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::{io, shown};
-use crate::gguf::Gguf;
-use crate::gguf::origin::{self, Origin};
+use crate::gguf::origin::Origin;
+use crate::gguf::{Gguf, malformed};
 use crate::json::{self, CONFIG_LIMIT, INDEX_LIMIT};
 use crate::{Error, OrderedMap, Result, Safetensors, Tensor};
 
@@ -21,6 +21,9 @@ use crate::{Error, OrderedMap, Result, Safetensors, Tensor};
 pub(crate) const INDEX_NAME: &str = "model.safetensors.index.json";
 /// The only shard of a folder without an index.
 pub(crate) const SINGLE_NAME: &str = "model.safetensors";
+
+/// No GGUF has more, each expert's matrices counted: a small file must not become a large list of names.
+const MOST_TENSORS: usize = 1 << 22;
 
 /// An opened model. All files are mapped; opening copies nothing.
 #[derive(Clone, Debug)]
@@ -97,12 +100,19 @@ impl Folder {
             shards: Vec::new(),
             place_of: BTreeMap::new(),
             unindexed: Vec::new(),
-            gguf: Some((gguf.metadata, origin)),
+            gguf: Some((gguf.metadata, origin.clone())),
             texts: Vec::new(),
         };
-        for (file, mut tensors) in gguf.files {
-            for (i, tensor) in tensors.iter_mut().enumerate() {
-                tensor.name = origin::key(&tensor.name).into();
+        for (file, stored) in gguf.files {
+            let mut tensors = Vec::new();
+            for tensor in stored {
+                tensors.extend(origin.parts(tensor)?);
+                if folder.place_of.len() + tensors.len() > MOST_TENSORS {
+                    let problem = format!("expected at most {MOST_TENSORS} tensors, found more");
+                    return Err(malformed(&file, problem));
+                }
+            }
+            for (i, tensor) in tensors.iter().enumerate() {
                 let place = [folder.shards.len(), i];
                 if let Some([first, _]) = folder.place_of.insert(tensor.name.to_string(), place) {
                     return Err(Error::DuplicateTensor {

@@ -7,7 +7,9 @@
 //!
 //! Source: ggml-org/ggml: docs/gguf.md; ggml-org/llama.cpp: ggml/src/gguf.cpp (the checks).
 
+mod names;
 pub(crate) mod origin;
+mod settings;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -33,6 +33,18 @@ pub enum Error {
         /// Its value, as text.
         found: String,
     },
+    /// Two matrices are not the halves of one.
+    #[error(
+        "expected the keys and values of {heads} heads of one rank, found matrices {keys:?} and {values:?}"
+    )]
+    Halves {
+        /// Number of heads.
+        heads: usize,
+        /// Rows and columns of the keys.
+        keys: [usize; 2],
+        /// Rows and columns of the values.
+        values: [usize; 2],
+    },
     /// No quantizer has this name.
     #[error("expected one of {}, found `{found}`", known.join(", "))]
     UnknownQuantizer {

@@ -47,11 +47,15 @@ pub enum Ggml {
     Q3K,
     /// 2 bits, scales and minima of 4 bits.
     Q2K,
+    /// 4 bits for 16 uneven steps, and a scale. Read only.
+    Iq4Nl,
+    /// 4-bit floats with 2 exponent bits, and a power of two. Read only.
+    MxFp4,
 }
 
 impl Ggml {
-    /// All, from many bits to few.
-    pub const ALL: [Self; 11] = [
+    /// All that are written, from many bits to few.
+    pub const WRITTEN: [Self; 11] = [
         Self::F16,
         Self::Q8_0,
         Self::Q6K,
@@ -64,6 +68,8 @@ impl Ggml {
         Self::Q3K,
         Self::Q2K,
     ];
+    /// Those that are only read.
+    pub const READ_ONLY: [Self; 2] = [Self::Iq4Nl, Self::MxFp4];
 
     /// Its name, as `q4_0`.
     pub fn name(self) -> &'static str {
@@ -79,6 +85,8 @@ impl Ggml {
             Self::Q4K => "q4_k",
             Self::Q3K => "q3_k",
             Self::Q2K => "q2_k",
+            Self::Iq4Nl => "iq4_nl",
+            Self::MxFp4 => "mxfp4",
         }
     }
 
@@ -87,6 +95,7 @@ impl Ggml {
         match self {
             Self::F16 => 1,
             Self::Q8_0 | Self::Q5_0 | Self::Q5_1 | Self::Q4_0 | Self::Q4_1 => BLOCK,
+            Self::Iq4Nl | Self::MxFp4 => BLOCK,
             Self::Q6K | Self::Q5K | Self::Q4K | Self::Q3K | Self::Q2K => SUPER_BLOCK,
         }
     }
@@ -108,7 +117,7 @@ impl Ggml {
     /// Rounds whole blocks to what the format keeps of them.
     ///
     /// # Panics
-    /// If the last block is not whole.
+    /// If the last block is not whole, or the format is only read.
     pub(crate) fn round(self, values: &mut [f32]) {
         assert!(
             values.len().is_multiple_of(self.block()),
@@ -127,6 +136,7 @@ impl Ggml {
             Self::Q4K => through::<BlockQ4K>(values),
             Self::Q3K => through::<BlockQ3K>(values),
             Self::Q2K => through::<BlockQ2K>(values),
+            Self::Iq4Nl | Self::MxFp4 => panic!("{} is only read", self.name()),
         }
     }
 }
@@ -255,7 +265,7 @@ mod tests {
             let squares = before.iter().zip(&after).map(|(b, a)| (b - a) * (b - a));
             squares.sum::<f32>().sqrt()
         };
-        let errors = Ggml::ALL.map(error);
+        let errors = Ggml::WRITTEN.map(error);
         let limits = [
             (Ggml::F16, Ggml::Q8_0),
             (Ggml::Q8_0, Ggml::Q6K),
@@ -266,7 +276,7 @@ mod tests {
             (Ggml::Q3K, Ggml::Q2K),
         ];
         for (more, fewer) in limits {
-            let of = |format| errors[Ggml::ALL.iter().position(|f| *f == format).unwrap()];
+            let of = |format| errors[Ggml::WRITTEN.iter().position(|f| *f == format).unwrap()];
             assert!(of(more) < of(fewer), "{more:?} {fewer:?} {errors:?}");
         }
     }

@@ -56,6 +56,7 @@ pub use dropout::Dropout;
 pub use error::Error;
 pub use experts::{ExpertBank, ExpertLora};
 pub use ggml::Ggml;
+pub use matrix::heads::Heads;
 pub use matrix::{Format, Fp8Blocks, Matrix};
 pub use product::compute::Compute;
 pub use quantizer::Quantizer;

@@ -4,15 +4,19 @@
 //! Kernels ask for a tile, which is decoded into scratch that fits the cache, or for the product of one row with
 //! a vector. Rows may start at any byte address: dense formats are read byte-wise where they are misaligned.
 
+pub(crate) mod heads;
+
 use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use half::{bf16, f16};
 
+use self::heads::Heads;
 use crate::Error;
 use crate::fp8::e4m3_to_f32;
 use crate::ggml::Ggml;
+use crate::product::gemm::{dot, with_scratch};
 use crate::simd::multiversion;
 
 /// How the numbers of a [`Matrix`] are stored.
@@ -28,6 +32,8 @@ pub enum Format {
     Fp8(Fp8Blocks),
     /// Blocks of ggml's, which do not cross rows.
     Ggml(Ggml),
+    /// Two matrices, each in a format of its own.
+    Heads(Heads),
 }
 
 /// The scales of an FP8 matrix. Blocks at the right and lower edge may be partial.
@@ -56,6 +62,7 @@ impl Format {
             Self::F16 | Self::Bf16 => (1, 2),
             Self::Fp8(_) => (1, 1),
             Self::Ggml(format) => (format.block(), format.block_bytes()),
+            Self::Heads(_) => (1, 0),
         }
     }
 
@@ -73,6 +80,7 @@ impl Format {
             Self::Bf16 => "BF16",
             Self::Fp8(_) => "FP8",
             Self::Ggml(format) => format.name(),
+            Self::Heads(_) => "halves",
         }
     }
 }
@@ -90,11 +98,11 @@ impl Matrix {
     /// A matrix over stored bytes of a format without scales elsewhere.
     ///
     /// # Errors
-    /// If the byte length is not `rows × cols` numbers, or a row is not whole blocks.
+    /// If the byte length is not `rows × cols` numbers, or a row is not whole blocks; if the format has its bytes elsewhere.
     pub fn dense(rows: usize, cols: usize, format: Format, bytes: Bytes) -> Result<Self, Error> {
         let (block, size) = format.block();
         let expected = rows.saturating_mul(cols / block).saturating_mul(size);
-        if bytes.len() == expected && cols.is_multiple_of(block) {
+        if bytes.len() == expected && cols.is_multiple_of(block) && size > 0 {
             return Ok(Self {
                 rows,
                 cols,
@@ -145,6 +153,21 @@ impl Matrix {
         Self::dense(rows, cols, Format::Fp8(blocks), codes)
     }
 
+    /// The up-projection `[heads · (nope + v), rank]` of latent attention from its halves: `keys` `[heads · rank, nope]`,
+    /// transposed head by head, and `values` `[heads · v, rank]`.
+    ///
+    /// # Errors
+    /// If the two are not of so many heads of one rank.
+    pub fn of_heads(keys: Self, values: Self, heads: usize) -> Result<Self, Error> {
+        let heads = Heads::new(keys, values, heads)?;
+        Ok(Self {
+            rows: heads.rows(),
+            cols: heads.cols(),
+            bytes: Bytes::new(),
+            format: Format::Heads(heads),
+        })
+    }
+
     /// A matrix that owns f32 values.
     ///
     /// # Panics
@@ -183,13 +206,22 @@ impl Matrix {
         &self.format
     }
 
-    /// Bytes held, block scales included.
+    /// The halves, if it is made of such.
+    pub fn heads(&self) -> Option<&Heads> {
+        match &self.format {
+            Format::Heads(heads) => Some(heads),
+            _ => None,
+        }
+    }
+
+    /// Bytes held, block scales included; of a view of halves, both of them.
     pub fn size_bytes(&self) -> usize {
-        let scales = match &self.format {
+        let elsewhere = match &self.format {
             Format::Fp8(blocks) => blocks.scales.len() * 4,
+            Format::Heads(heads) => heads.size_bytes(),
             _ => 0,
         };
-        self.bytes.len() + scales
+        self.bytes.len() + elsewhere
     }
 
     /// A view of some rows, sharing the bytes.
@@ -198,9 +230,12 @@ impl Matrix {
     /// If the range leaves the matrix.
     pub fn row_range(&self, rows: Range<usize>) -> Self {
         let row_bytes = self.row_bytes();
+        assert!(rows.end <= self.rows, "rows {rows:?} leave the matrix");
         let mut format = self.format.clone();
-        if let Format::Fp8(blocks) = &mut format {
-            blocks.first_row += rows.start;
+        match &mut format {
+            Format::Fp8(blocks) => blocks.first_row += rows.start,
+            Format::Heads(heads) => *heads = heads.from_row(rows.start),
+            _ => {}
         }
         let bytes = self
             .bytes
@@ -243,6 +278,9 @@ impl Matrix {
             rows.end <= self.rows && cols.end <= self.cols,
             "tile {rows:?} × {cols:?} leaves the matrix"
         );
+        if let Format::Heads(heads) = &self.format {
+            return heads.decode(rows, cols, out);
+        }
         for (row, line) in rows.zip(out.chunks_exact_mut(cols.len().max(1))) {
             self.decode_row(row, cols.clone(), line);
         }
@@ -272,6 +310,7 @@ impl Matrix {
                     decode_e4m3(&bytes[at.clone()], &mut out[at], scale);
                 }
             }
+            Format::Heads(heads) => heads.decode(row..row + 1, cols, out),
         }
     }
 
@@ -308,6 +347,10 @@ impl Matrix {
                     .map(|(span, scale)| scale * dot_e4m3(&bytes[span.clone()], &x[span]))
                     .sum()
             }
+            Format::Heads(heads) => with_scratch(self.cols, |line| {
+                heads.decode(row..row + 1, 0..x.len(), line);
+                dot(line, x)
+            }),
         }
     }
 }
@@ -544,7 +587,10 @@ pub(crate) mod tests {
     /// A matrix of every format of blocks, with rows of two of the largest; of codes that mean numbers.
     pub(crate) fn every_block_format(rows: usize) -> Vec<Matrix> {
         let cols = 2 * DECODED;
-        let formats = Ggml::ALL.into_iter().filter(|format| format.block() > 1);
+        let formats = Ggml::WRITTEN
+            .into_iter()
+            .chain(Ggml::READ_ONLY)
+            .filter(|format| format.block() > 1);
         let matrix = |format: Ggml| {
             let bytes = rows * cols / format.block() * format.block_bytes();
             // Of no byte the highest bits of an exponent are set, so that no scale is infinite.

@@ -19,7 +19,7 @@ pub enum Quantizer {
 impl Quantizer {
     /// All, from many bits to few.
     pub fn all() -> Vec<Self> {
-        let mut all: Vec<_> = Ggml::ALL.into_iter().map(Self::Gguf).collect();
+        let mut all: Vec<_> = Ggml::WRITTEN.into_iter().map(Self::Gguf).collect();
         all.insert(2, Self::Fp8(Scales::F32));
         all
     }

@@ -99,7 +99,11 @@ fn blocks_of_ggml_keep_what_the_goldens_say() {
 #[test]
 fn blocks_of_every_format_decode_as_the_golden_says() {
     with_file("ggml.safetensors", |goldens| {
-        for format in Ggml::ALL.into_iter().filter(|format| format.block() > 1) {
+        for format in Ggml::WRITTEN
+            .into_iter()
+            .chain(Ggml::READ_ONLY)
+            .filter(|format| format.block() > 1)
+        {
             let name = format.name();
             let bytes = goldens.tensor(&format!("{name}.bytes")).unwrap();
             let expected = floats(goldens, &format!("{name}.values"));

@@ -5,6 +5,7 @@
 //! scales. Before it is called good it is opened again and every weight is compared with base plus adapter by another
 //! way: not the sum of matrices, but the products of both with a vector of random signs.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -20,7 +21,9 @@ use crate::config::ModelConfig;
 use crate::export::block_fp8::{BlockFp8, is_lowered};
 use crate::export::{WeightFormat, copy_companions, exported_config};
 use crate::precision::Class;
-use crate::weights::{is_scale, keys, read_config, read_matrix, scale_key};
+use crate::weights::{
+    is_scale, keys, read_config, read_matrix, read_tensor, scale_key, weight_names,
+};
 
 /// What a merge did.
 #[derive(Clone, Debug, PartialEq)]
@@ -104,14 +107,14 @@ fn write(
         },
     };
     let mut writer = FolderWriter::create(out)?;
-    let total = 2 * base.names().filter(|name| !is_scale(name)).count();
+    let total = 2 * weight_names(base.names()).len();
     let mut done = 0;
     let mut step = || {
         done += 1;
         progress(done, total);
     };
     for (file, names) in base.shards() {
-        let names: Vec<&str> = names.into_iter().filter(|name| !is_scale(name)).collect();
+        let names = weight_names(names);
         if !names.is_empty() {
             merger.write_shard(&mut writer, file, &names, &mut step)?;
         }
@@ -160,7 +163,7 @@ impl Merger<'_> {
         &mut self,
         writer: &mut FolderWriter,
         file: &str,
-        names: &[&str],
+        names: &[Cow<'_, str>],
         step: &mut dyn FnMut(),
     ) -> Result<(), Error> {
         let mut outputs = Vec::new();
@@ -190,7 +193,7 @@ impl Merger<'_> {
 
     /// What a tensor of the base becomes: itself, or codes and scales.
     fn outputs(&self, name: &str) -> Result<Vec<Output>, Error> {
-        let tensor = self.base.tensor(name)?;
+        let tensor = self.tensor(name)?;
         let output = |spec, source: &str, part| Output {
             spec,
             source: source.into(),
@@ -241,7 +244,7 @@ impl Merger<'_> {
 
     /// One output tensor's bytes.
     fn bytes(&mut self, output: &Output) -> Result<bytes::Bytes, Error> {
-        let tensor = self.base.tensor(&output.source)?;
+        let tensor = self.tensor(&output.source)?;
         let is_new = output.part != Part::Scales && !is_scale(&output.source);
         self.report.tensors += usize::from(is_new);
         self.report.adapted += usize::from(is_new && self.update(&output.source).is_some());
@@ -276,6 +279,10 @@ impl Merger<'_> {
         Ok(values)
     }
 
+    fn tensor(&self, name: &str) -> Result<checkpoint::Tensor, Error> {
+        read_tensor(self.base, name, &self.config)
+    }
+
     fn matrix(&self, folder: &Folder, name: &str, shape: &[usize]) -> Result<Matrix, Error> {
         let shape = matrix_shape(name, shape)?;
         read_matrix(folder, name, shape, self.config.fp8_block)
@@ -283,9 +290,10 @@ impl Merger<'_> {
 
     /// Compares every matrix of the output with base plus adapter.
     fn check(&mut self, merged: &Folder, step: &mut dyn FnMut()) -> Result<(), Error> {
-        for name in self.base.names().filter(|name| !is_scale(name)) {
+        for name in weight_names(self.base.names()) {
             step();
-            let (before, after) = (self.base.tensor(name)?, merged.tensor(name)?);
+            let name = &*name;
+            let (before, after) = (self.tensor(name)?, merged.tensor(name)?);
             after.expect_shape(&before.shape)?;
             if after.dtype == before.dtype && self.update(name).is_none() {
                 if after.bytes != before.bytes {
@@ -410,7 +418,8 @@ fn allowed_error(merged: &Matrix, row: usize, magnitude: f32) -> f32 {
         Format::F32 => 1e-6,
         Format::F16 | Format::Bf16 => 1.0 / 256.0,
         Format::Fp8(_) => 1.0 / 16.0,
-        Format::Ggml(_) => 0.0,
+        // None is written.
+        Format::Ggml(_) | Format::Heads(_) => 0.0,
     };
     let sums = 1e-6 * (merged.cols() as f32).sqrt();
     (relative + sums) * magnitude + merged.smallest_half_steps(row)

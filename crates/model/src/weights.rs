@@ -3,16 +3,21 @@
 //! Frozen weights stay mapped in their published bytes; a trained model converts each weight to f32 once. Fresh models
 //! are built by the same walk, from a seed instead of a file: a weight's values depend on the seed and its key alone.
 
+mod stored;
+
 use std::sync::Arc;
 
 use burn::module::{Param, ParamId};
 use burn::tensor::{Device, Tensor};
 use checkpoint::{DType, Folder};
-use kernels::{ExpertBank, Format, Ggml, Matrix, fp8};
+use kernels::{ExpertBank, Matrix, fp8};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
+use self::stored::whole_name;
+pub(crate) use self::stored::{is_scale, read_tensor, weight_names};
+pub use self::stored::{read_matrix, scale_key};
 use crate::Error;
 use crate::attention::{Attention, Gqa, Mla};
 use crate::config::{AttentionConfig, GqaConfig, MlaConfig, ModelConfig, MoeConfig};
@@ -130,85 +135,6 @@ pub(crate) fn has_e8m0_scales(folder: &Folder) -> Result<bool, Error> {
     }
 }
 
-/// Reads a weight of any published format.
-///
-/// # Errors
-/// If the tensor is no matrix of the given shape, of another dtype, or its block scales are missing or do not fit.
-pub fn read_matrix(
-    folder: &Folder,
-    key: &str,
-    [rows, cols]: [usize; 2],
-    block: [usize; 2],
-) -> Result<Matrix, Error> {
-    let tensor = folder.tensor(key)?;
-    tensor.expect_shape(&[rows, cols])?;
-    let wrong = |cause| Error::Weight {
-        file: tensor.file.to_path_buf(),
-        name: key.into(),
-        cause,
-    };
-    let dense = |format| Matrix::dense(rows, cols, format, tensor.bytes.clone()).map_err(wrong);
-    match tensor.dtype {
-        DType::F32 => dense(Format::F32),
-        DType::F16 => dense(Format::F16),
-        DType::BF16 => dense(Format::Bf16),
-        DType::F8E4M3 => {
-            let scales = folder.tensor(&scale_key(key))?;
-            let values = match scales.dtype {
-                DType::F8E8M0 => scales
-                    .bytes
-                    .iter()
-                    .map(|code| fp8::e8m0_to_f32(*code))
-                    .collect(),
-                _ => scales.to_f32()?,
-            };
-            let wrong = |cause| Error::Weight {
-                file: scales.file.to_path_buf(),
-                name: scales.name.to_string(),
-                cause,
-            };
-            Matrix::fp8(
-                [rows, cols],
-                tensor.bytes.clone(),
-                values,
-                &scales.shape,
-                block,
-            )
-            .map_err(wrong)
-        }
-        found => match ggml(found) {
-            Some(format) => dense(Format::Ggml(format)),
-            None => Err(Error::DType {
-                file: tensor.file.to_path_buf(),
-                name: key.into(),
-                found,
-            }),
-        },
-    }
-}
-
-/// The format of blocks that a GGUF's tensor is in, if it is in any.
-fn ggml(dtype: DType) -> Option<Ggml> {
-    Some(match dtype {
-        DType::Q4_0 => Ggml::Q4_0,
-        DType::Q4_1 => Ggml::Q4_1,
-        DType::Q5_0 => Ggml::Q5_0,
-        DType::Q5_1 => Ggml::Q5_1,
-        DType::Q8_0 => Ggml::Q8_0,
-        DType::Q2K => Ggml::Q2K,
-        DType::Q3K => Ggml::Q3K,
-        DType::Q4K => Ggml::Q4K,
-        DType::Q5K => Ggml::Q5K,
-        DType::Q6K => Ggml::Q6K,
-        _ => return None,
-    })
-}
-
-/// The name of a weight's block scales. Despite it, they multiply.
-pub fn scale_key(key: &str) -> String {
-    format!("{key}_scale_inv")
-}
-
 /// Which of a checkpoint's tensors a model uses, and which it does not.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Audit {
@@ -230,14 +156,14 @@ pub fn audit(folder: &Folder) -> Result<Audit, Error> {
         keys(&config).into_iter().map(|(key, _)| key).collect();
     let mut audit = Audit::default();
     for name in folder.names() {
-        let weight = name.strip_suffix("_scale_inv").unwrap_or(name);
+        let weight = whole_name(name.strip_suffix("_scale_inv").unwrap_or(name));
         let layer = name
             .strip_prefix("model.layers.")
             .and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
         let mtp =
             config.num_hidden_layers..config.num_hidden_layers + config.num_nextn_predict_layers;
         let list = match layer {
-            _ if used.contains(weight) => &mut audit.used,
+            _ if used.contains(&*weight) => &mut audit.used,
             Some(layer) if mtp.contains(&layer) => &mut audit.mtp,
             _ => &mut audit.unknown,
         };
@@ -737,9 +663,4 @@ pub fn parameter_keys(
     parts
         .map(|(place, expert)| (key(expert), place * size..(place + 1) * size))
         .collect()
-}
-
-/// Whether a tensor holds the block scales of another.
-pub(crate) fn is_scale(name: &str) -> bool {
-    name.ends_with(".weight_scale_inv")
 }

@@ -10,9 +10,18 @@ use checkpoint::{Folder, Safetensors};
 use moeforge_model::export::WeightFormat;
 use moeforge_model::lora::{self, LoraConfig, Scaling};
 use moeforge_model::merge::convert;
-use moeforge_model::{Compute, Model, Pass, Training, weights};
+use moeforge_model::{Cache, Compute, Model, Pass, Training, weights};
 
-const MODELS: [&str; 3] = ["llama_f32", "llama_q4_1", "qwen2_q5_0"];
+const MODELS: [&str; 6] = [
+    "llama_f32",
+    "llama_q4_1",
+    "qwen2_q5_0",
+    "deepseek_v3_f32",
+    "deepseek_v3_q8_0",
+    "deepseek_v2_lite_bf16",
+];
+/// Those with the up-projection of latent attention in halves.
+const SPLIT: [&str; 2] = ["deepseek_v3_f32", "deepseek_v3_q8_0"];
 /// The bar for f32 logits that spread over about 10.
 const LOGITS: f32 = 2e-4;
 
@@ -34,11 +43,14 @@ fn ids(name: &str, device: &Device) -> Tensor<2, Int> {
 }
 
 fn logits(model: &Model, ids: Tensor<2, Int>) -> Vec<f32> {
-    let mut pass = Pass::new(Compute::F32);
+    logits_of(model, ids, &mut Pass::new(Compute::F32))
+}
+
+fn logits_of(model: &Model, ids: Tensor<2, Int>, pass: &mut Pass<'_>) -> Vec<f32> {
     let [batch, seq] = ids.dims();
-    let hidden = model.hidden(ids, &mut pass);
+    let hidden = model.hidden(ids, pass);
     let hidden = hidden.reshape([batch * seq, model.config.hidden_size]);
-    let logits = model.logits(hidden, &pass);
+    let logits = model.logits(hidden, pass);
     logits.into_data().try_to_vec().unwrap()
 }
 
@@ -68,11 +80,71 @@ fn logits_are_the_goldens() {
     }
 }
 
+/// Token by token, where attention runs over the latents with both halves as they are stored.
+#[test]
+fn cached_logits_are_the_full_ones() {
+    let device = Device::flex();
+    for name in MODELS {
+        let (model, ids) = (load(&open(name)), ids(name, &device));
+        let ([_, seq], full) = (ids.dims(), logits(&model, ids.clone()));
+        let mut cache = Cache::new(&model.config);
+        for (position, expected) in full.chunks(model.config.vocab_size).enumerate() {
+            let one = ids.clone().slice([0..1, position..position + 1]);
+            let found = logits_of(&model, one, &mut Pass::cached(Compute::F32, &mut cache));
+            assert_close(&found, expected, LOGITS, &format!("{name} at {position}"));
+        }
+        assert_eq!(cache.len(), seq);
+    }
+}
+
+#[test]
+fn a_deepseek_opens_with_the_config_it_had() {
+    for (name, source) in [
+        ("deepseek_v3_f32", "deepseek_v3"),
+        ("deepseek_v2_lite_bf16", "deepseek_v2_lite"),
+    ] {
+        let found = weights::read_config(&open(name)).unwrap();
+        let folder = Folder::open(&goldens().join("..").join(source)).unwrap();
+        let mut expected = weights::read_config(&folder).unwrap();
+        // The converter leaves multi-token prediction out.
+        expected.num_nextn_predict_layers = 0;
+        assert_eq!(found, expected, "{name}");
+    }
+}
+
+#[test]
+fn experts_and_halves_are_views_of_the_file() {
+    let folder = open("deepseek_v3_q8_0");
+    let expert = |n: usize| {
+        let key = format!("model.layers.1.mlp.experts.{n}.up_proj.weight");
+        folder.tensor(&key).unwrap()
+    };
+    let [first, second] = [expert(0), expert(1)];
+    assert_eq!(first.shape, [24, 64]);
+    assert_eq!(
+        first.bytes.as_ptr().wrapping_add(first.bytes.len()),
+        second.bytes.as_ptr()
+    );
+    let key = "model.layers.0.self_attn.kv_b_proj.weight";
+    let whole = weights::read_matrix(&folder, key, [4 * 32, 32], [128, 128]).unwrap();
+    let halves = ["k_b", "v_b"].map(|half| key.replace("kv_b", half));
+    let sizes = halves.map(|half| folder.tensor(&half).unwrap().bytes.len());
+    assert_eq!(whole.size_bytes(), sizes[0] + sizes[1]);
+    for shape in [[4 * 31, 32], [4 * 32, 31], [130, 32]] {
+        let error = weights::read_matrix(&folder, key, shape, [128, 128]);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("expected"), "{error}");
+    }
+}
+
 #[test]
 fn nothing_in_a_gguf_is_unknown_and_its_bytes_stay() {
+    for name in MODELS {
+        let audit = weights::audit(&open(name)).unwrap();
+        assert!(audit.unknown.is_empty(), "{name}: {:?}", audit.unknown);
+    }
     for (name, class) in [("llama_q4_1", "Q4_1"), ("qwen2_q5_0", "Q5_0")] {
         let folder = open(name);
-        assert!(weights::audit(&folder).unwrap().unknown.is_empty());
         let key = "model.layers.1.self_attn.q_proj.weight";
         assert_eq!(folder.tensor(key).unwrap().dtype.to_string(), class);
         let matrix = weights::read_matrix(&folder, key, [64, 64], [128, 128]).unwrap();
@@ -94,7 +166,10 @@ fn a_gguf_converts_to_a_folder_that_computes_the_same() {
             let out = place.path().join(dir);
             convert(&open(name), dtype, &out, &mut |_, _| {}).unwrap();
             let folder = Folder::open(&out).unwrap();
-            assert!(folder.names().eq(open(name).names()), "{name}");
+            let config = weights::read_config(&folder).unwrap();
+            let mut keys: Vec<String> = weights::keys(&config).into_iter().map(|k| k.0).collect();
+            keys.sort_unstable();
+            assert!(folder.names().eq(keys), "{name}");
             let after = logits(&load(&folder), ids(name, &Device::flex()));
             assert_close(&after, &before, tolerance, name);
         }
@@ -105,7 +180,7 @@ fn a_gguf_converts_to_a_folder_that_computes_the_same() {
 #[test]
 fn updates_train_on_quantized_weights_as_on_their_values() {
     let device = Device::flex().autodiff();
-    for name in ["llama_q4_1", "qwen2_q5_0"] {
+    for name in ["llama_q4_1", "qwen2_q5_0"].into_iter().chain(SPLIT) {
         let place = tempfile::tempdir().unwrap();
         let out = place.path().join("f32");
         convert(&open(name), WeightFormat::F32, &out, &mut |_, _| {}).unwrap();

@@ -95,6 +95,163 @@ fn llama() -> Draft {
     draft
 }
 
+/// A deepseek2 of one layer with a mixture of two experts, as today's converter writes it.
+fn deepseek() -> Draft {
+    let mut draft = Draft::default();
+    draft.set("general.architecture", 8, text("deepseek2"));
+    for (key, value) in [
+        ("embedding_length", 4u32),
+        ("feed_forward_length", 6),
+        ("block_count", 1),
+        ("attention.head_count", 2),
+        ("attention.head_count_kv", 1),
+        ("attention.key_length", 8),
+        ("attention.value_length", 6),
+        ("attention.key_length_mla", 5),
+        ("attention.value_length_mla", 4),
+        ("attention.kv_lora_rank", 6),
+        ("rope.dimension_count", 2),
+        ("context_length", 64),
+        ("leading_dense_block_count", 0),
+        ("expert_feed_forward_length", 3),
+        ("expert_count", 2),
+        ("expert_used_count", 1),
+        ("expert_shared_count", 1),
+        ("expert_gating_func", 2),
+        ("rope.scaling.original_context_length", 16),
+    ] {
+        draft.set(&format!("deepseek2.{key}"), 4, value.to_le_bytes().to_vec());
+    }
+    for (key, value) in [
+        ("attention.layer_norm_rms_epsilon", 1e-6f32),
+        ("expert_weights_scale", 2.5),
+        ("rope.scaling.factor", 40.0),
+        ("rope.scaling.yarn_log_multiplier", 0.0707),
+    ] {
+        draft.set(&format!("deepseek2.{key}"), 6, value.to_le_bytes().to_vec());
+    }
+    draft.set("deepseek2.rope.scaling.type", 8, text("yarn"));
+    let numbered = |n: usize| f32s(&(0..n).map(|i| i as f32).collect::<Vec<_>>());
+    draft.tensor("token_embd.weight", &[4, 5], 0, numbered(20));
+    draft.tensor("blk.0.attn_q.weight", &[4, 10], 0, numbered(40));
+    draft.tensor("blk.0.attn_k_b.weight", &[3, 6, 2], 0, numbered(36));
+    draft.tensor("blk.0.attn_v_b.weight", &[6, 4, 2], 0, numbered(48));
+    draft.tensor("blk.0.exp_probs_b.bias", &[2], 0, numbered(2));
+    draft.tensor("blk.0.ffn_gate_up_exps.weight", &[4, 6, 2], 0, numbered(48));
+    draft.tensor("blk.0.ffn_down_exps.weight", &[3, 4, 2], 0, numbered(24));
+    draft.tensor("blk.1.nextn.eh_proj.weight", &[8, 4], 0, numbered(32));
+    draft
+}
+
+#[test]
+fn a_deepseek_opens_with_its_config_and_an_experts_tensors_each() {
+    let (_folder, path) = deepseek().write("m.gguf");
+    let model = Folder::open(&path).unwrap();
+    let expected = serde_json::json!({
+        "model_type": "deepseek_v3", "hidden_act": "silu", "hidden_size": 4, "intermediate_size": 6,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 64, "vocab_size": 5, "tie_word_embeddings": true,
+        "rope_theta": 10000.0, "q_lora_rank": null, "kv_lora_rank": 6, "qk_nope_head_dim": 3,
+        "qk_rope_head_dim": 2, "v_head_dim": 4, "first_k_dense_replace": 0, "moe_intermediate_size": 3,
+        "n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 1, "norm_topk_prob": false,
+        "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 16,
+            "mscale": 0.707, "mscale_all_dim": 0.707,
+        },
+    });
+    assert_eq!(*model.config(), expected);
+    let expert = |n: usize, projection: &str| {
+        let key = format!("model.layers.0.mlp.experts.{n}.{projection}.weight");
+        let tensor = model.tensor(&key).unwrap();
+        (tensor.shape.clone(), tensor.to_f32().unwrap()[0])
+    };
+    assert_eq!(expert(1, "gate_proj"), (vec![3, 4], 24.0));
+    assert_eq!(expert(1, "up_proj"), (vec![3, 4], 36.0));
+    assert_eq!(expert(1, "down_proj"), (vec![4, 3], 12.0));
+    for key in [
+        "model.layers.0.mlp.gate.e_score_correction_bias",
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.self_attn.k_b_proj.weight",
+        "model.layers.1.eh_proj.weight",
+    ] {
+        assert!(model.contains(key), "{key}");
+    }
+}
+
+/// A file of 2024: heads' widths under the plain keys, no gating function, no groups.
+#[test]
+fn an_older_deepseek_is_a_v2() {
+    let mut draft = deepseek();
+    let older = ["_mla", "gating", "log_multiplier"];
+    draft
+        .metadata
+        .retain(|entry| !older.iter().any(|word| entry.0.contains(word)));
+    let (_folder, path) = draft.write("m.gguf");
+    let config = Folder::open(&path).unwrap().config().clone();
+    assert_eq!(config["model_type"], "deepseek_v2");
+    assert_eq!(config["topk_method"], "greedy");
+    assert_eq!([&config["qk_nope_head_dim"], &config["v_head_dim"]], [6, 6]);
+    assert!(config["rope_scaling"].get("mscale").is_none());
+    draft.set("deepseek2.expert_group_count", 4, vec![2, 0, 0, 0]);
+    let (_folder, path) = draft.write("m.gguf");
+    let config = Folder::open(&path).unwrap().config().clone();
+    assert_eq!(config["topk_method"], "group_limited_greedy");
+}
+
+#[test]
+fn malformed_deepseeks_are_refused() {
+    let with = |key: &str, value: u32| {
+        let mut draft = deepseek();
+        draft.set(&format!("deepseek2.{key}"), 4, value.to_le_bytes().to_vec());
+        draft
+    };
+    refuse(
+        &with("expert_count", 3),
+        "expected the matrices of 3 experts",
+    );
+    refuse(
+        &with("expert_count", 0),
+        "expected the matrices of 0 experts",
+    );
+    refuse(
+        &with("expert_gating_func", 4),
+        "`deepseek2.expert_gating_func`: expected 1 (softmax) or 2 (sigmoid), found 4",
+    );
+    refuse(
+        &with("rope.dimension_count", 6),
+        "expected heads wider than the 6 features that are turned, found 5",
+    );
+    let mut lacks = deepseek();
+    lacks
+        .metadata
+        .retain(|entry| entry.0 != "deepseek2.attention.kv_lora_rank");
+    refuse(
+        &lacks,
+        "expected a key `deepseek2.attention.kv_lora_rank`, found none",
+    );
+    let mut odd = deepseek();
+    odd.tensor("blk.2.ffn_gate_up_exps.weight", &[4, 5, 2], 0, vec![0; 160]);
+    refuse(&odd, "found shape [2, 5, 4]");
+    let mut flat = deepseek();
+    flat.tensor("blk.2.ffn_up_exps.weight", &[4, 6], 0, vec![0; 96]);
+    refuse(&flat, "found shape [6, 4]");
+    let mut text_ = deepseek();
+    text_.set("deepseek2.rope.dimension_count", 8, text("two"));
+    refuse(&text_, "expected a whole number, found");
+    let mut huge = deepseek();
+    let count = u32::MAX.to_le_bytes().to_vec();
+    huge.set("deepseek2.expert_count", 4, count);
+    huge.tensors.retain(|tensor| !tensor.0.contains("exps"));
+    huge.tensor(
+        "blk.0.ffn_up_exps.weight",
+        &[0, 6, u64::from(u32::MAX)],
+        0,
+        vec![],
+    );
+    refuse(&huge, "1 to 4096");
+}
+
 fn refuse(draft: &Draft, expected: &str) {
     let (_folder, path) = draft.write("m.gguf");
     let error = Folder::open(&path).unwrap_err().to_string();
@@ -276,7 +433,7 @@ fn malformed_files_are_refused() {
     );
     refuse(
         &with("general.architecture", 8, &text("mamba")),
-        "expected llama or qwen2, found mamba",
+        "expected one of llama, qwen2, deepseek2, found mamba",
     );
     let mut lacks = llama();
     lacks
@@ -332,7 +489,11 @@ fn malformed_descriptions_are_refused() {
 /// Every beginning of a file, and every file with a byte changed, is read or refused, never more.
 #[test]
 fn no_damage_breaks_the_reader() {
-    let (folder, path) = llama().write("m.gguf");
+    [llama(), deepseek()].iter().for_each(damage);
+}
+
+fn damage(draft: &Draft) {
+    let (folder, path) = draft.write("m.gguf");
     let whole = fs::read(&path).unwrap();
     let path = folder.path().join("damaged.gguf");
     let open = |bytes: &[u8]| {
@@ -345,7 +506,7 @@ fn no_damage_breaks_the_reader() {
             "{len}"
         );
     }
-    for at in 0..whole.len().min(900) {
+    for at in 0..whole.len().min(1500) {
         for value in [0, 0x7F, 0xFF] {
             let mut damaged = whole.clone();
             damaged[at] = value;

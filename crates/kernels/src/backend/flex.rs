@@ -112,12 +112,30 @@ impl Kernels for Flex {
             #[expect(unsafe_code, reason = "disjoint columns of one output")]
             let out = unsafe { all.part(0..tokens, head * out_width..(head + 1) * out_width) };
             let x = Mat::new(&x[head * width..], tokens, width, heads * width);
-            let part =
-                w.row_range(head * per_head + rows.start..head * per_head + rows.start + rows.len);
-            let part = Weights::frozen(&part, Compute::F32);
-            match rows.direction {
-                Direction::Forward => gemm::nt(x, part, out, Write::Replace),
-                Direction::Transposed => gemm::nn(x, part, out, Write::Replace),
+            let of_head = |w: &Matrix, direction, out| {
+                let w = Weights::frozen(w, Compute::F32);
+                match direction {
+                    Direction::Forward => gemm::nt(x, w, out, Write::Replace),
+                    Direction::Transposed => gemm::nn(x, w, out, Write::Replace),
+                }
+            };
+            // Halves are stored the way round that decoding multiplies with them.
+            match w.heads().map(|halves| (halves, halves.widths())) {
+                Some((halves, [nope, _]))
+                    if (rows.start, rows.len, rows.direction)
+                        == (0, nope, Direction::Transposed) =>
+                {
+                    of_head(&halves.keys(head), Direction::Forward, out);
+                }
+                Some((halves, [nope, v]))
+                    if (rows.start, rows.len, rows.direction) == (nope, v, Direction::Forward) =>
+                {
+                    of_head(&halves.values(head), Direction::Forward, out);
+                }
+                _ => {
+                    let start = head * per_head + rows.start;
+                    of_head(&w.row_range(start..start + rows.len), rows.direction, out);
+                }
             }
         });
         floats(out, [tokens, heads, out_width])

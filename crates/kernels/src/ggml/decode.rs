@@ -36,6 +36,8 @@ impl Ggml {
             Self::Q4K => q4_k(bytes, out),
             Self::Q5K => q5_k(bytes, out),
             Self::Q6K => q6_k(bytes, out),
+            Self::Iq4Nl => iq4_nl(bytes, out),
+            Self::MxFp4 => mxfp4(bytes, out),
         }
     }
 
@@ -43,7 +45,8 @@ impl Ggml {
     pub(crate) fn block_bytes(self) -> usize {
         match self {
             Self::F16 => 2,
-            Self::Q4_0 => 18,
+            Self::MxFp4 => 17,
+            Self::Q4_0 | Self::Iq4Nl => 18,
             Self::Q4_1 => 20,
             Self::Q5_0 => 22,
             Self::Q5_1 => 24,
@@ -278,4 +281,45 @@ multiversion! {
             }
         });
     }
+}
+
+/// What the codes of [`Ggml::Iq4Nl`] mean: steps that grow away from zero.
+const UNEVEN: [f32; 16] = [
+    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0,
+    89.0, 113.0,
+];
+/// Twice what the codes of [`Ggml::MxFp4`] mean.
+const DOUBLED: [f32; 16] = [
+    0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0,
+];
+
+multiversion! {
+    /// Scale; codes.
+    fn iq4_nl<FMA>(bytes: &[u8], out: &mut [f32]) {
+        let _ = FMA;
+        each::<18, BLOCK>(bytes, out, |block, values| {
+            let d = half_at(block, 0);
+            nibbles(&block[2..], values, |_, code| d * UNEVEN[usize::from(code)]);
+        });
+    }
+}
+
+multiversion! {
+    /// Exponent; codes.
+    fn mxfp4<FMA>(bytes: &[u8], out: &mut [f32]) {
+        let _ = FMA;
+        each::<17, BLOCK>(bytes, out, |block, values| {
+            let d = half_of_power(block[0]);
+            nibbles(&block[1..], values, |_, code| d * DOUBLED[usize::from(code)]);
+        });
+    }
+}
+
+/// 2^(exponent − 128), the smallest two as subnormal numbers.
+#[inline(always)]
+fn half_of_power(exponent: u8) -> f32 {
+    f32::from_bits(match exponent {
+        0 | 1 => 0x0020_0000 << exponent,
+        _ => (u32::from(exponent) - 1) << 23,
+    })
 }

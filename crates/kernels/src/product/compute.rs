@@ -4,7 +4,7 @@ use crate::fp8::{self, Scales};
 use crate::ggml::round_to_f16;
 use crate::matrix::round_to_bf16;
 use crate::rows;
-use crate::{Format, Ggml, Matrix};
+use crate::{Format, Matrix};
 
 /// What the operands of a product are rounded to before they are multiplied. Sums are f32 always.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,7 +28,7 @@ impl Compute {
     /// What products with a weight round to: int8 is for weights in blocks.
     pub(crate) fn over(self, w: &Matrix) -> Self {
         match (self, w.format()) {
-            (Self::Int8, Format::Ggml(format)) if *format != Ggml::F16 => self,
+            (Self::Int8, Format::Ggml(format)) if rows::multiplies(*format) => self,
             (Self::Int8, _) => Self::F32,
             _ => self,
         }

@@ -20,10 +20,15 @@ use self::activations::Activations;
 pub(crate) use self::activations::round_rows;
 use self::tile::{Instructions, Job, Kind};
 use crate::product::strided::{Mat, MatMut, Write};
-use crate::{Compute, Format, Matrix};
+use crate::{Compute, Format, Ggml, Matrix};
 
 /// Most rows that are multiplied at once.
 pub(crate) const MOST_ROWS: usize = 8;
+
+/// Whether blocks of a format are multiplied with activations in int8.
+pub(crate) fn multiplies(format: Ggml) -> bool {
+    !matches!(format, Ggml::F16 | Ggml::Iq4Nl | Ggml::MxFp4)
+}
 
 /// A weight that has products of rows.
 #[derive(Clone, Copy, Debug)]
@@ -48,7 +53,7 @@ impl<'a> Packed<'a> {
             (Format::F32, Compute::F32 | Compute::Int8) => Kind::F32,
             (Format::F16, Compute::F32 | Compute::Int8) => Kind::F16,
             (Format::Bf16, Compute::F32 | Compute::Int8) => Kind::Bf16,
-            (Format::Ggml(format), Compute::Int8) => Kind::Blocks(*format),
+            (Format::Ggml(format), Compute::Int8) if multiplies(*format) => Kind::Blocks(*format),
             _ => return None,
         };
         Some(Self {
@@ -141,7 +146,6 @@ impl Input<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Ggml;
     use crate::matrix::tests::{every_block_format, every_format, noise};
 
     /// Formats of 32 with an odd number of blocks in a row.

@@ -295,7 +295,9 @@ impl Job<'_> {
             Kind::F16 => self.numbers::<F16>(instructions, x, rows, y, write),
             Kind::Bf16 => self.numbers::<Bf16>(instructions, x, rows, y, write),
             Kind::Blocks(format) => match format {
-                Ggml::F16 => unreachable!("f16 has no blocks; matrices of it are `Format::F16`"),
+                Ggml::F16 | Ggml::Iq4Nl | Ggml::MxFp4 => {
+                    unreachable!("`multiplies` says that these have no products in int8")
+                }
                 Ggml::Q8_0 => self.blocks::<formats::Q8_0>(instructions, x, rows, y, write),
                 Ggml::Q4_0 => self.blocks::<formats::Q4_0>(instructions, x, rows, y, write),
                 Ggml::Q4_1 => self.blocks::<formats::Q4_1>(instructions, x, rows, y, write),

@@ -1,0 +1,291 @@
+//! The settings of a model: in a GGUF's metadata, and in the `config.json` of the folder it was made from.
+//!
+//! Source: ggml-org/llama.cpp: convert_hf_to_gguf.py, conversion/{base,deepseek}.py, src/models/deepseek2.cpp.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use super::{Gguf, decimal, malformed};
+use crate::{Result, Tensor};
+
+/// An architecture that is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Architecture {
+    /// R1's Llama distills, and what else has that shape.
+    Llama,
+    /// R1's Qwen distills.
+    Qwen2,
+    /// DeepSeek V2, V2-Lite, V3 and R1.
+    DeepSeek2,
+}
+
+impl Architecture {
+    pub(crate) const ALL: [(&'static str, Self); 3] = [
+        ("llama", Self::Llama),
+        ("qwen2", Self::Qwen2),
+        ("deepseek2", Self::DeepSeek2),
+    ];
+}
+
+/// Whether a setting has to be there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Need {
+    Required,
+    Optional,
+}
+
+/// Keys of the metadata behind the architecture's name, and of a `config.json`.
+type Settings = [(&'static str, &'static str, Need)];
+
+const COMMON: &Settings = &[
+    ("embedding_length", "hidden_size", Need::Required),
+    ("feed_forward_length", "intermediate_size", Need::Required),
+    ("block_count", "num_hidden_layers", Need::Required),
+    (
+        "attention.head_count",
+        "num_attention_heads",
+        Need::Required,
+    ),
+    (
+        "attention.layer_norm_rms_epsilon",
+        "rms_norm_eps",
+        Need::Required,
+    ),
+    ("context_length", "max_position_embeddings", Need::Required),
+];
+const GROUPED_QUERIES: &Settings = &[
+    (
+        "attention.head_count_kv",
+        "num_key_value_heads",
+        Need::Optional,
+    ),
+    ("attention.key_length", "head_dim", Need::Optional),
+];
+const DEEPSEEK: &Settings = &[
+    ("attention.q_lora_rank", "q_lora_rank", Need::Optional),
+    ("attention.kv_lora_rank", "kv_lora_rank", Need::Required),
+    (ROPE_DIM, "qk_rope_head_dim", Need::Required),
+    (
+        "leading_dense_block_count",
+        "first_k_dense_replace",
+        Need::Optional,
+    ),
+    (
+        "expert_feed_forward_length",
+        "moe_intermediate_size",
+        Need::Required,
+    ),
+    (EXPERTS, "n_routed_experts", Need::Optional),
+    ("expert_shared_count", "n_shared_experts", Need::Optional),
+    ("expert_used_count", "num_experts_per_tok", Need::Optional),
+    (
+        "expert_weights_scale",
+        "routed_scaling_factor",
+        Need::Optional,
+    ),
+    ("expert_weights_norm", "norm_topk_prob", Need::Optional),
+    ("expert_group_count", "n_group", Need::Optional),
+    ("expert_group_used_count", "topk_group", Need::Optional),
+    (
+        "nextn_predict_layers",
+        "num_nextn_predict_layers",
+        Need::Optional,
+    ),
+];
+const ROPE_SCALING: &Settings = &[
+    ("rope.scaling.factor", "factor", Need::Optional),
+    (
+        "rope.scaling.original_context_length",
+        "original_max_position_embeddings",
+        Need::Optional,
+    ),
+    ("rope.scaling.yarn_beta_fast", "beta_fast", Need::Optional),
+    ("rope.scaling.yarn_beta_slow", "beta_slow", Need::Optional),
+];
+const ROPE_DIM: &str = "rope.dimension_count";
+const EXPERTS: &str = "expert_count";
+/// How a router makes scores, as a number.
+const GATING: &str = "expert_gating_func";
+const SOFTMAX: u64 = 1;
+const SIGMOID: u64 = 2;
+/// A deepseek2's `mscale_all_dim`, times 0.1 for historical reasons. The converter drops `mscale`: the two are the same in
+/// every release, and llama.cpp computes as if they were.
+const YARN_LOG_MULTIPLIER: &str = "rope.scaling.yarn_log_multiplier";
+const YARN_LOG_UNIT: f64 = 0.1;
+
+/// What a file says, under its architecture's name.
+struct Said<'a> {
+    path: &'a Path,
+    gguf: &'a Gguf,
+    architecture: &'static str,
+}
+
+/// A `config.json` of what a file says.
+///
+/// # Errors
+/// If a setting is missing, or none that makes sense.
+pub(crate) fn config(
+    path: &Path,
+    gguf: &Gguf,
+    (architecture, family): (&'static str, Architecture),
+) -> Result<Value> {
+    let said = Said {
+        path,
+        gguf,
+        architecture,
+    };
+    let mut config = Map::new();
+    config.insert("model_type".into(), architecture.into());
+    config.insert("hidden_act".into(), "silu".into());
+    said.copy(COMMON, &mut config)?;
+    let Some(vocab_size) = said
+        .tensor("token_embd.weight")
+        .and_then(|tensor| tensor.shape.first())
+    else {
+        return Err(said.malformed("expected a tensor `token_embd.weight`, found none".into()));
+    };
+    config.insert("vocab_size".into(), (*vocab_size).into());
+    let is_tied = said.tensor("output.weight").is_none();
+    config.insert("tie_word_embeddings".into(), is_tied.into());
+    said.rope(&mut config)?;
+    match family {
+        Architecture::Llama | Architecture::Qwen2 => said.copy(GROUPED_QUERIES, &mut config)?,
+        Architecture::DeepSeek2 => said.deepseek(&mut config)?,
+    }
+    for name in ["bos", "eos"] {
+        let id = gguf
+            .metadata
+            .get(&format!("tokenizer.ggml.{name}_token_id"));
+        config.extend(id.map(|id| (format!("{name}_token_id"), id.clone())));
+    }
+    Ok(Value::Object(config))
+}
+
+impl<'a> Said<'a> {
+    fn setting(&self, key: &str) -> Option<&'a Value> {
+        self.gguf
+            .metadata
+            .get(&format!("{}.{key}", self.architecture))
+    }
+
+    fn tensor(&self, name: &str) -> Option<&'a Tensor> {
+        let mut tensors = self.gguf.files.iter().flat_map(|file| &file.1);
+        tensors.find(|tensor| &*tensor.name == name)
+    }
+
+    fn malformed(&self, problem: String) -> crate::Error {
+        malformed(self.path, problem)
+    }
+
+    fn copy(&self, settings: &Settings, config: &mut Map<String, Value>) -> Result<()> {
+        for (key, name, need) in settings {
+            match self.setting(key) {
+                Some(value) => _ = config.insert((*name).into(), value.clone()),
+                None if *need == Need::Required => return Err(self.lacks(key)),
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn lacks(&self, key: &str) -> crate::Error {
+        let architecture = self.architecture;
+        self.malformed(format!("expected a key `{architecture}.{key}`, found none"))
+    }
+
+    /// A whole number that has to be there.
+    fn count(&self, key: &str) -> Result<u64> {
+        let value = self.setting(key).ok_or_else(|| self.lacks(key))?;
+        value.as_u64().ok_or_else(|| {
+            let value = crate::error::shown(&value.to_string());
+            let architecture = self.architecture;
+            self.malformed(format!(
+                "key `{architecture}.{key}`: expected a whole number, found {value}"
+            ))
+        })
+    }
+
+    /// The first of two settings, or the second where a file is older than the first.
+    fn count_of(&self, key: &str, older: &str) -> Result<u64> {
+        match self.setting(key) {
+            Some(_) => self.count(key),
+            None => self.count(older),
+        }
+    }
+
+    fn rope(&self, config: &mut Map<String, Value>) -> Result<()> {
+        let theta = self.setting("rope.freq_base").cloned();
+        config.insert("rope_theta".into(), theta.unwrap_or_else(|| json!(10000.0)));
+        let kind = self.setting("rope.scaling.type");
+        let Some(kind) = kind.filter(|kind| **kind != "none") else {
+            return Ok(());
+        };
+        let mut scaling = Map::from_iter([("rope_type".into(), kind.clone())]);
+        self.copy(ROPE_SCALING, &mut scaling)?;
+        let multiplier = self.setting(YARN_LOG_MULTIPLIER).and_then(Value::as_f64);
+        if let Some(multiplier) = multiplier {
+            let mscale = decimal((multiplier / YARN_LOG_UNIT) as f32);
+            scaling.insert("mscale".into(), mscale.clone());
+            scaling.insert("mscale_all_dim".into(), mscale);
+        }
+        config.insert("rope_scaling".into(), Value::Object(scaling));
+        Ok(())
+    }
+
+    /// What a deepseek2 has besides: its latent attention, its mixture, and which version it is.
+    fn deepseek(&self, config: &mut Map<String, Value>) -> Result<()> {
+        self.copy(DEEPSEEK, config)?;
+        let mut set = |key: &str, value: Value| _ = config.insert(key.into(), value);
+        // Converted, keys and values of all heads are one shared latent; a head's own widths have keys of their own.
+        let key_length = self.count_of("attention.key_length_mla", "attention.key_length")?;
+        let rope_dim = self.count(ROPE_DIM)?;
+        let Some(nope) = key_length.checked_sub(rope_dim) else {
+            let problem = format!(
+                "expected heads wider than the {rope_dim} features that are turned, found {key_length}"
+            );
+            return Err(self.malformed(problem));
+        };
+        set("qk_nope_head_dim", nope.into());
+        let value_length = self.count_of("attention.value_length_mla", "attention.value_length")?;
+        set("v_head_dim", value_length.into());
+        set(
+            "num_key_value_heads",
+            self.count("attention.head_count")?.into(),
+        );
+        if self.setting("attention.q_lora_rank").is_none() {
+            set("q_lora_rank", Value::Null);
+        }
+        let gating = self
+            .setting(GATING)
+            .map(|_| self.count(GATING))
+            .transpose()?;
+        let grouped = self.setting("expert_group_count").and_then(Value::as_u64) > Some(1);
+        let (version, scoring, method) = match gating.unwrap_or(SOFTMAX) {
+            SIGMOID => ("deepseek_v3", "sigmoid", "noaux_tc"),
+            0 | SOFTMAX if grouped => ("deepseek_v2", "softmax", "group_limited_greedy"),
+            0 | SOFTMAX => ("deepseek_v2", "softmax", "greedy"),
+            found => {
+                let architecture = self.architecture;
+                let problem = format!(
+                    "key `{architecture}.{GATING}`: expected {SOFTMAX} (softmax) or {SIGMOID} (sigmoid), found {found}"
+                );
+                return Err(self.malformed(problem));
+            }
+        };
+        set("model_type", version.into());
+        set("scoring_func", scoring.into());
+        set("topk_method", method.into());
+        if self.setting("expert_weights_norm").is_none() {
+            set("norm_topk_prob", false.into());
+        }
+        let nextn = self.setting("nextn_predict_layers");
+        let nextn = nextn.and_then(Value::as_u64).unwrap_or(0);
+        let layers = self.count("block_count")?;
+        set("num_hidden_layers", layers.saturating_sub(nextn).into());
+        if self.setting(EXPERTS).is_some_and(|n| *n == 0) {
+            config.remove("n_routed_experts");
+        }
+        Ok(())
+    }
+}
