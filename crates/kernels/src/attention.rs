@@ -18,8 +18,9 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::exp;
-use crate::product::gemm::{dot, tiles, with_scratch, zeros};
+use crate::product::gemm::{FEW_ROWS, dot, share, tiles, with_scratch, zeros};
 use crate::product::strided::{Mat, MatMut, Write, gemm};
+use crate::product::team::share_quickly;
 
 /// Queries per tile.
 const TILE_QUERIES: usize = 64;
@@ -223,17 +224,26 @@ pub(crate) fn forward(
     let mut out = zeros(shape.batch * shape.seq * heads * place.dim);
     let mut lse = vec![0.0; shape.batch * heads * shape.seq];
     let all = place.all(&mut out, shape.batch * shape.seq);
-    lse.par_chunks_mut(shape.seq.max(1))
-        .with_max_len(1)
-        .enumerate()
-        .for_each(|(task, lse)| {
-            let (row, head) = (task / heads, task % heads);
-            let inputs = Head::new(q, context, scale, shape, [row, head]);
-            // SAFETY: a task writes one head of one sequence.
-            #[expect(unsafe_code, reason = "disjoint blocks of one output")]
-            let out = unsafe { place.part(&all, shape.seq, row, head) };
-            forward_head(inputs, shape.tiles(segments.of_row(row)), out, lse);
-        });
+    let lses = MatMut::dense(&mut lse, shape.batch * heads, shape.seq);
+    let head = |task: usize| {
+        let (row, head) = (task / heads, task % heads);
+        let inputs = Head::new(q, context, scale, shape, [row, head]);
+        // SAFETY: a task writes one head of one sequence.
+        #[expect(unsafe_code, reason = "disjoint blocks of two outputs")]
+        let (out, mut lse) = unsafe {
+            (
+                place.part(&all, shape.seq, row, head),
+                lses.part(task..task + 1, 0..shape.seq),
+            )
+        };
+        let tiles = shape.tiles(segments.of_row(row));
+        forward_head(inputs, tiles, out, lse.values());
+    };
+    if shape.seq <= FEW_ROWS {
+        share_quickly(shape.batch * heads, head);
+    } else {
+        share(shape.batch * heads, head);
+    }
     (out, lse)
 }
 

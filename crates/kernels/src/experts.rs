@@ -12,6 +12,8 @@
 //! Every expert may carry a low-rank update of each weight, `w + scale · b · a`, applied to the activations, or added to
 //! the weight tile by tile where a quantizer rounds the sum.
 
+mod few;
+
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -394,6 +396,9 @@ pub(crate) fn forward(
     x: &[f32],
     weights: &[f32],
 ) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+    if let Some(outputs) = few::forward(experts, slots, x, weights) {
+        return outputs;
+    }
     let Experts { hidden, inner, .. } = experts;
     let n_slots = slots.order.len();
     let (mut y, by_token) = (zeros(x.len()), slots.by_token());

@@ -7,6 +7,9 @@ use rayon::prelude::*;
 
 use crate::product::gemm::zeros;
 
+/// Rows per task: those of a decoding step are one.
+const TASK_ROWS: usize = 16;
+
 /// Which two features of a head are turned together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pairs {
@@ -36,10 +39,13 @@ pub(crate) fn rotate(
     let half = cos.len() / seq.max(1);
     let start = dim - 2 * half;
     let mut y = zeros(x.len());
-    y.par_chunks_mut((heads * dim).max(1))
-        .zip(x.par_chunks((heads * dim).max(1)))
-        .enumerate()
-        .for_each(|(row, (y, x))| {
+    let width = (heads * dim).max(1);
+    let tasks = y
+        .par_chunks_mut(width * TASK_ROWS)
+        .zip(x.par_chunks(width * TASK_ROWS));
+    tasks.enumerate().for_each(|(task, (y, x))| {
+        let rows = y.chunks_mut(width).zip(x.chunks(width));
+        for (row, (y, x)) in (task * TASK_ROWS..).zip(rows) {
             let position = row % seq;
             let (cos, sin) = (
                 &cos[position * half..][..half],
@@ -58,6 +64,7 @@ pub(crate) fn rotate(
                     y[b] = x[a] * sin + x[b] * cos[j];
                 }
             }
-        });
+        }
+    });
     y
 }

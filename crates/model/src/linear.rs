@@ -178,7 +178,7 @@ impl Linear {
     ///
     /// # Panics
     /// If the sizes do not fit.
-    pub fn per_head(&self, x: Tensor<3>, rows: HeadRows) -> Tensor<3> {
+    pub fn per_head(&self, x: Tensor<3>, rows: HeadRows, pass: &Pass<'_>) -> Tensor<3> {
         let gains = self.lora.as_ref().and_then(|lora| lora.gains(&self.weight));
         let gains = gains.map(|gains| {
             let of_heads = gains.reshape([1, rows.heads, self.weight.dims()[0] / rows.heads]);
@@ -189,7 +189,10 @@ impl Linear {
             _ => x,
         };
         let y = match &self.weight {
-            Weight::Frozen(frozen) => kernels::heads_linear(x.clone(), &frozen.matrix, rows),
+            Weight::Frozen(frozen) => {
+                let compute = pass.compute_of(Class::Linear);
+                kernels::heads_linear(x.clone(), &frozen.matrix, rows, compute)
+            }
             Weight::Trained(weight) => per_head_dense(x.clone(), weight.val(), rows),
         };
         let Some(lora) = &self.lora else { return y };

@@ -165,8 +165,13 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         ))
     }
 
-    fn heads_linear(x: FloatTensor<Self>, w: Arc<Matrix>, heads: HeadRows) -> FloatTensor<Self> {
-        Self::from_inner(B::heads_linear(x.into_primitive(), w, heads))
+    fn heads_linear(
+        x: FloatTensor<Self>,
+        w: Arc<Matrix>,
+        heads: HeadRows,
+        compute: Compute,
+    ) -> FloatTensor<Self> {
+        Self::from_inner(B::heads_linear(x.into_primitive(), w, heads, compute))
     }
 
     fn embed_frozen(ids: IntTensor<Self>, w: Arc<Matrix>) -> FloatTensor<Self> {

@@ -3,6 +3,7 @@
 mod attention;
 mod experts;
 mod gradients;
+mod heads;
 mod loss;
 mod products;
 mod values;
@@ -22,10 +23,10 @@ use self::products::{folded, nt, nt_sum, scaled, trained};
 use self::values::{ELEMENTS, Floats, floats, int_values, ints, owned, swiglu_of};
 use crate::adamw::{self, AdamWStep};
 use crate::attention::{Context, Segments};
-use crate::backend::linear::{Direction, HeadRows, Merge, Update};
+use crate::backend::linear::{HeadRows, Merge, Update};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
 use crate::product::gemm;
-use crate::product::strided::{Mat, MatMut, Write};
+use crate::product::strided::{MatMut, Write};
 use crate::product::weights::Weights;
 use crate::{
     Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Pairs, rms_norm, rope, route,
@@ -96,49 +97,8 @@ impl Kernels for Flex {
         )
     }
 
-    fn heads_linear(x: FlexTensor, w: Arc<Matrix>, rows: HeadRows) -> FlexTensor {
-        let x = Floats::new(&x);
-        let [tokens, heads, width] = x.dims();
-        let out_width = if rows.direction == Direction::Forward {
-            rows.len
-        } else {
-            w.cols()
-        };
-        let per_head = w.rows() / heads;
-        let mut out = vec![0.0; tokens * heads * out_width];
-        let all = MatMut::dense(&mut out, tokens, heads * out_width);
-        (0..heads).into_par_iter().for_each(|head| {
-            // SAFETY: tasks write different columns.
-            #[expect(unsafe_code, reason = "disjoint columns of one output")]
-            let out = unsafe { all.part(0..tokens, head * out_width..(head + 1) * out_width) };
-            let x = Mat::new(&x[head * width..], tokens, width, heads * width);
-            let of_head = |w: &Matrix, direction, out| {
-                let w = Weights::frozen(w, Compute::F32);
-                match direction {
-                    Direction::Forward => gemm::nt(x, w, out, Write::Replace),
-                    Direction::Transposed => gemm::nn(x, w, out, Write::Replace),
-                }
-            };
-            // Halves are stored the way round that decoding multiplies with them.
-            match w.heads().map(|halves| (halves, halves.widths())) {
-                Some((halves, [nope, _]))
-                    if (rows.start, rows.len, rows.direction)
-                        == (0, nope, Direction::Transposed) =>
-                {
-                    of_head(&halves.keys(head), Direction::Forward, out);
-                }
-                Some((halves, [nope, v]))
-                    if (rows.start, rows.len, rows.direction) == (nope, v, Direction::Forward) =>
-                {
-                    of_head(&halves.values(head), Direction::Forward, out);
-                }
-                _ => {
-                    let start = head * per_head + rows.start;
-                    of_head(&w.row_range(start..start + rows.len), rows.direction, out);
-                }
-            }
-        });
-        floats(out, [tokens, heads, out_width])
+    fn heads_linear(x: FlexTensor, w: Arc<Matrix>, rows: HeadRows, compute: Compute) -> FlexTensor {
+        heads::heads_linear(&Floats::new(&x), &w, rows, compute)
     }
 
     fn embed_frozen(ids: FlexTensor, w: Arc<Matrix>) -> FlexTensor {

@@ -183,7 +183,8 @@ pub fn row_norms(w: &Arc<Matrix>, [a, b]: [Tensor<2>; 2], scale: f32) -> Tensor<
     ))
 }
 
-/// Multiplies each head with its own rows of one frozen weight. Has no gradient: decoding uses it.
+/// Multiplies each head with its own rows of one frozen weight, in f32, or of a few tokens in int8. Has no gradient:
+/// decoding uses it.
 ///
 /// # Shapes
 /// - `w`: `[heads · rows_per_head, in]`
@@ -192,7 +193,7 @@ pub fn row_norms(w: &Arc<Matrix>, [a, b]: [Tensor<2>; 2], scale: f32) -> Tensor<
 ///
 /// # Panics
 /// If the sizes do not fit.
-pub fn heads_linear(x: Tensor<3>, w: &Arc<Matrix>, rows: HeadRows) -> Tensor<3> {
+pub fn heads_linear(x: Tensor<3>, w: &Arc<Matrix>, rows: HeadRows, compute: Compute) -> Tensor<3> {
     let width = if rows.direction == Direction::Forward {
         w.cols()
     } else {
@@ -203,6 +204,7 @@ pub fn heads_linear(x: Tensor<3>, w: &Arc<Matrix>, rows: HeadRows) -> Tensor<3> 
         x.into_dispatch(),
         Arc::clone(w),
         rows,
+        compute,
     ))
 }
 

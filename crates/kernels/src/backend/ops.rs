@@ -87,7 +87,12 @@ pub trait Kernels: Backend {
         scale: f32,
     ) -> FloatTensor<Self>;
     /// See [`crate::heads_linear`].
-    fn heads_linear(x: FloatTensor<Self>, w: Arc<Matrix>, heads: HeadRows) -> FloatTensor<Self>;
+    fn heads_linear(
+        x: FloatTensor<Self>,
+        w: Arc<Matrix>,
+        heads: HeadRows,
+        compute: Compute,
+    ) -> FloatTensor<Self>;
     /// See [`embed_frozen`].
     fn embed_frozen(ids: IntTensor<Self>, w: Arc<Matrix>) -> FloatTensor<Self>;
     /// See [`embed_trained`].

@@ -199,7 +199,7 @@ fn add_up(
 fn is_few_rows(terms: &[Term<'_>]) -> bool {
     terms
         .iter()
-        .all(|(x, w)| x.rows() <= FEW_ROWS && w.block().is_none())
+        .all(|(x, w)| x.rows() <= FEW_ROWS && w.has_rows())
 }
 
 /// [`nt`] on one thread, for the output columns `outs`.
@@ -241,7 +241,8 @@ fn nt_few_rows(x: Mat<'_>, w: Weights<'_>, y: MatMut<'_>, write: Write) {
         return multiply_rows(x, packed, y, write);
     }
     let outs: Vec<_> = tiles(0..y.cols(), FEW_ROWS_TASK).collect();
-    outs.into_par_iter().for_each(|outs| {
+    share_quickly(outs.len(), |i| {
+        let outs = outs[i].clone();
         // SAFETY: tasks write different columns.
         #[expect(unsafe_code, reason = "disjoint columns of one output")]
         let mut y = unsafe { y.part(0..x.rows(), outs.clone()) };
@@ -353,7 +354,8 @@ pub(crate) fn nn_serial(
 
 fn nn_few_rows(dy: Mat<'_>, w: Weights<'_>, dx: MatMut<'_>, write: Write) {
     let ins: Vec<_> = tiles(0..dx.cols(), TILE).collect();
-    ins.into_par_iter().for_each(|ins| {
+    share_quickly(ins.len(), |i| {
+        let ins = ins[i].clone();
         // SAFETY: tasks write different columns.
         #[expect(unsafe_code, reason = "disjoint columns of one output")]
         let mut dx = unsafe { dx.part(0..dy.rows(), ins.clone()) };

@@ -91,6 +91,13 @@ impl<'a> Weights<'a> {
         }
     }
 
+    /// Whether a row can be read alone: not one that is rounded in blocks, nor one that is stored as a column.
+    pub(crate) fn has_rows(&self) -> bool {
+        let is_turned =
+            matches!(self.stored, Stored::Packed(matrix) if matches!(matrix.format(), Format::Heads(_)));
+        self.block().is_none() && !is_turned
+    }
+
     /// Rows and columns that [`Self::for_tiles`] must start at a multiple of; a row can be read alone only if there is
     /// no such thing.
     pub(crate) fn block(&self) -> Option<[usize; 2]> {

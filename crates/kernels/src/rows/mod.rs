@@ -92,6 +92,11 @@ impl<'a> Packed<'a> {
         self.row_bytes
     }
 
+    /// Whether the activations are in the form that this weight wants.
+    pub(crate) fn reads(&self, input: &Input<'_>) -> bool {
+        matches!(self.kind, Kind::Blocks(_)) == matches!(input, Input::Int8(_))
+    }
+
     /// `y = x · wᵀ` for some rows of `x`, given by their numbers, and some of `w`: y `[rows, outs]`.
     ///
     /// # Panics

@@ -206,14 +206,14 @@ fn heads_multiply_with_their_own_rows() {
                     .matmul(part.clone().swap_dims(1, 2))
                     .swap_dims(0, 1);
                 close(
-                    &heads_linear(x, &w, rows(Direction::Forward)),
+                    &heads_linear(x, &w, rows(Direction::Forward), Compute::F32),
                     &expected,
                     "forward",
                 );
                 let x = random([tokens, heads, len]);
                 let expected = x.clone().swap_dims(0, 1).matmul(part).swap_dims(0, 1);
                 close(
-                    &heads_linear(x, &w, rows(Direction::Transposed)),
+                    &heads_linear(x, &w, rows(Direction::Transposed), Compute::F32),
                     &expected,
                     "transposed",
                 );

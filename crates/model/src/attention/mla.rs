@@ -72,7 +72,7 @@ impl Mla {
             Some(LayerCache { buffers }) => {
                 let latents = buffers[0].append(latents);
                 if seq == 1 && self.kv_b_proj.quantizer.is_none() {
-                    self.absorbed(q, latents)
+                    self.absorbed(q, latents, pass)
                 } else {
                     self.expanded(q, latents, pass)
                 }
@@ -128,7 +128,7 @@ impl Mla {
     }
 
     /// Attention over the latents themselves; returns `[tokens, heads · v_head_dim]`. Without gradient.
-    fn absorbed(&self, q: Tensor<4>, latents: Tensor<4>) -> Tensor<2> {
+    fn absorbed(&self, q: Tensor<4>, latents: Tensor<4>, pass: &Pass<'_>) -> Tensor<2> {
         let ([batch, seq, heads, dim], rank) = (q.dims(), self.config.kv_lora_rank);
         let (nope, v_dim) = (self.config.qk_nope_head_dim, self.config.v_head_dim);
         let rows = |start, len, direction| HeadRows {
@@ -142,14 +142,14 @@ impl Mla {
         let q_nope = part(0..nope).reshape([batch * seq, heads, nope]);
         let q_latent = self
             .kv_b_proj
-            .per_head(q_nope, rows(0, nope, Direction::Transposed))
+            .per_head(q_nope, rows(0, nope, Direction::Transposed), pass)
             .reshape([batch, seq, heads, rank]);
         let q = Tensor::cat(vec![q_latent, part(nope..dim)], 3);
         let out = kernels::latent_attention(q, latents, rank, self.softmax_scale); // [batch, seq, heads, rank]
 
         let out = out.reshape([batch * seq, heads, rank]);
         self.kv_b_proj
-            .per_head(out, rows(nope, v_dim, Direction::Forward))
+            .per_head(out, rows(nope, v_dim, Direction::Forward), pass)
             .reshape([batch * seq, heads * v_dim])
     }
 }
