@@ -7,7 +7,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 
 pub use self::checkpointing::{Checkpointing, Trace};
-pub use self::cost::Cost;
+pub use self::cost::{Cost, Traffic};
 
 use crate::attention::Attention;
 use crate::config::ModelConfig;
