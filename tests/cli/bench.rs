@@ -9,9 +9,14 @@ use super::{command, golden, moeforge, refused};
 
 /// Times two steps, in a place that is then found as it was.
 fn bench_train(place: &TempDir, model: &Path, words: &[&str]) -> Output {
+    bench(place, "train", model, words)
+}
+
+/// Times something twice, in a place that is then found as it was.
+fn bench(place: &TempDir, what: &str, model: &Path, words: &[&str]) -> Output {
     let files = || std::fs::read_dir(place.path()).unwrap().count();
     let before = files();
-    let mut command = command(&["bench", "train", "--reps", "2"]);
+    let mut command = command(&["bench", what, "--reps", "2"]);
     let command = command.arg(model).args(words).env("TMPDIR", place.path());
     let output = command.output().unwrap();
     assert_eq!(files(), before);
@@ -35,13 +40,8 @@ fn training_is_timed_on_a_checkpoint_and_nothing_is_left() {
     let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(found["weights"], "checkpoint");
     let result = &found["results"][0];
-    for key in ["tokens_per_second", "step_seconds"] {
-        let number = |which: &str| result[key][which].as_f64().unwrap();
-        let [min, median, max] = ["min", "median", "max"].map(number);
-        assert!(0.0 < min && min <= median && median <= max, "{found}");
-    }
-    let fraction = result["fraction_of_limit"].as_f64().unwrap();
-    assert!(fraction > 0.0 && fraction < 1.5, "{found}");
+    assert_spread(&result["step_seconds"]);
+    assert_speed(result);
     for (key, expected) in [("batch", 2), ("seq", 16), ("experts", 12)] {
         assert_eq!(result[key], expected);
     }
@@ -49,9 +49,73 @@ fn training_is_timed_on_a_checkpoint_and_nothing_is_left() {
     let (weights, factors, scores) = (148_992.0, 4.0 * 10_416.0, 3.0 * 4.0 * 40.0 * 17.0);
     let expected = 4.0 * weights + 6.0 * factors + 3.0 * scores;
     assert_eq!(result["flops_per_token"], expected);
+}
+
+/// Speed, memory, and a share of the limit that can be one.
+fn assert_speed(result: &serde_json::Value) {
+    assert_spread(&result["tokens_per_second"]);
+    let fraction = result["fraction_of_limit"].as_f64().unwrap();
+    assert!(fraction > 0.0 && fraction < 1.5, "{result}");
     if cfg!(target_os = "linux") {
-        assert!(result["peak_bytes"].as_u64().unwrap() > 1 << 20, "{found}");
+        assert!(result["peak_bytes"].as_u64().unwrap() > 1 << 20, "{result}");
     }
+}
+
+fn assert_spread(spread: &serde_json::Value) {
+    let number = |which: &str| spread[which].as_f64().unwrap();
+    let [min, median, max] = ["min", "median", "max"].map(number);
+    assert!(0.0 < min && min <= median && median <= max, "{spread}");
+}
+
+#[test]
+fn reading_and_writing_are_timed_in_every_combination() {
+    let place = tempfile::tempdir().unwrap();
+    let model = golden("deepseek_v3");
+    let results = |what: &str, words: &[&str]| {
+        let output = bench(&place, what, &model, &[words, &["--json"]].concat());
+        let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let results = found["results"].as_array().unwrap().clone();
+        for result in &results {
+            assert_speed(result);
+            for key in ["open_seconds", "first_token_seconds"] {
+                assert!(result[key].as_f64().unwrap() > 0.0, "{result}");
+            }
+        }
+        results
+    };
+    // Counts by hand, as in the model crate's tests: the head once for a prompt of 16, and 4 of 12 experts for a token, in
+    // the bf16 of the file.
+    let read = results("prefill", &["--seq", "16", "--batch", "1,2"]);
+    let (weights, head, scores) = (148_992.0, 288.0 * 64.0, 3.0 * 2.0 * 4.0 * 40.0 * 8.5);
+    let flops = 2.0 * (weights - head) + scores + 2.0 * head / 16.0;
+    for (result, batch) in read.iter().zip([1, 2]) {
+        assert_eq!(result["flops_per_token"], flops);
+        assert_eq!(
+            (&result["batch"], &result["seq"]),
+            (&batch.into(), &16.into())
+        );
+    }
+    let written = results("decode", &["--seq", "3,5", "--tokens", "4"]);
+    for (result, seen) in written.iter().zip([5.5, 7.5]) {
+        let bytes = result["bytes_per_token"].as_f64().unwrap();
+        let cache = seen * 3.0 * 40.0 * 4.0;
+        assert!(
+            (bytes - cache - 2.0 * (weights + 64.0)).abs() < 100.0,
+            "{result}"
+        );
+    }
+
+    let words = ["--tokens", "3", "--batch", "2"];
+    let table = bench(&place, "decode", &bare(&place), &words);
+    let text = String::from_utf8(table.stdout).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 4, "{text}");
+    assert!(lines[0].contains("random f32 weights (seed 0)"), "{text}");
+    assert!(lines[2].contains("GB/s of limit"), "{text}");
+    assert!(lines[3].contains(" % of "), "{text}");
+
+    let long = bench(&place, "decode", &model, &["--seq", "1,5000"]);
+    refused(&long, 1, &["--seq 5000", "positions", "5065"]);
 }
 
 #[test]

@@ -1,7 +1,11 @@
 //! `moeforge bench`: how fast this machine is with a model, and how fast it could be.
 
+mod generation;
+mod limit;
 mod scratch;
+mod spread;
 mod subject;
+mod sweep;
 mod table;
 mod train;
 
@@ -14,10 +18,16 @@ use crate::console::Console;
 pub(crate) enum Bench {
     /// Time training steps on made-up tokens, for every combination of batch, length and number of experts.
     Train(train::Args),
+    /// Time reading prompts of made-up tokens, for every combination of batch and length.
+    Prefill(generation::PrefillArgs),
+    /// Time writing tokens one after the other, for every combination of batch and length of the prompt.
+    Decode(generation::DecodeArgs),
 }
 
 pub(crate) fn run(bench: &Bench, console: &Console) -> anyhow::Result<ExitCode> {
     match bench {
         Bench::Train(args) => train::run(args, console),
+        Bench::Prefill(args) => generation::prefill(args, console),
+        Bench::Decode(args) => generation::decode(args, console),
     }
 }

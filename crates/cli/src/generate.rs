@@ -1,28 +1,30 @@
 //! `generate`: what the model writes after a prompt.
 
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use data::{Bos, ChatTemplate, GenerationPrompt, Special, Tokenizer};
-use infer::{Engine, GenerateConfig, Generation, SampleConfig, Stop};
+use data::{Bos, ChatTemplate, DecodeStream, GenerationPrompt, Special, Tokenizer};
+use infer::{Engine, GenerateConfig, Generation, SampleConfig, Sequence, Stop};
 use model::Compute;
 use serde_json::{Value, json};
 
-use crate::console::Console;
+use crate::console::{Console, Progress};
 use crate::open::{ModelArgs, Opened};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
-    /// Text to continue.
+    /// Text to continue. May be repeated.
     #[arg(long, value_name = "TEXT", required_unless_present = "ids")]
-    pub(crate) prompt: Option<String>,
-    /// JSON file with rows of token ids to continue, each in turn: `{"input_ids": [[…], …]}`.
+    pub(crate) prompt: Vec<String>,
+    /// JSON file with rows of token ids to continue: `{"input_ids": [[…], …]}`.
     #[arg(long, value_name = "FILE.json", conflicts_with = "prompt")]
     pub(crate) ids: Option<PathBuf>,
+    /// Prompts that are continued side by side, where there are several.
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=1 << 10))]
+    pub(crate) batch: u64,
     /// Put the prompt to the model as a user's message, with the chat template.
     #[arg(long, conflicts_with = "ids")]
     pub(crate) chat: bool,
@@ -41,7 +43,7 @@ pub(crate) struct Args {
     /// Go on after tokens that end a text.
     #[arg(long)]
     pub(crate) ignore_eos: bool,
-    /// Print one JSON object instead of text; several rows of ids give a list of them.
+    /// Print one JSON object instead of text; several prompts give a list of them.
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -56,17 +58,55 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         device,
         ..
     } = opened;
-    let (engine, tokenizer) = (Engine { model, device }, tokenizer.as_ref());
+    let engine = Engine {
+        model,
+        compute: Compute::Int8,
+        device,
+    };
+    let tokenizer = tokenizer.as_ref();
+    match prompts.as_slice() {
+        [prompt] if !args.json => {
+            let generation = stream(&engine, prompt, &config, (tokenizer, console))?;
+            console.note(summary(&generation));
+        }
+        _ => together(args, (&engine, tokenizer), &prompts, &config, console)?,
+    }
+    console.memory();
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Continues several prompts side by side, and prints what came after each in their order.
+fn together(
+    args: &Args,
+    (engine, tokenizer): (&Engine, Option<&Tokenizer>),
+    prompts: &[Vec<u32>],
+    config: &GenerateConfig,
+    console: &Console,
+) -> anyhow::Result<()> {
+    let whole = prompts.len() * config.max_tokens;
+    let mut progress = console.progress(whole as u64, "tokens");
+    let mut written = vec![0; prompts.len()];
+    let on_step = &mut |number: usize, sequence: &mut Sequence| {
+        written[number] = match sequence.stopped() {
+            // What an ended text did not use of its tokens is done with too.
+            Some(_) => config.max_tokens,
+            None => sequence.token_ids().len(),
+        };
+        progress.update(written.iter().sum::<usize>() as u64, "");
+    };
+    let generations = engine.generate_all(prompts, config, args.batch as usize, on_step)?;
+    progress.finish();
 
     let mut objects = Vec::new();
-    for prompt in &prompts {
+    for (prompt, generation) in prompts.iter().zip(&generations) {
+        let text = tokenizer
+            .map(|tokenizer| tokenizer.decode(&generation.token_ids, Special::Skip))
+            .transpose()?;
         if args.json {
-            let generation =
-                engine.generate(prompt, &config, &mut |_| ControlFlow::Continue(()))?;
-            objects.push(object(prompt, &generation, tokenizer)?);
+            objects.push(object(prompt, generation, text));
         } else {
-            let generation = stream(&engine, prompt, &config, (tokenizer, console))?;
-            console.note(summary(prompt, &generation));
+            console.result(text.unwrap_or_else(|| listed(&generation.token_ids)));
+            console.note(summary(generation));
         }
     }
     match objects.len() {
@@ -74,24 +114,33 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         1 => console.result(objects.remove(0)),
         _ => console.result(Value::from(objects)),
     }
-    console.memory();
-    Ok(ExitCode::SUCCESS)
+    Ok(())
+}
+
+/// Ids, where there is no tokenizer that could say what they mean.
+fn listed(ids: &[u32]) -> String {
+    let ids: Vec<String> = ids.iter().map(u32::to_string).collect();
+    ids.join(" ")
 }
 
 fn prompts(args: &Args, opened: &Opened) -> anyhow::Result<Vec<Vec<u32>>> {
     if let Some(file) = &args.ids {
         return Ok(data::read_ids(file)?);
     }
-    let text = args.prompt.as_deref().unwrap_or_default();
     let tokenizer = opened.expect_tokenizer()?;
     if !args.chat {
-        return Ok(vec![tokenizer.encode(text, Bos::Add)?]);
+        let texts = args.prompt.iter();
+        let prompts = texts.map(|text| Ok(tokenizer.encode(text, Bos::Add)?));
+        return prompts.collect();
     }
     let template = tokenizer.chat_template().with_context(|| {
         let folder = opened.folder.path().display();
         format!("{folder}: expected a chat template for `--chat`, found none")
     })?;
-    Ok(vec![question(tokenizer, template, text)?])
+    let texts = args.prompt.iter();
+    texts
+        .map(|text| question(tokenizer, template, text))
+        .collect()
 }
 
 /// The ids of a user's message, put with a chat template.
@@ -120,7 +169,6 @@ fn config(args: &Args, opened: &Opened) -> anyhow::Result<GenerateConfig> {
         } else {
             infer::end_of_text_ids(&opened.folder, eos)?
         },
-        compute: Compute::Int8,
     })
 }
 
@@ -142,43 +190,59 @@ fn stream(
     config: &GenerateConfig,
     (tokenizer, console): (Option<&Tokenizer>, &Console),
 ) -> anyhow::Result<Generation> {
-    let Some(tokenizer) = tokenizer else {
-        let generation = engine.generate(prompt, config, &mut |id| {
-            console.stream(format_args!("{id} "));
-            ControlFlow::Continue(())
-        })?;
-        console.stream("\n");
-        return Ok(generation);
-    };
-    let mut text = tokenizer.decode_stream(Special::Skip);
-    let mut problem = None;
-    let generation = engine.generate(prompt, config, &mut |id| match text.step(id) {
-        Ok(piece) => {
-            console.stream(piece.unwrap_or_default());
-            ControlFlow::Continue(())
+    let mut text = tokenizer.map(|tokenizer| tokenizer.decode_stream(Special::Skip));
+    let mut sequence = engine.begin(prompt, config)?;
+    let mut reading = Reading::new(&sequence, console);
+    while sequence.stopped().is_none() {
+        engine.step([&mut sequence])?;
+        reading.update(&sequence);
+        let Some(id) = sequence.new_token() else {
+            continue;
+        };
+        match &mut text {
+            Some(text) => console.stream(text.step(id)?.unwrap_or_default()),
+            None => console.stream(format_args!("{id} ")),
         }
-        Err(error) => {
-            problem = Some(error);
-            ControlFlow::Break(())
-        }
-    })?;
-    if let Some(error) = problem {
-        return Err(error.into());
     }
-    console.stream(format_args!("{}\n", text.finish()?.unwrap_or_default()));
-    Ok(generation)
+    let rest = text.map(DecodeStream::finish).transpose()?.flatten();
+    console.stream(format_args!("{}\n", rest.unwrap_or_default()));
+    Ok(sequence.finish().0)
 }
 
-fn object(
-    prompt: &[u32],
-    generation: &Generation,
-    tokenizer: Option<&Tokenizer>,
-) -> anyhow::Result<Value> {
-    let decode = |tokenizer: &Tokenizer| tokenizer.decode(&generation.token_ids, Special::Skip);
-    let [prefill, decode_rate] = rates(prompt, generation);
-    Ok(json!({
+/// Progress in reading a prompt that takes several steps.
+pub(crate) struct Reading {
+    progress: Option<Progress>,
+    tokens: usize,
+}
+
+impl Reading {
+    pub(crate) fn new(sequence: &Sequence, console: &Console) -> Self {
+        let tokens = sequence.unread_tokens();
+        let progress = console.progress(tokens as u64, "prompt tokens");
+        Self {
+            progress: Some(progress),
+            tokens,
+        }
+    }
+
+    /// Shows how far it is; takes the bar away before the first word of the answer.
+    pub(crate) fn update(&mut self, sequence: &Sequence) {
+        let left = sequence.unread_tokens();
+        if left > 0 {
+            if let Some(progress) = &mut self.progress {
+                progress.update((self.tokens - left) as u64, "");
+            }
+        } else if let Some(progress) = self.progress.take() {
+            progress.finish();
+        }
+    }
+}
+
+fn object(prompt: &[u32], generation: &Generation, text: Option<String>) -> Value {
+    let [prefill, decode_rate] = rates(generation);
+    json!({
         "token_ids": generation.token_ids,
-        "text": tokenizer.map(decode).transpose()?,
+        "text": text,
         "prompt_tokens": prompt.len(),
         "stopped": match generation.stopped {
             Stop::EndOfText(_) => "end_of_text",
@@ -187,26 +251,26 @@ fn object(
         },
         "prefill_tokens_per_sec": prefill,
         "decode_tokens_per_sec": decode_rate,
-    }))
+    })
 }
 
-fn summary(prompt: &[u32], generation: &Generation) -> String {
+fn summary(generation: &Generation) -> String {
     let rate = |rate: Option<f64>| rate.map_or_else(String::new, |rate| format!(" ({rate:.1}/s)"));
-    let [prefill, decode] = rates(prompt, generation).map(rate);
+    let [prefill, decode] = rates(generation).map(rate);
     let why = match generation.stopped {
         Stop::EndOfText(_) => "at the end of its text",
         Stop::MaxTokens => "at --max-tokens",
         Stop::Caller => "early",
     };
-    let (read, written) = (prompt.len(), generation.token_ids.len());
+    let (read, written) = (generation.prefill_tokens, generation.token_ids.len());
     format!("{read} tokens read{prefill}, {written} written{decode}, stopped {why}")
 }
 
 /// Tokens read and passes made per second; none where nothing was measured.
-fn rates(prompt: &[u32], generation: &Generation) -> [Option<f64>; 2] {
+fn rates(generation: &Generation) -> [Option<f64>; 2] {
     let rate = |count: usize, secs: f64| (count > 0 && secs > 0.0).then(|| count as f64 / secs);
     [
-        rate(prompt.len(), generation.prefill_secs),
+        rate(generation.prefill_tokens, generation.prefill_secs),
         rate(generation.decode_steps, generation.decode_secs),
     ]
 }

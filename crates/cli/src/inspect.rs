@@ -7,7 +7,7 @@ use checkpoint::Folder;
 use model::config::AttentionConfig;
 use model::precision::Policy;
 use model::weights::{self, Audit};
-use model::{Compute, ModelConfig, weights::keys};
+use model::{Cache, Compute, ModelConfig, weights::keys};
 use serde_json::{Value, json};
 
 use crate::console::Console;
@@ -39,9 +39,6 @@ struct Stored {
     count: usize,
     bytes: u64,
 }
-
-/// The cache holds f32.
-const CACHE_ELEMENT_BYTES: usize = 4;
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (folder, name) = open_folder(&args.model)?;
@@ -93,10 +90,6 @@ pub(crate) fn parameters(config: &ModelConfig) -> Parameters {
     }
 }
 
-fn cache_bytes_per_token(config: &ModelConfig) -> usize {
-    config.cache_width() * config.num_hidden_layers * CACHE_ELEMENT_BYTES
-}
-
 fn stored(folder: &Folder) -> anyhow::Result<BTreeMap<String, Stored>> {
     let mut by_dtype: BTreeMap<String, Stored> = BTreeMap::new();
     for name in folder.names() {
@@ -132,7 +125,7 @@ fn object(
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
         "parameters": {"total": parameters.total, "active": parameters.active},
-        "cache_bytes_per_token": cache_bytes_per_token(config),
+        "cache_bytes_per_token": Cache::bytes_per_token(config),
         "tensors": stored.collect::<Vec<_>>(),
         "tensor_bytes": folder.tensor_bytes(),
         "mtp_tensors": audit.mtp.len(),
@@ -231,7 +224,7 @@ fn rows(
         ),
         (
             "cache",
-            format!("{} bytes per token", cache_bytes_per_token(config)),
+            format!("{} bytes per token", Cache::bytes_per_token(config)),
         ),
     ]);
     for (dtype, stored) in stored(folder)? {
@@ -322,6 +315,6 @@ mod tests {
             panic!("latent attention")
         };
         let expected = (mla.kv_lora_rank + mla.qk_rope_head_dim) * 4 * config.num_hidden_layers;
-        assert_eq!(cache_bytes_per_token(&config), expected);
+        assert_eq!(Cache::bytes_per_token(&config), expected);
     }
 }

@@ -90,15 +90,7 @@ pub(crate) fn open_model(
     note_unused(&folder, console)?;
     let mut model = weights::load(&folder, Training::Frozen, &device)?;
     if let Some(path) = adapter {
-        let adapter = checkpoint::Adapter::open(path)?;
-        note_format(&adapter, path, console);
-        let adapted = AdapterWeights::read(&adapter, &model.config)?.attach(&mut model, &device)?;
-        let parameters: usize = adapted.iter().map(|module| module.parameters).sum();
-        console.detail(format_args!(
-            "{}: {} modules adapted, {parameters} parameters",
-            path.display(),
-            adapted.len()
-        ));
+        attach(&mut model, path, &device, console)?;
         name = format!("{name} + {}", name_of(path));
     }
     Ok(Opened {
@@ -108,6 +100,25 @@ pub(crate) fn open_model(
         name,
         device,
     })
+}
+
+/// Attaches an adapter to a model.
+pub(crate) fn attach(
+    model: &mut Model,
+    path: &Path,
+    device: &Device,
+    console: &Console,
+) -> anyhow::Result<()> {
+    let adapter = checkpoint::Adapter::open(path)?;
+    note_format(&adapter, path, console);
+    let adapted = AdapterWeights::read(&adapter, &model.config)?.attach(model, device)?;
+    let parameters: usize = adapted.iter().map(|module| module.parameters).sum();
+    console.detail(format_args!(
+        "{}: {} modules adapted, {parameters} parameters",
+        path.display(),
+        adapted.len()
+    ));
+    Ok(())
 }
 
 /// Says so if an adapter was trained for weights that are rounded after a merge: beside the base it is not what it was.

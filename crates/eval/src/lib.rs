@@ -5,7 +5,7 @@
 //! use burn::tensor::Device;
 //! use moeforge_eval::{EvalConfig, ModelScores, Report, perplexity};
 //!
-//! let engine = infer::Engine::open("DeepSeek-V2-Lite".as_ref(), Device::flex())?;
+//! let engine = infer::Engine::open("DeepSeek-V2-Lite".as_ref(), model::Compute::F32, Device::flex())?;
 //! let tokenizer = data::Tokenizer::open("DeepSeek-V2-Lite".as_ref())?;
 //! let vocab_size = engine.model.config.vocab_size;
 //! let test = data::Split::open("data/test.jsonl".as_ref(), Some(&tokenizer), 1024, vocab_size)?;

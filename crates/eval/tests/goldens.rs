@@ -23,7 +23,7 @@ fn path(name: &str) -> PathBuf {
 }
 
 fn engine(name: &str) -> Engine {
-    Engine::open(&path(name), Device::flex()).unwrap()
+    Engine::open(&path(name), Compute::F32, Device::flex()).unwrap()
 }
 
 fn config(batch_size: usize) -> EvalConfig {

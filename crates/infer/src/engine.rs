@@ -1,4 +1,9 @@
-//! Generation: the prompt in pieces through the cache, then one token at a time.
+//! Generation: prompts in pieces through their caches, then one token of every sequence at a time.
+//!
+//! Sequences join a step when they are given to it and leave it when they have ended: nothing is padded, and none waits
+//! for another's end. What a sequence gives is what it gives alone. Prompts are read one by one for that, and in the
+//! products of a step every sequence has a row of its own; with more than 8 rows the sums of a product run in another
+//! order, so that logits differ by roundings from those of fewer.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -6,10 +11,10 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::Folder;
-use model::{Cache, Compute, Model, Pass, Training, weights};
+use model::{Compute, Model, Pass, Training, weights};
 
-use crate::error::{Error, Result};
-use crate::sampler::{SampleConfig, Sampler};
+use crate::error::Result;
+use crate::sequence::{Context, GenerateConfig, Generation, Sequence};
 
 /// Tokens of a prompt in one pass. Attention scores of a piece are `[heads, CHUNK, kv_seq]`, so that a long prompt
 /// costs memory in proportion to its length and not to its square; products of so many rows run at full speed.
@@ -20,47 +25,10 @@ const CHUNK: usize = 512;
 pub struct Engine {
     /// The model; an adapter, if any, is attached.
     pub model: Model,
-    /// Where it computes.
-    pub device: Device,
-}
-
-/// How a prompt is continued.
-#[derive(Clone, Debug, PartialEq)]
-pub struct GenerateConfig {
-    /// Most new tokens.
-    pub max_tokens: usize,
-    /// How each is chosen.
-    pub sample: SampleConfig,
-    /// Tokens that end the text; see [`crate::end_of_text_ids`].
-    pub stop_ids: Vec<u32>,
     /// What products round their operands to.
     pub compute: Compute,
-}
-
-/// What came after a prompt.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Generation {
-    /// The new tokens, without the one that ended the text.
-    pub token_ids: Vec<u32>,
-    /// Why there are no more.
-    pub stopped: Stop,
-    /// Seconds from the start to the choice of the first token.
-    pub prefill_secs: f64,
-    /// Seconds that the passes after it took, the choice of a token included.
-    pub decode_secs: f64,
-    /// How many passes those were.
-    pub decode_steps: usize,
-}
-
-/// Why a generation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
-    /// The model chose this token, which ends a text.
-    EndOfText(u32),
-    /// As many tokens as were asked for.
-    MaxTokens,
-    /// The caller wanted no more.
-    Caller,
+    /// Where it computes.
+    pub device: Device,
 }
 
 impl Engine {
@@ -68,110 +36,131 @@ impl Engine {
     ///
     /// # Errors
     /// If the folder cannot be read or holds no model we compute.
-    pub fn open(folder: &Path, device: Device) -> Result<Self> {
+    pub fn open(folder: &Path, compute: Compute, device: Device) -> Result<Self> {
         let model = weights::load(&Folder::open(folder)?, Training::Frozen, &device)?;
-        Ok(Self { model, device })
+        Ok(Self {
+            model,
+            compute,
+            device,
+        })
     }
 
     /// Continues a prompt, and tells each new token as it comes.
     ///
     /// # Errors
-    /// If the prompt is empty, holds an id the model does not know, or leaves no room for `max_tokens`; if a setting
-    /// of the sampler has no meaning; or if logits are not finite.
+    /// As [`Sequence::new`] and [`Self::step`].
     pub fn generate(
         &self,
         prompt: &[u32],
         config: &GenerateConfig,
         on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Generation> {
-        self.check(prompt, config.max_tokens)?;
-        let mut sampler = Sampler::new(config.sample)?;
-        let mut cache = Cache::new(&self.model.config);
-        let mut next = |ids: &[u32], step: usize| {
-            let logits = self.last_logits(ids, config.compute, &mut cache);
-            sampler.sample(&logits).ok_or(Error::NotFinite { step })
-        };
-        let mut generation = Generation {
-            token_ids: Vec::new(),
-            stopped: Stop::MaxTokens,
-            prefill_secs: 0.0,
-            decode_secs: 0.0,
-            decode_steps: 0,
-        };
-        if config.max_tokens == 0 {
-            return Ok(generation);
+        let mut sequence = self.begin(prompt, config)?;
+        while sequence.stopped().is_none() {
+            self.step([&mut sequence])?;
+            if let Some(id) = sequence.new_token()
+                && on_token(id).is_break()
+            {
+                sequence.stop();
+            }
         }
-
-        let started = Instant::now();
-        let mut id = next(prompt, 0)?;
-        generation.prefill_secs = started.elapsed().as_secs_f64();
-        loop {
-            if config.stop_ids.contains(&id) {
-                generation.stopped = Stop::EndOfText(id);
-                break;
-            }
-            generation.token_ids.push(id);
-            if on_token(id).is_break() {
-                generation.stopped = Stop::Caller;
-                break;
-            }
-            if generation.token_ids.len() == config.max_tokens {
-                break;
-            }
-            let started = Instant::now();
-            id = next(&[id], generation.token_ids.len())?;
-            generation.decode_secs += started.elapsed().as_secs_f64();
-            generation.decode_steps += 1;
-        }
-        Ok(generation)
+        Ok(sequence.finish().0)
     }
 
-    fn check(&self, prompt: &[u32], max_tokens: usize) -> Result<()> {
-        let (vocab_size, limit) = (
-            self.model.config.vocab_size,
-            self.model.config.max_position_embeddings,
-        );
-        if prompt.is_empty() {
-            return Err(Error::EmptyPrompt);
+    /// Continues several prompts, up to `batch` at a time: where one ends, the next begins. After every step it shows those
+    /// that took part, each with the number of its prompt. Returns what came after each prompt, in their order.
+    ///
+    /// # Errors
+    /// As [`Sequence::new`] and [`Self::step`].
+    pub fn generate_all(
+        &self,
+        prompts: &[Vec<u32>],
+        config: &GenerateConfig,
+        batch: usize,
+        on_step: &mut dyn FnMut(usize, &mut Sequence),
+    ) -> Result<Vec<Generation>> {
+        let begun = prompts.iter().map(|prompt| self.begin(prompt, config));
+        let mut waiting = begun.collect::<Result<Vec<_>>>()?.into_iter().enumerate();
+        let mut running: Vec<(usize, Sequence)> = Vec::new();
+        let mut done: Vec<Option<Generation>> = vec![None; prompts.len()];
+        loop {
+            let n_free = batch.max(1) - running.len();
+            running.extend(waiting.by_ref().take(n_free));
+            if running.is_empty() {
+                return Ok(done.into_iter().flatten().collect());
+            }
+            self.step(running.iter_mut().map(|(_, sequence)| sequence))?;
+            for (number, sequence) in &mut running {
+                on_step(*number, sequence);
+            }
+            for (number, ended) in running.extract_if(.., |(_, s)| s.stopped().is_some()) {
+                done[number] = Some(ended.finish().0);
+            }
         }
-        if let Some(position) = prompt.iter().position(|id| *id as usize >= vocab_size) {
-            let id = prompt[position];
-            return Err(Error::Vocabulary {
-                position,
-                id,
-                vocab_size,
-            });
+    }
+
+    /// A text that begins with a prompt.
+    ///
+    /// # Errors
+    /// As [`Sequence::new`].
+    pub fn begin(&self, prompt: &[u32], config: &GenerateConfig) -> Result<Sequence> {
+        Sequence::new(&self.model, Context::new(&self.model), prompt, config)
+    }
+
+    /// Takes sequences one step further: each whose prompt is not read by a piece of it, and the others, together, by a
+    /// token. Those that have ended stay as they are. Waits for the device.
+    ///
+    /// # Errors
+    /// If logits are not finite.
+    pub fn step<'a>(&self, sequences: impl IntoIterator<Item = &'a mut Sequence>) -> Result<()> {
+        let running = sequences.into_iter().filter(|s| s.stopped().is_none());
+        let (mut decoding, prompts): (Vec<_>, Vec<_>) = running.partition(|s| s.is_decoding());
+        for sequence in prompts {
+            self.pass(&mut [sequence])?;
         }
-        if prompt.len().saturating_add(max_tokens) > limit {
-            return Err(Error::ContextLength {
-                prompt: prompt.len(),
-                max_tokens,
-                limit,
-            });
+        if decoding.is_empty() {
+            return Ok(());
+        }
+        self.pass(&mut decoding)
+    }
+
+    /// One pass over the next ids of sequences, of all the same number.
+    fn pass(&self, sequences: &mut [&mut Sequence]) -> Result<()> {
+        let started = Instant::now();
+        let next = sequences.iter().map(|sequence| sequence.next_ids(CHUNK));
+        let ids: Vec<i32> = next.flatten().map(|id| *id as i32).collect(); // Below the vocabulary's size, which is checked.
+        let batch = sequences.len();
+        let shape = [batch, ids.len() / batch];
+        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, shape), &self.device);
+
+        let caches = sequences.iter_mut().map(|sequence| sequence.cache());
+        let mut pass = Pass::cached(self.compute, caches);
+        let hidden = self.model.hidden(ids, &mut pass); // [batch, seq, hidden_size]
+        drop(pass);
+        // A piece of a prompt that is not its last chooses nothing.
+        let last = sequences
+            .iter()
+            .all(|sequence| sequence.ends_with(shape[1]));
+        let logits = if last {
+            self.last_logits(hidden)
+        } else {
+            vec![]
+        };
+
+        let vocab_size = self.model.config.vocab_size;
+        for (row, sequence) in sequences.iter_mut().enumerate() {
+            let logits = logits.get(row * vocab_size..(row + 1) * vocab_size);
+            sequence.advance(shape[1], logits, started)?;
         }
         Ok(())
     }
 
-    /// Logits after the last of some tokens that continue the cache, `[vocab]`. Waits for the device.
-    fn last_logits(&self, ids: &[u32], compute: Compute, cache: &mut Cache) -> Vec<f32> {
-        let mut pass = Pass::cached(compute, cache);
-        let mut last = None;
-        for chunk in ids.chunks(CHUNK) {
-            let len = chunk.len();
-            let hidden = self.model.hidden(self.tensor(chunk), &mut pass); // [1, len, hidden_size]
-            last = Some(hidden.slice([0..1, len - 1..len]));
-        }
-        let last = last.expect("prompts are checked to have a token, and a step has one");
-        let last = last.reshape([1, self.model.config.hidden_size]);
-        let logits = self.model.logits(last, &pass).into_data();
-        logits.try_to_vec().expect("logits are f32")
-    }
-
-    /// # Shapes
-    /// - returns: `[1, ids]`
-    fn tensor(&self, ids: &[u32]) -> Tensor<2, Int> {
-        let ids: Vec<i32> = ids.iter().map(|id| *id as i32).collect(); // Below the vocabulary's size, which is checked.
-        let shape = [1, ids.len()];
-        Tensor::from_data(TensorData::new(ids, shape), &self.device)
+    /// Logits after the last of some hidden states `[batch, seq, hidden_size]`, `[batch, vocab]`.
+    fn last_logits(&self, hidden: Tensor<3>) -> Vec<f32> {
+        let [batch, seq, hidden_size] = hidden.dims();
+        let last = hidden.slice([0..batch, seq - 1..seq]);
+        let last = last.reshape([batch, hidden_size]);
+        let logits = self.model.logits(last, &Pass::new(self.compute));
+        logits.into_data().try_to_vec().expect("logits are f32")
     }
 }

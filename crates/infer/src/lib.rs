@@ -8,12 +8,11 @@
 //! use moeforge_infer::{Engine, GenerateConfig, SampleConfig};
 //! use std::ops::ControlFlow;
 //!
-//! let engine = Engine::open("DeepSeek-V2-Lite".as_ref(), Device::flex())?;
+//! let engine = Engine::open("DeepSeek-V2-Lite".as_ref(), model::Compute::F32, Device::flex())?;
 //! let config = GenerateConfig {
 //!     max_tokens: 16,
 //!     sample: SampleConfig { temperature: 0.0, top_p: 1.0, seed: 0 },
 //!     stop_ids: vec![1],
-//!     compute: model::Compute::F32,
 //! };
 //! let generation = engine.generate(&[0, 5, 6], &config, &mut |_| ControlFlow::Continue(()))?;
 //! assert!(generation.token_ids.len() <= 16);
@@ -24,8 +23,10 @@ mod end_of_text;
 mod engine;
 mod error;
 mod sampler;
+mod sequence;
 
 pub use end_of_text::end_of_text_ids;
-pub use engine::{Engine, GenerateConfig, Generation, Stop};
+pub use engine::Engine;
 pub use error::{Error, Result};
 pub use sampler::{SampleConfig, Sampler};
+pub use sequence::{Context, GenerateConfig, Generation, Sequence, Stop};

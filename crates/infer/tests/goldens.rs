@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::Folder;
-use model::{Compute, Pass};
-use moeforge_infer::{Engine, Error, GenerateConfig, SampleConfig, Sampler, Stop, end_of_text_ids};
+use model::{Cache, Compute, Pass};
+use moeforge_infer::{
+    Context, Engine, Error, GenerateConfig, SampleConfig, Sampler, Sequence, Stop, end_of_text_ids,
+};
 use serde_json::Value;
 
 const ALL: [&str; 7] = [
@@ -36,7 +38,7 @@ fn golden(name: &str) -> (Vec<u32>, Vec<u32>) {
 }
 
 fn engine(name: &str) -> Engine {
-    Engine::open(&path(name), Device::flex()).unwrap()
+    Engine::open(&path(name), Compute::F32, Device::flex()).unwrap()
 }
 
 fn greedy(max_tokens: usize) -> GenerateConfig {
@@ -48,7 +50,6 @@ fn greedy(max_tokens: usize) -> GenerateConfig {
             seed: 0,
         },
         stop_ids: Vec::new(),
-        compute: Compute::F32,
     }
 }
 
@@ -183,4 +184,101 @@ fn every_file_says_where_text_ends() {
     let folder = Folder::open(&path("deepseek_v3")).unwrap();
     assert_eq!(end_of_text_ids(&folder, None).unwrap(), [1]);
     assert_eq!(end_of_text_ids(&folder, Some(7)).unwrap(), [1, 7]);
+}
+
+/// Prompts of different lengths, one of a single token.
+fn prompts(name: &str) -> Vec<Vec<u32>> {
+    let (prompt, more) = golden(name);
+    let whole = [prompt, more].concat();
+    [5, 1, 3, 8, 2, whole.len(), 4, 7]
+        .map(|len| whole[..len].to_vec())
+        .to_vec()
+}
+
+#[test]
+fn what_a_sequence_gives_does_not_depend_on_those_beside_it() {
+    for name in ALL {
+        let (engine, prompts) = (engine(name), prompts(name));
+        let config = GenerateConfig {
+            sample: SampleConfig {
+                temperature: 0.8,
+                top_p: 0.9,
+                seed: 3,
+            },
+            ..greedy(9)
+        };
+        let alone = |prompt: &Vec<u32>| {
+            let generation = engine.generate(prompt, &config, &mut |_| ControlFlow::Continue(()));
+            generation.unwrap().token_ids
+        };
+        let expected: Vec<Vec<u32>> = prompts.iter().map(alone).collect();
+        // Fewer places than prompts: some join when others have ended.
+        for batch in [8, 3] {
+            let found = engine.generate_all(&prompts, &config, batch, &mut |_, _| {});
+            let found: Vec<_> = found.unwrap().into_iter().map(|g| g.token_ids).collect();
+            assert_eq!(found, expected, "{name}, {batch} at a time");
+        }
+    }
+}
+
+#[test]
+fn logits_of_sequences_decoded_together_are_those_of_each_alone_bit_for_bit() {
+    for name in ALL {
+        let (engine, prompts) = (engine(name), prompts(name));
+        let mut caches = vec![Cache::new(&engine.model.config); prompts.len()];
+        let pass = |caches: &mut [Cache], ids: &[u32]| -> Vec<f32> {
+            let ids: Vec<i32> = ids.iter().map(|id| *id as i32).collect();
+            let shape = [caches.len(), ids.len() / caches.len()];
+            let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, shape), &engine.device);
+            let pass = &mut Pass::cached(Compute::F32, caches);
+            let hidden = engine.model.hidden(ids, pass);
+            let hidden = hidden.reshape([shape[0] * shape[1], engine.model.config.hidden_size]);
+            let logits = engine.model.logits(hidden, pass).into_data();
+            logits.try_to_vec().unwrap()
+        };
+        for (cache, prompt) in caches.chunks_mut(1).zip(&prompts) {
+            pass(cache, prompt);
+        }
+        for step in 0..3 {
+            let ids: Vec<u32> = (0..8).map(|row| 7 * row + step + 2).collect();
+            let mut apart = caches.clone();
+            let alone = apart.chunks_mut(1).zip(&ids);
+            let alone: Vec<f32> = alone.flat_map(|(cache, id)| pass(cache, &[*id])).collect();
+            assert!(pass(&mut caches, &ids) == alone, "{name}, step {step}");
+        }
+        let held = caches.iter().zip(&prompts);
+        assert!(
+            held.map(|(cache, prompt)| cache.len() - prompt.len())
+                .all(|n| n == 3)
+        );
+    }
+}
+
+#[test]
+fn a_prompt_that_goes_on_from_a_context_reads_only_what_is_new() {
+    for name in ["deepseek_v3", "qwen2_distill"] {
+        let (engine, (prompt, more)) = (engine(name), golden(name));
+        let run = |context, prompt: &[u32]| {
+            let mut sequence = Sequence::new(&engine.model, context, prompt, &greedy(6)).unwrap();
+            while sequence.stopped().is_none() {
+                engine.step([&mut sequence]).unwrap();
+            }
+            sequence.finish()
+        };
+        let new = || Context::new(&engine.model);
+        let (first, context) = run(new(), &prompt);
+        assert_eq!(first.token_ids, more[..6]);
+        assert_eq!(context.token_ids(), [&prompt[..], &more[..5]].concat());
+
+        // The answer, something else, the beginning alone, and something without it.
+        let longer = [&prompt[..], &more[..6], &[9, 8, 7]].concat();
+        let other = [&prompt[..], &[5, 6]].concat();
+        for (prompt, read) in [(&longer, 4), (&other, 2), (&prompt, 1), (&vec![2, 3, 4], 3)] {
+            let (found, after) = run(context.clone(), prompt);
+            let (expected, _) = run(new(), prompt);
+            assert_eq!(found.token_ids, expected.token_ids, "{name} {prompt:?}");
+            assert_eq!(found.prefill_tokens, read, "{name} {prompt:?}");
+            assert_eq!(after.token_ids()[..prompt.len()], prompt[..]);
+        }
+    }
 }

@@ -3,11 +3,11 @@
 //! Latent attention stores the normalized latent and the rotated shared key, side by side in one row: 576 numbers a
 //! layer for DeepSeek V3, where plain keys and values of 128 heads would be 40,960.
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 
 use crate::config::{AttentionConfig, ModelConfig};
 
-/// The cache of one batch of sequences of equal length.
+/// The cache of one sequence. Sequences that are decoded together have one each.
 #[derive(Clone, Debug)]
 pub struct Cache {
     pub(crate) layers: Vec<LayerCache>,
@@ -20,10 +20,11 @@ pub(crate) struct LayerCache {
     pub(crate) buffers: Vec<Buffer>,
 }
 
-/// Rows `[batch, capacity, heads, width]`, filled from the front.
+/// Rows `[capacity, heads, width]`, filled from the front. Positions are the first axis, so that those held are one piece
+/// of memory, which attention reads where it lies.
 #[derive(Clone, Debug)]
 pub(crate) struct Buffer {
-    rows: Option<Tensor<4>>,
+    rows: Option<Tensor<3>>,
     len: usize,
 }
 
@@ -46,6 +47,11 @@ impl Cache {
         }
     }
 
+    /// Bytes that a token takes, in all layers together.
+    pub fn bytes_per_token(config: &ModelConfig) -> usize {
+        config.cache_width() * config.num_hidden_layers * size_of::<f32>()
+    }
+
     /// Positions held.
     pub fn len(&self) -> usize {
         self.len
@@ -56,6 +62,14 @@ impl Cache {
         self.len == 0
     }
 
+    /// Forgets all but the first `len` positions; does nothing where no more are held.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+        for buffer in self.layers.iter_mut().flat_map(|layer| &mut layer.buffers) {
+            buffer.len = buffer.len.min(len);
+        }
+    }
+
     /// Called once a pass is through all layers.
     pub(crate) fn advance(&mut self, tokens: usize) {
         self.len += tokens;
@@ -63,28 +77,24 @@ impl Cache {
 }
 
 impl Buffer {
-    /// Appends rows `[batch, seq, heads, width]` and returns all rows held, `[batch, len, heads, width]`.
+    /// Appends rows `[1, seq, heads, width]` and returns all rows held, `[1, len, heads, width]`.
     pub(crate) fn append(&mut self, rows: Tensor<4>) -> Tensor<4> {
-        let ([batch, seq, heads, width], start) = (rows.dims(), self.len);
+        let ([_, seq, heads, width], start) = (rows.dims(), self.len);
         self.len += seq;
         let buffer = match self.rows.take() {
-            Some(buffer) if buffer.dims()[1] >= self.len => buffer,
-            old => grown(
-                old,
-                [batch, (self.len + GROWTH).max(2 * start), heads, width],
-                &rows.device(),
-            ),
+            Some(buffer) if buffer.dims()[0] >= self.len => buffer,
+            old => {
+                let capacity = (self.len + GROWTH).max(2 * start);
+                let new = Tensor::zeros([capacity, heads, width], &rows.device());
+                match old {
+                    Some(old) => new.slice_assign(0..start, old.slice(0..start)),
+                    None => new,
+                }
+            }
         };
-        let buffer = buffer.slice_assign([0..batch, start..self.len, 0..heads, 0..width], rows);
-        let held = buffer.clone().slice([0..batch, 0..self.len]);
+        let buffer = buffer.slice_assign(start..self.len, rows.reshape([seq, heads, width]));
+        let held = buffer.clone().slice(0..self.len);
         self.rows = Some(buffer);
-        held
+        held.reshape([1, self.len, heads, width])
     }
-}
-
-fn grown(old: Option<Tensor<4>>, shape: [usize; 4], device: &Device) -> Tensor<4> {
-    let new = Tensor::zeros(shape, device);
-    let Some(old) = old else { return new };
-    let [batch, len, heads, width] = old.dims();
-    new.slice_assign([0..batch, 0..len, 0..heads, 0..width], old)
 }

@@ -7,7 +7,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 
 pub use self::checkpointing::{Checkpointing, Trace};
-pub use self::cost::Cost;
+pub use self::cost::{Cost, Traffic};
 
 use crate::attention::Attention;
 use crate::config::ModelConfig;
@@ -79,20 +79,18 @@ impl Model {
     /// The hidden states after the last norm.
     ///
     /// # Shapes
-    /// - `input_ids`: `[batch, seq]`, continuing the sequences of the pass's cache if it has one
+    /// - `input_ids`: `[batch, seq]`, continuing the sequences of the pass's caches if it has some
     /// - returns: `[batch, seq, hidden_size]`
     ///
     /// # Panics
-    /// If an id is not below the vocabulary's size.
+    /// If an id is not below the vocabulary's size, or the pass has caches and not one per row.
     pub fn hidden(&self, input_ids: Tensor<2, Int>, pass: &mut Pass<'_>) -> Tensor<3> {
         let dims = input_ids.dims();
         let mut x = self.enter(input_ids, pass);
         for (layer_idx, layer) in self.model.layers.iter().enumerate() {
             x = layer.forward(x, dims, pass, layer_idx);
         }
-        if let Some(cache) = &mut pass.cache {
-            cache.advance(dims[1]);
-        }
+        pass.advance(dims[1]);
         self.leave(x, dims)
     }
 
@@ -106,13 +104,10 @@ impl Model {
         x
     }
 
-    /// The rotary tables of `seq` positions that continue those of the pass's cache.
+    /// The rotary tables of an input of length `seq`.
     fn rotary(&self, seq: usize, pass: &Pass<'_>, device: &Device) -> RotaryTable {
-        let start = pass.cache.as_ref().map_or(0, |cache| cache.len());
-        match pass.segments.positions(seq) {
-            Some(positions) => self.config.rotary_table(positions.into_iter(), device),
-            None => self.config.rotary_table(start..start + seq, device),
-        }
+        let positions = pass.positions(seq).into_iter();
+        self.config.rotary_table(positions, device)
     }
 
     /// The hidden states, `[batch, seq, hidden_size]`, from what leaves the last layer.

@@ -42,7 +42,7 @@ pub use attention::{Attention, Gqa, Mla};
 pub use cache::Cache;
 pub use config::ModelConfig;
 pub use decoder::{
-    Checkpointing, Cost, Decoder, DecoderLayer, Embedding, FeedForward, Model, Trace,
+    Checkpointing, Cost, Decoder, DecoderLayer, Embedding, FeedForward, Model, Trace, Traffic,
 };
 pub use error::Error;
 pub use kernels::{Compute, Quantizer};

@@ -15,10 +15,10 @@ pub struct Pass<'a> {
     pub compute: Compute,
     /// The seed of this pass's dropout; none means no dropout.
     pub dropout_seed: Option<u64>,
-    /// Keys of earlier tokens; none means that the input is whole.
-    pub cache: Option<&'a mut Cache>,
+    /// What each sequence of the input has of earlier tokens, a cache per row; none means that the input is whole.
+    pub caches: Vec<&'a mut Cache>,
     /// The sequences that packed rows hold. None sees another, and each counts its positions from 0. Not together with
-    /// a cache.
+    /// caches.
     pub segments: Segments,
     /// The experts that the next mixture layer takes, `[tokens, top_k]`, chosen when it ran before.
     pub replay: Option<Tensor<2, Int>>,
@@ -60,7 +60,7 @@ impl<'a> Pass<'a> {
         Self {
             compute,
             dropout_seed: None,
-            cache: None,
+            caches: Vec::new(),
             segments: Segments::whole(),
             replay: None,
             observe: Observe::Nothing,
@@ -70,11 +70,50 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// A pass that continues the sequences in a cache.
-    pub fn cached(compute: Compute, cache: &'a mut Cache) -> Self {
+    /// A pass that continues sequences: every row of its input the one of its cache, whatever the lengths of the others.
+    pub fn cached(compute: Compute, caches: impl IntoIterator<Item = &'a mut Cache>) -> Self {
         Self {
-            cache: Some(cache),
+            caches: caches.into_iter().collect(),
             ..Self::new(compute)
+        }
+    }
+
+    /// The positions of an input `[batch, seq]`: of one row where all rows have the same, else of all of them.
+    pub(crate) fn positions(&self, seq: usize) -> Vec<usize> {
+        if let Some(positions) = self.segments.positions(seq) {
+            return positions;
+        }
+        if self.caches.is_empty() {
+            return (0..seq).collect();
+        }
+        let of_row = |cache: &&mut Cache| cache.len()..cache.len() + seq;
+        self.caches.iter().flat_map(of_row).collect()
+    }
+
+    /// Appends what a layer makes of the new tokens, `[batch, seq, heads, width]`, to a buffer of that layer.
+    ///
+    /// Returns what attention reads, by sequence: all rows held of each, `[1, len, heads, width]`, or the new ones as they
+    /// are where nothing is cached.
+    pub(crate) fn append(
+        &mut self,
+        [layer_idx, buffer_idx]: [usize; 2],
+        rows: Tensor<4>,
+    ) -> Vec<Tensor<4>> {
+        if self.caches.is_empty() {
+            return vec![rows];
+        }
+        assert_eq!(rows.dims()[0], self.caches.len(), "a cache per row");
+        let append = |(row, cache): (usize, &mut &mut Cache)| {
+            let rows = rows.clone().slice(row..row + 1);
+            cache.layers[layer_idx].buffers[buffer_idx].append(rows)
+        };
+        self.caches.iter_mut().enumerate().map(append).collect()
+    }
+
+    /// Called once it is through all layers.
+    pub(crate) fn advance(&mut self, seq: usize) {
+        for cache in &mut self.caches {
+            cache.advance(seq);
         }
     }
 
@@ -96,4 +135,18 @@ impl<'a> Pass<'a> {
             .clone()
             .expect("the decoder sets the tables before its first layer")
     }
+}
+
+/// Attention of each of `n` sequences by itself, over queries `[batch, seq, heads, dim]`: of all rows at once where there
+/// is one, else row by row.
+pub(crate) fn per_sequence(
+    q: Tensor<4>,
+    n: usize,
+    attend: impl Fn(Tensor<4>, usize) -> Tensor<4>,
+) -> Tensor<4> {
+    if n == 1 {
+        return attend(q, 0);
+    }
+    let rows = (0..n).map(|row| attend(q.clone().slice(row..row + 1), row));
+    Tensor::cat(rows.collect(), 0)
 }

@@ -11,8 +11,8 @@ use kernels::Pairs;
 
 use crate::config::{RopeConfig, RopeScaling};
 
-/// Cosines and sines of the positions of one forward pass, `[seq, dim / 2]` each; of packed rows, which count their
-/// positions each in its own way, `[batch · seq, dim / 2]`.
+/// Cosines and sines of the positions of one forward pass, `[seq, dim / 2]` each; of rows that count their positions each
+/// in its own way, `[batch · seq, dim / 2]`.
 #[derive(Clone, Debug)]
 pub struct RotaryTable {
     /// Cosines.

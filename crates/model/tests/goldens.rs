@@ -205,13 +205,13 @@ fn cached_decoding_gives_the_golden_tokens() {
         let (prompt, expected) = (list("prompt_ids"), list("new_tokens"));
         // Prefill at once, and in two pieces: the second continues a cache with the expanded form.
         for pieces in [vec![&prompt[..]], vec![&prompt[..5], &prompt[5..]]] {
-            let mut cache = Cache::new(&model.config);
+            let mut caches = [Cache::new(&model.config)];
             let mut step = |ids: &[i32]| {
                 let ids = Tensor::<2, Int>::from_data(
                     TensorData::new(ids.to_vec(), [1, ids.len()]),
                     &device,
                 );
-                let all = logits(&model, ids, &mut Pass::cached(Compute::F32, &mut cache));
+                let all = logits(&model, ids, &mut Pass::cached(Compute::F32, &mut caches));
                 let last = &all[all.len() - model.config.vocab_size..];
                 (0..last.len())
                     .max_by(|a, b| last[*a].total_cmp(&last[*b]))
@@ -237,17 +237,17 @@ fn cached_logits_are_the_full_ones() {
         let ids = golden.ids(&device);
         let ([batch, seq], vocab) = (ids.dims(), model.config.vocab_size);
         let full = logits(&model, ids.clone(), &mut Pass::new(Compute::F32));
-        let mut cache = Cache::new(&model.config);
+        let mut caches = vec![Cache::new(&model.config); batch];
         for position in 0..seq {
             let one = ids.clone().slice([0..batch, position..position + 1]);
-            let found = logits(&model, one, &mut Pass::cached(Compute::F32, &mut cache));
+            let found = logits(&model, one, &mut Pass::cached(Compute::F32, &mut caches));
             for row in 0..batch {
                 let expected = &full[(row * seq + position) * vocab..][..vocab];
                 let difference = largest_difference(&found[row * vocab..][..vocab], expected);
                 assert!(difference <= LOGITS, "{name} at {position}: {difference}");
             }
         }
-        assert_eq!(cache.len(), seq);
+        assert!(caches.iter().all(|cache| cache.len() == seq));
     }
 }
 
@@ -331,10 +331,10 @@ fn adapted_decoding_agrees_with_the_whole_sequence() {
         let ids = golden.ids(&device);
         let ([batch, seq], vocab) = (ids.dims(), model.config.vocab_size);
         let full = golden.floats("lora_peft.logits").0;
-        let mut cache = Cache::new(&model.config);
+        let mut caches = vec![Cache::new(&model.config); batch];
         for position in 0..seq {
             let one = ids.clone().slice([0..batch, position..position + 1]);
-            let found = logits(&model, one, &mut Pass::cached(Compute::F32, &mut cache));
+            let found = logits(&model, one, &mut Pass::cached(Compute::F32, &mut caches));
             for row in 0..batch {
                 let expected = &full[(row * seq + position) * vocab..][..vocab];
                 let difference = largest_difference(&found[row * vocab..][..vocab], expected);

@@ -129,12 +129,13 @@ fn logits_are_those_of_peft() {
         );
 
         // Decoded one by one over a cache, where latent attention is absorbed.
-        let ([batch, seq], mut cache) = (ids.dims(), Cache::new(&model.config));
+        let [batch, seq] = ids.dims();
+        let mut caches = vec![Cache::new(&model.config); batch];
         let prompt = ids.clone().slice([0..batch, 0..seq - positions]);
-        logits(&model, prompt, &mut Pass::cached(Compute::F32, &mut cache));
+        logits(&model, prompt, &mut Pass::cached(Compute::F32, &mut caches));
         let one = |at| {
             let id = ids.clone().slice([0..batch, at..at + 1]);
-            logits(&model, id, &mut Pass::cached(Compute::F32, &mut cache))
+            logits(&model, id, &mut Pass::cached(Compute::F32, &mut caches))
         };
         let steps = (seq - positions..seq).map(one).collect();
         let found = values(Tensor::cat(steps, 1));

@@ -29,7 +29,6 @@ mod dpo;
 mod error;
 mod export;
 mod fit;
-mod limit;
 mod loss_scale;
 mod optimizer;
 mod session;
@@ -51,7 +50,6 @@ pub use self::fit::{
     Census, Event, Host, LayerDrift, LayerLoad, Memory, RangeTest, RatePoint, Sample, StepReport,
     TensorGradient, Watchdog, Zero, steepest,
 };
-pub use self::limit::product_speeds;
 pub use self::loss_scale::LossScale;
 pub use self::metrics::Metrics;
 pub use self::recipe::{

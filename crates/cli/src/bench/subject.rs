@@ -1,14 +1,17 @@
 //! The model that is measured: a checkpoint, or an architecture whose weights are made up.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use burn::tensor::Device;
 use checkpoint::Folder;
-use model::ModelConfig;
-use model::weights;
+use infer::Engine;
+use model::{Compute, ModelConfig, Training, weights};
 use serde_json::Value;
 
-use crate::open::{find, is_gguf, name_of, read_json};
+use crate::console::Console;
+use crate::open::{attach, find, is_gguf, name_of, open_model, read_json};
 
 /// What is measured.
 #[derive(Debug)]
@@ -17,6 +20,11 @@ pub(super) struct Subject {
     pub(super) name: String,
     pub(super) config: ModelConfig,
     pub(super) weights: Weights,
+}
+
+/// Made-up token ids, spread over the vocabulary: every one a Fibonacci hash of its place.
+pub(super) fn ids(places: Range<u64>, vocab_size: u64) -> impl Iterator<Item = u64> {
+    places.map(move |place| (place.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) % vocab_size)
 }
 
 /// Where weights come from.
@@ -54,6 +62,40 @@ impl Subject {
             name: name_of(&path),
             config: weights::read_config(&folder)?,
             weights: Weights::Checkpoint(path),
+        })
+    }
+
+    /// Whether its weights are made up.
+    pub(super) fn is_random(&self) -> bool {
+        matches!(self.weights, Weights::Random(_))
+    }
+
+    /// The model, ready to continue prompts.
+    pub(super) fn engine(
+        &self,
+        adapter: Option<&Path>,
+        seed: u64,
+        console: &Console,
+    ) -> anyhow::Result<Engine> {
+        let (model, device) = match &self.weights {
+            Weights::Checkpoint(path) => {
+                let opened = open_model(&path.to_string_lossy(), adapter, console)?;
+                (opened.model, opened.device)
+            }
+            Weights::Random(_) => {
+                console.note(format_args!("{}: making up weights", self.name));
+                let device = Device::flex();
+                let mut model = weights::fresh(&self.config, Training::Frozen, seed, &device)?;
+                if let Some(adapter) = adapter {
+                    attach(&mut model, adapter, &device, console)?;
+                }
+                (model, device)
+            }
+        };
+        Ok(Engine {
+            model,
+            compute: Compute::F32,
+            device,
         })
     }
 

@@ -2,56 +2,76 @@
 
 use serde_json::Value;
 
-/// The columns: what stands over them, and how wide they are.
-const COLUMNS: [(&str, usize); 10] = [
-    ("batch", 5),
-    ("seq", 5),
-    ("experts", 7),
-    ("tokens/s", 8),
-    ("(min to max)", 15),
-    ("s/step", 7),
-    ("peak MiB", 8),
-    ("GFLOP/token", 11),
-    ("GFLOP/s", 7),
-    ("of limit", 13),
-];
+/// A column: what stands over it, how wide it is, and what of a result, as JSON has it, stands in it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Column(
+    pub(super) &'static str,
+    pub(super) usize,
+    pub(super) fn(&Value) -> String,
+);
 
 /// The first line.
-pub(super) fn header() -> String {
-    line(&COLUMNS.map(|(name, _)| name.to_owned()))
+pub(super) fn header(columns: &[Column]) -> String {
+    line(columns, |Column(name, ..)| (*name).to_owned())
 }
 
-/// The line of a result as JSON has it.
-pub(super) fn row(result: &Value) -> String {
-    let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
-    let count = |key: &str| {
-        result[key]
-            .as_u64()
-            .map_or_else(|| "–".into(), |n| n.to_string())
-    };
-    let giga = |key: &str| number(&result[key]) / 1e9;
-    let speed = |key: &str| number(&result["tokens_per_second"][key]);
-    let peak = result["peak_bytes"].as_u64();
-    line(&[
-        count("batch"),
-        count("seq"),
-        count("experts"),
-        format!("{:.0}", speed("median")),
-        format!("({:.0} to {:.0})", speed("min"), speed("max")),
-        format!("{:.3}", number(&result["step_seconds"]["median"])),
-        peak.map_or_else(|| "–".into(), |bytes| (bytes >> 20).to_string()),
-        format!("{:.3}", giga("flops_per_token")),
-        format!("{:.0}", giga("flops_per_second")),
-        format!(
-            "{:.0} % of {:.0}",
-            100.0 * number(&result["fraction_of_limit"]),
-            giga("limit_flops_per_second")
-        ),
-    ])
+/// The line of a result.
+pub(super) fn row(columns: &[Column], result: &Value) -> String {
+    line(columns, |Column(.., cell)| cell(result))
 }
 
-fn line(cells: &[String; COLUMNS.len()]) -> String {
-    let aligned = cells.iter().zip(COLUMNS);
-    let aligned = aligned.map(|(cell, (_, width))| format!("{cell:>width$}"));
-    aligned.collect::<Vec<_>>().join("  ")
+fn line(columns: &[Column], cell: impl Fn(&Column) -> String) -> String {
+    let cells = columns.iter().map(|column| {
+        let (cell, width) = (cell(column), column.1);
+        format!("{cell:>width$}")
+    });
+    cells.collect::<Vec<_>>().join("  ")
+}
+
+/// A whole number, where there is one.
+pub(super) fn count(value: &Value) -> String {
+    value
+        .as_u64()
+        .map_or_else(|| "–".into(), |count| count.to_string())
+}
+
+/// Bytes in MiB, where they are known.
+pub(super) fn mebibytes(value: &Value) -> String {
+    let mib = value.as_u64().map(|bytes| Value::from(bytes >> 20));
+    count(&mib.unwrap_or_default())
+}
+
+/// Seconds.
+pub(super) fn seconds(value: &Value) -> String {
+    format!("{:.2}", number(value))
+}
+
+/// A number in billions.
+pub(super) fn giga(value: &Value) -> f64 {
+    number(value) / 1e9
+}
+
+/// The middle of a spread.
+pub(super) fn median(value: &Value) -> f64 {
+    number(&value["median"])
+}
+
+/// The ends of a spread of speeds.
+pub(super) fn spread(value: &Value) -> String {
+    let [min, max] = ["min", "max"].map(|end| number(&value[end]));
+    // Slow ones differ after the point.
+    let digits = usize::from(min < 100.0);
+    format!("({min:.digits$} to {max:.digits$})")
+}
+
+/// What a result reaches of a limit per second, in billions.
+pub(super) fn fraction_of(result: &Value, limit: &str) -> String {
+    let fraction = 100.0 * number(&result["fraction_of_limit"]);
+    let limit = giga(&result[limit]);
+    let digits = usize::from(limit < 100.0);
+    format!("{fraction:.0} % of {limit:.digits$}")
+}
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or(f64::NAN)
 }

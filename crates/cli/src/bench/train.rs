@@ -1,20 +1,23 @@
 //! `moeforge bench train`: steps of training as `moeforge train` makes them, timed.
 //!
 //! The rows are made up, and the weights too where there are none; the session, its step and its optimizer are those of
-//! a run. What is made up is the same in every process. Several combinations are measured in a process each, so that the
-//! memory of one is not that of another.
+//! a run. What is made up is the same in every process.
 
+use std::ffi::OsString;
 use std::fmt::Write;
 use std::path::PathBuf;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::ExitCode;
 
-use ::train::{Event, Loss, Recipe, Session, StepReport, product_speeds};
-use anyhow::{Context, bail};
+use ::train::{Event, Loss, Recipe, Session, StepReport};
+use anyhow::Context;
 use serde_json::{Value, json};
 
+use super::limit::product_speeds;
 use super::scratch::Scratch;
-use super::subject::{Subject, Weights};
-use super::table;
+use super::spread::Spread;
+use super::subject::{Subject, Weights, ids};
+use super::sweep::{Sweep, options};
+use super::table::{Column, count, fraction_of, giga, mebibytes, median, spread};
 use crate::console::{Console, USAGE, WithCode};
 use crate::inspect::parameters;
 use crate::train::{memory, usage, with_code};
@@ -62,6 +65,32 @@ const OWN: [(&str, &str); 4] = [
 /// How often the machine's limit is measured before the steps, and again after them.
 const PRODUCTS: usize = 3;
 
+/// The columns of the table.
+const COLUMNS: [Column; 10] = [
+    Column("batch", 5, |result| count(&result["batch"])),
+    Column("seq", 5, |result| count(&result["seq"])),
+    Column("experts", 7, |result| count(&result["experts"])),
+    Column("tokens/s", 8, |result| {
+        format!("{:.0}", median(&result["tokens_per_second"]))
+    }),
+    Column("(min to max)", 15, |result| {
+        spread(&result["tokens_per_second"])
+    }),
+    Column("s/step", 7, |result| {
+        format!("{:.3}", median(&result["step_seconds"]))
+    }),
+    Column("peak MiB", 8, |result| mebibytes(&result["peak_bytes"])),
+    Column("GFLOP/token", 11, |result| {
+        format!("{:.3}", giga(&result["flops_per_token"]))
+    }),
+    Column("GFLOP/s", 7, |result| {
+        format!("{:.0}", giga(&result["flops_per_second"]))
+    }),
+    Column("of limit", 13, |result| {
+        fraction_of(result, "limit_flops_per_second")
+    }),
+];
+
 /// What one line of the table is of.
 #[derive(Clone, Copy, Debug)]
 struct Combination {
@@ -75,33 +104,16 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     check_settings(args)?;
     let combinations = combinations(args);
     // What is wrong with any of them is said before the first one takes its time.
-    let subjects = combinations.iter();
-    let subjects = subjects.map(|combination| Subject::open(&args.model, combination.experts));
-    let subjects = subjects.collect::<anyhow::Result<Vec<_>>>()?;
-    let is_alone = combinations.len() == 1;
-    let mut whole = Value::Null;
-    for (combination, subject) in combinations.into_iter().zip(subjects) {
-        let measured = if is_alone {
-            measure(args, combination, &subject, console)?
-        } else {
-            match measure_apart(args, combination, console)? {
-                Ok(measured) => measured,
-                // It has said what is wrong.
-                Err(code) => return Ok(code),
-            }
-        };
-        if !args.json {
-            if whole.is_null() {
-                console.result(format_args!("{}\n\n{}", title(&measured), table::header()));
-            }
-            console.result(table::row(&measured["results"][0]));
-        }
-        whole = joined(whole, measured);
+    for combination in &combinations {
+        Subject::open(&args.model, combination.experts)?;
     }
-    if args.json {
-        console.result(format_args!("{whole:#}"));
-    }
-    Ok(ExitCode::SUCCESS)
+    let sweep = Sweep {
+        measure: &|combination| measure(args, *combination, console),
+        words: &|combination| words(args, *combination),
+        title,
+        columns: &COLUMNS,
+    };
+    sweep.run(&combinations, args.json, console)
 }
 
 fn check_settings(args: &Args) -> anyhow::Result<()> {
@@ -142,15 +154,10 @@ fn combinations(args: &Args) -> Vec<Combination> {
 }
 
 /// One combination, in this process.
-fn measure(
-    args: &Args,
-    combination: Combination,
-    subject: &Subject,
-    console: &Console,
-) -> anyhow::Result<Value> {
+fn measure(args: &Args, combination: Combination, console: &Console) -> anyhow::Result<Value> {
     let Combination { batch, seq, .. } = combination;
-    let is_random = matches!(subject.weights, Weights::Random(_));
-    if is_random {
+    let subject = &Subject::open(&args.model, combination.experts)?;
+    if subject.is_random() {
         console.note(format_args!("{batch} × {seq}: making up weights"));
     }
     let mut limits = product_speeds(PRODUCTS);
@@ -175,7 +182,7 @@ fn measure(
     Ok(json!({
         "model": subject.name,
         "family": subject.config.model_type.name(),
-        "weights": if is_random { "random" } else { "checkpoint" },
+        "weights": if subject.is_random() { "random" } else { "checkpoint" },
         "seed": recipe.train.seed,
         "method": recipe.train.method,
         "compute": recipe.precision.compute,
@@ -199,49 +206,23 @@ fn measure(
     }))
 }
 
-/// One combination, in a process of its own; if that fails, its exit code.
-fn measure_apart(
-    args: &Args,
-    combination: Combination,
-    console: &Console,
-) -> anyhow::Result<Result<Value, ExitCode>> {
-    let Combination {
-        batch,
-        seq,
-        experts,
-    } = combination;
-    let program = std::env::current_exe().context("where is this program?")?;
-    let mut command = Command::new(program);
-    command.args(["bench", "train", "--json"]).arg(&args.model);
+/// The command line that measures one combination.
+fn words(args: &Args, combination: Combination) -> Vec<OsString> {
+    let mut words = vec!["train".into(), args.model.clone().into()];
     let numbers = [
-        ("--threads", Some(rayon::current_num_threads() as u64)),
-        ("--batch", Some(batch)),
-        ("--seq", Some(seq)),
-        ("--experts", experts),
+        ("--batch", Some(combination.batch)),
+        ("--seq", Some(combination.seq)),
+        ("--experts", combination.experts),
         ("--reps", Some(args.reps)),
     ];
-    for (option, number) in numbers {
-        if let Some(number) = number {
-            command.args([option, &number.to_string()]);
-        }
-    }
+    words.extend(options(numbers));
     if let Some(adapter) = &args.adapter {
-        command.arg("--adapter").arg(adapter);
+        words.extend(["--adapter".into(), adapter.into()]);
     }
     for setting in &args.set {
-        command.args(["--set", setting]);
+        words.extend(["--set".into(), setting.into()]);
     }
-    let child = command
-        .args(console.flag())
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot start `moeforge bench`")?;
-    match child.status.code() {
-        Some(0) => Ok(Ok(serde_json::from_slice(&child.stdout)?)),
-        Some(code) => Ok(Err(ExitCode::from(code as u8))),
-        None => bail!("{batch} × {seq}: ended by the system, {}", child.status),
-    }
+    words
 }
 
 /// A session over made-up rows. Nothing of it is on the disk when it is open.
@@ -286,46 +267,16 @@ fn text(path: PathBuf) -> anyhow::Result<String> {
     text.map_err(|path| anyhow::anyhow!("`{}`: expected a path in UTF-8", path.display()))
 }
 
-/// Rows of made-up tokens, spread over the vocabulary: every one a Fibonacci hash of its place.
+/// Rows of made-up tokens.
 fn rows(n_rows: u64, seq: u64, vocab_size: u64) -> String {
     let mut text = String::new();
     for row in 0..n_rows {
-        let places = row * seq..(row + 1) * seq;
-        let ids = places.map(|place| {
-            let hash = place.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
-            (hash % vocab_size).to_string()
-        });
-        let ids = ids.collect::<Vec<_>>().join(",");
+        let ids = ids(row * seq..(row + 1) * seq, vocab_size);
+        let ids: Vec<String> = ids.map(|id| id.to_string()).collect();
         // Writing to a string cannot fail.
-        let _ = writeln!(text, "{{\"input_ids\":[{ids}]}}");
+        let _ = writeln!(text, "{{\"input_ids\":[{}]}}", ids.join(","));
     }
     text
-}
-
-/// The smallest, the middle and the largest of some numbers.
-#[derive(Debug)]
-struct Spread {
-    median: f64,
-    min: f64,
-    max: f64,
-}
-
-impl Spread {
-    /// Of at least one number.
-    fn of(numbers: impl IntoIterator<Item = f64>) -> Self {
-        let mut sorted: Vec<f64> = numbers.into_iter().collect();
-        sorted.sort_by(f64::total_cmp);
-        let (last, half) = (sorted.len() - 1, sorted.len() / 2);
-        Self {
-            median: f64::midpoint(sorted[last / 2], sorted[half]),
-            min: sorted[0],
-            max: sorted[last],
-        }
-    }
-
-    fn to_json(&self) -> Value {
-        json!({"median": self.median, "min": self.min, "max": self.max})
-    }
 }
 
 fn speed(report: &StepReport) -> f64 {
@@ -363,20 +314,4 @@ fn title(measured: &Value) -> String {
         measured["threads"],
         measured["reps"],
     )
-}
-
-/// The results of both, under what is said of the first.
-fn joined(mut whole: Value, mut more: Value) -> Value {
-    match whole["results"].as_array_mut() {
-        None => more,
-        Some(results) => {
-            results.extend(
-                more["results"]
-                    .as_array_mut()
-                    .into_iter()
-                    .flat_map(std::mem::take),
-            );
-            whole
-        }
-    }
 }

@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use burn::tensor::Device;
 use data::{Bos, Special, Tokenizer};
 use infer::{Engine, GenerateConfig, SampleConfig};
-use model::Model;
+use model::{Compute, Model};
 use train::{Recipe, Session};
 
 use crate::generate::question;
@@ -16,6 +16,7 @@ use crate::generate::question;
 pub(super) struct Sampler {
     tokenizer: Tokenizer,
     config: GenerateConfig,
+    compute: Compute,
     chat: bool,
 }
 
@@ -45,12 +46,12 @@ impl Sampler {
                 seed: 0,
             },
             stop_ids,
-            compute: session.compute(),
         };
         let chat = eval.chat;
         Ok(Some(Self {
             tokenizer,
             config,
+            compute: session.compute(),
             chat,
         }))
     }
@@ -64,6 +65,7 @@ impl Sampler {
         };
         let engine = Engine {
             model: model.clone(),
+            compute: self.compute,
             device: Device::flex(),
         };
         let generation = engine.generate(&ids, &self.config, &mut |_| ControlFlow::Continue(()))?;

@@ -6,7 +6,7 @@ use kernels::Pairs;
 
 use crate::config::GqaConfig;
 use crate::linear::Linear;
-use crate::pass::Pass;
+use crate::pass::{Pass, per_sequence};
 
 /// Grouped-query attention of one layer.
 #[derive(Module, Debug)]
@@ -66,17 +66,14 @@ impl Gqa {
             .v_proj
             .forward(tokens, pass)
             .reshape([batch, seq, kv_heads, dim]);
-        let (k, v) = match pass
-            .cache
-            .as_mut()
-            .map(|cache| &mut cache.layers[layer_idx].buffers)
-        {
-            Some(buffers) => (buffers[0].append(k), buffers[1].append(v)),
-            None => (k, v),
-        };
+        let k = pass.append([layer_idx, 0], k);
+        let v = pass.append([layer_idx, 1], v);
 
-        let out = kernels::attention(q, k, v, self.softmax_scale, &pass.segments)
-            .reshape([batch * seq, heads * dim]);
+        let out = per_sequence(q, k.len(), |q, row| {
+            let (k, v) = (k[row].clone(), v[row].clone());
+            kernels::attention(q, k, v, self.softmax_scale, &pass.segments)
+        });
+        let out = out.reshape([batch * seq, heads * dim]);
         self.o_proj.forward(out, pass)
     }
 }

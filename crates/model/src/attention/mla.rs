@@ -11,11 +11,10 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use kernels::{Direction, HeadRows, Pairs};
 
-use crate::cache::LayerCache;
 use crate::config::MlaConfig;
 use crate::linear::Linear;
 use crate::norm::Norm;
-use crate::pass::Pass;
+use crate::pass::{Pass, per_sequence};
 
 /// Latent attention of one layer.
 #[derive(Module, Debug)]
@@ -64,21 +63,17 @@ impl Mla {
         let q = self.queries(tokens.clone(), [batch, seq], pass);
         let latents = self.latents(tokens, [batch, seq], pass);
 
-        let out = match pass
-            .cache
-            .as_mut()
-            .map(|cache| &mut cache.layers[layer_idx])
-        {
-            Some(LayerCache { buffers }) => {
-                let latents = buffers[0].append(latents);
-                if seq == 1 && self.kv_b_proj.quantizer.is_none() {
-                    self.absorbed(q, latents, pass)
-                } else {
-                    self.expanded(q, latents, pass)
-                }
-            }
-            None => self.expanded(q, latents, pass),
+        let is_decoding = seq == 1 && !pass.caches.is_empty();
+        let latents = pass.append([layer_idx, 0], latents);
+
+        let out = if is_decoding && self.kv_b_proj.quantizer.is_none() {
+            self.absorbed(q, &latents, pass)
+        } else {
+            per_sequence(q, latents.len(), |q, row| {
+                self.expanded(q, latents[row].clone(), pass)
+            })
         };
+        let out = out.reshape([batch * seq, self.heads * self.config.v_head_dim]);
         self.o_proj.forward(out, pass)
     }
 
@@ -109,8 +104,8 @@ impl Mla {
             .turn(kv.reshape([batch, seq, 1, width]), self.pairs)
     }
 
-    /// Attention over rebuilt keys and values; returns `[tokens, heads · v_head_dim]`.
-    fn expanded(&self, q: Tensor<4>, latents: Tensor<4>, pass: &Pass<'_>) -> Tensor<2> {
+    /// Attention over rebuilt keys and values; returns `[batch, seq, heads, v_head_dim]`.
+    fn expanded(&self, q: Tensor<4>, latents: Tensor<4>, pass: &Pass<'_>) -> Tensor<4> {
         let ([batch, kv_seq, _, width], heads) = (latents.dims(), self.heads);
         let (nope, v_dim) = (self.config.qk_nope_head_dim, self.config.v_head_dim);
         let latent = latents
@@ -122,13 +117,12 @@ impl Mla {
             .forward(latent, pass)
             .reshape([batch, kv_seq, heads, nope + v_dim]);
         let scale = self.softmax_scale;
-        let out = kernels::expanded_attention(q, kv, latents, v_dim, scale, &pass.segments);
-        let [_, seq, ..] = out.dims();
-        out.reshape([batch * seq, heads * v_dim])
+        kernels::expanded_attention(q, kv, latents, v_dim, scale, &pass.segments)
     }
 
-    /// Attention over the latents themselves; returns `[tokens, heads · v_head_dim]`. Without gradient.
-    fn absorbed(&self, q: Tensor<4>, latents: Tensor<4>, pass: &Pass<'_>) -> Tensor<2> {
+    /// Attention over the latents of each sequence themselves; returns `[batch, seq, heads, v_head_dim]`. Without gradient.
+    /// `kv_b_proj` is read once for all sequences.
+    fn absorbed(&self, q: Tensor<4>, latents: &[Tensor<4>], pass: &Pass<'_>) -> Tensor<4> {
         let ([batch, seq, heads, dim], rank) = (q.dims(), self.config.kv_lora_rank);
         let (nope, v_dim) = (self.config.qk_nope_head_dim, self.config.v_head_dim);
         let rows = |start, len, direction| HeadRows {
@@ -145,11 +139,13 @@ impl Mla {
             .per_head(q_nope, rows(0, nope, Direction::Transposed), pass)
             .reshape([batch, seq, heads, rank]);
         let q = Tensor::cat(vec![q_latent, part(nope..dim)], 3);
-        let out = kernels::latent_attention(q, latents, rank, self.softmax_scale); // [batch, seq, heads, rank]
+        let out = per_sequence(q, latents.len(), |q, row| {
+            kernels::latent_attention(q, latents[row].clone(), rank, self.softmax_scale)
+        }); // [batch, seq, heads, rank]
 
         let out = out.reshape([batch * seq, heads, rank]);
         self.kv_b_proj
             .per_head(out, rows(nope, v_dim, Direction::Forward), pass)
-            .reshape([batch * seq, heads * v_dim])
+            .reshape([batch, seq, heads, v_dim])
     }
 }

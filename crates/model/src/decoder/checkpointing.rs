@@ -63,7 +63,7 @@ impl Trace {
         checkpointing: Checkpointing,
     ) -> Self {
         assert!(
-            pass.cache.is_none(),
+            pass.caches.is_empty(),
             "a pass that is differentiated has no cache"
         );
         let mut trace = Self {

@@ -1,4 +1,5 @@
-//! What training on a token costs, counted from the model's own shapes.
+//! What training on a token costs, what reading a prompt costs, and what decoding reads from memory, counted from the
+//! model's own shapes.
 //!
 //! Counted are the products that the mathematics asks for: of weights and low-rank factors with activations, of their
 //! gradients, and of queries with keys and weights with values in attention, where a token meets itself and what comes
@@ -6,12 +7,19 @@
 //! by a weight only where that is trained. What is computed a second time, as with checkpointing or in attention's
 //! backward pass, is a price and no use, and does not count. Nor do norms, activations and the optimizer, which multiply
 //! little.
+//!
+//! Decoding multiplies little and reads much: every weight that a step needs once, for all of its sequences, and of every
+//! sequence what the cache holds. Norms and activations are thousands of times smaller and do not count.
 
 use super::Model;
+use crate::cache::Cache;
 use crate::config::AttentionConfig;
 use crate::linear::{Linear, Weight};
-use crate::moe::experts::{ExpertWeights, Experts, FactorStacks};
+use crate::moe::experts::{ExpertWeights, Experts, ExpertsLora, FactorStacks};
 use crate::sites::Site;
+
+/// Of low-rank factors and biases, which are held in f32.
+const F32_BYTES: usize = 4;
 
 /// Floating-point operations of one token; a multiplication and its addition are two.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -40,7 +48,55 @@ impl Cost {
     }
 }
 
+/// Bytes that one step of decoding reads.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Traffic {
+    /// Weights in their stored bytes, low-rank updates included.
+    pub weights: f64,
+    /// What attention keeps of earlier tokens.
+    pub cache: f64,
+}
+
+impl Traffic {
+    /// All of it.
+    pub fn total(&self) -> f64 {
+        self.weights + self.cache
+    }
+}
+
 impl Model {
+    /// The floating-point operations of reading a prompt of `seq` tokens: a forward pass in which only the last token
+    /// meets the output head.
+    pub fn prompt_operations(&self, seq: usize) -> f64 {
+        let mut head = Cost::default();
+        add_linear(&mut head, &self.head(), false);
+        seq as f64 * self.cost(seq).forward - seq.saturating_sub(1) as f64 * head.forward
+    }
+
+    /// What a step reads that decodes one token of each of `batch` sequences, of which attention sees `seen` tokens in
+    /// the mean.
+    ///
+    /// A token takes its `top_k` experts; several together are taken to choose independently and evenly, so that of `n`
+    /// experts `n · (1 − (1 − top_k / n)^batch)` are read in the mean.
+    pub fn decode_traffic(&self, batch: usize, seen: f64) -> Traffic {
+        let top_k = self.config.moe.as_ref().map_or(0, |moe| moe.choice.top_k);
+        let embedding = &self.model.embed_tokens.weight;
+        let row = embedding.size_bytes() as f64 / embedding.dims()[0] as f64;
+        let mut weights = batch as f64 * row;
+        let mut whole = self.clone();
+        if whole.lm_head.is_none() {
+            whole.lm_head = Some(whole.head());
+        }
+        whole.for_each_site(&mut |_, site| {
+            weights += match site {
+                Site::Linear(linear) => bytes_of_linear(linear),
+                Site::Experts(experts) => bytes_of_experts(experts, top_k, batch),
+            };
+        });
+        let cache = batch as f64 * seen * Cache::bytes_per_token(&self.config) as f64;
+        Traffic { weights, cache }
+    }
+
     /// What training on a token of a sequence of `seq` costs in the mean. Of a model in which nothing is trained it is
     /// what the forward pass costs.
     pub fn cost(&self, seq: usize) -> Cost {
@@ -110,17 +166,43 @@ fn add_experts(cost: &mut Cost, experts: &Experts, top_k: usize, is_differentiat
     for trained in trained {
         cost.add((top_k * inner * hidden) as f64, is_differentiated, trained);
     }
-    let Some(lora) = &experts.lora else { return };
-    let stacks = [
-        &lora.gate_proj,
-        &lora.up_proj,
-        &lora.gate_up_proj,
-        &lora.down_proj,
-    ];
-    for stack in stacks.into_iter().flatten() {
+    for stack in experts.lora.iter().flat_map(ExpertsLora::stacks) {
         let trained = share(stack.lora_a.val().is_require_grad());
         let numbers = top_k as f64 * chosen * numbers_of_one(stack);
         cost.add(numbers, is_differentiated, trained);
+    }
+}
+
+fn bytes_of_linear(linear: &Linear) -> f64 {
+    let [out, width] = linear.weight.dims();
+    let bias = linear.bias.as_ref().map_or(0, |_| out);
+    let factors = linear
+        .lora
+        .as_ref()
+        .map_or(0, |lora| lora.rank() * (out + width));
+    (linear.weight.size_bytes() + F32_BYTES * (bias + factors)) as f64
+}
+
+fn bytes_of_experts(experts: &Experts, top_k: usize, batch: usize) -> f64 {
+    let [n, ..] = experts.dims();
+    let missed = (1.0 - top_k as f64 / n as f64).powi(batch as i32);
+    let read = n as f64 * (1.0 - missed);
+    let chosen = experts.n_chosen() as f64 / n as f64;
+    let stacks = experts.lora.iter().flat_map(ExpertsLora::stacks);
+    let factors: f64 = stacks.map(numbers_of_one).sum();
+    read * (experts.size_bytes() as f64 / n as f64 + chosen * factors * F32_BYTES as f64)
+}
+
+impl ExpertsLora {
+    /// The updates that there are.
+    fn stacks(&self) -> impl Iterator<Item = &FactorStacks> {
+        let all = [
+            &self.gate_proj,
+            &self.up_proj,
+            &self.gate_up_proj,
+            &self.down_proj,
+        ];
+        all.into_iter().flatten()
     }
 }
 
@@ -242,6 +324,37 @@ mod tests {
             ..full
         };
         assert_eq!(model(QWEN2, Training::Frozen, None).cost(9), expected);
+    }
+
+    #[test]
+    fn a_prompt_meets_the_head_once() {
+        let model = model(V3, Training::Frozen, None);
+        let token = 2.0 * V3_WEIGHTS + V3_SCORES;
+        let expected = 9.0 * token - 8.0 * 2.0 * f64::from(288 * 64);
+        assert_eq!(model.prompt_operations(9), expected);
+    }
+
+    #[test]
+    fn decoding_reads_the_chosen_experts_and_a_row_of_the_embedding() {
+        // Of 12 experts two tokens with 4 each choose 12 · (1 − (2/3)²) in the mean; all else is read once for both.
+        let model = model(V3, Training::Frozen, None);
+        let experts = f64::from(2 * 3 * 64 * 24);
+        let others = V3_WEIGHTS - 4.0 * experts;
+        let cache = f64::from(3 * (32 + 8) * 4);
+        for (batch, n) in [(1, 4.0), (2, 12.0 * (1.0 - 4.0 / 9.0))] {
+            let found = model.decode_traffic(batch, 5.0);
+            let rows = batch as f64 * 64.0;
+            let expected = 4.0 * (others + n * experts + rows);
+            assert!((found.weights - expected).abs() < 1e-6, "{found:?}");
+            assert_eq!(found.cache, batch as f64 * 5.0 * cache);
+        }
+        let adapted = self::model(V3, Training::Frozen, Some("layers.1.mlp.experts.7"));
+        let factors = f64::from(2 * 3 * (64 + 24)) * 4.0 / 12.0 * 4.0;
+        let [plain, adapted] = [&model, &adapted].map(|model| model.decode_traffic(1, 0.0).total());
+        assert!(
+            (adapted - plain - factors).abs() < 1e-6,
+            "{adapted} {plain}"
+        );
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! What this machine multiplies at most, as far as our own products know how: what a step's speed is a fraction of.
+//! What this machine multiplies and reads at most, as far as our own code knows how: what a measured speed is a fraction
+//! of.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -7,15 +8,22 @@ use burn::tensor::{Device, Tensor};
 use kernels::Matrix;
 use model::linear::{Frozen, Linear, Weight};
 use model::{Compute, Pass};
+use rayon::prelude::*;
 
 /// Rows, outputs and sum of the product: large enough that nothing but multiplying counts.
 const SIZE: usize = 2048;
+
+/// Numbers of each buffer that is read, 128 MiB: both together are several times what the caches of a machine hold.
+const NUMBERS: usize = 16 << 20;
+
+/// Numbers that a thread reads at a time, 1 MiB.
+const CHUNK: usize = 128 << 10;
 
 /// Measures a linear layer of 2048 × 2048 f32 weights on 2048 tokens, on all threads, so many times; once more before,
 /// which does not count.
 ///
 /// Returns floating-point operations per second, a multiplication and its addition being two.
-pub fn product_speeds(runs: usize) -> Vec<f64> {
+pub(super) fn product_speeds(runs: usize) -> Vec<f64> {
     let device = Device::flex();
     let values: Vec<f32> = (0..SIZE * SIZE)
         .map(|i| (i % 97) as f32 / 97.0 - 0.5)
@@ -35,6 +43,26 @@ pub fn product_speeds(runs: usize) -> Vec<f64> {
         // Reading a number waits for all of them, where a device computes by itself.
         let _ = y.slice([0..1, 0..1]).into_scalar::<f32>();
         2.0 * (SIZE as f64).powi(3) / started.elapsed().as_secs_f64()
+    };
+    speed();
+    (0..runs).map(|_| speed()).collect()
+}
+
+/// Measures how fast all threads together read what no cache holds, so many times; once more before, which does not count.
+///
+/// Two equal buffers are compared: the C library does so with the widest registers there are, however this program was
+/// built, and has to read both to their ends.
+///
+/// Returns bytes per second.
+pub(super) fn read_speeds(runs: usize) -> Vec<f64> {
+    let numbers: Vec<u64> = (0..NUMBERS as u64).collect();
+    let buffers = [numbers.clone(), numbers];
+    let [left, right] = [&buffers[0], &buffers[1]].map(|numbers| numbers.par_chunks(CHUNK));
+    let speed = || {
+        let started = Instant::now();
+        let are_equal = left.clone().zip(right.clone()).all(|(l, r)| l == r);
+        assert!(are_equal, "copies are compared");
+        2.0 * (NUMBERS * size_of::<u64>()) as f64 / started.elapsed().as_secs_f64()
     };
     speed();
     (0..runs).map(|_| speed()).collect()

@@ -1,0 +1,103 @@
+//! Combinations of settings, measured one after the other and shown as they come: several in a process each, so that the
+//! memory of one is not that of another.
+
+use std::ffi::OsString;
+use std::process::{Command, ExitCode, Stdio};
+
+use anyhow::{Context, bail};
+use serde_json::Value;
+
+use super::table::{self, Column};
+use crate::console::Console;
+
+/// How combinations are measured and shown.
+pub(super) struct Sweep<'a, C> {
+    /// Measures one in this process. What it finds has `results` with one entry, and besides what is said of all.
+    pub(super) measure: &'a dyn Fn(&C) -> anyhow::Result<Value>,
+    /// What follows `moeforge bench` to measure this one alone.
+    pub(super) words: &'a dyn Fn(&C) -> Vec<OsString>,
+    /// What stands over the table.
+    pub(super) title: fn(&Value) -> String,
+    pub(super) columns: &'static [Column],
+}
+
+impl<C> Sweep<'_, C> {
+    /// Measures all, and prints a table line by line or one JSON object.
+    pub(super) fn run(
+        &self,
+        combinations: &[C],
+        json: bool,
+        console: &Console,
+    ) -> anyhow::Result<ExitCode> {
+        let mut whole = Value::Null;
+        for combination in combinations {
+            let measured = if combinations.len() == 1 {
+                (self.measure)(combination)?
+            } else {
+                match measure_apart(&(self.words)(combination), console)? {
+                    Ok(measured) => measured,
+                    // It has said what is wrong.
+                    Err(code) => return Ok(code),
+                }
+            };
+            if !json {
+                if whole.is_null() {
+                    let (title, header) = ((self.title)(&measured), table::header(self.columns));
+                    console.result(format_args!("{title}\n\n{header}"));
+                }
+                console.result(table::row(self.columns, &measured["results"][0]));
+            }
+            whole = joined(whole, measured);
+        }
+        if json {
+            console.result(format_args!("{whole:#}"));
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// The options of numbers that there are.
+pub(super) fn options<const N: usize>(
+    numbers: [(&str, Option<u64>); N],
+) -> impl Iterator<Item = OsString> {
+    let given = numbers
+        .into_iter()
+        .filter_map(|(option, number)| Some([option.into(), number?.to_string().into()]));
+    given.flatten()
+}
+
+/// One combination, in a process of its own; if that fails, its exit code.
+fn measure_apart(words: &[OsString], console: &Console) -> anyhow::Result<Result<Value, ExitCode>> {
+    let program = std::env::current_exe().context("where is this program?")?;
+    let threads = rayon::current_num_threads().to_string();
+    let child = Command::new(program)
+        .arg("bench")
+        .args(words)
+        .args(["--json", "--threads", &threads])
+        .args(console.flag())
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot start `moeforge bench`")?;
+    match child.status.code() {
+        Some(0) => Ok(Ok(serde_json::from_slice(&child.stdout)?)),
+        Some(code) => Ok(Err(ExitCode::from(code as u8))),
+        None => bail!("{words:?}: ended by the system, {}", child.status),
+    }
+}
+
+/// The results of both, under what is said of the first.
+fn joined(mut whole: Value, mut more: Value) -> Value {
+    match whole["results"].as_array_mut() {
+        None => more,
+        Some(results) => {
+            results.extend(
+                more["results"]
+                    .as_array_mut()
+                    .into_iter()
+                    .flat_map(std::mem::take),
+            );
+            whole
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! One text that is being continued: what the model has read of it, what it is to read next, and what it wrote.
+
+use std::time::Instant;
+
+use model::{Cache, Model};
+
+use crate::error::{Error, Result};
+use crate::sampler::{SampleConfig, Sampler};
+
+/// How a prompt is continued.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateConfig {
+    /// Most new tokens.
+    pub max_tokens: usize,
+    /// How each is chosen.
+    pub sample: SampleConfig,
+    /// Tokens that end the text; see [`crate::end_of_text_ids`].
+    pub stop_ids: Vec<u32>,
+}
+
+/// What came after a prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Generation {
+    /// The new tokens, without the one that ended the text.
+    pub token_ids: Vec<u32>,
+    /// Why there are no more.
+    pub stopped: Stop,
+    /// Tokens of the prompt that had to be read: all but those that a [`Context`] held.
+    pub prefill_tokens: usize,
+    /// Seconds that reading them took, the choice of the first token included.
+    pub prefill_secs: f64,
+    /// Seconds that the passes after it took, the choice of a token included.
+    pub decode_secs: f64,
+    /// How many passes those were.
+    pub decode_steps: usize,
+}
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// The model chose this token, which ends a text.
+    EndOfText(u32),
+    /// As many tokens as were asked for.
+    MaxTokens,
+    /// The caller wanted no more.
+    Caller,
+}
+
+/// Tokens that a model has read, and what attention keeps of them: where the next prompt begins with the same tokens, as
+/// in a conversation, only what follows is read.
+#[derive(Clone, Debug)]
+pub struct Context {
+    token_ids: Vec<u32>,
+    cache: Cache,
+}
+
+/// A text that is being continued, from its prompt to its end.
+#[derive(Clone, Debug)]
+pub struct Sequence {
+    context: Context,
+    /// What the model has not read: the rest of the prompt, or the token chosen last.
+    unread: Vec<u32>,
+    sampler: Sampler,
+    stop_ids: Vec<u32>,
+    max_tokens: usize,
+    stopped: Option<Stop>,
+    new_token: Option<u32>,
+    /// Its `stopped` is of no meaning before there is one.
+    generation: Generation,
+}
+
+impl Context {
+    /// Nothing read yet.
+    pub fn new(model: &Model) -> Self {
+        Self {
+            token_ids: Vec::new(),
+            cache: Cache::new(&model.config),
+        }
+    }
+
+    /// What was read.
+    pub fn token_ids(&self) -> &[u32] {
+        &self.token_ids
+    }
+
+    /// Forgets all that is not how `prompt` begins, and its last token too, which has to be read for what comes next.
+    /// Returns how many tokens are left.
+    fn rewind(&mut self, prompt: &[u32]) -> usize {
+        let pairs = self.token_ids.iter().zip(prompt);
+        let common = pairs.take_while(|(read, id)| read == id).count();
+        let kept = common.min(prompt.len().saturating_sub(1));
+        self.token_ids.truncate(kept);
+        self.cache.truncate(kept);
+        kept
+    }
+}
+
+impl Sequence {
+    /// A text that begins with `prompt`, of which a context may have read the beginning.
+    ///
+    /// # Errors
+    /// If the prompt is empty, holds an id the model does not know, or leaves no room for `max_tokens`; or if a setting
+    /// of the sampler has no meaning.
+    pub fn new(
+        model: &Model,
+        mut context: Context,
+        prompt: &[u32],
+        config: &GenerateConfig,
+    ) -> Result<Self> {
+        check(model, prompt, config.max_tokens)?;
+        let sampler = Sampler::new(config.sample)?;
+        let unread = prompt[context.rewind(prompt)..].to_vec();
+        Ok(Self {
+            context,
+            sampler,
+            stop_ids: config.stop_ids.clone(),
+            max_tokens: config.max_tokens,
+            stopped: (config.max_tokens == 0).then_some(Stop::MaxTokens),
+            new_token: None,
+            generation: Generation {
+                token_ids: Vec::new(),
+                stopped: Stop::MaxTokens,
+                prefill_tokens: unread.len(),
+                prefill_secs: 0.0,
+                decode_secs: 0.0,
+                decode_steps: 0,
+            },
+            unread,
+        })
+    }
+
+    /// What was written so far.
+    pub fn token_ids(&self) -> &[u32] {
+        &self.generation.token_ids
+    }
+
+    /// The token that the last step added to the text, if it added one.
+    pub fn new_token(&self) -> Option<u32> {
+        self.new_token
+    }
+
+    /// Why the text has ended, if it has.
+    pub fn stopped(&self) -> Option<Stop> {
+        self.stopped
+    }
+
+    /// Tokens of the prompt that are not read yet; 0 once the first token is chosen.
+    pub fn unread_tokens(&self) -> usize {
+        if self.is_decoding() {
+            0
+        } else {
+            self.unread.len()
+        }
+    }
+
+    /// Ends the text.
+    pub fn stop(&mut self) {
+        self.stopped.get_or_insert(Stop::Caller);
+    }
+
+    /// What was written, and what was read for it, with which a longer prompt may begin.
+    pub fn finish(self) -> (Generation, Context) {
+        let stopped = self.stopped.unwrap_or(Stop::Caller);
+        let generation = Generation {
+            stopped,
+            ..self.generation
+        };
+        (generation, self.context)
+    }
+
+    /// Whether its next pass reads a token that the model wrote.
+    pub(crate) fn is_decoding(&self) -> bool {
+        !self.generation.token_ids.is_empty()
+    }
+
+    /// Ids for the next pass, at most so many.
+    pub(crate) fn next_ids(&self, limit: usize) -> &[u32] {
+        &self.unread[..self.unread.len().min(limit)]
+    }
+
+    /// Whether the next `n` ids are all there are, so that a token can be chosen after them.
+    pub(crate) fn ends_with(&self, n: usize) -> bool {
+        n == self.unread.len()
+    }
+
+    /// What attention keeps of it.
+    pub(crate) fn cache(&mut self) -> &mut Cache {
+        &mut self.context.cache
+    }
+
+    /// Notes a pass over the next `n` ids, and chooses a token by the logits after the last of them, `[vocab]`, if there
+    /// are some.
+    ///
+    /// # Errors
+    /// If the logits are not finite.
+    pub(crate) fn advance(
+        &mut self,
+        n: usize,
+        logits: Option<&[f32]>,
+        started: Instant,
+    ) -> Result<()> {
+        let was_decoding = self.is_decoding();
+        self.context.token_ids.extend(self.unread.drain(..n));
+        self.new_token = None;
+        if let Some(logits) = logits {
+            let step = self.generation.token_ids.len();
+            let id = self.sampler.sample(logits);
+            self.add(id.ok_or(Error::NotFinite { step })?);
+        }
+        let secs = started.elapsed().as_secs_f64();
+        if was_decoding {
+            self.generation.decode_secs += secs;
+            self.generation.decode_steps += 1;
+        } else {
+            self.generation.prefill_secs += secs;
+        }
+        Ok(())
+    }
+
+    /// Goes on with a token, or ends with it.
+    fn add(&mut self, id: u32) {
+        if self.stop_ids.contains(&id) {
+            self.stopped = Some(Stop::EndOfText(id));
+            return;
+        }
+        self.unread.push(id);
+        self.new_token = Some(id);
+        self.generation.token_ids.push(id);
+        if self.generation.token_ids.len() == self.max_tokens {
+            self.stopped = Some(Stop::MaxTokens);
+        }
+    }
+}
+
+fn check(model: &Model, prompt: &[u32], max_tokens: usize) -> Result<()> {
+    let (vocab_size, limit) = (
+        model.config.vocab_size,
+        model.config.max_position_embeddings,
+    );
+    if prompt.is_empty() {
+        return Err(Error::EmptyPrompt);
+    }
+    if let Some(position) = prompt.iter().position(|id| *id as usize >= vocab_size) {
+        let id = prompt[position];
+        return Err(Error::Vocabulary {
+            position,
+            id,
+            vocab_size,
+        });
+    }
+    if prompt.len().saturating_add(max_tokens) > limit {
+        return Err(Error::ContextLength {
+            prompt: prompt.len(),
+            max_tokens,
+            limit,
+        });
+    }
+    Ok(())
+}
