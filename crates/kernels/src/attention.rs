@@ -247,6 +247,46 @@ pub(crate) fn forward(
     (out, lse)
 }
 
+/// Keys, or features of values, per task of [`forward_latent`].
+const LATENT_TASK: usize = 128;
+
+/// One query of each head over a context that all heads share, whose values are the first `v_dim` features of its keys:
+/// q `[heads, dim]`, latents `[kv_seq, dim]` → `[heads, v_dim]`. The heads are rows of one product, so the context is read
+/// twice and not twice for each head.
+pub(crate) fn forward_latent(q: Mat<'_>, latents: Mat<'_>, v_dim: usize, scale: f32) -> Vec<f32> {
+    let (heads, kv_seq) = (q.rows(), latents.rows());
+    let mut out = vec![0.0; heads * v_dim];
+    let outputs = MatMut::dense(&mut out, heads, v_dim);
+    let in_parts = |len: usize, task: &(dyn Fn(Range<usize>) + Sync)| {
+        let parts = len.div_ceil(LATENT_TASK);
+        share_quickly(parts, |i| {
+            task(i * LATENT_TASK..len.min((i + 1) * LATENT_TASK));
+        });
+    };
+    with_scratch(heads * kv_seq, |scores| {
+        let all = MatMut::dense(scores, heads, kv_seq);
+        in_parts(kv_seq, &|keys| {
+            // SAFETY: tasks write different columns.
+            #[expect(unsafe_code, reason = "disjoint columns of the scores")]
+            let scores = unsafe { all.part(0..heads, keys.clone()) };
+            let keys = latents.block(keys, 0..latents.cols());
+            gemm(scores, q, keys.t(), scale, Write::Replace);
+        });
+        for scores in scores.chunks_mut(kv_seq) {
+            softmax(scores);
+        }
+        let scores = Mat::dense(scores, heads, kv_seq);
+        in_parts(v_dim, &|features| {
+            // SAFETY: tasks write different columns.
+            #[expect(unsafe_code, reason = "disjoint columns of the output")]
+            let out = unsafe { outputs.part(0..heads, features.clone()) };
+            let values = latents.block(0..kv_seq, features);
+            gemm(out, scores, values, 1.0, Write::Replace);
+        });
+    });
+    out
+}
+
 fn forward_head(
     head: Head<'_>,
     tiles: impl Iterator<Item = (Range<usize>, Range<usize>)>,

@@ -26,7 +26,7 @@ use crate::attention::{Context, Segments};
 use crate::backend::linear::{HeadRows, Merge, Update};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
 use crate::product::gemm;
-use crate::product::strided::{MatMut, Write};
+use crate::product::strided::{Mat, MatMut, Write};
 use crate::product::weights::Weights;
 use crate::{
     Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Pairs, rms_norm, rope, route,
@@ -185,6 +185,13 @@ impl Kernels for Flex {
         scale: f32,
     ) -> FlexTensor {
         let (q, latents) = (Floats::new(&q), Floats::new(&latents));
+        let [batch, seq, heads, dim] = q.dims();
+        if (batch, seq) == (1, 1) {
+            let context = Mat::dense(&latents, latents.len() / dim, dim);
+            let q = Mat::dense(&q, heads, dim);
+            let out = crate::attention::forward_latent(q, context, v_dim, scale);
+            return floats(out, [1, 1, heads, v_dim]);
+        }
         let mut shape = shape_apart(&q, &latents, &latents);
         shape.v.dim = v_dim;
         let context = Context {

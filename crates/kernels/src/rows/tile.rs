@@ -113,34 +113,54 @@ impl<F: Format> Source for OfBlocks<F> {
         rows: [*const u8; R],
         x: [Self; N],
     ) -> [[f32; N]; R] {
-        let per_unit = if F::STEPS == 1 { 2 } else { 1 };
         let blocks = job.row_bytes / F::BYTES;
+        let whole = blocks / per_unit::<F>();
+        let ahead = job.ahead(R);
         // SAFETY: a unit's blocks lie in the row, or are nothing; activations are filled up to whole steps.
         unsafe {
             let mut sums = [[I::zero(); N]; R];
-            for unit in 0..blocks.div_ceil(per_unit) {
-                let first = unit * per_unit * F::BYTES;
-                let has_second = per_unit == 2 && 2 * unit + 1 < blocks;
-                // Loops and no closures: instructions in a closure would be calls.
+            for unit in 0..whole {
                 let mut heads = [F::head::<I>([NOTHING.as_ptr(); 2]); R];
                 for (row, head) in rows.iter().zip(&mut heads) {
-                    let block = row.add(first);
-                    I::prefetch(block.wrapping_add(job.ahead(R)), per_unit * F::BYTES);
-                    let second = if has_second {
-                        block.add(F::BYTES)
-                    } else {
-                        NOTHING.as_ptr()
-                    };
-                    *head = F::head::<I>([block, second]);
+                    let block = row.add(unit * per_unit::<F>() * F::BYTES);
+                    I::prefetch(block.wrapping_add(ahead), per_unit::<F>() * F::BYTES);
+                    *head = F::head::<I>([block, block.wrapping_add(F::BYTES)]);
                 }
-                for step in 0..F::STEPS {
-                    let at = unit * F::STEPS + step;
-                    for (head, sums) in heads.iter().zip(&mut sums) {
-                        add_step::<I, F, N>(head, step, at, &x, sums);
-                    }
+                add_unit::<I, F, R, N>(&heads, unit, &x, &mut sums);
+            }
+            if whole * per_unit::<F>() < blocks {
+                let mut heads = [F::head::<I>([NOTHING.as_ptr(); 2]); R];
+                for (row, head) in rows.iter().zip(&mut heads) {
+                    let block = row.add(whole * per_unit::<F>() * F::BYTES);
+                    *head = F::head::<I>([block, NOTHING.as_ptr()]);
                 }
+                add_unit::<I, F, R, N>(&heads, whole, &x, &mut sums);
             }
             totals::<I, R, N>(&sums)
+        }
+    }
+}
+
+/// Blocks of a unit.
+const fn per_unit<F: Format>() -> usize {
+    if F::STEPS == 1 { 2 } else { 1 }
+}
+
+/// Adds a unit of each row. Loops and no closures here: instructions in a closure would be calls.
+///
+/// # Safety
+/// As [`Source::sums`].
+#[inline(always)]
+unsafe fn add_unit<I: Isa, F: Format, const R: usize, const N: usize>(
+    heads: &[F::Head; R],
+    unit: usize,
+    x: &[OfBlocks<F>; N],
+    sums: &mut [[I::Sums; N]; R],
+) {
+    for step in 0..F::STEPS {
+        for (head, sums) in heads.iter().zip(&mut *sums) {
+            // SAFETY: the caller's promise.
+            unsafe { add_step::<I, F, N>(head, step, unit * F::STEPS + step, x, sums) };
         }
     }
 }

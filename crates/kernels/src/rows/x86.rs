@@ -13,18 +13,17 @@ use super::isa::Isa;
 #[derive(Clone, Copy)]
 pub(super) struct Avx512;
 
-/// The first number in the lower half of a register, the second in the upper.
+/// The upper eight lanes. What goes there is read with a mask: shuffles have one port.
+const UPPER: __mmask16 = 0xFF00;
+
 #[inline(always)]
-unsafe fn joined(low: __m256i, high: __m256i) -> __m512i {
-    unsafe { _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high) }
+unsafe fn u16_at(from: *const u8) -> u16 {
+    unsafe { from.cast::<u16>().read_unaligned() }
 }
 
 #[inline(always)]
 unsafe fn f16(from: *const u8) -> f32 {
-    unsafe {
-        let bits = from.cast::<u16>().read_unaligned();
-        _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))))
-    }
+    unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(u16_at(from))))) }
 }
 
 /// Bytes of a line of the cache.
@@ -98,9 +97,8 @@ impl Isa for Avx512 {
     #[inline(always)]
     unsafe fn halves(numbers: [f32; 2]) -> __m512 {
         unsafe {
-            let low = _mm256_castps_si256(_mm256_set1_ps(numbers[0]));
-            let high = _mm256_castps_si256(_mm256_set1_ps(numbers[1]));
-            _mm512_castsi512_ps(joined(low, high))
+            let low = _mm512_set1_ps(numbers[0]);
+            _mm512_mask_mov_ps(low, UPPER, _mm512_set1_ps(numbers[1]))
         }
     }
 
@@ -116,28 +114,31 @@ impl Isa for Avx512 {
     #[inline(always)]
     unsafe fn halves_f16(from: [*const u8; 2]) -> __m512 {
         unsafe {
-            let low = _mm_set1_epi16(from[0].cast::<i16>().read_unaligned());
-            let high = _mm_set1_epi16(from[1].cast::<i16>().read_unaligned());
-            _mm512_cvtph_ps(_mm256_set_m128i(high, low))
+            // Both in one conversion, and spread by one permutation.
+            let [low, high] = [from[0], from[1]];
+            let bits = u32::from(u16_at(low)) | u32::from(u16_at(high)) << 16;
+            let numbers = _mm_cvtph_ps(_mm_cvtsi32_si128(bits as i32));
+            let places = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+            _mm512_permutexvar_ps(places, _mm512_castps128_ps512(numbers))
         }
     }
 
     #[inline(always)]
     unsafe fn bytes(from: [*const u8; 2]) -> __m512i {
         unsafe {
-            let low = _mm256_loadu_si256(from[0].cast());
-            joined(low, _mm256_loadu_si256(from[1].cast()))
+            let low = _mm512_broadcast_i64x4(_mm256_loadu_si256(from[0].cast()));
+            _mm512_mask_broadcast_i64x4(low, 0xF0, _mm256_loadu_si256(from[1].cast()))
         }
     }
 
     #[inline(always)]
     unsafe fn nibbles(from: [*const u8; 2]) -> __m512i {
         unsafe {
-            let low = _mm256_broadcastsi128_si256(_mm_loadu_si128(from[0].cast()));
-            let high = _mm256_broadcastsi128_si256(_mm_loadu_si128(from[1].cast()));
+            let low = _mm512_broadcast_i32x4(_mm_loadu_si128(from[0].cast()));
+            let high = _mm_loadu_si128(from[1].cast());
+            let bytes = _mm512_mask_broadcast_i32x4(low, UPPER, high);
             let shifts = _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0);
-            let codes = _mm512_srlv_epi64(joined(low, high), shifts);
-            _mm512_and_si512(codes, _mm512_set1_epi8(15))
+            _mm512_and_si512(_mm512_srlv_epi64(bytes, shifts), _mm512_set1_epi8(15))
         }
     }
 

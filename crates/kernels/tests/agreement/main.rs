@@ -385,10 +385,16 @@ fn attention_agrees() {
 
 #[test]
 fn latent_attention_is_attention_over_a_shared_row() {
-    let (q, latents) = (random([2, 3, 4, 7]), random([2, 9, 1, 7]));
-    let v = latents.clone().slice([0..2, 0..9, 0..1, 0..5]);
-    let expected = attention(q.clone(), latents.clone(), v, 0.3, &Segments::whole());
-    close(&kernels_latent(q, latents), &expected, "latent");
+    // The last ones are a decoding step: around the size of its tasks.
+    for [batch, seq, kv_seq, heads] in [[2, 3, 9, 4], [2, 1, 9, 4], [1, 1, 1, 3], [1, 1, 300, 7]] {
+        let (q, latents) = (
+            random([batch, seq, heads, 7]),
+            random([batch, kv_seq, 1, 7]),
+        );
+        let v = latents.clone().slice([0..batch, 0..kv_seq, 0..1, 0..5]);
+        let expected = attention(q.clone(), latents.clone(), v, 0.3, &Segments::whole());
+        close(&kernels_latent(q, latents), &expected, "latent");
+    }
 }
 
 #[test]
