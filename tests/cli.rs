@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
 mod bench;
+mod convert;
 mod gguf;
 
 use std::path::{Path, PathBuf};
@@ -706,64 +707,4 @@ fn a_number_that_is_not_finite_stops_a_run_and_leaves_its_checkpoint() {
 /// Not a number, in bf16.
 fn half_nan() -> [u8; 2] {
     0x7FC0u16.to_le_bytes()
-}
-
-#[test]
-fn models_are_converted_and_what_survives_of_an_adapter_is_measured() {
-    let place = tempfile::tempdir().unwrap();
-    let out = place.path().join("fp8").to_string_lossy().into_owned();
-    let model = golden("deepseek_v3").to_string_lossy().into_owned();
-    let json = |words: &[&str]| -> serde_json::Value {
-        let output = moeforge(words);
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        serde_json::from_slice(&output.stdout).unwrap()
-    };
-    let rows: String = (0..3)
-        .map(|i| format!("{{\"input_ids\": {:?}}}\n", (i..i + 30).collect::<Vec<_>>()))
-        .collect();
-    std::fs::write(place.path().join("test.jsonl"), rows).unwrap();
-    let data = place.path().to_string_lossy().into_owned();
-    let quantize = ["quantize", &model, "--to", "hf:fp8", "--out", &out];
-    let report = json(&[&quantize[..], &["--data", &data, "--json"]].concat());
-    let divergence = &report["divergence"];
-    assert_eq!(divergence["targets"], 3 * 29);
-    assert!(divergence["kl"].as_f64().unwrap() > 1e-6, "{report}");
-    assert!(
-        report["relative_errors"].as_array().unwrap().len() > 100,
-        "{report}"
-    );
-    let inspected = json(&["inspect", &out, "--json"]);
-    assert!(
-        inspected["precision"].to_string().contains("F8_E4M3"),
-        "{inspected}"
-    );
-
-    let adapter = format!("{model}/adapter_peft");
-    let survival = ["survival", &model, "--adapter", &adapter, "--data", &data];
-    let formats = ["--to", "gguf:f16,gguf:q8_0,gguf:q4_0", "--json"];
-    let report = json(&[&survival[..], &formats].concat());
-    let kept = |i: usize| report["formats"][i]["logits_kept"].as_f64().unwrap();
-    assert!(
-        kept(0) > kept(1) && kept(1) > kept(2) && kept(0) > 0.99,
-        "{report}"
-    );
-    // One module alone is damaged less than all together.
-    let kept_all = kept(2);
-    let modules = report["formats"][2]["modules_kept"].as_object().unwrap();
-    assert!(
-        modules.len() > 10
-            && modules
-                .values()
-                .all(|kept| kept.as_f64().unwrap() > kept_all)
-    );
-    assert!(
-        !modules.keys().any(|path| path.ends_with("mlp.gate")),
-        "{report}"
-    );
-    let wrong = moeforge(&[&survival[..], &["--to", "gguf:q9"]].concat());
-    refused(&wrong, 2, &["gguf:q4_0", "gguf:q9"]);
 }

@@ -1,10 +1,13 @@
-"""Makes tests/goldens/codecs/ggml.safetensors: blocks of every format with random codes, and what they mean.
+"""Makes tests/goldens/codecs/ggml.safetensors: blocks of every format with random codes and what they mean, and values
+with the blocks that llama.cpp makes of them.
 
-The values are those of the `gguf` package (0.19), an implementation in numpy: pip install gguf safetensors, then
-`python tests/goldens/ggml_blocks.py`.
+The values are those of the `gguf` package (0.19), an implementation in numpy, the blocks those of llama.cpp's own library
+(0.25 of ggml): pip install gguf safetensors, then `python tests/goldens/ggml_blocks.py PATH/TO/libggml-base.so`.
 """
 
+import ctypes
 import pathlib
+import sys
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
@@ -37,4 +40,26 @@ for name, (kind, size, halves) in FORMATS.items():
     values = dequantize(blocks.reshape(1, -1), kind).reshape(-1)
     out[f"{name}.bytes"] = blocks.reshape(-1)
     out[f"{name}.values"] = values.astype(np.float32)
+
+ROWS, COLS = 4, 512
+values = random.normal(0, 0.02, (ROWS, COLS)).astype(np.float32)
+# Rows of other sizes, a group of zeros, one of a constant, and outliers.
+values[1] *= 100
+values[2, ::37] *= 20
+values[2, 32:64] = 0
+values[2, 64:96] = -0.01
+values[3] = np.abs(values[3])
+out["encode.values"] = values
+ggml = ctypes.CDLL(sys.argv[1])
+ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
+for name, (kind, size, _) in FORMATS.items():
+    if name in ("iq4_nl", "mxfp4"):
+        continue
+    block = 256 if name.endswith("_k") else 32
+    coded = np.zeros(ROWS * COLS // block * size, dtype=np.uint8)
+    ggml.ggml_quantize_chunk(
+        int(kind), values.ctypes.data_as(ctypes.c_void_p), coded.ctypes.data_as(ctypes.c_void_p),
+        ctypes.c_int64(0), ctypes.c_int64(ROWS), ctypes.c_int64(COLS), None,
+    )
+    out[f"{name}.encoded"] = coded
 save_file(out, pathlib.Path(__file__).parent / "codecs" / "ggml.safetensors")

@@ -186,6 +186,12 @@ impl DType {
         let known = Self::GGML.into_iter().find(|known| known.0 == number);
         known.map(|(_, dtype)| dtype)
     }
+
+    /// The number in a GGUF file, if such files have it.
+    pub(crate) fn to_ggml(self) -> Option<u32> {
+        let known = Self::GGML.into_iter().find(|known| known.1 == self);
+        known.map(|(number, _)| number)
+    }
 }
 
 impl fmt::Display for DType {

@@ -5,7 +5,7 @@ use std::fs::{self, File, Metadata};
 use std::io::Write;
 use std::path::Path;
 
-use tempfile::TempDir;
+use tempfile::{NamedTempFile, TempDir, TempPath};
 
 use crate::error::io;
 use crate::{Error, Result};
@@ -34,16 +34,31 @@ pub(crate) fn write_atomically(
             found: "a folder",
         });
     }
+    let (mut file, temporary) = temporary_file(path)?.into_parts();
+    write(&mut file, &temporary)?;
+    name_file(&file, temporary, path)
+}
+
+/// A new file beside `path`, whose folder is created if need be. Dropped, it is removed.
+///
+/// # Errors
+/// If it cannot be created.
+pub(crate) fn temporary_file(path: &Path) -> Result<NamedTempFile> {
     let (folder, prefix) = place(path)?;
     // `tempfile` alone would make a file that only its owner may read.
     let file = naming(&prefix).make_in(folder, |path| File::create_new(path));
-    let (mut file, temporary) = file.map_err(io("create a file in", folder))?.into_parts();
-    write(&mut file, &temporary)?;
+    file.map_err(io("create a file in", folder))
+}
+
+/// Flushes a temporary file, gives it its name, and flushes the folder around it.
+///
+/// # Errors
+/// If renaming or flushing fails.
+pub(crate) fn name_file(file: &File, temporary: TempPath, path: &Path) -> Result<()> {
     file.sync_all().map_err(io("flush", &temporary))?;
-    drop(file);
     let named = temporary.persist(path);
     named.map_err(|error| io("rename to", path)(error.error))?;
-    sync_folder(folder)
+    sync_folder(parent(path))
 }
 
 /// A new folder beside `path`, whose own folder is created if need be. Dropped, it is removed.

@@ -7,9 +7,11 @@
 //!
 //! Source: ggml-org/ggml: docs/gguf.md; ggml-org/llama.cpp: ggml/src/gguf.cpp (the checks).
 
+pub(crate) mod layout;
 mod names;
 pub(crate) mod origin;
 mod settings;
+pub(crate) mod writer;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -9,6 +9,7 @@ use clap::ValueEnum;
 use model::AdapterWeights;
 use model::export::WeightFormat;
 use model::merge::{MergeReport, merge};
+use model::precision::Class;
 use model::weights::read_config;
 use serde_json::json;
 
@@ -128,13 +129,16 @@ impl<'a> Report<'a> {
             ),
         };
         let mut text = format!(
-            "{}: {} tensors, {:.1} MiB{adapted}\n\
-             checked against {against}: largest error {:.1e} of a row's magnitude",
+            "{}: {} tensors, {:.1} MiB{adapted}",
             self.out.display(),
             self.written.tensors,
             self.written.bytes as f64 / f64::from(1 << 20),
-            self.written.largest_error,
         );
+        if let Some(largest) = self.written.largest_error {
+            text += &format!(
+                "\nchecked against {against}: largest error {largest:.1e} of a row's magnitude"
+            );
+        }
         if let (Some(worst), Some(median)) = (errors.first(), errors.get(errors.len() / 2)) {
             text += &format!(
                 "\nrelative error of {} matrices: median {:.1e}, worst {:.1e} ({})",
@@ -143,6 +147,7 @@ impl<'a> Report<'a> {
                 worst.1,
                 worst.0
             );
+            text += &by_part(errors);
         }
         if let Some(found) = &self.divergence {
             text += &format!(
@@ -156,4 +161,23 @@ impl<'a> Report<'a> {
         }
         text
     }
+}
+
+/// The median and the worst error of each part of the model that has more than one matrix.
+fn by_part(errors: &[&(String, f64)]) -> String {
+    let lines = Class::ALL.into_iter().filter_map(|class| {
+        // From the worst on, as they come.
+        let of_class: Vec<f64> = errors
+            .iter()
+            .filter(|error| Class::of(&error.0) == class)
+            .map(|error| error.1)
+            .collect();
+        let (worst, median) = (of_class.first()?, of_class.get(of_class.len() / 2)?);
+        Some(format!(
+            "\n  {}: {} matrices, median {median:.1e}, worst {worst:.1e}",
+            class.name(),
+            of_class.len()
+        ))
+    });
+    lines.collect()
 }

@@ -4,28 +4,43 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use ::eval::{Divergence, divergence};
-use checkpoint::Folder;
-use clap::ValueEnum;
+use anyhow::{Context, anyhow, bail};
+use checkpoint::{Folder, GgufValue};
 use data::{Sample, Split};
 use model::export::WeightFormat;
-use model::merge::convert;
-use model::weights::read_config;
+use model::export::gguf::write_gguf;
+use model::export::mix::{Mix, Recipe};
+use model::merge::{MergeReport, convert};
+use model::weights::{Audit, audit, read_config};
+use serde_json::Value;
 
 use crate::console::{Console, finite};
 use crate::merge::Report;
-use crate::open::{open_folder, open_model, open_tokenizer};
+use crate::open::{listed, open_folder, open_model, open_tokenizer};
 
-/// Writes a model in another number format, shard by shard, and checks the result.
+/// Writes a model in another number format, tensor by tensor, and checks the result.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The model: a Hugging Face folder, or org/name in the local cache.
+    /// The model: a Hugging Face folder, a GGUF file, or org/name in the local cache.
     model: String,
-    /// The format.
-    #[arg(long, value_enum)]
-    to: Format,
-    /// Where the new model goes; must not exist or be empty.
-    #[arg(long, value_name = "DIR")]
+    /// The format: hf:fp8, hf:bf16 or hf:f32 for a folder, gguf: and f32, bf16, f16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0 and
+    /// others for a GGUF file.
+    #[arg(long, value_name = "FORMAT", value_parser = Target::parse)]
+    to: Target,
+    /// Where the new model goes: a folder that does not exist or is empty, or a GGUF file that does not exist.
+    #[arg(long, value_name = "PATH")]
     out: PathBuf,
+    /// Of a GGUF: types of parts, as `experts=q4_k,attn=q8_0`; parts are experts, shared, attn, ffn, embed, head.
+    #[arg(
+        long,
+        value_name = "PART=TYPE,…",
+        default_value = "",
+        hide_default_value = true
+    )]
+    mix: String,
+    /// Of a GGUF: llama.cpp's name for the pre-tokenizer, where it is not recognized.
+    #[arg(long, value_name = "NAME")]
+    pre: Option<String>,
     /// Folder with `test.jsonl`: also compare what both models predict.
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
@@ -37,37 +52,48 @@ pub(crate) struct Args {
     json: bool,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Format {
-    /// Block FP8 for attention and experts, as DeepSeek publishes it; bf16 for the rest.
-    #[value(name = "hf:fp8")]
-    Fp8,
-    /// bfloat16.
-    #[value(name = "hf:bf16")]
-    Bf16,
-    /// Single precision.
-    #[value(name = "hf:f32")]
-    F32,
+/// A number format, and the kind of file it is written in.
+#[derive(Clone, Copy, Debug)]
+enum Target {
+    Folder(WeightFormat),
+    Gguf(Recipe),
+}
+
+impl Target {
+    const FOLDERS: [(&'static str, WeightFormat); 3] = [
+        ("hf:fp8", WeightFormat::Fp8),
+        ("hf:bf16", WeightFormat::Bf16),
+        ("hf:f32", WeightFormat::F32),
+    ];
+
+    fn parse(text: &str) -> Result<Self, String> {
+        if let Some((_, format)) = Self::FOLDERS.iter().find(|known| known.0 == text) {
+            return Ok(Self::Folder(*format));
+        }
+        let recipes = Recipe::all().into_iter();
+        let mut named = recipes.map(|recipe| (format!("gguf:{recipe}"), recipe));
+        match named.find(|named| named.0 == text) {
+            Some((_, recipe)) => Ok(Self::Gguf(recipe)),
+            None => {
+                let recipes = Recipe::all()
+                    .into_iter()
+                    .map(|recipe| format!("gguf:{recipe}"));
+                let folders = Self::FOLDERS.iter().map(|known| known.0.to_owned());
+                let known: Vec<String> = folders.chain(recipes).collect();
+                Err(format!("expected one of {}", known.join(", ")))
+            }
+        }
+    }
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (model, _) = open_folder(&args.model)?;
-    let format = match args.to {
-        Format::Fp8 => WeightFormat::Fp8,
-        Format::Bf16 => WeightFormat::Bf16,
-        Format::F32 => WeightFormat::F32,
-    };
     // What there is to compare on is opened first: a conversion may take long.
     let samples = match &args.data {
         Some(data) => samples(args, data, &model)?,
         None => vec![],
     };
-    let mut progress = console.progress(0, "converting");
-    let written = convert(&model, format, &args.out, &mut |done, total| {
-        progress.update_of(done as u64, total as u64)
-    });
-    progress.finish();
-    let mut report = Report::new(written, &args.out)?;
+    let mut report = Report::new(write(args, &model, console)?, &args.out)?;
     let compared = args
         .data
         .as_ref()
@@ -77,6 +103,71 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     report.print(args.json, console);
     compared?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes the model; what went wrong in that is the inner error.
+fn write(
+    args: &Args,
+    model: &Folder,
+    console: &Console,
+) -> anyhow::Result<Result<MergeReport, model::Error>> {
+    let recipe = match args.to {
+        Target::Gguf(recipe) => recipe,
+        Target::Folder(_) if !args.mix.is_empty() || args.pre.is_some() => {
+            bail!("`--mix` and `--pre` are for GGUF files; expected `--to gguf:…`")
+        }
+        Target::Folder(format) => {
+            let mut progress = console.progress(0, "converting");
+            let written = convert(model, format, &args.out, &mut |done, total| {
+                progress.update_of(done as u64, total as u64)
+            });
+            progress.finish();
+            return Ok(written);
+        }
+    };
+    let mix = Mix::new(recipe, &args.mix).map_err(|problem| anyhow!("`--mix`: {problem}"))?;
+    let tokenizer = tokenizer_keys(model, args.pre.as_deref(), console)?;
+    let Audit { mtp, unknown, .. } = audit(model)?;
+    let left_out = [mtp, unknown].concat();
+    if !left_out.is_empty() {
+        console.note(format_args!("left out: {}", listed(&left_out)));
+    }
+    let mut progress = console.progress(0, "converting");
+    let written = write_gguf(model, &mix, tokenizer, &args.out, &mut |done, total| {
+        progress.update_of(done as u64, total as u64)
+    });
+    progress.finish();
+    Ok(written)
+}
+
+/// What a GGUF says of its tokens: as the source says it, if that is one.
+fn tokenizer_keys(
+    model: &Folder,
+    pre: Option<&str>,
+    console: &Console,
+) -> anyhow::Result<Vec<(String, GgufValue)>> {
+    let keys: Vec<(String, Value)> = match (model.metadata(), train::tokenizer_of(model)?) {
+        (Some(metadata), _) if pre.is_none() => {
+            let keys = metadata
+                .iter()
+                .map(|(key, value)| (key.clone(), value.clone()));
+            keys.filter(|(key, _)| key.starts_with("tokenizer."))
+                .collect()
+        }
+        (_, Some(files)) => files.to_metadata(read_config(model)?.vocab_size, pre)?,
+        (_, None) => {
+            console.note(format_args!(
+                "no tokenizer: llama.cpp will not load the file"
+            ));
+            vec![]
+        }
+    };
+    let value = |(key, value): (String, Value)| {
+        let value = GgufValue::of(&value);
+        let value = value.with_context(|| format!("key `{key}`: no value of a GGUF's"))?;
+        Ok((key, value))
+    };
+    keys.into_iter().map(value).collect()
 }
 
 /// The first rows of `test.jsonl`.

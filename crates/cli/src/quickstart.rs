@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 
 use crate::console::Console;
 
-/// Runs eval, train, eval, merge and generate on the repository's own base and data, printing each command.
+/// Runs eval, train, eval, merge, quantize and generate on the repository's own base and data, printing each command.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Where the run goes.
@@ -41,9 +41,10 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         verb(words)?;
     }
     console.note(format_args!(
-        "\nDone in {:.0} s. The merged model is {}.",
+        "\nDone in {:.0} s. The merged model is {}, and for llama.cpp {}.",
         started.elapsed().as_secs_f64(),
-        place.merged
+        place.merged,
+        place.gguf
     ));
     Ok(ExitCode::SUCCESS)
 }
@@ -58,6 +59,7 @@ struct Place {
     run: String,
     adapter: String,
     merged: String,
+    gguf: String,
 }
 
 impl Place {
@@ -67,14 +69,16 @@ impl Place {
             run: at("run"),
             adapter: at("run/adapter"),
             merged: at("merged"),
+            gguf: at("merged-q8_0.gguf"),
         }
     }
 
     /// What each verb is for, and its words.
-    fn steps(&self) -> [(&'static str, Vec<&str>); 5] {
+    fn steps(&self) -> [(&'static str, Vec<&str>); 6] {
         let score = ["--data", DATA, "--tasks", CHOICES];
         let ask = ["--chat", "--max-tokens", "40", "--prompt", QUESTION];
         let fold = ["--adapter", &self.adapter, "--out", &self.merged];
+        let pack = ["--to", "gguf:q8_0", "--out", &self.gguf, "--data", DATA];
         [
             (
                 "What does the base know?",
@@ -93,8 +97,12 @@ impl Place {
                 [&["merge", BASE][..], &fold].concat(),
             ),
             (
+                "Write it as a GGUF file, in eight bits, and compare what the two predict.",
+                [&["quantize", self.merged.as_str()][..], &pack].concat(),
+            ),
+            (
                 "Ask it something.",
-                [&["generate", self.merged.as_str()][..], &ask].concat(),
+                [&["generate", self.gguf.as_str()][..], &ask].concat(),
             ),
         ]
     }

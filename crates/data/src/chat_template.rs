@@ -46,20 +46,28 @@ impl ChatTemplate {
         files: &TokenizerFiles,
         config: &TokenizerConfig,
     ) -> Result<Option<Self>> {
-        let (name, source) = match (&files.chat_template, &config.chat_template) {
-            (Some(source), _) => (TEMPLATE, source),
-            (None, Some(TemplateField::One(source))) => (CONFIG, source),
-            (None, Some(TemplateField::Named(named))) => {
-                match named.iter().find(|template| template.name == "default") {
-                    Some(template) => (CONFIG, &template.template),
-                    None => return Ok(None),
-                }
-            }
-            (None, None) => return Ok(None),
+        let Some((name, source)) = Self::source(files, config) else {
+            return Ok(None);
         };
         Self::new(source, config.special_tokens())
             .map(Some)
             .map_err(|problem| files.malformed(name, &problem.to_string()))
+    }
+
+    /// The template's text, and the file it stands in.
+    pub(crate) fn source<'a>(
+        files: &'a TokenizerFiles,
+        config: &'a TokenizerConfig,
+    ) -> Option<(&'static str, &'a str)> {
+        match (&files.chat_template, &config.chat_template) {
+            (Some(source), _) => Some((TEMPLATE, source)),
+            (None, Some(TemplateField::One(source))) => Some((CONFIG, source)),
+            (None, Some(TemplateField::Named(named))) => {
+                let default = named.iter().find(|template| template.name == "default")?;
+                Some((CONFIG, &default.template))
+            }
+            (None, None) => None,
+        }
     }
 
     fn new(source: &str, special_tokens: BTreeMap<&'static str, String>) -> Result<Self> {
@@ -185,6 +193,7 @@ pub(crate) const TEMPLATE: &str = "chat_template.jinja";
 #[derive(Debug, Default, Deserialize)]
 pub(crate) struct TokenizerConfig {
     pub(crate) add_bos_token: Option<bool>,
+    pub(crate) add_eos_token: Option<bool>,
     bos_token: Option<TokenField>,
     eos_token: Option<TokenField>,
     pad_token: Option<TokenField>,
@@ -234,6 +243,14 @@ impl TokenizerConfig {
 
     pub(crate) fn eos_token(&self) -> Option<&str> {
         self.eos_token.as_ref().map(TokenField::text)
+    }
+
+    pub(crate) fn pad_token(&self) -> Option<&str> {
+        self.pad_token.as_ref().map(TokenField::text)
+    }
+
+    pub(crate) fn unk_token(&self) -> Option<&str> {
+        self.unk_token.as_ref().map(TokenField::text)
     }
 
     /// The special tokens a template may name, under the names it uses.

@@ -6,6 +6,7 @@
 
 mod files;
 mod gguf;
+mod keys;
 mod metadata;
 mod sentencepiece;
 mod splits;

@@ -1,21 +1,17 @@
 //! The block formats of ggml: what they mean, and what they keep of a row of values.
 //!
 //! A block is 32 values (the first five formats) or 256 (the k-quants) that follow one another in a row, with a scale
-//! of its own; f16 has no blocks. Rounding here is encoding and decoding in one. For the formats of 32 that is value for
-//! value what ggml writes. The k-quants are encoded by candle, whose search for scales is simpler than llama.cpp's today:
-//! a file of llama.cpp's is a little nearer to the weights.
+//! of its own; f16 has no blocks. Rounding is encoding and decoding in one, so that what a product sees of a rounded weight is
+//! what a file of the format would hold.
 //!
 //! Source: ggml-org/llama.cpp: ggml/src/ggml-quants.c, `quantize_row_*_ref` and `dequantize_row_*`; its fallbacks for
 //! odd widths: src/llama-quant.cpp.
 
 mod decode;
+mod encode;
+mod k_quants;
 
-use candle_core::quantized::k_quants::{
-    BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5K, BlockQ6K, GgmlType,
-};
-use half::f16;
-
-use crate::simd::multiversion;
+pub(crate) use self::encode::round_to_f16;
 
 /// Values of a block of the older formats.
 const BLOCK: usize = 32;
@@ -113,117 +109,28 @@ impl Ggml {
             _ => Self::F16,
         }
     }
-
-    /// Rounds whole blocks to what the format keeps of them.
-    ///
-    /// # Panics
-    /// If the last block is not whole, or the format is only read.
-    pub(crate) fn round(self, values: &mut [f32]) {
-        assert!(
-            values.len().is_multiple_of(self.block()),
-            "whole blocks of {}",
-            self.name()
-        );
-        match self {
-            Self::F16 => round_to_f16(values),
-            Self::Q8_0 => round_q8_0(values),
-            Self::Q5_0 => round_scaled(values, 16.0),
-            Self::Q4_0 => round_scaled(values, 8.0),
-            Self::Q5_1 => round_between(values, 31.0),
-            Self::Q4_1 => round_between(values, 15.0),
-            Self::Q6K => through::<BlockQ6K>(values),
-            Self::Q5K => through::<BlockQ5K>(values),
-            Self::Q4K => through::<BlockQ4K>(values),
-            Self::Q3K => through::<BlockQ3K>(values),
-            Self::Q2K => through::<BlockQ2K>(values),
-            Self::Iq4Nl | Self::MxFp4 => panic!("{} is only read", self.name()),
-        }
-    }
-}
-
-multiversion! {
-    /// Rounds to half precision; values beyond its largest become infinite.
-    fn round_to_f16<FMA>(values: &mut [f32]) {
-        let _ = FMA;
-        values.iter_mut().for_each(|v| *v = f16_of(*v));
-    }
-}
-
-#[inline(always)]
-fn f16_of(value: f32) -> f32 {
-    f16::from_f32(value).to_f32()
-}
-
-/// 1 / d, or 0 for a block of zeros and of values so small that it would be infinite.
-#[inline(always)]
-fn inverse(d: f32) -> f32 {
-    let inverse = 1.0 / d;
-    if inverse.is_infinite() { 0.0 } else { inverse }
-}
-
-multiversion! {
-    /// The largest magnitude becomes ±127.
-    fn round_q8_0<FMA>(values: &mut [f32]) {
-        let _ = FMA;
-        for block in values.as_chunks_mut::<BLOCK>().0 {
-            let largest = block.iter().fold(0f32, |a, v| if v.abs() > a { v.abs() } else { a });
-            let d = largest / 127.0;
-            let (kept, inverse) = (f16_of(d), inverse(d));
-            block.iter_mut().for_each(|v| *v = (*v * inverse).round() * kept);
-        }
-    }
-}
-
-multiversion! {
-    /// The value of the largest magnitude becomes `−half`; codes run from `−half` to `half − 1`.
-    fn round_scaled<FMA>(values: &mut [f32], half: f32) {
-        let _ = FMA;
-        for block in values.as_chunks_mut::<BLOCK>().0 {
-            let most = block.iter().fold(0f32, |a, v| if v.abs() > a { v.abs() } else { a });
-            // Of two of the same magnitude the first counts.
-            let most = block.iter().find(|v| v.abs() == most).copied().unwrap_or(0.0);
-            let d = most / -half;
-            let (kept, inverse) = (f16_of(d), inverse(d));
-            for v in block {
-                let code = (*v * inverse + (half + 0.5)).trunc();
-                let code = if code > 2.0 * half - 1.0 { 2.0 * half - 1.0 } else { code };
-                *v = (code - half) * kept;
-            }
-        }
-    }
-}
-
-multiversion! {
-    /// The smallest value becomes code 0, the largest code `steps`.
-    fn round_between<FMA>(values: &mut [f32], steps: f32) {
-        let _ = FMA;
-        for block in values.as_chunks_mut::<BLOCK>().0 {
-            let least = block.iter().fold(f32::INFINITY, |a, v| if *v < a { *v } else { a });
-            let most = block.iter().fold(f32::NEG_INFINITY, |a, v| if *v > a { *v } else { a });
-            let d = (most - least) / steps;
-            let (kept, base, inverse) = (f16_of(d), f16_of(least), inverse(d));
-            for v in block {
-                let code = ((*v - least) * inverse + 0.5).trunc();
-                let code = if code > steps { steps } else { code };
-                *v = code * kept + base;
-            }
-        }
-    }
-}
-
-/// Encodes and decodes.
-fn through<B: GgmlType>(values: &mut [f32]) {
-    let mut blocks = vec![B::zeros(); values.len() / B::BLCK_SIZE];
-    B::from_float(values, &mut blocks);
-    B::to_float(&blocks, values);
 }
 
 #[cfg(test)]
 mod tests {
-    use candle_core::quantized::k_quants::{BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1, BlockQ8_0};
+    use candle_core::quantized::k_quants::{
+        BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1, BlockQ8_0, GgmlType,
+    };
 
     use super::*;
     use crate::matrix::tests::noise;
+
+    /// Encodes and decodes as another program does.
+    fn through<B: GgmlType>(values: &mut [f32]) {
+        let mut blocks = vec![B::zeros(); values.len() / B::BLCK_SIZE];
+        B::from_float(values, &mut blocks);
+        B::to_float(&blocks, values);
+    }
+
+    fn squares(before: &[f32], after: &[f32]) -> f32 {
+        let squares = before.iter().zip(after).map(|(b, a)| (b - a) * (b - a));
+        squares.sum::<f32>().sqrt()
+    }
 
     fn sample() -> Vec<f32> {
         let mut values = noise(8 * SUPER_BLOCK, 3);
@@ -257,13 +164,26 @@ mod tests {
         check(Ggml::Q4_1, through::<BlockQ4_1>);
     }
 
+    /// What rounding leaves is what the written bytes mean.
+    #[test]
+    fn bytes_mean_what_rounding_leaves() {
+        for format in Ggml::WRITTEN {
+            let (values, mut rounded) = (sample(), sample());
+            format.round(&mut rounded);
+            let mut bytes = vec![0; values.len() / format.block() * format.block_bytes()];
+            format.encode(&values, &mut bytes);
+            let mut decoded = values.clone();
+            format.decode(&bytes, &mut decoded);
+            assert_eq!(decoded, rounded, "{}", format.name());
+        }
+    }
+
     #[test]
     fn more_bits_keep_more() {
         let error = |format: Ggml| {
             let (before, mut after) = (sample(), sample());
             format.round(&mut after);
-            let squares = before.iter().zip(&after).map(|(b, a)| (b - a) * (b - a));
-            squares.sum::<f32>().sqrt()
+            squares(&before, &after)
         };
         let errors = Ggml::WRITTEN.map(error);
         let limits = [

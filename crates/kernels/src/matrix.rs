@@ -214,6 +214,11 @@ impl Matrix {
         }
     }
 
+    /// The stored bytes of all rows; scales and halves, which are stored elsewhere, are not in them.
+    pub fn bytes(&self) -> &Bytes {
+        &self.bytes
+    }
+
     /// Bytes held, block scales included; of a view of halves, both of them.
     pub fn size_bytes(&self) -> usize {
         let elsewhere = match &self.format {
@@ -234,7 +239,7 @@ impl Matrix {
         let mut format = self.format.clone();
         match &mut format {
             Format::Fp8(blocks) => blocks.first_row += rows.start,
-            Format::Heads(heads) => *heads = heads.from_row(rows.start),
+            Format::Heads(heads) => *heads = heads.starting_at(rows.start),
             _ => {}
         }
         let bytes = self

@@ -116,3 +116,25 @@ fn blocks_of_every_format_decode_as_the_golden_says() {
         }
     });
 }
+
+/// Blocks of llama.cpp's own library: `tests/goldens/ggml_blocks.py`.
+#[test]
+fn values_encode_as_llama_cpp_encodes_them() {
+    with_file("ggml.safetensors", |goldens| {
+        let values = floats(goldens, "encode.values");
+        for format in Ggml::WRITTEN
+            .into_iter()
+            .filter(|format| format.block() > 1)
+        {
+            let name = format.name();
+            let golden = goldens.tensor(&format!("{name}.encoded")).unwrap();
+            let expected = golden.data();
+            let mut found = vec![0; expected.len()];
+            format.encode(&values, &mut found);
+            let size = found.len() / (values.len() / format.block());
+            let blocks = found.chunks(size).zip(expected.chunks(size));
+            let different = blocks.filter(|(found, expected)| found != expected).count();
+            assert_eq!(different, 0, "{name}: blocks differ");
+        }
+    });
+}

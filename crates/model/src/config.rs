@@ -11,6 +11,7 @@
 
 mod keys;
 mod read;
+mod write;
 
 use std::path::Path;
 

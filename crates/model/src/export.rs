@@ -1,6 +1,8 @@
 //! Writing a fully trained model as a Hugging Face folder, and what lies beside the weights of any model.
 
 pub(crate) mod block_fp8;
+pub mod gguf;
+pub mod mix;
 
 use std::collections::BTreeMap;
 use std::path::Path;

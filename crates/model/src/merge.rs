@@ -26,7 +26,7 @@ use crate::weights::{
 };
 
 /// What a merge did.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct MergeReport {
     /// Tensors written.
     pub tensors: usize,
@@ -34,8 +34,9 @@ pub struct MergeReport {
     pub adapted: usize,
     /// Bytes of tensors written.
     pub bytes: u64,
-    /// Largest error of the check, relative to the sum of the magnitudes of a row.
-    pub largest_error: f32,
+    /// Largest error of the check, relative to the sum of the magnitudes of a row. None where blocks of a GGUF are
+    /// written, whose rounding no such sum bounds.
+    pub largest_error: Option<f32>,
     /// Of each matrix that was written anew, how far it is from what it was made of: root mean square of the differences,
     /// relative to that of the values.
     pub errors: Vec<(String, f64)>,
@@ -99,11 +100,8 @@ fn write(
         fp8,
         config,
         report: MergeReport {
-            tensors: 0,
-            adapted: 0,
-            bytes: 0,
-            largest_error: 0.0,
-            errors: Vec::new(),
+            largest_error: Some(0.0),
+            ..MergeReport::default()
         },
     };
     let mut writer = FolderWriter::create(out)?;
@@ -374,7 +372,7 @@ impl Merger<'_> {
                 found: format!("a row that differs by {largest:.1e} of its magnitude"),
             });
         }
-        self.report.largest_error = self.report.largest_error.max(largest);
+        self.report.largest_error = self.report.largest_error.map(|known| known.max(largest));
         let error = relative_error(&base, update.as_ref(), &merged);
         self.report.errors.push((name.into(), error));
         Ok(())
@@ -382,7 +380,7 @@ impl Merger<'_> {
 }
 
 /// Root mean square of `merged − (base + update)`, relative to that of the sum.
-fn relative_error(base: &Matrix, update: Option<&Pair>, merged: &Matrix) -> f64 {
+pub(crate) fn relative_error(base: &Matrix, update: Option<&Pair>, merged: &Matrix) -> f64 {
     let width = base.cols();
     let squares = (0..base.rows()).into_par_iter().map(|row| {
         let [mut expected, mut found] = [vec![0.0; width], vec![0.0; width]];

@@ -8,9 +8,11 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Folder, Safetensors};
 use moeforge_model::export::WeightFormat;
+use moeforge_model::export::gguf::write_gguf;
+use moeforge_model::export::mix::{Mix, Recipe};
 use moeforge_model::lora::{self, LoraConfig, Scaling};
-use moeforge_model::merge::convert;
-use moeforge_model::{Cache, Compute, Model, Pass, Training, weights};
+use moeforge_model::merge::{MergeReport, convert};
+use moeforge_model::{Cache, Compute, Error, Model, Pass, Training, weights};
 
 const MODELS: [&str; 6] = [
     "llama_f32",
@@ -208,6 +210,133 @@ fn updates_train_on_quantized_weights_as_on_their_values() {
             let largest = expected.iter().fold(1e-3f32, |max, g| max.max(g.abs()));
             assert_close(&found, &expected, 1e-4 * largest, &key);
         }
+    }
+}
+
+/// Another golden: a folder, or one of the GGUFs.
+fn source(name: &str) -> Folder {
+    Folder::open(&goldens().join("..").join(name)).unwrap()
+}
+
+fn some_ids(model: &Model) -> Tensor<2, Int> {
+    const SEQ: usize = 24;
+    let vocab = model.config.vocab_size;
+    let ids: Vec<i32> = (0..SEQ)
+        .map(|i| (7 * i * i + 3 * i) % vocab)
+        .map(|id| id as i32)
+        .collect();
+    Tensor::from_data(TensorData::new(ids, [1, SEQ]), &Device::flex())
+}
+
+fn write(source: &Folder, recipe: &str, parts: &str, out: &Path) -> Result<MergeReport, Error> {
+    let all = Recipe::all();
+    let recipe = all
+        .iter()
+        .find(|known| known.to_string() == recipe)
+        .unwrap();
+    let mix = Mix::new(*recipe, parts).unwrap();
+    write_gguf(source, &mix, vec![], out, &mut |done, total| {
+        assert!(done <= total)
+    })
+}
+
+#[test]
+fn a_written_gguf_computes_what_the_model_does() {
+    for name in [
+        "deepseek_v3",
+        "deepseek_v2_lite",
+        "deepseek_v2_group",
+        "deepseek_v3_fp8",
+        "qwen2_distill",
+        "gguf/llama_q4_1.gguf",
+        "gguf/deepseek_v3_q8_0.gguf",
+    ] {
+        let place = tempfile::tempdir().unwrap();
+        let out = place.path().join("m.gguf");
+        let before = source(name);
+        let report = write(&before, "f32", "", &out).unwrap();
+        assert!(report.errors.iter().all(|error| error.1 < 1e-7), "{name}");
+        let (model, written) = (load(&before), load(&Folder::open(&out).unwrap()));
+        let ids = some_ids(&model);
+        let (found, expected) = (logits(&written, ids.clone()), logits(&model, ids));
+        assert_close(&found, &expected, 2e-5, name);
+        assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 1);
+        let error = write(&before, "f32", "", &out).unwrap_err().to_string();
+        assert!(error.contains("m.gguf"), "{error}");
+    }
+}
+
+/// What is stored in the wanted type keeps its bytes.
+#[test]
+fn a_gguf_written_again_in_its_own_type_keeps_its_bytes() {
+    let place = tempfile::tempdir().unwrap();
+    let out = place.path().join("m.gguf");
+    let before = open("deepseek_v3_q8_0");
+    write(&before, "q8_0", "", &out).unwrap();
+    let after = Folder::open(&out).unwrap();
+    assert!(before.names().eq(after.names()));
+    for name in before.names() {
+        let [before, after] = [&before, &after].map(|folder| folder.tensor(name).unwrap());
+        assert_eq!(before.dtype, after.dtype, "{name}");
+        assert_eq!(before.bytes, after.bytes, "{name}");
+    }
+}
+
+#[test]
+fn fewer_bits_keep_less_and_parts_have_types_of_their_own() {
+    let place = tempfile::tempdir().unwrap();
+    let before = source("deepseek_v3");
+    let worst = |recipe: &str, parts: &str| {
+        let out = place.path().join(format!("{recipe}{}.gguf", parts.len()));
+        let report = write(&before, recipe, parts, &out).unwrap();
+        let worst = report
+            .errors
+            .iter()
+            .map(|error| error.1)
+            .fold(0.0, f64::max);
+        (worst, Folder::open(&out).unwrap())
+    };
+    let [f16, q8, q5, q4] = ["f16", "q8_0", "q5_1", "q4_0"].map(|recipe| worst(recipe, "").0);
+    assert!(
+        f16 < q8 && q8 < q5 && q5 < q4 && q4 < 0.2,
+        "{f16} {q8} {q5} {q4}"
+    );
+    let (_, mixed) = worst("q4_0", "experts=q5_0, attn=bf16,embed=f32");
+    let dtype = |key: &str| mixed.tensor(key).unwrap().dtype.to_string();
+    assert_eq!(dtype("model.layers.1.mlp.experts.3.up_proj.weight"), "Q5_0");
+    // Rows of 24 values are no whole blocks.
+    assert_eq!(
+        dtype("model.layers.1.mlp.experts.3.down_proj.weight"),
+        "F16"
+    );
+    assert_eq!(
+        dtype("model.layers.1.mlp.shared_experts.up_proj.weight"),
+        "Q4_0"
+    );
+    assert_eq!(dtype("model.layers.1.self_attn.q_a_proj.weight"), "BF16");
+    assert_eq!(dtype("model.embed_tokens.weight"), "F32");
+    assert_eq!(dtype("lm_head.weight"), "Q8_0");
+    assert_eq!(dtype("model.layers.1.mlp.gate.weight"), "F32");
+    assert_eq!(dtype("model.layers.1.input_layernorm.weight"), "F32");
+}
+
+#[test]
+fn what_a_gguf_cannot_say_is_refused() {
+    let place = tempfile::tempdir().unwrap();
+    let out = place.path().join("m.gguf");
+    let error = write(&source("llama_distill"), "f32", "", &out).unwrap_err();
+    assert!(error.to_string().contains("Llama 3"), "{error}");
+    assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 0);
+    for (parts, expected) in [
+        ("experts=q9", "expected one of f32, bf16, f16, q8_0"),
+        (
+            "heads=q8_0",
+            "a part of experts, shared, attn, ffn, embed, head",
+        ),
+        ("experts", "found ``"),
+    ] {
+        let problem = Mix::new(Recipe::all()[0], parts).unwrap_err();
+        assert!(problem.contains(expected), "{problem}");
     }
 }
 

@@ -80,6 +80,39 @@ pub(crate) fn expert(layer: u32, expert: usize, projection: &str) -> String {
     format!("model.layers.{layer}.mlp.experts.{expert}.{projection}.weight")
 }
 
+/// The name of a tensor of the folder. One that is not known keeps its own.
+pub(crate) fn name(key: &str) -> String {
+    if let Some((name, _)) = MODEL.iter().find(|known| known.1 == key) {
+        return (*name).to_owned();
+    }
+    let in_layer = || {
+        let (layer, rest) = layer_of(key)?;
+        if rest == ROUTER_BIAS.1 {
+            return Some(format!("blk.{layer}.{}", ROUTER_BIAS.0));
+        }
+        let (module, kind) = rest.rsplit_once('.')?;
+        let (part, _) = LAYER.iter().find(|known| known.1 == module)?;
+        Some(format!("blk.{layer}.{part}.{kind}"))
+    };
+    in_layer().unwrap_or_else(|| key.to_owned())
+}
+
+/// The name of the stack that an expert's tensor is in, if it is an expert's.
+pub(crate) fn stack(key: &str) -> Option<String> {
+    let (layer, rest) = layer_of(key)?;
+    let rest = rest.strip_prefix("mlp.experts.")?.strip_suffix(".weight")?;
+    let (_, projection) = rest.split_once('.')?;
+    let of_one = |known: &&(&str, &[&str])| known.1 == [projection];
+    let (part, _) = STACKED.iter().find(of_one)?;
+    Some(format!("blk.{layer}.{part}.weight"))
+}
+
+/// The number of a layer of the folder, and a tensor's name there.
+fn layer_of(key: &str) -> Option<(u32, &str)> {
+    let (layer, rest) = key.strip_prefix("model.layers.")?.split_once('.')?;
+    Some((layer.parse().ok()?, rest))
+}
+
 /// The number of a tensor's layer, and its name there.
 fn in_layer(name: &str) -> Option<(u32, &str)> {
     let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::writer::GgufValue;
 use super::{Gguf, decimal, malformed};
 use crate::{Result, Tensor};
 
@@ -113,6 +114,75 @@ const SIGMOID: u64 = 2;
 /// every release, and llama.cpp computes as if they were.
 const YARN_LOG_MULTIPLIER: &str = "rope.scaling.yarn_log_multiplier";
 const YARN_LOG_UNIT: f64 = 0.1;
+
+/// The architecture of a family of folders.
+pub(crate) fn architecture(family: &str) -> Option<(&'static str, Architecture)> {
+    let name = match family {
+        "deepseek_v2" | "deepseek_v3" => "deepseek2",
+        other => other,
+    };
+    let mut known = Architecture::ALL.into_iter();
+    known.find(|known| known.0 == name)
+}
+
+/// The metadata of a config in the dialect that is published; the way back from [`config`].
+pub(crate) fn metadata(
+    config: &Value,
+    (name, family): (&'static str, Architecture),
+) -> Vec<(String, GgufValue)> {
+    let mut metadata = vec![(
+        "general.architecture".to_owned(),
+        GgufValue::Text(name.into()),
+    )];
+    let mut set = |key: &str, value: Option<GgufValue>| {
+        metadata.extend(value.map(|value| (format!("{name}.{key}"), value)));
+    };
+    let value = |key: &str| config.get(key).and_then(GgufValue::of);
+    let count = |key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(0);
+    let counted = |n: u64| u32::try_from(n).ok().map(GgufValue::Count);
+    let theirs: &[&Settings] = match family {
+        Architecture::Llama | Architecture::Qwen2 => &[COMMON, GROUPED_QUERIES],
+        Architecture::DeepSeek2 => &[COMMON, DEEPSEEK],
+    };
+    for (key, name, _) in theirs.iter().copied().flatten() {
+        set(key, value(name));
+    }
+    set("vocab_size", value("vocab_size"));
+    set("rope.freq_base", value("rope_theta"));
+    match family {
+        Architecture::Llama | Architecture::Qwen2 => {
+            set("attention.value_length", value("head_dim"));
+            set(ROPE_DIM, value("head_dim"));
+        }
+        Architecture::DeepSeek2 => {
+            // What a converted model computes with: one shared latent, beside it the part that is turned.
+            let (rank, rope) = (count("kv_lora_rank"), count("qk_rope_head_dim"));
+            set("attention.head_count_kv", counted(1));
+            set("attention.key_length", counted(rank + rope));
+            set("attention.value_length", counted(rank));
+            let head = count("qk_nope_head_dim") + rope;
+            set("attention.key_length_mla", counted(head));
+            set("attention.value_length_mla", value("v_head_dim"));
+            let is_sigmoid = config.get("scoring_func").is_some_and(|f| f == "sigmoid");
+            set(GATING, counted(if is_sigmoid { SIGMOID } else { SOFTMAX }));
+        }
+    }
+    let Some(scaling) = config.get("rope_scaling").filter(|s| s.is_object()) else {
+        return metadata;
+    };
+    set(
+        "rope.scaling.type",
+        scaling.get("rope_type").and_then(GgufValue::of),
+    );
+    for (key, name, _) in ROPE_SCALING {
+        set(key, scaling.get(name).and_then(GgufValue::of));
+    }
+    let mscale = scaling.get("mscale_all_dim").and_then(Value::as_f64);
+    let mscale = mscale.filter(|mscale| *mscale != 0.0);
+    let multiplier = mscale.map(|mscale| GgufValue::Number((YARN_LOG_UNIT * mscale) as f32));
+    set(YARN_LOG_MULTIPLIER, multiplier);
+    metadata
+}
 
 /// What a file says, under its architecture's name.
 struct Said<'a> {

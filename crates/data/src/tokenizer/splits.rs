@@ -152,6 +152,16 @@ impl Splits {
         })
     }
 
+    /// All that are known.
+    pub(super) fn all() -> impl Iterator<Item = &'static Self> {
+        KNOWN.iter()
+    }
+
+    /// The first of its names.
+    pub(super) fn name(&self) -> &'static str {
+        self.names[0]
+    }
+
     pub(super) fn normalizer(&self) -> Value {
         match self.composes {
             true => json!({"type": "NFC"}),

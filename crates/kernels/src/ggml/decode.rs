@@ -215,7 +215,7 @@ multiversion! {
 /// The scale and the minimum of a group of 32, 6 bits each: of the first four groups in a byte each, of the others in
 /// what those leave free.
 #[inline(always)]
-fn six_bits(scales: &[u8], group: usize) -> (f32, f32) {
+pub(super) fn six_bits(scales: &[u8], group: usize) -> (f32, f32) {
     let (scale, min) = if group < 4 {
         (scales[group] & 63, scales[group + 4] & 63)
     } else {

@@ -92,7 +92,7 @@ impl Heads {
     }
 
     /// A view that starts so many rows later.
-    pub(super) fn from_row(&self, row: usize) -> Self {
+    pub(super) fn starting_at(&self, row: usize) -> Self {
         Self {
             first_row: self.first_row + row,
             ..self.clone()

@@ -1,0 +1,284 @@
+//! Writing a model as a GGUF, rows at a time.
+//!
+//! Before the file gets its name it is opened again as anyone would open it, and every matrix is compared with what it was
+//! made of: by names, shapes and values that went through the reader and not through what wrote them.
+
+use std::path::Path;
+
+use checkpoint::{Folder, GgufLayout, GgufTensor, GgufValue, GgufWriter, Rows, TensorSpec};
+use kernels::fp8::Scales;
+use kernels::{Format, Ggml, Matrix, Pairs};
+use rayon::prelude::*;
+
+use super::mix::{GgufType, Mix};
+use crate::Error;
+use crate::config::{AttentionConfig, ModelConfig, RopeScaling};
+use crate::merge::{MergeReport, relative_error};
+use crate::weights::{keys, read_config, read_matrix, read_tensor};
+
+/// Values that are encoded at a time.
+const PIECE: usize = 1 << 20;
+/// The largest error of a matrix of two bits is half of this; that of rows in another order is 1.4.
+const LARGEST_ERROR: f64 = 0.8;
+
+/// Writes a model as the GGUF `out`, whole or not at all. `tokenizer` is metadata that is added as it is.
+///
+/// `progress` is told tensors done and tensors in all; each of the model's is seen twice, written and checked. What the
+/// model does not run (multi-token prediction, tensors nobody knows) is left out, as llama.cpp's converter does.
+///
+/// # Errors
+/// If a GGUF cannot say what the model computes, reading or writing fails, or the check finds other values
+/// ([`Error::Unfaithful`]).
+pub fn write_gguf(
+    model: &Folder,
+    mix: &Mix,
+    tokenizer: Vec<(String, GgufValue)>,
+    out: &Path,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<MergeReport, Error> {
+    let config = read_config(model)?;
+    check_config(&config)?;
+    let json = config.to_json();
+    let layout = GgufLayout::of(&model.config_path(), &json)?;
+    let keys = keys(&config);
+    let tensors = layout.tensors(&keys);
+    let of = |tensor: &GgufTensor| mix.type_of(&tensor.name, &tensor.shape, &config);
+    let specs = tensors.iter().map(|tensor| TensorSpec {
+        name: tensor.name.as_str().into(),
+        dtype: of(tensor).dtype(),
+        shape: tensor.shape.clone(),
+    });
+    let specs: Vec<TensorSpec> = specs.collect();
+    let mut metadata = layout.metadata();
+    metadata.extend(about(model, mix));
+    metadata.extend(tokenizer);
+    let mut writer = GgufWriter::create(out, &metadata, &specs)?;
+    let (mut done, total) = (0, 2 * keys.len());
+    let mut step = || {
+        done += 1;
+        progress(done.min(total), total);
+    };
+    for tensor in &tensors {
+        for key in &tensor.keys {
+            write_tensor(model, &config, (tensor, key, of(tensor)), &mut writer)?;
+            // Of two halves one counts.
+            if !matches!(tensor.rows, Rows::Keys { .. }) {
+                step();
+            }
+        }
+    }
+    writer.flush()?;
+    let mut report = check(model, &config, &Folder::open(writer.path())?, &mut step)?;
+    report.tensors = tensors.len();
+    report.bytes = specs.iter().map(bytes_of).sum();
+    writer.finish()?;
+    Ok(report)
+}
+
+/// What the file says about itself.
+fn about(model: &Folder, mix: &Mix) -> Vec<(String, GgufValue)> {
+    /// Of ggml's blocks as they are now.
+    const QUANTIZATION_VERSION: u32 = 2;
+    let name = model.path().file_stem().unwrap_or_default();
+    let entries = [
+        ("type", GgufValue::Text("model".into())),
+        ("name", GgufValue::Text(name.to_string_lossy().into_owned())),
+        ("file_type", GgufValue::Count(mix.recipe.file_type())),
+        (
+            "quantization_version",
+            GgufValue::Count(QUANTIZATION_VERSION),
+        ),
+    ];
+    entries
+        .map(|(key, value)| (format!("general.{key}"), value))
+        .to_vec()
+}
+
+fn bytes_of(spec: &TensorSpec) -> u64 {
+    let values: usize = spec.shape.iter().product();
+    (values / spec.dtype.block() * spec.dtype.size_bytes()) as u64
+}
+
+/// Refuses what has no key in a GGUF's metadata.
+fn check_config(config: &ModelConfig) -> Result<(), Error> {
+    let is_latent = matches!(config.attention, AttentionConfig::Mla(_));
+    let problem = match (&config.rope.scaling, &config.moe) {
+        (RopeScaling::Llama3 { .. }, _) => "stretched rotary positions of Llama 3",
+        (
+            RopeScaling::Yarn {
+                mscale,
+                mscale_all_dim,
+                ..
+            },
+            _,
+        ) if mscale != mscale_all_dim => "an `mscale` that is not `mscale_all_dim`",
+        (_, Some(moe)) if moe.moe_layer_freq != 1 => "dense layers between mixtures",
+        (_, None) if is_latent => "latent attention without experts",
+        _ if is_latent && config.rope.pairs == Pairs::Halves => {
+            "rotary pairs in halves of a latent head"
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::Unsupported(format!(
+        "a GGUF cannot say that a model has {problem}"
+    )))
+}
+
+/// Writes what a tensor has of one of the folder's.
+fn write_tensor(
+    model: &Folder,
+    config: &ModelConfig,
+    (tensor, key, of): (&GgufTensor, &str, GgufType),
+    writer: &mut GgufWriter,
+) -> Result<(), Error> {
+    let shape = match (tensor.rows, tensor.shape.as_slice()) {
+        (_, [len]) => {
+            let vector = read_tensor(model, key, config)?;
+            vector.expect_shape(&[*len])?;
+            let bytes = vector.to_f32()?.into_iter().flat_map(f32::to_le_bytes);
+            return Ok(writer.write(&bytes.collect::<Vec<_>>())?);
+        }
+        (Rows::Keys { .. } | Rows::Values { .. }, _) => up_projection(config),
+        (_, [.., rows, cols]) => [*rows, *cols],
+        (_, []) => [1, 1],
+    };
+    let matrix = read_matrix(model, key, shape, config.fp8_block)?;
+    for piece in 0..n_pieces(tensor.rows) {
+        write_rows(&self::piece(&matrix, tensor.rows, piece), of, writer)?;
+    }
+    Ok(())
+}
+
+/// The shape of a whole `kv_b_proj`.
+fn up_projection(config: &ModelConfig) -> [usize; 2] {
+    match &config.attention {
+        AttentionConfig::Mla(mla) => [
+            config.num_attention_heads * (mla.qk_nope_head_dim + mla.v_head_dim),
+            mla.kv_lora_rank,
+        ],
+        AttentionConfig::Gqa(_) => [0, 0],
+    }
+}
+
+fn n_pieces(rows: Rows) -> usize {
+    match rows {
+        Rows::Same => 1,
+        Rows::Interleaved { heads } | Rows::Keys { heads, .. } | Rows::Values { heads, .. } => {
+            heads
+        }
+    }
+}
+
+/// Rows of a matrix as they follow one another in a GGUF: all, or those of a head. What is stored that way already is a
+/// view of it.
+fn piece(matrix: &Matrix, rows: Rows, head: usize) -> Matrix {
+    let of_head = |heads: usize| {
+        let per_head = matrix.rows() / heads;
+        matrix.row_range(head * per_head..(head + 1) * per_head)
+    };
+    match (rows, matrix.heads()) {
+        (Rows::Same, _) => matrix.clone(),
+        (Rows::Interleaved { heads }, _) => {
+            let head = of_head(heads);
+            reordered(&head, [head.rows(), head.cols()], |place, col| {
+                Rows::interleaved(place, head.rows()) * head.cols() + col
+            })
+        }
+        (Rows::Keys { .. }, Some(halves)) => halves.keys(head),
+        (Rows::Keys { heads, width }, None) => {
+            let keys = of_head(heads).row_range(0..width);
+            reordered(&keys, [keys.cols(), width], |row, col| {
+                col * keys.cols() + row
+            })
+        }
+        (Rows::Values { .. }, Some(halves)) => halves.values(head),
+        (Rows::Values { heads, width }, None) => {
+            let head = of_head(heads);
+            head.row_range(head.rows() - width..head.rows())
+        }
+    }
+}
+
+/// A matrix of the given shape whose values are those of another at other places.
+fn reordered(
+    matrix: &Matrix,
+    [rows, cols]: [usize; 2],
+    place: impl Fn(usize, usize) -> usize,
+) -> Matrix {
+    let values = matrix.to_f32();
+    let places = (0..rows).flat_map(|row| (0..cols).map(move |col| (row, col)));
+    let values: Vec<f32> = places.map(|(row, col)| values[place(row, col)]).collect();
+    Matrix::from_f32(rows, cols, &values)
+}
+
+/// Writes the rows of a matrix in a type: its bytes where it is of that type, else some rows encoded at a time.
+fn write_rows(matrix: &Matrix, of: GgufType, writer: &mut GgufWriter) -> Result<(), Error> {
+    let is_same = match (of, matrix.format()) {
+        (GgufType::F32, Format::F32) | (GgufType::Bf16, Format::Bf16) => true,
+        (GgufType::Ggml(Ggml::F16), Format::F16) => true,
+        (GgufType::Ggml(wanted), Format::Ggml(found)) => wanted == *found,
+        _ => false,
+    };
+    if is_same {
+        return Ok(writer.write(matrix.bytes())?);
+    }
+    let (cols, dtype) = (matrix.cols(), of.dtype());
+    let row_bytes = cols / dtype.block() * dtype.size_bytes();
+    let rows_at_once = (PIECE / cols.max(1)).max(1);
+    for start in (0..matrix.rows()).step_by(rows_at_once) {
+        let n = rows_at_once.min(matrix.rows() - start);
+        let mut bytes = vec![0; n * row_bytes];
+        let rows = bytes.par_chunks_mut(row_bytes.max(1)).enumerate();
+        rows.for_each_init(
+            || vec![0.0; cols],
+            |line, (i, out)| {
+                matrix.decode(start + i..start + i + 1, 0..cols, line);
+                of.encode(line, out);
+            },
+        );
+        writer.write(&bytes)?;
+    }
+    Ok(())
+}
+
+/// Compares every tensor of a written file with the model's.
+fn check(
+    model: &Folder,
+    config: &ModelConfig,
+    written: &Folder,
+    step: &mut dyn FnMut(),
+) -> Result<MergeReport, Error> {
+    let unfaithful = |tensor: &str, expected: &str, found: String| Error::Unfaithful {
+        tensor: tensor.into(),
+        expected: expected.into(),
+        found,
+    };
+    let mut expected = config.clone();
+    (expected.num_nextn_predict_layers, expected.fp8_scales) = (0, Scales::F32);
+    let found = read_config(written)?;
+    expected.fp8_block = found.fp8_block;
+    expected.initializer_range = found.initializer_range;
+    if found != expected {
+        let (expected, found) = (format!("{expected:?}"), format!("{found:?}"));
+        return Err(unfaithful("config", &expected, found));
+    }
+    let mut report = MergeReport::default();
+    for (key, shape) in keys(config) {
+        step();
+        let &[rows, cols] = shape.as_slice() else {
+            let [before, after] = [model, written].map(|folder| read_tensor(folder, &key, config));
+            if before?.to_f32()? != after?.to_f32()? {
+                return Err(unfaithful(&key, "the model's values", "others".into()));
+            }
+            continue;
+        };
+        let read = |folder| read_matrix(folder, &key, [rows, cols], config.fp8_block);
+        let error = relative_error(&read(model)?, None, &read(written)?);
+        if error.is_nan() || error > LARGEST_ERROR {
+            let found = format!("a matrix that differs by {error:.1e} of its magnitude");
+            return Err(unfaithful(&key, "the model's values, rounded", found));
+        }
+        report.errors.push((key, error));
+    }
+    Ok(report)
+}

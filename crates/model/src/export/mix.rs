@@ -1,0 +1,445 @@
+//! Which type every tensor of a GGUF gets.
+//!
+//! A name like `q4_k_m` stands for a type that most matrices get and for rules by which some get another: what decides much
+//! for its size gets more bits. Norms, routers and biases stay in f32. The rules are llama.cpp's, so that a file of ours is
+//! the size that its users expect; where rows are not whole blocks, a similar type with smaller blocks takes its place.
+//!
+//! Source: ggml-org/llama.cpp: src/llama-quant.cpp, `llama_tensor_get_type_impl` and `tensor_type_fallback`.
+
+use std::fmt::{Display, Formatter};
+use std::str::FromStr;
+
+use checkpoint::DType;
+use kernels::Ggml;
+
+use super::encode;
+use crate::config::{AttentionConfig, Family, ModelConfig};
+
+/// The type of a GGUF's tensor that we write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GgufType {
+    /// Single precision.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// Half precision, or blocks.
+    Ggml(Ggml),
+}
+
+impl GgufType {
+    /// As files name it.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+            Self::Ggml(format) => match format {
+                Ggml::F16 => DType::F16,
+                Ggml::Q8_0 => DType::Q8_0,
+                Ggml::Q5_0 => DType::Q5_0,
+                Ggml::Q5_1 => DType::Q5_1,
+                Ggml::Q4_0 => DType::Q4_0,
+                Ggml::Q4_1 => DType::Q4_1,
+                Ggml::Q6K => DType::Q6K,
+                Ggml::Q5K => DType::Q5K,
+                Ggml::Q4K => DType::Q4K,
+                Ggml::Q3K => DType::Q3K,
+                Ggml::Q2K => DType::Q2K,
+                Ggml::Iq4Nl => DType::Iq4Nl,
+                Ggml::MxFp4 => DType::MxFp4,
+            },
+        }
+    }
+
+    /// Encodes whole blocks.
+    ///
+    /// # Panics
+    /// If `out` are not the bytes of the blocks of `values`.
+    pub(crate) fn encode(self, values: &[f32], out: &mut [u8]) {
+        match self {
+            Self::Ggml(format) => format.encode(values, out),
+            Self::F32 => out.copy_from_slice(&encode(DType::F32, values)),
+            Self::Bf16 => out.copy_from_slice(&encode(DType::BF16, values)),
+        }
+    }
+
+    /// This type, or one whose blocks fill rows of this width.
+    fn for_width(self, width: usize) -> Self {
+        match self {
+            Self::F32 | Self::Bf16 => self,
+            Self::Ggml(format) => Self::Ggml(format.for_width(width)),
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Ggml(format) => format.name(),
+        }
+    }
+
+    fn all() -> impl Iterator<Item = Self> {
+        let formats = Ggml::WRITTEN.into_iter().map(Self::Ggml);
+        [Self::F32, Self::Bf16].into_iter().chain(formats)
+    }
+}
+
+impl FromStr for GgufType {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = |of: Self| of.name() == text;
+        Self::all().find(|of| known(*of)).ok_or_else(|| {
+            let known: Vec<_> = Self::all().map(Self::name).collect();
+            let found: String = text.chars().filter(|c| !c.is_control()).take(40).collect();
+            format!("expected one of {}, found `{found}`", known.join(", "))
+        })
+    }
+}
+
+/// A way to give every tensor a type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recipe {
+    /// One type for all matrices; of those with blocks, the head gets [`Ggml::Q6K`], but for `q8_0`.
+    Plain(GgufType),
+    /// `q3_k_m`.
+    Q3KM,
+    /// `q4_k_s`.
+    Q4KS,
+    /// `q4_k_m`.
+    Q4KM,
+    /// `q5_k_m`.
+    Q5KM,
+}
+
+impl Recipe {
+    const MIXED: [(Self, &'static str, Ggml); 4] = [
+        (Self::Q3KM, "q3_k_m", Ggml::Q3K),
+        (Self::Q4KS, "q4_k_s", Ggml::Q4K),
+        (Self::Q4KM, "q4_k_m", Ggml::Q4K),
+        (Self::Q5KM, "q5_k_m", Ggml::Q5K),
+    ];
+
+    /// All, from many bits to few.
+    pub fn all() -> Vec<Self> {
+        let plain = GgufType::all().map(Self::Plain);
+        plain.chain(Self::MIXED.map(|mixed| mixed.0)).collect()
+    }
+
+    /// What most matrices get.
+    fn most(self) -> GgufType {
+        match self {
+            Self::Plain(of) => of,
+            _ => Self::MIXED
+                .into_iter()
+                .find(|mixed| mixed.0 == self)
+                .map_or(GgufType::F32, |mixed| GgufType::Ggml(mixed.2)),
+        }
+    }
+
+    /// `general.file_type`: a hint for people, by which tools name a file.
+    pub fn file_type(self) -> u32 {
+        match self {
+            Self::Plain(GgufType::F32) => 0,
+            Self::Plain(GgufType::Bf16) => 32,
+            Self::Plain(GgufType::Ggml(format)) => match format {
+                Ggml::F16 => 1,
+                Ggml::Q4_0 => 2,
+                Ggml::Q4_1 => 3,
+                Ggml::Q8_0 => 7,
+                Ggml::Q5_0 => 8,
+                Ggml::Q5_1 => 9,
+                Ggml::Q2K => 10,
+                Ggml::Q3K => 11,
+                Ggml::Q4K => 14,
+                Ggml::Q5K => 16,
+                Ggml::Q6K => 18,
+                Ggml::Iq4Nl => 25,
+                Ggml::MxFp4 => 38,
+            },
+            Self::Q3KM => 12,
+            Self::Q4KS => 14,
+            Self::Q4KM => 15,
+            Self::Q5KM => 17,
+        }
+    }
+}
+
+impl Display for Recipe {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        let mixed = Self::MIXED.iter().find(|mixed| mixed.0 == *self);
+        f.write_str(mixed.map_or_else(|| self.most().name(), |mixed| mixed.1))
+    }
+}
+
+/// The parts of a model that a type may be chosen for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The routed experts.
+    Experts,
+    /// The shared experts.
+    Shared,
+    /// Attention.
+    Attention,
+    /// Dense feed-forward layers.
+    Dense,
+    /// The embedding.
+    Embedding,
+    /// The output head.
+    Head,
+}
+
+impl Part {
+    const ALL: [(Self, &'static str); 6] = [
+        (Self::Experts, "experts"),
+        (Self::Shared, "shared"),
+        (Self::Attention, "attn"),
+        (Self::Dense, "ffn"),
+        (Self::Embedding, "embed"),
+        (Self::Head, "head"),
+    ];
+
+    /// That of a GGUF's tensor, if its type is a matter of choice.
+    fn of(name: &str) -> Option<Self> {
+        let is_matrix = name.ends_with(".weight") && !name.ends_with("_norm.weight");
+        match name {
+            "token_embd.weight" => Some(Self::Embedding),
+            "output.weight" => Some(Self::Head),
+            _ if !is_matrix || name.contains("ffn_gate_inp") => None,
+            _ if name.contains("_exps.") => Some(Self::Experts),
+            _ if name.contains("_shexp.") => Some(Self::Shared),
+            _ if name.contains(".attn_") => Some(Self::Attention),
+            _ if name.contains(".ffn_") => Some(Self::Dense),
+            _ => None,
+        }
+    }
+}
+
+/// A recipe, and what is chosen otherwise for some parts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mix {
+    /// The types.
+    pub recipe: Recipe,
+    /// Parts with a type of their own.
+    pub parts: Vec<(Part, GgufType)>,
+}
+
+impl Mix {
+    /// A recipe, and a list like `experts=q4_k,attn=q8_0` or nothing.
+    ///
+    /// # Errors
+    /// A sentence, if no part or type has the name.
+    pub fn new(recipe: Recipe, parts: &str) -> Result<Self, String> {
+        let part = |text: &str| {
+            let (part, of) = text.split_once('=').unwrap_or((text, ""));
+            let known = Part::ALL.iter().find(|known| known.1 == part.trim());
+            let part = known.map(|known| known.0).ok_or_else(|| {
+                let known: Vec<_> = Part::ALL.iter().map(|known| known.1).collect();
+                let known = known.join(", ");
+                format!("expected PART=TYPE with a part of {known}, found `{text}`")
+            })?;
+            Ok::<_, String>((part, of.trim().parse()?))
+        };
+        let parts = parts.split(',').filter(|text| !text.trim().is_empty());
+        let parts = parts.map(part).collect::<Result<_, _>>()?;
+        Ok(Self { recipe, parts })
+    }
+
+    /// The type of a tensor by its name in a GGUF; `shape` from the outermost dimension in.
+    pub fn type_of(&self, name: &str, shape: &[usize], config: &ModelConfig) -> GgufType {
+        let (Some(part), Some(width)) = (Part::of(name), shape.last().filter(|_| shape.len() > 1))
+        else {
+            return GgufType::F32;
+        };
+        let chosen = self.parts.iter().find(|chosen| chosen.0 == part);
+        match chosen {
+            Some((_, chosen)) => chosen.for_width(*width),
+            None => self.by_rule(part, name, *width, config).for_width(*width),
+        }
+    }
+
+    fn by_rule(&self, part: Part, name: &str, width: usize, config: &ModelConfig) -> GgufType {
+        let most = self.recipe.most();
+        let GgufType::Ggml(format) = most else {
+            return most;
+        };
+        if format == Ggml::F16 {
+            return most;
+        }
+        let is_head = part == Part::Head || (part == Part::Embedding && config.tie_word_embeddings);
+        let of = match part {
+            _ if is_head && !width.is_multiple_of(format.block()) => Ggml::Q8_0,
+            _ if is_head && format == Ggml::Q8_0 => format,
+            _ if is_head => Ggml::Q6K,
+            Part::Embedding | Part::Head => format,
+            _ => self.in_layer(format, name, config),
+        };
+        GgufType::Ggml(of)
+    }
+
+    /// What a matrix of a layer gets.
+    fn in_layer(&self, most: Ggml, name: &str, config: &ModelConfig) -> Ggml {
+        let (layers, experts) = (
+            config.num_hidden_layers,
+            config.moe.as_ref().map_or(0, |moe| moe.n_routed_experts),
+        );
+        let layer = name.split('.').nth(1).and_then(|layer| layer.parse().ok());
+        let layer: usize = layer.unwrap_or(0);
+        let few_experts = experts == 8;
+        let is = |part: &str| name.contains(&format!(".{part}"));
+        let is_q2 = self.recipe == Recipe::Plain(GgufType::Ggml(Ggml::Q2K));
+        let more_bits = needs_more_bits(layer, layers);
+        if is("attn_v.weight") || is("attn_kv_b.weight") {
+            let of = match self.recipe {
+                _ if is_q2 && queries_per_key(config) >= 4 => Ggml::Q4K,
+                _ if is_q2 => Ggml::Q3K,
+                Recipe::Q3KM if layer < 2 => Ggml::Q5K,
+                Recipe::Q3KM => Ggml::Q4K,
+                Recipe::Q4KM | Recipe::Q5KM if more_bits => Ggml::Q6K,
+                Recipe::Q4KS if layer < 4 => Ggml::Q5K,
+                _ => most,
+            };
+            // Of 80 layers eight heads share each of these: they are small and much used.
+            let is_70b = layers == 80 && matches!(config.model_type, Family::Llama | Family::Qwen2);
+            return match of {
+                _ if few_experts => Ggml::Q8_0,
+                Ggml::Q3K | Ggml::Q4K if is_70b => Ggml::Q5K,
+                of => of,
+            };
+        }
+        if is("attn_k.weight") && few_experts {
+            return Ggml::Q8_0;
+        }
+        if is("ffn_down") {
+            return match self.recipe {
+                _ if is_q2 => Ggml::Q3K,
+                Recipe::Q3KM if layer < layers / 16 => Ggml::Q5K,
+                Recipe::Q3KM => Ggml::Q4K,
+                Recipe::Q4KM | Recipe::Q5KM if more_bits => Ggml::Q6K,
+                Recipe::Q4KS if layer < layers / 8 => Ggml::Q5K,
+                _ => most,
+            };
+        }
+        if is("attn_output.weight") {
+            let is_low = is_q2 || matches!(most, Ggml::Q3K | Ggml::Q4K);
+            return match self.recipe {
+                _ if few_experts && is_low => Ggml::Q5K,
+                _ if is_q2 => Ggml::Q3K,
+                Recipe::Q3KM => Ggml::Q4K,
+                _ => most,
+            };
+        }
+        most
+    }
+}
+
+/// The first and the last eighth of the layers, and every third between.
+fn needs_more_bits(layer: usize, layers: usize) -> bool {
+    let eighth = layers / 8;
+    layer < eighth || layer >= 7 * layers / 8 || (layer - eighth) % 3 == 2
+}
+
+/// Query heads that share a key; in latent attention, as llama.cpp computes it, all.
+fn queries_per_key(config: &ModelConfig) -> usize {
+    match &config.attention {
+        AttentionConfig::Mla(_) => config.num_attention_heads,
+        AttentionConfig::Gqa(gqa) => config.num_attention_heads / gqa.num_key_value_heads.max(1),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::json;
+
+    use super::*;
+
+    /// A V3 with as many layers and experts as the published one, and a Llama.
+    fn configs() -> [ModelConfig; 2] {
+        let read = |json| ModelConfig::from_json(&json, Path::new("config.json")).unwrap();
+        [
+            read(json!({
+                "model_type": "deepseek_v3", "hidden_act": "silu", "vocab_size": 129_280, "hidden_size": 7168,
+                "intermediate_size": 18_432, "num_hidden_layers": 61, "num_attention_heads": 128,
+                "max_position_embeddings": 4096, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+                "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 256, "n_shared_experts": 1,
+                "moe_intermediate_size": 2048, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
+            })),
+            read(json!({
+                "model_type": "llama", "hidden_act": "silu", "vocab_size": 1000, "hidden_size": 4096,
+                "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32,
+                "num_key_value_heads": 8, "max_position_embeddings": 4096, "tie_word_embeddings": true,
+            })),
+        ]
+    }
+
+    fn types(recipe: &str, config: &ModelConfig, names: &[(&str, &[usize])]) -> Vec<&'static str> {
+        let all = Recipe::all();
+        let recipe = all
+            .iter()
+            .find(|known| known.to_string() == recipe)
+            .unwrap();
+        let mix = Mix::new(*recipe, "").unwrap();
+        let of = |(name, shape): &(&str, &[usize])| mix.type_of(name, shape, config).name();
+        names.iter().map(of).collect()
+    }
+
+    #[test]
+    fn a_deepseek_gets_the_types_that_llama_cpp_gives_it() {
+        let [v3, _] = configs();
+        let names: [(&str, &[usize]); 10] = [
+            ("token_embd.weight", &[129_280, 7168]),
+            ("output.weight", &[129_280, 7168]),
+            ("blk.0.attn_norm.weight", &[7168]),
+            ("blk.3.ffn_gate_inp.weight", &[256, 7168]),
+            ("blk.3.exp_probs_b.bias", &[256]),
+            ("blk.3.attn_k_b.weight", &[128, 512, 128]),
+            ("blk.3.attn_v_b.weight", &[128, 128, 512]),
+            ("blk.6.ffn_down_exps.weight", &[256, 7168, 2048]),
+            ("blk.7.ffn_down_exps.weight", &[256, 7168, 2048]),
+            ("blk.9.ffn_down_shexp.weight", &[7168, 2048]),
+        ];
+        let fixed = |of: [&'static str; 2], keys: &'static str, rest: [&'static str; 4]| {
+            let [embed, head] = of;
+            [&[embed, head, "f32", "f32", "f32", keys][..], &rest].concat()
+        };
+        assert_eq!(
+            types("q4_k_m", &v3, &names),
+            fixed(["q4_k", "q6_k"], "q5_0", ["q4_k", "q6_k", "q4_k", "q6_k"])
+        );
+        assert_eq!(
+            types("q4_k_s", &v3, &names),
+            fixed(["q4_k", "q6_k"], "q5_0", ["q4_k", "q5_k", "q4_k", "q4_k"])
+        );
+        assert_eq!(
+            types("q2_k", &v3, &names),
+            fixed(["q2_k", "q6_k"], "q4_0", ["q2_k", "q3_k", "q3_k", "q3_k"])
+        );
+        assert_eq!(types("q8_0", &v3, &names)[..2], ["q8_0", "q8_0"]);
+        assert_eq!(
+            types("bf16", &v3, &names)[..4],
+            ["bf16", "bf16", "f32", "f32"]
+        );
+    }
+
+    #[test]
+    fn a_llama_gets_the_types_that_llama_cpp_gives_it() {
+        let [_, llama] = configs();
+        let names: [(&str, &[usize]); 7] = [
+            ("token_embd.weight", &[1000, 4096]),
+            ("blk.0.attn_v.weight", &[1024, 4096]),
+            ("blk.5.attn_v.weight", &[1024, 4096]),
+            ("blk.6.attn_v.weight", &[1024, 4096]),
+            ("blk.5.attn_output.weight", &[4096, 4096]),
+            ("blk.1.ffn_down.weight", &[4096, 11_008]),
+            ("blk.2.ffn_down.weight", &[4096, 11_008]),
+        ];
+        let expected = ["q6_k", "q5_k", "q4_k", "q4_k", "q4_k", "q5_k", "q4_k"];
+        assert_eq!(types("q3_k_m", &llama, &names), expected);
+        let expected = ["q6_k", "q6_k", "q5_k", "q6_k", "q5_k", "q6_k", "q6_k"];
+        assert_eq!(types("q5_k_m", &llama, &names), expected);
+        let expected = ["q6_k", "q4_k", "q4_k", "q4_k", "q3_k", "q3_k", "q3_k"];
+        assert_eq!(types("q2_k", &llama, &names), expected);
+    }
+}
