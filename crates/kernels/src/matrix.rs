@@ -319,11 +319,6 @@ impl Matrix {
         }
     }
 
-    /// All bytes, row after row.
-    pub(crate) fn bytes(&self) -> &[u8] {
-        &self.bytes
-    }
-
     /// How many bytes a row has.
     pub(crate) fn row_bytes(&self) -> usize {
         self.format.bytes_of(self.cols)
