@@ -90,7 +90,7 @@ fn cached_logits_are_the_full_ones() {
         let mut cache = Cache::new(&model.config);
         for (position, expected) in full.chunks(model.config.vocab_size).enumerate() {
             let one = ids.clone().slice([0..1, position..position + 1]);
-            let found = logits_of(&model, one, &mut Pass::cached(Compute::F32, &mut cache));
+            let found = logits_of(&model, one, &mut Pass::cached(Compute::F32, [&mut cache]));
             assert_close(&found, expected, LOGITS, &format!("{name} at {position}"));
         }
         assert_eq!(cache.len(), seq);
