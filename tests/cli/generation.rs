@@ -1,8 +1,11 @@
-//! `moeforge generate`: what it prints.
+//! `moeforge generate`, `chat` and `compare`: what they print, and that they say the same of the same model.
+
+use std::io::{Read, Write};
+use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-use super::{Broken, moeforge, refused};
+use super::{Broken, command, moeforge, refused};
 
 /// A model of words, with a tokenizer and a chat template.
 const MODEL: &str = "recipes/quickstart/base";
@@ -87,4 +90,98 @@ fn text_ends_before_a_stop_string_and_tokens_say_how_probable_they_were() {
         ["", "ids.json"].map(|name| silent.path(name).to_string_lossy().into_owned());
     let words = ["generate", &model, "--ids", &ids, "--stop", "x"];
     refused(&moeforge(&words), 1, &["--stop", "tokenizer"]);
+}
+
+/// A conversation of some lines.
+fn chat(lines: &str, words: &[&str]) -> Output {
+    let mut child = command(&[&["chat", MODEL, "--verbose"], words].concat())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(lines.as_bytes()).unwrap();
+    drop(stdin);
+    child.wait_with_output().unwrap()
+}
+
+/// How many tokens every answer read.
+fn read(output: &Output) -> Vec<usize> {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let lines = stderr.lines().filter(|line| line.contains(" tokens read"));
+    let counts = lines.map(|line| line.split(' ').next().unwrap().parse().unwrap());
+    counts.collect()
+}
+
+#[test]
+fn a_conversation_reads_only_what_is_new() {
+    let words = [
+        "--max-tokens",
+        "12",
+        "--system",
+        "Facts about the countries of the world.",
+    ];
+    let lines = "What is the capital of France?\n\nAnd of Spain?\n/clear\nWhat is the capital of France?\n/quit\nNo\n";
+    let output = chat(lines, &words);
+    assert!(output.status.success());
+    let text = String::from_utf8(output.stdout.clone()).unwrap();
+    let answers: Vec<&str> = text.lines().collect();
+    assert_eq!(answers.len(), 3, "{text}");
+    assert_eq!(answers[0], answers[2]);
+    let read = read(&output);
+    assert_eq!(read.len(), 3);
+    assert_eq!(read[0], read[2]);
+    // The question, the mark of the answer before it and the marks around it; not the 12 tokens of the answer, nor what the
+    // model was told.
+    assert!(read[1] < read[0] && read[1] < 12, "{read:?}");
+    let whole = generate(&["--chat", "--prompt", "What is the capital of France?"]);
+    let plain = chat("What is the capital of France?\n", &["--max-tokens", "12"]);
+    assert_eq!(
+        String::from_utf8(plain.stdout).unwrap().trim_end(),
+        whole["text"]
+    );
+}
+
+#[test]
+fn a_conversation_that_is_full_says_so() {
+    let long = "word ".repeat(1200);
+    let output = chat("Hello\n", &["--system", &long]);
+    refused(&output, 1, &["1024 positions", "/clear"]);
+    assert!(output.stdout.is_empty());
+    let output = chat("Hello\nAgain\n", &["--ignore-eos"]);
+    refused(
+        &output,
+        1,
+        &["the answer ends here", "1024 positions", "/clear"],
+    );
+    assert!(!output.stdout.is_empty());
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_stops_the_answer_and_not_the_conversation() {
+    let mut child = command(&["chat", MODEL, "--ignore-eos"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let mut interrupt = |line: &[u8]| {
+        stdin.write_all(line).unwrap();
+        // The answer has begun once there is a byte of it.
+        stdout.read_exact(&mut [0; 4]).unwrap();
+        let sent = ["-s", "INT", &child.id().to_string()];
+        assert!(Command::new("kill").args(sent).status().unwrap().success());
+    };
+    interrupt(b"Tell me of France.\n");
+    interrupt(b"And of Spain.\n");
+    drop(stdin);
+    let mut rest = String::new();
+    stdout.read_to_string(&mut rest).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{:?}", output.status);
+    // 1024 positions would have had far more.
+    assert!(rest.len() < 2000, "{rest}");
 }

@@ -1,5 +1,6 @@
 //! `generate`: what the model writes after a prompt.
 
+pub(crate) mod chat;
 mod sampling;
 
 use std::path::PathBuf;

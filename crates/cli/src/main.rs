@@ -69,6 +69,8 @@ enum Verb {
     Logits(logits::Args),
     /// Continue a prompt.
     Generate(generate::Args),
+    /// Talk with a model.
+    Chat(generate::chat::Args),
     /// Fold an adapter into its model.
     Merge(merge::Args),
     /// Write a model in another number format.
@@ -118,6 +120,7 @@ fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
         Verb::Experts(args) => experts::run(&args, console),
         Verb::Logits(args) => logits::run(&args, console),
         Verb::Generate(args) => generate::run(&args, console),
+        Verb::Chat(args) => generate::chat::run(&args, console),
         Verb::Merge(args) => merge::run(&args, console),
         Verb::Quantize(args) => quantize::run(&args, console),
         Verb::Survival(args) => survival::run(&args, console),
