@@ -5,7 +5,7 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-use super::{Broken, command, moeforge, refused};
+use super::{Broken, command, golden, moeforge, refused};
 
 /// A model of words, with a tokenizer and a chat template.
 const MODEL: &str = "recipes/quickstart/base";
@@ -184,4 +184,46 @@ fn ctrl_c_stops_the_answer_and_not_the_conversation() {
     assert!(output.status.success(), "{:?}", output.status);
     // 1024 positions would have had far more.
     assert!(rest.len() < 2000, "{rest}");
+}
+
+#[test]
+fn models_are_compared_by_what_they_predict_and_choose() {
+    let place = tempfile::tempdir().unwrap();
+    let rows: String = (0..3)
+        .map(|i| format!("{{\"input_ids\": {:?}}}\n", (i..i + 30).collect::<Vec<_>>()))
+        .collect();
+    std::fs::write(place.path().join("test.jsonl"), rows).unwrap();
+    let data = place.path().to_string_lossy().into_owned();
+    let model = |name: &str| golden(name).to_string_lossy().into_owned();
+    let (base, adapter) = (model("deepseek_v3"), model("deepseek_v3/adapter_peft"));
+    let compare = |words: &[&str]| {
+        let all = ["compare", &base, &base, "--data", &data, "--json"];
+        json(&[&all[..], words].concat())["divergence"].take()
+    };
+    let same = compare(&[]);
+    assert_eq!(
+        (&same["targets"], &same["top1_agreement"]),
+        (&87.into(), &1.0.into())
+    );
+    assert!(same["kl"].as_f64().unwrap().abs() < 1e-9, "{same}");
+    let other = compare(&["--adapter", &adapter]);
+    assert!(other["kl"].as_f64().unwrap() > 1e-3, "{other}");
+    for (found, moves) in [(&same, false), (&other, true)] {
+        let routing = found["routing"].as_array().unwrap();
+        let layers: Vec<_> = routing
+            .iter()
+            .map(|layer| layer["layer"].as_u64())
+            .collect();
+        assert_eq!(layers, [Some(1), Some(2)]);
+        for layer in routing {
+            assert_eq!(layer["picks"], 3 * 30 * 4);
+            let moved = layer["moved"].as_f64().unwrap();
+            assert!((moved > 0.0) == moves && moved < 1.0, "{found}");
+        }
+    }
+    let words = ["compare", &base, &model("qwen2_distill"), "--data", &data];
+    refused(&moeforge(&words), 1, &["vocabulary", "288", "320"]);
+    let table = moeforge(&["compare", &base, &base, "--data", &data]);
+    let text = String::from_utf8(table.stdout).unwrap();
+    assert!(text.contains("layer  picks moved"), "{text}");
 }

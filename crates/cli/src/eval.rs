@@ -1,5 +1,7 @@
 //! `eval`: how good a model is, and how much better than its baseline.
 
+pub(crate) mod compare;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
