@@ -4,6 +4,7 @@
 
 mod bench;
 mod convert;
+mod generation;
 mod gguf;
 
 use std::path::{Path, PathBuf};

@@ -63,6 +63,13 @@ impl Console {
         }
     }
 
+    /// What stands before an answer that the person at the terminal types.
+    pub(crate) fn ask(&self, text: &str) {
+        if self.level != Level::Quiet {
+            let _ = write!(std::io::stderr(), "{text}");
+        }
+    }
+
     /// A remark for those who asked for more.
     pub(crate) fn detail(&self, text: impl Display) {
         if self.level == Level::Verbose {

@@ -1,15 +1,16 @@
 //! `eval`: how good a model is, and how much better than its baseline.
 
+pub(crate) mod compare;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use ::eval::{EvalConfig, ModelScores, Report, TaskScore, TextScore};
 use anyhow::Context;
 use data::Split;
-use model::Compute;
 
 use crate::console::{Console, Progress, finite};
-use crate::open::{ModelArgs, Opened, open_model};
+use crate::open::{ComputeName, ModelArgs, Opened, open_model};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -33,6 +34,9 @@ pub(crate) struct Args {
     /// Score the first so many samples and the first so many questions of each task only.
     #[arg(long, value_name = "N")]
     pub(crate) max_samples: Option<usize>,
+    /// What products with weights in ggml's blocks round activations to.
+    #[arg(long, value_enum, default_value_t = ComputeName::F32)]
+    pub(crate) compute: ComputeName,
     /// Folder for `report.json` and `report.txt`.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
@@ -146,7 +150,7 @@ fn task_score(
 fn config(args: &Args) -> EvalConfig {
     EvalConfig {
         batch_size: args.batch_size,
-        compute: Compute::F32,
+        compute: args.compute.compute(),
     }
 }
 

@@ -1,92 +1,145 @@
 //! `generate`: what the model writes after a prompt.
 
+pub(crate) mod chat;
+mod sampling;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context;
-use data::{Bos, ChatTemplate, DecodeStream, GenerationPrompt, Special, Tokenizer};
-use infer::{Engine, GenerateConfig, Generation, SampleConfig, Sequence, Stop};
-use model::Compute;
+use anyhow::bail;
+use data::{Bos, ChatTemplate, GenerationPrompt, Special, Tokenizer};
+use infer::{Engine, GenerateConfig, Generation, Logprobs, Sequence, Stop, TextStream};
 use serde_json::{Value, json};
 
+use self::sampling::SamplingArgs;
 use crate::console::{Console, Progress};
-use crate::open::{ModelArgs, Opened};
+use crate::open::{ComputeName, ModelArgs, Opened};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
-    pub(crate) model: ModelArgs,
+    model: ModelArgs,
     /// Text to continue. May be repeated.
     #[arg(long, value_name = "TEXT", required_unless_present = "ids")]
-    pub(crate) prompt: Vec<String>,
+    prompt: Vec<String>,
     /// JSON file with rows of token ids to continue: `{"input_ids": [[…], …]}`.
     #[arg(long, value_name = "FILE.json", conflicts_with = "prompt")]
-    pub(crate) ids: Option<PathBuf>,
+    ids: Option<PathBuf>,
     /// Prompts that are continued side by side, where there are several.
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=1 << 10))]
-    pub(crate) batch: u64,
+    batch: u64,
     /// Put the prompt to the model as a user's message, with the chat template.
     #[arg(long, conflicts_with = "ids")]
-    pub(crate) chat: bool,
+    chat: bool,
     /// Most new tokens.
     #[arg(long, value_name = "N", default_value_t = 128)]
-    pub(crate) max_tokens: usize,
-    /// Divides the logits; 0 always takes the likeliest token. Default: generation_config.json's if it samples, else 0.
-    #[arg(long, value_name = "T")]
-    pub(crate) temperature: Option<f32>,
-    /// Mass of the likeliest tokens to draw from. Default: generation_config.json's if it samples, else 1.
-    #[arg(long, value_name = "P")]
-    pub(crate) top_p: Option<f32>,
-    /// Where the random numbers start.
-    #[arg(long, value_name = "S", default_value_t = 0)]
-    pub(crate) seed: u64,
-    /// Go on after tokens that end a text.
-    #[arg(long)]
-    pub(crate) ignore_eos: bool,
+    max_tokens: usize,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// What products with weights in ggml's blocks round activations to.
+    #[arg(long, value_enum, default_value_t = ComputeName::Int8)]
+    compute: ComputeName,
+    /// With --json: how probable the model found every new token, and the N likeliest in its place.
+    #[arg(long, value_name = "N", requires = "json")]
+    logprobs: Option<usize>,
     /// Print one JSON object instead of text; several prompts give a list of them.
     #[arg(long)]
-    pub(crate) json: bool,
+    json: bool,
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let opened = args.model.open(console)?;
     let prompts = prompts(args, &opened)?;
-    let config = config(args, &opened)?;
-    let Opened {
-        model,
-        tokenizer,
-        device,
-        ..
-    } = opened;
-    let engine = Engine {
-        model,
-        compute: Compute::Int8,
-        device,
+    let config = GenerateConfig {
+        max_tokens: args.max_tokens,
+        sample: args.sampling.config(&opened.folder)?,
+        stop_ids: args.sampling.stop_ids(&opened)?,
+        logprobs: args.logprobs,
     };
-    let tokenizer = tokenizer.as_ref();
-    match prompts.as_slice() {
-        [prompt] if !args.json => {
-            let generation = stream(&engine, prompt, &config, (tokenizer, console))?;
+    let (engine, tokenizer) = (opened.engine(args.compute), opened.tokenizer.as_ref());
+    let mut writings = Vec::new();
+    for _ in &prompts {
+        writings.push(Writing::new(tokenizer, &args.sampling.stop)?);
+    }
+    match (prompts.as_slice(), writings.pop()) {
+        ([prompt], Some(writing)) if !args.json => {
+            let generation = stream(&engine, prompt, &config, (writing, console))?;
             console.note(summary(&generation));
         }
-        _ => together(args, (&engine, tokenizer), &prompts, &config, console)?,
+        (_, last) => {
+            writings.extend(last);
+            together(args, &engine, &prompts, &config, (writings, console))?;
+        }
     }
     console.memory();
     Ok(ExitCode::SUCCESS)
 }
 
+/// What a sequence writes: text where there is a tokenizer, ids where there is none.
+struct Writing<'a> {
+    tokenizer: Option<&'a Tokenizer>,
+    stream: Option<TextStream<'a>>,
+    /// All of it so far.
+    text: String,
+}
+
+impl<'a> Writing<'a> {
+    fn new(tokenizer: Option<&'a Tokenizer>, stops: &[String]) -> anyhow::Result<Self> {
+        if tokenizer.is_none() && !stops.is_empty() {
+            bail!("--stop: expected a model with a tokenizer, found none");
+        }
+        let stream = tokenizer.map(|tokenizer| TextStream::new(tokenizer, stops));
+        Ok(Self {
+            tokenizer,
+            stream: stream.transpose()?,
+            text: String::new(),
+        })
+    }
+
+    /// What a step added that is certain. A string that ends the text ends the sequence.
+    fn step(&mut self, sequence: &mut Sequence) -> anyhow::Result<String> {
+        let Some(id) = sequence.new_token() else {
+            return Ok(String::new());
+        };
+        let piece = match &mut self.stream {
+            None => format!("{id} "),
+            Some(stream) => {
+                let piece = stream.step(id)?;
+                if stream.stopped_by().is_some() {
+                    sequence.stop();
+                }
+                piece
+            }
+        };
+        self.text += &piece;
+        Ok(piece)
+    }
+
+    /// What was held back, once the sequence has ended.
+    fn finish(&mut self) -> anyhow::Result<String> {
+        let rest = self.stream.take().map(TextStream::finish).transpose()?;
+        let rest = rest.unwrap_or_default();
+        self.text += &rest;
+        Ok(rest)
+    }
+}
+
 /// Continues several prompts side by side, and prints what came after each in their order.
 fn together(
     args: &Args,
-    (engine, tokenizer): (&Engine, Option<&Tokenizer>),
+    engine: &Engine,
     prompts: &[Vec<u32>],
     config: &GenerateConfig,
-    console: &Console,
+    (mut writings, console): (Vec<Writing<'_>>, &Console),
 ) -> anyhow::Result<()> {
     let whole = prompts.len() * config.max_tokens;
     let mut progress = console.progress(whole as u64, "tokens");
-    let mut written = vec![0; prompts.len()];
+    let (mut written, mut problem) = (vec![0; prompts.len()], None);
     let on_step = &mut |number: usize, sequence: &mut Sequence| {
+        if let Err(found) = writings[number].step(sequence) {
+            problem.get_or_insert(found);
+            sequence.stop();
+        }
         written[number] = match sequence.stopped() {
             // What an ended text did not use of its tokens is done with too.
             Some(_) => config.max_tokens,
@@ -96,16 +149,17 @@ fn together(
     };
     let generations = engine.generate_all(prompts, config, args.batch as usize, on_step)?;
     progress.finish();
+    if let Some(problem) = problem {
+        return Err(problem);
+    }
 
     let mut objects = Vec::new();
-    for (prompt, generation) in prompts.iter().zip(&generations) {
-        let text = tokenizer
-            .map(|tokenizer| tokenizer.decode(&generation.token_ids, Special::Skip))
-            .transpose()?;
+    for ((prompt, generation), mut writing) in prompts.iter().zip(&generations).zip(writings) {
+        writing.finish()?;
         if args.json {
-            objects.push(object(prompt, generation, text));
+            objects.push(object(prompt, generation, &writing)?);
         } else {
-            console.result(text.unwrap_or_else(|| listed(&generation.token_ids)));
+            console.result(writing.text);
             console.note(summary(generation));
         }
     }
@@ -117,29 +171,20 @@ fn together(
     Ok(())
 }
 
-/// Ids, where there is no tokenizer that could say what they mean.
-fn listed(ids: &[u32]) -> String {
-    let ids: Vec<String> = ids.iter().map(u32::to_string).collect();
-    ids.join(" ")
-}
-
 fn prompts(args: &Args, opened: &Opened) -> anyhow::Result<Vec<Vec<u32>>> {
     if let Some(file) = &args.ids {
         return Ok(data::read_ids(file)?);
     }
-    let tokenizer = opened.expect_tokenizer()?;
-    if !args.chat {
-        let texts = args.prompt.iter();
-        let prompts = texts.map(|text| Ok(tokenizer.encode(text, Bos::Add)?));
-        return prompts.collect();
-    }
-    let template = tokenizer.chat_template().with_context(|| {
-        let folder = opened.folder.path().display();
-        format!("{folder}: expected a chat template for `--chat`, found none")
-    })?;
     let texts = args.prompt.iter();
+    if args.chat {
+        let (tokenizer, template) = opened.expect_chat_template()?;
+        return texts
+            .map(|text| question(tokenizer, template, text))
+            .collect();
+    }
+    let tokenizer = opened.expect_tokenizer()?;
     texts
-        .map(|text| question(tokenizer, template, text))
+        .map(|text| Ok(tokenizer.encode(text, Bos::Add)?))
         .collect()
 }
 
@@ -154,69 +199,32 @@ pub(crate) fn question(
     Ok(tokenizer.encode(&text, Bos::Never)?)
 }
 
-fn config(args: &Args, opened: &Opened) -> anyhow::Result<GenerateConfig> {
-    let eos = opened.tokenizer.as_ref().and_then(Tokenizer::eos_id);
-    let (temperature, top_p) = published_sampling(opened.folder.generation_config());
-    Ok(GenerateConfig {
-        max_tokens: args.max_tokens,
-        sample: SampleConfig {
-            temperature: args.temperature.unwrap_or(temperature),
-            top_p: args.top_p.unwrap_or(top_p),
-            seed: args.seed,
-        },
-        stop_ids: if args.ignore_eos {
-            Vec::new()
-        } else {
-            infer::end_of_text_ids(&opened.folder, eos)?
-        },
-    })
-}
-
-/// Temperature and top-p as a model's publisher recommends them. Without a word of sampling, the likeliest token.
-fn published_sampling(config: Option<&Value>) -> (f32, f32) {
-    let samples = |config: &&Value| config.get("do_sample").and_then(Value::as_bool) == Some(true);
-    let Some(config) = config.filter(samples) else {
-        return (0.0, 1.0);
-    };
-    // Absent ones are 1 in Hugging Face's tools.
-    let number = |key| config.get(key).and_then(Value::as_f64).unwrap_or(1.0) as f32;
-    (number("temperature"), number("top_p"))
-}
-
-/// Generates, and shows text as soon as it is complete: ids where there is no tokenizer.
+/// Generates, and shows text as soon as it is complete.
 fn stream(
     engine: &Engine,
     prompt: &[u32],
     config: &GenerateConfig,
-    (tokenizer, console): (Option<&Tokenizer>, &Console),
+    (mut writing, console): (Writing<'_>, &Console),
 ) -> anyhow::Result<Generation> {
-    let mut text = tokenizer.map(|tokenizer| tokenizer.decode_stream(Special::Skip));
     let mut sequence = engine.begin(prompt, config)?;
     let mut reading = Reading::new(&sequence, console);
     while sequence.stopped().is_none() {
         engine.step([&mut sequence])?;
         reading.update(&sequence);
-        let Some(id) = sequence.new_token() else {
-            continue;
-        };
-        match &mut text {
-            Some(text) => console.stream(text.step(id)?.unwrap_or_default()),
-            None => console.stream(format_args!("{id} ")),
-        }
+        console.stream(writing.step(&mut sequence)?);
     }
-    let rest = text.map(DecodeStream::finish).transpose()?.flatten();
-    console.stream(format_args!("{}\n", rest.unwrap_or_default()));
+    console.stream(format_args!("{}\n", writing.finish()?));
     Ok(sequence.finish().0)
 }
 
 /// Progress in reading a prompt that takes several steps.
-pub(crate) struct Reading {
+struct Reading {
     progress: Option<Progress>,
     tokens: usize,
 }
 
 impl Reading {
-    pub(crate) fn new(sequence: &Sequence, console: &Console) -> Self {
+    fn new(sequence: &Sequence, console: &Console) -> Self {
         let tokens = sequence.unread_tokens();
         let progress = console.progress(tokens as u64, "prompt tokens");
         Self {
@@ -226,7 +234,7 @@ impl Reading {
     }
 
     /// Shows how far it is; takes the bar away before the first word of the answer.
-    pub(crate) fn update(&mut self, sequence: &Sequence) {
+    fn update(&mut self, sequence: &Sequence) {
         let left = sequence.unread_tokens();
         if left > 0 {
             if let Some(progress) = &mut self.progress {
@@ -238,20 +246,44 @@ impl Reading {
     }
 }
 
-fn object(prompt: &[u32], generation: &Generation, text: Option<String>) -> Value {
+fn object(prompt: &[u32], generation: &Generation, writing: &Writing<'_>) -> anyhow::Result<Value> {
     let [prefill, decode_rate] = rates(generation);
-    json!({
+    let mut object = json!({
         "token_ids": generation.token_ids,
-        "text": text,
+        "text": writing.tokenizer.map(|_| &writing.text),
         "prompt_tokens": prompt.len(),
         "stopped": match generation.stopped {
             Stop::EndOfText(_) => "end_of_text",
             Stop::MaxTokens => "max_tokens",
-            Stop::Caller => "caller",
+            Stop::Caller => "stop_string",
         },
         "prefill_tokens_per_sec": prefill,
         "decode_tokens_per_sec": decode_rate,
-    })
+    });
+    let tokens = generation.token_ids.iter().zip(&generation.logprobs);
+    let logprobs = tokens.map(|(id, logprobs)| logprobs_object(*id, logprobs, writing.tokenizer));
+    let logprobs = logprobs.collect::<anyhow::Result<Vec<_>>>()?;
+    if !logprobs.is_empty() {
+        object["logprobs"] = logprobs.into();
+    }
+    Ok(object)
+}
+
+/// A token with its logprob, and the likeliest in its place.
+fn logprobs_object(
+    id: u32,
+    logprobs: &Logprobs,
+    tokenizer: Option<&Tokenizer>,
+) -> anyhow::Result<Value> {
+    let one = |id: u32, logprob: f64| {
+        let text = tokenizer.map(|tokenizer| tokenizer.decode(&[id], Special::Keep));
+        let text = text.transpose()?;
+        anyhow::Ok(json!({"id": id, "text": text, "logprob": logprob}))
+    };
+    let mut object = one(id, logprobs.chosen)?;
+    let top = logprobs.top.iter().map(|(id, logprob)| one(*id, *logprob));
+    object["top"] = top.collect::<anyhow::Result<Vec<_>>>()?.into();
+    Ok(object)
 }
 
 fn summary(generation: &Generation) -> String {
@@ -260,7 +292,7 @@ fn summary(generation: &Generation) -> String {
     let why = match generation.stopped {
         Stop::EndOfText(_) => "at the end of its text",
         Stop::MaxTokens => "at --max-tokens",
-        Stop::Caller => "early",
+        Stop::Caller => "early, as asked",
     };
     let (read, written) = (generation.prefill_tokens, generation.token_ids.len());
     format!("{read} tokens read{prefill}, {written} written{decode}, stopped {why}")
@@ -273,24 +305,4 @@ fn rates(generation: &Generation) -> [Option<f64>; 2] {
         rate(generation.prefill_tokens, generation.prefill_secs),
         rate(generation.decode_steps, generation.decode_secs),
     ]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sampling_is_what_the_publisher_recommends() {
-        let check = |config: Value, expected| {
-            assert_eq!(published_sampling(Some(&config)), expected, "{config}");
-        };
-        check(
-            json!({"do_sample": true, "temperature": 0.5, "top_p": 0.75}),
-            (0.5, 0.75),
-        );
-        check(json!({"do_sample": true}), (1.0, 1.0));
-        check(json!({"do_sample": false, "temperature": 0.5}), (0.0, 1.0));
-        check(json!({"temperature": 0.5}), (0.0, 1.0));
-        assert_eq!(published_sampling(None), (0.0, 1.0));
-    }
 }

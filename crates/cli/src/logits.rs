@@ -10,7 +10,7 @@ use checkpoint::DType;
 use model::{Compute, Pass};
 
 use crate::console::Console;
-use crate::open::{ModelArgs, Opened};
+use crate::open::{ComputeName, ModelArgs, Opened};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -22,6 +22,9 @@ pub(crate) struct Args {
     /// File to write: `logits`, F32, `[batch, seq, vocab]`.
     #[arg(long, value_name = "FILE.safetensors")]
     pub(crate) out: PathBuf,
+    /// What products with weights in ggml's blocks round activations to.
+    #[arg(long, value_enum, default_value_t = ComputeName::F32)]
+    pub(crate) compute: ComputeName,
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
@@ -34,7 +37,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let mut bytes = Vec::with_capacity(shape.iter().product::<usize>() * size_of::<f32>());
     let mut progress = console.progress(rows.len() as u64, "rows");
     for (row_idx, row) in rows.iter().enumerate() {
-        let logits = row_logits(&opened, row);
+        let logits = row_logits(&opened, row, args.compute.compute());
         bytes.extend(logits.into_iter().flat_map(f32::to_le_bytes));
         progress.update(row_idx as u64 + 1, "");
     }
@@ -69,11 +72,11 @@ fn check(rows: &[Vec<u32>], args: &Args, opened: &Opened) -> anyhow::Result<()> 
 }
 
 /// Logits of one row, `[seq, vocab]`. Rows go one by one, so that no more than one is held besides the result.
-fn row_logits(opened: &Opened, row: &[u32]) -> Vec<f32> {
+fn row_logits(opened: &Opened, row: &[u32], compute: Compute) -> Vec<f32> {
     let (seq, hidden_size) = (row.len(), opened.model.config.hidden_size);
     let ids: Vec<i32> = row.iter().map(|id| *id as i32).collect(); // Below the vocabulary's size.
     let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, seq]), &opened.device);
-    let mut pass = Pass::new(Compute::F32);
+    let mut pass = Pass::new(compute);
     let hidden = opened.model.hidden(ids, &mut pass);
     let logits = opened
         .model

@@ -63,12 +63,16 @@ enum Verb {
     ResumeCheck(resume_check::Args),
     /// Measure: loss, perplexity, bits per byte, multiple choice; several models side by side.
     Eval(eval::Args),
+    /// Compare what two models predict, and which experts they choose.
+    Compare(eval::compare::Args),
     /// Measure which experts a task uses, and write the part of a recipe that trains those.
     Experts(experts::Args),
     /// Write the logits of given token ids, for comparing implementations.
     Logits(logits::Args),
     /// Continue a prompt.
     Generate(generate::Args),
+    /// Talk with a model.
+    Chat(generate::chat::Args),
     /// Fold an adapter into its model.
     Merge(merge::Args),
     /// Write a model in another number format.
@@ -115,9 +119,11 @@ fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
         Verb::Report(args) => report::run(&args, console),
         Verb::ResumeCheck(args) => resume_check::run(&args, console),
         Verb::Eval(args) => eval::run(&args, console),
+        Verb::Compare(args) => eval::compare::run(&args, console),
         Verb::Experts(args) => experts::run(&args, console),
         Verb::Logits(args) => logits::run(&args, console),
         Verb::Generate(args) => generate::run(&args, console),
+        Verb::Chat(args) => generate::chat::run(&args, console),
         Verb::Merge(args) => merge::run(&args, console),
         Verb::Quantize(args) => quantize::run(&args, console),
         Verb::Survival(args) => survival::run(&args, console),

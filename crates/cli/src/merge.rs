@@ -150,14 +150,7 @@ impl<'a> Report<'a> {
             text += &by_part(errors);
         }
         if let Some(found) = &self.divergence {
-            text += &format!(
-                "\nover {} targets: KL {:.2e} nats, the same most probable token for {:.1} %, loss {:.4} to {:.4}",
-                found.targets,
-                found.kl,
-                100.0 * found.top1_agreement,
-                found.reference_loss,
-                found.loss
-            );
+            text += &format!("\n{}", found.to_text());
         }
         text
     }

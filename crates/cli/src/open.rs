@@ -8,9 +8,10 @@ use anyhow::{Context, bail};
 use burn::tensor::Device;
 use checkpoint::Folder;
 use clap::ValueEnum;
-use data::{Tokenizer, TokenizerFiles};
+use data::{ChatTemplate, Tokenizer, TokenizerFiles};
+use infer::Engine;
 use model::adapter::AdapterWeights;
-use model::{Model, ModelConfig, Training, weights};
+use model::{Compute, Model, ModelConfig, Training, weights};
 use serde_json::Value;
 
 use crate::console::Console;
@@ -36,6 +37,32 @@ pub(crate) enum DeviceName {
     Metal,
     Vulkan,
     Cuda,
+}
+
+/// What products with weights in ggml's blocks round activations to. Other weights have no use for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ComputeName {
+    /// Nothing.
+    F32,
+    /// int8 in blocks of 32, as llama.cpp does.
+    Int8,
+}
+
+impl ComputeName {
+    pub(crate) fn compute(self) -> Compute {
+        match self {
+            Self::F32 => Compute::F32,
+            Self::Int8 => Compute::Int8,
+        }
+    }
+
+    /// As it is written on the command line.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Int8 => "int8",
+        }
+    }
 }
 
 /// A model that is ready to run.
@@ -76,6 +103,25 @@ impl Opened {
         let path = self.folder.path().display();
         let tokenizer = self.tokenizer.as_ref();
         tokenizer.with_context(|| format!("{path}: expected a tokenizer, found none"))
+    }
+
+    /// The tokenizer and its chat template, for what cannot do without.
+    pub(crate) fn expect_chat_template(&self) -> anyhow::Result<(&Tokenizer, &ChatTemplate)> {
+        let tokenizer = self.expect_tokenizer()?;
+        let template = tokenizer.chat_template().with_context(|| {
+            let path = self.folder.path().display();
+            format!("{path}: expected a chat template, found none")
+        })?;
+        Ok((tokenizer, template))
+    }
+
+    /// What continues prompts with the model.
+    pub(crate) fn engine(&self, compute: ComputeName) -> Engine {
+        Engine {
+            model: self.model.clone(),
+            compute: compute.compute(),
+            device: self.device.clone(),
+        }
     }
 }
 

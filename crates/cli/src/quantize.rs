@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use ::eval::{Divergence, divergence};
+use ::eval::Divergence;
 use anyhow::{Context, anyhow, bail};
 use checkpoint::{Folder, GgufValue};
-use data::{Sample, Split};
+use data::Sample;
 use model::export::WeightFormat;
 use model::export::gguf::write_gguf;
 use model::export::mix::{Mix, Recipe};
@@ -14,7 +14,8 @@ use model::merge::{MergeReport, convert};
 use model::weights::{Audit, audit, read_config};
 use serde_json::Value;
 
-use crate::console::{Console, finite};
+use crate::console::Console;
+use crate::eval::compare::{self, LONGEST};
 use crate::merge::Report;
 use crate::open::{listed, open_folder, open_model, open_tokenizer};
 
@@ -97,7 +98,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let compared = args
         .data
         .as_ref()
-        .map(|data| compare(args, data, &samples, console));
+        .map(|data| compared(args, data, &samples, console));
     let compared = compared.transpose();
     report.divergence = compared.as_ref().ok().cloned().flatten();
     report.print(args.json, console);
@@ -170,18 +171,15 @@ fn tokenizer_keys(
     keys.into_iter().map(value).collect()
 }
 
-/// The first rows of `test.jsonl`.
+/// What both models are compared on.
 fn samples(args: &Args, data: &Path, model: &Folder) -> anyhow::Result<Vec<Sample>> {
     let (config, tokenizer) = (read_config(model)?, open_tokenizer(model)?);
-    let length = MAX_LENGTH.min(config.max_position_embeddings);
-    let file = data.join("test.jsonl");
-    let mut split = Split::open(&file, tokenizer.as_ref(), length, config.vocab_size)?;
-    split.samples.truncate(args.max_samples);
-    Ok(split.samples)
+    let most = [args.max_samples, LONGEST];
+    compare::samples(data, (tokenizer.as_ref(), &config), most)
 }
 
 /// What the new model predicts, against the old.
-fn compare(
+fn compared(
     args: &Args,
     data: &Path,
     samples: &[Sample],
@@ -189,13 +187,5 @@ fn compare(
 ) -> anyhow::Result<Divergence> {
     let source = open_model(&args.model, None, console)?;
     let found = open_model(&args.out.to_string_lossy(), None, console)?;
-    let mut progress = console.progress(samples.len() as u64, "samples");
-    let compared = divergence(&source.model, &found.model, samples, &mut |done, _| {
-        progress.update(done as u64, "")
-    });
-    progress.finish();
-    finite(compared, &data.display())
+    compare::compare(&source, &found, samples, (data, console))
 }
-
-/// Longest sequence that is compared, in tokens: a row of logits per token is held.
-const MAX_LENGTH: usize = 256;

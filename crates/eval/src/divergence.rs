@@ -1,11 +1,11 @@
-//! How far the predictions of one model are from another's.
+//! How far the predictions of one model are from another's, and how far their routers' choices.
 
 use data::Sample;
-use model::Model;
+use model::{Model, moved_picks};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::logits::Logits;
+use crate::logits::{Logits, Picks};
 
 /// What a model predicts, against a reference.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -20,24 +20,58 @@ pub struct Divergence {
     pub loss: f64,
     /// How many targets there are.
     pub targets: usize,
+    /// Of every layer that is a mixture in both, of as many experts of which a token takes as many.
+    pub routing: Vec<RoutingDivergence>,
+}
+
+/// What a layer's router chooses, against the reference's.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RoutingDivergence {
+    /// Which layer.
+    pub layer: usize,
+    /// Share of the model's picks that the reference does not make for the same token.
+    pub moved: f64,
+    /// How many picks there are.
+    pub picks: usize,
+}
+
+impl Divergence {
+    /// One line.
+    pub fn to_text(&self) -> String {
+        format!(
+            "over {} targets: KL {:.2e} nats, the same most probable token for {:.1} %, loss {:.4} to {:.4}",
+            self.targets,
+            self.kl,
+            100.0 * self.top1_agreement,
+            self.reference_loss,
+            self.loss
+        )
+    }
 }
 
 /// Compares a model with a reference on samples. `progress` is told how many are done and how many there are.
 ///
 /// # Errors
-/// If there is no target, or a loss is not finite.
+/// If the models have vocabularies of different sizes, there is no target, or a loss is not finite.
 pub fn divergence(
     reference: &Model,
     model: &Model,
     samples: &[Sample],
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Divergence> {
+    let [expected, found] = [reference, model].map(|model| model.config.vocab_size);
+    if expected != found {
+        return Err(Error::OtherVocabulary { expected, found });
+    }
     let (mut kl, mut agreed, mut losses, mut targets) = (0.0, 0, [0.0; 2], 0);
+    let mut routing: Vec<RoutingDivergence> = Vec::new();
     for (number, sample) in samples.iter().enumerate() {
         if sample.trained_tokens() == 0 {
             continue;
         }
-        let [expected, found] = [reference, model].map(|model| Logits::of(model, sample));
+        let [(expected, base), (found, picks)] =
+            [reference, model].map(|model| Logits::with_picks(model, sample));
+        compare_picks(&mut routing, &picks, &base);
         kl += expected.divergence_to(&found);
         agreed += expected.agreement_with(&found);
         losses[0] += expected.loss();
@@ -62,5 +96,40 @@ pub fn divergence(
         reference_loss: losses[0] / n,
         loss: losses[1] / n,
         targets,
+        routing: routing.into_iter().map(RoutingDivergence::mean).collect(),
     })
+}
+
+/// Adds the picks of one sample; `moved` is their number until all are there.
+fn compare_picks(routing: &mut Vec<RoutingDivergence>, picks: &[Picks], base: &[Picks]) {
+    for picks in picks {
+        let is_same = |base: &&Picks| {
+            let shape = |picks: &Picks| (picks.layer, picks.top_k, picks.n_experts);
+            shape(base) == shape(picks)
+        };
+        let Some(base) = base.iter().find(is_same) else {
+            continue;
+        };
+        let moved = moved_picks(&picks.ids, &base.ids, picks.top_k) as f64;
+        match routing.iter_mut().find(|found| found.layer == picks.layer) {
+            Some(found) => {
+                found.moved += moved;
+                found.picks += picks.ids.len();
+            }
+            None => routing.push(RoutingDivergence {
+                layer: picks.layer,
+                moved,
+                picks: picks.ids.len(),
+            }),
+        }
+    }
+}
+
+impl RoutingDivergence {
+    fn mean(self) -> Self {
+        Self {
+            moved: self.moved / self.picks as f64,
+            ..self
+        }
+    }
 }

@@ -69,6 +69,14 @@ pub enum Error {
     /// An adapter that changes no logit.
     #[error("expected an adapter with an effect, found one that changes no logit")]
     NoEffect,
+    /// Models whose predictions are of different things.
+    #[error("expected models of one vocabulary, found sizes {expected} and {found}")]
+    OtherVocabulary {
+        /// The vocabulary's size of the reference.
+        expected: usize,
+        /// That of the model.
+        found: usize,
+    },
     /// Two models were not scored on the same items.
     #[error("expected the same {items} for both models, found {first} and {second}")]
     NotPaired {

@@ -34,7 +34,7 @@ mod error;
 pub use choice::{ChoiceScore, multiple_choice};
 pub use compare::{Difference, Verdict, compare_choices, compare_text};
 pub use curves::{Curve, CurveConfig, CurveErrors, CurveReport};
-pub use divergence::{Divergence, divergence};
+pub use divergence::{Divergence, RoutingDivergence, divergence};
 pub use error::{Error, Result};
 pub use expert_load::{ChosenExperts, ExpertLoad, choose, expert_loads};
 pub use losses::{EvalConfig, SampleLoss};

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use data::{IGNORE, Sample, collate};
-use model::{Compute, Model, Pass};
+use model::{Compute, Model, Observe, Pass, RoutingRecord};
 
 /// The logits of a sample's targets, without their mean over the vocabulary.
 #[derive(Debug)]
@@ -13,13 +13,44 @@ pub(crate) struct Logits {
     vocab_size: usize,
 }
 
+/// The experts that a sample's tokens picked in one layer.
+#[derive(Debug)]
+pub(crate) struct Picks {
+    pub(crate) layer: usize,
+    pub(crate) top_k: usize,
+    pub(crate) n_experts: usize,
+    /// `[tokens, top_k]`.
+    pub(crate) ids: Vec<i64>,
+}
+
+impl Picks {
+    /// Waits for the device.
+    fn of(record: &RoutingRecord) -> Self {
+        let ([_, n_experts], [_, top_k]) = (record.logits.dims(), record.routed.ids.dims());
+        Self {
+            layer: record.layer_idx,
+            top_k,
+            n_experts,
+            ids: record.routed.ids.clone().into_data().iter().collect(),
+        }
+    }
+}
+
 impl Logits {
     /// One pass. Waits for the device.
     pub(crate) fn of(model: &Model, sample: &Sample) -> Self {
+        Self::with_picks(model, sample).0
+    }
+
+    /// The same with the experts of every mixture layer.
+    pub(crate) fn with_picks(model: &Model, sample: &Sample) -> (Self, Vec<Picks>) {
         let batch = collate(&[sample], 0);
         let device: Device = model.model.norm.weight.val().device();
         let ids = TensorData::new(batch.input_ids.clone(), [1, batch.cols]);
-        let mut pass = Pass::new(Compute::F32);
+        let mut pass = Pass {
+            observe: Observe::Routing,
+            ..Pass::new(Compute::F32)
+        };
         let hidden = model.hidden(Tensor::<2, Int>::from_data(ids, &device), &mut pass);
         let [_, seq, width] = hidden.dims();
         let at: Vec<usize> = (0..seq).filter(|i| batch.targets[*i] != IGNORE).collect();
@@ -29,7 +60,8 @@ impl Logits {
         let logits = model.logits(hidden, &pass).into_data();
         let values: Vec<f32> = logits.try_to_vec().expect("logits are f32");
         let targets = at.iter().map(|i| batch.targets[*i] as usize).collect();
-        Self::new(targets, values, model.config.vocab_size)
+        let picks = pass.routing.iter().map(Picks::of).collect();
+        (Self::new(targets, values, model.config.vocab_size), picks)
     }
 
     fn new(targets: Vec<usize>, mut values: Vec<f32>, vocab_size: usize) -> Self {

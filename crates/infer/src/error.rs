@@ -14,6 +14,12 @@ pub enum Error {
     /// A model cannot be made from its folder.
     #[error(transparent)]
     Model(#[from] model::Error),
+    /// Text cannot be made of tokens.
+    #[error(transparent)]
+    Data(#[from] data::Error),
+    /// A string that would end every text before it begins.
+    #[error("expected stop strings with at least one character, found an empty one")]
+    EmptyStop,
     /// There is nothing to continue.
     #[error("expected a prompt of at least one token, found none")]
     EmptyPrompt,

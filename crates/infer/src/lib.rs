@@ -11,8 +11,9 @@
 //! let engine = Engine::open("DeepSeek-V2-Lite".as_ref(), model::Compute::F32, Device::flex())?;
 //! let config = GenerateConfig {
 //!     max_tokens: 16,
-//!     sample: SampleConfig { temperature: 0.0, top_p: 1.0, seed: 0 },
+//!     sample: SampleConfig::greedy(),
 //!     stop_ids: vec![1],
+//!     logprobs: None,
 //! };
 //! let generation = engine.generate(&[0, 5, 6], &config, &mut |_| ControlFlow::Continue(()))?;
 //! assert!(generation.token_ids.len() <= 16);
@@ -24,9 +25,11 @@ mod engine;
 mod error;
 mod sampler;
 mod sequence;
+mod text_stream;
 
 pub use end_of_text::end_of_text_ids;
 pub use engine::Engine;
 pub use error::{Error, Result};
 pub use sampler::{SampleConfig, Sampler};
-pub use sequence::{Context, GenerateConfig, Generation, Sequence, Stop};
+pub use sequence::{Context, GenerateConfig, Generation, Logprobs, Sequence, Stop};
+pub use text_stream::TextStream;

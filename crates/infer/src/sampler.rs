@@ -1,10 +1,21 @@
-//! From logits to a token.
+//! From logits to a token, in steps that each may be switched off:
 //!
-//! Temperature divides the logits before the softmax; then the least likely tokens are left out until only the
-//! smallest set with mass of at least `top_p` remains; then one of them is drawn. Arithmetic is f64, so that the masses
-//! of 129,280 tokens add up.
+//! 1. *Repetition penalty*: logits of tokens that the text already has are divided by it where they are positive, and
+//!    multiplied with it where they are negative.
+//! 2. *Temperature* divides the logits before the softmax.
+//! 3. *Top-k* keeps the `k` likeliest tokens.
+//! 4. *Top-p* keeps the smallest set of the likeliest with mass of at least `top_p`, of what top-k left.
+//! 5. *Min-p* keeps tokens at least `min_p` times as likely as the likeliest.
+//! 6. One of those left is drawn.
 //!
-//! Source: nucleus sampling, arXiv:1904.09751, section 3.1.
+//! That is the order of Hugging Face's transformers, for which publishers choose the values in `generation_config.json`.
+//! llama.cpp applies the temperature last: with one below 1 it then draws from more tokens at the same `top_p`. Arithmetic
+//! is f64, so that the masses of 129,280 tokens add up.
+//!
+//! Source: repetition penalty, arXiv:1909.05858, section 4.1; top-p, arXiv:1904.09751, section 3.1; min-p,
+//! arXiv:2407.01082, section 3.
+
+use std::cmp::Ordering;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -16,10 +27,76 @@ use crate::error::{Error, Result};
 pub struct SampleConfig {
     /// Divides the logits. 0 always takes the likeliest token, of equals the one with the lower id.
     pub temperature: f32,
+    /// How many of the likeliest tokens are drawn from; 0 for all.
+    pub top_k: usize,
     /// Mass of the likeliest tokens that are drawn from; 1 for all.
     pub top_p: f32,
+    /// How likely a token has to be beside the likeliest; 0 for all.
+    pub min_p: f32,
+    /// What tokens that were there before are made less likely by; 1 for nothing.
+    pub repetition_penalty: f32,
+    /// How many of the last tokens, those of the prompt included, count as having been there; 0 for all.
+    pub repetition_window: usize,
     /// Where the random numbers start.
     pub seed: u64,
+}
+
+impl SampleConfig {
+    /// Always the likeliest token.
+    pub fn greedy() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            repetition_window: 0,
+            seed: 0,
+        }
+    }
+
+    /// # Errors
+    /// If a setting has no meaning.
+    fn check(&self) -> Result<()> {
+        let non_negative = |value: f32| value >= 0.0 && value.is_finite();
+        let settings = [
+            (
+                "temperature",
+                self.temperature,
+                non_negative(self.temperature),
+                "a number from 0 up",
+            ),
+            (
+                "top_p",
+                self.top_p,
+                self.top_p > 0.0 && self.top_p <= 1.0,
+                "a number above 0 and at most 1",
+            ),
+            (
+                "min_p",
+                self.min_p,
+                (0.0..=1.0).contains(&self.min_p),
+                "a number from 0 to 1",
+            ),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                self.repetition_penalty > 0.0 && self.repetition_penalty.is_finite(),
+                "a number above 0",
+            ),
+        ];
+        match settings
+            .into_iter()
+            .find(|(.., has_meaning, _)| !has_meaning)
+        {
+            None => Ok(()),
+            Some((name, found, _, expected)) => Err(Error::Setting {
+                name,
+                expected,
+                found,
+            }),
+        }
+    }
 }
 
 /// Chooses tokens, one after the other.
@@ -40,46 +117,37 @@ impl Sampler {
     /// A sampler at the start of its seed's random numbers.
     ///
     /// # Errors
-    /// If the temperature is not a number from 0 up, or `top_p` is not above 0 and at most 1.
+    /// If a setting has no meaning: a temperature, min-p or penalty below 0, a top-p of 0, a probability above 1.
     pub fn new(config: SampleConfig) -> Result<Self> {
-        let wrong = |name, expected, found| Error::Setting {
-            name,
-            expected,
-            found,
-        };
-        if !(config.temperature >= 0.0 && config.temperature.is_finite()) {
-            let expected = "a number from 0 up";
-            return Err(wrong("temperature", expected, config.temperature));
-        }
-        if !(config.top_p > 0.0 && config.top_p <= 1.0) {
-            let expected = "a number above 0 and at most 1";
-            return Err(wrong("top_p", expected, config.top_p));
-        }
+        config.check()?;
         Ok(Self {
             config,
             random: ChaCha8Rng::seed_from_u64(config.seed),
         })
     }
 
-    /// The id of the next token; `None` if a logit is NaN or positive infinity, or all are negative infinity.
+    /// The id of the next token after some text; `None` if a logit is NaN or positive infinity, or all are negative infinity.
     ///
     /// # Shapes
     /// - `logits`: `[vocab]`
-    pub fn sample(&mut self, logits: &[f32]) -> Option<u32> {
+    pub fn sample(&mut self, logits: &[f32], text: &[u32]) -> Option<u32> {
+        likeliest(logits)?;
+        if self.config.repetition_penalty == 1.0 {
+            return self.choose(logits);
+        }
+        let window = match self.config.repetition_window {
+            0 => text,
+            n => &text[text.len().saturating_sub(n)..],
+        };
+        self.choose(&penalized(logits, window, self.config.repetition_penalty))
+    }
+
+    fn choose(&mut self, logits: &[f32]) -> Option<u32> {
         let likeliest = likeliest(logits)?;
         if self.config.temperature == 0.0 {
             return Some(likeliest as u32);
         }
-        let (largest, temperature) = (
-            f64::from(logits[likeliest]),
-            f64::from(self.config.temperature),
-        );
-        let candidates = (0..).zip(logits).map(|(id, logit)| Candidate {
-            id,
-            mass: ((f64::from(*logit) - largest) / temperature).exp(),
-        });
-        let candidates = nucleus(candidates.collect(), f64::from(self.config.top_p));
-        Some(self.draw(&candidates))
+        Some(self.draw(&candidates(logits, logits[likeliest], &self.config)))
     }
 
     /// One of the candidates, each as often as its mass says.
@@ -113,6 +181,52 @@ fn likeliest(logits: &[f32]) -> Option<usize> {
     logits.get(best)?.is_finite().then_some(best)
 }
 
+/// The logits, those of some tokens made less likely. One that occurs twice is penalized once.
+fn penalized(logits: &[f32], window: &[u32], penalty: f32) -> Vec<f32> {
+    let mut changed = logits.to_vec();
+    for id in window.iter().map(|id| *id as usize) {
+        if let (Some(changed), Some(&logit)) = (changed.get_mut(id), logits.get(id)) {
+            *changed = if logit > 0.0 {
+                logit / penalty
+            } else {
+                logit * penalty
+            };
+        }
+    }
+    changed
+}
+
+/// The tokens that may be drawn. The likeliest has mass 1.
+fn candidates(logits: &[f32], largest: f32, config: &SampleConfig) -> Vec<Candidate> {
+    let mass = |logit: f32| {
+        let below = f64::from(logit) - f64::from(largest);
+        (below / f64::from(config.temperature)).exp()
+    };
+    let all = (0..).zip(logits).map(|(id, logit)| Candidate {
+        id,
+        mass: mass(*logit),
+    });
+    let mut kept = all.collect();
+    keep_largest(&mut kept, config.top_k);
+    let mut kept = nucleus(kept, f64::from(config.top_p));
+    kept.retain(|candidate| candidate.mass >= f64::from(config.min_p));
+    kept
+}
+
+/// Keeps the `n` likeliest, all for 0; of equals the lower ids.
+fn keep_largest(candidates: &mut Vec<Candidate>, n: usize) {
+    if n > 0 && n < candidates.len() {
+        candidates.select_nth_unstable_by(n - 1, likelier_first);
+        candidates.truncate(n);
+        // In the order of ids, which is the order in which the drawn number meets them.
+        candidates.sort_unstable_by_key(|candidate| candidate.id);
+    }
+}
+
+fn likelier_first(a: &Candidate, b: &Candidate) -> Ordering {
+    b.mass.total_cmp(&a.mass).then(a.id.cmp(&b.id))
+}
+
 /// The smallest set with at least a share `top_p` of the mass, the likeliest first; of equals the lower id first.
 fn nucleus(mut candidates: Vec<Candidate>, top_p: f64) -> Vec<Candidate> {
     if top_p >= 1.0 {
@@ -122,7 +236,7 @@ fn nucleus(mut candidates: Vec<Candidate>, top_p: f64) -> Vec<Candidate> {
     // What lies below this line adds up to less than `1 − top_p` and is never kept. Most tokens do, and need no sorting.
     let least = (1.0 - top_p) * total / candidates.len() as f64;
     candidates.retain(|candidate| candidate.mass >= least);
-    candidates.sort_unstable_by(|a, b| b.mass.total_cmp(&a.mass).then(a.id.cmp(&b.id)));
+    candidates.sort_unstable_by(likelier_first);
 
     let mut mass = 0.0;
     let reaches = |candidate: &Candidate| {
@@ -143,6 +257,7 @@ mod tests {
             temperature,
             top_p,
             seed,
+            ..SampleConfig::greedy()
         })
         .unwrap()
     }
@@ -161,9 +276,13 @@ mod tests {
             (&[-inf, -inf], None),
             (&[], None),
         ] {
-            assert_eq!(sampler(0.0, 1.0, 0).sample(logits), expected, "{logits:?}");
+            assert_eq!(
+                sampler(0.0, 1.0, 0).sample(logits, &[]),
+                expected,
+                "{logits:?}"
+            );
             if expected.is_none() {
-                assert_eq!(sampler(1.0, 0.9, 0).sample(logits), None, "{logits:?}");
+                assert_eq!(sampler(1.0, 0.9, 0).sample(logits, &[]), None, "{logits:?}");
             }
         }
     }
@@ -202,7 +321,7 @@ mod tests {
         let tokens = |seed| {
             let mut sampler = sampler(1.0, 0.95, seed);
             (0..40)
-                .map(|_| sampler.sample(&logits).unwrap())
+                .map(|_| sampler.sample(&logits, &[]).unwrap())
                 .collect::<Vec<_>>()
         };
         assert_eq!(tokens(7), tokens(7));
@@ -221,7 +340,7 @@ mod tests {
             let mut counts = [0usize; 6];
             let mut sampler = sampler(temperature, top_p, 3);
             for _ in 0..DRAWS {
-                counts[sampler.sample(&logits).unwrap() as usize] += 1;
+                counts[sampler.sample(&logits, &[]).unwrap() as usize] += 1;
             }
             for (id, count) in counts.into_iter().enumerate() {
                 let expected = if inside(id) { mass(id) / total } else { 0.0 };
@@ -235,36 +354,173 @@ mod tests {
         }
     }
 
+    /// The softmax of 0, ln 2, ln 3, ln 4 and −∞ is 0.1, 0.2, 0.3, 0.4 and 0.
+    const LOGITS: [f32; 5] = [
+        0.0,
+        std::f32::consts::LN_2,
+        1.098_612_3,
+        2.0 * std::f32::consts::LN_2,
+        f32::NEG_INFINITY,
+    ];
+
+    /// The tokens that may be drawn, by id, with the probability of each.
+    fn distribution(logits: &[f32], config: SampleConfig) -> Vec<(u32, f64)> {
+        let largest = logits[likeliest(logits).unwrap()];
+        let mut kept = candidates(logits, largest, &config);
+        kept.retain(|candidate| candidate.mass > 0.0);
+        kept.sort_unstable_by_key(|candidate| candidate.id);
+        let total: f64 = kept.iter().map(|candidate| candidate.mass).sum();
+        kept.iter().map(|c| (c.id, c.mass / total)).collect()
+    }
+
+    #[test]
+    fn every_step_leaves_the_distribution_worked_out_by_hand() {
+        let all = SampleConfig {
+            temperature: 1.0,
+            ..SampleConfig::greedy()
+        };
+        let check = |config: SampleConfig, expected: &[(u32, f64)]| {
+            let found = distribution(&LOGITS, config);
+            let is_close = |(found, expected): (&(u32, f64), &(u32, f64))| {
+                found.0 == expected.0 && (found.1 - expected.1).abs() < 1e-6
+            };
+            let close = found.len() == expected.len() && found.iter().zip(expected).all(is_close);
+            assert!(close, "{config:?}: {found:?}, expected {expected:?}");
+        };
+        check(all, &[(0, 0.1), (1, 0.2), (2, 0.3), (3, 0.4)]);
+        check(
+            SampleConfig { top_k: 9, ..all },
+            &[(0, 0.1), (1, 0.2), (2, 0.3), (3, 0.4)],
+        );
+        check(
+            SampleConfig { top_k: 2, ..all },
+            &[(2, 3.0 / 7.0), (3, 4.0 / 7.0)],
+        );
+        check(SampleConfig { top_k: 1, ..all }, &[(3, 1.0)]);
+        check(
+            SampleConfig { top_p: 0.71, ..all },
+            &[(1, 2.0 / 9.0), (2, 3.0 / 9.0), (3, 4.0 / 9.0)],
+        );
+        // Of the three likeliest, 0.75 of the mass are two: 7 of 9; of all four it would be three.
+        let both = SampleConfig {
+            top_k: 3,
+            top_p: 0.75,
+            ..all
+        };
+        check(both, &[(2, 3.0 / 7.0), (3, 4.0 / 7.0)]);
+        // 0.2 is half of 0.4.
+        check(
+            SampleConfig {
+                min_p: 0.499,
+                ..all
+            },
+            &[(1, 2.0 / 9.0), (2, 3.0 / 9.0), (3, 4.0 / 9.0)],
+        );
+        check(
+            SampleConfig {
+                min_p: 0.501,
+                ..all
+            },
+            &[(2, 3.0 / 7.0), (3, 4.0 / 7.0)],
+        );
+        check(SampleConfig { min_p: 1.0, ..all }, &[(3, 1.0)]);
+        // At temperature ½ masses are squares, 1 : 4 : 9 : 16, and the filters see those.
+        let cold = SampleConfig {
+            temperature: 0.5,
+            ..all
+        };
+        check(
+            cold,
+            &[
+                (0, 1.0 / 30.0),
+                (1, 4.0 / 30.0),
+                (2, 9.0 / 30.0),
+                (3, 16.0 / 30.0),
+            ],
+        );
+        check(
+            SampleConfig { top_p: 0.8, ..cold },
+            &[(2, 9.0 / 25.0), (3, 16.0 / 25.0)],
+        );
+        check(
+            SampleConfig { min_p: 0.3, ..cold },
+            &[(2, 9.0 / 25.0), (3, 16.0 / 25.0)],
+        );
+    }
+
+    #[test]
+    fn of_equals_top_k_keeps_the_lower_ids() {
+        let config = SampleConfig {
+            temperature: 1.0,
+            top_k: 2,
+            ..SampleConfig::greedy()
+        };
+        let found = distribution(&[1.0, 2.0, 2.0, 2.0, 0.0], config);
+        assert_eq!(found, [(1, 0.5), (2, 0.5)]);
+    }
+
+    #[test]
+    fn tokens_of_the_text_are_penalized_within_the_window() {
+        let logits = [3.0, 2.0, -1.0, -1.5];
+        assert_eq!(
+            penalized(&logits, &[0, 0, 2, 9], 2.0),
+            [1.5, 2.0, -2.0, -1.5]
+        );
+        assert_eq!(penalized(&logits, &[2], 0.5), [3.0, 2.0, -0.5, -1.5]);
+        let check = |window, text: &[u32], expected| {
+            let config = SampleConfig {
+                repetition_penalty: 2.0,
+                repetition_window: window,
+                ..SampleConfig::greedy()
+            };
+            let found = Sampler::new(config).unwrap().sample(&logits, text);
+            assert_eq!(found, Some(expected), "{window} {text:?}");
+        };
+        check(0, &[], 0);
+        check(0, &[0, 3, 3], 1);
+        check(2, &[0, 3, 3], 0);
+        check(3, &[0, 3, 3], 1);
+        check(9, &[0, 1], 0);
+    }
+
     #[test]
     fn settings_without_a_meaning_are_refused() {
-        for (temperature, top_p, expected) in [
-            (
-                -1.0,
-                1.0,
-                "`temperature`: expected a number from 0 up, found -1",
-            ),
-            (
-                f32::NAN,
-                1.0,
-                "`temperature`: expected a number from 0 up, found NaN",
-            ),
-            (
-                1.0,
-                0.0,
-                "`top_p`: expected a number above 0 and at most 1, found 0",
-            ),
-            (
-                1.0,
-                1.5,
-                "`top_p`: expected a number above 0 and at most 1, found 1.5",
-            ),
-        ] {
+        let plain = SampleConfig::greedy();
+        let check = |config, expected| {
+            assert_eq!(Sampler::new(config).unwrap_err().to_string(), expected);
+        };
+        for (temperature, found) in [(-1.0, "-1"), (f32::NAN, "NaN"), (f32::INFINITY, "inf")] {
             let config = SampleConfig {
                 temperature,
-                top_p,
-                seed: 0,
+                ..plain
             };
-            assert_eq!(Sampler::new(config).unwrap_err().to_string(), expected);
+            check(
+                config,
+                format!("`temperature`: expected a number from 0 up, found {found}"),
+            );
         }
+        for (top_p, found) in [(0.0, "0"), (1.5, "1.5")] {
+            let config = SampleConfig { top_p, ..plain };
+            check(
+                config,
+                format!("`top_p`: expected a number above 0 and at most 1, found {found}"),
+            );
+        }
+        let config = SampleConfig {
+            min_p: 1.5,
+            ..plain
+        };
+        check(
+            config,
+            "`min_p`: expected a number from 0 to 1, found 1.5".into(),
+        );
+        let config = SampleConfig {
+            repetition_penalty: 0.0,
+            ..plain
+        };
+        check(
+            config,
+            "`repetition_penalty`: expected a number above 0, found 0".into(),
+        );
     }
 }

@@ -16,6 +16,8 @@ pub struct GenerateConfig {
     pub sample: SampleConfig,
     /// Tokens that end the text; see [`crate::end_of_text_ids`].
     pub stop_ids: Vec<u32>,
+    /// Note what the model thought of every new token, and so many of the likeliest in its place.
+    pub logprobs: Option<usize>,
 }
 
 /// What came after a prompt.
@@ -23,6 +25,8 @@ pub struct GenerateConfig {
 pub struct Generation {
     /// The new tokens, without the one that ended the text.
     pub token_ids: Vec<u32>,
+    /// What the model thought of each, if that was asked for.
+    pub logprobs: Vec<Logprobs>,
     /// Why there are no more.
     pub stopped: Stop,
     /// Tokens of the prompt that had to be read: all but those that a [`Context`] held.
@@ -33,6 +37,40 @@ pub struct Generation {
     pub decode_secs: f64,
     /// How many passes those were.
     pub decode_steps: usize,
+}
+
+/// How probable the model found a token and the likeliest ones in its place: logarithms of the softmax of its logits, in
+/// nats, before anything of the sampler changes them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Logprobs {
+    /// Of the token that was chosen.
+    pub chosen: f64,
+    /// The likeliest tokens, the likeliest first; of equals the lower id first.
+    pub top: Vec<(u32, f64)>,
+}
+
+impl Logprobs {
+    /// Of some finite logits, `[vocab]`.
+    fn new(logits: &[f32], chosen: u32, n_top: usize) -> Self {
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let above = |logit: f32| f64::from(logit) - f64::from(largest);
+        let sum: f64 = logits.iter().map(|logit| above(*logit).exp()).sum();
+        let of = |id: u32| above(logits[id as usize]) - sum.ln();
+        let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+        let likelier = |a: &u32, b: &u32| {
+            let [left, right] = [*a, *b].map(|id| logits[id as usize]);
+            right.total_cmp(&left).then(a.cmp(b))
+        };
+        if n_top < ids.len() {
+            ids.select_nth_unstable_by(n_top, likelier);
+            ids.truncate(n_top);
+        }
+        ids.sort_unstable_by(likelier);
+        Self {
+            chosen: of(chosen),
+            top: ids.into_iter().map(|id| (id, of(id))).collect(),
+        }
+    }
 }
 
 /// Why a generation ended.
@@ -61,8 +99,7 @@ pub struct Sequence {
     /// What the model has not read: the rest of the prompt, or the token chosen last.
     unread: Vec<u32>,
     sampler: Sampler,
-    stop_ids: Vec<u32>,
-    max_tokens: usize,
+    config: GenerateConfig,
     stopped: Option<Stop>,
     new_token: Option<u32>,
     /// Its `stopped` is of no meaning before there is one.
@@ -113,12 +150,12 @@ impl Sequence {
         Ok(Self {
             context,
             sampler,
-            stop_ids: config.stop_ids.clone(),
-            max_tokens: config.max_tokens,
+            config: config.clone(),
             stopped: (config.max_tokens == 0).then_some(Stop::MaxTokens),
             new_token: None,
             generation: Generation {
                 token_ids: Vec::new(),
+                logprobs: Vec::new(),
                 stopped: Stop::MaxTokens,
                 prefill_tokens: unread.len(),
                 prefill_secs: 0.0,
@@ -204,8 +241,8 @@ impl Sequence {
         self.new_token = None;
         if let Some(logits) = logits {
             let step = self.generation.token_ids.len();
-            let id = self.sampler.sample(logits);
-            self.add(id.ok_or(Error::NotFinite { step })?);
+            let id = self.sampler.sample(logits, &self.context.token_ids);
+            self.add(id.ok_or(Error::NotFinite { step })?, logits);
         }
         let secs = started.elapsed().as_secs_f64();
         if was_decoding {
@@ -217,16 +254,18 @@ impl Sequence {
         Ok(())
     }
 
-    /// Goes on with a token, or ends with it.
-    fn add(&mut self, id: u32) {
-        if self.stop_ids.contains(&id) {
+    /// Goes on with a token that was chosen by some logits, or ends with it.
+    fn add(&mut self, id: u32, logits: &[f32]) {
+        if self.config.stop_ids.contains(&id) {
             self.stopped = Some(Stop::EndOfText(id));
             return;
         }
         self.unread.push(id);
         self.new_token = Some(id);
         self.generation.token_ids.push(id);
-        if self.generation.token_ids.len() == self.max_tokens {
+        let logprobs = self.config.logprobs.map(|n| Logprobs::new(logits, id, n));
+        self.generation.logprobs.extend(logprobs);
+        if self.generation.token_ids.len() == self.config.max_tokens {
             self.stopped = Some(Stop::MaxTokens);
         }
     }
@@ -256,4 +295,30 @@ fn check(model: &Model, prompt: &[u32], max_tokens: usize) -> Result<()> {
         });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn logprobs_are_those_of_the_softmax() {
+        // 0.1, 0.2, 0.3, 0.2, 0.2 and 0, all times e^5.
+        let shares = [1.0f64, 2.0, 3.0, 2.0, 2.0, 0.0];
+        let logits = shares.map(|share| share.ln() as f32 + 5.0);
+        let found = Logprobs::new(&logits, 0, 3);
+        assert!((found.chosen - 0.1f64.ln()).abs() < 1e-6, "{found:?}");
+        for ((id, logprob), (expected, share)) in
+            found.top.iter().zip([(2, 0.3f64), (1, 0.2), (3, 0.2)])
+        {
+            assert!(
+                *id == expected && (logprob - share.ln()).abs() < 1e-6,
+                "{found:?}"
+            );
+        }
+        assert_eq!(found.top.len(), 3);
+        assert!(Logprobs::new(&logits, 2, 0).top.is_empty());
+        let all = Logprobs::new(&logits, 2, 99).top;
+        assert_eq!((all.len(), all[5]), (6, (5, f64::NEG_INFINITY)));
+    }
 }

@@ -44,12 +44,9 @@ fn engine(name: &str) -> Engine {
 fn greedy(max_tokens: usize) -> GenerateConfig {
     GenerateConfig {
         max_tokens,
-        sample: SampleConfig {
-            temperature: 0.0,
-            top_p: 1.0,
-            seed: 0,
-        },
+        sample: SampleConfig::greedy(),
         stop_ids: Vec::new(),
+        logprobs: None,
     }
 }
 
@@ -111,6 +108,7 @@ fn a_seed_gives_the_same_text_again() {
             temperature: 1.0,
             top_p: 0.95,
             seed,
+            ..SampleConfig::greedy()
         };
         let config = GenerateConfig {
             sample,
@@ -141,7 +139,7 @@ fn a_prompt_of_several_pieces_is_continued_as_if_read_at_once() {
     let config = greedy(1).sample;
     let expected = Sampler::new(config)
         .unwrap()
-        .sample(&logits.try_to_vec::<f32>().unwrap());
+        .sample(&logits.try_to_vec::<f32>().unwrap(), &prompt);
     let found = engine.generate(&prompt, &greedy(1), &mut |_| ControlFlow::Continue(()));
     assert_eq!(found.unwrap().token_ids.first().copied(), expected);
 }
@@ -204,6 +202,7 @@ fn what_a_sequence_gives_does_not_depend_on_those_beside_it() {
                 temperature: 0.8,
                 top_p: 0.9,
                 seed: 3,
+                ..SampleConfig::greedy()
             },
             ..greedy(9)
         };

@@ -54,6 +54,13 @@ pub struct RoutingRecord {
     pub routed: Routed,
 }
 
+/// How many of the experts that tokens picked, `top_k` each, others did not pick for the same tokens.
+pub fn moved_picks<T: PartialEq>(picks: &[T], others: &[T], top_k: usize) -> usize {
+    let tokens = picks.chunks(top_k).zip(others.chunks(top_k));
+    let moved = tokens.map(|(ids, others)| ids.iter().filter(|id| !others.contains(id)).count());
+    moved.sum()
+}
+
 impl<'a> Pass<'a> {
     /// A pass over whole sequences without dropout.
     pub fn new(compute: Compute) -> Self {

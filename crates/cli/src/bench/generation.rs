@@ -21,6 +21,7 @@ use super::sweep::{Sweep, options};
 use super::table::{Column, count, fraction_of, giga, mebibytes, median, seconds, spread};
 use crate::console::Console;
 use crate::inspect::parameters;
+use crate::open::ComputeName;
 use crate::train::memory;
 
 /// What is measured, and how.
@@ -36,6 +37,9 @@ struct Args {
     #[arg(long, value_name = "B", value_delimiter = ',', default_value = "1",
           value_parser = clap::value_parser!(u64).range(1..=1 << 10))]
     batch: Vec<u64>,
+    /// What products with weights in ggml's blocks round activations to.
+    #[arg(long, value_enum, default_value_t = ComputeName::Int8)]
+    compute: ComputeName,
     /// Runs that are timed, after one that is not.
     #[arg(long, value_name = "R", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     reps: u64,
@@ -218,6 +222,7 @@ fn words(args: &Args, combination: Combination) -> Vec<OsString> {
         ("--reps", Some(args.reps)),
     ];
     words.extend(options(numbers));
+    words.extend(["--compute".into(), args.compute.name().into()]);
     if let Some(adapter) = &args.adapter {
         words.extend(["--adapter".into(), adapter.into()]);
     }
@@ -238,8 +243,13 @@ fn measure(
     let mut limits = limit(LIMITS);
     memory::forget_peak();
     let started = Instant::now();
-    let engine = subject.engine(args.adapter.as_deref(), SEED, console)?;
+    let (model, device) = subject.load(args.adapter.as_deref(), SEED, console)?;
     let open_secs = started.elapsed().as_secs_f64();
+    let engine = Engine {
+        model,
+        compute: args.compute.compute(),
+        device,
+    };
     let timings = timings(&engine, combination, args.reps, console)?;
     let peak_bytes = memory::read().peak_bytes;
     limits.extend(limit(LIMITS));
@@ -267,6 +277,7 @@ fn measure(
     Ok(json!({
         "model": subject.name,
         "family": subject.config.model_type.name(),
+        "compute": args.compute.name(),
         "weights": if subject.is_random() { "random" } else { "checkpoint" },
         "seed": SEED,
         "threads": rayon::current_num_threads(),
@@ -312,12 +323,9 @@ fn time(
     let prompts: Vec<Vec<u32>> = (0..batch).map(|row| prompt(row).collect()).collect();
     let config = GenerateConfig {
         max_tokens: combination.new_tokens() as usize,
-        sample: SampleConfig {
-            temperature: 0.0,
-            top_p: 1.0,
-            seed: 0,
-        },
+        sample: SampleConfig::greedy(),
         stop_ids: vec![],
+        logprobs: None,
     };
     let mut done = vec![0; batch as usize];
     let tell = &mut |number: usize, sequence: &mut Sequence| {
@@ -383,10 +391,11 @@ fn title(measured: &Value) -> String {
         _ => "its own weights".to_owned(),
     };
     format!(
-        "{} ({}), {:.1} M parameters, {weights}; {} threads, {} runs each",
+        "{} ({}), {:.1} M parameters, {weights}, computed in {}; {} threads, {} runs each",
         text("model"),
         text("family"),
         giga(parameters) * 1e3,
+        text("compute"),
         measured["threads"],
         measured["reps"],
     )

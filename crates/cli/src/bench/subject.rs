@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use burn::tensor::Device;
 use checkpoint::Folder;
-use infer::Engine;
-use model::{Compute, ModelConfig, Training, weights};
+use model::{Model, ModelConfig, Training, weights};
 use serde_json::Value;
 
 use crate::console::Console;
@@ -70,17 +69,17 @@ impl Subject {
         matches!(self.weights, Weights::Random(_))
     }
 
-    /// The model, ready to continue prompts.
-    pub(super) fn engine(
+    /// The model, frozen, and where it computes.
+    pub(super) fn load(
         &self,
         adapter: Option<&Path>,
         seed: u64,
         console: &Console,
-    ) -> anyhow::Result<Engine> {
-        let (model, device) = match &self.weights {
+    ) -> anyhow::Result<(Model, Device)> {
+        match &self.weights {
             Weights::Checkpoint(path) => {
                 let opened = open_model(&path.to_string_lossy(), adapter, console)?;
-                (opened.model, opened.device)
+                Ok((opened.model, opened.device))
             }
             Weights::Random(_) => {
                 console.note(format_args!("{}: making up weights", self.name));
@@ -89,14 +88,9 @@ impl Subject {
                 if let Some(adapter) = adapter {
                     attach(&mut model, adapter, &device, console)?;
                 }
-                (model, device)
+                Ok((model, device))
             }
-        };
-        Ok(Engine {
-            model,
-            compute: Compute::F32,
-            device,
-        })
+        }
     }
 
     fn random(file: &Path, experts: Option<u64>) -> anyhow::Result<Self> {

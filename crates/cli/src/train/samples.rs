@@ -40,12 +40,9 @@ impl Sampler {
         };
         let config = GenerateConfig {
             max_tokens: eval.max_new_tokens,
-            sample: SampleConfig {
-                temperature: 0.0,
-                top_p: 1.0,
-                seed: 0,
-            },
+            sample: SampleConfig::greedy(),
             stop_ids,
+            logprobs: None,
         };
         let chat = eval.chat;
         Ok(Some(Self {

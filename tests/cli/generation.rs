@@ -1,0 +1,229 @@
+//! `moeforge generate`, `chat` and `compare`: what they print, and that they say the same of the same model.
+
+use std::io::{Read, Write};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+use super::{Broken, command, golden, moeforge, refused};
+
+/// A model of words, with a tokenizer and a chat template.
+const MODEL: &str = "recipes/quickstart/base";
+
+fn json(words: &[&str]) -> Value {
+    let output = moeforge(words);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{words:?}: {errors}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn generate(words: &[&str]) -> Value {
+    let all = ["generate", MODEL, "--json", "--max-tokens", "12"];
+    json(&[&all[..], words].concat())
+}
+
+#[test]
+fn several_prompts_give_what_each_gives_alone() {
+    let sampled = ["--temperature", "0.7", "--top-k", "40", "--min-p", "0.01"];
+    let prompts = ["The capital of", "In 1990", "A"];
+    let alone = prompts.map(|prompt| generate(&[&sampled[..], &["--prompt", prompt]].concat()));
+    let together = prompts.map(|prompt| ["--prompt", prompt]).concat();
+    for batch in ["8", "2"] {
+        let together = generate(&[&sampled[..], &together, &["--batch", batch]].concat());
+        for (found, alone) in together.as_array().unwrap().iter().zip(&alone) {
+            assert_eq!(found["token_ids"], alone["token_ids"]);
+            assert_eq!(found["text"], alone["text"]);
+        }
+    }
+    let lines = moeforge(
+        &[
+            &["generate", MODEL, "--max-tokens", "12"][..],
+            &sampled,
+            &together,
+        ]
+        .concat(),
+    );
+    let expected: Vec<&str> = alone
+        .iter()
+        .map(|one| one["text"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        String::from_utf8(lines.stdout).unwrap(),
+        expected.join("\n") + "\n"
+    );
+}
+
+#[test]
+fn text_ends_before_a_stop_string_and_tokens_say_how_probable_they_were() {
+    let prompt = ["--prompt", "The capital of"];
+    let whole = generate(&[&prompt[..], &["--logprobs", "2"]].concat());
+    let text = whole["text"].as_str().unwrap();
+    // Three letters from the middle of the text, at their first place.
+    let stop: String = text
+        .chars()
+        .skip(text.chars().count() / 2)
+        .take(3)
+        .collect();
+    let stopped = generate(&[&prompt[..], &["--stop", "never", "--stop", &stop]].concat());
+    let expected = &text[..text.find(&stop).unwrap()];
+    assert_eq!(stopped["text"], expected, "{text}");
+    assert_eq!(stopped["stopped"], "stop_string");
+
+    let logprobs = whole["logprobs"].as_array().unwrap();
+    let ids = whole["token_ids"].as_array().unwrap();
+    assert_eq!(logprobs.len(), ids.len());
+    for (logprobs, id) in logprobs.iter().zip(ids) {
+        // The likeliest is taken, as there is nothing that says otherwise.
+        assert_eq!((&logprobs["id"], &logprobs["top"][0]["id"]), (id, id));
+        assert_eq!(logprobs["logprob"], logprobs["top"][0]["logprob"]);
+        let [first, second] = [0, 1].map(|n| logprobs["top"][n]["logprob"].as_f64().unwrap());
+        assert!(0.0 > first && first >= second, "{logprobs}");
+        assert!(first.exp() + second.exp() <= 1.0 + 1e-6, "{logprobs}");
+    }
+    let words = ["generate", MODEL, "--prompt", "a", "--stop", ""];
+    refused(&moeforge(&words), 1, &["stop strings", "empty"]);
+    let words = ["generate", MODEL, "--prompt", "a", "--top-p", "0"];
+    refused(&moeforge(&words), 1, &["top_p", "found 0"]);
+    let silent = Broken::new("deepseek_v3");
+    std::fs::remove_file(silent.path("tokenizer.json")).unwrap();
+    let [model, ids] =
+        ["", "ids.json"].map(|name| silent.path(name).to_string_lossy().into_owned());
+    let words = ["generate", &model, "--ids", &ids, "--stop", "x"];
+    refused(&moeforge(&words), 1, &["--stop", "tokenizer"]);
+}
+
+/// A conversation of some lines.
+fn chat(lines: &str, words: &[&str]) -> Output {
+    let mut child = command(&[&["chat", MODEL, "--verbose"], words].concat())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(lines.as_bytes()).unwrap();
+    drop(stdin);
+    child.wait_with_output().unwrap()
+}
+
+/// How many tokens every answer read.
+fn read(output: &Output) -> Vec<usize> {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let lines = stderr.lines().filter(|line| line.contains(" tokens read"));
+    let counts = lines.map(|line| line.split(' ').next().unwrap().parse().unwrap());
+    counts.collect()
+}
+
+#[test]
+fn a_conversation_reads_only_what_is_new() {
+    let words = [
+        "--max-tokens",
+        "12",
+        "--system",
+        "Facts about the countries of the world.",
+    ];
+    let lines = "What is the capital of France?\n\nAnd of Spain?\n/clear\nWhat is the capital of France?\n/quit\nNo\n";
+    let output = chat(lines, &words);
+    assert!(output.status.success());
+    let text = String::from_utf8(output.stdout.clone()).unwrap();
+    let answers: Vec<&str> = text.lines().collect();
+    assert_eq!(answers.len(), 3, "{text}");
+    assert_eq!(answers[0], answers[2]);
+    let read = read(&output);
+    assert_eq!(read.len(), 3);
+    assert_eq!(read[0], read[2]);
+    // The question, the mark of the answer before it and the marks around it; not the 12 tokens of the answer, nor what the
+    // model was told.
+    assert!(read[1] < read[0] && read[1] < 12, "{read:?}");
+    let whole = generate(&["--chat", "--prompt", "What is the capital of France?"]);
+    let plain = chat("What is the capital of France?\n", &["--max-tokens", "12"]);
+    assert_eq!(
+        String::from_utf8(plain.stdout).unwrap().trim_end(),
+        whole["text"]
+    );
+}
+
+#[test]
+fn a_conversation_that_is_full_says_so() {
+    let long = "word ".repeat(1200);
+    let output = chat("Hello\n", &["--system", &long]);
+    refused(&output, 1, &["1024 positions", "/clear"]);
+    assert!(output.stdout.is_empty());
+    let output = chat("Hello\nAgain\n", &["--ignore-eos"]);
+    refused(
+        &output,
+        1,
+        &["the answer ends here", "1024 positions", "/clear"],
+    );
+    assert!(!output.stdout.is_empty());
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_stops_the_answer_and_not_the_conversation() {
+    let mut child = command(&["chat", MODEL, "--ignore-eos"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let mut interrupt = |line: &[u8]| {
+        stdin.write_all(line).unwrap();
+        // The answer has begun once there is a byte of it.
+        stdout.read_exact(&mut [0; 4]).unwrap();
+        let sent = ["-s", "INT", &child.id().to_string()];
+        assert!(Command::new("kill").args(sent).status().unwrap().success());
+    };
+    interrupt(b"Tell me of France.\n");
+    interrupt(b"And of Spain.\n");
+    drop(stdin);
+    let mut rest = String::new();
+    stdout.read_to_string(&mut rest).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{:?}", output.status);
+    // 1024 positions would have had far more.
+    assert!(rest.len() < 2000, "{rest}");
+}
+
+#[test]
+fn models_are_compared_by_what_they_predict_and_choose() {
+    let place = tempfile::tempdir().unwrap();
+    let rows: String = (0..3)
+        .map(|i| format!("{{\"input_ids\": {:?}}}\n", (i..i + 30).collect::<Vec<_>>()))
+        .collect();
+    std::fs::write(place.path().join("test.jsonl"), rows).unwrap();
+    let data = place.path().to_string_lossy().into_owned();
+    let model = |name: &str| golden(name).to_string_lossy().into_owned();
+    let (base, adapter) = (model("deepseek_v3"), model("deepseek_v3/adapter_peft"));
+    let compare = |words: &[&str]| {
+        let all = ["compare", &base, &base, "--data", &data, "--json"];
+        json(&[&all[..], words].concat())["divergence"].take()
+    };
+    let same = compare(&[]);
+    assert_eq!(
+        (&same["targets"], &same["top1_agreement"]),
+        (&87.into(), &1.0.into())
+    );
+    assert!(same["kl"].as_f64().unwrap().abs() < 1e-9, "{same}");
+    let other = compare(&["--adapter", &adapter]);
+    assert!(other["kl"].as_f64().unwrap() > 1e-3, "{other}");
+    for (found, moves) in [(&same, false), (&other, true)] {
+        let routing = found["routing"].as_array().unwrap();
+        let layers: Vec<_> = routing
+            .iter()
+            .map(|layer| layer["layer"].as_u64())
+            .collect();
+        assert_eq!(layers, [Some(1), Some(2)]);
+        for layer in routing {
+            assert_eq!(layer["picks"], 3 * 30 * 4);
+            let moved = layer["moved"].as_f64().unwrap();
+            assert!((moved > 0.0) == moves && moved < 1.0, "{found}");
+        }
+    }
+    let words = ["compare", &base, &model("qwen2_distill"), "--data", &data];
+    refused(&moeforge(&words), 1, &["vocabulary", "288", "320"]);
+    let table = moeforge(&["compare", &base, &base, "--data", &data]);
+    let text = String::from_utf8(table.stdout).unwrap();
+    assert!(text.contains("layer  picks moved"), "{text}");
+}
