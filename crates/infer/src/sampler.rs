@@ -374,6 +374,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "one distribution through all steps")]
     fn every_step_leaves_the_distribution_worked_out_by_hand() {
         let all = SampleConfig {
             temperature: 1.0,
