@@ -396,9 +396,16 @@ pub(crate) fn forward(
     x: &[f32],
     weights: &[f32],
 ) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
-    if let Some(outputs) = few::forward(experts, slots, x, weights) {
-        return outputs;
-    }
+    few::forward(experts, slots, x, weights)
+        .unwrap_or_else(|| forward_in_groups(experts, slots, x, weights))
+}
+
+fn forward_in_groups(
+    experts: Experts<'_>,
+    slots: Slots<'_>,
+    x: &[f32],
+    weights: &[f32],
+) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     let Experts { hidden, inner, .. } = experts;
     let n_slots = slots.order.len();
     let (mut y, by_token) = (zeros(x.len()), slots.by_token());

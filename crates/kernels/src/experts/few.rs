@@ -167,3 +167,80 @@ fn add_rows(slots: Slots<'_>, (rows, width): (&[f32], usize), weights: &[f32], s
             .for_each(|(sum, row)| *sum += weight * row);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::experts::{ExpertBank, ExpertLora, Factors, Source, forward_in_groups};
+    use crate::matrix::tests::{every_block_format, every_format, noise};
+    use crate::{Compute, Dropout, Matrix, route};
+
+    /// Two experts for each token, of five; the last expert's slots belong to nobody here.
+    fn check(bank: &ExpertBank, rank: usize, tolerance: f32) {
+        let [inner, hidden] = [bank.gate[0].rows(), bank.gate[0].cols()];
+        let (n, top_k) = (bank.gate.len(), 2);
+        let factors = [noise(n * rank * hidden, 1), noise(n * rank * hidden, 2)];
+        let [a, b] = factors.each_ref();
+        let experts = Experts {
+            weights: Source::Frozen(bank),
+            factors: [Factors { a, b, rank }; 3],
+            lora: ExpertLora {
+                scale: [0.01; 3],
+                dropout: Dropout::OFF,
+                quantizer: None,
+            },
+            compute: Compute::Int8,
+            hidden,
+            inner,
+            n_experts: n,
+        };
+        for tokens in [1, 3, 8] {
+            let ids: Vec<i32> = (0..tokens as i32)
+                .flat_map(|token| [token * token % 3, 3 + token % 3])
+                .collect();
+            let (order, offsets) = route::dispatch(&ids, n + 1);
+            let slots = Slots {
+                order: &order,
+                offsets: &offsets[..n + 1],
+                top_k,
+            };
+            let (x, weights) = (noise(tokens * hidden, 6), noise(tokens * top_k, 8));
+            let found = forward(experts, slots, &x, &weights).unwrap();
+            let expected = forward_in_groups(experts, slots, &x, &weights);
+            for (found, expected) in [(found.0, expected.0), (found.1, expected.1)] {
+                let size = expected.iter().fold(1f32, |size, v| size.max(v.abs()));
+                for (found, expected) in found.iter().zip(&expected) {
+                    assert!(
+                        (found - expected).abs() <= tolerance * size,
+                        "{found} {expected}"
+                    );
+                }
+                assert!(expected.iter().any(|v| *v != 0.0));
+            }
+        }
+    }
+
+    /// Experts of `[inner, hidden]`, cut out of matrices with more rows.
+    fn bank(of: impl Fn(usize, usize) -> Matrix, inner: usize, hidden: usize) -> ExpertBank {
+        let list = |rows: usize, cols: usize| (0..5).map(|_| of(rows, cols)).collect();
+        ExpertBank {
+            gate: list(inner, hidden),
+            up: list(inner, hidden),
+            down: list(hidden, inner),
+        }
+    }
+
+    #[test]
+    fn few_tokens_get_what_many_do() {
+        // Codes of blocks mean large numbers, so only the order of the sums is another.
+        for format in 0..every_block_format(1).len() {
+            let of = |rows, _| every_block_format(rows).remove(format);
+            check(&bank(of, 512, 512), 0, 1e-5);
+        }
+        for format in 0..3 {
+            let of = |rows, cols| every_format(rows, cols, 3).remove(format);
+            check(&bank(of, 24, 37), 0, 1e-4);
+            check(&bank(of, 24, 37), 2, 1e-4);
+        }
+    }
+}
