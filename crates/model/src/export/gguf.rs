@@ -18,7 +18,7 @@ use crate::weights::{keys, read_config, read_matrix, read_tensor};
 
 /// Values that are encoded at a time.
 const PIECE: usize = 1 << 20;
-/// The largest error of a matrix of two bits is half of this; that of rows in another order is 1.4.
+/// Rounding to two bits leaves less than half of this, relative to the values; rows in another order differ by 1.4.
 const LARGEST_ERROR: f64 = 0.8;
 
 /// Writes a model as the GGUF `out`, whole or not at all. `tokenizer` is metadata that is added as it is.
