@@ -235,6 +235,9 @@ mod tests {
         // Codes of blocks mean large numbers, so only the order of the sums is another.
         for format in 0..every_block_format(1).len() {
             let of = |rows, _| every_block_format(rows).remove(format);
+            if Packed::new(&of(1, 512), Compute::Int8).is_none() {
+                continue;
+            }
             check(&bank(of, 512, 512), 0, 1e-5);
         }
         for format in 0..3 {
