@@ -43,7 +43,7 @@ pub struct SampleConfig {
 
 impl SampleConfig {
     /// Always the likeliest token.
-    pub fn greedy() -> Self {
+    pub const fn greedy() -> Self {
         Self {
             temperature: 0.0,
             top_k: 0,
@@ -373,80 +373,58 @@ mod tests {
         kept.iter().map(|c| (c.id, c.mass / total)).collect()
     }
 
+    /// Checks which tokens may be drawn of [`LOGITS`], and that each has so many parts of the mass.
+    fn check_parts(config: SampleConfig, expected: &[(u32, f64)]) {
+        let found = distribution(&LOGITS, config);
+        let whole: f64 = expected.iter().map(|(_, parts)| parts).sum();
+        let is_close = |(found, (id, parts)): (&(u32, f64), &(u32, f64))| {
+            found.0 == *id && (found.1 - parts / whole).abs() < 1e-6
+        };
+        let close = found.len() == expected.len() && found.iter().zip(expected).all(is_close);
+        assert!(close, "{config:?}: {found:?}, expected {expected:?}");
+    }
+
+    const WARM: SampleConfig = SampleConfig {
+        temperature: 1.0,
+        ..SampleConfig::greedy()
+    };
+
     #[test]
-    #[expect(clippy::too_many_lines, reason = "one distribution through all steps")]
     fn every_step_leaves_the_distribution_worked_out_by_hand() {
-        let all = SampleConfig {
-            temperature: 1.0,
-            ..SampleConfig::greedy()
-        };
-        let check = |config: SampleConfig, expected: &[(u32, f64)]| {
-            let found = distribution(&LOGITS, config);
-            let is_close = |(found, expected): (&(u32, f64), &(u32, f64))| {
-                found.0 == expected.0 && (found.1 - expected.1).abs() < 1e-6
-            };
-            let close = found.len() == expected.len() && found.iter().zip(expected).all(is_close);
-            assert!(close, "{config:?}: {found:?}, expected {expected:?}");
-        };
-        check(all, &[(0, 0.1), (1, 0.2), (2, 0.3), (3, 0.4)]);
-        check(
-            SampleConfig { top_k: 9, ..all },
-            &[(0, 0.1), (1, 0.2), (2, 0.3), (3, 0.4)],
-        );
-        check(
-            SampleConfig { top_k: 2, ..all },
-            &[(2, 3.0 / 7.0), (3, 4.0 / 7.0)],
-        );
-        check(SampleConfig { top_k: 1, ..all }, &[(3, 1.0)]);
-        check(
-            SampleConfig { top_p: 0.71, ..all },
-            &[(1, 2.0 / 9.0), (2, 3.0 / 9.0), (3, 4.0 / 9.0)],
-        );
-        // Of the three likeliest, 0.75 of the mass are two: 7 of 9; of all four it would be three.
+        let all = [(0, 1.0), (1, 2.0), (2, 3.0), (3, 4.0)];
+        let top_k = |top_k| SampleConfig { top_k, ..WARM };
+        for (k, n) in [(0, 4), (9, 4), (4, 4), (3, 3), (2, 2), (1, 1)] {
+            check_parts(top_k(k), &all[4 - n..]);
+        }
+        let top_p = |top_p| SampleConfig { top_p, ..WARM };
+        for (p, n) in [(0.71, 3), (0.69, 2), (0.39, 1)] {
+            check_parts(top_p(p), &all[4 - n..]);
+        }
+        // Of the three likeliest, 0.75 of the mass are two, 7 of 9; of all four they would be three.
+        check_parts(top_p(0.75), &all[1..]);
         let both = SampleConfig {
             top_k: 3,
-            top_p: 0.75,
-            ..all
+            ..top_p(0.75)
         };
-        check(both, &[(2, 3.0 / 7.0), (3, 4.0 / 7.0)]);
+        check_parts(both, &all[2..]);
         // 0.2 is half of 0.4.
-        check(
-            SampleConfig {
-                min_p: 0.499,
-                ..all
-            },
-            &[(1, 2.0 / 9.0), (2, 3.0 / 9.0), (3, 4.0 / 9.0)],
-        );
-        check(
-            SampleConfig {
-                min_p: 0.501,
-                ..all
-            },
-            &[(2, 3.0 / 7.0), (3, 4.0 / 7.0)],
-        );
-        check(SampleConfig { min_p: 1.0, ..all }, &[(3, 1.0)]);
-        // At temperature ½ masses are squares, 1 : 4 : 9 : 16, and the filters see those.
+        let min_p = |min_p| SampleConfig { min_p, ..WARM };
+        for (p, n) in [(0.499, 3), (0.501, 2), (1.0, 1)] {
+            check_parts(min_p(p), &all[4 - n..]);
+        }
+    }
+
+    #[test]
+    fn temperature_comes_before_what_leaves_tokens_out() {
+        // At ½ masses are squares.
         let cold = SampleConfig {
             temperature: 0.5,
-            ..all
+            ..WARM
         };
-        check(
-            cold,
-            &[
-                (0, 1.0 / 30.0),
-                (1, 4.0 / 30.0),
-                (2, 9.0 / 30.0),
-                (3, 16.0 / 30.0),
-            ],
-        );
-        check(
-            SampleConfig { top_p: 0.8, ..cold },
-            &[(2, 9.0 / 25.0), (3, 16.0 / 25.0)],
-        );
-        check(
-            SampleConfig { min_p: 0.3, ..cold },
-            &[(2, 9.0 / 25.0), (3, 16.0 / 25.0)],
-        );
+        let all = [(0, 1.0), (1, 4.0), (2, 9.0), (3, 16.0)];
+        check_parts(cold, &all);
+        check_parts(SampleConfig { top_p: 0.8, ..cold }, &all[2..]);
+        check_parts(SampleConfig { min_p: 0.3, ..cold }, &all[2..]);
     }
 
     #[test]
