@@ -217,32 +217,34 @@ fn stream(
     Ok(sequence.finish().0)
 }
 
-/// Progress in reading a prompt that takes several steps.
-struct Reading {
+/// Progress in reading a prompt; there is none where one step reads it.
+struct Reading<'a> {
+    console: &'a Console,
     progress: Option<Progress>,
     tokens: usize,
 }
 
-impl Reading {
-    fn new(sequence: &Sequence, console: &Console) -> Self {
-        let tokens = sequence.unread_tokens();
-        let progress = console.progress(tokens as u64, "prompt tokens");
+impl<'a> Reading<'a> {
+    fn new(sequence: &Sequence, console: &'a Console) -> Self {
         Self {
-            progress: Some(progress),
-            tokens,
+            console,
+            progress: None,
+            tokens: sequence.unread_tokens(),
         }
     }
 
     /// Shows how far it is; takes the bar away before the first word of the answer.
     fn update(&mut self, sequence: &Sequence) {
         let left = sequence.unread_tokens();
-        if left > 0 {
-            if let Some(progress) = &mut self.progress {
-                progress.update((self.tokens - left) as u64, "");
+        if left == 0 {
+            if let Some(progress) = self.progress.take() {
+                progress.finish();
             }
-        } else if let Some(progress) = self.progress.take() {
-            progress.finish();
+            return;
         }
+        let begin = || self.console.progress(self.tokens as u64, "prompt tokens");
+        let progress = self.progress.get_or_insert_with(begin);
+        progress.update((self.tokens - left) as u64, "");
     }
 }
 
