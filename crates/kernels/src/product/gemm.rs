@@ -19,7 +19,7 @@ use rayon::prelude::*;
 use crate::product::strided::{Mat, MatMut, Write, gemm};
 use crate::product::team::share_quickly;
 use crate::product::weights::{TILE, Weights};
-use crate::rows::Packed;
+use crate::rows::{self, Packed};
 use crate::simd::multiversion;
 
 /// Up to this many rows of `x` are multiplied row by row.
@@ -217,6 +217,11 @@ pub(crate) fn nt_serial(
     if w.is_int8() {
         return nt_int8(x, w, outs, y, write);
     }
+    nt_tiles(x, w, outs, y, write);
+}
+
+fn nt_tiles(x: Mat<'_>, w: Weights<'_>, outs: Range<usize>, mut y: MatMut<'_>, write: Write) {
+    let rows = 0..x.rows();
     w.for_tiles(outs.clone(), 0..x.cols(), |out_tile, in_tile, tile| {
         let write = write.after(in_tile.start == 0);
         let y = y.block(
@@ -227,13 +232,19 @@ pub(crate) fn nt_serial(
     });
 }
 
-/// [`nt_serial`] with activations in int8.
+/// [`nt_serial`] with activations in int8: few rows on the stored bytes, many as the f32 values that their codes mean,
+/// which read each weight once and not once for every eight rows.
 fn nt_int8(x: Mat<'_>, w: Weights<'_>, outs: Range<usize>, y: MatMut<'_>, write: Write) {
-    let Some(packed) = w.packed() else {
-        unreachable!("weights in blocks have products of rows");
-    };
-    let rows: Vec<usize> = (0..x.rows()).collect();
-    packed.multiply((&packed.input(x), &rows), outs, y, write);
+    let (n, cols) = (x.rows(), x.cols());
+    if let Some(packed) = w.packed().filter(|_| n <= FEW_ROWS) {
+        let rows = [0, 1, 2, 3, 4, 5, 6, 7];
+        return packed.multiply((&packed.input(x), &rows[..n]), outs, y, write);
+    }
+    with_scratch(n * cols, |rounded| {
+        (0..n).for_each(|row| rounded[row * cols..][..cols].copy_from_slice(x.row(row)));
+        rows::round_rows(rounded, cols);
+        nt_tiles(Mat::dense(rounded, n, cols), w, outs, y, write);
+    });
 }
 
 fn nt_few_rows(x: Mat<'_>, w: Weights<'_>, y: MatMut<'_>, write: Write) {
