@@ -210,9 +210,8 @@ pub(crate) fn nt_serial(
     mut y: MatMut<'_>,
     write: Write,
 ) {
-    let rows = 0..x.rows();
     if x.cols() == 0 && write == Write::Replace {
-        rows.clone().for_each(|row| y.row(row).fill(0.0));
+        (0..x.rows()).for_each(|row| y.row(row).fill(0.0));
     }
     if w.is_int8() {
         return nt_int8(x, w, outs, y, write);
