@@ -9,7 +9,7 @@ use checkpoint::{Folder, GgufValue};
 use data::Sample;
 use model::export::WeightFormat;
 use model::export::gguf::write_gguf;
-use model::export::mix::{Mix, Recipe};
+use model::export::mix::{Mix, Scheme};
 use model::merge::{MergeReport, convert};
 use model::weights::{Audit, audit, read_config};
 use serde_json::Value;
@@ -57,7 +57,7 @@ pub(crate) struct Args {
 #[derive(Clone, Copy, Debug)]
 enum Target {
     Folder(WeightFormat),
-    Gguf(Recipe),
+    Gguf(Scheme),
 }
 
 impl Target {
@@ -71,16 +71,16 @@ impl Target {
         if let Some((_, format)) = Self::FOLDERS.iter().find(|known| known.0 == text) {
             return Ok(Self::Folder(*format));
         }
-        let recipes = Recipe::all().into_iter();
-        let mut named = recipes.map(|recipe| (format!("gguf:{recipe}"), recipe));
+        let schemes = Scheme::all().into_iter();
+        let mut named = schemes.map(|scheme| (format!("gguf:{scheme}"), scheme));
         match named.find(|named| named.0 == text) {
-            Some((_, recipe)) => Ok(Self::Gguf(recipe)),
+            Some((_, scheme)) => Ok(Self::Gguf(scheme)),
             None => {
-                let recipes = Recipe::all()
+                let schemes = Scheme::all()
                     .into_iter()
-                    .map(|recipe| format!("gguf:{recipe}"));
+                    .map(|scheme| format!("gguf:{scheme}"));
                 let folders = Self::FOLDERS.iter().map(|known| known.0.to_owned());
-                let known: Vec<String> = folders.chain(recipes).collect();
+                let known: Vec<String> = folders.chain(schemes).collect();
                 Err(format!("expected one of {}", known.join(", ")))
             }
         }
@@ -112,8 +112,8 @@ fn write(
     model: &Folder,
     console: &Console,
 ) -> anyhow::Result<Result<MergeReport, model::Error>> {
-    let recipe = match args.to {
-        Target::Gguf(recipe) => recipe,
+    let scheme = match args.to {
+        Target::Gguf(scheme) => scheme,
         Target::Folder(_) if !args.mix.is_empty() || args.pre.is_some() => {
             bail!("`--mix` and `--pre` are for GGUF files; expected `--to gguf:…`")
         }
@@ -126,7 +126,7 @@ fn write(
             return Ok(written);
         }
     };
-    let mix = Mix::new(recipe, &args.mix).map_err(|problem| anyhow!("`--mix`: {problem}"))?;
+    let mix = Mix::new(scheme, &args.mix).map_err(|problem| anyhow!("`--mix`: {problem}"))?;
     let tokenizer = tokenizer_keys(model, args.pre.as_deref(), console)?;
     let Audit { mtp, unknown, .. } = audit(model)?;
     let left_out = [mtp, unknown].concat();

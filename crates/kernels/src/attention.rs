@@ -20,7 +20,7 @@ use rayon::prelude::*;
 use crate::exp;
 use crate::product::gemm::{FEW_ROWS, dot, share, tiles, with_scratch, zeros};
 use crate::product::strided::{Mat, MatMut, Write, gemm};
-use crate::product::team::share_quickly;
+use crate::product::team::{Pieces, share_quickly};
 
 /// Queries per tile.
 const TILE_QUERIES: usize = 64;
@@ -257,15 +257,9 @@ pub(crate) fn forward_latent(q: Mat<'_>, latents: Mat<'_>, v_dim: usize, scale: 
     let (heads, kv_seq) = (q.rows(), latents.rows());
     let mut out = vec![0.0; heads * v_dim];
     let outputs = MatMut::dense(&mut out, heads, v_dim);
-    let in_parts = |len: usize, task: &(dyn Fn(Range<usize>) + Sync)| {
-        let parts = len.div_ceil(LATENT_TASK);
-        share_quickly(parts, |i| {
-            task(i * LATENT_TASK..len.min((i + 1) * LATENT_TASK));
-        });
-    };
     with_scratch(heads * kv_seq, |scores| {
         let all = MatMut::dense(scores, heads, kv_seq);
-        in_parts(kv_seq, &|keys| {
+        Pieces::new(kv_seq, LATENT_TASK).share_quickly(|keys| {
             // SAFETY: tasks write different columns.
             #[expect(unsafe_code, reason = "disjoint columns of the scores")]
             let scores = unsafe { all.part(0..heads, keys.clone()) };
@@ -276,7 +270,7 @@ pub(crate) fn forward_latent(q: Mat<'_>, latents: Mat<'_>, v_dim: usize, scale: 
             softmax(scores);
         }
         let scores = Mat::dense(scores, heads, kv_seq);
-        in_parts(v_dim, &|features| {
+        Pieces::new(v_dim, LATENT_TASK).share_quickly(|features| {
             // SAFETY: tasks write different columns.
             #[expect(unsafe_code, reason = "disjoint columns of the output")]
             let out = unsafe { outputs.part(0..heads, features.clone()) };

@@ -9,7 +9,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Folder, Safetensors};
 use moeforge_model::export::WeightFormat;
 use moeforge_model::export::gguf::write_gguf;
-use moeforge_model::export::mix::{Mix, Recipe};
+use moeforge_model::export::mix::{Mix, Scheme};
 use moeforge_model::lora::{self, LoraConfig, Scaling};
 use moeforge_model::merge::{MergeReport, convert};
 use moeforge_model::{Cache, Compute, Error, Model, Pass, Training, weights};
@@ -228,13 +228,13 @@ fn some_ids(model: &Model) -> Tensor<2, Int> {
     Tensor::from_data(TensorData::new(ids, [1, SEQ]), &Device::flex())
 }
 
-fn write(source: &Folder, recipe: &str, parts: &str, out: &Path) -> Result<MergeReport, Error> {
-    let all = Recipe::all();
-    let recipe = all
+fn write(source: &Folder, scheme: &str, parts: &str, out: &Path) -> Result<MergeReport, Error> {
+    let all = Scheme::all();
+    let scheme = all
         .iter()
-        .find(|known| known.to_string() == recipe)
+        .find(|known| known.to_string() == scheme)
         .unwrap();
-    let mix = Mix::new(*recipe, parts).unwrap();
+    let mix = Mix::new(*scheme, parts).unwrap();
     write_gguf(source, &mix, vec![], out, &mut |done, total| {
         assert!(done <= total)
     })
@@ -286,9 +286,9 @@ fn a_gguf_written_again_in_its_own_type_keeps_its_bytes() {
 fn fewer_bits_keep_less_and_parts_have_types_of_their_own() {
     let place = tempfile::tempdir().unwrap();
     let before = source("deepseek_v3");
-    let worst = |recipe: &str, parts: &str| {
-        let out = place.path().join(format!("{recipe}{}.gguf", parts.len()));
-        let report = write(&before, recipe, parts, &out).unwrap();
+    let worst = |scheme: &str, parts: &str| {
+        let out = place.path().join(format!("{scheme}{}.gguf", parts.len()));
+        let report = write(&before, scheme, parts, &out).unwrap();
         let worst = report
             .errors
             .iter()
@@ -296,7 +296,7 @@ fn fewer_bits_keep_less_and_parts_have_types_of_their_own() {
             .fold(0.0, f64::max);
         (worst, Folder::open(&out).unwrap())
     };
-    let [f16, q8, q5, q4] = ["f16", "q8_0", "q5_1", "q4_0"].map(|recipe| worst(recipe, "").0);
+    let [f16, q8, q5, q4] = ["f16", "q8_0", "q5_1", "q4_0"].map(|scheme| worst(scheme, "").0);
     assert!(
         f16 < q8 && q8 < q5 && q5 < q4 && q4 < 0.2,
         "{f16} {q8} {q5} {q4}"
@@ -335,7 +335,7 @@ fn what_a_gguf_cannot_say_is_refused() {
         ),
         ("experts", "found ``"),
     ] {
-        let problem = Mix::new(Recipe::all()[0], parts).unwrap_err();
+        let problem = Mix::new(Scheme::all()[0], parts).unwrap_err();
         assert!(problem.contains(expected), "{problem}");
     }
 }

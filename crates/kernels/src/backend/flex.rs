@@ -22,7 +22,7 @@ use self::loss::loss_forward;
 use self::products::{folded, nt, nt_sum, scaled, trained};
 use self::values::{ELEMENTS, Floats, floats, int_values, ints, owned, swiglu_of};
 use crate::adamw::{self, AdamWStep};
-use crate::attention::{Context, Segments};
+use crate::attention::{Context, Segments, forward_latent};
 use crate::backend::linear::{HeadRows, Merge, Update};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
 use crate::product::gemm;
@@ -71,7 +71,7 @@ impl Kernels for Flex {
     ) -> FlexTensor {
         let factors = [&a, &b].map(Floats::new);
         let w = Weights::frozen(&w, compute).folded(folded(&factors, merge));
-        nt(&Floats::rounded(&x, compute), w)
+        nt(&Floats::rounded(&x, w.compute()), w)
     }
 
     fn linear_add(mut y: FlexTensor, u: FlexTensor, b: FlexTensor) -> FlexTensor {
@@ -189,7 +189,7 @@ impl Kernels for Flex {
         if (batch, seq) == (1, 1) {
             let context = Mat::dense(&latents, latents.len() / dim, dim);
             let q = Mat::dense(&q, heads, dim);
-            let out = crate::attention::forward_latent(q, context, v_dim, scale);
+            let out = forward_latent(q, context, v_dim, scale);
             return floats(out, [1, 1, heads, v_dim]);
         }
         let mut shape = shape_apart(&q, &latents, &latents);
@@ -251,13 +251,8 @@ impl Kernels for Flex {
         w: Arc<Matrix>,
         compute: Compute,
     ) -> (FlexTensor, FlexTensor) {
-        loss_forward(
-            &h,
-            Some((&u, &b)),
-            Weights::frozen(&w, compute),
-            &targets,
-            compute,
-        )
+        let w = Weights::frozen(&w, compute);
+        loss_forward(&h, Some((&u, &b)), w, &targets, compute.before_products())
     }
 
     fn cross_entropy_trained(

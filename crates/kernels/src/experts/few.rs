@@ -7,9 +7,9 @@
 use std::ops::Range;
 
 use super::{DOWN, Experts, GATE, Slots, UP};
-use crate::product::gemm::{Pieces, row_tasks, with_scratch};
+use crate::product::gemm::{row_tasks, with_scratch};
 use crate::product::strided::{Mat, MatMut, Write, gemm};
-use crate::product::team::share_quickly;
+use crate::product::team::{Pieces, share_quickly};
 use crate::rows::{Input, MOST_ROWS, Packed};
 use crate::swiglu;
 
@@ -49,9 +49,6 @@ pub(super) fn forward(
     with_scratch(n_slots * (inner + hidden), |scratch| {
         let (act, rows) = scratch.split_at_mut(n_slots * inner);
         swiglu::forward(&gate, &up, act);
-        experts.compute.before_products().round_rows(act, inner);
-        // Places behind the last expert's are no slots of these experts.
-        rows.fill(0.0);
         let output = [MatMut::dense(rows, n_slots, hidden)];
         multiply(
             experts,
@@ -152,7 +149,8 @@ fn add_update(
     });
 }
 
-/// Adds every slot's row, times its weight, to its token's, in the order of the experts.
+/// Adds every slot's row, times its weight, to its token's, in the order of the experts. [`Slots::add_rows`] does it with
+/// a task for each token, which a few are not worth.
 fn add_rows(slots: Slots<'_>, (rows, width): (&[f32], usize), weights: &[f32], sums: &mut [f32]) {
     let places = slots.places(0..slots.offsets.len() - 1);
     for at in places {

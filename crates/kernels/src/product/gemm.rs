@@ -17,13 +17,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::prelude::*;
 
 use crate::product::strided::{Mat, MatMut, Write, gemm};
-use crate::product::team::share_quickly;
+use crate::product::team::Pieces;
 use crate::product::weights::{TILE, Weights};
-use crate::rows::{self, Packed};
+use crate::rows::{self, ALL_ROWS, Packed};
 use crate::simd::multiversion;
 
 /// Up to this many rows of `x` are multiplied row by row.
-pub(crate) const FEW_ROWS: usize = 8;
+pub(crate) const FEW_ROWS: usize = rows::MOST_ROWS;
 
 /// Columns of the output that one task computes, and the most rows: tall, since each task packs its weights anew.
 const WIDTH: usize = 256;
@@ -219,6 +219,7 @@ pub(crate) fn nt_serial(
     nt_tiles(x, w, outs, y, write);
 }
 
+/// [`nt_serial`] over decoded tiles of the weight.
 fn nt_tiles(x: Mat<'_>, w: Weights<'_>, outs: Range<usize>, mut y: MatMut<'_>, write: Write) {
     let rows = 0..x.rows();
     w.for_tiles(outs.clone(), 0..x.cols(), |out_tile, in_tile, tile| {
@@ -236,8 +237,7 @@ fn nt_tiles(x: Mat<'_>, w: Weights<'_>, outs: Range<usize>, mut y: MatMut<'_>, w
 fn nt_int8(x: Mat<'_>, w: Weights<'_>, outs: Range<usize>, y: MatMut<'_>, write: Write) {
     let (n, cols) = (x.rows(), x.cols());
     if let Some(packed) = w.packed().filter(|_| n <= FEW_ROWS) {
-        let rows = [0, 1, 2, 3, 4, 5, 6, 7];
-        return packed.multiply((&packed.input(x), &rows[..n]), outs, y, write);
+        return packed.multiply((&packed.input(x), &ALL_ROWS[..n]), outs, y, write);
     }
     with_scratch(n * cols, |rounded| {
         (0..n).for_each(|row| rounded[row * cols..][..cols].copy_from_slice(x.row(row)));
@@ -250,9 +250,7 @@ fn nt_few_rows(x: Mat<'_>, w: Weights<'_>, y: MatMut<'_>, write: Write) {
     if let Some(packed) = w.packed() {
         return multiply_rows(x, packed, y, write);
     }
-    let outs: Vec<_> = tiles(0..y.cols(), FEW_ROWS_TASK).collect();
-    share_quickly(outs.len(), |i| {
-        let outs = outs[i].clone();
+    Pieces::new(y.cols(), FEW_ROWS_TASK).share_quickly(|outs| {
         // SAFETY: tasks write different columns.
         #[expect(unsafe_code, reason = "disjoint columns of one output")]
         let mut y = unsafe { y.part(0..x.rows(), outs.clone()) };
@@ -273,14 +271,12 @@ const ROW_TASKS: usize = 8;
 
 /// [`nt`] for few rows, on the stored bytes of the weight.
 fn multiply_rows(x: Mat<'_>, w: Packed<'_>, y: MatMut<'_>, write: Write) {
-    let (input, rows) = (w.input(x), [0, 1, 2, 3, 4, 5, 6, 7]);
-    let outs = row_tasks(y.cols(), w.row_bytes());
-    share_quickly(outs.len(), |i| {
-        let outs = outs.get(i);
+    let input = w.input(x);
+    row_tasks(y.cols(), w.row_bytes()).share_quickly(|outs| {
         // SAFETY: tasks write different columns.
         #[expect(unsafe_code, reason = "disjoint columns of one output")]
         let y = unsafe { y.part(0..x.rows(), outs.clone()) };
-        w.multiply((&input, &rows[..x.rows()]), outs, y, write);
+        w.multiply((&input, &ALL_ROWS[..x.rows()]), outs, y, write);
     });
 }
 
@@ -288,28 +284,8 @@ fn multiply_rows(x: Mat<'_>, w: Packed<'_>, y: MatMut<'_>, write: Write) {
 pub(crate) fn row_tasks(rows: usize, row_bytes: usize) -> Pieces {
     let most = ROW_TASKS * rayon::current_num_threads();
     let n = (rows * row_bytes).div_ceil(ROW_TASK).clamp(1, most);
-    Pieces {
-        len: rows,
-        // Whole fours, which share what is read of the activations.
-        size: rows.div_ceil(n).next_multiple_of(4),
-    }
-}
-
-/// A range in pieces.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Pieces {
-    len: usize,
-    size: usize,
-}
-
-impl Pieces {
-    pub(crate) fn len(&self) -> usize {
-        self.len.div_ceil(self.size.max(1))
-    }
-
-    pub(crate) fn get(&self, i: usize) -> Range<usize> {
-        i * self.size..self.len.min((i + 1) * self.size)
-    }
+    // Whole fours, which share what is read of the activations.
+    Pieces::new(rows, rows.div_ceil(n).next_multiple_of(4))
 }
 
 /// `dx = dy · w`: dy `[rows, out]`, w `[out, in]`, dx `[rows, in]`.
@@ -363,9 +339,7 @@ pub(crate) fn nn_serial(
 }
 
 fn nn_few_rows(dy: Mat<'_>, w: Weights<'_>, dx: MatMut<'_>, write: Write) {
-    let ins: Vec<_> = tiles(0..dx.cols(), TILE).collect();
-    share_quickly(ins.len(), |i| {
-        let ins = ins[i].clone();
+    Pieces::new(dx.cols(), TILE).share_quickly(|ins| {
         // SAFETY: tasks write different columns.
         #[expect(unsafe_code, reason = "disjoint columns of one output")]
         let mut dx = unsafe { dx.part(0..dy.rows(), ins.clone()) };

@@ -12,6 +12,7 @@
 
 use std::cell::UnsafeCell;
 use std::hint::spin_loop;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, TryLockError};
@@ -55,6 +56,33 @@ pub(crate) fn share_quickly(n_tasks: usize, task: impl Fn(usize) + Sync) {
         }
     });
     drop(turn);
+}
+
+/// A range from 0 on, in pieces of one size but for the last.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pieces {
+    len: usize,
+    size: usize,
+}
+
+impl Pieces {
+    pub(crate) fn new(len: usize, size: usize) -> Self {
+        let size = size.max(1);
+        Self { len, size }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len.div_ceil(self.size)
+    }
+
+    pub(crate) fn get(&self, i: usize) -> Range<usize> {
+        i * self.size..self.len.min((i + 1) * self.size)
+    }
+
+    /// [`share_quickly`] with a task for each piece.
+    pub(crate) fn share_quickly(&self, task: impl Fn(Range<usize>) + Sync) {
+        share_quickly(self.len(), |i| task(self.get(i)));
+    }
 }
 
 type Work<'a> = &'a (dyn Fn() + Sync);

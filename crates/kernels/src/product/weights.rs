@@ -197,6 +197,11 @@ impl<'a> Weights<'a> {
         }
     }
 
+    /// What products with it round to.
+    pub(crate) fn compute(&self) -> Compute {
+        self.compute
+    }
+
     /// Whether activations are int8.
     pub(crate) fn is_int8(&self) -> bool {
         self.compute == Compute::Int8 && self.folded.is_none()

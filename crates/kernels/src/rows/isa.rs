@@ -67,14 +67,15 @@ pub(super) trait Isa: Copy {
     unsafe fn dot_signed(codes: Self::Codes, x: *const i8, start: *const i32) -> Self::Sums;
 }
 
-/// The meaning: plain loops.
+/// The meaning: plain loops. On an x86 without FMA a fused addition is a slow library call, which such a CPU has to bear.
 #[derive(Clone, Copy)]
 pub(super) struct Portable;
 
 impl Portable {
-    unsafe fn gather<T: Copy>(from: *const T, len: usize) -> impl Iterator<Item = T> {
+    /// The activations of a lane.
+    unsafe fn four(x: *const i8, lane: usize) -> [i8; 4] {
         // SAFETY: the caller's promise.
-        (0..len).map(move |i| unsafe { from.add(i).read_unaligned() })
+        unsafe { x.add(4 * lane).cast::<[i8; 4]>().read_unaligned() }
     }
 }
 
@@ -164,23 +165,22 @@ impl Isa for Portable {
     }
 
     unsafe fn dot(codes: Self::Codes, x: *const i8, start: *const i32, shift: u32) -> Self::Sums {
-        let products: Vec<i32> = unsafe { Self::gather(x, STEP) }
-            .zip(codes)
-            .map(|(x, code)| i32::from(x) * i32::from(code))
-            .collect();
         lanes(|i| {
-            let start = unsafe { start.add(i).read_unaligned() };
+            // SAFETY: the caller's promise.
+            let (x, start) = unsafe { (Self::four(x, i), start.add(i).read_unaligned()) };
             let start = start.checked_shl(shift).unwrap_or(0);
-            (start + products[4 * i..4 * i + 4].iter().sum::<i32>()) as f32
+            let products = (0..4).map(|j| i32::from(x[j]) * i32::from(codes[4 * i + j]));
+            (start + products.sum::<i32>()) as f32
         })
     }
 
     unsafe fn dot_signed(codes: Self::Codes, x: *const i8, _: *const i32) -> Self::Sums {
-        let products: Vec<i32> = unsafe { Self::gather(x, STEP) }
-            .zip(codes)
-            .map(|(x, code)| i32::from(x) * i32::from(code as i8))
-            .collect();
-        lanes(|i| products[4 * i..4 * i + 4].iter().sum::<i32>() as f32)
+        lanes(|i| {
+            // SAFETY: the caller's promise.
+            let x = unsafe { Self::four(x, i) };
+            let products = (0..4).map(|j| i32::from(x[j]) * i32::from(codes[4 * i + j] as i8));
+            products.sum::<i32>() as f32
+        })
     }
 }
 

@@ -24,6 +24,8 @@ use crate::{Compute, Format, Ggml, Matrix};
 
 /// Most rows that are multiplied at once.
 pub(crate) const MOST_ROWS: usize = 8;
+/// All of them, as numbers.
+pub(crate) const ALL_ROWS: [usize; MOST_ROWS] = [0, 1, 2, 3, 4, 5, 6, 7];
 
 /// Whether blocks of a format are multiplied with activations in int8.
 pub(crate) fn multiplies(format: Ggml) -> bool {

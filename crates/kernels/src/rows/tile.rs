@@ -5,6 +5,8 @@
     reason = "vector instructions on pointers, behind the checks of features here and of sizes in `rows`"
 )]
 
+use std::marker::PhantomData;
+
 use super::Input;
 use super::activations::Row;
 use super::formats::{self, Format};
@@ -81,37 +83,45 @@ pub(super) struct Job<'a> {
     pub(super) outs: usize,
 }
 
-/// Activations of a tile.
-trait Source: Copy {
+/// How rows of a weight are multiplied with rows of activations.
+trait Source {
+    /// A row of activations.
+    type Row: Copy;
+
+    /// # Panics
+    /// If the activations are of another form or width.
+    fn row(job: &Job<'_>, x: &Input<'_>, row: usize) -> Self::Row;
+
     /// # Safety
     /// The CPU has the instructions of `I`; the rows of the weight and of the activations can be read.
     unsafe fn sums<I: Isa, const R: usize, const N: usize>(
         job: &Job<'_>,
         rows: [*const u8; R],
-        x: [Self; N],
+        x: [Self::Row; N],
     ) -> [[f32; N]; R];
 }
 
-/// Rows in int8, for a format of blocks.
-struct OfBlocks<F>(Row, std::marker::PhantomData<F>);
-
-impl<F> Clone for OfBlocks<F> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<F> Copy for OfBlocks<F> {}
+/// A weight in a format of blocks, activations in int8.
+struct OfBlocks<F>(PhantomData<F>);
 
 /// A block of zeros, which stands in for the second half of a row's last step.
 static NOTHING: [u8; 256] = [0; 256];
 
 impl<F: Format> Source for OfBlocks<F> {
+    type Row = Row;
+
+    fn row(job: &Job<'_>, x: &Input<'_>, row: usize) -> Row {
+        let x = x.int8();
+        let width = job.cols.next_multiple_of(STEP);
+        assert_eq!(x.width(), width, "the input width of the weight");
+        x.row(row)
+    }
+
     #[inline(always)]
     unsafe fn sums<I: Isa, const R: usize, const N: usize>(
         job: &Job<'_>,
         rows: [*const u8; R],
-        x: [Self; N],
+        x: [Row; N],
     ) -> [[f32; N]; R] {
         let blocks = job.row_bytes / F::BYTES;
         let whole = blocks / per_unit::<F>();
@@ -154,7 +164,7 @@ const fn per_unit<F: Format>() -> usize {
 unsafe fn add_unit<I: Isa, F: Format, const R: usize, const N: usize>(
     heads: &[F::Head; R],
     unit: usize,
-    x: &[OfBlocks<F>; N],
+    x: &[Row; N],
     sums: &mut [[I::Sums; N]; R],
 ) {
     for step in 0..F::STEPS {
@@ -188,24 +198,24 @@ unsafe fn add_step<I: Isa, F: Format, const N: usize>(
     head: &F::Head,
     step: usize,
     at: usize,
-    x: &[OfBlocks<F>; N],
+    x: &[Row; N],
     sums: &mut [I::Sums; N],
 ) {
     // SAFETY: the caller's promise.
     unsafe {
         let (codes, scales) = (F::codes::<I>(head, step), F::scales::<I>(head, step));
         for (x, sum) in x.iter().zip(sums) {
-            let (codes_of_x, starts) = (x.0.codes.add(at * STEP), x.0.starts.add(at * LANES));
+            let (codes_of_x, starts) = (x.codes.add(at * STEP), x.starts.add(at * LANES));
             let products = if F::IS_SIGNED {
                 I::dot_signed(codes, codes_of_x, starts)
             } else {
                 I::dot(codes, codes_of_x, starts, F::BIAS)
             };
-            let scales = I::mul(scales, I::load(x.0.scales.add(at * LANES)));
+            let scales = I::mul(scales, I::load(x.scales.add(at * LANES)));
             *sum = I::mul_add(products, scales, *sum);
             if F::HAS_OFFSETS {
                 let offsets = F::offsets::<I>(head, step);
-                *sum = I::mul_add(offsets, I::load(x.0.sums.add(at * LANES)), *sum);
+                *sum = I::mul_add(offsets, I::load(x.sums.add(at * LANES)), *sum);
             }
         }
     }
@@ -239,23 +249,23 @@ numbers!(F32, 4, |from| I::load(from.cast()));
 numbers!(F16, 2, |from| I::load_f16(from));
 numbers!(Bf16, 2, |from| I::load_bf16(from));
 
-/// A row of f32, for weights without blocks.
-struct OfNumbers<F>(*const f32, std::marker::PhantomData<F>);
-
-impl<F> Clone for OfNumbers<F> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<F> Copy for OfNumbers<F> {}
+/// A weight without blocks, activations as they are.
+struct OfNumbers<F>(PhantomData<F>);
 
 impl<F: Number> Source for OfNumbers<F> {
+    type Row = *const f32;
+
+    fn row(job: &Job<'_>, x: &Input<'_>, row: usize) -> *const f32 {
+        let x = x.floats();
+        assert_eq!(x.cols(), job.cols, "the input width of the weight");
+        x.row(row).as_ptr()
+    }
+
     #[inline(always)]
     unsafe fn sums<I: Isa, const R: usize, const N: usize>(
         job: &Job<'_>,
         rows: [*const u8; R],
-        x: [Self; N],
+        x: [*const f32; N],
     ) -> [[f32; N]; R] {
         let whole = job.cols - job.cols % LANES;
         // SAFETY: whole steps lie in the rows, and what is left is copied to where a whole step can be read.
@@ -267,7 +277,7 @@ impl<F: Number> Source for OfNumbers<F> {
                     I::prefetch(from.wrapping_add(job.ahead(R)), F::BYTES * LANES);
                     let w = F::load::<I>(from);
                     for (x, sum) in x.iter().zip(sums) {
-                        *sum = I::mul_add(w, I::load(x.0.add(at)), *sum);
+                        *sum = I::mul_add(w, I::load(x.add(at)), *sum);
                     }
                 }
             }
@@ -280,7 +290,7 @@ impl<F: Number> Source for OfNumbers<F> {
                     let w = F::load::<I>(bytes.as_ptr());
                     for (x, sum) in x.iter().zip(sums) {
                         let mut values = [0f32; LANES];
-                        std::ptr::copy_nonoverlapping(x.0.add(whole), values.as_mut_ptr(), left);
+                        std::ptr::copy_nonoverlapping(x.add(whole), values.as_mut_ptr(), left);
                         *sum = I::mul_add(w, I::load(values.as_ptr()), *sum);
                     }
                 }
@@ -310,102 +320,68 @@ impl Job<'_> {
         y: MatMut<'_>,
         write: Write,
     ) {
+        macro_rules! of {
+            ($source:ty) => {
+                self.dispatch::<$source>(instructions, x, rows, y, write)
+            };
+        }
         match kind {
-            Kind::F32 => self.numbers::<F32>(instructions, x, rows, y, write),
-            Kind::F16 => self.numbers::<F16>(instructions, x, rows, y, write),
-            Kind::Bf16 => self.numbers::<Bf16>(instructions, x, rows, y, write),
+            Kind::F32 => of!(OfNumbers<F32>),
+            Kind::F16 => of!(OfNumbers<F16>),
+            Kind::Bf16 => of!(OfNumbers<Bf16>),
             Kind::Blocks(format) => match format {
                 Ggml::F16 | Ggml::Iq4Nl | Ggml::MxFp4 => {
                     unreachable!("`multiplies` says that these have no products in int8")
                 }
-                Ggml::Q8_0 => self.blocks::<formats::Q8_0>(instructions, x, rows, y, write),
-                Ggml::Q4_0 => self.blocks::<formats::Q4_0>(instructions, x, rows, y, write),
-                Ggml::Q4_1 => self.blocks::<formats::Q4_1>(instructions, x, rows, y, write),
-                Ggml::Q5_0 => self.blocks::<formats::Q5_0>(instructions, x, rows, y, write),
-                Ggml::Q5_1 => self.blocks::<formats::Q5_1>(instructions, x, rows, y, write),
-                Ggml::Q2K => self.blocks::<formats::Q2K>(instructions, x, rows, y, write),
-                Ggml::Q3K => self.blocks::<formats::Q3K>(instructions, x, rows, y, write),
-                Ggml::Q4K => self.blocks::<formats::Q4K>(instructions, x, rows, y, write),
-                Ggml::Q5K => self.blocks::<formats::Q5K>(instructions, x, rows, y, write),
-                Ggml::Q6K => self.blocks::<formats::Q6K>(instructions, x, rows, y, write),
+                Ggml::Q8_0 => of!(OfBlocks<formats::Q8_0>),
+                Ggml::Q4_0 => of!(OfBlocks<formats::Q4_0>),
+                Ggml::Q4_1 => of!(OfBlocks<formats::Q4_1>),
+                Ggml::Q5_0 => of!(OfBlocks<formats::Q5_0>),
+                Ggml::Q5_1 => of!(OfBlocks<formats::Q5_1>),
+                Ggml::Q2K => of!(OfBlocks<formats::Q2K>),
+                Ggml::Q3K => of!(OfBlocks<formats::Q3K>),
+                Ggml::Q4K => of!(OfBlocks<formats::Q4K>),
+                Ggml::Q5K => of!(OfBlocks<formats::Q5K>),
+                Ggml::Q6K => of!(OfBlocks<formats::Q6K>),
             },
         }
-    }
-
-    fn numbers<F: Number>(
-        &self,
-        instructions: Instructions,
-        x: &Input<'_>,
-        rows: &[usize],
-        y: MatMut<'_>,
-        write: Write,
-    ) {
-        let x = x.floats();
-        assert_eq!(x.cols(), self.cols, "the input width of the weight");
-        let row = |i: usize| OfNumbers::<F>(x.row(rows[i]).as_ptr(), std::marker::PhantomData);
-        self.dispatch(instructions, rows.len(), row, y, write);
-    }
-
-    fn blocks<F: Format>(
-        &self,
-        instructions: Instructions,
-        x: &Input<'_>,
-        rows: &[usize],
-        y: MatMut<'_>,
-        write: Write,
-    ) {
-        let x = x.int8();
-        assert_eq!(
-            x.width(),
-            self.cols.next_multiple_of(STEP),
-            "the input width of the weight"
-        );
-        let row = |i: usize| OfBlocks::<F>(x.row(rows[i]), std::marker::PhantomData);
-        self.dispatch(instructions, rows.len(), row, y, write);
     }
 
     fn dispatch<S: Source>(
         &self,
         instructions: Instructions,
-        n: usize,
-        row: impl Fn(usize) -> S,
+        x: &Input<'_>,
+        rows: &[usize],
         y: MatMut<'_>,
         write: Write,
     ) {
+        /// Compiles all below for some instructions.
+        #[cfg(target_arch = "x86_64")]
+        macro_rules! with {
+            ($features:literal, $isa:ty) => {{
+                #[target_feature(enable = $features)]
+                fn run<S: Source>(
+                    job: &Job<'_>,
+                    x: &Input<'_>,
+                    rows: &[usize],
+                    y: MatMut<'_>,
+                    write: Write,
+                ) {
+                    job.by_rows::<$isa, S>(x, rows, y, write);
+                }
+                // SAFETY: `Instructions` of the CPU.
+                unsafe { run::<S>(self, x, rows, y, write) }
+            }};
+        }
         match instructions {
             #[cfg(target_arch = "x86_64")]
-            Instructions::Avx512 => {
-                #[target_feature(
-                    enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"
-                )]
-                fn run<S: Source>(
-                    job: &Job<'_>,
-                    n: usize,
-                    row: impl Fn(usize) -> S,
-                    y: MatMut<'_>,
-                    write: Write,
-                ) {
-                    job.by_rows::<Avx512, S>(n, row, y, write);
-                }
-                // SAFETY: `Instructions` of the CPU.
-                unsafe { run(self, n, row, y, write) }
-            }
+            Instructions::Avx512 => with!(
+                "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c",
+                Avx512
+            ),
             #[cfg(target_arch = "x86_64")]
-            Instructions::Avx2 => {
-                #[target_feature(enable = "avx2,fma,f16c")]
-                fn run<S: Source>(
-                    job: &Job<'_>,
-                    n: usize,
-                    row: impl Fn(usize) -> S,
-                    y: MatMut<'_>,
-                    write: Write,
-                ) {
-                    job.by_rows::<Avx2, S>(n, row, y, write);
-                }
-                // SAFETY: `Instructions` of the CPU.
-                unsafe { run(self, n, row, y, write) }
-            }
-            Instructions::Portable => self.by_rows::<Portable, S>(n, row, y, write),
+            Instructions::Avx2 => with!("avx2,fma,f16c", Avx2),
+            Instructions::Portable => self.by_rows::<Portable, S>(x, rows, y, write),
         }
     }
 
@@ -414,15 +390,15 @@ impl Job<'_> {
     #[inline(always)]
     fn by_rows<I: Isa, S: Source>(
         &self,
-        n: usize,
-        row: impl Fn(usize) -> S,
+        x: &Input<'_>,
+        rows: &[usize],
         mut y: MatMut<'_>,
         write: Write,
     ) {
-        let mut at = 0;
+        let (n, mut at) = (rows.len(), 0);
         while at < n {
             let y = y.block(at..n, 0..self.outs);
-            let row = |i: usize| row(at + i);
+            let row = |i: usize| S::row(self, x, rows[at + i]);
             at += match n - at {
                 8.. => self.tiles::<I, S, 1, 8>(std::array::from_fn(row), y, write),
                 4.. => self.tiles::<I, S, 2, 4>(std::array::from_fn(row), y, write),
@@ -436,7 +412,7 @@ impl Job<'_> {
     #[inline(always)]
     fn tiles<I: Isa, S: Source, const R: usize, const N: usize>(
         &self,
-        x: [S; N],
+        x: [S::Row; N],
         mut y: MatMut<'_>,
         write: Write,
     ) -> usize {
@@ -446,7 +422,7 @@ impl Job<'_> {
                 let row = (out + r).min(self.outs - 1);
                 self.bytes[row * self.row_bytes..].as_ptr()
             });
-            // SAFETY: `dispatch` found the instructions; rows are whole; `blocks` and `numbers` checked the widths.
+            // SAFETY: `dispatch` found the instructions; rows are whole; `Source::row` checked the widths.
             let sums = unsafe { S::sums::<I, R, N>(self, rows, x) };
             for (r, sums) in sums.iter().enumerate().take(self.outs - out) {
                 for (i, sum) in sums.iter().enumerate() {

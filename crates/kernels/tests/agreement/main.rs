@@ -702,6 +702,23 @@ fn some_targets(tokens: usize, vocab: usize) -> Vec<i32> {
 }
 
 #[test]
+fn int8_is_for_weights_in_blocks_and_leaves_others_alone() {
+    let (tokens, vocab, hidden) = (12, 40, 33);
+    let (h, w) = (random([tokens, hidden]), random([vocab, hidden]));
+    let targets = ids(some_targets(tokens, vocab), [tokens]);
+    for w in stored(&w).into_iter().map(Arc::new) {
+        let results = |compute| {
+            let none = [tokens, vocab].map(|rows| Tensor::zeros([rows, 0], &device()));
+            let loss = cross_entropy_frozen(h.clone(), none, &w, targets.clone(), compute);
+            let y = linear_frozen(h.clone(), &w, compute);
+            (loss.into_data(), y.into_data())
+        };
+        let [in_f32, in_int8] = [Compute::F32, Compute::Int8].map(results);
+        assert_eq!(in_f32, in_int8, "{}", w.format().name());
+    }
+}
+
+#[test]
 fn cross_entropy_agrees() {
     for [tokens, vocab, hidden] in [[3, 5, 4], [140, 1100, 9], [530, 1030, 33]] {
         let (h, w, u, b) = (

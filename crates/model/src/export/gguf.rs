@@ -83,7 +83,7 @@ fn about(model: &Folder, mix: &Mix) -> Vec<(String, GgufValue)> {
     let entries = [
         ("type", GgufValue::Text("model".into())),
         ("name", GgufValue::Text(name.to_string_lossy().into_owned())),
-        ("file_type", GgufValue::Count(mix.recipe.file_type())),
+        ("file_type", GgufValue::Count(mix.scheme.file_type())),
         (
             "quantization_version",
             GgufValue::Count(QUANTIZATION_VERSION),

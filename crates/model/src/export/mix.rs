@@ -99,7 +99,7 @@ impl FromStr for GgufType {
 
 /// A way to give every tensor a type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Recipe {
+pub enum Scheme {
     /// One type for all matrices; of those with blocks, the head gets [`Ggml::Q6K`], but for `q8_0`.
     Plain(GgufType),
     /// `q3_k_m`.
@@ -112,7 +112,7 @@ pub enum Recipe {
     Q5KM,
 }
 
-impl Recipe {
+impl Scheme {
     const MIXED: [(Self, &'static str, Ggml); 4] = [
         (Self::Q3KM, "q3_k_m", Ggml::Q3K),
         (Self::Q4KS, "q4_k_s", Ggml::Q4K),
@@ -165,7 +165,7 @@ impl Recipe {
     }
 }
 
-impl Display for Recipe {
+impl Display for Scheme {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
         let mixed = Self::MIXED.iter().find(|mixed| mixed.0 == *self);
         f.write_str(mixed.map_or_else(|| self.most().name(), |mixed| mixed.1))
@@ -215,21 +215,21 @@ impl Part {
     }
 }
 
-/// A recipe, and what is chosen otherwise for some parts.
+/// A scheme, and what is chosen otherwise for some parts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Mix {
     /// The types.
-    pub recipe: Recipe,
+    pub scheme: Scheme,
     /// Parts with a type of their own.
     pub parts: Vec<(Part, GgufType)>,
 }
 
 impl Mix {
-    /// A recipe, and a list like `experts=q4_k,attn=q8_0` or nothing.
+    /// A scheme, and a list like `experts=q4_k,attn=q8_0` or nothing.
     ///
     /// # Errors
     /// A sentence, if no part or type has the name.
-    pub fn new(recipe: Recipe, parts: &str) -> Result<Self, String> {
+    pub fn new(scheme: Scheme, parts: &str) -> Result<Self, String> {
         let part = |text: &str| {
             let (part, of) = text.split_once('=').unwrap_or((text, ""));
             let known = Part::ALL.iter().find(|known| known.1 == part.trim());
@@ -242,7 +242,7 @@ impl Mix {
         };
         let parts = parts.split(',').filter(|text| !text.trim().is_empty());
         let parts = parts.map(part).collect::<Result<_, _>>()?;
-        Ok(Self { recipe, parts })
+        Ok(Self { scheme, parts })
     }
 
     /// The type of a tensor by its name in a GGUF; `shape` from the outermost dimension in.
@@ -259,7 +259,7 @@ impl Mix {
     }
 
     fn by_rule(&self, part: Part, name: &str, width: usize, config: &ModelConfig) -> GgufType {
-        let most = self.recipe.most();
+        let most = self.scheme.most();
         let GgufType::Ggml(format) = most else {
             return most;
         };
@@ -287,16 +287,16 @@ impl Mix {
         let layer: usize = layer.unwrap_or(0);
         let few_experts = experts == 8;
         let is = |part: &str| name.contains(&format!(".{part}"));
-        let is_q2 = self.recipe == Recipe::Plain(GgufType::Ggml(Ggml::Q2K));
+        let is_q2 = self.scheme == Scheme::Plain(GgufType::Ggml(Ggml::Q2K));
         let more_bits = needs_more_bits(layer, layers);
         if is("attn_v.weight") || is("attn_kv_b.weight") {
-            let of = match self.recipe {
+            let of = match self.scheme {
                 _ if is_q2 && queries_per_key(config) >= 4 => Ggml::Q4K,
                 _ if is_q2 => Ggml::Q3K,
-                Recipe::Q3KM if layer < 2 => Ggml::Q5K,
-                Recipe::Q3KM => Ggml::Q4K,
-                Recipe::Q4KM | Recipe::Q5KM if more_bits => Ggml::Q6K,
-                Recipe::Q4KS if layer < 4 => Ggml::Q5K,
+                Scheme::Q3KM if layer < 2 => Ggml::Q5K,
+                Scheme::Q3KM => Ggml::Q4K,
+                Scheme::Q4KM | Scheme::Q5KM if more_bits => Ggml::Q6K,
+                Scheme::Q4KS if layer < 4 => Ggml::Q5K,
                 _ => most,
             };
             // Of 80 layers eight heads share each of these: they are small and much used.
@@ -311,21 +311,21 @@ impl Mix {
             return Ggml::Q8_0;
         }
         if is("ffn_down") {
-            return match self.recipe {
+            return match self.scheme {
                 _ if is_q2 => Ggml::Q3K,
-                Recipe::Q3KM if layer < layers / 16 => Ggml::Q5K,
-                Recipe::Q3KM => Ggml::Q4K,
-                Recipe::Q4KM | Recipe::Q5KM if more_bits => Ggml::Q6K,
-                Recipe::Q4KS if layer < layers / 8 => Ggml::Q5K,
+                Scheme::Q3KM if layer < layers / 16 => Ggml::Q5K,
+                Scheme::Q3KM => Ggml::Q4K,
+                Scheme::Q4KM | Scheme::Q5KM if more_bits => Ggml::Q6K,
+                Scheme::Q4KS if layer < layers / 8 => Ggml::Q5K,
                 _ => most,
             };
         }
         if is("attn_output.weight") {
             let is_low = is_q2 || matches!(most, Ggml::Q3K | Ggml::Q4K);
-            return match self.recipe {
+            return match self.scheme {
                 _ if few_experts && is_low => Ggml::Q5K,
                 _ if is_q2 => Ggml::Q3K,
-                Recipe::Q3KM => Ggml::Q4K,
+                Scheme::Q3KM => Ggml::Q4K,
                 _ => most,
             };
         }
@@ -374,13 +374,13 @@ mod tests {
         ]
     }
 
-    fn types(recipe: &str, config: &ModelConfig, names: &[(&str, &[usize])]) -> Vec<&'static str> {
-        let all = Recipe::all();
-        let recipe = all
+    fn types(scheme: &str, config: &ModelConfig, names: &[(&str, &[usize])]) -> Vec<&'static str> {
+        let all = Scheme::all();
+        let scheme = all
             .iter()
-            .find(|known| known.to_string() == recipe)
+            .find(|known| known.to_string() == scheme)
             .unwrap();
-        let mix = Mix::new(*recipe, "").unwrap();
+        let mix = Mix::new(*scheme, "").unwrap();
         let of = |(name, shape): &(&str, &[usize])| mix.type_of(name, shape, config).name();
         names.iter().map(of).collect()
     }

@@ -20,8 +20,10 @@ pub(super) fn heads_linear(x: &Floats, w: &Matrix, rows: HeadRows, compute: Comp
     };
     let mut out = vec![0.0; tokens * heads * out_width];
     let all = MatMut::dense(&mut out, tokens, heads * out_width);
-    let stored: Option<Vec<Matrix>> = (0..heads).map(|head| stored(w, head, rows)).collect();
-    let stored = stored.filter(|_| tokens <= MOST_ROWS);
+    let is_few = tokens <= MOST_ROWS;
+    let stored: Option<Vec<Matrix>> = is_few
+        .then(|| (0..heads).map(|head| stored(w, head, rows)).collect())
+        .flatten();
     let packed: Option<Vec<Packed<'_>>> = stored.as_ref().and_then(|stored| {
         let packed = |w| Packed::new(w, compute.over(w));
         stored.iter().map(packed).collect()
