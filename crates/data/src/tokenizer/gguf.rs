@@ -9,6 +9,7 @@
 //! Source: ggml-org/llama.cpp: src/llama-vocab.cpp, for what the keys mean and what holds where
 //! one is missing.
 
+use super::keys::types;
 use super::sentencepiece;
 use super::splits::Splits;
 use serde_json::{Map, Value, json};
@@ -278,11 +279,11 @@ impl Roles<'_> {
 fn kind(code: Option<i32>, id: u32) -> Result<Kind, String> {
     match code {
         // Files from before there were types have none; 0 says that the type is not known.
-        None | Some(0 | 1 | 5) => Ok(Kind::Piece),
-        Some(2) => Ok(Kind::Unknown),
-        Some(3) => Ok(Kind::Control),
-        Some(4) => Ok(Kind::UserDefined),
-        Some(6) => Ok(Kind::Byte),
+        None | Some(0 | types::NORMAL | types::UNUSED) => Ok(Kind::Piece),
+        Some(types::UNKNOWN) => Ok(Kind::Unknown),
+        Some(types::CONTROL) => Ok(Kind::Control),
+        Some(types::USER_DEFINED) => Ok(Kind::UserDefined),
+        Some(types::BYTE) => Ok(Kind::Byte),
         Some(code) => Err(format!(
             "`tokenizer.ggml.token_type`: expected 0 to 6, found {code} for token {id}"
         )),

@@ -79,13 +79,13 @@ impl Merge {
 }
 
 /// How the numbers of token types read.
-mod kind {
-    pub(super) const NORMAL: i32 = 1;
-    pub(super) const UNKNOWN: i32 = 2;
-    pub(super) const CONTROL: i32 = 3;
-    pub(super) const USER_DEFINED: i32 = 4;
-    pub(super) const UNUSED: i32 = 5;
-    pub(super) const BYTE: i32 = 6;
+pub(super) mod types {
+    pub(in crate::tokenizer) const NORMAL: i32 = 1;
+    pub(in crate::tokenizer) const UNKNOWN: i32 = 2;
+    pub(in crate::tokenizer) const CONTROL: i32 = 3;
+    pub(in crate::tokenizer) const USER_DEFINED: i32 = 4;
+    pub(in crate::tokenizer) const UNUSED: i32 = 5;
+    pub(in crate::tokenizer) const BYTE: i32 = 6;
 }
 
 /// The largest vocabulary: ids are 32 bits, and every one becomes a token.
@@ -157,13 +157,13 @@ impl TokenizerJson {
     fn tokens(&self, vocab_size: usize) -> Result<(Vec<String>, Vec<i32>), String> {
         let padding = |id: usize| format!("[PAD{id}]");
         let mut tokens: Vec<String> = (0..vocab_size).map(padding).collect();
-        let mut types = vec![kind::UNUSED; vocab_size];
+        let mut types = vec![types::UNUSED; vocab_size];
         let unknown = self.model.unk_token.as_deref();
         let pieces = self.model.vocab.iter().map(|(text, id)| {
             let of = match text.as_str() {
-                text if self.model.byte_fallback && Some(text) == unknown => kind::UNKNOWN,
-                text if self.model.byte_fallback && is_byte(text) => kind::BYTE,
-                _ => kind::NORMAL,
+                text if self.model.byte_fallback && Some(text) == unknown => types::UNKNOWN,
+                text if self.model.byte_fallback && is_byte(text) => types::BYTE,
+                _ => types::NORMAL,
             };
             (*id, text, of)
         });
@@ -171,9 +171,9 @@ impl TokenizerJson {
             let steers = token.special || looks_special(&token.content);
             let is_unknown = self.model.byte_fallback && Some(&*token.content) == unknown;
             let of = match (is_unknown, steers) {
-                (true, _) => kind::UNKNOWN,
-                (false, true) => kind::CONTROL,
-                (false, false) => kind::USER_DEFINED,
+                (true, _) => types::UNKNOWN,
+                (false, true) => types::CONTROL,
+                (false, false) => types::USER_DEFINED,
             };
             (token.id, &token.content, of)
         });
@@ -308,7 +308,7 @@ mod tests {
         assert_eq!(metadata["tokenizer.ggml.model"], "gpt2");
         assert_eq!(metadata["tokenizer.ggml.pre"], "deepseek-v3");
         assert_eq!(metadata["tokenizer.ggml.tokens"][299], "[PAD299]");
-        assert_eq!(metadata["tokenizer.ggml.token_type"][299], kind::UNUSED);
+        assert_eq!(metadata["tokenizer.ggml.token_type"][299], types::UNUSED);
         let again = TokenizerFiles::of_metadata(Path::new("m.gguf"), &metadata).unwrap();
         let again = Tokenizer::new(&again.unwrap()).unwrap();
         assert_eq!(
