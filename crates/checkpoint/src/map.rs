@@ -13,12 +13,26 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::{Arc, Mutex, Weak};
 
 use bytes::Bytes;
+use memmap2::Mmap;
 
 use crate::Result;
 use crate::error::io;
 use crate::file::expect_file;
+
+/// All that is mapped, to tell a file's bytes from others.
+static MAPS: Mutex<Vec<Weak<Mmap>>> = Mutex::new(Vec::new());
+
+/// What slices of a map share.
+struct Owner(Arc<Mmap>);
+
+impl AsRef<[u8]> for Owner {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
 
 /// Maps a whole file, read-only. Slices of the result share the map, and the last one unmaps it.
 ///
@@ -33,6 +47,47 @@ pub(crate) fn map(path: &Path) -> Result<Bytes> {
     // SAFETY: the map is read-only and only ever seen as `&[u8]`, for which any bytes are valid.
     // What remains is another program that changes the file while it is mapped; that hazard is
     // accepted and documented above.
-    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io("map", path))?;
-    Ok(Bytes::from_owner(map))
+    let map = Arc::new(unsafe { Mmap::map(&file) }.map_err(io("map", path))?);
+    let mut maps = MAPS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    maps.retain(|map| map.strong_count() > 0);
+    maps.push(Arc::downgrade(&map));
+    Ok(Bytes::from_owner(Owner(map)))
+}
+
+/// Gives back the memory in which a part of a mapped file waits: who has made a copy of it in another form needs it no
+/// longer. The bytes stay what they are, and are read again from the file when someone asks for them. Does nothing for
+/// bytes that are of no mapped file.
+pub fn forget(bytes: &[u8]) {
+    let maps = MAPS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let start = bytes.as_ptr() as usize;
+    for map in maps.iter().filter_map(Weak::upgrade) {
+        let first = map.as_ptr() as usize;
+        if first <= start && start + bytes.len() <= first + map.len() {
+            #[cfg(unix)]
+            // SAFETY: pages of a read-only map of a file are filled from it again.
+            let _ = unsafe {
+                let advice = memmap2::UncheckedAdvice::DontNeed;
+                map.unchecked_advise_range(advice, start - first, bytes.len())
+            };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_forgotten_is_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("bytes");
+        let expected: Vec<u8> = (0..100_000).map(|i| (i % 251) as u8).collect();
+        std::fs::write(&path, &expected).unwrap();
+        let bytes = map(&path).unwrap();
+        assert_eq!(bytes, expected);
+        forget(&bytes[10..50_000]);
+        forget(&bytes);
+        forget(&expected);
+        assert_eq!(bytes, expected);
+    }
 }
