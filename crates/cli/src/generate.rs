@@ -56,7 +56,10 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         stop_ids: args.sampling.stop_ids(&opened)?,
         logprobs: args.logprobs,
     };
-    let (engine, tokenizer) = (opened.engine(args.compute), opened.tokenizer.as_ref());
+    let (engine, tokenizer) = (
+        opened.engine(args.compute, console),
+        opened.tokenizer.as_ref(),
+    );
     let mut writings = Vec::new();
     for _ in &prompts {
         writings.push(Writing::new(tokenizer, &args.sampling.stop)?);

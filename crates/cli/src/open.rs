@@ -116,13 +116,26 @@ impl Opened {
     }
 
     /// What continues prompts with the model.
-    pub(crate) fn engine(&self, compute: ComputeName) -> Engine {
-        Engine {
-            model: self.model.clone(),
-            compute: compute.compute(),
-            device: self.device.clone(),
-        }
+    pub(crate) fn engine(&self, compute: ComputeName, console: &Console) -> Engine {
+        engine(self.model.clone(), compute, &self.device, console)
     }
+}
+
+/// What continues prompts with a model.
+pub(crate) fn engine(
+    model: Model,
+    compute: ComputeName,
+    device: &Device,
+    console: &Console,
+) -> Engine {
+    let mut progress = console.progress(0, "MiB of weights");
+    let mut on_bytes = |done, total| {
+        let [done, total] = [done, total].map(|bytes: usize| bytes as u64 >> 20);
+        progress.update_of(done, total);
+    };
+    let engine = Engine::new(model, compute.compute(), device.clone(), &mut on_bytes);
+    progress.finish();
+    engine
 }
 
 /// Opens a model with an adapter, and says which tensors of its folder it does not use.

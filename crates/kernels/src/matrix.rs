@@ -5,6 +5,7 @@
 //! a vector. Rows may start at any byte address: dense formats are read byte-wise where they are misaligned.
 
 pub(crate) mod heads;
+pub(crate) mod strips;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -32,6 +33,8 @@ pub enum Format {
     Fp8(Fp8Blocks),
     /// Blocks of ggml's, which do not cross rows.
     Ggml(Ggml),
+    /// The same blocks with sixteen rows side by side, for products in int8: made in memory, never stored.
+    Strips(Ggml),
     /// Two matrices, each in a format of its own.
     Heads(Heads),
 }
@@ -61,7 +64,7 @@ impl Format {
             Self::F32 => (1, 4),
             Self::F16 | Self::Bf16 => (1, 2),
             Self::Fp8(_) => (1, 1),
-            Self::Ggml(format) => (format.block(), format.block_bytes()),
+            Self::Ggml(format) | Self::Strips(format) => (format.block(), format.block_bytes()),
             Self::Heads(_) => (1, 0),
         }
     }
@@ -79,7 +82,7 @@ impl Format {
             Self::F16 => "F16",
             Self::Bf16 => "BF16",
             Self::Fp8(_) => "FP8",
-            Self::Ggml(format) => format.name(),
+            Self::Ggml(format) | Self::Strips(format) => format.name(),
             Self::Heads(_) => "halves",
         }
     }
@@ -98,9 +101,13 @@ impl Matrix {
     /// A matrix over stored bytes of a format without scales elsewhere.
     ///
     /// # Errors
-    /// If the byte length is not `rows × cols` numbers, or a row is not whole blocks; if the format has its bytes elsewhere.
+    /// If the byte length is not `rows × cols` numbers, or a row is not whole blocks; if the format has its bytes elsewhere,
+    /// or is none that is stored.
     pub fn dense(rows: usize, cols: usize, format: Format, bytes: Bytes) -> Result<Self, Error> {
-        let (block, size) = format.block();
+        let (block, size) = match format {
+            Format::Strips(_) => (1, 0),
+            _ => format.block(),
+        };
         let expected = rows.saturating_mul(cols / block).saturating_mul(size);
         if bytes.len() == expected && cols.is_multiple_of(block) && size > 0 {
             return Ok(Self {
@@ -219,6 +226,14 @@ impl Matrix {
         &self.bytes
     }
 
+    /// The stored bytes, those of halves included: where they lie in memory.
+    pub fn parts(&self) -> Vec<&[u8]> {
+        match &self.format {
+            Format::Heads(heads) => heads.parts(),
+            _ => vec![&self.bytes],
+        }
+    }
+
     /// Bytes held, block scales included; of a view of halves, both of them.
     pub fn size_bytes(&self) -> usize {
         let elsewhere = match &self.format {
@@ -229,13 +244,16 @@ impl Matrix {
         self.bytes.len() + elsewhere
     }
 
-    /// A view of some rows, sharing the bytes.
+    /// A view of some rows, sharing the bytes; a copy where they are no whole strips.
     ///
     /// # Panics
     /// If the range leaves the matrix.
     pub fn row_range(&self, rows: Range<usize>) -> Self {
         let row_bytes = self.row_bytes();
         assert!(rows.end <= self.rows, "rows {rows:?} leave the matrix");
+        if let Format::Strips(format) = self.format {
+            return self.strips_of(format, rows);
+        }
         let mut format = self.format.clone();
         match &mut format {
             Format::Fp8(blocks) => blocks.first_row += rows.start,
@@ -304,6 +322,7 @@ impl Matrix {
         match &self.format {
             // Tiles need not begin and end with a block.
             Format::Ggml(format) => decode_blocks(*format, line, cols, out),
+            Format::Strips(format) => self.decode_strip(*format, row, cols, out),
             Format::F32 => decode_f32(bytes, out),
             Format::F16 => decode_f16(bytes, out),
             Format::Bf16 => decode_bf16(bytes, out),
@@ -347,8 +366,8 @@ impl Matrix {
                     .map(|(span, scale)| scale * dot_e4m3(&bytes[span.clone()], &x[span]))
                     .sum()
             }
-            Format::Heads(heads) => with_scratch(self.cols, |line| {
-                heads.decode(row..row + 1, 0..x.len(), line);
+            Format::Strips(_) | Format::Heads(_) => with_scratch(self.cols, |line| {
+                self.decode(row..row + 1, 0..x.len(), line);
                 dot(line, x)
             }),
         }

@@ -5,6 +5,7 @@ mod cost;
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
+use kernels::Matrix;
 
 pub use self::checkpointing::{Checkpointing, Trace};
 pub use self::cost::{Cost, Traffic};
@@ -18,6 +19,7 @@ use crate::norm::Norm;
 use crate::pass::Pass;
 use crate::precision::Class;
 use crate::rope::RotaryTable;
+use crate::sites::Site;
 
 /// A causal language model. Field names are the checkpoint's keys.
 #[derive(Module, Debug)]
@@ -137,6 +139,32 @@ impl Model {
             targets.reshape([batch * seq]),
             pass,
         )
+    }
+
+    /// Bytes that the weights of its linear layers and experts hold in memory or map.
+    pub fn size_bytes(&mut self) -> usize {
+        let mut bytes = 0;
+        self.for_each_site(&mut |_, site| {
+            bytes += match site {
+                Site::Linear(linear) => linear.weight.size_bytes(),
+                Site::Experts(experts) => experts.size_bytes(),
+            };
+        });
+        bytes
+    }
+
+    /// Lays frozen weights in blocks out for products in int8, sixteen rows side by side, in new memory. Says of each
+    /// weight when it is copied: nothing of this model reads those bytes any more.
+    pub fn lay_in_strips(&mut self, on_copied: &mut dyn FnMut(&Matrix)) {
+        self.for_each_site(&mut |_, site| match site {
+            Site::Linear(linear) if linear.quantizer.is_some() => {}
+            Site::Linear(linear) => linear.weight.lay_in_strips(on_copied),
+            Site::Experts(experts) if experts.quantizer.is_some() => {}
+            Site::Experts(experts) => experts.lay_in_strips(on_copied),
+        });
+        if self.lm_head.is_none() {
+            self.model.embed_tokens.weight.lay_in_strips(on_copied);
+        }
     }
 
     /// The output head, which may be the embedding.

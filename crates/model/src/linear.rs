@@ -48,6 +48,16 @@ impl Weight {
         }
     }
 
+    /// Lays a frozen weight in blocks out for products in int8, and says what it has copied.
+    pub(crate) fn lay_in_strips(&mut self, on_copied: &mut dyn FnMut(&Matrix)) {
+        if let Self::Frozen(Frozen { matrix }) = self
+            && let Some(strips) = matrix.in_strips()
+        {
+            on_copied(matrix);
+            *matrix = strips.into();
+        }
+    }
+
     /// The rows of some tokens: an embedding.
     ///
     /// # Shapes

@@ -21,7 +21,7 @@ use super::sweep::{Sweep, options};
 use super::table::{Column, count, fraction_of, giga, mebibytes, median, seconds, spread};
 use crate::console::Console;
 use crate::inspect::parameters;
-use crate::open::ComputeName;
+use crate::open::{ComputeName, engine};
 use crate::train::memory;
 
 /// What is measured, and how.
@@ -244,12 +244,8 @@ fn measure(
     memory::forget_peak();
     let started = Instant::now();
     let (model, device) = subject.load(args.adapter.as_deref(), SEED, console)?;
+    let engine = engine(model, args.compute, &device, console);
     let open_secs = started.elapsed().as_secs_f64();
-    let engine = Engine {
-        model,
-        compute: args.compute.compute(),
-        device,
-    };
     let timings = timings(&engine, combination, args.reps, console)?;
     let peak_bytes = memory::read().peak_bytes;
     limits.extend(limit(LIMITS));

@@ -47,7 +47,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let opened = args.model.open(console)?;
     let (tokenizer, template) = opened.expect_chat_template()?;
     let mut chat = Chat {
-        engine: opened.engine(args.compute),
+        engine: opened.engine(args.compute, console),
         tokenizer,
         template,
         generation_prompt: if args.think {

@@ -171,7 +171,7 @@ mod tests {
     use super::*;
     use crate::experts::{ExpertBank, ExpertLora, Factors, Source, forward_in_groups};
     use crate::matrix::tests::{every_block_format, every_format, noise};
-    use crate::{Compute, Dropout, Matrix, route};
+    use crate::{Compute, Dropout, Format, Ggml, Matrix, route};
 
     /// Two experts for each token, of five; the last expert's slots belong to nobody here.
     fn check(bank: &ExpertBank, rank: usize, tolerance: f32) {
@@ -233,7 +233,8 @@ mod tests {
         // Codes of blocks mean large numbers, so only the order of the sums is another.
         for format in 0..every_block_format(1).len() {
             let of = |rows, _| every_block_format(rows).remove(format);
-            if Packed::new(&of(1, 512), Compute::Int8).is_none() {
+            // Its scales reach 2^47, and the products of such weights are no numbers.
+            if matches!(of(1, 512).format(), Format::Ggml(Ggml::MxFp4)) {
                 continue;
             }
             check(&bank(of, 512, 512), 0, 1e-5);

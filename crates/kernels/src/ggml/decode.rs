@@ -284,14 +284,11 @@ multiversion! {
 }
 
 /// What the codes of [`Ggml::Iq4Nl`] mean: steps that grow away from zero.
-const UNEVEN: [f32; 16] = [
-    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0,
-    89.0, 113.0,
+pub(crate) const UNEVEN: [i8; 16] = [
+    -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
 ];
 /// Twice what the codes of [`Ggml::MxFp4`] mean.
-const DOUBLED: [f32; 16] = [
-    0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0,
-];
+pub(crate) const DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
 multiversion! {
     /// Scale; codes.
@@ -299,7 +296,7 @@ multiversion! {
         let _ = FMA;
         each::<18, BLOCK>(bytes, out, |block, values| {
             let d = half_at(block, 0);
-            nibbles(&block[2..], values, |_, code| d * UNEVEN[usize::from(code)]);
+            nibbles(&block[2..], values, |_, code| d * f32::from(UNEVEN[usize::from(code)]));
         });
     }
 }
@@ -310,14 +307,14 @@ multiversion! {
         let _ = FMA;
         each::<17, BLOCK>(bytes, out, |block, values| {
             let d = half_of_power(block[0]);
-            nibbles(&block[1..], values, |_, code| d * DOUBLED[usize::from(code)]);
+            nibbles(&block[1..], values, |_, code| d * f32::from(DOUBLED[usize::from(code)]));
         });
     }
 }
 
 /// 2^(exponent − 128), the smallest two as subnormal numbers.
 #[inline(always)]
-fn half_of_power(exponent: u8) -> f32 {
+pub(crate) fn half_of_power(exponent: u8) -> f32 {
     f32::from_bits(match exponent {
         0 | 1 => 0x0020_0000 << exponent,
         _ => (u32::from(exponent) - 1) << 23,

@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::Matrix;
+use super::strips::ROWS;
 use crate::Error;
 use crate::product::gemm::with_scratch;
 
@@ -79,12 +80,34 @@ impl Heads {
         self.values.row_range(head * v..(head + 1) * v)
     }
 
+    /// Both halves with sixteen rows side by side, if both can be, and every head has whole strips.
+    pub(super) fn in_strips(&self) -> Option<Self> {
+        let [_, v] = self.widths();
+        let is_whole = [self.cols(), v]
+            .iter()
+            .all(|rows| rows.is_multiple_of(ROWS));
+        let halves = is_whole.then(|| Some((self.keys.in_strips()?, self.values.in_strips()?)));
+        let (keys, values) = halves.flatten()?;
+        Some(Self {
+            keys: keys.into(),
+            values: values.into(),
+            ..*self
+        })
+    }
+
     pub(super) fn rows(&self) -> usize {
         self.widths().iter().sum::<usize>() * self.heads
     }
 
     pub(super) fn cols(&self) -> usize {
         self.values.cols()
+    }
+
+    pub(super) fn parts(&self) -> Vec<&[u8]> {
+        [&self.keys, &self.values]
+            .into_iter()
+            .flat_map(|half| half.parts())
+            .collect()
     }
 
     pub(super) fn size_bytes(&self) -> usize {

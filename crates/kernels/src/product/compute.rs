@@ -29,6 +29,7 @@ impl Compute {
     pub(crate) fn over(self, w: &Matrix) -> Self {
         match (self, w.format()) {
             (Self::Int8, Format::Ggml(format)) if rows::multiplies(*format) => self,
+            (Self::Int8, Format::Strips(_)) => self,
             (Self::Int8, _) => Self::F32,
             _ => self,
         }

@@ -16,10 +16,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
+use crate::matrix::strips;
 use crate::product::strided::{Mat, MatMut, Write, gemm};
 use crate::product::team::Pieces;
 use crate::product::weights::{TILE, Weights};
-use crate::rows::{self, ALL_ROWS, Packed};
+use crate::rows::{self, Packed};
 use crate::simd::multiversion;
 
 /// Up to this many rows of `x` are multiplied row by row.
@@ -68,6 +69,16 @@ pub(crate) fn with_scratch<R>(len: usize, use_it: impl FnOnce(&mut [f32]) -> R) 
     let result = use_it(&mut buffer[..len]);
     SCRATCH.with_borrow_mut(|pool| pool.push(buffer));
     result
+}
+
+/// [`with_scratch`] of bytes.
+pub(crate) fn with_byte_scratch<R>(len: usize, use_it: impl FnOnce(&mut [u8]) -> R) -> R {
+    with_scratch(len.div_ceil(4), |values| {
+        // SAFETY: f32 values are bytes, four each, and any four bytes are a value.
+        #[expect(unsafe_code, reason = "f32 values as bytes")]
+        let bytes = unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), len) };
+        use_it(bytes)
+    })
 }
 
 /// Values that one task of [`zeros`] writes.
@@ -161,6 +172,9 @@ pub(crate) fn nt_sum(terms: &[Term<'_>], y: MatMut<'_>, write: Write) {
     for (x, w) in terms {
         assert_eq!(x.cols(), w.in_width(), "the input width of the weight");
     }
+    if terms.iter().any(|(_, w)| w.is_int8()) {
+        return nt_int8(terms, y, write);
+    }
     let grain = terms.iter().map(|(_, w)| w.grain()[0]).max();
     add_up(terms, grain, y, write, nt_few_rows, nt_serial);
 }
@@ -213,14 +227,10 @@ pub(crate) fn nt_serial(
     if x.cols() == 0 && write == Write::Replace {
         (0..x.rows()).for_each(|row| y.row(row).fill(0.0));
     }
-    if w.is_int8() {
-        return nt_int8(x, w, outs, y, write);
+    if let Some(packed) = w.int8() {
+        let rows: Vec<usize> = (0..x.rows()).collect();
+        return packed.multiply((&packed.input(x), &rows), outs, y, write);
     }
-    nt_tiles(x, w, outs, y, write);
-}
-
-/// [`nt_serial`] over decoded tiles of the weight.
-fn nt_tiles(x: Mat<'_>, w: Weights<'_>, outs: Range<usize>, mut y: MatMut<'_>, write: Write) {
     let rows = 0..x.rows();
     w.for_tiles(outs.clone(), 0..x.cols(), |out_tile, in_tile, tile| {
         let write = write.after(in_tile.start == 0);
@@ -232,18 +242,16 @@ fn nt_tiles(x: Mat<'_>, w: Weights<'_>, outs: Range<usize>, mut y: MatMut<'_>, w
     });
 }
 
-/// [`nt_serial`] with activations in int8: few rows on the stored bytes, many as the f32 values that their codes mean,
-/// which read each weight once and not once for every eight rows.
-fn nt_int8(x: Mat<'_>, w: Weights<'_>, outs: Range<usize>, y: MatMut<'_>, write: Write) {
-    let (n, cols) = (x.rows(), x.cols());
-    if let Some(packed) = w.packed().filter(|_| n <= FEW_ROWS) {
-        return packed.multiply((&packed.input(x), &ALL_ROWS[..n]), outs, y, write);
+/// [`nt_sum`] of terms of which some have activations in int8: these are rounded once.
+fn nt_int8(terms: &[Term<'_>], mut y: MatMut<'_>, write: Write) {
+    let size = [y.rows(), y.cols()];
+    for (i, (x, w)) in terms.iter().enumerate() {
+        let (y, write) = (y.block(0..size[0], 0..size[1]), write.after(i == 0));
+        match w.int8() {
+            Some(packed) => multiply_rows(*x, packed, y, write),
+            None => nt(*x, *w, y, write),
+        }
     }
-    with_scratch(n * cols, |rounded| {
-        (0..n).for_each(|row| rounded[row * cols..][..cols].copy_from_slice(x.row(row)));
-        rows::round_rows(rounded, cols);
-        nt_tiles(Mat::dense(rounded, n, cols), w, outs, y, write);
-    });
 }
 
 fn nt_few_rows(x: Mat<'_>, w: Weights<'_>, y: MatMut<'_>, write: Write) {
@@ -269,14 +277,14 @@ const ROW_TASK: usize = 1 << 14;
 /// Tasks per thread at most.
 const ROW_TASKS: usize = 8;
 
-/// [`nt`] for few rows, on the stored bytes of the weight.
+/// [`nt`] on the stored bytes of the weight.
 fn multiply_rows(x: Mat<'_>, w: Packed<'_>, y: MatMut<'_>, write: Write) {
-    let input = w.input(x);
+    let (input, rows) = (w.input(x), (0..x.rows()).collect::<Vec<_>>());
     row_tasks(y.cols(), w.row_bytes()).share_quickly(|outs| {
         // SAFETY: tasks write different columns.
         #[expect(unsafe_code, reason = "disjoint columns of one output")]
         let y = unsafe { y.part(0..x.rows(), outs.clone()) };
-        w.multiply((&input, &ALL_ROWS[..x.rows()]), outs, y, write);
+        w.multiply((&input, &rows), outs, y, write);
     });
 }
 
@@ -284,8 +292,8 @@ fn multiply_rows(x: Mat<'_>, w: Packed<'_>, y: MatMut<'_>, write: Write) {
 pub(crate) fn row_tasks(rows: usize, row_bytes: usize) -> Pieces {
     let most = ROW_TASKS * rayon::current_num_threads();
     let n = (rows * row_bytes).div_ceil(ROW_TASK).clamp(1, most);
-    // Whole fours, which share what is read of the activations.
-    Pieces::new(rows, rows.div_ceil(n).next_multiple_of(4))
+    // Whole strips, and whole fours of those that share what is read of the activations.
+    Pieces::new(rows, rows.div_ceil(n).next_multiple_of(strips::ROWS))
 }
 
 /// `dx = dy · w`: dy `[rows, out]`, w `[out, in]`, dx `[rows, in]`.

@@ -202,9 +202,16 @@ impl<'a> Weights<'a> {
         self.compute
     }
 
+    /// The weight as products in int8 read it, if it has such.
+    pub(crate) fn int8(&self) -> Option<Packed<'a>> {
+        (self.compute == Compute::Int8)
+            .then(|| self.packed())
+            .flatten()
+    }
+
     /// Whether activations are int8.
     pub(crate) fn is_int8(&self) -> bool {
-        self.compute == Compute::Int8 && self.folded.is_none()
+        self.int8().is_some()
     }
 
     /// The weight as products of rows read it, if they can.

@@ -1,126 +1,134 @@
 //! Activations rounded to int8, in blocks of 32 with a scale each: what packed weights are multiplied with.
 
+use rayon::prelude::*;
+
 use crate::product::strided::Mat;
-use crate::rows::isa::STEP;
 use crate::simd::multiversion;
 
 /// Values of a block.
 pub(crate) const BLOCK: usize = 32;
-/// Values of a lane of a sum.
-const FOUR: usize = 4;
 /// The largest code.
 const MOST: f32 = 127.0;
+/// Values that are worth a task.
+const TASK: usize = 1 << 15;
 
-/// Rows of codes, and what products need of each four of them. Rows are filled up to whole steps with zeros.
-#[derive(Debug)]
-pub(crate) struct Activations {
-    /// Values of a row, whole steps.
-    width: usize,
-    codes: Vec<i8>,
-    /// The sums of four codes, negative: what a weight's bias is multiplied with.
-    starts: Vec<i32>,
-    /// The scale of four codes.
-    scales: Vec<f32>,
-    /// The sums of four values: what a weight's offset is multiplied with.
-    sums: Vec<f32>,
+/// 32 codes, and what products need to know of them. A value is `scale · code`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C, align(64))]
+pub(super) struct Block {
+    pub(super) codes: [i8; BLOCK],
+    pub(super) scale: f32,
+    /// The sum of the codes, negative: what a weight's bias is multiplied with.
+    pub(super) start: i32,
+    /// The sum of the values: what a weight's offset is multiplied with.
+    pub(super) sum: f32,
+    /// The same of both halves.
+    pub(super) starts: [i32; 2],
+    pub(super) sums: [f32; 2],
 }
 
-/// A row, for the vector instructions.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Row {
-    pub(super) codes: *const i8,
-    pub(super) starts: *const i32,
-    pub(super) scales: *const f32,
-    pub(super) sums: *const f32,
+/// Rows of blocks.
+#[derive(Debug)]
+pub(crate) struct Activations {
+    /// Blocks of a row.
+    width: usize,
+    blocks: Vec<Block>,
 }
 
 impl Activations {
-    /// Rounds rows. What is not finite makes its block NaN.
+    /// Rounds rows of whole blocks. What is not finite makes its block NaN.
     pub(crate) fn new(x: Mat<'_>) -> Self {
-        let width = x.cols().next_multiple_of(STEP);
-        let (n, fours) = (x.rows() * width, x.rows() * width / FOUR);
-        let mut rounded = Self {
-            width,
-            codes: vec![0; n],
-            starts: vec![0; fours],
-            scales: vec![0.0; fours],
-            sums: vec![0.0; fours],
-        };
-        for row in 0..x.rows() {
-            rounded.fill(row, x.row(row));
+        let width = x.cols() / BLOCK;
+        let mut blocks = vec![Block::default(); x.rows() * width];
+        let rows = (TASK / x.cols().max(1)).max(1);
+        if x.rows() > rows {
+            let tasks = blocks.par_chunks_mut((rows * width).max(1)).enumerate();
+            tasks.for_each(|(task, blocks)| fill(x, task * rows, width, blocks));
+        } else {
+            fill(x, 0, width, &mut blocks);
         }
-        rounded
+        Self { width, blocks }
     }
 
-    fn fill(&mut self, row: usize, values: &[f32]) {
-        let (at, fours) = (row * self.width, row * self.width / FOUR);
-        let n_fours = values.len().div_ceil(FOUR);
-        round(
-            values,
-            &mut self.codes[at..at + values.len()],
-            &mut self.scales[fours..fours + n_fours],
-        );
-        add_up(
-            &self.codes[at..at + self.width],
-            &self.scales[fours..fours + self.width / FOUR],
-            &mut self.starts[fours..fours + self.width / FOUR],
-            &mut self.sums[fours..fours + self.width / FOUR],
-        );
-    }
-
-    /// Values of a row, those that fill it up included.
+    /// Values of a row.
     pub(super) fn width(&self) -> usize {
-        self.width
+        self.width * BLOCK
     }
 
-    pub(super) fn row(&self, row: usize) -> Row {
-        let (at, fours) = (row * self.width, row * self.width / FOUR);
-        Row {
-            codes: self.codes[at..].as_ptr(),
-            starts: self.starts[fours..].as_ptr(),
-            scales: self.scales[fours..].as_ptr(),
-            sums: self.sums[fours..].as_ptr(),
-        }
+    pub(super) fn row(&self, row: usize) -> &[Block] {
+        &self.blocks[row * self.width..][..self.width]
     }
+}
+
+/// Rounds consecutive rows, from one on.
+fn fill(x: Mat<'_>, first: usize, width: usize, blocks: &mut [Block]) {
+    let rows = blocks.chunks_mut(width.max(1));
+    rows.enumerate()
+        .for_each(|(row, blocks)| round(x.row(first + row), blocks));
 }
 
 /// Rounds values in blocks of 32 of a row: what [`Activations`] keep of them.
 pub(crate) fn round_rows(values: &mut [f32], width: usize) {
-    let mut codes = vec![0; width];
-    let mut scales = vec![0.0; width.div_ceil(FOUR)];
+    let mut blocks = vec![Block::default(); width.div_ceil(BLOCK)];
     for row in values.chunks_mut(width.max(1)) {
-        round(row, &mut codes, &mut scales);
-        for (i, (value, code)) in row.iter_mut().zip(&codes).enumerate() {
-            *value = f32::from(*code) * scales[i / FOUR];
+        round(row, &mut blocks);
+        for (values, block) in row.chunks_mut(BLOCK).zip(&blocks) {
+            for (value, code) in values.iter_mut().zip(block.codes) {
+                *value = f32::from(code) * block.scale;
+            }
+        }
+    }
+}
+
+multiversion! {
+    /// Rounds a row; behind its end come zeros.
+    fn round<FMA>(values: &[f32], blocks: &mut [Block]) {
+        let _ = FMA;
+        for (values, block) in values.chunks(BLOCK).zip(blocks) {
+            match values.as_array() {
+                Some(values) => *block = Block::new(values),
+                None => {
+                    let mut whole = [0.0; BLOCK];
+                    whole[..values.len()].copy_from_slice(values);
+                    *block = Block::new(&whole);
+                }
+            }
+        }
+    }
+}
+
+impl Block {
+    #[inline(always)]
+    fn new(values: &[f32; BLOCK]) -> Self {
+        let largest = largest(values);
+        let (mut scale, mut inverse) = (largest / MOST, MOST / largest);
+        if !inverse.is_finite() {
+            // Zeros, values too small for an inverse, or no numbers.
+            scale = if largest < 1.0 { 0.0 } else { f32::NAN };
+            inverse = 0.0;
+        }
+        let mut codes = [0; BLOCK];
+        for (code, value) in codes.iter_mut().zip(values) {
+            *code = rounded(value * inverse);
+        }
+        let sum = |half: &[i8]| half.iter().map(|code| i32::from(*code)).sum::<i32>();
+        let [low, high] = [sum(&codes[..BLOCK / 2]), sum(&codes[BLOCK / 2..])];
+        Self {
+            codes,
+            scale,
+            start: -(low + high),
+            sum: (low + high) as f32 * scale,
+            starts: [-low, -high],
+            sums: [low as f32 * scale, high as f32 * scale],
         }
     }
 }
 
 /// The largest magnitude, or what is above all: an infinity, or a NaN.
 #[inline(always)]
-fn largest(values: &[f32]) -> f32 {
+fn largest(values: &[f32; BLOCK]) -> f32 {
     let bits = values.iter().map(|value| value.abs().to_bits());
     f32::from_bits(bits.fold(0, u32::max))
-}
-
-multiversion! {
-    fn round<FMA>(values: &[f32], codes: &mut [i8], scales: &mut [f32]) {
-        let _ = FMA;
-        let blocks = values.chunks(BLOCK).zip(codes.chunks_mut(BLOCK));
-        for ((values, codes), scales) in blocks.zip(scales.chunks_mut(BLOCK / FOUR)) {
-            let largest = largest(values);
-            let (mut scale, mut inverse) = (largest / MOST, MOST / largest);
-            if !inverse.is_finite() {
-                // Zeros, values too small for an inverse, or no numbers.
-                scale = if largest < 1.0 { 0.0 } else { f32::NAN };
-                inverse = 0.0;
-            }
-            scales.fill(scale);
-            for (code, value) in codes.iter_mut().zip(values) {
-                *code = rounded(value * inverse);
-            }
-        }
-    }
 }
 
 /// The nearest code, the even one of two that are equally near. The product with the inverse of a scale is at most a
@@ -131,19 +139,6 @@ fn rounded(value: f32) -> i8 {
     const TO_BITS: f32 = 12_582_912.0;
     (value + TO_BITS).to_bits() as i8
 }
-
-multiversion! {
-    fn add_up<FMA>(codes: &[i8], scales: &[f32], starts: &mut [i32], sums: &mut [f32]) {
-        let _ = FMA;
-        let (codes, _) = codes.as_chunks::<FOUR>();
-        for (((codes, scale), start), sum) in codes.iter().zip(scales).zip(starts).zip(sums) {
-            let total: i32 = codes.iter().map(|code| i32::from(*code)).sum();
-            *start = -total;
-            *sum = total as f32 * scale;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,9 +1,8 @@
 //! The vector operations that products of rows are made of, and what they mean.
 //!
-//! A step covers 64 values of a row. Their codes are multiplied with the activations' in integers, which is exact; sums are
-//! kept in sixteen f32 lanes, each of four neighbors of a step. Every instruction set has the same lanes, fuses every
-//! multiplication with its addition, and adds the lanes up in the same order: so all of them give the same bits, and
-//! [`Portable`] says which.
+//! Sums are kept in sixteen f32 lanes. Codes are multiplied with those of activations in integers, which is exact. Every
+//! instruction set has the same lanes, fuses every multiplication with its addition, and adds lanes up in the same order:
+//! so all of them give the same bits, and [`Portable`] says which.
 
 #![expect(
     unsafe_code,
@@ -12,80 +11,87 @@
 
 use half::{bf16, f16};
 
-/// Values of a step.
-pub(super) const STEP: usize = 64;
 /// Lanes of a sum.
 pub(super) const LANES: usize = 16;
+/// Codes of a lane.
+pub(super) const FOUR: usize = 4;
 
 /// # Safety
 /// Of all functions: the CPU has the instructions, and as many bytes can be read as a function says.
 pub(super) trait Isa: Copy {
-    /// 64 codes of a byte.
+    /// Four codes of a byte in each of 16 lanes.
     type Codes: Copy;
+    /// 16 i32 lanes.
+    type Ints: Copy;
     /// 16 f32 lanes.
     type Sums: Copy;
 
-    /// Asks for the bytes of a step or so, which will be read soon; there need not be any.
+    /// Asks for some bytes that will be read soon; there need not be any.
     fn prefetch(from: *const u8, bytes: usize);
+
     unsafe fn zero() -> Self::Sums;
-    /// An f16.
-    unsafe fn f16(from: *const u8) -> f32;
+    /// A number in all lanes.
+    unsafe fn splat(number: f32) -> Self::Sums;
     /// 16 f32.
     unsafe fn load(from: *const f32) -> Self::Sums;
     /// 16 f16.
     unsafe fn load_f16(from: *const u8) -> Self::Sums;
     /// 16 bf16.
     unsafe fn load_bf16(from: *const u8) -> Self::Sums;
+    /// 16 unsigned bytes.
+    unsafe fn load_u8(from: *const u8) -> Self::Sums;
+    /// 16 signed bytes.
+    unsafe fn load_i8(from: *const u8) -> Self::Sums;
+    /// Writes 16 f32.
+    unsafe fn store(sums: Self::Sums, to: *mut f32);
     unsafe fn mul(a: Self::Sums, b: Self::Sums) -> Self::Sums;
     /// `a · b + c`.
     unsafe fn mul_add(a: Self::Sums, b: Self::Sums, c: Self::Sums) -> Self::Sums;
     /// The sum of all lanes: halves onto each other, four times.
     unsafe fn total(sums: Self::Sums) -> f32;
-    /// The first number in eight lanes, the second in the others.
-    unsafe fn halves(numbers: [f32; 2]) -> Self::Sums;
-    /// Each of four numbers in four lanes.
-    unsafe fn quarters(numbers: *const f32) -> Self::Sums;
-    /// An f16 in eight lanes, another in the others.
-    unsafe fn halves_f16(from: [*const u8; 2]) -> Self::Sums;
 
-    /// 32 bytes, and 32 others.
-    unsafe fn bytes(from: [*const u8; 2]) -> Self::Codes;
-    /// Of 16 bytes the low halves, then the high ones; and the same of 16 others.
-    unsafe fn nibbles(from: [*const u8; 2]) -> Self::Codes;
-    /// Of 32 bytes twice the bits of `mask`, after a shift to the right by two numbers.
-    unsafe fn fields(from: *const u8, shifts: [u32; 2], mask: u8) -> Self::Codes;
-    /// The low or, shifted by 4, the high halves of 64 bytes.
-    unsafe fn halves_of_bytes(from: *const u8, shift: u32) -> Self::Codes;
-    /// `value` where a bit is set, of 32 bits and 32 others.
-    unsafe fn bits(bits: [u32; 2], value: u8) -> Self::Codes;
+    /// 64 bytes.
+    unsafe fn codes(from: *const u8) -> Self::Codes;
+    /// The bits of `mask` of every byte, after a shift to the right.
+    unsafe fn field(codes: Self::Codes, shift: u32, mask: u8) -> Self::Codes;
     /// `a | b << shift`, where `b` leaves room for that.
     unsafe fn merge<const SHIFT: u32>(a: Self::Codes, b: Self::Codes) -> Self::Codes;
+    /// What 16 codes stand for.
+    unsafe fn lookup(codes: Self::Codes, table: &[i8; 16]) -> Self::Codes;
 
-    /// Each four codes, unsigned and below 64, times 64 activations, on top of `start << shift`.
-    unsafe fn dot(codes: Self::Codes, x: *const i8, start: *const i32, shift: u32) -> Self::Sums;
-    /// Each four codes, signed, times 64 activations above −128.
-    unsafe fn dot_signed(codes: Self::Codes, x: *const i8, start: *const i32) -> Self::Sums;
+    /// `start << shift` in all lanes; nothing is left of it with 32 or more.
+    unsafe fn start(start: i32, shift: u32) -> Self::Ints;
+    /// Adds the products of codes, unsigned and below 64, with four activations, the same for all lanes.
+    unsafe fn dot(sums: Self::Ints, codes: Self::Codes, x: *const i8) -> Self::Ints;
+    /// What [`Self::dot_signed`] starts with, of the negative sum of all activations.
+    unsafe fn start_signed(start: i32) -> Self::Ints;
+    /// Adds the products of signed codes with four activations above −128.
+    unsafe fn dot_signed(sums: Self::Ints, codes: Self::Codes, x: *const i8) -> Self::Ints;
+    unsafe fn to_floats(ints: Self::Ints) -> Self::Sums;
 }
 
-/// The meaning: plain loops. On an x86 without FMA a fused addition is a slow library call, which such a CPU has to bear.
+/// The meaning: plain loops, which are functions of their own where they would be many. On an x86 without FMA a fused
+/// addition is a slow library call, which such a CPU has to bear.
 #[derive(Clone, Copy)]
 pub(super) struct Portable;
 
-impl Portable {
-    /// The activations of a lane.
-    unsafe fn four(x: *const i8, lane: usize) -> [i8; 4] {
-        // SAFETY: the caller's promise.
-        unsafe { x.add(4 * lane).cast::<[i8; 4]>().read_unaligned() }
-    }
+/// Bytes of a register of codes.
+const CODES: usize = LANES * FOUR;
+
+#[inline(always)]
+fn lanes<T>(value: impl FnMut(usize) -> T) -> [T; LANES] {
+    std::array::from_fn(value)
 }
 
-fn lanes(mut value: impl FnMut(usize) -> f32) -> [f32; LANES] {
-    std::array::from_fn(&mut value)
+#[inline(always)]
+fn u16_at(bytes: &[u8; 2 * LANES], lane: usize) -> u16 {
+    u16::from_le_bytes([bytes[2 * lane], bytes[2 * lane + 1]])
 }
 
 // SAFETY (all below): the caller's promises about pointers.
 impl Isa for Portable {
-    type Codes = [u8; STEP];
+    type Codes = [u8; CODES];
+    type Ints = [i32; LANES];
     type Sums = [f32; LANES];
 
     fn prefetch(_: *const u8, _: usize) {}
@@ -94,26 +100,42 @@ impl Isa for Portable {
         [0.0; LANES]
     }
 
-    unsafe fn f16(from: *const u8) -> f32 {
-        f16::from_bits(unsafe { u16_at(from) }).to_f32()
+    unsafe fn splat(number: f32) -> Self::Sums {
+        [number; LANES]
     }
 
     unsafe fn load(from: *const f32) -> Self::Sums {
-        lanes(|i| unsafe { from.add(i).read_unaligned() })
+        unsafe { from.cast::<Self::Sums>().read_unaligned() }
     }
 
+    #[inline(never)]
     unsafe fn load_f16(from: *const u8) -> Self::Sums {
-        lanes(|i| unsafe { Self::f16(from.add(2 * i)) })
+        let bytes = unsafe { from.cast::<[u8; 2 * LANES]>().read_unaligned() };
+        lanes(|i| f16::from_bits(u16_at(&bytes, i)).to_f32())
     }
 
     unsafe fn load_bf16(from: *const u8) -> Self::Sums {
-        lanes(|i| bf16::from_bits(unsafe { u16_at(from.add(2 * i)) }).to_f32())
+        let bytes = unsafe { from.cast::<[u8; 2 * LANES]>().read_unaligned() };
+        lanes(|i| bf16::from_bits(u16_at(&bytes, i)).to_f32())
+    }
+
+    unsafe fn load_u8(from: *const u8) -> Self::Sums {
+        unsafe { from.cast::<[u8; LANES]>().read_unaligned() }.map(f32::from)
+    }
+
+    unsafe fn load_i8(from: *const u8) -> Self::Sums {
+        unsafe { from.cast::<[i8; LANES]>().read_unaligned() }.map(f32::from)
+    }
+
+    unsafe fn store(sums: Self::Sums, to: *mut f32) {
+        unsafe { to.cast::<Self::Sums>().write_unaligned(sums) }
     }
 
     unsafe fn mul(a: Self::Sums, b: Self::Sums) -> Self::Sums {
         lanes(|i| a[i] * b[i])
     }
 
+    #[inline(never)]
     unsafe fn mul_add(a: Self::Sums, b: Self::Sums, c: Self::Sums) -> Self::Sums {
         lanes(|i| a[i].mul_add(b[i], c[i]))
     }
@@ -125,66 +147,48 @@ impl Isa for Portable {
         sums[0]
     }
 
-    unsafe fn halves(numbers: [f32; 2]) -> Self::Sums {
-        lanes(|i| numbers[i / 8])
+    unsafe fn codes(from: *const u8) -> Self::Codes {
+        unsafe { from.cast::<Self::Codes>().read_unaligned() }
     }
 
-    unsafe fn quarters(numbers: *const f32) -> Self::Sums {
-        lanes(|i| unsafe { numbers.add(i / 4).read_unaligned() })
+    #[inline(never)]
+    unsafe fn field(codes: Self::Codes, shift: u32, mask: u8) -> Self::Codes {
+        codes.map(|code| code >> shift & mask)
     }
 
-    unsafe fn halves_f16(from: [*const u8; 2]) -> Self::Sums {
-        unsafe { Self::halves(from.map(|from| Self::f16(from))) }
-    }
-
-    unsafe fn bytes(from: [*const u8; 2]) -> Self::Codes {
-        std::array::from_fn(|i| unsafe { *from[i / 32].add(i % 32) })
-    }
-
-    unsafe fn nibbles(from: [*const u8; 2]) -> Self::Codes {
-        std::array::from_fn(|i| {
-            let byte = unsafe { *from[i / 32].add(i % 16) };
-            byte >> (i / 16 % 2 * 4) & 15
-        })
-    }
-
-    unsafe fn fields(from: *const u8, shifts: [u32; 2], mask: u8) -> Self::Codes {
-        std::array::from_fn(|i| unsafe { *from.add(i % 32) } >> shifts[i / 32] & mask)
-    }
-
-    unsafe fn halves_of_bytes(from: *const u8, shift: u32) -> Self::Codes {
-        std::array::from_fn(|i| unsafe { *from.add(i) } >> shift & 15)
-    }
-
-    unsafe fn bits(bits: [u32; 2], value: u8) -> Self::Codes {
-        std::array::from_fn(|i| (bits[i / 32] >> (i % 32) & 1) as u8 * value)
-    }
-
+    #[inline(never)]
     unsafe fn merge<const SHIFT: u32>(a: Self::Codes, b: Self::Codes) -> Self::Codes {
         std::array::from_fn(|i| a[i] | b[i] << SHIFT)
     }
 
-    unsafe fn dot(codes: Self::Codes, x: *const i8, start: *const i32, shift: u32) -> Self::Sums {
-        lanes(|i| {
-            // SAFETY: the caller's promise.
-            let (x, start) = unsafe { (Self::four(x, i), start.add(i).read_unaligned()) };
-            let start = start.checked_shl(shift).unwrap_or(0);
-            let products = (0..4).map(|j| i32::from(x[j]) * i32::from(codes[4 * i + j]));
-            (start + products.sum::<i32>()) as f32
-        })
+    #[inline(never)]
+    unsafe fn lookup(codes: Self::Codes, table: &[i8; 16]) -> Self::Codes {
+        codes.map(|code| table[usize::from(code)] as u8)
     }
 
-    unsafe fn dot_signed(codes: Self::Codes, x: *const i8, _: *const i32) -> Self::Sums {
-        lanes(|i| {
-            // SAFETY: the caller's promise.
-            let x = unsafe { Self::four(x, i) };
-            let products = (0..4).map(|j| i32::from(x[j]) * i32::from(codes[4 * i + j] as i8));
-            products.sum::<i32>() as f32
-        })
+    unsafe fn start(start: i32, shift: u32) -> Self::Ints {
+        [start.checked_shl(shift).unwrap_or(0); LANES]
     }
-}
 
-unsafe fn u16_at(from: *const u8) -> u16 {
-    // SAFETY: the caller's promise.
-    u16::from_le(unsafe { from.cast::<u16>().read_unaligned() })
+    #[inline(never)]
+    unsafe fn dot(sums: Self::Ints, codes: Self::Codes, x: *const i8) -> Self::Ints {
+        let x = unsafe { x.cast::<[i8; FOUR]>().read_unaligned() };
+        let product = |i: usize, j: usize| i32::from(codes[FOUR * i + j]) * i32::from(x[j]);
+        lanes(|i| sums[i] + (0..FOUR).map(|j| product(i, j)).sum::<i32>())
+    }
+
+    unsafe fn start_signed(_: i32) -> Self::Ints {
+        [0; LANES]
+    }
+
+    #[inline(never)]
+    unsafe fn dot_signed(sums: Self::Ints, codes: Self::Codes, x: *const i8) -> Self::Ints {
+        let x = unsafe { x.cast::<[i8; FOUR]>().read_unaligned() };
+        let product = |i: usize, j: usize| i32::from(codes[FOUR * i + j] as i8) * i32::from(x[j]);
+        lanes(|i| sums[i] + (0..FOUR).map(|j| product(i, j)).sum::<i32>())
+    }
+
+    unsafe fn to_floats(ints: Self::Ints) -> Self::Sums {
+        ints.map(|int| int as f32)
+    }
 }

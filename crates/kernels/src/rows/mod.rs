@@ -1,16 +1,18 @@
-//! Products of few rows, straight on the stored bytes of a weight: what decoding is made of.
+//! Products straight on the stored bytes of a weight: what decoding is made of, and of weights in blocks every product in
+//! int8.
 //!
-//! A weight in blocks is multiplied with activations in int8 ([`Activations`]), one of f32, f16 or bf16 with the
-//! activations as they are. The bytes are read once for all rows, in the order in which they lie, and nothing is written
-//! but the results: so the limit is how fast memory can be read.
+//! A weight in blocks is multiplied with activations in int8 ([`Activations`]) in [`strips`], one of f32, f16 or bf16 with
+//! the activations as they are, a few rows of them at a time ([`numbers`]). Of few rows the weight's bytes are read once,
+//! in the order in which they lie, and nothing is written but the results: so the limit is how fast memory can be read.
 //!
 //! A result depends on its row of activations and its row of the weight alone, not on the rows beside them, and is the
 //! same on every instruction set ([`isa`]).
 
 mod activations;
-mod formats;
+mod instructions;
 mod isa;
-mod tile;
+mod numbers;
+mod strips;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -18,18 +20,18 @@ use std::ops::Range;
 
 use self::activations::Activations;
 pub(crate) use self::activations::round_rows;
-use self::tile::{Instructions, Job, Kind};
+use self::instructions::Instructions;
+use self::numbers::Number;
+use self::strips::Order;
 use crate::product::strided::{Mat, MatMut, Write};
 use crate::{Compute, Format, Ggml, Matrix};
 
-/// Most rows that are multiplied at once.
+/// Most rows that are multiplied at once with a weight without blocks.
 pub(crate) const MOST_ROWS: usize = 8;
-/// All of them, as numbers.
-pub(crate) const ALL_ROWS: [usize; MOST_ROWS] = [0, 1, 2, 3, 4, 5, 6, 7];
 
-/// Whether blocks of a format are multiplied with activations in int8.
+/// Whether a format's blocks are multiplied with activations in int8.
 pub(crate) fn multiplies(format: Ggml) -> bool {
-    !matches!(format, Ggml::F16 | Ggml::Iq4Nl | Ggml::MxFp4)
+    format.block() > 1
 }
 
 /// A weight that has products of rows.
@@ -37,8 +39,14 @@ pub(crate) fn multiplies(format: Ggml) -> bool {
 pub(crate) struct Packed<'a> {
     bytes: &'a [u8],
     row_bytes: usize,
-    cols: usize,
     kind: Kind,
+}
+
+/// How a weight's bytes are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Numbers(Number),
+    Blocks(Ggml, Order),
 }
 
 /// Activations, in the form that a weight is multiplied with.
@@ -52,16 +60,18 @@ impl<'a> Packed<'a> {
     /// None where the weight is of another kind, or what it is multiplied with is to be rounded otherwise.
     pub(crate) fn new(w: &'a Matrix, compute: Compute) -> Option<Self> {
         let kind = match (w.format(), compute) {
-            (Format::F32, Compute::F32 | Compute::Int8) => Kind::F32,
-            (Format::F16, Compute::F32 | Compute::Int8) => Kind::F16,
-            (Format::Bf16, Compute::F32 | Compute::Int8) => Kind::Bf16,
-            (Format::Ggml(format), Compute::Int8) if multiplies(*format) => Kind::Blocks(*format),
+            (Format::F32, Compute::F32 | Compute::Int8) => Kind::Numbers(Number::F32),
+            (Format::F16, Compute::F32 | Compute::Int8) => Kind::Numbers(Number::F16),
+            (Format::Bf16, Compute::F32 | Compute::Int8) => Kind::Numbers(Number::Bf16),
+            (Format::Ggml(format), Compute::Int8) if multiplies(*format) => {
+                Kind::Blocks(*format, Order::Rows)
+            }
+            (Format::Strips(format), Compute::Int8) => Kind::Blocks(*format, Order::Strips),
             _ => return None,
         };
         Some(Self {
             bytes: w.bytes(),
             row_bytes: w.row_bytes(),
-            cols: w.cols(),
             kind,
         })
     }
@@ -76,16 +86,15 @@ impl<'a> Packed<'a> {
         Self {
             bytes,
             row_bytes: 4 * cols,
-            cols,
-            kind: Kind::F32,
+            kind: Kind::Numbers(Number::F32),
         }
     }
 
     /// Activations as this weight wants them.
     pub(crate) fn input<'x>(&self, x: Mat<'x>) -> Input<'x> {
         match self.kind {
-            Kind::Blocks(_) => Input::Int8(Activations::new(x)),
-            _ => Input::Floats(x),
+            Kind::Blocks(..) => Input::Int8(Activations::new(x)),
+            Kind::Numbers(_) => Input::Floats(x),
         }
     }
 
@@ -96,7 +105,7 @@ impl<'a> Packed<'a> {
 
     /// Whether the activations are in the form that this weight wants.
     pub(crate) fn reads(&self, input: &Input<'_>) -> bool {
-        matches!(self.kind, Kind::Blocks(_)) == matches!(input, Input::Int8(_))
+        matches!(self.kind, Kind::Blocks(..)) == matches!(input, Input::Int8(_))
     }
 
     /// `y = x · wᵀ` for some rows of `x`, given by their numbers, and some of `w`: y `[rows, outs]`.
@@ -105,9 +114,20 @@ impl<'a> Packed<'a> {
     /// If a range leaves its matrix or the sizes do not fit.
     pub(crate) fn multiply(
         &self,
+        input: (&Input<'_>, &[usize]),
+        outs: Range<usize>,
+        y: MatMut<'_>,
+        write: Write,
+    ) {
+        self.multiply_with(Instructions::best(), input, outs, y, write);
+    }
+
+    fn multiply_with(
+        &self,
+        instructions: Instructions,
         (x, rows): (&Input<'_>, &[usize]),
         outs: Range<usize>,
-        mut y: MatMut<'_>,
+        y: MatMut<'_>,
         write: Write,
     ) {
         assert!(
@@ -116,36 +136,36 @@ impl<'a> Packed<'a> {
                 && y.cols() == outs.len(),
             "rows of a weight and of its product"
         );
-        for (i, rows) in rows.chunks(MOST_ROWS).enumerate() {
-            let from = i * MOST_ROWS;
-            let y = y.block(from..from + rows.len(), 0..outs.len());
-            let job = self.job(outs.clone());
-            job.run((self.kind, Instructions::best()), x, rows, y, write);
-        }
-    }
-
-    fn job(&self, outs: Range<usize>) -> Job<'a> {
-        Job {
-            bytes: &self.bytes[outs.start * self.row_bytes..outs.end * self.row_bytes],
-            row_bytes: self.row_bytes,
-            cols: self.cols,
-            outs: outs.len(),
-        }
-    }
-}
-
-impl Input<'_> {
-    fn int8(&self) -> &Activations {
-        match self {
-            Self::Int8(x) => x,
-            Self::Floats(_) => unreachable!("made by `Packed::input` for a weight in blocks"),
-        }
-    }
-
-    fn floats(&self) -> Mat<'_> {
-        match self {
-            Self::Floats(x) => *x,
-            Self::Int8(_) => unreachable!("made by `Packed::input` for a weight without blocks"),
+        match (self.kind, x) {
+            (Kind::Numbers(number), Input::Floats(x)) => {
+                assert!(
+                    x.cols() * number.bytes() == self.row_bytes,
+                    "the input width of the weight"
+                );
+                instructions.run(numbers::Product {
+                    number,
+                    bytes: &self.bytes[outs.start * self.row_bytes..outs.end * self.row_bytes],
+                    x: *x,
+                    rows,
+                    y,
+                    write,
+                });
+            }
+            (Kind::Blocks(format, order), Input::Int8(x)) => {
+                let product = strips::Product {
+                    format,
+                    order,
+                    bytes: self.bytes,
+                    row_bytes: self.row_bytes,
+                    x,
+                    rows,
+                    outs,
+                    y,
+                    write,
+                };
+                product.run(instructions);
+            }
+            _ => unreachable!("`Packed::input` makes what this weight wants"),
         }
     }
 }
@@ -177,6 +197,9 @@ mod tests {
                 .flat_map(|(rows, cols)| every_format(rows, cols, 2)),
         );
         all.retain(|w| Packed::new(w, Compute::Int8).is_some());
+        let in_strips: Vec<Matrix> = all.iter().filter_map(Matrix::in_strips).collect();
+        assert!(in_strips.len() > 12);
+        all.extend(in_strips);
         all
     }
 
@@ -184,12 +207,14 @@ mod tests {
         let packed = Packed::new(w, Compute::Int8).unwrap();
         let x = Mat::dense(x, x.len() / w.cols(), w.cols());
         let mut y = vec![f32::NAN; rows.len() * w.rows()];
-        let input = packed.input(x);
-        for (i, rows) in rows.chunks(MOST_ROWS).enumerate() {
-            let part = &mut y[i * MOST_ROWS * w.rows()..][..rows.len() * w.rows()];
-            let y = MatMut::dense(part, rows.len(), w.rows());
-            let job = packed.job(0..w.rows());
-            job.run((packed.kind, instructions), &input, rows, y, Write::Replace);
+        // In parts that are no whole strips.
+        for outs in [0..w.rows() / 3, w.rows() / 3..w.rows()] {
+            let y = MatMut::dense(&mut y, rows.len(), w.rows());
+            let input = packed.input(x);
+            #[expect(unsafe_code, reason = "one part after the other")]
+            // SAFETY: nothing else writes it.
+            let y = unsafe { y.part(0..rows.len(), outs.clone()) };
+            packed.multiply_with(instructions, (&input, rows), outs, y, Write::Replace);
         }
         y
     }

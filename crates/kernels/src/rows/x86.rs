@@ -13,19 +13,6 @@ use super::isa::Isa;
 #[derive(Clone, Copy)]
 pub(super) struct Avx512;
 
-/// The upper eight lanes. What goes there is read with a mask: shuffles have one port.
-const UPPER: __mmask16 = 0xFF00;
-
-#[inline(always)]
-unsafe fn u16_at(from: *const u8) -> u16 {
-    unsafe { from.cast::<u16>().read_unaligned() }
-}
-
-#[inline(always)]
-unsafe fn f16(from: *const u8) -> f32 {
-    unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(u16_at(from))))) }
-}
-
 /// Bytes of a line of the cache.
 const LINE: usize = 64;
 
@@ -40,6 +27,7 @@ fn prefetch(from: *const u8, bytes: usize) {
 // SAFETY (all below): the caller's promises about pointers; the caller checked for the features.
 impl Isa for Avx512 {
     type Codes = __m512i;
+    type Ints = __m512i;
     type Sums = __m512;
 
     #[inline(always)]
@@ -53,8 +41,8 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn f16(from: *const u8) -> f32 {
-        unsafe { f16(from) }
+    unsafe fn splat(number: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(number) }
     }
 
     #[inline(always)]
@@ -73,6 +61,21 @@ impl Isa for Avx512 {
             let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn load_u8(from: *const u8) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(from: *const u8) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(sums: __m512, to: *mut f32) {
+        unsafe { _mm512_storeu_ps(to, sums) }
     }
 
     #[inline(always)]
@@ -95,77 +98,16 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn halves(numbers: [f32; 2]) -> __m512 {
-        unsafe {
-            let low = _mm512_set1_ps(numbers[0]);
-            _mm512_mask_mov_ps(low, UPPER, _mm512_set1_ps(numbers[1]))
-        }
+    unsafe fn codes(from: *const u8) -> __m512i {
+        unsafe { _mm512_loadu_si512(from.cast()) }
     }
 
     #[inline(always)]
-    unsafe fn quarters(numbers: *const f32) -> __m512 {
+    unsafe fn field(codes: __m512i, shift: u32, mask: u8) -> __m512i {
         unsafe {
-            let places = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-            let numbers = _mm512_castps128_ps512(_mm_loadu_ps(numbers));
-            _mm512_permutexvar_ps(places, numbers)
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn halves_f16(from: [*const u8; 2]) -> __m512 {
-        unsafe {
-            // Both in one conversion, and spread by one permutation.
-            let [low, high] = [from[0], from[1]];
-            let bits = u32::from(u16_at(low)) | u32::from(u16_at(high)) << 16;
-            let numbers = _mm_cvtph_ps(_mm_cvtsi32_si128(bits as i32));
-            let places = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-            _mm512_permutexvar_ps(places, _mm512_castps128_ps512(numbers))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn bytes(from: [*const u8; 2]) -> __m512i {
-        unsafe {
-            let low = _mm512_broadcast_i64x4(_mm256_loadu_si256(from[0].cast()));
-            _mm512_mask_broadcast_i64x4(low, 0xF0, _mm256_loadu_si256(from[1].cast()))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn nibbles(from: [*const u8; 2]) -> __m512i {
-        unsafe {
-            let low = _mm512_broadcast_i32x4(_mm_loadu_si128(from[0].cast()));
-            let high = _mm_loadu_si128(from[1].cast());
-            let bytes = _mm512_mask_broadcast_i32x4(low, UPPER, high);
-            let shifts = _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0);
-            _mm512_and_si512(_mm512_srlv_epi64(bytes, shifts), _mm512_set1_epi8(15))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn fields(from: *const u8, [low, high]: [u32; 2], mask: u8) -> __m512i {
-        unsafe {
-            let bytes = _mm512_broadcast_i64x4(_mm256_loadu_si256(from.cast()));
-            let [low, high] = [i64::from(low), i64::from(high)];
-            let shifts = _mm512_set_epi64(high, high, high, high, low, low, low, low);
-            let codes = _mm512_srlv_epi64(bytes, shifts);
+            let codes = _mm512_srl_epi64(codes, _mm_cvtsi32_si128(shift as i32));
             _mm512_and_si512(codes, _mm512_set1_epi8(mask as i8))
         }
-    }
-
-    #[inline(always)]
-    unsafe fn halves_of_bytes(from: *const u8, shift: u32) -> __m512i {
-        unsafe {
-            let bytes = _mm512_loadu_si512(from.cast());
-            let codes = _mm512_srl_epi64(bytes, _mm_cvtsi32_si128(shift as i32));
-            _mm512_and_si512(codes, _mm512_set1_epi8(15))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn bits([low, high]: [u32; 2], value: u8) -> __m512i {
-        let mask = u64::from(low) | u64::from(high) << 32;
-        unsafe { _mm512_maskz_set1_epi8(mask, value as i8) }
     }
 
     #[inline(always)]
@@ -174,23 +116,47 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn dot(codes: __m512i, x: *const i8, start: *const i32, shift: u32) -> __m512 {
+    unsafe fn lookup(codes: __m512i, table: &[i8; 16]) -> __m512i {
         unsafe {
-            let start = _mm512_loadu_si512(start.cast());
-            let start = _mm512_sll_epi32(start, _mm_cvtsi32_si128(shift as i32));
-            let x = _mm512_loadu_si512(x.cast());
-            _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, codes, x))
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm512_shuffle_epi8(table, codes)
         }
     }
 
-    /// Made unsigned by a bias of 128, which `start` takes off again.
     #[inline(always)]
-    unsafe fn dot_signed(codes: __m512i, x: *const i8, start: *const i32) -> __m512 {
+    unsafe fn start(start: i32, shift: u32) -> __m512i {
+        unsafe { _mm512_sll_epi32(_mm512_set1_epi32(start), _mm_cvtsi32_si128(shift as i32)) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(sums: __m512i, codes: __m512i, x: *const i8) -> __m512i {
+        unsafe { _mm512_dpbusd_epi32(sums, codes, _mm512_set1_epi32(four(x))) }
+    }
+
+    /// Codes are made unsigned by a bias of 128, which this takes off again.
+    #[inline(always)]
+    unsafe fn start_signed(start: i32) -> __m512i {
+        unsafe { Self::start(start, 7) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_signed(sums: __m512i, codes: __m512i, x: *const i8) -> __m512i {
         unsafe {
             let biased = _mm512_xor_si512(codes, _mm512_set1_epi8(i8::MIN));
-            Self::dot(biased, x, start, 7)
+            Self::dot(sums, biased, x)
         }
     }
+
+    #[inline(always)]
+    unsafe fn to_floats(ints: __m512i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(ints) }
+    }
+}
+
+/// Four activations as one number.
+#[inline(always)]
+unsafe fn four(x: *const i8) -> i32 {
+    unsafe { x.cast::<i32>().read_unaligned() }
 }
 
 /// Two registers for each of [`Avx512`]'s.
@@ -222,84 +188,33 @@ mod half {
         }
     }
 
-    /// Each of two numbers in four lanes.
     #[inline(always)]
-    pub(super) unsafe fn pair(numbers: *const f32) -> __m256 {
+    pub(super) unsafe fn field(codes: __m256i, shift: u32, mask: u8) -> __m256i {
         unsafe {
-            let (low, high) = (_mm_set1_ps(*numbers), _mm_set1_ps(*numbers.add(1)));
-            _mm256_set_m128(high, low)
-        }
-    }
-
-    #[inline(always)]
-    pub(super) unsafe fn splat_f16(from: *const u8) -> __m256 {
-        unsafe { _mm256_cvtph_ps(_mm_set1_epi16(from.cast::<i16>().read_unaligned())) }
-    }
-
-    #[inline(always)]
-    pub(super) unsafe fn nibbles(from: *const u8) -> __m256i {
-        unsafe {
-            let bytes = _mm_loadu_si128(from.cast());
-            let codes = _mm256_set_m128i(_mm_srli_epi16::<4>(bytes), bytes);
-            _mm256_and_si256(codes, _mm256_set1_epi8(15))
-        }
-    }
-
-    #[inline(always)]
-    pub(super) unsafe fn field(bytes: __m256i, shift: u32, mask: u8) -> __m256i {
-        unsafe {
-            let codes = _mm256_srl_epi64(bytes, _mm_cvtsi32_si128(shift as i32));
+            let codes = _mm256_srl_epi64(codes, _mm_cvtsi32_si128(shift as i32));
             _mm256_and_si256(codes, _mm256_set1_epi8(mask as i8))
         }
     }
 
+    /// Two products of less than 2^13 each, or of 2^14 that are not all of one sign: no sum is too large for 16 bits.
     #[inline(always)]
-    pub(super) unsafe fn bits(bits: u32, value: u8) -> __m256i {
+    pub(super) unsafe fn dot(sums: __m256i, codes: __m256i, x: __m256i) -> __m256i {
         unsafe {
-            // A byte of the bits in each of its eight places, and there the bit of the place.
-            let places = _mm256_setr_epi64x(
-                0,
-                0x0101_0101_0101_0101,
-                0x0202_0202_0202_0202,
-                0x0303_0303_0303_0303,
-            );
-            let wanted = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
-            let bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(bits as i32), places);
-            let is_set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, wanted), wanted);
-            _mm256_and_si256(is_set, _mm256_set1_epi8(value as i8))
+            let pairs = _mm256_maddubs_epi16(codes, x);
+            _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
         }
     }
 
+    /// The sign of a code goes to its activation.
     #[inline(always)]
-    pub(super) unsafe fn dot(
-        codes: __m256i,
-        x: *const i8,
-        start: *const i32,
-        shift: u32,
-    ) -> __m256 {
-        unsafe {
-            // Two products of less than 2^13: no sum is too large for 16 bits.
-            let pairs = _mm256_maddubs_epi16(codes, _mm256_loadu_si256(x.cast()));
-            let fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-            let start = _mm256_loadu_si256(start.cast());
-            let start = _mm256_sll_epi32(start, _mm_cvtsi32_si128(shift as i32));
-            _mm256_cvtepi32_ps(_mm256_add_epi32(start, fours))
-        }
-    }
-
-    #[inline(always)]
-    pub(super) unsafe fn dot_signed(codes: __m256i, x: *const i8) -> __m256 {
-        unsafe {
-            let x = _mm256_sign_epi8(_mm256_loadu_si256(x.cast()), codes);
-            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), x);
-            let fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-            _mm256_cvtepi32_ps(fours)
-        }
+    pub(super) unsafe fn dot_signed(sums: __m256i, codes: __m256i, x: __m256i) -> __m256i {
+        unsafe { dot(sums, _mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes)) }
     }
 }
 
 impl Isa for Avx2 {
     type Codes = [__m256i; 2];
+    type Ints = [__m256i; 2];
     type Sums = [__m256; 2];
 
     #[inline(always)]
@@ -313,8 +228,8 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn f16(from: *const u8) -> f32 {
-        unsafe { f16(from) }
+    unsafe fn splat(number: f32) -> [__m256; 2] {
+        unsafe { [_mm256_set1_ps(number); 2] }
     }
 
     #[inline(always)]
@@ -338,6 +253,42 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_u8(from: *const u8) -> [__m256; 2] {
+        unsafe {
+            let (low, high) = (
+                _mm_loadl_epi64(from.cast()),
+                _mm_loadl_epi64(from.add(8).cast()),
+            );
+            [
+                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(low)),
+                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(high)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(from: *const u8) -> [__m256; 2] {
+        unsafe {
+            let (low, high) = (
+                _mm_loadl_epi64(from.cast()),
+                _mm_loadl_epi64(from.add(8).cast()),
+            );
+            [
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store(sums: [__m256; 2], to: *mut f32) {
+        unsafe {
+            _mm256_storeu_ps(to, sums[0]);
+            _mm256_storeu_ps(to.add(8), sums[1]);
+        }
+    }
+
+    #[inline(always)]
     unsafe fn mul(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
         unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
     }
@@ -358,59 +309,23 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn halves(numbers: [f32; 2]) -> [__m256; 2] {
-        unsafe { [_mm256_set1_ps(numbers[0]), _mm256_set1_ps(numbers[1])] }
-    }
-
-    #[inline(always)]
-    unsafe fn quarters(numbers: *const f32) -> [__m256; 2] {
-        unsafe { [half::pair(numbers), half::pair(numbers.add(2))] }
-    }
-
-    #[inline(always)]
-    unsafe fn halves_f16(from: [*const u8; 2]) -> [__m256; 2] {
-        unsafe { [half::splat_f16(from[0]), half::splat_f16(from[1])] }
-    }
-
-    #[inline(always)]
-    unsafe fn bytes(from: [*const u8; 2]) -> [__m256i; 2] {
+    unsafe fn codes(from: *const u8) -> [__m256i; 2] {
         unsafe {
             [
-                _mm256_loadu_si256(from[0].cast()),
-                _mm256_loadu_si256(from[1].cast()),
+                _mm256_loadu_si256(from.cast()),
+                _mm256_loadu_si256(from.add(32).cast()),
             ]
         }
     }
 
     #[inline(always)]
-    unsafe fn nibbles(from: [*const u8; 2]) -> [__m256i; 2] {
-        unsafe { [half::nibbles(from[0]), half::nibbles(from[1])] }
-    }
-
-    #[inline(always)]
-    unsafe fn fields(from: *const u8, shifts: [u32; 2], mask: u8) -> [__m256i; 2] {
-        unsafe {
-            let bytes = _mm256_loadu_si256(from.cast());
-            [
-                half::field(bytes, shifts[0], mask),
-                half::field(bytes, shifts[1], mask),
-            ]
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn halves_of_bytes(from: *const u8, shift: u32) -> [__m256i; 2] {
+    unsafe fn field(codes: [__m256i; 2], shift: u32, mask: u8) -> [__m256i; 2] {
         unsafe {
             [
-                half::field(_mm256_loadu_si256(from.cast()), shift, 15),
-                half::field(_mm256_loadu_si256(from.add(32).cast()), shift, 15),
+                half::field(codes[0], shift, mask),
+                half::field(codes[1], shift, mask),
             ]
         }
-    }
-
-    #[inline(always)]
-    unsafe fn bits(bits: [u32; 2], value: u8) -> [__m256i; 2] {
-        unsafe { [half::bits(bits[0], value), half::bits(bits[1], value)] }
     }
 
     #[inline(always)]
@@ -425,23 +340,53 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn dot(codes: [__m256i; 2], x: *const i8, start: *const i32, shift: u32) -> [__m256; 2] {
+    unsafe fn lookup(codes: [__m256i; 2], table: &[i8; 16]) -> [__m256i; 2] {
         unsafe {
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
             [
-                half::dot(codes[0], x, start, shift),
-                half::dot(codes[1], x.add(32), start.add(8), shift),
+                _mm256_shuffle_epi8(table, codes[0]),
+                _mm256_shuffle_epi8(table, codes[1]),
             ]
         }
     }
 
-    /// The sign of a code goes to its activation.
     #[inline(always)]
-    unsafe fn dot_signed(codes: [__m256i; 2], x: *const i8, _: *const i32) -> [__m256; 2] {
+    unsafe fn start(start: i32, shift: u32) -> [__m256i; 2] {
         unsafe {
+            let start = _mm256_set1_epi32(start);
+            [_mm256_sll_epi32(start, _mm_cvtsi32_si128(shift as i32)); 2]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(sums: [__m256i; 2], codes: [__m256i; 2], x: *const i8) -> [__m256i; 2] {
+        unsafe {
+            let x = _mm256_set1_epi32(four(x));
             [
-                half::dot_signed(codes[0], x),
-                half::dot_signed(codes[1], x.add(32)),
+                half::dot(sums[0], codes[0], x),
+                half::dot(sums[1], codes[1], x),
             ]
         }
+    }
+
+    #[inline(always)]
+    unsafe fn start_signed(_: i32) -> [__m256i; 2] {
+        unsafe { [_mm256_setzero_si256(); 2] }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_signed(sums: [__m256i; 2], codes: [__m256i; 2], x: *const i8) -> [__m256i; 2] {
+        unsafe {
+            let x = _mm256_set1_epi32(four(x));
+            [
+                half::dot_signed(sums[0], codes[0], x),
+                half::dot_signed(sums[1], codes[1], x),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn to_floats(ints: [__m256i; 2]) -> [__m256; 2] {
+        unsafe { [_mm256_cvtepi32_ps(ints[0]), _mm256_cvtepi32_ps(ints[1])] }
     }
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
-use kernels::{Compute, Dropout, ExpertBank, ExpertFactors, ExpertLora, Quantizer};
+use kernels::{Compute, Dropout, ExpertBank, ExpertFactors, ExpertLora, Matrix, Quantizer};
 
 use super::router::Routed;
 use crate::pass::Pass;
@@ -53,7 +53,7 @@ impl Chosen {
             .filter(|expert| !numbers.contains(expert))
             .collect();
         let pick = |numbers: &[usize]| {
-            let of = |list: &[kernels::Matrix]| numbers.iter().map(|n| list[*n].clone()).collect();
+            let of = |list: &[Matrix]| numbers.iter().map(|n| list[*n].clone()).collect();
             Arc::new(ExpertBank {
                 gate: of(&bank.gate),
                 up: of(&bank.up),
@@ -168,6 +168,27 @@ impl Experts {
         }
     }
 
+    /// Lays frozen weights in blocks out for products in int8, and says what it has copied.
+    pub(crate) fn lay_in_strips(&mut self, on_copied: &mut dyn FnMut(&Matrix)) {
+        let banks = match (&mut self.chosen, &mut self.weights) {
+            (Some(chosen), _) => &mut chosen.banks[..],
+            (None, ExpertWeights::Frozen(frozen)) => std::slice::from_mut(&mut frozen.bank),
+            (None, ExpertWeights::Trained(_) | ExpertWeights::Partly(_)) => return,
+        };
+        for bank in banks {
+            let bank = Arc::make_mut(bank);
+            for matrix in [&mut bank.gate, &mut bank.up, &mut bank.down]
+                .into_iter()
+                .flatten()
+            {
+                if let Some(strips) = matrix.in_strips() {
+                    on_copied(matrix);
+                    *matrix = strips;
+                }
+            }
+        }
+    }
+
     /// How many experts are trained or updated, if any are.
     pub fn n_chosen(&self) -> usize {
         let chosen = self.chosen.as_ref();
@@ -206,7 +227,7 @@ impl Experts {
             .bank()
             .into_iter()
             .flat_map(|bank| bank.gate.iter().chain(&bank.up).chain(&bank.down));
-        let mapped: usize = matrices.map(kernels::Matrix::size_bytes).sum();
+        let mapped: usize = matrices.map(Matrix::size_bytes).sum();
         let held = match &self.weights {
             ExpertWeights::Frozen(_) => 0,
             ExpertWeights::Trained(_) | ExpertWeights::Partly(_) => {
