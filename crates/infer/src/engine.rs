@@ -52,7 +52,7 @@ impl Engine {
         if compute == Compute::Int8 {
             let (mut bytes, total) = (0, model.size_bytes());
             model.lay_in_strips(&mut |matrix| {
-                matrix.parts().into_iter().for_each(checkpoint::forget);
+                checkpoint::forget(matrix.bytes());
                 bytes += matrix.size_bytes();
                 on_bytes(bytes, total);
             });

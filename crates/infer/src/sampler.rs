@@ -131,23 +131,24 @@ impl Sampler {
     /// # Shapes
     /// - `logits`: `[vocab]`
     pub fn sample(&mut self, logits: &[f32], text: &[u32]) -> Option<u32> {
-        likeliest(logits)?;
+        let best = likeliest(logits)?;
         if self.config.repetition_penalty == 1.0 {
-            return self.choose(logits);
+            return Some(self.choose(logits, best));
         }
         let window = match self.config.repetition_window {
             0 => text,
             n => &text[text.len().saturating_sub(n)..],
         };
-        self.choose(&penalized(logits, window, self.config.repetition_penalty))
+        let logits = penalized(logits, window, self.config.repetition_penalty);
+        let best = likeliest(&logits)?;
+        Some(self.choose(&logits, best))
     }
 
-    fn choose(&mut self, logits: &[f32]) -> Option<u32> {
-        let likeliest = likeliest(logits)?;
+    fn choose(&mut self, logits: &[f32], best: usize) -> u32 {
         if self.config.temperature == 0.0 {
-            return Some(likeliest as u32);
+            return best as u32;
         }
-        Some(self.draw(&candidates(logits, logits[likeliest], &self.config)))
+        self.draw(&candidates(logits, logits[best], &self.config))
     }
 
     /// One of the candidates, each as often as its mass says.
@@ -167,18 +168,22 @@ impl Sampler {
     }
 }
 
-/// The first of the largest logits.
+/// The first of the largest logits, if that is a number and none is NaN. Lanes of maxima, which vectors do at once, and then
+/// a search: the vocabulary is the longest of all lists.
 fn likeliest(logits: &[f32]) -> Option<usize> {
-    let mut best = 0;
-    for (id, logit) in logits.iter().enumerate() {
-        if logit.is_nan() {
-            return None;
-        }
-        if *logit > logits[best] {
-            best = id;
+    const LANES: usize = 16;
+    let (mut largest, mut are_numbers) = ([f32::NEG_INFINITY; LANES], [true; LANES]);
+    for logits in logits.chunks(LANES) {
+        for ((largest, is_number), logit) in largest.iter_mut().zip(&mut are_numbers).zip(logits) {
+            *largest = if *logit > *largest { *logit } else { *largest };
+            *is_number &= !logit.is_nan();
         }
     }
-    logits.get(best)?.is_finite().then_some(best)
+    let largest = largest.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    if !largest.is_finite() || are_numbers.contains(&false) {
+        return None;
+    }
+    logits.iter().position(|logit| *logit == largest)
 }
 
 /// The logits, those of some tokens made less likely. One that occurs twice is penalized once.

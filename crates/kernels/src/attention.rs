@@ -21,6 +21,7 @@ use crate::exp;
 use crate::product::gemm::{FEW_ROWS, dot, share, tiles, with_scratch, zeros};
 use crate::product::strided::{Mat, MatMut, Write, gemm};
 use crate::product::team::{Pieces, share_quickly};
+use crate::rows::{Packed, weighted};
 
 /// Queries per tile.
 const TILE_QUERIES: usize = 64;
@@ -247,35 +248,39 @@ pub(crate) fn forward(
     (out, lse)
 }
 
-/// Keys, or features of values, per task of [`forward_latent`].
-const LATENT_TASK: usize = 128;
+/// Keys per task of [`forward_latent`].
+const LATENT_KEYS: usize = 64;
+/// Features of values per task.
+const LATENT_FEATURES: usize = 64;
 
 /// One query of each head over a context that all heads share, whose values are the first `v_dim` features of its keys:
 /// q `[heads, dim]`, latents `[kv_seq, dim]` → `[heads, v_dim]`. The heads are rows of one product, so the context is read
 /// twice and not twice for each head.
-pub(crate) fn forward_latent(q: Mat<'_>, latents: Mat<'_>, v_dim: usize, scale: f32) -> Vec<f32> {
-    let (heads, kv_seq) = (q.rows(), latents.rows());
-    let mut out = vec![0.0; heads * v_dim];
+pub(crate) fn forward_latent(q: Mat<'_>, latents: &[f32], v_dim: usize, scale: f32) -> Vec<f32> {
+    let (heads, dim) = (q.rows(), q.cols());
+    let kv_seq = latents.len() / dim.max(1);
+    let (mut out, all_heads) = (vec![0.0; heads * v_dim], (0..heads).collect::<Vec<_>>());
     let outputs = MatMut::dense(&mut out, heads, v_dim);
+    let keys = Packed::of_values(latents, dim);
+    let query = keys.input(q);
     with_scratch(heads * kv_seq, |scores| {
         let all = MatMut::dense(scores, heads, kv_seq);
-        Pieces::new(kv_seq, LATENT_TASK).share_quickly(|keys| {
+        Pieces::new(kv_seq, LATENT_KEYS).share_quickly(|range| {
             // SAFETY: tasks write different columns.
             #[expect(unsafe_code, reason = "disjoint columns of the scores")]
-            let scores = unsafe { all.part(0..heads, keys.clone()) };
-            let keys = latents.block(keys, 0..latents.cols());
-            gemm(scores, q, keys.t(), scale, Write::Replace);
+            let scores = unsafe { all.part(0..heads, range.clone()) };
+            keys.multiply((&query, &all_heads), range, scores, Write::Replace);
         });
         for scores in scores.chunks_mut(kv_seq) {
+            exp::scale(scores, scale);
             softmax(scores);
         }
-        let scores = Mat::dense(scores, heads, kv_seq);
-        Pieces::new(v_dim, LATENT_TASK).share_quickly(|features| {
+        Pieces::new(v_dim, LATENT_FEATURES).share_quickly(|features| {
             // SAFETY: tasks write different columns.
             #[expect(unsafe_code, reason = "disjoint columns of the output")]
             let out = unsafe { outputs.part(0..heads, features.clone()) };
-            let values = latents.block(0..kv_seq, features);
-            gemm(out, scores, values, 1.0, Write::Replace);
+            let scores = Mat::dense(scores, heads, kv_seq);
+            weighted::sum(scores, Mat::dense(latents, kv_seq, dim), features, out);
         });
     });
     out

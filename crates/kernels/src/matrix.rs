@@ -226,14 +226,6 @@ impl Matrix {
         &self.bytes
     }
 
-    /// The stored bytes, those of halves included: where they lie in memory.
-    pub fn parts(&self) -> Vec<&[u8]> {
-        match &self.format {
-            Format::Heads(heads) => heads.parts(),
-            _ => vec![&self.bytes],
-        }
-    }
-
     /// Bytes held, block scales included; of a view of halves, both of them.
     pub fn size_bytes(&self) -> usize {
         let elsewhere = match &self.format {

@@ -156,14 +156,23 @@ impl Model {
     /// Lays frozen weights in blocks out for products in int8, sixteen rows side by side, in new memory. Says of each
     /// weight when it is copied: nothing of this model reads those bytes any more.
     pub fn lay_in_strips(&mut self, on_copied: &mut dyn FnMut(&Matrix)) {
+        let mut matrices = vec![];
+        self.for_each_frozen(&mut |matrix| matrices.push(matrix.clone()));
+        Matrix::lay_in_strips(&mut matrices, on_copied);
+        let mut laid = matrices.into_iter();
+        self.for_each_frozen(&mut |matrix| *matrix = laid.next().expect("as many as before"));
+    }
+
+    /// Visits frozen matrices that are multiplied as they are.
+    fn for_each_frozen(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
         self.for_each_site(&mut |_, site| match site {
             Site::Linear(linear) if linear.quantizer.is_some() => {}
-            Site::Linear(linear) => linear.weight.lay_in_strips(on_copied),
+            Site::Linear(linear) => linear.weight.for_each_frozen(visit),
             Site::Experts(experts) if experts.quantizer.is_some() => {}
-            Site::Experts(experts) => experts.lay_in_strips(on_copied),
+            Site::Experts(experts) => experts.for_each_frozen(visit),
         });
         if self.lm_head.is_none() {
-            self.model.embed_tokens.weight.lay_in_strips(on_copied);
+            self.model.embed_tokens.weight.for_each_frozen(visit);
         }
     }
 

@@ -48,13 +48,10 @@ impl Weight {
         }
     }
 
-    /// Lays a frozen weight in blocks out for products in int8, and says what it has copied.
-    pub(crate) fn lay_in_strips(&mut self, on_copied: &mut dyn FnMut(&Matrix)) {
-        if let Self::Frozen(Frozen { matrix }) = self
-            && let Some(strips) = matrix.in_strips()
-        {
-            on_copied(matrix);
-            *matrix = strips.into();
+    /// Visits the matrix of a frozen weight.
+    pub(crate) fn for_each_frozen(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
+        if let Self::Frozen(frozen) = self {
+            visit(Arc::make_mut(&mut frozen.matrix));
         }
     }
 

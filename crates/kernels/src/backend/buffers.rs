@@ -20,8 +20,8 @@ const SLOTS: usize = 256;
 /// took a tenth of a decoding step.
 const MEDIUM: usize = 1 << 10;
 /// The first size that does not.
-const NOT_MEDIUM: usize = 1 << 16;
-/// Medium blocks that can wait in a thread: at most 2 MiB.
+const NOT_MEDIUM: usize = 1 << 18;
+/// Medium blocks that can wait in a thread: at most 8 MiB, mostly a tenth of that.
 const SHELF: usize = 32;
 
 fn is_medium(layout: Layout) -> bool {

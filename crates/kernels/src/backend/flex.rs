@@ -187,9 +187,7 @@ impl Kernels for Flex {
         let (q, latents) = (Floats::new(&q), Floats::new(&latents));
         let [batch, seq, heads, dim] = q.dims();
         if (batch, seq) == (1, 1) {
-            let context = Mat::dense(&latents, latents.len() / dim, dim);
-            let q = Mat::dense(&q, heads, dim);
-            let out = forward_latent(q, context, v_dim, scale);
+            let out = forward_latent(Mat::dense(&q, heads, dim), &latents, v_dim, scale);
             return floats(out, [1, 1, heads, v_dim]);
         }
         let mut shape = shape_apart(&q, &latents, &latents);

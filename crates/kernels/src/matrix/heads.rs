@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use super::Matrix;
 use super::strips::ROWS;
-use crate::Error;
 use crate::product::gemm::with_scratch;
+use crate::{Error, Ggml};
 
 /// Side of the squares that are transposed: whole blocks of the formats that rows of a head's width can have.
 const SQUARE: usize = 32;
@@ -80,19 +80,20 @@ impl Heads {
         self.values.row_range(head * v..(head + 1) * v)
     }
 
-    /// Both halves with sixteen rows side by side, if both can be, and every head has whole strips.
-    pub(super) fn in_strips(&self) -> Option<Self> {
+    /// With what both halves store in blocks replaced, if every head has whole strips.
+    pub(super) fn map_stored(&self, map: &mut dyn FnMut(&Matrix, Ggml) -> Matrix) -> Self {
         let [_, v] = self.widths();
-        let is_whole = [self.cols(), v]
+        if [self.cols(), v]
             .iter()
-            .all(|rows| rows.is_multiple_of(ROWS));
-        let halves = is_whole.then(|| Some((self.keys.in_strips()?, self.values.in_strips()?)));
-        let (keys, values) = halves.flatten()?;
-        Some(Self {
-            keys: keys.into(),
-            values: values.into(),
+            .any(|rows| !rows.is_multiple_of(ROWS))
+        {
+            return self.clone();
+        }
+        Self {
+            keys: self.keys.map_stored(map).into(),
+            values: self.values.map_stored(map).into(),
             ..*self
-        })
+        }
     }
 
     pub(super) fn rows(&self) -> usize {
@@ -101,13 +102,6 @@ impl Heads {
 
     pub(super) fn cols(&self) -> usize {
         self.values.cols()
-    }
-
-    pub(super) fn parts(&self) -> Vec<&[u8]> {
-        [&self.keys, &self.values]
-            .into_iter()
-            .flat_map(|half| half.parts())
-            .collect()
     }
 
     pub(super) fn size_bytes(&self) -> usize {
@@ -176,8 +170,8 @@ fn cuts(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Format;
     use crate::matrix::tests::{every_block_format, every_format, noise};
-    use crate::{Format, Ggml};
 
     /// Halves of three heads over the values of a whole: keys of width 5, values of width 4, rank 7.
     fn halves(whole: &[f32]) -> [Matrix; 2] {

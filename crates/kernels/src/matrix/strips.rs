@@ -15,6 +15,8 @@ use crate::{Ggml, rows};
 
 /// Rows of a strip.
 pub(crate) const ROWS: usize = 16;
+/// Bytes of a line of the cache.
+const LINE: usize = 64;
 
 /// Bytes of a block that have one meaning.
 #[derive(Clone, Copy, Debug)]
@@ -101,23 +103,59 @@ fn fields(format: Ggml) -> &'static [Field] {
 }
 
 impl Matrix {
-    /// The matrix with sixteen rows side by side, a copy in memory, where its products in int8 are faster so; none where it
-    /// has no such products, or is that already.
-    pub fn in_strips(&self) -> Option<Self> {
-        let (format, bytes) = match &self.format {
-            Format::Ggml(format) if rows::multiplies(*format) => {
-                let bytes = of_rows(*format, &self.bytes, self.row_bytes());
-                (Format::Strips(*format), bytes.into())
-            }
-            Format::Heads(heads) => (Format::Heads(heads.in_strips()?), Bytes::new()),
-            _ => return None,
-        };
-        Some(Self {
-            rows: self.rows,
-            cols: self.cols,
-            bytes,
-            format,
-        })
+    /// Lays matrices out in new memory with sixteen rows side by side, those that have products in int8, which are faster
+    /// so; the others stay as they are. Says of each of those when nothing reads its bytes any more. The memory is one piece,
+    /// which is larger than the pages that a CPU can have at hand of many small ones.
+    pub fn lay_in_strips(matrices: &mut [Self], on_copied: &mut dyn FnMut(&Self)) {
+        let mut stored: Vec<(Self, Ggml)> = vec![];
+        for matrix in &*matrices {
+            matrix.map_stored(&mut |stored_one, format| {
+                stored.push((stored_one.clone(), format));
+                stored_one.clone()
+            });
+        }
+        let total: usize = stored.iter().map(|(matrix, _)| matrix.strip_bytes()).sum();
+        let mut all = vec![0; total + LINE];
+        let first = all.as_ptr().align_offset(LINE).min(LINE);
+        let mut left = &mut all[first..];
+        for (matrix, format) in &stored {
+            let (strips, after) = left.split_at_mut(matrix.strip_bytes());
+            fill_all(*format, &matrix.bytes, matrix.row_bytes(), strips);
+            on_copied(matrix);
+            left = after;
+        }
+        let (all, mut at) = (Bytes::from(all), first);
+        for matrix in matrices {
+            *matrix = matrix.map_stored(&mut |stored, format| {
+                let start = at;
+                at += stored.strip_bytes();
+                let bytes = stored.rows.next_multiple_of(ROWS) * stored.row_bytes();
+                Self {
+                    format: Format::Strips(format),
+                    bytes: all.slice(start..start + bytes),
+                    ..*stored
+                }
+            });
+        }
+    }
+
+    /// The matrix with what it stores in blocks replaced.
+    pub(super) fn map_stored(&self, map: &mut dyn FnMut(&Self, Ggml) -> Self) -> Self {
+        match &self.format {
+            Format::Ggml(format) if rows::multiplies(*format) => map(self, *format),
+            Format::Heads(heads) => Self {
+                format: Format::Heads(heads.map_stored(map)),
+                bytes: self.bytes.clone(),
+                ..*self
+            },
+            _ => self.clone(),
+        }
+    }
+
+    /// Bytes that its strips take, whole lines of the cache.
+    fn strip_bytes(&self) -> usize {
+        let bytes = self.rows.next_multiple_of(ROWS) * self.row_bytes();
+        bytes.next_multiple_of(LINE)
     }
 
     pub(super) fn strips_of(&self, format: Ggml, rows: Range<usize>) -> Self {
@@ -167,12 +205,10 @@ impl Matrix {
 }
 
 /// Lays all rows of a matrix side by side, on all threads.
-fn of_rows(format: Ggml, rows: &[u8], row_bytes: usize) -> Vec<u8> {
+fn fill_all(format: Ggml, rows: &[u8], row_bytes: usize, strips: &mut [u8]) {
     let strip = (ROWS * row_bytes).max(1);
-    let mut strips = vec![0; rows.len().next_multiple_of(strip)];
     let tasks = strips.par_chunks_mut(strip).zip(rows.par_chunks(strip));
     tasks.for_each(|(strip, rows)| fill(format, rows, row_bytes, strip));
-    strips
 }
 
 /// Lays rows side by side.

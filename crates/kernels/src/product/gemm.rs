@@ -273,9 +273,9 @@ fn nt_few_rows(x: Mat<'_>, w: Weights<'_>, y: MatMut<'_>, write: Write) {
 }
 
 /// Bytes of a weight that are worth a task of microseconds.
-const ROW_TASK: usize = 1 << 14;
+const ROW_TASK: usize = 1 << 13;
 /// Tasks per thread at most.
-const ROW_TASKS: usize = 8;
+const ROW_TASKS: usize = 16;
 
 /// [`nt`] on the stored bytes of the weight.
 fn multiply_rows(x: Mat<'_>, w: Packed<'_>, y: MatMut<'_>, write: Write) {

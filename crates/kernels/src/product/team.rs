@@ -29,8 +29,8 @@ const CLOSED: u64 = 1 << 31;
 const MEMBERS: u64 = CLOSED - 1;
 const NEXT_JOB: u64 = 1 << 32;
 
-/// Runs tasks on all threads, each of which takes the next as soon as it is done; for work of microseconds, which
-/// [`super::gemm::share`] is too slow for.
+/// Runs tasks on all threads, each of which begins elsewhere and takes the next as soon as it is done; for work of
+/// microseconds, which [`super::gemm::share`] is too slow for.
 ///
 /// # Panics
 /// If a task does.
@@ -47,15 +47,48 @@ pub(crate) fn share_quickly(n_tasks: usize, task: impl Fn(usize) + Sync) {
         Err(TryLockError::Poisoned(turn)) => turn.into_inner(),
         Err(TryLockError::WouldBlock) => return alone(),
     };
-    let next = AtomicUsize::new(0);
-    team.run(&|| {
-        while let i = next.fetch_add(1, Ordering::Relaxed)
-            && i < n_tasks
-        {
-            task(i);
-        }
-    });
+    let regions = Regions::new(&team.state.next, n_tasks);
+    team.run(&|member| regions.take_all(member, &task));
     drop(turn);
+}
+
+/// Tasks in order, a region of them for each member: neighbors mostly work on memory that lies together, and who goes on
+/// where it was has the next part under way already. Whoever is done with its own region helps with the others'.
+struct Regions<'a> {
+    /// The next task of each region.
+    next: &'a [Counter],
+    n_tasks: usize,
+}
+
+/// A counter that shares no line of the cache with others.
+#[derive(Default)]
+#[repr(align(64))]
+struct Counter(AtomicUsize);
+
+impl<'a> Regions<'a> {
+    fn new(next: &'a [Counter], n_tasks: usize) -> Self {
+        let regions = Self { next, n_tasks };
+        for (region, next) in next.iter().enumerate() {
+            next.0.store(regions.start(region), Ordering::Relaxed);
+        }
+        regions
+    }
+
+    fn start(&self, region: usize) -> usize {
+        self.n_tasks * region / self.next.len()
+    }
+
+    fn take_all(&self, member: usize, task: &impl Fn(usize)) {
+        let n = self.next.len();
+        for region in (member..member + n).map(|region| region % n) {
+            let end = self.start(region + 1);
+            while let i = self.next[region].0.fetch_add(1, Ordering::Relaxed)
+                && i < end
+            {
+                task(i);
+            }
+        }
+    }
 }
 
 /// A range from 0 on, in pieces of one size but for the last.
@@ -85,7 +118,8 @@ impl Pieces {
     }
 }
 
-type Work<'a> = &'a (dyn Fn() + Sync);
+/// Work, for a member with this number; whoever brings it has 0.
+type Work<'a> = &'a (dyn Fn(usize) + Sync);
 
 struct Team {
     /// Held by whoever brings work.
@@ -105,6 +139,8 @@ struct State {
     /// Written before a job is opened, read by those who joined it.
     work: UnsafeCell<Option<Work<'static>>>,
     has_failed: AtomicBool,
+    /// What [`Regions`] count with, one for each member and one for whoever brings work.
+    next: Vec<Counter>,
 }
 
 // SAFETY: `work` is written while the job is closed and nobody is at it, and read by members of an open one.
@@ -117,12 +153,13 @@ impl Team {
             jobs: AtomicU64::new(CLOSED),
             work: UnsafeCell::new(None),
             has_failed: AtomicBool::new(false),
+            next: (0..=n_members).map(|_| Counter::default()).collect(),
         }));
         let members = (0..n_members).filter_map(|i| {
             let is_asleep: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
             let builder = thread::Builder::new().name(format!("team-{i}"));
             // Without a thread, the others do its work.
-            let handle = builder.spawn(move || state.serve(is_asleep)).ok()?;
+            let handle = builder.spawn(move || state.serve(i + 1, is_asleep)).ok()?;
             Some(Member {
                 thread: handle.thread().clone(),
                 is_asleep,
@@ -149,7 +186,7 @@ impl Team {
                 member.thread.unpark();
             }
         }
-        let own = catch_unwind(AssertUnwindSafe(work));
+        let own = catch_unwind(AssertUnwindSafe(|| work(0)));
         let mut looks = 0;
         let mut left = jobs.fetch_or(CLOSED, Ordering::AcqRel) & MEMBERS;
         while left > 0 {
@@ -172,7 +209,7 @@ impl Team {
 }
 
 impl State {
-    fn serve(&self, is_asleep: &AtomicBool) {
+    fn serve(&self, member: usize, is_asleep: &AtomicBool) {
         let mut done = 0;
         loop {
             self.wait(done, is_asleep);
@@ -190,7 +227,7 @@ impl State {
             // SAFETY: this thread joined an open job, whose work was written before.
             let work = unsafe { *self.work.get() };
             if let Some(work) = work
-                && catch_unwind(AssertUnwindSafe(work)).is_err()
+                && catch_unwind(AssertUnwindSafe(|| work(member))).is_err()
             {
                 self.has_failed.store(true, Ordering::Relaxed);
             }

@@ -13,6 +13,7 @@ mod instructions;
 mod isa;
 mod numbers;
 mod strips;
+pub(crate) mod weighted;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -197,7 +198,9 @@ mod tests {
                 .flat_map(|(rows, cols)| every_format(rows, cols, 2)),
         );
         all.retain(|w| Packed::new(w, Compute::Int8).is_some());
-        let in_strips: Vec<Matrix> = all.iter().filter_map(Matrix::in_strips).collect();
+        let mut in_strips = all.clone();
+        Matrix::lay_in_strips(&mut in_strips, &mut |_| ());
+        in_strips.retain(|w| matches!(w.format(), Format::Strips(_)));
         assert!(in_strips.len() > 12);
         all.extend(in_strips);
         all

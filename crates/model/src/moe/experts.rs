@@ -168,24 +168,16 @@ impl Experts {
         }
     }
 
-    /// Lays frozen weights in blocks out for products in int8, and says what it has copied.
-    pub(crate) fn lay_in_strips(&mut self, on_copied: &mut dyn FnMut(&Matrix)) {
+    /// Visits the matrices of frozen experts.
+    pub(crate) fn for_each_frozen(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
         let banks = match (&mut self.chosen, &mut self.weights) {
             (Some(chosen), _) => &mut chosen.banks[..],
             (None, ExpertWeights::Frozen(frozen)) => std::slice::from_mut(&mut frozen.bank),
             (None, ExpertWeights::Trained(_) | ExpertWeights::Partly(_)) => return,
         };
         for bank in banks {
-            let bank = Arc::make_mut(bank);
-            for matrix in [&mut bank.gate, &mut bank.up, &mut bank.down]
-                .into_iter()
-                .flatten()
-            {
-                if let Some(strips) = matrix.in_strips() {
-                    on_copied(matrix);
-                    *matrix = strips;
-                }
-            }
+            let ExpertBank { gate, up, down } = Arc::make_mut(bank);
+            [gate, up, down].into_iter().flatten().for_each(&mut *visit);
         }
     }
 
