@@ -70,7 +70,11 @@ impl Origin {
         let experts = self.config.get("n_routed_experts").and_then(Value::as_u64);
         let experts = experts.map_or(0, |n| n as usize);
         let fits = |shape: &[usize]| {
-            shape.len() == 3 && shape[0] == experts && shape[1].is_multiple_of(projections.len())
+            shape.len() == 3
+                && shape[0] == experts
+                && shape[1].is_multiple_of(projections.len())
+                // Empty ones would make thousands of tensors of a description of some bytes.
+                && shape[1..].iter().all(|size| *size > 0)
         };
         if !fits(&tensor.shape) || !(1..=MOST_EXPERTS).contains(&experts) {
             let (name, shape) = (&tensor.name, &tensor.shape);

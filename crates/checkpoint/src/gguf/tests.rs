@@ -250,6 +250,10 @@ fn malformed_deepseeks_are_refused() {
         vec![],
     );
     refuse(&huge, "1 to 4096");
+    let mut empty = with("expert_count", 4096);
+    empty.tensors.retain(|tensor| !tensor.0.contains("exps"));
+    empty.tensor("blk.0.ffn_up_exps.weight", &[0, 6, 4096], 0, vec![]);
+    refuse(&empty, "found shape [4096, 6, 0]");
 }
 
 fn refuse(draft: &Draft, expected: &str) {
