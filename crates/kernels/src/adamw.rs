@@ -124,7 +124,7 @@ pub(crate) fn sum_of_squares(x: &[f32]) -> f64 {
 
 multiversion! {
     fn squares<FMA>(x: &[f32]) -> f64 {
-        sum(x.len(), |i| f64::from(x[i]) * f64::from(x[i]))
+        sum([x], |[x]| f64::from(x) * f64::from(x))
     }
 }
 

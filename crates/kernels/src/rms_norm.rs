@@ -10,7 +10,7 @@ const TASK_ROWS: usize = 64;
 
 #[inline(always)]
 fn inverse_rms(x: &[f32], eps: f32) -> f32 {
-    let squares = sum(x.len(), |i| f64::from(x[i]) * f64::from(x[i]));
+    let squares = sum([x], |[x]| f64::from(x) * f64::from(x));
     1.0 / ((squares / x.len() as f64) as f32 + eps).sqrt()
 }
 
@@ -83,7 +83,7 @@ multiversion! {
         let n = x.len();
         let (dx, dw, dy, weight) = (&mut dx[..n], &mut dw[..n], &dy[..n], &weight[..n]);
         let scale = inverse_rms(x, eps);
-        let along = sum(n, |i| f64::from(dy[i] * weight[i]) * f64::from(x[i] * scale));
+        let along = sum([dy, weight, x], |[dy, w, x]| f64::from(dy * w) * f64::from(x * scale));
         let mean = (along / n as f64) as f32;
         for i in 0..n {
             let normalized = x[i] * scale;

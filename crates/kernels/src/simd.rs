@@ -50,16 +50,21 @@ pub(crate) use multiversion;
 /// Sums that are made side by side.
 const LANES: usize = 16;
 
-/// The sum of f32 values, in f64 and in a fixed order of lanes: one sum after another would wait for each addition.
+/// The sum over places of some rows of equal length, in f64 and in a fixed order of lanes: one sum after another would wait for
+/// each addition.
 #[inline(always)]
-pub(crate) fn sum(len: usize, value: impl Fn(usize) -> f64) -> f64 {
+pub(crate) fn sum<const N: usize>(rows: [&[f32]; N], value: impl Fn([f32; N]) -> f64) -> f64 {
     let mut lanes = [0f64; LANES];
-    let whole = len - len % LANES;
-    for start in (0..whole).step_by(LANES) {
+    let rows = rows.map(|row| row.as_chunks::<LANES>());
+    for at in 0..rows[0].0.len() {
+        let parts = rows.map(|(parts, _)| &parts[at]);
         for (i, lane) in lanes.iter_mut().enumerate() {
-            *lane += value(start + i);
+            *lane += value(parts.map(|part| part[i]));
         }
     }
-    (whole..len).for_each(|i| lanes[i - whole] += value(i));
+    let rests = rows.map(|(_, rest)| rest);
+    for (i, lane) in lanes.iter_mut().enumerate().take(rests[0].len()) {
+        *lane += value(rests.map(|rest| rest[i]));
+    }
     lanes.iter().sum()
 }
