@@ -12,7 +12,6 @@ mod encode;
 mod k_quants;
 
 pub(crate) use self::decode::{DOUBLED, UNEVEN, half_of_power};
-pub(crate) use self::encode::round_to_f16;
 
 /// Values of a block of the older formats.
 const BLOCK: usize = 32;

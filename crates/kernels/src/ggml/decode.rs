@@ -5,6 +5,7 @@
 use half::f16;
 
 use super::{BLOCK, Ggml, SUPER_BLOCK};
+use crate::matrix::decode_f16;
 use crate::simd::multiversion;
 
 /// Values of half a super-block: the k-quants of 2, 3 and 6 bits store each half by itself.
@@ -25,7 +26,7 @@ impl Ggml {
             self.name()
         );
         match self {
-            Self::F16 => f16s(bytes, out),
+            Self::F16 => decode_f16(bytes, out),
             Self::Q8_0 => q8_0(bytes, out),
             Self::Q4_0 => q4_0(bytes, out),
             Self::Q4_1 => q4_1(bytes, out),
@@ -87,13 +88,6 @@ fn nibbles(codes: &[u8], values: &mut [f32; BLOCK], value: impl Fn(usize, u8) ->
     for (i, (code, (low, high))) in codes.iter().zip(low.iter_mut().zip(high)).enumerate() {
         *low = value(i, code & 15);
         *high = value(i + BLOCK / 2, code >> 4);
-    }
-}
-
-multiversion! {
-    fn f16s<FMA>(bytes: &[u8], out: &mut [f32]) {
-        let _ = FMA;
-        each::<2, 1>(bytes, out, |code, value| value[0] = half_at(code, 0));
     }
 }
 

@@ -8,6 +8,7 @@
 use half::f16;
 
 use super::{BLOCK, Ggml, k_quants};
+use crate::matrix::round_to_f16;
 use crate::simd::multiversion;
 
 impl Ggml {
@@ -138,14 +139,6 @@ fn codes_between(block: &mut [f32; BLOCK], steps: f32) -> (f32, f32) {
         *v = if code > steps { steps } else { code };
     }
     (d, least)
-}
-
-multiversion! {
-    /// Rounds to half precision; values beyond its largest become infinite.
-    fn round_to_f16<FMA>(values: &mut [f32]) {
-        let _ = FMA;
-        values.iter_mut().for_each(|v| *v = f16_of(*v));
-    }
 }
 
 multiversion! {

@@ -1,8 +1,7 @@
 //! What a product rounds its operands to.
 
 use crate::fp8::{self, Scales};
-use crate::ggml::round_to_f16;
-use crate::matrix::round_to_bf16;
+use crate::matrix::{round_to_bf16, round_to_f16};
 use crate::rows;
 use crate::{Format, Matrix};
 
