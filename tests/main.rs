@@ -5,5 +5,7 @@
 
 /// The binary: answers, refusals, exit codes, and runs that are killed.
 mod cli;
+/// Thousands of files that are not what they should be: no panic, and no more memory than they are worth.
+mod fuzz;
 /// What the compiler and clippy do not see: arrows between crates, sizes, names, READMEs, links.
 mod tidy;

@@ -205,10 +205,12 @@ struct Dependency {
     for_tests: bool,
 }
 
+/// The manifests of the workspace: `fuzz/` is another.
 fn manifests() -> Vec<Manifest> {
-    let paths = files()
-        .into_iter()
-        .filter(|path| path == "Cargo.toml" || path.ends_with("/Cargo.toml"));
+    let is_ours = |path: &String| {
+        path == "Cargo.toml" || path.starts_with("crates/") && path.ends_with("/Cargo.toml")
+    };
+    let paths = files().into_iter().filter(is_ours);
     let manifest = |path: String| Manifest {
         name: folder(&path)
             .strip_prefix("crates/")

@@ -123,7 +123,10 @@ fn text_names_no_registry_and_no_machine() {
     ];
     let mut findings = Vec::new();
     // Cargo writes the registry into the lock file.
-    for path in files().into_iter().filter(|path| path != "Cargo.lock") {
+    for path in files()
+        .into_iter()
+        .filter(|path| !path.ends_with("Cargo.lock"))
+    {
         for (line_idx, line) in text(&path).unwrap_or_default().lines().enumerate() {
             let place = format!("{path}:{}", line_idx + 1);
             for registry in registries

@@ -1,0 +1,286 @@
+//! The kinds of untrusted files, and what reads them: here, and in `fuzz/`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use checkpoint::{
+    Adapter, DType, Folder, GgufLayout, GgufValue, GgufWriter, Tensor, TensorSpec,
+    write_safetensors,
+};
+use data::{Bos, Special, Tokenizer, TokenizerFiles};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// What a kind of file is called, what lies beside it, and what reads it. Where that finds an error, all is well: what it
+/// must not do is panic, hang, or take much more memory than there are bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct Kind {
+    /// The file that is not to be trusted.
+    pub(crate) file: &'static str,
+    /// Writes a valid one, and the files that are read with it.
+    write: fn(&Path),
+    /// Gives nothing where it found an error.
+    read: fn(&Path) -> Option<()>,
+}
+
+const GGUF: Kind = Kind {
+    file: "model.gguf",
+    write: write_gguf,
+    read: |folder| read_model(&folder.join("model.gguf")),
+};
+const SAFETENSORS: Kind = Kind {
+    file: "model.safetensors",
+    write: write_model,
+    read: read_model,
+};
+const CONFIG: Kind = Kind {
+    file: "config.json",
+    ..SAFETENSORS
+};
+const INDEX: Kind = Kind {
+    file: "model.safetensors.index.json",
+    write: write_shards,
+    read: read_model,
+};
+const TOKENIZER: Kind = Kind {
+    file: "tokenizer.json",
+    write: write_tokenizer,
+    read: read_tokenizer,
+};
+const TOKENIZER_CONFIG: Kind = Kind {
+    file: "tokenizer_config.json",
+    ..TOKENIZER
+};
+const ADAPTER: Kind = Kind {
+    file: "adapter_config.json",
+    write: write_adapter,
+    read: read_adapter,
+};
+const ADAPTER_NOTES: Kind = Kind {
+    file: "moeforge.json",
+    ..ADAPTER
+};
+const MLX_ADAPTER: Kind = Kind {
+    file: "adapter_config.json",
+    write: write_mlx_adapter,
+    read: read_adapter,
+};
+
+/// All of them, by the names of libFuzzer's targets.
+pub(crate) const ALL: [(&str, Kind); 9] = [
+    ("gguf", GGUF),
+    ("safetensors", SAFETENSORS),
+    ("config", CONFIG),
+    ("index", INDEX),
+    ("tokenizer", TOKENIZER),
+    ("tokenizer_config", TOKENIZER_CONFIG),
+    ("adapter", ADAPTER),
+    ("adapter_notes", ADAPTER_NOTES),
+    ("mlx_adapter", MLX_ADAPTER),
+];
+
+/// A folder in which one file is put in place of another again and again.
+pub(crate) struct Place {
+    kind: Kind,
+    folder: TempDir,
+}
+
+impl Place {
+    /// # Panics
+    /// If no kind has that name.
+    pub(crate) fn new(name: &str) -> Self {
+        let (_, kind) = ALL.into_iter().find(|known| known.0 == name).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        (kind.write)(folder.path());
+        Self { kind, folder }
+    }
+
+    /// Where the file is.
+    pub(crate) fn path(&self) -> PathBuf {
+        self.folder.path().join(self.kind.file)
+    }
+
+    pub(crate) fn put(&self, bytes: &[u8]) {
+        fs::write(self.path(), bytes).unwrap();
+    }
+
+    /// Whether no error was found.
+    pub(crate) fn read(&self) -> bool {
+        (self.kind.read)(self.folder.path()).is_some()
+    }
+}
+
+/// Opens a model and looks at all of it: each tensor, and the tokenizer that a GGUF has.
+fn read_model(path: &Path) -> Option<()> {
+    let model = Folder::open(path).ok()?;
+    for name in model.names() {
+        if let Ok(tensor) = model.tensor(name) {
+            let _ = tensor.to_f32();
+        }
+    }
+    if let Some(metadata) = model.metadata() {
+        let files = TokenizerFiles::of_metadata(path, metadata).ok()??;
+        tokenize(&Tokenizer::new(&files).ok()?);
+    }
+    Some(())
+}
+
+fn read_tokenizer(folder: &Path) -> Option<()> {
+    tokenize(&Tokenizer::open(folder).ok()?);
+    Some(())
+}
+
+fn tokenize(tokenizer: &Tokenizer) {
+    for text in [
+        "",
+        "a",
+        "Mixture of experts, 1.5e3 \u{4e13}\u{5bb6}\n\t<|x|>",
+    ] {
+        if let Ok(ids) = tokenizer.encode(text, Bos::Add) {
+            let _ = tokenizer.decode(&ids, Special::Keep);
+        }
+    }
+    let _ = tokenizer.decode(&[0, 7, u32::MAX], Special::Skip);
+}
+
+fn read_adapter(folder: &Path) -> Option<()> {
+    for tensor in Adapter::open(folder).ok()?.tensors() {
+        let _ = tensor.to_f32();
+    }
+    Some(())
+}
+
+fn write_tokenizer(folder: &Path) {
+    let tokenizer = include_str!("../goldens/deepseek_v2_lite/tokenizer.json");
+    fs::write(folder.join("tokenizer.json"), tokenizer).unwrap();
+    let config = include_str!("../goldens/deepseek_v2_lite/tokenizer_config.json");
+    fs::write(folder.join("tokenizer_config.json"), config).unwrap();
+}
+
+/// A config of the smallest mixture of experts.
+fn config() -> Value {
+    json!({
+        "model_type": "deepseek_v3", "hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "vocab_size": 5,
+        "max_position_embeddings": 64, "rope_theta": 10000.0, "q_lora_rank": null, "kv_lora_rank": 6,
+        "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 4, "first_k_dense_replace": 1,
+        "moe_intermediate_size": 3, "n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 1,
+        "n_group": 1, "topk_group": 1, "norm_topk_prob": true, "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+    })
+}
+
+fn tensor(name: &str, dtype: DType, shape: &[usize]) -> Tensor {
+    let size = shape.iter().product::<usize>() / dtype.block() * dtype.size_bytes();
+    let bytes: Vec<u8> = (0..size).map(|i| (i * 37) as u8).collect();
+    Tensor::new(name, dtype, shape, bytes.into()).unwrap()
+}
+
+fn tensors() -> Vec<Tensor> {
+    vec![
+        tensor("model.embed_tokens.weight", DType::F32, &[5, 4]),
+        tensor("model.norm.weight", DType::BF16, &[4]),
+        tensor(
+            "model.layers.0.self_attn.q_proj.weight",
+            DType::F8E4M3,
+            &[10, 4],
+        ),
+        tensor(
+            "model.layers.0.self_attn.q_proj.weight_scale_inv",
+            DType::F32,
+            &[1, 1],
+        ),
+        tensor(
+            "model.layers.1.mlp.experts.0.gate_proj.weight",
+            DType::F16,
+            &[3, 4],
+        ),
+        tensor(
+            "model.layers.1.mlp.experts.1.gate_proj.weight",
+            DType::F16,
+            &[3, 4],
+        ),
+    ]
+}
+
+fn write_model(folder: &Path) {
+    fs::write(folder.join("config.json"), config().to_string()).unwrap();
+    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+    write_safetensors(&folder.join("model.safetensors"), &tensors(), &metadata).unwrap();
+}
+
+fn write_shards(folder: &Path) {
+    fs::write(folder.join("config.json"), config().to_string()).unwrap();
+    let mut map = serde_json::Map::new();
+    for (i, part) in tensors().chunks(3).enumerate() {
+        let name = format!("model-{i}.safetensors");
+        write_safetensors(&folder.join(&name), part, &[].into()).unwrap();
+        map.extend(
+            part.iter()
+                .map(|tensor| (tensor.name.to_string(), name.clone().into())),
+        );
+    }
+    let index = json!({"metadata": {"total_size": 1}, "weight_map": map});
+    fs::write(
+        folder.join("model.safetensors.index.json"),
+        index.to_string(),
+    )
+    .unwrap();
+}
+
+/// Stacked experts, blocks, and a tokenizer.
+fn write_gguf(folder: &Path) {
+    let config = config();
+    let file = folder.join("model.gguf");
+    let mut metadata = GgufLayout::of(&file, &config).unwrap().metadata();
+    write_tokenizer(folder);
+    let tokenizer = TokenizerFiles::open(folder).unwrap();
+    let keys = tokenizer.to_metadata(320, Some("gpt-2")).unwrap();
+    let keys = keys
+        .into_iter()
+        .map(|(key, value)| (key, GgufValue::of(&value).unwrap()));
+    metadata.extend(keys);
+    let tensors = [
+        tensor("token_embd.weight", DType::F32, &[5, 4]),
+        tensor("blk.0.attn_q.weight", DType::Q8_0, &[2, 32]),
+        tensor("blk.1.ffn_down_exps.weight", DType::F16, &[2, 4, 3]),
+        tensor("blk.1.ffn_gate_up_exps.weight", DType::F32, &[2, 6, 4]),
+        tensor("output_norm.weight", DType::F32, &[4]),
+    ];
+    let specs: Vec<TensorSpec> = tensors.iter().map(Tensor::spec).collect();
+    let mut writer = GgufWriter::create(&file, &metadata, &specs).unwrap();
+    for tensor in &tensors {
+        writer.write(&tensor.bytes).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+fn write_adapter(folder: &Path) {
+    let config = include_str!("../goldens/deepseek_v3/adapter_peft/adapter_config.json");
+    fs::write(folder.join("adapter_config.json"), config).unwrap();
+    let key =
+        |part: &str| format!("base_model.model.model.layers.0.self_attn.o_proj.lora_{part}.weight");
+    let tensors = [
+        tensor(&key("A"), DType::F32, &[2, 4]),
+        tensor(&key("B"), DType::F32, &[4, 2]),
+    ];
+    write_safetensors(
+        &folder.join("adapter_model.safetensors"),
+        &tensors,
+        &[].into(),
+    )
+    .unwrap();
+    let notes = json!({"trained_for": "q4_k_m", "experts_share": "A"});
+    fs::write(folder.join("moeforge.json"), notes.to_string()).unwrap();
+}
+
+fn write_mlx_adapter(folder: &Path) {
+    let config = include_str!("../goldens/deepseek_v2_lite/adapter_mlx/adapter_config.json");
+    fs::write(folder.join("adapter_config.json"), config).unwrap();
+    let tensors = [tensor(
+        "model.layers.0.self_attn.o_proj.lora_a",
+        DType::F32,
+        &[4, 2],
+    )];
+    write_safetensors(&folder.join("adapters.safetensors"), &tensors, &[].into()).unwrap();
+}

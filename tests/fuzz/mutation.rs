@@ -1,0 +1,121 @@
+//! What happens to a file: bits flip, parts vanish, repeat or come from elsewhere, numbers become extreme.
+
+/// SplitMix64: the same changes on every machine.
+pub(super) struct Dice(u64);
+
+impl Dice {
+    pub(super) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+        mixed ^ mixed >> 31
+    }
+
+    /// A number below `end`, or 0.
+    fn below(&mut self, end: usize) -> usize {
+        (self.next() % end.max(1) as u64) as usize
+    }
+
+    fn one<'a, T: ?Sized>(&mut self, of: &[&'a T]) -> &'a T {
+        of[self.below(of.len())]
+    }
+}
+
+/// Lengths and counts that are too much for something.
+const NUMBERS: [u64; 12] = [
+    0,
+    1,
+    0x7F,
+    0xFFFF,
+    1 << 20,
+    1 << 24,
+    i32::MAX as u64,
+    u32::MAX as u64,
+    1 << 40,
+    i64::MAX as u64,
+    u64::MAX - 7,
+    u64::MAX,
+];
+/// What a text may have in place of a part.
+const TEXTS: [&str; 18] = [
+    "0",
+    "-1",
+    "1e999",
+    "0.5",
+    "4294967295",
+    "18446744073709551615",
+    "99999999999999999999",
+    "null",
+    "true",
+    "\"\"",
+    "\"\\u0000\"",
+    "[]",
+    "{}",
+    "[[[[[[[[[[[[[[[[",
+    "{\"a\":{\"a\":{\"a\":",
+    "\u{feff}",
+    "\"a\":1,",
+    "(((((((((a{99}){99}){99}",
+];
+const MOST_CHANGES: usize = 4;
+const LONGEST_PART: usize = 100;
+const MOST_COPIES: usize = 64;
+
+/// A file that was changed in a few places.
+pub(super) fn mutated(valid: &[u8], dice: &mut Dice) -> Vec<u8> {
+    let mut bytes = valid.to_vec();
+    for _ in 0..=dice.below(MOST_CHANGES) {
+        change(&mut bytes, valid, dice);
+    }
+    bytes
+}
+
+fn change(bytes: &mut Vec<u8>, valid: &[u8], dice: &mut Dice) {
+    let at = dice.below(bytes.len());
+    let part = at..bytes.len().min(at + dice.below(LONGEST_PART));
+    match dice.below(9) {
+        0 if !bytes.is_empty() => bytes[at] ^= 1 << dice.below(8),
+        1 if !bytes.is_empty() => bytes[at] = dice.next() as u8,
+        2 => bytes.truncate(at),
+        3 => drop(bytes.drain(part)),
+        4 => {
+            let copies = bytes[part].repeat(1 + dice.below(MOST_COPIES));
+            bytes.splice(at..at, copies);
+        }
+        5 => {
+            let from = dice.below(valid.len());
+            let to = valid.len().min(from + dice.below(LONGEST_PART));
+            bytes.splice(part, valid[from..to].iter().copied());
+        }
+        6 => {
+            let number = NUMBERS[dice.below(NUMBERS.len())].to_le_bytes();
+            let size = [4, 8][dice.below(2)].min(bytes.len() - at);
+            bytes[at..at + size].copy_from_slice(&number[..size]);
+        }
+        7 => {
+            let text = dice.one(&TEXTS);
+            bytes.splice(part, text.bytes());
+        }
+        _ => {
+            let text = dice.one(&TEXTS);
+            let number = number_from(bytes, at);
+            bytes.splice(number, text.bytes());
+        }
+    }
+}
+
+/// The next digits from a place on, or nothing at the end.
+fn number_from(bytes: &[u8], at: usize) -> std::ops::Range<usize> {
+    let place = |from: usize, is_digit: bool| {
+        let found = bytes[from..]
+            .iter()
+            .position(|b| b.is_ascii_digit() == is_digit);
+        found.map_or(bytes.len(), |i| from + i)
+    };
+    let start = place(at.min(bytes.len()), true);
+    start..place(start, false)
+}
