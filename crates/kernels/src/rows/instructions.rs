@@ -3,6 +3,8 @@
 #![expect(unsafe_code, reason = "instructions that were found, or promised")]
 
 use super::isa::{Isa, Portable};
+#[cfg(target_arch = "aarch64")]
+use super::neon::Neon;
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Avx2, Avx512};
 
@@ -13,6 +15,8 @@ pub(super) enum Instructions {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
     Portable,
 }
 
@@ -44,6 +48,10 @@ impl Instructions {
                 return Self::Avx2;
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        if std::arch::is_aarch64_feature_detected!("dotprod") {
+            return Self::Neon;
+        }
         Self::Portable
     }
 
@@ -55,6 +63,8 @@ impl Instructions {
             Self::Avx512,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2,
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon,
             Self::Portable,
         ];
         let best = Self::best();
@@ -63,7 +73,7 @@ impl Instructions {
 
     /// Does some work, compiled for these instructions with all that is inlined in it.
     pub(super) fn run(self, work: impl Work) {
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
         macro_rules! with {
             ($features:literal, $isa:ty) => {{
                 #[target_feature(enable = $features)]
@@ -83,6 +93,8 @@ impl Instructions {
             ),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => with!("avx2,fma,f16c", Avx2),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => with!("neon,dotprod", Neon),
             // SAFETY: it needs none.
             Self::Portable => unsafe { work.run::<Portable>() },
         }

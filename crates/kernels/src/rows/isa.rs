@@ -25,6 +25,8 @@ pub(super) trait Isa: Copy {
     type Ints: Copy;
     /// 16 f32 lanes.
     type Sums: Copy;
+    /// Rows of activations whose sums fit the registers, where they are multiplied with one row of lanes.
+    const TILE: usize = 8;
 
     /// Asks for some bytes that will be read soon; there need not be any.
     fn prefetch(from: *const u8, bytes: usize);

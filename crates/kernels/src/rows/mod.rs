@@ -11,6 +11,8 @@
 mod activations;
 mod instructions;
 mod isa;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod numbers;
 mod strips;
 pub(crate) mod weighted;

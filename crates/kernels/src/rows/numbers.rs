@@ -96,8 +96,9 @@ impl Product<'_> {
             // SAFETY: the caller's promise.
             at += unsafe {
                 match self.rows.len() - at {
-                    8.. => self.tiles::<I, NUMBER, 1, 8>(at),
-                    4.. => self.tiles::<I, NUMBER, 2, 4>(at),
+                    8.. if I::TILE >= 8 => self.tiles::<I, NUMBER, 1, 8>(at),
+                    4.. if I::TILE >= 8 => self.tiles::<I, NUMBER, 2, 4>(at),
+                    4.. => self.tiles::<I, NUMBER, 1, 4>(at),
                     2.. => self.tiles::<I, NUMBER, 2, 2>(at),
                     _ => self.tiles::<I, NUMBER, 4, 1>(at),
                 }

@@ -46,7 +46,7 @@ impl Work for Sum<'_> {
             // SAFETY: the caller's promise.
             at += unsafe {
                 match self.weights.rows() - at {
-                    8.. => self.tile::<I, 8>(at),
+                    8.. if I::TILE >= 8 => self.tile::<I, 8>(at),
                     4.. => self.tile::<I, 4>(at),
                     2.. => self.tile::<I, 2>(at),
                     _ => self.tile::<I, 1>(at),

@@ -131,7 +131,7 @@ impl Product<'_> {
             // SAFETY: the caller's promise.
             at += unsafe {
                 match turn.end - at {
-                    8.. => self.tile::<I, F, 8>(bytes, strip, at),
+                    8.. if I::TILE >= 8 => self.tile::<I, F, 8>(bytes, strip, at),
                     4.. => self.tile::<I, F, 4>(bytes, strip, at),
                     2.. => self.tile::<I, F, 2>(bytes, strip, at),
                     _ => self.tile::<I, F, 1>(bytes, strip, at),
