@@ -15,6 +15,7 @@ use model::{Compute, Model, ModelConfig, Training, weights};
 use serde_json::Value;
 
 use crate::console::Console;
+use crate::train::memory;
 
 /// Which model, and where it computes.
 #[derive(Debug, Clone, clap::Args)]
@@ -121,19 +122,37 @@ impl Opened {
     }
 }
 
-/// What continues prompts with a model.
+/// What continues prompts with a model. Its weights are laid out in memory if they need no more than three quarters of what
+/// is free.
 pub(crate) fn engine(
-    model: Model,
+    mut model: Model,
     compute: ComputeName,
     device: &Device,
     console: &Console,
 ) -> Engine {
+    let bytes = model.size_bytes() as u64;
+    let mut engine = Engine {
+        model,
+        compute: compute.compute(),
+        device: device.clone(),
+    };
+    // Products in f32 decode blocks as they are stored.
+    if compute == ComputeName::F32 {
+        return engine;
+    }
+    let free = memory::read().available_bytes.unwrap_or(u64::MAX);
+    if bytes > free / 4 * 3 {
+        let [bytes, free] = [bytes, free].map(|bytes| bytes as f64 / f64::from(1 << 30));
+        console.note(format_args!(
+            "weights of {bytes:.1} GiB stay in their file, since {free:.1} GiB of memory are free: slower than in memory"
+        ));
+        return engine;
+    }
     let mut progress = console.progress(0, "MiB of weights");
-    let mut on_bytes = |done, total| {
+    engine.lay_out(&mut |done, total| {
         let [done, total] = [done, total].map(|bytes: usize| bytes as u64 >> 20);
         progress.update_of(done, total);
-    };
-    let engine = Engine::new(model, compute.compute(), device.clone(), &mut on_bytes);
+    });
     progress.finish();
     engine
 }

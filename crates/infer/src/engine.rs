@@ -38,30 +38,23 @@ impl Engine {
     /// If the folder cannot be read or holds no model we compute.
     pub fn open(folder: &Path, compute: Compute, device: Device) -> Result<Self> {
         let model = weights::load(&Folder::open(folder)?, Training::Frozen, &device)?;
-        Ok(Self::new(model, compute, device, &mut |_, _| ()))
-    }
-
-    /// Where products are in int8, weights in blocks are laid out for them in memory, and what is held of their files is
-    /// given back. Says how many bytes were laid out, of how many that there are.
-    pub fn new(
-        mut model: Model,
-        compute: Compute,
-        device: Device,
-        on_bytes: &mut dyn FnMut(usize, usize),
-    ) -> Self {
-        if compute == Compute::Int8 {
-            let (mut bytes, total) = (0, model.size_bytes());
-            model.lay_in_strips(&mut |matrix| {
-                checkpoint::forget(matrix.bytes());
-                bytes += matrix.size_bytes();
-                on_bytes(bytes, total);
-            });
-        }
-        Self {
+        Ok(Self {
             model,
             compute,
             device,
-        }
+        })
+    }
+
+    /// Copies the weights into memory as products read them fastest, and gives back what is held of their files. Says how
+    /// many bytes were copied, of how many that there are. Not for a model that memory has no room for: a file's bytes can be
+    /// dropped and read again, copies cannot.
+    pub fn lay_out(&mut self, on_bytes: &mut dyn FnMut(usize, usize)) {
+        let (mut bytes, total) = (0, self.model.size_bytes());
+        self.model.lay_out(&mut |matrix| {
+            checkpoint::forget(matrix.bytes());
+            bytes += matrix.size_bytes();
+            on_bytes(bytes, total);
+        });
     }
 
     /// Continues a prompt, and tells each new token as it comes.

@@ -153,12 +153,12 @@ impl Model {
         bytes
     }
 
-    /// Lays frozen weights in blocks out for products in int8, sixteen rows side by side, in new memory. Says of each
-    /// weight when it is copied: nothing of this model reads those bytes any more.
-    pub fn lay_in_strips(&mut self, on_copied: &mut dyn FnMut(&Matrix)) {
+    /// Copies frozen weights into one piece of memory as products read them fastest, see [`Matrix::lay_out`]. Says of each
+    /// when it is copied: nothing of this model reads those bytes any more.
+    pub fn lay_out(&mut self, on_copied: &mut dyn FnMut(&Matrix)) {
         let mut matrices = vec![];
         self.for_each_frozen(&mut |matrix| matrices.push(matrix.clone()));
-        Matrix::lay_in_strips(&mut matrices, on_copied);
+        Matrix::lay_out(&mut matrices, on_copied);
         let mut laid = matrices.into_iter();
         self.for_each_frozen(&mut |matrix| *matrix = laid.next().expect("as many as before"));
     }

@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use super::Matrix;
 use super::strips::ROWS;
+use crate::Error;
 use crate::product::gemm::with_scratch;
-use crate::{Error, Ggml};
 
 /// Side of the squares that are transposed: whole blocks of the formats that rows of a head's width can have.
 const SQUARE: usize = 32;
@@ -80,8 +80,8 @@ impl Heads {
         self.values.row_range(head * v..(head + 1) * v)
     }
 
-    /// With what both halves store in blocks replaced, if every head has whole strips.
-    pub(super) fn map_stored(&self, map: &mut dyn FnMut(&Matrix, Ggml) -> Matrix) -> Self {
+    /// With both halves replaced, if every head has whole strips.
+    pub(super) fn map_stored(&self, map: &mut dyn FnMut(&Matrix) -> Matrix) -> Self {
         let [_, v] = self.widths();
         if [self.cols(), v]
             .iter()
@@ -170,8 +170,8 @@ fn cuts(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Format;
     use crate::matrix::tests::{every_block_format, every_format, noise};
+    use crate::{Format, Ggml};
 
     /// Halves of three heads over the values of a whole: keys of width 5, values of width 4, rank 7.
     fn halves(whole: &[f32]) -> [Matrix; 2] {

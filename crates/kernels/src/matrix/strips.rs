@@ -103,59 +103,83 @@ fn fields(format: Ggml) -> &'static [Field] {
 }
 
 impl Matrix {
-    /// Lays matrices out in new memory with sixteen rows side by side, those that have products in int8, which are faster
-    /// so; the others stay as they are. Says of each of those when nothing reads its bytes any more. The memory is one piece,
-    /// which is larger than the pages that a CPU can have at hand of many small ones.
-    pub fn lay_in_strips(matrices: &mut [Self], on_copied: &mut dyn FnMut(&Self)) {
-        let mut stored: Vec<(Self, Ggml)> = vec![];
+    /// Copies matrices into new memory, those that have products in int8 with sixteen rows side by side, and says of each
+    /// when nothing reads its old bytes any more. The memory is one piece: so the system can give it pages of a size of
+    /// which a CPU has all at hand, where a file's small pages are looked up again and again. FP8 stays where it is.
+    pub fn lay_out(matrices: &mut [Self], on_copied: &mut dyn FnMut(&Self)) {
+        let mut stored: Vec<Self> = vec![];
         for matrix in &*matrices {
-            matrix.map_stored(&mut |stored_one, format| {
-                stored.push((stored_one.clone(), format));
-                stored_one.clone()
+            matrix.map_stored(&mut |part| {
+                stored.push(part.clone());
+                part.clone()
             });
         }
-        let total: usize = stored.iter().map(|(matrix, _)| matrix.strip_bytes()).sum();
+        let total: usize = stored.iter().map(Self::laid_lines).sum();
         let mut all = vec![0; total + LINE];
         let first = all.as_ptr().align_offset(LINE).min(LINE);
         let mut left = &mut all[first..];
-        for (matrix, format) in &stored {
-            let (strips, after) = left.split_at_mut(matrix.strip_bytes());
-            fill_all(*format, &matrix.bytes, matrix.row_bytes(), strips);
+        for matrix in &stored {
+            let (part, after) = left.split_at_mut(matrix.laid_lines());
+            matrix.copy_to(&mut part[..matrix.laid_bytes()]);
             on_copied(matrix);
             left = after;
         }
         let (all, mut at) = (Bytes::from(all), first);
         for matrix in matrices {
-            *matrix = matrix.map_stored(&mut |stored, format| {
+            *matrix = matrix.map_stored(&mut |part| {
                 let start = at;
-                at += stored.strip_bytes();
-                let bytes = stored.rows.next_multiple_of(ROWS) * stored.row_bytes();
+                at += part.laid_lines();
                 Self {
-                    format: Format::Strips(format),
-                    bytes: all.slice(start..start + bytes),
-                    ..*stored
+                    format: part.laid_format(),
+                    bytes: all.slice(start..start + part.laid_bytes()),
+                    ..*part
                 }
             });
         }
     }
 
-    /// The matrix with what it stores in blocks replaced.
-    pub(super) fn map_stored(&self, map: &mut dyn FnMut(&Self, Ggml) -> Self) -> Self {
+    /// The matrix with what it is made of replaced, if that can be laid out.
+    pub(super) fn map_stored(&self, map: &mut dyn FnMut(&Self) -> Self) -> Self {
         match &self.format {
-            Format::Ggml(format) if rows::multiplies(*format) => map(self, *format),
+            Format::Ggml(_) | Format::F32 | Format::F16 | Format::Bf16 => map(self),
             Format::Heads(heads) => Self {
                 format: Format::Heads(heads.map_stored(map)),
                 bytes: self.bytes.clone(),
                 ..*self
             },
-            _ => self.clone(),
+            Format::Fp8(_) | Format::Strips(_) => self.clone(),
         }
     }
 
-    /// Bytes that its strips take, whole lines of the cache.
-    fn strip_bytes(&self) -> usize {
-        let bytes = self.rows.next_multiple_of(ROWS) * self.row_bytes();
-        bytes.next_multiple_of(LINE)
+    fn laid_format(&self) -> Format {
+        match self.format {
+            Format::Ggml(format) if rows::multiplies(format) => Format::Strips(format),
+            _ => self.format.clone(),
+        }
+    }
+
+    fn laid_bytes(&self) -> usize {
+        match self.laid_format() {
+            Format::Strips(_) => self.rows.next_multiple_of(ROWS) * self.row_bytes(),
+            _ => self.bytes.len(),
+        }
+    }
+
+    /// The same in whole lines of the cache.
+    fn laid_lines(&self) -> usize {
+        self.laid_bytes().next_multiple_of(LINE)
+    }
+
+    /// Copies the bytes as they are laid out, on all threads.
+    fn copy_to(&self, out: &mut [u8]) {
+        let is_strips = matches!(self.laid_format(), Format::Strips(_));
+        let row_bytes = self.row_bytes();
+        let rows = (ROWS * row_bytes).max(1);
+        let tasks = out.par_chunks_mut(rows).zip(self.bytes.par_chunks(rows));
+        tasks.for_each(|(out, rows)| match self.format {
+            Format::Ggml(format) if is_strips => fill(format, rows, row_bytes, out),
+            _ => out.copy_from_slice(rows),
+        });
     }
 
     pub(super) fn strips_of(&self, format: Ggml, rows: Range<usize>) -> Self {
@@ -202,13 +226,6 @@ impl Matrix {
             decode_blocks(format, bytes, cols.start - start..cols.end - start, out);
         });
     }
-}
-
-/// Lays all rows of a matrix side by side, on all threads.
-fn fill_all(format: Ggml, rows: &[u8], row_bytes: usize, strips: &mut [u8]) {
-    let strip = (ROWS * row_bytes).max(1);
-    let tasks = strips.par_chunks_mut(strip).zip(rows.par_chunks(strip));
-    tasks.for_each(|(strip, rows)| fill(format, rows, row_bytes, strip));
 }
 
 /// Lays rows side by side.
