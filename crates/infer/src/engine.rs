@@ -49,12 +49,16 @@ impl Engine {
     /// many bytes were copied, of how many that there are. Not for a model that memory has no room for: a file's bytes can be
     /// dropped and read again, copies cannot.
     pub fn lay_out(&mut self, on_bytes: &mut dyn FnMut(usize, usize)) {
-        let (mut bytes, total) = (0, self.model.size_bytes());
+        let (mut done, total) = (0, self.model.size_bytes());
+        let mut copied = vec![];
         self.model.lay_out(&mut |matrix| {
             checkpoint::forget(matrix.bytes());
-            bytes += matrix.size_bytes();
-            on_bytes(bytes, total);
+            copied.push(matrix.bytes().clone());
+            done += matrix.size_bytes();
+            on_bytes(done, total);
         });
+        // Reading a part brings some of what lies beside it back.
+        copied.iter().for_each(|bytes| checkpoint::forget(bytes));
     }
 
     /// Continues a prompt, and tells each new token as it comes.

@@ -17,6 +17,8 @@ use crate::{Ggml, rows};
 pub(crate) const ROWS: usize = 16;
 /// Bytes of a line of the cache.
 const LINE: usize = 64;
+/// What stands in for the fields of rows that are not there.
+const NOTHING: [u8; 128] = [0; 128];
 
 /// Bytes of a block that have one meaning.
 #[derive(Clone, Copy, Debug)]
@@ -238,23 +240,21 @@ pub(crate) fn fill(format: Ggml, rows: &[u8], row_bytes: usize, strip: &mut [u8]
         n <= ROWS && n * row_bytes == rows.len() && strip.len() == ROWS * row_bytes,
         "{n} rows of a strip"
     );
-    if n < ROWS {
-        strip.fill(0);
-    }
     for (i, unit) in strip.chunks_exact_mut(ROWS * block).enumerate() {
-        let mut start = 0;
+        let mut left = unit;
         for field in fields(format) {
-            let unit = &mut unit[start..start + ROWS * field.bytes];
-            for row in 0..n {
-                let from = &rows[row * row_bytes + i * block + field.at..][..field.bytes];
-                match field.cut {
-                    Cut::Bytes => spread::<1>(from, row, unit, |word| word),
-                    Cut::Twos => spread::<2>(from, row, unit, |word| word),
-                    Cut::Fours => spread::<4>(from, row, unit, |word| word),
-                    Cut::Bits => spread::<4>(from, row, unit, by_byte),
-                }
+            let (words, after) = left.split_at_mut(ROWS * field.bytes);
+            let from = std::array::from_fn(|row| match row < n {
+                true => &rows[row * row_bytes + i * block + field.at..][..field.bytes],
+                false => &NOTHING[..field.bytes],
+            });
+            match field.cut {
+                Cut::Bytes => spread::<1>(from, words, |word| word),
+                Cut::Twos => spread::<2>(from, words, |word| word),
+                Cut::Fours => spread::<4>(from, words, |word| word),
+                Cut::Bits => spread::<4>(from, words, by_byte),
             }
-            start += ROWS * field.bytes;
+            left = after;
         }
     }
 }
@@ -294,14 +294,16 @@ pub(super) fn row_blocks(
 
 #[inline(always)]
 fn spread<const N: usize>(
-    from: &[u8],
-    row: usize,
-    unit: &mut [u8],
+    from: [&[u8]; ROWS],
+    words: &mut [u8],
     word: impl Fn([u8; N]) -> [u8; N],
 ) {
-    let rows = unit.as_chunks_mut::<N>().0.chunks_exact_mut(ROWS);
-    for (rows, from) in rows.zip(from.as_chunks::<N>().0) {
-        rows[row] = word(*from);
+    let from = from.map(|row| row.as_chunks::<N>().0);
+    let words = words.as_chunks_mut::<N>().0.chunks_exact_mut(ROWS);
+    for (i, words) in words.enumerate() {
+        for (to, from) in words.iter_mut().zip(&from) {
+            *to = word(from[i]);
+        }
     }
 }
 
@@ -321,8 +323,13 @@ fn collect<const N: usize>(
 /// Bit 4c + j comes to 8j + c.
 fn by_byte(bits: [u8; 4]) -> [u8; 4] {
     let bits = u32::from_le_bytes(bits);
-    let byte = |j: usize| (0..8).fold(0, |byte, c| byte | (bits >> (4 * c + j) & 1) << c);
-    std::array::from_fn(|j| byte(j) as u8)
+    std::array::from_fn(|j| {
+        // Every fourth bit, and neighbors pushed together: pairs, then fours, then all eight.
+        let every_fourth = bits >> j & 0x1111_1111;
+        let pairs = (every_fourth | every_fourth >> 3) & 0x0303_0303;
+        let fours = (pairs | pairs >> 6) & 0x000F_000F;
+        (fours | fours >> 12) as u8
+    })
 }
 
 /// And back.
