@@ -20,6 +20,9 @@ use crate::sequence::{Context, GenerateConfig, Generation, Sequence};
 /// costs memory in proportion to its length and not to its square; products of so many rows run at full speed.
 const CHUNK: usize = 512;
 
+/// Bytes of a file that are held at most after they were copied.
+const MOST_HELD: usize = 8 << 20;
+
 /// A model that continues prompts.
 #[derive(Clone, Debug)]
 pub struct Engine {
@@ -50,14 +53,20 @@ impl Engine {
     /// dropped and read again, copies cannot.
     pub fn lay_out(&mut self, on_bytes: &mut dyn FnMut(usize, usize)) {
         let (mut done, total) = (0, self.model.size_bytes());
-        let mut copied = vec![];
+        let (mut copied, mut held) = (vec![], 0);
         self.model.lay_out(&mut |matrix| {
-            checkpoint::forget(matrix.bytes());
-            copied.push(matrix.bytes().clone());
             done += matrix.size_bytes();
             on_bytes(done, total);
+            copied.push(matrix.bytes().clone());
+            held += matrix.bytes().len();
+            // Several together: reading a part brings some of what lies beside it back.
+            if held >= MOST_HELD {
+                copied
+                    .drain(..)
+                    .for_each(|bytes| checkpoint::forget(&bytes));
+                held = 0;
+            }
         });
-        // Reading a part brings some of what lies beside it back.
         copied.iter().for_each(|bytes| checkpoint::forget(bytes));
     }
 
