@@ -1,6 +1,6 @@
 //! A frozen weight in the bytes it was published in.
 //!
-//! A [`Matrix`] is a view: the bytes usually belong to a mapped file, and nothing here ever copies them whole.
+//! A [`Matrix`] is a view: the bytes usually belong to a mapped file, and only [`Matrix::lay_out`] copies them whole.
 //! Kernels ask for a tile, which is decoded into scratch that fits the cache, or for the product of one row with
 //! a vector. Rows may start at any byte address: dense formats are read byte-wise where they are misaligned.
 

@@ -21,7 +21,7 @@ const SLOTS: usize = 256;
 const MEDIUM: usize = 1 << 10;
 /// The first size that does not.
 const NOT_MEDIUM: usize = 1 << 18;
-/// Medium blocks that can wait in a thread: at most 8 MiB, mostly a tenth of that.
+/// Medium blocks that can wait in a thread: at most 8 MiB.
 const SHELF: usize = 32;
 
 fn is_medium(layout: Layout) -> bool {

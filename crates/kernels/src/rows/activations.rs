@@ -139,6 +139,7 @@ fn rounded(value: f32) -> i8 {
     const TO_BITS: f32 = 12_582_912.0;
     (value + TO_BITS).to_bits() as i8
 }
+
 #[cfg(test)]
 mod tests {
     use super::*;
