@@ -341,6 +341,7 @@ fn by_code(bytes: [u8; 4]) -> [u8; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::matrix::tests::{every_block_format, every_format};
 
     #[test]
     fn a_strip_has_every_byte_of_its_rows_once() {
@@ -367,6 +368,47 @@ mod tests {
                     row_blocks(format, &strip, n, 0, &mut found);
                     assert!(found.iter().all(|byte| *byte == 0));
                 }
+            }
+        }
+    }
+
+    /// Every form of a matrix, 40 rows of each: two strips and a half.
+    fn every_form() -> Vec<Matrix> {
+        let [keys, values] = [64, 32].map(|rows| every_block_format(rows).remove(0));
+        let rank = values.cols();
+        let keys = keys.row_range(0..1).bytes().repeat(2 * rank);
+        let format = values.format().clone();
+        let keys = Matrix::dense(2 * rank, rank, format, keys.into()).unwrap();
+        let mut all = every_block_format(40);
+        all.extend(every_format(40, 37, 3));
+        all.push(Matrix::of_heads(keys, values, 2).unwrap());
+        all
+    }
+
+    #[test]
+    fn what_is_laid_out_has_the_values_it_had() {
+        let before = every_form();
+        let (mut after, mut copied) = (before.clone(), 0);
+        Matrix::lay_out(&mut after, &mut |matrix| copied += matrix.size_bytes());
+        let is_stored = |matrix: &&Matrix| !matches!(matrix.format(), Format::Fp8(_));
+        let stored: usize = before
+            .iter()
+            .filter(is_stored)
+            .map(Matrix::size_bytes)
+            .sum();
+        assert_eq!(copied, stored);
+        for (before, after) in before.iter().zip(&after) {
+            let (name, cols) = (after.format().name(), after.cols());
+            let expected = before.to_f32();
+            assert_eq!(after.to_f32(), expected, "{name}");
+            // Views that are whole strips, begin with one, or begin and end inside one.
+            for rows in [0..32, 16..40, 3..21] {
+                let view = after.row_range(rows.clone()).to_f32();
+                assert_eq!(
+                    view,
+                    expected[rows.start * cols..rows.end * cols],
+                    "{name} {rows:?}"
+                );
             }
         }
     }

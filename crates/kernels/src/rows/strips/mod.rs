@@ -23,8 +23,9 @@ use crate::matrix::strips::{self, ROWS};
 use crate::product::gemm::with_byte_scratch;
 use crate::product::strided::{MatMut, Write};
 
-/// Rows of activations that take their turn together: they stay in the cache while a strip after the other passes.
-const TURN: usize = 64;
+/// Rows of activations that are multiplied with a strip before the next one: they stay in the cache while a strip after
+/// the other passes.
+const TOGETHER: usize = 64;
 
 /// Bytes that are read while memory brings others: a strip is too short for the CPU to see where it is going.
 const AHEAD: usize = 2048;
@@ -101,8 +102,8 @@ impl Product<'_> {
     #[inline(always)]
     unsafe fn with<I: Isa, F: Format>(mut self, scratch: &mut [u8]) {
         let strip_bytes = self.row_bytes * ROWS;
-        for turn in (0..self.rows.len()).step_by(TURN) {
-            let turn = turn..self.rows.len().min(turn + TURN);
+        for first in (0..self.rows.len()).step_by(TOGETHER) {
+            let some = first..self.rows.len().min(first + TOGETHER);
             for strip in self.outs.start / ROWS..self.outs.end.div_ceil(ROWS) {
                 let start = strip * strip_bytes;
                 let end = self.bytes.len().min(start + strip_bytes);
@@ -115,7 +116,7 @@ impl Product<'_> {
                     }
                 };
                 // SAFETY: the caller's promise.
-                unsafe { self.strip::<I, F>(bytes, strip, turn.clone()) };
+                unsafe { self.strip::<I, F>(bytes, strip, some.clone()) };
             }
         }
     }
@@ -125,12 +126,12 @@ impl Product<'_> {
     /// # Safety
     /// As [`Self::with`].
     #[inline(always)]
-    unsafe fn strip<I: Isa, F: Format>(&mut self, bytes: &[u8], strip: usize, turn: Range<usize>) {
-        let mut at = turn.start;
-        while at < turn.end {
+    unsafe fn strip<I: Isa, F: Format>(&mut self, bytes: &[u8], strip: usize, some: Range<usize>) {
+        let mut at = some.start;
+        while at < some.end {
             // SAFETY: the caller's promise.
             at += unsafe {
-                match turn.end - at {
+                match some.end - at {
                     8.. if I::TILE >= 8 => self.tile::<I, F, 8>(bytes, strip, at),
                     4.. => self.tile::<I, F, 4>(bytes, strip, at),
                     2.. => self.tile::<I, F, 2>(bytes, strip, at),
