@@ -16,10 +16,13 @@ const WEIGHT_OPS: [(&[&str], &[&str]); 3] = [
     (
         &[
             "linear_frozen",
+            "linear_frozen_pair",
+            "mixture_frozen",
             "linear_trained",
             "linear_merged",
             "linear_add",
             "heads_linear",
+            "absorbed_attention",
             "experts_frozen",
             "experts_trained",
         ],

@@ -12,6 +12,8 @@
 //! Source of the recomputation: FlashAttention-2, arXiv:2307.08691, section 3.1; without its online softmax, since
 //! a tile's whole row of scores fits in cache here.
 
+pub(crate) mod latent;
+
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -20,8 +22,7 @@ use rayon::prelude::*;
 use crate::exp;
 use crate::product::gemm::{FEW_ROWS, dot, share, tiles, with_scratch, zeros};
 use crate::product::strided::{Mat, MatMut, Write, gemm};
-use crate::product::team::{Pieces, share_quickly};
-use crate::rows::{Packed, weighted};
+use crate::product::team::share_quickly;
 
 /// Queries per tile.
 const TILE_QUERIES: usize = 64;
@@ -246,44 +247,6 @@ pub(crate) fn forward(
         share(shape.batch * heads, head);
     }
     (out, lse)
-}
-
-/// Keys per task of [`forward_latent`].
-const LATENT_KEYS: usize = 64;
-/// Features of values per task.
-const LATENT_FEATURES: usize = 64;
-
-/// One query of each head over a context that all heads share, whose values are the first `v_dim` features of its keys:
-/// q `[heads, dim]`, latents `[kv_seq, dim]` → `[heads, v_dim]`. The heads are rows of one product, so the context is read
-/// twice and not twice for each head.
-pub(crate) fn forward_latent(q: Mat<'_>, latents: &[f32], v_dim: usize, scale: f32) -> Vec<f32> {
-    let (heads, dim) = (q.rows(), q.cols());
-    let kv_seq = latents.len() / dim.max(1);
-    let (mut out, all_heads) = (vec![0.0; heads * v_dim], (0..heads).collect::<Vec<_>>());
-    let outputs = MatMut::dense(&mut out, heads, v_dim);
-    let keys = Packed::of_values(latents, dim);
-    let query = keys.input(q);
-    with_scratch(heads * kv_seq, |scores| {
-        let all = MatMut::dense(scores, heads, kv_seq);
-        Pieces::new(kv_seq, LATENT_KEYS).share_quickly(|range| {
-            // SAFETY: tasks write different columns.
-            #[expect(unsafe_code, reason = "disjoint columns of the scores")]
-            let scores = unsafe { all.part(0..heads, range.clone()) };
-            keys.multiply((&query, &all_heads), range, scores, Write::Replace);
-        });
-        for scores in scores.chunks_mut(kv_seq) {
-            exp::scale(scores, scale);
-            softmax(scores);
-        }
-        Pieces::new(v_dim, LATENT_FEATURES).share_quickly(|features| {
-            // SAFETY: tasks write different columns.
-            #[expect(unsafe_code, reason = "disjoint columns of the output")]
-            let out = unsafe { outputs.part(0..heads, features.clone()) };
-            let scores = Mat::dense(scores, heads, kv_seq);
-            weighted::sum(scores, Mat::dense(latents, kv_seq, dim), features, out);
-        });
-    });
-    out
 }
 
 fn forward_head(

@@ -15,6 +15,7 @@
 mod few;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
@@ -40,6 +41,19 @@ pub struct ExpertBank {
     pub down: Vec<Matrix>,
 }
 
+/// The frozen weights of the experts that every token has, fused into one, and what products with them compute in.
+#[derive(Clone, Debug)]
+pub struct SharedExperts {
+    /// `[intermediate_size, hidden_size]`.
+    pub gate: Arc<Matrix>,
+    /// `[intermediate_size, hidden_size]`.
+    pub up: Arc<Matrix>,
+    /// `[hidden_size, intermediate_size]`.
+    pub down: Arc<Matrix>,
+    /// What products round their operands to.
+    pub compute: Compute,
+}
+
 /// The settings of the low-rank updates: the factors themselves are tensors.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ExpertLora {
@@ -49,6 +63,17 @@ pub struct ExpertLora {
     pub dropout: Dropout,
     /// Folds the updates into the weights and rounds the sums, as [`crate::linear_merged`] does.
     pub quantizer: Option<Quantizer>,
+}
+
+impl ExpertLora {
+    /// No update.
+    pub(crate) fn none() -> Self {
+        Self {
+            scale: [0.0; 3],
+            dropout: Dropout::OFF,
+            quantizer: None,
+        }
+    }
 }
 
 /// The three projections of an expert, as indices.
@@ -396,8 +421,20 @@ pub(crate) fn forward(
     x: &[f32],
     weights: &[f32],
 ) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
-    few::forward(experts, slots, x, weights)
+    few::forward(experts, slots, x, weights, None)
         .unwrap_or_else(|| forward_in_groups(experts, slots, x, weights))
+}
+
+/// The routed experts of a few tokens and those that every token has, together: `[tokens, hidden]`. None where tokens are
+/// not few, or weights cannot be read by rows.
+pub(crate) fn forward_few(
+    experts: Experts<'_>,
+    slots: Slots<'_>,
+    x: &[f32],
+    weights: &[f32],
+    shared: &SharedExperts,
+) -> Option<Vec<f32>> {
+    few::forward(experts, slots, x, weights, Some(shared)).map(|(y, ..)| y)
 }
 
 fn forward_in_groups(

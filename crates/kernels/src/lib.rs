@@ -43,18 +43,18 @@ pub use attention::Segments;
 pub use backend::buffers::{Buffers, map_large_blocks};
 pub use backend::kept::kept_bytes;
 pub use backend::linear::{
-    Direction, HeadRows, Merge, Update, heads_linear, linear_add, linear_frozen, linear_merged,
-    linear_trained, linear_updated, row_norms,
+    Absorbed, Direction, HeadRows, Merge, Update, absorbed_attention, heads_linear, linear_add,
+    linear_frozen, linear_frozen_pair, linear_merged, linear_trained, linear_updated, row_norms,
 };
 pub use backend::ops::{
     ExpertFactors, Kernels, Routing, adamw, attention, choose_experts, cross_entropy_frozen,
     cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained, expanded_attention,
-    experts_frozen, experts_trained, latent_attention, rms_norm, rms_norm_start, rope,
-    sum_of_squares, swiglu,
+    experts_frozen, experts_trained, latent_attention, mixture_frozen, rms_norm, rms_norm_start,
+    rope, sum_of_squares, swiglu,
 };
 pub use dropout::Dropout;
 pub use error::Error;
-pub use experts::{ExpertBank, ExpertLora};
+pub use experts::{ExpertBank, ExpertLora, SharedExperts};
 pub use ggml::Ggml;
 pub use matrix::heads::Heads;
 pub use matrix::{Format, Fp8Blocks, Matrix};

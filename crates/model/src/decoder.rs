@@ -153,8 +153,9 @@ impl Model {
         bytes
     }
 
-    /// Copies frozen weights into one piece of memory as products read them fastest, see [`Matrix::lay_out`]. Says of each
-    /// when it is copied: nothing of this model reads those bytes any more.
+    /// Copies frozen weights into one piece of memory as products read them fastest, see [`Matrix::lay_out`]: first those that
+    /// every token needs, in the order in which it does, then the experts. Says of each when it is copied: nothing of this
+    /// model reads those bytes any more.
     pub fn lay_out(&mut self, on_copied: &mut dyn FnMut(&Matrix)) {
         let mut matrices = vec![];
         self.for_each_frozen(&mut |matrix| matrices.push(matrix.clone()));
@@ -163,17 +164,21 @@ impl Model {
         self.for_each_frozen(&mut |matrix| *matrix = laid.next().expect("as many as before"));
     }
 
-    /// Visits frozen matrices that are multiplied as they are.
+    /// Visits frozen matrices that are multiplied as they are, those of experts last.
     fn for_each_frozen(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
         self.for_each_site(&mut |_, site| match site {
-            Site::Linear(linear) if linear.quantizer.is_some() => {}
-            Site::Linear(linear) => linear.weight.for_each_frozen(visit),
-            Site::Experts(experts) if experts.quantizer.is_some() => {}
-            Site::Experts(experts) => experts.for_each_frozen(visit),
+            Site::Linear(linear) if linear.quantizer.is_none() => {
+                linear.weight.for_each_frozen(visit);
+            }
+            Site::Linear(_) | Site::Experts(_) => {}
         });
         if self.lm_head.is_none() {
             self.model.embed_tokens.weight.for_each_frozen(visit);
         }
+        self.for_each_site(&mut |_, site| match site {
+            Site::Experts(experts) if experts.quantizer.is_none() => experts.for_each_frozen(visit),
+            Site::Linear(_) | Site::Experts(_) => {}
+        });
     }
 
     /// The output head, which may be the embedding.

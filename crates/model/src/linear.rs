@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor};
-use kernels::{Compute, Direction, Dropout, HeadRows, Matrix, Merge, Quantizer, Update};
+use kernels::{Absorbed, Compute, Direction, Dropout, HeadRows, Matrix, Merge, Quantizer, Update};
 
 use crate::lora::Lora;
 use crate::pass::Pass;
@@ -103,12 +103,44 @@ impl Linear {
     /// If the width does not fit.
     pub fn forward_as(&self, class: Class, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
         let compute = pass.compute_of(class);
-        let y = match (&self.weight, self.quantizer) {
+        self.biased(match (&self.weight, self.quantizer) {
             (Weight::Frozen(frozen), Some(quantizer)) => {
                 self.forward_merged(x, &frozen.matrix, quantizer, compute)
             }
             _ => self.forward_updated(x, compute, pass),
+        })
+    }
+
+    /// [`Self::forward`] of two layers with the same input, whose products are made together where both are frozen
+    /// weights as they are.
+    ///
+    /// # Shapes
+    /// - `x`: `[tokens, in]`
+    /// - returns: `[tokens, out]` each
+    ///
+    /// # Panics
+    /// If a width does not fit.
+    pub fn forward_both(both: [&Self; 2], x: Tensor<2>, pass: &Pass<'_>) -> [Tensor<2>; 2] {
+        let [Some(first), Some(second)] = both.map(Self::bare) else {
+            return both.map(|linear| linear.forward(x.clone(), pass));
         };
+        let compute = pass.compute_of(Class::Linear);
+        let [y, z] = kernels::linear_frozen_pair(x, [first, second], compute);
+        [both[0].biased(y), both[1].biased(z)]
+    }
+
+    /// The weight, where it is frozen and multiplied as it is.
+    pub(crate) fn bare(&self) -> Option<&Arc<Matrix>> {
+        match &self.weight {
+            Weight::Frozen(frozen) if self.lora.is_none() && self.quantizer.is_none() => {
+                Some(&frozen.matrix)
+            }
+            _ => None,
+        }
+    }
+
+    /// A product with the bias added.
+    fn biased(&self, y: Tensor<2>) -> Tensor<2> {
         match &self.bias {
             Some(bias) => y + bias.val().unsqueeze(),
             None => y,
@@ -225,6 +257,33 @@ impl Linear {
             (Some(gains), Direction::Forward) => y * gains,
             _ => y,
         }
+    }
+
+    /// Attention of one sequence over its latents with this layer, as `kv_b_proj`, folded into queries and outputs, all at
+    /// once; none for several sequences, or where this is more than a frozen weight, which [`Self::per_head`] is for.
+    /// Without gradient.
+    ///
+    /// # Shapes
+    /// - `q`: `[batch, seq, heads, dim]`, `latents`: `[1, kv_seq, 1, rank + rope]` of each sequence
+    /// - returns: `[1, seq, heads, v_dim]`
+    ///
+    /// # Panics
+    /// If the sizes do not fit.
+    pub fn attend_latents(
+        &self,
+        q: &Tensor<4>,
+        latents: &[Tensor<4>],
+        absorbed: Absorbed,
+        pass: &Pass<'_>,
+    ) -> Option<Tensor<4>> {
+        let (w, [latents]) = (self.bare()?, latents) else {
+            return None;
+        };
+        let (q, latents) = (q.clone(), latents.clone());
+        let compute = pass.compute_of(Class::Linear);
+        Some(kernels::absorbed_attention(
+            q, latents, w, absorbed, compute,
+        ))
     }
 
     /// The loss of every token with this layer as the output head; the logits are never held together.

@@ -23,10 +23,7 @@ impl Mlp {
     /// - `x`: `[tokens, hidden_size]`
     /// - returns: `[tokens, hidden_size]`
     pub fn forward(&self, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
-        let (gate, up) = (
-            self.gate_proj.forward(x.clone(), pass),
-            self.up_proj.forward(x, pass),
-        );
+        let [gate, up] = Linear::forward_both([&self.gate_proj, &self.up_proj], x, pass);
         let kept = pass.compute_of(Class::Linear);
         self.down_proj
             .forward(kernels::swiglu(gate, up, kept), pass)

@@ -14,7 +14,7 @@ use burn::backend::{Autodiff, AutodiffBackend, TensorMetadata};
 use crate::adamw::AdamWStep;
 use crate::backend::gradients::{ExpertsSaved, Gradients, LossSaved};
 use crate::backend::kept::{Form, Kept, remember, shared};
-use crate::backend::linear::{HeadRows, Update};
+use crate::backend::linear::{Absorbed, HeadRows, Update};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
 use crate::{Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Merge, Pairs, Segments};
 
@@ -291,6 +291,17 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
             OpsKind::UnTracked(op) => op.finish(out),
         };
         (out, Self::from_inner(lse))
+    }
+
+    fn absorbed_attention(
+        q: FloatTensor<Self>,
+        latents: FloatTensor<Self>,
+        w: Arc<Matrix>,
+        absorbed: Absorbed,
+        compute: Compute,
+    ) -> FloatTensor<Self> {
+        let (q, latents) = (q.into_primitive(), latents.into_primitive());
+        Self::from_inner(B::absorbed_attention(q, latents, w, absorbed, compute))
     }
 
     fn latent_attention(

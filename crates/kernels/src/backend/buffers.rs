@@ -21,8 +21,11 @@ const SLOTS: usize = 256;
 const MEDIUM: usize = 1 << 10;
 /// The first size that does not.
 const NOT_MEDIUM: usize = 1 << 18;
-/// Medium blocks that can wait in a thread: at most 8 MiB.
-const SHELF: usize = 32;
+/// Bytes of medium blocks that can wait in a thread.
+const SHELF: usize = 8 << 20;
+/// Where blocks of a size wait, and how many. A decoding step has some thirty sizes.
+const BINS: usize = 64;
+const PLACES: usize = 4;
 
 fn is_medium(layout: Layout) -> bool {
     (MEDIUM..NOT_MEDIUM).contains(&layout.size())
@@ -34,38 +37,55 @@ thread_local! {
 
 /// The medium blocks of a thread that wait; freed with the thread.
 struct Shelf {
-    /// Addresses, 0 for none, and layouts.
-    blocks: [Cell<(usize, Layout)>; SHELF],
-    /// Where the next one goes.
-    next: Cell<usize>,
+    /// Addresses, 0 for none, and layouts. Sizes share bins.
+    bins: [[Cell<(usize, Layout)>; PLACES]; BINS],
+    /// Bytes that wait.
+    waiting: Cell<usize>,
 }
 
 impl Shelf {
     const fn new() -> Self {
         Self {
-            blocks: [const { Cell::new((0, Layout::new::<()>())) }; SHELF],
-            next: Cell::new(0),
+            bins: [const { [const { Cell::new((0, Layout::new::<()>())) }; PLACES] }; BINS],
+            waiting: Cell::new(0),
         }
+    }
+
+    fn bin(&self, size: usize) -> &[Cell<(usize, Layout)>; PLACES] {
+        // Fibonacci hashing: its upper bits tell apart what differs anywhere.
+        let hash = (size as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+        &self.bins[hash as usize % BINS]
     }
 
     /// A waiting block of exactly this layout.
     fn take(&self, layout: Layout) -> Option<*mut u8> {
         let fits = |block: &&Cell<(usize, Layout)>| block.get().0 != 0 && block.get().1 == layout;
-        let block = self.blocks.iter().find(fits)?;
+        let block = self.bin(layout.size()).iter().find(fits)?;
         let (address, _) = block.replace((0, layout));
+        self.waiting.update(|waiting| waiting - layout.size());
         Some(ptr::with_exposed_provenance_mut(address))
     }
 
-    /// Lets a block wait, in the place of the one that was put here longest ago.
+    /// Lets a block wait, in the place of another where there is none left.
     fn put(&self, block: *mut u8, layout: Layout) {
-        let next = self.next.replace((self.next.get() + 1) % SHELF);
-        free(self.blocks[next].replace((block.expose_provenance(), layout)));
+        let block = (block.expose_provenance(), layout);
+        if self.waiting.get() + layout.size() > SHELF {
+            return free(block);
+        }
+        let bin = self.bin(layout.size());
+        let place = bin.iter().find(|place| place.get().0 == 0);
+        let old = place.unwrap_or(&bin[0]).replace(block);
+        let freed = if old.0 == 0 { 0 } else { old.1.size() };
+        self.waiting
+            .update(|waiting| waiting + layout.size() - freed);
+        free(old);
     }
 }
 
 impl Drop for Shelf {
     fn drop(&mut self) {
-        self.blocks.iter().for_each(|block| free(block.get()));
+        let blocks = self.bins.iter().flatten();
+        blocks.for_each(|block| free(block.get()));
     }
 }
 
@@ -318,7 +338,7 @@ mod tests {
         }
         // More than can wait; and a thread that ends with some.
         std::thread::spawn(move || {
-            let blocks: Vec<usize> = (0..2 * SHELF)
+            let blocks: Vec<usize> = (0..3 * SHELF / 2048)
                 .map(|_| filled(&buffers, 2048, 3).expose_provenance())
                 .collect();
             for block in blocks {

@@ -1,5 +1,6 @@
 //! The operations on the CPU backend: burn's tensors in, slices to the kernels, tensors out.
 
+mod absorbed;
 mod attention;
 mod experts;
 mod gradients;
@@ -17,26 +18,43 @@ use half::bf16;
 use rayon::prelude::*;
 
 use self::attention::{attend, shape_apart, shape_together};
-use self::experts::{FactorValues, RoutingValues, StackValues, experts_forward, frozen_experts};
+use self::experts::{
+    FactorValues, RoutingValues, StackValues, experts_forward, frozen_experts, mixture_forward,
+};
 use self::loss::loss_forward;
-use self::products::{folded, nt, nt_sum, scaled, trained};
+use self::products::{folded, nt, nt_pair, nt_sum, scaled, trained};
 use self::values::{ELEMENTS, Floats, floats, int_values, ints, owned, swiglu_of};
 use crate::adamw::{self, AdamWStep};
-use crate::attention::{Context, Segments, forward_latent};
-use crate::backend::linear::{HeadRows, Merge, Update};
+use crate::attention::latent::{self, Sequence};
+use crate::attention::{Context, Segments};
+use crate::backend::linear::{Absorbed, HeadRows, Merge, Update};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
-use crate::product::gemm;
+use crate::backend::plain;
+use crate::product::gemm::{self, FEW_ROWS};
 use crate::product::strided::{Mat, MatMut, Write};
 use crate::product::weights::Weights;
 use crate::{
-    Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Pairs, rms_norm, rope, route,
-    row_norms,
+    Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Pairs, SharedExperts, rms_norm, rope,
+    route, row_norms,
 };
 
 impl Kernels for Flex {
     fn linear_frozen(x: FlexTensor, w: Arc<Matrix>, compute: Compute) -> FlexTensor {
         let x = Floats::rounded(&x, compute.before_products());
         nt(&x, Weights::frozen(&w, compute))
+    }
+
+    fn linear_frozen_pair(
+        x: FlexTensor,
+        first: Arc<Matrix>,
+        second: Arc<Matrix>,
+        compute: Compute,
+    ) -> (FlexTensor, FlexTensor) {
+        let values = Floats::new(&x);
+        let weights = [&first, &second].map(|w| Weights::frozen(w, compute));
+        nt_pair(&values, weights).unwrap_or_else(|| {
+            plain::linear_frozen_pair::<Self>(x, [first.clone(), second.clone()], compute)
+        })
     }
 
     fn linear_trained(x: FlexTensor, w: FlexTensor, compute: Compute, _: Compute) -> FlexTensor {
@@ -186,9 +204,15 @@ impl Kernels for Flex {
     ) -> FlexTensor {
         let (q, latents) = (Floats::new(&q), Floats::new(&latents));
         let [batch, seq, heads, dim] = q.dims();
-        if (batch, seq) == (1, 1) {
-            let out = forward_latent(Mat::dense(&q, heads, dim), &latents, v_dim, scale);
-            return floats(out, [1, 1, heads, v_dim]);
+        if batch == 1 && (1..=FEW_ROWS).contains(&seq) && heads > 0 {
+            let out = latent::forward(Sequence {
+                queries: Mat::dense(&q, seq * heads, dim),
+                latents: &latents,
+                seq,
+                v_dim,
+                scale,
+            });
+            return floats(out, [1, seq, heads, v_dim]);
         }
         let mut shape = shape_apart(&q, &latents, &latents);
         shape.v.dim = v_dim;
@@ -198,6 +222,17 @@ impl Kernels for Flex {
             shared: &[],
         };
         attend(&q, context, scale, shape, &Segments::whole()).0
+    }
+
+    fn absorbed_attention(
+        q: FlexTensor,
+        latents: FlexTensor,
+        w: Arc<Matrix>,
+        absorbed: Absorbed,
+        compute: Compute,
+    ) -> FlexTensor {
+        let (q, latents) = (Floats::new(&q), Floats::new(&latents));
+        absorbed::absorbed_attention(&q, &latents, &w, absorbed, compute)
     }
 
     fn choose_experts(scores: FlexTensor, choice: Choice) -> FlexTensor {
@@ -228,6 +263,19 @@ impl Kernels for Flex {
         let routing = RoutingValues::new(&routing);
         let experts = frozen_experts(&bank, &factors, lora, compute);
         experts_forward(experts, &routing, &x)
+    }
+
+    fn mixture_frozen(
+        x: FlexTensor,
+        routing: RoutingPrimitive<Self>,
+        bank: Arc<ExpertBank>,
+        shared: SharedExperts,
+        compute: Compute,
+    ) -> FlexTensor {
+        let values = (&RoutingValues::new(&routing), &Floats::new(&x));
+        mixture_forward(&bank, values, &shared, compute).unwrap_or_else(|| {
+            plain::mixture_frozen::<Self>(x, routing, Arc::clone(&bank), shared, compute)
+        })
     }
 
     fn experts_trained(

@@ -49,6 +49,30 @@ pub fn linear_frozen(x: Tensor<2>, w: &Arc<Matrix>, compute: Compute) -> Tensor<
     ))
 }
 
+/// [`linear_frozen`] with two weights: of few rows both products are made in one parallel part.
+///
+/// # Shapes
+/// - `x`: `[tokens, in]`, weights: `[out, in]` each
+/// - returns: `[tokens, out]` each
+///
+/// # Panics
+/// If the widths do not fit.
+pub fn linear_frozen_pair(
+    x: Tensor<2>,
+    [first, second]: [&Arc<Matrix>; 2],
+    compute: Compute,
+) -> [Tensor<2>; 2] {
+    let width = x.dims()[1];
+    assert_eq!(
+        [first.cols(), second.cols()],
+        [width; 2],
+        "input widths of the weights"
+    );
+    let (first, second) = (Arc::clone(first), Arc::clone(second));
+    let (first, second) = Dispatch::linear_frozen_pair(x.into_dispatch(), first, second, compute);
+    [float(first), float(second)]
+}
+
 /// `y = x · wᵀ` with a trained weight; `x` waits for the backward pass in the form that `kept` asks for.
 ///
 /// # Shapes
@@ -163,6 +187,52 @@ pub fn linear_add(y: Tensor<2>, u: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
         u.into_dispatch(),
         b.into_dispatch(),
     ))
+}
+
+/// How the heads of latent attention are cut, where it runs over the latents themselves.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Absorbed {
+    /// Features of a query that meet a rebuilt key; the rest meets the end of the latents.
+    pub nope: usize,
+    /// Features of a head's values.
+    pub v_dim: usize,
+    /// Factor of the scores.
+    pub scale: f32,
+}
+
+/// Attention of a few positions of one sequence over its latents, with the weight that would rebuild keys and values folded
+/// into queries and outputs: [`heads_linear`], [`crate::latent_attention`] and [`heads_linear`] again. Has no gradient.
+///
+/// # Shapes
+/// - `q`: `[1, seq, heads, dim]`, `latents`: `[1, kv_seq, 1, rank + dim − nope]`
+/// - `w`: `[heads · (nope + v_dim), rank]`
+/// - returns: `[1, seq, heads, v_dim]`
+///
+/// # Panics
+/// If the sizes do not fit.
+pub fn absorbed_attention(
+    q: Tensor<4>,
+    latents: Tensor<4>,
+    w: &Arc<Matrix>,
+    absorbed: Absorbed,
+    compute: Compute,
+) -> Tensor<4> {
+    let ([_, seq, heads, dim], rank) = (q.dims(), w.cols());
+    let (Absorbed { nope, v_dim, .. }, [_, kv_seq, ..]) = (absorbed, latents.dims());
+    assert!(
+        q.dims()[0] == 1 && nope <= dim && w.rows() == heads * (nope + v_dim),
+        "queries {:?} and a weight of {} rows for {absorbed:?}",
+        q.dims(),
+        w.rows()
+    );
+    assert!(
+        latents.dims() == [1, kv_seq, 1, rank + dim - nope] && (1..=kv_seq).contains(&seq),
+        "latents {:?} of {seq} queries",
+        latents.dims()
+    );
+    let (q, latents, w) = (q.into_dispatch(), latents.into_dispatch(), Arc::clone(w));
+    let out = Dispatch::absorbed_attention(q, latents, w, absorbed, compute);
+    Tensor::from_dispatch(out)
 }
 
 /// `‖w_i + scale · b_i · a‖` of every row `i` of a frozen weight, formed tile by tile. Has no gradient.

@@ -7,3 +7,4 @@ pub(crate) mod gradients;
 pub(crate) mod kept;
 pub(crate) mod linear;
 pub(crate) mod ops;
+mod plain;

@@ -14,8 +14,9 @@ use burn::backend::{Backend, Dispatch, ExtensionType, backend_extension};
 use burn::tensor::{Int, Tensor};
 
 use crate::adamw::AdamWStep;
-use crate::backend::linear::{HeadRows, Merge, Update};
-use crate::{Choice, Compute, ExpertBank, ExpertLora, Matrix, Pairs, Segments};
+use crate::backend::linear::{Absorbed, HeadRows, Merge, Update};
+use crate::backend::plain;
+use crate::{Choice, Compute, ExpertBank, ExpertLora, Matrix, Pairs, Segments, SharedExperts};
 
 /// Which expert serves which token, and with what weight.
 #[derive(Clone, Debug, ExtensionType)]
@@ -49,6 +50,15 @@ pub struct StacksPrimitive<B: Backend> {
 pub trait Kernels: Backend {
     /// See [`crate::linear_frozen`].
     fn linear_frozen(x: FloatTensor<Self>, w: Arc<Matrix>, compute: Compute) -> FloatTensor<Self>;
+    /// See [`crate::linear_frozen_pair`].
+    fn linear_frozen_pair(
+        x: FloatTensor<Self>,
+        first: Arc<Matrix>,
+        second: Arc<Matrix>,
+        compute: Compute,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        plain::linear_frozen_pair::<Self>(x, [first, second], compute)
+    }
     /// See [`crate::linear_trained`].
     fn linear_trained(
         x: FloatTensor<Self>,
@@ -134,6 +144,14 @@ pub trait Kernels: Backend {
         v_dim: usize,
         scale: f32,
     ) -> FloatTensor<Self>;
+    /// See [`crate::absorbed_attention`].
+    fn absorbed_attention(
+        q: FloatTensor<Self>,
+        latents: FloatTensor<Self>,
+        w: Arc<Matrix>,
+        absorbed: Absorbed,
+        compute: Compute,
+    ) -> FloatTensor<Self>;
     /// See [`choose_experts`].
     fn choose_experts(scores: FloatTensor<Self>, choice: Choice) -> IntTensor<Self>;
     /// See [`dispatch`].
@@ -147,6 +165,16 @@ pub trait Kernels: Backend {
         lora: ExpertLora,
         compute: Compute,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    /// See [`mixture_frozen`].
+    fn mixture_frozen(
+        x: FloatTensor<Self>,
+        #[extension_type] routing: RoutingPrimitive<Self>,
+        bank: Arc<ExpertBank>,
+        shared: SharedExperts,
+        compute: Compute,
+    ) -> FloatTensor<Self> {
+        plain::mixture_frozen::<Self>(x, routing, bank, shared, compute)
+    }
     /// See [`experts_trained`]; also gives the products of gate and up.
     fn experts_trained(
         x: FloatTensor<Self>,
@@ -487,27 +515,42 @@ pub fn experts_frozen(
     lora: ExpertLora,
     compute: Compute,
 ) -> Tensor<2> {
-    let ([gate_a, gate_b], [up_a, up_b], [down_a, down_b]) =
-        (factors.gate, factors.up, factors.down);
-    let factors = FactorsPrimitive {
-        gate_a: gate_a.into_dispatch(),
-        gate_b: gate_b.into_dispatch(),
-        up_a: up_a.into_dispatch(),
-        up_b: up_b.into_dispatch(),
-        down_a: down_a.into_dispatch(),
-        down_b: down_b.into_dispatch(),
-    };
     float(
         Dispatch::experts_frozen(
             x.into_dispatch(),
             routing.into(),
-            factors,
+            factors.into(),
             Arc::clone(bank),
             lora,
             compute,
         )
         .0,
     )
+}
+
+/// [`experts_frozen`] without updates, and the experts that every token has added to it: where tokens are few, all of them
+/// together.
+///
+/// # Shapes
+/// - `x`: `[tokens, hidden_size]`
+/// - returns: `[tokens, hidden_size]`
+///
+/// # Panics
+/// If the sizes do not fit.
+pub fn mixture_frozen(
+    x: Tensor<2>,
+    routing: Routing,
+    bank: &Arc<ExpertBank>,
+    shared: SharedExperts,
+    compute: Compute,
+) -> Tensor<2> {
+    float(Dispatch::mixture_frozen(
+        x.into_dispatch(),
+        routing.into(),
+        Arc::clone(bank),
+        shared,
+        compute,
+    ))
 }
 
 /// The weighted sum of every token's experts, with trained weights.
@@ -640,6 +683,21 @@ impl From<Routing> for RoutingPrimitive<Dispatch> {
             weights: routing.weights.into_dispatch(),
             order: routing.order.into_dispatch(),
             offsets: routing.offsets.into_dispatch(),
+        }
+    }
+}
+
+impl From<ExpertFactors> for FactorsPrimitive<Dispatch> {
+    fn from(factors: ExpertFactors) -> Self {
+        let [[gate_a, gate_b], [up_a, up_b], [down_a, down_b]] =
+            [factors.gate, factors.up, factors.down].map(|pair| pair.map(Tensor::into_dispatch));
+        Self {
+            gate_a,
+            gate_b,
+            up_a,
+            up_b,
+            down_a,
+            down_b,
         }
     }
 }

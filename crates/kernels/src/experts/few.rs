@@ -1,15 +1,15 @@
 //! The experts of a few tokens: what decoding is made of.
 //!
 //! Two parts run on all threads. The first multiplies every chosen expert's gate and up with its tokens, straight on the
-//! stored bytes; the second does the same with down. A task takes some rows of one weight, so that one token's experts
-//! occupy all threads; nothing of an expert that no token chose is read.
+//! stored bytes; the second does the same with down. The experts that every token has take part in both. A task takes some
+//! rows of one weight, so that one token's experts occupy all threads; nothing of an expert that no token chose is read.
 
 use std::ops::Range;
 
-use super::{DOWN, Experts, GATE, Slots, UP};
-use crate::product::gemm::{row_tasks, with_scratch};
+use super::{DOWN, Experts, GATE, SharedExperts, Slots, UP};
+use crate::product::gemm::with_scratch;
+use crate::product::rows::{Product, multiply_all};
 use crate::product::strided::{Mat, MatMut, Write, gemm};
-use crate::product::team::{Pieces, share_quickly};
 use crate::rows::{Input, MOST_ROWS, Packed};
 use crate::swiglu;
 
@@ -19,47 +19,114 @@ struct Part<'a> {
     expert: usize,
     places: Range<usize>,
     weight: Packed<'a>,
-    outs: Pieces,
 }
 
-/// [`super::forward`] where tokens are few and all weights have products of rows; none otherwise.
+/// The experts that every token has.
+struct Shared<'a> {
+    /// Gate, up and down.
+    weights: [Packed<'a>; 3],
+    inner: usize,
+}
+
+impl<'a> Shared<'a> {
+    /// None where a weight has no products of rows.
+    fn new(shared: &'a SharedExperts) -> Option<Self> {
+        let packed = |w| Packed::new(w, shared.compute.over(w));
+        Some(Self {
+            weights: [
+                packed(&shared.gate)?,
+                packed(&shared.up)?,
+                packed(&shared.down)?,
+            ],
+            inner: shared.gate.rows(),
+        })
+    }
+}
+
+/// [`super::forward`] where tokens are few and all weights have products of rows; none otherwise. The experts that every
+/// token has, if any, are added to `y`.
 pub(super) fn forward(
     experts: Experts<'_>,
     slots: Slots<'_>,
     x: &[f32],
     weights: &[f32],
+    shared: Option<&SharedExperts>,
 ) -> Option<(Vec<f32>, Vec<f32>, Vec<f32>)> {
     let Experts { hidden, inner, .. } = experts;
     let (n_slots, tokens) = (slots.order.len(), x.len() / hidden.max(1));
     if tokens > MOST_ROWS || !experts.lora.dropout.is_off() {
         return None;
     }
-    let (first, second) = (
-        parts(experts, slots, &[GATE, UP])?,
-        parts(experts, slots, &[DOWN])?,
-    );
-    let mut y = vec![0.0; x.len()];
-    let (mut gate, mut up) = (vec![0.0; n_slots * inner], vec![0.0; n_slots * inner]);
-    let token_of: Vec<usize> = (0..n_slots).map(|at| slots.token(at)).collect();
-    let x = Mat::dense(x, tokens, hidden);
-    let outputs = [&mut gate, &mut up].map(|all| MatMut::dense(all, n_slots, inner));
-    multiply(experts, &first, x, &token_of, outputs);
+    let first = parts(experts, slots, &[GATE, UP])?;
+    let second = parts(experts, slots, &[DOWN])?;
+    let of_all = match shared {
+        Some(shared) => Some(Shared::new(shared)?),
+        None => None,
+    };
+    let of_all = of_all.as_slice();
 
+    let token_of: Vec<usize> = (0..n_slots).map(|at| slots.token(at)).collect();
     let order: Vec<usize> = (0..n_slots).collect();
-    with_scratch(n_slots * (inner + hidden), |scratch| {
-        let (act, rows) = scratch.split_at_mut(n_slots * inner);
-        swiglu::forward(&gate, &up, act);
-        let output = [MatMut::dense(rows, n_slots, hidden)];
-        multiply(
-            experts,
-            &second,
-            Mat::dense(act, n_slots, inner),
-            &order,
-            output,
-        );
-        add_rows(slots, (rows, hidden), weights, &mut y);
-    });
-    Some((y, gate, up))
+    let mut routed = Rows::new([n_slots, inner, hidden]);
+    let shared_inner = of_all.iter().map(|shared| shared.inner).sum();
+    let mut common = Rows::new([tokens, shared_inner, hidden]);
+
+    let (x, outputs) = (
+        Mat::dense(x, tokens, hidden),
+        [routed.products(), common.products()],
+    );
+    let (own, all) = ((&*first, &*token_of, x), (of_all, &[GATE, UP], x));
+    multiply(experts, own, all, outputs);
+    let ((act, rows), (common_act, common_rows)) = (routed.activate(), common.activate());
+    let (own, all) = ((&*second, &*order, act), (of_all, &[DOWN], common_act));
+    multiply(experts, own, all, [[rows], [common_rows]]);
+
+    let mut y = vec![0.0; x.rows() * hidden];
+    add_rows(slots, (&routed.out, hidden), weights, &mut y);
+    if !of_all.is_empty() {
+        let rows = y.iter_mut().zip(&common.out);
+        rows.for_each(|(y, row)| *y += *row);
+    }
+    Some((y, routed.gate, routed.up))
+}
+
+/// What some rows go through in experts of one width.
+struct Rows {
+    /// Rows, width of the products of gate and up, and of what comes out.
+    size: [usize; 3],
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    act: Vec<f32>,
+    out: Vec<f32>,
+}
+
+impl Rows {
+    fn new([n, inner, hidden]: [usize; 3]) -> Self {
+        let zeros = |width| vec![0.0; n * width];
+        Self {
+            size: [n, inner, hidden],
+            gate: zeros(inner),
+            up: zeros(inner),
+            act: zeros(inner),
+            out: zeros(hidden),
+        }
+    }
+
+    /// Where the products of gate and up go.
+    fn products(&mut self) -> [MatMut<'_>; 2] {
+        let [n, inner, _] = self.size;
+        [&mut self.gate, &mut self.up].map(|all| MatMut::dense(all, n, inner))
+    }
+
+    /// What down is multiplied with, and where that goes.
+    fn activate(&mut self) -> (Mat<'_>, MatMut<'_>) {
+        let [n, inner, hidden] = self.size;
+        swiglu::forward(&self.gate, &self.up, &mut self.act);
+        (
+            Mat::dense(&self.act, n, inner),
+            MatMut::dense(&mut self.out, n, hidden),
+        )
+    }
 }
 
 /// The projections of all experts that have slots.
@@ -71,59 +138,66 @@ fn parts<'a>(
     let mut parts = Vec::new();
     for expert in 0..slots.offsets.len() - 1 {
         let places = slots.of_expert(expert);
+        if places.is_empty() {
+            continue;
+        }
         for &projection in projections {
-            if places.is_empty() {
-                continue;
-            }
-            let weight = experts.weights(projection, expert).packed()?;
-            let [_, out_width] = experts.widths(projection);
             parts.push(Part {
                 projection,
                 expert,
                 places: places.clone(),
-                weight,
-                outs: row_tasks(out_width, weight.row_bytes()),
+                weight: experts.weights(projection, expert).packed()?,
             });
         }
     }
     Some(parts)
 }
 
-/// Multiplies each part with the rows of `x` of its places, into the output of its projection.
+/// Multiplies each part with the rows of its input at its places, and the experts of all tokens with every row of theirs,
+/// each into the output of its projection.
 fn multiply<const N: usize>(
     experts: Experts<'_>,
-    parts: &[Part<'_>],
-    x: Mat<'_>,
-    rows: &[usize],
-    outputs: [MatMut<'_>; N],
+    (parts, rows, x): (&[Part<'_>], &[usize], Mat<'_>),
+    (shared, projections, shared_x): (&[Shared<'_>], &[usize; N], Mat<'_>),
+    [outputs, shared_outputs]: [[MatMut<'_>; N]; 2],
 ) {
-    let Some(first) = parts.first() else { return };
-    // All of a layer's experts are mostly in one format; where not, each form is made once.
-    let own = first.weight.input(x);
-    let other = parts.iter().find(|part| !part.weight.reads(&own));
-    let other = other.map(|part| part.weight.input(x));
-    let input = |part: &Part<'_>| -> &Input<'_> {
-        match &other {
-            Some(other) if !part.weight.reads(&own) => other,
-            _ => &own,
-        }
+    let input = Input::new(x, parts.iter().map(|part| &part.weight));
+    let shared_weights = || {
+        shared
+            .iter()
+            .flat_map(|shared| projections.map(|projection| shared.weights[projection]))
     };
-    let tasks: Vec<(usize, usize)> = (0..parts.len())
-        .flat_map(|part| (0..parts[part].outs.len()).map(move |piece| (part, piece)))
-        .collect();
-    share_quickly(tasks.len(), |task| {
-        let (part, piece) = tasks[task];
-        let part = &parts[part];
-        let (outs, output) = (part.outs.get(piece), &outputs[part.projection % N]);
-        // SAFETY: tasks are different rows of a weight, or different places.
-        #[expect(unsafe_code, reason = "disjoint parts of the outputs")]
-        let mut y = unsafe { output.part(part.places.clone(), outs.clone()) };
-        let rows = &rows[part.places.clone()];
-        let whole = y.block(0..rows.len(), 0..outs.len());
-        part.weight
-            .multiply((input(part), rows), outs.clone(), whole, Write::Replace);
-        add_update(experts, part, (x, rows), outs, y);
+    let shared_input = Input::new(shared_x, &shared_weights().collect::<Vec<_>>());
+    let tokens: Vec<usize> = (0..shared_x.rows()).collect();
+    let own = parts.iter().map(|part| {
+        let all = &outputs[part.projection % N];
+        Product {
+            weight: part.weight,
+            input: &input,
+            rows: &rows[part.places.clone()],
+            // SAFETY: parts are different places, or of different projections.
+            #[expect(unsafe_code, reason = "disjoint rows of the outputs")]
+            y: unsafe { all.part(part.places.clone(), 0..all.cols()) },
+            write: Write::Replace,
+        }
     });
+    let of_all = shared_weights()
+        .zip(shared_outputs)
+        .map(|(weight, y)| Product {
+            weight,
+            input: &shared_input,
+            rows: &tokens,
+            y,
+            write: Write::Replace,
+        });
+    multiply_all(
+        &own.chain(of_all).collect::<Vec<_>>(),
+        |product, outs, y| {
+            if let Some(part) = parts.get(product) {
+                add_update(experts, part, (x, &rows[part.places.clone()]), outs, y);
+            }
+        },
+    );
 }
 
 /// Adds the low-rank update of some outputs of a part, if it has one.
@@ -203,7 +277,7 @@ mod tests {
                 top_k,
             };
             let (x, weights) = (noise(tokens * hidden, 6), noise(tokens * top_k, 8));
-            let found = forward(experts, slots, &x, &weights).unwrap();
+            let found = forward(experts, slots, &x, &weights, None).unwrap();
             let expected = forward_in_groups(experts, slots, &x, &weights);
             for (found, expected) in [(found.0, expected.0), (found.1, expected.1)] {
                 let size = expected.iter().fold(1f32, |size, v| size.max(v.abs()));

@@ -16,15 +16,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
-use crate::matrix::strips;
+use crate::product::rows;
 use crate::product::strided::{Mat, MatMut, Write, gemm};
 use crate::product::team::Pieces;
 use crate::product::weights::{TILE, Weights};
-use crate::rows::{self, Packed};
+use crate::rows::{Input, MOST_ROWS, Packed};
 use crate::simd::multiversion;
 
 /// Up to this many rows of `x` are multiplied row by row.
-pub(crate) const FEW_ROWS: usize = rows::MOST_ROWS;
+pub(crate) const FEW_ROWS: usize = MOST_ROWS;
 
 /// Columns of the output that one task computes, and the most rows: tall, since each task packs its weights anew.
 const WIDTH: usize = 256;
@@ -120,6 +120,30 @@ fn replaced([rows, cols]: [usize; 2], product: impl FnOnce(MatMut<'_>)) -> Vec<f
 pub(crate) fn new_nt(terms: &[Term<'_>]) -> Vec<f32> {
     let size = [terms[0].0.rows(), terms[0].1.out_width()];
     replaced(size, |y| nt_sum(terms, y, Write::Replace))
+}
+
+/// Two products of the same rows as new values, in one parallel part; none where weights are read tile by tile.
+pub(crate) fn new_nt_pair<'a>(x: Mat<'_>, weights: [Weights<'a>; 2]) -> Option<[Vec<f32>; 2]> {
+    let packed = |w: Weights<'a>| match w.int8() {
+        None if x.rows() <= FEW_ROWS && w.has_rows() => w.packed(),
+        int8 => int8,
+    };
+    let packed = [packed(weights[0])?, packed(weights[1])?];
+    let (input, rows) = (Input::new(x, &packed), (0..x.rows()).collect::<Vec<_>>());
+    let mut values = weights.map(|w| vec![0.0; x.rows() * w.out_width()]);
+    let outputs = values.each_mut().into_iter().zip(weights);
+    let products = packed
+        .into_iter()
+        .zip(outputs)
+        .map(|(weight, (values, w))| rows::Product {
+            weight,
+            input: &input,
+            rows: &rows,
+            y: MatMut::dense(values, x.rows(), w.out_width()),
+            write: Write::Replace,
+        });
+    rows::multiply_all(&products.collect::<Vec<_>>(), |_, _, _| ());
+    Some(values)
 }
 
 /// [`nn_sum`] as new values.
@@ -229,7 +253,7 @@ pub(crate) fn nt_serial(
     }
     if let Some(packed) = w.int8() {
         let rows: Vec<usize> = (0..x.rows()).collect();
-        return packed.multiply((&packed.input(x), &rows), outs, y, write);
+        return packed.multiply((&Input::new(x, [&packed]), &rows), outs, y, write);
     }
     let rows = 0..x.rows();
     w.for_tiles(outs.clone(), 0..x.cols(), |out_tile, in_tile, tile| {
@@ -272,28 +296,16 @@ fn nt_few_rows(x: Mat<'_>, w: Weights<'_>, y: MatMut<'_>, write: Write) {
     });
 }
 
-/// Bytes of a weight that are worth a task of microseconds.
-const ROW_TASK: usize = 1 << 13;
-/// Tasks per thread at most.
-const ROW_TASKS: usize = 16;
-
 /// [`nt`] on the stored bytes of the weight.
-fn multiply_rows(x: Mat<'_>, w: Packed<'_>, y: MatMut<'_>, write: Write) {
-    let (input, rows) = (w.input(x), (0..x.rows()).collect::<Vec<_>>());
-    row_tasks(y.cols(), w.row_bytes()).share_quickly(|outs| {
-        // SAFETY: tasks write different columns.
-        #[expect(unsafe_code, reason = "disjoint columns of one output")]
-        let y = unsafe { y.part(0..x.rows(), outs.clone()) };
-        w.multiply((&input, &rows), outs, y, write);
+fn multiply_rows(x: Mat<'_>, weight: Packed<'_>, y: MatMut<'_>, write: Write) {
+    let (input, rows) = (Input::new(x, [&weight]), (0..x.rows()).collect::<Vec<_>>());
+    rows::multiply(rows::Product {
+        weight,
+        input: &input,
+        rows: &rows,
+        y,
+        write,
     });
-}
-
-/// Equal pieces of a weight's rows, worth a task each.
-pub(crate) fn row_tasks(rows: usize, row_bytes: usize) -> Pieces {
-    let most = ROW_TASKS * rayon::current_num_threads();
-    let n = (rows * row_bytes).div_ceil(ROW_TASK).clamp(1, most);
-    // Whole strips, and whole fours of those that share what is read of the activations.
-    Pieces::new(rows, rows.div_ceil(n).next_multiple_of(strips::ROWS))
 }
 
 /// `dx = dy · w`: dy `[rows, out]`, w `[out, in]`, dx `[rows, in]`.

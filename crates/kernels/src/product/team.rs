@@ -18,6 +18,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, TryLockError};
 use std::thread::{self, Thread};
 
+use super::ahead::Ahead;
+
 /// How often a member looks for work before it sleeps: about a tenth of a millisecond.
 const LOOKS: u32 = 4_000;
 /// How often whoever waits for the others looks before it offers its core.
@@ -29,13 +31,22 @@ const CLOSED: u64 = 1 << 31;
 const MEMBERS: u64 = CLOSED - 1;
 const NEXT_JOB: u64 = 1 << 32;
 
+static TEAM: OnceLock<Team> = OnceLock::new();
+
+/// Says where that begins which will probably be read after the next tasks: members bring it closer while they have nothing
+/// else to do.
+pub(crate) fn expect(first: *const u8) {
+    if let Some(team) = TEAM.get() {
+        team.state.ahead.expect(first);
+    }
+}
+
 /// Runs tasks on all threads, each of which begins elsewhere and takes the next as soon as it is done; for work of
 /// microseconds, which [`super::gemm::share`] is too slow for.
 ///
 /// # Panics
 /// If a task does.
 pub(crate) fn share_quickly(n_tasks: usize, task: impl Fn(usize) + Sync) {
-    static TEAM: OnceLock<Team> = OnceLock::new();
     let alone = || (0..n_tasks).for_each(&task);
     if n_tasks < 2 {
         return alone();
@@ -139,6 +150,8 @@ struct State {
     /// Written before a job is opened, read by those who joined it.
     work: UnsafeCell<Option<Work<'static>>>,
     has_failed: AtomicBool,
+    /// What members without work bring closer.
+    ahead: Ahead,
     /// What [`Regions`] count with, one for each member and one for whoever brings work.
     next: Vec<Counter>,
 }
@@ -153,6 +166,7 @@ impl Team {
             jobs: AtomicU64::new(CLOSED),
             work: UnsafeCell::new(None),
             has_failed: AtomicBool::new(false),
+            ahead: Ahead::default(),
             next: (0..=n_members).map(|_| Counter::default()).collect(),
         }));
         let members = (0..n_members).filter_map(|i| {
@@ -245,7 +259,9 @@ impl State {
             if is_new() {
                 return;
             }
-            spin_loop();
+            if !self.ahead.bring_closer() {
+                spin_loop();
+            }
         }
         // Whoever brings work opens the job and then looks who is asleep; a member says so and then looks for a job. One
         // of the two sees the other.

@@ -52,11 +52,25 @@ enum Kind {
     Blocks(Ggml, Order),
 }
 
-/// Activations, in the form that a weight is multiplied with.
+/// Activations, in the forms that some weights are multiplied with.
 #[derive(Debug)]
-pub(crate) enum Input<'a> {
-    Floats(Mat<'a>),
-    Int8(Activations),
+pub(crate) struct Input<'a> {
+    floats: Mat<'a>,
+    int8: Option<Activations>,
+}
+
+impl<'a> Input<'a> {
+    /// Of weights that all read the same rows.
+    pub(crate) fn new<'w>(x: Mat<'a>, weights: impl IntoIterator<Item = &'w Packed<'w>>) -> Self {
+        let is_int8 = |w: &Packed<'_>| matches!(w.kind, Kind::Blocks(..));
+        Self {
+            floats: x,
+            int8: weights
+                .into_iter()
+                .any(is_int8)
+                .then(|| Activations::new(x)),
+        }
+    }
 }
 
 impl<'a> Packed<'a> {
@@ -93,22 +107,14 @@ impl<'a> Packed<'a> {
         }
     }
 
-    /// Activations as this weight wants them.
-    pub(crate) fn input<'x>(&self, x: Mat<'x>) -> Input<'x> {
-        match self.kind {
-            Kind::Blocks(..) => Input::Int8(Activations::new(x)),
-            Kind::Numbers(_) => Input::Floats(x),
-        }
+    /// Where its bytes end.
+    pub(crate) fn end(&self) -> *const u8 {
+        self.bytes.as_ptr_range().end
     }
 
     /// Bytes of a row of the weight.
     pub(crate) fn row_bytes(&self) -> usize {
         self.row_bytes
-    }
-
-    /// Whether the activations are in the form that this weight wants.
-    pub(crate) fn reads(&self, input: &Input<'_>) -> bool {
-        matches!(self.kind, Kind::Blocks(..)) == matches!(input, Input::Int8(_))
     }
 
     /// `y = x · wᵀ` for some rows of `x`, given by their numbers, and some of `w`: y `[rows, outs]`.
@@ -139,8 +145,9 @@ impl<'a> Packed<'a> {
                 && y.cols() == outs.len(),
             "rows of a weight and of its product"
         );
-        match (self.kind, x) {
-            (Kind::Numbers(number), Input::Floats(x)) => {
+        match (self.kind, &x.int8) {
+            (Kind::Numbers(number), _) => {
+                let x = x.floats;
                 assert!(
                     x.cols() * number.bytes() == self.row_bytes,
                     "the input width of the weight"
@@ -148,13 +155,13 @@ impl<'a> Packed<'a> {
                 instructions.run(numbers::Product {
                     number,
                     bytes: &self.bytes[outs.start * self.row_bytes..outs.end * self.row_bytes],
-                    x: *x,
+                    x,
                     rows,
                     y,
                     write,
                 });
             }
-            (Kind::Blocks(format, order), Input::Int8(x)) => {
+            (Kind::Blocks(format, order), Some(x)) => {
                 let product = strips::Product {
                     format,
                     order,
@@ -168,7 +175,7 @@ impl<'a> Packed<'a> {
                 };
                 product.run(instructions);
             }
-            _ => unreachable!("`Packed::input` makes what this weight wants"),
+            (Kind::Blocks(..), None) => unreachable!("the input is made for its weights"),
         }
     }
 }
@@ -215,7 +222,7 @@ mod tests {
         // In parts that are no whole strips.
         for outs in [0..w.rows() / 3, w.rows() / 3..w.rows()] {
             let y = MatMut::dense(&mut y, rows.len(), w.rows());
-            let input = packed.input(x);
+            let input = Input::new(x, [&packed]);
             #[expect(unsafe_code, reason = "one part after the other")]
             // SAFETY: nothing else writes it.
             let y = unsafe { y.part(0..rows.len(), outs.clone()) };

@@ -60,6 +60,7 @@ macro_rules! agree {
 mod merged;
 mod packed;
 mod parts;
+mod together;
 
 /// The same values in bf16, f16, f32 and FP8 bytes, as matrices.
 fn stored(w: &Tensor<2>) -> Vec<Matrix> {

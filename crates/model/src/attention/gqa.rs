@@ -57,15 +57,9 @@ impl Gqa {
                 .forward(tokens.clone(), pass)
                 .reshape([batch, seq, heads, dim]),
         );
-        let k = turned(
-            self.k_proj
-                .forward(tokens.clone(), pass)
-                .reshape([batch, seq, kv_heads, dim]),
-        );
-        let v = self
-            .v_proj
-            .forward(tokens, pass)
-            .reshape([batch, seq, kv_heads, dim]);
+        let [k, v] = Linear::forward_both([&self.k_proj, &self.v_proj], tokens, pass)
+            .map(|y| y.reshape([batch, seq, kv_heads, dim]));
+        let k = turned(k);
         let k = pass.append([layer_idx, 0], k);
         let v = pass.append([layer_idx, 1], v);
 

@@ -9,7 +9,7 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use kernels::{Direction, HeadRows, Pairs};
+use kernels::{Absorbed, Direction, HeadRows, Pairs};
 
 use crate::config::MlaConfig;
 use crate::linear::Linear;
@@ -60,8 +60,9 @@ impl Mla {
         pass: &mut Pass<'_>,
         layer_idx: usize,
     ) -> Tensor<2> {
-        let q = self.queries(tokens.clone(), [batch, seq], pass);
-        let latents = self.latents(tokens, [batch, seq], pass);
+        let (q, kv) = self.projections(tokens, pass);
+        let q = self.queries(q, [batch, seq], pass);
+        let latents = self.latents(kv, [batch, seq], pass);
 
         let is_decoding = seq == 1 && !pass.caches.is_empty();
         let latents = pass.append([layer_idx, 0], latents);
@@ -77,28 +78,36 @@ impl Mla {
         self.o_proj.forward(out, pass)
     }
 
-    /// Queries of all heads, the end of each rotated: `[batch, seq, heads, qk_head_dim]`.
-    fn queries(&self, tokens: Tensor<2>, [batch, seq]: [usize; 2], pass: &Pass<'_>) -> Tensor<4> {
-        let q = match (
+    /// Queries `[tokens, heads · qk_head_dim]`, and latents with the shared key `[tokens, kv_lora_rank + rope]`.
+    fn projections(&self, tokens: Tensor<2>, pass: &Pass<'_>) -> (Tensor<2>, Tensor<2>) {
+        let kv_proj = &self.kv_a_proj_with_mqa;
+        match (
             &self.q_proj,
             &self.q_a_proj,
             &self.q_a_layernorm,
             &self.q_b_proj,
         ) {
-            (Some(q_proj), ..) => q_proj.forward(tokens, pass),
+            (Some(q_proj), ..) => {
+                let [kv, q] = Linear::forward_both([kv_proj, q_proj], tokens, pass);
+                (q, kv)
+            }
             (None, Some(q_a_proj), Some(norm), Some(q_b_proj)) => {
-                q_b_proj.forward(norm.forward(q_a_proj.forward(tokens, pass)), pass)
+                let [kv, q] = Linear::forward_both([kv_proj, q_a_proj], tokens, pass);
+                (q_b_proj.forward(norm.forward(q), pass), kv)
             }
             _ => unreachable!("the loader builds q_proj, or the three parts of the bottleneck"),
-        };
+        }
+    }
+
+    /// Queries of all heads, the end of each rotated: `[batch, seq, heads, qk_head_dim]`.
+    fn queries(&self, q: Tensor<2>, [batch, seq]: [usize; 2], pass: &Pass<'_>) -> Tensor<4> {
         let q = q.reshape([batch, seq, self.heads, self.config.qk_head_dim()]);
         pass.rotary().turn(q, self.pairs)
     }
 
     /// What the cache stores: normalized latent and rotated shared key, `[batch, seq, 1, kv_lora_rank + rope]`.
-    fn latents(&self, tokens: Tensor<2>, [batch, seq]: [usize; 2], pass: &Pass<'_>) -> Tensor<4> {
-        let kv = self.kv_a_proj_with_mqa.forward(tokens, pass); // [tokens, rank + rope]
-        let [_, width] = kv.dims();
+    fn latents(&self, kv: Tensor<2>, [batch, seq]: [usize; 2], pass: &Pass<'_>) -> Tensor<4> {
+        let [_, width] = kv.dims(); // [tokens, rank + rope]
         let kv = self.kv_a_layernorm.forward_start(kv);
         pass.rotary()
             .turn(kv.reshape([batch, seq, 1, width]), self.pairs)
@@ -125,6 +134,15 @@ impl Mla {
     fn absorbed(&self, q: Tensor<4>, latents: &[Tensor<4>], pass: &Pass<'_>) -> Tensor<4> {
         let ([batch, seq, heads, dim], rank) = (q.dims(), self.config.kv_lora_rank);
         let (nope, v_dim) = (self.config.qk_nope_head_dim, self.config.v_head_dim);
+        let absorbed = Absorbed {
+            nope,
+            v_dim,
+            scale: self.softmax_scale,
+        };
+        let at_once = self.kv_b_proj.attend_latents(&q, latents, absorbed, pass);
+        if let Some(out) = at_once {
+            return out;
+        }
         let rows = |start, len, direction| HeadRows {
             heads,
             start,

@@ -11,9 +11,13 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
-use kernels::{Compute, Dropout, ExpertBank, ExpertFactors, ExpertLora, Matrix, Quantizer};
+use kernels::{
+    Compute, Dropout, ExpertBank, ExpertFactors, ExpertLora, Matrix, Quantizer, SharedExperts,
+};
 
 use super::router::Routed;
+use crate::linear::Linear;
+use crate::mlp::Mlp;
 use crate::pass::Pass;
 use crate::precision::Class;
 
@@ -271,6 +275,36 @@ impl Experts {
         }
     }
 
+    /// [`Self::forward`], and the experts that every token has added to it; together where all are frozen weights as they
+    /// are.
+    ///
+    /// # Shapes
+    /// - `x`: `[tokens, hidden_size]`
+    /// - returns: `[tokens, hidden_size]`
+    pub fn forward_with(
+        &self,
+        shared: &Mlp,
+        x: Tensor<2>,
+        routed: Routed,
+        pass: &Pass<'_>,
+    ) -> Tensor<2> {
+        let (Some(bank), Some(shared)) = (self.bare(), bare(shared, pass)) else {
+            return self.forward(x.clone(), routed, pass) + shared.forward(x, pass);
+        };
+        let routing = routing(&routed, None, bank.gate.len());
+        let compute = pass.compute_of(Class::Experts);
+        kernels::mixture_frozen(x, routing, bank, shared, compute)
+    }
+
+    /// The weights, where all are frozen and multiplied as they are.
+    fn bare(&self) -> Option<&Arc<ExpertBank>> {
+        let is_bare = self.chosen.is_none() && self.lora.is_none() && self.quantizer.is_none();
+        match &self.weights {
+            ExpertWeights::Frozen(frozen) if is_bare => Some(&frozen.bank),
+            _ => None,
+        }
+    }
+
     /// The experts of a bank with their updates.
     fn frozen(
         &self,
@@ -357,6 +391,22 @@ impl Stacks {
         let stacks = [&self.gate_proj, &self.up_proj, &self.down_proj].map(|stack| stack.val());
         kernels::experts_trained(x, routing, stacks, compute)
     }
+}
+
+/// The weights of an MLP that is frozen, without updates and biases.
+fn bare(mlp: &Mlp, pass: &Pass<'_>) -> Option<SharedExperts> {
+    let weight = |linear: &Linear| {
+        linear
+            .bare()
+            .filter(|_| linear.bias.is_none())
+            .map(Arc::clone)
+    };
+    Some(SharedExperts {
+        gate: weight(&mlp.gate_proj)?,
+        up: weight(&mlp.up_proj)?,
+        down: weight(&mlp.down_proj)?,
+        compute: pass.compute_of(Class::Linear),
+    })
 }
 
 /// The slots of all experts, or of those with some numbers, which then count from zero.

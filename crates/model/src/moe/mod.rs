@@ -41,10 +41,9 @@ impl Moe {
                 routed: routed.clone(),
             });
         }
-        let y = self.experts.forward(x.clone(), routed, pass);
         match &self.shared_experts {
-            Some(shared) => y + shared.forward(x, pass),
-            None => y,
+            Some(shared) => self.experts.forward_with(shared, x, routed, pass),
+            None => self.experts.forward(x, routed, pass),
         }
     }
 }

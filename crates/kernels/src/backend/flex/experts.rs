@@ -6,7 +6,7 @@ use burn_flex::FlexTensor;
 use super::values::{Floats, floats, int_values};
 use crate::backend::ops::{FactorsPrimitive, RoutingPrimitive, StacksPrimitive};
 use crate::experts::{self, Experts, Factors, Slots, Source};
-use crate::{Compute, Dropout, ExpertBank, ExpertLora};
+use crate::{Compute, ExpertBank, ExpertLora, SharedExperts};
 
 pub(super) struct RoutingValues {
     pub(super) weights: Floats,
@@ -54,13 +54,22 @@ pub(super) fn frozen_experts<'a>(
     compute: Compute,
 ) -> Experts<'a> {
     Experts {
-        weights: Source::Frozen(bank),
         factors: factors.0.each_ref().map(|[a, b]| Factors {
             a,
             b,
             rank: a.dims::<3>()[1],
         }),
         lora,
+        ..bare_experts(bank, compute)
+    }
+}
+
+/// Experts without updates.
+fn bare_experts(bank: &ExpertBank, compute: Compute) -> Experts<'_> {
+    Experts {
+        weights: Source::Frozen(bank),
+        factors: [Factors::default(); 3],
+        lora: ExpertLora::none(),
         compute,
         hidden: bank.gate[0].cols(),
         inner: bank.gate[0].rows(),
@@ -80,11 +89,7 @@ impl StackValues {
         Experts {
             weights: Source::Trained(self.0.each_ref().map(|stack| &**stack)),
             factors: [Factors::default(); 3],
-            lora: ExpertLora {
-                scale: [0.0; 3],
-                dropout: Dropout::OFF,
-                quantizer: None,
-            },
+            lora: ExpertLora::none(),
             compute,
             hidden,
             inner,
@@ -105,4 +110,16 @@ pub(super) fn experts_forward(
         floats(gate, products),
         floats(up, products),
     )
+}
+
+/// The experts of a few tokens and those that every token has, at once; see [`experts::forward_few`].
+pub(super) fn mixture_forward(
+    bank: &ExpertBank,
+    (routing, x): (&RoutingValues, &Floats),
+    shared: &SharedExperts,
+    compute: Compute,
+) -> Option<FlexTensor> {
+    let experts = bare_experts(bank, compute);
+    let y = experts::forward_few(experts, routing.slots(), x, &routing.weights, shared)?;
+    Some(floats(y, x.dims::<2>()))
 }

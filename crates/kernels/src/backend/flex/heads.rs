@@ -1,25 +1,69 @@
 //! Each head with its own rows of one weight.
 
+use std::ops::Range;
+
 use burn_flex::FlexTensor;
 
 use super::values::{Floats, floats};
 use crate::backend::linear::{Direction, HeadRows};
-use crate::product::gemm::{self, row_tasks, share};
+use crate::product::gemm::{self, share};
+use crate::product::rows::{Product, multiply_all};
 use crate::product::strided::{Mat, MatMut, Write};
-use crate::product::team::share_quickly;
 use crate::product::weights::Weights;
-use crate::rows::{MOST_ROWS, Packed};
+use crate::rows::{Input, MOST_ROWS, Packed};
 use crate::{Compute, Matrix};
+
+/// Rows of every token's heads, `[tokens · heads, width]`, which lie `stride` values apart.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a> {
+    pub(super) values: &'a [f32],
+    pub(super) heads: usize,
+    pub(super) width: usize,
+    pub(super) stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// Those of one head, `[tokens, width]`.
+    fn of_head(&self, head: usize, tokens: usize) -> Mat<'a> {
+        let values = &self.values[head * self.stride..];
+        Mat::new(values, tokens, self.width, self.heads * self.stride)
+    }
+}
 
 /// x `[tokens, heads, width]` → `[tokens, heads, out]`.
 pub(super) fn heads_linear(x: &Floats, w: &Matrix, rows: HeadRows, compute: Compute) -> FlexTensor {
     let [tokens, heads, width] = x.dims();
-    let out_width = match rows.direction {
+    let out_width = out_width(w, rows);
+    let mut out = vec![0.0; tokens * heads * out_width];
+    let x = Rows {
+        values: x,
+        heads,
+        width,
+        stride: width,
+    };
+    let all = MatMut::dense(&mut out, tokens, heads * out_width);
+    multiply_heads(x, (w, rows), compute, &all);
+    floats(out, [tokens, heads, out_width])
+}
+
+/// Outputs of a head.
+fn out_width(w: &Matrix, rows: HeadRows) -> usize {
+    match rows.direction {
         Direction::Forward => rows.len,
         Direction::Transposed => w.cols(),
-    };
-    let mut out = vec![0.0; tokens * heads * out_width];
-    let all = MatMut::dense(&mut out, tokens, heads * out_width);
+    }
+}
+
+/// Writes what each head makes at the start of its columns of `all`, `[tokens, heads · any width]`.
+pub(super) fn multiply_heads(
+    x: Rows<'_>,
+    (w, rows): (&Matrix, HeadRows),
+    compute: Compute,
+    all: &MatMut<'_>,
+) {
+    let (tokens, heads, out_width) = (all.rows(), x.heads, out_width(w, rows));
+    let stride = all.cols() / heads.max(1);
+    let cols = |head: usize| head * stride..head * stride + out_width;
     let is_few = tokens <= MOST_ROWS;
     let stored: Option<Vec<Matrix>> = is_few
         .then(|| (0..heads).map(|head| stored(w, head, rows)).collect())
@@ -29,17 +73,14 @@ pub(super) fn heads_linear(x: &Floats, w: &Matrix, rows: HeadRows, compute: Comp
         stored.iter().map(packed).collect()
     });
     match packed {
-        Some(packed) => multiply_rows(x, &packed, &all),
+        Some(packed) => multiply_rows(x, &packed, all, cols),
         None => share(heads, |head| {
-            let cols = head * out_width..(head + 1) * out_width;
             // SAFETY: tasks write different columns.
             #[expect(unsafe_code, reason = "disjoint columns of one output")]
-            let out = unsafe { all.part(0..tokens, cols) };
-            let x = Mat::new(&x[head * width..], tokens, width, heads * width);
-            multiply(x, w, head, rows, out);
+            let out = unsafe { all.part(0..tokens, cols(head)) };
+            multiply(x.of_head(head, tokens), w, head, rows, out);
         }),
     }
-    floats(out, [tokens, heads, out_width])
 }
 
 /// A head's part of the weight, where it is stored the way round that the product reads it.
@@ -58,21 +99,28 @@ fn stored(w: &Matrix, head: usize, rows: HeadRows) -> Option<Matrix> {
 }
 
 /// A few tokens, on the stored bytes.
-fn multiply_rows(x: &Floats, packed: &[Packed<'_>], all: &MatMut<'_>) {
-    let [tokens, heads, width] = x.dims();
-    let Some(first) = packed.first() else { return };
-    let input = first.input(Mat::dense(x, tokens * heads, width));
-    let out_width = all.cols() / heads;
-    let pieces = row_tasks(out_width, first.row_bytes());
-    share_quickly(heads * pieces.len(), |task| {
-        let (head, outs) = (task / pieces.len(), pieces.get(task % pieces.len()));
-        let cols = head * out_width + outs.start..head * out_width + outs.end;
-        // SAFETY: tasks write different columns.
+fn multiply_rows(
+    x: Rows<'_>,
+    packed: &[Packed<'_>],
+    all: &MatMut<'_>,
+    cols: impl Fn(usize) -> Range<usize>,
+) {
+    let (tokens, heads) = (all.rows(), x.heads);
+    let values = Mat::new(x.values, tokens * heads, x.width, x.stride);
+    let input = Input::new(values, packed);
+    let rows_of = |head: usize| (0..tokens).map(move |token| token * heads + head);
+    let rows: Vec<Vec<usize>> = (0..heads).map(|head| rows_of(head).collect()).collect();
+    let products = packed.iter().zip(&rows).enumerate();
+    let products = products.map(|(head, (weight, rows))| Product {
+        weight: *weight,
+        input: &input,
+        rows,
+        // SAFETY: heads are different columns.
         #[expect(unsafe_code, reason = "disjoint columns of one output")]
-        let y = unsafe { all.part(0..tokens, cols) };
-        let rows: [usize; MOST_ROWS] = std::array::from_fn(|token| token * heads + head);
-        packed[head].multiply((&input, &rows[..tokens]), outs, y, Write::Replace);
+        y: unsafe { all.part(0..tokens, cols(head)) },
+        write: Write::Replace,
     });
+    multiply_all(&products.collect::<Vec<_>>(), |_, _, _| ());
 }
 
 /// One head, in f32.

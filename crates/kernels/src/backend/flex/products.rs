@@ -31,6 +31,13 @@ pub(super) fn nt_sum(terms: &[Term<'_>]) -> FlexTensor {
     floats(gemm::new_nt(terms), size)
 }
 
+/// Two products of few rows, or in int8, in one parallel part; none where they are made otherwise.
+pub(super) fn nt_pair(x: &Floats, weights: [Weights<'_>; 2]) -> Option<(FlexTensor, FlexTensor)> {
+    let [first, second] = gemm::new_nt_pair(x.mat(), weights)?;
+    let tensor = |values, w: &Weights<'_>| floats(values, [x.dims::<2>()[0], w.out_width()]);
+    Some((tensor(first, &weights[0]), tensor(second, &weights[1])))
+}
+
 pub(super) fn nn(dy: &Floats, w: Weights<'_>) -> FlexTensor {
     nn_sum(&[(dy.mat(), w)])
 }

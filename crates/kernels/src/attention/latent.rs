@@ -1,0 +1,211 @@
+//! Attention of a few queries over a context that all heads share, whose values are the first features of its keys: latent
+//! attention in its absorbed form, as decoding needs it.
+//!
+//! All heads' queries are rows of one product, so a piece of the context is read once for all of them, and twice while it
+//! is in the cache: as keys, and as values. Each piece gives sums that are unfinished, with the largest score they were
+//! made with; at the end these are brought to a common one and added in their order. Pieces are the same for any number
+//! of threads, and a query's result has the bits it has without the queries after it.
+//!
+//! Source: Flash-Decoding, <https://crfm.stanford.edu/2023/10/12/flashdecoding.html>.
+
+use std::ops::Range;
+
+use crate::exp;
+use crate::product::gemm::with_scratch;
+use crate::product::strided::{Mat, MatMut, Write};
+use crate::product::team::{Pieces, share_quickly};
+use crate::rows::{Input, Packed, weighted};
+
+/// Keys per task: those of DeepSeek V3 are 144 KiB, a part of the second-level cache.
+const KEYS: usize = 64;
+/// Values that are worth a task where sums are finished.
+const VALUES: usize = 1 << 13;
+
+/// The last queries of a sequence, and all it has of latents.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sequence<'a> {
+    /// `[seq · heads, dim]`.
+    pub(crate) queries: Mat<'a>,
+    /// `[kv_seq, dim]`.
+    pub(crate) latents: &'a [f32],
+    pub(crate) seq: usize,
+    /// Features of a value.
+    pub(crate) v_dim: usize,
+    /// Factor of the scores.
+    pub(crate) scale: f32,
+}
+
+impl Sequence<'_> {
+    fn kv_seq(&self) -> usize {
+        self.latents.len() / self.queries.cols().max(1)
+    }
+}
+
+/// Returns `[seq · heads, v_dim]`.
+pub(crate) fn forward(sequence: Sequence<'_>) -> Vec<f32> {
+    let (rows, v_dim) = (sequence.queries.rows(), sequence.v_dim);
+    let pieces = Pieces::new(sequence.kv_seq(), KEYS);
+    let mut out = vec![0.0; rows * v_dim];
+    // The sums of a row, the largest score and the sum of the exponentials.
+    let width = v_dim + 2;
+    with_scratch(pieces.len() * rows * width, |partial| {
+        let all = MatMut::dense(partial, pieces.len() * rows, width);
+        share_quickly(pieces.len(), |i| {
+            // SAFETY: pieces write different rows.
+            #[expect(unsafe_code, reason = "disjoint rows of the sums")]
+            let sums = unsafe { all.part(i * rows..(i + 1) * rows, 0..width) };
+            attend(sequence, pieces.get(i), sums);
+        });
+        finish(partial, rows, &mut out);
+    });
+    out
+}
+
+/// The unfinished sums of some keys, `[seq · heads, v_dim + 2]`.
+fn attend(sequence: Sequence<'_>, keys: Range<usize>, mut sums: MatMut<'_>) {
+    let Sequence {
+        queries,
+        seq,
+        v_dim,
+        ..
+    } = sequence;
+    let (rows, dim) = (queries.rows(), queries.cols());
+    let latents = &sequence.latents[keys.start * dim..keys.end * dim];
+    let (packed, numbers) = (
+        Packed::of_values(latents, dim),
+        (0..rows).collect::<Vec<_>>(),
+    );
+    with_scratch(rows * keys.len(), |scores| {
+        let input = Input::new(queries, []);
+        let all = MatMut::dense(scores, rows, keys.len());
+        packed.multiply((&input, &numbers), 0..keys.len(), all, Write::Replace);
+        for (row, scores) in scores.chunks_mut(keys.len()).enumerate() {
+            let visible = sequence.kv_seq() - seq + row / (rows / seq) + 1;
+            let (seen, later) =
+                scores.split_at_mut(visible.saturating_sub(keys.start).min(keys.len()));
+            exp::scale(seen, sequence.scale);
+            let largest = exp::max(seen);
+            let sum = exp::exp_shifted(seen, largest);
+            // Values that count zero times do not change a sum.
+            later.fill(0.0);
+            sums.row(row)[v_dim..].copy_from_slice(&[largest, sum]);
+        }
+        let (scores, values) = (
+            Mat::dense(scores, rows, keys.len()),
+            Mat::dense(latents, keys.len(), dim),
+        );
+        weighted::sum(scores, values, 0..v_dim, sums.block(0..rows, 0..v_dim));
+    });
+}
+
+/// Adds up what the pieces of a sequence left, `[pieces, rows, v_dim + 2]` → `[rows, v_dim]`.
+fn finish(partial: &[f32], rows: usize, out: &mut [f32]) {
+    let v_dim = out.len() / rows.max(1);
+    let (width, pieces) = (v_dim + 2, partial.len() / (rows * (v_dim + 2)).max(1));
+    let out = MatMut::dense(out, rows, v_dim);
+    let rows_of_task = (VALUES / (pieces * v_dim).max(1)).max(1);
+    Pieces::new(rows, rows_of_task).share_quickly(|some| {
+        // SAFETY: tasks write different rows.
+        #[expect(unsafe_code, reason = "disjoint rows of the output")]
+        let mut out = unsafe { out.part(some.clone(), 0..v_dim) };
+        for (i, row) in some.enumerate() {
+            let of_piece = |piece: usize| &partial[(piece * rows + row) * width..][..width];
+            let parts = || (0..pieces).map(of_piece);
+            let largest = parts().fold(f32::NEG_INFINITY, |largest, part| largest.max(part[v_dim]));
+            let factor = |part: &[f32]| exp::exp::<false>(part[v_dim] - largest);
+            let sum: f32 = parts().map(|part| factor(part) * part[v_dim + 1]).sum();
+            let out = out.row(i);
+            for part in parts() {
+                let factor = factor(part) / sum;
+                let values = out.iter_mut().zip(part);
+                values.for_each(|(out, value)| *out += factor * value);
+            }
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::matrix::tests::noise;
+
+    const DIM: usize = 24;
+    const V_DIM: usize = 21;
+
+    /// Queries of 3 heads, written out in f64.
+    fn expected(queries: &[f32], latents: &[f32]) -> Vec<f64> {
+        let keys: Vec<&[f32]> = latents.chunks(DIM).collect();
+        let of_query = |query: &[f32]| {
+            let score = |key: &&[f32]| -> f64 {
+                let products = query.iter().zip(*key);
+                0.7 * products.map(|(q, k)| f64::from(q * k)).sum::<f64>()
+            };
+            let exps: Vec<f64> = keys.iter().map(|key| score(key).exp()).collect();
+            let sum: f64 = exps.iter().sum();
+            let value = |col: usize| {
+                let values = keys.iter().zip(&exps);
+                values
+                    .map(|(key, exp)| f64::from(key[col]) * exp)
+                    .sum::<f64>()
+                    / sum
+            };
+            (0..V_DIM).map(value).collect::<Vec<_>>()
+        };
+        queries.chunks(DIM).flat_map(of_query).collect()
+    }
+
+    fn run(queries: &[f32], latents: &[f32], seq: usize) -> Vec<f32> {
+        forward(Sequence {
+            queries: Mat::dense(queries, queries.len() / DIM, DIM),
+            latents,
+            seq,
+            v_dim: V_DIM,
+            scale: 0.7,
+        })
+    }
+
+    #[test]
+    fn sums_are_those_written_out_for_any_length() {
+        for kv_seq in [1, 2, 63, 64, 65, 200, 1100] {
+            let (queries, latents) = (noise(3 * DIM, 1), noise(kv_seq * DIM, 2));
+            let found = run(&queries, &latents, 1);
+            for (found, expected) in found.iter().zip(expected(&queries, &latents)) {
+                assert!(
+                    (f64::from(*found) - expected).abs() < 1e-5,
+                    "{found} {expected}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_query_has_the_bits_it_has_alone() {
+        for kv_seq in [5, 64, 66, 67, 130] {
+            let (queries, latents) = (noise(5 * 3 * DIM, 1), noise(kv_seq * DIM, 2));
+            let together = run(&queries, &latents, 5);
+            for query in 0..5 {
+                let seen = &latents[..(kv_seq - 4 + query) * DIM];
+                let alone = run(&queries[query * 3 * DIM..][..3 * DIM], seen, 1);
+                let found = &together[query * alone.len()..][..alone.len()];
+                let same = alone
+                    .iter()
+                    .zip(found)
+                    .all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(same, "query {query} of {kv_seq}");
+            }
+        }
+    }
+
+    #[test]
+    fn scores_far_apart_stay_finite() {
+        // The first piece's scores lie so far below the second's that they count for nothing.
+        let mut latents = vec![-1.0; 64 * DIM];
+        latents.extend(vec![1.0; 10 * DIM]);
+        let queries = vec![60.0; DIM];
+        let found = run(&queries, &latents, 1);
+        assert!(
+            found.iter().all(|value| (value - 1.0).abs() < 1e-6),
+            "{found:?}"
+        );
+    }
+}

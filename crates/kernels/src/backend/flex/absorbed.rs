@@ -1,0 +1,62 @@
+//! Latent attention in its absorbed form: what decoding does between a layer's queries and its output projection.
+
+use burn_flex::FlexTensor;
+
+use super::heads::{Rows, multiply_heads};
+use super::values::{Floats, floats};
+use crate::attention::latent::{self, Sequence};
+use crate::backend::linear::{Absorbed, Direction, HeadRows};
+use crate::product::gemm::with_scratch;
+use crate::product::strided::{Mat, MatMut};
+use crate::{Compute, Matrix};
+
+/// q `[1, seq, heads, dim]` and latents `[1, kv_seq, 1, rank + rope]` → `[1, seq, heads, v_dim]`.
+pub(super) fn absorbed_attention(
+    q: &Floats,
+    latents: &Floats,
+    w: &Matrix,
+    absorbed: Absorbed,
+    compute: Compute,
+) -> FlexTensor {
+    let ([_, seq, heads, dim], rank) = (q.dims(), w.cols());
+    let Absorbed { nope, v_dim, scale } = absorbed;
+    let width = rank + dim - nope;
+    let part = |start, len, direction| HeadRows {
+        heads,
+        start,
+        len,
+        direction,
+    };
+    let context = with_scratch(seq * heads * width, |queries| {
+        let rotated = queries.chunks_mut(width).zip(q.chunks(dim));
+        rotated.for_each(|(query, q)| query[rank..].copy_from_slice(&q[nope..]));
+        let keys = Rows {
+            values: q,
+            heads,
+            width: nope,
+            stride: dim,
+        };
+        let all = MatMut::dense(queries, seq, heads * width);
+        let rows = part(0, nope, Direction::Transposed);
+        multiply_heads(keys, (w, rows), compute, &all);
+
+        latent::forward(Sequence {
+            queries: Mat::dense(queries, seq * heads, width),
+            latents,
+            seq,
+            v_dim: rank,
+            scale,
+        })
+    });
+    let mut out = vec![0.0; seq * heads * v_dim];
+    let values = Rows {
+        values: &context,
+        heads,
+        width: rank,
+        stride: rank,
+    };
+    let all = MatMut::dense(&mut out, seq, heads * v_dim);
+    let rows = part(nope, v_dim, Direction::Forward);
+    multiply_heads(values, (w, rows), compute, &all);
+    floats(out, [1, seq, heads, v_dim])
+}
