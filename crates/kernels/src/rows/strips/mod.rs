@@ -28,7 +28,7 @@ use crate::product::strided::{MatMut, Write};
 const TOGETHER: usize = 64;
 
 /// Bytes that are read while memory brings others: a strip is too short for the CPU to see where it is going.
-const AHEAD: usize = 2048;
+const AHEAD: usize = 4096;
 
 /// How the rows of a weight lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
