@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use self::sampling::SamplingArgs;
 use crate::console::{Console, Progress};
-use crate::open::{ComputeName, ModelArgs, Opened};
+use crate::open::{EngineArgs, ModelArgs, Opened};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -36,9 +36,8 @@ pub(crate) struct Args {
     max_tokens: usize,
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// What products with weights in ggml's blocks round activations to.
-    #[arg(long, value_enum, default_value_t = ComputeName::Int8)]
-    compute: ComputeName,
+    #[command(flatten)]
+    engine: EngineArgs,
     /// With --json: how probable the model found every new token, and the N likeliest in its place.
     #[arg(long, value_name = "N", requires = "json")]
     logprobs: Option<usize>,
@@ -57,7 +56,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         logprobs: args.logprobs,
     };
     let (engine, tokenizer) = (
-        opened.engine(args.compute, console),
+        opened.engine(args.engine, console)?,
         opened.tokenizer.as_ref(),
     );
     let mut writings = Vec::new();
@@ -264,6 +263,8 @@ fn object(prompt: &[u32], generation: &Generation, writing: &Writing<'_>) -> any
         },
         "prefill_tokens_per_sec": prefill,
         "decode_tokens_per_sec": decode_rate,
+        "guessed": generation.guessed,
+        "guessed_right": generation.guessed_right,
     });
     let tokens = generation.token_ids.iter().zip(&generation.logprobs);
     let logprobs = tokens.map(|(id, logprobs)| logprobs_object(*id, logprobs, writing.tokenizer));
@@ -300,10 +301,17 @@ fn summary(generation: &Generation) -> String {
         Stop::Caller => "early, as asked",
     };
     let (read, written) = (generation.prefill_tokens, generation.token_ids.len());
-    format!("{read} tokens read{prefill}, {written} written{decode}, stopped {why}")
+    let guessed = match (generation.guessed_right, generation.guessed) {
+        (_, 0) => String::new(),
+        (right, guessed) => {
+            let share = 100.0 * right as f64 / guessed as f64;
+            format!(", {right} of {guessed} guesses right ({share:.0} %)")
+        }
+    };
+    format!("{read} tokens read{prefill}, {written} written{decode}{guessed}, stopped {why}")
 }
 
-/// Tokens read and passes made per second; none where nothing was measured.
+/// Tokens read, and tokens chosen after the first, per second; none where nothing was measured.
 fn rates(generation: &Generation) -> [Option<f64>; 2] {
     let rate = |count: usize, secs: f64| (count > 0 && secs > 0.0).then(|| count as f64 / secs);
     [

@@ -253,33 +253,42 @@ const LATENT_KEYS: usize = 64;
 /// Features of values per task.
 const LATENT_FEATURES: usize = 64;
 
-/// One query of each head over a context that all heads share, whose values are the first `v_dim` features of its keys:
-/// q `[heads, dim]`, latents `[kv_seq, dim]` → `[heads, v_dim]`. The heads are rows of one product, so the context is read
-/// twice and not twice for each head.
-pub(crate) fn forward_latent(q: Mat<'_>, latents: &[f32], v_dim: usize, scale: f32) -> Vec<f32> {
-    let (heads, dim) = (q.rows(), q.cols());
-    let kv_seq = latents.len() / dim.max(1);
-    let (mut out, all_heads) = (vec![0.0; heads * v_dim], (0..heads).collect::<Vec<_>>());
-    let outputs = MatMut::dense(&mut out, heads, v_dim);
+/// The last `seq` queries of each head over a context that all heads share, whose values are the first `v_dim` features of
+/// its keys: q `[seq · heads, dim]`, latents `[kv_seq, dim]` → `[seq · heads, v_dim]`. All queries are rows of one product,
+/// so the context is read twice and not twice for each head. A query's result has the bits it has without those after it.
+pub(crate) fn forward_latent(
+    q: Mat<'_>,
+    latents: &[f32],
+    seq: usize,
+    v_dim: usize,
+    scale: f32,
+) -> Vec<f32> {
+    let (rows, dim) = (q.rows(), q.cols());
+    let (heads, kv_seq) = (rows / seq, latents.len() / dim.max(1));
+    let (mut out, all_rows) = (vec![0.0; rows * v_dim], (0..rows).collect::<Vec<_>>());
+    let outputs = MatMut::dense(&mut out, rows, v_dim);
     let keys = Packed::of_values(latents, dim);
     let query = keys.input(q);
-    with_scratch(heads * kv_seq, |scores| {
-        let all = MatMut::dense(scores, heads, kv_seq);
+    with_scratch(rows * kv_seq, |scores| {
+        let all = MatMut::dense(scores, rows, kv_seq);
         Pieces::new(kv_seq, LATENT_KEYS).share_quickly(|range| {
             // SAFETY: tasks write different columns.
             #[expect(unsafe_code, reason = "disjoint columns of the scores")]
-            let scores = unsafe { all.part(0..heads, range.clone()) };
-            keys.multiply((&query, &all_heads), range, scores, Write::Replace);
+            let scores = unsafe { all.part(0..rows, range.clone()) };
+            keys.multiply((&query, &all_rows), range, scores, Write::Replace);
         });
-        for scores in scores.chunks_mut(kv_seq) {
-            exp::scale(scores, scale);
-            softmax(scores);
+        for (row, scores) in scores.chunks_mut(kv_seq).enumerate() {
+            let (seen, later) = scores.split_at_mut(kv_seq - seq + row / heads + 1);
+            exp::scale(seen, scale);
+            softmax(seen);
+            // Values that count zero times at the end of a sum do not change it.
+            later.fill(0.0);
         }
         Pieces::new(v_dim, LATENT_FEATURES).share_quickly(|features| {
             // SAFETY: tasks write different columns.
             #[expect(unsafe_code, reason = "disjoint columns of the output")]
-            let out = unsafe { outputs.part(0..heads, features.clone()) };
-            let scores = Mat::dense(scores, heads, kv_seq);
+            let out = unsafe { outputs.part(0..rows, features.clone()) };
+            let scores = Mat::dense(scores, rows, kv_seq);
             weighted::sum(scores, Mat::dense(latents, kv_seq, dim), features, out);
         });
     });

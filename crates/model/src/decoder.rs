@@ -2,6 +2,7 @@
 
 mod checkpointing;
 mod cost;
+mod mtp;
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
@@ -9,6 +10,7 @@ use kernels::Matrix;
 
 pub use self::checkpointing::{Checkpointing, Trace};
 pub use self::cost::{Cost, Traffic};
+pub use self::mtp::{Mtp, SharedHead};
 
 use crate::attention::Attention;
 use crate::config::ModelConfig;
@@ -19,7 +21,6 @@ use crate::norm::Norm;
 use crate::pass::Pass;
 use crate::precision::Class;
 use crate::rope::RotaryTable;
-use crate::sites::Site;
 
 /// A causal language model. Field names are the checkpoint's keys.
 #[derive(Module, Debug)]
@@ -144,33 +145,19 @@ impl Model {
     /// Bytes that the weights of its linear layers and experts hold in memory or map.
     pub fn size_bytes(&mut self) -> usize {
         let mut bytes = 0;
-        self.for_each_site(&mut |_, site| {
-            bytes += match site {
-                Site::Linear(linear) => linear.weight.size_bytes(),
-                Site::Experts(experts) => experts.size_bytes(),
-            };
-        });
+        self.for_each_site(&mut |_, site| bytes += site.size_bytes());
         bytes
     }
 
     /// Copies frozen weights into one piece of memory as products read them fastest, see [`Matrix::lay_out`]. Says of each
     /// when it is copied: nothing of this model reads those bytes any more.
     pub fn lay_out(&mut self, on_copied: &mut dyn FnMut(&Matrix)) {
-        let mut matrices = vec![];
-        self.for_each_frozen(&mut |matrix| matrices.push(matrix.clone()));
-        Matrix::lay_out(&mut matrices, on_copied);
-        let mut laid = matrices.into_iter();
-        self.for_each_frozen(&mut |matrix| *matrix = laid.next().expect("as many as before"));
+        lay_out(&mut |visit| self.for_each_frozen(visit), on_copied);
     }
 
     /// Visits frozen matrices that are multiplied as they are.
     fn for_each_frozen(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
-        self.for_each_site(&mut |_, site| match site {
-            Site::Linear(linear) if linear.quantizer.is_some() => {}
-            Site::Linear(linear) => linear.weight.for_each_frozen(visit),
-            Site::Experts(experts) if experts.quantizer.is_some() => {}
-            Site::Experts(experts) => experts.for_each_frozen(visit),
-        });
+        self.for_each_site(&mut |_, site| site.for_each_frozen(visit));
         if self.lm_head.is_none() {
             self.model.embed_tokens.weight.for_each_frozen(visit);
         }
@@ -186,6 +173,18 @@ impl Model {
         };
         self.lm_head.clone().unwrap_or_else(tied)
     }
+}
+
+/// What is done with every matrix of a model.
+type Visit<'a> = &'a mut dyn FnMut(&mut Matrix);
+
+/// Replaces the matrices that are visited by what [`Matrix::lay_out`] makes of them all.
+fn lay_out(for_each: &mut dyn FnMut(Visit<'_>), on_copied: &mut dyn FnMut(&Matrix)) {
+    let mut matrices = vec![];
+    for_each(&mut |matrix| matrices.push(matrix.clone()));
+    Matrix::lay_out(&mut matrices, on_copied);
+    let mut laid = matrices.into_iter();
+    for_each(&mut |matrix| *matrix = laid.next().expect("as many as before"));
 }
 
 impl DecoderLayer {

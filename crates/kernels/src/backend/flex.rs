@@ -25,7 +25,7 @@ use crate::adamw::{self, AdamWStep};
 use crate::attention::{Context, Segments, forward_latent};
 use crate::backend::linear::{HeadRows, Merge, Update};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
-use crate::product::gemm;
+use crate::product::gemm::{self, FEW_ROWS};
 use crate::product::strided::{Mat, MatMut, Write};
 use crate::product::weights::Weights;
 use crate::{
@@ -186,9 +186,10 @@ impl Kernels for Flex {
     ) -> FlexTensor {
         let (q, latents) = (Floats::new(&q), Floats::new(&latents));
         let [batch, seq, heads, dim] = q.dims();
-        if (batch, seq) == (1, 1) {
-            let out = forward_latent(Mat::dense(&q, heads, dim), &latents, v_dim, scale);
-            return floats(out, [1, 1, heads, v_dim]);
+        if batch == 1 && (1..=FEW_ROWS).contains(&seq) && heads > 0 {
+            let queries = Mat::dense(&q, seq * heads, dim);
+            let out = forward_latent(queries, &latents, seq, v_dim, scale);
+            return floats(out, [1, seq, heads, v_dim]);
         }
         let mut shape = shape_apart(&q, &latents, &latents);
         shape.v.dim = v_dim;
