@@ -276,3 +276,50 @@ fn guessing_ahead_says_how_often_it_was_right_and_changes_no_token() {
         ],
     );
 }
+
+#[test]
+fn every_prompt_may_have_an_adapter_of_its_own() {
+    let model = golden("deepseek_v3");
+    let adapter = |name: &str| model.join(name).to_string_lossy().into_owned();
+    let adapters = [
+        adapter("adapter_classic"),
+        "-".into(),
+        adapter("adapter_dora"),
+    ];
+    let place = Broken::new("deepseek_v3");
+    let write = |name: &str, rows: &str| {
+        let path = place.path(name);
+        std::fs::write(&path, format!("{{\"input_ids\": [{rows}]}}")).unwrap();
+        path.to_string_lossy().into_owned()
+    };
+    let all = write("all.json", "[5, 6, 7], [8, 9, 4], [5, 6, 7]");
+    let model = model.to_string_lossy().into_owned();
+    let run = |ids: &str, adapters: &[String]| {
+        let words = [
+            "generate",
+            &model,
+            "--ids",
+            ids,
+            "--json",
+            "--max-tokens",
+            "8",
+        ];
+        let mut words = words.to_vec();
+        for adapter in adapters {
+            words.extend(["--adapter", adapter]);
+        }
+        moeforge(&words)
+    };
+    let ids = |output: &Output| -> Value { serde_json::from_slice(&output.stdout).unwrap() };
+    let found = ids(&run(&all, &adapters));
+    for (i, row) in ["[5, 6, 7]", "[8, 9, 4]", "[5, 6, 7]"].iter().enumerate() {
+        let alone = ids(&run(&write("one.json", row), &adapters[i..=i]));
+        assert_eq!(found[i]["token_ids"], alone["token_ids"], "{i}");
+    }
+    assert_ne!(found[0]["token_ids"], found[2]["token_ids"]);
+    refused(
+        &run(&all, &adapters[..2]),
+        1,
+        &["--adapter", "each of the 3", "found 2"],
+    );
+}

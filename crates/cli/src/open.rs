@@ -155,6 +155,7 @@ impl Opened {
     pub(crate) fn engine(&self, args: EngineArgs, console: &Console) -> anyhow::Result<Engine> {
         let engine = Engine {
             model: self.model.clone(),
+            adapted: Vec::new(),
             mtp: args.guessing.module(&self.folder, &self.device)?,
             compute: args.compute.compute(),
             device: self.device.clone(),

@@ -33,6 +33,9 @@ const MOST_HELD: usize = 8 << 20;
 pub struct Engine {
     /// The model; an adapter, if any, is attached.
     pub model: Model,
+    /// The model with other adapters, among which sequences may choose; see [`Self::begin_adapted`]. Clones of `model` share
+    /// its weights, so each costs the memory of its adapter.
+    pub adapted: Vec<Model>,
     /// What guesses tokens ahead, for the same text in fewer passes; none for a pass per token.
     pub mtp: Option<Mtp>,
     /// What products round their operands to.
@@ -50,6 +53,7 @@ impl Engine {
         let model = weights::load(&Folder::open(folder)?, Training::Frozen, &device)?;
         Ok(Self {
             model,
+            adapted: Vec::new(),
             mtp: None,
             compute,
             device,
@@ -123,9 +127,22 @@ impl Engine {
         on_step: &mut dyn FnMut(usize, &mut Sequence),
     ) -> Result<Vec<Generation>> {
         let begun = prompts.iter().map(|prompt| self.begin(prompt, config));
-        let mut waiting = begun.collect::<Result<Vec<_>>>()?.into_iter().enumerate();
+        self.finish_all(begun.collect::<Result<_>>()?, batch, on_step)
+    }
+
+    /// [`Self::generate_all`] of sequences that have begun.
+    ///
+    /// # Errors
+    /// As [`Self::step`].
+    pub fn finish_all(
+        &self,
+        sequences: Vec<Sequence>,
+        batch: usize,
+        on_step: &mut dyn FnMut(usize, &mut Sequence),
+    ) -> Result<Vec<Generation>> {
+        let mut done: Vec<Option<Generation>> = vec![None; sequences.len()];
+        let mut waiting = sequences.into_iter().enumerate();
         let mut running: Vec<(usize, Sequence)> = Vec::new();
-        let mut done: Vec<Option<Generation>> = vec![None; prompts.len()];
         loop {
             let n_free = batch.max(1) - running.len();
             running.extend(waiting.by_ref().take(n_free));
@@ -148,6 +165,33 @@ impl Engine {
     /// As [`Sequence::new`].
     pub fn begin(&self, prompt: &[u32], config: &GenerateConfig) -> Result<Sequence> {
         Sequence::new(&self.model, self.context(), prompt, config)
+    }
+
+    /// A text that begins with a prompt, of one of the adapted models. What it gives is what it gives with that model alone;
+    /// sequences of different models share no pass.
+    ///
+    /// # Errors
+    /// As [`Sequence::new`].
+    ///
+    /// # Panics
+    /// If there is no such model.
+    pub fn begin_adapted(
+        &self,
+        number: usize,
+        prompt: &[u32],
+        config: &GenerateConfig,
+    ) -> Result<Sequence> {
+        assert!(number < self.adapted.len(), "an adapted model");
+        let context = self.context().of_adapted(number);
+        Sequence::new(&self.model, context, prompt, config)
+    }
+
+    /// The model that a sequence is of.
+    pub(crate) fn model_of(&self, sequence: &Sequence) -> &Model {
+        match sequence.adapted() {
+            Some(number) => &self.adapted[number],
+            None => &self.model,
+        }
     }
 
     /// What has read nothing yet. A sequence over it is guessed ahead if there is a module for it; one over
@@ -191,7 +235,7 @@ impl Engine {
             return sequences.iter_mut().try_for_each(|s| s.choose_ahead());
         }
         self.guess(sequences);
-        for group in groups(sequences, Sequence::n_unread) {
+        for group in groups(sequences, |s| (s.adapted(), s.n_unread())) {
             self.pass(group)?;
             for sequence in group {
                 self.catch_up(sequence, CHUNK);
@@ -200,7 +244,7 @@ impl Engine {
         Ok(())
     }
 
-    /// One pass over the next ids of sequences, of all the same number.
+    /// One pass over the next ids of sequences, of all the same number, and all of one model.
     fn pass(&self, sequences: &mut [&mut Sequence]) -> Result<()> {
         let next = sequences
             .iter()
@@ -210,12 +254,13 @@ impl Engine {
         let shape = [batch, ids.len() / batch];
         let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, shape), &self.device);
 
+        let model = self.model_of(sequences[0]);
         let caches = sequences.iter_mut().map(|sequence| sequence.cache());
         let mut pass = Pass::cached(self.compute, caches);
-        let hidden = self.model.hidden(ids, &mut pass); // [batch, seq, hidden_size]
+        let hidden = model.hidden(ids, &mut pass); // [batch, seq, hidden_size]
         drop(pass);
         let n_choices = sequences[0].n_choices(shape[1]);
-        let logits = self.last_logits(hidden.clone(), n_choices);
+        let logits = self.last_logits(model, hidden.clone(), n_choices);
 
         let size = n_choices * self.model.config.vocab_size;
         for (row, sequence) in sequences.iter_mut().enumerate() {
@@ -230,14 +275,14 @@ impl Engine {
     }
 
     /// Logits after the last `n` of some hidden states `[batch, seq, hidden_size]`, `[batch, n, vocab]`.
-    fn last_logits(&self, hidden: Tensor<3>, n: usize) -> Vec<f32> {
+    fn last_logits(&self, model: &Model, hidden: Tensor<3>, n: usize) -> Vec<f32> {
         if n == 0 {
             return vec![];
         }
         let [batch, seq, hidden_size] = hidden.dims();
         let last = hidden.slice([0..batch, seq - n..seq]);
         let last = last.reshape([batch * n, hidden_size]);
-        let logits = self.model.logits(last, &Pass::new(self.compute));
+        let logits = model.logits(last, &Pass::new(self.compute));
         logits.into_data().try_to_vec().expect("logits are f32")
     }
 }

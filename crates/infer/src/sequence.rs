@@ -95,6 +95,8 @@ pub struct Context {
     token_ids: Vec<u32>,
     cache: Cache,
     lookahead: Option<Lookahead>,
+    /// Which of the adapted models read it; none for the model itself.
+    adapted: Option<usize>,
 }
 
 /// A text that is being continued, from its prompt to its end.
@@ -122,6 +124,15 @@ impl Context {
             token_ids: Vec::new(),
             cache: Cache::new(&model.config),
             lookahead: None,
+            adapted: None,
+        }
+    }
+
+    /// As one of the adapted models reads it.
+    pub(crate) fn of_adapted(self, number: usize) -> Self {
+        Self {
+            adapted: Some(number),
+            ..self
         }
     }
 
@@ -237,6 +248,11 @@ impl Sequence {
             ..self.generation
         };
         (generation, self.context)
+    }
+
+    /// Which of the adapted models it is of, if it is of one.
+    pub(crate) fn adapted(&self) -> Option<usize> {
+        self.context.adapted
     }
 
     /// Whether its next pass reads a token that the model wrote.

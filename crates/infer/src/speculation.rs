@@ -87,12 +87,13 @@ impl Engine {
         }
         let wanting = sequences.iter_mut().filter(|s| s.wants_guess());
         let mut wanting: Vec<&mut Sequence> = wanting.map(|s| &mut **s).collect();
-        for group in groups(&mut wanting, Sequence::n_waiting) {
+        for group in groups(&mut wanting, |s| (s.adapted(), s.n_waiting())) {
+            let model = self.model_of(group[0]);
             let n = group[0].n_waiting();
             let hidden = self.look_ahead(mtp, group, n);
             let [batch, _, width] = hidden.dims();
             let last = hidden.slice([0..batch, n - 1..n]).reshape([batch, width]);
-            let logits = mtp.logits(&self.model, last, &Pass::new(self.compute));
+            let logits = mtp.logits(model, last, &Pass::new(self.compute));
             let logits: Vec<f32> = logits.into_data().try_to_vec().expect("logits are f32");
             let rows = logits.chunks(self.model.config.vocab_size);
             for (sequence, logits) in group.iter_mut().zip(rows) {
@@ -114,9 +115,10 @@ impl Engine {
         }
     }
 
-    /// Lets the module read the first `n` positions that wait in each of some texts. Returns its hidden states, `[batch, n,
+    /// Lets the module read the first `n` positions that wait in each of some texts of one model. Returns its hidden states, `[batch, n,
     /// hidden_size]`.
     fn look_ahead(&self, mtp: &Mtp, sequences: &mut [&mut Sequence], n: usize) -> Tensor<3> {
+        let model = self.model_of(sequences[0]);
         let (mut next_ids, mut hidden) = (Vec::new(), Vec::new());
         for sequence in &mut *sequences {
             next_ids.extend(sequence.ids_after_waiting(n).map(|id| id as i32));
@@ -127,15 +129,15 @@ impl Engine {
         let lookaheads = sequences.iter_mut().filter_map(|s| s.lookahead());
         let caches = lookaheads.map(|lookahead| &mut lookahead.cache);
         let mut pass = Pass::cached(self.compute, caches);
-        mtp.hidden(&self.model, Tensor::cat(hidden, 0), next_ids, &mut pass)
+        mtp.hidden(model, Tensor::cat(hidden, 0), next_ids, &mut pass)
     }
 }
 
-/// Sequences in groups of those with the same number.
-pub(crate) fn groups<'a, 's>(
+/// Sequences in groups that have something in common.
+pub(crate) fn groups<'a, 's, K: Ord>(
     sequences: &'a mut [&'s mut Sequence],
-    number: impl Fn(&Sequence) -> usize + Copy,
+    of: impl Fn(&Sequence) -> K + Copy,
 ) -> impl Iterator<Item = &'a mut [&'s mut Sequence]> {
-    sequences.sort_by_key(|sequence| number(sequence));
-    sequences.chunk_by_mut(move |a, b| number(a) == number(b))
+    sequences.sort_by_key(|sequence| of(sequence));
+    sequences.chunk_by_mut(move |a, b| of(a) == of(b))
 }

@@ -262,6 +262,7 @@ fn measure(
     let engine = Engine {
         mtp: subject.module(guessing, SEED, &device)?,
         model,
+        adapted: Vec::new(),
         compute: args.compute.compute(),
         device,
     };
