@@ -237,3 +237,89 @@ fn models_are_compared_by_what_they_predict_and_choose() {
     let text = String::from_utf8(table.stdout).unwrap();
     assert!(text.contains("layer  picks moved"), "{text}");
 }
+
+#[test]
+fn guessing_ahead_says_how_often_it_was_right_and_changes_no_token() {
+    let model = golden("deepseek_v3").to_string_lossy().into_owned();
+    let place = Broken::new("deepseek_v3");
+    let ids = place.path("ids.json").to_string_lossy().into_owned();
+    let words = ["generate", &model, "--ids", &ids, "--ignore-eos", "--json"];
+    let words = [&words[..], &["--max-tokens", "20", "--logprobs", "1"]].concat();
+    let plain = json(&words);
+    let found = json(&[&words[..], &["--speculative"]].concat());
+    for key in ["token_ids", "text", "logprobs", "stopped"] {
+        assert_eq!(found[key], plain[key], "{key}");
+    }
+    let count = |found: &Value, key: &str| found[key].as_u64().unwrap();
+    assert_eq!(count(&plain, "guessed"), 0);
+    let [guessed, right] = ["guessed", "guessed_right"].map(|key| count(&found, key));
+    // The first token, and the last, which nothing has to be said of beforehand.
+    assert!(
+        guessed + right == 18 || guessed + right == 19,
+        "{guessed} {right}"
+    );
+
+    let words = ["bench", "decode", &model, "--tokens", "6", "--reps", "1"];
+    let found = json(&[&words[..], &["--speculative", "--json"]].concat());
+    let share = found["results"][0]["guessed_right_share"].as_f64().unwrap();
+    assert!((0.0..=1.0).contains(&share), "{found}");
+
+    // The base of the quickstart has no such layer.
+    let words = ["generate", MODEL, "--prompt", "a", "--speculative"];
+    refused(
+        &moeforge(&words),
+        1,
+        &[
+            "--speculative",
+            "num_nextn_predict_layers",
+            "the text is the same",
+        ],
+    );
+}
+
+#[test]
+fn every_prompt_may_have_an_adapter_of_its_own() {
+    let model = golden("deepseek_v3");
+    let adapter = |name: &str| model.join(name).to_string_lossy().into_owned();
+    let adapters = [
+        adapter("adapter_classic"),
+        "-".into(),
+        adapter("adapter_dora"),
+    ];
+    let place = Broken::new("deepseek_v3");
+    let write = |name: &str, rows: &str| {
+        let path = place.path(name);
+        std::fs::write(&path, format!("{{\"input_ids\": [{rows}]}}")).unwrap();
+        path.to_string_lossy().into_owned()
+    };
+    let all = write("all.json", "[5, 6, 7], [8, 9, 4], [5, 6, 7]");
+    let model = model.to_string_lossy().into_owned();
+    let run = |ids: &str, adapters: &[String]| {
+        let words = [
+            "generate",
+            &model,
+            "--ids",
+            ids,
+            "--json",
+            "--max-tokens",
+            "8",
+        ];
+        let mut words = words.to_vec();
+        for adapter in adapters {
+            words.extend(["--adapter", adapter]);
+        }
+        moeforge(&words)
+    };
+    let ids = |output: &Output| -> Value { serde_json::from_slice(&output.stdout).unwrap() };
+    let found = ids(&run(&all, &adapters));
+    for (i, row) in ["[5, 6, 7]", "[8, 9, 4]", "[5, 6, 7]"].iter().enumerate() {
+        let alone = ids(&run(&write("one.json", row), &adapters[i..=i]));
+        assert_eq!(found[i]["token_ids"], alone["token_ids"], "{i}");
+    }
+    assert_ne!(found[0]["token_ids"], found[2]["token_ids"]);
+    refused(
+        &run(&all, &adapters[..2]),
+        1,
+        &["--adapter", "each of the 3", "found 2"],
+    );
+}

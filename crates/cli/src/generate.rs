@@ -1,5 +1,6 @@
 //! `generate`: what the model writes after a prompt.
 
+mod adapters;
 pub(crate) mod chat;
 mod sampling;
 
@@ -13,12 +14,19 @@ use serde_json::{Value, json};
 
 use self::sampling::SamplingArgs;
 use crate::console::{Console, Progress};
-use crate::open::{ComputeName, ModelArgs, Opened};
+use crate::open::{DeviceName, EngineArgs, ModelArgs, Opened};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    #[command(flatten)]
-    model: ModelArgs,
+    /// Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.
+    model: String,
+    /// Folder of a LoRA adapter (PEFT) to attach. Several are held over one base, one for each prompt in their order; `-` is
+    /// none.
+    #[arg(long, value_name = "DIR")]
+    adapter: Vec<PathBuf>,
+    /// Where to compute. This build has the CPU only.
+    #[arg(long, value_enum, default_value_t = DeviceName::Cpu)]
+    device: DeviceName,
     /// Text to continue. May be repeated.
     #[arg(long, value_name = "TEXT", required_unless_present = "ids")]
     prompt: Vec<String>,
@@ -36,9 +44,8 @@ pub(crate) struct Args {
     max_tokens: usize,
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// What products with weights in ggml's blocks round activations to.
-    #[arg(long, value_enum, default_value_t = ComputeName::Int8)]
-    compute: ComputeName,
+    #[command(flatten)]
+    engine: EngineArgs,
     /// With --json: how probable the model found every new token, and the N likeliest in its place.
     #[arg(long, value_name = "N", requires = "json")]
     logprobs: Option<usize>,
@@ -48,7 +55,12 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
-    let opened = args.model.open(console)?;
+    let model = ModelArgs {
+        model: args.model.clone(),
+        adapter: adapters::only(&args.adapter),
+        device: args.device,
+    };
+    let opened = model.open(console)?;
     let prompts = prompts(args, &opened)?;
     let config = GenerateConfig {
         max_tokens: args.max_tokens,
@@ -56,10 +68,11 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         stop_ids: args.sampling.stop_ids(&opened)?,
         logprobs: args.logprobs,
     };
-    let (engine, tokenizer) = (
-        opened.engine(args.compute, console),
+    let (mut engine, tokenizer) = (
+        opened.engine(args.engine, console)?,
         opened.tokenizer.as_ref(),
     );
+    let adapted = adapters::hold(&args.adapter, prompts.len(), &mut engine, console)?;
     let mut writings = Vec::new();
     for _ in &prompts {
         writings.push(Writing::new(tokenizer, &args.sampling.stop)?);
@@ -71,7 +84,15 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         }
         (_, last) => {
             writings.extend(last);
-            together(args, &engine, &prompts, &config, (writings, console))?;
+            let begun = prompts
+                .iter()
+                .zip(&adapted)
+                .map(|(prompt, adapted)| match adapted {
+                    Some(number) => engine.begin_adapted(*number, prompt, &config),
+                    None => engine.begin(prompt, &config),
+                });
+            let begun = begun.collect::<Result<Vec<_>, _>>()?;
+            together(args, &engine, (&prompts, begun), (writings, console))?;
         }
     }
     console.memory();
@@ -131,11 +152,10 @@ impl<'a> Writing<'a> {
 fn together(
     args: &Args,
     engine: &Engine,
-    prompts: &[Vec<u32>],
-    config: &GenerateConfig,
+    (prompts, begun): (&[Vec<u32>], Vec<Sequence>),
     (mut writings, console): (Vec<Writing<'_>>, &Console),
 ) -> anyhow::Result<()> {
-    let whole = prompts.len() * config.max_tokens;
+    let whole = prompts.len() * args.max_tokens;
     let mut progress = console.progress(whole as u64, "tokens");
     let (mut written, mut problem) = (vec![0; prompts.len()], None);
     let on_step = &mut |number: usize, sequence: &mut Sequence| {
@@ -145,12 +165,12 @@ fn together(
         }
         written[number] = match sequence.stopped() {
             // What an ended text did not use of its tokens is done with too.
-            Some(_) => config.max_tokens,
+            Some(_) => args.max_tokens,
             None => sequence.token_ids().len(),
         };
         progress.update(written.iter().sum::<usize>() as u64, "");
     };
-    let generations = engine.generate_all(prompts, config, args.batch as usize, on_step)?;
+    let generations = engine.finish_all(begun, args.batch as usize, on_step)?;
     progress.finish();
     if let Some(problem) = problem {
         return Err(problem);
@@ -264,6 +284,8 @@ fn object(prompt: &[u32], generation: &Generation, writing: &Writing<'_>) -> any
         },
         "prefill_tokens_per_sec": prefill,
         "decode_tokens_per_sec": decode_rate,
+        "guessed": generation.guessed,
+        "guessed_right": generation.guessed_right,
     });
     let tokens = generation.token_ids.iter().zip(&generation.logprobs);
     let logprobs = tokens.map(|(id, logprobs)| logprobs_object(*id, logprobs, writing.tokenizer));
@@ -300,10 +322,17 @@ fn summary(generation: &Generation) -> String {
         Stop::Caller => "early, as asked",
     };
     let (read, written) = (generation.prefill_tokens, generation.token_ids.len());
-    format!("{read} tokens read{prefill}, {written} written{decode}, stopped {why}")
+    let guessed = match (generation.guessed_right, generation.guessed) {
+        (_, 0) => String::new(),
+        (right, guessed) => {
+            let share = 100.0 * right as f64 / guessed as f64;
+            format!(", {right} of {guessed} guesses right ({share:.0} %)")
+        }
+    };
+    format!("{read} tokens read{prefill}, {written} written{decode}{guessed}, stopped {why}")
 }
 
-/// Tokens read and passes made per second; none where nothing was measured.
+/// Tokens read, and tokens chosen after the first, per second; none where nothing was measured.
 fn rates(generation: &Generation) -> [Option<f64>; 2] {
     let rate = |count: usize, secs: f64| (count > 0 && secs > 0.0).then(|| count as f64 / secs);
     [

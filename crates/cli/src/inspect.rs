@@ -186,7 +186,7 @@ fn rows(
     let mut layers = config.num_hidden_layers.to_string();
     if config.num_nextn_predict_layers > 0 {
         let mtp = config.num_nextn_predict_layers;
-        layers = format!("{layers}, and {mtp} of multi-token prediction (kept, not run)");
+        layers = format!("{layers}, and {mtp} of multi-token prediction (for --speculative)");
     }
     let mut rows = vec![
         ("model", format!("{name} ({})", config.model_type.name())),
@@ -232,7 +232,7 @@ fn rows(
         rows.push(("tensors", format!("{count} {dtype}, {bytes} bytes")));
     }
     if !audit.mtp.is_empty() {
-        rows.push(("not run", listed(&audit.mtp)));
+        rows.push(("guessing", listed(&audit.mtp)));
     }
     if !audit.unknown.is_empty() {
         rows.push(("unknown", listed(&audit.unknown)));

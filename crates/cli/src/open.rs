@@ -11,7 +11,7 @@ use clap::ValueEnum;
 use data::{ChatTemplate, Tokenizer, TokenizerFiles};
 use infer::Engine;
 use model::adapter::AdapterWeights;
-use model::{Compute, Model, ModelConfig, Training, weights};
+use model::{Compute, Model, ModelConfig, Mtp, Training, weights};
 use serde_json::Value;
 
 use crate::console::Console;
@@ -66,6 +66,38 @@ impl ComputeName {
     }
 }
 
+/// How a model continues prompts.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub(crate) struct EngineArgs {
+    /// What products with weights in ggml's blocks round activations to.
+    #[arg(long, value_enum, default_value_t = ComputeName::Int8)]
+    pub(crate) compute: ComputeName,
+    #[command(flatten)]
+    pub(crate) guessing: GuessArgs,
+}
+
+/// Whether tokens are guessed ahead.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, clap::Args)]
+pub(crate) struct GuessArgs {
+    /// Guess tokens ahead with the model's layer for multi-token prediction, and read each guess in the pass that says
+    /// whether it is right. The text is the same; how fast it comes depends on how many guesses are right.
+    #[arg(long)]
+    pub(crate) speculative: bool,
+}
+
+impl GuessArgs {
+    /// The module that guesses, if there is to be one.
+    pub(crate) fn module(self, folder: &Folder, device: &Device) -> anyhow::Result<Option<Mtp>> {
+        if !self.speculative {
+            return Ok(None);
+        }
+        let module = weights::load_mtp(folder, device);
+        let hint =
+            "--speculative needs a module that guesses; without the option the text is the same";
+        module.context(hint).map(Some)
+    }
+}
+
 /// A model that is ready to run.
 #[derive(Debug)]
 pub(crate) struct Opened {
@@ -117,27 +149,26 @@ impl Opened {
     }
 
     /// What continues prompts with the model.
-    pub(crate) fn engine(&self, compute: ComputeName, console: &Console) -> Engine {
-        engine(self.model.clone(), compute, &self.device, console)
+    ///
+    /// # Errors
+    /// If guesses are asked for, and the model has no module for them.
+    pub(crate) fn engine(&self, args: EngineArgs, console: &Console) -> anyhow::Result<Engine> {
+        let engine = Engine {
+            model: self.model.clone(),
+            adapted: Vec::new(),
+            mtp: args.guessing.module(&self.folder, &self.device)?,
+            compute: args.compute.compute(),
+            device: self.device.clone(),
+        };
+        Ok(laid_out(engine, console))
     }
 }
 
-/// What continues prompts with a model. Its weights are laid out in memory if they need no more than three quarters of what
-/// is free.
-pub(crate) fn engine(
-    mut model: Model,
-    compute: ComputeName,
-    device: &Device,
-    console: &Console,
-) -> Engine {
-    let bytes = model.size_bytes() as u64;
-    let mut engine = Engine {
-        model,
-        compute: compute.compute(),
-        device: device.clone(),
-    };
+/// What continues prompts, its weights laid out in memory if they need no more than three quarters of what is free.
+pub(crate) fn laid_out(mut engine: Engine, console: &Console) -> Engine {
+    let bytes = engine.size_bytes() as u64;
     // Products in f32 decode blocks as they are stored.
-    if compute == ComputeName::F32 {
+    if engine.compute == Compute::F32 {
         return engine;
     }
     let free = memory::read().available_bytes.unwrap_or(u64::MAX);
@@ -315,7 +346,7 @@ fn note_unused(folder: &Folder, console: &Console) -> anyhow::Result<()> {
     }
     if !audit.mtp.is_empty() {
         console.detail(format_args!(
-            "{place}: multi-token prediction, kept but not run: {}",
+            "{place}: multi-token prediction, run with --speculative only: {}",
             listed(&audit.mtp)
         ));
     }

@@ -4,6 +4,9 @@
 //! for another's end. What a sequence gives is what it gives alone. Prompts are read one by one for that, and in the
 //! products of a step every sequence has a row of its own; with more than 8 rows the sums of a product run in another
 //! order, so that logits differ by roundings from those of fewer.
+//!
+//! With a module that guesses ([`crate::speculation`]) a pass may choose two tokens of a sequence. The second is then chosen
+//! in a step of its own, which costs no pass and for which other sequences wait, so that they share the next one.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -11,10 +14,12 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::Folder;
-use model::{Compute, Model, Pass, Training, weights};
+use kernels::Matrix;
+use model::{Compute, Model, Mtp, Pass, Training, weights};
 
 use crate::error::Result;
 use crate::sequence::{Context, GenerateConfig, Generation, Sequence};
+use crate::speculation::groups;
 
 /// Tokens of a prompt in one pass. Attention scores of a piece are `[heads, CHUNK, kv_seq]`, so that a long prompt
 /// costs memory in proportion to its length and not to its square; products of so many rows run at full speed.
@@ -28,6 +33,11 @@ const MOST_HELD: usize = 8 << 20;
 pub struct Engine {
     /// The model; an adapter, if any, is attached.
     pub model: Model,
+    /// The model with other adapters, among which sequences may choose; see [`Self::begin_adapted`]. Clones of `model` share
+    /// its weights, so each costs the memory of its adapter.
+    pub adapted: Vec<Model>,
+    /// What guesses tokens ahead, for the same text in fewer passes; none for a pass per token.
+    pub mtp: Option<Mtp>,
     /// What products round their operands to.
     pub compute: Compute,
     /// Where it computes.
@@ -43,6 +53,8 @@ impl Engine {
         let model = weights::load(&Folder::open(folder)?, Training::Frozen, &device)?;
         Ok(Self {
             model,
+            adapted: Vec::new(),
+            mtp: None,
             compute,
             device,
         })
@@ -52,9 +64,9 @@ impl Engine {
     /// many bytes were copied, of how many that there are. Not for a model that memory has no room for: a file's bytes can be
     /// dropped and read again, copies cannot.
     pub fn lay_out(&mut self, on_bytes: &mut dyn FnMut(usize, usize)) {
-        let (mut done, total) = (0, self.model.size_bytes());
+        let (mut done, total) = (0, self.size_bytes());
         let (mut copied, mut held) = (vec![], 0);
-        self.model.lay_out(&mut |matrix| {
+        let on_copied = &mut |matrix: &Matrix| {
             done += matrix.size_bytes();
             on_bytes(done, total);
             copied.push(matrix.bytes().clone());
@@ -66,8 +78,18 @@ impl Engine {
                     .for_each(|bytes| checkpoint::forget(&bytes));
                 held = 0;
             }
-        });
+        };
+        self.model.lay_out(on_copied);
+        if let Some(mtp) = &mut self.mtp {
+            mtp.lay_out(on_copied);
+        }
         copied.iter().for_each(|bytes| checkpoint::forget(bytes));
+    }
+
+    /// Bytes that weights hold in memory or map.
+    pub fn size_bytes(&mut self) -> usize {
+        let of_mtp = self.mtp.as_mut().map_or(0, Mtp::size_bytes);
+        self.model.size_bytes() + of_mtp
     }
 
     /// Continues a prompt, and tells each new token as it comes.
@@ -105,9 +127,22 @@ impl Engine {
         on_step: &mut dyn FnMut(usize, &mut Sequence),
     ) -> Result<Vec<Generation>> {
         let begun = prompts.iter().map(|prompt| self.begin(prompt, config));
-        let mut waiting = begun.collect::<Result<Vec<_>>>()?.into_iter().enumerate();
+        self.finish_all(begun.collect::<Result<_>>()?, batch, on_step)
+    }
+
+    /// [`Self::generate_all`] of sequences that have begun.
+    ///
+    /// # Errors
+    /// As [`Self::step`].
+    pub fn finish_all(
+        &self,
+        sequences: Vec<Sequence>,
+        batch: usize,
+        on_step: &mut dyn FnMut(usize, &mut Sequence),
+    ) -> Result<Vec<Generation>> {
+        let mut done: Vec<Option<Generation>> = vec![None; sequences.len()];
+        let mut waiting = sequences.into_iter().enumerate();
         let mut running: Vec<(usize, Sequence)> = Vec::new();
-        let mut done: Vec<Option<Generation>> = vec![None; prompts.len()];
         loop {
             let n_free = batch.max(1) - running.len();
             running.extend(waiting.by_ref().take(n_free));
@@ -129,63 +164,125 @@ impl Engine {
     /// # Errors
     /// As [`Sequence::new`].
     pub fn begin(&self, prompt: &[u32], config: &GenerateConfig) -> Result<Sequence> {
-        Sequence::new(&self.model, Context::new(&self.model), prompt, config)
+        Sequence::new(&self.model, self.context(), prompt, config)
+    }
+
+    /// A text that begins with a prompt, of one of the adapted models. What it gives is what it gives with that model alone;
+    /// sequences of different models share no pass.
+    ///
+    /// # Errors
+    /// As [`Sequence::new`].
+    ///
+    /// # Panics
+    /// If there is no such model.
+    pub fn begin_adapted(
+        &self,
+        number: usize,
+        prompt: &[u32],
+        config: &GenerateConfig,
+    ) -> Result<Sequence> {
+        assert!(number < self.adapted.len(), "an adapted model");
+        let context = self.context().of_adapted(number);
+        Sequence::new(&self.model, context, prompt, config)
+    }
+
+    /// The model that a sequence is of.
+    pub(crate) fn model_of(&self, sequence: &Sequence) -> &Model {
+        match sequence.adapted() {
+            Some(number) => &self.adapted[number],
+            None => &self.model,
+        }
+    }
+
+    /// What has read nothing yet. A sequence over it is guessed ahead if there is a module for it; one over
+    /// [`Context::new`] is not.
+    pub fn context(&self) -> Context {
+        match &self.mtp {
+            Some(_) => Context::guessed_ahead(&self.model, &self.device),
+            None => Context::new(&self.model),
+        }
     }
 
     /// Takes sequences one step further: each whose prompt is not read by a piece of it, and the others, together, by a
-    /// token. Those that have ended stay as they are. Waits for the device.
+    /// token; if an earlier pass has said of some of these what comes next, only those, without a pass. Sequences that have
+    /// ended stay as they are. Waits for the device.
     ///
     /// # Errors
     /// If logits are not finite.
     pub fn step<'a>(&self, sequences: impl IntoIterator<Item = &'a mut Sequence>) -> Result<()> {
-        let running = sequences.into_iter().filter(|s| s.stopped().is_none());
-        let (mut decoding, prompts): (Vec<_>, Vec<_>) = running.partition(|s| s.is_decoding());
+        let mut running: Vec<_> = sequences.into_iter().collect();
+        running.retain_mut(|sequence| sequence.begin_step());
+        let (mut decoding, prompts): (Vec<_>, Vec<_>) =
+            running.into_iter().partition(|s| s.is_decoding());
         for sequence in prompts {
+            let started = Instant::now();
             self.pass(&mut [sequence])?;
+            self.catch_up(sequence, 1);
+            sequence.generation().prefill_secs += started.elapsed().as_secs_f64();
         }
-        if decoding.is_empty() {
-            return Ok(());
-        }
-        self.pass(&mut decoding)
-    }
-
-    /// One pass over the next ids of sequences, of all the same number.
-    fn pass(&self, sequences: &mut [&mut Sequence]) -> Result<()> {
         let started = Instant::now();
-        let next = sequences.iter().map(|sequence| sequence.next_ids(CHUNK));
-        let ids: Vec<i32> = next.flatten().map(|id| *id as i32).collect(); // Below the vocabulary's size, which is checked.
-        let batch = sequences.len();
-        let shape = [batch, ids.len() / batch];
-        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, shape), &self.device);
-
-        let caches = sequences.iter_mut().map(|sequence| sequence.cache());
-        let mut pass = Pass::cached(self.compute, caches);
-        let hidden = self.model.hidden(ids, &mut pass); // [batch, seq, hidden_size]
-        drop(pass);
-        // A piece of a prompt that is not its last chooses nothing.
-        let last = sequences
-            .iter()
-            .all(|sequence| sequence.ends_with(shape[1]));
-        let logits = if last {
-            self.last_logits(hidden)
-        } else {
-            vec![]
-        };
-
-        let vocab_size = self.model.config.vocab_size;
-        for (row, sequence) in sequences.iter_mut().enumerate() {
-            let logits = logits.get(row * vocab_size..(row + 1) * vocab_size);
-            sequence.advance(shape[1], logits, started)?;
+        self.decode(&mut decoding)?;
+        let secs = started.elapsed().as_secs_f64();
+        for sequence in decoding {
+            sequence.generation().decode_secs += secs;
         }
         Ok(())
     }
 
-    /// Logits after the last of some hidden states `[batch, seq, hidden_size]`, `[batch, vocab]`.
-    fn last_logits(&self, hidden: Tensor<3>) -> Vec<f32> {
+    /// Chooses a token of each sequence, or of those that need no pass for it.
+    fn decode(&self, sequences: &mut [&mut Sequence]) -> Result<()> {
+        if sequences.iter().any(|sequence| sequence.is_ahead()) {
+            return sequences.iter_mut().try_for_each(|s| s.choose_ahead());
+        }
+        self.guess(sequences);
+        for group in groups(sequences, |s| (s.adapted(), s.n_unread())) {
+            self.pass(group)?;
+            for sequence in group {
+                self.catch_up(sequence, CHUNK);
+            }
+        }
+        Ok(())
+    }
+
+    /// One pass over the next ids of sequences, of all the same number, and all of one model.
+    fn pass(&self, sequences: &mut [&mut Sequence]) -> Result<()> {
+        let next = sequences
+            .iter()
+            .flat_map(|sequence| sequence.next_ids(CHUNK));
+        let ids: Vec<i32> = next.map(|id| id as i32).collect(); // Below the vocabulary's size, which is checked.
+        let batch = sequences.len();
+        let shape = [batch, ids.len() / batch];
+        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, shape), &self.device);
+
+        let model = self.model_of(sequences[0]);
+        let caches = sequences.iter_mut().map(|sequence| sequence.cache());
+        let mut pass = Pass::cached(self.compute, caches);
+        let hidden = model.hidden(ids, &mut pass); // [batch, seq, hidden_size]
+        drop(pass);
+        let n_choices = sequences[0].n_choices(shape[1]);
+        let logits = self.last_logits(model, hidden.clone(), n_choices);
+
+        let size = n_choices * self.model.config.vocab_size;
+        for (row, sequence) in sequences.iter_mut().enumerate() {
+            let logits = &logits[row * size..(row + 1) * size];
+            let hidden = self
+                .mtp
+                .as_ref()
+                .map(|_| hidden.clone().slice(row..row + 1));
+            sequence.advance(shape[1], logits, hidden)?;
+        }
+        Ok(())
+    }
+
+    /// Logits after the last `n` of some hidden states `[batch, seq, hidden_size]`, `[batch, n, vocab]`.
+    fn last_logits(&self, model: &Model, hidden: Tensor<3>, n: usize) -> Vec<f32> {
+        if n == 0 {
+            return vec![];
+        }
         let [batch, seq, hidden_size] = hidden.dims();
-        let last = hidden.slice([0..batch, seq - 1..seq]);
-        let last = last.reshape([batch, hidden_size]);
-        let logits = self.model.logits(last, &Pass::new(self.compute));
+        let last = hidden.slice([0..batch, seq - n..seq]);
+        let last = last.reshape([batch * n, hidden_size]);
+        let logits = model.logits(last, &Pass::new(self.compute));
         logits.into_data().try_to_vec().expect("logits are f32")
     }
 }

@@ -25,6 +25,7 @@ mod engine;
 mod error;
 mod sampler;
 mod sequence;
+mod speculation;
 mod text_stream;
 
 pub use end_of_text::end_of_text_ids;

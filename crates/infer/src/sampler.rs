@@ -170,7 +170,7 @@ impl Sampler {
 
 /// The first of the largest logits, if that is a number and none is NaN. Lanes of maxima, which vectors do at once, and then
 /// a search: the vocabulary is the longest of all lists.
-fn likeliest(logits: &[f32]) -> Option<usize> {
+pub(crate) fn likeliest(logits: &[f32]) -> Option<usize> {
     const LANES: usize = 16;
     let (mut largest, mut are_numbers) = ([f32::NEG_INFINITY; LANES], [true; LANES]);
     for logits in logits.chunks(LANES) {

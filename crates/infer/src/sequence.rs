@@ -1,11 +1,11 @@
 //! One text that is being continued: what the model has read of it, what it is to read next, and what it wrote.
 
-use std::time::Instant;
-
+use burn::tensor::{Device, Tensor};
 use model::{Cache, Model};
 
 use crate::error::{Error, Result};
 use crate::sampler::{SampleConfig, Sampler};
+use crate::speculation::Lookahead;
 
 /// How a prompt is continued.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,10 +33,14 @@ pub struct Generation {
     pub prefill_tokens: usize,
     /// Seconds that reading them took, the choice of the first token included.
     pub prefill_secs: f64,
-    /// Seconds that the passes after it took, the choice of a token included.
+    /// Seconds that the passes after it took, the choice of tokens included.
     pub decode_secs: f64,
-    /// How many passes those were.
+    /// How many tokens were chosen in them, one that ended the text included.
     pub decode_steps: usize,
+    /// How many of these were guessed before; see [`Engine::mtp`](crate::Engine).
+    pub guessed: usize,
+    /// How many of the guesses were right. Each but one that ends the text saves a pass.
+    pub guessed_right: usize,
 }
 
 /// How probable the model found a token and the likeliest ones in its place: logarithms of the softmax of its logits, in
@@ -90,6 +94,9 @@ pub enum Stop {
 pub struct Context {
     token_ids: Vec<u32>,
     cache: Cache,
+    lookahead: Option<Lookahead>,
+    /// Which of the adapted models read it; none for the model itself.
+    adapted: Option<usize>,
 }
 
 /// A text that is being continued, from its prompt to its end.
@@ -98,6 +105,10 @@ pub struct Sequence {
     context: Context,
     /// What the model has not read: the rest of the prompt, or the token chosen last.
     unread: Vec<u32>,
+    /// What the next pass reads after it, to have been right or wrong.
+    guess: Option<u32>,
+    /// Where a guess was right: the logits after it, `[vocab]`. The model has then read what is `unread`.
+    ahead: Option<Vec<f32>>,
     sampler: Sampler,
     config: GenerateConfig,
     stopped: Option<Stop>,
@@ -112,6 +123,24 @@ impl Context {
         Self {
             token_ids: Vec::new(),
             cache: Cache::new(&model.config),
+            lookahead: None,
+            adapted: None,
+        }
+    }
+
+    /// As one of the adapted models reads it.
+    pub(crate) fn of_adapted(self, number: usize) -> Self {
+        Self {
+            adapted: Some(number),
+            ..self
+        }
+    }
+
+    /// Nothing read yet, of texts that a module guesses ahead.
+    pub(crate) fn guessed_ahead(model: &Model, device: &Device) -> Self {
+        Self {
+            lookahead: Some(Lookahead::new(&model.config, device)),
+            ..Self::new(model)
         }
     }
 
@@ -127,8 +156,16 @@ impl Context {
         let common = pairs.take_while(|(read, id)| read == id).count();
         let kept = common.min(prompt.len().saturating_sub(1));
         self.token_ids.truncate(kept);
-        self.cache.truncate(kept);
+        self.forget_unknown();
         kept
+    }
+
+    /// Forgets what attention keeps of tokens that are not here.
+    fn forget_unknown(&mut self) {
+        self.cache.truncate(self.token_ids.len());
+        if let Some(lookahead) = &mut self.lookahead {
+            lookahead.truncate(self.token_ids.len());
+        }
     }
 }
 
@@ -149,6 +186,8 @@ impl Sequence {
         let unread = prompt[context.rewind(prompt)..].to_vec();
         Ok(Self {
             context,
+            guess: None,
+            ahead: None,
             sampler,
             config: config.clone(),
             stopped: (config.max_tokens == 0).then_some(Stop::MaxTokens),
@@ -161,6 +200,8 @@ impl Sequence {
                 prefill_secs: 0.0,
                 decode_secs: 0.0,
                 decode_steps: 0,
+                guessed: 0,
+                guessed_right: 0,
             },
             unread,
         })
@@ -196,7 +237,11 @@ impl Sequence {
     }
 
     /// What was written, and what was read for it, with which a longer prompt may begin.
-    pub fn finish(self) -> (Generation, Context) {
+    pub fn finish(mut self) -> (Generation, Context) {
+        if self.is_ahead() {
+            // The last token is not read, guessed or not: what follows a text does not depend on guesses.
+            self.context.forget_unknown();
+        }
         let stopped = self.stopped.unwrap_or(Stop::Caller);
         let generation = Generation {
             stopped,
@@ -205,19 +250,53 @@ impl Sequence {
         (generation, self.context)
     }
 
+    /// Which of the adapted models it is of, if it is of one.
+    pub(crate) fn adapted(&self) -> Option<usize> {
+        self.context.adapted
+    }
+
     /// Whether its next pass reads a token that the model wrote.
     pub(crate) fn is_decoding(&self) -> bool {
         !self.generation.token_ids.is_empty()
     }
 
-    /// Ids for the next pass, at most so many.
-    pub(crate) fn next_ids(&self, limit: usize) -> &[u32] {
-        &self.unread[..self.unread.len().min(limit)]
+    /// Whether there is something left to do in a step.
+    pub(crate) fn begin_step(&mut self) -> bool {
+        let is_running = self.stopped.is_none();
+        if is_running {
+            self.new_token = None;
+        }
+        is_running
     }
 
-    /// Whether the next `n` ids are all there are, so that a token can be chosen after them.
-    pub(crate) fn ends_with(&self, n: usize) -> bool {
-        n == self.unread.len()
+    /// Whether its next token needs no pass.
+    pub(crate) fn is_ahead(&self) -> bool {
+        self.ahead.is_some()
+    }
+
+    /// What is noted of it.
+    pub(crate) fn generation(&mut self) -> &mut Generation {
+        &mut self.generation
+    }
+
+    /// What is to be read, a guess included.
+    pub(crate) fn n_unread(&self) -> usize {
+        self.unread.len() + usize::from(self.guess.is_some())
+    }
+
+    /// Ids for the next pass, at most so many, and a guess.
+    pub(crate) fn next_ids(&self, limit: usize) -> impl Iterator<Item = u32> {
+        let unread = &self.unread[..self.unread.len().min(limit)];
+        unread.iter().copied().chain(self.guess)
+    }
+
+    /// Of how many of the next `n` ids, the last ones, it wants the logits. A piece of a prompt that is not its last chooses
+    /// nothing.
+    pub(crate) fn n_choices(&self, n: usize) -> usize {
+        if n < self.n_unread() {
+            return 0;
+        }
+        1 + usize::from(self.guess.is_some())
     }
 
     /// What attention keeps of it.
@@ -225,33 +304,89 @@ impl Sequence {
         &mut self.context.cache
     }
 
-    /// Notes a pass over the next `n` ids, and chooses a token by the logits after the last of them, `[vocab]`, if there
-    /// are some.
+    /// What guessing keeps of it, if it is guessed ahead.
+    pub(crate) fn lookahead(&mut self) -> Option<&mut Lookahead> {
+        self.context.lookahead.as_mut()
+    }
+
+    /// Positions that a module which guesses is still to read.
+    pub(crate) fn n_waiting(&self) -> usize {
+        let lookahead = self.context.lookahead.as_ref();
+        lookahead.map_or(0, Lookahead::n_waiting)
+    }
+
+    /// The tokens after each of the first `n` positions that wait for the module.
+    pub(crate) fn ids_after_waiting(&self, n: usize) -> impl Iterator<Item = u32> {
+        let text = self.context.token_ids.iter().chain(&self.unread).copied();
+        text.skip(self.context.token_ids.len() - self.n_waiting() + 1)
+            .take(n)
+    }
+
+    /// Whether a guess may save a pass: not of the last token.
+    pub(crate) fn wants_guess(&self) -> bool {
+        let n_left = self.config.max_tokens - self.generation.token_ids.len();
+        self.context.lookahead.is_some() && n_left > 1
+    }
+
+    /// Has the next pass read a guess too.
+    pub(crate) fn guess(&mut self, id: u32) {
+        self.guess = Some(id);
+        self.generation.guessed += 1;
+    }
+
+    /// Notes a pass over the next `n` ids, which may have left hidden states `[1, n, hidden_size]`, and chooses a token by the
+    /// first of its logits, `[n_choices, vocab]`, if there are some.
     ///
     /// # Errors
     /// If the logits are not finite.
     pub(crate) fn advance(
         &mut self,
         n: usize,
-        logits: Option<&[f32]>,
-        started: Instant,
+        logits: &[f32],
+        hidden: Option<Tensor<3>>,
     ) -> Result<()> {
-        let was_decoding = self.is_decoding();
-        self.context.token_ids.extend(self.unread.drain(..n));
-        self.new_token = None;
-        if let Some(logits) = logits {
-            let step = self.generation.token_ids.len();
-            let id = self.sampler.sample(logits, &self.context.token_ids);
-            self.add(id.ok_or(Error::NotFinite { step })?, logits);
+        let guess = self.guess.take();
+        let n_known = n - usize::from(guess.is_some());
+        self.context.token_ids.extend(self.unread.drain(..n_known));
+        match (&mut self.context.lookahead, hidden) {
+            (Some(lookahead), Some(hidden)) => lookahead.push(hidden),
+            (lookahead, _) => *lookahead = None,
         }
-        let secs = started.elapsed().as_secs_f64();
-        if was_decoding {
-            self.generation.decode_secs += secs;
-            self.generation.decode_steps += 1;
+        if logits.is_empty() {
+            return Ok(());
+        }
+        let (first, second) = logits.split_at(logits.len() / (1 + n - n_known));
+        let chosen = self.choose(first)?;
+        let Some(guess) = guess else { return Ok(()) };
+        self.generation.guessed_right += usize::from(guess == chosen);
+        if guess == chosen && self.stopped.is_none() {
+            self.ahead = Some(second.to_vec());
         } else {
-            self.generation.prefill_secs += secs;
+            self.context.forget_unknown();
         }
         Ok(())
+    }
+
+    /// Chooses the token after one that was guessed and read.
+    ///
+    /// # Errors
+    /// If the logits are not finite.
+    pub(crate) fn choose_ahead(&mut self) -> Result<()> {
+        if let Some(logits) = self.ahead.take() {
+            self.context.token_ids.append(&mut self.unread);
+            self.choose(&logits)?;
+        }
+        Ok(())
+    }
+
+    /// Chooses the next token by its logits, `[vocab]`.
+    fn choose(&mut self, logits: &[f32]) -> Result<u32> {
+        let step = self.generation.token_ids.len();
+        self.generation.decode_steps += usize::from(self.is_decoding());
+        let id = self.sampler.sample(logits, &self.context.token_ids);
+        let id = id.ok_or(Error::NotFinite { step })?;
+        self.add(id, logits);
+        Ok(id)
     }
 
     /// Goes on with a token that was chosen by some logits, or ends with it.

@@ -6,10 +6,11 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use checkpoint::Folder;
-use model::{Cache, Compute, Pass};
+use checkpoint::{Adapter, Folder};
+use model::{AdapterWeights, Cache, Compute, Model, Pass, weights};
 use moeforge_infer::{
-    Context, Engine, Error, GenerateConfig, SampleConfig, Sampler, Sequence, Stop, end_of_text_ids,
+    Context, Engine, Error, GenerateConfig, Generation, SampleConfig, Sampler, Sequence, Stop,
+    end_of_text_ids,
 };
 use serde_json::Value;
 
@@ -278,6 +279,82 @@ fn a_prompt_that_goes_on_from_a_context_reads_only_what_is_new() {
             assert_eq!(found.token_ids, expected.token_ids, "{name} {prompt:?}");
             assert_eq!(found.prefill_tokens, read, "{name} {prompt:?}");
             assert_eq!(after.token_ids()[..prompt.len()], prompt[..]);
+        }
+    }
+}
+
+const ADAPTERS: [&str; 4] = ["classic", "peft", "rslora", "dora"];
+
+fn attach(model: &mut Model, name: &str) {
+    let adapter = path("deepseek_v3").join(format!("adapter_{name}"));
+    let adapter = Adapter::open(&adapter).unwrap();
+    let adapter = AdapterWeights::read(&adapter, &model.config).unwrap();
+    adapter.attach(model, &Device::flex()).unwrap();
+}
+
+/// A model that holds all adapters, and the model alone and with each of them.
+fn with_adapters(guesses: bool, compute: Compute) -> (Engine, Vec<Engine>) {
+    let mut engine = engine("deepseek_v3");
+    engine.compute = compute;
+    let folder = Folder::open(&path("deepseek_v3")).unwrap();
+    engine.mtp = guesses.then(|| weights::load_mtp(&folder, &engine.device).unwrap());
+    let mut alone = vec![engine.clone(); 1 + ADAPTERS.len()];
+    for (engine, name) in alone[1..].iter_mut().zip(ADAPTERS) {
+        attach(&mut engine.model, name);
+    }
+    // As a program does it.
+    if compute == Compute::Int8 {
+        engine.lay_out(&mut |_, _| {});
+        for engine in &mut alone {
+            engine.lay_out(&mut |_, _| {});
+        }
+    }
+    for name in ADAPTERS {
+        let mut model = engine.model.clone();
+        attach(&mut model, name);
+        engine.adapted.push(model);
+    }
+    (engine, alone)
+}
+
+#[test]
+fn a_sequence_gives_with_its_adapter_beside_others_what_it_gives_with_it_alone() {
+    let config = GenerateConfig {
+        logprobs: Some(2),
+        ..greedy(9)
+    };
+    let prompts = prompts("deepseek_v3");
+    let said = |found: Generation| (found.token_ids, found.logprobs);
+    // Numbers of adapters from 1 on, 0 for none.
+    let numbers = [0, 3, 1, 1, 4, 2, 0, 1];
+    for (guesses, compute) in [
+        (false, Compute::F32),
+        (true, Compute::F32),
+        (false, Compute::Int8),
+    ] {
+        let (engine, alone) = with_adapters(guesses, compute);
+        let texts = prompts.iter().zip(numbers);
+        let expected = texts.clone().map(|(prompt, number)| {
+            let go_on = &mut |_| ControlFlow::Continue(());
+            said(alone[number].generate(prompt, &config, go_on).unwrap())
+        });
+        let expected: Vec<_> = expected.collect();
+        let without = alone[0].generate(&prompts[3], &config, &mut |_| ControlFlow::Continue(()));
+        assert_ne!(expected[3], said(without.unwrap()));
+        for batch in [8, 3] {
+            let begun = texts.clone().map(|(prompt, number)| {
+                let begun = match number {
+                    0 => engine.begin(prompt, &config),
+                    number => engine.begin_adapted(number - 1, prompt, &config),
+                };
+                begun.unwrap()
+            });
+            let found = engine.finish_all(begun.collect(), batch, &mut |_, _| {});
+            let found: Vec<_> = found.unwrap().into_iter().map(said).collect();
+            assert!(
+                found == expected,
+                "{compute:?}, {batch} at a time, guesses: {guesses}"
+            );
         }
     }
 }

@@ -34,6 +34,11 @@ const GROWTH: usize = 256;
 impl Cache {
     /// An empty cache for a model.
     pub fn new(config: &ModelConfig) -> Self {
+        Self::of_layers(config, config.num_hidden_layers)
+    }
+
+    /// An empty cache for so many layers.
+    pub(crate) fn of_layers(config: &ModelConfig, n: usize) -> Self {
         let n_buffers = match config.attention {
             AttentionConfig::Mla(_) => 1,
             AttentionConfig::Gqa(_) => 2,
@@ -42,7 +47,7 @@ impl Cache {
             buffers: vec![Buffer { rows: None, len: 0 }; n_buffers],
         };
         Self {
-            layers: vec![layer; config.num_hidden_layers],
+            layers: vec![layer; n],
             len: 0,
         }
     }

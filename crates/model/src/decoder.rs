@@ -2,6 +2,7 @@
 
 mod checkpointing;
 mod cost;
+mod mtp;
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
@@ -9,6 +10,7 @@ use kernels::Matrix;
 
 pub use self::checkpointing::{Checkpointing, Trace};
 pub use self::cost::{Cost, Traffic};
+pub use self::mtp::{Mtp, SharedHead};
 
 use crate::attention::Attention;
 use crate::config::ModelConfig;
@@ -144,12 +146,7 @@ impl Model {
     /// Bytes that the weights of its linear layers and experts hold in memory or map.
     pub fn size_bytes(&mut self) -> usize {
         let mut bytes = 0;
-        self.for_each_site(&mut |_, site| {
-            bytes += match site {
-                Site::Linear(linear) => linear.weight.size_bytes(),
-                Site::Experts(experts) => experts.size_bytes(),
-            };
-        });
+        self.for_each_site(&mut |_, site| bytes += site.size_bytes());
         bytes
     }
 
@@ -157,28 +154,21 @@ impl Model {
     /// every token needs, in the order in which it does, then the experts. Says of each when it is copied: nothing of this
     /// model reads those bytes any more.
     pub fn lay_out(&mut self, on_copied: &mut dyn FnMut(&Matrix)) {
-        let mut matrices = vec![];
-        self.for_each_frozen(&mut |matrix| matrices.push(matrix.clone()));
-        Matrix::lay_out(&mut matrices, on_copied);
-        let mut laid = matrices.into_iter();
-        self.for_each_frozen(&mut |matrix| *matrix = laid.next().expect("as many as before"));
+        lay_out(&mut |visit| self.for_each_frozen(visit), on_copied);
     }
 
     /// Visits frozen matrices that are multiplied as they are, those of experts last.
     fn for_each_frozen(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
-        self.for_each_site(&mut |_, site| match site {
-            Site::Linear(linear) if linear.quantizer.is_none() => {
-                linear.weight.for_each_frozen(visit);
+        for of_experts in [false, true] {
+            self.for_each_site(&mut |_, site| {
+                if matches!(site, Site::Experts(_)) == of_experts {
+                    site.for_each_frozen(visit);
+                }
+            });
+            if !of_experts && self.lm_head.is_none() {
+                self.model.embed_tokens.weight.for_each_frozen(visit);
             }
-            Site::Linear(_) | Site::Experts(_) => {}
-        });
-        if self.lm_head.is_none() {
-            self.model.embed_tokens.weight.for_each_frozen(visit);
         }
-        self.for_each_site(&mut |_, site| match site {
-            Site::Experts(experts) if experts.quantizer.is_none() => experts.for_each_frozen(visit),
-            Site::Linear(_) | Site::Experts(_) => {}
-        });
     }
 
     /// The output head, which may be the embedding.
@@ -191,6 +181,18 @@ impl Model {
         };
         self.lm_head.clone().unwrap_or_else(tied)
     }
+}
+
+/// What is done with every matrix of a model.
+type Visit<'a> = &'a mut dyn FnMut(&mut Matrix);
+
+/// Replaces the matrices that are visited by what [`Matrix::lay_out`] makes of them all.
+fn lay_out(for_each: &mut dyn FnMut(Visit<'_>), on_copied: &mut dyn FnMut(&Matrix)) {
+    let mut matrices = vec![];
+    for_each(&mut |matrix| matrices.push(matrix.clone()));
+    Matrix::lay_out(&mut matrices, on_copied);
+    let mut laid = matrices.into_iter();
+    for_each(&mut |matrix| *matrix = laid.next().expect("as many as before"));
 }
 
 impl DecoderLayer {

@@ -81,6 +81,18 @@ pub enum Error {
         /// Why.
         cause: std::io::Error,
     },
+    /// A checkpoint has no module for multi-token prediction.
+    #[error(
+        "{}: expected layers for multi-token prediction (`num_nextn_predict_layers` in the config, and their tensors), \
+         found {found}",
+        .place.display()
+    )]
+    NoMtp {
+        /// The checkpoint.
+        place: PathBuf,
+        /// What there was instead.
+        found: String,
+    },
     /// A written model is not what it should be.
     #[error(
         "tensor `{tensor}` of the output: expected {expected}, found {found}; nothing was kept"

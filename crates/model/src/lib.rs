@@ -42,7 +42,8 @@ pub use attention::{Attention, Gqa, Mla};
 pub use cache::Cache;
 pub use config::ModelConfig;
 pub use decoder::{
-    Checkpointing, Cost, Decoder, DecoderLayer, Embedding, FeedForward, Model, Trace, Traffic,
+    Checkpointing, Cost, Decoder, DecoderLayer, Embedding, FeedForward, Model, Mtp, SharedHead,
+    Trace, Traffic,
 };
 pub use error::Error;
 pub use kernels::{Compute, Quantizer};

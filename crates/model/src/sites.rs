@@ -1,7 +1,9 @@
 //! The modules of a model that hold weights, by path, and the patterns that choose among them.
 
+use kernels::Matrix;
+
 use crate::attention::Attention;
-use crate::decoder::{FeedForward, Model};
+use crate::decoder::{DecoderLayer, FeedForward, Model};
 use crate::linear::Linear;
 use crate::mlp::Mlp;
 use crate::moe::experts::Experts;
@@ -15,6 +17,26 @@ pub enum Site<'a> {
     Experts(&'a mut Experts),
 }
 
+impl Site<'_> {
+    /// Bytes that its weights hold in memory or map.
+    pub(crate) fn size_bytes(&self) -> usize {
+        match self {
+            Self::Linear(linear) => linear.weight.size_bytes(),
+            Self::Experts(experts) => experts.size_bytes(),
+        }
+    }
+
+    /// Visits frozen matrices that are multiplied as they are.
+    pub(crate) fn for_each_frozen(self, visit: &mut dyn FnMut(&mut Matrix)) {
+        match self {
+            Self::Linear(linear) if linear.quantizer.is_some() => {}
+            Self::Linear(linear) => linear.weight.for_each_frozen(visit),
+            Self::Experts(experts) if experts.quantizer.is_some() => {}
+            Self::Experts(experts) => experts.for_each_frozen(visit),
+        }
+    }
+}
+
 /// The projections of an expert.
 pub(crate) const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 
@@ -22,43 +44,7 @@ impl Model {
     /// Visits all linear layers and experts, in the order of the forward pass, with their checkpoint paths.
     pub fn for_each_site(&mut self, visit: &mut dyn FnMut(&str, Site<'_>)) {
         for (layer_idx, layer) in self.model.layers.iter_mut().enumerate() {
-            let at = |name: &str| format!("model.layers.{layer_idx}.{name}");
-            match &mut layer.self_attn {
-                Attention::Mla(mla) => {
-                    let queries = [
-                        ("q_proj", &mut mla.q_proj),
-                        ("q_a_proj", &mut mla.q_a_proj),
-                        ("q_b_proj", &mut mla.q_b_proj),
-                    ];
-                    for (name, linear) in queries {
-                        if let Some(linear) = linear {
-                            visit(&at(&format!("self_attn.{name}")), Site::Linear(linear));
-                        }
-                    }
-                    visit(
-                        &at("self_attn.kv_a_proj_with_mqa"),
-                        Site::Linear(&mut mla.kv_a_proj_with_mqa),
-                    );
-                    visit(&at("self_attn.kv_b_proj"), Site::Linear(&mut mla.kv_b_proj));
-                    visit(&at("self_attn.o_proj"), Site::Linear(&mut mla.o_proj));
-                }
-                Attention::Gqa(gqa) => {
-                    visit(&at("self_attn.q_proj"), Site::Linear(&mut gqa.q_proj));
-                    visit(&at("self_attn.k_proj"), Site::Linear(&mut gqa.k_proj));
-                    visit(&at("self_attn.v_proj"), Site::Linear(&mut gqa.v_proj));
-                    visit(&at("self_attn.o_proj"), Site::Linear(&mut gqa.o_proj));
-                }
-            }
-            match &mut layer.mlp {
-                FeedForward::Dense(mlp) => visit_mlp(&at("mlp"), mlp, visit),
-                FeedForward::Moe(moe) => {
-                    visit(&at("mlp.gate"), Site::Linear(&mut moe.gate));
-                    visit(&at("mlp.experts"), Site::Experts(&mut moe.experts));
-                    if let Some(shared) = &mut moe.shared_experts {
-                        visit_mlp(&at("mlp.shared_experts"), shared, visit);
-                    }
-                }
-            }
+            layer.for_each_site(&format!("model.layers.{layer_idx}"), visit);
         }
         if let Some(head) = &mut self.lm_head {
             visit("lm_head", Site::Linear(head));
@@ -90,6 +76,49 @@ impl Model {
             }
         });
         paths
+    }
+}
+
+impl DecoderLayer {
+    /// Visits its linear layers and experts; `path` is its own.
+    pub(crate) fn for_each_site(&mut self, path: &str, visit: &mut dyn FnMut(&str, Site<'_>)) {
+        let at = |name: &str| format!("{path}.{name}");
+        match &mut self.self_attn {
+            Attention::Mla(mla) => {
+                let queries = [
+                    ("q_proj", &mut mla.q_proj),
+                    ("q_a_proj", &mut mla.q_a_proj),
+                    ("q_b_proj", &mut mla.q_b_proj),
+                ];
+                for (name, linear) in queries {
+                    if let Some(linear) = linear {
+                        visit(&at(&format!("self_attn.{name}")), Site::Linear(linear));
+                    }
+                }
+                visit(
+                    &at("self_attn.kv_a_proj_with_mqa"),
+                    Site::Linear(&mut mla.kv_a_proj_with_mqa),
+                );
+                visit(&at("self_attn.kv_b_proj"), Site::Linear(&mut mla.kv_b_proj));
+                visit(&at("self_attn.o_proj"), Site::Linear(&mut mla.o_proj));
+            }
+            Attention::Gqa(gqa) => {
+                visit(&at("self_attn.q_proj"), Site::Linear(&mut gqa.q_proj));
+                visit(&at("self_attn.k_proj"), Site::Linear(&mut gqa.k_proj));
+                visit(&at("self_attn.v_proj"), Site::Linear(&mut gqa.v_proj));
+                visit(&at("self_attn.o_proj"), Site::Linear(&mut gqa.o_proj));
+            }
+        }
+        match &mut self.mlp {
+            FeedForward::Dense(mlp) => visit_mlp(&at("mlp"), mlp, visit),
+            FeedForward::Moe(moe) => {
+                visit(&at("mlp.gate"), Site::Linear(&mut moe.gate));
+                visit(&at("mlp.experts"), Site::Experts(&mut moe.experts));
+                if let Some(shared) = &mut moe.shared_experts {
+                    visit_mlp(&at("mlp.shared_experts"), shared, visit);
+                }
+            }
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! Frozen weights stay mapped in their published bytes; a trained model converts each weight to f32 once. Fresh models
 //! are built by the same walk, from a seed instead of a file: a weight's values depend on the seed and its key alone.
 
+mod mtp;
 mod stored;
 
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
+pub use self::mtp::{fresh_mtp, load_mtp};
 use self::stored::whole_name;
 pub(crate) use self::stored::{is_scale, read_tensor, weight_names};
 pub use self::stored::{read_matrix, scale_key};
@@ -140,7 +142,7 @@ pub(crate) fn has_e8m0_scales(folder: &Folder) -> Result<bool, Error> {
 pub struct Audit {
     /// Tensors the model reads.
     pub used: Vec<String>,
-    /// Tensors of multi-token-prediction layers: not run, but carried into every export.
+    /// Tensors of multi-token-prediction layers: no part of the model, but carried into every export; see [`load_mtp`].
     pub mtp: Vec<String>,
     /// Tensors that nothing here knows.
     pub unknown: Vec<String>,

@@ -14,7 +14,7 @@ use moeforge_model::export::WeightFormat;
 use moeforge_model::lora::{self, LoraConfig, Scaling};
 use moeforge_model::merge::merge;
 use moeforge_model::{
-    AdapterWeights, Cache, Compute, Model, Observe, Pass, Site, Training, weights,
+    AdapterWeights, Cache, Compute, Model, Mtp, Observe, Pass, Site, Training, weights,
 };
 use serde_json::Value;
 
@@ -203,8 +203,13 @@ fn cached_decoding_gives_the_golden_tokens() {
                 .collect()
         };
         let (prompt, expected) = (list("prompt_ids"), list("new_tokens"));
-        // Prefill at once, and in two pieces: the second continues a cache with the expanded form.
-        for pieces in [vec![&prompt[..]], vec![&prompt[..5], &prompt[5..]]] {
+        // Prefill at once, and in two pieces: the second continues a cache with the expanded form, or, short, with the
+        // absorbed one.
+        for pieces in [
+            vec![&prompt[..]],
+            vec![&prompt[..3], &prompt[3..]],
+            vec![&prompt[..5], &prompt[5..]],
+        ] {
             let mut caches = [Cache::new(&model.config)];
             let mut step = |ids: &[i32]| {
                 let ids = Tensor::<2, Int>::from_data(
@@ -249,6 +254,77 @@ fn cached_logits_are_the_full_ones() {
         }
         assert!(caches.iter().all(|cache| cache.len() == seq));
     }
+}
+
+/// Logits of some positions for the token after the next.
+fn mtp_logits(
+    (model, mtp): (&Model, &Mtp),
+    hidden: Tensor<3>,
+    next_ids: Tensor<2, Int>,
+    pass: &mut Pass<'_>,
+) -> Vec<f32> {
+    let hidden = mtp.hidden(model, hidden, next_ids, pass);
+    let [batch, seq, width] = hidden.dims();
+    values(mtp.logits(model, hidden.reshape([batch * seq, width]), pass))
+}
+
+#[test]
+fn what_multi_token_prediction_says_is_the_goldens() {
+    let (device, golden) = (Device::flex(), Golden::open("deepseek_v3"));
+    let model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
+    let mtp = weights::load_mtp(&golden.folder, &device).unwrap();
+    // The file's copies are the model's own.
+    assert!(mtp.embed_tokens.is_none() && mtp.shared_head.head.is_none());
+    let (expected, shape) = golden.floats("mtp.logits");
+    let [batch, seq, vocab] = shape[..] else {
+        panic!("{shape:?}")
+    };
+    let ids = golden.ids(&device);
+    let hidden = model.hidden(ids.clone(), &mut Pass::new(Compute::F32));
+    let hidden = hidden.slice([0..batch, 0..seq]);
+    let next_ids = ids.slice([0..batch, 1..seq + 1]);
+    let both = (&model, &mtp);
+    let pass = &mut Pass::new(Compute::F32);
+    let found = mtp_logits(both, hidden.clone(), next_ids.clone(), pass);
+    let difference = largest_difference(&found, &expected);
+    println!("multi-token prediction: logits differ by at most {difference:.1e}");
+    assert!(difference <= LOGITS, "{difference}");
+
+    // In pieces, after one that was forgotten again.
+    let mut caches = vec![Mtp::cache(&model.config); batch];
+    for (start, piece) in [(0, 3), (3, 20), (3, 9), (12, 1), (13, 2), (15, seq - 15)] {
+        caches.iter_mut().for_each(|cache| cache.truncate(start));
+        let piece = start..start + piece;
+        let of = (
+            hidden.clone().slice([0..batch, piece.clone()]),
+            next_ids.clone().slice([0..batch, piece.clone()]),
+        );
+        let pass = &mut Pass::cached(Compute::F32, &mut caches);
+        let found = mtp_logits(both, of.0, of.1, pass);
+        for (row, found) in found.chunks(piece.len() * vocab).enumerate() {
+            let expected = &expected[(row * seq + start) * vocab..][..found.len()];
+            let difference = largest_difference(found, expected);
+            assert!(difference <= LOGITS, "{piece:?}: {difference}");
+        }
+    }
+}
+
+#[test]
+fn a_model_without_multi_token_prediction_says_so() {
+    let device = Device::flex();
+    let folder = Golden::open("deepseek_v2_lite").folder;
+    let error = weights::load_mtp(&folder, &device).unwrap_err().to_string();
+    assert!(error.contains("num_nextn_predict_layers"), "{error}");
+    let mut config = weights::read_config(&folder).unwrap();
+    let fresh = weights::fresh_mtp(&config, 0, &device).unwrap();
+    assert!(fresh.is_none());
+    config.num_nextn_predict_layers = 1;
+    let mut fresh = weights::fresh_mtp(&config, 0, &device).unwrap().unwrap();
+    assert_eq!(
+        fresh.eh_proj.weight.dims(),
+        [config.hidden_size, 2 * config.hidden_size]
+    );
+    assert!(fresh.size_bytes() > fresh.eh_proj.weight.size_bytes());
 }
 
 #[test]

@@ -21,7 +21,7 @@ use super::sweep::{Sweep, options};
 use super::table::{Column, count, fraction_of, giga, mebibytes, median, seconds, spread};
 use crate::console::Console;
 use crate::inspect::parameters;
-use crate::open::{ComputeName, engine};
+use crate::open::{ComputeName, GuessArgs, laid_out};
 use crate::train::memory;
 
 /// What is measured, and how.
@@ -73,6 +73,8 @@ pub(crate) struct DecodeArgs {
     /// Tokens that each sequence writes.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     tokens: u64,
+    #[command(flatten)]
+    guessing: GuessArgs,
 }
 
 /// How often the machine's limit is measured before the runs, and again after them.
@@ -85,8 +87,8 @@ const SEED: u64 = 0;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     Prefill,
-    /// So many tokens of each sequence.
-    Decode(u64),
+    /// So many tokens of each sequence, guessed ahead or not.
+    Decode(u64, GuessArgs),
 }
 
 /// What one line of the table is of.
@@ -102,6 +104,8 @@ struct Combination {
 struct Timing {
     secs: f64,
     first_token_secs: f64,
+    /// Tokens that were guessed before they were chosen, and those of them that were right.
+    guessed: [usize; 2],
 }
 
 const PREFILL_COLUMNS: [Column; 8] = [
@@ -117,7 +121,7 @@ const PREFILL_COLUMNS: [Column; 8] = [
     }),
 ];
 
-const DECODE_COLUMNS: [Column; 9] = [
+const DECODE_COLUMNS: [Column; 10] = [
     Column("batch", 5, |result| count(&result["batch"])),
     Column("prompt", 6, |result| count(&result["seq"])),
     TOKENS_PER_SECOND,
@@ -130,6 +134,10 @@ const DECODE_COLUMNS: [Column; 9] = [
     }),
     Column("GB/s of limit", 13, |result| {
         fraction_of(result, "limit_bytes_per_second")
+    }),
+    Column("guessed right", 13, |result| {
+        let right = result["guessed_right_share"].as_f64();
+        right.map_or_else(|| "-".into(), |share| format!("{:.1} %", 100.0 * share))
     }),
 ];
 
@@ -150,7 +158,7 @@ pub(crate) fn prefill(args: &PrefillArgs, console: &Console) -> anyhow::Result<E
 }
 
 pub(crate) fn decode(args: &DecodeArgs, console: &Console) -> anyhow::Result<ExitCode> {
-    let phase = Phase::Decode(args.tokens);
+    let phase = Phase::Decode(args.tokens, args.guessing);
     run(&args.args, &args.seq, phase, console)
 }
 
@@ -171,7 +179,7 @@ fn run(args: &Args, seqs: &[u64], phase: Phase, console: &Console) -> anyhow::Re
         title,
         columns: match phase {
             Phase::Prefill => &PREFILL_COLUMNS,
-            Phase::Decode(_) => &DECODE_COLUMNS,
+            Phase::Decode(..) => &DECODE_COLUMNS,
         },
     };
     sweep.run(&combinations, args.json, console)
@@ -182,7 +190,7 @@ impl Combination {
     fn new_tokens(&self) -> u64 {
         match self.phase {
             Phase::Prefill => 1,
-            Phase::Decode(tokens) => 1 + tokens,
+            Phase::Decode(tokens, _) => 1 + tokens,
         }
     }
 
@@ -190,7 +198,7 @@ impl Combination {
     fn timed_tokens(&self) -> u64 {
         match self.phase {
             Phase::Prefill => self.batch * self.seq,
-            Phase::Decode(tokens) => self.batch * tokens,
+            Phase::Decode(tokens, _) => self.batch * tokens,
         }
     }
 }
@@ -210,9 +218,9 @@ fn check(combination: Combination, subject: &Subject) -> anyhow::Result<()> {
 
 /// The command line that measures one combination.
 fn words(args: &Args, combination: Combination) -> Vec<OsString> {
-    let (verb, tokens) = match combination.phase {
-        Phase::Prefill => ("prefill", None),
-        Phase::Decode(tokens) => ("decode", Some(tokens)),
+    let (verb, tokens, guessing) = match combination.phase {
+        Phase::Prefill => ("prefill", None, GuessArgs::default()),
+        Phase::Decode(tokens, guessing) => ("decode", Some(tokens), guessing),
     };
     let mut words = vec![verb.into(), args.model.clone().into()];
     let numbers = [
@@ -226,6 +234,9 @@ fn words(args: &Args, combination: Combination) -> Vec<OsString> {
     if let Some(adapter) = &args.adapter {
         words.extend(["--adapter".into(), adapter.into()]);
     }
+    if guessing.speculative {
+        words.push("--speculative".into());
+    }
     words
 }
 
@@ -238,13 +249,24 @@ fn measure(
 ) -> anyhow::Result<Value> {
     let limit = |runs| match combination.phase {
         Phase::Prefill => product_speeds(runs),
-        Phase::Decode(_) => read_speeds(runs),
+        Phase::Decode(..) => read_speeds(runs),
     };
     let mut limits = limit(LIMITS);
     memory::forget_peak();
     let started = Instant::now();
+    let guessing = match combination.phase {
+        Phase::Prefill => GuessArgs::default(),
+        Phase::Decode(_, guessing) => guessing,
+    };
     let (model, device) = subject.load(args.adapter.as_deref(), SEED, console)?;
-    let engine = engine(model, args.compute, &device, console);
+    let engine = Engine {
+        mtp: subject.module(guessing, SEED, &device)?,
+        model,
+        adapted: Vec::new(),
+        compute: args.compute.compute(),
+        device,
+    };
+    let engine = laid_out(engine, console);
     let open_secs = started.elapsed().as_secs_f64();
     let timings = timings(&engine, combination, args.reps, console)?;
     let peak_bytes = memory::read().peak_bytes;
@@ -260,6 +282,7 @@ fn measure(
         "peak_bytes": peak_bytes,
         "open_seconds": open_secs,
         "first_token_seconds": timings[0].first_token_secs,
+        "guessed_right_share": right_share(&timings[1..]),
     });
     let cost = cost(
         &engine.model,
@@ -280,6 +303,13 @@ fn measure(
         "reps": args.reps,
         "results": [result],
     }))
+}
+
+/// Of what was guessed, the share that was right; none where nothing was.
+fn right_share(timings: &[Timing]) -> Option<f64> {
+    let [guessed, right]: [usize; 2] =
+        std::array::from_fn(|i| timings.iter().map(|timing| timing.guessed[i]).sum());
+    (guessed > 0).then(|| right as f64 / guessed as f64)
 }
 
 /// All runs, the one that does not count first.
@@ -327,7 +357,7 @@ fn time(
     let tell = &mut |number: usize, sequence: &mut Sequence| {
         done[number] = match phase {
             Phase::Prefill => seq - sequence.unread_tokens() as u64,
-            Phase::Decode(_) => (sequence.token_ids().len() as u64).saturating_sub(1),
+            Phase::Decode(..) => (sequence.token_ids().len() as u64).saturating_sub(1),
         };
         on_step(done.iter().sum());
     };
@@ -344,6 +374,10 @@ fn time(
             written
         },
         first_token_secs: generations[0].prefill_secs,
+        guessed: [
+            generations.iter().map(|found| found.guessed).sum(),
+            generations.iter().map(|found| found.guessed_right).sum(),
+        ],
     })
 }
 
@@ -365,7 +399,7 @@ fn cost(
                 ("fraction_of_limit", flops * tokens_per_second / limit),
             ]
         }
-        Phase::Decode(tokens) => {
+        Phase::Decode(tokens, _) => {
             // The first step sees the prompt and its own token, and each one more.
             let seen = seq as f64 + (tokens + 1) as f64 / 2.0;
             let bytes = model.decode_traffic(batch, seen).total() / batch as f64;

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use burn::tensor::Device;
 use checkpoint::Folder;
-use model::{Model, ModelConfig, Training, weights};
+use model::{Model, ModelConfig, Mtp, Training, weights};
 use serde_json::Value;
 
 use crate::console::Console;
-use crate::open::{attach, find, is_gguf, name_of, open_model, read_json};
+use crate::open::{GuessArgs, attach, find, is_gguf, name_of, open_model, read_json};
 
 /// What is measured.
 #[derive(Debug)]
@@ -89,6 +89,25 @@ impl Subject {
                     attach(&mut model, adapter, &device, console)?;
                 }
                 Ok((model, device))
+            }
+        }
+    }
+
+    /// The module that guesses tokens, if there is to be one.
+    pub(super) fn module(
+        &self,
+        guessing: GuessArgs,
+        seed: u64,
+        device: &Device,
+    ) -> anyhow::Result<Option<Mtp>> {
+        match &self.weights {
+            Weights::Checkpoint(path) => guessing.module(&train::open_folder(path)?, device),
+            Weights::Random(_) if !guessing.speculative => Ok(None),
+            Weights::Random(_) => {
+                let module = weights::fresh_mtp(&self.config, seed, device)?;
+                let expected =
+                    "--speculative: expected `num_nextn_predict_layers` above 0 in the config";
+                module.map(Some).context(expected)
             }
         }
     }

@@ -17,7 +17,7 @@ use signal_hook::consts::SIGINT;
 use super::sampling::SamplingArgs;
 use super::{Reading, Writing, summary};
 use crate::console::Console;
-use crate::open::{ComputeName, ModelArgs};
+use crate::open::{EngineArgs, ModelArgs};
 
 /// Talks with a model. Every line of stdin is a message; `/clear` begins again, `/quit` ends. Ctrl-C stops an answer.
 #[derive(Debug, clap::Args)]
@@ -35,9 +35,8 @@ pub(crate) struct Args {
     max_tokens: Option<u64>,
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// What products with weights in ggml's blocks round activations to.
-    #[arg(long, value_enum, default_value_t = ComputeName::Int8)]
-    compute: ComputeName,
+    #[command(flatten)]
+    engine: EngineArgs,
 }
 
 /// Longest line that is read, in bytes.
@@ -47,7 +46,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let opened = args.model.open(console)?;
     let (tokenizer, template) = opened.expect_chat_template()?;
     let mut chat = Chat {
-        engine: opened.engine(args.compute, console),
+        engine: opened.engine(args.engine, console)?,
         tokenizer,
         template,
         generation_prompt: if args.think {
@@ -204,10 +203,14 @@ impl Chat<'_> {
             max_tokens: self.config.max_tokens.min(limit - found),
             ..self.config.clone()
         };
-        let model = &self.engine.model;
         let context = self.context.take();
-        let context = context.unwrap_or_else(|| Context::new(model));
-        Ok(Sequence::new(model, context, &prompt, &config)?)
+        let context = context.unwrap_or_else(|| self.engine.context());
+        Ok(Sequence::new(
+            &self.engine.model,
+            context,
+            &prompt,
+            &config,
+        )?)
     }
 
     fn limit(&self) -> usize {

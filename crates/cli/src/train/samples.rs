@@ -62,6 +62,8 @@ impl Sampler {
         };
         let engine = Engine {
             model: model.clone(),
+            adapted: Vec::new(),
+            mtp: None,
             compute: self.compute,
             device: Device::flex(),
         };

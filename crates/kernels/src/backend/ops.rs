@@ -415,7 +415,7 @@ pub fn expanded_attention(
 }
 
 /// Causal attention of all heads over one shared row per position, whose first `v_dim` features are its value: the
-/// absorbed form of latent attention. Has no gradient.
+/// absorbed form of latent attention. Has no gradient. Of one sequence, up to 8 queries get the bits each gets alone.
 ///
 /// # Shapes
 /// - `q`: `[batch, seq, heads, dim]`, `latents`: `[batch, kv_seq, 1, dim]`

@@ -57,6 +57,7 @@ macro_rules! agree {
     }};
 }
 
+mod latent;
 mod merged;
 mod packed;
 mod parts;
@@ -385,20 +386,6 @@ fn attention_agrees() {
 }
 
 #[test]
-fn latent_attention_is_attention_over_a_shared_row() {
-    // The last ones are a decoding step: around the size of its tasks.
-    for [batch, seq, kv_seq, heads] in [[2, 3, 9, 4], [2, 1, 9, 4], [1, 1, 1, 3], [1, 1, 300, 7]] {
-        let (q, latents) = (
-            random([batch, seq, heads, 7]),
-            random([batch, kv_seq, 1, 7]),
-        );
-        let v = latents.clone().slice([0..batch, 0..kv_seq, 0..1, 0..5]);
-        let expected = attention(q.clone(), latents.clone(), v, 0.3, &Segments::whole());
-        close(&kernels_latent(q, latents), &expected, "latent");
-    }
-}
-
-#[test]
 fn expanded_attention_is_attention_over_assembled_keys() {
     let (batch, heads, v_dim, latent) = (2, 3, 4, 9);
     for ([seq, kv_seq], [nope, rope]) in [
@@ -447,10 +434,6 @@ fn expanded_attention_is_attention_over_assembled_keys() {
             );
         }
     }
-}
-
-fn kernels_latent(q: Tensor<4>, latents: Tensor<4>) -> Tensor<4> {
-    moeforge_kernels::latent_attention(q, latents, 5, 0.3)
 }
 
 /// A routing of `tokens` over `experts`, its weights tracked, and the one-hot table `[tokens, top_k, experts]`.

@@ -16,6 +16,10 @@ use crate::linear::Linear;
 use crate::norm::Norm;
 use crate::pass::{Pass, per_sequence};
 
+/// Most new positions of a sequence that attend to the latents themselves. Each then has the bits it has in a pass of its
+/// own.
+const FEW_POSITIONS: usize = 8;
+
 /// Latent attention of one layer.
 #[derive(Module, Debug)]
 pub struct Mla {
@@ -64,7 +68,7 @@ impl Mla {
         let q = self.queries(q, [batch, seq], pass);
         let latents = self.latents(kv, [batch, seq], pass);
 
-        let is_decoding = seq == 1 && !pass.caches.is_empty();
+        let is_decoding = seq <= FEW_POSITIONS && !pass.caches.is_empty();
         let latents = pass.append([layer_idx, 0], latents);
 
         let out = if is_decoding && self.kv_b_proj.quantizer.is_none() {

@@ -1,0 +1,432 @@
+//! Text with guesses and without, of models that guess mostly wrong, mostly right, and always right.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use burn::module::Param;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use checkpoint::{Adapter, Folder};
+use kernels::{ExpertBank, Format, Ggml, Matrix};
+use model::linear::{Frozen, Linear, Weight};
+use model::moe::experts::{ExpertWeights, Experts};
+use model::{AdapterWeights, Attention, Compute, FeedForward, Pass, Site, weights};
+use moeforge_infer::{Context, Engine, GenerateConfig, Generation, SampleConfig, Sequence, Stop};
+
+const NAME: &str = "deepseek_v3";
+
+fn path() -> PathBuf {
+    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens");
+    goldens.join(NAME)
+}
+
+/// The golden model, with its own module: both have random weights, so that what it guesses is wrong.
+fn golden() -> Engine {
+    let mut engine = Engine::open(&path(), Compute::F32, Device::flex()).unwrap();
+    let folder = Folder::open(&path()).unwrap();
+    engine.mtp = Some(weights::load_mtp(&folder, &engine.device).unwrap());
+    engine
+}
+
+fn change(linear: &mut Linear, change: &dyn Fn(&Matrix) -> Matrix) {
+    let Weight::Frozen(frozen) = &linear.weight else {
+        panic!("a frozen model")
+    };
+    let matrix = Arc::new(change(&frozen.matrix));
+    linear.weight = Weight::Frozen(Frozen { matrix });
+}
+
+fn change_experts(experts: &mut Experts, changes: [&dyn Fn(&Matrix) -> Matrix; 3]) {
+    let ExpertWeights::Frozen(frozen) = &mut experts.weights else {
+        panic!("a frozen model")
+    };
+    let [gate, up, down] = changes;
+    let of =
+        |list: &[Matrix], change: &dyn Fn(&Matrix) -> Matrix| list.iter().map(change).collect();
+    frozen.bank = Arc::new(ExpertBank {
+        gate: of(&frozen.bank.gate, gate),
+        up: of(&frozen.bank.up, up),
+        down: of(&frozen.bank.down, down),
+    });
+}
+
+fn scaled(matrix: &Matrix, scale: f32) -> Matrix {
+    let values: Vec<f32> = matrix.to_f32().iter().map(|value| value * scale).collect();
+    Matrix::from_f32(matrix.rows(), matrix.cols(), &values)
+}
+
+/// The golden model with what its layers add scaled, and a module that guesses as the model would without layers: the
+/// smaller the scale, the more guesses are right. At 0 all are, and the next token depends on the last one alone.
+fn guided(scale: f32) -> Engine {
+    let mut engine = golden();
+    let (smaller, as_it_is) = (|w: &Matrix| scaled(w, scale), |w: &Matrix| w.clone());
+    engine.model.for_each_site(&mut |path, site| match site {
+        Site::Linear(linear) if path.ends_with("o_proj") || path.ends_with("down_proj") => {
+            change(linear, &smaller);
+        }
+        Site::Linear(_) => {}
+        Site::Experts(experts) => change_experts(experts, [&as_it_is, &as_it_is, &smaller]),
+    });
+    let (norm, width) = (
+        engine.model.model.norm.clone(),
+        engine.model.config.hidden_size,
+    );
+    let mtp = engine.mtp.as_mut().unwrap();
+    mtp.shared_head.norm = norm;
+    mtp.enorm.weight = Param::from_tensor(Tensor::ones([width], &engine.device));
+    let mut embedding = vec![0.0; 2 * width * width];
+    (0..width).for_each(|i| embedding[2 * width * i + i] = 1.0);
+    change(&mut mtp.eh_proj, &|_| {
+        Matrix::from_f32(width, 2 * width, &embedding)
+    });
+    let nothing = |w: &Matrix| scaled(w, 0.0);
+    let (Attention::Mla(mla), FeedForward::Moe(moe)) =
+        (&mut mtp.layer.self_attn, &mut mtp.layer.mlp)
+    else {
+        panic!("a layer of DeepSeek V3")
+    };
+    change(&mut mla.o_proj, &nothing);
+    change(
+        &mut moe.shared_experts.as_mut().unwrap().down_proj,
+        &nothing,
+    );
+    change_experts(&mut moe.experts, [&as_it_is, &as_it_is, &nothing]);
+    engine
+}
+
+/// The same without guesses.
+fn plain(engine: &Engine) -> Engine {
+    Engine {
+        mtp: None,
+        ..engine.clone()
+    }
+}
+
+fn config(max_tokens: usize) -> GenerateConfig {
+    GenerateConfig {
+        max_tokens,
+        sample: SampleConfig::greedy(),
+        stop_ids: Vec::new(),
+        logprobs: Some(3),
+    }
+}
+
+fn samplers() -> [SampleConfig; 4] {
+    let greedy = SampleConfig::greedy();
+    let warm = SampleConfig {
+        temperature: 0.7,
+        top_p: 0.9,
+        seed: 3,
+        ..greedy
+    };
+    let penalized = SampleConfig {
+        repetition_penalty: 1.3,
+        repetition_window: 6,
+        ..greedy
+    };
+    let all = SampleConfig {
+        repetition_penalty: 1.1,
+        top_k: 40,
+        min_p: 0.01,
+        seed: 11,
+        ..warm
+    };
+    [greedy, warm, penalized, all]
+}
+
+/// Prompts of different lengths, one of a single token.
+fn prompts() -> Vec<Vec<u32>> {
+    let lengths = [5, 1, 3, 30, 2, 17, 9, 7];
+    let prompt = |(i, len): (u32, u32)| {
+        (0..len)
+            .map(|at| (37 * i + 53 * at + at * at) % 280)
+            .collect()
+    };
+    (0..).zip(lengths).map(prompt).collect()
+}
+
+/// What is the same with guesses and without.
+fn said(generations: Vec<Generation>) -> Vec<impl PartialEq + std::fmt::Debug> {
+    let said = |found: Generation| {
+        let steps = (found.prefill_tokens, found.decode_steps);
+        (found.token_ids, found.logprobs, found.stopped, steps)
+    };
+    generations.into_iter().map(said).collect()
+}
+
+/// Checks prompts together and one by one, and returns how many tokens were guessed and how many of those right.
+fn check(engine: &Engine, config: &GenerateConfig, batches: &[usize]) -> [usize; 2] {
+    let (prompts, without) = (prompts(), plain(engine));
+    let all = |engine: &Engine, batch| {
+        let found = engine.generate_all(&prompts, config, batch, &mut |_, _| {});
+        found.unwrap()
+    };
+    let expected = said(all(&without, 1));
+    let mut counts = [0; 2];
+    for batch in batches {
+        let found = all(engine, *batch);
+        for generation in &found {
+            assert!(generation.guessed_right <= generation.guessed);
+            counts[0] += generation.guessed;
+            counts[1] += generation.guessed_right;
+        }
+        assert_eq!(said(found), expected, "{batch} at a time, {config:?}");
+    }
+    counts
+}
+
+#[test]
+fn guesses_change_no_token_and_no_probability() {
+    for (engine, at_least) in [(golden(), 0.0), (guided(0.15), 0.2), (guided(0.0), 1.0)] {
+        for (i, sample) in samplers().into_iter().enumerate() {
+            let config = GenerateConfig {
+                sample,
+                ..config(14)
+            };
+            let [guessed, right] = check(&engine, &config, &[1, 2, 4, 7]);
+            let share = right as f64 / guessed as f64;
+            assert!(guessed > 0, "{at_least} with sampler {i}");
+            if i == 0 {
+                assert!(share >= at_least, "{share}, expected {at_least}");
+                assert!((share < 1.0) == (at_least < 1.0), "{share}");
+            }
+        }
+    }
+}
+
+#[test]
+fn so_it_is_with_an_adapter() {
+    for dialect in ["adapter_classic", "adapter_peft", "adapter_dora"] {
+        for mut engine in [golden(), guided(0.15)] {
+            let adapter = Adapter::open(&path().join(dialect)).unwrap();
+            let adapter = AdapterWeights::read(&adapter, &engine.model.config).unwrap();
+            adapter.attach(&mut engine.model, &engine.device).unwrap();
+            let [guessed, _] = check(&engine, &config(10), &[1, 3]);
+            assert!(guessed > 0);
+        }
+    }
+}
+
+/// In blocks where the width allows it.
+fn in_blocks(matrix: &Matrix) -> Matrix {
+    if !matrix.cols().is_multiple_of(32) {
+        return matrix.clone();
+    }
+    let format = Ggml::Q8_0;
+    let values = matrix.to_f32();
+    let mut bytes = vec![0; values.len() / 32 * 34];
+    for (values, bytes) in values
+        .chunks(matrix.cols())
+        .zip(bytes.chunks_mut(matrix.cols() / 32 * 34))
+    {
+        format.encode(values, bytes);
+    }
+    Matrix::dense(
+        matrix.rows(),
+        matrix.cols(),
+        Format::Ggml(format),
+        bytes.into(),
+    )
+    .unwrap()
+}
+
+#[test]
+fn so_it_is_with_weights_in_blocks_and_products_in_int8() {
+    for mut engine in [golden(), guided(0.15)] {
+        engine.compute = Compute::Int8;
+        engine.model.for_each_site(&mut |_, site| match site {
+            Site::Linear(linear) => change(linear, &in_blocks),
+            Site::Experts(experts) => change_experts(experts, [&in_blocks, &in_blocks, &in_blocks]),
+        });
+        let mtp = engine.mtp.as_mut().unwrap();
+        change(&mut mtp.eh_proj, &in_blocks);
+        let FeedForward::Moe(moe) = &mut mtp.layer.mlp else {
+            panic!("a layer of DeepSeek V3")
+        };
+        change_experts(&mut moe.experts, [&in_blocks, &in_blocks, &in_blocks]);
+        let stored = check(&engine, &config(10), &[1, 3]);
+        let (bytes, mut copied) = (engine.size_bytes(), 0);
+        engine.lay_out(&mut |done, total| {
+            assert!(done <= total);
+            copied = done;
+        });
+        assert!(copied == bytes && bytes > plain(&engine).model.size_bytes());
+        let laid = check(&engine, &config(10), &[1, 3]);
+        assert!(stored[0] > 0 && laid[0] > 0);
+    }
+}
+
+/// How many tokens of a text would be guessed and how many right, by the module's logits over all of it at once.
+fn expected_guesses(engine: &Engine, prompt: &[u32], written: &[u32]) -> [usize; 2] {
+    let (model, mtp) = (&engine.model, engine.mtp.as_ref().unwrap());
+    let text = [prompt, written].concat();
+    let ids: Vec<i32> = text.iter().map(|id| *id as i32).collect();
+    let n = ids.len();
+    let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, n]), &engine.device);
+    let pass = &mut Pass::new(Compute::F32);
+    let hidden = model.hidden(ids.clone(), pass).slice([0..1, 0..n - 1]);
+    let hidden = mtp.hidden(model, hidden, ids.slice([0..1, 1..n]), pass);
+    let hidden = hidden.reshape([n - 1, model.config.hidden_size]);
+    let logits = mtp.logits(model, hidden, pass).into_data();
+    let logits: Vec<f32> = logits.try_to_vec().unwrap();
+    let guesses = logits.chunks(model.config.vocab_size).map(|logits| {
+        let ids = (0..logits.len()).rev();
+        ids.max_by(|a, b| logits[*a].total_cmp(&logits[*b]))
+            .unwrap() as u32
+    });
+    let guesses: Vec<u32> = guesses.collect();
+
+    // A pass reads token `at` and a guess of the one after it, which the module makes at the position before.
+    let ([mut guessed, mut right], mut at) = ([0; 2], prompt.len());
+    while at + 2 < n {
+        guessed += 1;
+        let is_right = guesses[at - 1] == text[at + 1];
+        right += usize::from(is_right);
+        at += 1 + usize::from(is_right);
+    }
+    [guessed, right]
+}
+
+#[test]
+fn the_module_has_read_the_text_and_nothing_else() {
+    // The golden module over layers that add little: it reads what they make, and is right now and then.
+    let mut mixed = guided(0.15);
+    mixed.mtp.as_mut().unwrap().layer = golden().mtp.unwrap().layer;
+    let mut rights = 0;
+    for engine in [golden(), mixed] {
+        for prompt in prompts() {
+            let run = |context, prompt: &[u32]| run(&engine, context, prompt, 40);
+            let (found, context) = run(engine.context(), &prompt);
+            let counts = [found.guessed, found.guessed_right];
+            assert_eq!(counts, expected_guesses(&engine, &prompt, &found.token_ids));
+            // What goes on from the end of a text guesses as if it had been read at once.
+            let longer = [&prompt[..], &found.token_ids, &[9, 8]].concat();
+            let (found, _) = run(context, &longer);
+            let counts = [found.guessed, found.guessed_right];
+            assert_eq!(counts, expected_guesses(&engine, &longer, &found.token_ids));
+            rights += found.guessed_right;
+        }
+    }
+    assert!(rights > 5, "{rights}");
+}
+
+fn run(engine: &Engine, context: Context, prompt: &[u32], n: usize) -> (Generation, Context) {
+    let mut sequence = Sequence::new(&engine.model, context, prompt, &config(n)).unwrap();
+    while sequence.stopped().is_none() {
+        engine.step([&mut sequence]).unwrap();
+    }
+    sequence.finish()
+}
+
+/// One text, of which the caller has enough after so many tokens.
+fn until(engine: &Engine, config: &GenerateConfig, n: usize) -> Generation {
+    let mut left = n;
+    let found = engine.generate(&prompts()[0], config, &mut |_| {
+        left -= 1;
+        match left {
+            0 => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        }
+    });
+    found.unwrap()
+}
+
+#[test]
+fn a_text_ends_where_it_would_without_guesses() {
+    // All guesses are right, so every second token is one that needs no pass.
+    for engine in [guided(0.0), guided(0.15)] {
+        let whole = until(&engine, &config(12), 99);
+        let without = plain(&engine);
+        for n in 0..=12 {
+            let found = until(&engine, &config(n), 99);
+            assert_eq!(found.token_ids, whole.token_ids[..n]);
+            assert_eq!(found.stopped, Stop::MaxTokens);
+            assert!(found.guessed <= n.saturating_sub(2));
+        }
+        for n in 1..=11 {
+            let [found, expected] = [&engine, &without].map(|engine| until(engine, &config(12), n));
+            assert_eq!(
+                (&found.token_ids, found.stopped),
+                (&expected.token_ids, Stop::Caller)
+            );
+            assert_eq!(said(vec![found]), said(vec![expected]), "{n}");
+        }
+        for stop in &whole.token_ids {
+            let config = GenerateConfig {
+                stop_ids: vec![*stop],
+                ..config(12)
+            };
+            let [found, expected] = [&engine, &without].map(|engine| until(engine, &config, 99));
+            assert_eq!(found.stopped, Stop::EndOfText(*stop));
+            assert_eq!(said(vec![found]), said(vec![expected]), "{stop}");
+        }
+    }
+}
+
+#[test]
+fn texts_fill_the_models_positions() {
+    for (engine, at_least) in [(guided(0.0), 4), (golden(), 0)] {
+        let limit = engine.model.config.max_position_embeddings;
+        let prompt: Vec<u32> = (0..limit as u32 - 9).map(|at| at * at % 280).collect();
+        let [found, expected] =
+            [&engine, &plain(&engine)].map(|engine| run(engine, engine.context(), &prompt, 9).0);
+        assert!(found.guessed > 0 && found.guessed_right >= at_least);
+        assert_eq!(said(vec![found]), said(vec![expected]));
+    }
+}
+
+#[test]
+fn a_conversation_is_the_same_whatever_was_guessed_in_it() {
+    for engine in [golden(), guided(0.0), guided(0.15)] {
+        let without = plain(&engine);
+        let mut contexts = [engine.context(), without.context()];
+        let mut text = vec![5, 6, 7];
+        // Cut back by some tokens, then longer by others.
+        for (turn, (cut, more)) in [(0, 1), (0, 2), (4, 3), (6, 0), (1, 12), (30, 1)]
+            .into_iter()
+            .enumerate()
+        {
+            text.truncate(text.len().saturating_sub(cut).max(1));
+            text.extend((0..more).map(|i| 40 * turn as u32 + i));
+            // Interrupted after some tokens, of which the last may be one that was read with a guess.
+            let turns = contexts
+                .each_mut()
+                .map(|context| std::mem::replace(context, engine.context()));
+            let [with, plain] = turns;
+            let mut found = Vec::new();
+            for (engine, context) in [(&engine, with), (&without, plain)] {
+                let mut sequence =
+                    Sequence::new(&engine.model, context, &text, &config(12)).unwrap();
+                while sequence.stopped().is_none() {
+                    engine.step([&mut sequence]).unwrap();
+                    if sequence.token_ids().len() == 5 + turn {
+                        sequence.stop();
+                    }
+                }
+                found.push(sequence.finish());
+            }
+            let ids = found[1].0.token_ids.clone();
+            let read: Vec<Vec<u32>> = found.iter().map(|f| f.1.token_ids().to_vec()).collect();
+            assert_eq!(read[0], read[1], "turn {turn}");
+            let (generations, after): (Vec<_>, Vec<_>) = found.into_iter().unzip();
+            let mut said = said(generations);
+            let expected = said.pop();
+            assert_eq!(said.pop(), expected, "turn {turn}");
+            contexts = after.try_into().unwrap();
+            text.extend(ids);
+        }
+    }
+}
+
+#[test]
+fn a_context_without_guesses_stays_so() {
+    let engine = guided(0.0);
+    let (found, context) = run(&engine, Context::new(&engine.model), &[5, 6, 7], 8);
+    assert_eq!(found.guessed, 0);
+    let (found, _) = run(&plain(&engine), engine.context(), &[5, 6, 7], 8);
+    assert_eq!(found.guessed, 0);
+    let (again, _) = run(&engine, context, &[5, 6, 7], 8);
+    assert_eq!(again.token_ids, found.token_ids);
+}

@@ -1,0 +1,118 @@
+//! Multi-token prediction: one more layer that DeepSeek V3 has, which says from the hidden state of a position and from the
+//! token after it what the token after that one may be.
+//!
+//! It serves to guess while decoding. Nothing trains, merges or exports it here: it is no part of a [`Model`], and its
+//! tensors go into every export as they are.
+//!
+//! Sources: DeepSeek-V3, arXiv:2412.19437, section 2.2, with the embedding first in the input of `eh_proj`, as the published
+//! weights have it, and with the hidden state after the model's last norm.
+
+use burn::tensor::{Int, Tensor};
+use kernels::Matrix;
+
+use super::{DecoderLayer, Embedding, Model, lay_out};
+use crate::cache::Cache;
+use crate::config::ModelConfig;
+use crate::linear::Linear;
+use crate::norm::Norm;
+use crate::pass::Pass;
+use crate::precision::Class;
+
+/// The module for multi-token prediction. Field names are the checkpoint's keys, but that `layer` has none.
+#[derive(Clone, Debug)]
+pub struct Mtp {
+    /// `[vocab, hidden_size]`; none where it is the model's.
+    pub embed_tokens: Option<Embedding>,
+    /// Norm of the embedded token.
+    pub enorm: Norm,
+    /// Norm of the hidden state.
+    pub hnorm: Norm,
+    /// `[hidden_size, 2 · hidden_size]`.
+    pub eh_proj: Linear,
+    /// Attention and experts, as in the model.
+    pub layer: DecoderLayer,
+    /// What makes logits.
+    pub shared_head: SharedHead,
+}
+
+/// The end of the module.
+#[derive(Clone, Debug)]
+pub struct SharedHead {
+    /// The last norm.
+    pub norm: Norm,
+    /// `[vocab, hidden_size]`; none where it is the model's.
+    pub head: Option<Linear>,
+}
+
+impl Mtp {
+    /// An empty cache for the module.
+    pub fn cache(config: &ModelConfig) -> Cache {
+        Cache::of_layers(config, 1)
+    }
+
+    /// Its hidden states after the last norm. What each attends to are its own of the positions before.
+    ///
+    /// # Shapes
+    /// - `hidden`: `[batch, seq, hidden_size]`, of the model, continuing the sequences of the pass's caches if it has some
+    /// - `next_ids`: `[batch, seq]`, the token after each position
+    /// - returns: `[batch, seq, hidden_size]`
+    ///
+    /// # Panics
+    /// If an id is not below the vocabulary's size, or the pass has caches and not one per row.
+    pub fn hidden(
+        &self,
+        model: &Model,
+        hidden: Tensor<3>,
+        next_ids: Tensor<2, Int>,
+        pass: &mut Pass<'_>,
+    ) -> Tensor<3> {
+        let [batch, seq, width] = hidden.dims();
+        pass.rotary = Some(model.rotary(seq, pass, &hidden.device()));
+        let embedding = self.embed_tokens.as_ref();
+        let embedding = embedding.unwrap_or(&model.model.embed_tokens);
+        let tokens = embedding.weight.embed(next_ids.reshape([batch * seq]));
+        let hidden = hidden.reshape([batch * seq, width]);
+        let x = vec![self.enorm.forward(tokens), self.hnorm.forward(hidden)];
+        let x = self.eh_proj.forward(Tensor::cat(x, 1), pass);
+        let x = self.layer.forward(x, [batch, seq], pass, 0); // The first layer of its own cache.
+        pass.advance(seq);
+        let hidden = self.shared_head.norm.forward(x);
+        hidden.reshape([batch, seq, width])
+    }
+
+    /// Logits of some of its hidden states: of position `i`, for the token `i + 2`.
+    ///
+    /// # Shapes
+    /// - `hidden`: `[tokens, hidden_size]`
+    /// - returns: `[tokens, vocab]`, f32
+    pub fn logits(&self, model: &Model, hidden: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
+        let head = self.shared_head.head.clone();
+        let head = head.unwrap_or_else(|| model.head());
+        head.forward_as(Class::Head, hidden, pass)
+    }
+
+    /// Bytes that the weights of its own linear layers and experts hold in memory or map.
+    pub fn size_bytes(&mut self) -> usize {
+        let mut bytes = self.eh_proj.weight.size_bytes();
+        if let Some(head) = &self.shared_head.head {
+            bytes += head.weight.size_bytes();
+        }
+        self.layer
+            .for_each_site("", &mut |_, site| bytes += site.size_bytes());
+        bytes
+    }
+
+    /// [`Model::lay_out`] of its own weights.
+    pub fn lay_out(&mut self, on_copied: &mut dyn FnMut(&Matrix)) {
+        lay_out(&mut |visit| self.for_each_frozen(visit), on_copied);
+    }
+
+    fn for_each_frozen(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
+        self.eh_proj.weight.for_each_frozen(visit);
+        self.layer
+            .for_each_site("", &mut |_, site| site.for_each_frozen(visit));
+        if let Some(head) = &mut self.shared_head.head {
+            head.weight.for_each_frozen(visit);
+        }
+    }
+}
