@@ -58,17 +58,33 @@ pub(crate) fn map(path: &Path) -> Result<Bytes> {
 /// longer. The bytes stay what they are, and are read again from the file when someone asks for them. Does nothing for
 /// bytes that are of no mapped file.
 pub fn forget(bytes: &[u8]) {
+    for_map_of(bytes, |map, start| {
+        #[cfg(unix)]
+        // SAFETY: pages of a read-only map of a file are filled from it again.
+        let _ = unsafe {
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            map.unchecked_advise_range(advice, start, bytes.len())
+        };
+    });
+}
+
+/// Has a part of a mapped file read from the disk while something else is done. Does nothing for bytes that are of no mapped
+/// file.
+pub fn expect(bytes: &[u8]) {
+    for_map_of(bytes, |map, start| {
+        #[cfg(unix)]
+        let _ = map.advise_range(memmap2::Advice::WillNeed, start, bytes.len());
+    });
+}
+
+/// Hands over the map that bytes lie in, and where they begin there.
+fn for_map_of(bytes: &[u8], then: impl Fn(&Mmap, usize)) {
     let maps = MAPS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let start = bytes.as_ptr() as usize;
     for map in maps.iter().filter_map(Weak::upgrade) {
         let first = map.as_ptr() as usize;
         if first <= start && start + bytes.len() <= first + map.len() {
-            #[cfg(unix)]
-            // SAFETY: pages of a read-only map of a file are filled from it again.
-            let _ = unsafe {
-                let advice = memmap2::UncheckedAdvice::DontNeed;
-                map.unchecked_advise_range(advice, start - first, bytes.len())
-            };
+            then(&map, start - first);
         }
     }
 }
@@ -86,6 +102,7 @@ mod tests {
         let bytes = map(&path).unwrap();
         assert_eq!(bytes, expected);
         forget(&bytes[10..50_000]);
+        expect(&bytes[10..50_000]);
         forget(&bytes);
         forget(&expected);
         assert_eq!(bytes, expected);

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use anyhow::bail;
 use data::{Bos, ChatTemplate, GenerationPrompt, Special, Tokenizer};
 use infer::{Engine, GenerateConfig, Generation, Logprobs, Sequence, Stop, TextStream};
+use model::ExpertTraffic;
 use serde_json::{Value, json};
 
 use self::sampling::SamplingArgs;
@@ -95,8 +96,23 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
             together(args, &engine, (&prompts, begun), (writings, console))?;
         }
     }
+    if let Some(traffic) = engine.model.expert_traffic() {
+        console.note(cache_summary(traffic));
+    }
     console.memory();
     Ok(ExitCode::SUCCESS)
+}
+
+/// How often experts were in memory.
+fn cache_summary(traffic: ExpertTraffic) -> String {
+    let chosen = traffic.hits + traffic.misses;
+    let share = 100.0 * traffic.hits as f64 / chosen.max(1) as f64;
+    let [read, held] = [traffic.read_bytes, traffic.held_bytes as u64]
+        .map(|bytes| bytes as f64 / f64::from(1 << 20));
+    format!(
+        "experts: {} of {chosen} in memory when chosen ({share:.1} %), {read:.0} MiB read, {held:.0} MiB held",
+        traffic.hits
+    )
 }
 
 /// What a sequence writes: text where there is a tokenizer, ids where there is none.
@@ -180,7 +196,11 @@ fn together(
     for ((prompt, generation), mut writing) in prompts.iter().zip(&generations).zip(writings) {
         writing.finish()?;
         if args.json {
-            objects.push(object(prompt, generation, &writing)?);
+            let mut object = object(prompt, generation, &writing)?;
+            if let Some(traffic) = engine.model.expert_traffic() {
+                object["expert_cache"] = cache_object(traffic);
+            }
+            objects.push(object);
         } else {
             console.result(writing.text);
             console.note(summary(generation));
@@ -294,6 +314,16 @@ fn object(prompt: &[u32], generation: &Generation, writing: &Writing<'_>) -> any
         object["logprobs"] = logprobs.into();
     }
     Ok(object)
+}
+
+/// What all prompts together found in the cache of experts.
+fn cache_object(traffic: ExpertTraffic) -> Value {
+    json!({
+        "hits": traffic.hits,
+        "misses": traffic.misses,
+        "read_bytes": traffic.read_bytes,
+        "held_bytes": traffic.held_bytes,
+    })
 }
 
 /// A token with its logprob, and the likeliest in its place.

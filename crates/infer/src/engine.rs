@@ -10,11 +10,12 @@
 
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::Folder;
-use kernels::Matrix;
+use kernels::{ExpertCache, FileHints, Matrix};
 use model::{Compute, Model, Mtp, Pass, Training, weights};
 
 use crate::error::Result;
@@ -64,26 +65,34 @@ impl Engine {
     /// many bytes were copied, of how many that there are. Not for a model that memory has no room for: a file's bytes can be
     /// dropped and read again, copies cannot.
     pub fn lay_out(&mut self, on_bytes: &mut dyn FnMut(usize, usize)) {
-        let (mut done, total) = (0, self.size_bytes());
-        let (mut copied, mut held) = (vec![], 0);
-        let on_copied = &mut |matrix: &Matrix| {
-            done += matrix.size_bytes();
-            on_bytes(done, total);
-            copied.push(matrix.bytes().clone());
-            held += matrix.bytes().len();
-            // Several together: reading a part brings some of what lies beside it back.
-            if held >= MOST_HELD {
-                copied
-                    .drain(..)
-                    .for_each(|bytes| checkpoint::forget(&bytes));
-                held = 0;
-            }
-        };
-        self.model.lay_out(on_copied);
+        let mut copied = Copied::new(self.size_bytes(), on_bytes);
+        self.model.lay_out(&mut |matrix| copied.add(matrix));
         if let Some(mtp) = &mut self.mtp {
-            mtp.lay_out(on_copied);
+            mtp.lay_out(&mut |matrix| copied.add(matrix));
         }
-        copied.iter().for_each(|bytes| checkpoint::forget(bytes));
+        copied.forget();
+    }
+
+    /// [`Self::lay_out`] of what every token needs; of the experts those stay in memory that were used last, as many as so
+    /// many bytes hold. For a model that memory has no room for.
+    pub fn cache_experts(&mut self, budget: usize, on_bytes: &mut dyn FnMut(usize, usize)) {
+        let hints = FileHints {
+            expect: checkpoint::expect,
+            forget: checkpoint::forget,
+        };
+        let cache = Arc::new(ExpertCache::new(budget, hints));
+        let mut copied = Copied::new(self.common_bytes(), on_bytes);
+        self.model
+            .cache_experts(&cache, &mut |matrix| copied.add(matrix));
+        if let Some(mtp) = &mut self.mtp {
+            mtp.lay_out(&mut |matrix| copied.add(matrix));
+        }
+        copied.forget();
+    }
+
+    /// Bytes of the weights that every token needs, and of what guesses tokens.
+    pub fn common_bytes(&mut self) -> usize {
+        self.model.common_bytes() + self.mtp.as_mut().map_or(0, Mtp::size_bytes)
     }
 
     /// Bytes that weights hold in memory or map.
@@ -284,5 +293,40 @@ impl Engine {
         let last = last.reshape([batch * n, hidden_size]);
         let logits = model.logits(last, &Pass::new(self.compute));
         logits.into_data().try_to_vec().expect("logits are f32")
+    }
+}
+
+/// Weights that were copied, whose files' pages are to be given back.
+struct Copied<'a> {
+    on_bytes: &'a mut dyn FnMut(usize, usize),
+    done: usize,
+    total: usize,
+    /// Copied, and still held of the file.
+    held: Vec<Matrix>,
+}
+
+impl<'a> Copied<'a> {
+    fn new(total: usize, on_bytes: &'a mut dyn FnMut(usize, usize)) -> Self {
+        Self {
+            on_bytes,
+            done: 0,
+            total,
+            held: vec![],
+        }
+    }
+
+    fn add(&mut self, matrix: &Matrix) {
+        self.done += matrix.size_bytes();
+        (self.on_bytes)(self.done, self.total);
+        self.held.push(matrix.clone());
+        // Several together: reading a part brings some of what lies beside it back.
+        if self.held.iter().map(|w| w.bytes().len()).sum::<usize>() >= MOST_HELD {
+            self.forget();
+        }
+    }
+
+    fn forget(&mut self) {
+        let held = self.held.drain(..);
+        held.for_each(|w| checkpoint::forget(w.bytes()));
     }
 }

@@ -45,11 +45,11 @@ fn change_experts(experts: &mut Experts, changes: [&dyn Fn(&Matrix) -> Matrix; 3
     let [gate, up, down] = changes;
     let of =
         |list: &[Matrix], change: &dyn Fn(&Matrix) -> Matrix| list.iter().map(change).collect();
-    frozen.bank = Arc::new(ExpertBank {
-        gate: of(&frozen.bank.gate, gate),
-        up: of(&frozen.bank.up, up),
-        down: of(&frozen.bank.down, down),
-    });
+    frozen.bank = Arc::new(ExpertBank::new(
+        of(&frozen.bank.gate, gate),
+        of(&frozen.bank.up, up),
+        of(&frozen.bank.down, down),
+    ));
 }
 
 fn scaled(matrix: &Matrix, scale: f32) -> Matrix {

@@ -13,12 +13,14 @@
 //! the weight tile by tile where a quantizer rounds the sum.
 
 mod few;
+mod resident;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
+pub use self::resident::{CachedLayer, ExpertCache, ExpertTraffic, FileHints};
 use crate::dropout::Dropout;
 use crate::product::gemm::{dot, nn_serial, nt_serial, share, tiles, with_scratch, zeros};
 use crate::product::strided::{Mat, MatMut, Write, gemm};
@@ -39,6 +41,20 @@ pub struct ExpertBank {
     pub up: Vec<Matrix>,
     /// `[hidden_size, moe_intermediate_size]` each.
     pub down: Vec<Matrix>,
+    /// Where those are that were used last, if memory has no room for all.
+    pub cached: Option<CachedLayer>,
+}
+
+impl ExpertBank {
+    /// Experts that are all read where they lie.
+    pub fn new(gate: Vec<Matrix>, up: Vec<Matrix>, down: Vec<Matrix>) -> Self {
+        Self {
+            gate,
+            up,
+            down,
+            cached: None,
+        }
+    }
 }
 
 /// The frozen weights of the experts that every token has, fused into one, and what products with them compute in.

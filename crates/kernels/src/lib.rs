@@ -54,7 +54,9 @@ pub use backend::ops::{
 };
 pub use dropout::Dropout;
 pub use error::Error;
-pub use experts::{ExpertBank, ExpertLora, SharedExperts};
+pub use experts::{
+    CachedLayer, ExpertBank, ExpertCache, ExpertLora, ExpertTraffic, FileHints, SharedExperts,
+};
 pub use ggml::Ggml;
 pub use matrix::heads::Heads;
 pub use matrix::{Format, Fp8Blocks, Matrix};

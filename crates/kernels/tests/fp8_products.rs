@@ -244,11 +244,7 @@ fn frozen_experts_compute_what_trained_ones_do() {
     );
     let stacks = [&gate.1, &up.1, &down.1].map(|dense| Tensor::stack::<3>(dense.clone(), 0));
     let expected = experts_trained(x.clone(), turns(tokens), stacks, compute);
-    let bank = ExpertBank {
-        gate: gate.0,
-        up: up.0,
-        down: down.0,
-    };
+    let bank = ExpertBank::new(gate.0, up.0, down.0);
     let none = |out, inner| {
         let zeros = |shape| Tensor::zeros(shape, &device());
         [zeros([EXPERTS, 0, inner]), zeros([EXPERTS, out, 0])]

@@ -4,9 +4,11 @@ mod checkpointing;
 mod cost;
 mod mtp;
 
+use std::sync::Arc;
+
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
-use kernels::Matrix;
+use kernels::{CachedLayer, ExpertCache, ExpertTraffic, Matrix};
 
 pub use self::checkpointing::{Checkpointing, Trace};
 pub use self::cost::{Cost, Traffic};
@@ -154,21 +156,62 @@ impl Model {
     /// every token needs, in the order in which it does, then the experts. Says of each when it is copied: nothing of this
     /// model reads those bytes any more.
     pub fn lay_out(&mut self, on_copied: &mut dyn FnMut(&Matrix)) {
-        lay_out(&mut |visit| self.for_each_frozen(visit), on_copied);
+        lay_out(
+            &mut |visit| {
+                self.for_each_common(visit);
+                self.for_each_expert(visit);
+            },
+            on_copied,
+        );
     }
 
-    /// Visits frozen matrices that are multiplied as they are, those of experts last.
-    fn for_each_frozen(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
-        for of_experts in [false, true] {
-            self.for_each_site(&mut |_, site| {
-                if matches!(site, Site::Experts(_)) == of_experts {
-                    site.for_each_frozen(visit);
-                }
-            });
-            if !of_experts && self.lm_head.is_none() {
-                self.model.embed_tokens.weight.for_each_frozen(visit);
+    /// [`Self::lay_out`] of what every token needs, and a cache for the experts, in which those stay that were used last.
+    pub fn cache_experts(&mut self, cache: &Arc<ExpertCache>, on_copied: &mut dyn FnMut(&Matrix)) {
+        lay_out(&mut |visit| self.for_each_common(visit), on_copied);
+        let mut layer = 0;
+        self.for_each_site(&mut |_, site| {
+            if let Site::Experts(experts) = site {
+                let cache = Arc::clone(cache);
+                experts.cache(CachedLayer { cache, layer });
+                layer += 1;
             }
+        });
+    }
+
+    /// How often experts were in memory, where they have a cache.
+    pub fn expert_traffic(&self) -> Option<ExpertTraffic> {
+        self.model.layers.iter().find_map(|layer| match &layer.mlp {
+            FeedForward::Moe(moe) => moe.experts.traffic(),
+            FeedForward::Dense(_) => None,
+        })
+    }
+
+    /// Bytes of frozen weights that every token needs.
+    pub fn common_bytes(&mut self) -> usize {
+        let mut bytes = 0;
+        self.for_each_common(&mut |matrix| bytes += matrix.size_bytes());
+        bytes
+    }
+
+    /// Visits frozen matrices that are multiplied as they are, but for experts.
+    fn for_each_common(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
+        self.for_each_site(&mut |_, site| {
+            if let Site::Linear(_) = site {
+                site.for_each_frozen(visit);
+            }
+        });
+        if self.lm_head.is_none() {
+            self.model.embed_tokens.weight.for_each_frozen(visit);
         }
+    }
+
+    /// Visits the frozen matrices of experts.
+    fn for_each_expert(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
+        self.for_each_site(&mut |_, site| {
+            if let Site::Experts(_) = site {
+                site.for_each_frozen(visit);
+            }
+        });
     }
 
     /// The output head, which may be the embedding.

@@ -513,11 +513,11 @@ impl Builder<'_> {
                 .collect::<Result<Vec<_>, _>>()
         };
         let [gate, up, down] = PROJECTIONS;
-        Ok(Arc::new(ExpertBank {
-            gate: bank(gate, [inner, hidden])?,
-            up: bank(up, [inner, hidden])?,
-            down: bank(down, [hidden, inner])?,
-        }))
+        Ok(Arc::new(ExpertBank::new(
+            bank(gate, [inner, hidden])?,
+            bank(up, [inner, hidden])?,
+            bank(down, [hidden, inner])?,
+        )))
     }
 
     /// The values of some experts, each projection trained if it is chosen.

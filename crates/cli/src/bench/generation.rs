@@ -266,7 +266,7 @@ fn measure(
         compute: args.compute.compute(),
         device,
     };
-    let engine = laid_out(engine, console);
+    let engine = laid_out(engine, None, console);
     let open_secs = started.elapsed().as_secs_f64();
     let timings = timings(&engine, combination, args.reps, console)?;
     let peak_bytes = memory::read().peak_bytes;

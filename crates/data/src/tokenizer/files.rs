@@ -78,7 +78,7 @@ impl TokenizerFiles {
             .map_err(|problem| Error::malformed(path, problem))?;
         Ok(Self {
             origin: Origin::Gguf(path.to_path_buf()),
-            tokenizer: tokenizer.to_string(),
+            tokenizer,
             // People read this one.
             config: Some(format!("{config:#}\n")),
             chat_template: None,

@@ -12,7 +12,7 @@
 //! Source: ggml-org/llama.cpp: src/llama-vocab.cpp, `llm_tokenizer_spm_session`;
 //! huggingface/transformers: src/transformers/convert_slow_tokenizer.py, `generate_merges`.
 
-use super::gguf::{GgufTokens, Kind, Scheme, Vocabulary};
+use super::gguf::{Bpe, GgufTokens, Kind, Scheme, Vocabulary};
 use serde_json::{Value, json};
 
 /// What stands for a space.
@@ -21,7 +21,10 @@ const SPACE: &str = "\u{2581}";
 /// Trained ones have at most a few dozen bytes.
 const MAX_TOKEN_BYTES: usize = 1024;
 
-pub(super) fn scheme(gguf: &GgufTokens, vocabulary: &Vocabulary<'_>) -> Result<Scheme, String> {
+pub(super) fn scheme<'a>(
+    gguf: &GgufTokens,
+    vocabulary: &'a Vocabulary<'_>,
+) -> Result<Scheme<'a>, String> {
     let prefix = gguf.add_space_prefix.unwrap_or(true);
     let replaced = |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
     let mut normalizers = vec![replaced(" ", SPACE)];
@@ -38,18 +41,17 @@ pub(super) fn scheme(gguf: &GgufTokens, vocabulary: &Vocabulary<'_>) -> Result<S
         normalizer: json!({"type": "Sequence", "normalizers": normalizers}),
         pre_tokenizer: Value::Null,
         decoder: json!({"type": "Sequence", "decoders": decoders}),
-        model: json!({
-            "type": "BPE",
-            "dropout": null,
-            "unk_token": unknown(vocabulary)?,
-            "continuing_subword_prefix": null,
-            "end_of_word_suffix": null,
-            "fuse_unk": true,
-            "byte_fallback": true,
-            "ignore_merges": false,
-            "vocab": vocabulary.to_json(),
-            "merges": merges(gguf, vocabulary)?,
-        }),
+        model: Bpe {
+            dropout: (),
+            unk_token: unknown(vocabulary)?,
+            continuing_subword_prefix: (),
+            end_of_word_suffix: (),
+            fuse_unk: true,
+            byte_fallback: true,
+            ignore_merges: false,
+            vocab: vocabulary,
+            merges: merges(gguf, vocabulary)?,
+        },
         adds_bos: true,
     })
 }

@@ -261,6 +261,7 @@ impl Kernels for Flex {
         let factors = FactorValues::new(&factors);
         let x = Floats::rounded(&x, compute.before_products());
         let routing = RoutingValues::new(&routing);
+        let bank = bank.resident(routing.slots());
         let experts = frozen_experts(&bank, &factors, lora, compute);
         experts_forward(experts, &routing, &x)
     }
@@ -272,9 +273,21 @@ impl Kernels for Flex {
         shared: SharedExperts,
         compute: Compute,
     ) -> FlexTensor {
-        let values = (&RoutingValues::new(&routing), &Floats::new(&x));
-        mixture_forward(&bank, values, &shared, compute).unwrap_or_else(|| {
-            plain::mixture_frozen::<Self>(x, routing, Arc::clone(&bank), shared, compute)
+        let values = Floats::new(&x);
+        let at_once = || {
+            let routing = RoutingValues::new(&routing);
+            let resident = bank.resident(routing.slots());
+            mixture_forward(&resident, (&routing, &values), &shared, compute)
+        };
+        let is_few = values.dims::<2>()[0] <= FEW_ROWS;
+        is_few.then(at_once).flatten().unwrap_or_else(|| {
+            plain::mixture_frozen::<Self>(
+                x,
+                routing.clone(),
+                Arc::clone(&bank),
+                shared.clone(),
+                compute,
+            )
         })
     }
 

@@ -295,11 +295,11 @@ mod tests {
     /// Experts of `[inner, hidden]`, cut out of matrices with more rows.
     fn bank(of: impl Fn(usize, usize) -> Matrix, inner: usize, hidden: usize) -> ExpertBank {
         let list = |rows: usize, cols: usize| (0..5).map(|_| of(rows, cols)).collect();
-        ExpertBank {
-            gate: list(inner, hidden),
-            up: list(inner, hidden),
-            down: list(hidden, inner),
-        }
+        ExpertBank::new(
+            list(inner, hidden),
+            list(inner, hidden),
+            list(hidden, inner),
+        )
     }
 
     #[test]

@@ -528,11 +528,11 @@ fn frozen_experts_with_low_rank_updates_agree() {
             .collect::<Vec<_>>()
     };
     for kind in 0..4 {
-        let bank = Arc::new(ExpertBank {
-            gate: bank(inner, hidden, kind),
-            up: bank(inner, hidden, kind),
-            down: bank(hidden, inner, kind),
-        });
+        let bank = Arc::new(ExpertBank::new(
+            bank(inner, hidden, kind),
+            bank(inner, hidden, kind),
+            bank(hidden, inner, kind),
+        ));
         let stack = |list: &[Matrix]| Tensor::stack::<3>(list.iter().map(dense).collect(), 0);
         let (x, weights) = (random([tokens, hidden]), random([tokens, top_k]));
         let (ga, gb, da, db) = (
@@ -593,11 +593,11 @@ fn dropped_experts_have_the_gradient_of_their_mask() {
             .map(|_| Matrix::from_f32(rows, cols, &values(&random([rows, cols]))))
             .collect::<Vec<_>>()
     };
-    let bank = Arc::new(ExpertBank {
-        gate: bank(inner, hidden),
-        up: bank(inner, hidden),
-        down: bank(hidden, inner),
-    });
+    let bank = Arc::new(ExpertBank::new(
+        bank(inner, hidden),
+        bank(inner, hidden),
+        bank(hidden, inner),
+    ));
     let factors = [
         (rank, hidden),
         (inner, rank),

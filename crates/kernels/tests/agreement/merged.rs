@@ -135,11 +135,11 @@ fn merged_experts_are_those_of_the_rounded_sums() {
             let of = |w: &Tensor<2>| Matrix::from_f32(w.dims()[0], w.dims()[1], &values(w));
             list.iter().map(of).collect()
         };
-        let bank = Arc::new(ExpertBank {
-            gate: matrices(&gate),
-            up: matrices(&up),
-            down: matrices(&down),
-        });
+        let bank = Arc::new(ExpertBank::new(
+            matrices(&gate),
+            matrices(&up),
+            matrices(&down),
+        ));
         let (x, weights) = (random([tokens, hidden]), random([tokens, top_k]));
         let (ga, gb, da, db) = (
             coarse([experts, rank, hidden]),

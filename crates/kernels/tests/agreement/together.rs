@@ -53,11 +53,11 @@ fn shared_experts_beside_routed_ones_are_added_to_them() {
     for kind in 0..weights(1, 256).len() {
         let pick = |rows, cols| weights(rows, cols).swap_remove(kind);
         let list = |rows, cols| (0..experts).map(|_| pick(rows, cols)).collect();
-        let bank = Arc::new(ExpertBank {
-            gate: list(inner, hidden),
-            up: list(inner, hidden),
-            down: list(hidden, inner),
-        });
+        let bank = Arc::new(ExpertBank::new(
+            list(inner, hidden),
+            list(inner, hidden),
+            list(hidden, inner),
+        ));
         let shared = SharedExperts {
             gate: pick(512, hidden).into(),
             up: pick(512, hidden).into(),

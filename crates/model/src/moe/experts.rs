@@ -12,7 +12,8 @@ use std::sync::Arc;
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
 use kernels::{
-    Compute, Dropout, ExpertBank, ExpertFactors, ExpertLora, Matrix, Quantizer, SharedExperts,
+    CachedLayer, Compute, Dropout, ExpertBank, ExpertFactors, ExpertLora, ExpertTraffic, Format,
+    Matrix, Quantizer, SharedExperts,
 };
 
 use super::router::Routed;
@@ -58,11 +59,11 @@ impl Chosen {
             .collect();
         let pick = |numbers: &[usize]| {
             let of = |list: &[Matrix]| numbers.iter().map(|n| list[*n].clone()).collect();
-            Arc::new(ExpertBank {
-                gate: of(&bank.gate),
-                up: of(&bank.up),
-                down: of(&bank.down),
-            })
+            Arc::new(ExpertBank::new(
+                of(&bank.gate),
+                of(&bank.up),
+                of(&bank.down),
+            ))
         };
         Self {
             banks: [pick(&numbers), pick(&others)],
@@ -180,9 +181,25 @@ impl Experts {
             (None, ExpertWeights::Trained(_) | ExpertWeights::Partly(_)) => return,
         };
         for bank in banks {
-            let ExpertBank { gate, up, down } = Arc::make_mut(bank);
+            let ExpertBank { gate, up, down, .. } = Arc::make_mut(bank);
             [gate, up, down].into_iter().flatten().for_each(&mut *visit);
         }
+    }
+
+    /// Leaves frozen experts in their file but for those that were used last. Those in FP8, of which there are no faster
+    /// copies, stay there.
+    pub(crate) fn cache(&mut self, cached: CachedLayer) {
+        if let ExpertWeights::Frozen(frozen) = &mut self.weights
+            && !matches!(frozen.bank.gate[0].format(), Format::Fp8(_))
+        {
+            Arc::make_mut(&mut frozen.bank).cached = Some(cached);
+        }
+    }
+
+    /// How often its experts, and those of all layers with the same cache, were in memory; none where all are.
+    pub(crate) fn traffic(&self) -> Option<ExpertTraffic> {
+        let cached = self.bank()?.cached.as_ref()?;
+        Some(cached.cache.traffic())
     }
 
     /// How many experts are trained or updated, if any are.
