@@ -323,3 +323,42 @@ fn every_prompt_may_have_an_adapter_of_its_own() {
         &["--adapter", "each of the 3", "found 2"],
     );
 }
+
+#[test]
+fn a_budget_for_memory_changes_where_experts_are_and_no_token() {
+    let model = golden("gguf/deepseek_v3_q8_0.gguf");
+    let model = model.to_string_lossy().into_owned();
+    let place = Broken::new("deepseek_v3");
+    let ids = place.path("ids.json").to_string_lossy().into_owned();
+    let words = ["generate", &model, "--ids", &ids, "--ignore-eos", "--json"];
+    let words = [&words[..], &["--max-tokens", "20", "--logprobs", "1"]].concat();
+    let plain = json(&words);
+    assert!(plain.get("expert_cache").is_none());
+    // Room for all, for most experts, for few, and for less than what every token needs.
+    let counts = ["1", "0.00027", "0.00015", "0.00001"].map(|budget| {
+        let found = json(&[&words[..], &["--memory-budget", budget]].concat());
+        assert_eq!(found["token_ids"], plain["token_ids"], "{budget}");
+        assert_eq!(found["logprobs"], plain["logprobs"], "{budget}");
+        let cache = found.get("expert_cache")?;
+        ["hits", "misses", "held_bytes"]
+            .map(|key| cache[key].as_u64())
+            .into_iter()
+            .collect()
+    });
+    let [None, Some(most), Some(few), None] = counts else {
+        panic!("{counts:?}");
+    };
+    let (most, few): (Vec<u64>, Vec<u64>) = (most, few);
+    assert!(most[0] > few[0] && most[1] < few[1], "{most:?} {few:?}");
+    assert_eq!(most[0] + most[1], few[0] + few[1]);
+    assert!(few[2] > 0 && few[2] < most[2], "{most:?} {few:?}");
+
+    for budget in ["0", "-1", "much", "nan", "inf"] {
+        let words = ["generate", &model, "--ids", &ids, "--memory-budget", budget];
+        refused(
+            &moeforge(&words),
+            2,
+            &["--memory-budget", "expected a number"],
+        );
+    }
+}
