@@ -2,6 +2,7 @@
 
 pub(crate) mod block_fp8;
 pub mod gguf;
+pub mod importance;
 pub mod mix;
 
 use std::collections::BTreeMap;

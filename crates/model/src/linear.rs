@@ -102,6 +102,7 @@ impl Linear {
     /// # Panics
     /// If the width does not fit.
     pub fn forward_as(&self, class: Class, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
+        pass.observe_input(&self.weight, &x);
         let compute = pass.compute_of(class);
         let y = match (&self.weight, self.quantizer) {
             (Weight::Frozen(frozen), Some(quantizer)) => {
@@ -186,6 +187,7 @@ impl Linear {
     /// # Panics
     /// If the sizes do not fit.
     pub fn per_head(&self, x: Tensor<3>, rows: HeadRows, pass: &Pass<'_>) -> Tensor<3> {
+        pass.observe_heads(&self.weight, &x, rows.direction);
         let gains = self.lora.as_ref().and_then(|lora| lora.gains(&self.weight));
         let gains = gains.map(|gains| {
             let of_heads = gains.reshape([1, rows.heads, self.weight.dims()[0] / rows.heads]);

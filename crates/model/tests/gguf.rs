@@ -9,6 +9,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Folder, Safetensors};
 use moeforge_model::export::WeightFormat;
 use moeforge_model::export::gguf::write_gguf;
+use moeforge_model::export::importance::Importance;
 use moeforge_model::export::mix::{Mix, Scheme};
 use moeforge_model::lora::{self, LoraConfig, Scaling};
 use moeforge_model::merge::{MergeReport, convert};
@@ -229,15 +230,55 @@ fn some_ids(model: &Model) -> Tensor<2, Int> {
 }
 
 fn write(source: &Folder, scheme: &str, parts: &str, out: &Path) -> Result<MergeReport, Error> {
+    write_gguf(
+        source,
+        &mix(scheme, parts),
+        vec![],
+        out,
+        &mut |done, total| assert!(done <= total),
+    )
+}
+
+fn mix(scheme: &str, parts: &str) -> Mix {
     let all = Scheme::all();
     let scheme = all
         .iter()
         .find(|known| known.to_string() == scheme)
         .unwrap();
-    let mix = Mix::new(*scheme, parts).unwrap();
-    write_gguf(source, &mix, vec![], out, &mut |done, total| {
-        assert!(done <= total)
-    })
+    Mix::new(*scheme, parts).unwrap()
+}
+
+/// Experts of 24 columns, most of which no token is routed to, heads of 16, blocks of 32.
+#[test]
+fn importance_of_columns_keeps_logits_closer() {
+    let place = tempfile::tempdir().unwrap();
+    for name in ["deepseek_v3", "qwen2_distill", "gguf/deepseek_v3_f32.gguf"] {
+        let before = source(name);
+        let model = load(&before);
+        let row = |seed: usize| {
+            let id =
+                |i: usize| ((7 * i * i + (3 + seed) * i + seed) % model.config.vocab_size) as u32;
+            (0..24).map(id).collect::<Vec<u32>>()
+        };
+        let rows: Vec<Vec<u32>> = (1..9).map(row).collect();
+        let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
+        let importance = Importance::measure(&before, &model, &rows, &mut |_| {}).unwrap();
+        let expected = logits(&model, some_ids(&model));
+        for scheme in ["q4_0", "q4_1", "q5_0", "q5_1"] {
+            let errors = [None, Some(importance.clone())].map(|importance| {
+                let out = place.path().join("m.gguf");
+                let mut mix = mix(scheme, "");
+                mix.importance = importance;
+                let report = write_gguf(&before, &mix, vec![], &out, &mut |_, _| {}).unwrap();
+                assert_eq!(report.weighted > 0, mix.importance.is_some());
+                let found = logits(&load(&Folder::open(&out).unwrap()), some_ids(&model));
+                std::fs::remove_file(&out).unwrap();
+                let squares = found.iter().zip(&expected).map(|(a, b)| (a - b) * (a - b));
+                squares.sum::<f32>()
+            });
+            assert!(errors[1] < errors[0], "{name} {scheme}: {errors:?}");
+        }
+    }
 }
 
 #[test]

@@ -40,8 +40,10 @@ impl Origin {
                 format!("key `general.architecture`: expected one of {known}, found {name}");
             return Err(malformed(path, problem));
         };
-        let mut tensors = gguf.files.iter().flat_map(|file| &file.1);
-        if tensors.any(|tensor| &*tensor.name == ROPE_FREQUENCIES) {
+        if gguf
+            .tensors()
+            .any(|tensor| &*tensor.name == ROPE_FREQUENCIES)
+        {
             let problem = format!(
                 "tensor `{ROPE_FREQUENCIES}`: stretched rotary positions are not read; take the original folder"
             );

@@ -240,8 +240,7 @@ impl<'a> Said<'a> {
     }
 
     fn tensor(&self, name: &str) -> Option<&'a Tensor> {
-        let mut tensors = self.gguf.files.iter().flat_map(|file| &file.1);
-        tensors.find(|tensor| &*tensor.name == name)
+        self.gguf.tensors().find(|tensor| &*tensor.name == name)
     }
 
     fn malformed(&self, problem: String) -> crate::Error {

@@ -14,7 +14,7 @@ use kernels::{Direction, HeadRows, Pairs};
 use crate::config::MlaConfig;
 use crate::linear::Linear;
 use crate::norm::Norm;
-use crate::pass::{Pass, per_sequence};
+use crate::pass::{Observe, Pass, per_sequence};
 
 /// Latent attention of one layer.
 #[derive(Module, Debug)]
@@ -64,9 +64,10 @@ impl Mla {
         let latents = self.latents(tokens, [batch, seq], pass);
 
         let is_decoding = seq == 1 && !pass.caches.is_empty();
+        let absorbs = is_decoding || pass.observe == Observe::Inputs;
         let latents = pass.append([layer_idx, 0], latents);
 
-        let out = if is_decoding && self.kv_b_proj.quantizer.is_none() {
+        let out = if absorbs && self.kv_b_proj.quantizer.is_none() {
             self.absorbed(q, &latents, pass)
         } else {
             per_sequence(q, latents.len(), |q, row| {

@@ -10,6 +10,7 @@ use kernels::fp8::Scales;
 use kernels::{Format, Ggml, Matrix, Pairs};
 use rayon::prelude::*;
 
+use super::importance::Importance;
 use super::mix::{GgufType, Mix};
 use crate::Error;
 use crate::config::{AttentionConfig, ModelConfig, RopeScaling};
@@ -49,6 +50,8 @@ pub fn write_gguf(
         shape: tensor.shape.clone(),
     });
     let specs: Vec<TensorSpec> = specs.collect();
+    let importance = mix.importance.as_ref();
+    let weighted = importance.map_or(Ok(0), |importance| importance.check(&tensors))?;
     let mut metadata = layout.metadata();
     metadata.extend(about(model, mix));
     metadata.extend(tokenizer);
@@ -59,8 +62,13 @@ pub fn write_gguf(
         progress(done.min(total), total);
     };
     for tensor in &tensors {
-        for key in &tensor.keys {
-            write_tensor(model, &config, (tensor, key, of(tensor)), &mut writer)?;
+        for number in 0..tensor.keys.len() {
+            let encoding = Encoding {
+                of: of(tensor),
+                importance,
+                first: number,
+            };
+            write_tensor(model, &config, (tensor, encoding), &mut writer)?;
             // Of two halves one counts.
             if !matches!(tensor.rows, Rows::Keys { .. }) {
                 step();
@@ -70,6 +78,7 @@ pub fn write_gguf(
     writer.flush()?;
     let mut report = check(model, &config, &Folder::open(writer.path())?, &mut step)?;
     report.tensors = tensors.len();
+    report.weighted = weighted;
     report.bytes = specs.iter().map(bytes_of).sum();
     writer.finish()?;
     Ok(report)
@@ -124,13 +133,23 @@ fn check_config(config: &ModelConfig) -> Result<(), Error> {
     )))
 }
 
+/// How rows of a tensor are written.
+#[derive(Clone, Copy)]
+struct Encoding<'a> {
+    of: GgufType,
+    importance: Option<&'a Importance>,
+    /// Which of the tensor's sources they are of.
+    first: usize,
+}
+
 /// Writes what a tensor has of one of the folder's.
 fn write_tensor(
     model: &Folder,
     config: &ModelConfig,
-    (tensor, key, of): (&GgufTensor, &str, GgufType),
+    (tensor, encoding): (&GgufTensor, Encoding<'_>),
     writer: &mut GgufWriter,
 ) -> Result<(), Error> {
+    let key = &tensor.keys[encoding.first];
     let shape = match (tensor.rows, tensor.shape.as_slice()) {
         (_, [len]) => {
             let vector = read_tensor(model, key, config)?;
@@ -144,7 +163,12 @@ fn write_tensor(
     };
     let matrix = read_matrix(model, key, shape, config.fp8_block)?;
     for piece in 0..n_pieces(tensor.rows) {
-        write_rows(&self::piece(&matrix, tensor.rows, piece), of, writer)?;
+        // A layer's experts are sources, the heads of a half are pieces of one.
+        let importance = encoding.importance.and_then(|importance| {
+            importance.columns(&tensor.name, encoding.first + piece, *tensor.shape.last()?)
+        });
+        let rows = self::piece(&matrix, tensor.rows, piece);
+        write_rows(&rows, encoding.of, importance, writer)?;
     }
     Ok(())
 }
@@ -212,7 +236,12 @@ fn reordered(
 }
 
 /// Writes the rows of a matrix in a type: its bytes where it is of that type, else some rows encoded at a time.
-fn write_rows(matrix: &Matrix, of: GgufType, writer: &mut GgufWriter) -> Result<(), Error> {
+fn write_rows(
+    matrix: &Matrix,
+    of: GgufType,
+    importance: Option<&[f32]>,
+    writer: &mut GgufWriter,
+) -> Result<(), Error> {
     let is_same = match (of, matrix.format()) {
         (GgufType::F32, Format::F32) | (GgufType::Bf16, Format::Bf16) => true,
         (GgufType::Ggml(Ggml::F16), Format::F16) => true,
@@ -233,7 +262,7 @@ fn write_rows(matrix: &Matrix, of: GgufType, writer: &mut GgufWriter) -> Result<
             || vec![0.0; cols],
             |line, (i, out)| {
                 matrix.decode(start + i..start + i + 1, 0..cols, line);
-                of.encode(line, out);
+                of.encode(line, importance, out);
             },
         );
         writer.write(&bytes)?;

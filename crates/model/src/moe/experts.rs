@@ -240,6 +240,7 @@ impl Experts {
         let experts = self.dims()[0];
         match (&self.weights, &self.chosen) {
             (ExpertWeights::Frozen(frozen), None) => {
+                pass.observe_experts(&frozen.bank, &x, &routed.ids);
                 let routing = routing(&routed, None, experts);
                 self.frozen(x, routing, &frozen.bank, pass)
             }
@@ -357,6 +358,18 @@ impl Stacks {
         let stacks = [&self.gate_proj, &self.up_proj, &self.down_proj].map(|stack| stack.val());
         kernels::experts_trained(x, routing, stacks, compute)
     }
+}
+
+/// What the down projection of a frozen expert multiplies, for those tokens that are given.
+///
+/// # Shapes
+/// - `x`: `[tokens, hidden_size]`
+/// - returns: `[tokens, moe_intermediate_size]`
+pub(crate) fn inner(bank: &ExpertBank, expert: usize, x: Tensor<2>) -> Tensor<2> {
+    let [gate, up] = [&bank.gate, &bank.up].map(|list| {
+        kernels::linear_frozen(x.clone(), &Arc::new(list[expert].clone()), Compute::F32)
+    });
+    kernels::swiglu(gate, up, Compute::F32)
 }
 
 /// The slots of all experts, or of those with some numbers, which then count from zero.
