@@ -10,6 +10,7 @@
 pub(crate) mod layout;
 mod names;
 pub(crate) mod origin;
+mod rope;
 mod settings;
 pub(crate) mod writer;
 

@@ -289,6 +289,7 @@ fn a_written_gguf_computes_what_the_model_does() {
         "deepseek_v2_group",
         "deepseek_v3_fp8",
         "qwen2_distill",
+        "llama_distill",
         "gguf/llama_q4_1.gguf",
         "gguf/deepseek_v3_q8_0.gguf",
     ] {
@@ -365,9 +366,24 @@ fn fewer_bits_keep_less_and_parts_have_types_of_their_own() {
 fn what_a_gguf_cannot_say_is_refused() {
     let place = tempfile::tempdir().unwrap();
     let out = place.path().join("m.gguf");
-    let error = write(&source("llama_distill"), "f32", "", &out).unwrap_err();
+    let json = std::fs::read_to_string(goldens().join("../qwen2_distill/config.json")).unwrap();
+    let mut json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    json["rope_scaling"] = serde_json::json!({
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    });
+    let folder = place.path().join("qwen2");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::write(folder.join("config.json"), json.to_string()).unwrap();
+    let weights = "model.safetensors";
+    std::fs::copy(
+        goldens().join("../qwen2_distill").join(weights),
+        folder.join(weights),
+    )
+    .unwrap();
+    let error = write(&Folder::open(&folder).unwrap(), "f32", "", &out).unwrap_err();
     assert!(error.to_string().contains("Llama 3"), "{error}");
-    assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 0);
+    assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 1);
     for (parts, expected) in [
         ("experts=q9", "expected one of f32, bf16, f16, q8_0"),
         (

@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use checkpoint::{Folder, GgufLayout, GgufTensor, GgufValue, GgufWriter, Rows, TensorSpec};
+use checkpoint::{DType, Folder, GgufLayout, GgufTensor, GgufValue, GgufWriter, Rows, TensorSpec};
 use kernels::fp8::Scales;
 use kernels::{Format, Ggml, Matrix, Pairs};
 use rayon::prelude::*;
@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use super::importance::Importance;
 use super::mix::{GgufType, Mix};
 use crate::Error;
-use crate::config::{AttentionConfig, ModelConfig, RopeScaling};
+use crate::config::{AttentionConfig, Family, ModelConfig, RopeScaling};
 use crate::merge::{MergeReport, relative_error};
 use crate::weights::{keys, read_config, read_matrix, read_tensor};
 
@@ -49,7 +49,13 @@ pub fn write_gguf(
         dtype: of(tensor).dtype(),
         shape: tensor.shape.clone(),
     });
-    let specs: Vec<TensorSpec> = specs.collect();
+    let made = layout.made();
+    let of_made = made.iter().map(|(name, values)| TensorSpec {
+        name: (*name).into(),
+        dtype: DType::F32,
+        shape: vec![values.len()],
+    });
+    let specs: Vec<TensorSpec> = specs.chain(of_made).collect();
     let importance = mix.importance.as_ref();
     let weighted = importance.map_or(Ok(0), |importance| importance.check(&tensors))?;
     let mut metadata = layout.metadata();
@@ -75,9 +81,13 @@ pub fn write_gguf(
             }
         }
     }
+    if let Some((_, values)) = made {
+        let bytes: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
+        writer.write(&bytes)?;
+    }
     writer.flush()?;
     let mut report = check(model, &config, &Folder::open(writer.path())?, &mut step)?;
-    report.tensors = tensors.len();
+    report.tensors = specs.len();
     report.weighted = weighted;
     report.bytes = specs.iter().map(bytes_of).sum();
     writer.finish()?;
@@ -112,7 +122,9 @@ fn bytes_of(spec: &TensorSpec) -> u64 {
 fn check_config(config: &ModelConfig) -> Result<(), Error> {
     let is_latent = matches!(config.attention, AttentionConfig::Mla(_));
     let problem = match (&config.rope.scaling, &config.moe) {
-        (RopeScaling::Llama3 { .. }, _) => "stretched rotary positions of Llama 3",
+        (RopeScaling::Llama3 { .. }, _) if config.model_type != Family::Llama => {
+            "Llama 3's stretched rotary positions and is no llama"
+        }
         (
             RopeScaling::Yarn {
                 mscale,
@@ -270,6 +282,22 @@ fn write_rows(
     Ok(())
 }
 
+/// Whether two configs stretch rotary positions as Llama 3 does and alike: a GGUF says what the settings do, and not each.
+fn same_stretch(config: &ModelConfig, other: &ModelConfig) -> bool {
+    /// Divisors are written in f32.
+    const ROUNDING: f32 = 1e-5;
+    let is_llama3 =
+        |config: &ModelConfig| matches!(config.rope.scaling, RopeScaling::Llama3 { .. });
+    let AttentionConfig::Gqa(gqa) = &config.attention else {
+        return false;
+    };
+    let [before, after] = [config, other].map(|config| config.rope.frequencies(gqa.head_dim));
+    let mut pairs = before.iter().zip(&after);
+    is_llama3(config)
+        && is_llama3(other)
+        && pairs.all(|(before, after)| (after / before - 1.0).abs() < ROUNDING)
+}
+
 /// Compares every tensor of a written file with the model's.
 fn check(
     model: &Folder,
@@ -287,6 +315,9 @@ fn check(
     let found = read_config(written)?;
     expected.fp8_block = found.fp8_block;
     expected.initializer_range = found.initializer_range;
+    if same_stretch(&expected, &found) {
+        expected.rope.scaling = found.rope.scaling.clone();
+    }
     if found != expected {
         let (expected, found) = (format!("{expected:?}"), format!("{found:?}"));
         return Err(unfaithful("config", &expected, found));
