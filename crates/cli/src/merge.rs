@@ -1,5 +1,7 @@
 //! `moeforge merge`: folds an adapter into its model.
 
+pub(crate) mod adapter;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 

@@ -9,6 +9,10 @@ use super::{Observe, Pass};
 use crate::linear::Weight;
 
 /// What entered a frozen weight in one pass.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "tensor handles; there are a few for each layer"
+)]
 #[derive(Clone, Debug)]
 pub enum InputRecord {
     /// A linear layer's.
