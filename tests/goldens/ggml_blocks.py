@@ -62,4 +62,20 @@ for name, (kind, size, _) in FORMATS.items():
         ctypes.c_int64(0), ctypes.c_int64(ROWS), ctypes.c_int64(COLS), None,
     )
     out[f"{name}.encoded"] = coded
+
+# The same values where columns differ in importance by a factor of 10,000 and more, and one has nearly none.
+importance = np.exp(random.normal(0, 2, COLS)).astype(np.float32)
+importance[::41] *= 100
+importance[7] = 1e-6
+out["encode.importance"] = importance
+for name, (kind, size, _) in FORMATS.items():
+    if name in ("iq4_nl", "mxfp4"):
+        continue
+    block = 256 if name.endswith("_k") else 32
+    coded = np.zeros(ROWS * COLS // block * size, dtype=np.uint8)
+    ggml.ggml_quantize_chunk(
+        int(kind), values.ctypes.data_as(ctypes.c_void_p), coded.ctypes.data_as(ctypes.c_void_p),
+        ctypes.c_int64(0), ctypes.c_int64(ROWS), ctypes.c_int64(COLS), importance.ctypes.data_as(ctypes.c_void_p),
+    )
+    out[f"{name}.weighted"] = coded
 save_file(out, pathlib.Path(__file__).parent / "codecs" / "ggml.safetensors")

@@ -6,9 +6,10 @@ const MODEL: &str = "crates/model/src/";
 /// What waits until the device has computed a tensor, and copies it.
 const HOST_READS: [&str; 4] = ["into_data", "into_scalar", "to_data", "try_to_vec"];
 /// The files of the model that may wait.
-const HOST_READERS: [&str; 2] = [
-    "export.rs",        // Weights go into files.
-    "adapter/write.rs", // Adapters go into files.
+const HOST_READERS: [&str; 3] = [
+    "export.rs",            // Weights go into files.
+    "export/importance.rs", // What entered the weights decides how they go into files.
+    "adapter/write.rs",     // Adapters go into files.
 ];
 /// What multiplies weights with activations, and the files of the model that may call it: invariant 2 of
 /// `crates/README.md`. An embedding and the loss are such products too, and may have files of their own.

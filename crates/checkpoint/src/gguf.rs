@@ -10,6 +10,7 @@
 pub(crate) mod layout;
 mod names;
 pub(crate) mod origin;
+mod rope;
 mod settings;
 pub(crate) mod writer;
 
@@ -38,7 +39,7 @@ const SMALLEST_TENSOR: usize = 24;
 
 /// The content of a GGUF model, of all its files.
 #[derive(Clone, Debug)]
-pub(crate) struct Gguf {
+pub struct Gguf {
     /// Of the first file. Numbers, texts, and lists of them.
     pub(crate) metadata: BTreeMap<String, Value>,
     /// The files, and the tensors of each.
@@ -50,7 +51,7 @@ impl Gguf {
     ///
     /// # Errors
     /// If one cannot be mapped, is malformed, or is not the part it should be.
-    pub(crate) fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path) -> Result<Self> {
         let (metadata, tensors) = parse(path, &map(path)?)?;
         let number = |metadata: &BTreeMap<String, Value>, key: &str| {
             metadata.get(key).and_then(Value::as_u64).unwrap_or(0)
@@ -77,6 +78,24 @@ impl Gguf {
             files.push((path, tensors));
         }
         Ok(Self { metadata, files })
+    }
+}
+
+impl Gguf {
+    /// What the metadata says under a key.
+    pub fn metadata(&self, key: &str) -> Option<&Value> {
+        self.metadata.get(key)
+    }
+
+    /// Its tensors under the names they have in it.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.files.iter().flat_map(|file| &file.1)
+    }
+
+    /// An error about its content.
+    pub fn malformed(&self, problem: String) -> Error {
+        let file = self.files.first().map(|file| file.0.as_path());
+        malformed(file.unwrap_or(Path::new("")), problem)
     }
 }
 

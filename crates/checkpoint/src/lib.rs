@@ -57,6 +57,7 @@ pub use self::error::{Error, Result};
 pub use self::file::write_file;
 pub use self::folder::Folder;
 pub use self::folder_writer::FolderWriter;
+pub use self::gguf::Gguf;
 pub use self::gguf::layout::{GgufLayout, GgufTensor, Rows};
 pub use self::gguf::writer::{GgufValue, GgufWriter};
 pub use self::map::{expect, forget};

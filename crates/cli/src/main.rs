@@ -75,6 +75,8 @@ enum Verb {
     Chat(generate::chat::Args),
     /// Fold an adapter into its model.
     Merge(merge::Args),
+    /// Write an adapter as a GGUF file for llama.cpp.
+    ExportAdapter(merge::adapter::Args),
     /// Write a model in another number format.
     Quantize(quantize::Args),
     /// Measure what survives of an adapter's effect when it is merged and rounded.
@@ -125,6 +127,7 @@ fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
         Verb::Generate(args) => generate::run(&args, console),
         Verb::Chat(args) => generate::chat::run(&args, console),
         Verb::Merge(args) => merge::run(&args, console),
+        Verb::ExportAdapter(args) => merge::adapter::run(&args, console),
         Verb::Quantize(args) => quantize::run(&args, console),
         Verb::Survival(args) => survival::run(&args, console),
         Verb::Precision(args) => precision::run(&args, console),

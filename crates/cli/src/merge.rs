@@ -1,5 +1,7 @@
 //! `moeforge merge`: folds an adapter into its model.
 
+pub(crate) mod adapter;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -105,6 +107,7 @@ impl<'a> Report<'a> {
             tensors,
             adapted,
             bytes,
+            weighted,
             largest_error,
             ..
         } = &self.written;
@@ -113,6 +116,7 @@ impl<'a> Report<'a> {
             "out": self.out,
             "tensors": tensors,
             "adapted": adapted,
+            "weighted": weighted,
             "bytes": bytes,
             "largest_error": largest_error,
             "relative_errors": errors.collect::<Vec<_>>(),
@@ -134,6 +138,10 @@ impl<'a> Report<'a> {
             self.written.tensors,
             self.written.bytes as f64 / f64::from(1 << 20),
         );
+        if self.written.weighted > 0 {
+            let n = self.written.weighted;
+            text += &format!("\nrounded by the importance of their columns: {n} tensors");
+        }
         if let Some(largest) = self.written.largest_error {
             text += &format!(
                 "\nchecked against {against}: largest error {largest:.1e} of a row's magnitude"

@@ -1,5 +1,7 @@
 //! `moeforge quantize`: a model in another number format.
 
+mod importance;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -7,6 +9,7 @@ use ::eval::Divergence;
 use anyhow::{Context, anyhow, bail};
 use checkpoint::{Folder, GgufValue};
 use data::Sample;
+use model::Compute;
 use model::export::WeightFormat;
 use model::export::gguf::write_gguf;
 use model::export::mix::{Mix, Scheme};
@@ -14,6 +17,7 @@ use model::merge::{MergeReport, convert};
 use model::weights::{Audit, audit, read_config};
 use serde_json::Value;
 
+use self::importance::ImportanceArgs;
 use crate::console::Console;
 use crate::eval::compare::{self, LONGEST};
 use crate::merge::Report;
@@ -42,6 +46,8 @@ pub(crate) struct Args {
     /// Of a GGUF: llama.cpp's name for the pre-tokenizer, where it is not recognized.
     #[arg(long, value_name = "NAME")]
     pre: Option<String>,
+    #[command(flatten)]
+    importance: ImportanceArgs,
     /// Folder with `test.jsonl`: also compare what both models predict.
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
@@ -114,8 +120,10 @@ fn write(
 ) -> anyhow::Result<Result<MergeReport, model::Error>> {
     let scheme = match args.to {
         Target::Gguf(scheme) => scheme,
-        Target::Folder(_) if !args.mix.is_empty() || args.pre.is_some() => {
-            bail!("`--mix` and `--pre` are for GGUF files; expected `--to gguf:…`")
+        Target::Folder(_)
+            if !args.mix.is_empty() || args.pre.is_some() || args.importance.is_given() =>
+        {
+            bail!("`--mix`, `--pre` and `--imatrix…` are for GGUF files; expected `--to gguf:…`")
         }
         Target::Folder(format) => {
             let mut progress = console.progress(0, "converting");
@@ -126,13 +134,15 @@ fn write(
             return Ok(written);
         }
     };
-    let mix = Mix::new(scheme, &args.mix).map_err(|problem| anyhow!("`--mix`: {problem}"))?;
+    let mut mix = Mix::new(scheme, &args.mix).map_err(|problem| anyhow!("`--mix`: {problem}"))?;
     let tokenizer = tokenizer_keys(model, args.pre.as_deref(), console)?;
     let Audit { mtp, unknown, .. } = audit(model)?;
     let left_out = [mtp, unknown].concat();
     if !left_out.is_empty() {
         console.note(format_args!("left out: {}", listed(&left_out)));
     }
+    let importance = &args.importance;
+    mix.importance = importance.importance((&args.model, model), console)?;
     let mut progress = console.progress(0, "converting");
     let written = write_gguf(model, &mix, tokenizer, &args.out, &mut |done, total| {
         progress.update_of(done as u64, total as u64)
@@ -187,5 +197,5 @@ fn compared(
 ) -> anyhow::Result<Divergence> {
     let source = open_model(&args.model, None, console)?;
     let found = open_model(&args.out.to_string_lossy(), None, console)?;
-    compare::compare(&source, &found, samples, (data, console))
+    compare::compare((&source, &found, Compute::F32), samples, (data, console))
 }

@@ -1,17 +1,21 @@
 //! How far the predictions of one model are from another's, and how far their routers' choices.
 
 use data::Sample;
-use model::{Model, moved_picks};
+use model::{Compute, Model, moved_picks};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::logits::{Logits, Picks};
+use crate::losses::SampleLoss;
+use crate::perplexity::ratio_standard_error;
 
 /// What a model predicts, against a reference.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Divergence {
     /// Mean Kullback-Leibler divergence from the reference to the model, in nats per target.
     pub kl: f64,
+    /// Of `kl`, from how samples differ; none below two of them.
+    pub kl_error: Option<f64>,
     /// Share of the targets for which both find the same token most probable.
     pub top1_agreement: f64,
     /// Loss of the reference, in nats per target.
@@ -38,8 +42,11 @@ pub struct RoutingDivergence {
 impl Divergence {
     /// One line.
     pub fn to_text(&self) -> String {
+        let error = self
+            .kl_error
+            .map_or(String::new(), |error| format!(" ± {error:.1e}"));
         format!(
-            "over {} targets: KL {:.2e} nats, the same most probable token for {:.1} %, loss {:.4} to {:.4}",
+            "over {} targets: KL {:.2e}{error} nats, the same most probable token for {:.1} %, loss {:.4} to {:.4}",
             self.targets,
             self.kl,
             100.0 * self.top1_agreement,
@@ -49,13 +56,13 @@ impl Divergence {
     }
 }
 
-/// Compares a model with a reference on samples. `progress` is told how many are done and how many there are.
+/// Compares the second of two models with the first, the reference, which computes in f32. `progress` is told how many are done and how many there are.
 ///
 /// # Errors
 /// If the models have vocabularies of different sizes, there is no target, or a loss is not finite.
 pub fn divergence(
-    reference: &Model,
-    model: &Model,
+    [reference, model]: [&Model; 2],
+    compute: Compute,
     samples: &[Sample],
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Divergence> {
@@ -63,16 +70,19 @@ pub fn divergence(
     if expected != found {
         return Err(Error::OtherVocabulary { expected, found });
     }
-    let (mut kl, mut agreed, mut losses, mut targets) = (0.0, 0, [0.0; 2], 0);
+    let (mut kl, mut agreed, mut losses, mut targets) = (Vec::new(), 0, [0.0; 2], 0);
     let mut routing: Vec<RoutingDivergence> = Vec::new();
     for (number, sample) in samples.iter().enumerate() {
         if sample.trained_tokens() == 0 {
             continue;
         }
-        let [(expected, base), (found, picks)] =
-            [reference, model].map(|model| Logits::with_picks(model, sample));
+        let [(expected, base), (found, picks)] = [(reference, Compute::F32), (model, compute)]
+            .map(|(model, compute)| Logits::with_picks(model, compute, sample));
         compare_picks(&mut routing, &picks, &base);
-        kl += expected.divergence_to(&found);
+        kl.push(SampleLoss {
+            loss_sum: expected.divergence_to(&found),
+            tokens: expected.targets.len(),
+        });
         agreed += expected.agreement_with(&found);
         losses[0] += expected.loss();
         losses[1] += found.loss();
@@ -91,7 +101,8 @@ pub fn divergence(
     }
     let n = targets as f64;
     Ok(Divergence {
-        kl: kl / n,
+        kl: kl.iter().map(|sample| sample.loss_sum).sum::<f64>() / n,
+        kl_error: ratio_standard_error(&kl),
         top1_agreement: agreed as f64 / n,
         reference_loss: losses[0] / n,
         loss: losses[1] / n,

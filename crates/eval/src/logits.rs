@@ -39,17 +39,21 @@ impl Picks {
 impl Logits {
     /// One pass. Waits for the device.
     pub(crate) fn of(model: &Model, sample: &Sample) -> Self {
-        Self::with_picks(model, sample).0
+        Self::with_picks(model, Compute::F32, sample).0
     }
 
     /// The same with the experts of every mixture layer.
-    pub(crate) fn with_picks(model: &Model, sample: &Sample) -> (Self, Vec<Picks>) {
+    pub(crate) fn with_picks(
+        model: &Model,
+        compute: Compute,
+        sample: &Sample,
+    ) -> (Self, Vec<Picks>) {
         let batch = collate(&[sample], 0);
         let device: Device = model.model.norm.weight.val().device();
         let ids = TensorData::new(batch.input_ids.clone(), [1, batch.cols]);
         let mut pass = Pass {
             observe: Observe::Routing,
-            ..Pass::new(Compute::F32)
+            ..Pass::new(compute)
         };
         let hidden = model.hidden(Tensor::<2, Int>::from_data(ids, &device), &mut pass);
         let [_, seq, width] = hidden.dims();

@@ -10,6 +10,7 @@
 mod decode;
 mod encode;
 mod k_quants;
+mod weighted;
 
 pub(crate) use self::decode::{DOUBLED, UNEVEN, half_of_power};
 

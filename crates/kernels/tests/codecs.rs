@@ -138,3 +138,29 @@ fn values_encode_as_llama_cpp_encodes_them() {
         }
     });
 }
+
+/// The same with columns of unequal importance, row by row.
+#[test]
+fn weighted_values_encode_as_llama_cpp_encodes_them() {
+    with_file("ggml.safetensors", |goldens| {
+        let values = floats(goldens, "encode.values");
+        let importance = floats(goldens, "encode.importance");
+        for format in Ggml::WRITTEN
+            .into_iter()
+            .filter(|format| format.block() > 1)
+        {
+            let name = format.name();
+            let golden = goldens.tensor(&format!("{name}.weighted")).unwrap();
+            let rows = values.chunks(importance.len());
+            let per_row = golden.data().len() / rows.len();
+            for (row, expected) in rows.zip(golden.data().chunks(per_row)) {
+                let mut found = vec![0; per_row];
+                format.encode_weighted(row, &importance, &mut found);
+                let size = per_row / (row.len() / format.block());
+                let blocks = found.chunks(size).zip(expected.chunks(size));
+                let different = blocks.filter(|(found, expected)| found != expected).count();
+                assert_eq!(different, 0, "{name}: blocks differ");
+            }
+        }
+    });
+}

@@ -131,6 +131,11 @@ impl Model {
         self.head().forward_as(Class::Head, hidden, pass)
     }
 
+    /// Notes hidden states `[tokens, hidden_size]` as the output head's input, if that is asked for, without any product.
+    pub(crate) fn observe_head(&self, hidden: &Tensor<2>, pass: &Pass<'_>) {
+        pass.observe_input(&self.head().weight, hidden);
+    }
+
     /// The loss of every position, without holding the logits.
     ///
     /// # Shapes

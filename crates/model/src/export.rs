@@ -2,6 +2,8 @@
 
 pub(crate) mod block_fp8;
 pub mod gguf;
+pub mod importance;
+pub mod lora_gguf;
 pub mod mix;
 
 use std::collections::BTreeMap;

@@ -50,7 +50,7 @@ pub use kernels::{Compute, ExpertTraffic, Quantizer};
 pub use mlp::Mlp;
 pub use norm::Norm;
 pub use parameters::Parameter;
-pub use pass::{Observe, Pass, RoutingRecord, moved_picks};
+pub use pass::{InputRecord, Observe, Pass, RoutingRecord, moved_picks};
 pub use rope::RotaryTable;
 pub use sites::{Site, matches};
 pub use weights::Training;

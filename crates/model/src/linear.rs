@@ -11,7 +11,7 @@ use burn::tensor::{Int, Tensor};
 use kernels::{Absorbed, Compute, Direction, Dropout, HeadRows, Matrix, Merge, Quantizer, Update};
 
 use crate::lora::Lora;
-use crate::pass::Pass;
+use crate::pass::{Observe, Pass};
 use crate::precision::Class;
 
 /// A weight `[out, in]`, as a checkpoint stores it.
@@ -102,6 +102,7 @@ impl Linear {
     /// # Panics
     /// If the width does not fit.
     pub fn forward_as(&self, class: Class, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
+        pass.observe_input(&self.weight, &x);
         let compute = pass.compute_of(class);
         self.biased(match (&self.weight, self.quantizer) {
             (Weight::Frozen(frozen), Some(quantizer)) => {
@@ -121,7 +122,7 @@ impl Linear {
     /// # Panics
     /// If a width does not fit.
     pub fn forward_both(both: [&Self; 2], x: Tensor<2>, pass: &Pass<'_>) -> [Tensor<2>; 2] {
-        let [Some(first), Some(second)] = both.map(Self::bare) else {
+        let [Some(first), Some(second)] = both.map(|linear| linear.bare(pass)) else {
             return both.map(|linear| linear.forward(x.clone(), pass));
         };
         let compute = pass.compute_of(Class::Linear);
@@ -129,10 +130,11 @@ impl Linear {
         [both[0].biased(y), both[1].biased(z)]
     }
 
-    /// The weight, where it is frozen and multiplied as it is.
-    pub(crate) fn bare(&self) -> Option<&Arc<Matrix>> {
+    /// The weight, where it is frozen and multiplied as it is, and nobody asks for its input.
+    pub(crate) fn bare(&self, pass: &Pass<'_>) -> Option<&Arc<Matrix>> {
+        let is_bare = self.lora.is_none() && self.quantizer.is_none();
         match &self.weight {
-            Weight::Frozen(frozen) if self.lora.is_none() && self.quantizer.is_none() => {
+            Weight::Frozen(frozen) if is_bare && pass.observe != Observe::Inputs => {
                 Some(&frozen.matrix)
             }
             _ => None,
@@ -218,6 +220,7 @@ impl Linear {
     /// # Panics
     /// If the sizes do not fit.
     pub fn per_head(&self, x: Tensor<3>, rows: HeadRows, pass: &Pass<'_>) -> Tensor<3> {
+        pass.observe_heads(&self.weight, &x, rows.direction);
         let gains = self.lora.as_ref().and_then(|lora| lora.gains(&self.weight));
         let gains = gains.map(|gains| {
             let of_heads = gains.reshape([1, rows.heads, self.weight.dims()[0] / rows.heads]);
@@ -276,7 +279,7 @@ impl Linear {
         absorbed: Absorbed,
         pass: &Pass<'_>,
     ) -> Option<Tensor<4>> {
-        let (w, [latents]) = (self.bare()?, latents) else {
+        let (w, [latents]) = (self.bare(pass)?, latents) else {
             return None;
         };
         let (q, latents) = (q.clone(), latents.clone());

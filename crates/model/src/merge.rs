@@ -34,6 +34,8 @@ pub struct MergeReport {
     pub adapted: usize,
     /// Bytes of tensors written.
     pub bytes: u64,
+    /// Tensors of a GGUF whose columns' importance counted.
+    pub weighted: usize,
     /// Largest error of the check, relative to the sum of the magnitudes of a row. None where blocks of a GGUF are
     /// written, whose rounding no such sum bounds.
     pub largest_error: Option<f32>,

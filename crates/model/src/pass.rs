@@ -1,8 +1,13 @@
 //! What one forward pass carries from layer to layer besides the residual stream.
 
+pub(crate) mod inputs;
+
+use std::cell::RefCell;
+
 use burn::tensor::{Int, Tensor};
 use kernels::{Compute, Segments};
 
+pub use self::inputs::InputRecord;
 use crate::cache::Cache;
 use crate::moe::router::Routed;
 use crate::precision::Class;
@@ -28,6 +33,8 @@ pub struct Pass<'a> {
     pub routing: Vec<RoutingRecord>,
     /// The residual stream after each part, by the part's path.
     pub residuals: Vec<(String, Tensor<2>)>,
+    /// What entered the weights.
+    pub inputs: RefCell<Vec<InputRecord>>,
     /// Rotary tables of the input's positions; filled by the decoder.
     pub rotary: Option<RotaryTable>,
 }
@@ -39,6 +46,9 @@ pub enum Observe {
     Routing,
     /// Keep the residual stream after every part of a layer.
     Residuals,
+    /// Keep the mean squares of what enters the weights. Latent attention runs absorbed then, in the form whose products a
+    /// GGUF's weights are made for.
+    Inputs,
     /// Keep nothing.
     Nothing,
 }
@@ -73,6 +83,7 @@ impl<'a> Pass<'a> {
             observe: Observe::Nothing,
             routing: Vec::new(),
             residuals: Vec::new(),
+            inputs: RefCell::default(),
             rotary: None,
         }
     }

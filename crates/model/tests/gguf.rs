@@ -9,6 +9,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Folder, Safetensors};
 use moeforge_model::export::WeightFormat;
 use moeforge_model::export::gguf::write_gguf;
+use moeforge_model::export::importance::Importance;
 use moeforge_model::export::mix::{Mix, Scheme};
 use moeforge_model::lora::{self, LoraConfig, Scaling};
 use moeforge_model::merge::{MergeReport, convert};
@@ -229,15 +230,55 @@ fn some_ids(model: &Model) -> Tensor<2, Int> {
 }
 
 fn write(source: &Folder, scheme: &str, parts: &str, out: &Path) -> Result<MergeReport, Error> {
+    write_gguf(
+        source,
+        &mix(scheme, parts),
+        vec![],
+        out,
+        &mut |done, total| assert!(done <= total),
+    )
+}
+
+fn mix(scheme: &str, parts: &str) -> Mix {
     let all = Scheme::all();
     let scheme = all
         .iter()
         .find(|known| known.to_string() == scheme)
         .unwrap();
-    let mix = Mix::new(*scheme, parts).unwrap();
-    write_gguf(source, &mix, vec![], out, &mut |done, total| {
-        assert!(done <= total)
-    })
+    Mix::new(*scheme, parts).unwrap()
+}
+
+/// Experts of 24 columns, most of which no token is routed to, heads of 16, blocks of 32.
+#[test]
+fn importance_of_columns_keeps_logits_closer() {
+    let place = tempfile::tempdir().unwrap();
+    for name in ["deepseek_v3", "qwen2_distill", "gguf/deepseek_v3_f32.gguf"] {
+        let before = source(name);
+        let model = load(&before);
+        let row = |seed: usize| {
+            let id =
+                |i: usize| ((7 * i * i + (3 + seed) * i + seed) % model.config.vocab_size) as u32;
+            (0..24).map(id).collect::<Vec<u32>>()
+        };
+        let rows: Vec<Vec<u32>> = (1..9).map(row).collect();
+        let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
+        let importance = Importance::measure(&before, &model, &rows, &mut |_| {}).unwrap();
+        let expected = logits(&model, some_ids(&model));
+        for scheme in ["q4_0", "q4_1", "q5_0", "q5_1"] {
+            let errors = [None, Some(importance.clone())].map(|importance| {
+                let out = place.path().join("m.gguf");
+                let mut mix = mix(scheme, "");
+                mix.importance = importance;
+                let report = write_gguf(&before, &mix, vec![], &out, &mut |_, _| {}).unwrap();
+                assert_eq!(report.weighted > 0, mix.importance.is_some());
+                let found = logits(&load(&Folder::open(&out).unwrap()), some_ids(&model));
+                std::fs::remove_file(&out).unwrap();
+                let squares = found.iter().zip(&expected).map(|(a, b)| (a - b) * (a - b));
+                squares.sum::<f32>()
+            });
+            assert!(errors[1] < errors[0], "{name} {scheme}: {errors:?}");
+        }
+    }
 }
 
 #[test]
@@ -248,6 +289,7 @@ fn a_written_gguf_computes_what_the_model_does() {
         "deepseek_v2_group",
         "deepseek_v3_fp8",
         "qwen2_distill",
+        "llama_distill",
         "gguf/llama_q4_1.gguf",
         "gguf/deepseek_v3_q8_0.gguf",
     ] {
@@ -324,9 +366,24 @@ fn fewer_bits_keep_less_and_parts_have_types_of_their_own() {
 fn what_a_gguf_cannot_say_is_refused() {
     let place = tempfile::tempdir().unwrap();
     let out = place.path().join("m.gguf");
-    let error = write(&source("llama_distill"), "f32", "", &out).unwrap_err();
+    let json = std::fs::read_to_string(goldens().join("../qwen2_distill/config.json")).unwrap();
+    let mut json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    json["rope_scaling"] = serde_json::json!({
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    });
+    let folder = place.path().join("qwen2");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::write(folder.join("config.json"), json.to_string()).unwrap();
+    let weights = "model.safetensors";
+    std::fs::copy(
+        goldens().join("../qwen2_distill").join(weights),
+        folder.join(weights),
+    )
+    .unwrap();
+    let error = write(&Folder::open(&folder).unwrap(), "f32", "", &out).unwrap_err();
     assert!(error.to_string().contains("Llama 3"), "{error}");
-    assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 0);
+    assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 1);
     for (parts, expected) in [
         ("experts=q9", "expected one of f32, bf16, f16, q8_0"),
         (

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::settings::{self, Architecture};
 use super::writer::GgufValue;
-use super::{malformed, names};
+use super::{malformed, names, rope};
 use crate::Result;
 
 /// A tensor of a GGUF and what it is made of.
@@ -88,6 +88,11 @@ impl<'a> GgufLayout<'a> {
     /// The metadata that says what the config does.
     pub fn metadata(&self) -> Vec<(String, GgufValue)> {
         settings::metadata(self.config, self.architecture)
+    }
+
+    /// A tensor that is made of the config: name and values.
+    pub fn made(&self) -> Option<(&'static str, Vec<f32>)> {
+        Some((rope::DIVISORS, rope::divisors(self.config)?))
     }
 
     /// The tensors that a folder's become, given as keys and shapes, those of a layer's experts in the order of experts.

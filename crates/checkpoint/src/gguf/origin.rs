@@ -8,11 +8,9 @@ use bytes::{Bytes, BytesMut};
 use serde_json::Value;
 
 use super::settings::{self, Architecture};
-use super::{Gguf, malformed, names};
+use super::{Gguf, malformed, names, rope};
 use crate::{Result, Tensor};
 
-/// Frequencies of Llama 3's rotary positions, computed by the converter.
-const ROPE_FREQUENCIES: &str = "rope_freqs.weight";
 /// No model has more experts in a layer: each of them becomes a tensor of its own.
 const MOST_EXPERTS: usize = 1 << 12;
 
@@ -40,13 +38,6 @@ impl Origin {
                 format!("key `general.architecture`: expected one of {known}, found {name}");
             return Err(malformed(path, problem));
         };
-        let mut tensors = gguf.files.iter().flat_map(|file| &file.1);
-        if tensors.any(|tensor| &*tensor.name == ROPE_FREQUENCIES) {
-            let problem = format!(
-                "tensor `{ROPE_FREQUENCIES}`: stretched rotary positions are not read; take the original folder"
-            );
-            return Err(malformed(path, problem));
-        }
         let config = settings::config(path, gguf, (name, architecture))?;
         let heads = |key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(0) as usize;
         let n_heads = heads("num_attention_heads");
@@ -63,6 +54,10 @@ impl Origin {
     /// # Errors
     /// If stacked experts are not those of the config.
     pub(crate) fn parts(&self, mut tensor: Tensor) -> Result<Vec<Tensor>> {
+        // The config says what this one does.
+        if &*tensor.name == rope::DIVISORS {
+            return Ok(vec![]);
+        }
         let Some((layer, projections)) = names::stacked(&tensor.name) else {
             tensor.name = names::key(&tensor.name).into();
             return Ok(vec![tensor]);

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::writer::GgufValue;
-use super::{Gguf, decimal, malformed};
+use super::{Gguf, decimal, malformed, rope};
 use crate::{Result, Tensor};
 
 /// An architecture that is read.
@@ -167,7 +167,10 @@ pub(crate) fn metadata(
             set(GATING, counted(if is_sigmoid { SIGMOID } else { SOFTMAX }));
         }
     }
-    let Some(scaling) = config.get("rope_scaling").filter(|s| s.is_object()) else {
+    let scaling = config.get("rope_scaling").filter(|s| s.is_object());
+    // Llama 3's is a tensor.
+    let scaling = scaling.filter(|_| rope::divisors(config).is_none());
+    let Some(scaling) = scaling else {
         return metadata;
     };
     set(
@@ -240,8 +243,7 @@ impl<'a> Said<'a> {
     }
 
     fn tensor(&self, name: &str) -> Option<&'a Tensor> {
-        let mut tensors = self.gguf.files.iter().flat_map(|file| &file.1);
-        tensors.find(|tensor| &*tensor.name == name)
+        self.gguf.tensors().find(|tensor| &*tensor.name == name)
     }
 
     fn malformed(&self, problem: String) -> crate::Error {
@@ -288,7 +290,11 @@ impl<'a> Said<'a> {
         let theta = self.setting("rope.freq_base").cloned();
         config.insert("rope_theta".into(), theta.unwrap_or_else(|| json!(10000.0)));
         let kind = self.setting("rope.scaling.type");
-        let Some(kind) = kind.filter(|kind| **kind != "none") else {
+        let kind = kind.filter(|kind| **kind != "none");
+        if let Some(tensor) = self.tensor(rope::DIVISORS) {
+            return self.divided(tensor, kind, config);
+        }
+        let Some(kind) = kind else {
             return Ok(());
         };
         let mut scaling = Map::from_iter([("rope_type".into(), kind.clone())]);
@@ -300,6 +306,49 @@ impl<'a> Said<'a> {
             scaling.insert("mscale_all_dim".into(), mscale);
         }
         config.insert("rope_scaling".into(), Value::Object(scaling));
+        Ok(())
+    }
+
+    /// Rotary positions whose frequencies a tensor divides.
+    fn divided(
+        &self,
+        tensor: &Tensor,
+        kind: Option<&Value>,
+        config: &mut Map<String, Value>,
+    ) -> Result<()> {
+        let wrong = |expected: String| {
+            let name = rope::DIVISORS;
+            self.malformed(format!("tensor `{name}`: expected {expected}"))
+        };
+        if let Some(kind) = kind {
+            let kind = crate::error::shown(&kind.to_string());
+            return Err(wrong(format!(
+                "no `rope.scaling.type` beside it, found {kind}"
+            )));
+        }
+        let divisors = tensor.to_f32()?;
+        let width = match self.setting(ROPE_DIM) {
+            Some(_) => self.count(ROPE_DIM)?,
+            None => {
+                let heads = self.count("attention.head_count")?.max(1);
+                self.count("embedding_length")? / heads
+            }
+        };
+        if divisors.len() as u64 * 2 != width {
+            let (half, found) = (width / 2, divisors.len());
+            return Err(wrong(format!(
+                "{half} values, half of what is turned, found {found}"
+            )));
+        }
+        let theta = config.get("rope_theta").and_then(Value::as_f64);
+        let scaling = rope::scaling(theta.unwrap_or(0.0), &divisors);
+        let scaling = scaling.ok_or_else(|| {
+            wrong(
+                "what Llama 3 divides frequencies by, found others; take the original folder"
+                    .into(),
+            )
+        })?;
+        config.insert("rope_scaling".into(), scaling);
         Ok(())
     }
 

@@ -475,8 +475,11 @@ fn malformed_descriptions_are_refused() {
         "expected a tensor `token_embd.weight`, found none",
     );
     let mut stretched = llama();
-    stretched.tensor("rope_freqs.weight", &[2], 0, vec![0; 8]);
-    refuse(&stretched, "stretched rotary positions are not read");
+    stretched.tensor("rope_freqs.weight", &[1], 0, vec![0; 4]);
+    refuse(&stretched, "what Llama 3 divides frequencies by");
+    let mut long = llama();
+    long.tensor("rope_freqs.weight", &[2], 0, vec![0; 8]);
+    refuse(&long, "expected 1 values, half of what is turned, found 2");
     let mut odd = llama();
     odd.set("llama.attention.head_count", 4, 3u32.to_le_bytes().to_vec());
     let (_folder, path) = odd.write("m.gguf");

@@ -5,11 +5,11 @@ use std::process::ExitCode;
 
 use ::eval::{Divergence, divergence};
 use data::{Sample, Split, Tokenizer};
-use model::ModelConfig;
+use model::{Compute, ModelConfig};
 use serde_json::json;
 
 use crate::console::{Console, finite};
-use crate::open::{Opened, open_model};
+use crate::open::{ComputeName, Opened, open_model};
 
 /// Compares what two models predict on the same rows, and in mixtures which experts they choose.
 ///
@@ -33,6 +33,9 @@ pub(crate) struct Args {
     /// Longest sequence, in tokens; never beyond what the models were made for.
     #[arg(long, value_name = "N", default_value_t = LONGEST)]
     max_length: usize,
+    /// What the model's products with weights in ggml's blocks round activations to; the reference's are in f32.
+    #[arg(long, value_enum, default_value_t = ComputeName::F32)]
+    compute: ComputeName,
     /// Print JSON instead of a table.
     #[arg(long)]
     json: bool,
@@ -50,7 +53,8 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         (reference.tokenizer.as_ref(), &reference.model.config),
         [args.max_samples, args.max_length.min(limit)],
     )?;
-    let found = compare(&reference, &model, &samples, (&args.data, console))?;
+    let models = (&reference, &model, args.compute.compute());
+    let found = compare(models, &samples, (&args.data, console))?;
     if args.json {
         let mut json = json!({"reference": reference.name, "model": model.name});
         json["divergence"] = serde_json::to_value(&found)?;
@@ -82,13 +86,13 @@ pub(crate) fn samples(
 
 /// What a model predicts, against a reference.
 pub(crate) fn compare(
-    reference: &Opened,
-    model: &Opened,
+    (reference, model, compute): (&Opened, &Opened, Compute),
     samples: &[Sample],
     (data, console): (&Path, &Console),
 ) -> anyhow::Result<Divergence> {
     let mut progress = console.progress(samples.len() as u64, "samples");
-    let compared = divergence(&reference.model, &model.model, samples, &mut |done, _| {
+    let models = [&reference.model, &model.model];
+    let compared = divergence(models, compute, samples, &mut |done, _| {
         progress.update(done as u64, "");
     });
     progress.finish();

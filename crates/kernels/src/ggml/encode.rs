@@ -189,7 +189,7 @@ pub(super) fn each<const N: usize, const BYTES: usize>(
 
 /// The low four bits of the first 16 codes become the low halves of 16 bytes, those of the others the high halves.
 #[inline(always)]
-fn pack_nibbles(codes: &[f32; BLOCK], out: &mut [u8]) {
+pub(super) fn pack_nibbles(codes: &[f32; BLOCK], out: &mut [u8]) {
     let (low, high) = codes.split_at(BLOCK / 2);
     for (byte, (low, high)) in out.iter_mut().zip(low.iter().zip(high)) {
         *byte = *low as u8 & 15 | (*high as u8 & 15) << 4;
@@ -198,7 +198,7 @@ fn pack_nibbles(codes: &[f32; BLOCK], out: &mut [u8]) {
 
 /// The fifth bits of 32 codes.
 #[inline(always)]
-fn fifth_bits(codes: &[f32; BLOCK]) -> [u8; 4] {
+pub(super) fn fifth_bits(codes: &[f32; BLOCK]) -> [u8; 4] {
     let bits = (0..).zip(codes);
     let bits = bits.fold(0u32, |bits, (i, code)| bits | (*code as u32 >> 4 & 1) << i);
     bits.to_le_bytes()

@@ -13,35 +13,36 @@ use super::encode::{each, f16_bytes, f16_of};
 use crate::simd::multiversion;
 
 /// Values of a group of the formats with 4 and 5 bits; the others have groups of 16.
-const GROUP: usize = 32;
+pub(super) const GROUP: usize = 32;
 /// Values below this are zeros.
-const NOTHING: f32 = 1e-15;
+pub(super) const NOTHING: f32 = 1e-15;
 
-type Values = [f32; SUPER_BLOCK];
-type Codes = [u8; SUPER_BLOCK];
+pub(super) type Values = [f32; SUPER_BLOCK];
+pub(super) type Codes = [u8; SUPER_BLOCK];
 
 /// To the nearest whole number, of two to the even one.
 #[inline(always)]
-fn nearest(value: f32) -> f32 {
+pub(super) fn nearest(value: f32) -> f32 {
     value.round_ties_even()
 }
 
 /// How the scale and the minimum of a group are searched.
-struct Search {
+pub(super) struct Search {
     /// The largest code.
-    most: f32,
-    /// The first scale that is tried maps the range to `most + from` steps, each further one to a tenth of a step more.
-    from: f32,
-    tries: usize,
+    pub(super) most: f32,
+    /// The first scale that is tried maps the range to `most + from` steps, each further one to `step` more.
+    pub(super) from: f32,
+    pub(super) step: f32,
+    pub(super) tries: usize,
     /// Whether magnitudes of errors are summed, not squares.
-    absolute: bool,
+    pub(super) absolute: bool,
 }
 
-const STEP: f32 = 0.1;
+pub(super) const STEP: f32 = 0.1;
 
 /// Scale and minimum of a group with `value ≈ scale · code − minimum`, and the codes.
 #[inline(always)]
-fn scale_and_minimum<const N: usize>(
+pub(super) fn scale_and_minimum<const N: usize>(
     x: &[f32],
     weights: &[f32; N],
     codes: &mut [u8],
@@ -80,7 +81,7 @@ fn scale_and_minimum<const N: usize>(
     let mut least = error(&best, scale, min);
     for step in 0..=search.tries {
         // From the minimum that fitted best so far.
-        let inverse = (search.from + STEP * step as f32 + search.most) / (max - min);
+        let inverse = (search.from + search.step * step as f32 + search.most) / (max - min);
         let tried: [f32; N] = std::array::from_fn(|i| code(x[i], min, inverse));
         let (mut sum_l, mut sum_l2, mut sum_xl) = (0.0, 0.0, 0.0);
         for ((l, x), w) in tried.iter().zip(x).zip(weights) {
@@ -115,19 +116,20 @@ fn extreme(x: &[f32]) -> Option<f32> {
     (most.abs() >= NOTHING).then_some(most)
 }
 
-/// The scale of a group with `value ≈ scale · (code − half)`, and the codes. Errors count by the square of the value.
+/// The scale of a group with `value ≈ scale · (code − half)`, and the codes. Errors count by the weights.
 #[inline(always)]
-fn scale_of_signed(x: &[f32], half: f32, codes: &mut [u8]) -> f32 {
+pub(super) fn scale_of_signed(x: &[f32], weights: &[f32], half: f32, codes: &mut [u8]) -> f32 {
     let Some(most) = extreme(x) else {
         codes.fill(0);
         return 0.0;
     };
     let sums = |inverse: f32| {
-        x.iter().fold((0.0, 0.0), |(sum_lx, sum_l2), x| {
-            let l = nearest(inverse * x).clamp(-half, half - 1.0);
-            let w = x * x;
-            (sum_lx + w * x * l, sum_l2 + w * l * l)
-        })
+        x.iter()
+            .zip(weights)
+            .fold((0.0, 0.0), |(sum_lx, sum_l2), (x, w)| {
+                let l = nearest(inverse * x).clamp(-half, half - 1.0);
+                (sum_lx + w * x * l, sum_l2 + w * l * l)
+            })
     };
     let mut chosen = -half / most;
     let (sum_lx, sum_l2) = sums(chosen);
@@ -148,7 +150,7 @@ fn scale_of_signed(x: &[f32], half: f32, codes: &mut [u8]) -> f32 {
 }
 
 /// Rounds of improving single codes of 3 bits.
-const ROUNDS: usize = 5;
+pub(super) const ROUNDS: usize = 5;
 
 /// As [`scale_of_signed`], for so few codes that each is worth a search: one after the other they move to where the error is
 /// smaller.
@@ -232,6 +234,7 @@ fn q2_k_block(x: &Values, out: &mut [u8; 84]) {
     const SEARCH: Search = Search {
         most: 3.0,
         from: -0.5,
+        step: STEP,
         tries: 15,
         absolute: true,
     };
@@ -243,21 +246,34 @@ fn q2_k_block(x: &Values, out: &mut [u8; 84]) {
         *found = scale_and_minimum(x, &weights, codes, &SEARCH);
     }
     let [most, d] = of_groups(&found, MOST);
-    for (byte, found) in out.iter_mut().zip(found) {
-        let [scale, minimum] = [0, 1].map(|i| {
+    let kept = found.map(|found| {
+        [0, 1].map(|i| {
             if most[i] > 0.0 {
                 nearest(MOST / most[i] * found[i]) as u8
             } else {
                 0
             }
-        });
+        })
+    });
+    write_q2_k(x, &mut codes, (&kept, d), out);
+}
+
+/// A block of the codes of its groups' scales and minima, and of what these are multiples of.
+#[inline(always)]
+pub(super) fn write_q2_k(
+    x: &Values,
+    codes: &mut Codes,
+    (kept, d): (&[[u8; 2]; 16], [f32; 2]),
+    out: &mut [u8; 84],
+) {
+    for (byte, [scale, minimum]) in out.iter_mut().zip(kept) {
         *byte = scale | minimum << 4;
     }
     for (group, (x, codes)) in (x.chunks_exact(16).zip(codes.chunks_exact_mut(16))).enumerate() {
         let kept = [out[group] & 15, out[group] >> 4].map(f32::from);
         recode(x, codes, [0, 1].map(|i| f16_of(d[i]) * kept[i]), [0.0, 3.0]);
     }
-    pack_two_bits(&codes, &mut out[16..80]);
+    pack_two_bits(codes, &mut out[16..80]);
     out[80..82].copy_from_slice(&f16_bytes(d[0]));
     out[82..].copy_from_slice(&f16_bytes(d[1]));
 }
@@ -281,16 +297,28 @@ fn q3_k_block(x: &Values, out: &mut [u8; 110]) {
     let most = largest(&scales);
     let mut kept = [-32.0; 16];
     let mut d = 0.0;
-    out.fill(0);
     if most != 0.0 {
         let inverse = -32.0 / most;
         d = 1.0 / inverse;
         kept = scales.map(|scale| nearest(inverse * scale).clamp(-32.0, 31.0));
-        for (group, kept) in kept.iter().enumerate() {
-            let bits = (kept + 32.0) as u8;
-            out[96 + group % 8] |= (bits & 15) << (group / 8 * 4);
-            out[104 + group % 4] |= bits >> 4 << (group / 4 * 2);
-        }
+    }
+    write_q3_k(x, &mut codes, (&kept, d), out);
+}
+
+/// A block of its groups' scales, from −32 to 31, and of what these are multiples of.
+#[inline(always)]
+pub(super) fn write_q3_k(
+    x: &Values,
+    codes: &mut Codes,
+    (kept, d): (&[f32; 16], f32),
+    out: &mut [u8; 110],
+) {
+    const HALF: f32 = 4.0;
+    out.fill(0);
+    for (group, kept) in kept.iter().enumerate() {
+        let bits = (kept + 32.0) as u8;
+        out[96 + group % 8] |= (bits & 15) << (group / 8 * 4);
+        out[104 + group % 4] |= bits >> 4 << (group / 4 * 2);
     }
     for (group, (x, codes)) in (x.chunks_exact(16).zip(codes.chunks_exact_mut(16))).enumerate() {
         let d = f16_of(d) * kept[group];
@@ -300,7 +328,7 @@ fn q3_k_block(x: &Values, out: &mut [u8; 110]) {
         out[i % 32] |= (*code >> 2) << (i / 32);
         *code &= 3;
     }
-    pack_two_bits(&codes, &mut out[32..96]);
+    pack_two_bits(codes, &mut out[32..96]);
     out[108..].copy_from_slice(&f16_bytes(d));
 }
 
@@ -318,15 +346,31 @@ fn groups_of_32(x: &Values, head: &mut [u8], search: &Search) -> Codes {
         *found = scale_and_minimum(x, &weights, codes, search);
     }
     let [most, d] = of_groups(&found, MOST);
+    let kept = found.map(|found| {
+        [0, 1].map(|i| {
+            let inverse = if most[i] > 0.0 { MOST / most[i] } else { 0.0 };
+            nearest(inverse * found[i]).min(MOST) as u8
+        })
+    });
+    write_groups(x, &mut codes, (&kept, d), search.most, head);
+    codes
+}
+
+/// What stands before the codes in a block, of the codes of its groups' scales and minima and of what these are multiples of;
+/// and the codes under what is left of those.
+#[inline(always)]
+pub(super) fn write_groups(
+    x: &Values,
+    codes: &mut Codes,
+    (kept, d): (&[[u8; 2]; SUPER_BLOCK / GROUP], [f32; 2]),
+    most: f32,
+    head: &mut [u8],
+) {
     head[..2].copy_from_slice(&f16_bytes(d[0]));
     head[2..4].copy_from_slice(&f16_bytes(d[1]));
     let scales = &mut head[4..16];
     scales.fill(0);
-    for (group, found) in found.iter().enumerate() {
-        let [scale, minimum] = [0, 1].map(|i| {
-            let inverse = if most[i] > 0.0 { MOST / most[i] } else { 0.0 };
-            nearest(inverse * found[i]).min(MOST) as u8
-        });
+    for (group, [scale, minimum]) in kept.iter().copied().enumerate() {
         if group < 4 {
             scales[group] |= scale;
             scales[group + 4] |= minimum;
@@ -341,9 +385,8 @@ fn groups_of_32(x: &Values, head: &mut [u8], search: &Search) -> Codes {
     {
         let (scale, minimum) = six_bits(scales, group);
         let kept = [f16_of(d[0]) * scale, f16_of(d[1]) * minimum];
-        recode(x, codes, kept, [0.0, search.most]);
+        recode(x, codes, kept, [0.0, most]);
     }
-    codes
 }
 
 /// The low four bits: of each two groups one in the low halves of 32 bytes, one in the high halves.
@@ -361,11 +404,18 @@ fn q4_k_block(x: &Values, out: &mut [u8; 144]) {
     const SEARCH: Search = Search {
         most: 15.0,
         from: -1.0,
+        step: STEP,
         tries: 20,
         absolute: false,
     };
     let codes = groups_of_32(x, out, &SEARCH);
-    pack_groups(&codes, &mut out[16..]);
+    write_q4_k(&codes, out);
+}
+
+/// The codes of a block, behind what is there already.
+#[inline(always)]
+pub(super) fn write_q4_k(codes: &Codes, out: &mut [u8; 144]) {
+    pack_groups(codes, &mut out[16..]);
 }
 
 #[inline(always)]
@@ -373,24 +423,33 @@ fn q5_k_block(x: &Values, out: &mut [u8; 176]) {
     const SEARCH: Search = Search {
         most: 31.0,
         from: -0.5,
+        step: STEP,
         tries: 15,
         absolute: false,
     };
     let codes = groups_of_32(x, out, &SEARCH);
+    write_q5_k(&codes, out);
+}
+
+/// The codes of a block, behind what is there already.
+#[inline(always)]
+pub(super) fn write_q5_k(codes: &Codes, out: &mut [u8; 176]) {
     out[16..48].fill(0);
     for (i, code) in codes.iter().enumerate() {
         out[16 + i % 32] |= code >> 4 << (i / 32);
     }
-    pack_groups(&codes, &mut out[48..]);
+    pack_groups(codes, &mut out[48..]);
 }
 
+/// A block, of which the errors count by the weights.
 #[inline(always)]
-fn q6_k_block(x: &Values, out: &mut [u8; 210]) {
+pub(super) fn q6_k_block(x: &Values, weights: &Values, out: &mut [u8; 210]) {
     const HALF: f32 = 32.0;
     let (mut codes, mut scales) = ([0; SUPER_BLOCK], [0.0; 16]);
     for (group, scale) in scales.iter_mut().enumerate() {
-        let (x, codes) = (&x[group * 16..][..16], &mut codes[group * 16..][..16]);
-        *scale = scale_of_signed(x, HALF, codes);
+        let at = group * 16..(group + 1) * 16;
+        let codes = &mut codes[at.clone()];
+        *scale = scale_of_signed(&x[at.clone()], &weights[at], HALF, codes);
     }
     let most = largest(&scales);
     if most.abs() < NOTHING {
@@ -442,6 +501,6 @@ multiversion! {
 multiversion! {
     fn q6_k<FMA>(values: &[f32], out: &mut [u8]) {
         let _ = FMA;
-        each(values, out, q6_k_block);
+        each(values, out, |x, out| q6_k_block(x, &x.map(|x| x * x), out));
     }
 }

@@ -14,7 +14,7 @@ use kernels::{Absorbed, Direction, HeadRows, Pairs};
 use crate::config::MlaConfig;
 use crate::linear::Linear;
 use crate::norm::Norm;
-use crate::pass::{Pass, per_sequence};
+use crate::pass::{Observe, Pass, per_sequence};
 
 /// Most new positions of a sequence that attend to the latents themselves. Each then has the bits it has in a pass of its
 /// own.
@@ -69,9 +69,10 @@ impl Mla {
         let latents = self.latents(kv, [batch, seq], pass);
 
         let is_decoding = seq <= FEW_POSITIONS && !pass.caches.is_empty();
+        let absorbs = is_decoding || pass.observe == Observe::Inputs;
         let latents = pass.append([layer_idx, 0], latents);
 
-        let out = if is_decoding && self.kv_b_proj.quantizer.is_none() {
+        let out = if absorbs && self.kv_b_proj.quantizer.is_none() {
             self.absorbed(q, &latents, pass)
         } else {
             per_sequence(q, latents.len(), |q, row| {

@@ -5,14 +5,15 @@
 
 use std::path::Path;
 
-use checkpoint::{Folder, GgufLayout, GgufTensor, GgufValue, GgufWriter, Rows, TensorSpec};
+use checkpoint::{DType, Folder, GgufLayout, GgufTensor, GgufValue, GgufWriter, Rows, TensorSpec};
 use kernels::fp8::Scales;
 use kernels::{Format, Ggml, Matrix, Pairs};
 use rayon::prelude::*;
 
+use super::importance::Importance;
 use super::mix::{GgufType, Mix};
 use crate::Error;
-use crate::config::{AttentionConfig, ModelConfig, RopeScaling};
+use crate::config::{AttentionConfig, Family, ModelConfig, RopeScaling};
 use crate::merge::{MergeReport, relative_error};
 use crate::weights::{keys, read_config, read_matrix, read_tensor};
 
@@ -48,7 +49,15 @@ pub fn write_gguf(
         dtype: of(tensor).dtype(),
         shape: tensor.shape.clone(),
     });
-    let specs: Vec<TensorSpec> = specs.collect();
+    let made = layout.made();
+    let of_made = made.iter().map(|(name, values)| TensorSpec {
+        name: (*name).into(),
+        dtype: DType::F32,
+        shape: vec![values.len()],
+    });
+    let specs: Vec<TensorSpec> = specs.chain(of_made).collect();
+    let importance = mix.importance.as_ref();
+    let weighted = importance.map_or(Ok(0), |importance| importance.check(&tensors))?;
     let mut metadata = layout.metadata();
     metadata.extend(about(model, mix));
     metadata.extend(tokenizer);
@@ -59,17 +68,27 @@ pub fn write_gguf(
         progress(done.min(total), total);
     };
     for tensor in &tensors {
-        for key in &tensor.keys {
-            write_tensor(model, &config, (tensor, key, of(tensor)), &mut writer)?;
+        for number in 0..tensor.keys.len() {
+            let encoding = Encoding {
+                of: of(tensor),
+                importance,
+                first: number,
+            };
+            write_tensor(model, &config, (tensor, encoding), &mut writer)?;
             // Of two halves one counts.
             if !matches!(tensor.rows, Rows::Keys { .. }) {
                 step();
             }
         }
     }
+    if let Some((_, values)) = made {
+        let bytes: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
+        writer.write(&bytes)?;
+    }
     writer.flush()?;
     let mut report = check(model, &config, &Folder::open(writer.path())?, &mut step)?;
-    report.tensors = tensors.len();
+    report.tensors = specs.len();
+    report.weighted = weighted;
     report.bytes = specs.iter().map(bytes_of).sum();
     writer.finish()?;
     Ok(report)
@@ -103,7 +122,9 @@ fn bytes_of(spec: &TensorSpec) -> u64 {
 fn check_config(config: &ModelConfig) -> Result<(), Error> {
     let is_latent = matches!(config.attention, AttentionConfig::Mla(_));
     let problem = match (&config.rope.scaling, &config.moe) {
-        (RopeScaling::Llama3 { .. }, _) => "stretched rotary positions of Llama 3",
+        (RopeScaling::Llama3 { .. }, _) if config.model_type != Family::Llama => {
+            "Llama 3's stretched rotary positions and is no llama"
+        }
         (
             RopeScaling::Yarn {
                 mscale,
@@ -124,13 +145,23 @@ fn check_config(config: &ModelConfig) -> Result<(), Error> {
     )))
 }
 
+/// How rows of a tensor are written.
+#[derive(Clone, Copy)]
+struct Encoding<'a> {
+    of: GgufType,
+    importance: Option<&'a Importance>,
+    /// Which of the tensor's sources they are of.
+    first: usize,
+}
+
 /// Writes what a tensor has of one of the folder's.
 fn write_tensor(
     model: &Folder,
     config: &ModelConfig,
-    (tensor, key, of): (&GgufTensor, &str, GgufType),
+    (tensor, encoding): (&GgufTensor, Encoding<'_>),
     writer: &mut GgufWriter,
 ) -> Result<(), Error> {
+    let key = &tensor.keys[encoding.first];
     let shape = match (tensor.rows, tensor.shape.as_slice()) {
         (_, [len]) => {
             let vector = read_tensor(model, key, config)?;
@@ -144,7 +175,12 @@ fn write_tensor(
     };
     let matrix = read_matrix(model, key, shape, config.fp8_block)?;
     for piece in 0..n_pieces(tensor.rows) {
-        write_rows(&self::piece(&matrix, tensor.rows, piece), of, writer)?;
+        // A layer's experts are sources, the heads of a half are pieces of one.
+        let importance = encoding.importance.and_then(|importance| {
+            importance.columns(&tensor.name, encoding.first + piece, *tensor.shape.last()?)
+        });
+        let rows = self::piece(&matrix, tensor.rows, piece);
+        write_rows(&rows, encoding.of, importance, writer)?;
     }
     Ok(())
 }
@@ -212,7 +248,12 @@ fn reordered(
 }
 
 /// Writes the rows of a matrix in a type: its bytes where it is of that type, else some rows encoded at a time.
-fn write_rows(matrix: &Matrix, of: GgufType, writer: &mut GgufWriter) -> Result<(), Error> {
+fn write_rows(
+    matrix: &Matrix,
+    of: GgufType,
+    importance: Option<&[f32]>,
+    writer: &mut GgufWriter,
+) -> Result<(), Error> {
     let is_same = match (of, matrix.format()) {
         (GgufType::F32, Format::F32) | (GgufType::Bf16, Format::Bf16) => true,
         (GgufType::Ggml(Ggml::F16), Format::F16) => true,
@@ -233,12 +274,28 @@ fn write_rows(matrix: &Matrix, of: GgufType, writer: &mut GgufWriter) -> Result<
             || vec![0.0; cols],
             |line, (i, out)| {
                 matrix.decode(start + i..start + i + 1, 0..cols, line);
-                of.encode(line, out);
+                of.encode(line, importance, out);
             },
         );
         writer.write(&bytes)?;
     }
     Ok(())
+}
+
+/// Whether two configs stretch rotary positions as Llama 3 does and alike: a GGUF says what the settings do, and not each.
+fn same_stretch(config: &ModelConfig, other: &ModelConfig) -> bool {
+    /// Divisors are written in f32.
+    const ROUNDING: f32 = 1e-5;
+    let is_llama3 =
+        |config: &ModelConfig| matches!(config.rope.scaling, RopeScaling::Llama3 { .. });
+    let AttentionConfig::Gqa(gqa) = &config.attention else {
+        return false;
+    };
+    let [before, after] = [config, other].map(|config| config.rope.frequencies(gqa.head_dim));
+    let mut pairs = before.iter().zip(&after);
+    is_llama3(config)
+        && is_llama3(other)
+        && pairs.all(|(before, after)| (after / before - 1.0).abs() < ROUNDING)
 }
 
 /// Compares every tensor of a written file with the model's.
@@ -258,6 +315,9 @@ fn check(
     let found = read_config(written)?;
     expected.fp8_block = found.fp8_block;
     expected.initializer_range = found.initializer_range;
+    if same_stretch(&expected, &found) {
+        expected.rope.scaling = found.rope.scaling.clone();
+    }
     if found != expected {
         let (expected, found) = (format!("{expected:?}"), format!("{found:?}"));
         return Err(unfaithful("config", &expected, found));

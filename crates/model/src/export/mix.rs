@@ -13,6 +13,7 @@ use checkpoint::DType;
 use kernels::Ggml;
 
 use super::encode;
+use super::importance::Importance;
 use crate::config::{AttentionConfig, Family, ModelConfig};
 
 /// The type of a GGUF's tensor that we write.
@@ -50,15 +51,18 @@ impl GgufType {
         }
     }
 
-    /// Encodes whole blocks.
+    /// Encodes a row, with what errors of its columns count if that is known.
     ///
     /// # Panics
     /// If `out` are not the bytes of the blocks of `values`.
-    pub(crate) fn encode(self, values: &[f32], out: &mut [u8]) {
-        match self {
-            Self::Ggml(format) => format.encode(values, out),
-            Self::F32 => out.copy_from_slice(&encode(DType::F32, values)),
-            Self::Bf16 => out.copy_from_slice(&encode(DType::BF16, values)),
+    pub(crate) fn encode(self, values: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
+        match (self, importance) {
+            (Self::Ggml(format), Some(importance)) => {
+                format.encode_weighted(values, importance, out);
+            }
+            (Self::Ggml(format), None) => format.encode(values, out),
+            (Self::F32, _) => out.copy_from_slice(&encode(DType::F32, values)),
+            (Self::Bf16, _) => out.copy_from_slice(&encode(DType::BF16, values)),
         }
     }
 
@@ -222,6 +226,8 @@ pub struct Mix {
     pub scheme: Scheme,
     /// Parts with a type of their own.
     pub parts: Vec<(Part, GgufType)>,
+    /// What the columns of the matrices are worth, if that was measured.
+    pub importance: Option<Importance>,
 }
 
 impl Mix {
@@ -242,7 +248,11 @@ impl Mix {
         };
         let parts = parts.split(',').filter(|text| !text.trim().is_empty());
         let parts = parts.map(part).collect::<Result<_, _>>()?;
-        Ok(Self { scheme, parts })
+        Ok(Self {
+            scheme,
+            parts,
+            importance: None,
+        })
     }
 
     /// The type of a tensor by its name in a GGUF; `shape` from the outermost dimension in.
@@ -311,7 +321,11 @@ impl Mix {
             return Ggml::Q8_0;
         }
         if is("ffn_down") {
+            // The inputs of the first ones have outliers, to which a search with importance gives the whole range of a block.
+            let has_outliers = self.importance.is_some() && layer < layers / 8;
             return match self.scheme {
+                Scheme::Plain(_) if has_outliers && most == Ggml::Q4_0 => Ggml::Q4_1,
+                Scheme::Plain(_) if has_outliers && most == Ggml::Q5_0 => Ggml::Q5_1,
                 _ if is_q2 => Ggml::Q3K,
                 Scheme::Q3KM if layer < layers / 16 => Ggml::Q5K,
                 Scheme::Q3KM => Ggml::Q4K,

@@ -19,7 +19,7 @@ use kernels::{
 use super::router::Routed;
 use crate::linear::Linear;
 use crate::mlp::Mlp;
-use crate::pass::Pass;
+use crate::pass::{Observe, Pass};
 use crate::precision::Class;
 
 /// The experts of one layer.
@@ -261,6 +261,7 @@ impl Experts {
         let experts = self.dims()[0];
         match (&self.weights, &self.chosen) {
             (ExpertWeights::Frozen(frozen), None) => {
+                pass.observe_experts(&frozen.bank, &x, &routed.ids);
                 let routing = routing(&routed, None, experts);
                 self.frozen(x, routing, &frozen.bank, pass)
             }
@@ -305,7 +306,7 @@ impl Experts {
         routed: Routed,
         pass: &Pass<'_>,
     ) -> Tensor<2> {
-        let (Some(bank), Some(shared)) = (self.bare(), bare(shared, pass)) else {
+        let (Some(bank), Some(shared)) = (self.bare(pass), bare(shared, pass)) else {
             return self.forward(x.clone(), routed, pass) + shared.forward(x, pass);
         };
         let routing = routing(&routed, None, bank.gate.len());
@@ -313,9 +314,10 @@ impl Experts {
         kernels::mixture_frozen(x, routing, bank, shared, compute)
     }
 
-    /// The weights, where all are frozen and multiplied as they are.
-    fn bare(&self) -> Option<&Arc<ExpertBank>> {
+    /// The weights, where all are frozen and multiplied as they are, and nobody asks for the inputs.
+    fn bare(&self, pass: &Pass<'_>) -> Option<&Arc<ExpertBank>> {
         let is_bare = self.chosen.is_none() && self.lora.is_none() && self.quantizer.is_none();
+        let is_bare = is_bare && pass.observe != Observe::Inputs;
         match &self.weights {
             ExpertWeights::Frozen(frozen) if is_bare => Some(&frozen.bank),
             _ => None,
@@ -414,7 +416,7 @@ impl Stacks {
 fn bare(mlp: &Mlp, pass: &Pass<'_>) -> Option<SharedExperts> {
     let weight = |linear: &Linear| {
         linear
-            .bare()
+            .bare(pass)
             .filter(|_| linear.bias.is_none())
             .map(Arc::clone)
     };
@@ -424,6 +426,18 @@ fn bare(mlp: &Mlp, pass: &Pass<'_>) -> Option<SharedExperts> {
         down: weight(&mlp.down_proj)?,
         compute: pass.compute_of(Class::Linear),
     })
+}
+
+/// What the down projection of a frozen expert multiplies, for those tokens that are given.
+///
+/// # Shapes
+/// - `x`: `[tokens, hidden_size]`
+/// - returns: `[tokens, moe_intermediate_size]`
+pub(crate) fn inner(bank: &ExpertBank, expert: usize, x: Tensor<2>) -> Tensor<2> {
+    let [gate, up] = [&bank.gate, &bank.up].map(|list| {
+        kernels::linear_frozen(x.clone(), &Arc::new(list[expert].clone()), Compute::F32)
+    });
+    kernels::swiglu(gate, up, Compute::F32)
 }
 
 /// The slots of all experts, or of those with some numbers, which then count from zero.

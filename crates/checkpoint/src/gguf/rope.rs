@@ -1,0 +1,183 @@
+//! Llama 3's stretched rotary positions: settings in a config, in a GGUF a tensor of what each frequency is divided by.
+//!
+//! Source: ggml-org/llama.cpp: conversion/llama.py, `generate_extra_tensors`.
+
+use std::f64::consts::PI;
+
+use serde_json::{Value, json};
+
+/// The tensor.
+pub(crate) const DIVISORS: &str = "rope_freqs.weight";
+/// How far divisors of one setting may be from those of a file, relative to them: f32 rounded a few times on the way.
+const ROUNDING: f64 = 1e-5;
+
+/// Waves that turn more often than `high` times in the original context stay, those that turn less than `low` times are
+/// `factor` times as long, and between there is a ramp.
+#[derive(Clone, Copy, Debug)]
+struct Stretch {
+    factor: f64,
+    original: f64,
+    low: f64,
+    high: f64,
+}
+
+/// Turns per position of every frequency of a head of twice so many features.
+fn turns(theta: f64, len: usize) -> impl Iterator<Item = f64> {
+    (0..len).map(move |j| theta.powf(-(j as f64) / len as f64) / (2.0 * PI))
+}
+
+impl Stretch {
+    /// That of a config, if it has one.
+    fn of(config: &Value) -> Option<Self> {
+        let scaling = config.get("rope_scaling")?;
+        let number = |key: &str| scaling.get(key)?.as_f64();
+        let is_llama3 = scaling.get("rope_type")? == "llama3";
+        is_llama3.then_some(Self {
+            factor: number("factor")?,
+            original: number("original_max_position_embeddings")?,
+            low: number("low_freq_factor")?,
+            high: number("high_freq_factor")?,
+        })
+    }
+
+    fn divisor(&self, turns: f64) -> f64 {
+        let ramp = (turns * self.original - self.low) / (self.high - self.low);
+        match ramp {
+            ramp if ramp > 1.0 => 1.0,
+            ramp if ramp < 0.0 => self.factor,
+            ramp => 1.0 / ((1.0 - ramp) / self.factor + ramp),
+        }
+    }
+
+    /// The one that has these divisors, if one has. Of the context and its two bounds a file says the ratios alone, and `low`
+    /// is 1 in every release.
+    fn with(theta: f64, divisors: &[f32]) -> Option<Self> {
+        let factor = f64::from(divisors.iter().copied().fold(1f32, f32::max));
+        // Where on the ramp each frequency is that is between its ends.
+        let ramp =
+            |divisor: &f32| (1.0 / f64::from(*divisor) - 1.0 / factor) / (1.0 - 1.0 / factor);
+        let points = turns(theta, divisors.len()).zip(divisors.iter().map(ramp));
+        let mut points = points.filter(|(_, ramp)| *ramp > 1e-4 && *ramp < 1.0 - 1e-4);
+        let (original, high) = match (points.next(), points.last()) {
+            (Some(first), Some(last)) => {
+                let slope = (first.1 - last.1) / (first.0 - last.0);
+                let below = slope * first.0 - first.1;
+                (slope / below, 1.0 + 1.0 / below)
+            }
+            // One frequency on the ramp fits any bounds: those of every release.
+            (Some(only), None) => ((1.0 + 3.0 * only.1) / only.0, 4.0),
+            // None: the ramp is between the last that stays and the first that is stretched in full.
+            (None, _) => {
+                let n_kept = divisors.iter().take_while(|d| **d == 1.0).count();
+                let ends = turns(theta, divisors.len()).skip(n_kept.saturating_sub(1));
+                let ends: Vec<f64> = ends.take(2).collect();
+                let middle = (4.0 / (ends.first()? * ends.get(1)?)).sqrt();
+                (middle.log2().round().exp2(), 4.0)
+            }
+        };
+        // Rounded as people write them, where that fits as well.
+        let original = original.round();
+        let found = [(high * 16.0).round() / 16.0, high].map(|high| Self {
+            factor,
+            original,
+            low: 1.0,
+            high,
+        });
+        found.into_iter().find(|found| {
+            let pairs = turns(theta, divisors.len()).zip(divisors);
+            let mut misses = pairs
+                .map(|(turns, divisor)| (found.divisor(turns) / f64::from(*divisor) - 1.0).abs());
+            found.high > found.low && misses.all(|miss| miss < ROUNDING)
+        })
+    }
+}
+
+/// What the frequencies of a model with this config are divided by, if it stretches them so.
+pub(crate) fn divisors(config: &Value) -> Option<Vec<f32>> {
+    let stretch = Stretch::of(config)?;
+    let count = |key: &str| config.get(key).and_then(Value::as_u64);
+    let width = count("head_dim").filter(|width| *width > 0);
+    let width =
+        width.or_else(|| count("hidden_size")?.checked_div(count("num_attention_heads")?))?;
+    let theta = config.get("rope_theta")?.as_f64()?;
+    let turns = turns(theta, width as usize / 2);
+    Some(turns.map(|turns| stretch.divisor(turns) as f32).collect())
+}
+
+/// The `rope_scaling` of a config whose frequencies are divided by these: nothing where none is; none where Llama 3's has no
+/// such.
+pub(crate) fn scaling(theta: f64, divisors: &[f32]) -> Option<Value> {
+    if divisors.iter().all(|divisor| *divisor == 1.0) {
+        return Some(Value::Null);
+    }
+    let stretch = Stretch::with(theta, divisors)?;
+    Some(json!({
+        "rope_type": "llama3",
+        "factor": stretch.factor,
+        "original_max_position_embeddings": stretch.original as u64,
+        "low_freq_factor": stretch.low,
+        "high_freq_factor": stretch.high,
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(factor: f64, original: u64, high: f64, theta: f64, width: u64) -> Value {
+        json!({
+            "rope_theta": theta, "head_dim": width,
+            "rope_scaling": {
+                "rope_type": "llama3", "factor": factor, "original_max_position_embeddings": original,
+                "low_freq_factor": 1.0, "high_freq_factor": high,
+            },
+        })
+    }
+
+    /// Of Llama 3.1, 3.2, small ones with one frequency on the ramp and with none, and one with bounds of its own.
+    #[test]
+    fn settings_come_back_from_divisors() {
+        for config in [
+            config(8.0, 8192, 4.0, 500_000.0, 128),
+            config(32.0, 8192, 4.0, 500_000.0, 64),
+            config(8.0, 64, 4.0, 500_000.0, 16),
+            config(8.0, 64, 4.0, 500_000.0, 8),
+            config(4.0, 2048, 2.5, 10_000.0, 96),
+        ] {
+            let divisors = divisors(&config).unwrap();
+            let found = scaling(config["rope_theta"].as_f64().unwrap(), &divisors);
+            assert_eq!(found.unwrap(), config["rope_scaling"]);
+        }
+        assert_eq!(scaling(1e4, &[1.0; 8]), Some(Value::Null));
+        for other in [
+            [2.0; 8],
+            [1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0],
+            [f32::NAN; 8],
+        ] {
+            assert_eq!(scaling(1e4, &other), None);
+        }
+    }
+
+    /// The formula of llama.cpp's converter, computed in Python for Llama 3.1.
+    #[test]
+    fn divisors_are_the_converters() {
+        let divisors = divisors(&config(8.0, 8192, 4.0, 500_000.0, 128)).unwrap();
+        assert_eq!(divisors.len(), 64);
+        for (at, expected) in EXPECTED {
+            assert!(
+                (divisors[at] / expected - 1.0).abs() < 1e-5,
+                "{at}: {}",
+                divisors[at]
+            );
+        }
+    }
+
+    const EXPECTED: [(usize, f32); 6] = [
+        (0, 1.0),
+        (28, 1.0),
+        (29, 1.20748),
+        (34, 5.25733),
+        (35, 8.0),
+        (63, 8.0),
+    ];
+}

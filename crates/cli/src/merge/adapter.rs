@@ -1,0 +1,63 @@
+//! `moeforge export-adapter`: an adapter in the form that llama.cpp takes beside a base.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use checkpoint::Adapter;
+use model::AdapterWeights;
+use model::export::lora_gguf::write_lora_gguf;
+use model::weights::read_config;
+use serde_json::json;
+
+use crate::console::Console;
+use crate::open::{listed, note_format, open_folder};
+
+/// Writes an adapter as a GGUF file for llama.cpp's `--lora`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The base: a Hugging Face folder, a GGUF file, or org/name in the local cache.
+    model: String,
+    /// The adapter: a PEFT folder.
+    #[arg(long, value_name = "DIR")]
+    adapter: PathBuf,
+    /// Where the GGUF goes; must not exist.
+    #[arg(long, value_name = "FILE.gguf")]
+    out: PathBuf,
+    /// Write updates too that llama.cpp does not add to a running base (a DeepSeek's attention inputs and head), for those who
+    /// fold the file in.
+    #[arg(long)]
+    keep_ignored: bool,
+    /// Print the report as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
+    let (base, _) = open_folder(&args.model)?;
+    let adapter = Adapter::open(&args.adapter)?;
+    note_format(&adapter, &args.adapter, console);
+    let adapter = AdapterWeights::read(&adapter, &read_config(&base)?)?;
+    let written = write_lora_gguf(&base, &adapter, args.keep_ignored, &args.out)?;
+    if !written.ignored.is_empty() {
+        console.note(format_args!(
+            "llama.cpp does not add the updates of {} when it runs the base",
+            listed(&written.ignored)
+        ));
+    }
+    if args.json {
+        console.result(json!({
+            "out": args.out,
+            "tensors": written.tensors,
+            "bytes": written.bytes,
+            "ignored": written.ignored,
+        }));
+    } else {
+        console.result(format_args!(
+            "{}: updates of {} tensors, {:.1} MiB",
+            args.out.display(),
+            written.tensors,
+            written.bytes as f64 / f64::from(1 << 20)
+        ));
+    }
+    Ok(ExitCode::SUCCESS)
+}
