@@ -354,7 +354,8 @@ fn a_budget_for_memory_changes_where_experts_are_and_no_token() {
     assert!(few[2] > 0 && few[2] < most[2], "{most:?} {few:?}");
 
     for budget in ["0", "-1", "much", "nan", "inf"] {
-        let words = ["generate", &model, "--ids", &ids, "--memory-budget", budget];
+        let budget = format!("--memory-budget={budget}");
+        let words = ["generate", &model, "--ids", &ids, &budget];
         refused(
             &moeforge(&words),
             2,

@@ -12,63 +12,26 @@
 //! Every expert may carry a low-rank update of each weight, `w + scale · b · a`, applied to the activations, or added to
 //! the weight tile by tile where a quantizer rounds the sum.
 
+mod bank;
 mod few;
 mod resident;
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use rayon::prelude::*;
 
+pub use self::bank::{ExpertBank, SharedExperts};
 pub use self::resident::{CachedLayer, ExpertCache, ExpertTraffic, FileHints};
 use crate::dropout::Dropout;
 use crate::product::gemm::{dot, nn_serial, nt_serial, share, tiles, with_scratch, zeros};
 use crate::product::strided::{Mat, MatMut, Write, gemm};
 use crate::product::weights::{Folded, Weights};
-use crate::{Compute, Matrix, Quantizer, swiglu};
+use crate::{Compute, Quantizer, swiglu};
 
 /// Slots per task: enough rows to pay for decoding a weight tile.
 const TASK_SLOTS: usize = 256;
 /// Tasks per thread in a group of experts: enough for the threads to end together.
 const GROUP_TASKS: usize = 16;
-
-/// The frozen weights of a layer's experts; each list holds one matrix per expert.
-#[derive(Clone, Debug)]
-pub struct ExpertBank {
-    /// `[moe_intermediate_size, hidden_size]` each.
-    pub gate: Vec<Matrix>,
-    /// `[moe_intermediate_size, hidden_size]` each.
-    pub up: Vec<Matrix>,
-    /// `[hidden_size, moe_intermediate_size]` each.
-    pub down: Vec<Matrix>,
-    /// Where those are that were used last, if memory has no room for all.
-    pub cached: Option<CachedLayer>,
-}
-
-impl ExpertBank {
-    /// Experts that are all read where they lie.
-    pub fn new(gate: Vec<Matrix>, up: Vec<Matrix>, down: Vec<Matrix>) -> Self {
-        Self {
-            gate,
-            up,
-            down,
-            cached: None,
-        }
-    }
-}
-
-/// The frozen weights of the experts that every token has, fused into one, and what products with them compute in.
-#[derive(Clone, Debug)]
-pub struct SharedExperts {
-    /// `[intermediate_size, hidden_size]`.
-    pub gate: Arc<Matrix>,
-    /// `[intermediate_size, hidden_size]`.
-    pub up: Arc<Matrix>,
-    /// `[hidden_size, intermediate_size]`.
-    pub down: Arc<Matrix>,
-    /// What products round their operands to.
-    pub compute: Compute,
-}
 
 /// The settings of the low-rank updates: the factors themselves are tensors.
 #[derive(Clone, Copy, Debug, PartialEq)]
