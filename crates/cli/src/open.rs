@@ -210,9 +210,16 @@ pub(crate) fn laid_out(mut engine: Engine, budget: Option<u64>, console: &Consol
     }
     progress.finish();
     if bytes > room {
-        let held = in_gib(room - common);
+        // Of experts in FP8 there are no faster copies.
+        let kept = match engine.model.expert_traffic() {
+            Some(_) => format!(
+                "the experts used last stay in memory ({:.2} GiB), others are read from their file",
+                in_gib(room - common)
+            ),
+            None => "experts are read from their file".into(),
+        };
         console.note(format_args!(
-            "weights of {needed:.2} GiB, room for {found:.2} GiB: the experts used last stay in memory ({held:.2} GiB), others are read from their file"
+            "weights of {needed:.2} GiB, room for {found:.2} GiB: {kept}"
         ));
     }
     engine
