@@ -63,27 +63,34 @@ pub(super) fn forward(
         Some(shared) => Some(Shared::new(shared)?),
         None => None,
     };
-    let of_all = of_all.as_slice();
+    let of_all = of_all.as_ref();
+    let shared_weights = of_all.map_or(&[][..], |shared| &shared.weights);
+    let (gate_up, down) = shared_weights.split_at(shared_weights.len() / 3 * 2);
 
     let token_of: Vec<usize> = (0..n_slots).map(|at| slots.token(at)).collect();
     let order: Vec<usize> = (0..n_slots).collect();
     let mut routed = Rows::new([n_slots, inner, hidden]);
-    let shared_inner = of_all.iter().map(|shared| shared.inner).sum();
+    let shared_inner = of_all.map_or(0, |shared| shared.inner);
     let mut common = Rows::new([tokens, shared_inner, hidden]);
 
-    let (x, outputs) = (
+    let input = Input::new(
         Mat::dense(x, tokens, hidden),
-        [routed.products(), common.products()],
+        weights_of(&first).chain(gate_up),
     );
-    let (own, all) = ((&*first, &*token_of, x), (of_all, &[GATE, UP], x));
-    multiply(experts, own, all, outputs);
+    let outputs = [routed.products(), common.products()];
+    let own = (&*first, &*token_of, &input);
+    multiply(experts, own, (gate_up, &input), outputs);
     let ((act, rows), (common_act, common_rows)) = (routed.activate(), common.activate());
-    let (own, all) = ((&*second, &*order, act), (of_all, &[DOWN], common_act));
-    multiply(experts, own, all, [[rows], [common_rows]]);
+    let (act, common_act) = (
+        Input::new(act, weights_of(&second)),
+        Input::new(common_act, down),
+    );
+    let own = (&*second, &*order, &act);
+    multiply(experts, own, (down, &common_act), [[rows], [common_rows]]);
 
-    let mut y = vec![0.0; x.rows() * hidden];
+    let mut y = vec![0.0; x.len()];
     add_rows(slots, (&routed.out, hidden), weights, &mut y);
-    if !of_all.is_empty() {
+    if of_all.is_some() {
         let rows = y.iter_mut().zip(&common.out);
         rows.for_each(|(y, row)| *y += *row);
     }
@@ -153,27 +160,24 @@ fn parts<'a>(
     Some(parts)
 }
 
-/// Multiplies each part with the rows of its input at its places, and the experts of all tokens with every row of theirs,
+fn weights_of<'p, 'w>(parts: &'p [Part<'w>]) -> impl Iterator<Item = &'p Packed<'w>> {
+    parts.iter().map(|part| &part.weight)
+}
+
+/// Multiplies each part with the rows of its input at its places, and the weights of shared experts with every row of theirs,
 /// each into the output of its projection.
 fn multiply<const N: usize>(
     experts: Experts<'_>,
-    (parts, rows, x): (&[Part<'_>], &[usize], Mat<'_>),
-    (shared, projections, shared_x): (&[Shared<'_>], &[usize; N], Mat<'_>),
+    (parts, rows, input): (&[Part<'_>], &[usize], &Input<'_>),
+    (shared, shared_input): (&[Packed<'_>], &Input<'_>),
     [outputs, shared_outputs]: [[MatMut<'_>; N]; 2],
 ) {
-    let input = Input::new(x, parts.iter().map(|part| &part.weight));
-    let shared_weights = || {
-        shared
-            .iter()
-            .flat_map(|shared| projections.map(|projection| shared.weights[projection]))
-    };
-    let shared_input = Input::new(shared_x, &shared_weights().collect::<Vec<_>>());
-    let tokens: Vec<usize> = (0..shared_x.rows()).collect();
+    let tokens: Vec<usize> = (0..shared_input.floats().rows()).collect();
     let own = parts.iter().map(|part| {
         let all = &outputs[part.projection % N];
         Product {
             weight: part.weight,
-            input: &input,
+            input,
             rows: &rows[part.places.clone()],
             // SAFETY: parts are different places, or of different projections.
             #[expect(unsafe_code, reason = "disjoint rows of the outputs")]
@@ -181,23 +185,23 @@ fn multiply<const N: usize>(
             write: Write::Replace,
         }
     });
-    let of_all = shared_weights()
+    let of_all = shared
+        .iter()
         .zip(shared_outputs)
         .map(|(weight, y)| Product {
-            weight,
-            input: &shared_input,
+            weight: *weight,
+            input: shared_input,
             rows: &tokens,
             y,
             write: Write::Replace,
         });
-    multiply_all(
-        &own.chain(of_all).collect::<Vec<_>>(),
-        |product, outs, y| {
-            if let Some(part) = parts.get(product) {
-                add_update(experts, part, (x, &rows[part.places.clone()]), outs, y);
-            }
-        },
-    );
+    let products: Vec<Product<'_>> = own.chain(of_all).collect();
+    multiply_all(&products, |product, outs, y| {
+        if let Some(part) = parts.get(product) {
+            let x = (input.floats(), &rows[part.places.clone()]);
+            add_update(experts, part, x, outs, y);
+        }
+    });
 }
 
 /// Adds the low-rank update of some outputs of a part, if it has one.

@@ -71,6 +71,11 @@ impl<'a> Input<'a> {
                 .then(|| Activations::new(x)),
         }
     }
+
+    /// As they were before any rounding.
+    pub(crate) fn floats(&self) -> Mat<'a> {
+        self.floats
+    }
 }
 
 impl<'a> Packed<'a> {
