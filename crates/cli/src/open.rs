@@ -169,60 +169,61 @@ impl Opened {
     /// # Errors
     /// If guesses are asked for, and the model has no module for them.
     pub(crate) fn engine(&self, args: EngineArgs, console: &Console) -> anyhow::Result<Engine> {
-        let engine = Engine {
-            model: self.model.clone(),
-            adapted: Vec::new(),
-            mtp: args.guessing.module(&self.folder, &self.device)?,
-            compute: args.compute.compute(),
-            device: self.device.clone(),
-        };
-        Ok(laid_out(engine, args.memory_budget, console))
+        let mut engine = Engine::new(
+            self.model.clone(),
+            args.compute.compute(),
+            self.device.clone(),
+        );
+        engine.mtp = args.guessing.module(&self.folder, &self.device)?;
+        place(&mut engine, args.memory_budget, console);
+        Ok(engine)
     }
 }
 
-/// What continues prompts, its weights laid out in memory: all, if the budget has room for them (or three quarters of what
-/// is free), else those that every token needs and the experts that were used last.
-pub(crate) fn laid_out(mut engine: Engine, budget: Option<u64>, console: &Console) -> Engine {
+/// Says where an engine has its weights: all in memory, if the budget has room for them (or three quarters of what is free),
+/// else those that every token needs and the experts that were used last.
+pub(crate) fn place(engine: &mut Engine, budget: Option<u64>, console: &Console) {
     // Products in f32 decode blocks as they are stored.
     if engine.compute == Compute::F32 {
-        return engine;
+        return;
     }
+    // The rest is for caches and for what else the machine does.
     let free = || memory::read().available_bytes.unwrap_or(u64::MAX) / 4 * 3;
     let room = usize::try_from(budget.unwrap_or_else(free)).unwrap_or(usize::MAX);
     let (bytes, common) = (engine.size_bytes(), engine.common_bytes());
+    if bytes <= room {
+        return engine.keep_in_memory();
+    }
     let in_gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
     let (needed, found) = (in_gib(bytes), in_gib(room));
-    if bytes > room && common >= room {
+    if common >= room {
         console.note(format_args!(
             "weights of {needed:.2} GiB stay in their file, since there is room for {found:.2} GiB: slower than in memory"
         ));
-        return engine;
+        return;
     }
+    engine.cache_experts(room - common);
+    // Of experts in FP8 there are no faster copies.
+    let kept = match engine.model.expert_traffic() {
+        Some(_) => format!(
+            "the experts used last stay in memory ({:.2} GiB), others are read from their file",
+            in_gib(room - common)
+        ),
+        None => "experts are read from their file".into(),
+    };
+    console.note(format_args!(
+        "weights of {needed:.2} GiB, room for {found:.2} GiB: {kept}"
+    ));
+}
+
+/// Copies at once what would be copied between steps.
+pub(crate) fn lay_out(engine: &mut Engine, console: &Console) {
     let mut progress = console.progress(0, "MiB of weights");
-    let on_bytes = &mut |done, total| {
+    engine.lay_out(&mut |done, total| {
         let [done, total] = [done, total].map(|bytes: usize| bytes as u64 >> 20);
         progress.update_of(done, total);
-    };
-    if bytes <= room {
-        engine.lay_out(on_bytes);
-    } else {
-        engine.cache_experts(room - common, on_bytes);
-    }
+    });
     progress.finish();
-    if bytes > room {
-        // Of experts in FP8 there are no faster copies.
-        let kept = match engine.model.expert_traffic() {
-            Some(_) => format!(
-                "the experts used last stay in memory ({:.2} GiB), others are read from their file",
-                in_gib(room - common)
-            ),
-            None => "experts are read from their file".into(),
-        };
-        console.note(format_args!(
-            "weights of {needed:.2} GiB, room for {found:.2} GiB: {kept}"
-        ));
-    }
-    engine
 }
 
 /// Opens a model with an adapter, and says which tensors of its folder it does not use.

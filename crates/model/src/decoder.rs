@@ -157,22 +157,8 @@ impl Model {
         bytes
     }
 
-    /// Copies frozen weights into one piece of memory as products read them fastest, see [`Matrix::lay_out`]: first those that
-    /// every token needs, in the order in which it does, then the experts. Says of each when it is copied: nothing of this
-    /// model reads those bytes any more.
-    pub fn lay_out(&mut self, on_copied: &mut dyn FnMut(&Matrix)) {
-        lay_out(
-            &mut |visit| {
-                self.for_each_common(visit);
-                self.for_each_expert(visit);
-            },
-            on_copied,
-        );
-    }
-
-    /// [`Self::lay_out`] of what every token needs, and a cache for the experts, in which those stay that were used last.
-    pub fn cache_experts(&mut self, cache: &Arc<ExpertCache>, on_copied: &mut dyn FnMut(&Matrix)) {
-        lay_out(&mut |visit| self.for_each_common(visit), on_copied);
+    /// Leaves experts in their file but for those that were used last.
+    pub fn cache_experts(&mut self, cache: &Arc<ExpertCache>) {
         let mut layer = 0;
         self.for_each_site(&mut |_, site| {
             if let Site::Experts(experts) = site {
@@ -198,8 +184,8 @@ impl Model {
         bytes
     }
 
-    /// Visits frozen matrices that are multiplied as they are, but for experts.
-    fn for_each_common(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
+    /// Visits frozen matrices that are multiplied as they are, but for experts, in the order of the forward pass.
+    pub fn for_each_common(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
         self.for_each_site(&mut |_, site| {
             if let Site::Linear(_) = site {
                 site.for_each_frozen(visit);
@@ -211,7 +197,7 @@ impl Model {
     }
 
     /// Visits the frozen matrices of experts.
-    fn for_each_expert(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
+    pub fn for_each_expert(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
         self.for_each_site(&mut |_, site| {
             if let Site::Experts(_) = site {
                 site.for_each_frozen(visit);
@@ -229,18 +215,6 @@ impl Model {
         };
         self.lm_head.clone().unwrap_or_else(tied)
     }
-}
-
-/// What is done with every matrix of a model.
-type Visit<'a> = &'a mut dyn FnMut(&mut Matrix);
-
-/// Replaces the matrices that are visited by what [`Matrix::lay_out`] makes of them all.
-fn lay_out(for_each: &mut dyn FnMut(Visit<'_>), on_copied: &mut dyn FnMut(&Matrix)) {
-    let mut matrices = vec![];
-    for_each(&mut |matrix| matrices.push(matrix.clone()));
-    Matrix::lay_out(&mut matrices, on_copied);
-    let mut laid = matrices.into_iter();
-    for_each(&mut |matrix| *matrix = laid.next().expect("as many as before"));
 }
 
 impl DecoderLayer {

@@ -21,7 +21,7 @@ use super::sweep::{Sweep, options};
 use super::table::{Column, count, fraction_of, giga, mebibytes, median, seconds, spread};
 use crate::console::Console;
 use crate::inspect::parameters;
-use crate::open::{ComputeName, GuessArgs, laid_out};
+use crate::open::{ComputeName, GuessArgs, lay_out, place};
 use crate::train::memory;
 
 /// What is measured, and how.
@@ -259,16 +259,13 @@ fn measure(
         Phase::Decode(_, guessing) => guessing,
     };
     let (model, device) = subject.load(args.adapter.as_deref(), SEED, console)?;
-    let engine = Engine {
-        mtp: subject.module(guessing, SEED, &device)?,
-        model,
-        adapted: Vec::new(),
-        compute: args.compute.compute(),
-        device,
-    };
-    let engine = laid_out(engine, None, console);
+    let mtp = subject.module(guessing, SEED, &device)?;
+    let mut engine = Engine::new(model, args.compute.compute(), device);
+    engine.mtp = mtp;
+    place(&mut engine, None, console);
+    lay_out(&mut engine, console);
     let open_secs = started.elapsed().as_secs_f64();
-    let timings = timings(&engine, combination, args.reps, console)?;
+    let timings = timings(&mut engine, combination, args.reps, console)?;
     let peak_bytes = memory::read().peak_bytes;
     limits.extend(limit(LIMITS));
 
@@ -314,7 +311,7 @@ fn right_share(timings: &[Timing]) -> Option<f64> {
 
 /// All runs, the one that does not count first.
 fn timings(
-    engine: &Engine,
+    engine: &mut Engine,
     combination: Combination,
     reps: u64,
     console: &Console,
@@ -339,7 +336,7 @@ fn timings(
 /// One run; `on_step` is told how many of the timed tokens are done. Always the likeliest token is taken, and none ends the
 /// text.
 fn time(
-    engine: &Engine,
+    engine: &mut Engine,
     combination: Combination,
     on_step: &mut dyn FnMut(u64),
 ) -> anyhow::Result<Timing> {
