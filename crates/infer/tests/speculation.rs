@@ -10,6 +10,8 @@ use burn::module::Param;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Adapter, Folder};
 use kernels::{ExpertBank, Format, Ggml, Matrix};
+use model::export::gguf::write_gguf;
+use model::export::mix::{GgufType, Mix, Scheme};
 use model::linear::{Frozen, Linear, Weight};
 use model::moe::experts::{ExpertWeights, Experts};
 use model::{AdapterWeights, Attention, Compute, FeedForward, Pass, Site, weights};
@@ -22,12 +24,16 @@ fn path() -> PathBuf {
     goldens.join(NAME)
 }
 
-/// The golden model, with its own module: both have random weights, so that what it guesses is wrong.
-fn golden() -> Engine {
-    let mut engine = Engine::open(&path(), Compute::F32, Device::flex()).unwrap();
-    let folder = Folder::open(&path()).unwrap();
+fn with_module(path: &Path, compute: Compute) -> Engine {
+    let mut engine = Engine::open(path, compute, Device::flex()).unwrap();
+    let folder = Folder::open(path).unwrap();
     engine.mtp = Some(weights::load_mtp(&folder, &engine.device).unwrap());
     engine
+}
+
+/// The golden model, with its own module: both have random weights, so that what it guesses is wrong.
+fn golden() -> Engine {
+    with_module(&path(), Compute::F32)
 }
 
 fn change(linear: &mut Linear, change: &dyn Fn(&Matrix) -> Matrix) {
@@ -255,6 +261,23 @@ fn so_it_is_with_weights_in_blocks_and_products_in_int8() {
         assert!(copied == bytes && bytes > plain(&engine).model.size_bytes());
         let laid = check(&engine, &config(10), &[1, 3]);
         assert!(stored[0] > 0 && laid[0] > 0);
+    }
+}
+
+#[test]
+fn so_it_is_with_a_gguf_file() {
+    let (place, folder) = (tempfile::tempdir().unwrap(), Folder::open(&path()).unwrap());
+    let in_blocks = GgufType::Ggml(Ggml::Q8_0);
+    for (of, compute) in [(GgufType::F32, Compute::F32), (in_blocks, Compute::Int8)] {
+        let mut mix = Mix::new(Scheme::Plain(of), "").unwrap();
+        let out = place.path().join(format!("{}.gguf", mix.scheme));
+        mix.mtp = true;
+        write_gguf(&folder, &mix, vec![], &out, &mut |_, _| {}).unwrap();
+        let mut engine = with_module(&out, compute);
+        let [guessed, _] = check(&engine, &config(10), &[1, 3]);
+        assert!(guessed > 0);
+        engine.lay_out(&mut |_, _| {});
+        check(&engine, &config(10), &[1, 3]);
     }
 }
 

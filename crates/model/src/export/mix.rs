@@ -191,16 +191,19 @@ pub enum Part {
     Embedding,
     /// The output head.
     Head,
+    /// Multi-token prediction: what a module has besides a layer.
+    Mtp,
 }
 
 impl Part {
-    const ALL: [(Self, &'static str); 6] = [
+    const ALL: [(Self, &'static str); 7] = [
         (Self::Experts, "experts"),
         (Self::Shared, "shared"),
         (Self::Attention, "attn"),
         (Self::Dense, "ffn"),
         (Self::Embedding, "embed"),
         (Self::Head, "head"),
+        (Self::Mtp, "mtp"),
     ];
 
     /// That of a GGUF's tensor, if its type is a matter of choice.
@@ -210,6 +213,7 @@ impl Part {
             "token_embd.weight" => Some(Self::Embedding),
             "output.weight" => Some(Self::Head),
             _ if !is_matrix || name.contains("ffn_gate_inp") => None,
+            _ if name.contains(".nextn.") => Some(Self::Mtp),
             _ if name.contains("_exps.") => Some(Self::Experts),
             _ if name.contains("_shexp.") => Some(Self::Shared),
             _ if name.contains(".attn_") => Some(Self::Attention),
@@ -228,6 +232,8 @@ pub struct Mix {
     pub parts: Vec<(Part, GgufType)>,
     /// What the columns of the matrices are worth, if that was measured.
     pub importance: Option<Importance>,
+    /// Whether the modules for multi-token prediction are written too.
+    pub mtp: bool,
 }
 
 impl Mix {
@@ -252,10 +258,11 @@ impl Mix {
             scheme,
             parts,
             importance: None,
+            mtp: false,
         })
     }
 
-    /// The type of a tensor by its name in a GGUF; `shape` from the outermost dimension in.
+    /// The type of a tensor by its name in a GGUF; `shape` from the outermost dimension in, the config of what is written.
     pub fn type_of(&self, name: &str, shape: &[usize], config: &ModelConfig) -> GgufType {
         let (Some(part), Some(width)) = (Part::of(name), shape.last().filter(|_| shape.len() > 1))
         else {
@@ -290,7 +297,7 @@ impl Mix {
     /// What a matrix of a layer gets.
     fn in_layer(&self, most: Ggml, name: &str, config: &ModelConfig) -> Ggml {
         let (layers, experts) = (
-            config.num_hidden_layers,
+            config.num_hidden_layers + config.num_nextn_predict_layers,
             config.moe.as_ref().map_or(0, |moe| moe.n_routed_experts),
         );
         let layer = name.split('.').nth(1).and_then(|layer| layer.parse().ok());
