@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::Folder;
-use kernels::{ExpertCache, FileHints, Matrix};
+use kernels::{ExpertCache, FileAccess, Matrix};
 use model::{Compute, Model, Mtp, Pass, Training, weights};
 
 use crate::error::Result;
@@ -66,26 +66,33 @@ impl Engine {
     /// dropped and read again, copies cannot.
     pub fn lay_out(&mut self, on_bytes: &mut dyn FnMut(usize, usize)) {
         let mut copied = Copied::new(self.size_bytes(), on_bytes);
-        self.model.lay_out(&mut |matrix| copied.add(matrix));
+        self.model
+            .lay_out(self.compute, &mut |matrix| copied.add(matrix));
         if let Some(mtp) = &mut self.mtp {
-            mtp.lay_out(&mut |matrix| copied.add(matrix));
+            mtp.lay_out(self.compute, &mut |matrix| copied.add(matrix));
         }
         copied.forget();
     }
 
     /// [`Self::lay_out`] of what every token needs; of the experts those stay in memory that were used last, as many as so
-    /// many bytes hold. For a model that memory has no room for.
-    pub fn cache_experts(&mut self, budget: usize, on_bytes: &mut dyn FnMut(usize, usize)) {
-        let hints = FileHints {
+    /// many bytes hold. For a model that memory has no room for. So many of a token's experts are asked for before a layer
+    /// chooses them; none says half of those that it chooses.
+    pub fn cache_experts(
+        &mut self,
+        budget: usize,
+        ahead: Option<usize>,
+        on_bytes: &mut dyn FnMut(usize, usize),
+    ) {
+        let file = FileAccess {
             expect: checkpoint::expect,
-            forget: checkpoint::forget,
+            read: checkpoint::read,
         };
-        let cache = Arc::new(ExpertCache::new(budget, hints));
+        let cache = Arc::new(ExpertCache::new(budget, self.compute, file));
         let mut copied = Copied::new(self.common_bytes(), on_bytes);
         self.model
-            .cache_experts(&cache, &mut |matrix| copied.add(matrix));
+            .cache_experts(&cache, ahead, &mut |matrix| copied.add(matrix));
         if let Some(mtp) = &mut self.mtp {
-            mtp.lay_out(&mut |matrix| copied.add(matrix));
+            mtp.lay_out(self.compute, &mut |matrix| copied.add(matrix));
         }
         copied.forget();
     }

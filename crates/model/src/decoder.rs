@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
-use kernels::{CachedLayer, ExpertCache, ExpertTraffic, Matrix};
+use kernels::{Compute, ExpertCache, ExpertTraffic, Matrix};
 
 pub use self::checkpointing::{Checkpointing, Trace};
 pub use self::cost::{Cost, Traffic};
@@ -157,30 +157,42 @@ impl Model {
         bytes
     }
 
-    /// Copies frozen weights into one piece of memory as products read them fastest, see [`Matrix::lay_out`]: first those that
-    /// every token needs, in the order in which it does, then the experts. Says of each when it is copied: nothing of this
-    /// model reads those bytes any more.
-    pub fn lay_out(&mut self, on_copied: &mut dyn FnMut(&Matrix)) {
+    /// Copies frozen weights into one piece of memory as products in `compute` read them fastest, see [`Matrix::lay_out`]:
+    /// first those that every token needs, in the order in which it does, then the experts. Says of each when it is copied:
+    /// nothing of this model reads those bytes any more.
+    pub fn lay_out(&mut self, compute: Compute, on_copied: &mut dyn FnMut(&Matrix)) {
         lay_out(
             &mut |visit| {
                 self.for_each_common(visit);
                 self.for_each_expert(visit);
             },
+            compute,
             on_copied,
         );
     }
 
-    /// [`Self::lay_out`] of what every token needs, and a cache for the experts, in which those stay that were used last.
-    pub fn cache_experts(&mut self, cache: &Arc<ExpertCache>, on_copied: &mut dyn FnMut(&Matrix)) {
-        lay_out(&mut |visit| self.for_each_common(visit), on_copied);
-        let mut layer = 0;
+    /// [`Self::lay_out`] of what every token needs, and a cache for the experts, in which those stay that were used last. So
+    /// many of a token's experts are asked for before a layer chooses; none says half of those that it chooses.
+    pub fn cache_experts(
+        &mut self,
+        cache: &Arc<ExpertCache>,
+        ahead: Option<usize>,
+        on_copied: &mut dyn FnMut(&Matrix),
+    ) {
+        let common = &mut |visit: Visit<'_>| self.for_each_common(visit);
+        lay_out(common, cache.compute(), on_copied);
+        let mut banks = 0..;
         self.for_each_site(&mut |_, site| {
             if let Site::Experts(experts) = site {
-                let cache = Arc::clone(cache);
-                experts.cache(CachedLayer { cache, layer });
-                layer += 1;
+                experts.cache(cache, &mut banks);
             }
         });
+        for layer in &mut self.model.layers {
+            if let FeedForward::Moe(moe) = &mut layer.mlp {
+                let chosen = moe.router.config.choice.top_k;
+                moe.router.ahead = ahead.unwrap_or(chosen.div_ceil(2)).min(chosen);
+            }
+        }
     }
 
     /// How often experts were in memory, where they have a cache.
@@ -235,10 +247,14 @@ impl Model {
 type Visit<'a> = &'a mut dyn FnMut(&mut Matrix);
 
 /// Replaces the matrices that are visited by what [`Matrix::lay_out`] makes of them all.
-fn lay_out(for_each: &mut dyn FnMut(Visit<'_>), on_copied: &mut dyn FnMut(&Matrix)) {
+fn lay_out(
+    for_each: &mut dyn FnMut(Visit<'_>),
+    compute: Compute,
+    on_copied: &mut dyn FnMut(&Matrix),
+) {
     let mut matrices = vec![];
     for_each(&mut |matrix| matrices.push(matrix.clone()));
-    Matrix::lay_out(&mut matrices, on_copied);
+    Matrix::lay_out(&mut matrices, compute, on_copied);
     let mut laid = matrices.into_iter();
     for_each(&mut |matrix| *matrix = laid.next().expect("as many as before"));
 }
@@ -254,6 +270,13 @@ impl DecoderLayer {
         pass: &mut Pass<'_>,
         layer_idx: usize,
     ) -> Tensor<2> {
+        if let FeedForward::Moe(moe) = &self.mlp
+            && moe.foresees(pass)
+        {
+            // Attention adds little to the residual stream beside what is there.
+            let likely = self.post_attention_layernorm.forward(x.clone());
+            moe.expect(likely, pass);
+        }
         let normed = self.input_layernorm.forward(x.clone());
         let x = x + match &self.self_attn {
             Attention::Mla(mla) => mla.forward(normed, dims, pass, layer_idx),

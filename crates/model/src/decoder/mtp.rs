@@ -8,7 +8,7 @@
 //! weights have it, and with the hidden state after the model's last norm.
 
 use burn::tensor::{Int, Tensor};
-use kernels::Matrix;
+use kernels::{Compute, Matrix};
 
 use super::{DecoderLayer, Embedding, Model, lay_out};
 use crate::cache::Cache;
@@ -103,8 +103,8 @@ impl Mtp {
     }
 
     /// [`Model::lay_out`] of its own weights.
-    pub fn lay_out(&mut self, on_copied: &mut dyn FnMut(&Matrix)) {
-        lay_out(&mut |visit| self.for_each_frozen(visit), on_copied);
+    pub fn lay_out(&mut self, compute: Compute, on_copied: &mut dyn FnMut(&Matrix)) {
+        lay_out(&mut |visit| self.for_each_frozen(visit), compute, on_copied);
     }
 
     fn for_each_frozen(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
