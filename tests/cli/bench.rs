@@ -119,6 +119,46 @@ fn reading_and_writing_are_timed_in_every_combination() {
 }
 
 #[test]
+fn what_a_budget_for_memory_costs_is_timed() {
+    let place = tempfile::tempdir().unwrap();
+    let model = golden("gguf/deepseek_v3_q8_0.gguf");
+    let words = ["--memory-budget", "0.00025", "--read-ahead", "4"];
+    for (what, options) in [
+        ("decode", &["--tokens", "8"][..]),
+        ("prefill", &["--seq", "16"]),
+    ] {
+        let words = [&words[..], options, &["--json"]].concat();
+        let output = bench(&place, what, &model, &words);
+        let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let result = &found["results"][0];
+        assert_speed(result);
+        let count = |key: &str| result["expert_cache"][key].as_u64().unwrap();
+        // Of two runs: all tokens that each reads, in both mixture layers, take experts.
+        assert!(count("hits") > 0 && count("misses") > 0, "{what} {result}");
+        assert!(
+            count("foreseen") > 0 && count("held_bytes") > 0,
+            "{what} {result}"
+        );
+    }
+    let table = bench(
+        &place,
+        "decode",
+        &model,
+        &[&words[..], &["--batch", "1,2"]].concat(),
+    );
+    let text = String::from_utf8(table.stdout).unwrap();
+    assert!(text.contains("experts in memory"), "{text}");
+    assert_eq!(
+        text.lines().filter(|line| line.ends_with('%')).count(),
+        2,
+        "{text}"
+    );
+
+    let random = bench(&place, "decode", &bare(&place), &words);
+    refused(&random, 1, &["--memory-budget", "weights are in a file"]);
+}
+
+#[test]
 fn training_is_timed_with_random_weights_in_every_combination() {
     let place = tempfile::tempdir().unwrap();
     let bare = bare(&place);

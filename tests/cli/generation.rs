@@ -335,7 +335,7 @@ fn a_budget_for_memory_changes_where_experts_are_and_no_token() {
     let plain = json(&words);
     assert!(plain.get("expert_cache").is_none());
     // Room for all, for most experts, for few, and for less than what every token needs.
-    let counts = ["1", "0.00027", "0.00015", "0.00001"].map(|budget| {
+    let counts = ["1", "0.00027", "0.00018", "0.00001"].map(|budget| {
         let found = json(&[&words[..], &["--memory-budget", budget]].concat());
         assert_eq!(found["token_ids"], plain["token_ids"], "{budget}");
         assert_eq!(found["logprobs"], plain["logprobs"], "{budget}");
@@ -360,6 +360,45 @@ fn a_budget_for_memory_changes_where_experts_are_and_no_token() {
             &moeforge(&words),
             2,
             &["--memory-budget", "expected a number"],
+        );
+    }
+}
+
+#[test]
+fn experts_asked_for_ahead_change_no_token() {
+    let place = Broken::new("deepseek_v3");
+    let ids = place.path("ids.json").to_string_lossy().into_owned();
+    for (model, budget, compute) in [
+        ("gguf/deepseek_v3_q8_0.gguf", "0.00025", "int8"),
+        ("gguf/deepseek_v3_q8_0.gguf", "0.00025", "f32"),
+        ("deepseek_v3", "0.0004", "int8"),
+        ("deepseek_v3_fp8", "0.0006", "f32"),
+        ("deepseek_v2_lite", "0.0004", "int8"),
+    ] {
+        let model = golden(model).to_string_lossy().into_owned();
+        let words = ["generate", &model, "--ids", &ids, "--ignore-eos", "--json"];
+        let words = [&words[..], &["--max-tokens", "20", "--logprobs", "1"]].concat();
+        let words = [&words[..], &["--compute", compute]].concat();
+        let plain = json(&words);
+        let counts = ["0", "1", "99"].map(|ahead| {
+            let options = ["--memory-budget", budget, "--read-ahead", ahead];
+            let found = json(&[&words[..], &options].concat());
+            for key in ["token_ids", "logprobs"] {
+                assert_eq!(found[key], plain[key], "{model} {compute} {ahead}");
+            }
+            let count = |key: &str| found["expert_cache"][key].as_u64();
+            ["hits", "misses", "foreseen", "in_vain", "vain_bytes"].map(|key| count(key).unwrap())
+        });
+        for [hits, misses, foreseen, in_vain, vain_bytes] in counts {
+            assert_eq!([hits, misses], counts[0][..2], "{model} {compute}");
+            assert!(hits > 0 && foreseen <= misses, "{model} {counts:?}");
+            assert_eq!(in_vain > 0, vain_bytes > 0, "{model} {counts:?}");
+        }
+        let foreseen = counts.map(|counts| counts[2]);
+        assert_eq!(foreseen[0] + counts[0][3], 0, "{model} {counts:?}");
+        assert!(
+            0 < foreseen[1] && foreseen[1] <= foreseen[2],
+            "{model} {counts:?}"
         );
     }
 }

@@ -23,14 +23,25 @@ use crate::error::io;
 use crate::file::expect_file;
 
 /// All that is mapped, to tell a file's bytes from others.
-static MAPS: Mutex<Vec<Weak<Mmap>>> = Mutex::new(Vec::new());
+static MAPS: Mutex<Vec<Weak<Mapped>>> = Mutex::new(Vec::new());
+
+/// Bytes that are asked for at once. Linux reads no more of what it is asked for than it reads ahead of a program by itself,
+/// which is this much where nobody has set it.
+const ASKED: usize = 128 << 10;
+
+/// A file and its map.
+struct Mapped {
+    map: Mmap,
+    #[cfg_attr(not(unix), expect(dead_code, reason = "read at places on Unix alone"))]
+    file: File,
+}
 
 /// What slices of a map share.
-struct Owner(Arc<Mmap>);
+struct Owner(Arc<Mapped>);
 
 impl AsRef<[u8]> for Owner {
     fn as_ref(&self) -> &[u8] {
-        &self.0
+        &self.0.map
     }
 }
 
@@ -47,7 +58,8 @@ pub(crate) fn map(path: &Path) -> Result<Bytes> {
     // SAFETY: the map is read-only and only ever seen as `&[u8]`, for which any bytes are valid.
     // What remains is another program that changes the file while it is mapped; that hazard is
     // accepted and documented above.
-    let map = Arc::new(unsafe { Mmap::map(&file) }.map_err(io("map", path))?);
+    let map = unsafe { Mmap::map(&file) }.map_err(io("map", path))?;
+    let map = Arc::new(Mapped { map, file });
     let mut maps = MAPS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     maps.retain(|map| map.strong_count() > 0);
     maps.push(Arc::downgrade(&map));
@@ -58,35 +70,58 @@ pub(crate) fn map(path: &Path) -> Result<Bytes> {
 /// longer. The bytes stay what they are, and are read again from the file when someone asks for them. Does nothing for
 /// bytes that are of no mapped file.
 pub fn forget(bytes: &[u8]) {
-    for_map_of(bytes, |map, start| {
-        #[cfg(unix)]
+    #[cfg(unix)]
+    if let Some((mapped, start)) = map_of(bytes) {
         // SAFETY: pages of a read-only map of a file are filled from it again.
         let _ = unsafe {
             let advice = memmap2::UncheckedAdvice::DontNeed;
-            map.unchecked_advise_range(advice, start, bytes.len())
+            mapped
+                .map
+                .unchecked_advise_range(advice, start, bytes.len())
         };
-    });
+    }
 }
 
 /// Has a part of a mapped file read from the disk while something else is done. Does nothing for bytes that are of no mapped
 /// file.
 pub fn expect(bytes: &[u8]) {
-    for_map_of(bytes, |map, start| {
-        #[cfg(unix)]
-        let _ = map.advise_range(memmap2::Advice::WillNeed, start, bytes.len());
-    });
-}
-
-/// Hands over the map that bytes lie in, and where they begin there.
-fn for_map_of(bytes: &[u8], then: impl Fn(&Mmap, usize)) {
-    let maps = MAPS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let start = bytes.as_ptr() as usize;
-    for map in maps.iter().filter_map(Weak::upgrade) {
-        let first = map.as_ptr() as usize;
-        if first <= start && start + bytes.len() <= first + map.len() {
-            then(&map, start - first);
+    #[cfg(unix)]
+    if let Some((mapped, start)) = map_of(bytes) {
+        for part in (0..bytes.len()).step_by(ASKED) {
+            let len = ASKED.min(bytes.len() - part);
+            let _ = mapped
+                .map
+                .advise_range(memmap2::Advice::WillNeed, start + part, len);
         }
     }
+}
+
+/// Copies a part of a mapped file without mapping its pages, and other bytes as they are.
+///
+/// # Panics
+/// If there are not as many bytes as there is room.
+pub fn read(bytes: &[u8], out: &mut [u8]) {
+    #[cfg(unix)]
+    if let Some((mapped, start)) = map_of(bytes) {
+        use std::os::unix::fs::FileExt;
+        assert_eq!(bytes.len(), out.len(), "bytes and their copy");
+        if mapped.file.read_exact_at(out, start as u64).is_ok() {
+            return;
+        }
+    }
+    out.copy_from_slice(bytes);
+}
+
+/// The map that bytes lie in, and where they begin there.
+#[cfg(unix)]
+fn map_of(bytes: &[u8]) -> Option<(Arc<Mapped>, usize)> {
+    let maps = MAPS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let start = bytes.as_ptr() as usize;
+    maps.iter().filter_map(Weak::upgrade).find_map(|mapped| {
+        let first = mapped.map.as_ptr() as usize;
+        let is_inside = first <= start && start + bytes.len() <= first + mapped.map.len();
+        is_inside.then(|| (mapped, start - first))
+    })
 }
 
 #[cfg(test)]
@@ -106,5 +141,31 @@ mod tests {
         forget(&bytes);
         forget(&expected);
         assert_eq!(bytes, expected);
+    }
+
+    #[test]
+    fn a_part_is_read_from_the_map_it_lies_in() {
+        let folder = tempfile::tempdir().unwrap();
+        let files: Vec<Bytes> = (0..3u8)
+            .map(|number| {
+                let path = folder.path().join(number.to_string());
+                std::fs::write(
+                    &path,
+                    (0..9000)
+                        .map(|i| (i % 251) as u8 ^ number)
+                        .collect::<Vec<_>>(),
+                )
+                .unwrap();
+                map(&path).unwrap()
+            })
+            .collect();
+        let memory = Bytes::from(vec![7; 9000]);
+        for bytes in files.iter().chain([&memory]) {
+            for part in [0..9000, 4000..4500, 8999..9000, 0..0] {
+                let mut found = vec![0; part.len()];
+                read(&bytes[part.clone()], &mut found);
+                assert_eq!(found, bytes[part]);
+            }
+        }
     }
 }

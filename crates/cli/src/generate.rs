@@ -10,12 +10,11 @@ use std::process::ExitCode;
 use anyhow::bail;
 use data::{Bos, ChatTemplate, GenerationPrompt, Special, Tokenizer};
 use infer::{Engine, GenerateConfig, Generation, Logprobs, Sequence, Stop, TextStream};
-use model::ExpertTraffic;
 use serde_json::{Value, json};
 
 use self::sampling::SamplingArgs;
 use crate::console::{Console, Progress};
-use crate::open::{DeviceName, EngineArgs, ModelArgs, Opened};
+use crate::open::{DeviceName, EngineArgs, ModelArgs, Opened, cache_object, cache_summary};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -101,18 +100,6 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     }
     console.memory();
     Ok(ExitCode::SUCCESS)
-}
-
-/// How often experts were in memory.
-fn cache_summary(traffic: ExpertTraffic) -> String {
-    let chosen = traffic.hits + traffic.misses;
-    let share = 100.0 * traffic.hits as f64 / chosen.max(1) as f64;
-    let [read, held] = [traffic.read_bytes, traffic.held_bytes as u64]
-        .map(|bytes| bytes as f64 / f64::from(1 << 20));
-    format!(
-        "experts: {} of {chosen} in memory when chosen ({share:.1} %), {read:.0} MiB read, {held:.0} MiB held",
-        traffic.hits
-    )
 }
 
 /// What a sequence writes: text where there is a tokenizer, ids where there is none.
@@ -314,16 +301,6 @@ fn object(prompt: &[u32], generation: &Generation, writing: &Writing<'_>) -> any
         object["logprobs"] = logprobs.into();
     }
     Ok(object)
-}
-
-/// What all prompts together found in the cache of experts.
-fn cache_object(traffic: ExpertTraffic) -> Value {
-    json!({
-        "hits": traffic.hits,
-        "misses": traffic.misses,
-        "read_bytes": traffic.read_bytes,
-        "held_bytes": traffic.held_bytes,
-    })
 }
 
 /// A token with its logprob, and the likeliest in its place.

@@ -1,5 +1,7 @@
 //! Opening a model by what a user typed.
 
+mod memory;
+
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -14,8 +16,8 @@ use model::adapter::AdapterWeights;
 use model::{Compute, Model, ModelConfig, Mtp, Training, weights};
 use serde_json::Value;
 
+pub(crate) use self::memory::{MemoryArgs, cache_object, cache_summary, lay_out};
 use crate::console::Console;
-use crate::train::memory;
 
 /// Which model, and where it computes.
 #[derive(Debug, Clone, clap::Args)]
@@ -74,22 +76,8 @@ pub(crate) struct EngineArgs {
     pub(crate) compute: ComputeName,
     #[command(flatten)]
     pub(crate) guessing: GuessArgs,
-    /// Most memory for weights, in GiB; by default three quarters of what is free. Where a model has more, experts stay in
-    /// their file, but for those that were used last.
-    #[arg(long, value_name = "GIB", value_parser = gib)]
-    pub(crate) memory_budget: Option<u64>,
-}
-
-/// Bytes from GiB.
-fn gib(text: &str) -> Result<u64, String> {
-    let gib: f64 = text
-        .parse()
-        .map_err(|_| format!("expected a number, found `{text}`"))?;
-    let bytes = gib * f64::from(1 << 30);
-    if bytes >= 1.0 && bytes < 2f64.powi(60) {
-        return Ok(bytes as u64);
-    }
-    Err(format!("expected a number of GiB above 0, found {text}"))
+    #[command(flatten)]
+    pub(crate) memory: MemoryArgs,
 }
 
 /// Whether tokens are guessed ahead.
@@ -175,55 +163,9 @@ impl Opened {
             self.device.clone(),
         );
         engine.mtp = args.guessing.module(&self.folder, &self.device)?;
-        place(&mut engine, args.memory_budget, console);
+        args.memory.place(&mut engine, console);
         Ok(engine)
     }
-}
-
-/// Says where an engine has its weights: all in memory, if the budget has room for them (or three quarters of what is free),
-/// else those that every token needs and the experts that were used last.
-pub(crate) fn place(engine: &mut Engine, budget: Option<u64>, console: &Console) {
-    // Products in f32 decode blocks as they are stored.
-    if engine.compute == Compute::F32 {
-        return;
-    }
-    // The rest is for caches and for what else the machine does.
-    let free = || memory::read().available_bytes.unwrap_or(u64::MAX) / 4 * 3;
-    let room = usize::try_from(budget.unwrap_or_else(free)).unwrap_or(usize::MAX);
-    let (bytes, common) = (engine.size_bytes(), engine.common_bytes());
-    if bytes <= room {
-        return engine.keep_in_memory();
-    }
-    let in_gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
-    let (needed, found) = (in_gib(bytes), in_gib(room));
-    if common >= room {
-        console.note(format_args!(
-            "weights of {needed:.2} GiB stay in their file, since there is room for {found:.2} GiB: slower than in memory"
-        ));
-        return;
-    }
-    engine.cache_experts(room - common);
-    // Of experts in FP8 there are no faster copies.
-    let kept = match engine.model.expert_traffic() {
-        Some(_) => format!(
-            "the experts used last stay in memory ({:.2} GiB), others are read from their file",
-            in_gib(room - common)
-        ),
-        None => "experts are read from their file".into(),
-    };
-    console.note(format_args!(
-        "weights of {needed:.2} GiB, room for {found:.2} GiB: {kept}"
-    ));
-}
-
-/// Copies at once what would be copied between steps.
-pub(crate) fn lay_out(engine: &mut Engine, console: &Console) {
-    let mut progress = console.progress(0, "MiB of weights");
-    engine.lay_out(&mut |done, total| {
-        let [done, total] = [done, total].map(|bytes: usize| bytes as u64 >> 20);
-        progress.update_of(done, total);
-    });
-    progress.finish();
 }
 
 /// Opens a model with an adapter, and says which tensors of its folder it does not use.

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kernels::{ExpertCache, FileHints, Matrix};
+use kernels::{ExpertCache, FileAccess, Matrix};
 use model::{Model, Mtp};
 
 use crate::Engine;
@@ -50,14 +50,15 @@ impl Engine {
     }
 
     /// [`Self::keep_in_memory`] of what every token needs; of the experts those stay in memory that were used last, as many as
-    /// so many bytes hold. For a model that memory has no room for.
-    pub fn cache_experts(&mut self, budget: usize) {
-        let hints = FileHints {
+    /// so many bytes hold. For a model that memory has no room for. So many of a token's experts are asked for before a layer
+    /// chooses them; none says half of those that it chooses.
+    pub fn cache_experts(&mut self, budget: usize, ahead: Option<usize>) {
+        let file = FileAccess {
             expect: checkpoint::expect,
-            forget: checkpoint::forget,
+            read: checkpoint::read,
         };
-        let cache = Arc::new(ExpertCache::new(budget, hints));
-        self.model.cache_experts(&cache);
+        let cache = Arc::new(ExpertCache::new(budget, self.compute, file));
+        self.model.cache_experts(&cache, ahead);
         self.keep_in_memory();
     }
 
@@ -103,7 +104,9 @@ impl Engine {
             at += 1;
         });
         let mut copied = Vec::new();
-        Matrix::lay_out(&mut piece, &mut |stored| copied.push(stored.clone()));
+        Matrix::lay_out(&mut piece, self.compute, &mut |stored| {
+            copied.push(stored.clone())
+        });
         let end = done + piece.len();
         let put = |model: &mut Model, mtp: Option<&mut Mtp>| {
             let mut at = 0;

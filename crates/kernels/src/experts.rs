@@ -21,7 +21,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 pub use self::bank::{ExpertBank, SharedExperts};
-pub use self::resident::{CachedLayer, ExpertCache, ExpertTraffic, FileHints};
+pub(crate) use self::resident::Copied;
+pub use self::resident::{CachedLayer, ExpertCache, ExpertTraffic};
 use crate::dropout::Dropout;
 use crate::product::gemm::{dot, nn_serial, nt_serial, share, tiles, with_scratch, zeros};
 use crate::product::strided::{Mat, MatMut, Write, gemm};
@@ -76,7 +77,8 @@ pub(crate) struct Experts<'a> {
 /// Where the weights come from.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Source<'a> {
-    Frozen(&'a ExpertBank),
+    /// A bank, and copies of some of its experts, by number.
+    Frozen(&'a ExpertBank, &'a [Copied]),
     /// Stacked f32 values of gate, up and down.
     Trained([&'a [f32]; 3]),
 }
@@ -200,9 +202,13 @@ impl<'a> Experts<'a> {
     fn weights(&self, projection: usize, expert: usize) -> Weights<'a> {
         let [in_width, out_width] = self.widths(projection);
         let weights = match self.weights {
-            Source::Frozen(bank) => {
-                let list = [&bank.gate, &bank.up, &bank.down][projection];
-                Weights::frozen(&list[expert], self.compute)
+            Source::Frozen(bank, copies) => {
+                let copy = copies.binary_search_by_key(&expert, |copy| copy.expert);
+                let weight = match copy {
+                    Ok(at) => &copies[at].weights[projection],
+                    Err(_) => &[&bank.gate, &bank.up, &bank.down][projection][expert],
+                };
+                Weights::frozen(weight, self.compute)
             }
             Source::Trained(stacks) => {
                 let size = in_width * out_width;
@@ -402,6 +408,11 @@ pub(crate) fn forward(
 ) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     few::forward(experts, slots, x, weights, None)
         .unwrap_or_else(|| forward_in_groups(experts, slots, x, weights))
+}
+
+/// Whether [`forward_few`] serves few tokens with these weights.
+pub(crate) fn serves_few(bank: &ExpertBank, shared: &SharedExperts, compute: Compute) -> bool {
+    few::serves(bank, shared, compute)
 }
 
 /// The routed experts of a few tokens and those that every token has, together: `[tokens, hidden]`. None where tokens are

@@ -49,15 +49,14 @@ pub use backend::linear::{
 pub use backend::ops::{
     ExpertFactors, Kernels, Routing, adamw, attention, choose_experts, cross_entropy_frozen,
     cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained, expanded_attention,
-    experts_frozen, experts_trained, latent_attention, mixture_frozen, rms_norm, rms_norm_start,
-    rope, sum_of_squares, swiglu,
+    expect_experts, experts_frozen, experts_trained, latent_attention, mixture_frozen, rms_norm,
+    rms_norm_start, rope, sum_of_squares, swiglu,
 };
 pub use dropout::Dropout;
 pub use error::Error;
-pub use experts::{
-    CachedLayer, ExpertBank, ExpertCache, ExpertLora, ExpertTraffic, FileHints, SharedExperts,
-};
+pub use experts::{CachedLayer, ExpertBank, ExpertCache, ExpertLora, ExpertTraffic, SharedExperts};
 pub use ggml::Ggml;
+pub use matrix::copies::FileAccess;
 pub use matrix::heads::Heads;
 pub use matrix::{Format, Fp8Blocks, Matrix};
 pub use product::compute::Compute;

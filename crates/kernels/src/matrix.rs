@@ -4,6 +4,7 @@
 //! Kernels ask for a tile, which is decoded into scratch that fits the cache, or for the product of one row with
 //! a vector. Rows may start at any byte address: dense formats are read byte-wise where they are misaligned.
 
+pub(crate) mod copies;
 pub(crate) mod heads;
 pub(crate) mod strips;
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
-use kernels::{CachedLayer, ExpertCache, ExpertTraffic, Matrix};
+use kernels::{ExpertCache, ExpertTraffic, Matrix};
 
 pub use self::checkpointing::{Checkpointing, Trace};
 pub use self::cost::{Cost, Traffic};
@@ -157,16 +157,21 @@ impl Model {
         bytes
     }
 
-    /// Leaves experts in their file but for those that were used last.
-    pub fn cache_experts(&mut self, cache: &Arc<ExpertCache>) {
-        let mut layer = 0;
+    /// Leaves experts in their file but for those that were used last. So many of a token's experts are asked for before a
+    /// layer chooses; none says half of those that it chooses.
+    pub fn cache_experts(&mut self, cache: &Arc<ExpertCache>, ahead: Option<usize>) {
+        let mut banks = 0..;
         self.for_each_site(&mut |_, site| {
             if let Site::Experts(experts) = site {
-                let cache = Arc::clone(cache);
-                experts.cache(CachedLayer { cache, layer });
-                layer += 1;
+                experts.cache(cache, &mut banks);
             }
         });
+        for layer in &mut self.model.layers {
+            if let FeedForward::Moe(moe) = &mut layer.mlp {
+                let chosen = moe.router.config.choice.top_k;
+                moe.router.ahead = ahead.unwrap_or(chosen.div_ceil(2)).min(chosen);
+            }
+        }
     }
 
     /// How often experts were in memory, where they have a cache.
@@ -228,6 +233,13 @@ impl DecoderLayer {
         pass: &mut Pass<'_>,
         layer_idx: usize,
     ) -> Tensor<2> {
+        if let FeedForward::Moe(moe) = &self.mlp
+            && moe.foresees(pass)
+        {
+            // Attention adds little to the residual stream beside what is there.
+            let likely = self.post_attention_layernorm.forward(x.clone());
+            moe.expect(likely, pass);
+        }
         let normed = self.input_layernorm.forward(x.clone());
         let x = x + match &self.self_attn {
             Attention::Mla(mla) => mla.forward(normed, dims, pass, layer_idx),

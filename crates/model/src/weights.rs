@@ -447,6 +447,7 @@ impl Builder<'_> {
                     None
                 },
                 config: moe.clone(),
+                ahead: 0,
             },
             experts: self.experts(&format!("{at}.experts"), moe)?,
             shared_experts: if shared > 0 {

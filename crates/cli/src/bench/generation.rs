@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use anyhow::bail;
 use infer::{Engine, GenerateConfig, SampleConfig, Sequence};
-use model::Model;
+use model::{ExpertTraffic, Model};
 use serde_json::{Value, json};
 
 use super::limit::{product_speeds, read_speeds};
@@ -21,7 +21,7 @@ use super::sweep::{Sweep, options};
 use super::table::{Column, count, fraction_of, giga, mebibytes, median, seconds, spread};
 use crate::console::Console;
 use crate::inspect::parameters;
-use crate::open::{ComputeName, GuessArgs, lay_out, place};
+use crate::open::{ComputeName, GuessArgs, MemoryArgs, cache_object, lay_out};
 use crate::train::memory;
 
 /// What is measured, and how.
@@ -40,6 +40,8 @@ struct Args {
     /// What products with weights in ggml's blocks round activations to.
     #[arg(long, value_enum, default_value_t = ComputeName::Int8)]
     compute: ComputeName,
+    #[command(flatten)]
+    memory: MemoryArgs,
     /// Runs that are timed, after one that is not.
     #[arg(long, value_name = "R", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     reps: u64,
@@ -106,9 +108,11 @@ struct Timing {
     first_token_secs: f64,
     /// Tokens that were guessed before they were chosen, and those of them that were right.
     guessed: [usize; 2],
+    /// Experts that were in memory when chosen, and others, in this run and those before it.
+    experts: Option<ExpertTraffic>,
 }
 
-const PREFILL_COLUMNS: [Column; 8] = [
+const PREFILL_COLUMNS: [Column; 9] = [
     Column("batch", 5, |result| count(&result["batch"])),
     Column("seq", 6, |result| count(&result["seq"])),
     TOKENS_PER_SECOND,
@@ -119,9 +123,10 @@ const PREFILL_COLUMNS: [Column; 8] = [
     Column("GFLOP/s of limit", 16, |result| {
         fraction_of(result, "limit_flops_per_second")
     }),
+    EXPERTS,
 ];
 
-const DECODE_COLUMNS: [Column; 10] = [
+const DECODE_COLUMNS: [Column; 11] = [
     Column("batch", 5, |result| count(&result["batch"])),
     Column("prompt", 6, |result| count(&result["seq"])),
     TOKENS_PER_SECOND,
@@ -139,6 +144,7 @@ const DECODE_COLUMNS: [Column; 10] = [
         let right = result["guessed_right_share"].as_f64();
         right.map_or_else(|| "-".into(), |share| format!("{:.1} %", 100.0 * share))
     }),
+    EXPERTS,
 ];
 
 const TOKENS_PER_SECOND: Column = Column("tokens/s", 8, |result| {
@@ -153,6 +159,14 @@ const FIRST_TOKEN: Column = Column("first token s", 13, |result| {
     seconds(&result["first_token_seconds"])
 });
 
+const EXPERTS: Column = Column("experts in memory", 17, |result| {
+    let count = |key: &str| result["expert_cache"][key].as_f64();
+    match (count("hits"), count("misses")) {
+        (Some(hits), Some(misses)) => format!("{:.1} %", 100.0 * hits / (hits + misses).max(1.0)),
+        _ => "-".into(),
+    }
+});
+
 pub(crate) fn prefill(args: &PrefillArgs, console: &Console) -> anyhow::Result<ExitCode> {
     run(&args.args, &args.seq, Phase::Prefill, console)
 }
@@ -164,6 +178,12 @@ pub(crate) fn decode(args: &DecodeArgs, console: &Console) -> anyhow::Result<Exi
 
 fn run(args: &Args, seqs: &[u64], phase: Phase, console: &Console) -> anyhow::Result<ExitCode> {
     let subject = Subject::open(&args.model, None)?;
+    if args.memory.memory_budget.is_some() && subject.is_random() {
+        bail!(
+            "--memory-budget: expected a model whose weights are in a file, found none in `{}`",
+            args.model
+        );
+    }
     let mut combinations = Vec::new();
     for &batch in &args.batch {
         let of = |&seq| Combination { phase, batch, seq };
@@ -231,6 +251,7 @@ fn words(args: &Args, combination: Combination) -> Vec<OsString> {
     ];
     words.extend(options(numbers));
     words.extend(["--compute".into(), args.compute.name().into()]);
+    words.extend(args.memory.words().into_iter().map(OsString::from));
     if let Some(adapter) = &args.adapter {
         words.extend(["--adapter".into(), adapter.into()]);
     }
@@ -262,10 +283,13 @@ fn measure(
     let mtp = subject.module(guessing, SEED, &device)?;
     let mut engine = Engine::new(model, args.compute.compute(), device);
     engine.mtp = mtp;
-    place(&mut engine, None, console);
+    args.memory.place(&mut engine, console);
     lay_out(&mut engine, console);
     let open_secs = started.elapsed().as_secs_f64();
     let timings = timings(&mut engine, combination, args.reps, console)?;
+    let of_runs = |timing: &Timing| timing.experts.zip(timings[0].experts);
+    let traffic = timings.last().and_then(of_runs);
+    let traffic = traffic.map(|(all, warm_up)| all.since(warm_up));
     let peak_bytes = memory::read().peak_bytes;
     limits.extend(limit(LIMITS));
 
@@ -280,6 +304,7 @@ fn measure(
         "open_seconds": open_secs,
         "first_token_seconds": timings[0].first_token_secs,
         "guessed_right_share": right_share(&timings[1..]),
+        "expert_cache": traffic.map(cache_object),
     });
     let cost = cost(
         &engine.model,
@@ -375,6 +400,7 @@ fn time(
             generations.iter().map(|found| found.guessed).sum(),
             generations.iter().map(|found| found.guessed_right).sum(),
         ],
+        experts: engine.model.expert_traffic(),
     })
 }
 

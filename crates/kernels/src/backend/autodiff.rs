@@ -326,6 +326,10 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         B::dispatch_slots(ids, experts)
     }
 
+    fn expect_experts(ids: IntTensor<Self>, bank: Arc<ExpertBank>) -> IntTensor<Self> {
+        B::expect_experts(ids, bank)
+    }
+
     fn experts_frozen(
         x: FloatTensor<Self>,
         routing: RoutingPrimitive<Self>,

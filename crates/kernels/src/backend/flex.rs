@@ -30,6 +30,7 @@ use crate::attention::{Context, Segments};
 use crate::backend::linear::{Absorbed, HeadRows, Merge, Update};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
 use crate::backend::plain;
+use crate::experts::serves_few;
 use crate::product::gemm::{self, FEW_ROWS};
 use crate::product::strided::{Mat, MatMut, Write};
 use crate::product::weights::Weights;
@@ -250,6 +251,12 @@ impl Kernels for Flex {
         (ints(order, [slots]), ints(offsets, [experts + 1]))
     }
 
+    fn expect_experts(ids: FlexTensor, bank: Arc<ExpertBank>) -> FlexTensor {
+        let experts = int_values(&ids).into_iter().map(|id| id as usize);
+        bank.expect(experts);
+        ids
+    }
+
     fn experts_frozen(
         x: FlexTensor,
         routing: RoutingPrimitive<Self>,
@@ -261,8 +268,8 @@ impl Kernels for Flex {
         let factors = FactorValues::new(&factors);
         let x = Floats::rounded(&x, compute.before_products());
         let routing = RoutingValues::new(&routing);
-        let bank = bank.resident(routing.slots());
-        let experts = frozen_experts(&bank, &factors, lora, compute);
+        let copies = bank.resident(routing.slots());
+        let experts = frozen_experts((&bank, &copies), &factors, lora, compute);
         experts_forward(experts, &routing, &x)
     }
 
@@ -276,10 +283,11 @@ impl Kernels for Flex {
         let values = Floats::new(&x);
         let at_once = || {
             let routing = RoutingValues::new(&routing);
-            let resident = bank.resident(routing.slots());
-            mixture_forward(&resident, (&routing, &values), &shared, compute)
+            let copies = bank.resident(routing.slots());
+            mixture_forward((&bank, &copies), (&routing, &values), &shared, compute)
         };
         let is_few = values.dims::<2>()[0] <= FEW_ROWS;
+        let is_few = is_few && serves_few(&bank, &shared, compute);
         is_few.then(at_once).flatten().unwrap_or_else(|| {
             plain::mixture_frozen::<Self>(
                 x,

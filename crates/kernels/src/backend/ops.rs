@@ -156,6 +156,8 @@ pub trait Kernels: Backend {
     fn choose_experts(scores: FloatTensor<Self>, choice: Choice) -> IntTensor<Self>;
     /// See [`dispatch`].
     fn dispatch_slots(ids: IntTensor<Self>, experts: usize) -> (IntTensor<Self>, IntTensor<Self>);
+    /// See [`expect_experts`]; gives the ids again.
+    fn expect_experts(ids: IntTensor<Self>, bank: Arc<ExpertBank>) -> IntTensor<Self>;
     /// See [`experts_frozen`]; also gives the products of gate and up.
     fn experts_frozen(
         x: FloatTensor<Self>,
@@ -475,6 +477,18 @@ pub fn choose_experts(scores: Tensor<2>, choice: Choice) -> Tensor<2, Int> {
 pub fn dispatch(ids: Tensor<2, Int>, experts: usize) -> (Tensor<1, Int>, Tensor<1, Int>) {
     let (order, offsets) = Dispatch::dispatch_slots(ids.into_dispatch(), experts);
     (Tensor::from_dispatch(order), Tensor::from_dispatch(offsets))
+}
+
+/// Has experts read from their file that will probably be chosen in the next pass through a bank, if they are not in its
+/// cache. Changes nothing but when they are read.
+///
+/// # Shapes
+/// - `ids`: `[tokens, experts]`, a token's likeliest first
+///
+/// # Panics
+/// If there is no such expert.
+pub fn expect_experts(ids: Tensor<2, Int>, bank: &Arc<ExpertBank>) {
+    Dispatch::expect_experts(ids.into_dispatch(), Arc::clone(bank));
 }
 
 /// Slots sorted by expert, and the weight of each.

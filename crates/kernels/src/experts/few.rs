@@ -6,12 +6,13 @@
 
 use std::ops::Range;
 
-use super::{DOWN, Experts, GATE, SharedExperts, Slots, UP};
+use super::{DOWN, ExpertBank, Experts, GATE, SharedExperts, Slots, UP};
 use crate::product::gemm::with_scratch;
 use crate::product::rows::{Product, multiply_all};
 use crate::product::strided::{Mat, MatMut, Write, gemm};
+use crate::product::weights::Weights;
 use crate::rows::{Input, MOST_ROWS, Packed};
-use crate::swiglu;
+use crate::{Compute, swiglu};
 
 /// A projection of an expert, with the places of its slots.
 struct Part<'a> {
@@ -41,6 +42,13 @@ impl<'a> Shared<'a> {
             inner: shared.gate.rows(),
         })
     }
+}
+
+/// Whether all weights of a bank, to judge by its first expert, and of shared experts have products of rows.
+pub(super) fn serves(bank: &ExpertBank, shared: &SharedExperts, compute: Compute) -> bool {
+    let first = [&bank.gate, &bank.up, &bank.down].map(|list| list.first());
+    let mut first = first.into_iter().flatten();
+    first.all(|w| Weights::frozen(w, compute).packed().is_some()) && Shared::new(shared).is_some()
 }
 
 /// [`super::forward`] where tokens are few and all weights have products of rows; none otherwise. The experts that every
@@ -247,9 +255,9 @@ fn add_rows(slots: Slots<'_>, (rows, width): (&[f32], usize), weights: &[f32], s
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::experts::{ExpertBank, ExpertLora, Factors, Source, forward_in_groups};
+    use crate::experts::{ExpertLora, Factors, Source, forward_in_groups};
     use crate::matrix::tests::{every_block_format, every_format, noise};
-    use crate::{Compute, Dropout, Format, Ggml, Matrix, route};
+    use crate::{Dropout, Format, Ggml, Matrix, route};
 
     /// Two experts for each token, of five; the last expert's slots belong to nobody here.
     fn check(bank: &ExpertBank, rank: usize, tolerance: f32) {
@@ -258,7 +266,7 @@ mod tests {
         let factors = [noise(n * rank * hidden, 1), noise(n * rank * hidden, 2)];
         let [a, b] = factors.each_ref();
         let experts = Experts {
-            weights: Source::Frozen(bank),
+            weights: Source::Frozen(bank, &[]),
             factors: [Factors { a, b, rank }; 3],
             lora: ExpertLora {
                 scale: [0.01; 3],

@@ -3,30 +3,28 @@
 //! The weights of experts stay in their file. Those that tokens choose are copied as products read them fastest, and stay
 //! until others need their room: those that were unused for longest go first. An expert for which there is no room, since
 //! the others are of the same tokens, is read where it lies; it gives the same bits.
+//!
+//! Some of what a layer is about to choose can be told before: the system then reads it while something else is computed.
+//! It waits in the system's own memory of files; only what is chosen is copied, so a wrong guess evicts nothing here.
 
-use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
 
 use super::{ExpertBank, Slots};
-use crate::Matrix;
+use crate::matrix::copies::{Copies, FileAccess};
+use crate::{Compute, Matrix};
 
 /// The experts of all layers that are in memory. Its layers' banks share it.
 pub struct ExpertCache {
     /// Most bytes that they take.
     budget: usize,
-    file: FileHints,
+    /// What copies are laid out for.
+    compute: Compute,
+    file: FileAccess,
     state: Mutex<State>,
-}
-
-/// What the system is told of a file's bytes.
-#[derive(Clone, Copy, Debug)]
-pub struct FileHints {
-    /// They will be read soon.
-    pub expect: fn(&[u8]),
-    /// They were copied.
-    pub forget: fn(&[u8]),
 }
 
 /// How often experts were in memory when tokens chose them.
@@ -36,25 +34,67 @@ pub struct ExpertTraffic {
     pub hits: u64,
     /// Those that were not.
     pub misses: u64,
-    /// Bytes that were read from the file for the latter.
+    /// Those of the latter that the system was asked for before they were chosen.
+    pub foreseen: u64,
+    /// Experts that it was asked for so and that were not chosen.
+    pub in_vain: u64,
+    /// Bytes that were read for the experts that were not there.
     pub read_bytes: u64,
+    /// Bytes that were asked for in vain.
+    pub vain_bytes: u64,
     /// Bytes that those in memory take.
     pub held_bytes: usize,
 }
 
+/// What is asked for ahead at once is at most this part of the budget.
+const MOST_EXPECTED: usize = 4;
+
+impl ExpertTraffic {
+    /// What came after some of it was counted.
+    pub fn since(self, earlier: Self) -> Self {
+        Self {
+            hits: self.hits - earlier.hits,
+            misses: self.misses - earlier.misses,
+            foreseen: self.foreseen - earlier.foreseen,
+            in_vain: self.in_vain - earlier.in_vain,
+            read_bytes: self.read_bytes - earlier.read_bytes,
+            vain_bytes: self.vain_bytes - earlier.vain_bytes,
+            held_bytes: self.held_bytes,
+        }
+    }
+}
+
+/// A layer and the number of an expert.
+type Key = (usize, usize);
+
 #[derive(Default)]
 struct State {
-    /// By layer and number.
-    experts: HashMap<(usize, usize), Resident>,
+    experts: HashMap<Key, Resident>,
+    /// By layer: experts that the system was asked for and that no pass has chosen or passed over yet.
+    expected: HashMap<usize, Vec<Expected>>,
     /// Counts calls.
     now: u64,
     traffic: ExpertTraffic,
 }
 
+struct Expected {
+    expert: usize,
+    bytes: usize,
+}
+
 struct Resident {
-    /// Gate, up and down.
-    weights: [Matrix; 3],
+    copies: Copied,
+    /// What they are copied to.
+    memory: Bytes,
     last_used: u64,
+}
+
+/// Copies of an expert's weights.
+#[derive(Clone, Debug)]
+pub(crate) struct Copied {
+    pub(crate) expert: usize,
+    /// Gate, up and down.
+    pub(crate) weights: [Matrix; 3],
 }
 
 /// A layer's part of the cache.
@@ -73,52 +113,104 @@ impl fmt::Debug for ExpertCache {
 }
 
 impl ExpertCache {
-    /// An empty one for so many bytes.
-    pub fn new(budget: usize, file: FileHints) -> Self {
+    /// An empty one for so many bytes, of experts that are multiplied in `compute`.
+    pub fn new(budget: usize, compute: Compute, file: FileAccess) -> Self {
         Self {
             budget,
+            compute,
             file,
             state: Mutex::default(),
         }
     }
 
-    /// What was counted so far.
-    pub fn traffic(&self) -> ExpertTraffic {
-        self.state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .traffic
+    /// What experts are multiplied in.
+    pub fn compute(&self) -> Compute {
+        self.compute
     }
 
-    /// Puts what is in memory of some experts of a layer in place of their file's bytes, and copies what is not.
-    fn fill(&self, layer: usize, chosen: impl Iterator<Item = usize>, bank: &mut ExpertBank) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+    /// What was counted so far.
+    pub fn traffic(&self) -> ExpertTraffic {
+        self.state().traffic
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks the system for experts of a layer that are not in memory, as long as they are few beside those that are.
+    fn expect(&self, layer: usize, likely: impl Iterator<Item = usize>, bank: &ExpertBank) {
+        let mut state = self.state();
+        state.pass_over(layer);
+        let (mut expected, mut bytes): (Vec<Expected>, usize) = (vec![], 0);
+        for expert in likely {
+            let is_known = expected.iter().any(|other| other.expert == expert);
+            if is_known || state.experts.contains_key(&(layer, expert)) {
+                continue;
+            }
+            let stored = bank.weights_of(expert);
+            let size = size(&stored);
+            bytes += size;
+            // The system's own room for them is not known, so what is asked for is bounded by what is.
+            if bytes > self.budget / MOST_EXPECTED {
+                break;
+            }
+            self.ask_for(&stored);
+            expected.push(Expected {
+                expert,
+                bytes: size,
+            });
+        }
+        state.expected.insert(layer, expected);
+    }
+
+    fn ask_for(&self, stored: &[Matrix; 3]) {
+        for matrix in stored {
+            (self.file.expect)(matrix.bytes());
+        }
+    }
+
+    /// What is in memory of some experts of a layer, by number, and of the others as many as there is room for.
+    fn fill(
+        &self,
+        layer: usize,
+        chosen: impl Iterator<Item = usize>,
+        bank: &ExpertBank,
+    ) -> Vec<Copied> {
+        let mut state = self.state();
         state.now += 1;
-        let mut missing = vec![];
+        let (mut found, mut missing) = (vec![], vec![]);
         for expert in chosen {
             match state.touch((layer, expert)) {
-                Some(weights) => bank.put(expert, weights),
-                None => missing.push(expert),
+                Some(copies) => found.push(copies),
+                None => missing.push((expert, bank.weights_of(expert))),
             }
         }
         // All of them first: so the disk has them in one queue.
-        for expert in &missing {
-            for stored in bank.weights_of(*expert) {
-                (self.file.expect)(stored.bytes());
+        for (expert, stored) in &missing {
+            if !state.was_expected((layer, *expert)) {
+                self.ask_for(stored);
             }
         }
-        for expert in missing {
-            let mut weights = bank.weights_of(expert);
+        state.pass_over(layer);
+        let (mut experts, mut copies) = (vec![], vec![]);
+        for (expert, stored) in missing {
             state.traffic.misses += 1;
-            state.traffic.read_bytes += size(&weights) as u64;
-            if state.make_room(size(&weights), self.budget) {
-                Matrix::lay_out(&mut weights, &mut |copied| {
-                    (self.file.forget)(copied.bytes())
-                });
-                bank.put(expert, weights.clone());
-                state.add((layer, expert), weights);
+            state.traffic.read_bytes += size(&stored) as u64;
+            let len = Copies::len(&stored, self.compute);
+            if let Some(room) = state.make_room(len, self.budget) {
+                experts.push(expert);
+                copies.push(Copies::new(stored, self.compute, room.used));
             }
         }
+        Copies::fill(&mut copies, self.compute, self.file);
+        for (expert, copies) in experts.into_iter().zip(copies) {
+            let (weights, memory) = copies.finish(self.compute);
+            let copies = Copied { expert, weights };
+            found.push(copies.clone());
+            state.add(layer, copies, memory);
+        }
+        found.sort_unstable_by_key(|copies| copies.expert);
+        found
     }
 }
 
@@ -127,113 +219,165 @@ fn size(weights: &[Matrix; 3]) -> usize {
     weights.iter().map(Matrix::size_bytes).sum()
 }
 
+/// Room for an expert, and memory that others had before, if there is some.
+struct Room {
+    used: Option<Vec<u8>>,
+}
+
 impl State {
     /// An expert's weights if they are there, which counts as a use.
-    fn touch(&mut self, key: (usize, usize)) -> Option<[Matrix; 3]> {
+    fn touch(&mut self, key: Key) -> Option<Copied> {
         let resident = self.experts.get_mut(&key)?;
         resident.last_used = self.now;
         self.traffic.hits += 1;
-        Some(resident.weights.clone())
+        Some(resident.copies.clone())
     }
 
-    /// Lets go of the longest unused until there is room, but of none that this call uses. Whether there is.
-    fn make_room(&mut self, bytes: usize, budget: usize) -> bool {
+    /// Whether the system was asked for an expert that is now chosen.
+    fn was_expected(&mut self, (layer, expert): Key) -> bool {
+        let Some(expected) = self.expected.get_mut(&layer) else {
+            return false;
+        };
+        let at = expected.iter().position(|other| other.expert == expert);
+        self.traffic.foreseen += u64::from(at.is_some());
+        at.map(|at| expected.swap_remove(at)).is_some()
+    }
+
+    /// Counts what is still expected of a layer as asked for in vain.
+    fn pass_over(&mut self, layer: usize) {
+        for expected in self.expected.remove(&layer).into_iter().flatten() {
+            self.traffic.in_vain += 1;
+            self.traffic.vain_bytes += expected.bytes as u64;
+        }
+    }
+
+    /// Lets go of the longest unused until there is room, but of none that this call uses. None where there is none.
+    fn make_room(&mut self, bytes: usize, budget: usize) -> Option<Room> {
+        let mut used = None;
         while self.traffic.held_bytes + bytes > budget {
             let unused = self.experts.iter().filter(|(_, r)| r.last_used < self.now);
-            let Some((key, _)) = unused.min_by_key(|(key, r)| (r.last_used, **key)) else {
-                return false;
-            };
-            let key = *key;
-            let gone = self
-                .experts
-                .remove(&key)
-                .map(|resident| size(&resident.weights));
-            self.traffic.held_bytes -= gone.unwrap_or(0);
+            let (key, _) = unused.min_by_key(|(key, r)| (r.last_used, **key))?;
+            let gone = self.experts.remove(&key.clone())?;
+            self.traffic.held_bytes -= gone.memory.len();
+            drop(gone.copies);
+            used = gone.memory.try_into_mut().ok().map(Vec::from);
         }
-        true
+        self.traffic.held_bytes += bytes;
+        Some(Room { used })
     }
 
-    fn add(&mut self, key: (usize, usize), weights: [Matrix; 3]) {
-        self.traffic.held_bytes += size(&weights);
-        let last_used = self.now;
-        self.experts.insert(key, Resident { weights, last_used });
+    /// Adds copies for which room was made.
+    fn add(&mut self, layer: usize, copies: Copied, memory: Bytes) {
+        let resident = Resident {
+            last_used: self.now,
+            memory,
+            copies,
+        };
+        let key = (layer, resident.copies.expert);
+        self.experts.insert(key, resident);
     }
 }
 
 impl ExpertBank {
-    /// The bank with the experts that have slots in memory, if it has a cache.
-    pub(crate) fn resident(&self, slots: Slots<'_>) -> Cow<'_, Self> {
+    /// Copies of the experts that have slots, by number, if it has a cache. Others are read where they lie.
+    pub(crate) fn resident(&self, slots: Slots<'_>) -> Vec<Copied> {
         let Some(CachedLayer { cache, layer }) = &self.cached else {
-            return Cow::Borrowed(self);
+            return vec![];
         };
-        let mut bank = self.clone();
         let experts = 0..slots.offsets.len() - 1;
         let chosen = experts.filter(|expert| !slots.of_expert(*expert).is_empty());
-        cache.fill(*layer, chosen, &mut bank);
-        Cow::Owned(bank)
+        cache.fill(*layer, chosen, self)
+    }
+
+    /// Says which experts will probably have slots next, if it has a cache.
+    ///
+    /// # Panics
+    /// If there is no such expert.
+    pub(crate) fn expect(&self, likely: impl Iterator<Item = usize>) {
+        if let Some(CachedLayer { cache, layer }) = &self.cached {
+            cache.expect(*layer, likely, self);
+        }
     }
 
     fn weights_of(&self, expert: usize) -> [Matrix; 3] {
         [&self.gate, &self.up, &self.down].map(|list| list[expert].clone())
     }
-
-    fn put(&mut self, expert: usize, [gate, up, down]: [Matrix; 3]) {
-        (self.gate[expert], self.up[expert], self.down[expert]) = (gate, up, down);
-    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::matrix::tests::every_format;
-    use crate::route;
+    use std::cell::RefCell;
 
-    const HINTS: FileHints = FileHints {
-        expect: |_| (),
-        forget: |_| (),
+    use super::*;
+    use crate::matrix::tests::{every_block_format, every_format};
+    use crate::{Format, route};
+
+    thread_local! {
+        /// Bytes that were asked for on this thread.
+        static ASKED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    }
+
+    const FILE: FileAccess = FileAccess {
+        expect: |bytes| ASKED.with_borrow_mut(|asked| asked.extend_from_slice(bytes)),
+        read: |bytes, out| out.copy_from_slice(bytes),
     };
 
-    /// Four experts of `[8, 8]` in f32: 768 bytes each.
+    /// Bytes of an expert of [`bank`] in its file, and of its copies.
+    const SIZE: usize = 3 * 8 * 8 * 4;
+    const HELD: usize = SIZE + 64;
+
+    /// Experts over lists of four matrices each.
+    fn of(list: impl Fn(u64) -> Vec<Matrix>, cache: &Arc<ExpertCache>, layer: usize) -> ExpertBank {
+        let cache = Arc::clone(cache);
+        let cached = Some(CachedLayer { cache, layer });
+        ExpertBank {
+            cached,
+            ..ExpertBank::new(list(1), list(11), list(21))
+        }
+    }
+
+    /// Four experts of `[8, 8]` in f32.
     fn bank(cache: &Arc<ExpertCache>, layer: usize) -> ExpertBank {
         let list = |seed: u64| {
             (0..4u64)
                 .map(|i| every_format(8, 8, seed + i).swap_remove(0))
                 .collect()
         };
-        ExpertBank {
-            gate: list(1),
-            up: list(11),
-            down: list(21),
-            cached: Some(CachedLayer {
-                cache: Arc::clone(cache),
-                layer,
-            }),
-        }
+        of(list, cache, layer)
     }
 
-    /// Which of the four are copies after a pass of tokens with these experts.
-    fn copied(bank: &ExpertBank, experts: &[i32]) -> Vec<usize> {
+    fn cache(experts: usize) -> Arc<ExpertCache> {
+        Arc::new(ExpertCache::new(experts * HELD, Compute::Int8, FILE))
+    }
+
+    /// What a pass of tokens with these experts gets in memory.
+    fn copies(bank: &ExpertBank, experts: &[i32]) -> Vec<Copied> {
         let (order, offsets) = route::dispatch(experts, 4);
-        let resident = bank.resident(Slots {
+        let copies = bank.resident(Slots {
             order: &order,
             offsets: &offsets,
             top_k: 1,
         });
-        let values = |bank: &ExpertBank, expert: usize| {
-            let weights = bank.weights_of(expert);
-            weights.map(|w| w.to_f32())
-        };
-        assert!((0..4).all(|expert| values(bank, expert) == values(&resident, expert)));
-        let is_copy = |expert: &usize| {
-            bank.down[*expert].bytes().as_ptr() != resident.down[*expert].bytes().as_ptr()
-        };
-        (0..4).filter(is_copy).collect()
+        for copy in &copies {
+            let stored = bank.weights_of(copy.expert);
+            for (copy, stored) in copy.weights.iter().zip(&stored) {
+                assert_eq!(copy.to_f32(), stored.to_f32(), "{}", copy.format().name());
+                assert_ne!(copy.bytes().as_ptr(), stored.bytes().as_ptr());
+            }
+        }
+        copies
+    }
+
+    fn copied(bank: &ExpertBank, experts: &[i32]) -> Vec<usize> {
+        copies(bank, experts)
+            .iter()
+            .map(|copy| copy.expert)
+            .collect()
     }
 
     #[test]
     fn the_longest_unused_expert_makes_room() {
-        let size = 3 * 8 * 8 * 4;
-        let cache = Arc::new(ExpertCache::new(3 * size, HINTS));
+        let cache = cache(3);
         let banks = [bank(&cache, 0), bank(&cache, 1)];
         assert_eq!(copied(&banks[0], &[0, 1, 0]), [0, 1]);
         assert_eq!(copied(&banks[1], &[0]), [0]);
@@ -242,19 +386,93 @@ mod tests {
         assert_eq!(copied(&banks[1], &[3]), [3]);
         let counts = cache.traffic();
         assert_eq!((counts.hits, counts.misses), (1, 4));
-        assert_eq!(counts.held_bytes, 3 * size);
+        assert_eq!(counts.held_bytes, 3 * HELD);
         assert_eq!(copied(&banks[0], &[0]), [0]);
         assert_eq!(cache.traffic().misses, 5);
         // Of four at once one finds no room, and those of the pass stay.
         assert_eq!(copied(&banks[0], &[0, 1, 2, 3]), [0, 1, 2]);
-        assert_eq!(cache.traffic().held_bytes, 3 * size);
-        assert_eq!(cache.traffic().read_bytes, 7 * size as u64);
+        assert_eq!(cache.traffic().held_bytes, 3 * HELD);
+        assert_eq!(cache.traffic().read_bytes, 7 * SIZE as u64);
     }
 
     #[test]
     fn a_budget_below_one_expert_holds_none() {
-        let cache = Arc::new(ExpertCache::new(10, HINTS));
-        assert!(copied(&bank(&cache, 0), &[2, 3]).is_empty());
-        assert_eq!(cache.traffic().held_bytes, 0);
+        let cache = Arc::new(ExpertCache::new(10, Compute::Int8, FILE));
+        let bank = bank(&cache, 0);
+        bank.expect([1].into_iter());
+        assert!(copied(&bank, &[2, 3]).is_empty());
+        let counts = cache.traffic();
+        assert_eq!(
+            (counts.held_bytes, counts.foreseen, counts.in_vain),
+            (0, 0, 0)
+        );
+    }
+
+    #[test]
+    fn experts_are_asked_for_once_and_counted_when_chosen() {
+        let cache = cache(8);
+        let bank = bank(&cache, 0);
+        let asked = || ASKED.take().len() / SIZE;
+        assert_eq!(copied(&bank, &[0]), [0]);
+        assert_eq!(asked(), 1);
+        // One is there, and two are as many as a quarter of the budget holds.
+        bank.expect([0, 1, 1, 2, 3].into_iter());
+        assert_eq!(asked(), 2);
+        assert_eq!(cache.traffic().held_bytes, HELD);
+        assert_eq!(copied(&bank, &[0, 1, 3]), [0, 1, 3]);
+        // The first was asked for before.
+        assert_eq!(asked(), 1);
+        let counts = cache.traffic();
+        let found = [counts.hits, counts.misses, counts.foreseen, counts.in_vain];
+        assert_eq!(found, [1, 3, 1, 1]);
+        assert_eq!(counts.vain_bytes, SIZE as u64);
+        // What was never followed by a pass was in vain too.
+        bank.expect([2].into_iter());
+        bank.expect([2].into_iter());
+        assert_eq!(copied(&bank, &[2]), [2]);
+        let later = cache.traffic().since(counts);
+        assert_eq!([later.misses, later.foreseen, later.in_vain], [1, 1, 1]);
+        assert_eq!(later.read_bytes, SIZE as u64);
+    }
+
+    #[test]
+    fn every_format_is_copied_as_products_read_it() {
+        for compute in [Compute::Int8, Compute::F32] {
+            for number in 0..every_block_format(40).len() + 4 {
+                // Copied by several tasks, and with a strip that is not full.
+                let forms = |rows: usize, seed: u64| {
+                    let mut all = every_block_format(rows);
+                    all.extend(every_format(rows, 512, seed));
+                    all
+                };
+                let list = |seed: u64| {
+                    (0..4)
+                        .map(|_| forms(328, seed).swap_remove(number))
+                        .collect()
+                };
+                let cache = Arc::new(ExpertCache::new(usize::MAX, compute, FILE));
+                let bank = of(list, &cache, 0);
+                for copy in copies(&bank, &[1, 3]) {
+                    let [gate, ..] = copy.weights;
+                    let is_strips = matches!(gate.format(), Format::Strips(_));
+                    let has_blocks =
+                        matches!(bank.gate[0].format(), Format::Ggml(f) if f.block() > 1);
+                    assert_eq!(is_strips, has_blocks && compute == Compute::Int8);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn memory_of_experts_that_left_serves_others() {
+        let cache = cache(1);
+        let bank = bank(&cache, 0);
+        let place = |expert: i32| copies(&bank, &[expert])[0].weights[0].bytes().as_ptr();
+        let first = place(0);
+        assert_eq!(place(1), first);
+        // Not while somebody reads it.
+        let held = copies(&bank, &[1]);
+        assert_ne!(place(2), held[0].weights[0].bytes().as_ptr());
+        assert_eq!(held[0].weights[1].to_f32(), bank.up[1].to_f32());
     }
 }

@@ -12,12 +12,12 @@ use rayon::prelude::*;
 use super::{Format, Matrix, decode_blocks};
 use crate::product::ahead::ask_for;
 use crate::product::gemm::with_byte_scratch;
-use crate::{Ggml, rows};
+use crate::{Compute, Ggml, rows};
 
 /// Rows of a strip.
 pub(crate) const ROWS: usize = 16;
 /// Bytes of a line of the cache.
-const LINE: usize = 64;
+pub(super) const LINE: usize = 64;
 /// What stands in for the fields of rows that are not there.
 const NOTHING: [u8; 128] = [0; 128];
 
@@ -106,10 +106,11 @@ fn fields(format: Ggml) -> &'static [Field] {
 }
 
 impl Matrix {
-    /// Copies matrices into new memory, those that have products in int8 with sixteen rows side by side, and says of each
-    /// when nothing reads its old bytes any more. The memory is one piece: so the system can give it pages of a size of
-    /// which a CPU has all at hand, where a file's small pages are looked up again and again. FP8 stays where it is.
-    pub fn lay_out(matrices: &mut [Self], on_copied: &mut dyn FnMut(&Self)) {
+    /// Copies matrices into new memory as products in `compute` read them fastest, those that have products in int8 with
+    /// sixteen rows side by side, and says of each when nothing reads its old bytes any more. The memory is one piece: so
+    /// the system can give it pages of a size of which a CPU has all at hand, where a file's small pages are looked up again
+    /// and again.
+    pub fn lay_out(matrices: &mut [Self], compute: Compute, on_copied: &mut dyn FnMut(&Self)) {
         let mut stored: Vec<Self> = vec![];
         for matrix in &*matrices {
             matrix.map_stored(&mut |part| {
@@ -117,13 +118,13 @@ impl Matrix {
                 part.clone()
             });
         }
-        let total: usize = stored.iter().map(Self::laid_lines).sum();
+        let total: usize = stored.iter().map(|w| w.laid_lines(compute)).sum();
         let mut all = vec![0; total + LINE];
         let first = all.as_ptr().align_offset(LINE).min(LINE);
         let mut left = &mut all[first..];
         for matrix in &stored {
-            let (part, after) = left.split_at_mut(matrix.laid_lines());
-            matrix.copy_to(&mut part[..matrix.laid_bytes()]);
+            let (part, after) = left.split_at_mut(matrix.laid_lines(compute));
+            matrix.copy_to(&mut part[..matrix.laid_bytes(compute)], compute);
             on_copied(matrix);
             left = after;
         }
@@ -131,10 +132,10 @@ impl Matrix {
         for matrix in matrices {
             *matrix = matrix.map_stored(&mut |part| {
                 let start = at;
-                at += part.laid_lines();
+                at += part.laid_lines(compute);
                 Self {
-                    format: part.laid_format(),
-                    bytes: all.slice(start..start + part.laid_bytes()),
+                    format: part.laid_format(compute),
+                    bytes: all.slice(start..start + part.laid_bytes(compute)),
                     ..*part
                 }
             });
@@ -144,38 +145,42 @@ impl Matrix {
     /// The matrix with what it is made of replaced, if that can be laid out.
     pub(super) fn map_stored(&self, map: &mut dyn FnMut(&Self) -> Self) -> Self {
         match &self.format {
-            Format::Ggml(_) | Format::F32 | Format::F16 | Format::Bf16 => map(self),
+            Format::Ggml(_) | Format::F32 | Format::F16 | Format::Bf16 | Format::Fp8(_) => {
+                map(self)
+            }
             Format::Heads(heads) => Self {
                 format: Format::Heads(heads.map_stored(map)),
                 bytes: self.bytes.clone(),
                 ..*self
             },
-            Format::Fp8(_) | Format::Strips(_) => self.clone(),
+            Format::Strips(_) => self.clone(),
         }
     }
 
-    fn laid_format(&self) -> Format {
+    pub(super) fn laid_format(&self, compute: Compute) -> Format {
         match self.format {
-            Format::Ggml(format) if rows::multiplies(format) => Format::Strips(format),
+            Format::Ggml(format) if compute == Compute::Int8 && rows::multiplies(format) => {
+                Format::Strips(format)
+            }
             _ => self.format.clone(),
         }
     }
 
-    fn laid_bytes(&self) -> usize {
-        match self.laid_format() {
+    pub(super) fn laid_bytes(&self, compute: Compute) -> usize {
+        match self.laid_format(compute) {
             Format::Strips(_) => self.rows.next_multiple_of(ROWS) * self.row_bytes(),
             _ => self.bytes.len(),
         }
     }
 
     /// The same in whole lines of the cache.
-    fn laid_lines(&self) -> usize {
-        self.laid_bytes().next_multiple_of(LINE)
+    pub(super) fn laid_lines(&self, compute: Compute) -> usize {
+        self.laid_bytes(compute).next_multiple_of(LINE)
     }
 
     /// Copies the bytes as they are laid out, on all threads.
-    fn copy_to(&self, out: &mut [u8]) {
-        let is_strips = matches!(self.laid_format(), Format::Strips(_));
+    fn copy_to(&self, out: &mut [u8], compute: Compute) {
+        let is_strips = matches!(self.laid_format(compute), Format::Strips(_));
         let row_bytes = self.row_bytes();
         let rows = (ROWS * row_bytes).max(1);
         let tasks = out.par_chunks_mut(rows).zip(self.bytes.par_chunks(rows));
@@ -393,15 +398,18 @@ mod tests {
 
     #[test]
     fn what_is_laid_out_has_the_values_it_had() {
+        for compute in [Compute::Int8, Compute::F32] {
+            check_laid_out(compute);
+        }
+    }
+
+    fn check_laid_out(compute: Compute) {
         let before = every_form();
         let (mut after, mut copied) = (before.clone(), 0);
-        Matrix::lay_out(&mut after, &mut |matrix| copied += matrix.size_bytes());
-        let is_stored = |matrix: &&Matrix| !matches!(matrix.format(), Format::Fp8(_));
-        let stored: usize = before
-            .iter()
-            .filter(is_stored)
-            .map(Matrix::size_bytes)
-            .sum();
+        Matrix::lay_out(&mut after, compute, &mut |matrix| {
+            copied += matrix.size_bytes();
+        });
+        let stored: usize = before.iter().map(Matrix::size_bytes).sum();
         assert_eq!(copied, stored);
         for (before, after) in before.iter().zip(&after) {
             let (name, cols) = (after.format().name(), after.cols());

@@ -213,7 +213,7 @@ mod tests {
         );
         all.retain(|w| Packed::new(w, Compute::Int8).is_some());
         let mut in_strips = all.clone();
-        Matrix::lay_out(&mut in_strips, &mut |_| ());
+        Matrix::lay_out(&mut in_strips, Compute::Int8, &mut |_| ());
         in_strips.retain(|w| matches!(w.format(), Format::Strips(_)));
         assert!(in_strips.len() > 12);
         all.extend(in_strips);

@@ -7,13 +7,14 @@
 //! Where only some experts are trained or updated, a layer runs in two parts: those, and the others. Each part gets the
 //! slots of its own experts alone, so the others cost no gradient.
 
+use std::ops::RangeFrom;
 use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
 use kernels::{
-    CachedLayer, Compute, Dropout, ExpertBank, ExpertFactors, ExpertLora, ExpertTraffic, Format,
-    Matrix, Quantizer, SharedExperts,
+    CachedLayer, Compute, Dropout, ExpertBank, ExpertCache, ExpertFactors, ExpertLora,
+    ExpertTraffic, Matrix, Quantizer, SharedExperts,
 };
 
 use super::router::Routed;
@@ -175,31 +176,46 @@ impl Experts {
 
     /// Visits the matrices of frozen experts.
     pub(crate) fn for_each_frozen(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
-        let banks = match (&mut self.chosen, &mut self.weights) {
-            (Some(chosen), _) => &mut chosen.banks[..],
-            (None, ExpertWeights::Frozen(frozen)) => std::slice::from_mut(&mut frozen.bank),
-            (None, ExpertWeights::Trained(_) | ExpertWeights::Partly(_)) => return,
-        };
-        for bank in banks {
+        for bank in self.frozen_banks() {
             let ExpertBank { gate, up, down, .. } = Arc::make_mut(bank);
             [gate, up, down].into_iter().flatten().for_each(&mut *visit);
         }
     }
 
-    /// Leaves frozen experts in their file but for those that were used last. Those in FP8, of which there are no faster
-    /// copies, stay there.
-    pub(crate) fn cache(&mut self, cached: CachedLayer) {
-        if let ExpertWeights::Frozen(frozen) = &mut self.weights
-            && !matches!(frozen.bank.gate[0].format(), Format::Fp8(_))
-        {
-            Arc::make_mut(&mut frozen.bank).cached = Some(cached);
+    /// The banks that are multiplied with.
+    fn frozen_banks(&mut self) -> &mut [Arc<ExpertBank>] {
+        match (&mut self.chosen, &mut self.weights) {
+            (Some(chosen), _) => &mut chosen.banks,
+            (None, ExpertWeights::Frozen(frozen)) => std::slice::from_mut(&mut frozen.bank),
+            (None, ExpertWeights::Trained(_) | ExpertWeights::Partly(_)) => &mut [],
+        }
+    }
+
+    /// Leaves frozen experts in their file but for those that were used last; each bank of them takes a number.
+    pub(crate) fn cache(&mut self, cache: &Arc<ExpertCache>, numbers: &mut RangeFrom<usize>) {
+        for (bank, layer) in self.frozen_banks().iter_mut().zip(numbers) {
+            let cache = Arc::clone(cache);
+            Arc::make_mut(bank).cached = Some(CachedLayer { cache, layer });
+        }
+    }
+
+    /// Whether frozen experts stay in their file but for those that were used last.
+    pub(crate) fn is_cached(&self) -> bool {
+        self.bank().is_some_and(|bank| bank.cached.is_some())
+    }
+
+    /// Has experts read from their file that are probably chosen next, `[tokens, experts]`, a token's likeliest first.
+    pub(crate) fn expect(&self, likely: Tensor<2, Int>) {
+        if let Some(bank) = self.bank() {
+            kernels::expect_experts(likely, bank);
         }
     }
 
     /// How often its experts, and those of all layers with the same cache, were in memory; none where all are.
     pub(crate) fn traffic(&self) -> Option<ExpertTraffic> {
-        let cached = self.bank()?.cached.as_ref()?;
-        Some(cached.cache.traffic())
+        let parts = self.chosen.iter().flat_map(|chosen| &chosen.banks);
+        let mut cached = self.bank().into_iter().chain(parts).flat_map(|b| &b.cached);
+        cached.next().map(|layer| layer.cache.traffic())
     }
 
     /// How many experts are trained or updated, if any are.

@@ -46,4 +46,17 @@ impl Moe {
             None => self.experts.forward(x, routed, pass),
         }
     }
+
+    /// Whether experts are to be asked for before they are chosen: only then, and where text is generated, are they read
+    /// from a file.
+    pub(crate) fn foresees(&self, pass: &Pass<'_>) -> bool {
+        self.router.ahead > 0 && self.experts.is_cached() && !pass.caches.is_empty()
+    }
+
+    /// Has the experts read from their file that tokens will probably choose, to judge by `x` `[tokens, hidden_size]`, which
+    /// is near to what the router will see.
+    pub(crate) fn expect(&self, x: Tensor<2>, pass: &Pass<'_>) {
+        let logits = self.gate.forward_as(Class::Router, x, pass);
+        self.experts.expect(self.router.likeliest(logits));
+    }
 }

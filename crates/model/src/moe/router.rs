@@ -7,6 +7,7 @@
 
 use burn::tensor::activation::sigmoid;
 use burn::tensor::{Int, Tensor};
+use kernels::Choice;
 
 use crate::config::{MoeConfig, Scoring};
 
@@ -17,6 +18,8 @@ pub struct Router {
     pub e_score_correction_bias: Option<Tensor<1>>,
     /// Settings.
     pub config: MoeConfig,
+    /// How many of a token's experts are asked for before it chooses them, where they are read from a file.
+    pub ahead: usize,
 }
 
 /// What a router decided.
@@ -36,11 +39,8 @@ impl Router {
     /// # Shapes
     /// - `logits`: `[tokens, experts]`, f32; `chosen`: `[tokens, top_k]`
     pub fn route(&self, logits: Tensor<2>, chosen: Option<Tensor<2, Int>>) -> Routed {
-        let scores = match self.config.scoring_func {
-            Scoring::Softmax => softmax(logits),
-            Scoring::Sigmoid => sigmoid(logits),
-        };
-        let ids = chosen.unwrap_or_else(|| self.choose(scores.clone()));
+        let scores = self.scores(logits);
+        let ids = chosen.unwrap_or_else(|| self.choose(scores.clone(), self.config.choice));
         let weights = self.weigh(scores.clone().gather(1, ids.clone()));
         Routed {
             scores,
@@ -49,13 +49,29 @@ impl Router {
         }
     }
 
-    /// The experts of every token, `[tokens, top_k]`, by scores and bias.
-    fn choose(&self, scores: Tensor<2>) -> Tensor<2, Int> {
+    /// Those of every token's experts that are asked for ahead, `[tokens, ahead]`, of logits `[tokens, experts]`.
+    pub(crate) fn likeliest(&self, logits: Tensor<2>) -> Tensor<2, Int> {
+        let best = Choice {
+            top_k: self.ahead,
+            ..self.config.choice
+        };
+        self.choose(self.scores(logits), best)
+    }
+
+    fn scores(&self, logits: Tensor<2>) -> Tensor<2> {
+        match self.config.scoring_func {
+            Scoring::Softmax => softmax(logits),
+            Scoring::Sigmoid => sigmoid(logits),
+        }
+    }
+
+    /// The best experts of every token, by scores and bias.
+    fn choose(&self, scores: Tensor<2>, best: Choice) -> Tensor<2, Int> {
         let choice = match &self.e_score_correction_bias {
             Some(bias) => scores + bias.clone().unsqueeze(),
             None => scores,
         };
-        kernels::choose_experts(choice, self.config.choice)
+        kernels::choose_experts(choice, best)
     }
 
     /// Turns the scores of the chosen experts into their weights.

@@ -5,7 +5,7 @@ use burn_flex::FlexTensor;
 
 use super::values::{Floats, floats, int_values};
 use crate::backend::ops::{FactorsPrimitive, RoutingPrimitive, StacksPrimitive};
-use crate::experts::{self, Experts, Factors, Slots, Source};
+use crate::experts::{self, Copied, Experts, Factors, Slots, Source};
 use crate::{Compute, ExpertBank, ExpertLora, SharedExperts};
 
 pub(super) struct RoutingValues {
@@ -48,7 +48,7 @@ impl FactorValues {
 }
 
 pub(super) fn frozen_experts<'a>(
-    bank: &'a ExpertBank,
+    (bank, copies): (&'a ExpertBank, &'a [Copied]),
     factors: &'a FactorValues,
     lora: ExpertLora,
     compute: Compute,
@@ -60,14 +60,17 @@ pub(super) fn frozen_experts<'a>(
             rank: a.dims::<3>()[1],
         }),
         lora,
-        ..bare_experts(bank, compute)
+        ..bare_experts((bank, copies), compute)
     }
 }
 
 /// Experts without updates.
-fn bare_experts(bank: &ExpertBank, compute: Compute) -> Experts<'_> {
+fn bare_experts<'a>(
+    (bank, copies): (&'a ExpertBank, &'a [Copied]),
+    compute: Compute,
+) -> Experts<'a> {
     Experts {
-        weights: Source::Frozen(bank),
+        weights: Source::Frozen(bank, copies),
         factors: [Factors::default(); 3],
         lora: ExpertLora::none(),
         compute,
@@ -114,7 +117,7 @@ pub(super) fn experts_forward(
 
 /// The experts of a few tokens and those that every token has, at once; see [`experts::forward_few`].
 pub(super) fn mixture_forward(
-    bank: &ExpertBank,
+    bank: (&ExpertBank, &[Copied]),
     (routing, x): (&RoutingValues, &Floats),
     shared: &SharedExperts,
     compute: Compute,

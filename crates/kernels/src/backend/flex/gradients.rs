@@ -216,7 +216,7 @@ impl Gradients for Flex {
         wanted: bool,
     ) -> ([FlexTensor; 2], Option<[FlexTensor; 6]>) {
         let (values, dy) = (FactorValues::new(factors), Floats::new(&dy));
-        let experts = frozen_experts(bank, &values, lora, compute);
+        let experts = frozen_experts((bank, &[]), &values, lora, compute);
         let mut kept = SavedValues::new(&saved);
         // The factors' inputs are those that the forward pass multiplied; what is remade was not rounded yet.
         if wanted && matches!(saved.x.form(), Form::Norm(..) | Form::Swiglu(_)) {
