@@ -16,7 +16,7 @@ use std::time::Instant;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::Folder;
 use kernels::{ExpertCache, FileHints, Matrix};
-use model::{Compute, Model, Mtp, Pass, Training, weights};
+use model::{CacheType, Compute, Model, Mtp, Pass, Training, weights};
 
 use crate::error::Result;
 use crate::sequence::{Context, GenerateConfig, Generation, Sequence};
@@ -41,12 +41,14 @@ pub struct Engine {
     pub mtp: Option<Mtp>,
     /// What products round their operands to.
     pub compute: Compute,
+    /// In what form it holds what attention reads of earlier tokens.
+    pub cache: CacheType,
     /// Where it computes.
     pub device: Device,
 }
 
 impl Engine {
-    /// A frozen model from its folder, without an adapter.
+    /// A frozen model from its folder, without an adapter, with a cache in f32.
     ///
     /// # Errors
     /// If the folder cannot be read or holds no model we compute.
@@ -57,6 +59,7 @@ impl Engine {
             adapted: Vec::new(),
             mtp: None,
             compute,
+            cache: CacheType::F32,
             device,
         })
     }
@@ -207,8 +210,8 @@ impl Engine {
     /// [`Context::new`] is not.
     pub fn context(&self) -> Context {
         match &self.mtp {
-            Some(_) => Context::guessed_ahead(&self.model, &self.device),
-            None => Context::new(&self.model),
+            Some(_) => Context::guessed_ahead(&self.model, self.cache, &self.device),
+            None => Context::new(&self.model, self.cache),
         }
     }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Adapter, Folder};
-use model::{AdapterWeights, Cache, Compute, Model, Pass, weights};
+use model::{AdapterWeights, Cache, CacheType, Compute, Model, Pass, weights};
 use moeforge_infer::{
     Context, Engine, Error, GenerateConfig, Generation, SampleConfig, Sampler, Sequence, Stop,
     end_of_text_ids,
@@ -225,7 +225,7 @@ fn what_a_sequence_gives_does_not_depend_on_those_beside_it() {
 fn logits_of_sequences_decoded_together_are_those_of_each_alone_bit_for_bit() {
     for name in ALL {
         let (engine, prompts) = (engine(name), prompts(name));
-        let mut caches = vec![Cache::new(&engine.model.config); prompts.len()];
+        let mut caches = vec![Cache::new(&engine.model.config, CacheType::F32); prompts.len()];
         let pass = |caches: &mut [Cache], ids: &[u32]| -> Vec<f32> {
             let ids: Vec<i32> = ids.iter().map(|id| *id as i32).collect();
             let shape = [caches.len(), ids.len() / caches.len()];
@@ -265,7 +265,7 @@ fn a_prompt_that_goes_on_from_a_context_reads_only_what_is_new() {
             }
             sequence.finish()
         };
-        let new = || Context::new(&engine.model);
+        let new = || Context::new(&engine.model, engine.cache);
         let (first, context) = run(new(), &prompt);
         assert_eq!(first.token_ids, more[..6]);
         assert_eq!(context.token_ids(), [&prompt[..], &more[..5]].concat());

@@ -423,7 +423,12 @@ fn a_conversation_is_the_same_whatever_was_guessed_in_it() {
 #[test]
 fn a_context_without_guesses_stays_so() {
     let engine = guided(0.0);
-    let (found, context) = run(&engine, Context::new(&engine.model), &[5, 6, 7], 8);
+    let (found, context) = run(
+        &engine,
+        Context::new(&engine.model, engine.cache),
+        &[5, 6, 7],
+        8,
+    );
     assert_eq!(found.guessed, 0);
     let (found, _) = run(&plain(&engine), engine.context(), &[5, 6, 7], 8);
     assert_eq!(found.guessed, 0);

@@ -14,7 +14,7 @@ use moeforge_model::export::WeightFormat;
 use moeforge_model::lora::{self, LoraConfig, Scaling};
 use moeforge_model::merge::merge;
 use moeforge_model::{
-    AdapterWeights, Cache, Compute, Model, Mtp, Observe, Pass, Site, Training, weights,
+    AdapterWeights, Cache, CacheType, Compute, Model, Mtp, Observe, Pass, Site, Training, weights,
 };
 use serde_json::Value;
 
@@ -210,7 +210,7 @@ fn cached_decoding_gives_the_golden_tokens() {
             vec![&prompt[..3], &prompt[3..]],
             vec![&prompt[..5], &prompt[5..]],
         ] {
-            let mut caches = [Cache::new(&model.config)];
+            let mut caches = [Cache::new(&model.config, CacheType::F32)];
             let mut step = |ids: &[i32]| {
                 let ids = Tensor::<2, Int>::from_data(
                     TensorData::new(ids.to_vec(), [1, ids.len()]),
@@ -242,7 +242,7 @@ fn cached_logits_are_the_full_ones() {
         let ids = golden.ids(&device);
         let ([batch, seq], vocab) = (ids.dims(), model.config.vocab_size);
         let full = logits(&model, ids.clone(), &mut Pass::new(Compute::F32));
-        let mut caches = vec![Cache::new(&model.config); batch];
+        let mut caches = vec![Cache::new(&model.config, CacheType::F32); batch];
         for position in 0..seq {
             let one = ids.clone().slice([0..batch, position..position + 1]);
             let found = logits(&model, one, &mut Pass::cached(Compute::F32, &mut caches));
@@ -291,7 +291,7 @@ fn what_multi_token_prediction_says_is_the_goldens() {
     assert!(difference <= LOGITS, "{difference}");
 
     // In pieces, after one that was forgotten again.
-    let mut caches = vec![Mtp::cache(&model.config); batch];
+    let mut caches = vec![Mtp::cache(&model.config, CacheType::F32); batch];
     for (start, piece) in [(0, 3), (3, 20), (3, 9), (12, 1), (13, 2), (15, seq - 15)] {
         caches.iter_mut().for_each(|cache| cache.truncate(start));
         let piece = start..start + piece;
@@ -407,7 +407,7 @@ fn adapted_decoding_agrees_with_the_whole_sequence() {
         let ids = golden.ids(&device);
         let ([batch, seq], vocab) = (ids.dims(), model.config.vocab_size);
         let full = golden.floats("lora_peft.logits").0;
-        let mut caches = vec![Cache::new(&model.config); batch];
+        let mut caches = vec![Cache::new(&model.config, CacheType::F32); batch];
         for position in 0..seq {
             let one = ids.clone().slice([0..batch, position..position + 1]);
             let found = logits(&model, one, &mut Pass::cached(Compute::F32, &mut caches));

@@ -11,7 +11,6 @@ use std::time::Instant;
 
 use anyhow::bail;
 use infer::{Engine, GenerateConfig, SampleConfig, Sequence};
-use model::Model;
 use serde_json::{Value, json};
 
 use super::limit::{product_speeds, read_speeds};
@@ -21,7 +20,7 @@ use super::sweep::{Sweep, options};
 use super::table::{Column, count, fraction_of, giga, mebibytes, median, seconds, spread};
 use crate::console::Console;
 use crate::inspect::parameters;
-use crate::open::{ComputeName, GuessArgs, laid_out};
+use crate::open::{CacheName, ComputeName, GuessArgs, laid_out};
 use crate::train::memory;
 
 /// What is measured, and how.
@@ -40,6 +39,9 @@ struct Args {
     /// What products with weights in ggml's blocks round activations to.
     #[arg(long, value_enum, default_value_t = ComputeName::Int8)]
     compute: ComputeName,
+    /// In what form what attention reads of earlier tokens is held.
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = CacheName::F32)]
+    cache: CacheName,
     /// Runs that are timed, after one that is not.
     #[arg(long, value_name = "R", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     reps: u64,
@@ -231,6 +233,7 @@ fn words(args: &Args, combination: Combination) -> Vec<OsString> {
     ];
     words.extend(options(numbers));
     words.extend(["--compute".into(), args.compute.name().into()]);
+    words.extend(["--cache".into(), args.cache.cache_type().name().into()]);
     if let Some(adapter) = &args.adapter {
         words.extend(["--adapter".into(), adapter.into()]);
     }
@@ -264,6 +267,7 @@ fn measure(
         model,
         adapted: Vec::new(),
         compute: args.compute.compute(),
+        cache: args.cache.cache_type(),
         device,
     };
     let engine = laid_out(engine, None, console);
@@ -285,7 +289,7 @@ fn measure(
         "guessed_right_share": right_share(&timings[1..]),
     });
     let cost = cost(
-        &engine.model,
+        &engine,
         combination,
         speeds.median,
         Spread::of(limits).median,
@@ -297,6 +301,7 @@ fn measure(
         "model": subject.name,
         "family": subject.config.model_type.name(),
         "compute": args.compute.name(),
+        "cache": args.cache.cache_type().name(),
         "weights": if subject.is_random() { "random" } else { "checkpoint" },
         "seed": SEED,
         "threads": rayon::current_num_threads(),
@@ -383,7 +388,7 @@ fn time(
 
 /// What the tokens cost, how fast that was, and what the machine does at most.
 fn cost(
-    model: &Model,
+    engine: &Engine,
     combination: Combination,
     tokens_per_second: f64,
     limit: f64,
@@ -391,7 +396,7 @@ fn cost(
     let (seq, batch) = (combination.seq as usize, combination.batch as usize);
     match combination.phase {
         Phase::Prefill => {
-            let flops = model.prompt_operations(seq) / seq as f64;
+            let flops = engine.model.prompt_operations(seq) / seq as f64;
             vec![
                 ("flops_per_token", flops),
                 ("flops_per_second", flops * tokens_per_second),
@@ -402,7 +407,8 @@ fn cost(
         Phase::Decode(tokens, _) => {
             // The first step sees the prompt and its own token, and each one more.
             let seen = seq as f64 + (tokens + 1) as f64 / 2.0;
-            let bytes = model.decode_traffic(batch, seen).total() / batch as f64;
+            let traffic = engine.model.decode_traffic(batch, seen, engine.cache);
+            let bytes = traffic.total() / batch as f64;
             vec![
                 ("bytes_per_token", bytes),
                 ("bytes_per_second", bytes * tokens_per_second),
@@ -421,11 +427,12 @@ fn title(measured: &Value) -> String {
         _ => "its own weights".to_owned(),
     };
     format!(
-        "{} ({}), {:.1} M parameters, {weights}, computed in {}; {} threads, {} runs each",
+        "{} ({}), {:.1} M parameters, {weights}, computed in {}, cache in {}; {} threads, {} runs each",
         text("model"),
         text("family"),
         giga(parameters) * 1e3,
         text("compute"),
+        text("cache"),
         measured["threads"],
         measured["reps"],
     )

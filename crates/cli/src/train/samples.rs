@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use burn::tensor::Device;
 use data::{Bos, Special, Tokenizer};
 use infer::{Engine, GenerateConfig, SampleConfig};
-use model::{Compute, Model};
+use model::{CacheType, Compute, Model};
 use train::{Recipe, Session};
 
 use crate::generate::question;
@@ -65,6 +65,7 @@ impl Sampler {
             adapted: Vec::new(),
             mtp: None,
             compute: self.compute,
+            cache: CacheType::F32,
             device: Device::flex(),
         };
         let generation = engine.generate(&ids, &self.config, &mut |_| ControlFlow::Continue(()))?;
