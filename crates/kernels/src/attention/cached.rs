@@ -1,10 +1,10 @@
-//! Rows of numbers as a cache holds them, and pieces of them as f32.
+//! Rows of numbers as a cache holds them.
 
 use std::ops::Range;
 
 use half::bf16;
 
-use crate::product::gemm::with_scratch;
+use crate::rows::Piece;
 use crate::simd::multiversion;
 
 /// In what form a cache holds numbers.
@@ -86,116 +86,44 @@ fn encode_block(values: &[f32; BLOCK], bytes: &mut [u8; BLOCK_BYTES]) {
     }
 }
 
-/// The bytes of rows `[len, heads, width]`, heads of a position side by side.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Stored<'a> {
-    F32(&'a [f32]),
-    Bf16(&'a [u8]),
-    Q8_0(&'a [u8]),
+multiversion! {
+    /// The numbers of rows of blocks.
+    fn decode_blocks<FMA>(bytes: &[u8], width: usize, values: &mut [f32]) {
+        let _ = FMA;
+        let row_bytes = CacheType::Q8_0.row_bytes(width).max(1);
+        let rows = values.chunks_mut(width.max(1)).zip(bytes.chunks(row_bytes));
+        for (row, bytes) in rows {
+            let blocks = row.chunks_mut(BLOCK).zip(bytes.as_chunks().0);
+            for (values, bytes) in blocks {
+                decode_block(bytes, values);
+            }
+        }
+    }
 }
 
-/// Rows `[len, heads, width]` that attention reads.
+/// Rows `[len, heads, width]` that attention reads, heads of a position side by side.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rows<'a> {
-    pub(crate) stored: Stored<'a>,
+    pub(crate) form: CacheType,
+    pub(crate) bytes: &'a [u8],
     pub(crate) len: usize,
     pub(crate) heads: usize,
     pub(crate) width: usize,
 }
 
-impl Rows<'_> {
-    /// Lends some rows of a head as f32, `[rows, width]`: where they lie if they lie so, else decoded into scratch.
-    pub(crate) fn lend<R>(
-        &self,
-        rows: Range<usize>,
-        head: usize,
-        use_them: impl FnOnce(&[f32]) -> R,
-    ) -> R {
-        if let (Stored::F32(values), 1) = (self.stored, self.heads) {
-            return use_them(&values[rows.start * self.width..rows.end * self.width]);
-        }
-        with_scratch(rows.len() * self.width, |values| {
-            self.read(rows, head, values);
-            use_them(values)
-        })
+impl<'a> Rows<'a> {
+    /// Some rows of a head.
+    pub(crate) fn piece(&self, rows: Range<usize>, head: usize) -> Piece<'a> {
+        let row_bytes = self.form.row_bytes(self.width);
+        let stride = self.heads * row_bytes;
+        let bytes = &self.bytes[rows.start * stride + head * row_bytes..];
+        Piece::new(self.form, bytes, stride, [rows.len(), self.width])
     }
-
-    /// Decodes some rows of a head.
-    fn read(&self, rows: Range<usize>, head: usize, out: &mut [f32]) {
-        let (first, width) = (rows.start * self.heads + head, self.width);
-        if width == 0 || rows.is_empty() {
-            return;
-        }
-        let from = |row_size: usize| (first * row_size, self.heads * row_size);
-        match self.stored {
-            Stored::F32(values) => {
-                let (start, stride) = from(width);
-                let rows = values[start..].chunks(stride).zip(out.chunks_mut(width));
-                rows.for_each(|(row, out)| out.copy_from_slice(&row[..width]));
-            }
-            Stored::Bf16(bytes) => {
-                let (start, stride) = from(CacheType::Bf16.row_bytes(width));
-                read_bf16(&bytes[start..], stride, width, out);
-            }
-            Stored::Q8_0(bytes) => {
-                let (start, stride) = from(CacheType::Q8_0.row_bytes(width));
-                read_blocks(&bytes[start..], stride, width, out);
-            }
-        }
-    }
-
-    /// Decodes all heads of consecutive positions from one on, as many as there is room for.
-    pub(crate) fn read_from(&self, position: usize, out: &mut [f32]) {
-        // Heads of a position lie side by side, so that each is a row as of one head.
-        let first = position * self.heads;
-        let rows = out.len() / self.width.max(1);
-        let flat = Self { heads: 1, ..*self };
-        flat.read(first..first + rows, 0, out);
-    }
-}
-
-multiversion! {
-    /// Rows that lie `stride` bytes apart.
-    fn read_bf16<FMA>(bytes: &[u8], stride: usize, width: usize, out: &mut [f32]) {
-        let _ = FMA;
-        for (row, out) in bytes.chunks(stride).zip(out.chunks_exact_mut(width)) {
-            for (code, value) in row.as_chunks::<2>().0.iter().zip(out) {
-                *value = f32_of(code);
-            }
-        }
-    }
-}
-
-multiversion! {
-    /// Rows that lie `stride` bytes apart.
-    fn read_blocks<FMA>(bytes: &[u8], stride: usize, width: usize, out: &mut [f32]) {
-        let _ = FMA;
-        for (row, out) in bytes.chunks(stride).zip(out.chunks_exact_mut(width)) {
-            let (blocks, _) = row.as_chunks::<BLOCK_BYTES>();
-            let (whole, rest) = out.as_chunks_mut::<BLOCK>();
-            for (block, values) in blocks.iter().zip(&mut *whole) {
-                decode_block(block, values);
-            }
-            if let Some(block) = blocks.get(whole.len())
-                && !rest.is_empty()
-            {
-                let mut values = [0.0; BLOCK];
-                decode_block(block, &mut values);
-                rest.copy_from_slice(&values[..rest.len()]);
-            }
-        }
-    }
-}
-
-/// A bf16.
-#[inline(always)]
-fn f32_of(bytes: &[u8; 2]) -> f32 {
-    f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16)
 }
 
 #[inline(always)]
-fn decode_block(block: &[u8; BLOCK_BYTES], values: &mut [f32; BLOCK]) {
-    let scale = f32_of(&[block[0], block[1]]);
+fn decode_block(block: &[u8; BLOCK_BYTES], values: &mut [f32]) {
+    let scale = bf16::from_le_bytes([block[0], block[1]]).to_f32();
     for (value, code) in values.iter_mut().zip(&block[2..]) {
         *value = f32::from(*code as i8) * scale;
     }
@@ -225,20 +153,18 @@ mod tests {
         bytes
     }
 
+    fn decoded(bytes: &[u8], width: usize, len: usize) -> Vec<f32> {
+        let mut values = vec![f32::NAN; len];
+        decode_blocks(bytes, width, &mut values);
+        values
+    }
+
     #[test]
     fn what_is_read_is_what_was_written_to_half_a_step() {
-        for (len, heads, width) in [(1, 1, 1), (5, 1, 64), (3, 2, 40), (4, 3, 31), (2, 2, 96)] {
-            let values = sample(len * heads, width);
-            let bytes = encoded(&values, width);
-            let rows = Rows {
-                stored: Stored::Q8_0(&bytes),
-                len,
-                heads,
-                width,
-            };
-            let mut all = vec![f32::NAN; values.len()];
-            rows.read_from(0, &mut all);
-            for (row, found) in values.chunks(width).zip(all.chunks(width)) {
+        for (rows, width) in [(1, 1), (5, 64), (6, 40), (12, 31), (4, 96)] {
+            let values = sample(rows, width);
+            let found = decoded(&encoded(&values, width), width, values.len());
+            for (row, found) in values.chunks(width).zip(found.chunks(width)) {
                 for (block, found) in row.chunks(BLOCK).zip(found.chunks(BLOCK)) {
                     let largest = block.iter().fold(0f32, |m, v| m.max(v.abs()));
                     let most = (HALF_A_STEP + f32::EPSILON) * largest;
@@ -250,45 +176,9 @@ mod tests {
     }
 
     #[test]
-    fn a_piece_of_a_head_is_that_part_of_all_of_it() {
-        let (len, heads, width) = (9, 3, 40);
-        let values = sample(len * heads, width);
-        let bf16: Vec<u8> = values
-            .iter()
-            .flat_map(|v| bf16::from_f32(*v).to_le_bytes())
-            .collect();
-        let blocks = encoded(&values, width);
-        for stored in [
-            Stored::F32(&values),
-            Stored::Bf16(&bf16),
-            Stored::Q8_0(&blocks),
-        ] {
-            for heads in [1, heads] {
-                let rows = Rows {
-                    stored,
-                    len: values.len() / width / heads,
-                    heads,
-                    width,
-                };
-                let mut all = vec![f32::NAN; values.len()];
-                rows.read_from(0, &mut all);
-                for (piece, head) in [(0..1, heads - 1), (2..9, 0), (4..4, 0)] {
-                    rows.lend(piece.clone(), head, |found| {
-                        let of = |row| &all[(row * heads + head) * width..][..width];
-                        let expected: Vec<f32> = piece.clone().flat_map(of).copied().collect();
-                        assert_eq!(found, expected, "{piece:?} of head {head}");
-                    });
-                }
-            }
-        }
-    }
-
-    #[test]
     fn zeros_stay_zeros() {
         let bytes = encoded(&[0.0; 64], 64);
-        let mut found = [f32::NAN; 64];
-        read_blocks(&bytes, bytes.len(), 64, &mut found);
-        assert_eq!(found, [0.0; 64]);
+        assert_eq!(decoded(&bytes, 64, 64), [0.0; 64]);
     }
 
     #[test]
@@ -296,9 +186,7 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut values = sample(1, 64);
             values[40] = bad;
-            let bytes = encoded(&values, 64);
-            let mut found = [0.0; 64];
-            read_blocks(&bytes, bytes.len(), 64, &mut found);
+            let found = decoded(&encoded(&values, 64), 64, 64);
             assert!(found[..32].iter().all(|v| v.is_finite()));
             assert!(found[32..].iter().all(|v| v.is_nan()), "{bad}");
         }

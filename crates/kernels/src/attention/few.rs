@@ -2,8 +2,7 @@
 //! values are the first features of their keys (the absorbed form), and of keys and values that heads share in groups.
 //!
 //! The queries of all heads that share keys are rows of one product, so a piece of the context is read once for all of
-//! them: decoded into scratch, unless it lies there in f32, and then read as keys and as values while it is in the CPU's
-//! cache. Each piece gives sums that are unfinished, with the largest score they were made with; at the end these are
+//! them, and where keys and values are the same, twice while it is in the CPU's cache. It is decoded in registers. Each piece gives sums that are unfinished, with the largest score they were made with; at the end these are
 //! brought to a common one and added in their order. Pieces are the same for any number of threads and for any form of the
 //! context, and a query's result has the bits it has without the queries after it.
 //!
@@ -14,9 +13,8 @@ use std::ops::Range;
 use super::cached::Rows;
 use crate::exp;
 use crate::product::gemm::with_scratch;
-use crate::product::strided::{Mat, MatMut, Write};
+use crate::product::strided::{Mat, MatMut};
 use crate::product::team::{Pieces, share_quickly};
-use crate::rows::{Input, Packed, weighted};
 
 /// Keys per task: those of DeepSeek V3 are 144 KiB in f32, a part of the second-level cache.
 const KEYS: usize = 64;
@@ -83,34 +81,26 @@ pub(crate) fn forward(sequence: Sequence<'_>) -> Vec<f32> {
 /// The unfinished sums of some keys of a head, `[seq · group, v_dim + 2]`.
 fn attend(sequence: &Sequence<'_>, keys: Range<usize>, kv_head: usize, mut sums: MatMut<'_>) {
     let (queries, v_dim) = (sequence.queries_of(kv_head), sequence.v_dim);
-    let (rows, dim, n) = (queries.len(), sequence.queries.cols(), keys.len());
+    let (rows, n, group) = (queries.len(), keys.len(), sequence.group());
     let earlier = sequence.keys.len - sequence.seq;
-    let group = sequence.group();
+    let values = sequence.values.unwrap_or(sequence.keys);
+    let values = values.piece(keys.clone(), kv_head);
     with_scratch(rows * n, |scores| {
-        sequence.keys.lend(keys.clone(), kv_head, |of_keys| {
-            let input = Input::new(sequence.queries, []);
-            let all = MatMut::dense(scores, rows, n);
-            let packed = Packed::of_values(of_keys, dim);
-            packed.multiply((&input, &queries), 0..n, all, Write::Replace);
-            for (row, scores) in scores.chunks_mut(n).enumerate() {
-                let visible = earlier + row / group + 1;
-                let (seen, later) = scores.split_at_mut(visible.saturating_sub(keys.start).min(n));
-                exp::scale(seen, sequence.scale);
-                let largest = exp::max(seen);
-                let sum = exp::exp_shifted(seen, largest);
-                // Values that count zero times do not change a sum.
-                later.fill(0.0);
-                sums.row(row)[v_dim..].copy_from_slice(&[largest, sum]);
-            }
-            let scores = Mat::dense(scores, rows, n);
-            let sums = sums.block(0..rows, 0..v_dim);
-            match sequence.values {
-                None => weighted::sum(scores, Mat::dense(of_keys, n, dim), 0..v_dim, sums),
-                Some(values) => values.lend(keys, kv_head, |values| {
-                    weighted::sum(scores, Mat::dense(values, n, v_dim), 0..v_dim, sums);
-                }),
-            }
-        });
+        let all = MatMut::dense(scores, rows, n);
+        let of_keys = sequence.keys.piece(keys.clone(), kv_head);
+        of_keys.scores((sequence.queries, &queries), all);
+        for (row, scores) in scores.chunks_mut(n).enumerate() {
+            let visible = earlier + row / group + 1;
+            let (seen, later) = scores.split_at_mut(visible.saturating_sub(keys.start).min(n));
+            exp::scale(seen, sequence.scale);
+            let largest = exp::max(seen);
+            let sum = exp::exp_shifted(seen, largest);
+            // Values that count zero times do not change a sum.
+            later.fill(0.0);
+            sums.row(row)[v_dim..].copy_from_slice(&[largest, sum]);
+        }
+        let scores = Mat::dense(scores, rows, n);
+        values.sum(scores, sums.block(0..rows, 0..v_dim));
     });
 }
 
@@ -146,7 +136,7 @@ fn finish(sequence: &Sequence<'_>, partial: &[f32], out: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::cached::Stored;
+    use crate::CacheType;
     use crate::matrix::tests::noise;
 
     const DIM: usize = 24;
@@ -174,20 +164,19 @@ mod tests {
         queries.chunks(DIM).flat_map(of_query).collect()
     }
 
-    fn rows(values: &[f32], heads: usize, width: usize) -> Rows<'_> {
-        Rows {
-            stored: Stored::F32(values),
-            len: values.len() / heads / width,
-            heads,
-            width,
-        }
-    }
-
     fn run(queries: &[f32], latents: &[f32], seq: usize) -> Vec<f32> {
+        let bytes: Vec<u8> = latents.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let keys = Rows {
+            form: CacheType::F32,
+            bytes: &bytes,
+            len: latents.len() / DIM,
+            heads: 1,
+            width: DIM,
+        };
         forward(Sequence {
             queries: Mat::dense(queries, queries.len() / DIM, DIM),
             seq,
-            keys: rows(latents, 1, DIM),
+            keys,
             values: None,
             v_dim: V_DIM,
             scale: 0.7,

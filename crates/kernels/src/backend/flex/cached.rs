@@ -8,7 +8,7 @@ use burn_flex::{FlexTensor, Layout};
 use rayon::prelude::*;
 
 use super::values::{Floats, floats};
-use crate::attention::cached::{CacheType, Rows, Stored, encode_blocks};
+use crate::attention::cached::{CacheType, Rows, decode_blocks, encode_blocks};
 use crate::attention::few::{self, Sequence};
 use crate::backend::cached::RowsPrimitive;
 use crate::product::gemm::zeros;
@@ -45,17 +45,17 @@ impl RowValues {
     }
 
     pub(super) fn rows(&self) -> Rows<'_> {
-        let [len, heads, _] = dims(&self.tensor);
-        let bytes =
-            |size: usize| &self.tensor.bytes()[self.range.start * size..self.range.end * size];
-        let stored = match self.tensor.dtype() {
-            DType::F32 => Stored::F32(&self.tensor.storage()[self.range.clone()]),
-            DType::BF16 => Stored::Bf16(bytes(2)),
-            DType::U8 => Stored::Q8_0(bytes(1)),
+        let ([len, heads, _], dtype) = (dims(&self.tensor), self.tensor.dtype());
+        let form = match dtype {
+            DType::F32 => CacheType::F32,
+            DType::BF16 => CacheType::Bf16,
+            DType::U8 => CacheType::Q8_0,
             other => panic!("a cache holds f32, bf16 or bytes, not {other:?}"),
         };
+        let Range { start, end } = self.range;
         Rows {
-            stored,
+            form,
+            bytes: &self.tensor.bytes()[start * dtype.size()..end * dtype.size()],
             len,
             heads,
             width: self.width,
@@ -84,14 +84,19 @@ pub(super) fn encode(x: &Floats) -> FlexTensor {
     FlexTensor::new(Bytes::from_elems(bytes), layout, DType::U8)
 }
 
-/// Rows → `[len, heads, width]`.
+/// Bytes of blocks → `[len, heads, width]`.
 pub(super) fn decode(rows: &RowValues) -> FlexTensor {
     let rows = rows.rows();
-    let mut out = zeros(rows.len * rows.heads * rows.width);
-    let size = (TASK_ROWS * rows.heads * rows.width).max(1);
-    let tasks = out.par_chunks_mut(size).enumerate();
-    tasks.for_each(|(task, out)| rows.read_from(task * TASK_ROWS, out));
-    floats(out, [rows.len, rows.heads, rows.width])
+    let Rows {
+        len, heads, width, ..
+    } = rows;
+    let mut out = zeros(len * heads * width);
+    let row_bytes = CacheType::Q8_0.row_bytes(width);
+    let tasks = out.par_chunks_mut((TASK_ROWS * width).max(1));
+    tasks
+        .zip(rows.bytes.par_chunks((TASK_ROWS * row_bytes).max(1)))
+        .for_each(|(out, bytes)| decode_blocks(bytes, width, out));
+    floats(out, [len, heads, width])
 }
 
 /// q `[1, seq, heads, dim]` → `[1, seq, heads, v_dim]`, of a few queries.
