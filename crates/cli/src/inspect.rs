@@ -7,7 +7,7 @@ use checkpoint::Folder;
 use model::config::AttentionConfig;
 use model::precision::Policy;
 use model::weights::{self, Audit};
-use model::{Cache, Compute, ModelConfig, weights::keys};
+use model::{Cache, CacheType, Compute, ModelConfig, weights::keys};
 use serde_json::{Value, json};
 
 use crate::console::Console;
@@ -125,7 +125,7 @@ fn object(
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
         "parameters": {"total": parameters.total, "active": parameters.active},
-        "cache_bytes_per_token": Cache::bytes_per_token(config),
+        "cache_bytes_per_token": cache_bytes(config),
         "tensors": stored.collect::<Vec<_>>(),
         "tensor_bytes": folder.tensor_bytes(),
         "mtp_tensors": audit.mtp.len(),
@@ -222,10 +222,7 @@ fn rows(
                 parameters.total, parameters.active
             ),
         ),
-        (
-            "cache",
-            format!("{} bytes per token", Cache::bytes_per_token(config)),
-        ),
+        ("cache", cache(config)),
     ]);
     for (dtype, stored) in stored(folder)? {
         let Stored { count, bytes } = stored;
@@ -242,6 +239,23 @@ fn rows(
         rows.push(("unindexed", listed(&names.collect::<Vec<_>>())));
     }
     Ok(rows)
+}
+
+/// What a token takes in every form that `--cache` knows.
+fn cache(config: &ModelConfig) -> String {
+    let of = |cache_type| {
+        let bytes = Cache::bytes_per_token(config, cache_type);
+        format!("{bytes} in {}", CacheType::name(cache_type))
+    };
+    format!("bytes per token: {}", CacheType::ALL.map(of).join(", "))
+}
+
+fn cache_bytes(config: &ModelConfig) -> Value {
+    let of = |cache_type| {
+        let bytes = Cache::bytes_per_token(config, cache_type);
+        (CacheType::name(cache_type).to_owned(), bytes.into())
+    };
+    Value::Object(CacheType::ALL.into_iter().map(of).collect())
 }
 
 fn attention(config: &ModelConfig) -> String {
@@ -314,7 +328,12 @@ mod tests {
         let AttentionConfig::Mla(mla) = &config.attention else {
             panic!("latent attention")
         };
-        let expected = (mla.kv_lora_rank + mla.qk_rope_head_dim) * 4 * config.num_hidden_layers;
-        assert_eq!(Cache::bytes_per_token(&config), expected);
+        let width = mla.kv_lora_rank + mla.qk_rope_head_dim;
+        let expected = [width * 4, width * 2, width.div_ceil(32) * 34];
+        let found = CacheType::ALL.map(|form| Cache::bytes_per_token(&config, form));
+        assert_eq!(
+            found,
+            expected.map(|bytes| bytes * config.num_hidden_layers)
+        );
     }
 }

@@ -7,10 +7,10 @@ use std::process::ExitCode;
 use anyhow::bail;
 use burn::tensor::{Int, Tensor, TensorData};
 use checkpoint::DType;
-use model::{Compute, Pass};
+use model::{Cache, Pass};
 
 use crate::console::Console;
-use crate::open::{ComputeName, ModelArgs, Opened};
+use crate::open::{CacheName, ComputeName, ModelArgs, Opened};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -25,7 +25,14 @@ pub(crate) struct Args {
     /// What products with weights in ggml's blocks round activations to.
     #[arg(long, value_enum, default_value_t = ComputeName::F32)]
     pub(crate) compute: ComputeName,
+    /// Read every row as generation does: 512 ids at a time, through a cache that holds what attention reads of earlier ones
+    /// in this form. By default a row is read at once, without a cache.
+    #[arg(long, value_enum, value_name = "TYPE")]
+    pub(crate) cache: Option<CacheName>,
 }
+
+/// Ids of a row in a pass that continues a cache.
+const CHUNK: usize = 512;
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let rows = data::read_ids(&args.ids)?;
@@ -37,7 +44,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let mut bytes = Vec::with_capacity(shape.iter().product::<usize>() * size_of::<f32>());
     let mut progress = console.progress(rows.len() as u64, "rows");
     for (row_idx, row) in rows.iter().enumerate() {
-        let logits = row_logits(&opened, row, args.compute.compute());
+        let logits = row_logits(&opened, row, args);
         bytes.extend(logits.into_iter().flat_map(f32::to_le_bytes));
         progress.update(row_idx as u64 + 1, "");
     }
@@ -72,14 +79,22 @@ fn check(rows: &[Vec<u32>], args: &Args, opened: &Opened) -> anyhow::Result<()> 
 }
 
 /// Logits of one row, `[seq, vocab]`. Rows go one by one, so that no more than one is held besides the result.
-fn row_logits(opened: &Opened, row: &[u32], compute: Compute) -> Vec<f32> {
-    let (seq, hidden_size) = (row.len(), opened.model.config.hidden_size);
-    let ids: Vec<i32> = row.iter().map(|id| *id as i32).collect(); // Below the vocabulary's size.
-    let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, seq]), &opened.device);
-    let mut pass = Pass::new(compute);
-    let hidden = opened.model.hidden(ids, &mut pass);
-    let logits = opened
-        .model
-        .logits(hidden.reshape([seq, hidden_size]), &pass);
-    logits.into_data().try_to_vec().expect("logits are f32")
+fn row_logits(opened: &Opened, row: &[u32], args: &Args) -> Vec<f32> {
+    let (model, compute) = (&opened.model, args.compute.compute());
+    let of_piece = |piece: &[u32], mut pass: Pass<'_>| -> Vec<f32> {
+        let (seq, hidden_size) = (piece.len(), model.config.hidden_size);
+        let ids: Vec<i32> = piece.iter().map(|id| *id as i32).collect(); // Below the vocabulary's size.
+        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, seq]), &opened.device);
+        let hidden = model.hidden(ids, &mut pass);
+        let logits = model.logits(hidden.reshape([seq, hidden_size]), &pass);
+        logits.into_data().try_to_vec().expect("logits are f32")
+    };
+    let Some(cache) = args.cache else {
+        return of_piece(row, Pass::new(compute));
+    };
+    let mut cache = Cache::new(&model.config, cache.cache_type());
+    let pieces = row.chunks(CHUNK);
+    pieces
+        .flat_map(|piece| of_piece(piece, Pass::cached(compute, [&mut cache])))
+        .collect()
 }

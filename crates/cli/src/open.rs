@@ -13,7 +13,7 @@ use clap::ValueEnum;
 use data::{ChatTemplate, Tokenizer, TokenizerFiles};
 use infer::Engine;
 use model::adapter::AdapterWeights;
-use model::{Compute, Model, ModelConfig, Mtp, Training, weights};
+use model::{CacheType, Compute, Model, ModelConfig, Mtp, Training, weights};
 use serde_json::Value;
 
 pub(crate) use self::memory::{MemoryArgs, cache_object, cache_summary, lay_out};
@@ -68,12 +68,37 @@ impl ComputeName {
     }
 }
 
+/// In what form what attention reads of earlier tokens is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CacheName {
+    /// As it was computed.
+    F32,
+    /// Half of that, rounded to 8 significant bits.
+    Bf16,
+    /// 8 bits a number, and a scale for 32.
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+impl CacheName {
+    pub(crate) fn cache_type(self) -> CacheType {
+        match self {
+            Self::F32 => CacheType::F32,
+            Self::Bf16 => CacheType::Bf16,
+            Self::Q8_0 => CacheType::Q8_0,
+        }
+    }
+}
+
 /// How a model continues prompts.
 #[derive(Debug, Clone, Copy, clap::Args)]
 pub(crate) struct EngineArgs {
     /// What products with weights in ggml's blocks round activations to.
     #[arg(long, value_enum, default_value_t = ComputeName::Int8)]
     pub(crate) compute: ComputeName,
+    /// In what form what attention reads of earlier tokens is held.
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = CacheName::F32)]
+    pub(crate) cache: CacheName,
     #[command(flatten)]
     pub(crate) guessing: GuessArgs,
     #[command(flatten)]
@@ -163,6 +188,7 @@ impl Opened {
             self.device.clone(),
         );
         engine.mtp = args.guessing.module(&self.folder, &self.device)?;
+        engine.cache = args.cache.cache_type();
         args.memory.place(&mut engine, console);
         Ok(engine)
     }

@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::Folder;
-use model::{Compute, Model, Mtp, Pass, Training, weights};
+use model::{CacheType, Compute, Model, Mtp, Pass, Training, weights};
 
 use crate::error::Result;
 use crate::layout::Layout;
@@ -36,13 +36,15 @@ pub struct Engine {
     pub mtp: Option<Mtp>,
     /// What products round their operands to.
     pub compute: Compute,
+    /// In what form it holds what attention reads of earlier tokens.
+    pub cache: CacheType,
     /// Where it computes.
     pub device: Device,
     pub(crate) layout: Layout,
 }
 
 impl Engine {
-    /// A frozen model from its folder, without an adapter.
+    /// A frozen model from its folder, without an adapter, with a cache in f32.
     ///
     /// # Errors
     /// If the folder cannot be read or holds no model we compute.
@@ -58,6 +60,7 @@ impl Engine {
             adapted: Vec::new(),
             mtp: None,
             compute,
+            cache: CacheType::F32,
             device,
             layout: Layout::default(),
         }
@@ -195,8 +198,8 @@ impl Engine {
     /// [`Context::new`] is not.
     pub fn context(&self) -> Context {
         match &self.mtp {
-            Some(_) => Context::guessed_ahead(&self.model, &self.device),
-            None => Context::new(&self.model),
+            Some(_) => Context::guessed_ahead(&self.model, self.cache, &self.device),
+            None => Context::new(&self.model, self.cache),
         }
     }
 

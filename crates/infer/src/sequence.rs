@@ -1,7 +1,7 @@
 //! One text that is being continued: what the model has read of it, what it is to read next, and what it wrote.
 
 use burn::tensor::{Device, Tensor};
-use model::{Cache, Model};
+use model::{Cache, CacheType, Model};
 
 use crate::error::{Error, Result};
 use crate::sampler::{SampleConfig, Sampler};
@@ -119,10 +119,10 @@ pub struct Sequence {
 
 impl Context {
     /// Nothing read yet.
-    pub fn new(model: &Model) -> Self {
+    pub fn new(model: &Model, cache_type: CacheType) -> Self {
         Self {
             token_ids: Vec::new(),
-            cache: Cache::new(&model.config),
+            cache: Cache::new(&model.config, cache_type),
             lookahead: None,
             adapted: None,
         }
@@ -137,10 +137,10 @@ impl Context {
     }
 
     /// Nothing read yet, of texts that a module guesses ahead.
-    pub(crate) fn guessed_ahead(model: &Model, device: &Device) -> Self {
+    pub(crate) fn guessed_ahead(model: &Model, cache_type: CacheType, device: &Device) -> Self {
         Self {
-            lookahead: Some(Lookahead::new(&model.config, device)),
-            ..Self::new(model)
+            lookahead: Some(Lookahead::new(&model.config, cache_type, device)),
+            ..Self::new(model, cache_type)
         }
     }
 

@@ -9,7 +9,7 @@
 //! Source: DeepSeek-V3, arXiv:2412.19437, sections 2.2 and 5.4.3.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use model::{Cache, ModelConfig, Mtp, Pass};
+use model::{Cache, CacheType, ModelConfig, Mtp, Pass};
 
 use crate::engine::Engine;
 use crate::sampler::likeliest;
@@ -30,9 +30,9 @@ pub(crate) struct Lookahead {
 }
 
 impl Lookahead {
-    pub(crate) fn new(config: &ModelConfig, device: &Device) -> Self {
+    pub(crate) fn new(config: &ModelConfig, cache_type: CacheType, device: &Device) -> Self {
         Self {
-            cache: Mtp::cache(config),
+            cache: Mtp::cache(config, cache_type),
             waiting: Vec::new(),
             unknown: Tensor::zeros([1, 1, config.hidden_size], device),
         }

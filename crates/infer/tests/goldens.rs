@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Adapter, Folder};
-use model::{AdapterWeights, Cache, Compute, Model, Pass, weights};
+use model::{AdapterWeights, Cache, CacheType, Compute, Model, Pass, weights};
 use moeforge_infer::{
     Context, Engine, Error, GenerateConfig, Generation, SampleConfig, Sampler, Sequence, Stop,
     end_of_text_ids,
@@ -28,6 +28,16 @@ fn path(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../../tests/goldens")
         .join(name)
+}
+
+/// The golden model with a cache of every form.
+fn engines(name: &str) -> [Engine; 3] {
+    let engine = engine(name);
+    CacheType::ALL.map(|cache| {
+        let mut engine = engine.clone();
+        engine.cache = cache;
+        engine
+    })
 }
 
 /// The golden prompt and what follows it.
@@ -204,8 +214,11 @@ fn prompts(name: &str) -> Vec<Vec<u32>> {
 
 #[test]
 fn what_a_sequence_gives_does_not_depend_on_those_beside_it() {
-    for name in ALL {
-        let (engine, prompts) = (engine(name), prompts(name));
+    for (name, engine) in ALL
+        .into_iter()
+        .flat_map(|name| engines(name).map(|e| (name, e)))
+    {
+        let prompts = prompts(name);
         let config = GenerateConfig {
             sample: SampleConfig {
                 temperature: 0.8,
@@ -228,16 +241,23 @@ fn what_a_sequence_gives_does_not_depend_on_those_beside_it() {
                 .clone()
                 .generate_all(&prompts, &config, batch, &mut |_, _| {});
             let found: Vec<_> = found.unwrap().into_iter().map(|g| g.token_ids).collect();
-            assert_eq!(found, expected, "{name}, {batch} at a time");
+            assert_eq!(
+                found, expected,
+                "{name}, {batch} at a time, {:?}",
+                engine.cache
+            );
         }
     }
 }
 
 #[test]
 fn logits_of_sequences_decoded_together_are_those_of_each_alone_bit_for_bit() {
-    for name in ALL {
-        let (engine, prompts) = (engine(name), prompts(name));
-        let mut caches = vec![Cache::new(&engine.model.config); prompts.len()];
+    for (name, engine) in ALL
+        .into_iter()
+        .flat_map(|name| engines(name).map(|e| (name, e)))
+    {
+        let prompts = prompts(name);
+        let mut caches = vec![Cache::new(&engine.model.config, engine.cache); prompts.len()];
         let pass = |caches: &mut [Cache], ids: &[u32]| -> Vec<f32> {
             let ids: Vec<i32> = ids.iter().map(|id| *id as i32).collect();
             let shape = [caches.len(), ids.len() / caches.len()];
@@ -256,7 +276,8 @@ fn logits_of_sequences_decoded_together_are_those_of_each_alone_bit_for_bit() {
             let mut apart = caches.clone();
             let alone = apart.chunks_mut(1).zip(&ids);
             let alone: Vec<f32> = alone.flat_map(|(cache, id)| pass(cache, &[*id])).collect();
-            assert!(pass(&mut caches, &ids) == alone, "{name}, step {step}");
+            let together = pass(&mut caches, &ids);
+            assert!(together == alone, "{name}, step {step}, {:?}", engine.cache);
         }
         let held = caches.iter().zip(&prompts);
         assert!(
@@ -268,8 +289,12 @@ fn logits_of_sequences_decoded_together_are_those_of_each_alone_bit_for_bit() {
 
 #[test]
 fn a_prompt_that_goes_on_from_a_context_reads_only_what_is_new() {
-    for name in ["deepseek_v3", "qwen2_distill"] {
-        let (engine, (prompt, more)) = (engine(name), golden(name));
+    let names = ["deepseek_v3", "qwen2_distill"];
+    for (name, engine) in names
+        .into_iter()
+        .flat_map(|name| engines(name).map(|e| (name, e)))
+    {
+        let (prompt, more) = golden(name);
         let run = |context, prompt: &[u32]| {
             let mut sequence = Sequence::new(&engine.model, context, prompt, &greedy(6)).unwrap();
             while sequence.stopped().is_none() {
@@ -277,7 +302,7 @@ fn a_prompt_that_goes_on_from_a_context_reads_only_what_is_new() {
             }
             sequence.finish()
         };
-        let new = || Context::new(&engine.model);
+        let new = || Context::new(&engine.model, engine.cache);
         let (first, context) = run(new(), &prompt);
         assert_eq!(first.token_ids, more[..6]);
         assert_eq!(context.token_ids(), [&prompt[..], &more[..5]].concat());

@@ -16,7 +16,7 @@ use model::export::mix::{GgufType, Mix, Scheme};
 use model::linear::{Frozen, Linear, Weight};
 use model::merge::convert;
 use model::moe::experts::{ExpertWeights, Experts};
-use model::{AdapterWeights, Attention, Compute, FeedForward, Pass, Site, weights};
+use model::{AdapterWeights, Attention, CacheType, Compute, FeedForward, Pass, Site, weights};
 use moeforge_infer::{Context, Engine, GenerateConfig, Generation, SampleConfig, Sequence, Stop};
 
 const NAME: &str = "deepseek_v3";
@@ -111,6 +111,15 @@ fn plain(engine: &Engine) -> Engine {
     engine
 }
 
+/// An engine, and something of it, with a cache of every form.
+fn in_every_form<T: Copy>((engine, of_it): (Engine, T)) -> [(Engine, T); 3] {
+    CacheType::ALL.map(|cache| {
+        let mut engine = engine.clone();
+        engine.cache = cache;
+        (engine, of_it)
+    })
+}
+
 fn config(max_tokens: usize) -> GenerateConfig {
     GenerateConfig {
         max_tokens,
@@ -188,7 +197,8 @@ fn check(engine: &Engine, config: &GenerateConfig, batches: &[usize]) -> [usize;
 
 #[test]
 fn guesses_change_no_token_and_no_probability() {
-    for (engine, at_least) in [(golden(), 0.0), (guided(0.15), 0.2), (guided(0.0), 1.0)] {
+    let engines = [(golden(), 0.0), (guided(0.15), 0.2), (guided(0.0), 1.0)];
+    for (engine, at_least) in engines.into_iter().flat_map(in_every_form) {
         for (i, sample) in samplers().into_iter().enumerate() {
             let config = GenerateConfig {
                 sample,
@@ -441,7 +451,8 @@ fn texts_fill_the_models_positions() {
 
 #[test]
 fn a_conversation_is_the_same_whatever_was_guessed_in_it() {
-    for engine in [golden(), guided(0.0), guided(0.15)] {
+    let engines = [golden(), guided(0.0), guided(0.15)];
+    for (engine, ()) in engines.into_iter().flat_map(|e| in_every_form((e, ()))) {
         let without = plain(&engine);
         let mut contexts = [engine.context(), without.context()];
         let mut text = vec![5, 6, 7];
@@ -486,7 +497,12 @@ fn a_conversation_is_the_same_whatever_was_guessed_in_it() {
 #[test]
 fn a_context_without_guesses_stays_so() {
     let engine = guided(0.0);
-    let (found, context) = run(&engine, Context::new(&engine.model), &[5, 6, 7], 8);
+    let (found, context) = run(
+        &engine,
+        Context::new(&engine.model, engine.cache),
+        &[5, 6, 7],
+        8,
+    );
     assert_eq!(found.guessed, 0);
     let (found, _) = run(&plain(&engine), engine.context(), &[5, 6, 7], 8);
     assert_eq!(found.guessed, 0);

@@ -12,7 +12,8 @@
 //! Source of the recomputation: FlashAttention-2, arXiv:2307.08691, section 3.1; without its online softmax, since
 //! a tile's whole row of scores fits in cache here.
 
-pub(crate) mod latent;
+pub(crate) mod cached;
+pub(crate) mod few;
 
 use std::ops::Range;
 use std::sync::Arc;

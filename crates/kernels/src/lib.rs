@@ -40,7 +40,9 @@ mod swiglu;
 
 pub use adamw::AdamWStep;
 pub use attention::Segments;
+pub use attention::cached::CacheType;
 pub use backend::buffers::{Buffers, map_large_blocks};
+pub use backend::cached::{CachedRows, cached_attention, latent_attention};
 pub use backend::kept::kept_bytes;
 pub use backend::linear::{
     Absorbed, Direction, HeadRows, Merge, Update, absorbed_attention, heads_linear, linear_add,
@@ -49,8 +51,8 @@ pub use backend::linear::{
 pub use backend::ops::{
     ExpertFactors, Kernels, Routing, adamw, attention, choose_experts, cross_entropy_frozen,
     cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained, expanded_attention,
-    expect_experts, experts_frozen, experts_trained, latent_attention, mixture_frozen, rms_norm,
-    rms_norm_start, rope, sum_of_squares, swiglu,
+    expect_experts, experts_frozen, experts_trained, mixture_frozen, rms_norm, rms_norm_start,
+    rope, sum_of_squares, swiglu,
 };
 pub use dropout::Dropout;
 pub use error::Error;

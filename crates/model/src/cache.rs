@@ -1,9 +1,11 @@
 //! What attention keeps of earlier tokens.
 //!
 //! Latent attention stores the normalized latent and the rotated shared key, side by side in one row: 576 numbers a
-//! layer for DeepSeek V3, where plain keys and values of 128 heads would be 40,960.
+//! layer for DeepSeek V3, where plain keys and values of 128 heads would be 40,960. In what form the numbers are held is
+//! chosen where a cache is made; attention reads what is held, of a pass's own tokens too, so that it does not matter in
+//! which passes a text was read.
 
-use burn::tensor::Tensor;
+use kernels::{CacheType, CachedRows};
 
 use crate::config::{AttentionConfig, ModelConfig};
 
@@ -14,37 +16,26 @@ pub struct Cache {
     len: usize,
 }
 
-/// The cache of one layer: one buffer of latents, or two of keys and values.
+/// The cache of one layer: latents, or keys and values.
 #[derive(Clone, Debug)]
 pub(crate) struct LayerCache {
-    pub(crate) buffers: Vec<Buffer>,
+    pub(crate) rows: Vec<CachedRows>,
 }
-
-/// Rows `[capacity, heads, width]`, filled from the front. Positions are the first axis, so that those held are one piece
-/// of memory, which attention reads where it lies.
-#[derive(Clone, Debug)]
-pub(crate) struct Buffer {
-    rows: Option<Tensor<3>>,
-    len: usize,
-}
-
-/// Buffers grow by this many positions at least.
-const GROWTH: usize = 256;
 
 impl Cache {
     /// An empty cache for a model.
-    pub fn new(config: &ModelConfig) -> Self {
-        Self::of_layers(config, config.num_hidden_layers)
+    pub fn new(config: &ModelConfig, cache_type: CacheType) -> Self {
+        Self::of_layers(config, config.num_hidden_layers, cache_type)
     }
 
     /// An empty cache for so many layers.
-    pub(crate) fn of_layers(config: &ModelConfig, n: usize) -> Self {
-        let n_buffers = match config.attention {
+    pub(crate) fn of_layers(config: &ModelConfig, n: usize, cache_type: CacheType) -> Self {
+        let kinds = match config.attention {
             AttentionConfig::Mla(_) => 1,
             AttentionConfig::Gqa(_) => 2,
         };
         let layer = LayerCache {
-            buffers: vec![Buffer { rows: None, len: 0 }; n_buffers],
+            rows: vec![CachedRows::new(cache_type); kinds],
         };
         Self {
             layers: vec![layer; n],
@@ -53,8 +44,9 @@ impl Cache {
     }
 
     /// Bytes that a token takes, in all layers together.
-    pub fn bytes_per_token(config: &ModelConfig) -> usize {
-        config.cache_width() * config.num_hidden_layers * size_of::<f32>()
+    pub fn bytes_per_token(config: &ModelConfig, cache_type: CacheType) -> usize {
+        let [rows, width] = config.cache_rows();
+        rows * cache_type.row_bytes(width) * config.num_hidden_layers
     }
 
     /// Positions held.
@@ -70,36 +62,13 @@ impl Cache {
     /// Forgets all but the first `len` positions; does nothing where no more are held.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
-        for buffer in self.layers.iter_mut().flat_map(|layer| &mut layer.buffers) {
-            buffer.len = buffer.len.min(len);
+        for rows in self.layers.iter_mut().flat_map(|layer| &mut layer.rows) {
+            rows.truncate(len);
         }
     }
 
     /// Called once a pass is through all layers.
     pub(crate) fn advance(&mut self, tokens: usize) {
         self.len += tokens;
-    }
-}
-
-impl Buffer {
-    /// Appends rows `[1, seq, heads, width]` and returns all rows held, `[1, len, heads, width]`.
-    pub(crate) fn append(&mut self, rows: Tensor<4>) -> Tensor<4> {
-        let ([_, seq, heads, width], start) = (rows.dims(), self.len);
-        self.len += seq;
-        let buffer = match self.rows.take() {
-            Some(buffer) if buffer.dims()[0] >= self.len => buffer,
-            old => {
-                let capacity = (self.len + GROWTH).max(2 * start);
-                let new = Tensor::zeros([capacity, heads, width], &rows.device());
-                match old {
-                    Some(old) => new.slice_assign(0..start, old.slice(0..start)),
-                    None => new,
-                }
-            }
-        };
-        let buffer = buffer.slice_assign(start..self.len, rows.reshape([seq, heads, width]));
-        let held = buffer.clone().slice(0..self.len);
-        self.rows = Some(buffer);
-        held.reshape([1, self.len, heads, width])
     }
 }

@@ -323,11 +323,11 @@ impl ModelConfig {
         self.rope.table(positions, self.rope_dim(), device)
     }
 
-    /// Numbers one token adds to the cache of one layer.
-    pub fn cache_width(&self) -> usize {
+    /// Rows that one token adds to the cache of one layer, and numbers in each.
+    pub fn cache_rows(&self) -> [usize; 2] {
         match &self.attention {
-            AttentionConfig::Mla(mla) => mla.kv_lora_rank + mla.qk_rope_head_dim,
-            AttentionConfig::Gqa(gqa) => 2 * gqa.num_key_value_heads * gqa.head_dim,
+            AttentionConfig::Mla(mla) => [1, mla.kv_lora_rank + mla.qk_rope_head_dim],
+            AttentionConfig::Gqa(gqa) => [2 * gqa.num_key_value_heads, gqa.head_dim],
         }
     }
 }

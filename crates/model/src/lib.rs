@@ -46,7 +46,7 @@ pub use decoder::{
     Trace, Traffic,
 };
 pub use error::Error;
-pub use kernels::{Compute, ExpertTraffic, Quantizer};
+pub use kernels::{CacheType, Compute, ExpertTraffic, Quantizer};
 pub use mlp::Mlp;
 pub use norm::Norm;
 pub use parameters::Parameter;

@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor};
-use kernels::{Absorbed, Compute, Direction, Dropout, HeadRows, Matrix, Merge, Quantizer, Update};
+use kernels::{
+    Absorbed, CachedRows, Compute, Direction, Dropout, HeadRows, Matrix, Merge, Quantizer, Update,
+};
 
 use crate::lora::Lora;
 use crate::pass::{Observe, Pass};
@@ -263,11 +265,10 @@ impl Linear {
     }
 
     /// Attention of one sequence over its latents with this layer, as `kv_b_proj`, folded into queries and outputs, all at
-    /// once; none for several sequences, or where this is more than a frozen weight, which [`Self::per_head`] is for.
-    /// Without gradient.
+    /// once; none where this is more than a frozen weight, which [`Self::per_head`] is for. Without gradient.
     ///
     /// # Shapes
-    /// - `q`: `[batch, seq, heads, dim]`, `latents`: `[1, kv_seq, 1, rank + rope]` of each sequence
+    /// - `q`: `[1, seq, heads, dim]`, `latents`: `[kv_seq, 1, rank + rope]`
     /// - returns: `[1, seq, heads, v_dim]`
     ///
     /// # Panics
@@ -275,14 +276,11 @@ impl Linear {
     pub fn attend_latents(
         &self,
         q: &Tensor<4>,
-        latents: &[Tensor<4>],
+        latents: &CachedRows,
         absorbed: Absorbed,
         pass: &Pass<'_>,
     ) -> Option<Tensor<4>> {
-        let (w, [latents]) = (self.bare(pass)?, latents) else {
-            return None;
-        };
-        let (q, latents) = (q.clone(), latents.clone());
+        let (w, q) = (self.bare(pass)?, q.clone());
         let compute = pass.compute_of(Class::Linear);
         Some(kernels::absorbed_attention(
             q, latents, w, absorbed, compute,

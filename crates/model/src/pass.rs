@@ -5,7 +5,7 @@ pub(crate) mod inputs;
 use std::cell::RefCell;
 
 use burn::tensor::{Int, Tensor};
-use kernels::{Compute, Segments};
+use kernels::{CachedRows, Compute, Segments};
 
 pub use self::inputs::InputRecord;
 use crate::cache::Cache;
@@ -37,6 +37,15 @@ pub struct Pass<'a> {
     pub inputs: RefCell<Vec<InputRecord>>,
     /// Rotary tables of the input's positions; filled by the decoder.
     pub rotary: Option<RotaryTable>,
+}
+
+/// What attention of a layer reads, of `N` kinds.
+#[derive(Debug)]
+pub(crate) enum Seen<const N: usize> {
+    /// Only what is new, `[batch, seq, heads, width]` each.
+    New([Tensor<4>; N]),
+    /// All that is held of each sequence, the new tokens included.
+    Cached(Vec<[CachedRows; N]>),
 }
 
 /// What a pass keeps for whoever looks at it later.
@@ -108,24 +117,26 @@ impl<'a> Pass<'a> {
         self.caches.iter().flat_map(of_row).collect()
     }
 
-    /// Appends what a layer makes of the new tokens, `[batch, seq, heads, width]`, to a buffer of that layer.
-    ///
-    /// Returns what attention reads, by sequence: all rows held of each, `[1, len, heads, width]`, or the new ones as they
-    /// are where nothing is cached.
-    pub(crate) fn append(
+    /// Appends what a layer makes of the new tokens, `[batch, seq, heads, width]` each, to its caches. Returns what attention
+    /// reads.
+    pub(crate) fn append<const N: usize>(
         &mut self,
-        [layer_idx, buffer_idx]: [usize; 2],
-        rows: Tensor<4>,
-    ) -> Vec<Tensor<4>> {
+        layer_idx: usize,
+        rows: [Tensor<4>; N],
+    ) -> Seen<N> {
         if self.caches.is_empty() {
-            return vec![rows];
+            return Seen::New(rows);
         }
-        assert_eq!(rows.dims()[0], self.caches.len(), "a cache per row");
+        let batch = self.caches.len();
         let append = |(row, cache): (usize, &mut &mut Cache)| {
-            let rows = rows.clone().slice(row..row + 1);
-            cache.layers[layer_idx].buffers[buffer_idx].append(rows)
+            let held = &mut cache.layers[layer_idx].rows;
+            for (held, rows) in held.iter_mut().zip(&rows) {
+                assert_eq!(rows.dims()[0], batch, "a cache per row");
+                held.append(rows.clone().slice(row..row + 1));
+            }
+            std::array::from_fn(|i| held[i].clone())
         };
-        self.caches.iter_mut().enumerate().map(append).collect()
+        Seen::Cached(self.caches.iter_mut().enumerate().map(append).collect())
     }
 
     /// Called once it is through all layers.
@@ -155,16 +166,16 @@ impl<'a> Pass<'a> {
     }
 }
 
-/// Attention of each of `n` sequences by itself, over queries `[batch, seq, heads, dim]`: of all rows at once where there
-/// is one, else row by row.
-pub(crate) fn per_sequence(
+/// Attention of each sequence of a batch by itself, over queries `[batch, seq, heads, dim]` and what is held of it.
+pub(crate) fn per_sequence<T>(
     q: Tensor<4>,
-    n: usize,
-    attend: impl Fn(Tensor<4>, usize) -> Tensor<4>,
+    held: &[T],
+    attend: impl Fn(Tensor<4>, &T) -> Tensor<4>,
 ) -> Tensor<4> {
-    if n == 1 {
-        return attend(q, 0);
+    if let [held] = held {
+        return attend(q, held);
     }
-    let rows = (0..n).map(|row| attend(q.clone().slice(row..row + 1), row));
+    let rows = held.iter().enumerate();
+    let rows = rows.map(|(row, held)| attend(q.clone().slice(row..row + 1), held));
     Tensor::cat(rows.collect(), 0)
 }

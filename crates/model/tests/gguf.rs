@@ -13,7 +13,7 @@ use moeforge_model::export::importance::Importance;
 use moeforge_model::export::mix::{Mix, Scheme};
 use moeforge_model::lora::{self, LoraConfig, Scaling};
 use moeforge_model::merge::{MergeReport, convert};
-use moeforge_model::{Cache, Compute, Error, Model, Pass, Training, weights};
+use moeforge_model::{Cache, CacheType, Compute, Error, Model, Pass, Training, weights};
 
 const MODELS: [&str; 6] = [
     "llama_f32",
@@ -90,7 +90,7 @@ fn cached_logits_are_the_full_ones() {
     for name in MODELS {
         let (model, ids) = (load(&open(name)), ids(name, &device));
         let ([_, seq], full) = (ids.dims(), logits(&model, ids.clone()));
-        let mut caches = [Cache::new(&model.config)];
+        let mut caches = [Cache::new(&model.config, CacheType::F32)];
         for (position, expected) in full.chunks(model.config.vocab_size).enumerate() {
             let one = ids.clone().slice([0..1, position..position + 1]);
             let found = logits_of(&model, one, &mut Pass::cached(Compute::F32, &mut caches));

@@ -14,7 +14,7 @@ use moeforge_model::export::WeightFormat;
 use moeforge_model::lora::{self, LoraConfig, Scaling};
 use moeforge_model::merge::merge;
 use moeforge_model::{
-    AdapterWeights, Cache, Compute, Model, Mtp, Observe, Pass, Site, Training, weights,
+    AdapterWeights, Cache, CacheType, Compute, Model, Mtp, Observe, Pass, Site, Training, weights,
 };
 use serde_json::Value;
 
@@ -210,7 +210,7 @@ fn cached_decoding_gives_the_golden_tokens() {
             vec![&prompt[..3], &prompt[3..]],
             vec![&prompt[..5], &prompt[5..]],
         ] {
-            let mut caches = [Cache::new(&model.config)];
+            let mut caches = [Cache::new(&model.config, CacheType::F32)];
             let mut step = |ids: &[i32]| {
                 let ids = Tensor::<2, Int>::from_data(
                     TensorData::new(ids.to_vec(), [1, ids.len()]),
@@ -242,7 +242,7 @@ fn cached_logits_are_the_full_ones() {
         let ids = golden.ids(&device);
         let ([batch, seq], vocab) = (ids.dims(), model.config.vocab_size);
         let full = logits(&model, ids.clone(), &mut Pass::new(Compute::F32));
-        let mut caches = vec![Cache::new(&model.config); batch];
+        let mut caches = vec![Cache::new(&model.config, CacheType::F32); batch];
         for position in 0..seq {
             let one = ids.clone().slice([0..batch, position..position + 1]);
             let found = logits(&model, one, &mut Pass::cached(Compute::F32, &mut caches));
@@ -253,6 +253,46 @@ fn cached_logits_are_the_full_ones() {
             }
         }
         assert!(caches.iter().all(|cache| cache.len() == seq));
+    }
+}
+
+/// What rounding the cache changes of logits, root mean squares: of what is read of a token every number is off by up to half
+/// a step, which adds up over three or four layers.
+const ROUNDED: [(CacheType, f64); 2] = [(CacheType::Bf16, 0.1), (CacheType::Q8_0, 0.1)];
+
+#[test]
+fn logits_over_rounded_caches_are_near_the_full_ones() {
+    let device = Device::flex();
+    for name in ALL {
+        let golden = Golden::open(name);
+        let model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
+        let ids = golden.ids(&device);
+        let ([batch, seq], vocab) = (ids.dims(), model.config.vocab_size);
+        let full = logits(&model, ids.clone(), &mut Pass::new(Compute::F32));
+        for (cache_type, most) in ROUNDED {
+            // Position by position, and in pieces that rebuild keys and values.
+            for piece in [1, 7, seq] {
+                let mut caches = vec![Cache::new(&model.config, cache_type); batch];
+                let mut squares = [0.0; 2];
+                for start in (0..seq).step_by(piece) {
+                    let end = seq.min(start + piece);
+                    let some = ids.clone().slice([0..batch, start..end]);
+                    let pass = &mut Pass::cached(Compute::F32, &mut caches);
+                    let found = logits(&model, some, pass);
+                    for (row, found) in found.chunks((end - start) * vocab).enumerate() {
+                        let expected = &full[(row * seq + start) * vocab..][..found.len()];
+                        for (found, expected) in found.iter().zip(expected) {
+                            let values = [found - expected, *expected].map(f64::from);
+                            squares[0] += values[0] * values[0];
+                            squares[1] += values[1] * values[1];
+                        }
+                    }
+                }
+                let error = (squares[0] / squares[1]).sqrt();
+                println!("{name}: {cache_type:?}, {piece} at a time: {error:.1e}");
+                assert!(error > 0.0 && error < most, "{name} {cache_type:?} {error}");
+            }
+        }
     }
 }
 
@@ -291,7 +331,7 @@ fn what_multi_token_prediction_says_is_the_goldens() {
     assert!(difference <= LOGITS, "{difference}");
 
     // In pieces, after one that was forgotten again.
-    let mut caches = vec![Mtp::cache(&model.config); batch];
+    let mut caches = vec![Mtp::cache(&model.config, CacheType::F32); batch];
     for (start, piece) in [(0, 3), (3, 20), (3, 9), (12, 1), (13, 2), (15, seq - 15)] {
         caches.iter_mut().for_each(|cache| cache.truncate(start));
         let piece = start..start + piece;
@@ -407,7 +447,7 @@ fn adapted_decoding_agrees_with_the_whole_sequence() {
         let ids = golden.ids(&device);
         let ([batch, seq], vocab) = (ids.dims(), model.config.vocab_size);
         let full = golden.floats("lora_peft.logits").0;
-        let mut caches = vec![Cache::new(&model.config); batch];
+        let mut caches = vec![Cache::new(&model.config, CacheType::F32); batch];
         for position in 0..seq {
             let one = ids.clone().slice([0..batch, position..position + 1]);
             let found = logits(&model, one, &mut Pass::cached(Compute::F32, &mut caches));

@@ -10,7 +10,9 @@ use checkpoint::{Adapter, Folder, FolderWriter, Notes, Safetensors};
 use moeforge_model::export::{WeightFormat, export_chosen};
 use moeforge_model::lora::{self, LoraConfig, Scaling, Share};
 use moeforge_model::merge::merge;
-use moeforge_model::{AdapterWeights, Cache, Compute, Model, Pass, Site, Training, weights};
+use moeforge_model::{
+    AdapterWeights, Cache, CacheType, Compute, Model, Pass, Site, Training, weights,
+};
 
 /// Logits that spread over about 10, in f32.
 const LOGITS: f32 = 2e-4;
@@ -130,7 +132,7 @@ fn logits_are_those_of_peft() {
 
         // Decoded one by one over a cache, where latent attention is absorbed.
         let [batch, seq] = ids.dims();
-        let mut caches = vec![Cache::new(&model.config); batch];
+        let mut caches = vec![Cache::new(&model.config, CacheType::F32); batch];
         let prompt = ids.clone().slice([0..batch, 0..seq - positions]);
         logits(&model, prompt, &mut Pass::cached(Compute::F32, &mut caches));
         let one = |at| {

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use anyhow::bail;
 use infer::{Engine, GenerateConfig, SampleConfig, Sequence};
-use model::{ExpertTraffic, Model};
+use model::ExpertTraffic;
 use serde_json::{Value, json};
 
 use super::limit::{product_speeds, read_speeds};
@@ -21,7 +21,7 @@ use super::sweep::{Sweep, options};
 use super::table::{Column, count, fraction_of, giga, mebibytes, median, seconds, spread};
 use crate::console::Console;
 use crate::inspect::parameters;
-use crate::open::{ComputeName, GuessArgs, MemoryArgs, cache_object, lay_out};
+use crate::open::{CacheName, ComputeName, GuessArgs, MemoryArgs, cache_object, lay_out};
 use crate::train::memory;
 
 /// What is measured, and how.
@@ -42,6 +42,9 @@ struct Args {
     compute: ComputeName,
     #[command(flatten)]
     memory: MemoryArgs,
+    /// In what form what attention reads of earlier tokens is held.
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = CacheName::F32)]
+    cache: CacheName,
     /// Runs that are timed, after one that is not.
     #[arg(long, value_name = "R", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     reps: u64,
@@ -252,6 +255,7 @@ fn words(args: &Args, combination: Combination) -> Vec<OsString> {
     words.extend(options(numbers));
     words.extend(["--compute".into(), args.compute.name().into()]);
     words.extend(args.memory.words().into_iter().map(OsString::from));
+    words.extend(["--cache".into(), args.cache.cache_type().name().into()]);
     if let Some(adapter) = &args.adapter {
         words.extend(["--adapter".into(), adapter.into()]);
     }
@@ -283,6 +287,7 @@ fn measure(
     let mtp = subject.module(guessing, SEED, &device)?;
     let mut engine = Engine::new(model, args.compute.compute(), device);
     engine.mtp = mtp;
+    engine.cache = args.cache.cache_type();
     args.memory.place(&mut engine, console);
     lay_out(&mut engine, console);
     let open_secs = started.elapsed().as_secs_f64();
@@ -307,7 +312,7 @@ fn measure(
         "expert_cache": traffic.map(cache_object),
     });
     let cost = cost(
-        &engine.model,
+        &engine,
         combination,
         speeds.median,
         Spread::of(limits).median,
@@ -319,6 +324,7 @@ fn measure(
         "model": subject.name,
         "family": subject.config.model_type.name(),
         "compute": args.compute.name(),
+        "cache": args.cache.cache_type().name(),
         "weights": if subject.is_random() { "random" } else { "checkpoint" },
         "seed": SEED,
         "threads": rayon::current_num_threads(),
@@ -406,7 +412,7 @@ fn time(
 
 /// What the tokens cost, how fast that was, and what the machine does at most.
 fn cost(
-    model: &Model,
+    engine: &Engine,
     combination: Combination,
     tokens_per_second: f64,
     limit: f64,
@@ -414,7 +420,7 @@ fn cost(
     let (seq, batch) = (combination.seq as usize, combination.batch as usize);
     match combination.phase {
         Phase::Prefill => {
-            let flops = model.prompt_operations(seq) / seq as f64;
+            let flops = engine.model.prompt_operations(seq) / seq as f64;
             vec![
                 ("flops_per_token", flops),
                 ("flops_per_second", flops * tokens_per_second),
@@ -425,7 +431,8 @@ fn cost(
         Phase::Decode(tokens, _) => {
             // The first step sees the prompt and its own token, and each one more.
             let seen = seq as f64 + (tokens + 1) as f64 / 2.0;
-            let bytes = model.decode_traffic(batch, seen).total() / batch as f64;
+            let traffic = engine.model.decode_traffic(batch, seen, engine.cache);
+            let bytes = traffic.total() / batch as f64;
             vec![
                 ("bytes_per_token", bytes),
                 ("bytes_per_second", bytes * tokens_per_second),
@@ -444,11 +451,12 @@ fn title(measured: &Value) -> String {
         _ => "its own weights".to_owned(),
     };
     format!(
-        "{} ({}), {:.1} M parameters, {weights}, computed in {}; {} threads, {} runs each",
+        "{} ({}), {:.1} M parameters, {weights}, computed in {}, cache in {}; {} threads, {} runs each",
         text("model"),
         text("family"),
         giga(parameters) * 1e3,
         text("compute"),
+        text("cache"),
         measured["threads"],
         measured["reps"],
     )

@@ -12,6 +12,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend, TensorMetadata};
 
 use crate::adamw::AdamWStep;
+use crate::backend::cached::RowsPrimitive;
 use crate::backend::gradients::{ExpertsSaved, Gradients, LossSaved};
 use crate::backend::kept::{Form, Kept, remember, shared};
 use crate::backend::linear::{Absorbed, HeadRows, Update};
@@ -40,6 +41,16 @@ fn cross_entropy_plain<B: Gradients, C: CheckpointStrategy>(
             let (loss, lse) = B::cross_entropy_frozen(h, u, b, targets, w, compute);
             (op.finish(loss), lse)
         }
+    }
+}
+
+/// Rows without what autodiff knows of them.
+fn inner<B: Gradients, C: CheckpointStrategy>(
+    rows: RowsPrimitive<Autodiff<B, C>>,
+) -> RowsPrimitive<B> {
+    match rows {
+        RowsPrimitive::Numbers(numbers) => RowsPrimitive::Numbers(numbers.into_primitive()),
+        RowsPrimitive::Blocks(bytes, width) => RowsPrimitive::Blocks(bytes, width),
     }
 }
 
@@ -295,27 +306,41 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
 
     fn absorbed_attention(
         q: FloatTensor<Self>,
-        latents: FloatTensor<Self>,
+        latents: RowsPrimitive<Self>,
         w: Arc<Matrix>,
         absorbed: Absorbed,
         compute: Compute,
     ) -> FloatTensor<Self> {
-        let (q, latents) = (q.into_primitive(), latents.into_primitive());
+        let (q, latents) = (q.into_primitive(), inner(latents));
         Self::from_inner(B::absorbed_attention(q, latents, w, absorbed, compute))
+    }
+
+    fn encode_blocks(x: FloatTensor<Self>) -> IntTensor<Self> {
+        B::encode_blocks(x.into_primitive())
+    }
+
+    fn decode_blocks(rows: RowsPrimitive<Self>) -> FloatTensor<Self> {
+        Self::from_inner(B::decode_blocks(inner(rows)))
+    }
+
+    fn cached_attention(
+        q: FloatTensor<Self>,
+        k: RowsPrimitive<Self>,
+        v: RowsPrimitive<Self>,
+        scale: f32,
+    ) -> FloatTensor<Self> {
+        let (q, k, v) = (q.into_primitive(), inner(k), inner(v));
+        Self::from_inner(B::cached_attention(q, k, v, scale))
     }
 
     fn latent_attention(
         q: FloatTensor<Self>,
-        latents: FloatTensor<Self>,
+        latents: RowsPrimitive<Self>,
         v_dim: usize,
         scale: f32,
     ) -> FloatTensor<Self> {
-        Self::from_inner(B::latent_attention(
-            q.into_primitive(),
-            latents.into_primitive(),
-            v_dim,
-            scale,
-        ))
+        let (q, latents) = (q.into_primitive(), inner(latents));
+        Self::from_inner(B::latent_attention(q, latents, v_dim, scale))
     }
 
     fn choose_experts(scores: FloatTensor<Self>, choice: Choice) -> IntTensor<Self> {

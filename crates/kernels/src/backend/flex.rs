@@ -2,6 +2,7 @@
 
 mod absorbed;
 mod attention;
+mod cached;
 mod experts;
 mod gradients;
 mod heads;
@@ -18,6 +19,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use self::attention::{attend, shape_apart, shape_together};
+use self::cached::RowValues;
 use self::experts::{
     FactorValues, RoutingValues, StackValues, experts_forward, frozen_experts, mixture_forward,
 };
@@ -25,14 +27,14 @@ use self::loss::loss_forward;
 use self::products::{folded, nt, nt_pair, nt_sum, scaled, trained};
 use self::values::{ELEMENTS, Floats, floats, int_values, ints, owned, swiglu_of};
 use crate::adamw::{self, AdamWStep};
-use crate::attention::latent::{self, Sequence};
 use crate::attention::{Context, Segments};
+use crate::backend::cached::RowsPrimitive;
 use crate::backend::linear::{Absorbed, HeadRows, Merge, Update};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
 use crate::backend::plain;
 use crate::experts::serves_few;
 use crate::product::gemm::{self, FEW_ROWS};
-use crate::product::strided::{Mat, MatMut, Write};
+use crate::product::strided::{MatMut, Write};
 use crate::product::weights::Weights;
 use crate::{
     Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Pairs, SharedExperts, rms_norm, rope,
@@ -197,42 +199,43 @@ impl Kernels for Flex {
         attend(&q, context, scale, shape, &segments)
     }
 
+    fn encode_blocks(x: FlexTensor) -> FlexTensor {
+        cached::encode(&Floats::new(&x))
+    }
+
+    fn decode_blocks(rows: RowsPrimitive<Self>) -> FlexTensor {
+        cached::decode(&RowValues::new(&rows))
+    }
+
+    fn cached_attention(
+        q: FlexTensor,
+        k: RowsPrimitive<Self>,
+        v: RowsPrimitive<Self>,
+        scale: f32,
+    ) -> FlexTensor {
+        let [k, v] = [&k, &v].map(RowValues::new);
+        let v_dim = v.rows().width;
+        cached::attend(&Floats::new(&q), &k, Some(&v), v_dim, scale)
+    }
+
     fn latent_attention(
         q: FlexTensor,
-        latents: FlexTensor,
+        latents: RowsPrimitive<Self>,
         v_dim: usize,
         scale: f32,
     ) -> FlexTensor {
-        let (q, latents) = (Floats::new(&q), Floats::new(&latents));
-        let [batch, seq, heads, dim] = q.dims();
-        if batch == 1 && (1..=FEW_ROWS).contains(&seq) && heads > 0 {
-            let out = latent::forward(Sequence {
-                queries: Mat::dense(&q, seq * heads, dim),
-                latents: &latents,
-                seq,
-                v_dim,
-                scale,
-            });
-            return floats(out, [1, seq, heads, v_dim]);
-        }
-        let mut shape = shape_apart(&q, &latents, &latents);
-        shape.v.dim = v_dim;
-        let context = Context {
-            k: &latents,
-            v: &latents,
-            shared: &[],
-        };
-        attend(&q, context, scale, shape, &Segments::whole()).0
+        let latents = RowValues::new(&latents);
+        cached::attend(&Floats::new(&q), &latents, None, v_dim, scale)
     }
 
     fn absorbed_attention(
         q: FlexTensor,
-        latents: FlexTensor,
+        latents: RowsPrimitive<Self>,
         w: Arc<Matrix>,
         absorbed: Absorbed,
         compute: Compute,
     ) -> FlexTensor {
-        let (q, latents) = (Floats::new(&q), Floats::new(&latents));
+        let (q, latents) = (Floats::new(&q), RowValues::new(&latents));
         absorbed::absorbed_attention(&q, &latents, &w, absorbed, compute)
     }
 

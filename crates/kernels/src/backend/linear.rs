@@ -6,7 +6,7 @@ use burn::backend::Dispatch;
 use burn::tensor::Tensor;
 
 use crate::backend::ops::{Kernels, float};
-use crate::{Compute, Matrix, Quantizer};
+use crate::{CachedRows, Compute, Matrix, Quantizer};
 
 /// Which rows of a weight belong to which head, and in which direction they are multiplied.
 ///
@@ -204,7 +204,7 @@ pub struct Absorbed {
 /// into queries and outputs: [`heads_linear`], [`crate::latent_attention`] and [`heads_linear`] again. Has no gradient.
 ///
 /// # Shapes
-/// - `q`: `[1, seq, heads, dim]`, `latents`: `[1, kv_seq, 1, rank + dim − nope]`
+/// - `q`: `[1, seq, heads, dim]`, `latents`: `[kv_seq, 1, rank + dim − nope]`
 /// - `w`: `[heads · (nope + v_dim), rank]`
 /// - returns: `[1, seq, heads, v_dim]`
 ///
@@ -212,25 +212,21 @@ pub struct Absorbed {
 /// If the sizes do not fit.
 pub fn absorbed_attention(
     q: Tensor<4>,
-    latents: Tensor<4>,
+    latents: &CachedRows,
     w: &Arc<Matrix>,
     absorbed: Absorbed,
     compute: Compute,
 ) -> Tensor<4> {
     let ([_, seq, heads, dim], rank) = (q.dims(), w.cols());
-    let (Absorbed { nope, v_dim, .. }, [_, kv_seq, ..]) = (absorbed, latents.dims());
+    let Absorbed { nope, v_dim, .. } = absorbed;
     assert!(
         q.dims()[0] == 1 && nope <= dim && w.rows() == heads * (nope + v_dim),
         "queries {:?} and a weight of {} rows for {absorbed:?}",
         q.dims(),
         w.rows()
     );
-    assert!(
-        latents.dims() == [1, kv_seq, 1, rank + dim - nope] && (1..=kv_seq).contains(&seq),
-        "latents {:?} of {seq} queries",
-        latents.dims()
-    );
-    let (q, latents, w) = (q.into_dispatch(), latents.into_dispatch(), Arc::clone(w));
+    latents.check(seq, 1, rank + dim - nope);
+    let (q, latents, w) = (q.into_dispatch(), latents.primitive(), Arc::clone(w));
     let out = Dispatch::absorbed_attention(q, latents, w, absorbed, compute);
     Tensor::from_dispatch(out)
 }

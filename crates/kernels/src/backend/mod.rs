@@ -2,6 +2,7 @@
 
 mod autodiff;
 pub(crate) mod buffers;
+pub(crate) mod cached;
 mod flex;
 pub(crate) mod gradients;
 pub(crate) mod kept;

@@ -14,6 +14,7 @@ use burn::backend::{Backend, Dispatch, ExtensionType, backend_extension};
 use burn::tensor::{Int, Tensor};
 
 use crate::adamw::AdamWStep;
+use crate::backend::cached::RowsPrimitive;
 use crate::backend::linear::{Absorbed, HeadRows, Merge, Update};
 use crate::backend::plain;
 use crate::{Choice, Compute, ExpertBank, ExpertLora, Matrix, Pairs, Segments, SharedExperts};
@@ -137,17 +138,28 @@ pub trait Kernels: Backend {
         scale: f32,
         segments: Segments,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
-    /// See [`latent_attention`].
+    /// Rows of numbers `[len, heads, width]` rounded to blocks; see [`crate::CachedRows`].
+    fn encode_blocks(x: FloatTensor<Self>) -> IntTensor<Self>;
+    /// The numbers of such rows, in f32.
+    fn decode_blocks(#[extension_type] rows: RowsPrimitive<Self>) -> FloatTensor<Self>;
+    /// See [`crate::cached_attention`]; of a few queries.
+    fn cached_attention(
+        q: FloatTensor<Self>,
+        #[extension_type] k: RowsPrimitive<Self>,
+        #[extension_type] v: RowsPrimitive<Self>,
+        scale: f32,
+    ) -> FloatTensor<Self>;
+    /// See [`crate::latent_attention`]; of a few queries.
     fn latent_attention(
         q: FloatTensor<Self>,
-        latents: FloatTensor<Self>,
+        #[extension_type] latents: RowsPrimitive<Self>,
         v_dim: usize,
         scale: f32,
     ) -> FloatTensor<Self>;
     /// See [`crate::absorbed_attention`].
     fn absorbed_attention(
         q: FloatTensor<Self>,
-        latents: FloatTensor<Self>,
+        #[extension_type] latents: RowsPrimitive<Self>,
         w: Arc<Matrix>,
         absorbed: Absorbed,
         compute: Compute,
@@ -414,34 +426,6 @@ pub fn expanded_attention(
         )
         .0,
     )
-}
-
-/// Causal attention of all heads over one shared row per position, whose first `v_dim` features are its value: the
-/// absorbed form of latent attention. Has no gradient. Of one sequence, up to 8 queries get the bits each gets alone.
-///
-/// # Shapes
-/// - `q`: `[batch, seq, heads, dim]`, `latents`: `[batch, kv_seq, 1, dim]`
-/// - returns: `[batch, seq, heads, v_dim]`
-///
-/// # Panics
-/// If the sizes do not fit.
-pub fn latent_attention(q: Tensor<4>, latents: Tensor<4>, v_dim: usize, scale: f32) -> Tensor<4> {
-    let ([batch, seq, _, dim], [_, kv_seq, ..]) = (q.dims(), latents.dims());
-    assert_eq!(
-        latents.dims(),
-        [batch, kv_seq, 1, dim],
-        "latents of the sequences"
-    );
-    assert!(
-        kv_seq >= seq && v_dim <= dim,
-        "{seq} queries of {kv_seq} latents, values of {v_dim} of {dim}"
-    );
-    Tensor::from_dispatch(Dispatch::latent_attention(
-        q.into_dispatch(),
-        latents.into_dispatch(),
-        v_dim,
-        scale,
-    ))
 }
 
 /// The best experts of every token, best first. Has no gradient.

@@ -14,8 +14,8 @@ mod isa;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod numbers;
+mod piece;
 mod strips;
-pub(crate) mod weighted;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -25,6 +25,7 @@ use self::activations::Activations;
 pub(crate) use self::activations::round_rows;
 use self::instructions::Instructions;
 use self::numbers::Number;
+pub(crate) use self::piece::Piece;
 use self::strips::Order;
 use crate::product::strided::{Mat, MatMut, Write};
 use crate::{Compute, Format, Ggml, Matrix};

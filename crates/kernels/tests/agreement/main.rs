@@ -8,11 +8,12 @@ use std::sync::Arc;
 use burn::tensor::activation::{log_softmax, sigmoid, softmax};
 use burn::tensor::{Bool, Device, Distribution, Int, Tensor, TensorData};
 use moeforge_kernels::{
-    Choice, Compute, Direction, Dropout, ExpertBank, ExpertFactors, ExpertLora, Format, GroupScore,
-    HeadRows, Matrix, Pairs, Routing, Segments, Update, attention, choose_experts,
-    cross_entropy_frozen, cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained,
-    expanded_attention, experts_frozen, experts_trained, heads_linear, linear_add, linear_frozen,
-    linear_trained, linear_updated, rms_norm, rope, swiglu,
+    CacheType, CachedRows, Choice, Compute, Direction, Dropout, ExpertBank, ExpertFactors,
+    ExpertLora, Format, GroupScore, HeadRows, Matrix, Pairs, Routing, Segments, Update, attention,
+    cached_attention, choose_experts, cross_entropy_frozen, cross_entropy_trained, dispatch,
+    dropout, embed_frozen, embed_trained, expanded_attention, experts_frozen, experts_trained,
+    heads_linear, linear_add, linear_frozen, linear_trained, linear_updated, rms_norm, rope,
+    swiglu,
 };
 
 /// f32 sums of a few hundred products of values around 1, in another order: relative to the largest value.
@@ -57,7 +58,7 @@ macro_rules! agree {
     }};
 }
 
-mod latent;
+mod cached;
 mod merged;
 mod packed;
 mod parts;

@@ -6,7 +6,7 @@ use kernels::Pairs;
 
 use crate::config::GqaConfig;
 use crate::linear::Linear;
-use crate::pass::{Pass, per_sequence};
+use crate::pass::{Pass, Seen, per_sequence};
 
 /// Grouped-query attention of one layer.
 #[derive(Module, Debug)]
@@ -59,14 +59,13 @@ impl Gqa {
         );
         let [k, v] = Linear::forward_both([&self.k_proj, &self.v_proj], tokens, pass)
             .map(|y| y.reshape([batch, seq, kv_heads, dim]));
-        let k = turned(k);
-        let k = pass.append([layer_idx, 0], k);
-        let v = pass.append([layer_idx, 1], v);
-
-        let out = per_sequence(q, k.len(), |q, row| {
-            let (k, v) = (k[row].clone(), v[row].clone());
-            kernels::attention(q, k, v, self.softmax_scale, &pass.segments)
-        });
+        let (k, scale) = (turned(k), self.softmax_scale);
+        let out = match pass.append(layer_idx, [k, v]) {
+            Seen::New([k, v]) => kernels::attention(q, k, v, scale, &pass.segments),
+            Seen::Cached(held) => per_sequence(q, &held, |q, [k, v]| {
+                kernels::cached_attention(q, k, v, scale)
+            }),
+        };
         let out = out.reshape([batch * seq, heads * dim]);
         self.o_proj.forward(out, pass)
     }

@@ -9,12 +9,12 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use kernels::{Absorbed, Direction, HeadRows, Pairs};
+use kernels::{Absorbed, CachedRows, Direction, HeadRows, Pairs};
 
 use crate::config::MlaConfig;
 use crate::linear::Linear;
 use crate::norm::Norm;
-use crate::pass::{Observe, Pass, per_sequence};
+use crate::pass::{Observe, Pass, Seen, per_sequence};
 
 /// Most new positions of a sequence that attend to the latents themselves. Each then has the bits it has in a pass of its
 /// own.
@@ -68,16 +68,23 @@ impl Mla {
         let q = self.queries(q, [batch, seq], pass);
         let latents = self.latents(kv, [batch, seq], pass);
 
-        let is_decoding = seq <= FEW_POSITIONS && !pass.caches.is_empty();
-        let absorbs = is_decoding || pass.observe == Observe::Inputs;
-        let latents = pass.append([layer_idx, 0], latents);
-
-        let out = if absorbs && self.kv_b_proj.quantizer.is_none() {
-            self.absorbed(q, &latents, pass)
-        } else {
-            per_sequence(q, latents.len(), |q, row| {
-                self.expanded(q, latents[row].clone(), pass)
-            })
+        let absorbs = self.kv_b_proj.quantizer.is_none();
+        let is_observed = pass.observe == Observe::Inputs;
+        let out = match pass.append(layer_idx, [latents]) {
+            Seen::New([latents]) if absorbs && is_observed => {
+                let values = self.values(&latents);
+                let (scale, segments) = (self.softmax_scale, &pass.segments);
+                self.folded(q, pass, |q| {
+                    kernels::attention(q, latents, values, scale, segments)
+                })
+            }
+            Seen::New([latents]) => self.expanded(q, latents, pass),
+            Seen::Cached(held) if absorbs && (seq <= FEW_POSITIONS || is_observed) => {
+                self.absorbed(q, &held, pass)
+            }
+            Seen::Cached(held) => per_sequence(q, &held, |q, [latents]| {
+                self.expanded(q, latents.floats(), pass)
+            }),
         };
         let out = out.reshape([batch * seq, self.heads * self.config.v_head_dim]);
         self.o_proj.forward(out, pass)
@@ -120,12 +127,10 @@ impl Mla {
 
     /// Attention over rebuilt keys and values; returns `[batch, seq, heads, v_head_dim]`.
     fn expanded(&self, q: Tensor<4>, latents: Tensor<4>, pass: &Pass<'_>) -> Tensor<4> {
-        let ([batch, kv_seq, _, width], heads) = (latents.dims(), self.heads);
+        let ([batch, kv_seq, ..], heads) = (latents.dims(), self.heads);
         let (nope, v_dim) = (self.config.qk_nope_head_dim, self.config.v_head_dim);
-        let latent = latents
-            .clone()
-            .reshape([batch * kv_seq, width])
-            .slice([0..batch * kv_seq, 0..self.config.kv_lora_rank]);
+        let latent = self.values(&latents);
+        let latent = latent.reshape([batch * kv_seq, self.config.kv_lora_rank]);
         let kv = self
             .kv_b_proj
             .forward(latent, pass)
@@ -134,20 +139,45 @@ impl Mla {
         kernels::expanded_attention(q, kv, latents, v_dim, scale, &pass.segments)
     }
 
+    /// What values are made of: latents without the shared key.
+    fn values(&self, latents: &Tensor<4>) -> Tensor<4> {
+        let [batch, kv_seq, ..] = latents.dims();
+        let rank = self.config.kv_lora_rank;
+        latents.clone().slice([0..batch, 0..kv_seq, 0..1, 0..rank])
+    }
+
     /// Attention over the latents of each sequence themselves; returns `[batch, seq, heads, v_head_dim]`. Without gradient.
     /// `kv_b_proj` is read once for all sequences.
-    fn absorbed(&self, q: Tensor<4>, latents: &[Tensor<4>], pass: &Pass<'_>) -> Tensor<4> {
-        let ([batch, seq, heads, dim], rank) = (q.dims(), self.config.kv_lora_rank);
-        let (nope, v_dim) = (self.config.qk_nope_head_dim, self.config.v_head_dim);
+    fn absorbed(&self, q: Tensor<4>, held: &[[CachedRows; 1]], pass: &Pass<'_>) -> Tensor<4> {
         let absorbed = Absorbed {
-            nope,
-            v_dim,
+            nope: self.config.qk_nope_head_dim,
+            v_dim: self.config.v_head_dim,
             scale: self.softmax_scale,
         };
-        let at_once = self.kv_b_proj.attend_latents(&q, latents, absorbed, pass);
-        if let Some(out) = at_once {
-            return out;
-        }
+        let at_once = match held {
+            [[latents]] => self.kv_b_proj.attend_latents(&q, latents, absorbed, pass),
+            _ => None,
+        };
+        at_once.unwrap_or_else(|| {
+            let rank = self.config.kv_lora_rank;
+            self.folded(q, pass, |q| {
+                per_sequence(q, held, |q, [latents]| {
+                    kernels::latent_attention(q, latents, rank, self.softmax_scale)
+                })
+            })
+        })
+    }
+
+    /// Attention over latents, `[batch, seq, heads, kv_lora_rank + rope]` → `[batch, seq, heads, kv_lora_rank]`, with
+    /// `kv_b_proj` folded into queries and outputs; returns `[batch, seq, heads, v_head_dim]`.
+    fn folded(
+        &self,
+        q: Tensor<4>,
+        pass: &Pass<'_>,
+        attend: impl FnOnce(Tensor<4>) -> Tensor<4>,
+    ) -> Tensor<4> {
+        let ([batch, seq, heads, dim], rank) = (q.dims(), self.config.kv_lora_rank);
+        let (nope, v_dim) = (self.config.qk_nope_head_dim, self.config.v_head_dim);
         let rows = |start, len, direction| HeadRows {
             heads,
             start,
@@ -161,11 +191,7 @@ impl Mla {
             .kv_b_proj
             .per_head(q_nope, rows(0, nope, Direction::Transposed), pass)
             .reshape([batch, seq, heads, rank]);
-        let q = Tensor::cat(vec![q_latent, part(nope..dim)], 3);
-        let out = per_sequence(q, latents.len(), |q, row| {
-            kernels::latent_attention(q, latents[row].clone(), rank, self.softmax_scale)
-        }); // [batch, seq, heads, rank]
-
+        let out = attend(Tensor::cat(vec![q_latent, part(nope..dim)], 3));
         let out = out.reshape([batch * seq, heads, rank]);
         self.kv_b_proj
             .per_head(out, rows(nope, v_dim, Direction::Forward), pass)

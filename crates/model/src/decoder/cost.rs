@@ -11,6 +11,8 @@
 //! Decoding multiplies little and reads much: every weight that a step needs once, for all of its sequences, and of every
 //! sequence what the cache holds. Norms and activations are thousands of times smaller and do not count.
 
+use kernels::CacheType;
+
 use super::Model;
 use crate::cache::Cache;
 use crate::config::AttentionConfig;
@@ -78,7 +80,7 @@ impl Model {
     ///
     /// A token takes its `top_k` experts; several together are taken to choose independently and evenly, so that of `n`
     /// experts `n · (1 − (1 − top_k / n)^batch)` are read in the mean.
-    pub fn decode_traffic(&self, batch: usize, seen: f64) -> Traffic {
+    pub fn decode_traffic(&self, batch: usize, seen: f64, cache_type: CacheType) -> Traffic {
         let top_k = self.config.moe.as_ref().map_or(0, |moe| moe.choice.top_k);
         let embedding = &self.model.embed_tokens.weight;
         let row = embedding.size_bytes() as f64 / embedding.dims()[0] as f64;
@@ -93,7 +95,8 @@ impl Model {
                 Site::Experts(experts) => bytes_of_experts(experts, top_k, batch),
             };
         });
-        let cache = batch as f64 * seen * Cache::bytes_per_token(&self.config) as f64;
+        let of_token = Cache::bytes_per_token(&self.config, cache_type) as f64;
+        let cache = batch as f64 * seen * of_token;
         Traffic { weights, cache }
     }
 
@@ -342,7 +345,7 @@ mod tests {
         let others = V3_WEIGHTS - 4.0 * experts;
         let cache = f64::from(3 * (32 + 8) * 4);
         for (batch, n) in [(1, 4.0), (2, 12.0 * (1.0 - 4.0 / 9.0))] {
-            let found = model.decode_traffic(batch, 5.0);
+            let found = model.decode_traffic(batch, 5.0, CacheType::F32);
             let rows = batch as f64 * 64.0;
             let expected = 4.0 * (others + n * experts + rows);
             assert!((found.weights - expected).abs() < 1e-6, "{found:?}");
@@ -350,7 +353,8 @@ mod tests {
         }
         let adapted = self::model(V3, Training::Frozen, Some("layers.1.mlp.experts.7"));
         let factors = f64::from(2 * 3 * (64 + 24)) * 4.0 / 12.0 * 4.0;
-        let [plain, adapted] = [&model, &adapted].map(|model| model.decode_traffic(1, 0.0).total());
+        let [plain, adapted] =
+            [&model, &adapted].map(|model| model.decode_traffic(1, 0.0, CacheType::F32).total());
         assert!(
             (adapted - plain - factors).abs() < 1e-6,
             "{adapted} {plain}"

@@ -8,7 +8,7 @@
 //! weights have it, and with the hidden state after the model's last norm.
 
 use burn::tensor::{Int, Tensor};
-use kernels::Matrix;
+use kernels::{CacheType, Matrix};
 
 use super::{DecoderLayer, Embedding, Model};
 use crate::cache::Cache;
@@ -46,8 +46,8 @@ pub struct SharedHead {
 
 impl Mtp {
     /// An empty cache for the module.
-    pub fn cache(config: &ModelConfig) -> Cache {
-        Cache::of_layers(config, 1)
+    pub fn cache(config: &ModelConfig, cache_type: CacheType) -> Cache {
+        Cache::of_layers(config, 1, cache_type)
     }
 
     /// Its hidden states after the last norm. What each attends to are its own of the positions before.

@@ -2,18 +2,19 @@
 
 use burn_flex::FlexTensor;
 
+use super::cached::RowValues;
 use super::heads::{Rows, multiply_heads};
 use super::values::{Floats, floats};
-use crate::attention::latent::{self, Sequence};
+use crate::attention::few::{self, Sequence};
 use crate::backend::linear::{Absorbed, Direction, HeadRows};
 use crate::product::gemm::with_scratch;
 use crate::product::strided::{Mat, MatMut};
 use crate::{Compute, Matrix};
 
-/// q `[1, seq, heads, dim]` and latents `[1, kv_seq, 1, rank + rope]` → `[1, seq, heads, v_dim]`.
+/// q `[1, seq, heads, dim]` and latents `[kv_seq, 1, rank + rope]` → `[1, seq, heads, v_dim]`.
 pub(super) fn absorbed_attention(
     q: &Floats,
-    latents: &Floats,
+    latents: &RowValues,
     w: &Matrix,
     absorbed: Absorbed,
     compute: Compute,
@@ -40,10 +41,11 @@ pub(super) fn absorbed_attention(
         let rows = part(0, nope, Direction::Transposed);
         multiply_heads(keys, (w, rows), compute, &all);
 
-        latent::forward(Sequence {
+        few::forward(Sequence {
             queries: Mat::dense(queries, seq * heads, width),
-            latents,
             seq,
+            keys: latents.rows(),
+            values: None,
             v_dim: rank,
             scale,
         })

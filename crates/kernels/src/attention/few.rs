@@ -1,34 +1,35 @@
-//! Attention of a few queries over a context that all heads share, whose values are the first features of its keys: latent
-//! attention in its absorbed form, as decoding needs it.
+//! Attention of a few queries over what a cache holds, as decoding needs it: of latents, which all heads share and whose
+//! values are the first features of their keys (the absorbed form), and of keys and values that heads share in groups.
 //!
-//! All heads' queries are rows of one product, so a piece of the context is read once for all of them, and twice while it
-//! is in the cache: as keys, and as values. Each piece gives sums that are unfinished, with the largest score they were
-//! made with; at the end these are brought to a common one and added in their order. Pieces are the same for any number
-//! of threads, and a query's result has the bits it has without the queries after it.
+//! The queries of all heads that share keys are rows of one product, so a piece of the context is read once for all of
+//! them, and where keys and values are the same, twice while it is in the CPU's cache. It is decoded in registers. Each piece gives sums that are unfinished, with the largest score they were made with; at the end these are
+//! brought to a common one and added in their order. Pieces are the same for any number of threads and for any form of the
+//! context, and a query's result has the bits it has without the queries after it.
 //!
 //! Source: Flash-Decoding, <https://crfm.stanford.edu/2023/10/12/flashdecoding.html>.
 
 use std::ops::Range;
 
+use super::cached::Rows;
 use crate::exp;
 use crate::product::gemm::with_scratch;
-use crate::product::strided::{Mat, MatMut, Write};
+use crate::product::strided::{Mat, MatMut};
 use crate::product::team::{Pieces, share_quickly};
-use crate::rows::{Input, Packed, weighted};
 
-/// Keys per task: those of DeepSeek V3 are 144 KiB, a part of the second-level cache.
+/// Keys per task: those of DeepSeek V3 are 144 KiB in f32, a part of the second-level cache.
 const KEYS: usize = 64;
 /// Values that are worth a task where sums are finished.
 const VALUES: usize = 1 << 13;
 
-/// The last queries of a sequence, and all it has of latents.
+/// The last queries of a sequence, and all it has of keys and values.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sequence<'a> {
     /// `[seq · heads, dim]`.
     pub(crate) queries: Mat<'a>,
-    /// `[kv_seq, dim]`.
-    pub(crate) latents: &'a [f32],
     pub(crate) seq: usize,
+    pub(crate) keys: Rows<'a>,
+    /// None where a value is the first features of its key.
+    pub(crate) values: Option<Rows<'a>>,
     /// Features of a value.
     pub(crate) v_dim: usize,
     /// Factor of the scores.
@@ -36,53 +37,61 @@ pub(crate) struct Sequence<'a> {
 }
 
 impl Sequence<'_> {
-    fn kv_seq(&self) -> usize {
-        self.latents.len() / self.queries.cols().max(1)
+    fn heads(&self) -> usize {
+        self.queries.rows() / self.seq.max(1)
+    }
+
+    /// Heads that share keys.
+    fn group(&self) -> usize {
+        self.heads() / self.keys.heads.max(1)
+    }
+
+    /// Numbers of the queries that share the keys of a head, position by position.
+    fn queries_of(&self, kv_head: usize) -> Vec<usize> {
+        let (heads, group) = (self.heads(), self.group());
+        let first = |at: usize| at * heads + kv_head * group;
+        (0..self.seq)
+            .flat_map(|at| first(at)..first(at) + group)
+            .collect()
     }
 }
 
 /// Returns `[seq · heads, v_dim]`.
 pub(crate) fn forward(sequence: Sequence<'_>) -> Vec<f32> {
-    let (rows, v_dim) = (sequence.queries.rows(), sequence.v_dim);
-    let pieces = Pieces::new(sequence.kv_seq(), KEYS);
-    let mut out = vec![0.0; rows * v_dim];
+    let (v_dim, kv_heads) = (sequence.v_dim, sequence.keys.heads);
+    let rows = sequence.seq * sequence.group();
+    let pieces = Pieces::new(sequence.keys.len, KEYS);
+    let tasks = pieces.len() * kv_heads;
+    let mut out = vec![0.0; sequence.queries.rows() * v_dim];
     // The sums of a row, the largest score and the sum of the exponentials.
     let width = v_dim + 2;
-    with_scratch(pieces.len() * rows * width, |partial| {
-        let all = MatMut::dense(partial, pieces.len() * rows, width);
-        share_quickly(pieces.len(), |i| {
-            // SAFETY: pieces write different rows.
+    with_scratch(tasks * rows * width, |partial| {
+        let all = MatMut::dense(partial, tasks * rows, width);
+        share_quickly(tasks, |i| {
+            // SAFETY: tasks write different rows.
             #[expect(unsafe_code, reason = "disjoint rows of the sums")]
             let sums = unsafe { all.part(i * rows..(i + 1) * rows, 0..width) };
-            attend(sequence, pieces.get(i), sums);
+            attend(&sequence, pieces.get(i / kv_heads), i % kv_heads, sums);
         });
-        finish(partial, rows, &mut out);
+        finish(&sequence, partial, &mut out);
     });
     out
 }
 
-/// The unfinished sums of some keys, `[seq · heads, v_dim + 2]`.
-fn attend(sequence: Sequence<'_>, keys: Range<usize>, mut sums: MatMut<'_>) {
-    let Sequence {
-        queries,
-        seq,
-        v_dim,
-        ..
-    } = sequence;
-    let (rows, dim) = (queries.rows(), queries.cols());
-    let latents = &sequence.latents[keys.start * dim..keys.end * dim];
-    let (packed, numbers) = (
-        Packed::of_values(latents, dim),
-        (0..rows).collect::<Vec<_>>(),
-    );
-    with_scratch(rows * keys.len(), |scores| {
-        let input = Input::new(queries, []);
-        let all = MatMut::dense(scores, rows, keys.len());
-        packed.multiply((&input, &numbers), 0..keys.len(), all, Write::Replace);
-        for (row, scores) in scores.chunks_mut(keys.len()).enumerate() {
-            let visible = sequence.kv_seq() - seq + row / (rows / seq) + 1;
-            let (seen, later) =
-                scores.split_at_mut(visible.saturating_sub(keys.start).min(keys.len()));
+/// The unfinished sums of some keys of a head, `[seq · group, v_dim + 2]`.
+fn attend(sequence: &Sequence<'_>, keys: Range<usize>, kv_head: usize, mut sums: MatMut<'_>) {
+    let (queries, v_dim) = (sequence.queries_of(kv_head), sequence.v_dim);
+    let (rows, n, group) = (queries.len(), keys.len(), sequence.group());
+    let earlier = sequence.keys.len - sequence.seq;
+    let values = sequence.values.unwrap_or(sequence.keys);
+    let values = values.piece(keys.clone(), kv_head);
+    with_scratch(rows * n, |scores| {
+        let all = MatMut::dense(scores, rows, n);
+        let of_keys = sequence.keys.piece(keys.clone(), kv_head);
+        of_keys.scores((sequence.queries, &queries), all);
+        for (row, scores) in scores.chunks_mut(n).enumerate() {
+            let visible = earlier + row / group + 1;
+            let (seen, later) = scores.split_at_mut(visible.saturating_sub(keys.start).min(n));
             exp::scale(seen, sequence.scale);
             let largest = exp::max(seen);
             let sum = exp::exp_shifted(seen, largest);
@@ -90,18 +99,16 @@ fn attend(sequence: Sequence<'_>, keys: Range<usize>, mut sums: MatMut<'_>) {
             later.fill(0.0);
             sums.row(row)[v_dim..].copy_from_slice(&[largest, sum]);
         }
-        let (scores, values) = (
-            Mat::dense(scores, rows, keys.len()),
-            Mat::dense(latents, keys.len(), dim),
-        );
-        weighted::sum(scores, values, 0..v_dim, sums.block(0..rows, 0..v_dim));
+        let scores = Mat::dense(scores, rows, n);
+        values.sum(scores, sums.block(0..rows, 0..v_dim));
     });
 }
 
-/// Adds up what the pieces of a sequence left, `[pieces, rows, v_dim + 2]` → `[rows, v_dim]`.
-fn finish(partial: &[f32], rows: usize, out: &mut [f32]) {
-    let v_dim = out.len() / rows.max(1);
-    let (width, pieces) = (v_dim + 2, partial.len() / (rows * (v_dim + 2)).max(1));
+/// Adds up what the tasks of a sequence left, `[pieces, kv_heads, seq, group, v_dim + 2]` → `[seq, heads, v_dim]`.
+fn finish(sequence: &Sequence<'_>, partial: &[f32], out: &mut [f32]) {
+    let (v_dim, heads, group) = (sequence.v_dim, sequence.heads(), sequence.group());
+    let (rows, width) = (sequence.queries.rows(), v_dim + 2);
+    let pieces = partial.len() / (rows * width).max(1);
     let out = MatMut::dense(out, rows, v_dim);
     let rows_of_task = (VALUES / (pieces * v_dim).max(1)).max(1);
     Pieces::new(rows, rows_of_task).share_quickly(|some| {
@@ -109,7 +116,9 @@ fn finish(partial: &[f32], rows: usize, out: &mut [f32]) {
         #[expect(unsafe_code, reason = "disjoint rows of the output")]
         let mut out = unsafe { out.part(some.clone(), 0..v_dim) };
         for (i, row) in some.enumerate() {
-            let of_piece = |piece: usize| &partial[(piece * rows + row) * width..][..width];
+            let (at, head) = (row / heads, row % heads);
+            let left = (head / group * sequence.seq + at) * group + head % group;
+            let of_piece = |piece: usize| &partial[(piece * rows + left) * width..][..width];
             let parts = || (0..pieces).map(of_piece);
             let largest = parts().fold(f32::NEG_INFINITY, |largest, part| largest.max(part[v_dim]));
             let factor = |part: &[f32]| exp::exp::<false>(part[v_dim] - largest);
@@ -127,6 +136,7 @@ fn finish(partial: &[f32], rows: usize, out: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::CacheType;
     use crate::matrix::tests::noise;
 
     const DIM: usize = 24;
@@ -155,10 +165,19 @@ mod tests {
     }
 
     fn run(queries: &[f32], latents: &[f32], seq: usize) -> Vec<f32> {
+        let bytes: Vec<u8> = latents.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let keys = Rows {
+            form: CacheType::F32,
+            bytes: &bytes,
+            len: latents.len() / DIM,
+            heads: 1,
+            width: DIM,
+        };
         forward(Sequence {
             queries: Mat::dense(queries, queries.len() / DIM, DIM),
-            latents,
             seq,
+            keys,
+            values: None,
             v_dim: V_DIM,
             scale: 0.7,
         })
