@@ -1,6 +1,6 @@
 //! The block formats of ggml: what they mean, and what they keep of a row of values.
 //!
-//! A block is 32 values (the first five formats) or 256 (the k-quants) that follow one another in a row, with a scale
+//! A block is 32 values, or 256 in the k-quants, that follow one another in a row, with a scale
 //! of its own; f16 has no blocks. Rounding is encoding and decoding in one, so that what a product sees of a rounded weight is
 //! what a file of the format would hold.
 //!
