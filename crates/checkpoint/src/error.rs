@@ -23,6 +23,13 @@ pub enum Error {
         cause: std::io::Error,
     },
 
+    /// The metadata of a GGUF do not make the files that would stand beside its weights.
+    #[error("{cause}")]
+    Companions {
+        /// Whoever makes them says which file and key.
+        cause: Box<dyn std::error::Error + Send + Sync>,
+    },
+
     /// A folder, pipe or device stands where a file is needed.
     #[error("`{path}`: expected a file, found {found}")]
     NotAFile {

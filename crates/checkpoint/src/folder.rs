@@ -38,8 +38,15 @@ pub struct Folder {
     unindexed: Vec<Tensor>,
     /// Of a GGUF: its metadata, and how its tensors become those of the folder it was made from.
     gguf: Option<(BTreeMap<String, Value>, Origin)>,
-    texts: Vec<(String, String)>,
+    companions: Option<Companions>,
 }
+
+/// Makes the files that would stand beside a GGUF's weights in a folder, as names and contents, from its path and metadata.
+pub type Companions =
+    fn(
+        &Path,
+        &BTreeMap<String, Value>,
+    ) -> std::result::Result<Vec<(String, String)>, Box<dyn std::error::Error + Send + Sync>>;
 
 #[derive(Clone, Debug)]
 struct Shard {
@@ -80,7 +87,7 @@ impl Folder {
             place_of: BTreeMap::new(),
             unindexed: Vec::new(),
             gguf: None,
-            texts: Vec::new(),
+            companions: None,
         };
         let index = path.join(INDEX_NAME);
         if index.exists() {
@@ -102,7 +109,7 @@ impl Folder {
             place_of: BTreeMap::new(),
             unindexed: Vec::new(),
             gguf: Some((gguf.metadata, origin.clone())),
-            texts: Vec::new(),
+            companions: None,
         };
         for (file, stored) in gguf.files {
             let mut tensors = Vec::new();
@@ -153,16 +160,24 @@ impl Folder {
         self.gguf.as_ref().map(|gguf| &gguf.0)
     }
 
-    /// Gives a GGUF the files that would stand beside its weights in a folder, as names and contents: a tokenizer's.
+    /// Gives a GGUF the files that would stand beside its weights in a folder: a tokenizer's, which only exports want.
     #[must_use]
-    pub fn with_texts(mut self, texts: Vec<(String, String)>) -> Self {
-        self.texts = texts;
+    pub fn with_companions(mut self, companions: Companions) -> Self {
+        self.companions = Some(companions);
         self
     }
 
-    /// What [`Folder::with_texts`] gave.
-    pub fn texts(&self) -> &[(String, String)] {
-        &self.texts
+    /// Names and contents of what [`Folder::with_companions`] gave.
+    ///
+    /// # Errors
+    /// If they cannot be made.
+    pub fn companions(&self) -> Result<Vec<(String, String)>> {
+        match (self.companions, self.metadata()) {
+            (Some(make), Some(metadata)) => {
+                make(&self.path, metadata).map_err(|cause| Error::Companions { cause })
+            }
+            _ => Ok(Vec::new()),
+        }
     }
 
     /// The content of `config.json`, an object.

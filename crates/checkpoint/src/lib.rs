@@ -55,7 +55,7 @@ pub use self::cache::resolve;
 pub use self::dtype::DType;
 pub use self::error::{Error, Result};
 pub use self::file::write_file;
-pub use self::folder::Folder;
+pub use self::folder::{Companions, Folder};
 pub use self::folder_writer::FolderWriter;
 pub use self::gguf::Gguf;
 pub use self::gguf::layout::{GgufLayout, GgufTensor, Rows};

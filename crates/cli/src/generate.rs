@@ -79,7 +79,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     }
     match (prompts.as_slice(), writings.pop()) {
         ([prompt], Some(writing)) if !args.json => {
-            let generation = stream(&engine, prompt, &config, (writing, console))?;
+            let generation = stream(&mut engine, prompt, &config, (writing, console))?;
             console.note(summary(&generation));
         }
         (_, last) => {
@@ -92,7 +92,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
                     None => engine.begin(prompt, &config),
                 });
             let begun = begun.collect::<Result<Vec<_>, _>>()?;
-            together(args, &engine, (&prompts, begun), (writings, console))?;
+            together(args, &mut engine, (&prompts, begun), (writings, console))?;
         }
     }
     if let Some(traffic) = engine.model.expert_traffic() {
@@ -154,7 +154,7 @@ impl<'a> Writing<'a> {
 /// Continues several prompts side by side, and prints what came after each in their order.
 fn together(
     args: &Args,
-    engine: &Engine,
+    engine: &mut Engine,
     (prompts, begun): (&[Vec<u32>], Vec<Sequence>),
     (mut writings, console): (Vec<Writing<'_>>, &Console),
 ) -> anyhow::Result<()> {
@@ -231,7 +231,7 @@ pub(crate) fn question(
 
 /// Generates, and shows text as soon as it is complete.
 fn stream(
-    engine: &Engine,
+    engine: &mut Engine,
     prompt: &[u32],
     config: &GenerateConfig,
     (mut writing, console): (Writing<'_>, &Console),

@@ -16,7 +16,7 @@ use model::adapter::AdapterWeights;
 use model::{Compute, Model, ModelConfig, Mtp, Training, weights};
 use serde_json::Value;
 
-pub(crate) use self::memory::{MemoryArgs, cache_object, cache_summary};
+pub(crate) use self::memory::{MemoryArgs, cache_object, cache_summary, lay_out};
 use crate::console::Console;
 
 /// Which model, and where it computes.
@@ -157,14 +157,14 @@ impl Opened {
     /// # Errors
     /// If guesses are asked for, and the model has no module for them.
     pub(crate) fn engine(&self, args: EngineArgs, console: &Console) -> anyhow::Result<Engine> {
-        let engine = Engine {
-            model: self.model.clone(),
-            adapted: Vec::new(),
-            mtp: args.guessing.module(&self.folder, &self.device)?,
-            compute: args.compute.compute(),
-            device: self.device.clone(),
-        };
-        Ok(args.memory.lay_out(engine, console))
+        let mut engine = Engine::new(
+            self.model.clone(),
+            args.compute.compute(),
+            self.device.clone(),
+        );
+        engine.mtp = args.guessing.module(&self.folder, &self.device)?;
+        args.memory.place(&mut engine, console);
+        Ok(engine)
     }
 }
 

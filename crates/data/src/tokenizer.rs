@@ -16,13 +16,15 @@ pub use files::TokenizerFiles;
 use crate::chat_template::{CONFIG, ChatTemplate, TokenizerConfig};
 use crate::decode_stream::DecodeStream;
 use crate::error::{Error, Result};
-use files::TOKENIZER;
+use files::{TOKENIZER, Tokens};
+use gguf::GgufTokens;
 use sha2::{Digest, Sha256};
 use std::collections::HashSet;
 use std::fmt;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::{Arc, OnceLock};
 use tokenizers::{ModelWrapper, PostProcessorWrapper};
 
 /// Whether a text gets the token that begins a sequence.
@@ -54,7 +56,23 @@ pub struct Tokenizer {
     vocab_size: usize,
     special_ids: HashSet<u32>,
     chat_template: Option<ChatTemplate>,
-    identity: [u8; 32],
+    identity: Identity,
+}
+
+/// What ids and renderings depend on, and its SHA-256 once it is asked for.
+#[derive(Clone)]
+struct Identity {
+    tokens: TokensHash,
+    /// What stands outside of `tokenizer.json`.
+    rest: String,
+    hash: OnceLock<[u8; 32]>,
+}
+
+/// Of the `tokenizer.json`.
+#[derive(Clone)]
+enum TokensHash {
+    Hashed(Sha256),
+    Unwritten(Arc<GgufTokens>),
 }
 
 /// Token ids, and for each the bytes of the text it stands for. Tokens that are parts of one
@@ -91,17 +109,35 @@ impl Tokenizer {
     /// If a file is malformed, or the configuration names a BOS or EOS token that is not in the
     /// vocabulary.
     pub fn new(files: &TokenizerFiles) -> Result<Self> {
-        let mut identity = Sha256::new();
-        identity.update(&files.tokenizer);
-        let parse = || {
-            let mut inner = tokenizers::Tokenizer::from_bytes(&files.tokenizer)?;
+        let inner = match &files.tokens {
+            Tokens::Text(text) => guarded(|| tokenizers::Tokenizer::from_bytes(text))
+                .map_err(|problem| files.malformed(TOKENIZER, &problem.to_string()))?,
+            Tokens::Gguf(tokens) => tokens.build().map_err(files.contradicted())?,
+        };
+        let largest_id = match &files.tokens {
+            Tokens::Text(_) => inner.get_vocab(true).into_values().max(),
+            Tokens::Gguf(tokens) => tokens.largest_id(),
+        };
+        if let Some(id) = largest_id.filter(|&id| i32::try_from(id).is_err()) {
+            let problem = format!("expected token ids below 2^31, found {id}");
+            return Err(files.malformed(TOKENIZER, &problem));
+        }
+        Self::made_plain(inner, largest_id, files)
+    }
+
+    /// A tokenizer that adds nothing by itself.
+    fn made_plain(
+        mut inner: tokenizers::Tokenizer,
+        largest_id: Option<u32>,
+        files: &TokenizerFiles,
+    ) -> Result<Self> {
+        let plain = || {
             let processor_bos = bos_of_post_processor(&inner)?;
             make_plain(&mut inner)?;
-            Ok((inner, processor_bos))
+            Ok(processor_bos)
         };
-        let (inner, processor_bos) =
-            guarded(parse).map_err(|problem| files.malformed(TOKENIZER, &problem.to_string()))?;
-
+        let processor_bos =
+            guarded(plain).map_err(|problem| files.malformed(TOKENIZER, &problem.to_string()))?;
         let config = TokenizerConfig::from_files(files)?;
         let known = |token: Option<&str>| match token {
             None => Ok(None),
@@ -121,16 +157,11 @@ impl Tokenizer {
             .chain(bos_id)
             .chain(eos_id)
             .collect();
-        let largest_id = inner.get_vocab(true).into_values().max();
-        if let Some(id) = largest_id.filter(|&id| i32::try_from(id).is_err()) {
-            let problem = format!("expected token ids below 2^31, found {id}");
-            return Err(files.malformed(TOKENIZER, &problem));
-        }
 
         let adds_bos = config.add_bos_token.unwrap_or(processor_bos.is_some());
         let chat_template = ChatTemplate::from_files(files, &config)?;
         let template = chat_template.as_ref().map(ChatTemplate::identity);
-        identity.update(format!("{bos_id:?} {eos_id:?} {adds_bos} {template:?}"));
+        let rest = format!("{bos_id:?} {eos_id:?} {adds_bos} {template:?}");
 
         Ok(Self {
             bos_id,
@@ -139,7 +170,7 @@ impl Tokenizer {
             vocab_size: largest_id.map_or(0, |id| id as usize + 1),
             special_ids,
             chat_template,
-            identity: identity.finalize().into(),
+            identity: Identity::new(&files.tokens, rest),
             inner,
         })
     }
@@ -212,7 +243,7 @@ impl Tokenizer {
 
     /// SHA-256 of all that ids and renderings depend on.
     pub(crate) fn identity(&self) -> &[u8; 32] {
-        &self.identity
+        self.identity.hash()
     }
 
     /// Whether a token steers the model rather than being text.
@@ -228,6 +259,33 @@ impl Tokenizer {
                 .is_some_and(|token| text.ends_with(&token))
         };
         self.special_ids.iter().any(ends)
+    }
+}
+
+impl Identity {
+    fn new(tokens: &Tokens, rest: String) -> Self {
+        let tokens = match tokens {
+            Tokens::Text(text) => TokensHash::Hashed(Sha256::new_with_prefix(text)),
+            Tokens::Gguf(tokens) => TokensHash::Unwritten(Arc::clone(tokens)),
+        };
+        Self {
+            tokens,
+            rest,
+            hash: OnceLock::new(),
+        }
+    }
+
+    fn hash(&self) -> &[u8; 32] {
+        self.hash.get_or_init(|| {
+            let tokens = match &self.tokens {
+                TokensHash::Hashed(hash) => hash.clone(),
+                // They became a tokenizer, so they can be written.
+                TokensHash::Unwritten(tokens) => {
+                    Sha256::new_with_prefix(tokens.to_json().unwrap_or_default())
+                }
+            };
+            tokens.chain_update(&self.rest).finalize().into()
+        })
     }
 }
 

@@ -10,15 +10,14 @@
 
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Instant;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::Folder;
-use kernels::{ExpertCache, FileAccess, Matrix};
 use model::{Compute, Model, Mtp, Pass, Training, weights};
 
 use crate::error::Result;
+use crate::layout::Layout;
 use crate::sequence::{Context, GenerateConfig, Generation, Sequence};
 use crate::speculation::groups;
 
@@ -26,23 +25,20 @@ use crate::speculation::groups;
 /// costs memory in proportion to its length and not to its square; products of so many rows run at full speed.
 const CHUNK: usize = 512;
 
-/// Bytes of a file that are held at most after they were copied.
-const MOST_HELD: usize = 8 << 20;
-
 /// A model that continues prompts.
 #[derive(Clone, Debug)]
 pub struct Engine {
     /// The model; an adapter, if any, is attached.
     pub model: Model,
-    /// The model with other adapters, among which sequences may choose; see [`Self::begin_adapted`]. Clones of `model` share
-    /// its weights, so each costs the memory of its adapter.
-    pub adapted: Vec<Model>,
+    /// The model with other adapters, among which sequences may choose.
+    pub(crate) adapted: Vec<Model>,
     /// What guesses tokens ahead, for the same text in fewer passes; none for a pass per token.
     pub mtp: Option<Mtp>,
     /// What products round their operands to.
     pub compute: Compute,
     /// Where it computes.
     pub device: Device,
+    pub(crate) layout: Layout,
 }
 
 impl Engine {
@@ -52,49 +48,34 @@ impl Engine {
     /// If the folder cannot be read or holds no model we compute.
     pub fn open(folder: &Path, compute: Compute, device: Device) -> Result<Self> {
         let model = weights::load(&Folder::open(folder)?, Training::Frozen, &device)?;
-        Ok(Self {
+        Ok(Self::new(model, compute, device))
+    }
+
+    /// An engine without adapters to choose among, and without guesses, whose weights stay where they are.
+    pub fn new(model: Model, compute: Compute, device: Device) -> Self {
+        Self {
             model,
             adapted: Vec::new(),
             mtp: None,
             compute,
             device,
-        })
-    }
-
-    /// Copies the weights into memory as products read them fastest, and gives back what is held of their files. Says how
-    /// many bytes were copied, of how many that there are. Not for a model that memory has no room for: a file's bytes can be
-    /// dropped and read again, copies cannot.
-    pub fn lay_out(&mut self, on_bytes: &mut dyn FnMut(usize, usize)) {
-        let mut copied = Copied::new(self.size_bytes(), on_bytes);
-        self.model
-            .lay_out(self.compute, &mut |matrix| copied.add(matrix));
-        if let Some(mtp) = &mut self.mtp {
-            mtp.lay_out(self.compute, &mut |matrix| copied.add(matrix));
+            layout: Layout::default(),
         }
-        copied.forget();
     }
 
-    /// [`Self::lay_out`] of what every token needs; of the experts those stay in memory that were used last, as many as so
-    /// many bytes hold. For a model that memory has no room for. So many of a token's experts are asked for before a layer
-    /// chooses them; none says half of those that it chooses.
-    pub fn cache_experts(
+    /// Holds the model with another adapter, among which sequences may choose: returns its number for
+    /// [`Self::begin_adapted`]. It shares the model's weights, so it costs the memory of the adapter.
+    ///
+    /// # Errors
+    /// If it cannot be attached.
+    pub fn adapt<E>(
         &mut self,
-        budget: usize,
-        ahead: Option<usize>,
-        on_bytes: &mut dyn FnMut(usize, usize),
-    ) {
-        let file = FileAccess {
-            expect: checkpoint::expect,
-            read: checkpoint::read,
-        };
-        let cache = Arc::new(ExpertCache::new(budget, self.compute, file));
-        let mut copied = Copied::new(self.common_bytes(), on_bytes);
-        self.model
-            .cache_experts(&cache, ahead, &mut |matrix| copied.add(matrix));
-        if let Some(mtp) = &mut self.mtp {
-            mtp.lay_out(self.compute, &mut |matrix| copied.add(matrix));
-        }
-        copied.forget();
+        attach: impl FnOnce(&mut Model) -> std::result::Result<(), E>,
+    ) -> std::result::Result<usize, E> {
+        let mut model = self.model.clone();
+        attach(&mut model)?;
+        self.adapted.push(model);
+        Ok(self.adapted.len() - 1)
     }
 
     /// Bytes of the weights that every token needs, and of what guesses tokens.
@@ -113,7 +94,7 @@ impl Engine {
     /// # Errors
     /// As [`Sequence::new`] and [`Self::step`].
     pub fn generate(
-        &self,
+        &mut self,
         prompt: &[u32],
         config: &GenerateConfig,
         on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
@@ -136,7 +117,7 @@ impl Engine {
     /// # Errors
     /// As [`Sequence::new`] and [`Self::step`].
     pub fn generate_all(
-        &self,
+        &mut self,
         prompts: &[Vec<u32>],
         config: &GenerateConfig,
         batch: usize,
@@ -151,7 +132,7 @@ impl Engine {
     /// # Errors
     /// As [`Self::step`].
     pub fn finish_all(
-        &self,
+        &mut self,
         sequences: Vec<Sequence>,
         batch: usize,
         on_step: &mut dyn FnMut(usize, &mut Sequence),
@@ -221,11 +202,15 @@ impl Engine {
 
     /// Takes sequences one step further: each whose prompt is not read by a piece of it, and the others, together, by a
     /// token; if an earlier pass has said of some of these what comes next, only those, without a pass. Sequences that have
-    /// ended stay as they are. Waits for the device.
+    /// ended stay as they are. Waits for the device. Weights that are to be kept in memory are copied before a token, some at
+    /// a time.
     ///
     /// # Errors
     /// If logits are not finite.
-    pub fn step<'a>(&self, sequences: impl IntoIterator<Item = &'a mut Sequence>) -> Result<()> {
+    pub fn step<'a>(
+        &mut self,
+        sequences: impl IntoIterator<Item = &'a mut Sequence>,
+    ) -> Result<()> {
         let mut running: Vec<_> = sequences.into_iter().collect();
         running.retain_mut(|sequence| sequence.begin_step());
         let (mut decoding, prompts): (Vec<_>, Vec<_>) =
@@ -234,10 +219,17 @@ impl Engine {
             let started = Instant::now();
             self.pass(&mut [sequence])?;
             self.catch_up(sequence, 1);
-            sequence.generation().prefill_secs += started.elapsed().as_secs_f64();
+            self.layout.last_pass = started.elapsed();
+            sequence.generation().prefill_secs += self.layout.last_pass.as_secs_f64();
+        }
+        if decoding.is_empty() {
+            return Ok(());
         }
         let started = Instant::now();
+        self.lay_out_for(self.layout.last_pass);
+        let laid_out = Instant::now();
         self.decode(&mut decoding)?;
+        self.layout.last_pass = laid_out.elapsed();
         let secs = started.elapsed().as_secs_f64();
         for sequence in decoding {
             sequence.generation().decode_secs += secs;
@@ -300,40 +292,5 @@ impl Engine {
         let last = last.reshape([batch * n, hidden_size]);
         let logits = model.logits(last, &Pass::new(self.compute));
         logits.into_data().try_to_vec().expect("logits are f32")
-    }
-}
-
-/// Weights that were copied, whose files' pages are to be given back.
-struct Copied<'a> {
-    on_bytes: &'a mut dyn FnMut(usize, usize),
-    done: usize,
-    total: usize,
-    /// Copied, and still held of the file.
-    held: Vec<Matrix>,
-}
-
-impl<'a> Copied<'a> {
-    fn new(total: usize, on_bytes: &'a mut dyn FnMut(usize, usize)) -> Self {
-        Self {
-            on_bytes,
-            done: 0,
-            total,
-            held: vec![],
-        }
-    }
-
-    fn add(&mut self, matrix: &Matrix) {
-        self.done += matrix.size_bytes();
-        (self.on_bytes)(self.done, self.total);
-        self.held.push(matrix.clone());
-        // Several together: reading a part brings some of what lies beside it back.
-        if self.held.iter().map(|w| w.bytes().len()).sum::<usize>() >= MOST_HELD {
-            self.forget();
-        }
-    }
-
-    fn forget(&mut self) {
-        let held = self.held.drain(..);
-        held.for_each(|w| checkpoint::forget(w.bytes()));
     }
 }

@@ -8,7 +8,7 @@
 //! use moeforge_infer::{Engine, GenerateConfig, SampleConfig};
 //! use std::ops::ControlFlow;
 //!
-//! let engine = Engine::open("DeepSeek-V2-Lite".as_ref(), model::Compute::F32, Device::flex())?;
+//! let mut engine = Engine::open("DeepSeek-V2-Lite".as_ref(), model::Compute::F32, Device::flex())?;
 //! let config = GenerateConfig {
 //!     max_tokens: 16,
 //!     sample: SampleConfig::greedy(),
@@ -23,6 +23,7 @@
 mod end_of_text;
 mod engine;
 mod error;
+mod layout;
 mod sampler;
 mod sequence;
 mod speculation;

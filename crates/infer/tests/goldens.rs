@@ -71,7 +71,7 @@ fn greedy_generation_gives_the_golden_tokens_as_they_come() {
 
 #[test]
 fn generation_ends_at_any_stop_id_or_when_the_caller_says_so() {
-    let engine = engine("deepseek_v3");
+    let mut engine = engine("deepseek_v3");
     let (prompt, expected) = golden("deepseek_v3");
     let stop = expected[4];
     let until = expected.iter().position(|id| *id == stop).unwrap();
@@ -115,7 +115,9 @@ fn a_seed_gives_the_same_text_again() {
             sample,
             ..greedy(12)
         };
-        let continued = engine.generate(&prompt, &config, &mut |_| ControlFlow::Continue(()));
+        let continued = engine
+            .clone()
+            .generate(&prompt, &config, &mut |_| ControlFlow::Continue(()));
         continued.unwrap().token_ids
     };
     assert_eq!(sampled(1), sampled(1));
@@ -141,7 +143,9 @@ fn a_prompt_of_several_pieces_is_continued_as_if_read_at_once() {
     let expected = Sampler::new(config)
         .unwrap()
         .sample(&logits.try_to_vec::<f32>().unwrap(), &prompt);
-    let found = engine.generate(&prompt, &greedy(1), &mut |_| ControlFlow::Continue(()));
+    let found = engine
+        .clone()
+        .generate(&prompt, &greedy(1), &mut |_| ControlFlow::Continue(()));
     assert_eq!(found.unwrap().token_ids.first().copied(), expected);
 }
 
@@ -153,9 +157,11 @@ fn prompts_that_cannot_be_continued_are_refused() {
         engine.model.config.max_position_embeddings,
     );
     let refused = |prompt: &[u32], max_tokens| -> Error {
-        let continued = engine.generate(prompt, &greedy(max_tokens), &mut |_| {
-            panic!("no token may be told")
-        });
+        let continued = engine
+            .clone()
+            .generate(prompt, &greedy(max_tokens), &mut |_| {
+                panic!("no token may be told")
+            });
         continued.unwrap_err()
     };
     let check = |error: Error, expected: String| assert_eq!(error.to_string(), expected);
@@ -174,7 +180,9 @@ fn prompts_that_cannot_be_continued_are_refused() {
             limit - 1
         ),
     );
-    let nothing = engine.generate(&[3], &greedy(0), &mut |_| panic!("no token may be told"));
+    let nothing = engine
+        .clone()
+        .generate(&[3], &greedy(0), &mut |_| panic!("no token may be told"));
     assert_eq!(nothing.unwrap().token_ids, [0u32; 0]);
 }
 
@@ -208,13 +216,17 @@ fn what_a_sequence_gives_does_not_depend_on_those_beside_it() {
             ..greedy(9)
         };
         let alone = |prompt: &Vec<u32>| {
-            let generation = engine.generate(prompt, &config, &mut |_| ControlFlow::Continue(()));
+            let generation = engine
+                .clone()
+                .generate(prompt, &config, &mut |_| ControlFlow::Continue(()));
             generation.unwrap().token_ids
         };
         let expected: Vec<Vec<u32>> = prompts.iter().map(alone).collect();
         // Fewer places than prompts: some join when others have ended.
         for batch in [8, 3] {
-            let found = engine.generate_all(&prompts, &config, batch, &mut |_, _| {});
+            let found = engine
+                .clone()
+                .generate_all(&prompts, &config, batch, &mut |_, _| {});
             let found: Vec<_> = found.unwrap().into_iter().map(|g| g.token_ids).collect();
             assert_eq!(found, expected, "{name}, {batch} at a time");
         }
@@ -261,7 +273,7 @@ fn a_prompt_that_goes_on_from_a_context_reads_only_what_is_new() {
         let run = |context, prompt: &[u32]| {
             let mut sequence = Sequence::new(&engine.model, context, prompt, &greedy(6)).unwrap();
             while sequence.stopped().is_none() {
-                engine.step([&mut sequence]).unwrap();
+                engine.clone().step([&mut sequence]).unwrap();
             }
             sequence.finish()
         };
@@ -304,15 +316,17 @@ fn with_adapters(guesses: bool, compute: Compute) -> (Engine, Vec<Engine>) {
     }
     // As a program does it.
     if compute == Compute::Int8 {
-        engine.lay_out(&mut |_, _| {});
+        engine.keep_in_memory();
         for engine in &mut alone {
-            engine.lay_out(&mut |_, _| {});
+            engine.keep_in_memory();
         }
     }
     for name in ADAPTERS {
-        let mut model = engine.model.clone();
-        attach(&mut model, name);
-        engine.adapted.push(model);
+        let attached = engine.adapt(|model| {
+            attach(model, name);
+            Ok::<_, ()>(())
+        });
+        attached.unwrap();
     }
     (engine, alone)
 }
@@ -336,10 +350,17 @@ fn a_sequence_gives_with_its_adapter_beside_others_what_it_gives_with_it_alone()
         let texts = prompts.iter().zip(numbers);
         let expected = texts.clone().map(|(prompt, number)| {
             let go_on = &mut |_| ControlFlow::Continue(());
-            said(alone[number].generate(prompt, &config, go_on).unwrap())
+            said(
+                alone[number]
+                    .clone()
+                    .generate(prompt, &config, go_on)
+                    .unwrap(),
+            )
         });
         let expected: Vec<_> = expected.collect();
-        let without = alone[0].generate(&prompts[3], &config, &mut |_| ControlFlow::Continue(()));
+        let without = alone[0]
+            .clone()
+            .generate(&prompts[3], &config, &mut |_| ControlFlow::Continue(()));
         assert_ne!(expected[3], said(without.unwrap()));
         for batch in [8, 3] {
             let begun = texts.clone().map(|(prompt, number)| {
@@ -349,7 +370,9 @@ fn a_sequence_gives_with_its_adapter_beside_others_what_it_gives_with_it_alone()
                 };
                 begun.unwrap()
             });
-            let found = engine.finish_all(begun.collect(), batch, &mut |_, _| {});
+            let found = engine
+                .clone()
+                .finish_all(begun.collect(), batch, &mut |_, _| {});
             let found: Vec<_> = found.unwrap().into_iter().map(said).collect();
             assert!(
                 found == expected,

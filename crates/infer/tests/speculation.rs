@@ -98,10 +98,9 @@ fn guided(scale: f32) -> Engine {
 
 /// The same without guesses.
 fn plain(engine: &Engine) -> Engine {
-    Engine {
-        mtp: None,
-        ..engine.clone()
-    }
+    let mut engine = engine.clone();
+    engine.mtp = None;
+    engine
 }
 
 fn config(max_tokens: usize) -> GenerateConfig {
@@ -160,7 +159,9 @@ fn said(generations: Vec<Generation>) -> Vec<impl PartialEq + std::fmt::Debug> {
 fn check(engine: &Engine, config: &GenerateConfig, batches: &[usize]) -> [usize; 2] {
     let (prompts, without) = (prompts(), plain(engine));
     let all = |engine: &Engine, batch| {
-        let found = engine.generate_all(&prompts, config, batch, &mut |_, _| {});
+        let found = engine
+            .clone()
+            .generate_all(&prompts, config, batch, &mut |_, _| {});
         found.unwrap()
     };
     let expected = said(all(&without, 1));
@@ -248,6 +249,7 @@ fn so_it_is_with_weights_in_blocks_and_products_in_int8() {
         change_experts(&mut moe.experts, [&in_blocks, &in_blocks, &in_blocks]);
         let stored = check(&engine, &config(10), &[1, 3]);
         let (bytes, mut copied) = (engine.size_bytes(), 0);
+        engine.keep_in_memory();
         engine.lay_out(&mut |done, total| {
             assert!(done <= total);
             copied = done;
@@ -313,6 +315,7 @@ fn the_module_has_read_the_text_and_nothing_else() {
 }
 
 fn run(engine: &Engine, context: Context, prompt: &[u32], n: usize) -> (Generation, Context) {
+    let mut engine = engine.clone();
     let mut sequence = Sequence::new(&engine.model, context, prompt, &config(n)).unwrap();
     while sequence.stopped().is_none() {
         engine.step([&mut sequence]).unwrap();
@@ -323,7 +326,7 @@ fn run(engine: &Engine, context: Context, prompt: &[u32], n: usize) -> (Generati
 /// One text, of which the caller has enough after so many tokens.
 fn until(engine: &Engine, config: &GenerateConfig, n: usize) -> Generation {
     let mut left = n;
-    let found = engine.generate(&prompts()[0], config, &mut |_| {
+    let found = engine.clone().generate(&prompts()[0], config, &mut |_| {
         left -= 1;
         match left {
             0 => ControlFlow::Break(()),
@@ -397,6 +400,7 @@ fn a_conversation_is_the_same_whatever_was_guessed_in_it() {
             let [with, plain] = turns;
             let mut found = Vec::new();
             for (engine, context) in [(&engine, with), (&without, plain)] {
+                let mut engine = engine.clone();
                 let mut sequence =
                     Sequence::new(&engine.model, context, &text, &config(12)).unwrap();
                 while sequence.stopped().is_none() {

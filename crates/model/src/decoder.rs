@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
-use kernels::{Compute, ExpertCache, ExpertTraffic, Matrix};
+use kernels::{ExpertCache, ExpertTraffic, Matrix};
 
 pub use self::checkpointing::{Checkpointing, Trace};
 pub use self::cost::{Cost, Traffic};
@@ -157,34 +157,13 @@ impl Model {
         bytes
     }
 
-    /// Copies frozen weights into one piece of memory as products in `compute` read them fastest, see [`Matrix::lay_out`]:
-    /// first those that every token needs, in the order in which it does, then the experts. Says of each when it is copied:
-    /// nothing of this model reads those bytes any more.
-    pub fn lay_out(&mut self, compute: Compute, on_copied: &mut dyn FnMut(&Matrix)) {
-        lay_out(
-            &mut |visit| {
-                self.for_each_common(visit);
-                self.for_each_expert(visit);
-            },
-            compute,
-            on_copied,
-        );
-    }
-
-    /// [`Self::lay_out`] of what every token needs, and a cache for the experts, in which those stay that were used last. So
-    /// many of a token's experts are asked for before a layer chooses; none says half of those that it chooses.
-    pub fn cache_experts(
-        &mut self,
-        cache: &Arc<ExpertCache>,
-        ahead: Option<usize>,
-        on_copied: &mut dyn FnMut(&Matrix),
-    ) {
-        let common = &mut |visit: Visit<'_>| self.for_each_common(visit);
-        lay_out(common, cache.compute(), on_copied);
-        let mut banks = 0..;
+    /// Leaves experts in their file but for those that were used last. So many of a token's experts are asked for before a
+    /// layer chooses them; none says half of those that it chooses.
+    pub fn cache_experts(&mut self, cache: &Arc<ExpertCache>, ahead: Option<usize>) {
+        let mut numbers = 0..;
         self.for_each_site(&mut |_, site| {
             if let Site::Experts(experts) = site {
-                experts.cache(cache, &mut banks);
+                experts.cache(cache, &mut numbers);
             }
         });
         for layer in &mut self.model.layers {
@@ -210,8 +189,8 @@ impl Model {
         bytes
     }
 
-    /// Visits frozen matrices that are multiplied as they are, but for experts.
-    fn for_each_common(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
+    /// Visits frozen matrices that are multiplied as they are, but for experts, in the order of the forward pass.
+    pub fn for_each_common(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
         self.for_each_site(&mut |_, site| {
             if let Site::Linear(_) = site {
                 site.for_each_frozen(visit);
@@ -223,7 +202,7 @@ impl Model {
     }
 
     /// Visits the frozen matrices of experts.
-    fn for_each_expert(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
+    pub fn for_each_expert(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
         self.for_each_site(&mut |_, site| {
             if let Site::Experts(_) = site {
                 site.for_each_frozen(visit);
@@ -243,22 +222,6 @@ impl Model {
     }
 }
 
-/// What is done with every matrix of a model.
-type Visit<'a> = &'a mut dyn FnMut(&mut Matrix);
-
-/// Replaces the matrices that are visited by what [`Matrix::lay_out`] makes of them all.
-fn lay_out(
-    for_each: &mut dyn FnMut(Visit<'_>),
-    compute: Compute,
-    on_copied: &mut dyn FnMut(&Matrix),
-) {
-    let mut matrices = vec![];
-    for_each(&mut |matrix| matrices.push(matrix.clone()));
-    Matrix::lay_out(&mut matrices, compute, on_copied);
-    let mut laid = matrices.into_iter();
-    for_each(&mut |matrix| *matrix = laid.next().expect("as many as before"));
-}
-
 impl DecoderLayer {
     /// # Shapes
     /// - `x`: `[batch · seq, hidden_size]`
@@ -273,7 +236,7 @@ impl DecoderLayer {
         if let FeedForward::Moe(moe) = &self.mlp
             && moe.foresees(pass)
         {
-            // Attention adds little to the residual stream beside what is there.
+            // Attention changes little of what is in the residual stream.
             let likely = self.post_attention_layernorm.forward(x.clone());
             moe.expect(likely, pass);
         }

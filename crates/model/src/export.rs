@@ -22,13 +22,13 @@ use crate::weights::{audit, is_scale, keys, parameter_keys, read_matrix};
 /// Copies what stands beside a model's weights: tokenizer, templates and the like.
 ///
 /// # Errors
-/// As [`copy_texts`].
+/// As [`copy_texts`], or if the tokenizer of a GGUF is malformed.
 pub fn copy_companions(model: &Folder, writer: &mut FolderWriter) -> Result<(), Error> {
     if model.metadata().is_none() {
         return copy_texts(model.path(), writer);
     }
-    for (name, text) in model.texts() {
-        writer.write_bytes(name, text.as_bytes())?;
+    for (name, text) in model.companions()? {
+        writer.write_bytes(&name, text.as_bytes())?;
     }
     Ok(())
 }

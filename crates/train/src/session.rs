@@ -403,23 +403,24 @@ fn adapt(
 /// If a file of it is malformed.
 pub fn open_folder(path: &Path) -> Result<Folder> {
     let folder = Folder::open(path)?;
-    let Some(metadata) = folder.metadata() else {
-        return Ok(folder);
-    };
-    let files = TokenizerFiles::of_metadata(path, metadata)?;
-    let texts = files.iter().flat_map(TokenizerFiles::files);
-    let texts = texts.map(|(name, text)| (name.into(), text.into()));
-    let texts = texts.collect();
-    Ok(folder.with_texts(texts))
+    Ok(folder.with_companions(|path, metadata| {
+        let Some(tokenizer) = TokenizerFiles::of_metadata(path, metadata)? else {
+            return Ok(Vec::new());
+        };
+        let files = tokenizer.files()?.into_iter();
+        Ok(files
+            .map(|(name, text)| (name.to_owned(), text.into_owned()))
+            .collect())
+    }))
 }
 
 /// The tokenizer of what [`open_folder`] opened, if it has one.
 ///
 /// # Errors
-/// If a file of it cannot be read.
+/// If a file of it cannot be read, or says of tokens what cannot be.
 pub fn tokenizer_of(folder: &Folder) -> Result<Option<TokenizerFiles>> {
     match folder.metadata() {
-        Some(_) => Ok(TokenizerFiles::of_texts(folder.path(), folder.texts())),
+        Some(metadata) => Ok(TokenizerFiles::of_metadata(folder.path(), metadata)?),
         None => Ok(TokenizerFiles::read(folder.path())?),
     }
 }

@@ -21,7 +21,7 @@ use super::sweep::{Sweep, options};
 use super::table::{Column, count, fraction_of, giga, mebibytes, median, seconds, spread};
 use crate::console::Console;
 use crate::inspect::parameters;
-use crate::open::{ComputeName, GuessArgs, MemoryArgs, cache_object};
+use crate::open::{ComputeName, GuessArgs, MemoryArgs, cache_object, lay_out};
 use crate::train::memory;
 
 /// What is measured, and how.
@@ -214,6 +214,14 @@ impl Combination {
         }
     }
 
+    /// Whether tokens are guessed ahead.
+    fn guessing(&self) -> GuessArgs {
+        match self.phase {
+            Phase::Prefill => GuessArgs::default(),
+            Phase::Decode(_, guessing) => guessing,
+        }
+    }
+
     /// Tokens that a run is timed for, of all sequences.
     fn timed_tokens(&self) -> u64 {
         match self.phase {
@@ -238,9 +246,9 @@ fn check(combination: Combination, subject: &Subject) -> anyhow::Result<()> {
 
 /// The command line that measures one combination.
 fn words(args: &Args, combination: Combination) -> Vec<OsString> {
-    let (verb, tokens, guessing) = match combination.phase {
-        Phase::Prefill => ("prefill", None, GuessArgs::default()),
-        Phase::Decode(tokens, guessing) => ("decode", Some(tokens), guessing),
+    let (verb, tokens) = match combination.phase {
+        Phase::Prefill => ("prefill", None),
+        Phase::Decode(tokens, _) => ("decode", Some(tokens)),
     };
     let mut words = vec![verb.into(), args.model.clone().into()];
     let numbers = [
@@ -255,7 +263,7 @@ fn words(args: &Args, combination: Combination) -> Vec<OsString> {
     if let Some(adapter) = &args.adapter {
         words.extend(["--adapter".into(), adapter.into()]);
     }
-    if guessing.speculative {
+    if combination.guessing().speculative {
         words.push("--speculative".into());
     }
     words
@@ -275,24 +283,14 @@ fn measure(
     let mut limits = limit(LIMITS);
     memory::forget_peak();
     let started = Instant::now();
-    let guessing = match combination.phase {
-        Phase::Prefill => GuessArgs::default(),
-        Phase::Decode(_, guessing) => guessing,
-    };
     let (model, device) = subject.load(args.adapter.as_deref(), SEED, console)?;
-    let engine = Engine {
-        mtp: subject.module(guessing, SEED, &device)?,
-        model,
-        adapted: Vec::new(),
-        compute: args.compute.compute(),
-        device,
-    };
-    let engine = args.memory.lay_out(engine, console);
+    let mtp = subject.module(combination.guessing(), SEED, &device)?;
+    let mut engine = Engine::new(model, args.compute.compute(), device);
+    engine.mtp = mtp;
+    args.memory.place(&mut engine, console);
+    lay_out(&mut engine, console);
     let open_secs = started.elapsed().as_secs_f64();
-    let timings = timings(&engine, combination, args.reps, console)?;
-    let of_runs = |timing: &Timing| timing.experts.zip(timings[0].experts);
-    let traffic = timings.last().and_then(of_runs);
-    let traffic = traffic.map(|(all, warm_up)| all.since(warm_up));
+    let timings = timings(&mut engine, combination, args.reps, console)?;
     let peak_bytes = memory::read().peak_bytes;
     limits.extend(limit(LIMITS));
 
@@ -307,7 +305,7 @@ fn measure(
         "open_seconds": open_secs,
         "first_token_seconds": timings[0].first_token_secs,
         "guessed_right_share": right_share(&timings[1..]),
-        "expert_cache": traffic.map(cache_object),
+        "expert_cache": traffic(&timings).map(cache_object),
     });
     let cost = cost(
         &engine.model,
@@ -330,6 +328,14 @@ fn measure(
     }))
 }
 
+/// How often experts were in memory in the runs that count, where they have a cache.
+fn traffic(timings: &[Timing]) -> Option<ExpertTraffic> {
+    let [warm_up, .., last] = timings else {
+        return None;
+    };
+    Some(last.experts?.since(warm_up.experts?))
+}
+
 /// Of what was guessed, the share that was right; none where nothing was.
 fn right_share(timings: &[Timing]) -> Option<f64> {
     let [guessed, right]: [usize; 2] =
@@ -339,7 +345,7 @@ fn right_share(timings: &[Timing]) -> Option<f64> {
 
 /// All runs, the one that does not count first.
 fn timings(
-    engine: &Engine,
+    engine: &mut Engine,
     combination: Combination,
     reps: u64,
     console: &Console,
@@ -364,7 +370,7 @@ fn timings(
 /// One run; `on_step` is told how many of the timed tokens are done. Always the likeliest token is taken, and none ends the
 /// text.
 fn time(
-    engine: &Engine,
+    engine: &mut Engine,
     combination: Combination,
     on_step: &mut dyn FnMut(u64),
 ) -> anyhow::Result<Timing> {

@@ -43,11 +43,9 @@ pub(super) fn hold(
             _ if path == Path::new(NONE) => None,
             Some(number) => Some(number),
             None => {
-                let mut model = engine.model.clone();
-                attach(&mut model, path, &engine.device, console)?;
-                engine.adapted.push(model);
+                let device = engine.device.clone();
                 held.push(path);
-                Some(held.len() - 1)
+                Some(engine.adapt(|model| attach(model, path, &device, console))?)
             }
         });
     }

@@ -71,7 +71,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     if is_typed {
         console.note("/clear begins again, /quit or Ctrl-D ends, Ctrl-C stops an answer");
     }
-    while let Some(line) = next_line(is_typed, console)? {
+    while let Some(line) = next_line(&mut chat.engine, is_typed, console)? {
         match line.trim() {
             "" => {}
             "/quit" => break,
@@ -105,9 +105,15 @@ fn listen() -> anyhow::Result<Arc<AtomicBool>> {
 }
 
 /// The next line of stdin; none at its end.
-fn next_line(is_typed: bool, console: &Console) -> anyhow::Result<Option<String>> {
+fn next_line(
+    engine: &mut Engine,
+    is_typed: bool,
+    console: &Console,
+) -> anyhow::Result<Option<String>> {
     if is_typed {
         console.ask("> ");
+        // While somebody thinks and types.
+        engine.lay_out(&mut |_, _| ());
     }
     let mut line = String::new();
     let mut stdin = std::io::stdin().lock().take(LONGEST_LINE);

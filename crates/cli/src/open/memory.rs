@@ -50,44 +50,45 @@ impl MemoryArgs {
             .collect()
     }
 
-    /// What continues prompts, its weights laid out in memory: all, if the budget has room for them (or three quarters of
-    /// what is free), else those that every token needs and the experts that were used last.
-    pub(crate) fn lay_out(self, mut engine: Engine, console: &Console) -> Engine {
+    /// Says where an engine has its weights: all in memory, if the budget has room for them (or three quarters of what is
+    /// free), else those that every token needs and the experts that were used last.
+    pub(crate) fn place(self, engine: &mut Engine, console: &Console) {
+        // The rest is for caches and for what else the machine does.
         let free = || memory::read().available_bytes.unwrap_or(u64::MAX) / 4 * 3;
         let room = self.memory_budget.unwrap_or_else(free);
         let room = usize::try_from(room).unwrap_or(usize::MAX);
         let (bytes, common) = (engine.size_bytes(), engine.common_bytes());
+        if bytes <= room {
+            // Products in f32 decode blocks as they are stored.
+            if engine.compute != Compute::F32 {
+                engine.keep_in_memory();
+            }
+            return;
+        }
         let in_gib = |bytes: usize| bytes as f64 / GIB;
         let (needed, found) = (in_gib(bytes), in_gib(room));
-        if bytes > room && common >= room {
+        if common >= room {
             console.note(format_args!(
                 "weights of {needed:.2} GiB stay in their file, since there is room for {found:.2} GiB: slower than in memory"
             ));
-            return engine;
+            return;
         }
-        // Products in f32 decode blocks as they are stored.
-        if bytes <= room && engine.compute == Compute::F32 {
-            return engine;
-        }
-        let mut progress = console.progress(0, "MiB of weights");
-        let on_bytes = &mut |done, total| {
-            let [done, total] = [done, total].map(|bytes: usize| bytes as u64 >> 20);
-            progress.update_of(done, total);
-        };
-        if bytes <= room {
-            engine.lay_out(on_bytes);
-        } else {
-            engine.cache_experts(room - common, self.read_ahead, on_bytes);
-        }
-        progress.finish();
-        if bytes > room {
-            console.note(format_args!(
-                "weights of {needed:.2} GiB, room for {found:.2} GiB: the experts used last stay in memory ({:.2} GiB), others are read from their file",
-                in_gib(room - common)
-            ));
-        }
-        engine
+        engine.cache_experts(room - common, self.read_ahead);
+        console.note(format_args!(
+            "weights of {needed:.2} GiB, room for {found:.2} GiB: the experts used last stay in memory ({:.2} GiB), others are read from their file",
+            in_gib(room - common)
+        ));
     }
+}
+
+/// Copies at once what would be copied between steps.
+pub(crate) fn lay_out(engine: &mut Engine, console: &Console) {
+    let mut progress = console.progress(0, "MiB of weights");
+    engine.lay_out(&mut |done, total| {
+        let [done, total] = [done, total].map(|bytes: usize| bytes as u64 >> 20);
+        progress.update_of(done, total);
+    });
+    progress.finish();
 }
 
 /// How often experts were in memory.

@@ -60,13 +60,7 @@ impl Sampler {
             Some(template) => question(&self.tokenizer, template, prompt)?,
             None => self.tokenizer.encode(prompt, Bos::Add)?,
         };
-        let engine = Engine {
-            model: model.clone(),
-            adapted: Vec::new(),
-            mtp: None,
-            compute: self.compute,
-            device: Device::flex(),
-        };
+        let mut engine = Engine::new(model.clone(), self.compute, Device::flex());
         let generation = engine.generate(&ids, &self.config, &mut |_| ControlFlow::Continue(()))?;
         Ok(self
             .tokenizer

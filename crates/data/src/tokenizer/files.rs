@@ -1,14 +1,13 @@
-//! The texts a tokenizer is made of: a model folder's files, or what a GGUF says written as such
-//! files.
-//!
-//! Everything about tokens goes through these texts, wherever they are from, so that what is
-//! used here and what an export writes cannot differ.
+//! What a tokenizer is made of: a model folder's files, or what a GGUF says, which can be written as
+//! such files.
 
 use super::gguf::GgufTokens;
 use crate::chat_template::{CONFIG, TEMPLATE};
 use crate::error::{Error, Result};
 use crate::file::read_text;
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// The largest published `tokenizer.json` is a tenth of this.
 const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
@@ -21,9 +20,18 @@ pub(crate) const TOKENIZER: &str = "tokenizer.json";
 #[derive(Clone, Debug)]
 pub struct TokenizerFiles {
     origin: Origin,
-    pub(crate) tokenizer: String,
+    pub(crate) tokens: Tokens,
     pub(crate) config: Option<String>,
     pub(crate) chat_template: Option<String>,
+}
+
+/// What says which tokens there are.
+#[derive(Clone, Debug)]
+pub(crate) enum Tokens {
+    /// A `tokenizer.json`.
+    Text(String),
+    /// Those of a GGUF, which are seldom written.
+    Gguf(Arc<GgufTokens>),
 }
 
 /// Where the texts are from, for messages.
@@ -60,53 +68,55 @@ impl TokenizerFiles {
     pub(crate) fn beside(folder: &Path, tokenizer: String) -> Result<Self> {
         Ok(Self {
             origin: Origin::Folder(folder.to_path_buf()),
-            tokenizer,
+            tokens: Tokens::Text(tokenizer),
             config: read_text(&folder.join(CONFIG), MAX_CONFIG_BYTES)?,
             chat_template: read_text(&folder.join(TEMPLATE), MAX_CONFIG_BYTES)?,
         })
     }
 
-    /// Writes what a GGUF says of its tokens as the files of a model folder. `path` is the
-    /// GGUF's, for messages.
+    /// What a GGUF says of its tokens. `path` is the GGUF's, for messages.
     ///
     /// # Errors
-    /// If the tokens are of a kind not known here or contradict themselves. The message names
-    /// the GGUF's key.
-    pub(crate) fn from_gguf(path: &Path, tokens: &GgufTokens) -> Result<Self> {
-        let (tokenizer, config) = tokens
-            .to_json()
-            .map_err(|problem| Error::malformed(path, problem))?;
+    /// If the tokens are of a kind not known here, or one with a role is none of them. The message
+    /// names the GGUF's key.
+    pub(crate) fn from_gguf(path: &Path, tokens: GgufTokens) -> Result<Self> {
+        let config = tokens.config();
+        let config = config.map_err(|problem| Error::malformed(path, problem))?;
         Ok(Self {
             origin: Origin::Gguf(path.to_path_buf()),
-            tokenizer,
+            tokens: Tokens::Gguf(Arc::new(tokens)),
             // People read this one.
             config: Some(format!("{config:#}\n")),
             chat_template: None,
         })
     }
 
-    /// The same again from what [`TokenizerFiles::files`] gave of a GGUF's tokenizer; `None` if
-    /// that is nothing.
-    pub fn of_texts(path: &Path, texts: &[(String, String)]) -> Option<Self> {
-        let text = |wanted: &str| {
-            let found = texts.iter().find(|(name, _)| name == wanted)?;
-            Some(found.1.clone())
-        };
-        Some(Self {
-            origin: Origin::Gguf(path.to_path_buf()),
-            tokenizer: text(TOKENIZER)?,
-            config: text(CONFIG),
-            chat_template: text(TEMPLATE),
-        })
-    }
-
     /// Names and texts, for a folder that is to have the same tokenizer.
-    pub fn files(&self) -> impl Iterator<Item = (&str, &str)> {
+    ///
+    /// # Errors
+    /// If the tokens of a GGUF contradict themselves.
+    pub fn files(&self) -> Result<Vec<(&'static str, Cow<'_, str>)>> {
         let optional = [(CONFIG, &self.config), (TEMPLATE, &self.chat_template)];
         let optional = optional
             .into_iter()
-            .filter_map(|(name, text)| Some((name, text.as_deref()?)));
-        std::iter::once((TOKENIZER, self.tokenizer.as_str())).chain(optional)
+            .filter_map(|(name, text)| Some((name, Cow::Borrowed(text.as_deref()?))));
+        Ok(std::iter::once((TOKENIZER, self.tokenizer_json()?))
+            .chain(optional)
+            .collect())
+    }
+
+    /// The text of `tokenizer.json`.
+    pub(super) fn tokenizer_json(&self) -> Result<Cow<'_, str>> {
+        Ok(match &self.tokens {
+            Tokens::Text(text) => Cow::Borrowed(text.as_str()),
+            Tokens::Gguf(tokens) => Cow::Owned(tokens.to_json().map_err(self.contradicted())?),
+        })
+    }
+
+    /// An error about what a GGUF says of its tokens.
+    pub(super) fn contradicted(&self) -> impl FnOnce(String) -> Error {
+        let (Origin::Folder(path) | Origin::Gguf(path)) = &self.origin;
+        |problem| Error::malformed(path, problem)
     }
 
     /// Says in which file, or by which key of a GGUF, the problem came.

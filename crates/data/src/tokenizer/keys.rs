@@ -106,11 +106,12 @@ impl TokenizerFiles {
         // What is checked there need not be checked here.
         let tokenizer = Tokenizer::new(self)?;
         let problem = |problem: String| self.malformed(TOKENIZER, &problem);
-        let json: TokenizerJson = serde_json::from_str(&self.tokenizer).map_err(|cause| {
-            problem(format!(
-                "expected byte-level or SentencePiece BPE with merges: {cause}"
-            ))
-        })?;
+        let json: TokenizerJson =
+            serde_json::from_str(&self.tokenizer_json()?).map_err(|cause| {
+                problem(format!(
+                    "expected byte-level or SentencePiece BPE with merges: {cause}"
+                ))
+            })?;
         if vocab_size > MOST_TOKENS {
             return Err(problem(format!(
                 "expected at most {MOST_TOKENS} tokens, found {vocab_size}"

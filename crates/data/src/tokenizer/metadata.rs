@@ -8,12 +8,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 impl TokenizerFiles {
-    /// The files of the tokenizer in a GGUF's metadata, numbers, texts and lists by their keys;
+    /// The tokenizer in a GGUF's metadata, numbers, texts and lists by their keys;
     /// `None` if it has none. `path` is the GGUF's, for messages.
     ///
     /// # Errors
-    /// If a key has a value of another type than it should, or
-    /// the tokens are of a kind not known here or contradict themselves.
+    /// If a key has a value of another type than it should, the tokens are of a kind not known here,
+    /// or one with a role is none of them. Whether they contradict themselves is checked by
+    /// [`Tokenizer::new`](crate::Tokenizer::new).
     pub fn of_metadata(path: &Path, metadata: &BTreeMap<String, Value>) -> Result<Option<Self>> {
         if !metadata.contains_key("tokenizer.ggml.tokens") {
             return Ok(None);
@@ -37,7 +38,7 @@ impl TokenizerFiles {
             add_space_prefix: keys.flag("add_space_prefix")?,
             chat_template: keys.one("tokenizer.chat_template", "a text", text)?,
         };
-        Self::from_gguf(path, &tokens).map(Some)
+        Self::from_gguf(path, tokens).map(Some)
     }
 }
 

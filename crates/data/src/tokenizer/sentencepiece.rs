@@ -52,7 +52,6 @@ pub(super) fn scheme<'a>(
             vocab: vocabulary,
             merges: merges(gguf, vocabulary)?,
         },
-        adds_bos: true,
     })
 }
 

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use rayon::prelude::*;
 
 use super::{Format, Matrix, decode_blocks};
+use crate::product::ahead::ask_for;
 use crate::product::gemm::with_byte_scratch;
 use crate::{Compute, Ggml, rows};
 
@@ -246,6 +247,11 @@ pub(crate) fn fill(format: Ggml, rows: &[u8], row_bytes: usize, strip: &mut [u8]
         "{n} rows of a strip"
     );
     for (i, unit) in strip.chunks_exact_mut(ROWS * block).enumerate() {
+        // Of sixteen rows at once no CPU guesses what is read next: the next strip, mostly.
+        let ahead = rows.as_ptr_range().end.addr() + i * ROWS * block;
+        for line in (0..ROWS * block).step_by(LINE) {
+            ask_for(ahead.wrapping_add(line));
+        }
         let mut left = unit;
         for field in fields(format) {
             let (words, after) = left.split_at_mut(ROWS * field.bytes);

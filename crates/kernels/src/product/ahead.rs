@@ -43,7 +43,7 @@ impl Ahead {
 /// Asks for the line of an address in the second-level cache; there need not be any memory.
 #[inline(always)]
 #[expect(unsafe_code, reason = "a hint to the CPU")]
-fn ask_for(address: usize) {
+pub(crate) fn ask_for(address: usize) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};

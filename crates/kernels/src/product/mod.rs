@@ -1,6 +1,6 @@
 //! Matrix products over weights in any stored form, and what their operands are rounded to.
 
-mod ahead;
+pub(crate) mod ahead;
 mod blocks;
 pub(crate) mod compute;
 pub(crate) mod gemm;

@@ -8,9 +8,9 @@
 //! weights have it, and with the hidden state after the model's last norm.
 
 use burn::tensor::{Int, Tensor};
-use kernels::{Compute, Matrix};
+use kernels::Matrix;
 
-use super::{DecoderLayer, Embedding, Model, lay_out};
+use super::{DecoderLayer, Embedding, Model};
 use crate::cache::Cache;
 use crate::config::ModelConfig;
 use crate::linear::Linear;
@@ -102,12 +102,8 @@ impl Mtp {
         bytes
     }
 
-    /// [`Model::lay_out`] of its own weights.
-    pub fn lay_out(&mut self, compute: Compute, on_copied: &mut dyn FnMut(&Matrix)) {
-        lay_out(&mut |visit| self.for_each_frozen(visit), compute, on_copied);
-    }
-
-    fn for_each_frozen(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
+    /// Visits its own frozen matrices that are multiplied as they are.
+    pub fn for_each_frozen(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
         self.eh_proj.weight.for_each_frozen(visit);
         self.layer
             .for_each_site("", &mut |_, site| site.for_each_frozen(visit));

@@ -1,0 +1,213 @@
+//! Weights that move from their file into memory while an engine is at work.
+//!
+//! Products read weights fastest as [`Matrix::lay_out`] puts them, but to copy a model takes as long as many tokens do. So an
+//! engine begins with the bytes of the file, and copies a piece of them at a time between passes, for about as long as these
+//! take: nobody waits for the first token, and soon all passes are fast. Products have the same bits before and after.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kernels::{ExpertCache, FileAccess, Matrix};
+use model::{Model, Mtp};
+
+use crate::Engine;
+
+/// Enough for pages of 2 MiB, so little that no token waits long.
+const PIECE: usize = 16 << 20;
+
+/// How far that is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Layout {
+    /// Bytes that are copied at a time at least.
+    piece: usize,
+    /// Matrices that are to be copied, of those that [`for_each`] visits.
+    wanted: usize,
+    /// Matrices that are copied.
+    done: usize,
+    /// How long the last pass took.
+    pub(crate) last_pass: Duration,
+}
+
+impl Default for Layout {
+    fn default() -> Self {
+        Self {
+            piece: PIECE,
+            wanted: 0,
+            done: 0,
+            last_pass: Duration::ZERO,
+        }
+    }
+}
+
+impl Engine {
+    /// Has the weights copied into memory, where products read them fastest, between steps to come. What is held of their
+    /// files is given back. Not for a model that memory has no room for: a file's bytes can be dropped and read again, copies
+    /// cannot.
+    pub fn keep_in_memory(&mut self) {
+        let mut wanted = 0;
+        for_each(&mut self.model, self.mtp.as_mut(), &mut |_| wanted += 1);
+        self.layout.wanted = wanted;
+    }
+
+    /// [`Self::keep_in_memory`] of what every token needs; of the experts those stay in memory that were used last, as many as
+    /// so many bytes hold. For a model that memory has no room for. So many of a token's experts are asked for before a layer
+    /// chooses them; none says half of those that it chooses.
+    pub fn cache_experts(&mut self, budget: usize, ahead: Option<usize>) {
+        let file = FileAccess {
+            expect: checkpoint::expect,
+            read: checkpoint::read,
+        };
+        let cache = Arc::new(ExpertCache::new(budget, self.compute, file));
+        self.model.cache_experts(&cache, ahead);
+        self.keep_in_memory();
+    }
+
+    /// Copies at once what would be copied between steps. Says how many bytes are copied, of how many that are to be.
+    pub fn lay_out(&mut self, on_bytes: &mut dyn FnMut(usize, usize)) {
+        let (first, wanted) = (self.layout.done, self.layout.wanted);
+        let (mut at, mut total, mut done) = (0, 0, 0);
+        for_each(&mut self.model, self.mtp.as_mut(), &mut |matrix| {
+            total += if (first..wanted).contains(&at) {
+                matrix.size_bytes()
+            } else {
+                0
+            };
+            at += 1;
+        });
+        while self.layout.done < wanted {
+            done += self.lay_out_piece();
+            on_bytes(done, total);
+        }
+    }
+
+    /// Copies a piece, if there is one, and goes on for about so long.
+    pub(crate) fn lay_out_for(&mut self, time: Duration) {
+        let started = Instant::now();
+        while self.layout.done < self.layout.wanted {
+            self.lay_out_piece();
+            if started.elapsed() >= time {
+                return;
+            }
+        }
+    }
+
+    /// Copies some weights; returns their bytes.
+    fn lay_out_piece(&mut self) -> usize {
+        let Layout { wanted, done, .. } = self.layout;
+        let (mut piece, mut bytes, mut at) = (Vec::new(), 0, 0);
+        let least = self.layout.piece;
+        for_each(&mut self.model, self.mtp.as_mut(), &mut |matrix| {
+            if (done..wanted).contains(&at) && bytes < least {
+                bytes += matrix.size_bytes();
+                piece.push(matrix.clone());
+            }
+            at += 1;
+        });
+        let mut copied = Vec::new();
+        Matrix::lay_out(&mut piece, self.compute, &mut |stored| {
+            copied.push(stored.clone());
+        });
+        let end = done + piece.len();
+        let put = |model: &mut Model, mtp: Option<&mut Mtp>| {
+            let mut at = 0;
+            for_each(model, mtp, &mut |matrix| {
+                if (done..end).contains(&at) {
+                    *matrix = piece[at - done].clone();
+                }
+                at += 1;
+            });
+        };
+        put(&mut self.model, self.mtp.as_mut());
+        // They share the weights of `model`.
+        self.adapted.iter_mut().for_each(|model| put(model, None));
+        // Several together: reading a part brings some of what lies beside it back.
+        let copied = copied.iter();
+        copied.for_each(|stored| checkpoint::forget(stored.bytes()));
+        self.layout.done = end;
+        bytes
+    }
+}
+
+/// Visits weights in the order in which they are copied: what every token needs, as it does, so that what lies behind a weight
+/// is mostly what is read next; then experts, if there is no cache for them; then what guesses tokens.
+fn for_each(model: &mut Model, mtp: Option<&mut Mtp>, visit: &mut dyn FnMut(&mut Matrix)) {
+    model.for_each_common(visit);
+    if model.expert_traffic().is_none() {
+        model.for_each_expert(visit);
+    }
+    if let Some(mtp) = mtp {
+        mtp.for_each_frozen(visit);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use burn::tensor::Device;
+    use kernels::Format;
+    use model::Compute;
+
+    use super::*;
+    use crate::{GenerateConfig, SampleConfig};
+
+    /// A golden model as it is stored, for products in int8.
+    fn engine(name: &str) -> Engine {
+        let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/gguf");
+        Engine::open(&goldens.join(name), Compute::Int8, Device::flex()).unwrap()
+    }
+
+    /// How many matrices are of blocks in strips, and of how many.
+    fn strips(engine: &mut Engine) -> [usize; 2] {
+        let mut counts = [0; 2];
+        for_each(&mut engine.model, None, &mut |matrix| {
+            let keys = matrix.heads().map(|heads| heads.keys(0));
+            let format = keys.as_ref().unwrap_or(matrix).format();
+            counts[0] += usize::from(matches!(format, Format::Strips(_)));
+            counts[1] += usize::from(matches!(format, Format::Strips(_) | Format::Ggml(_)));
+        });
+        counts
+    }
+
+    #[test]
+    fn texts_are_the_same_while_weights_move() {
+        let config = GenerateConfig {
+            max_tokens: 24,
+            sample: SampleConfig::greedy(),
+            stop_ids: Vec::new(),
+            logprobs: Some(2),
+        };
+        for (name, in_blocks) in [
+            ("deepseek_v3_q8_0.gguf", true),
+            ("llama_q4_1.gguf", true),
+            ("deepseek_v2_lite_bf16.gguf", false),
+        ] {
+            let prompts = [vec![1, 5, 9, 200], vec![7; 3], vec![0, 3]];
+            let mut stays = engine(name);
+            let expected = stays.generate_all(&prompts, &config, 3, &mut |_, _| {});
+            let (expected, counts) = (expected.unwrap(), strips(&mut stays));
+            assert!(
+                counts[0] == 0 && (counts[1] > 4) == in_blocks,
+                "{name} {counts:?}"
+            );
+
+            let mut moves = engine(name);
+            moves.keep_in_memory();
+            moves.layout.piece = 1;
+            let mut seen = Vec::new();
+            let found = moves.generate_all(&prompts, &config, 3, &mut |_, _| {});
+            for (found, expected) in found.unwrap().iter().zip(&expected) {
+                assert_eq!(found.token_ids, expected.token_ids, "{name}");
+                assert_eq!(found.logprobs, expected.logprobs, "{name}");
+            }
+            seen.push(strips(&mut moves));
+            assert!(moves.layout.done > 20, "{name}");
+            moves.lay_out(&mut |_, _| ());
+            assert_eq!(moves.layout.done, moves.layout.wanted, "{name}");
+            seen.push(strips(&mut moves));
+            assert_eq!(seen[1], [counts[1]; 2], "{name}");
+            let again = moves.generate_all(&prompts, &config, 3, &mut |_, _| {});
+            assert_eq!(again.unwrap()[0].logprobs, expected[0].logprobs, "{name}");
+        }
+    }
+}
