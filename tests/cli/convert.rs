@@ -52,6 +52,7 @@ fn a_model_is_written_as_a_gguf_with_its_tokenizer() {
     for (words, expected) in [
         (&["gguf:q9"][..], "gguf:q4_k_m"),
         (&["hf:bf16", "--mix", "experts=q4_k"], "--to gguf:"),
+        (&["hf:bf16", "--mtp"], "--to gguf:"),
         (
             &["gguf:q8_0", "--mix", "x=q4_k"],
             "`--mix`: expected PART=TYPE",

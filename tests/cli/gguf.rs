@@ -55,6 +55,30 @@ fn an_adapter_is_trained_on_a_gguf_and_merged_into_a_folder_that_writes_the_same
 }
 
 #[test]
+fn a_gguf_with_multi_token_prediction_guesses_and_says_the_same() {
+    let place = tempfile::tempdir().unwrap();
+    let path = |name: &str| place.path().join(name).to_string_lossy().into_owned();
+    let model = golden("deepseek_v3").to_string_lossy().into_owned();
+    let [with, without] = [path("with.gguf"), path("without.gguf")];
+    let quantize = ["quantize", &model, "--to", "gguf:q8_0", "--out"];
+    text(&[&quantize[..], &[&with, "--mtp"]].concat());
+    text(&[&quantize[..], &[&without]].concat());
+    let generate = ["--prompt", "the 3 and", "--max-tokens", "12"];
+    let generate = |file: &str, more: &[&str]| {
+        let words = [&["generate", file], &generate[..], more].concat();
+        moeforge(&words)
+    };
+    let plain = generate(&with, &[]);
+    assert!(plain.status.success() && !plain.stdout.is_empty());
+    let guessed = generate(&with, &["--speculative"]);
+    assert_eq!(guessed.stdout, plain.stdout);
+    assert!(String::from_utf8_lossy(&guessed.stderr).contains("guess"));
+    assert_eq!(generate(&without, &[]).stdout, plain.stdout);
+    let expected = ["--speculative", "num_nextn_predict_layers"];
+    refused(&generate(&without, &["--speculative"]), 1, &expected);
+}
+
+#[test]
 fn files_that_are_no_models_are_refused_in_one_sentence() {
     let place = tempfile::tempdir().unwrap();
     let path = |name: &str| place.path().join(name).to_string_lossy().into_owned();

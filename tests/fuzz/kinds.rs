@@ -166,7 +166,7 @@ fn config() -> Value {
         "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 4, "first_k_dense_replace": 1,
         "moe_intermediate_size": 3, "n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 1,
         "n_group": 1, "topk_group": 1, "norm_topk_prob": true, "routed_scaling_factor": 2.5,
-        "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "num_nextn_predict_layers": 1,
     })
 }
 
@@ -228,7 +228,7 @@ fn write_shards(folder: &Path) {
     .unwrap();
 }
 
-/// Stacked experts, blocks, and a tokenizer.
+/// Stacked experts, blocks, multi-token prediction, and a tokenizer.
 fn write_gguf(folder: &Path) {
     let config = config();
     let file = folder.join("model.gguf");
@@ -243,8 +243,10 @@ fn write_gguf(folder: &Path) {
     let tensors = [
         tensor("token_embd.weight", DType::F32, &[5, 4]),
         tensor("blk.0.attn_q.weight", DType::Q8_0, &[2, 32]),
+        tensor("blk.0.attn_kv_a_mqa.weight", DType::Iq4Nl, &[2, 32]),
         tensor("blk.1.ffn_down_exps.weight", DType::F16, &[2, 4, 3]),
         tensor("blk.1.ffn_gate_up_exps.weight", DType::F32, &[2, 6, 4]),
+        tensor("blk.2.nextn.eh_proj.weight", DType::F16, &[4, 8]),
         tensor("output_norm.weight", DType::F32, &[4]),
     ];
     let specs: Vec<TensorSpec> = tensors.iter().map(Tensor::spec).collect();

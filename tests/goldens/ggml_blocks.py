@@ -53,7 +53,7 @@ out["encode.values"] = values
 ggml = ctypes.CDLL(sys.argv[1])
 ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
 for name, (kind, size, _) in FORMATS.items():
-    if name in ("iq4_nl", "mxfp4"):
+    if name == "mxfp4":
         continue
     block = 256 if name.endswith("_k") else 32
     coded = np.zeros(ROWS * COLS // block * size, dtype=np.uint8)
@@ -69,7 +69,7 @@ importance[::41] *= 100
 importance[7] = 1e-6
 out["encode.importance"] = importance
 for name, (kind, size, _) in FORMATS.items():
-    if name in ("iq4_nl", "mxfp4"):
+    if name == "mxfp4":
         continue
     block = 256 if name.endswith("_k") else 32
     coded = np.zeros(ROWS * COLS // block * size, dtype=np.uint8)

@@ -35,7 +35,7 @@ pub(crate) struct Args {
     /// Where the new model goes: a folder that does not exist or is empty, or a GGUF file that does not exist.
     #[arg(long, value_name = "PATH")]
     out: PathBuf,
-    /// Of a GGUF: types of parts, as `experts=q4_k,attn=q8_0`; parts are experts, shared, attn, ffn, embed, head.
+    /// Of a GGUF: types of parts, as `experts=q4_k,attn=q8_0`; parts are experts, shared, attn, ffn, embed, head, mtp.
     #[arg(
         long,
         value_name = "PART=TYPE,…",
@@ -46,6 +46,10 @@ pub(crate) struct Args {
     /// Of a GGUF: llama.cpp's name for the pre-tokenizer, where it is not recognized.
     #[arg(long, value_name = "NAME")]
     pre: Option<String>,
+    /// Of a GGUF: keep the layer for multi-token prediction, for `--speculative`. A llama.cpp that does not know such layers of
+    /// DeepSeek refuses the file.
+    #[arg(long)]
+    mtp: bool,
     #[command(flatten)]
     importance: ImportanceArgs,
     /// Folder with `test.jsonl`: also compare what both models predict.
@@ -121,9 +125,14 @@ fn write(
     let scheme = match args.to {
         Target::Gguf(scheme) => scheme,
         Target::Folder(_)
-            if !args.mix.is_empty() || args.pre.is_some() || args.importance.is_given() =>
+            if !args.mix.is_empty()
+                || args.pre.is_some()
+                || args.mtp
+                || args.importance.is_given() =>
         {
-            bail!("`--mix`, `--pre` and `--imatrix…` are for GGUF files; expected `--to gguf:…`")
+            bail!(
+                "`--mix`, `--pre`, `--mtp` and `--imatrix…` are for GGUF files; expected `--to gguf:…`"
+            )
         }
         Target::Folder(format) => {
             let mut progress = console.progress(0, "converting");
@@ -136,10 +145,16 @@ fn write(
     };
     let mut mix = Mix::new(scheme, &args.mix).map_err(|problem| anyhow!("`--mix`: {problem}"))?;
     let tokenizer = tokenizer_keys(model, args.pre.as_deref(), console)?;
+    mix.mtp = args.mtp;
     let Audit { mtp, unknown, .. } = audit(model)?;
-    let left_out = [mtp, unknown].concat();
-    if !left_out.is_empty() {
-        console.note(format_args!("left out: {}", listed(&left_out)));
+    if !unknown.is_empty() {
+        console.note(format_args!("left out: {}", listed(&unknown)));
+    }
+    if !mtp.is_empty() && !args.mtp {
+        console.note(format_args!(
+            "left out, for --mtp would keep them: {}",
+            listed(&mtp)
+        ));
     }
     let importance = &args.importance;
     mix.importance = importance.importance((&args.model, model), console)?;

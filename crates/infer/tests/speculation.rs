@@ -8,9 +8,13 @@ use std::sync::Arc;
 
 use burn::module::Param;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use checkpoint::{Adapter, Folder};
+use checkpoint::{Adapter, DType, Folder};
 use kernels::{ExpertBank, Format, Ggml, Matrix};
+use model::export::WeightFormat;
+use model::export::gguf::write_gguf;
+use model::export::mix::{GgufType, Mix, Scheme};
 use model::linear::{Frozen, Linear, Weight};
+use model::merge::convert;
 use model::moe::experts::{ExpertWeights, Experts};
 use model::{AdapterWeights, Attention, Compute, FeedForward, Pass, Site, weights};
 use moeforge_infer::{Context, Engine, GenerateConfig, Generation, SampleConfig, Sequence, Stop};
@@ -22,12 +26,16 @@ fn path() -> PathBuf {
     goldens.join(NAME)
 }
 
-/// The golden model, with its own module: both have random weights, so that what it guesses is wrong.
-fn golden() -> Engine {
-    let mut engine = Engine::open(&path(), Compute::F32, Device::flex()).unwrap();
-    let folder = Folder::open(&path()).unwrap();
+fn with_module(path: &Path, compute: Compute) -> Engine {
+    let mut engine = Engine::open(path, compute, Device::flex()).unwrap();
+    let folder = Folder::open(path).unwrap();
     engine.mtp = Some(weights::load_mtp(&folder, &engine.device).unwrap());
     engine
+}
+
+/// The golden model, with its own module: both have random weights, so that what it guesses is wrong.
+fn golden() -> Engine {
+    with_module(&path(), Compute::F32)
 }
 
 fn change(linear: &mut Linear, change: &dyn Fn(&Matrix) -> Matrix) {
@@ -260,10 +268,55 @@ fn so_it_is_with_weights_in_blocks_and_products_in_int8() {
     }
 }
 
-/// How many tokens of a text would be guessed and how many right, by the module's logits over all of it at once.
-fn expected_guesses(engine: &Engine, prompt: &[u32], written: &[u32]) -> [usize; 2] {
+#[test]
+fn so_it_is_with_a_gguf_file() {
+    let (place, folder) = (tempfile::tempdir().unwrap(), Folder::open(&path()).unwrap());
+    let in_blocks = GgufType::Ggml(Ggml::Q8_0);
+    for (of, compute) in [(GgufType::F32, Compute::F32), (in_blocks, Compute::Int8)] {
+        let mut mix = Mix::new(Scheme::Plain(of), "").unwrap();
+        let out = place.path().join(format!("{}.gguf", mix.scheme));
+        mix.mtp = true;
+        write_gguf(&folder, &mix, vec![], &out, &mut |_, _| {}).unwrap();
+        let mut engine = with_module(&out, compute);
+        let [guessed, _] = check(&engine, &config(10), &[1, 3]);
+        assert!(guessed > 0);
+        engine.lay_out(&mut |_, _| {});
+        check(&engine, &config(10), &[1, 3]);
+    }
+}
+
+/// As it is published: attention and experts of the module are in FP8, what its layer reads is not.
+#[test]
+fn so_it_is_with_a_folder_in_fp8() {
+    let (place, golden) = (tempfile::tempdir().unwrap(), Folder::open(&path()).unwrap());
+    let [coded, decoded] = ["fp8", "f32"].map(|name| place.path().join(name));
+    convert(&golden, WeightFormat::Fp8, &coded, &mut |_, _| {}).unwrap();
+    let folder = Folder::open(&coded).unwrap();
+    convert(&folder, WeightFormat::F32, &decoded, &mut |_, _| {}).unwrap();
+    let dtype = |name: &str| {
+        let key = format!("model.layers.3.{name}.weight");
+        folder.stored(&key).unwrap().dtype
+    };
+    let [attention, expert] = ["self_attn.kv_b_proj", "mlp.experts.3.up_proj"].map(dtype);
+    assert_eq!([attention, expert], [DType::F8E4M3; 2]);
+    assert_eq!(dtype("eh_proj"), DType::BF16);
+
+    let engines = [coded, decoded].map(|path| with_module(&path, Compute::F32));
+    let [guessed, _] = check(&engines[0], &config(10), &[1, 3]);
+    assert!(guessed > 0);
+    let text = [&prompts()[3][..], &[4, 9]].concat();
+    let [found, expected] = engines.map(|engine| module_logits(&engine, &text));
+    for (found, expected) in found.iter().zip(&expected) {
+        assert!(
+            (found - expected).abs() < 1e-4,
+            "{found}, expected {expected}"
+        );
+    }
+}
+
+/// What the module says of a text's tokens, all of it at once: of position `i` for the token `i + 2`.
+fn module_logits(engine: &Engine, text: &[u32]) -> Vec<f32> {
     let (model, mtp) = (&engine.model, engine.mtp.as_ref().unwrap());
-    let text = [prompt, written].concat();
     let ids: Vec<i32> = text.iter().map(|id| *id as i32).collect();
     let n = ids.len();
     let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, n]), &engine.device);
@@ -272,8 +325,14 @@ fn expected_guesses(engine: &Engine, prompt: &[u32], written: &[u32]) -> [usize;
     let hidden = mtp.hidden(model, hidden, ids.slice([0..1, 1..n]), pass);
     let hidden = hidden.reshape([n - 1, model.config.hidden_size]);
     let logits = mtp.logits(model, hidden, pass).into_data();
-    let logits: Vec<f32> = logits.try_to_vec().unwrap();
-    let guesses = logits.chunks(model.config.vocab_size).map(|logits| {
+    logits.try_to_vec().unwrap()
+}
+
+/// How many tokens of a text would be guessed and how many right, by the module's logits over all of it.
+fn expected_guesses(engine: &Engine, prompt: &[u32], written: &[u32]) -> [usize; 2] {
+    let text = [prompt, written].concat();
+    let (n, logits) = (text.len(), module_logits(engine, &text));
+    let guesses = logits.chunks(engine.model.config.vocab_size).map(|logits| {
         let ids = (0..logits.len()).rev();
         ids.max_by(|a, b| logits[*a].total_cmp(&logits[*b]))
             .unwrap() as u32

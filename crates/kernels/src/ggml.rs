@@ -10,6 +10,7 @@
 mod decode;
 mod encode;
 mod k_quants;
+mod uneven;
 mod weighted;
 
 pub(crate) use self::decode::{DOUBLED, UNEVEN, half_of_power};
@@ -44,7 +45,7 @@ pub enum Ggml {
     Q3K,
     /// 2 bits, scales and minima of 4 bits.
     Q2K,
-    /// 4 bits for 16 uneven steps, and a scale. Read only.
+    /// 4 bits for 16 uneven steps, and a scale.
     Iq4Nl,
     /// 4-bit floats with 2 exponent bits, and a power of two. Read only.
     MxFp4,
@@ -52,7 +53,7 @@ pub enum Ggml {
 
 impl Ggml {
     /// All that are written, from many bits to few.
-    pub const WRITTEN: [Self; 11] = [
+    pub const WRITTEN: [Self; 12] = [
         Self::F16,
         Self::Q8_0,
         Self::Q6K,
@@ -61,12 +62,13 @@ impl Ggml {
         Self::Q5K,
         Self::Q4_1,
         Self::Q4_0,
+        Self::Iq4Nl,
         Self::Q4K,
         Self::Q3K,
         Self::Q2K,
     ];
     /// Those that are only read.
-    pub const READ_ONLY: [Self; 2] = [Self::Iq4Nl, Self::MxFp4];
+    pub const READ_ONLY: [Self; 1] = [Self::MxFp4];
 
     /// Its name, as `q4_0`.
     pub fn name(self) -> &'static str {
@@ -192,6 +194,7 @@ mod tests {
             (Ggml::Q8_0, Ggml::Q6K),
             (Ggml::Q6K, Ggml::Q5_0),
             (Ggml::Q5K, Ggml::Q4K),
+            (Ggml::Q5_0, Ggml::Iq4Nl),
             (Ggml::Q5_0, Ggml::Q4_0),
             (Ggml::Q4K, Ggml::Q3K),
             (Ggml::Q3K, Ggml::Q2K),

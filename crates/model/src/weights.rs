@@ -16,6 +16,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
+pub(crate) use self::mtp::mtp_keys;
 pub use self::mtp::{fresh_mtp, load_mtp};
 use self::stored::whole_name;
 pub(crate) use self::stored::{is_scale, read_tensor, weight_names};
@@ -142,7 +143,8 @@ pub(crate) fn has_e8m0_scales(folder: &Folder) -> Result<bool, Error> {
 pub struct Audit {
     /// Tensors the model reads.
     pub used: Vec<String>,
-    /// Tensors of multi-token-prediction layers: no part of the model, but carried into every export; see [`load_mtp`].
+    /// Tensors of multi-token-prediction layers: no part of the model, but carried into every folder that is written; see
+    /// [`load_mtp`].
     pub mtp: Vec<String>,
     /// Tensors that nothing here knows.
     pub unknown: Vec<String>,
@@ -176,61 +178,63 @@ pub fn audit(folder: &Folder) -> Result<Audit, Error> {
 
 /// The keys and shapes of all tensors a model of this config has, scales left out.
 pub fn keys(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+    let mut keys = vec![("model.embed_tokens.weight".to_owned(), vec![vocab, hidden])];
+    keys.extend((0..config.num_hidden_layers).flat_map(|layer_idx| layer_keys(config, layer_idx)));
+    keys.push(("model.norm.weight".into(), vec![hidden]));
+    if !config.tie_word_embeddings {
+        keys.push(("lm_head.weight".into(), vec![vocab, hidden]));
+    }
+    keys
+}
+
+/// Those of a layer.
+fn layer_keys(config: &ModelConfig, layer_idx: usize) -> Vec<(String, Vec<usize>)> {
     let (hidden, mut keys) = (config.hidden_size, Vec::new());
     let mut add = |key: String, shape: &[usize]| keys.push((key, shape.to_vec()));
-    add(
-        "model.embed_tokens.weight".into(),
-        &[config.vocab_size, hidden],
-    );
-    for layer_idx in 0..config.num_hidden_layers {
-        let at = |name: &str| format!("model.layers.{layer_idx}.{name}");
-        add(at("input_layernorm.weight"), &[hidden]);
-        add(at("post_attention_layernorm.weight"), &[hidden]);
-        for (name, shape) in attention_keys(config) {
-            add(at(&format!("self_attn.{name}")), &shape);
-        }
-        let mlp = |prefix: &str, width: usize| {
-            PROJECTIONS.map(|projection| {
-                let shape = if projection == "down_proj" {
-                    [hidden, width]
-                } else {
-                    [width, hidden]
-                };
-                (at(&format!("{prefix}.{projection}.weight")), shape)
-            })
-        };
-        let Some(moe) = config
-            .moe
-            .as_ref()
-            .filter(|moe| moe.is_moe_layer(layer_idx))
-        else {
-            mlp("mlp", config.intermediate_size)
-                .into_iter()
-                .for_each(|(key, shape)| add(key, &shape));
-            continue;
-        };
-        add(at("mlp.gate.weight"), &[moe.n_routed_experts, hidden]);
-        if moe.has_correction_bias {
-            add(
-                at("mlp.gate.e_score_correction_bias"),
-                &[moe.n_routed_experts],
-            );
-        }
-        for expert in 0..moe.n_routed_experts {
-            mlp(&format!("mlp.experts.{expert}"), moe.moe_intermediate_size)
-                .into_iter()
-                .for_each(|(key, shape)| add(key, &shape));
-        }
-        if moe.n_shared_experts > 0 {
-            let width = moe.n_shared_experts * moe.moe_intermediate_size;
-            mlp("mlp.shared_experts", width)
-                .into_iter()
-                .for_each(|(key, shape)| add(key, &shape));
-        }
+    let at = |name: &str| format!("model.layers.{layer_idx}.{name}");
+    add(at("input_layernorm.weight"), &[hidden]);
+    add(at("post_attention_layernorm.weight"), &[hidden]);
+    for (name, shape) in attention_keys(config) {
+        add(at(&format!("self_attn.{name}")), &shape);
     }
-    add("model.norm.weight".into(), &[hidden]);
-    if !config.tie_word_embeddings {
-        add("lm_head.weight".into(), &[config.vocab_size, hidden]);
+    let mlp = |prefix: &str, width: usize| {
+        PROJECTIONS.map(|projection| {
+            let shape = if projection == "down_proj" {
+                [hidden, width]
+            } else {
+                [width, hidden]
+            };
+            (at(&format!("{prefix}.{projection}.weight")), shape)
+        })
+    };
+    let Some(moe) = config
+        .moe
+        .as_ref()
+        .filter(|moe| moe.is_moe_layer(layer_idx))
+    else {
+        mlp("mlp", config.intermediate_size)
+            .into_iter()
+            .for_each(|(key, shape)| add(key, &shape));
+        return keys;
+    };
+    add(at("mlp.gate.weight"), &[moe.n_routed_experts, hidden]);
+    if moe.has_correction_bias {
+        add(
+            at("mlp.gate.e_score_correction_bias"),
+            &[moe.n_routed_experts],
+        );
+    }
+    for expert in 0..moe.n_routed_experts {
+        mlp(&format!("mlp.experts.{expert}"), moe.moe_intermediate_size)
+            .into_iter()
+            .for_each(|(key, shape)| add(key, &shape));
+    }
+    if moe.n_shared_experts > 0 {
+        let width = moe.n_shared_experts * moe.moe_intermediate_size;
+        mlp("mlp.shared_experts", width)
+            .into_iter()
+            .for_each(|(key, shape)| add(key, &shape));
     }
     keys
 }

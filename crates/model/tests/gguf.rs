@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use checkpoint::{Folder, Safetensors};
+use checkpoint::{Folder, FolderWriter, Safetensors, TensorSpec};
 use moeforge_model::export::WeightFormat;
 use moeforge_model::export::gguf::write_gguf;
 use moeforge_model::export::importance::Importance;
@@ -306,6 +306,94 @@ fn a_written_gguf_computes_what_the_model_does() {
         let error = write(&before, "f32", "", &out).unwrap_err().to_string();
         assert!(error.contains("m.gguf"), "{error}");
     }
+}
+
+/// What a model's module for multi-token prediction says of some ids.
+fn module_logits(folder: &Folder) -> Vec<f32> {
+    let (model, mtp) = (load(folder), weights::load_mtp(folder, &Device::flex()));
+    let (mtp, ids) = (mtp.unwrap(), some_ids(&model));
+    let n = ids.dims()[1] - 1;
+    let pass = &mut Pass::new(Compute::F32);
+    let hidden = model.hidden(ids.clone(), pass).slice([0..1, 0..n]);
+    let hidden = mtp.hidden(&model, hidden, ids.slice([0..1, 1..n + 1]), pass);
+    let hidden = hidden.reshape([n, model.config.hidden_size]);
+    let logits = mtp.logits(&model, hidden, pass);
+    logits.into_data().try_to_vec().unwrap()
+}
+
+fn write_with_module(source: &Folder, scheme: &str, parts: &str, out: &Path) -> Folder {
+    let mut mix = mix(scheme, parts);
+    mix.mtp = true;
+    let report = write_gguf(source, &mix, vec![], out, &mut |done, total| {
+        assert!(done <= total)
+    });
+    report.unwrap();
+    Folder::open(out).unwrap()
+}
+
+#[test]
+fn a_gguf_keeps_multi_token_prediction_if_asked() {
+    let place = tempfile::tempdir().unwrap();
+    let path = |name: &str| place.path().join(name);
+    let before = source("deepseek_v3");
+    write(&before, "f32", "", &path("without.gguf")).unwrap();
+    let without = Folder::open(&path("without.gguf")).unwrap();
+    assert!(weights::load_mtp(&without, &Device::flex()).is_err());
+
+    let (expected, model) = (module_logits(&before), load(&before));
+    let first = write_with_module(&before, "f32", "", &path("first.gguf"));
+    assert_close(&module_logits(&first), &expected, 2e-5, "f32");
+    let ids = some_ids(&model);
+    let [of_file, of_folder] = [&load(&first), &model].map(|model| logits(model, ids.clone()));
+    assert_close(&of_file, &of_folder, 2e-5, "the model beside it");
+    let audit = weights::audit(&first).unwrap();
+    assert!(audit.unknown.is_empty() && !audit.mtp.is_empty());
+    // The folder's copies are the model's own.
+    assert!(before.contains("model.layers.3.embed_tokens.weight"));
+    assert!(!first.contains("model.layers.3.embed_tokens.weight"));
+
+    let again = write_with_module(&first, "f32", "", &path("again.gguf"));
+    assert_eq!(module_logits(&again), module_logits(&first));
+    let folder = path("folder");
+    convert(&again, WeightFormat::F32, &folder, &mut |_, _| {}).unwrap();
+    let folder = Folder::open(&folder).unwrap();
+    assert_close(&module_logits(&folder), &expected, 2e-5, "a folder again");
+
+    let mixed = write_with_module(&before, "q8_0", "mtp=f16", &path("mixed.gguf"));
+    let dtype = |key: &str| mixed.tensor(key).unwrap().dtype.to_string();
+    assert_eq!(dtype("model.layers.3.eh_proj.weight"), "F16");
+    assert_eq!(dtype("model.layers.3.enorm.weight"), "F32");
+    assert_eq!(dtype("model.layers.3.self_attn.q_a_proj.weight"), "Q8_0");
+}
+
+#[test]
+fn so_it_does_with_an_embedding_and_a_head_of_the_modules_own() {
+    let place = tempfile::tempdir().unwrap();
+    let before = source("deepseek_v3");
+    let tensors = before.names().map(|name| before.tensor(name).unwrap());
+    let tensors: Vec<_> = tensors.collect();
+    let specs: Vec<TensorSpec> = tensors.iter().map(|tensor| tensor.spec()).collect();
+    let mut writer = FolderWriter::create(&place.path().join("own")).unwrap();
+    let written = writer.add_shard("model.safetensors", &specs, |i| {
+        let (name, mut bytes) = (&specs[i].name, tensors[i].bytes.to_vec());
+        if name.ends_with(".3.embed_tokens.weight") || name.ends_with(".shared_head.head.weight") {
+            // Rows of other tokens.
+            let row_bytes = bytes.len() / specs[i].shape[0];
+            bytes.rotate_left(5 * row_bytes);
+        }
+        Ok(bytes)
+    });
+    written.unwrap();
+    writer.write_index().unwrap();
+    writer.write_json("config.json", before.config()).unwrap();
+    writer.finish().unwrap();
+    let own = Folder::open(&place.path().join("own")).unwrap();
+    let file = write_with_module(&own, "f32", "", &place.path().join("m.gguf"));
+    let (found, expected) = (module_logits(&file), module_logits(&own));
+    assert_close(&found, &expected, 2e-5, "own");
+    let shared = module_logits(&before);
+    let moved = found.iter().zip(&shared).filter(|(a, b)| a != b).count();
+    assert!(moved > shared.len() / 2, "{moved}");
 }
 
 /// What is stored in the wanted type keeps its bytes.

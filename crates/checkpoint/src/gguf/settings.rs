@@ -42,7 +42,7 @@ type Settings = [(&'static str, &'static str, Need)];
 const COMMON: &Settings = &[
     ("embedding_length", "hidden_size", Need::Required),
     ("feed_forward_length", "intermediate_size", Need::Required),
-    ("block_count", "num_hidden_layers", Need::Required),
+    (BLOCKS, "num_hidden_layers", Need::Required),
     (
         "attention.head_count",
         "num_attention_heads",
@@ -88,11 +88,7 @@ const DEEPSEEK: &Settings = &[
     ("expert_weights_norm", "norm_topk_prob", Need::Optional),
     ("expert_group_count", "n_group", Need::Optional),
     ("expert_group_used_count", "topk_group", Need::Optional),
-    (
-        "nextn_predict_layers",
-        "num_nextn_predict_layers",
-        Need::Optional,
-    ),
+    (MODULES, "num_nextn_predict_layers", Need::Optional),
 ];
 const ROPE_SCALING: &Settings = &[
     ("rope.scaling.factor", "factor", Need::Optional),
@@ -104,6 +100,9 @@ const ROPE_SCALING: &Settings = &[
     ("rope.scaling.yarn_beta_fast", "beta_fast", Need::Optional),
     ("rope.scaling.yarn_beta_slow", "beta_slow", Need::Optional),
 ];
+/// Layers, with those for multi-token prediction, and how many of them are such.
+const BLOCKS: &str = "block_count";
+const MODULES: &str = "nextn_predict_layers";
 const ROPE_DIM: &str = "rope.dimension_count";
 const EXPERTS: &str = "expert_count";
 /// How a router makes scores, as a number.
@@ -145,7 +144,13 @@ pub(crate) fn metadata(
         Architecture::DeepSeek2 => &[COMMON, DEEPSEEK],
     };
     for (key, name, _) in theirs.iter().copied().flatten() {
-        set(key, value(name));
+        match *key {
+            BLOCKS => set(
+                key,
+                counted(count(name) + count("num_nextn_predict_layers")),
+            ),
+            _ => set(key, value(name)),
+        }
     }
     set("vocab_size", value("vocab_size"));
     set("rope.freq_base", value("rope_theta"));
@@ -398,10 +403,10 @@ impl<'a> Said<'a> {
         if self.setting("expert_weights_norm").is_none() {
             set("norm_topk_prob", false.into());
         }
-        let nextn = self.setting("nextn_predict_layers");
-        let nextn = nextn.and_then(Value::as_u64).unwrap_or(0);
-        let layers = self.count("block_count")?;
-        set("num_hidden_layers", layers.saturating_sub(nextn).into());
+        let modules = self.setting(MODULES);
+        let modules = modules.and_then(Value::as_u64).unwrap_or(0);
+        let layers = self.count(BLOCKS)?;
+        set("num_hidden_layers", layers.saturating_sub(modules).into());
         if self.setting(EXPERTS).is_some_and(|n| *n == 0) {
             config.remove("n_routed_experts");
         }

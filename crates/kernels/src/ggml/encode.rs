@@ -7,6 +7,7 @@
 
 use half::f16;
 
+use super::uneven::uneven_codes;
 use super::{BLOCK, Ggml, k_quants};
 use crate::matrix::round_to_f16;
 use crate::simd::multiversion;
@@ -37,7 +38,8 @@ impl Ggml {
             Self::Q4K => k_quants::q4_k(values, out),
             Self::Q5K => k_quants::q5_k(values, out),
             Self::Q6K => k_quants::q6_k(values, out),
-            Self::Iq4Nl | Self::MxFp4 => panic!("{} is only read", self.name()),
+            Self::Iq4Nl => iq4_nl(values, out),
+            Self::MxFp4 => panic!("{} is only read", self.name()),
         }
     }
 
@@ -271,6 +273,18 @@ multiversion! {
             bytes[2..4].copy_from_slice(&f16_bytes(least));
             bytes[4..8].copy_from_slice(&fifth_bits(&codes));
             pack_nibbles(&codes, &mut bytes[8..]);
+        });
+    }
+}
+
+multiversion! {
+    /// Errors of large values count more.
+    fn iq4_nl<FMA>(values: &[f32], out: &mut [u8]) {
+        let _ = FMA;
+        each::<BLOCK, 18>(values, out, |block, bytes| {
+            let (d, codes) = uneven_codes(block, &block.map(|v| v * v));
+            bytes[..2].copy_from_slice(&f16_bytes(d));
+            pack_nibbles(&codes, &mut bytes[2..]);
         });
     }
 }

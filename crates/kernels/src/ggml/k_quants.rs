@@ -109,7 +109,7 @@ pub(super) fn scale_and_minimum<const N: usize>(
 
 /// The value of the largest magnitude of a group; none if all are zero.
 #[inline(always)]
-fn extreme(x: &[f32]) -> Option<f32> {
+pub(super) fn extreme(x: &[f32]) -> Option<f32> {
     let most = x
         .iter()
         .fold(0f32, |most, x| if x.abs() > most.abs() { *x } else { most });

@@ -12,6 +12,7 @@ use super::k_quants::{
     Codes, GROUP, NOTHING, ROUNDS, STEP, Search, Values, nearest, q6_k_block, scale_and_minimum,
     scale_of_signed, write_groups, write_q2_k, write_q3_k, write_q4_k, write_q5_k,
 };
+use super::uneven::uneven_codes;
 use super::{BLOCK, Ggml, SUPER_BLOCK};
 use crate::simd::multiversion;
 
@@ -43,7 +44,8 @@ impl Ggml {
             Self::Q4K => q4_k(row, importance, out),
             Self::Q5K => q5_k(row, importance, out),
             Self::Q6K => q6_k(row, importance, out),
-            Self::Iq4Nl | Self::MxFp4 => panic!("{} is only read", self.name()),
+            Self::Iq4Nl => iq4_nl(row, importance, out),
+            Self::MxFp4 => panic!("{} is only read", self.name()),
         }
     }
 }
@@ -299,6 +301,17 @@ multiversion! {
 }
 
 multiversion! {
+    fn iq4_nl<FMA>(row: &[f32], importance: &[f32], out: &mut [u8]) {
+        let _ = FMA;
+        each::<BLOCK, 18>(row, importance, out, |x, importance, bytes| {
+            let (d, codes) = uneven_codes(x, &weights(x, importance, 2.0 * mean_square(x)));
+            bytes[..2].copy_from_slice(&f16_bytes(d));
+            pack_nibbles(&codes, &mut bytes[2..]);
+        });
+    }
+}
+
+multiversion! {
     fn q2_k<FMA>(row: &[f32], importance: &[f32], out: &mut [u8]) {
         let _ = FMA;
         each(row, importance, out, q2_k_block);
@@ -371,13 +384,14 @@ mod tests {
         noise.iter().enumerate().map(of).collect()
     }
 
-    const SEARCHED: [Ggml; 9] = [
+    const SEARCHED: [Ggml; 10] = [
         Ggml::Q6K,
         Ggml::Q5_1,
         Ggml::Q5_0,
         Ggml::Q5K,
         Ggml::Q4_1,
         Ggml::Q4_0,
+        Ggml::Iq4Nl,
         Ggml::Q4K,
         Ggml::Q3K,
         Ggml::Q2K,

@@ -65,9 +65,9 @@ const fn number(number: u8) -> Number {
     }
 }
 
-/// Bytes that are read while memory brings others: rows that are multiplied together lie too near each other for the CPU
-/// to see the order in which they are read.
-const AHEAD: usize = 2048;
+/// Bytes behind the next rows that are multiplied together, at which memory is asked for what comes then, in the order in
+/// which it lies: in the order in which rows beside each other are read, memory gives a fifth less.
+const AHEAD: usize = 4096;
 
 impl Work for Product<'_> {
     #[inline(always)]
@@ -151,16 +151,14 @@ unsafe fn sums<I: Isa, const NUMBER: u8, const R: usize, const N: usize>(
 ) -> [[f32; N]; R] {
     let (number, whole) = (number(NUMBER), cols - cols % LANES);
     let bytes = number.bytes();
-    let tile_bytes = (R * cols * bytes).max(1);
-    let ahead = tile_bytes * AHEAD.div_ceil(tile_bytes);
+    let ahead = rows[0].wrapping_add(R * cols * bytes + AHEAD);
     // SAFETY: whole steps lie in the rows, and what is left is copied to where a whole step can be read.
     unsafe {
         let mut sums = [[I::zero(); N]; R];
         for at in (0..whole).step_by(LANES) {
+            I::prefetch(ahead.wrapping_add(R * at * bytes), R * LANES * bytes);
             for (row, sums) in rows.iter().zip(&mut sums) {
-                let from = row.add(at * bytes);
-                I::prefetch(from.wrapping_add(ahead), bytes * LANES);
-                let w = number.load::<I>(from);
+                let w = number.load::<I>(row.add(at * bytes));
                 for (x, sum) in x.iter().zip(sums) {
                     *sum = I::mul_add(w, I::load(x.add(at)), *sum);
                 }

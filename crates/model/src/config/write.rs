@@ -37,6 +37,9 @@ impl ModelConfig {
                 config["head_dim"] = gqa.head_dim.into();
             }
         }
+        if self.num_nextn_predict_layers > 0 {
+            config["num_nextn_predict_layers"] = self.num_nextn_predict_layers.into();
+        }
         if let Some(scaling) = scaling(&self.rope.scaling) {
             config["rope_scaling"] = scaling;
         }
@@ -140,8 +143,7 @@ mod tests {
                 let path = goldens.join(name).join(file);
                 let json = std::fs::read_to_string(&path).unwrap();
                 let json = serde_json::from_str(&json).unwrap();
-                let mut config = ModelConfig::from_json(&json, &path).unwrap();
-                config.num_nextn_predict_layers = 0;
+                let config = ModelConfig::from_json(&json, &path).unwrap();
                 let written = config.to_json();
                 let found = ModelConfig::from_json(&written, &path).unwrap();
                 assert_eq!(found, config, "{name}/{file}");

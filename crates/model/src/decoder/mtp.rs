@@ -1,8 +1,8 @@
 //! Multi-token prediction: one more layer that DeepSeek V3 has, which says from the hidden state of a position and from the
 //! token after it what the token after that one may be.
 //!
-//! It serves to guess while decoding. Nothing trains, merges or exports it here: it is no part of a [`Model`], and its
-//! tensors go into every export as they are.
+//! It serves to guess while decoding. Nothing trains or merges it here: it is no part of a [`Model`], and its tensors go into
+//! every folder that is written as they are, and into a GGUF if that is asked for.
 //!
 //! Sources: DeepSeek-V3, arXiv:2412.19437, section 2.2, with the embedding first in the input of `eh_proj`, as the published
 //! weights have it, and with the hidden state after the model's last norm.

@@ -15,7 +15,7 @@ use super::mix::{GgufType, Mix};
 use crate::Error;
 use crate::config::{AttentionConfig, Family, ModelConfig, RopeScaling};
 use crate::merge::{MergeReport, relative_error};
-use crate::weights::{keys, read_config, read_matrix, read_tensor};
+use crate::weights::{keys, mtp_keys, read_config, read_matrix, read_tensor};
 
 /// Values that are encoded at a time.
 const PIECE: usize = 1 << 20;
@@ -24,8 +24,8 @@ const LARGEST_ERROR: f64 = 0.8;
 
 /// Writes a model as the GGUF `out`, whole or not at all. `tokenizer` is metadata that is added as it is.
 ///
-/// `progress` is told tensors done and tensors in all; each of the model's is seen twice, written and checked. What the
-/// model does not run (multi-token prediction, tensors nobody knows) is left out, as llama.cpp's converter does.
+/// `progress` is told tensors done and tensors in all; each of the model's is seen twice, written and checked. Tensors that
+/// nobody knows are left out, and those for multi-token prediction unless the mix has them, as llama.cpp's converter does.
 ///
 /// # Errors
 /// If a GGUF cannot say what the model computes, reading or writing fails, or the check finds other values
@@ -37,11 +37,11 @@ pub fn write_gguf(
     out: &Path,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<MergeReport, Error> {
-    let config = read_config(model)?;
+    let mut config = read_config(model)?;
+    let keys = chosen(model, mix, &mut config)?;
     check_config(&config)?;
     let json = config.to_json();
     let layout = GgufLayout::of(&model.config_path(), &json)?;
-    let keys = keys(&config);
     let tensors = layout.tensors(&keys);
     let of = |tensor: &GgufTensor| mix.type_of(&tensor.name, &tensor.shape, &config);
     let specs = tensors.iter().map(|tensor| TensorSpec {
@@ -86,12 +86,28 @@ pub fn write_gguf(
         writer.write(&bytes)?;
     }
     writer.flush()?;
-    let mut report = check(model, &config, &Folder::open(writer.path())?, &mut step)?;
+    let written = Folder::open(writer.path())?;
+    let mut report = check((model, &config, &keys), &written, &mut step)?;
     report.tensors = specs.len();
     report.weighted = weighted;
     report.bytes = specs.iter().map(bytes_of).sum();
     writer.finish()?;
     Ok(report)
+}
+
+/// The keys and shapes of what is written. Modules for multi-token prediction that are not, the config has no more.
+fn chosen(
+    model: &Folder,
+    mix: &Mix,
+    config: &mut ModelConfig,
+) -> Result<Vec<(String, Vec<usize>)>, Error> {
+    let mut keys = keys(config);
+    if mix.mtp {
+        keys.extend(mtp_keys(model, config)?);
+    } else {
+        config.num_nextn_predict_layers = 0;
+    }
+    Ok(keys)
 }
 
 /// What the file says about itself.
@@ -300,8 +316,7 @@ fn same_stretch(config: &ModelConfig, other: &ModelConfig) -> bool {
 
 /// Compares every tensor of a written file with the model's.
 fn check(
-    model: &Folder,
-    config: &ModelConfig,
+    (model, config, keys): (&Folder, &ModelConfig, &[(String, Vec<usize>)]),
     written: &Folder,
     step: &mut dyn FnMut(),
 ) -> Result<MergeReport, Error> {
@@ -311,7 +326,7 @@ fn check(
         found,
     };
     let mut expected = config.clone();
-    (expected.num_nextn_predict_layers, expected.fp8_scales) = (0, Scales::F32);
+    expected.fp8_scales = Scales::F32;
     let found = read_config(written)?;
     expected.fp8_block = found.fp8_block;
     expected.initializer_range = found.initializer_range;
@@ -323,22 +338,22 @@ fn check(
         return Err(unfaithful("config", &expected, found));
     }
     let mut report = MergeReport::default();
-    for (key, shape) in keys(config) {
+    for (key, shape) in keys {
         step();
         let &[rows, cols] = shape.as_slice() else {
-            let [before, after] = [model, written].map(|folder| read_tensor(folder, &key, config));
+            let [before, after] = [model, written].map(|folder| read_tensor(folder, key, config));
             if before?.to_f32()? != after?.to_f32()? {
-                return Err(unfaithful(&key, "the model's values", "others".into()));
+                return Err(unfaithful(key, "the model's values", "others".into()));
             }
             continue;
         };
-        let read = |folder| read_matrix(folder, &key, [rows, cols], config.fp8_block);
+        let read = |folder| read_matrix(folder, key, [rows, cols], config.fp8_block);
         let error = relative_error(&read(model)?, None, &read(written)?);
         if error.is_nan() || error > LARGEST_ERROR {
             let found = format!("a matrix that differs by {error:.1e} of its magnitude");
-            return Err(unfaithful(&key, "the model's values, rounded", found));
+            return Err(unfaithful(key, "the model's values, rounded", found));
         }
-        report.errors.push((key, error));
+        report.errors.push((key.clone(), error));
     }
     Ok(report)
 }

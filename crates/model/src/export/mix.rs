@@ -191,16 +191,19 @@ pub enum Part {
     Embedding,
     /// The output head.
     Head,
+    /// Multi-token prediction: what a module has besides a layer.
+    Mtp,
 }
 
 impl Part {
-    const ALL: [(Self, &'static str); 6] = [
+    const ALL: [(Self, &'static str); 7] = [
         (Self::Experts, "experts"),
         (Self::Shared, "shared"),
         (Self::Attention, "attn"),
         (Self::Dense, "ffn"),
         (Self::Embedding, "embed"),
         (Self::Head, "head"),
+        (Self::Mtp, "mtp"),
     ];
 
     /// That of a GGUF's tensor, if its type is a matter of choice.
@@ -210,6 +213,7 @@ impl Part {
             "token_embd.weight" => Some(Self::Embedding),
             "output.weight" => Some(Self::Head),
             _ if !is_matrix || name.contains("ffn_gate_inp") => None,
+            _ if name.contains(".nextn.") => Some(Self::Mtp),
             _ if name.contains("_exps.") => Some(Self::Experts),
             _ if name.contains("_shexp.") => Some(Self::Shared),
             _ if name.contains(".attn_") => Some(Self::Attention),
@@ -228,6 +232,8 @@ pub struct Mix {
     pub parts: Vec<(Part, GgufType)>,
     /// What the columns of the matrices are worth, if that was measured.
     pub importance: Option<Importance>,
+    /// Whether the modules for multi-token prediction are written too.
+    pub mtp: bool,
 }
 
 impl Mix {
@@ -252,10 +258,11 @@ impl Mix {
             scheme,
             parts,
             importance: None,
+            mtp: false,
         })
     }
 
-    /// The type of a tensor by its name in a GGUF; `shape` from the outermost dimension in.
+    /// The type of a tensor by its name in a GGUF; `shape` from the outermost dimension in, the config of what is written.
     pub fn type_of(&self, name: &str, shape: &[usize], config: &ModelConfig) -> GgufType {
         let (Some(part), Some(width)) = (Part::of(name), shape.last().filter(|_| shape.len() > 1))
         else {
@@ -290,19 +297,21 @@ impl Mix {
     /// What a matrix of a layer gets.
     fn in_layer(&self, most: Ggml, name: &str, config: &ModelConfig) -> Ggml {
         let (layers, experts) = (
-            config.num_hidden_layers,
+            config.num_hidden_layers + config.num_nextn_predict_layers,
             config.moe.as_ref().map_or(0, |moe| moe.n_routed_experts),
         );
         let layer = name.split('.').nth(1).and_then(|layer| layer.parse().ok());
         let layer: usize = layer.unwrap_or(0);
         let few_experts = experts == 8;
         let is = |part: &str| name.contains(&format!(".{part}"));
-        let is_q2 = self.scheme == Scheme::Plain(GgufType::Ggml(Ggml::Q2K));
+        let is_plain = |of| self.scheme == Scheme::Plain(GgufType::Ggml(of));
+        let (is_q2, is_uneven) = (is_plain(Ggml::Q2K), is_plain(Ggml::Iq4Nl));
         let more_bits = needs_more_bits(layer, layers);
         if is("attn_v.weight") || is("attn_kv_b.weight") {
             let of = match self.scheme {
                 _ if is_q2 && queries_per_key(config) >= 4 => Ggml::Q4K,
                 _ if is_q2 => Ggml::Q3K,
+                _ if is_uneven && queries_per_key(config) >= 4 => Ggml::Q5K,
                 Scheme::Q3KM if layer < 2 => Ggml::Q5K,
                 Scheme::Q3KM => Ggml::Q4K,
                 Scheme::Q4KM | Scheme::Q5KM if more_bits => Ggml::Q6K,
@@ -322,10 +331,12 @@ impl Mix {
         }
         if is("ffn_down") {
             // The inputs of the first ones have outliers, to which a search with importance gives the whole range of a block.
-            let has_outliers = self.importance.is_some() && layer < layers / 8;
+            let (is_first, is_weighted) = (layer < layers / 8, self.importance.is_some());
+            let has_outliers = is_first && is_weighted;
             return match self.scheme {
                 Scheme::Plain(_) if has_outliers && most == Ggml::Q4_0 => Ggml::Q4_1,
                 Scheme::Plain(_) if has_outliers && most == Ggml::Q5_0 => Ggml::Q5_1,
+                _ if is_uneven && is_first && !is_weighted => Ggml::Q5K,
                 _ if is_q2 => Ggml::Q3K,
                 Scheme::Q3KM if layer < layers / 16 => Ggml::Q5K,
                 Scheme::Q3KM => Ggml::Q4K,
@@ -335,7 +346,7 @@ impl Mix {
             };
         }
         if is("attn_output.weight") {
-            let is_low = is_q2 || matches!(most, Ggml::Q3K | Ggml::Q4K);
+            let is_low = matches!(most, Ggml::Q2K | Ggml::Q3K | Ggml::Q4K | Ggml::Iq4Nl);
             return match self.scheme {
                 _ if few_experts && is_low => Ggml::Q5K,
                 _ if is_q2 => Ggml::Q3K,
@@ -430,6 +441,14 @@ mod tests {
             types("q2_k", &v3, &names),
             fixed(["q2_k", "q6_k"], "q4_0", ["q2_k", "q3_k", "q3_k", "q3_k"])
         );
+        assert_eq!(
+            types("iq4_nl", &v3, &names),
+            fixed(
+                ["iq4_nl", "q6_k"],
+                "iq4_nl",
+                ["iq4_nl", "q5_k", "iq4_nl", "iq4_nl"]
+            )
+        );
         assert_eq!(types("q8_0", &v3, &names)[..2], ["q8_0", "q8_0"]);
         assert_eq!(
             types("bf16", &v3, &names)[..4],
@@ -455,5 +474,7 @@ mod tests {
         assert_eq!(types("q5_k_m", &llama, &names), expected);
         let expected = ["q6_k", "q4_k", "q4_k", "q4_k", "q3_k", "q3_k", "q3_k"];
         assert_eq!(types("q2_k", &llama, &names), expected);
+        let expected = ["q6_k", "q5_k", "q5_k", "q5_k", "iq4_nl", "q5_k", "q5_k"];
+        assert_eq!(types("iq4_nl", &llama, &names), expected);
     }
 }
