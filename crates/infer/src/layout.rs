@@ -105,7 +105,7 @@ impl Engine {
         });
         let mut copied = Vec::new();
         Matrix::lay_out(&mut piece, self.compute, &mut |stored| {
-            copied.push(stored.clone())
+            copied.push(stored.clone());
         });
         let end = done + piece.len();
         let put = |model: &mut Model, mtp: Option<&mut Mtp>| {

@@ -158,12 +158,12 @@ impl Model {
     }
 
     /// Leaves experts in their file but for those that were used last. So many of a token's experts are asked for before a
-    /// layer chooses; none says half of those that it chooses.
+    /// layer chooses them; none says half of those that it chooses.
     pub fn cache_experts(&mut self, cache: &Arc<ExpertCache>, ahead: Option<usize>) {
-        let mut banks = 0..;
+        let mut numbers = 0..;
         self.for_each_site(&mut |_, site| {
             if let Site::Experts(experts) = site {
-                experts.cache(cache, &mut banks);
+                experts.cache(cache, &mut numbers);
             }
         });
         for layer in &mut self.model.layers {
@@ -236,7 +236,7 @@ impl DecoderLayer {
         if let FeedForward::Moe(moe) = &self.mlp
             && moe.foresees(pass)
         {
-            // Attention adds little to the residual stream beside what is there.
+            // Attention changes little of what is in the residual stream.
             let likely = self.post_attention_layernorm.forward(x.clone());
             moe.expect(likely, pass);
         }

@@ -217,6 +217,14 @@ impl Combination {
         }
     }
 
+    /// Whether tokens are guessed ahead.
+    fn guessing(&self) -> GuessArgs {
+        match self.phase {
+            Phase::Prefill => GuessArgs::default(),
+            Phase::Decode(_, guessing) => guessing,
+        }
+    }
+
     /// Tokens that a run is timed for, of all sequences.
     fn timed_tokens(&self) -> u64 {
         match self.phase {
@@ -241,9 +249,9 @@ fn check(combination: Combination, subject: &Subject) -> anyhow::Result<()> {
 
 /// The command line that measures one combination.
 fn words(args: &Args, combination: Combination) -> Vec<OsString> {
-    let (verb, tokens, guessing) = match combination.phase {
-        Phase::Prefill => ("prefill", None, GuessArgs::default()),
-        Phase::Decode(tokens, guessing) => ("decode", Some(tokens), guessing),
+    let (verb, tokens) = match combination.phase {
+        Phase::Prefill => ("prefill", None),
+        Phase::Decode(tokens, _) => ("decode", Some(tokens)),
     };
     let mut words = vec![verb.into(), args.model.clone().into()];
     let numbers = [
@@ -259,7 +267,7 @@ fn words(args: &Args, combination: Combination) -> Vec<OsString> {
     if let Some(adapter) = &args.adapter {
         words.extend(["--adapter".into(), adapter.into()]);
     }
-    if guessing.speculative {
+    if combination.guessing().speculative {
         words.push("--speculative".into());
     }
     words
@@ -279,12 +287,8 @@ fn measure(
     let mut limits = limit(LIMITS);
     memory::forget_peak();
     let started = Instant::now();
-    let guessing = match combination.phase {
-        Phase::Prefill => GuessArgs::default(),
-        Phase::Decode(_, guessing) => guessing,
-    };
     let (model, device) = subject.load(args.adapter.as_deref(), SEED, console)?;
-    let mtp = subject.module(guessing, SEED, &device)?;
+    let mtp = subject.module(combination.guessing(), SEED, &device)?;
     let mut engine = Engine::new(model, args.compute.compute(), device);
     engine.mtp = mtp;
     engine.cache = args.cache.cache_type();
@@ -292,9 +296,6 @@ fn measure(
     lay_out(&mut engine, console);
     let open_secs = started.elapsed().as_secs_f64();
     let timings = timings(&mut engine, combination, args.reps, console)?;
-    let of_runs = |timing: &Timing| timing.experts.zip(timings[0].experts);
-    let traffic = timings.last().and_then(of_runs);
-    let traffic = traffic.map(|(all, warm_up)| all.since(warm_up));
     let peak_bytes = memory::read().peak_bytes;
     limits.extend(limit(LIMITS));
 
@@ -309,7 +310,7 @@ fn measure(
         "open_seconds": open_secs,
         "first_token_seconds": timings[0].first_token_secs,
         "guessed_right_share": right_share(&timings[1..]),
-        "expert_cache": traffic.map(cache_object),
+        "expert_cache": traffic(&timings).map(cache_object),
     });
     let cost = cost(
         &engine,
@@ -331,6 +332,14 @@ fn measure(
         "reps": args.reps,
         "results": [result],
     }))
+}
+
+/// How often experts were in memory in the runs that count, where they have a cache.
+fn traffic(timings: &[Timing]) -> Option<ExpertTraffic> {
+    let [warm_up, .., last] = timings else {
+        return None;
+    };
+    Some(last.experts?.since(warm_up.experts?))
 }
 
 /// Of what was guessed, the share that was right; none where nothing was.

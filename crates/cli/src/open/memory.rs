@@ -53,18 +53,31 @@ impl MemoryArgs {
     /// Says where an engine has its weights: all in memory, if the budget has room for them (or three quarters of what is
     /// free), else those that every token needs and the experts that were used last.
     pub(crate) fn place(self, engine: &mut Engine, console: &Console) {
-        let free = || memory::read().available_bytes.unwrap_or(u64::MAX) / 4 * 3;
-        let room = self.memory_budget.unwrap_or_else(free);
-        let room = usize::try_from(room).unwrap_or(usize::MAX);
+        let free = memory::read().available_bytes.unwrap_or(u64::MAX);
+        let free = usize::try_from(free).unwrap_or(usize::MAX);
+        // The rest is for caches and for what else the machine does.
+        let room = self.memory_budget.map_or(free / 4 * 3, |bytes| {
+            usize::try_from(bytes).unwrap_or(usize::MAX)
+        });
         let (bytes, common) = (engine.size_bytes(), engine.common_bytes());
+        let in_gib = |bytes: usize| bytes as f64 / GIB;
+        let warn = |wanted: usize| {
+            if wanted > free {
+                console.note(format_args!(
+                    "weights would take {:.2} GiB of memory, of which {:.2} GiB are free: the system may end this program",
+                    in_gib(wanted),
+                    in_gib(free)
+                ));
+            }
+        };
         if bytes <= room {
             // Products in f32 decode blocks as they are stored.
             if engine.compute != Compute::F32 {
+                warn(bytes);
                 engine.keep_in_memory();
             }
             return;
         }
-        let in_gib = |bytes: usize| bytes as f64 / GIB;
         let (needed, found) = (in_gib(bytes), in_gib(room));
         if common >= room {
             console.note(format_args!(
@@ -72,6 +85,7 @@ impl MemoryArgs {
             ));
             return;
         }
+        warn(room);
         engine.cache_experts(room - common, self.read_ahead);
         console.note(format_args!(
             "weights of {needed:.2} GiB, room for {found:.2} GiB: the experts used last stay in memory ({:.2} GiB), others are read from their file",

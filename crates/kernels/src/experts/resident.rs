@@ -123,11 +123,6 @@ impl ExpertCache {
         }
     }
 
-    /// What experts are multiplied in.
-    pub fn compute(&self) -> Compute {
-        self.compute
-    }
-
     /// What was counted so far.
     pub fn traffic(&self) -> ExpertTraffic {
         self.state().traffic
