@@ -95,14 +95,17 @@ fn reading_and_writing_are_timed_in_every_combination() {
             (&batch.into(), &16.into())
         );
     }
-    let written = results("decode", &["--seq", "3,5", "--tokens", "4"]);
-    for (result, seen) in written.iter().zip([5.5, 7.5]) {
-        let bytes = result["bytes_per_token"].as_f64().unwrap();
-        let cache = seen * 3.0 * 40.0 * 4.0;
-        assert!(
-            (bytes - cache - 2.0 * (weights + 64.0)).abs() < 100.0,
-            "{result}"
-        );
+    // Rows of 40 numbers; two blocks hold one.
+    for (form, row) in [("f32", 160.0), ("f16", 80.0), ("q8_0", 68.0)] {
+        let words = ["--seq", "3,5", "--tokens", "4", "--cache", form];
+        for (result, seen) in results("decode", &words).iter().zip([5.5, 7.5]) {
+            let bytes = result["bytes_per_token"].as_f64().unwrap();
+            let cache = seen * 3.0 * row;
+            assert!(
+                (bytes - cache - 2.0 * (weights + 64.0)).abs() < 100.0,
+                "{form}: {result}"
+            );
+        }
     }
 
     let words = ["--tokens", "3", "--batch", "2"];

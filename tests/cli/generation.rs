@@ -54,6 +54,29 @@ fn several_prompts_give_what_each_gives_alone() {
 }
 
 #[test]
+fn a_cache_is_held_as_it_is_asked_for() {
+    let prompt = ["--prompt", "The capital of France is", "--logprobs", "0"];
+    let logprob = |form: &str| {
+        let found = generate(&[&prompt[..], &["--cache", form]].concat());
+        found["logprobs"][0]["logprob"].as_f64().unwrap()
+    };
+    let exact = logprob("f32");
+    for form in ["f16", "bf16", "q8_0"] {
+        let difference = (logprob(form) - exact).abs();
+        assert!(
+            difference > 0.0 && difference < 0.05,
+            "{form}: {difference}"
+        );
+    }
+    let words = ["generate", MODEL, "--prompt", "a", "--cache", "q4_0"];
+    refused(&moeforge(&words), 2, &["--cache", "q4_0"]);
+    let bytes = json(&["inspect", MODEL, "--json"])["cache_bytes_per_token"].take();
+    // 4 layers of 64 + 16 numbers.
+    let expected = serde_json::json!({"f32": 1280, "f16": 640, "bf16": 640, "q8_0": 408});
+    assert_eq!(bytes, expected);
+}
+
+#[test]
 fn text_ends_before_a_stop_string_and_tokens_say_how_probable_they_were() {
     let prompt = ["--prompt", "The capital of"];
     let whole = generate(&[&prompt[..], &["--logprobs", "2"]].concat());

@@ -329,7 +329,7 @@ mod tests {
             panic!("latent attention")
         };
         let width = mla.kv_lora_rank + mla.qk_rope_head_dim;
-        let expected = [width * 4, width * 2, width.div_ceil(32) * 34];
+        let expected = [width * 4, width * 2, width * 2, width.div_ceil(32) * 34];
         let found = CacheType::ALL.map(|form| Cache::bytes_per_token(&config, form));
         assert_eq!(
             found,

@@ -73,7 +73,9 @@ impl ComputeName {
 pub(crate) enum CacheName {
     /// As it was computed.
     F32,
-    /// Half of that, rounded to 8 significant bits.
+    /// In half of that, rounded to 11 significant bits. Numbers beyond 65,504, which models rarely have there, are too large.
+    F16,
+    /// In half of it too, rounded to 8 significant bits, whatever their size.
     Bf16,
     /// 8 bits a number, and a scale for 32.
     #[value(name = "q8_0")]
@@ -84,6 +86,7 @@ impl CacheName {
     pub(crate) fn cache_type(self) -> CacheType {
         match self {
             Self::F32 => CacheType::F32,
+            Self::F16 => CacheType::F16,
             Self::Bf16 => CacheType::Bf16,
             Self::Q8_0 => CacheType::Q8_0,
         }
@@ -97,7 +100,7 @@ pub(crate) struct EngineArgs {
     #[arg(long, value_enum, default_value_t = ComputeName::Int8)]
     pub(crate) compute: ComputeName,
     /// In what form what attention reads of earlier tokens is held.
-    #[arg(long, value_enum, value_name = "TYPE", default_value_t = CacheName::F32)]
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = CacheName::F16)]
     pub(crate) cache: CacheName,
     #[command(flatten)]
     pub(crate) guessing: GuessArgs,

@@ -31,7 +31,7 @@ fn path(name: &str) -> PathBuf {
 }
 
 /// The golden model with a cache of every form.
-fn engines(name: &str) -> [Engine; 3] {
+fn engines(name: &str) -> [Engine; 4] {
     let engine = engine(name);
     CacheType::ALL.map(|cache| {
         let mut engine = engine.clone();

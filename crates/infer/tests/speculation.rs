@@ -112,7 +112,7 @@ fn plain(engine: &Engine) -> Engine {
 }
 
 /// An engine, and something of it, with a cache of every form.
-fn in_every_form<T: Copy>((engine, of_it): (Engine, T)) -> [(Engine, T); 3] {
+fn in_every_form<T: Copy>((engine, of_it): (Engine, T)) -> [(Engine, T); 4] {
     CacheType::ALL.map(|cache| {
         let mut engine = engine.clone();
         engine.cache = cache;

@@ -43,7 +43,7 @@ struct Args {
     #[command(flatten)]
     memory: MemoryArgs,
     /// In what form what attention reads of earlier tokens is held.
-    #[arg(long, value_enum, value_name = "TYPE", default_value_t = CacheName::F32)]
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = CacheName::F16)]
     cache: CacheName,
     /// Runs that are timed, after one that is not.
     #[arg(long, value_name = "R", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=10_000))]

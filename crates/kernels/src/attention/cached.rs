@@ -12,6 +12,8 @@ use crate::simd::multiversion;
 pub enum CacheType {
     /// As they are.
     F32,
+    /// Rounded to 11 significant bits. What is beyond ±65,504 is infinite then.
+    F16,
     /// Rounded to 8 significant bits.
     Bf16,
     /// 8 bits each, and a scale for 32 that lie together: as ggml's format of that name, but that the scale is a bf16, which
@@ -25,12 +27,13 @@ const BLOCK_BYTES: usize = 34;
 
 impl CacheType {
     /// All, from many bits to few.
-    pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::Q8_0];
+    pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0];
 
     /// Its name, as `q8_0`.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
+            Self::F16 => "f16",
             Self::Bf16 => "bf16",
             Self::Q8_0 => "q8_0",
         }
@@ -40,7 +43,7 @@ impl CacheType {
     pub fn row_bytes(self, width: usize) -> usize {
         match self {
             Self::F32 => 4 * width,
-            Self::Bf16 => 2 * width,
+            Self::F16 | Self::Bf16 => 2 * width,
             Self::Q8_0 => width.div_ceil(BLOCK) * BLOCK_BYTES,
         }
     }

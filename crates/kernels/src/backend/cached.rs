@@ -15,7 +15,7 @@ use crate::product::gemm::FEW_ROWS;
 /// Rows as a backend holds them.
 #[derive(Clone, Debug, ExtensionType)]
 pub enum RowsPrimitive<B: Backend> {
-    /// Numbers in f32 or bf16, `[len, heads, width]`.
+    /// Numbers in f32, f16 or bf16, `[len, heads, width]`.
     Numbers(FloatTensor<B>),
     /// Bytes of blocks, `[len, heads, row_bytes]`, and the width of a row.
     Blocks(IntTensor<B>, usize),
@@ -81,6 +81,7 @@ impl CachedRows {
                     _ => None,
                 };
                 let rows = match cache_type {
+                    CacheType::F16 => rows.cast(DType::F16),
                     CacheType::Bf16 => rows.cast(DType::BF16),
                     _ => rows,
                 };

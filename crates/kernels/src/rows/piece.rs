@@ -98,6 +98,7 @@ impl<'a> Piece<'a> {
 
 /// The forms as constants.
 const F32: u8 = CacheType::F32 as u8;
+const F16: u8 = CacheType::F16 as u8;
 const BF16: u8 = CacheType::Bf16 as u8;
 const Q8_0: u8 = CacheType::Q8_0 as u8;
 
@@ -111,6 +112,7 @@ unsafe fn load<I: Isa, const FORM: u8>(row: *const u8, col: usize) -> I::Sums {
     unsafe {
         match FORM {
             F32 => I::load(row.add(4 * col).cast()),
+            F16 => I::load_f16(row.add(2 * col)),
             BF16 => I::load_bf16(row.add(2 * col)),
             _ => {
                 let block = row.add(col / 32 * 34);
@@ -130,7 +132,7 @@ unsafe fn load<I: Isa, const FORM: u8>(row: *const u8, col: usize) -> I::Sums {
 unsafe fn load_some<I: Isa, const FORM: u8>(row: *const u8, col: usize, n: usize) -> I::Sums {
     let size = match FORM {
         F32 => 4,
-        BF16 => 2,
+        F16 | BF16 => 2,
         // Blocks are filled up with zeros.
         // SAFETY: the caller's promise.
         _ => return unsafe { load::<I, FORM>(row, col) },
@@ -160,6 +162,7 @@ impl Work for Scores<'_> {
         unsafe {
             match self.piece.form {
                 CacheType::F32 => self.with::<I, F32>(),
+                CacheType::F16 => self.with::<I, F16>(),
                 CacheType::Bf16 => self.with::<I, BF16>(),
                 CacheType::Q8_0 => self.with::<I, Q8_0>(),
             }
@@ -275,6 +278,7 @@ impl Work for Sum<'_> {
         unsafe {
             match self.piece.form {
                 CacheType::F32 => self.with::<I, F32>(),
+                CacheType::F16 => self.with::<I, F16>(),
                 CacheType::Bf16 => self.with::<I, BF16>(),
                 CacheType::Q8_0 => self.with::<I, Q8_0>(),
             }
@@ -394,7 +398,7 @@ impl Sum<'_> {
 
 #[cfg(test)]
 mod tests {
-    use half::bf16;
+    use half::{bf16, f16};
 
     use super::*;
     use crate::attention::cached::{decode_blocks, encode_blocks};
@@ -405,6 +409,14 @@ mod tests {
         let mut values = noise(rows * width, 2);
         let packed: Vec<u8> = match form {
             CacheType::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            CacheType::F16 => {
+                let rounded = values.iter_mut().map(|v| {
+                    let rounded = f16::from_f32(*v);
+                    *v = rounded.to_f32();
+                    rounded.to_le_bytes()
+                });
+                rounded.flatten().collect()
+            }
             CacheType::Bf16 => {
                 let rounded = values.iter_mut().map(|v| {
                     let rounded = bf16::from_f32(*v);

@@ -121,9 +121,10 @@ fn a_few_queries_get_the_bits_each_gets_alone() {
 
 #[test]
 fn numbers_are_held_to_half_a_step() {
-    // Of 8 significant bits, and of 127 codes with a step that is rounded to 8 bits.
+    // Of 11 and 8 significant bits, and of 127 codes with a step that is rounded to 8 bits.
     let steps = [
         (CacheType::F32, 0.0),
+        (CacheType::F16, 0.5 / 2048.0),
         (CacheType::Bf16, 0.5 / 256.0),
         (CacheType::Q8_0, 0.5 * (1.0 + 1.0 / 512.0) / 127.0),
     ];

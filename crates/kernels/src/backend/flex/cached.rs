@@ -48,9 +48,10 @@ impl RowValues {
         let ([len, heads, _], dtype) = (dims(&self.tensor), self.tensor.dtype());
         let form = match dtype {
             DType::F32 => CacheType::F32,
+            DType::F16 => CacheType::F16,
             DType::BF16 => CacheType::Bf16,
             DType::U8 => CacheType::Q8_0,
-            other => panic!("a cache holds f32, bf16 or bytes, not {other:?}"),
+            other => panic!("a cache holds f32, f16, bf16 or bytes, not {other:?}"),
         };
         let Range { start, end } = self.range;
         Rows {
