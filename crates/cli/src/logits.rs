@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::bail;
 use burn::tensor::{Int, Tensor, TensorData};
 use checkpoint::DType;
+use infer::CHUNK;
 use model::{Cache, Pass};
 
 use crate::console::Console;
@@ -30,9 +31,6 @@ pub(crate) struct Args {
     #[arg(long, value_enum, value_name = "TYPE")]
     pub(crate) cache: Option<CacheName>,
 }
-
-/// Ids of a row in a pass that continues a cache.
-const CHUNK: usize = 512;
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let rows = data::read_ids(&args.ids)?;

@@ -23,7 +23,7 @@ use crate::speculation::groups;
 
 /// Tokens of a prompt in one pass. Attention scores of a piece are `[heads, CHUNK, kv_seq]`, so that a long prompt
 /// costs memory in proportion to its length and not to its square; products of so many rows run at full speed.
-const CHUNK: usize = 512;
+pub const CHUNK: usize = 512;
 
 /// A model that continues prompts.
 #[derive(Clone, Debug)]

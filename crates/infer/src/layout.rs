@@ -45,7 +45,7 @@ impl Engine {
     /// cannot.
     pub fn keep_in_memory(&mut self) {
         let mut wanted = 0;
-        for_each(&mut self.model, self.mtp.as_mut(), &mut |_| wanted += 1);
+        for_each(&mut self.model, self.mtp.as_mut(), &mut |_, _| wanted += 1);
         self.layout.wanted = wanted;
     }
 
@@ -65,14 +65,11 @@ impl Engine {
     /// Copies at once what would be copied between steps. Says how many bytes are copied, of how many that are to be.
     pub fn lay_out(&mut self, on_bytes: &mut dyn FnMut(usize, usize)) {
         let (first, wanted) = (self.layout.done, self.layout.wanted);
-        let (mut at, mut total, mut done) = (0, 0, 0);
-        for_each(&mut self.model, self.mtp.as_mut(), &mut |matrix| {
-            total += if (first..wanted).contains(&at) {
-                matrix.size_bytes()
-            } else {
-                0
-            };
-            at += 1;
+        let (mut total, mut done) = (0, 0);
+        for_each(&mut self.model, self.mtp.as_mut(), &mut |at, matrix| {
+            if (first..wanted).contains(&at) {
+                total += matrix.size_bytes();
+            }
         });
         while self.layout.done < wanted {
             done += self.lay_out_piece();
@@ -94,14 +91,12 @@ impl Engine {
     /// Copies some weights; returns their bytes.
     fn lay_out_piece(&mut self) -> usize {
         let Layout { wanted, done, .. } = self.layout;
-        let (mut piece, mut bytes, mut at) = (Vec::new(), 0, 0);
-        let least = self.layout.piece;
-        for_each(&mut self.model, self.mtp.as_mut(), &mut |matrix| {
+        let (mut piece, mut bytes, least) = (Vec::new(), 0, self.layout.piece);
+        for_each(&mut self.model, self.mtp.as_mut(), &mut |at, matrix| {
             if (done..wanted).contains(&at) && bytes < least {
                 bytes += matrix.size_bytes();
                 piece.push(matrix.clone());
             }
-            at += 1;
         });
         let mut copied = Vec::new();
         Matrix::lay_out(&mut piece, self.compute, &mut |stored| {
@@ -109,12 +104,10 @@ impl Engine {
         });
         let end = done + piece.len();
         let put = |model: &mut Model, mtp: Option<&mut Mtp>| {
-            let mut at = 0;
-            for_each(model, mtp, &mut |matrix| {
+            for_each(model, mtp, &mut |at, matrix| {
                 if (done..end).contains(&at) {
                     *matrix = piece[at - done].clone();
                 }
-                at += 1;
             });
         };
         put(&mut self.model, self.mtp.as_mut());
@@ -128,9 +121,14 @@ impl Engine {
     }
 }
 
-/// Visits weights in the order in which they are copied: what every token needs, as it does, so that what lies behind a weight
+/// Visits weights with their numbers, in the order in which they are copied: what every token needs, as it does, so that what lies behind a weight
 /// is mostly what is read next; then experts, if there is no cache for them; then what guesses tokens.
-fn for_each(model: &mut Model, mtp: Option<&mut Mtp>, visit: &mut dyn FnMut(&mut Matrix)) {
+fn for_each(model: &mut Model, mtp: Option<&mut Mtp>, visit: &mut dyn FnMut(usize, &mut Matrix)) {
+    let mut at = 0;
+    let visit = &mut |matrix: &mut Matrix| {
+        visit(at, matrix);
+        at += 1;
+    };
     model.for_each_common(visit);
     if model.expert_traffic().is_none() {
         model.for_each_expert(visit);
@@ -160,7 +158,7 @@ mod tests {
     /// How many matrices are of blocks in strips, and of how many.
     fn strips(engine: &mut Engine) -> [usize; 2] {
         let mut counts = [0; 2];
-        for_each(&mut engine.model, None, &mut |matrix| {
+        for_each(&mut engine.model, None, &mut |_, matrix| {
             let keys = matrix.heads().map(|heads| heads.keys(0));
             let format = keys.as_ref().unwrap_or(matrix).format();
             counts[0] += usize::from(matches!(format, Format::Strips(_)));
@@ -194,18 +192,15 @@ mod tests {
             let mut moves = engine(name);
             moves.keep_in_memory();
             moves.layout.piece = 1;
-            let mut seen = Vec::new();
             let found = moves.generate_all(&prompts, &config, 3, &mut |_, _| {});
             for (found, expected) in found.unwrap().iter().zip(&expected) {
                 assert_eq!(found.token_ids, expected.token_ids, "{name}");
                 assert_eq!(found.logprobs, expected.logprobs, "{name}");
             }
-            seen.push(strips(&mut moves));
             assert!(moves.layout.done > 20, "{name}");
             moves.lay_out(&mut |_, _| ());
             assert_eq!(moves.layout.done, moves.layout.wanted, "{name}");
-            seen.push(strips(&mut moves));
-            assert_eq!(seen[1], [counts[1]; 2], "{name}");
+            assert_eq!(strips(&mut moves), [counts[1]; 2], "{name}");
             let again = moves.generate_all(&prompts, &config, 3, &mut |_, _| {});
             assert_eq!(again.unwrap()[0].logprobs, expected[0].logprobs, "{name}");
         }

@@ -30,7 +30,7 @@ mod speculation;
 mod text_stream;
 
 pub use end_of_text::end_of_text_ids;
-pub use engine::Engine;
+pub use engine::{CHUNK, Engine};
 pub use error::{Error, Result};
 pub use sampler::{SampleConfig, Sampler};
 pub use sequence::{Context, GenerateConfig, Generation, Logprobs, Sequence, Stop};

@@ -2,9 +2,10 @@
 //! values are the first features of their keys (the absorbed form), and of keys and values that heads share in groups.
 //!
 //! The queries of all heads that share keys are rows of one product, so a piece of the context is read once for all of
-//! them, and where keys and values are the same, twice while it is in the CPU's cache. It is decoded in registers. Each piece gives sums that are unfinished, with the largest score they were made with; at the end these are
-//! brought to a common one and added in their order. Pieces are the same for any number of threads and for any form of the
-//! context, and a query's result has the bits it has without the queries after it.
+//! them, and where keys and values are the same, twice while it is in the CPU's cache. It is decoded in registers. Each piece
+//! gives sums that are unfinished, with the largest score they were made with; at the end these are brought to a common one
+//! and added in their order. Pieces are the same for any number of threads and for any form of the context, and a query's
+//! result has the bits it has without the queries after it.
 //!
 //! Source: Flash-Decoding, <https://crfm.stanford.edu/2023/10/12/flashdecoding.html>.
 

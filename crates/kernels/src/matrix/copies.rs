@@ -3,7 +3,6 @@
 //! [`Matrix::lay_out`] copies a model once and reads its file where it is mapped. Here the bytes are asked for: a page that
 //! was never mapped need not be taken out again, which would stop all threads for a moment, for each weight.
 
-use std::array;
 use std::sync::{Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -94,16 +93,7 @@ impl Copies {
     pub(crate) fn finish(self, compute: Compute) -> ([Matrix; 3], Bytes) {
         let mut at = self.memory.as_ptr().align_offset(LINE).min(LINE);
         let memory = Bytes::from(self.memory);
-        let matrices = array::from_fn(|i| {
-            let matrix = &self.stored[i];
-            let start = at;
-            at += matrix.laid_lines(compute);
-            Matrix {
-                format: matrix.laid_format(compute),
-                bytes: memory.slice(start..start + matrix.laid_bytes(compute)),
-                ..*matrix
-            }
-        });
+        let matrices = self.stored.map(|w| w.laid_in(&memory, &mut at, compute));
         (matrices, memory)
     }
 }

@@ -130,15 +130,18 @@ impl Matrix {
         }
         let (all, mut at) = (Bytes::from(all), first);
         for matrix in matrices {
-            *matrix = matrix.map_stored(&mut |part| {
-                let start = at;
-                at += part.laid_lines(compute);
-                Self {
-                    format: part.laid_format(compute),
-                    bytes: all.slice(start..start + part.laid_bytes(compute)),
-                    ..*part
-                }
-            });
+            *matrix = matrix.map_stored(&mut |part| part.laid_in(&all, &mut at, compute));
+        }
+    }
+
+    /// The matrix over its copy in some memory, which begins at a place that is moved behind it.
+    pub(super) fn laid_in(&self, memory: &Bytes, at: &mut usize, compute: Compute) -> Self {
+        let start = *at;
+        *at += self.laid_lines(compute);
+        Self {
+            format: self.laid_format(compute),
+            bytes: memory.slice(start..start + self.laid_bytes(compute)),
+            ..*self
         }
     }
 
