@@ -42,12 +42,13 @@ pub(crate) enum DeviceName {
     Cuda,
 }
 
-/// What products with weights in ggml's blocks round activations to. Other weights have no use for it.
+/// What products may round activations to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ComputeName {
     /// Nothing.
     F32,
-    /// int8 in blocks of 32, as llama.cpp does.
+    /// What the weight is in: int8 in blocks of 32 beside ggml's blocks, bf16 beside bf16, as llama.cpp does; nothing
+    /// beside f32, f16 and FP8.
     Int8,
 }
 
@@ -96,7 +97,7 @@ impl CacheName {
 /// How a model continues prompts.
 #[derive(Debug, Clone, Copy, clap::Args)]
 pub(crate) struct EngineArgs {
-    /// What products with weights in ggml's blocks round activations to.
+    /// What products round activations to.
     #[arg(long, value_enum, default_value_t = ComputeName::Int8)]
     pub(crate) compute: ComputeName,
     /// In what form what attention reads of earlier tokens is held.

@@ -631,7 +631,8 @@ fn backward_group(
         swiglu::backward(dgate.values(), dup.values(), gate);
         let gradients = [(GATE, dgate, Write::Replace), (UP, dup, Write::Add)];
         for (projection, mut dy, write) in gradients {
-            with_rounded_rows(dy.values(), inner, experts.compute, |dy| {
+            let before = experts.compute.before_products();
+            with_rounded_rows(dy.values(), inner, before, |dy| {
                 let (dy, dx) = (Mat::dense(dy, n, inner), (dx.values(), write));
                 experts.project_back(projection, expert, places.clone(), dy, dx);
             });
@@ -650,7 +651,7 @@ fn back_through_down(
     let (n, hidden) = (places.len(), experts.hidden);
     with_scratch(n * hidden, |dys| {
         slots.gather(dy, hidden, places.clone(), dys);
-        experts.compute.round_rows(dys, hidden);
+        experts.compute.before_products().round_rows(dys, hidden);
         let dys = Mat::dense(dys, n, hidden);
         experts.project_back(DOWN, expert, places, dys, (dact, Write::Replace));
     });
@@ -725,9 +726,10 @@ pub(crate) fn backward_trained(
             let mut dw = unsafe { outputs[projection].part(expert..expert + 1, 0..size) };
             let of = (experts, slots, saved);
             group.with_operands(of, dy, (projection, expert), |x, dy| {
-                with_rounded_columns([x, dy], experts.compute, |x, dy| {
+                let compute = experts.compute;
+                with_rounded_columns([x, dy], compute.before_products(), |x, dy| {
                     let dw = MatMut::dense(dw.values(), dy.cols(), x.cols());
-                    gemm(dw, dy.t(), x, 1.0, Write::Replace);
+                    compute.multiply(dw, dy.t(), x, Write::Replace);
                 });
             });
         });

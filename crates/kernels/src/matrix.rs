@@ -20,6 +20,7 @@ use crate::Error;
 use crate::fp8::e4m3_to_f32;
 use crate::ggml::Ggml;
 use crate::product::gemm::{dot, with_scratch};
+use crate::rows::decode_f16;
 use crate::simd::multiversion;
 
 /// How the numbers of a [`Matrix`] are stored.
@@ -508,17 +509,6 @@ multiversion! {
         for (code, value) in bytes.chunks_exact(2).zip(out) { *value = bf16_at(code); }
     }
 }
-/// Decodes f16, some at a time and aligned: then the library looks once for the CPU's instruction, which converts several.
-pub(crate) fn decode_f16(bytes: &[u8], out: &mut [f32]) {
-    let mut halves = [f16::ZERO; DECODED];
-    for (bytes, out) in bytes.chunks(2 * DECODED).zip(out.chunks_mut(DECODED)) {
-        let halves = &mut halves[..out.len()];
-        for (half, bytes) in halves.iter_mut().zip(bytes.as_chunks().0) {
-            *half = f16::from_le_bytes(*bytes);
-        }
-        halves.convert_to_f32_slice(out);
-    }
-}
 multiversion! {
     fn decode_f32<FMA>(bytes: &[u8], out: &mut [f32]) {
         for (code, value) in bytes.chunks_exact(4).zip(out) { *value = f32_at(code); }
@@ -530,10 +520,40 @@ multiversion! {
     }
 }
 
-/// Rounds f32 values to bf16 and back.
-pub(crate) fn round_to_bf16(values: &mut [f32]) {
-    for value in values {
-        *value = bf16::from_f32(*value).to_f32();
+/// The bits of the nearest bf16, the even one of two that are equally near: what the library gives, as vectors can make it.
+#[inline(always)]
+fn bf16_bits(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let nearest = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
+    let quiet = bits >> 16 | 0x40;
+    (if value.is_nan() { quiet } else { nearest }) as u16
+}
+
+multiversion! {
+    /// Rounds f32 values to bf16 and back.
+    fn round_to_bf16<FMA>(values: &mut [f32]) {
+        let _ = FMA;
+        for value in values {
+            *value = f32::from_bits(u32::from(bf16_bits(*value)) << 16);
+        }
+    }
+}
+multiversion! {
+    /// Rounds f32 values to bf16.
+    fn narrow_to_bf16<FMA>(values: &[f32], out: &mut [bf16]) {
+        let _ = FMA;
+        for (value, out) in values.iter().zip(out) {
+            *out = bf16::from_bits(bf16_bits(*value));
+        }
+    }
+}
+multiversion! {
+    /// The values of bf16 numbers.
+    fn widen_bf16<FMA>(values: &[bf16], out: &mut [f32]) {
+        let _ = FMA;
+        for (value, out) in values.iter().zip(out) {
+            *out = f32::from_bits(u32::from(value.to_bits()) << 16);
+        }
     }
 }
 
@@ -727,5 +747,43 @@ pub(crate) mod tests {
         )
         .unwrap_err();
         assert!(matches!(nan, Error::BadScale { idx: 0, .. }));
+    }
+
+    #[test]
+    fn rounding_to_bf16_is_the_librarys() {
+        let special = [
+            0.0,
+            -0.0,
+            f32::NAN,
+            f32::INFINITY,
+            f32::MAX,
+            1e-40,
+            f32::from_bits(0x7F80_0001),
+        ];
+        let halfway = (0..99).map(|i| f32::from_bits(0x3F80_8000 + (i << 15)));
+        let values: Vec<f32> = special
+            .into_iter()
+            .chain(halfway)
+            .chain(noise(99, 1))
+            .collect();
+        let mut narrow = vec![bf16::ZERO; values.len()];
+        narrow_to_bf16(&values, &mut narrow);
+        let expected: Vec<u16> = values
+            .iter()
+            .map(|v| bf16::from_f32(*v).to_bits())
+            .collect();
+        assert_eq!(
+            narrow.iter().map(|v| v.to_bits()).collect::<Vec<_>>(),
+            expected
+        );
+        let (mut rounded, mut widened) = (values, vec![0.0; narrow.len()]);
+        round_to_bf16(&mut rounded);
+        widen_bf16(&narrow, &mut widened);
+        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits() >> 16).collect::<Vec<_>>();
+        assert_eq!(bits(&rounded), bits(&widened));
+        assert_eq!(
+            bits(&rounded),
+            expected.into_iter().map(u32::from).collect::<Vec<_>>()
+        );
     }
 }

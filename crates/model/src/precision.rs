@@ -83,7 +83,11 @@ fn described(compute: Compute) -> [&'static str; 3] {
         Compute::F32 => ["f32", "f32", "f32"],
         Compute::Bf16 => ["bf16", "f32", "bf16"],
         Compute::F16 => ["f16", "f32", "f16"],
-        Compute::Int8 => ["int8 with blocks, f32 otherwise", "f32", "f32"],
+        Compute::Int8 => [
+            "int8 with blocks, bf16 with bf16, f32 otherwise",
+            "f32",
+            "f32",
+        ],
         Compute::Fp8(Scales::F32) => ["E4M3, f32 scales", "f32", "E4M3"],
         Compute::Fp8(Scales::PowerOfTwo) => ["E4M3, UE8M0 scales", "f32", "E4M3"],
         Compute::Fp8(Scales::One) => ["E4M3, no scales", "f32", "E4M3"],

@@ -62,7 +62,10 @@ impl Kernels for Flex {
 
     fn linear_trained(x: FlexTensor, w: FlexTensor, compute: Compute, _: Compute) -> FlexTensor {
         let w = Floats::new(&w);
-        nt(&Floats::rounded(&x, compute), trained(&w, compute))
+        nt(
+            &Floats::rounded(&x, compute.before_products()),
+            trained(&w, compute),
+        )
     }
 
     fn linear_updated(
@@ -92,7 +95,7 @@ impl Kernels for Flex {
     ) -> FlexTensor {
         let factors = [&a, &b].map(Floats::new);
         let w = Weights::frozen(&w, compute).folded(folded(&factors, merge));
-        nt(&Floats::rounded(&x, w.compute()), w)
+        nt(&Floats::rounded(&x, w.compute().before_products()), w)
     }
 
     fn linear_add(mut y: FlexTensor, u: FlexTensor, b: FlexTensor) -> FlexTensor {
@@ -309,7 +312,8 @@ impl Kernels for Flex {
         compute: Compute,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
         let stacks = StackValues::new(&stacks);
-        let (x, routing) = (Floats::rounded(&x, compute), RoutingValues::new(&routing));
+        let x = Floats::rounded(&x, compute.before_products());
+        let routing = RoutingValues::new(&routing);
         experts_forward(stacks.experts(compute), &routing, &x)
     }
 
@@ -332,7 +336,13 @@ impl Kernels for Flex {
         compute: Compute,
     ) -> (FlexTensor, FlexTensor) {
         let w = Floats::new(&w);
-        loss_forward(&h, None, trained(&w, compute), &targets, compute)
+        loss_forward(
+            &h,
+            None,
+            trained(&w, compute),
+            &targets,
+            compute.before_products(),
+        )
     }
 
     fn adamw_step(

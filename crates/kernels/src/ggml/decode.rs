@@ -5,7 +5,7 @@
 use half::f16;
 
 use super::{BLOCK, Ggml, SUPER_BLOCK};
-use crate::matrix::decode_f16;
+use crate::rows::decode_f16;
 use crate::simd::multiversion;
 
 /// Values of half a super-block: the k-quants of 2, 3 and 6 bits store each half by itself.

@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use super::Matrix;
 use super::strips::ROWS;
-use crate::Error;
 use crate::product::gemm::with_scratch;
+use crate::{Error, Format};
 
 /// Side of the squares that are transposed: whole blocks of the formats that rows of a head's width can have.
 const SQUARE: usize = 32;
@@ -60,6 +60,14 @@ impl Heads {
     /// Rows of a head that rebuild its keys, and rows that rebuild its values.
     pub fn widths(&self) -> [usize; 2] {
         [self.keys.cols(), self.values.rows() / self.heads]
+    }
+
+    /// Whether both halves are bf16.
+    pub(crate) fn are_bf16(&self) -> bool {
+        let halves = [&self.keys, &self.values];
+        halves
+            .iter()
+            .all(|half| matches!(half.format(), Format::Bf16))
     }
 
     /// A head's rows for keys, transposed: `[rank, nope]`, the bytes as they are stored.

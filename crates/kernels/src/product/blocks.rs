@@ -6,6 +6,9 @@
 //!
 //! Source of the cut: Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008, with the roles of
 //! the operands exchanged, since ours are row-major.
+//!
+//! Of operands in bf16 two values that follow one another in the sum are one word, in panels and in the left rows, which are
+//! made into words some at a time.
 
 #![expect(
     unsafe_code,
@@ -16,14 +19,14 @@ use super::microkernel::{Lanes, Left, Out, Panel, Portable, WIDEST, tile};
 use super::strided::{Mat, MatMut, Write};
 use crate::product::gemm::with_scratch;
 
-/// Rows and columns of the right operand per block: its panels take half of a second-level cache of 1 MiB.
+/// Rows (of words) and columns of the right operand per block: its panels take half of a second-level cache of 1 MiB.
 const BLOCK: [usize; 2] = [512, 256];
 /// Its columns where the left operand has few rows, to which panels are worth less than what they push out of the cache.
 const NARROW_BLOCK: usize = 128;
 const FEW_ROWS: usize = 256;
 /// The same where the left operand is turned, which is done once per block: so it is wider.
 const TURNED_BLOCK: [usize; 2] = [256, 512];
-/// Rows of a transposed left operand that are turned at once: whole tiles, and whole vectors.
+/// Rows of a left operand that are turned or made into pairs at once: whole tiles, and whole vectors.
 const TURNED: usize = 48;
 /// Distance of turned rows: no power of two, which would put them into the same few lines of the first-level cache.
 const TURNED_STRIDE: usize = TURNED_BLOCK[0] + 16;
@@ -38,10 +41,34 @@ enum Version {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// Of operands that are rounded to bf16.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
 }
 
 impl Version {
-    /// Those that the CPU has, the widest last.
+    /// That of products in bf16, where the CPU has such.
+    fn bf16() -> Option<Self> {
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx512bf16")
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+        {
+            return Some(Self::Avx512Bf16);
+        }
+        None
+    }
+
+    /// Values of the sum in a word.
+    fn depth(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => 2,
+            _ => 1,
+        }
+    }
+
+    /// Those in f32 that the CPU has, the widest last.
     fn all() -> impl DoubleEndedIterator<Item = Self> {
         #[cfg(target_arch = "x86_64")]
         let (wide, wider) = (
@@ -55,10 +82,40 @@ impl Version {
     }
 }
 
+/// The right operand of a product.
+#[derive(Clone, Copy)]
+pub(super) enum Right<'a> {
+    Values(Mat<'a>),
+    /// Pairs of bf16 as words, `[sum / 2, cols]`, each column's one after another.
+    Pairs(Mat<'a>),
+}
+
+impl Right<'_> {
+    /// Rows, or pairs of rows, and columns.
+    pub(super) fn dims(&self) -> [usize; 2] {
+        let (Self::Values(b) | Self::Pairs(b)) = self;
+        [b.rows(), b.cols()]
+    }
+}
+
 /// `dst = scale · a · b`, or added to `dst`, with the widest vectors the CPU has; serial.
 pub(super) fn product(dst: &MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, write: Write) {
     let version = Version::all().next_back().unwrap_or(Version::Portable);
-    product_in(version, dst, a, b, (scale, write));
+    product_in(version, dst, a, Right::Values(b), (scale, write));
+}
+
+/// Whether [`product_bf16`] is there.
+pub(super) fn has_bf16() -> bool {
+    Version::bf16().is_some()
+}
+
+/// [`product`] of operands that are rounded to bf16, with instructions for that.
+///
+/// # Panics
+/// If the CPU has none.
+pub(super) fn product_bf16(dst: &MatMut<'_>, a: Mat<'_>, b: Right<'_>, write: Write) {
+    let version = Version::bf16().expect("instructions for bf16");
+    product_in(version, dst, a, b, (1.0, write));
 }
 
 /// [`product`] with some instructions, which the CPU has.
@@ -66,18 +123,20 @@ fn product_in(
     version: Version,
     dst: &MatMut<'_>,
     a: Mat<'_>,
-    b: Mat<'_>,
+    b: Right<'_>,
     (scale, write): (f32, Write),
 ) {
-    let (block, turned) = if a.strides()[1] == 1 {
+    let depth = version.depth();
+    let (block, turned) = if depth == 1 && a.strides()[1] == 1 {
         let [deep, wide] = BLOCK;
         let is_narrow = a.rows() < FEW_ROWS;
         ([deep, if is_narrow { NARROW_BLOCK } else { wide }], 0)
     } else {
         (TURNED_BLOCK, TURNED * TURNED_STRIDE)
     };
-    let padded = b.cols().min(block[1]).next_multiple_of(WIDEST);
-    let len = a.cols().min(block[0]) * padded + turned + CACHE_LINE / size_of::<f32>();
+    let padded = b.dims()[1].min(block[1]).next_multiple_of(WIDEST);
+    let steps = a.cols().div_ceil(depth).min(block[0]);
+    let len = steps * padded + turned + CACHE_LINE / size_of::<f32>();
     with_scratch(len, |scratch| {
         let skipped = scratch.as_ptr().align_offset(CACHE_LINE);
         let (left, panels) = scratch[skipped..].split_at_mut(turned);
@@ -99,6 +158,8 @@ fn product_in(
                 Version::Avx2 => avx2(call),
                 #[cfg(target_arch = "x86_64")]
                 Version::Avx512 => avx512(call),
+                #[cfg(target_arch = "x86_64")]
+                Version::Avx512Bf16 => avx512_bf16(call),
             }
         }
     });
@@ -108,10 +169,10 @@ fn product_in(
 struct Call<'a> {
     dst: &'a MatMut<'a>,
     a: Mat<'a>,
-    b: Mat<'a>,
+    b: Right<'a>,
     scale: f32,
     write: Write,
-    /// Rows and columns of the right operand per block.
+    /// Rows of words and columns of the right operand per block.
     block: [usize; 2],
     left: &'a mut [f32],
     panels: &'a mut [f32],
@@ -121,7 +182,14 @@ struct Call<'a> {
 #[target_feature(enable = "avx512f")]
 unsafe fn avx512(call: Call<'_>) {
     // SAFETY: this function has the feature.
-    unsafe { blocks::<super::microkernel::Avx512, 4>(call) }
+    unsafe { blocks::<super::microkernel::Avx512<1>, 4>(call) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn avx512_bf16(call: Call<'_>) {
+    // SAFETY: this function has the features.
+    unsafe { blocks::<super::microkernel::Avx512<2>, 4>(call) }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -135,20 +203,30 @@ unsafe fn avx2(call: Call<'_>) {
 /// The CPU has the instructions of `V`, and the operands fit.
 #[inline(always)]
 unsafe fn blocks<V: Lanes, const NV: usize>(call: Call<'_>) {
-    let (depth, cols) = (call.a.cols(), call.b.cols());
+    let (depth, cols) = (call.a.cols(), call.b.dims()[1]);
     let [deep, wide] = call.block;
-    for first in (0..depth).step_by(deep) {
-        let sums = first..depth.min(first + deep);
+    for first in (0..depth).step_by(deep * V::DEPTH) {
+        let sums = first..depth.min(first + deep * V::DEPTH);
+        let steps = first / V::DEPTH..sums.end.div_ceil(V::DEPTH);
         for start in (0..cols).step_by(wide) {
             let outs = start..cols.min(start + wide);
-            let b = call.b.block(sums.clone(), outs.clone());
             // SAFETY: the caller's promise; the scratch holds a block.
             unsafe {
-                let panels = if is_read_in_place::<V>(call.a, b) {
-                    Panels::in_place(b)
-                } else {
-                    pack::<V, NV>(b, call.panels);
-                    Panels::packed(call.panels, b.rows())
+                let panels = match call.b {
+                    Right::Pairs(words) => {
+                        let words = words.block(steps.clone(), outs.clone());
+                        pack::<V, NV, 1>(words, call.panels);
+                        Panels::packed(call.panels, steps.len())
+                    }
+                    Right::Values(b) => {
+                        let b = b.block(sums.clone(), outs.clone());
+                        if is_read_in_place::<V>(call.a, b) {
+                            Panels::in_place(b)
+                        } else {
+                            pack_values::<V, NV>(b, call.panels);
+                            Panels::packed(call.panels, steps.len())
+                        }
+                    }
                 };
                 let a = call.a.block(0..call.a.rows(), sums.clone());
                 let write = call.write.after(first == 0);
@@ -163,7 +241,10 @@ unsafe fn blocks<V: Lanes, const NV: usize>(call: Call<'_>) {
 /// read them.
 #[inline(always)]
 fn is_read_in_place<V: Lanes>(a: Mat<'_>, b: Mat<'_>) -> bool {
-    a.rows() <= 2 * V::ROWS && b.strides()[1] == 1 && b.cols().is_multiple_of(V::LEN)
+    V::DEPTH == 1
+        && a.rows() <= 2 * V::ROWS
+        && b.strides()[1] == 1
+        && b.cols().is_multiple_of(V::LEN)
 }
 
 /// Where the panels of a right operand lie.
@@ -219,17 +300,33 @@ fn panel_width<V: Lanes, const NV: usize>(left: usize) -> usize {
     left.next_multiple_of(V::LEN).min(NV * V::LEN)
 }
 
-/// Copies a block of the right operand into panels, rows of a panel one after another, zeros at its edge.
+/// Copies a block of the right operand into panels.
 ///
 /// # Safety
-/// As [`blocks`]; `panels` holds the padded block.
+/// As [`pack`].
 #[inline(always)]
-unsafe fn pack<V: Lanes, const NV: usize>(b: Mat<'_>, panels: &mut [f32]) {
+unsafe fn pack_values<V: Lanes, const NV: usize>(b: Mat<'_>, panels: &mut [f32]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match V::DEPTH {
+            1 => pack::<V, NV, 1>(b, panels),
+            _ => pack::<V, NV, 2>(b, panels),
+        }
+    }
+}
+
+/// Copies a block of the right operand into panels, rows of a panel one after another, zeros at its edge. `DEPTH` of its rows
+/// become one of words.
+///
+/// # Safety
+/// As [`blocks`]; `panels` holds the padded block, and `DEPTH` is 1 or that of `V`.
+#[inline(always)]
+unsafe fn pack<V: Lanes, const NV: usize, const DEPTH: usize>(b: Mat<'_>, panels: &mut [f32]) {
     let (rows, cols) = (b.rows(), b.cols());
     let strides = b.strides();
     if strides[1] == 1 {
         // SAFETY: the caller's promise.
-        return unsafe { pack_rows::<V, NV>(b, panels) };
+        return unsafe { pack_rows::<V, NV, DEPTH>(b, panels) };
     }
     let mut start = 0;
     let mut to = panels.as_mut_ptr();
@@ -239,75 +336,147 @@ unsafe fn pack<V: Lanes, const NV: usize>(b: Mat<'_>, panels: &mut [f32]) {
         // SAFETY: columns start..start + real exist, and the panels have room.
         unsafe {
             let from = b.as_ptr().add(start * strides[1]);
-            pack_columns::<V>(from, strides, [rows, real, width], to);
-            to = to.add(rows * width);
+            pack_columns::<V, DEPTH>(from, strides, [rows, real, width], to);
+            to = to.add(rows.div_ceil(DEPTH) * width);
         }
         start += width;
     }
 }
 
-/// All panels from contiguous rows, a row at a time: in the order in which they lie in memory.
+/// All panels from contiguous rows, a row of words at a time: in the order in which they lie in memory.
 ///
 /// # Safety
 /// As [`pack`].
 #[inline(always)]
-unsafe fn pack_rows<V: Lanes, const NV: usize>(b: Mat<'_>, panels: &mut [f32]) {
-    let (rows, cols) = (b.rows(), b.cols());
-    for row in 0..rows {
-        let from = b.row(row).as_ptr();
+unsafe fn pack_rows<V: Lanes, const NV: usize, const DEPTH: usize>(b: Mat<'_>, panels: &mut [f32]) {
+    let (rows, cols, stride) = (b.rows(), b.cols(), b.strides()[0]);
+    let steps = rows.div_ceil(DEPTH);
+    for step in 0..steps {
+        let from = b.row(step * DEPTH).as_ptr();
+        let depth = DEPTH.min(rows - step * DEPTH);
         let (mut start, mut panel) = (0, panels.as_mut_ptr());
         while start < cols {
             let width = panel_width::<V, NV>(cols - start);
             for at in (0..width).step_by(V::LEN) {
-                let left = cols.saturating_sub(start + at);
+                let left = cols.saturating_sub(start + at).min(V::LEN);
                 // SAFETY: only real columns are read, and the panel has `width`.
                 unsafe {
                     let from = from.wrapping_add(start + at);
-                    let values = if left >= V::LEN {
-                        V::load(from)
-                    } else {
-                        V::load_first(from, left)
+                    let words = match DEPTH {
+                        1 => first::<V>(from, left),
+                        _ => V::across(from, stride, depth, left),
                     };
-                    values.store(panel.add(row * width + at));
+                    words.store(panel.add(step * width + at));
                 }
             }
             // SAFETY: the next panel, or the end of the last.
-            panel = unsafe { panel.add(rows * width) };
+            panel = unsafe { panel.add(steps * width) };
             start += width;
         }
     }
 }
 
-/// A panel from columns, a square at a time where they are contiguous.
+/// The first `len ≤ LEN` values, zeros behind them.
+///
+/// # Safety
+/// They can be read.
+#[inline(always)]
+unsafe fn first<V: Lanes>(from: *const f32, len: usize) -> V {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if len == V::LEN {
+            V::load(from)
+        } else {
+            V::load_first(from, len)
+        }
+    }
+}
+
+/// A panel from columns, a square at a time.
 ///
 /// # Safety
 /// As [`pack`].
 #[inline(always)]
-unsafe fn pack_columns<V: Lanes>(
+unsafe fn pack_columns<V: Lanes, const DEPTH: usize>(
     from: *const f32,
     [row_stride, col_stride]: [usize; 2],
     [rows, real, width]: [usize; 3],
     to: *mut f32,
 ) {
-    if row_stride != 1 {
-        for (row, col) in (0..rows).flat_map(|row| (0..width).map(move |col| (row, col))) {
-            // SAFETY: only real columns are read.
-            unsafe {
-                let value = from.wrapping_add(row * row_stride + col * col_stride);
-                *to.add(row * width + col) = if col < real { *value } else { 0.0 };
-            }
-        }
-        return;
-    }
+    assert_eq!(row_stride, 1, "rows or columns of a view are contiguous");
     for col in (0..width).step_by(V::LEN) {
-        for row in (0..rows).step_by(V::LEN) {
-            let size = [real.saturating_sub(col), rows - row].map(|n| n.min(V::LEN));
+        for step in (0..rows.div_ceil(DEPTH)).step_by(V::LEN) {
+            let row = step * DEPTH;
+            let size = [
+                real.saturating_sub(col).min(V::LEN),
+                (rows - row).min(DEPTH * V::LEN),
+            ];
             // SAFETY: what is read lies inside the operand, what is written inside the panel.
             unsafe {
                 let from = from.wrapping_add(row + col * col_stride);
-                V::transpose(from, col_stride, size, to.add(row * width + col), width);
+                let to = to.add(step * width + col);
+                match DEPTH {
+                    1 => V::transpose(from, col_stride, size, to, width),
+                    _ => turn_along::<V>(from, col_stride, size, to, width),
+                }
             }
         }
+    }
+}
+
+/// A square of words of the largest vectors.
+#[repr(align(64))]
+struct Square([f32; WIDEST_VECTOR * WIDEST_VECTOR]);
+
+const WIDEST_VECTOR: usize = 16;
+
+/// [`Lanes::transpose`] of the words along `lines ≤ LEN` lines of `len ≤ DEPTH · LEN` values.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn turn_along<V: Lanes>(
+    from: *const f32,
+    stride: usize,
+    [lines, len]: [usize; 2],
+    to: *mut f32,
+    to_stride: usize,
+) {
+    let mut square = Square([0.0; WIDEST_VECTOR * WIDEST_VECTOR]);
+    let words = square.0.as_mut_ptr();
+    // SAFETY: the caller's promise; the square has room.
+    unsafe {
+        for line in 0..lines {
+            V::along(from.add(line * stride), len).store(words.add(line * V::LEN));
+        }
+        let size = [lines, len.div_ceil(V::DEPTH)];
+        V::transpose(words, V::LEN, size, to, to_stride);
+    }
+}
+
+/// [`Lanes::transpose`] of the words across `lines ≤ DEPTH · LEN` lines of `len ≤ LEN` values.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn turn_across<V: Lanes>(
+    from: *const f32,
+    stride: usize,
+    [lines, len]: [usize; 2],
+    to: *mut f32,
+    to_stride: usize,
+) {
+    let mut square = Square([0.0; WIDEST_VECTOR * WIDEST_VECTOR]);
+    let words = square.0.as_mut_ptr();
+    // SAFETY: the caller's promise; the square has room.
+    unsafe {
+        for line in (0..lines).step_by(V::DEPTH) {
+            let depth = V::DEPTH.min(lines - line);
+            let across = V::across(from.add(line * stride), stride, depth, len);
+            across.store(words.add(line / V::DEPTH * V::LEN));
+        }
+        let size = [lines.div_ceil(V::DEPTH), len];
+        V::transpose(words, V::LEN, size, to, to_stride);
     }
 }
 
@@ -327,14 +496,21 @@ unsafe fn block<V: Lanes, const NV: usize>(
     for first in (0..a.rows()).step_by(TURNED) {
         let group = first..a.rows().min(first + TURNED);
         let a = a.block(group.clone(), 0..a.cols());
-        let left = if a.strides()[1] == 1 {
+        let is_contiguous = a.strides()[1] == 1;
+        let left = if is_contiguous && V::DEPTH == 1 {
             Left {
                 ptr: a.as_ptr(),
                 stride: a.strides()[0],
             }
         } else {
             // SAFETY: there is room for the rows of a group.
-            unsafe { turn_left::<V>(a, left) };
+            unsafe {
+                if is_contiguous {
+                    pair_left::<V>(a, left);
+                } else {
+                    turn_left::<V>(a, left);
+                }
+            }
             Left {
                 ptr: left.as_ptr(),
                 stride: TURNED_STRIDE,
@@ -351,7 +527,8 @@ unsafe fn block<V: Lanes, const NV: usize>(
             // SAFETY: parts of one thread, one after another; the caller's promise.
             unsafe {
                 let dst = dst.part(first + row..first + rows.end, 0..dst.cols());
-                row_of_tiles::<V, NV>(dst, left, a.cols(), panels, (scale, write));
+                let steps = a.cols().div_ceil(V::DEPTH);
+                row_of_tiles::<V, NV>(dst, left, steps, panels, (scale, write));
             }
         }
     }
@@ -395,6 +572,24 @@ unsafe fn row_of_tiles<V: Lanes, const NV: usize>(
     }
 }
 
+/// Makes words of the rows of a left operand whose columns are contiguous.
+///
+/// # Safety
+/// As [`blocks`]; `to` holds the rows.
+#[inline(always)]
+unsafe fn pair_left<V: Lanes>(a: Mat<'_>, to: &mut [f32]) {
+    for (row, to) in (0..a.rows()).zip(to.chunks_mut(TURNED_STRIDE)) {
+        let from = a.row(row);
+        for col in (0..from.len()).step_by(V::DEPTH * V::LEN) {
+            // SAFETY: rows of the copy are longer than the block is deep, by a vector.
+            unsafe {
+                let words = V::along(from.as_ptr().add(col), from.len() - col);
+                words.store(to.as_mut_ptr().add(col / V::DEPTH));
+            }
+        }
+    }
+}
+
 /// Turns rows of a left operand whose columns are not contiguous.
 ///
 /// # Safety
@@ -402,24 +597,20 @@ unsafe fn row_of_tiles<V: Lanes, const NV: usize>(
 #[inline(always)]
 unsafe fn turn_left<V: Lanes>(a: Mat<'_>, to: &mut [f32]) {
     let [row_stride, col_stride] = a.strides();
-    if row_stride == 1 {
-        for col in (0..a.cols()).step_by(V::LEN) {
-            let cols = V::LEN.min(a.cols() - col);
-            for row in (0..a.rows()).step_by(V::LEN) {
-                let size = [cols, V::LEN.min(a.rows() - row)];
-                // SAFETY: what is read lies inside the operand; rows of the copy are longer than the block is deep, by a vector.
-                unsafe {
-                    let from = a.as_ptr().add(row + col * col_stride);
-                    let to = to.as_mut_ptr().add(row * TURNED_STRIDE + col);
-                    V::transpose(from, col_stride, size, to, TURNED_STRIDE);
+    assert_eq!(row_stride, 1, "rows or columns of a view are contiguous");
+    let deep = V::DEPTH * V::LEN;
+    for col in (0..a.cols()).step_by(deep) {
+        let cols = deep.min(a.cols() - col);
+        for row in (0..a.rows()).step_by(V::LEN) {
+            let size = [cols, V::LEN.min(a.rows() - row)];
+            // SAFETY: what is read lies inside the operand; rows of the copy are longer than the block is deep, by a vector.
+            unsafe {
+                let from = a.as_ptr().add(row + col * col_stride);
+                let to = to.as_mut_ptr().add(row * TURNED_STRIDE + col / V::DEPTH);
+                match V::DEPTH {
+                    1 => V::transpose(from, col_stride, size, to, TURNED_STRIDE),
+                    _ => turn_across::<V>(from, col_stride, size, to, TURNED_STRIDE),
                 }
-            }
-        }
-    } else {
-        for (row, to) in (0..a.rows()).zip(to.chunks_mut(TURNED_STRIDE)) {
-            for (col, to) in (0..a.cols()).zip(to) {
-                // SAFETY: inside the operand.
-                *to = unsafe { *a.as_ptr().add(row * row_stride + col * col_stride) };
             }
         }
     }
@@ -428,15 +619,25 @@ unsafe fn turn_left<V: Lanes>(a: Mat<'_>, to: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::matrix::round_to_bf16;
     use crate::matrix::tests::noise;
 
-    /// f32 sums of up to 300 products below 1, in another order.
+    /// f32 sums of up to 1061 products below 1, in another order.
     const TOLERANCE: f64 = 2e-4;
+
+    /// The operands as they are, or rounded to bf16.
+    fn operands([m, n, k]: [usize; 3], are_rounded: bool) -> [Vec<f32>; 2] {
+        let mut all = [noise(m * k, 1), noise(k * n, 2)];
+        if are_rounded {
+            all.iter_mut().for_each(|values| round_to_bf16(values));
+        }
+        all
+    }
 
     /// The product of every version, as bits; operands may be stored turned.
     fn all(size: [usize; 3], turned: [bool; 2], write: Write) -> Vec<(Version, Vec<f32>)> {
         let [m, n, k] = size;
-        let (a, b) = (noise(m * k, 1), noise(k * n, 2));
+        let [a, b] = operands(size, false);
         let view = |values, rows, cols, turned| match turned {
             true => Mat::dense(values, cols, rows).t(),
             false => Mat::dense(values, rows, cols),
@@ -446,14 +647,15 @@ mod tests {
             // Wider than the product, to see what is written beside it.
             let mut dst = vec![0.5; m * (n + 3)];
             let view = MatMut::new(&mut dst, m, n, n + 3);
-            product_in(version, &view, a, b, (0.75, write));
+            product_in(version, &view, a, Right::Values(b), (0.75, write));
             (version, dst)
         };
-        Version::all().map(product).collect()
+        Version::all().chain(Version::bf16()).map(product).collect()
     }
 
-    fn by_hand([m, n, k]: [usize; 3], turned: [bool; 2], write: Write) -> Vec<f64> {
-        let (a, b) = (noise(m * k, 1), noise(k * n, 2));
+    fn by_hand(size: [usize; 3], turned: [bool; 2], write: Write, are_rounded: bool) -> Vec<f64> {
+        let [m, n, k] = size;
+        let [a, b] = operands(size, are_rounded);
         let at = |values: &[f32], [rows, cols]: [usize; 2], i: usize, j: usize, turned| {
             f64::from(values[if turned { j * rows + i } else { i * cols + j }])
         };
@@ -479,13 +681,20 @@ mod tests {
             [29, 17, 300],
             [7, 530, 21],
             [25, 100, 257],
+            [50, 66, 1061],
         ];
         let ways = [[false, false], [false, true], [true, false], [true, true]];
-        for (size, turned) in sizes.iter().flat_map(|s| ways.map(|w| (*s, w))) {
+        for (size, turned) in sizes.iter().flat_map(|s| ways.map(|w| (s, w))) {
             for write in [Write::Replace, Write::Add] {
-                let expected = by_hand(size, turned, write);
-                for (version, found) in all(size, turned, write) {
-                    for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                let [expected, of_rounded] =
+                    [false, true].map(|are_rounded| by_hand(*size, turned, write, are_rounded));
+                for (version, found) in all(*size, turned, write) {
+                    let expected = if version.depth() == 1 {
+                        &expected
+                    } else {
+                        &of_rounded
+                    };
+                    for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
                         assert!(
                             (f64::from(*found) - expected).abs() < TOLERANCE,
                             "{version:?} {size:?} {turned:?} {write:?} at {i}: {found} {expected}"
@@ -507,7 +716,11 @@ mod tests {
                 sum.mul_add(0.75, before)
             })
         };
-        for (version, found) in all([m, n, k], [false, false], Write::Replace) {
+        let versions = all([m, n, k], [false, false], Write::Replace);
+        for (version, found) in versions
+            .into_iter()
+            .filter(|(version, _)| version.depth() == 1)
+        {
             // Plain ones fuse where the instruction is certain to be there.
             if version != Version::Portable || cfg!(target_arch = "aarch64") {
                 for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
@@ -519,11 +732,19 @@ mod tests {
 
     #[test]
     fn an_element_does_not_depend_on_what_is_beside_it() {
+        for version in Version::all().chain(Version::bf16()) {
+            check_alone(version);
+        }
+    }
+
+    fn check_alone(version: Version) {
+        let product = |view: &MatMut<'_>, a, b| {
+            product_in(version, view, a, Right::Values(b), (1.0, Write::Replace));
+        };
         let (a, b) = (noise(40 * 300, 1), noise(300 * 90, 2));
         let (a, b) = (Mat::dense(&a, 40, 300), Mat::dense(&b, 300, 90));
         let mut whole = vec![0.0; 40 * 90];
-        let view = MatMut::dense(&mut whole, 40, 90);
-        product(&view, a, b, 1.0, Write::Replace);
+        product(&MatMut::dense(&mut whole, 40, 90), a, b);
         for (rows, cols) in [
             (0..1, 0..90),
             (3..20, 5..6),
@@ -533,10 +754,38 @@ mod tests {
             let mut part = vec![0.0; rows.len() * cols.len()];
             let view = MatMut::dense(&mut part, rows.len(), cols.len());
             let (a, b) = (a.block(rows.clone(), 0..300), b.block(0..300, cols.clone()));
-            product(&view, a, b, 1.0, Write::Replace);
+            product(&view, a, b);
             for (row, part) in rows.zip(part.chunks(cols.len())) {
                 assert_eq!(part, &whole[row * 90..][cols.clone()]);
             }
+        }
+    }
+
+    #[test]
+    fn stored_pairs_give_what_values_do() {
+        let Some(version) = Version::bf16() else {
+            return;
+        };
+        for [m, n, k] in [[1, 5, 2], [50, 66, 1062], [300, 300, 40]] {
+            let [a, b] = operands([m, n, k], true);
+            let pairs: Vec<f32> = b
+                .as_chunks::<2>()
+                .0
+                .iter()
+                .map(|pair| {
+                    let [low, high] = pair.map(|value| value.to_bits() >> 16);
+                    f32::from_bits(low | high << 16)
+                })
+                .collect();
+            let a = Mat::dense(&a, m, k);
+            let product = |b| {
+                let mut dst = vec![f32::NAN; m * n];
+                let view = MatMut::dense(&mut dst, m, n);
+                product_in(version, &view, a, b, (1.0, Write::Replace));
+                dst
+            };
+            let found = product(Right::Pairs(Mat::dense(&pairs, n, k / 2).t()));
+            assert_eq!(found, product(Right::Values(Mat::dense(&b, n, k).t())));
         }
     }
 }

@@ -16,8 +16,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
+use crate::Compute;
 use crate::product::rows;
-use crate::product::strided::{Mat, MatMut, Write, gemm};
+use crate::product::strided::{Mat, MatMut, Write, gemm_pairs, with_rounded};
 use crate::product::team::Pieces;
 use crate::product::weights::{TILE, Weights};
 use crate::rows::{Input, MOST_ROWS, Packed};
@@ -153,8 +154,8 @@ pub(crate) fn new_nn(terms: &[Term<'_>]) -> Vec<f32> {
 }
 
 /// [`tn`] as new values.
-pub(crate) fn new_tn(dy: Mat<'_>, x: Mat<'_>) -> Vec<f32> {
-    replaced([dy.cols(), x.cols()], |dw| tn(dy, x, dw))
+pub(crate) fn new_tn(dy: Mat<'_>, x: Mat<'_>, compute: Compute) -> Vec<f32> {
+    replaced([dy.cols(), x.cols()], |dw| tn(dy, x, dw, compute))
 }
 
 multiversion! {
@@ -255,6 +256,10 @@ pub(crate) fn nt_serial(
         let rows: Vec<usize> = (0..x.rows()).collect();
         return packed.multiply((&Input::new(x, [&packed]), &rows), outs, y, write);
     }
+    if let Some(pairs) = w.pairs() {
+        let pairs = pairs.block(outs, 0..pairs.cols());
+        return gemm_pairs(y, x, pairs.t(), write);
+    }
     let rows = 0..x.rows();
     w.for_tiles(outs.clone(), 0..x.cols(), |out_tile, in_tile, tile| {
         let write = write.after(in_tile.start == 0);
@@ -262,7 +267,8 @@ pub(crate) fn nt_serial(
             rows.clone(),
             out_tile.start - outs.start..out_tile.end - outs.start,
         );
-        gemm(y, x.block(rows.clone(), in_tile), tile.t(), 1.0, write);
+        let x = x.block(rows.clone(), in_tile);
+        w.compute().multiply(y, x, tile.t(), write);
     });
 }
 
@@ -282,6 +288,14 @@ fn nt_few_rows(x: Mat<'_>, w: Weights<'_>, y: MatMut<'_>, write: Write) {
     if let Some(packed) = w.packed() {
         return multiply_rows(x, packed, y, write);
     }
+    if w.compute() == Compute::Bf16 {
+        return with_rounded(x, |x| dot_rows(x, w, &y, write));
+    }
+    dot_rows(x, w, &y, write);
+}
+
+/// A product, dot by dot.
+fn dot_rows(x: Mat<'_>, w: Weights<'_>, y: &MatMut<'_>, write: Write) {
     Pieces::new(y.cols(), FEW_ROWS_TASK).share_quickly(|outs| {
         // SAFETY: tasks write different columns.
         #[expect(unsafe_code, reason = "disjoint columns of one output")]
@@ -354,11 +368,19 @@ pub(crate) fn nn_serial(
             rows.clone(),
             out_tile.start - outs.start..out_tile.end - outs.start,
         );
-        gemm(dx, dy, tile, 1.0, write);
+        w.compute().multiply(dx, dy, tile, write);
     });
 }
 
 fn nn_few_rows(dy: Mat<'_>, w: Weights<'_>, dx: MatMut<'_>, write: Write) {
+    if w.compute() == Compute::Bf16 {
+        return with_rounded(dy, |dy| add_rows(dy, w, &dx, write));
+    }
+    add_rows(dy, w, &dx, write);
+}
+
+/// A product, row of the weight by row.
+fn add_rows(dy: Mat<'_>, w: Weights<'_>, dx: &MatMut<'_>, write: Write) {
     Pieces::new(dx.cols(), TILE).share_quickly(|ins| {
         // SAFETY: tasks write different columns.
         #[expect(unsafe_code, reason = "disjoint columns of one output")]
@@ -376,18 +398,13 @@ fn nn_few_rows(dy: Mat<'_>, w: Weights<'_>, dx: MatMut<'_>, write: Write) {
 }
 
 /// `dw = dyᵀ · x`: dy `[rows, out]`, x `[rows, in]`, dw `[out, in]`.
-pub(crate) fn tn(dy: Mat<'_>, x: Mat<'_>, dw: MatMut<'_>) {
+pub(crate) fn tn(dy: Mat<'_>, x: Mat<'_>, dw: MatMut<'_>, compute: Compute) {
     for_each_task([dy.cols(), x.cols()], 16, |outs, ins| {
         // SAFETY: tasks write different blocks.
         #[expect(unsafe_code, reason = "disjoint blocks of one output")]
         let dw = unsafe { dw.part(outs.clone(), ins.clone()) };
-        gemm(
-            dw,
-            dy.block(0..dy.rows(), outs).t(),
-            x.block(0..x.rows(), ins),
-            1.0,
-            Write::Replace,
-        );
+        let (dy, x) = (dy.block(0..dy.rows(), outs).t(), x.block(0..x.rows(), ins));
+        compute.multiply(dw, dy, x, Write::Replace);
     });
 }
 
@@ -442,9 +459,9 @@ pub(crate) fn share(n_tasks: usize, task: impl Fn(usize) + Sync) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Matrix;
     use crate::matrix::round_to_bf16;
     use crate::matrix::tests::{every_format, noise};
-    use crate::{Compute, Matrix};
 
     /// f32 sums of up to 600 products below 1, in another order.
     const TOLERANCE: f64 = 2e-4;
@@ -525,6 +542,7 @@ mod tests {
                 Mat::dense(&dy, rows, out),
                 Mat::dense(&x, rows, inner),
                 MatMut::dense(&mut dw, out, inner),
+                Compute::F32,
             );
             close(
                 &dw,
@@ -564,7 +582,7 @@ mod tests {
             });
             close(&found, expected, "y");
             let dy = Mat::dense(&dy, rows, out);
-            let dw = new_tn(dy, mats.0);
+            let dw = new_tn(dy, mats.0, Compute::F32);
             let expected = (0..out * inner)
                 .map(|i| sum(rows, |l| dy.row(l)[i / inner], |l| x[l * inner + i % inner]));
             close(&dw, expected, "dw");

@@ -3,6 +3,9 @@
 //! `tile` sums `a(i, p) · b(p, j)` over `p` with one multiplication and addition after another, fused where the CPU can, so
 //! an element's value depends on its own row and column alone: not on the tile it falls into, on the rows beside it, or on
 //! the width of fused vectors.
+//!
+//! Operands are words of 32 bits: a value each, or two in bf16 that follow one another in the sum, where the CPU has an
+//! instruction that multiplies pairs and adds both products.
 
 #![expect(
     unsafe_code,
@@ -11,10 +14,12 @@
 
 use std::hint::black_box;
 
-/// A vector of f32 values in a register.
+/// A vector of f32 values in a register, or of words of an operand.
 pub(super) trait Lanes: Copy {
     /// Values in it.
     const LEN: usize;
+    /// Values in a word of an operand.
+    const DEPTH: usize = 1;
     /// Rows of the largest tile: its sums, one row of b and a value of a fill the registers.
     const ROWS: usize;
 
@@ -35,6 +40,36 @@ pub(super) trait Lanes: Copy {
     unsafe fn store_first(self, to: *mut f32, len: usize);
     /// `self · a + b`.
     unsafe fn mul_add(self, a: Self, b: Self) -> Self;
+    /// Adds the products of words of both operands to a sum.
+    #[inline(always)]
+    unsafe fn add_products(self, a: Self, b: Self) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { a.mul_add(b, self) }
+    }
+    /// The words of the first `len ≤ DEPTH · LEN` values along a line, zeros behind them.
+    ///
+    /// # Safety
+    /// `len` values can be read.
+    #[inline(always)]
+    unsafe fn along(from: *const f32, len: usize) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match len {
+                len if len >= Self::LEN => Self::load(from),
+                _ => Self::load_first(from, len),
+            }
+        }
+    }
+    /// The words across `depth ≤ DEPTH` lines that lie `stride` apart, of the first `len ≤ LEN` values of each.
+    ///
+    /// # Safety
+    /// The values can be read.
+    #[inline(always)]
+    unsafe fn across(from: *const f32, stride: usize, depth: usize, len: usize) -> Self {
+        let _ = (stride, depth);
+        // SAFETY: the caller's promise.
+        unsafe { Self::along(from, len) }
+    }
     /// Turns `rows ≤ LEN` rows of `cols ≤ LEN` values into `cols` rows of `LEN`, zeros at their ends.
     ///
     /// # Safety
@@ -63,7 +98,7 @@ pub(super) struct Out {
     pub(super) add: bool,
 }
 
-/// Rows of the left operand: value `p` of row `i` is at `ptr + i · stride + p`.
+/// Rows of the left operand: word `p` of row `i` is at `ptr + i · stride + p`.
 #[derive(Clone, Copy)]
 pub(super) struct Left {
     pub(super) ptr: *const f32,
@@ -77,7 +112,7 @@ pub(super) struct Panel {
     pub(super) stride: usize,
 }
 
-/// One tile of `rows ≤ ROWS` rows and `NV` vectors, summed over `len` rows of a panel.
+/// One tile of `rows ≤ ROWS` rows and `NV` vectors, summed over `len` rows of a panel of words.
 ///
 /// # Safety
 /// The operands cover the tile, the panel has `len` rows of `NV · LEN` values, and the CPU has the instructions of `V`.
@@ -127,7 +162,7 @@ unsafe fn sums<V: Lanes, const MR: usize, const NV: usize>(
             for (i, sums) in sums.iter_mut().enumerate() {
                 let value = V::splat(*rows[i].add(p));
                 for (sum, b) in sums.iter_mut().zip(b) {
-                    *sum = value.mul_add(b, *sum);
+                    *sum = sum.add_products(value, b);
                 }
             }
         }
@@ -278,9 +313,45 @@ mod x86 {
 
     use super::{Lanes, MAX_ROWS};
 
-    /// Sixteen values.
+    /// Sixteen values, or words of two where `DEPTH` is 2.
     #[derive(Clone, Copy)]
-    pub(in crate::product) struct Avx512(__m512);
+    pub(in crate::product) struct Avx512<const DEPTH: usize>(__m512);
+
+    /// For two vectors of pairs: the places of the first's values, each followed by that of the second's.
+    static BY_TURNS: [u16; 32] = {
+        let mut places = [0; 32];
+        let mut i = 0;
+        while i < 32 {
+            places[i] = (i / 2 + i % 2 * 16) as u16;
+            i += 1;
+        }
+        places
+    };
+
+    /// Words as pairs of bf16.
+    #[inline(always)]
+    fn pairs(words: __m512) -> __m512bh {
+        // SAFETY: the same 512 bits.
+        unsafe { std::mem::transmute(words) }
+    }
+
+    #[inline(always)]
+    fn words(pairs: __m512bh) -> __m512 {
+        // SAFETY: the same 512 bits.
+        unsafe { std::mem::transmute(pairs) }
+    }
+
+    /// The first values, sixteen at most, zeros behind them.
+    #[inline(always)]
+    unsafe fn up_to(from: *const f32, len: usize) -> __m512 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match len {
+                16.. => _mm512_loadu_ps(from),
+                _ => _mm512_maskz_loadu_ps(mask(len), from),
+            }
+        }
+    }
 
     /// The first `len` lanes.
     #[inline(always)]
@@ -288,9 +359,11 @@ mod x86 {
         ((1u32 << len) - 1) as __mmask16
     }
 
-    // SAFETY (all below): the caller's promises about pointers; the caller checked for avx512f.
-    impl Lanes for Avx512 {
+    // SAFETY (all below): the caller's promises about pointers; the caller checked for avx512f, and for avx512bw and
+    // avx512bf16 where words are pairs.
+    impl<const DEPTH: usize> Lanes for Avx512<DEPTH> {
         const LEN: usize = 16;
+        const DEPTH: usize = DEPTH;
         const ROWS: usize = MAX_ROWS;
 
         #[inline(always)]
@@ -321,6 +394,48 @@ mod x86 {
         #[inline(always)]
         unsafe fn mul_add(self, a: Self, b: Self) -> Self {
             unsafe { Self(_mm512_fmadd_ps(self.0, a.0, b.0)) }
+        }
+
+        #[inline(always)]
+        unsafe fn add_products(self, a: Self, b: Self) -> Self {
+            unsafe {
+                match DEPTH {
+                    1 => Self(_mm512_fmadd_ps(a.0, b.0, self.0)),
+                    _ => Self(_mm512_dpbf16_ps(self.0, pairs(a.0), pairs(b.0))),
+                }
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn along(from: *const f32, len: usize) -> Self {
+            unsafe {
+                let first = up_to(from, len);
+                match DEPTH {
+                    1 => Self(first),
+                    _ => {
+                        let second = up_to(from.wrapping_add(16), len.saturating_sub(16));
+                        Self(words(_mm512_cvtne2ps_pbh(second, first)))
+                    }
+                }
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn across(from: *const f32, stride: usize, depth: usize, len: usize) -> Self {
+            unsafe {
+                let first = up_to(from, len);
+                match DEPTH {
+                    1 => Self(first),
+                    _ => {
+                        let len = if depth > 1 { len } else { 0 };
+                        let second = up_to(from.wrapping_add(stride), len);
+                        let both = words(_mm512_cvtne2ps_pbh(second, first));
+                        let places = _mm512_loadu_si512(BY_TURNS.as_ptr().cast());
+                        let both = _mm512_permutexvar_epi16(places, _mm512_castps_si512(both));
+                        Self(_mm512_castsi512_ps(both))
+                    }
+                }
+            }
         }
 
         /// Pairs, fours, then the four quarters of a register: 64 shuffles for 256 values.

@@ -12,8 +12,9 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::blocks;
-use crate::product::gemm::with_scratch;
+use super::blocks::{self, Right};
+use crate::matrix::round_to_bf16;
+use crate::product::gemm::{tiles, with_scratch};
 
 /// A matrix to read: any row and column stride.
 #[derive(Clone, Copy, Debug)]
@@ -51,6 +52,13 @@ impl<'a> Mat<'a> {
     /// Contiguous rows.
     pub(crate) fn dense(values: &'a [f32], rows: usize, cols: usize) -> Self {
         Self::new(values, rows, cols, cols)
+    }
+
+    /// Contiguous rows of pairs of bf16, a pair as a word; none where they are not aligned as words are.
+    pub(crate) fn of_pairs(bytes: &'a [u8], rows: usize, pairs: usize) -> Option<Self> {
+        // SAFETY: any four bytes are a value, and only their bits are read.
+        let (before, words, _) = unsafe { bytes.align_to::<f32>() };
+        (before.is_empty() && words.len() >= rows * pairs).then(|| Self::dense(words, rows, pairs))
     }
 
     pub(crate) fn rows(&self) -> usize {
@@ -255,6 +263,72 @@ pub(crate) fn gemm(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, write: W
     }
 }
 
+/// `dst = a · b`, or `dst += a · b`, of operands that are rounded to bf16; serial.
+///
+/// # Panics
+/// If the sizes do not fit.
+pub(crate) fn gemm_bf16(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, write: Write) {
+    if a.cols == 0 || dst.rows == 0 || dst.cols == 0 {
+        return gemm(dst, a, b, 1.0, write);
+    }
+    if blocks::has_bf16() {
+        assert_eq!([a.rows, a.cols, b.cols], [dst.rows, b.rows, dst.cols]);
+        return blocks::product_bf16(&dst, a, Right::Values(b), write);
+    }
+    gemm_rounded(dst, a, b, write);
+}
+
+/// [`gemm_bf16`] in f32.
+fn gemm_rounded(mut dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, write: Write) {
+    for depth in tiles(0..a.cols, ROUNDED_DEPTH) {
+        let (rows, cols) = (0..dst.rows, 0..dst.cols);
+        let write = write.after(depth.start == 0);
+        with_rounded(a.block(rows.clone(), depth.clone()), |a| {
+            with_rounded(b.block(depth, cols.clone()), |b| {
+                gemm(dst.block(rows, cols), a, b, 1.0, write);
+            });
+        });
+    }
+}
+
+/// The same with columns of `b` that are pairs of bf16, `[(sum + 1) / 2, cols]`, where the CPU multiplies such.
+///
+/// # Panics
+/// If the sizes do not fit or it does not.
+pub(crate) fn gemm_pairs(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, write: Write) {
+    assert_eq!(
+        [a.rows, a.cols.div_ceil(2), b.cols],
+        [dst.rows, b.rows, dst.cols]
+    );
+    if a.cols == 0 || dst.rows == 0 || dst.cols == 0 {
+        let nothing = Mat::dense(&[], 0, b.cols);
+        return gemm(dst, a.block(0..a.rows, 0..0), nothing, 1.0, write);
+    }
+    blocks::product_bf16(&dst, a, Right::Pairs(b), write);
+}
+
+/// Whether the CPU has instructions for [`gemm_pairs`].
+pub(crate) fn multiplies_pairs() -> bool {
+    blocks::has_bf16()
+}
+
+/// Values of the sum that are rounded at once, where there are no instructions for bf16.
+const ROUNDED_DEPTH: usize = 512;
+
+/// Lends values rounded to bf16, as a view of the same shape.
+pub(crate) fn with_rounded<R>(values: Mat<'_>, use_them: impl FnOnce(Mat<'_>) -> R) -> R {
+    let is_turned = values.col_stride != 1;
+    let lines = if is_turned { values.t() } else { values };
+    with_scratch(lines.rows * lines.cols, |copy| {
+        for (row, copy) in copy.chunks_exact_mut(lines.cols.max(1)).enumerate() {
+            copy.copy_from_slice(lines.row(row));
+        }
+        round_to_bf16(copy);
+        let copy = Mat::dense(copy, lines.rows, lines.cols);
+        use_them(if is_turned { copy.t() } else { copy })
+    })
+}
+
 /// Outputs of up to this width are made turned, where that reads the left operand in the order in which it lies: the
 /// gradient of a low-rank factor. Added to what is there, they round once more than wider ones.
 const NARROW: usize = 8;
@@ -281,6 +355,31 @@ fn narrow(mut dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, write: Write)
 mod tests {
     use super::*;
     use crate::matrix::tests::noise;
+
+    #[test]
+    fn bf16_is_the_same_with_instructions_for_it_and_without() {
+        let (m, n, k) = (20, 30, 1100);
+        let (a, b) = (noise(m * k, 1), noise(k * n, 2));
+        for (a, b) in [
+            (Mat::dense(&a, m, k), Mat::dense(&b, n, k).t()),
+            (Mat::dense(&a, k, m).t(), Mat::dense(&b, k, n)),
+        ] {
+            for write in [Write::Replace, Write::Add] {
+                let product = |gemm: fn(MatMut<'_>, Mat<'_>, Mat<'_>, Write)| {
+                    let mut dst = vec![1.0; m * n];
+                    gemm(MatMut::dense(&mut dst, m, n), a, b, write);
+                    dst
+                };
+                let (plain, found) = (product(gemm_rounded), product(gemm_bf16));
+                for (found, expected) in found.iter().zip(&plain) {
+                    assert!((found - expected).abs() < 2e-4, "{found} {expected}");
+                }
+                let exact = product(|dst, a, b, write| gemm(dst, a, b, 1.0, write));
+                let parts = exact.iter().zip(&plain);
+                assert!(parts.filter(|(a, b)| (**a - **b).abs() > 1e-3).count() > m * n / 2);
+            }
+        }
+    }
 
     #[test]
     fn blocks_and_transposes_multiply_as_written_out() {

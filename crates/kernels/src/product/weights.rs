@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use crate::fp8;
 use crate::product::gemm::{dot, tiles, with_scratch};
-use crate::product::strided::{Mat, MatMut, Write, gemm};
+use crate::product::strided::{Mat, MatMut, Write, gemm, multiplies_pairs};
 use crate::rows::Packed;
 use crate::{Compute, Format, Matrix, Quantizer};
 
@@ -130,22 +130,29 @@ impl<'a> Weights<'a> {
 
     /// Whether the stored values are those that are multiplied.
     fn is_exact(&self) -> bool {
-        let same = match self.compute {
-            Compute::F32 | Compute::Int8 => true,
-            Compute::Bf16 | Compute::F16 => false,
-            Compute::Fp8(_) => !self.is_rounded_in_blocks(),
+        let same = match (self.compute, self.stored) {
+            (Compute::F32 | Compute::Int8, _) => true,
+            (Compute::Bf16, Stored::Packed(matrix)) => matches!(matrix.format(), Format::Bf16),
+            (Compute::Bf16 | Compute::F16, _) => false,
+            (Compute::Fp8(_), _) => !self.is_rounded_in_blocks(),
         };
         self.folded.is_none() && same
     }
 
-    /// Calls `each` on tiles that cover the given rows and columns, rows outermost.
+    /// Whether tiles are as they are stored, at most rounded by the product itself.
+    fn has_stored_tiles(&self) -> bool {
+        self.is_exact() || self.folded.is_none() && self.compute == Compute::Bf16
+    }
+
+    /// Calls `each` on tiles that cover the given rows and columns, rows outermost. What [`Compute::multiply`] rounds is
+    /// not rounded yet.
     pub(crate) fn for_tiles(
         &self,
         rows: Range<usize>,
         cols: Range<usize>,
         mut each: impl FnMut(Range<usize>, Range<usize>, Mat<'_>),
     ) {
-        if let (Stored::Values(values, stride), true) = (self.stored, self.is_exact()) {
+        if let (Stored::Values(values, stride), true) = (self.stored, self.has_stored_tiles()) {
             let whole = Mat::dense(values, self.out_width(), stride);
             return each(rows.clone(), cols.clone(), whole.block(rows, cols));
         }
@@ -153,7 +160,11 @@ impl<'a> Weights<'a> {
             for row_tile in tiles(rows, TILE) {
                 for col_tile in tiles(cols.clone(), TILE) {
                     let tile = &mut scratch[..row_tile.len() * col_tile.len()];
-                    self.read(row_tile.clone(), col_tile.clone(), tile);
+                    self.read_for(
+                        self.compute.before_products(),
+                        (row_tile.clone(), col_tile.clone()),
+                        tile,
+                    );
                     let tile = Mat::dense(tile, row_tile.len(), col_tile.len());
                     each(row_tile.clone(), col_tile, tile);
                 }
@@ -166,6 +177,21 @@ impl<'a> Weights<'a> {
     /// # Panics
     /// If the weight is rounded in blocks and the tile does not start at the edge of one.
     pub(crate) fn read(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+        let compute = if self.is_exact() {
+            Compute::F32
+        } else {
+            self.compute
+        };
+        self.read_for(compute, (rows, cols), out);
+    }
+
+    /// [`Self::read`], rounded to what is given.
+    fn read_for(
+        &self,
+        compute: Compute,
+        (rows, cols): (Range<usize>, Range<usize>),
+        out: &mut [f32],
+    ) {
         if let Some(block) = self.block() {
             assert!(
                 rows.start.is_multiple_of(block[0]) && cols.start.is_multiple_of(block[1]),
@@ -191,9 +217,24 @@ impl<'a> Weights<'a> {
             }
             quantizer.round(out, cols.len());
         }
-        match self.compute {
+        match compute {
             Compute::Fp8(_) if !self.is_rounded_in_blocks() => {}
             compute => compute.round_weight(out, cols.len()),
+        }
+    }
+
+    /// Its rows as pairs of bf16, `[out, in / 2]`, where products in bf16 read such and it is stored so.
+    pub(crate) fn pairs(&self) -> Option<Mat<'a>> {
+        match self.stored {
+            Stored::Packed(matrix)
+                if self.compute == Compute::Bf16
+                    && self.is_exact()
+                    && matrix.cols().is_multiple_of(2)
+                    && multiplies_pairs() =>
+            {
+                Mat::of_pairs(matrix.bytes(), matrix.rows(), matrix.cols() / 2)
+            }
+            _ => None,
         }
     }
 

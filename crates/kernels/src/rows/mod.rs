@@ -2,7 +2,7 @@
 //! int8.
 //!
 //! A weight in blocks is multiplied with activations in int8 ([`Activations`]) in [`strips`], one of f32, f16 or bf16 with
-//! the activations as they are, a few rows of them at a time ([`numbers`]). Of few rows the weight's bytes are read once,
+//! the activations as they are, or rounded to bf16, a few rows of them at a time ([`numbers`]). Of few rows the weight's bytes are read once,
 //! in the order in which they lie, and nothing is written but the results: so the limit is how fast memory can be read.
 //!
 //! A result depends on its row of activations and its row of the weight alone, not on the rows beside them, and is the
@@ -27,6 +27,7 @@ use self::instructions::Instructions;
 use self::numbers::Number;
 pub(crate) use self::piece::Piece;
 use self::strips::Order;
+use crate::matrix::round_to_bf16;
 use crate::product::strided::{Mat, MatMut, Write};
 use crate::{Compute, Format, Ggml, Matrix};
 
@@ -44,6 +45,8 @@ pub(crate) struct Packed<'a> {
     bytes: &'a [u8],
     row_bytes: usize,
     kind: Kind,
+    /// Whether activations are rounded to bf16.
+    is_rounded: bool,
 }
 
 /// How a weight's bytes are read.
@@ -53,23 +56,37 @@ enum Kind {
     Blocks(Ggml, Order),
 }
 
+/// The values of f16 numbers.
+pub(crate) fn decode_f16(bytes: &[u8], out: &mut [f32]) {
+    Instructions::best().run(numbers::Decoding { bytes, out });
+}
+
 /// Activations, in the forms that some weights are multiplied with.
 #[derive(Debug)]
 pub(crate) struct Input<'a> {
     floats: Mat<'a>,
+    /// Rounded, row after row.
+    bf16: Option<Vec<f32>>,
     int8: Option<Activations>,
 }
 
 impl<'a> Input<'a> {
     /// Of weights that all read the same rows.
     pub(crate) fn new<'w>(x: Mat<'a>, weights: impl IntoIterator<Item = &'w Packed<'w>>) -> Self {
-        let is_int8 = |w: &Packed<'_>| matches!(w.kind, Kind::Blocks(..));
+        let (mut is_int8, mut is_bf16) = (false, false);
+        for weight in weights {
+            is_int8 |= matches!(weight.kind, Kind::Blocks(..));
+            is_bf16 |= weight.is_rounded;
+        }
         Self {
             floats: x,
-            int8: weights
-                .into_iter()
-                .any(is_int8)
-                .then(|| Activations::new(x)),
+            bf16: is_bf16.then(|| {
+                let mut values: Vec<f32> =
+                    (0..x.rows()).flat_map(|row| x.row(row)).copied().collect();
+                round_to_bf16(&mut values);
+                values
+            }),
+            int8: is_int8.then(|| Activations::new(x)),
         }
     }
 
@@ -85,7 +102,7 @@ impl<'a> Packed<'a> {
         let kind = match (w.format(), compute) {
             (Format::F32, Compute::F32 | Compute::Int8) => Kind::Numbers(Number::F32),
             (Format::F16, Compute::F32 | Compute::Int8) => Kind::Numbers(Number::F16),
-            (Format::Bf16, Compute::F32 | Compute::Int8) => Kind::Numbers(Number::Bf16),
+            (Format::Bf16, Compute::F32 | Compute::Bf16) => Kind::Numbers(Number::Bf16),
             (Format::Ggml(format), Compute::Int8) if multiplies(*format) => {
                 Kind::Blocks(*format, Order::Rows)
             }
@@ -96,6 +113,7 @@ impl<'a> Packed<'a> {
             bytes: w.bytes(),
             row_bytes: w.row_bytes(),
             kind,
+            is_rounded: compute == Compute::Bf16,
         })
     }
 
@@ -110,6 +128,7 @@ impl<'a> Packed<'a> {
             bytes,
             row_bytes: 4 * cols,
             kind: Kind::Numbers(Number::F32),
+            is_rounded: false,
         }
     }
 
@@ -153,7 +172,13 @@ impl<'a> Packed<'a> {
         );
         match (self.kind, &x.int8) {
             (Kind::Numbers(number), _) => {
-                let x = x.floats;
+                let floats = x.floats;
+                let x = match &x.bf16 {
+                    Some(values) if self.is_rounded => {
+                        Mat::dense(values, floats.rows(), floats.cols())
+                    }
+                    _ => floats,
+                };
                 assert!(
                     x.cols() * number.bytes() == self.row_bytes,
                     "the input width of the weight"
@@ -212,7 +237,7 @@ mod tests {
                 .into_iter()
                 .flat_map(|(rows, cols)| every_format(rows, cols, 2)),
         );
-        all.retain(|w| Packed::new(w, Compute::Int8).is_some());
+        all.retain(|w| Packed::new(w, Compute::Int8.over(w)).is_some());
         let mut in_strips = all.clone();
         Matrix::lay_out(&mut in_strips, Compute::Int8, &mut |_| ());
         in_strips.retain(|w| matches!(w.format(), Format::Strips(_)));
@@ -222,7 +247,7 @@ mod tests {
     }
 
     fn product(w: &Matrix, x: &[f32], rows: &[usize], instructions: Instructions) -> Vec<f32> {
-        let packed = Packed::new(w, Compute::Int8).unwrap();
+        let packed = Packed::new(w, Compute::Int8.over(w)).unwrap();
         let x = Mat::dense(x, x.len() / w.cols(), w.cols());
         let mut y = vec![f32::NAN; rows.len() * w.rows()];
         // In parts that are no whole strips.
@@ -241,7 +266,7 @@ mod tests {
     fn a_product_is_that_of_the_decoded_weight_and_rounded_activations() {
         for w in all() {
             let (n, cols) = (11, w.cols());
-            let (x, dense) = (noise(n * cols, 3), w.to_f32());
+            let (x, dense, name) = (noise(n * cols, 3), w.to_f32(), w.format().name());
             let mut rounded = x.clone();
             Compute::Int8.over(&w).round_rows(&mut rounded, cols);
             let order = [3, 0, 10, 10, 1, 2, 4, 5, 6, 7, 8];
@@ -257,8 +282,7 @@ mod tests {
                     let expected: f64 = products().sum();
                     assert!(
                         (f64::from(*found) - expected).abs() <= 2e-6 * size,
-                        "{:?} at {i} of {n_rows}: {found} {expected}",
-                        Packed::new(&all()[0], Compute::Int8)
+                        "{name} at {i} of {n_rows}: {found} {expected}",
                     );
                 }
             }

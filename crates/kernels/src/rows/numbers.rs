@@ -83,6 +83,33 @@ impl Work for Product<'_> {
     }
 }
 
+/// f16 numbers that become f32 values.
+#[derive(Debug)]
+pub(super) struct Decoding<'a> {
+    pub(super) bytes: &'a [u8],
+    pub(super) out: &'a mut [f32],
+}
+
+impl Work for Decoding<'_> {
+    #[inline(always)]
+    unsafe fn run<I: Isa>(self) {
+        let bytes = self.bytes.chunks(2 * LANES);
+        for (bytes, out) in bytes.zip(self.out.chunks_mut(LANES)) {
+            // SAFETY: whole steps lie in both, and what is left is copied to where a whole step can be read and written.
+            unsafe {
+                if bytes.len() == 2 * LANES && out.len() == LANES {
+                    I::store(I::load_f16(bytes.as_ptr()), out.as_mut_ptr());
+                } else {
+                    let (mut last, mut values) = ([0; 2 * LANES], [0.0; LANES]);
+                    last[..bytes.len()].copy_from_slice(bytes);
+                    I::store(I::load_f16(last.as_ptr()), values.as_mut_ptr());
+                    out.copy_from_slice(&values[..out.len()]);
+                }
+            }
+        }
+    }
+}
+
 impl Product<'_> {
     /// Cuts the rows of activations into eights, fours, twos and ones. For few of them several rows of the weight share
     /// what is read of the activations.

@@ -687,7 +687,7 @@ fn some_targets(tokens: usize, vocab: usize) -> Vec<i32> {
 }
 
 #[test]
-fn int8_is_for_weights_in_blocks_and_leaves_others_alone() {
+fn int8_is_for_weights_in_blocks_and_bf16_for_those_in_bf16() {
     let (tokens, vocab, hidden) = (12, 40, 33);
     let (h, w) = (random([tokens, hidden]), random([vocab, hidden]));
     let targets = ids(some_targets(tokens, vocab), [tokens]);
@@ -698,8 +698,15 @@ fn int8_is_for_weights_in_blocks_and_leaves_others_alone() {
             let y = linear_frozen(h.clone(), &w, compute);
             (loss.into_data(), y.into_data())
         };
-        let [in_f32, in_int8] = [Compute::F32, Compute::Int8].map(results);
-        assert_eq!(in_f32, in_int8, "{}", w.format().name());
+        let [in_f32, in_bf16, in_int8] = [Compute::F32, Compute::Bf16, Compute::Int8].map(results);
+        let expected = match w.format() {
+            Format::Bf16 => {
+                assert_ne!(in_f32, in_bf16);
+                in_bf16
+            }
+            _ => in_f32,
+        };
+        assert_eq!(expected, in_int8, "{}", w.format().name());
     }
 }
 

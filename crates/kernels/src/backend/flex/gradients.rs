@@ -5,7 +5,8 @@ use std::sync::Arc;
 use burn::backend::Flex;
 use burn::tensor::{Bytes, DType, Element};
 use burn_flex::{FlexTensor, Layout};
-use half::{bf16, f16};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use super::attention::{shape_apart, shape_together};
@@ -22,23 +23,31 @@ use crate::backend::ops::{FactorsPrimitive, StacksPrimitive};
 use crate::cross_entropy::{self, Row};
 use crate::experts::{self, InputGrads};
 use crate::fp8::encode_tiles;
+use crate::matrix::narrow_to_bf16;
 use crate::product::gemm;
 use crate::product::weights::Weights;
 use crate::{Compute, ExpertBank, ExpertLora, Matrix, Pairs, rms_norm, rope, swiglu};
 
 impl Gradients for Flex {
     fn linear_frozen_dx(dy: FlexTensor, w: &Matrix, compute: Compute) -> FlexTensor {
-        nn(&Floats::rounded(&dy, compute), Weights::frozen(w, compute))
+        nn(
+            &Floats::rounded(&dy, compute.before_products()),
+            Weights::frozen(w, compute),
+        )
     }
 
     fn linear_trained_dx(dy: FlexTensor, w: FlexTensor, compute: Compute) -> FlexTensor {
         let w = Floats::new(&w);
-        nn(&Floats::rounded(&dy, compute), trained(&w, compute))
+        nn(
+            &Floats::rounded(&dy, compute.before_products()),
+            trained(&w, compute),
+        )
     }
 
     fn linear_dw(dy: FlexTensor, x: &Kept<FlexTensor>, compute: Compute) -> FlexTensor {
-        let dy = Floats::new(&dy).rounded_columns(compute);
-        tn(&dy, &Floats::kept(x).rounded_columns(compute))
+        let before = compute.before_products();
+        let dy = Floats::new(&dy).rounded_columns(before);
+        tn(&dy, &Floats::kept(x).rounded_columns(before), compute)
     }
 
     fn linear_updated_grads(
@@ -52,9 +61,12 @@ impl Gradients for Flex {
         let values = Floats::new(&dy);
         let dlow = scaled(&nn(&values, trained(&b, Compute::F32)), update.scale);
         // First the factors': the x that is remade for them is gone when there must be room for its gradient.
-        let grads = x.map(|x| [tn(&dlow, &Floats::kept(x)), tn(&values, &Floats::new(&low))]);
+        let grads = x.map(|x| {
+            [(&dlow, Floats::kept(x)), (&values, Floats::new(&low))]
+                .map(|(dy, x)| tn(dy, &x, Compute::F32))
+        });
         let dx = want_x.then(|| {
-            let dy = Floats::rounded(&dy, update.compute);
+            let dy = Floats::rounded(&dy, update.compute.before_products());
             nn_sum(&[
                 (dy.mat(), Weights::frozen(w, update.compute)),
                 (dlow.mat(), trained(&a, Compute::F32)),
@@ -72,13 +84,13 @@ impl Gradients for Flex {
     ) -> (Option<FlexTensor>, Option<[FlexTensor; 2]>) {
         let factors = factors.each_ref().map(Floats::new);
         let weights = Weights::frozen(w, compute).folded(folded(&factors, merge));
-        let dx = want_x.then(|| nn(&Floats::rounded(&dy, compute), weights));
+        let dx = want_x.then(|| nn(&Floats::rounded(&dy, compute.before_products()), weights));
         let grads = x.map(|x| {
             let ([a, b], x) = (&factors, Floats::kept(x));
             let dy = Floats::new(&dy);
             let low = scaled(&nt(&x, trained(a, Compute::F32)), merge.scale);
             let dlow = scaled(&nn(&dy, trained(b, Compute::F32)), merge.scale);
-            [tn(&dlow, &x), tn(&dy, &low)]
+            [tn(&dlow, &x, Compute::F32), tn(&dy, &low, Compute::F32)]
         });
         (dx, grads)
     }
@@ -88,7 +100,7 @@ impl Gradients for Flex {
         let (form, bytes) = match compute {
             Compute::F32 | Compute::Int8 => (Form::Float(x), 4 * values.len()),
             Compute::Bf16 => (
-                Form::Float(narrowed(&values, bf16::from_f32, DType::BF16)),
+                Form::Float(narrowed(&values, narrow_to_bf16, DType::BF16)),
                 2 * values.len(),
             ),
             Compute::F16 => (
@@ -318,22 +330,30 @@ impl Gradients for Flex {
 }
 
 /// `dyᵀ · x`, as `[out, in]`.
-fn tn(dy: &Floats, x: &Floats) -> FlexTensor {
+fn tn(dy: &Floats, x: &Floats, compute: Compute) -> FlexTensor {
     let ([_, out], [_, width]) = (dy.dims::<2>(), x.dims::<2>());
-    let dw = gemm::new_tn(dy.mat(), x.mat());
+    let dw = gemm::new_tn(dy.mat(), x.mat(), compute);
     floats(dw, [out, width])
 }
 
-fn saturated(value: f32) -> f16 {
+fn saturated(values: &[f32], out: &mut [f16]) {
     let largest = f16::MAX.to_f32();
-    f16::from_f32(value.clamp(-largest, largest))
+    let clamped: Vec<f32> = values.iter().map(|v| v.clamp(-largest, largest)).collect();
+    out.convert_from_f32_slice(&clamped);
 }
 
 /// The same values as narrower numbers.
-fn narrowed<T: Element + Send>(values: &Floats, narrow: fn(f32) -> T, dtype: DType) -> FlexTensor {
-    let narrow: Vec<T> = values.par_iter().map(|v| narrow(*v)).collect();
+fn narrowed<T: Element + Default + Send>(
+    values: &Floats,
+    narrow: fn(&[f32], &mut [T]),
+    dtype: DType,
+) -> FlexTensor {
+    let mut all = vec![T::default(); values.len()];
+    all.par_chunks_mut(ELEMENTS)
+        .zip(values.par_chunks(ELEMENTS))
+        .for_each(|(out, values)| narrow(values, out));
     FlexTensor::new(
-        Bytes::from_elems(narrow),
+        Bytes::from_elems(all),
         Layout::contiguous(values.shape()),
         dtype,
     )

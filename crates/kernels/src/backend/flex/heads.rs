@@ -78,7 +78,7 @@ pub(super) fn multiply_heads(
             // SAFETY: tasks write different columns.
             #[expect(unsafe_code, reason = "disjoint columns of one output")]
             let out = unsafe { all.part(0..tokens, cols(head)) };
-            multiply(x.of_head(head, tokens), w, head, rows, out);
+            multiply(x.of_head(head, tokens), (w, compute), head, rows, out);
         }),
     }
 }
@@ -123,15 +123,17 @@ fn multiply_rows(
     multiply_all(&products.collect::<Vec<_>>(), |_, _, _| ());
 }
 
-/// One head, in f32.
-fn multiply(x: Mat<'_>, w: &Matrix, head: usize, rows: HeadRows, out: MatMut<'_>) {
+/// One head.
+fn multiply(
+    x: Mat<'_>,
+    (w, compute): (&Matrix, Compute),
+    head: usize,
+    rows: HeadRows,
+    out: MatMut<'_>,
+) {
     if let Some(stored) = stored(w, head, rows) {
-        return gemm::nt(
-            x,
-            Weights::frozen(&stored, Compute::F32),
-            out,
-            Write::Replace,
-        );
+        let weights = Weights::frozen(&stored, compute);
+        return gemm::nt(x, weights, out, Write::Replace);
     }
     let start = head * (w.rows() / rows.heads) + rows.start;
     let part = w.row_range(start..start + rows.len);

@@ -5,12 +5,14 @@ use std::ops::Range;
 use burn::backend::Flex;
 use burn::tensor::{Bytes, DType, Shape};
 use burn_flex::{FlexTensor, Layout};
-use half::{bf16, f16};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use crate::backend::kept::{Form, Kept};
 use crate::backend::ops::Kernels;
 use crate::fp8::Tiles;
+use crate::matrix::widen_bf16;
 use crate::product::gemm::zeros;
 use crate::product::strided::Mat;
 use crate::{Compute, swiglu};
@@ -23,20 +25,32 @@ pub(super) struct Floats {
 
 impl Floats {
     pub(super) fn new(tensor: &FlexTensor) -> Self {
-        let widened = |widen: fn(&FlexTensor) -> Vec<f32>| {
-            let tensor = tensor.to_contiguous();
-            Self::in_place(floats(widen(&tensor), tensor.layout().shape().clone()))
-        };
         match tensor.dtype() {
             DType::F32 => Self::in_place(if tensor.is_contiguous() {
                 tensor.clone()
             } else {
                 tensor.to_contiguous()
             }),
-            DType::BF16 => widened(|t| t.storage::<bf16>().iter().map(|v| v.to_f32()).collect()),
-            DType::F16 => widened(|t| t.storage::<f16>().iter().map(|v| v.to_f32()).collect()),
+            DType::BF16 => Self::widened(tensor, FlexTensor::storage, widen_bf16),
+            DType::F16 => Self::widened(tensor, FlexTensor::storage, <[f16]>::convert_to_f32_slice),
             other => panic!("our kernels take f32, f16 and bf16 tensors, not {other:?}"),
         }
+    }
+
+    /// Those of narrower numbers.
+    fn widened<T: Sync>(
+        tensor: &FlexTensor,
+        storage: fn(&FlexTensor) -> &[T],
+        widen: fn(&[T], &mut [f32]),
+    ) -> Self {
+        let tensor = tensor.to_contiguous();
+        let numbers = storage(&tensor);
+        let mut values = zeros(numbers.len());
+        values
+            .par_chunks_mut(ELEMENTS)
+            .zip(numbers.par_chunks(ELEMENTS))
+            .for_each(|(values, numbers)| widen(numbers, values));
+        Self::in_place(floats(values, tensor.layout().shape().clone()))
     }
 
     /// A contiguous tensor may be a part of a larger buffer.
