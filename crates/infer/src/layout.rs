@@ -40,16 +40,21 @@ impl Default for Layout {
 }
 
 impl Engine {
-    /// Has the weights copied into memory, where products read them fastest, between steps to come. What is held of their
-    /// files is given back. Not for a model that memory has no room for: a file's bytes can be dropped and read again, copies
-    /// cannot.
-    pub fn keep_in_memory(&mut self) {
-        let mut wanted = 0;
-        for_each(&mut self.model, self.mtp.as_mut(), &mut |_, _| wanted += 1);
+    /// Has weights copied into memory, where products read them fastest, between steps to come: the first that need so many
+    /// bytes at most. What is held of their files is given back. For no more than memory has room for: a file's bytes can be
+    /// dropped and read again, copies cannot.
+    pub fn keep_in_memory(&mut self, room: usize) {
+        let (mut wanted, mut bytes) = (0, 0_usize);
+        for_each(&mut self.model, self.mtp.as_mut(), &mut |at, matrix| {
+            bytes = bytes.saturating_add(matrix.size_bytes());
+            if bytes <= room {
+                wanted = at + 1;
+            }
+        });
         self.layout.wanted = wanted;
     }
 
-    /// [`Self::keep_in_memory`] of what every token needs; of the experts those stay in memory that were used last, as many as
+    /// [`Self::keep_in_memory`] of all that every token needs; of the experts those stay in memory that were used last, as many as
     /// so many bytes hold. For a model that memory has no room for. So many of a token's experts are asked for before a layer
     /// chooses them; none says half of those that it chooses.
     pub fn cache_experts(&mut self, budget: usize, ahead: Option<usize>) {
@@ -59,7 +64,7 @@ impl Engine {
         };
         let cache = Arc::new(ExpertCache::new(budget, self.compute, file));
         self.model.cache_experts(&cache, ahead);
-        self.keep_in_memory();
+        self.keep_in_memory(usize::MAX);
     }
 
     /// Copies at once what would be copied between steps. Says how many bytes are copied, of how many that are to be.
@@ -190,14 +195,23 @@ mod tests {
             );
 
             let mut moves = engine(name);
-            moves.keep_in_memory();
+            // First a part, which is all that there is room for, then all.
+            let half = moves.size_bytes() / 2;
+            moves.keep_in_memory(half);
+            moves.lay_out(&mut |_, _| ());
+            let part = moves.layout.done;
+            assert!(part > 5, "{name}");
+            let found = moves.generate_all(&prompts, &config, 3, &mut |_, _| {});
+            assert_eq!(found.unwrap()[1].logprobs, expected[1].logprobs, "{name}");
+            assert_eq!(moves.layout.done, part, "{name}");
+            moves.keep_in_memory(usize::MAX);
             moves.layout.piece = 1;
             let found = moves.generate_all(&prompts, &config, 3, &mut |_, _| {});
             for (found, expected) in found.unwrap().iter().zip(&expected) {
                 assert_eq!(found.token_ids, expected.token_ids, "{name}");
                 assert_eq!(found.logprobs, expected.logprobs, "{name}");
             }
-            assert!(moves.layout.done > 20, "{name}");
+            assert!(moves.layout.done > part + 10, "{name}");
             moves.lay_out(&mut |_, _| ());
             assert_eq!(moves.layout.done, moves.layout.wanted, "{name}");
             assert_eq!(strips(&mut moves), [counts[1]; 2], "{name}");

@@ -341,9 +341,9 @@ fn with_adapters(guesses: bool, compute: Compute) -> (Engine, Vec<Engine>) {
     }
     // As a program does it.
     if compute == Compute::Int8 {
-        engine.keep_in_memory();
+        engine.keep_in_memory(usize::MAX);
         for engine in &mut alone {
-            engine.keep_in_memory();
+            engine.keep_in_memory(usize::MAX);
         }
     }
     for name in ADAPTERS {

@@ -267,7 +267,7 @@ fn so_it_is_with_weights_in_blocks_and_products_in_int8() {
         change_experts(&mut moe.experts, [&in_blocks, &in_blocks, &in_blocks]);
         let stored = check(&engine, &config(10), &[1, 3]);
         let (bytes, mut copied) = (engine.size_bytes(), 0);
-        engine.keep_in_memory();
+        engine.keep_in_memory(usize::MAX);
         engine.lay_out(&mut |done, total| {
             assert!(done <= total);
             copied = done;

@@ -105,13 +105,26 @@ impl Linear {
     /// If the width does not fit.
     pub fn forward_as(&self, class: Class, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
         pass.observe_input(&self.weight, &x);
-        let compute = pass.compute_of(class);
+        let compute = self.compute(class, pass);
         self.biased(match (&self.weight, self.quantizer) {
             (Weight::Frozen(frozen), Some(quantizer)) => {
                 self.forward_merged(x, &frozen.matrix, quantizer, compute)
             }
             _ => self.forward_updated(x, compute, pass),
         })
+    }
+
+    /// What its products compute in. A head that is rounded to bf16 would move every probability, and read no byte less.
+    fn compute(&self, class: Class, pass: &Pass<'_>) -> Compute {
+        let compute = pass.compute_of(class);
+        match &self.weight {
+            Weight::Frozen(frozen)
+                if class == Class::Head && compute.over(&frozen.matrix) == Compute::Bf16 =>
+            {
+                Compute::F32
+            }
+            _ => compute,
+        }
     }
 
     /// [`Self::forward`] of two layers with the same input, whose products are made together where both are frozen
@@ -298,7 +311,7 @@ impl Linear {
         targets: Tensor<1, Int>,
         pass: &Pass<'_>,
     ) -> Tensor<1> {
-        let compute = pass.compute_of(Class::Head);
+        let compute = self.compute(Class::Head, pass);
         match (&self.weight, &self.lora) {
             (Weight::Trained(weight), _) => {
                 kernels::cross_entropy_trained(hidden, weight.val(), targets, compute)

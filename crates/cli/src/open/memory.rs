@@ -20,6 +20,10 @@ pub(crate) struct MemoryArgs {
     pub(crate) read_ahead: Option<usize>,
 }
 
+/// About what a program with a small model needs besides weights, which counts where what is read again and again gets the
+/// rest of memory.
+const PROGRAM: usize = 64 << 20;
+
 const GIB: f64 = (1_u64 << 30) as f64;
 
 /// Bytes from GiB.
@@ -51,7 +55,7 @@ impl MemoryArgs {
     }
 
     /// Says where an engine has its weights: all in memory, if the budget has room for them (or three quarters of what is
-    /// free), else those that every token needs and the experts that were used last.
+    /// free), else those that every token needs and the experts that were used last, or as many as there is room for.
     pub(crate) fn place(self, engine: &mut Engine, console: &Console) {
         let free = memory::read().available_bytes.unwrap_or(u64::MAX);
         let free = usize::try_from(free).unwrap_or(usize::MAX);
@@ -74,14 +78,22 @@ impl MemoryArgs {
             // Products in f32 decode blocks as they are stored.
             if engine.compute != Compute::F32 {
                 warn(bytes);
-                engine.keep_in_memory();
+                engine.keep_in_memory(usize::MAX);
             }
             return;
         }
         let (needed, found) = (in_gib(bytes), in_gib(room));
         if common >= room {
+            let copied = match self.memory_budget {
+                Some(_) => room,
+                None => free.saturating_sub(PROGRAM) / 4 * 3,
+            };
+            if engine.compute != Compute::F32 {
+                warn(copied);
+                engine.keep_in_memory(copied);
+            }
             console.note(format_args!(
-                "weights of {needed:.2} GiB stay in their file, since there is room for {found:.2} GiB: slower than in memory"
+                "weights of {needed:.2} GiB, room for {found:.2} GiB: what there is no room for is read from its file for every token, which is slow"
             ));
             return;
         }

@@ -1,13 +1,25 @@
-//! The machine's memory and this program's, as Linux counts them; nothing is known elsewhere.
+//! The machine's memory and this program's, as far as the operating system tells.
+
+mod groups;
+mod mac;
 
 use train::Memory;
 
 /// What there is now.
 pub(crate) fn read() -> Memory {
     Memory {
-        available_bytes: bytes("/proc/meminfo", "MemAvailable:"),
+        available_bytes: available(),
         peak_bytes: bytes("/proc/self/status", "VmHWM:"),
     }
+}
+
+/// What the machine has left, or less where the program runs under a limit, as in a container.
+fn available() -> Option<u64> {
+    if cfg!(target_os = "macos") {
+        return mac::available();
+    }
+    let machine = bytes("/proc/meminfo", "MemAvailable:")?;
+    Some(groups::available().map_or(machine, |group| group.min(machine)))
 }
 
 /// Makes what is held now the most that was held, where Linux lets a program do so; see proc(5), `clear_refs`.

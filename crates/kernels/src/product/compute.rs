@@ -27,7 +27,7 @@ pub enum Compute {
 
 impl Compute {
     /// What products with a weight round to.
-    pub(crate) fn over(self, w: &Matrix) -> Self {
+    pub fn over(self, w: &Matrix) -> Self {
         match (self, w.format()) {
             (Self::Int8, Format::Ggml(format)) if rows::multiplies(*format) => self,
             (Self::Int8, Format::Strips(_)) => self,

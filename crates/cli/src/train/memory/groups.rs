@@ -1,0 +1,157 @@
+//! What Linux's control groups leave a program: containers, and services with a limit.
+//!
+//! Each group has a limit of its own and counts what those below it use; files that were read count too, until they make
+//! room. Both versions are read, of which systems mix hierarchies.
+//!
+//! Source: the kernel's documentation, admin-guide/cgroup-v2.rst and admin-guide/cgroup-v1/memory.rst.
+
+use std::path::{Path, PathBuf};
+
+/// Where a version's files are.
+struct Version {
+    /// The folder of the outermost group.
+    root: &'static str,
+    /// Files of limits.
+    limits: &'static [&'static str],
+    usage: &'static str,
+    /// Names in `memory.stat` of what can make room.
+    reclaimable: [&'static str; 2],
+}
+
+const V1: Version = Version {
+    root: "memory",
+    limits: &["memory.limit_in_bytes"],
+    usage: "memory.usage_in_bytes",
+    reclaimable: ["total_active_file", "total_inactive_file"],
+};
+const V2: Version = Version {
+    root: "",
+    limits: &["memory.max", "memory.high"],
+    usage: "memory.current",
+    reclaimable: ["active_file", "inactive_file"],
+};
+
+/// What is left of the tightest limit, if there is one.
+pub(super) fn available() -> Option<u64> {
+    let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    least(&groups, Path::new("/sys/fs/cgroup"))
+}
+
+/// The same of groups as `/proc/self/cgroup` lists them, with their files under a folder.
+fn least(groups: &str, files: &Path) -> Option<u64> {
+    let left = groups.lines().filter_map(|line| {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (parts.next()?, parts.next()?);
+        let version = match controllers {
+            "" => &V2,
+            list if list.split(',').any(|name| name == "memory") => &V1,
+            _ => return None,
+        };
+        version.least(&files.join(version.root), path)
+    });
+    left.min()
+}
+
+impl Version {
+    /// The least of a group and those that it is in. In a container the path may be one of the host's: then what there is
+    /// of it is the container's outermost group.
+    fn least(&self, root: &Path, path: &str) -> Option<u64> {
+        let group = root.join(path.trim_start_matches('/'));
+        let groups = group
+            .ancestors()
+            .take_while(|group| group.starts_with(root));
+        groups.filter_map(|group| self.left(group)).min()
+    }
+
+    /// What a group leaves, if it has a limit.
+    fn left(&self, group: &Path) -> Option<u64> {
+        let limits = self.limits.iter().map(|name| number(&group.join(name)));
+        let limit = limits.flatten().min()?;
+        let used = number(&group.join(self.usage))?;
+        let stat = std::fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
+        let lines = stat.lines().filter_map(|line| line.split_once(' '));
+        let reclaimable = lines
+            .filter(|(name, _)| self.reclaimable.contains(name))
+            .filter_map(|(_, bytes)| bytes.trim().parse::<u64>().ok());
+        let used = used.saturating_sub(reclaimable.sum());
+        Some(limit.saturating_sub(used))
+    }
+}
+
+/// The number in a file; none where it says `max`.
+fn number(file: &PathBuf) -> Option<u64> {
+    std::fs::read_to_string(file).ok()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A group's files.
+    fn group(folder: &Path, files: &[(&str, &str)]) {
+        std::fs::create_dir_all(folder).unwrap();
+        for (name, text) in files {
+            std::fs::write(folder.join(name), text).unwrap();
+        }
+    }
+
+    #[test]
+    fn the_tightest_limit_of_a_group_and_those_around_it_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = dir.path();
+        let groups = "0::/user.slice/app.service\n";
+        assert_eq!(least(groups, files), None);
+        group(
+            &files.join("user.slice/app.service"),
+            &[("memory.max", "max\n"), ("memory.current", "600\n")],
+        );
+        assert_eq!(least(groups, files), None);
+        group(
+            &files.join("user.slice"),
+            &[
+                ("memory.max", "5000\n"),
+                ("memory.current", "3000\n"),
+                (
+                    "memory.stat",
+                    "anon 2100\nfile 900\nactive_file 400\ninactive_file 500\n",
+                ),
+            ],
+        );
+        assert_eq!(least(groups, files), Some(2900));
+        group(
+            &files.join("user.slice/app.service"),
+            &[("memory.high", "1000\n")],
+        );
+        assert_eq!(least(groups, files), Some(400));
+        assert_eq!(least("0::/\n", files), None);
+    }
+
+    #[test]
+    fn the_first_version_counts_where_it_has_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = dir.path();
+        group(
+            &files.join("memory"),
+            &[
+                ("memory.limit_in_bytes", "1000\n"),
+                ("memory.usage_in_bytes", "700\n"),
+                (
+                    "memory.stat",
+                    "active_file 1\ntotal_active_file 50\ntotal_inactive_file 150\n",
+                ),
+            ],
+        );
+        // The host's path, which a container does not see.
+        let groups = "5:cpu,cpuacct:/docker/1f\n4:memory:/docker/1f\n0::/\n";
+        assert_eq!(least(groups, files), Some(500));
+        group(
+            &files.join("memory/docker/1f"),
+            &[
+                ("memory.limit_in_bytes", "800\n"),
+                ("memory.usage_in_bytes", "900\n"),
+            ],
+        );
+        assert_eq!(least(groups, files), Some(0));
+        assert_eq!(least("5:cpu:/docker/1f\n", files), None);
+    }
+}
