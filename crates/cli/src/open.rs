@@ -47,8 +47,8 @@ pub(crate) enum DeviceName {
 pub(crate) enum ComputeName {
     /// Nothing.
     F32,
-    /// What the weight is in: int8 in blocks of 32 beside ggml's blocks, bf16 beside bf16, as llama.cpp does; nothing
-    /// beside f32, f16 and FP8.
+    /// What the weight is in: int8 in blocks of 32 beside ggml's blocks, bf16 beside bf16 (but for the output head), as
+    /// llama.cpp does; nothing beside f32, f16 and FP8.
     Int8,
 }
 

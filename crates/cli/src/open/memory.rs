@@ -11,7 +11,7 @@ use crate::train::memory;
 #[derive(Debug, Default, Clone, Copy, clap::Args)]
 pub(crate) struct MemoryArgs {
     /// Most memory for weights, in GiB; by default three quarters of what is free. Where a model has more, experts stay in
-    /// their file, but for those that were used last.
+    /// their file, but for those that were used last, or whatever there is no room for.
     #[arg(long, value_name = "GIB", value_parser = gib)]
     pub(crate) memory_budget: Option<u64>,
     /// Where experts stay in their file: how many of those that a token chooses in a layer are asked for before it does;

@@ -249,8 +249,8 @@ pub fn row_norms(w: &Arc<Matrix>, [a, b]: [Tensor<2>; 2], scale: f32) -> Tensor<
     ))
 }
 
-/// Multiplies each head with its own rows of one frozen weight, in f32, or of a few tokens in int8. Has no gradient:
-/// decoding uses it.
+/// Multiplies each head with its own rows of one frozen weight, in what is asked for if products round to it themselves, else
+/// in f32. Has no gradient: decoding uses it.
 ///
 /// # Shapes
 /// - `w`: `[heads · rows_per_head, in]`

@@ -215,7 +215,7 @@ unsafe fn blocks<V: Lanes, const NV: usize>(call: Call<'_>) {
                 let panels = match call.b {
                     Right::Pairs(words) => {
                         let words = words.block(steps.clone(), outs.clone());
-                        pack::<V, NV, 1>(words, call.panels);
+                        pack::<V::Words, NV>(words, call.panels);
                         Panels::packed(call.panels, steps.len())
                     }
                     Right::Values(b) => {
@@ -223,7 +223,7 @@ unsafe fn blocks<V: Lanes, const NV: usize>(call: Call<'_>) {
                         if is_read_in_place::<V>(call.a, b) {
                             Panels::in_place(b)
                         } else {
-                            pack_values::<V, NV>(b, call.panels);
+                            pack::<V, NV>(b, call.panels);
                             Panels::packed(call.panels, steps.len())
                         }
                     }
@@ -300,33 +300,17 @@ fn panel_width<V: Lanes, const NV: usize>(left: usize) -> usize {
     left.next_multiple_of(V::LEN).min(NV * V::LEN)
 }
 
-/// Copies a block of the right operand into panels.
+/// Copies a block of the right operand into panels, rows of a panel one after another, zeros at its edge.
 ///
 /// # Safety
-/// As [`pack`].
+/// As [`blocks`]; `panels` holds the padded block.
 #[inline(always)]
-unsafe fn pack_values<V: Lanes, const NV: usize>(b: Mat<'_>, panels: &mut [f32]) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match V::DEPTH {
-            1 => pack::<V, NV, 1>(b, panels),
-            _ => pack::<V, NV, 2>(b, panels),
-        }
-    }
-}
-
-/// Copies a block of the right operand into panels, rows of a panel one after another, zeros at its edge. `DEPTH` of its rows
-/// become one of words.
-///
-/// # Safety
-/// As [`blocks`]; `panels` holds the padded block, and `DEPTH` is 1 or that of `V`.
-#[inline(always)]
-unsafe fn pack<V: Lanes, const NV: usize, const DEPTH: usize>(b: Mat<'_>, panels: &mut [f32]) {
+unsafe fn pack<V: Lanes, const NV: usize>(b: Mat<'_>, panels: &mut [f32]) {
     let (rows, cols) = (b.rows(), b.cols());
     let strides = b.strides();
     if strides[1] == 1 {
         // SAFETY: the caller's promise.
-        return unsafe { pack_rows::<V, NV, DEPTH>(b, panels) };
+        return unsafe { pack_rows::<V, NV>(b, panels) };
     }
     let mut start = 0;
     let mut to = panels.as_mut_ptr();
@@ -336,8 +320,8 @@ unsafe fn pack<V: Lanes, const NV: usize, const DEPTH: usize>(b: Mat<'_>, panels
         // SAFETY: columns start..start + real exist, and the panels have room.
         unsafe {
             let from = b.as_ptr().add(start * strides[1]);
-            pack_columns::<V, DEPTH>(from, strides, [rows, real, width], to);
-            to = to.add(rows.div_ceil(DEPTH) * width);
+            pack_columns::<V>(from, strides, [rows, real, width], to);
+            to = to.add(rows.div_ceil(V::DEPTH) * width);
         }
         start += width;
     }
@@ -348,12 +332,12 @@ unsafe fn pack<V: Lanes, const NV: usize, const DEPTH: usize>(b: Mat<'_>, panels
 /// # Safety
 /// As [`pack`].
 #[inline(always)]
-unsafe fn pack_rows<V: Lanes, const NV: usize, const DEPTH: usize>(b: Mat<'_>, panels: &mut [f32]) {
+unsafe fn pack_rows<V: Lanes, const NV: usize>(b: Mat<'_>, panels: &mut [f32]) {
     let (rows, cols, stride) = (b.rows(), b.cols(), b.strides()[0]);
-    let steps = rows.div_ceil(DEPTH);
+    let steps = rows.div_ceil(V::DEPTH);
     for step in 0..steps {
-        let from = b.row(step * DEPTH).as_ptr();
-        let depth = DEPTH.min(rows - step * DEPTH);
+        let from = b.as_ptr().wrapping_add(step * V::DEPTH * stride);
+        let depth = V::DEPTH.min(rows - step * V::DEPTH);
         let (mut start, mut panel) = (0, panels.as_mut_ptr());
         while start < cols {
             let width = panel_width::<V, NV>(cols - start);
@@ -362,10 +346,7 @@ unsafe fn pack_rows<V: Lanes, const NV: usize, const DEPTH: usize>(b: Mat<'_>, p
                 // SAFETY: only real columns are read, and the panel has `width`.
                 unsafe {
                     let from = from.wrapping_add(start + at);
-                    let words = match DEPTH {
-                        1 => first::<V>(from, left),
-                        _ => V::across(from, stride, depth, left),
-                    };
+                    let words = V::across(from, stride, depth, left);
                     words.store(panel.add(step * width + at));
                 }
             }
@@ -376,28 +357,12 @@ unsafe fn pack_rows<V: Lanes, const NV: usize, const DEPTH: usize>(b: Mat<'_>, p
     }
 }
 
-/// The first `len ≤ LEN` values, zeros behind them.
-///
-/// # Safety
-/// They can be read.
-#[inline(always)]
-unsafe fn first<V: Lanes>(from: *const f32, len: usize) -> V {
-    // SAFETY: the caller's promise.
-    unsafe {
-        if len == V::LEN {
-            V::load(from)
-        } else {
-            V::load_first(from, len)
-        }
-    }
-}
-
 /// A panel from columns, a square at a time.
 ///
 /// # Safety
 /// As [`pack`].
 #[inline(always)]
-unsafe fn pack_columns<V: Lanes, const DEPTH: usize>(
+unsafe fn pack_columns<V: Lanes>(
     from: *const f32,
     [row_stride, col_stride]: [usize; 2],
     [rows, real, width]: [usize; 3],
@@ -405,17 +370,17 @@ unsafe fn pack_columns<V: Lanes, const DEPTH: usize>(
 ) {
     assert_eq!(row_stride, 1, "rows or columns of a view are contiguous");
     for col in (0..width).step_by(V::LEN) {
-        for step in (0..rows.div_ceil(DEPTH)).step_by(V::LEN) {
-            let row = step * DEPTH;
+        for step in (0..rows.div_ceil(V::DEPTH)).step_by(V::LEN) {
+            let row = step * V::DEPTH;
             let size = [
                 real.saturating_sub(col).min(V::LEN),
-                (rows - row).min(DEPTH * V::LEN),
+                (rows - row).min(V::DEPTH * V::LEN),
             ];
             // SAFETY: what is read lies inside the operand, what is written inside the panel.
             unsafe {
                 let from = from.wrapping_add(row + col * col_stride);
                 let to = to.add(step * width + col);
-                match DEPTH {
+                match V::DEPTH {
                     1 => V::transpose(from, col_stride, size, to, width),
                     _ => turn_along::<V>(from, col_stride, size, to, width),
                 }
@@ -581,7 +546,7 @@ unsafe fn pair_left<V: Lanes>(a: Mat<'_>, to: &mut [f32]) {
     for (row, to) in (0..a.rows()).zip(to.chunks_mut(TURNED_STRIDE)) {
         let from = a.row(row);
         for col in (0..from.len()).step_by(V::DEPTH * V::LEN) {
-            // SAFETY: rows of the copy are longer than the block is deep, by a vector.
+            // SAFETY: inside the row; rows of the copy are longer than the block is deep, by a vector.
             unsafe {
                 let words = V::along(from.as_ptr().add(col), from.len() - col);
                 words.store(to.as_mut_ptr().add(col / V::DEPTH));

@@ -49,7 +49,7 @@ impl Compute {
     /// `dst = a · b`, or added to `dst`, of operands that were rounded as [`Self::before_products`] says; serial.
     pub(crate) fn multiply(self, dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, write: Write) {
         match self {
-            Self::Bf16 => gemm_bf16(dst, a, b, write),
+            Self::Bf16 => gemm_bf16(dst, a, (b, false), write),
             _ => gemm(dst, a, b, 1.0, write),
         }
     }

@@ -1,8 +1,8 @@
 //! Matrix products over weights in any stored form.
 //!
 //! Three products make a linear layer: `y = x · wᵀ` ([`nt`]), `dx = dy · w` ([`nn`]) and `dw = dyᵀ · x` ([`tn`]).
-//! The first two take the weight as [`Weights`]: f32 values in place, or what is decoded and rounded tile by tile
-//! into scratch of the size of the second-level cache, so no converted copy of a weight ever exists.
+//! The first two take the weight as [`Weights`]: values in place, f32 or pairs of bf16, or what is decoded and rounded tile by
+//! tile into scratch of the size of the second-level cache, so no converted copy of a weight ever exists.
 //!
 //! Work is cut into tasks that are serial, along rows and columns of the result alone, so results do not depend on the
 //! number of threads. A product over few rows goes row by row through dot products: the result of a row then does not
@@ -20,7 +20,7 @@ use crate::Compute;
 use crate::product::rows;
 use crate::product::strided::{Mat, MatMut, Write, gemm_pairs, with_rounded};
 use crate::product::team::Pieces;
-use crate::product::weights::{TILE, Weights};
+use crate::product::weights::{LONG_TILE, TILE, Weights};
 use crate::rows::{Input, MOST_ROWS, Packed};
 use crate::simd::multiversion;
 
@@ -261,15 +261,20 @@ pub(crate) fn nt_serial(
         return gemm_pairs(y, x, pairs.t(), write);
     }
     let rows = 0..x.rows();
-    w.for_tiles(outs.clone(), 0..x.cols(), |out_tile, in_tile, tile| {
-        let write = write.after(in_tile.start == 0);
-        let y = y.block(
-            rows.clone(),
-            out_tile.start - outs.start..out_tile.end - outs.start,
-        );
-        let x = x.block(rows.clone(), in_tile);
-        w.compute().multiply(y, x, tile.t(), write);
-    });
+    w.for_tiles(
+        outs.clone(),
+        0..x.cols(),
+        LONG_TILE,
+        |out_tile, in_tile, tile| {
+            let write = write.after(in_tile.start == 0);
+            let y = y.block(
+                rows.clone(),
+                out_tile.start - outs.start..out_tile.end - outs.start,
+            );
+            let x = x.block(rows.clone(), in_tile);
+            w.multiply(y, x, tile.t(), write);
+        },
+    );
 }
 
 /// [`nt_sum`] of terms of which some have activations in int8: these are rounded once.
@@ -358,18 +363,23 @@ pub(crate) fn nn_serial(
     if outs.is_empty() && write == Write::Replace {
         rows.clone().for_each(|row| dx.row(row).fill(0.0));
     }
-    w.for_tiles(outs.clone(), ins.clone(), |out_tile, in_tile, tile| {
-        let write = write.after(out_tile.start == outs.start);
-        let dx = dx.block(
-            rows.clone(),
-            in_tile.start - ins.start..in_tile.end - ins.start,
-        );
-        let dy = dy.block(
-            rows.clone(),
-            out_tile.start - outs.start..out_tile.end - outs.start,
-        );
-        w.compute().multiply(dx, dy, tile, write);
-    });
+    w.for_tiles(
+        outs.clone(),
+        ins.clone(),
+        [TILE; 2],
+        |out_tile, in_tile, tile| {
+            let write = write.after(out_tile.start == outs.start);
+            let dx = dx.block(
+                rows.clone(),
+                in_tile.start - ins.start..in_tile.end - ins.start,
+            );
+            let dy = dy.block(
+                rows.clone(),
+                out_tile.start - outs.start..out_tile.end - outs.start,
+            );
+            w.multiply(dx, dy, tile, write);
+        },
+    );
 }
 
 fn nn_few_rows(dy: Mat<'_>, w: Weights<'_>, dx: MatMut<'_>, write: Write) {
@@ -459,9 +469,9 @@ pub(crate) fn share(n_tasks: usize, task: impl Fn(usize) + Sync) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Matrix;
     use crate::matrix::round_to_bf16;
     use crate::matrix::tests::{every_format, noise};
+    use crate::{Format, Matrix};
 
     /// f32 sums of up to 600 products below 1, in another order.
     const TOLERANCE: f64 = 2e-4;
@@ -668,5 +678,50 @@ mod tests {
             }),
             "bf16",
         );
+    }
+
+    /// A bf16 weight, its bytes moved by so many from where a word could begin.
+    fn bf16_weight(rows: usize, cols: usize, moved: usize) -> Matrix {
+        let values = noise(rows * cols, 7);
+        let mut bytes = vec![0; 4 + moved + 2 * values.len()];
+        let start = bytes.as_ptr().align_offset(4) + moved;
+        for (to, value) in bytes[start..].chunks_exact_mut(2).zip(&values) {
+            to.copy_from_slice(&half::bf16::from_f32(*value).to_le_bytes());
+        }
+        let bytes = bytes::Bytes::from(bytes).slice(start..start + 2 * values.len());
+        Matrix::dense(rows, cols, Format::Bf16, bytes).unwrap()
+    }
+
+    #[test]
+    fn bf16_weights_are_multiplied_as_they_lie_wherever_that_is() {
+        for (rows, inner) in [(9, 64), (40, 1062), (40, 1061)] {
+            let out = 300;
+            let mut x = noise(rows * inner, 1);
+            let product = |w: &Matrix, x: &[f32]| {
+                let mut y = vec![f32::NAN; rows * w.rows()];
+                nt(
+                    Mat::dense(x, rows, inner),
+                    Weights::frozen(w, Compute::Int8),
+                    MatMut::dense(&mut y, rows, w.rows()),
+                    Write::Replace,
+                );
+                y
+            };
+            let weights = [0, 2].map(|moved| bf16_weight(out, inner, moved));
+            let found = weights.each_ref().map(|w| product(w, &x));
+            assert_eq!(found[0], found[1], "{inner}");
+            let part = product(&weights[0].row_range(1..270), &x);
+            let expected = found[0].chunks(out).flat_map(|row| &row[1..270]);
+            assert!(part.iter().eq(expected), "{inner}");
+
+            round_to_bf16(&mut x);
+            assert_eq!(product(&weights[0], &x), found[0], "x is rounded");
+            let dense = weights[0].to_f32();
+            let sums = (0..rows * out).map(|i| {
+                let (x, w) = (&x[i / out * inner..], &dense[i % out * inner..]);
+                sum(inner, |l| x[l], |l| w[l])
+            });
+            close(&found[0], sums, "bf16");
+        }
     }
 }

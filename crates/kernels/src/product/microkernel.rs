@@ -20,6 +20,8 @@ pub(super) trait Lanes: Copy {
     const LEN: usize;
     /// Values in a word of an operand.
     const DEPTH: usize = 1;
+    /// The same instructions for what is words already.
+    type Words: Lanes;
     /// Rows of the largest tile: its sums, one row of b and a value of a fill the registers.
     const ROWS: usize;
 
@@ -228,6 +230,7 @@ pub(super) struct Portable([f32; 4]);
 impl Lanes for Portable {
     const LEN: usize = 4;
     const ROWS: usize = 6;
+    type Words = Self;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
@@ -364,6 +367,7 @@ mod x86 {
     impl<const DEPTH: usize> Lanes for Avx512<DEPTH> {
         const LEN: usize = 16;
         const DEPTH: usize = DEPTH;
+        type Words = Avx512<1>;
         const ROWS: usize = MAX_ROWS;
 
         #[inline(always)]
@@ -514,6 +518,7 @@ mod x86 {
     impl Lanes for Avx2 {
         const LEN: usize = 8;
         const ROWS: usize = 6;
+        type Words = Self;
 
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {

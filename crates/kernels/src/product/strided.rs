@@ -263,43 +263,44 @@ pub(crate) fn gemm(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, write: W
     }
 }
 
-/// `dst = a · b`, or `dst += a · b`, of operands that are rounded to bf16; serial.
+/// `dst = a · b`, or `dst += a · b`, of operands that are rounded to bf16, but for `b` where it says that it is bf16 already;
+/// serial.
 ///
 /// # Panics
 /// If the sizes do not fit.
-pub(crate) fn gemm_bf16(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, write: Write) {
+pub(crate) fn gemm_bf16(dst: MatMut<'_>, a: Mat<'_>, (b, is_bf16): (Mat<'_>, bool), write: Write) {
+    assert_eq!([a.rows, a.cols, b.cols], [dst.rows, b.rows, dst.cols]);
     if a.cols == 0 || dst.rows == 0 || dst.cols == 0 {
-        return gemm(dst, a, b, 1.0, write);
+        gemm(dst, a, b, 1.0, write);
+    } else if blocks::has_bf16() {
+        blocks::product_bf16(&dst, a, Right::Values(b), write);
+    } else {
+        gemm_rounded(dst, a, (b, is_bf16), write);
     }
-    if blocks::has_bf16() {
-        assert_eq!([a.rows, a.cols, b.cols], [dst.rows, b.rows, dst.cols]);
-        return blocks::product_bf16(&dst, a, Right::Values(b), write);
-    }
-    gemm_rounded(dst, a, b, write);
 }
 
 /// [`gemm_bf16`] in f32.
-fn gemm_rounded(mut dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, write: Write) {
+fn gemm_rounded(mut dst: MatMut<'_>, a: Mat<'_>, (b, is_bf16): (Mat<'_>, bool), write: Write) {
     for depth in tiles(0..a.cols, ROUNDED_DEPTH) {
         let (rows, cols) = (0..dst.rows, 0..dst.cols);
         let write = write.after(depth.start == 0);
-        with_rounded(a.block(rows.clone(), depth.clone()), |a| {
-            with_rounded(b.block(depth, cols.clone()), |b| {
-                gemm(dst.block(rows, cols), a, b, 1.0, write);
-            });
+        let b = b.block(depth.clone(), cols.clone());
+        with_rounded(a.block(rows.clone(), depth), |a| {
+            let dst = dst.block(rows, cols);
+            match is_bf16 {
+                true => gemm(dst, a, b, 1.0, write),
+                false => with_rounded(b, |b| gemm(dst, a, b, 1.0, write)),
+            }
         });
     }
 }
 
-/// The same with columns of `b` that are pairs of bf16, `[(sum + 1) / 2, cols]`, where the CPU multiplies such.
+/// The same with columns of `b` that are pairs of bf16, `[sum / 2, cols]`, where the CPU multiplies such.
 ///
 /// # Panics
 /// If the sizes do not fit or it does not.
 pub(crate) fn gemm_pairs(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, write: Write) {
-    assert_eq!(
-        [a.rows, a.cols.div_ceil(2), b.cols],
-        [dst.rows, b.rows, dst.cols]
-    );
+    assert_eq!([a.rows, a.cols, b.cols], [dst.rows, 2 * b.rows, dst.cols]);
     if a.cols == 0 || dst.rows == 0 || dst.cols == 0 {
         let nothing = Mat::dense(&[], 0, b.cols);
         return gemm(dst, a.block(0..a.rows, 0..0), nothing, 1.0, write);
@@ -365,16 +366,21 @@ mod tests {
             (Mat::dense(&a, k, m).t(), Mat::dense(&b, k, n)),
         ] {
             for write in [Write::Replace, Write::Add] {
-                let product = |gemm: fn(MatMut<'_>, Mat<'_>, Mat<'_>, Write)| {
+                let product = |gemm: &dyn Fn(MatMut<'_>, Mat<'_>, Mat<'_>, Write)| {
                     let mut dst = vec![1.0; m * n];
                     gemm(MatMut::dense(&mut dst, m, n), a, b, write);
                     dst
                 };
-                let (plain, found) = (product(gemm_rounded), product(gemm_bf16));
+                let plain = product(&|dst, a, b, write| gemm_rounded(dst, a, (b, false), write));
+                let found = product(&|dst, a, b, write| gemm_bf16(dst, a, (b, false), write));
+                let same = product(&|dst, a, b, write| {
+                    with_rounded(b, |b| gemm_rounded(dst, a, (b, true), write));
+                });
+                assert_eq!(same, plain);
                 for (found, expected) in found.iter().zip(&plain) {
                     assert!((found - expected).abs() < 2e-4, "{found} {expected}");
                 }
-                let exact = product(|dst, a, b, write| gemm(dst, a, b, 1.0, write));
+                let exact = product(&|dst, a, b, write| gemm(dst, a, b, 1.0, write));
                 let parts = exact.iter().zip(&plain);
                 assert!(parts.filter(|(a, b)| (**a - **b).abs() > 1e-3).count() > m * n / 2);
             }

@@ -2,18 +2,20 @@
 //!
 //! What a tile goes through, in this order: it is decoded; a low-rank update is added, where the update is part of the
 //! weight; it is rounded by the quantizer that the merged weight is meant for; it is rounded to what products compute
-//! in. So neither an updated nor a rounded weight ever exists whole.
+//! in, by the product itself where that is bf16. So neither an updated nor a rounded weight ever exists whole.
 
 use std::ops::Range;
 
 use crate::fp8;
 use crate::product::gemm::{dot, tiles, with_scratch};
-use crate::product::strided::{Mat, MatMut, Write, gemm, multiplies_pairs};
+use crate::product::strided::{Mat, MatMut, Write, gemm, gemm_bf16, multiplies_pairs};
 use crate::rows::Packed;
 use crate::{Compute, Format, Matrix, Quantizer};
 
 /// Side of a tile: 256 × 256 f32 values are 256 KiB, a part of the second-level cache.
 pub(crate) const TILE: usize = 256;
+/// One as long along its rows as a product sums at once: sums are then added up as over a weight that is read in place.
+pub(crate) const LONG_TILE: [usize; 2] = [128, 512];
 /// Output widths of tasks are multiples of this, where no quantizer asks for more.
 const GRAIN: usize = 16;
 
@@ -144,12 +146,13 @@ impl<'a> Weights<'a> {
         self.is_exact() || self.folded.is_none() && self.compute == Compute::Bf16
     }
 
-    /// Calls `each` on tiles that cover the given rows and columns, rows outermost. What [`Compute::multiply`] rounds is
-    /// not rounded yet.
+    /// Calls `each` on tiles of a size, of as many values as a square one at most, that cover the given rows and columns,
+    /// rows outermost. They are for [`Self::multiply`], which rounds some.
     pub(crate) fn for_tiles(
         &self,
         rows: Range<usize>,
         cols: Range<usize>,
+        size: [usize; 2],
         mut each: impl FnMut(Range<usize>, Range<usize>, Mat<'_>),
     ) {
         if let (Stored::Values(values, stride), true) = (self.stored, self.has_stored_tiles()) {
@@ -157,8 +160,8 @@ impl<'a> Weights<'a> {
             return each(rows.clone(), cols.clone(), whole.block(rows, cols));
         }
         with_scratch(TILE * TILE, |scratch| {
-            for row_tile in tiles(rows, TILE) {
-                for col_tile in tiles(cols.clone(), TILE) {
+            for row_tile in tiles(rows, size[0]) {
+                for col_tile in tiles(cols.clone(), size[1]) {
                     let tile = &mut scratch[..row_tile.len() * col_tile.len()];
                     self.read_for(
                         self.compute.before_products(),
@@ -220,6 +223,14 @@ impl<'a> Weights<'a> {
         match compute {
             Compute::Fp8(_) if !self.is_rounded_in_blocks() => {}
             compute => compute.round_weight(out, cols.len()),
+        }
+    }
+
+    /// `dst = a · tile`, or added to `dst`, with a tile of it or a tile's transpose; serial.
+    pub(crate) fn multiply(&self, dst: MatMut<'_>, a: Mat<'_>, tile: Mat<'_>, write: Write) {
+        match self.compute {
+            Compute::Bf16 => gemm_bf16(dst, a, (tile, self.is_exact()), write),
+            _ => gemm(dst, a, tile, 1.0, write),
         }
     }
 

@@ -2,8 +2,9 @@
 //! int8.
 //!
 //! A weight in blocks is multiplied with activations in int8 ([`Activations`]) in [`strips`], one of f32, f16 or bf16 with
-//! the activations as they are, or rounded to bf16, a few rows of them at a time ([`numbers`]). Of few rows the weight's bytes are read once,
-//! in the order in which they lie, and nothing is written but the results: so the limit is how fast memory can be read.
+//! the activations as they are, or rounded to bf16, a few rows of them at a time ([`numbers`]). Of few rows the weight's
+//! bytes are read once, in the order in which they lie, and nothing is written but the results: so the limit is how fast
+//! memory can be read.
 //!
 //! A result depends on its row of activations and its row of the weight alone, not on the rows beside them, and is the
 //! same on every instruction set ([`isa`]).
@@ -24,7 +25,7 @@ use std::ops::Range;
 use self::activations::Activations;
 pub(crate) use self::activations::round_rows;
 use self::instructions::Instructions;
-use self::numbers::Number;
+use self::numbers::{Lines, Number};
 pub(crate) use self::piece::Piece;
 use self::strips::Order;
 use crate::matrix::round_to_bf16;
@@ -173,19 +174,24 @@ impl<'a> Packed<'a> {
         match (self.kind, &x.int8) {
             (Kind::Numbers(number), _) => {
                 let floats = x.floats;
-                let x = match &x.bf16 {
-                    Some(values) if self.is_rounded => {
-                        Mat::dense(values, floats.rows(), floats.cols())
-                    }
-                    _ => floats,
+                let x = match (self.is_rounded, &x.bf16) {
+                    (false, _) => floats,
+                    (true, Some(values)) => Mat::dense(values, floats.rows(), floats.cols()),
+                    (true, None) => unreachable!("the input is made for its weights"),
+                };
+                let lines = Lines {
+                    number,
+                    bytes: &self.bytes[outs.start * self.row_bytes..outs.end * self.row_bytes],
+                    stride: self.row_bytes,
+                    rows: outs.len(),
+                    width: x.cols(),
                 };
                 assert!(
-                    x.cols() * number.bytes() == self.row_bytes,
+                    number.row_bytes(x.cols()) == self.row_bytes,
                     "the input width of the weight"
                 );
                 instructions.run(numbers::Product {
-                    number,
-                    bytes: &self.bytes[outs.start * self.row_bytes..outs.end * self.row_bytes],
+                    lines,
                     x,
                     rows,
                     y,

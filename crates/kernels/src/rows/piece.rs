@@ -8,20 +8,17 @@
 
 use super::instructions::{Instructions, Work};
 use super::isa::{Isa, LANES};
+use super::numbers::{self, Lines, Number, load, load_some, with_number};
 use crate::CacheType;
-use crate::product::strided::{Mat, MatMut};
+use crate::product::strided::{Mat, MatMut, Write};
 
-/// Rows of numbers that lie `stride` bytes apart.
+/// Rows of numbers in one of a cache's forms.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Piece<'a> {
-    form: CacheType,
-    bytes: &'a [u8],
-    stride: usize,
-    rows: usize,
-    width: usize,
-}
+pub(crate) struct Piece<'a>(Lines<'a>);
 
 impl<'a> Piece<'a> {
+    /// Rows that lie `stride` bytes apart.
+    ///
     /// # Panics
     /// If the rows leave the bytes.
     pub(crate) fn new(
@@ -30,18 +27,21 @@ impl<'a> Piece<'a> {
         stride: usize,
         [rows, width]: [usize; 2],
     ) -> Self {
-        let row_bytes = form.row_bytes(width);
-        assert!(
-            rows == 0 || (rows - 1) * stride + row_bytes <= bytes.len(),
-            "rows of a piece"
-        );
-        Self {
-            form,
+        let number = match form {
+            CacheType::F32 => Number::F32,
+            CacheType::F16 => Number::F16,
+            CacheType::Bf16 => Number::Bf16,
+            CacheType::Q8_0 => Number::Scaled,
+        };
+        let lines = Lines {
+            number,
             bytes,
             stride,
             rows,
             width,
-        }
+        };
+        lines.check();
+        Self(lines)
     }
 
     /// The products of some queries, given by their numbers, with each row: `y` is `[queries, rows]`. A result depends on its
@@ -60,14 +60,15 @@ impl<'a> Piece<'a> {
         y: MatMut<'_>,
     ) {
         assert!(
-            queries.cols() == self.width && [y.rows(), y.cols()] == [numbers.len(), self.rows],
+            queries.cols() == self.0.width && [y.rows(), y.cols()] == [numbers.len(), self.0.rows],
             "queries of rows, and their scores"
         );
-        instructions.run(Scores {
-            piece: self,
-            queries,
-            numbers,
+        instructions.run(numbers::Product {
+            lines: self.0,
+            x: queries,
+            rows: numbers,
             y,
+            write: Write::Replace,
         });
     }
 
@@ -81,192 +82,19 @@ impl<'a> Piece<'a> {
 
     fn sum_with(self, instructions: Instructions, weights: Mat<'_>, y: MatMut<'_>) {
         assert!(
-            weights.cols() == self.rows && y.rows() == weights.rows() && y.cols() <= self.width,
+            weights.cols() == self.0.rows && y.rows() == weights.rows() && y.cols() <= self.0.width,
             "weights of rows, and their sums"
         );
         instructions.run(Sum {
-            piece: self,
+            lines: self.0,
             weights,
             y,
         });
     }
-
-    fn row(&self, row: usize) -> *const u8 {
-        self.bytes[row * self.stride..].as_ptr()
-    }
-}
-
-/// The forms as constants.
-const F32: u8 = CacheType::F32 as u8;
-const F16: u8 = CacheType::F16 as u8;
-const BF16: u8 = CacheType::Bf16 as u8;
-const Q8_0: u8 = CacheType::Q8_0 as u8;
-
-/// 16 numbers of a row, from one on whose number is a multiple of 16.
-///
-/// # Safety
-/// They can be read, and the CPU has the instructions of `I`.
-#[inline(always)]
-unsafe fn load<I: Isa, const FORM: u8>(row: *const u8, col: usize) -> I::Sums {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match FORM {
-            F32 => I::load(row.add(4 * col).cast()),
-            F16 => I::load_f16(row.add(2 * col)),
-            BF16 => I::load_bf16(row.add(2 * col)),
-            _ => {
-                let block = row.add(col / 32 * 34);
-                let scale = u32::from(block.cast::<u16>().read_unaligned().to_le()) << 16;
-                let codes = I::load_i8(block.add(2 + col % 32));
-                I::mul(codes, I::splat(f32::from_bits(scale)))
-            }
-        }
-    }
-}
-
-/// [`load`] of what is left of a row, zeros behind it.
-///
-/// # Safety
-/// As [`load`], of so many numbers.
-#[inline(always)]
-unsafe fn load_some<I: Isa, const FORM: u8>(row: *const u8, col: usize, n: usize) -> I::Sums {
-    let size = match FORM {
-        F32 => 4,
-        F16 | BF16 => 2,
-        // Blocks are filled up with zeros.
-        // SAFETY: the caller's promise.
-        _ => return unsafe { load::<I, FORM>(row, col) },
-    };
-    let mut numbers = [0u8; 4 * LANES];
-    // SAFETY: as many bytes as the caller promises, and a whole copy.
-    unsafe {
-        std::ptr::copy_nonoverlapping(row.add(size * col), numbers.as_mut_ptr(), size * n);
-        load::<I, FORM>(numbers.as_ptr(), 0)
-    }
-}
-
-/// Bytes that are read while memory brings others.
-const AHEAD: usize = 4096;
-
-struct Scores<'a> {
-    piece: Piece<'a>,
-    queries: Mat<'a>,
-    numbers: &'a [usize],
-    y: MatMut<'a>,
-}
-
-impl Work for Scores<'_> {
-    #[inline(always)]
-    unsafe fn run<I: Isa>(self) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self.piece.form {
-                CacheType::F32 => self.with::<I, F32>(),
-                CacheType::F16 => self.with::<I, F16>(),
-                CacheType::Bf16 => self.with::<I, BF16>(),
-                CacheType::Q8_0 => self.with::<I, Q8_0>(),
-            }
-        }
-    }
-}
-
-impl Scores<'_> {
-    /// Cuts the queries into eights, fours, twos and ones. Of few, several rows share what is read of them.
-    ///
-    /// # Safety
-    /// The CPU has the instructions of `I`.
-    #[inline(always)]
-    unsafe fn with<I: Isa, const FORM: u8>(mut self) {
-        let mut at = 0;
-        while at < self.numbers.len() {
-            // SAFETY: the caller's promise.
-            at += unsafe {
-                match self.numbers.len() - at {
-                    8.. if I::TILE >= 8 => self.tiles::<I, FORM, 1, 8>(at),
-                    4.. if I::TILE >= 8 => self.tiles::<I, FORM, 2, 4>(at),
-                    4.. => self.tiles::<I, FORM, 1, 4>(at),
-                    2.. => self.tiles::<I, FORM, 2, 2>(at),
-                    _ => self.tiles::<I, FORM, 4, 1>(at),
-                }
-            };
-        }
-    }
-
-    /// All rows with `N` queries, `R` at a time. Returns `N`.
-    ///
-    /// # Safety
-    /// As [`Self::with`].
-    #[inline(always)]
-    unsafe fn tiles<I: Isa, const FORM: u8, const R: usize, const N: usize>(
-        &mut self,
-        at: usize,
-    ) -> usize {
-        let x = std::array::from_fn(|i| self.queries.row(self.numbers[at + i]).as_ptr());
-        let (n_rows, row_bytes) = (self.piece.rows, self.piece.form.row_bytes(self.piece.width));
-        let ahead = AHEAD.div_ceil(row_bytes.max(1)) * self.piece.stride;
-        for row in (0..n_rows).step_by(R) {
-            // The first queries bring what the others find in the CPU's cache.
-            if at == 0 {
-                for row in row..n_rows.min(row + R) {
-                    I::prefetch(self.piece.row(row).wrapping_add(ahead), row_bytes);
-                }
-            }
-            // Behind the last row comes the last row again.
-            let rows = std::array::from_fn(|r| self.piece.row((row + r).min(n_rows - 1)));
-            // SAFETY: rows and queries are whole; the caller's promise.
-            let sums = unsafe { products::<I, FORM, R, N>(rows, x, self.piece.width) };
-            for (r, sums) in sums.iter().enumerate().take(n_rows - row) {
-                for (i, sum) in sums.iter().enumerate() {
-                    self.y.row(at + i)[row + r] = *sum;
-                }
-            }
-        }
-        N
-    }
-}
-
-/// # Safety
-/// The CPU has the instructions of `I`; rows and queries of `width` numbers can be read.
-#[inline(always)]
-unsafe fn products<I: Isa, const FORM: u8, const R: usize, const N: usize>(
-    rows: [*const u8; R],
-    x: [*const f32; N],
-    width: usize,
-) -> [[f32; N]; R] {
-    let whole = width - width % LANES;
-    // SAFETY: whole steps lie in rows and queries, and what is left is copied to where a whole step can be read.
-    unsafe {
-        let mut sums = [[I::zero(); N]; R];
-        for at in (0..whole).step_by(LANES) {
-            for (row, sums) in rows.iter().zip(&mut sums) {
-                let numbers = load::<I, FORM>(*row, at);
-                for (x, sum) in x.iter().zip(sums) {
-                    *sum = I::mul_add(numbers, I::load(x.add(at)), *sum);
-                }
-            }
-        }
-        let left = width - whole;
-        if left > 0 {
-            for (row, sums) in rows.iter().zip(&mut sums) {
-                let numbers = load_some::<I, FORM>(*row, whole, left);
-                for (x, sum) in x.iter().zip(sums) {
-                    let x = load_some::<I, F32>(x.cast(), whole, left);
-                    *sum = I::mul_add(numbers, x, *sum);
-                }
-            }
-        }
-        let mut totals = [[0.0; N]; R];
-        for (sums, totals) in sums.iter().zip(&mut totals) {
-            for (sum, total) in sums.iter().zip(totals) {
-                *total = I::total(*sum);
-            }
-        }
-        totals
-    }
 }
 
 struct Sum<'a> {
-    piece: Piece<'a>,
+    lines: Lines<'a>,
     weights: Mat<'a>,
     y: MatMut<'a>,
 }
@@ -275,34 +103,27 @@ impl Work for Sum<'_> {
     #[inline(always)]
     unsafe fn run<I: Isa>(self) {
         // SAFETY: the caller's promise.
-        unsafe {
-            match self.piece.form {
-                CacheType::F32 => self.with::<I, F32>(),
-                CacheType::F16 => self.with::<I, F16>(),
-                CacheType::Bf16 => self.with::<I, BF16>(),
-                CacheType::Q8_0 => self.with::<I, Q8_0>(),
-            }
-        }
+        unsafe { with_number!(self.lines.number, self.with::<I>()) }
     }
 }
 
 impl Sum<'_> {
-    /// Cuts the sums as [`Scores`] does queries. Of few, several columns are summed side by side.
+    /// Cuts the sums as [`numbers::Product`] does rows. Of few, several columns are summed side by side.
     ///
     /// # Safety
     /// The CPU has the instructions of `I`.
     #[inline(always)]
-    unsafe fn with<I: Isa, const FORM: u8>(mut self) {
+    unsafe fn with<I: Isa, const NUMBER: u8>(mut self) {
         let mut at = 0;
         while at < self.weights.rows() {
             // SAFETY: the caller's promise.
             at += unsafe {
                 match self.weights.rows() - at {
-                    8.. if I::TILE >= 8 => self.tile::<I, FORM, 8, 1>(at),
-                    4.. if I::TILE >= 8 => self.tile::<I, FORM, 4, 2>(at),
-                    4.. => self.tile::<I, FORM, 4, 1>(at),
-                    2.. => self.tile::<I, FORM, 2, 2>(at),
-                    _ => self.tile::<I, FORM, 1, 4>(at),
+                    8.. if I::TILE >= 8 => self.tile::<I, NUMBER, 8, 1>(at),
+                    4.. if I::TILE >= 8 => self.tile::<I, NUMBER, 4, 2>(at),
+                    4.. => self.tile::<I, NUMBER, 4, 1>(at),
+                    2.. => self.tile::<I, NUMBER, 2, 2>(at),
+                    _ => self.tile::<I, NUMBER, 1, 4>(at),
                 }
             };
         }
@@ -313,7 +134,7 @@ impl Sum<'_> {
     /// # Safety
     /// As [`Self::with`].
     #[inline(always)]
-    unsafe fn tile<I: Isa, const FORM: u8, const N: usize, const C: usize>(
+    unsafe fn tile<I: Isa, const NUMBER: u8, const N: usize, const C: usize>(
         &mut self,
         at: usize,
     ) -> usize {
@@ -321,15 +142,15 @@ impl Sum<'_> {
         // SAFETY: the caller's promise.
         unsafe {
             while col + C * LANES <= width {
-                self.columns::<I, FORM, N, C>(at, col);
+                self.columns::<I, NUMBER, N, C>(at, col);
                 col += C * LANES;
             }
             while col + LANES <= width {
-                self.columns::<I, FORM, N, 1>(at, col);
+                self.columns::<I, NUMBER, N, 1>(at, col);
                 col += LANES;
             }
             if col < width {
-                self.last_columns::<I, FORM, N>(at, col);
+                self.last_columns::<I, NUMBER, N>(at, col);
             }
         }
         N
@@ -340,19 +161,19 @@ impl Sum<'_> {
     /// # Safety
     /// As [`Self::with`].
     #[inline(always)]
-    unsafe fn columns<I: Isa, const FORM: u8, const N: usize, const C: usize>(
+    unsafe fn columns<I: Isa, const NUMBER: u8, const N: usize, const C: usize>(
         &mut self,
         at: usize,
         col: usize,
     ) {
         let weights: [*const f32; N] = std::array::from_fn(|i| self.weights.row(at + i).as_ptr());
-        let (mut from, stride) = (self.piece.bytes.as_ptr(), self.piece.stride);
+        let (mut from, stride) = (self.lines.bytes.as_ptr(), self.lines.stride);
         // SAFETY: a weight for each row; as many columns as rows have.
         unsafe {
             let mut sums = [[I::zero(); N]; C];
-            for row in 0..self.piece.rows {
+            for row in 0..self.lines.rows {
                 for (c, sums) in sums.iter_mut().enumerate() {
-                    let numbers = load::<I, FORM>(from, col + c * LANES);
+                    let numbers = load::<I, NUMBER>(from, col + c * LANES);
                     for (weights, sum) in weights.iter().zip(sums) {
                         *sum = I::mul_add(numbers, I::splat(*weights.add(row)), *sum);
                     }
@@ -374,7 +195,7 @@ impl Sum<'_> {
     /// # Safety
     /// As [`Self::with`].
     #[inline(always)]
-    unsafe fn last_columns<I: Isa, const FORM: u8, const N: usize>(
+    unsafe fn last_columns<I: Isa, const NUMBER: u8, const N: usize>(
         &mut self,
         at: usize,
         col: usize,
@@ -386,7 +207,7 @@ impl Sum<'_> {
             unsafe {
                 let mut sum = I::zero();
                 for (row, weight) in self.weights.row(i).iter().enumerate() {
-                    let numbers = load_some::<I, FORM>(self.piece.row(row), col, n);
+                    let numbers = load_some::<I, NUMBER>(self.lines.row(row), col, n);
                     sum = I::mul_add(numbers, I::splat(*weight), sum);
                 }
                 I::store(sum, values.as_mut_ptr());

@@ -15,20 +15,21 @@ struct Version {
     limits: &'static [&'static str],
     usage: &'static str,
     /// Names in `memory.stat` of what can make room.
-    reclaimable: [&'static str; 2],
+    reclaimable: &'static [&'static str],
 }
 
 const V1: Version = Version {
     root: "memory",
     limits: &["memory.limit_in_bytes"],
     usage: "memory.usage_in_bytes",
-    reclaimable: ["total_active_file", "total_inactive_file"],
+    reclaimable: &["total_active_file", "total_inactive_file"],
 };
 const V2: Version = Version {
     root: "",
+    // Beyond the second the kernel only slows a program down, but to a crawl.
     limits: &["memory.max", "memory.high"],
     usage: "memory.current",
-    reclaimable: ["active_file", "inactive_file"],
+    reclaimable: &["active_file", "inactive_file", "slab_reclaimable"],
 };
 
 /// What is left of the tightest limit, if there is one.
@@ -113,7 +114,7 @@ mod tests {
                 ("memory.current", "3000\n"),
                 (
                     "memory.stat",
-                    "anon 2100\nfile 900\nactive_file 400\ninactive_file 500\n",
+                    "anon 2100\nfile 900\nactive_file 400\ninactive_file 450\nslab_reclaimable 50\n",
                 ),
             ],
         );

@@ -232,7 +232,7 @@ impl Gradients for Flex {
         let mut kept = SavedValues::new(&saved);
         // The factors' inputs are those that the forward pass multiplied; what is remade was not rounded yet.
         if wanted && matches!(saved.x.form(), Form::Norm(..) | Form::Swiglu(_)) {
-            kept.x = Floats::rounded(kept.x.tensor(), compute);
+            kept.x = Floats::rounded(kept.x.tensor(), compute.before_products());
         }
         let (slots, saved) = (kept.routing.slots(), kept.saved());
         if !wanted {

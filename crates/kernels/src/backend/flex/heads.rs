@@ -131,13 +131,18 @@ fn multiply(
     rows: HeadRows,
     out: MatMut<'_>,
 ) {
+    // Nothing here rounds `x` for products that do not do it themselves.
+    let compute = match compute.before_products() {
+        Compute::F32 => compute,
+        _ => Compute::F32,
+    };
     if let Some(stored) = stored(w, head, rows) {
         let weights = Weights::frozen(&stored, compute);
         return gemm::nt(x, weights, out, Write::Replace);
     }
     let start = head * (w.rows() / rows.heads) + rows.start;
     let part = w.row_range(start..start + rows.len);
-    let part = Weights::frozen(&part, Compute::F32);
+    let part = Weights::frozen(&part, compute);
     match rows.direction {
         Direction::Forward => gemm::nt(x, part, out, Write::Replace),
         Direction::Transposed => gemm::nn(x, part, out, Write::Replace),
