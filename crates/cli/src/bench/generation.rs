@@ -280,8 +280,9 @@ fn measure(
     subject: &Subject,
     console: &Console,
 ) -> anyhow::Result<Value> {
+    let compute = subject.compute(args.compute.compute())?;
     let limit = |runs| match combination.phase {
-        Phase::Prefill => product_speeds(runs),
+        Phase::Prefill => product_speeds(compute, runs),
         Phase::Decode(..) => read_speeds(runs),
     };
     let mut limits = limit(LIMITS);

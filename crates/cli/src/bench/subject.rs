@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use burn::tensor::Device;
-use checkpoint::Folder;
-use model::{Model, ModelConfig, Mtp, Training, weights};
+use checkpoint::{DType, Folder};
+use model::{Compute, Model, ModelConfig, Mtp, Training, weights};
 use serde_json::Value;
 
 use crate::console::Console;
@@ -67,6 +67,26 @@ impl Subject {
     /// Whether its weights are made up.
     pub(super) fn is_random(&self) -> bool {
         matches!(self.weights, Weights::Random(_))
+    }
+
+    /// What products with most of its weights round to, where they may round to what is asked for.
+    pub(super) fn compute(&self, asked: Compute) -> anyhow::Result<Compute> {
+        let Weights::Checkpoint(path) = &self.weights else {
+            return Ok(Compute::F32);
+        };
+        if asked == Compute::F32 {
+            return Ok(asked);
+        }
+        let folder = train::open_folder(path)?;
+        let mut bytes = [Compute::F32, Compute::Bf16, Compute::Int8].map(|compute| (0, compute));
+        for name in folder.names() {
+            let tensor = folder.stored(name)?;
+            let of_blocks = tensor.dtype.block() > 1;
+            let at = 2 * usize::from(of_blocks) + usize::from(tensor.dtype == DType::BF16);
+            bytes[at].0 += tensor.bytes.len();
+        }
+        let most = bytes.into_iter().max_by_key(|(bytes, _)| *bytes);
+        Ok(most.map_or(Compute::F32, |(_, compute)| compute))
     }
 
     /// The model, frozen, and where it computes.

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 use ::train::{Event, Loss, Recipe, Session, StepReport};
 use anyhow::Context;
+use model::Compute;
 use serde_json::{Value, json};
 
 use super::limit::product_speeds;
@@ -160,9 +161,16 @@ fn measure(args: &Args, combination: Combination, console: &Console) -> anyhow::
     if subject.is_random() {
         console.note(format_args!("{batch} × {seq}: making up weights"));
     }
-    let mut limits = product_speeds(PRODUCTS);
+    let scratch = Scratch::new()?;
+    let recipe = recipe(args, combination, subject, &scratch)?;
+    // Products in other formats are made of f32.
+    let compute = match recipe.precision.compute {
+        ::train::Compute::Bf16 => Compute::Bf16,
+        _ => Compute::F32,
+    };
+    let mut limits = product_speeds(compute, PRODUCTS);
     memory::forget_peak();
-    let mut session = open(args, combination, subject)?;
+    let mut session = Session::open(recipe, &|folder| Ok(folder.into()))?;
     let mut progress = console.progress(1 + args.reps, "steps");
     let reports = session.trial(1 + args.reps, &mut |event: &Event| {
         if let Event::Step(report) = event {
@@ -173,7 +181,7 @@ fn measure(args: &Args, combination: Combination, console: &Console) -> anyhow::
     progress.finish();
     let reports = reports.map_err(with_code)?;
     let (peak_bytes, timed) = (memory::read().peak_bytes, &reports[1..]);
-    limits.extend(product_speeds(PRODUCTS));
+    limits.extend(product_speeds(compute, PRODUCTS));
 
     let speeds = Spread::of(timed.iter().map(speed));
     let limit = Spread::of(limits).median;
@@ -225,9 +233,13 @@ fn words(args: &Args, combination: Combination) -> Vec<OsString> {
     words
 }
 
-/// A session over made-up rows. Nothing of it is on the disk when it is open.
-fn open(args: &Args, combination: Combination, subject: &Subject) -> anyhow::Result<Session> {
-    let scratch = Scratch::new()?;
+/// What is trained, over made-up rows in a folder that nothing reads once a session is open.
+fn recipe(
+    args: &Args,
+    combination: Combination,
+    subject: &Subject,
+    scratch: &Scratch,
+) -> anyhow::Result<Recipe> {
     let Combination { batch, seq, .. } = combination;
     let mut recipe = Recipe::default();
     recipe.train.steps = Some(1 + args.reps);
@@ -258,7 +270,7 @@ fn open(args: &Args, combination: Combination, subject: &Subject) -> anyhow::Res
     let n_rows = (1 + args.reps) * batch * recipe.train.accumulate as u64;
     let rows = rows(n_rows, seq, subject.config.vocab_size as u64);
     scratch.write("train.jsonl", &rows)?;
-    Ok(Session::open(recipe, &|folder| Ok(folder.into()))?)
+    Ok(recipe)
 }
 
 /// A path as a recipe can hold it.

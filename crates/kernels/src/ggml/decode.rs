@@ -43,7 +43,7 @@ impl Ggml {
     }
 
     /// Bytes of a block.
-    pub(crate) fn block_bytes(self) -> usize {
+    pub fn block_bytes(self) -> usize {
         match self {
             Self::F16 => 2,
             Self::MxFp4 => 17,
