@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use half::bf16;
 
-use crate::rows::Piece;
+use crate::rows::{BLOCK, BLOCK_BYTES, Number, Piece};
 use crate::simd::multiversion;
 
 /// In what form a cache holds numbers.
@@ -20,10 +20,6 @@ pub enum CacheType {
     /// no number is too large or too small for.
     Q8_0,
 }
-
-/// Numbers of a block, and its bytes: a scale in bf16, and codes.
-const BLOCK: usize = 32;
-const BLOCK_BYTES: usize = 34;
 
 impl CacheType {
     /// All, from many bits to few.
@@ -41,10 +37,16 @@ impl CacheType {
 
     /// Bytes of a row of so many numbers. Blocks do not cross rows: the last one is filled up.
     pub fn row_bytes(self, width: usize) -> usize {
+        self.number().row_bytes(width)
+    }
+
+    /// How products read its numbers.
+    pub(crate) fn number(self) -> Number {
         match self {
-            Self::F32 => 4 * width,
-            Self::F16 | Self::Bf16 => 2 * width,
-            Self::Q8_0 => width.div_ceil(BLOCK) * BLOCK_BYTES,
+            Self::F32 => Number::F32,
+            Self::F16 => Number::F16,
+            Self::Bf16 => Number::Bf16,
+            Self::Q8_0 => Number::Scaled,
         }
     }
 }

@@ -104,8 +104,8 @@ pub(super) fn product(dst: &MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, writ
     product_in(version, dst, a, Right::Values(b), (scale, write));
 }
 
-/// Whether [`product_bf16`] is there.
-pub(super) fn has_bf16() -> bool {
+/// Whether the CPU has instructions for [`product_bf16`].
+pub(crate) fn multiplies_pairs() -> bool {
     Version::bf16().is_some()
 }
 
@@ -380,10 +380,7 @@ unsafe fn pack_columns<V: Lanes>(
             unsafe {
                 let from = from.wrapping_add(row + col * col_stride);
                 let to = to.add(step * width + col);
-                match V::DEPTH {
-                    1 => V::transpose(from, col_stride, size, to, width),
-                    _ => turn_along::<V>(from, col_stride, size, to, width),
-                }
+                turn::<V, false>(from, col_stride, size, to, width);
             }
         }
     }
@@ -395,52 +392,38 @@ struct Square([f32; WIDEST_VECTOR * WIDEST_VECTOR]);
 
 const WIDEST_VECTOR: usize = 16;
 
-/// [`Lanes::transpose`] of the words along `lines ≤ LEN` lines of `len ≤ DEPTH · LEN` values.
+/// [`Lanes::transpose`] of the words of some lines of values: across `DEPTH · LEN` lines at most, of `len ≤ LEN` values each,
+/// or along `LEN` lines, of `len ≤ DEPTH · LEN`.
 ///
 /// # Safety
 /// As there.
 #[inline(always)]
-unsafe fn turn_along<V: Lanes>(
+unsafe fn turn<V: Lanes, const ACROSS: bool>(
     from: *const f32,
     stride: usize,
     [lines, len]: [usize; 2],
     to: *mut f32,
     to_stride: usize,
 ) {
-    let mut square = Square([0.0; WIDEST_VECTOR * WIDEST_VECTOR]);
-    let words = square.0.as_mut_ptr();
-    // SAFETY: the caller's promise; the square has room.
-    unsafe {
-        for line in 0..lines {
-            V::along(from.add(line * stride), len).store(words.add(line * V::LEN));
-        }
-        let size = [lines, len.div_ceil(V::DEPTH)];
-        V::transpose(words, V::LEN, size, to, to_stride);
+    if V::DEPTH == 1 {
+        // SAFETY: the caller's promise; values are words.
+        return unsafe { V::transpose(from, stride, [lines, len], to, to_stride) };
     }
-}
-
-/// [`Lanes::transpose`] of the words across `lines ≤ DEPTH · LEN` lines of `len ≤ LEN` values.
-///
-/// # Safety
-/// As there.
-#[inline(always)]
-unsafe fn turn_across<V: Lanes>(
-    from: *const f32,
-    stride: usize,
-    [lines, len]: [usize; 2],
-    to: *mut f32,
-    to_stride: usize,
-) {
     let mut square = Square([0.0; WIDEST_VECTOR * WIDEST_VECTOR]);
     let words = square.0.as_mut_ptr();
+    let [height, width] = if ACROSS { [V::DEPTH, 1] } else { [1, V::DEPTH] };
     // SAFETY: the caller's promise; the square has room.
     unsafe {
-        for line in (0..lines).step_by(V::DEPTH) {
-            let depth = V::DEPTH.min(lines - line);
-            let across = V::across(from.add(line * stride), stride, depth, len);
-            across.store(words.add(line / V::DEPTH * V::LEN));
+        for (i, line) in (0..lines).step_by(height).enumerate() {
+            let from = from.add(line * stride);
+            let row = if ACROSS {
+                V::across(from, stride, height.min(lines - line), len)
+            } else {
+                V::along(from, len)
+            };
+            row.store(words.add(i * V::LEN));
         }
-        let size = [lines.div_ceil(V::DEPTH), len];
+        let size = [lines.div_ceil(height), len.div_ceil(width)];
         V::transpose(words, V::LEN, size, to, to_stride);
     }
 }
@@ -572,10 +555,7 @@ unsafe fn turn_left<V: Lanes>(a: Mat<'_>, to: &mut [f32]) {
             unsafe {
                 let from = a.as_ptr().add(row + col * col_stride);
                 let to = to.as_mut_ptr().add(row * TURNED_STRIDE + col / V::DEPTH);
-                match V::DEPTH {
-                    1 => V::transpose(from, col_stride, size, to, TURNED_STRIDE),
-                    _ => turn_across::<V>(from, col_stride, size, to, TURNED_STRIDE),
-                }
+                turn::<V, true>(from, col_stride, size, to, TURNED_STRIDE);
             }
         }
     }

@@ -12,6 +12,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+pub(crate) use super::blocks::multiplies_pairs;
 use super::blocks::{self, Right};
 use crate::matrix::round_to_bf16;
 use crate::product::gemm::{tiles, with_scratch};
@@ -272,7 +273,7 @@ pub(crate) fn gemm_bf16(dst: MatMut<'_>, a: Mat<'_>, (b, is_bf16): (Mat<'_>, boo
     assert_eq!([a.rows, a.cols, b.cols], [dst.rows, b.rows, dst.cols]);
     if a.cols == 0 || dst.rows == 0 || dst.cols == 0 {
         gemm(dst, a, b, 1.0, write);
-    } else if blocks::has_bf16() {
+    } else if multiplies_pairs() {
         blocks::product_bf16(&dst, a, Right::Values(b), write);
     } else {
         gemm_rounded(dst, a, (b, is_bf16), write);
@@ -306,11 +307,6 @@ pub(crate) fn gemm_pairs(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, write: Write) 
         return gemm(dst, a.block(0..a.rows, 0..0), nothing, 1.0, write);
     }
     blocks::product_bf16(&dst, a, Right::Pairs(b), write);
-}
-
-/// Whether the CPU has instructions for [`gemm_pairs`].
-pub(crate) fn multiplies_pairs() -> bool {
-    blocks::has_bf16()
 }
 
 /// Values of the sum that are rounded at once, where there are no instructions for bf16.

@@ -12,7 +12,7 @@ use crate::product::strided::{Mat, MatMut, Write};
 
 /// How numbers are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Number {
+pub(crate) enum Number {
     F32,
     F16,
     Bf16,
@@ -21,8 +21,8 @@ pub(super) enum Number {
 }
 
 impl Number {
-    /// Bytes of a row of so many.
-    pub(super) fn row_bytes(self, width: usize) -> usize {
+    /// Bytes of a row of so many. Blocks do not cross rows.
+    pub(crate) fn row_bytes(self, width: usize) -> usize {
         match self {
             Self::F32 => 4 * width,
             Self::F16 | Self::Bf16 => 2 * width,
@@ -38,8 +38,8 @@ pub(super) const BF16: u8 = Number::Bf16 as u8;
 pub(super) const SCALED: u8 = Number::Scaled as u8;
 
 /// Scaled numbers that lie together, and their bytes.
-const BLOCK: usize = 32;
-const BLOCK_BYTES: usize = 2 + BLOCK;
+pub(crate) const BLOCK: usize = 32;
+pub(crate) const BLOCK_BYTES: usize = 2 + BLOCK;
 
 /// Calls a method with instructions and a number that are known when it is compiled.
 macro_rules! with_number {

@@ -27,14 +27,8 @@ impl<'a> Piece<'a> {
         stride: usize,
         [rows, width]: [usize; 2],
     ) -> Self {
-        let number = match form {
-            CacheType::F32 => Number::F32,
-            CacheType::F16 => Number::F16,
-            CacheType::Bf16 => Number::Bf16,
-            CacheType::Q8_0 => Number::Scaled,
-        };
         let lines = Lines {
-            number,
+            number: form.number(),
             bytes,
             stride,
             rows,
