@@ -43,7 +43,7 @@ pub use attention::Segments;
 pub use attention::cached::CacheType;
 pub use backend::buffers::{Buffers, map_large_blocks};
 pub use backend::cached::{CachedRows, cached_attention, latent_attention};
-pub use backend::kept::kept_bytes;
+pub use backend::kept::saved_activation_bytes;
 pub use backend::linear::{
     Absorbed, Direction, HeadRows, Merge, Update, absorbed_attention, heads_linear, linear_add,
     linear_frozen, linear_frozen_pair, linear_merged, linear_trained, linear_updated, row_norms,

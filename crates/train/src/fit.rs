@@ -131,7 +131,7 @@ pub struct StepReport {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<f64>,
     /// The most bytes that waited for the backward pass as inputs of linear layers, of SwiGLU and of experts.
-    pub kept_bytes: usize,
+    pub saved_activation_bytes: usize,
     /// Wall time of the step.
     pub seconds: f64,
 }
@@ -323,7 +323,7 @@ impl Session {
             trained_tokens,
             balance_loss: (train.balance_loss > 0.0).then_some(sums.balance / batches.len() as f64),
             loss_scale: scale,
-            kept_bytes: kernels::kept_bytes(),
+            saved_activation_bytes: kernels::saved_activation_bytes(),
             seconds: started.elapsed().as_secs_f64(),
         })
     }
