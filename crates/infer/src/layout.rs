@@ -57,13 +57,13 @@ impl Engine {
     /// [`Self::keep_in_memory`] of all that every token needs; of the experts those stay in memory that were used last, as many as
     /// so many bytes hold. For a model that memory has no room for. So many of a token's experts are asked for before a layer
     /// chooses them; none says half of those that it chooses.
-    pub fn cache_experts(&mut self, budget: usize, ahead: Option<usize>) {
+    pub fn cache_experts(&mut self, budget: usize, n_prefetch: Option<usize>) {
         let file = FileAccess {
-            expect: checkpoint::expect,
+            advise_willneed: checkpoint::advise_willneed,
             read: checkpoint::read,
         };
         let cache = Arc::new(ExpertCache::new(budget, self.compute, file));
-        self.model.cache_experts(&cache, ahead);
+        self.model.cache_experts(&cache, n_prefetch);
         self.keep_in_memory(usize::MAX);
     }
 
@@ -120,7 +120,7 @@ impl Engine {
         self.adapted.iter_mut().for_each(|model| put(model, None));
         // Several together: reading a part brings some of what lies beside it back.
         let copied = copied.iter();
-        copied.for_each(|stored| checkpoint::forget(stored.bytes()));
+        copied.for_each(|stored| checkpoint::advise_dontneed(stored.bytes()));
         self.layout.done = end;
         bytes
     }

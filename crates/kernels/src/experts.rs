@@ -22,7 +22,7 @@ use rayon::prelude::*;
 
 pub use self::bank::{ExpertBank, SharedExperts};
 pub(crate) use self::resident::Copied;
-pub use self::resident::{CachedLayer, ExpertCache, ExpertTraffic};
+pub use self::resident::{ExpertCache, ExpertTraffic, OffloadedLayer};
 use crate::dropout::Dropout;
 use crate::product::gemm::{dot, nn_serial, nt_serial, share, tiles, with_scratch, zeros};
 use crate::product::strided::{Mat, MatMut, Write, gemm};

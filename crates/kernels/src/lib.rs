@@ -51,12 +51,14 @@ pub use backend::linear::{
 pub use backend::ops::{
     ExpertFactors, Kernels, Routing, adamw, attention, choose_experts, cross_entropy_frozen,
     cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained, expanded_attention,
-    expect_experts, experts_frozen, experts_trained, mixture_frozen, rms_norm, rms_norm_start,
+    experts_frozen, experts_trained, mixture_frozen, prefetch_experts, rms_norm, rms_norm_start,
     rope, sum_of_squares, swiglu,
 };
 pub use dropout::Dropout;
 pub use error::Error;
-pub use experts::{CachedLayer, ExpertBank, ExpertCache, ExpertLora, ExpertTraffic, SharedExperts};
+pub use experts::{
+    ExpertBank, ExpertCache, ExpertLora, ExpertTraffic, OffloadedLayer, SharedExperts,
+};
 pub use ggml::Ggml;
 pub use matrix::copies::FileAccess;
 pub use matrix::heads::Heads;

@@ -159,7 +159,7 @@ impl Model {
 
     /// Leaves experts in their file but for those that were used last. So many of a token's experts are asked for before a
     /// layer chooses them; none says half of those that it chooses.
-    pub fn cache_experts(&mut self, cache: &Arc<ExpertCache>, ahead: Option<usize>) {
+    pub fn cache_experts(&mut self, cache: &Arc<ExpertCache>, n_prefetch: Option<usize>) {
         let mut numbers = 0..;
         self.for_each_site(&mut |_, site| {
             if let Site::Experts(experts) = site {
@@ -169,7 +169,7 @@ impl Model {
         for layer in &mut self.model.layers {
             if let FeedForward::Moe(moe) = &mut layer.mlp {
                 let chosen = moe.router.config.choice.top_k;
-                moe.router.ahead = ahead.unwrap_or(chosen.div_ceil(2)).min(chosen);
+                moe.router.n_prefetch = n_prefetch.unwrap_or(chosen.div_ceil(2)).min(chosen);
             }
         }
     }
@@ -234,7 +234,7 @@ impl DecoderLayer {
         layer_idx: usize,
     ) -> Tensor<2> {
         if let FeedForward::Moe(moe) = &self.mlp
-            && moe.foresees(pass)
+            && moe.wants_prefetch(pass)
         {
             // Attention changes little of what is in the residual stream.
             let likely = self.post_attention_layernorm.forward(x.clone());

@@ -447,7 +447,7 @@ impl Builder<'_> {
                     None
                 },
                 config: moe.clone(),
-                ahead: 0,
+                n_prefetch: 0,
             },
             experts: self.experts(&format!("{at}.experts"), moe)?,
             shared_experts: if shared > 0 {

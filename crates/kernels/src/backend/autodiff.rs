@@ -351,8 +351,8 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         B::dispatch_slots(ids, experts)
     }
 
-    fn expect_experts(ids: IntTensor<Self>, bank: Arc<ExpertBank>) -> IntTensor<Self> {
-        B::expect_experts(ids, bank)
+    fn prefetch_experts(ids: IntTensor<Self>, bank: Arc<ExpertBank>) -> IntTensor<Self> {
+        B::prefetch_experts(ids, bank)
     }
 
     fn experts_frozen(

@@ -257,7 +257,7 @@ impl Kernels for Flex {
         (ints(order, [slots]), ints(offsets, [experts + 1]))
     }
 
-    fn expect_experts(ids: FlexTensor, bank: Arc<ExpertBank>) -> FlexTensor {
+    fn prefetch_experts(ids: FlexTensor, bank: Arc<ExpertBank>) -> FlexTensor {
         let experts = int_values(&ids).into_iter().map(|id| id as usize);
         bank.expect(experts);
         ids

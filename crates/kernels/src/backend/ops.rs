@@ -168,8 +168,8 @@ pub trait Kernels: Backend {
     fn choose_experts(scores: FloatTensor<Self>, choice: Choice) -> IntTensor<Self>;
     /// See [`dispatch`].
     fn dispatch_slots(ids: IntTensor<Self>, experts: usize) -> (IntTensor<Self>, IntTensor<Self>);
-    /// See [`expect_experts`]; gives the ids again.
-    fn expect_experts(ids: IntTensor<Self>, bank: Arc<ExpertBank>) -> IntTensor<Self>;
+    /// See [`prefetch_experts`]; gives the ids again.
+    fn prefetch_experts(ids: IntTensor<Self>, bank: Arc<ExpertBank>) -> IntTensor<Self>;
     /// See [`experts_frozen`]; also gives the products of gate and up.
     fn experts_frozen(
         x: FloatTensor<Self>,
@@ -471,8 +471,8 @@ pub fn dispatch(ids: Tensor<2, Int>, experts: usize) -> (Tensor<1, Int>, Tensor<
 ///
 /// # Panics
 /// If there is no such expert.
-pub fn expect_experts(ids: Tensor<2, Int>, bank: &Arc<ExpertBank>) {
-    Dispatch::expect_experts(ids.into_dispatch(), Arc::clone(bank));
+pub fn prefetch_experts(ids: Tensor<2, Int>, bank: &Arc<ExpertBank>) {
+    Dispatch::prefetch_experts(ids.into_dispatch(), Arc::clone(bank));
 }
 
 /// Slots sorted by expert, and the weight of each.

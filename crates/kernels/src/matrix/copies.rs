@@ -20,7 +20,7 @@ const TASK: usize = 1 << 16;
 #[derive(Clone, Copy, Debug)]
 pub struct FileAccess {
     /// Says that they will be read soon.
-    pub expect: fn(&[u8]),
+    pub advise_willneed: fn(&[u8]),
     /// Copies them to as many others.
     pub read: fn(&[u8], &mut [u8]),
 }

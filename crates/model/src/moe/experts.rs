@@ -13,8 +13,8 @@ use std::sync::Arc;
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
 use kernels::{
-    CachedLayer, Compute, Dropout, ExpertBank, ExpertCache, ExpertFactors, ExpertLora,
-    ExpertTraffic, Matrix, Quantizer, SharedExperts,
+    Compute, Dropout, ExpertBank, ExpertCache, ExpertFactors, ExpertLora, ExpertTraffic, Matrix,
+    OffloadedLayer, Quantizer, SharedExperts,
 };
 
 use super::router::Routed;
@@ -195,7 +195,7 @@ impl Experts {
     pub(crate) fn cache(&mut self, cache: &Arc<ExpertCache>, numbers: &mut RangeFrom<usize>) {
         for (bank, layer) in self.frozen_banks().iter_mut().zip(numbers) {
             let cache = Arc::clone(cache);
-            Arc::make_mut(bank).cached = Some(CachedLayer { cache, layer });
+            Arc::make_mut(bank).cached = Some(OffloadedLayer { cache, layer });
         }
     }
 
@@ -207,7 +207,7 @@ impl Experts {
     /// Has experts read from their file that are probably chosen next, `[tokens, experts]`, a token's likeliest first.
     pub(crate) fn expect(&self, likely: Tensor<2, Int>) {
         if let Some(bank) = self.bank() {
-            kernels::expect_experts(likely, bank);
+            kernels::prefetch_experts(likely, bank);
         }
     }
 

@@ -49,8 +49,8 @@ impl Moe {
 
     /// Whether experts are to be asked for before they are chosen: only then, and where text is generated, are they read
     /// from a file.
-    pub(crate) fn foresees(&self, pass: &Pass<'_>) -> bool {
-        self.router.ahead > 0 && self.experts.is_cached() && !pass.caches.is_empty()
+    pub(crate) fn wants_prefetch(&self, pass: &Pass<'_>) -> bool {
+        self.router.n_prefetch > 0 && self.experts.is_cached() && !pass.caches.is_empty()
     }
 
     /// Has the experts read from their file that tokens will probably choose, to judge by `x` `[tokens, hidden_size]`, which

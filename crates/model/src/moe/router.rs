@@ -19,7 +19,7 @@ pub struct Router {
     /// Settings.
     pub config: MoeConfig,
     /// How many of a token's experts are asked for before it chooses them, where they are read from a file.
-    pub ahead: usize,
+    pub n_prefetch: usize,
 }
 
 /// What a router decided.
@@ -49,10 +49,10 @@ impl Router {
         }
     }
 
-    /// Those of every token's experts that are asked for ahead, `[tokens, ahead]`, of logits `[tokens, experts]`.
+    /// Those of every token's experts that are asked for ahead, `[tokens, n_prefetch]`, of logits `[tokens, experts]`.
     pub(crate) fn likeliest(&self, logits: Tensor<2>) -> Tensor<2, Int> {
         let best = Choice {
-            top_k: self.ahead,
+            top_k: self.n_prefetch,
             ..self.config.choice
         };
         self.choose(self.scores(logits), best)
