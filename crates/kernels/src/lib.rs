@@ -51,7 +51,7 @@ pub use backend::linear::{
 pub use backend::ops::{
     ExpertFactors, Kernels, Routing, adamw, attention, choose_experts, cross_entropy_frozen,
     cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained, expanded_attention,
-    experts_frozen, experts_trained, mixture_frozen, prefetch_experts, rms_norm, rms_norm_start,
+    experts_frozen, experts_trained, moe_frozen, prefetch_experts, rms_norm, rms_norm_start,
     rope, sum_of_squares, swiglu,
 };
 pub use dropout::Dropout;

@@ -279,7 +279,7 @@ impl Kernels for Flex {
         experts_forward(experts, &routing, &x)
     }
 
-    fn mixture_frozen(
+    fn moe_frozen(
         x: FlexTensor,
         routing: RoutingPrimitive<Self>,
         bank: Arc<ExpertBank>,
@@ -295,7 +295,7 @@ impl Kernels for Flex {
         let is_few = values.dims::<2>()[0] <= FEW_ROWS;
         let is_few = is_few && serves_few(&bank, &shared, compute);
         is_few.then(at_once).flatten().unwrap_or_else(|| {
-            plain::mixture_frozen::<Self>(
+            plain::moe_frozen::<Self>(
                 x,
                 routing.clone(),
                 Arc::clone(&bank),

@@ -179,15 +179,15 @@ pub trait Kernels: Backend {
         lora: ExpertLora,
         compute: Compute,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
-    /// See [`mixture_frozen`].
-    fn mixture_frozen(
+    /// See [`moe_frozen`].
+    fn moe_frozen(
         x: FloatTensor<Self>,
         #[extension_type] routing: RoutingPrimitive<Self>,
         bank: Arc<ExpertBank>,
         shared: SharedExperts,
         compute: Compute,
     ) -> FloatTensor<Self> {
-        plain::mixture_frozen::<Self>(x, routing, bank, shared, compute)
+        plain::moe_frozen::<Self>(x, routing, bank, shared, compute)
     }
     /// See [`experts_trained`]; also gives the products of gate and up.
     fn experts_trained(
@@ -535,14 +535,14 @@ pub fn experts_frozen(
 ///
 /// # Panics
 /// If the sizes do not fit.
-pub fn mixture_frozen(
+pub fn moe_frozen(
     x: Tensor<2>,
     routing: Routing,
     bank: &Arc<ExpertBank>,
     shared: SharedExperts,
     compute: Compute,
 ) -> Tensor<2> {
-    float(Dispatch::mixture_frozen(
+    float(Dispatch::moe_frozen(
         x.into_dispatch(),
         routing.into(),
         Arc::clone(bank),

@@ -327,7 +327,7 @@ impl Experts {
         };
         let routing = routing(&routed, None, bank.gate.len());
         let compute = pass.compute_of(Class::Experts);
-        kernels::mixture_frozen(x, routing, bank, shared, compute)
+        kernels::moe_frozen(x, routing, bank, shared, compute)
     }
 
     /// The weights, where all are frozen and multiplied as they are, and nobody asks for the inputs.
