@@ -42,7 +42,7 @@ pub use adamw::AdamWStep;
 pub use attention::Segments;
 pub use attention::cached::CacheType;
 pub use backend::buffers::{Buffers, map_large_blocks};
-pub use backend::cached::{CachedRows, cached_attention, latent_attention};
+pub use backend::cached::{KvBuffer, cached_attention, latent_attention};
 pub use backend::kept::saved_activation_bytes;
 pub use backend::linear::{
     Absorbed, Direction, HeadRows, Merge, Update, absorbed_attention, heads_linear, linear_add,
@@ -51,8 +51,8 @@ pub use backend::linear::{
 pub use backend::ops::{
     ExpertFactors, Kernels, Routing, adamw, attention, choose_experts, cross_entropy_frozen,
     cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained, expanded_attention,
-    experts_frozen, experts_trained, moe_frozen, prefetch_experts, rms_norm, rms_norm_start,
-    rope, sum_of_squares, swiglu,
+    experts_frozen, experts_trained, moe_frozen, prefetch_experts, rms_norm, rms_norm_start, rope,
+    sum_of_squares, swiglu,
 };
 pub use dropout::Dropout;
 pub use error::Error;

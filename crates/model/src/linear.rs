@@ -9,7 +9,7 @@ use std::sync::Arc;
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor};
 use kernels::{
-    Absorbed, CachedRows, Compute, Direction, Dropout, HeadRows, Matrix, Merge, Quantizer, Update,
+    Absorbed, Compute, Direction, Dropout, HeadRows, KvBuffer, Matrix, Merge, Quantizer, Update,
 };
 
 use crate::lora::Lora;
@@ -289,7 +289,7 @@ impl Linear {
     pub fn attend_latents(
         &self,
         q: &Tensor<4>,
-        latents: &CachedRows,
+        latents: &KvBuffer,
         absorbed: Absorbed,
         pass: &Pass<'_>,
     ) -> Option<Tensor<4>> {

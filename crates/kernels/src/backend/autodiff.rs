@@ -12,7 +12,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend, TensorMetadata};
 
 use crate::adamw::AdamWStep;
-use crate::backend::cached::RowsPrimitive;
+use crate::backend::cached::KvBufferPrimitive;
 use crate::backend::gradients::{ExpertsSaved, Gradients, LossSaved};
 use crate::backend::kept::{Form, Kept, remember, shared};
 use crate::backend::linear::{Absorbed, HeadRows, Update};
@@ -46,11 +46,11 @@ fn cross_entropy_plain<B: Gradients, C: CheckpointStrategy>(
 
 /// Rows without what autodiff knows of them.
 fn inner<B: Gradients, C: CheckpointStrategy>(
-    rows: RowsPrimitive<Autodiff<B, C>>,
-) -> RowsPrimitive<B> {
+    rows: KvBufferPrimitive<Autodiff<B, C>>,
+) -> KvBufferPrimitive<B> {
     match rows {
-        RowsPrimitive::Numbers(numbers) => RowsPrimitive::Numbers(numbers.into_primitive()),
-        RowsPrimitive::Blocks(bytes, width) => RowsPrimitive::Blocks(bytes, width),
+        KvBufferPrimitive::Numbers(numbers) => KvBufferPrimitive::Numbers(numbers.into_primitive()),
+        KvBufferPrimitive::Blocks(bytes, width) => KvBufferPrimitive::Blocks(bytes, width),
     }
 }
 
@@ -306,7 +306,7 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
 
     fn absorbed_attention(
         q: FloatTensor<Self>,
-        latents: RowsPrimitive<Self>,
+        latents: KvBufferPrimitive<Self>,
         w: Arc<Matrix>,
         absorbed: Absorbed,
         compute: Compute,
@@ -319,14 +319,14 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         B::encode_blocks(x.into_primitive())
     }
 
-    fn decode_blocks(rows: RowsPrimitive<Self>) -> FloatTensor<Self> {
+    fn decode_blocks(rows: KvBufferPrimitive<Self>) -> FloatTensor<Self> {
         Self::from_inner(B::decode_blocks(inner(rows)))
     }
 
     fn cached_attention(
         q: FloatTensor<Self>,
-        k: RowsPrimitive<Self>,
-        v: RowsPrimitive<Self>,
+        k: KvBufferPrimitive<Self>,
+        v: KvBufferPrimitive<Self>,
         scale: f32,
     ) -> FloatTensor<Self> {
         let (q, k, v) = (q.into_primitive(), inner(k), inner(v));
@@ -335,7 +335,7 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
 
     fn latent_attention(
         q: FloatTensor<Self>,
-        latents: RowsPrimitive<Self>,
+        latents: KvBufferPrimitive<Self>,
         v_dim: usize,
         scale: f32,
     ) -> FloatTensor<Self> {

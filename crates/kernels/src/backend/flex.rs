@@ -28,7 +28,7 @@ use self::products::{folded, nt, nt_pair, nt_sum, scaled, trained};
 use self::values::{ELEMENTS, Floats, floats, int_values, ints, owned, swiglu_of};
 use crate::adamw::{self, AdamWStep};
 use crate::attention::{Context, Segments};
-use crate::backend::cached::RowsPrimitive;
+use crate::backend::cached::KvBufferPrimitive;
 use crate::backend::linear::{Absorbed, HeadRows, Merge, Update};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
 use crate::backend::plain;
@@ -206,14 +206,14 @@ impl Kernels for Flex {
         cached::encode(&Floats::new(&x))
     }
 
-    fn decode_blocks(rows: RowsPrimitive<Self>) -> FlexTensor {
+    fn decode_blocks(rows: KvBufferPrimitive<Self>) -> FlexTensor {
         cached::decode(&RowValues::new(&rows))
     }
 
     fn cached_attention(
         q: FlexTensor,
-        k: RowsPrimitive<Self>,
-        v: RowsPrimitive<Self>,
+        k: KvBufferPrimitive<Self>,
+        v: KvBufferPrimitive<Self>,
         scale: f32,
     ) -> FlexTensor {
         let [k, v] = [&k, &v].map(RowValues::new);
@@ -223,7 +223,7 @@ impl Kernels for Flex {
 
     fn latent_attention(
         q: FlexTensor,
-        latents: RowsPrimitive<Self>,
+        latents: KvBufferPrimitive<Self>,
         v_dim: usize,
         scale: f32,
     ) -> FlexTensor {
@@ -233,7 +233,7 @@ impl Kernels for Flex {
 
     fn absorbed_attention(
         q: FlexTensor,
-        latents: RowsPrimitive<Self>,
+        latents: KvBufferPrimitive<Self>,
         w: Arc<Matrix>,
         absorbed: Absorbed,
         compute: Compute,

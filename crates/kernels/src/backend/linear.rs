@@ -6,7 +6,7 @@ use burn::backend::Dispatch;
 use burn::tensor::Tensor;
 
 use crate::backend::ops::{Kernels, float};
-use crate::{CachedRows, Compute, Matrix, Quantizer};
+use crate::{Compute, KvBuffer, Matrix, Quantizer};
 
 /// Which rows of a weight belong to which head, and in which direction they are multiplied.
 ///
@@ -212,7 +212,7 @@ pub struct Absorbed {
 /// If the sizes do not fit.
 pub fn absorbed_attention(
     q: Tensor<4>,
-    latents: &CachedRows,
+    latents: &KvBuffer,
     w: &Arc<Matrix>,
     absorbed: Absorbed,
     compute: Compute,

@@ -14,7 +14,7 @@ use burn::backend::{Backend, Dispatch, ExtensionType, backend_extension};
 use burn::tensor::{Int, Tensor};
 
 use crate::adamw::AdamWStep;
-use crate::backend::cached::RowsPrimitive;
+use crate::backend::cached::KvBufferPrimitive;
 use crate::backend::linear::{Absorbed, HeadRows, Merge, Update};
 use crate::backend::plain;
 use crate::{Choice, Compute, ExpertBank, ExpertLora, Matrix, Pairs, Segments, SharedExperts};
@@ -138,28 +138,28 @@ pub trait Kernels: Backend {
         scale: f32,
         segments: Segments,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
-    /// Rows of numbers `[len, heads, width]` rounded to blocks; see [`crate::CachedRows`].
+    /// Rows of numbers `[len, heads, width]` rounded to blocks; see [`crate::KvBuffer`].
     fn encode_blocks(x: FloatTensor<Self>) -> IntTensor<Self>;
     /// The numbers of such rows, in f32.
-    fn decode_blocks(#[extension_type] rows: RowsPrimitive<Self>) -> FloatTensor<Self>;
+    fn decode_blocks(#[extension_type] rows: KvBufferPrimitive<Self>) -> FloatTensor<Self>;
     /// See [`crate::cached_attention`]; of a few queries.
     fn cached_attention(
         q: FloatTensor<Self>,
-        #[extension_type] k: RowsPrimitive<Self>,
-        #[extension_type] v: RowsPrimitive<Self>,
+        #[extension_type] k: KvBufferPrimitive<Self>,
+        #[extension_type] v: KvBufferPrimitive<Self>,
         scale: f32,
     ) -> FloatTensor<Self>;
     /// See [`crate::latent_attention`]; of a few queries.
     fn latent_attention(
         q: FloatTensor<Self>,
-        #[extension_type] latents: RowsPrimitive<Self>,
+        #[extension_type] latents: KvBufferPrimitive<Self>,
         v_dim: usize,
         scale: f32,
     ) -> FloatTensor<Self>;
     /// See [`crate::absorbed_attention`].
     fn absorbed_attention(
         q: FloatTensor<Self>,
-        #[extension_type] latents: RowsPrimitive<Self>,
+        #[extension_type] latents: KvBufferPrimitive<Self>,
         w: Arc<Matrix>,
         absorbed: Absorbed,
         compute: Compute,

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use burn::tensor::activation::{log_softmax, sigmoid, softmax};
 use burn::tensor::{Bool, Device, Distribution, Int, Tensor, TensorData};
 use moeforge_kernels::{
-    CacheType, CachedRows, Choice, Compute, Direction, Dropout, ExpertBank, ExpertFactors,
-    ExpertLora, Format, GroupScore, HeadRows, Matrix, Pairs, Routing, Segments, Update, attention,
+    CacheType, Choice, Compute, Direction, Dropout, ExpertBank, ExpertFactors, ExpertLora, Format,
+    GroupScore, HeadRows, KvBuffer, Matrix, Pairs, Routing, Segments, Update, attention,
     cached_attention, choose_experts, cross_entropy_frozen, cross_entropy_trained, dispatch,
     dropout, embed_frozen, embed_trained, expanded_attention, experts_frozen, experts_trained,
     heads_linear, linear_add, linear_frozen, linear_trained, linear_updated, rms_norm, rope,

@@ -6,7 +6,7 @@ use kernels::Pairs;
 
 use crate::config::GqaConfig;
 use crate::linear::Linear;
-use crate::pass::{Pass, Seen, per_sequence};
+use crate::pass::{KvSource, Pass, per_sequence};
 
 /// Grouped-query attention of one layer.
 #[derive(Module, Debug)]
@@ -61,8 +61,8 @@ impl Gqa {
             .map(|y| y.reshape([batch, seq, kv_heads, dim]));
         let (k, scale) = (turned(k), self.softmax_scale);
         let out = match pass.append(layer_idx, [k, v]) {
-            Seen::New([k, v]) => kernels::attention(q, k, v, scale, &pass.segments),
-            Seen::Cached(held) => per_sequence(q, &held, |q, [k, v]| {
+            KvSource::New([k, v]) => kernels::attention(q, k, v, scale, &pass.segments),
+            KvSource::Cached(held) => per_sequence(q, &held, |q, [k, v]| {
                 kernels::cached_attention(q, k, v, scale)
             }),
         };

@@ -9,12 +9,12 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use kernels::{Absorbed, CachedRows, Direction, HeadRows, Pairs};
+use kernels::{Absorbed, Direction, HeadRows, KvBuffer, Pairs};
 
 use crate::config::MlaConfig;
 use crate::linear::Linear;
 use crate::norm::Norm;
-use crate::pass::{Observe, Pass, Seen, per_sequence};
+use crate::pass::{KvSource, Observe, Pass, per_sequence};
 
 /// Most new positions of a sequence that attend to the latents themselves. Each then has the bits it has in a pass of its
 /// own.
@@ -71,18 +71,18 @@ impl Mla {
         let absorbs = self.kv_b_proj.quantizer.is_none();
         let is_observed = pass.observe == Observe::Inputs;
         let out = match pass.append(layer_idx, [latents]) {
-            Seen::New([latents]) if absorbs && is_observed => {
+            KvSource::New([latents]) if absorbs && is_observed => {
                 let values = self.values(&latents);
                 let (scale, segments) = (self.softmax_scale, &pass.segments);
                 self.folded(q, pass, |q| {
                     kernels::attention(q, latents, values, scale, segments)
                 })
             }
-            Seen::New([latents]) => self.expanded(q, latents, pass),
-            Seen::Cached(held) if absorbs && (seq <= FEW_POSITIONS || is_observed) => {
+            KvSource::New([latents]) => self.expanded(q, latents, pass),
+            KvSource::Cached(held) if absorbs && (seq <= FEW_POSITIONS || is_observed) => {
                 self.absorbed(q, &held, pass)
             }
-            Seen::Cached(held) => per_sequence(q, &held, |q, [latents]| {
+            KvSource::Cached(held) => per_sequence(q, &held, |q, [latents]| {
                 self.expanded(q, latents.floats(), pass)
             }),
         };
@@ -148,7 +148,7 @@ impl Mla {
 
     /// Attention over the latents of each sequence themselves; returns `[batch, seq, heads, v_head_dim]`. Without gradient.
     /// `kv_b_proj` is read once for all sequences.
-    fn absorbed(&self, q: Tensor<4>, held: &[[CachedRows; 1]], pass: &Pass<'_>) -> Tensor<4> {
+    fn absorbed(&self, q: Tensor<4>, held: &[[KvBuffer; 1]], pass: &Pass<'_>) -> Tensor<4> {
         let absorbed = Absorbed {
             nope: self.config.qk_nope_head_dim,
             v_dim: self.config.v_head_dim,
