@@ -65,5 +65,5 @@ pub use matrix::heads::Heads;
 pub use matrix::{Format, Fp8Blocks, Matrix};
 pub use product::compute::Compute;
 pub use quantizer::Quantizer;
-pub use rope::Pairs;
+pub use rope::RopeLayout;
 pub use route::{Choice, GroupScore};

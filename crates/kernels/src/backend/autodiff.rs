@@ -17,7 +17,9 @@ use crate::backend::gradients::{ExpertsSaved, Gradients, LossSaved};
 use crate::backend::kept::{Form, Kept, remember, shared};
 use crate::backend::linear::{Absorbed, HeadRows, Update};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
-use crate::{Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Merge, Pairs, Segments};
+use crate::{
+    Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Merge, RopeLayout, Segments,
+};
 
 /// The loss against a frozen head without a low-rank update, whose gradient is made with it; and the log-sum-exps.
 fn cross_entropy_plain<B: Gradients, C: CheckpointStrategy>(
@@ -221,13 +223,13 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
-        pairs: Pairs,
+        layout: RopeLayout,
     ) -> FloatTensor<Self> {
         let (cos, sin) = (cos.into_primitive(), sin.into_primitive());
         let (node, x) = (x.node(), x.into_primitive());
-        let y = B::rope(x, cos.clone(), sin.clone(), pairs);
+        let y = B::rope(x, cos.clone(), sin.clone(), layout);
         match Rope.prepare::<C>([node]).compute_bound().stateful() {
-            OpsKind::Tracked(op) => op.finish((cos, sin, pairs), y),
+            OpsKind::Tracked(op) => op.finish((cos, sin, layout), y),
             OpsKind::UnTracked(op) => op.finish(y),
         }
     }
@@ -672,9 +674,9 @@ gradient!(
 gradient!(
     Rope,
     1,
-    (FloatTensor<B>, FloatTensor<B>, Pairs),
-    |dy, parents, (cos, sin, pairs), grads| {
-        register::<B>(grads, parents, [B::rope_dx(dy, [cos, sin], pairs)]);
+    (FloatTensor<B>, FloatTensor<B>, RopeLayout),
+    |dy, parents, (cos, sin, layout), grads| {
+        register::<B>(grads, parents, [B::rope_dx(dy, [cos, sin], layout)]);
     }
 );
 

@@ -37,8 +37,8 @@ use crate::product::gemm::{self, FEW_ROWS};
 use crate::product::strided::{MatMut, Write};
 use crate::product::weights::Weights;
 use crate::{
-    Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Pairs, SharedExperts, rms_norm, rope,
-    route, row_norms,
+    Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, RopeLayout, SharedExperts, rms_norm,
+    rope, route, row_norms,
 };
 
 impl Kernels for Flex {
@@ -151,8 +151,8 @@ impl Kernels for Flex {
         floats(rms_norm::forward(&x, width, &weight, eps), [rows, width])
     }
 
-    fn rope(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, pairs: Pairs) -> FlexTensor {
-        turn(&x, [&cos, &sin], pairs, rope::Turn::Forth)
+    fn rope(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, layout: RopeLayout) -> FlexTensor {
+        rotate(&x, [&cos, &sin], layout, rope::Rotation::Forward)
     }
 
     fn swiglu(gate: FlexTensor, up: FlexTensor, _: Compute) -> FlexTensor {
@@ -369,15 +369,15 @@ impl Kernels for Flex {
     }
 }
 
-fn turn(
+fn rotate(
     x: &FlexTensor,
     [cos, sin]: [&FlexTensor; 2],
-    pairs: Pairs,
-    turn: rope::Turn,
+    layout: RopeLayout,
+    rotation: rope::Rotation,
 ) -> FlexTensor {
     let (x, cos, sin) = (Floats::new(x), Floats::new(cos), Floats::new(sin));
     floats(
-        rope::rotate(&x, &cos, &sin, x.dims(), pairs, turn),
+        rope::rotate(&x, &cos, &sin, x.dims(), layout, rotation),
         x.dims::<4>(),
     )
 }

@@ -17,7 +17,7 @@ use crate::adamw::AdamWStep;
 use crate::backend::cached::KvBufferPrimitive;
 use crate::backend::linear::{Absorbed, HeadRows, Merge, Update};
 use crate::backend::plain;
-use crate::{Choice, Compute, ExpertBank, ExpertLora, Matrix, Pairs, Segments, SharedExperts};
+use crate::{Choice, Compute, ExpertBank, ExpertLora, Matrix, RopeLayout, Segments, SharedExperts};
 
 /// Which expert serves which token, and with what weight.
 #[derive(Clone, Debug, ExtensionType)]
@@ -115,7 +115,7 @@ pub trait Kernels: Backend {
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
-        pairs: Pairs,
+        layout: RopeLayout,
     ) -> FloatTensor<Self>;
     /// See [`swiglu`].
     fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>, kept: Compute) -> FloatTensor<Self>;
@@ -281,17 +281,17 @@ pub fn rms_norm_start(x: Tensor<2>, weight: Tensor<1>, eps: f32) -> Tensor<2> {
     ))
 }
 
-/// Turns pairs of features by their position's angles. The angles have no gradient.
+/// Rotates pairs of features by their position's angles. The angles have no gradient.
 ///
-/// Where a head is wider than the angles reach, its last features are turned and the first stay as they are.
+/// Where a head is wider than the angles reach, its last features are rotated and the first stay as they are.
 ///
 /// # Shapes
-/// - `x`: `[batch, seq, heads, dim]`, `cos` and `sin`: `[seq, turned / 2]` with `turned ≤ dim`
+/// - `x`: `[batch, seq, heads, dim]`, `cos` and `sin`: `[seq, rotated / 2]` with `rotated ≤ dim`
 /// - returns: the shape and layout of `x`
 ///
 /// # Panics
 /// If the sizes do not fit.
-pub fn rope(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, pairs: Pairs) -> Tensor<4> {
+pub fn rope(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, layout: RopeLayout) -> Tensor<4> {
     let ([_, seq, _, dim], [positions, half]) = (x.dims(), cos.dims());
     assert!(
         positions == seq && cos.dims() == sin.dims() && 2 * half <= dim,
@@ -303,7 +303,7 @@ pub fn rope(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, pairs: Pairs) -> Tenso
         x.into_dispatch(),
         cos.into_dispatch(),
         sin.into_dispatch(),
-        pairs,
+        layout,
     ))
 }
 

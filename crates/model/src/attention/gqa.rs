@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use kernels::Pairs;
+use kernels::RopeLayout;
 
 use crate::config::GqaConfig;
 use crate::linear::Linear;
@@ -30,7 +30,7 @@ pub struct Gqa {
     pub softmax_scale: f32,
     /// Which rotary features form a pair.
     #[module(skip)]
-    pub pairs: Pairs,
+    pub layout: RopeLayout,
 }
 
 impl Gqa {
@@ -50,16 +50,16 @@ impl Gqa {
             self.heads,
         );
         let rotary = pass.rotary();
-        let turned = |x: Tensor<4>| rotary.turn(x, self.pairs);
+        let rotated = |x: Tensor<4>| rotary.rotate(x, self.layout);
 
-        let q = turned(
+        let q = rotated(
             self.q_proj
                 .forward(tokens.clone(), pass)
                 .reshape([batch, seq, heads, dim]),
         );
         let [k, v] = Linear::forward_both([&self.k_proj, &self.v_proj], tokens, pass)
             .map(|y| y.reshape([batch, seq, kv_heads, dim]));
-        let (k, scale) = (turned(k), self.softmax_scale);
+        let (k, scale) = (rotated(k), self.softmax_scale);
         let out = match pass.append(layer_idx, [k, v]) {
             KvSource::New([k, v]) => kernels::attention(q, k, v, scale, &pass.segments),
             KvSource::Cached(held) => per_sequence(q, &held, |q, [k, v]| {

@@ -9,7 +9,7 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use kernels::{Absorbed, Direction, HeadRows, KvBuffer, Pairs};
+use kernels::{Absorbed, Direction, HeadRows, KvBuffer, RopeLayout};
 
 use crate::config::MlaConfig;
 use crate::linear::Linear;
@@ -50,7 +50,7 @@ pub struct Mla {
     pub softmax_scale: f32,
     /// Which rotary features form a pair.
     #[module(skip)]
-    pub pairs: Pairs,
+    pub layout: RopeLayout,
 }
 
 impl Mla {
@@ -114,7 +114,7 @@ impl Mla {
     /// Queries of all heads, the end of each rotated: `[batch, seq, heads, qk_head_dim]`.
     fn queries(&self, q: Tensor<2>, [batch, seq]: [usize; 2], pass: &Pass<'_>) -> Tensor<4> {
         let q = q.reshape([batch, seq, self.heads, self.config.qk_head_dim()]);
-        pass.rotary().turn(q, self.pairs)
+        pass.rotary().rotate(q, self.layout)
     }
 
     /// What the cache stores: normalized latent and rotated shared key, `[batch, seq, 1, kv_lora_rank + rope]`.
@@ -122,7 +122,7 @@ impl Mla {
         let [_, width] = kv.dims(); // [tokens, rank + rope]
         let kv = self.kv_a_layernorm.forward_start(kv);
         pass.rotary()
-            .turn(kv.reshape([batch, seq, 1, width]), self.pairs)
+            .rotate(kv.reshape([batch, seq, 1, width]), self.layout)
     }
 
     /// Attention over rebuilt keys and values; returns `[batch, seq, heads, v_head_dim]`.

@@ -1,7 +1,7 @@
 //! The parts of a config, read and checked.
 
 use kernels::fp8::Scales;
-use kernels::{Choice, GroupScore, Pairs};
+use kernels::{Choice, GroupScore, RopeLayout};
 use serde_json::Value;
 
 use super::keys::Keys;
@@ -82,10 +82,10 @@ pub(super) fn rope(keys: &Keys<'_>, family: Family) -> Result<RopeConfig, Error>
     Ok(RopeConfig {
         theta,
         scaling,
-        pairs: if interleaved {
-            Pairs::Interleaved
+        layout: if interleaved {
+            RopeLayout::Interleaved
         } else {
-            Pairs::Halves
+            RopeLayout::HalfSplit
         },
     })
 }
