@@ -12,7 +12,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use model::{Cache, CacheType, ModelConfig, Mtp, Pass};
 
 use crate::engine::Engine;
-use crate::sampler::likeliest;
+use crate::sampler::argmax;
 use crate::sequence::Sequence;
 
 /// Rows up to which a product gives each of them what it gives it alone.
@@ -98,7 +98,7 @@ impl Engine {
             let rows = logits.chunks(self.model.config.vocab_size);
             for (sequence, logits) in group.iter_mut().zip(rows) {
                 // A module that makes no numbers makes no guesses.
-                if let Some(id) = likeliest(logits) {
+                if let Some(id) = argmax(logits) {
                     sequence.guess(id as u32);
                 }
             }

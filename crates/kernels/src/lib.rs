@@ -66,4 +66,4 @@ pub use matrix::{Format, Fp8Blocks, Matrix};
 pub use product::compute::Compute;
 pub use quantizer::Quantizer;
 pub use rope::RopeLayout;
-pub use route::{Choice, GroupScore};
+pub use route::{GroupScore, TopK};

@@ -17,7 +17,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use kernels::fp8::Scales;
-use kernels::{Choice, RopeLayout};
+use kernels::{RopeLayout, TopK};
 use serde_json::Value;
 
 use self::keys::Keys;
@@ -194,7 +194,7 @@ pub struct MoeConfig {
     /// How scores are made from logits.
     pub scoring_func: Scoring,
     /// How experts are chosen from scores.
-    pub choice: Choice,
+    pub choice: TopK,
     /// Whether a bias takes part in choosing.
     pub has_correction_bias: bool,
     /// Divide the chosen weights by their sum.

@@ -17,9 +17,7 @@ use crate::backend::gradients::{ExpertsSaved, Gradients, LossSaved};
 use crate::backend::kept::{Form, Kept, remember, shared};
 use crate::backend::linear::{Absorbed, HeadRows, Update};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
-use crate::{
-    Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Merge, RopeLayout, Segments,
-};
+use crate::{Compute, Dropout, ExpertBank, ExpertLora, Matrix, Merge, RopeLayout, Segments, TopK};
 
 /// The loss against a frozen head without a low-rank update, whose gradient is made with it; and the log-sum-exps.
 fn cross_entropy_plain<B: Gradients, C: CheckpointStrategy>(
@@ -345,7 +343,7 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         Self::from_inner(B::latent_attention(q, latents, v_dim, scale))
     }
 
-    fn choose_experts(scores: FloatTensor<Self>, choice: Choice) -> IntTensor<Self> {
+    fn choose_experts(scores: FloatTensor<Self>, choice: TopK) -> IntTensor<Self> {
         B::choose_experts(scores.into_primitive(), choice)
     }
 

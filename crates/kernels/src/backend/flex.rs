@@ -37,7 +37,7 @@ use crate::product::gemm::{self, FEW_ROWS};
 use crate::product::strided::{MatMut, Write};
 use crate::product::weights::Weights;
 use crate::{
-    Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, RopeLayout, SharedExperts, rms_norm,
+    Compute, Dropout, ExpertBank, ExpertLora, Matrix, RopeLayout, SharedExperts, TopK, rms_norm,
     rope, route, row_norms,
 };
 
@@ -242,7 +242,7 @@ impl Kernels for Flex {
         absorbed::absorbed_attention(&q, &latents, &w, absorbed, compute)
     }
 
-    fn choose_experts(scores: FlexTensor, choice: Choice) -> FlexTensor {
+    fn choose_experts(scores: FlexTensor, choice: TopK) -> FlexTensor {
         let scores = Floats::new(&scores);
         let [tokens, experts] = scores.dims();
         ints(

@@ -17,7 +17,7 @@ use crate::adamw::AdamWStep;
 use crate::backend::cached::KvBufferPrimitive;
 use crate::backend::linear::{Absorbed, HeadRows, Merge, Update};
 use crate::backend::plain;
-use crate::{Choice, Compute, ExpertBank, ExpertLora, Matrix, RopeLayout, Segments, SharedExperts};
+use crate::{Compute, ExpertBank, ExpertLora, Matrix, RopeLayout, Segments, SharedExperts, TopK};
 
 /// Which expert serves which token, and with what weight.
 #[derive(Clone, Debug, ExtensionType)]
@@ -165,7 +165,7 @@ pub trait Kernels: Backend {
         compute: Compute,
     ) -> FloatTensor<Self>;
     /// See [`choose_experts`].
-    fn choose_experts(scores: FloatTensor<Self>, choice: Choice) -> IntTensor<Self>;
+    fn choose_experts(scores: FloatTensor<Self>, choice: TopK) -> IntTensor<Self>;
     /// See [`dispatch`].
     fn dispatch_slots(ids: IntTensor<Self>, experts: usize) -> (IntTensor<Self>, IntTensor<Self>);
     /// See [`prefetch_experts`]; gives the ids again.
@@ -436,7 +436,7 @@ pub fn expanded_attention(
 ///
 /// # Panics
 /// If the groups do not divide the experts, or hold fewer than `top_k` open experts.
-pub fn choose_experts(scores: Tensor<2>, choice: Choice) -> Tensor<2, Int> {
+pub fn choose_experts(scores: Tensor<2>, choice: TopK) -> Tensor<2, Int> {
     let experts = scores.dims()[1];
     let open = if choice.n_group > 1 {
         experts / choice.n_group * choice.topk_group

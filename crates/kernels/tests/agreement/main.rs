@@ -8,8 +8,8 @@ use std::sync::Arc;
 use burn::tensor::activation::{log_softmax, sigmoid, softmax};
 use burn::tensor::{Bool, Device, Distribution, Int, Tensor, TensorData};
 use moeforge_kernels::{
-    CacheType, Choice, Compute, Direction, Dropout, ExpertBank, ExpertFactors, ExpertLora, Format,
-    GroupScore, HeadRows, KvBuffer, Matrix, RopeLayout, Routing, Segments, Update, attention,
+    CacheType, Compute, Direction, Dropout, ExpertBank, ExpertFactors, ExpertLora, Format,
+    GroupScore, HeadRows, KvBuffer, Matrix, RopeLayout, Routing, Segments, TopK, Update, attention,
     cached_attention, choose_experts, cross_entropy_frozen, cross_entropy_trained, dispatch,
     dropout, embed_frozen, embed_trained, expanded_attention, experts_frozen, experts_trained,
     heads_linear, linear_add, linear_frozen, linear_trained, linear_updated, rms_norm, rope,
@@ -444,7 +444,7 @@ fn routing(
     top_k: usize,
     weights: Tensor<2>,
 ) -> (Routing, Tensor<3>) {
-    let choice = Choice {
+    let choice = TopK {
         top_k,
         n_group: 1,
         topk_group: 1,

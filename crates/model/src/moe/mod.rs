@@ -57,6 +57,6 @@ impl Moe {
     /// is near to what the router will see.
     pub(crate) fn expect(&self, x: Tensor<2>, pass: &Pass<'_>) {
         let logits = self.gate.forward_as(Class::Router, x, pass);
-        self.experts.expect(self.router.likeliest(logits));
+        self.experts.expect(self.router.top_k(logits));
     }
 }

@@ -7,7 +7,7 @@
 
 use burn::tensor::activation::sigmoid;
 use burn::tensor::{Int, Tensor};
-use kernels::Choice;
+use kernels::TopK;
 
 use crate::config::{MoeConfig, Scoring};
 
@@ -50,8 +50,8 @@ impl Router {
     }
 
     /// Those of every token's experts that are asked for ahead, `[tokens, n_prefetch]`, of logits `[tokens, experts]`.
-    pub(crate) fn likeliest(&self, logits: Tensor<2>) -> Tensor<2, Int> {
-        let best = Choice {
+    pub(crate) fn top_k(&self, logits: Tensor<2>) -> Tensor<2, Int> {
+        let best = TopK {
             top_k: self.n_prefetch,
             ..self.config.choice
         };
@@ -66,7 +66,7 @@ impl Router {
     }
 
     /// The best experts of every token, by scores and bias.
-    fn choose(&self, scores: Tensor<2>, best: Choice) -> Tensor<2, Int> {
+    fn choose(&self, scores: Tensor<2>, best: TopK) -> Tensor<2, Int> {
         let choice = match &self.e_score_correction_bias {
             Some(bias) => scores + bias.clone().unsqueeze(),
             None => scores,
