@@ -229,7 +229,7 @@ impl Engine {
             return Ok(());
         }
         let started = Instant::now();
-        self.lay_out_for(self.layout.last_pass);
+        self.repack_for(self.layout.last_pass);
         let laid_out = Instant::now();
         self.decode(&mut decoding)?;
         self.layout.last_pass = laid_out.elapsed();

@@ -268,7 +268,7 @@ fn so_it_is_with_weights_in_blocks_and_products_in_int8() {
         let stored = check(&engine, &config(10), &[1, 3]);
         let (bytes, mut copied) = (engine.size_bytes(), 0);
         engine.keep_in_memory(usize::MAX);
-        engine.lay_out(&mut |done, total| {
+        engine.repack(&mut |done, total| {
             assert!(done <= total);
             copied = done;
         });
@@ -290,7 +290,7 @@ fn so_it_is_with_a_gguf_file() {
         let mut engine = with_module(&out, compute);
         let [guessed, _] = check(&engine, &config(10), &[1, 3]);
         assert!(guessed > 0);
-        engine.lay_out(&mut |_, _| {});
+        engine.repack(&mut |_, _| {});
         check(&engine, &config(10), &[1, 3]);
     }
 }

@@ -1,6 +1,6 @@
 //! A frozen weight in the bytes it was published in.
 //!
-//! A [`Matrix`] is a view: the bytes usually belong to a mapped file, and only [`Matrix::lay_out`] copies them whole.
+//! A [`Matrix`] is a view: the bytes usually belong to a mapped file, and only [`Matrix::repack`] copies them whole.
 //! Kernels ask for a tile, which is decoded into scratch that fits the cache, or for the product of one row with
 //! a vector. Rows may start at any byte address: dense formats are read byte-wise where they are misaligned.
 
@@ -37,7 +37,7 @@ pub enum Format {
     /// Blocks of ggml's, which do not cross rows.
     Ggml(Ggml),
     /// The same blocks with sixteen rows side by side, for products in int8: made in memory, never stored.
-    Strips(Ggml),
+    Interleaved(Ggml),
     /// Two matrices, each in a format of its own.
     Heads(Heads),
 }
@@ -67,7 +67,9 @@ impl Format {
             Self::F32 => (1, 4),
             Self::F16 | Self::Bf16 => (1, 2),
             Self::Fp8(_) => (1, 1),
-            Self::Ggml(format) | Self::Strips(format) => (format.block(), format.block_bytes()),
+            Self::Ggml(format) | Self::Interleaved(format) => {
+                (format.block(), format.block_bytes())
+            }
             Self::Heads(_) => (1, 0),
         }
     }
@@ -85,7 +87,7 @@ impl Format {
             Self::F16 => "F16",
             Self::Bf16 => "BF16",
             Self::Fp8(_) => "FP8",
-            Self::Ggml(format) | Self::Strips(format) => format.name(),
+            Self::Ggml(format) | Self::Interleaved(format) => format.name(),
             Self::Heads(_) => "halves",
         }
     }
@@ -108,7 +110,7 @@ impl Matrix {
     /// or is none that is stored.
     pub fn dense(rows: usize, cols: usize, format: Format, bytes: Bytes) -> Result<Self, Error> {
         let (block, size) = match format {
-            Format::Strips(_) => (1, 0),
+            Format::Interleaved(_) => (1, 0),
             _ => format.block(),
         };
         let expected = rows.saturating_mul(cols / block).saturating_mul(size);
@@ -246,7 +248,7 @@ impl Matrix {
     pub fn row_range(&self, rows: Range<usize>) -> Self {
         let row_bytes = self.row_bytes();
         assert!(rows.end <= self.rows, "rows {rows:?} leave the matrix");
-        if let Format::Strips(format) = self.format {
+        if let Format::Interleaved(format) = self.format {
             return self.strips_of(format, rows);
         }
         let mut format = self.format.clone();
@@ -317,7 +319,7 @@ impl Matrix {
         match &self.format {
             // Tiles need not begin and end with a block.
             Format::Ggml(format) => decode_blocks(*format, line, cols, out),
-            Format::Strips(format) => self.decode_strip(*format, row, cols, out),
+            Format::Interleaved(format) => self.decode_strip(*format, row, cols, out),
             Format::F32 => decode_f32(bytes, out),
             Format::F16 => decode_f16(bytes, out),
             Format::Bf16 => decode_bf16(bytes, out),
@@ -361,7 +363,7 @@ impl Matrix {
                     .map(|(span, scale)| scale * dot_e4m3(&bytes[span.clone()], &x[span]))
                     .sum()
             }
-            Format::Strips(_) | Format::Heads(_) => with_scratch(self.cols, |line| {
+            Format::Interleaved(_) | Format::Heads(_) => with_scratch(self.cols, |line| {
                 self.decode(row..row + 1, 0..x.len(), line);
                 dot(line, x)
             }),

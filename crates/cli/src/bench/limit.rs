@@ -71,7 +71,7 @@ fn narrow(values: &[f32], compute: Compute) -> Matrix {
     };
     let matrix = Matrix::dense(SIZE, SIZE, format, bytes.into());
     let mut matrix = [matrix.expect("bytes of so many numbers")];
-    Matrix::lay_out(&mut matrix, Compute::Int8, &mut |_| ());
+    Matrix::repack(&mut matrix, Compute::Int8, &mut |_| ());
     let [matrix] = matrix;
     matrix
 }

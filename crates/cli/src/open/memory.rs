@@ -107,9 +107,9 @@ impl MemoryArgs {
 }
 
 /// Copies at once what would be copied between steps.
-pub(crate) fn lay_out(engine: &mut Engine, console: &Console) {
+pub(crate) fn repack(engine: &mut Engine, console: &Console) {
     let mut progress = console.progress(0, "MiB of weights");
-    engine.lay_out(&mut |done, total| {
+    engine.repack(&mut |done, total| {
         let [done, total] = [done, total].map(|bytes: usize| bytes as u64 >> 20);
         progress.update_of(done, total);
     });

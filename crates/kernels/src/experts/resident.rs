@@ -461,7 +461,7 @@ mod tests {
                 let bank = of(list, &cache, 0);
                 for copy in copies(&bank, &[1, 3]) {
                     let [gate, ..] = copy.weights;
-                    let is_strips = matches!(gate.format(), Format::Strips(_));
+                    let is_strips = matches!(gate.format(), Format::Interleaved(_));
                     let has_blocks =
                         matches!(bank.gate[0].format(), Format::Ggml(f) if f.block() > 1);
                     assert_eq!(is_strips, has_blocks && compute == Compute::Int8);
