@@ -164,7 +164,7 @@ mod tests {
     fn strips(engine: &mut Engine) -> [usize; 2] {
         let mut counts = [0; 2];
         for_each(&mut engine.model, None, &mut |_, matrix| {
-            let keys = matrix.heads().map(|heads| heads.keys(0));
+            let keys = matrix.split_kv_b().map(|heads| heads.keys(0));
             let format = keys.as_ref().unwrap_or(matrix).format();
             counts[0] += usize::from(matches!(format, Format::Interleaved(_)));
             counts[1] += usize::from(matches!(format, Format::Interleaved(_) | Format::Ggml(_)));

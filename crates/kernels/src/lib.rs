@@ -61,7 +61,7 @@ pub use experts::{
 };
 pub use ggml::Ggml;
 pub use matrix::copies::FileAccess;
-pub use matrix::heads::Heads;
+pub use matrix::heads::SplitKvB;
 pub use matrix::{Format, Fp8Blocks, Matrix};
 pub use product::compute::Compute;
 pub use quantizer::Quantizer;

@@ -15,7 +15,7 @@ use bytes::Bytes;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use self::heads::Heads;
+use self::heads::SplitKvB;
 use crate::Error;
 use crate::fp8::e4m3_to_f32;
 use crate::ggml::Ggml;
@@ -39,7 +39,7 @@ pub enum Format {
     /// The same blocks with sixteen rows side by side, for products in int8: made in memory, never stored.
     Interleaved(Ggml),
     /// Two matrices, each in a format of its own.
-    Heads(Heads),
+    SplitKvB(SplitKvB),
 }
 
 /// The scales of an FP8 matrix. Blocks at the right and lower edge may be partial.
@@ -70,7 +70,7 @@ impl Format {
             Self::Ggml(format) | Self::Interleaved(format) => {
                 (format.block(), format.block_bytes())
             }
-            Self::Heads(_) => (1, 0),
+            Self::SplitKvB(_) => (1, 0),
         }
     }
 
@@ -88,7 +88,7 @@ impl Format {
             Self::Bf16 => "BF16",
             Self::Fp8(_) => "FP8",
             Self::Ggml(format) | Self::Interleaved(format) => format.name(),
-            Self::Heads(_) => "halves",
+            Self::SplitKvB(_) => "halves",
         }
     }
 }
@@ -170,13 +170,13 @@ impl Matrix {
     ///
     /// # Errors
     /// If the two are not of so many heads of one rank.
-    pub fn of_heads(keys: Self, values: Self, heads: usize) -> Result<Self, Error> {
-        let heads = Heads::new(keys, values, heads)?;
+    pub fn from_split_kv_b(keys: Self, values: Self, heads: usize) -> Result<Self, Error> {
+        let heads = SplitKvB::new(keys, values, heads)?;
         Ok(Self {
             rows: heads.rows(),
             cols: heads.cols(),
             bytes: Bytes::new(),
-            format: Format::Heads(heads),
+            format: Format::SplitKvB(heads),
         })
     }
 
@@ -219,9 +219,9 @@ impl Matrix {
     }
 
     /// The halves, if it is made of such.
-    pub fn heads(&self) -> Option<&Heads> {
+    pub fn split_kv_b(&self) -> Option<&SplitKvB> {
         match &self.format {
-            Format::Heads(heads) => Some(heads),
+            Format::SplitKvB(heads) => Some(heads),
             _ => None,
         }
     }
@@ -235,7 +235,7 @@ impl Matrix {
     pub fn size_bytes(&self) -> usize {
         let elsewhere = match &self.format {
             Format::Fp8(blocks) => blocks.scales.len() * 4,
-            Format::Heads(heads) => heads.size_bytes(),
+            Format::SplitKvB(heads) => heads.size_bytes(),
             _ => 0,
         };
         self.bytes.len() + elsewhere
@@ -254,7 +254,7 @@ impl Matrix {
         let mut format = self.format.clone();
         match &mut format {
             Format::Fp8(blocks) => blocks.first_row += rows.start,
-            Format::Heads(heads) => *heads = heads.starting_at(rows.start),
+            Format::SplitKvB(heads) => *heads = heads.starting_at(rows.start),
             _ => {}
         }
         let bytes = self
@@ -298,7 +298,7 @@ impl Matrix {
             rows.end <= self.rows && cols.end <= self.cols,
             "tile {rows:?} × {cols:?} leaves the matrix"
         );
-        if let Format::Heads(heads) = &self.format {
+        if let Format::SplitKvB(heads) = &self.format {
             return heads.decode(rows, cols, out);
         }
         for (row, line) in rows.zip(out.chunks_exact_mut(cols.len().max(1))) {
@@ -331,7 +331,7 @@ impl Matrix {
                     decode_e4m3(&bytes[at.clone()], &mut out[at], scale);
                 }
             }
-            Format::Heads(heads) => heads.decode(row..row + 1, cols, out),
+            Format::SplitKvB(heads) => heads.decode(row..row + 1, cols, out),
         }
     }
 
@@ -363,7 +363,7 @@ impl Matrix {
                     .map(|(span, scale)| scale * dot_e4m3(&bytes[span.clone()], &x[span]))
                     .sum()
             }
-            Format::Interleaved(_) | Format::Heads(_) => with_scratch(self.cols, |line| {
+            Format::Interleaved(_) | Format::SplitKvB(_) => with_scratch(self.cols, |line| {
                 self.decode(row..row + 1, 0..x.len(), line);
                 dot(line, x)
             }),

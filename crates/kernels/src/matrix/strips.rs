@@ -151,8 +151,8 @@ impl Matrix {
             Format::Ggml(_) | Format::F32 | Format::F16 | Format::Bf16 | Format::Fp8(_) => {
                 map(self)
             }
-            Format::Heads(heads) => Self {
-                format: Format::Heads(heads.map_stored(map)),
+            Format::SplitKvB(heads) => Self {
+                format: Format::SplitKvB(heads.map_stored(map)),
                 bytes: self.bytes.clone(),
                 ..*self
             },
@@ -395,7 +395,7 @@ mod tests {
         let keys = Matrix::dense(2 * rank, rank, format, keys.into()).unwrap();
         let mut all = every_block_format(40);
         all.extend(every_format(40, 37, 3));
-        all.push(Matrix::of_heads(keys, values, 2).unwrap());
+        all.push(Matrix::from_split_kv_b(keys, values, 2).unwrap());
         all
     }
 

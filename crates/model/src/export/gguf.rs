@@ -228,7 +228,7 @@ fn piece(matrix: &Matrix, rows: Rows, head: usize) -> Matrix {
         let per_head = matrix.rows() / heads;
         matrix.row_range(head * per_head..(head + 1) * per_head)
     };
-    match (rows, matrix.heads()) {
+    match (rows, matrix.split_kv_b()) {
         (Rows::Same, _) => matrix.clone(),
         (Rows::Interleaved { heads }, _) => {
             let head = of_head(heads);
