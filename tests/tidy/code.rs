@@ -20,7 +20,7 @@ const WEIGHT_OPS: [(&[&str], &[&str]); 3] = [
             "linear_frozen_pair",
             "moe_frozen",
             "linear_trained",
-            "linear_merged",
+            "linear_fake_quantized",
             "linear_add",
             "heads_linear",
             "absorbed_attention",

@@ -41,7 +41,7 @@ pub struct ExpertLora {
     pub scale: [f32; 3],
     /// Dropout on the input of the updates; off where there is a quantizer.
     pub dropout: Dropout,
-    /// Folds the updates into the weights and rounds the sums, as [`crate::linear_merged`] does.
+    /// Folds the updates into the weights and rounds the sums, as [`crate::linear_fake_quantized`] does.
     pub quantizer: Option<Quantizer>,
 }
 

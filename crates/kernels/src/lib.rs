@@ -41,12 +41,13 @@ mod swiglu;
 pub use adamw::AdamWStep;
 pub use attention::Segments;
 pub use attention::cached::CacheType;
-pub use backend::buffers::{Buffers, map_large_blocks};
+pub use backend::buffers::{RecyclingAllocator, map_large_blocks};
 pub use backend::cached::{KvBuffer, cached_attention, latent_attention};
 pub use backend::kept::saved_activation_bytes;
 pub use backend::linear::{
-    Absorbed, Direction, HeadRows, Merge, Update, absorbed_attention, heads_linear, linear_add,
-    linear_frozen, linear_frozen_pair, linear_merged, linear_trained, linear_updated, row_norms,
+    Absorbed, Direction, FakeQuantize, HeadRows, Update, absorbed_attention, heads_linear,
+    linear_add, linear_fake_quantized, linear_frozen, linear_frozen_pair, linear_trained,
+    linear_updated, row_norms,
 };
 pub use backend::ops::{
     ExpertFactors, Kernels, Routing, adamw, attention, choose_experts, cross_entropy_frozen,

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor};
 use kernels::{
-    Absorbed, Compute, Direction, Dropout, HeadRows, KvBuffer, Matrix, Merge, Quantizer, Update,
+    Absorbed, Compute, Direction, Dropout, FakeQuantize, HeadRows, KvBuffer, Matrix, Quantizer,
+    Update,
 };
 
 use crate::lora::Lora;
@@ -221,7 +222,7 @@ impl Linear {
             Some(lora) => ([lora.lora_a.val(), lora.lora_b.val()], lora.scale),
             None => ([none([0, w.cols()]), none([w.rows(), 0])], 0.0),
         };
-        kernels::linear_merged(x, w, factors, Merge { scale, quantizer }, compute)
+        kernels::linear_fake_quantized(x, w, factors, FakeQuantize { scale, quantizer }, compute)
     }
 
     /// Multiplies each head with its own rows of the weight, or with their transpose, low-rank update included:

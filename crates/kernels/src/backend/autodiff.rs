@@ -17,7 +17,9 @@ use crate::backend::gradients::{ExpertsSaved, Gradients, LossSaved};
 use crate::backend::kept::{Form, Kept, remember, shared};
 use crate::backend::linear::{Absorbed, HeadRows, Update};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
-use crate::{Compute, Dropout, ExpertBank, ExpertLora, Matrix, Merge, RopeLayout, Segments, TopK};
+use crate::{
+    Compute, Dropout, ExpertBank, ExpertLora, FakeQuantize, Matrix, RopeLayout, Segments, TopK,
+};
 
 /// The loss against a frozen head without a low-rank update, whose gradient is made with it; and the log-sum-exps.
 fn cross_entropy_plain<B: Gradients, C: CheckpointStrategy>(
@@ -120,18 +122,18 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         (y, Self::from_inner(low))
     }
 
-    fn linear_merged(
+    fn linear_fake_quantized(
         x: FloatTensor<Self>,
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
         w: Arc<Matrix>,
-        merge: Merge,
+        merge: FakeQuantize,
         compute: Compute,
     ) -> FloatTensor<Self> {
         let (id, wants_x) = (x.id(), a.is_tracked() || b.is_tracked());
         let nodes = [x.node(), a.node(), b.node()];
         let (x, a, b) = (x.into_primitive(), a.into_primitive(), b.into_primitive());
-        let y = B::linear_merged(
+        let y = B::linear_fake_quantized(
             x.clone(),
             a.clone(),
             b.clone(),
@@ -618,7 +620,7 @@ gradient!(
         Option<Arc<Kept<FloatTensor<B>>>>,
         [FloatTensor<B>; 2],
         Arc<Matrix>,
-        Merge,
+        FakeQuantize,
         Compute
     ),
     |dy, parents, (x, factors, w, merge, compute), grads| {

@@ -29,7 +29,7 @@ use self::values::{ELEMENTS, Floats, floats, int_values, ints, owned, swiglu_of}
 use crate::adamw::{self, AdamWStep};
 use crate::attention::{Context, Segments};
 use crate::backend::cached::KvBufferPrimitive;
-use crate::backend::linear::{Absorbed, HeadRows, Merge, Update};
+use crate::backend::linear::{Absorbed, FakeQuantize, HeadRows, Update};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
 use crate::backend::plain;
 use crate::experts::serves_few;
@@ -85,12 +85,12 @@ impl Kernels for Flex {
         (y, low.tensor().clone())
     }
 
-    fn linear_merged(
+    fn linear_fake_quantized(
         x: FlexTensor,
         a: FlexTensor,
         b: FlexTensor,
         w: Arc<Matrix>,
-        merge: Merge,
+        merge: FakeQuantize,
         compute: Compute,
     ) -> FlexTensor {
         let factors = [&a, &b].map(Floats::new);

@@ -15,7 +15,7 @@ use burn::tensor::{Int, Tensor};
 
 use crate::adamw::AdamWStep;
 use crate::backend::cached::KvBufferPrimitive;
-use crate::backend::linear::{Absorbed, HeadRows, Merge, Update};
+use crate::backend::linear::{Absorbed, FakeQuantize, HeadRows, Update};
 use crate::backend::plain;
 use crate::{Compute, ExpertBank, ExpertLora, Matrix, RopeLayout, Segments, SharedExperts, TopK};
 
@@ -75,13 +75,13 @@ pub trait Kernels: Backend {
         w: Arc<Matrix>,
         update: Update,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
-    /// See [`crate::linear_merged`].
-    fn linear_merged(
+    /// See [`crate::linear_fake_quantized`].
+    fn linear_fake_quantized(
         x: FloatTensor<Self>,
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
         w: Arc<Matrix>,
-        merge: Merge,
+        merge: FakeQuantize,
         compute: Compute,
     ) -> FloatTensor<Self>;
     /// See [`crate::linear_add`].

@@ -18,7 +18,7 @@ use super::values::{ELEMENTS, Floats, floats, int_values, owned};
 use crate::attention::{self, ContextGrads, Segments};
 use crate::backend::gradients::{ExpertsSaved, Gradients, LossSaved};
 use crate::backend::kept::{Form, Kept};
-use crate::backend::linear::{Merge, Update};
+use crate::backend::linear::{FakeQuantize, Update};
 use crate::backend::ops::{FactorsPrimitive, StacksPrimitive};
 use crate::cross_entropy::{self, Row};
 use crate::experts::{self, InputGrads};
@@ -79,7 +79,7 @@ impl Gradients for Flex {
         dy: FlexTensor,
         x: Option<&Kept<FlexTensor>>,
         factors: [FlexTensor; 2],
-        (w, merge, compute): (&Matrix, Merge, Compute),
+        (w, merge, compute): (&Matrix, FakeQuantize, Compute),
         want_x: bool,
     ) -> (Option<FlexTensor>, Option<[FlexTensor; 2]>) {
         let factors = factors.each_ref().map(Floats::new);
