@@ -15,7 +15,7 @@ use crate::rope::RotaryTable;
 
 /// The settings of a pass, the tables it computes once, and what it leaves behind.
 #[derive(Debug)]
-pub struct Pass<'a> {
+pub struct ForwardContext<'a> {
     /// What products round their operands to.
     pub compute: Compute,
     /// The seed of this pass's dropout; none means no dropout.
@@ -80,7 +80,7 @@ pub fn moved_picks<T: PartialEq>(picks: &[T], others: &[T], top_k: usize) -> usi
     moved.sum()
 }
 
-impl<'a> Pass<'a> {
+impl<'a> ForwardContext<'a> {
     /// A pass over whole sequences without dropout.
     pub fn new(compute: Compute) -> Self {
         Self {
