@@ -1,0 +1,12 @@
+//! Attention: of many queries and of a few, and what both read.
+
+pub(crate) mod decode;
+mod kv;
+mod prefill;
+mod segments;
+
+pub(crate) use self::kv::KvRows;
+pub(crate) use self::prefill::{
+    AttentionShape, HeadLayout, KvGrads, KvInputs, SavedAttention, backward, forward,
+};
+pub use self::segments::Segments;
