@@ -56,4 +56,4 @@ pub use ops::experts::{
 };
 pub use ops::rope::RopeLayout;
 pub use ops::route::{GroupScore, TopK};
-pub use settings::Compute;
+pub use settings::{ActivationQuant, Compute, OperandRounding};

@@ -1,6 +1,7 @@
 //! What operations can be told: no operation is here.
 
-/// What the operands of a product are rounded to before they are multiplied. Sums are f32 always.
+/// What an operation is told about its products: an [`OperandRounding`] in training, an [`ActivationQuant`] in inference.
+/// Sums are always f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Compute {
     /// Multiply f32 values as they are.
@@ -17,6 +18,50 @@ pub enum Compute {
     /// Round activations to what the weight is in: to int8 in blocks of 32, with a scale each, where it is in blocks of
     /// ggml's, whose codes are multiplied; to bf16 where it is bf16; not at all where it is another. For inference.
     Int8,
+}
+
+/// How training rounds the operands of products.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OperandRounding {
+    /// Not at all.
+    #[default]
+    F32,
+    /// To bf16.
+    Bf16,
+    /// To f16.
+    F16,
+    /// To E4M3 with scales.
+    Fp8(Scales),
+}
+
+/// How inference quantizes activations before products.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ActivationQuant {
+    /// Not at all.
+    None,
+    /// To match each weight's format: to int8 for blocks of ggml's, to bf16 for bf16, not at all for others. As llama.cpp.
+    #[default]
+    MatchWeight,
+}
+
+impl From<OperandRounding> for Compute {
+    fn from(rounding: OperandRounding) -> Self {
+        match rounding {
+            OperandRounding::F32 => Self::F32,
+            OperandRounding::Bf16 => Self::Bf16,
+            OperandRounding::F16 => Self::F16,
+            OperandRounding::Fp8(scales) => Self::Fp8(scales),
+        }
+    }
+}
+
+impl From<ActivationQuant> for Compute {
+    fn from(quant: ActivationQuant) -> Self {
+        match quant {
+            ActivationQuant::None => Self::F32,
+            ActivationQuant::MatchWeight => Self::Int8,
+        }
+    }
 }
 
 /// Which numbers a scale may be.

@@ -1,33 +1,24 @@
-//! Matrix products over weights in any stored form.
+//! The products of a linear layer, over weights in any stored form, on all threads.
 //!
-//! Three products make a linear layer: `y = x · wᵀ` ([`nt`]), `dx = dy · w` ([`nn`]) and `dw = dyᵀ · x` ([`tn`]).
-//! The first two take the weight as [`WeightOperand`]: values in place, f32 or pairs of bf16, or what is decoded and rounded tile by
-//! tile into scratch of the size of the second-level cache, so no converted copy of a weight ever exists.
+//! There are three: `y = x · wᵀ` ([`nt`]), `dx = dy · w` ([`nn`]) and `dw = dyᵀ · x` ([`tn`]). The first two take the weight
+//! as a [`WeightOperand`], which is read in place or decoded and rounded tile by tile into scratch of the size of the
+//! second-level cache, so no converted copy of a weight ever exists. [`plan`] decides how each is made.
 //!
-//! Work is cut into tasks that are serial, along rows and columns of the result alone, so results do not depend on the
-//! number of threads. A product over few rows goes row by row through dot products: the result of a row then does not
-//! depend on how many rows there are beside it, up to [`MAX_GEMV_ROWS`]. A weight
-//! that is rounded in blocks has no row of its own, and goes by tiles always.
+//! Each row of a product over few rows has the bits it has alone, up to [`MAX_GEMV_ROWS`](crate::gemv::MAX_GEMV_ROWS) rows.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::gemm::{gemm_pairs, with_rounded};
-use super::operand::{LONG_TILE, TILE, WeightOperand};
-use crate::gemv::{self, GemvInput, GemvProduct, MAX_GEMV_ROWS, PackedWeight};
+use super::blocked::{for_each_task, nn_serial, nt_serial};
+use super::gemm::with_rounded;
+use super::operand::{LayerPass, TILE, WeightOperand};
+use super::plan::{ProductPlan, plan};
+use crate::gemv::{self, GemvInput, GemvProduct, PackedWeight};
 use crate::memory::{Mat, MatMut, with_scratch};
 use crate::settings::{Accumulate, Compute};
 use crate::simd::axpy;
-use crate::threads::{Pieces, parallel_for, tiles};
+use crate::threads::Pieces;
 
-/// Columns of the output that one task computes, and the most rows: tall, since each task packs its weights anew.
-const WIDTH: usize = 256;
-const HEIGHT: usize = 1024;
-/// Pieces of each of the last columns, one column for each thread, and pieces per thread if there are few columns: small
-/// tasks, so that cores of unequal speed end together.
-const PIECES: usize = 4;
-/// Fewer rows are not worth a task.
-const FEWEST_ROWS: usize = 48;
 /// Outputs per task where there are few rows.
 const FEW_ROWS_TASK: usize = 64;
 
@@ -59,10 +50,7 @@ pub(crate) fn new_nt_pair<'a>(
     x: Mat<'_>,
     weights: [WeightOperand<'a>; 2],
 ) -> Option<[Vec<f32>; 2]> {
-    let packed = |w: WeightOperand<'a>| match w.int8() {
-        None if x.rows() <= MAX_GEMV_ROWS && w.has_rows() => w.packed(),
-        int8 => int8,
-    };
+    let packed = |w: WeightOperand<'a>| plan(&w, x.rows(), LayerPass::Forward).packed();
     let packed = [packed(weights[0])?, packed(weights[1])?];
     let (input, rows) = (
         GemvInput::new(x, &packed),
@@ -108,31 +96,42 @@ pub(crate) fn nt_sum(terms: &[Term<'_>], y: MatMut<'_>, accumulate: Accumulate) 
     for (x, w) in terms {
         assert_eq!(x.cols(), w.in_width(), "the input width of the weight");
     }
-    if terms.iter().any(|(_, w)| w.is_int8()) {
+    let is_int8 = |(x, w): &Term<'_>| {
+        let plan = plan(w, x.rows(), LayerPass::Forward);
+        matches!(plan, ProductPlan::Int8Gemm(_))
+    };
+    if terms.iter().any(is_int8) {
         return nt_int8(terms, y, accumulate);
     }
-    let grain = terms.iter().map(|(_, w)| w.grain()[0]).max();
-    add_up(terms, grain, y, accumulate, nt_few_rows, nt_serial);
+    add_up(
+        terms,
+        LayerPass::Forward,
+        y,
+        accumulate,
+        nt_few_rows,
+        nt_serial,
+    );
 }
 
-/// Makes a sum of products: row by row if there are few, or in tasks whose widths are multiples of `grain` and that
-/// make all terms of their part of the result.
+/// Makes a sum of products: row by row if every term goes so, else in tasks that make all terms of a block of the result.
 fn add_up(
     terms: &[Term<'_>],
-    grain: Option<usize>,
+    pass: LayerPass,
     mut sum: MatMut<'_>,
     accumulate: Accumulate,
     few_rows: impl Fn(Mat<'_>, WeightOperand<'_>, MatMut<'_>, Accumulate),
     serial: impl Fn(Mat<'_>, WeightOperand<'_>, Range<usize>, MatMut<'_>, Accumulate) + Sync,
 ) {
     let size = [sum.rows(), sum.cols()];
-    if is_few_rows(terms) {
+    let is_by_rows = |(x, w): &Term<'_>| plan(w, x.rows(), pass).is_by_rows();
+    if terms.iter().all(is_by_rows) {
         for (i, (x, w)) in terms.iter().enumerate() {
             let sum = sum.block(0..size[0], 0..size[1]);
             few_rows(*x, *w, sum, accumulate.after(i == 0));
         }
         return;
     }
+    let grain = terms.iter().map(|(_, w)| w.grain(pass)).max();
     for_each_task(size, grain.unwrap_or(1), |rows, cols| {
         // SAFETY: tasks write different blocks.
         #[expect(unsafe_code, reason = "disjoint blocks of one output")]
@@ -145,69 +144,24 @@ fn add_up(
     });
 }
 
-/// Whether the rows are multiplied one by one: they are few, and each weight can be read by rows.
-fn is_few_rows(terms: &[Term<'_>]) -> bool {
-    terms
-        .iter()
-        .all(|(x, w)| x.rows() <= MAX_GEMV_ROWS && w.has_rows())
-}
-
-/// [`nt`] on one thread, for the output columns `outs`.
-pub(crate) fn nt_serial(
-    x: Mat<'_>,
-    w: WeightOperand<'_>,
-    outs: Range<usize>,
-    mut y: MatMut<'_>,
-    accumulate: Accumulate,
-) {
-    if x.cols() == 0 && accumulate == Accumulate::Replace {
-        (0..x.rows()).for_each(|row| y.row(row).fill(0.0));
-    }
-    if let Some(packed) = w.int8() {
-        let rows: Vec<usize> = (0..x.rows()).collect();
-        return packed.multiply((&GemvInput::new(x, [&packed]), &rows), outs, y, accumulate);
-    }
-    if let Some(pairs) = w.pairs() {
-        let pairs = pairs.block(outs, 0..pairs.cols());
-        return gemm_pairs(y, x, pairs.t(), accumulate);
-    }
-    let rows = 0..x.rows();
-    w.for_tiles(
-        outs.clone(),
-        0..x.cols(),
-        LONG_TILE,
-        |out_tile, in_tile, tile| {
-            let accumulate = accumulate.after(in_tile.start == 0);
-            let y = y.block(
-                rows.clone(),
-                out_tile.start - outs.start..out_tile.end - outs.start,
-            );
-            let x = x.block(rows.clone(), in_tile);
-            w.multiply(y, x, tile.t(), accumulate);
-        },
-    );
-}
-
 /// [`nt_sum`] of terms of which some have activations in int8: these are rounded once.
 fn nt_int8(terms: &[Term<'_>], mut y: MatMut<'_>, accumulate: Accumulate) {
     let size = [y.rows(), y.cols()];
     for (i, (x, w)) in terms.iter().enumerate() {
         let (y, accumulate) = (y.block(0..size[0], 0..size[1]), accumulate.after(i == 0));
-        match w.int8() {
-            Some(packed) => multiply_rows(*x, packed, y, accumulate),
-            None => nt(*x, *w, y, accumulate),
+        match plan(w, x.rows(), LayerPass::Forward) {
+            ProductPlan::Int8Gemm(packed) => multiply_rows(*x, packed, y, accumulate),
+            _ => nt(*x, *w, y, accumulate),
         }
     }
 }
 
 fn nt_few_rows(x: Mat<'_>, w: WeightOperand<'_>, y: MatMut<'_>, accumulate: Accumulate) {
-    if let Some(packed) = w.packed() {
-        return multiply_rows(x, packed, y, accumulate);
+    match plan(&w, x.rows(), LayerPass::Forward) {
+        ProductPlan::Gemv(packed) => multiply_rows(x, packed, y, accumulate),
+        ProductPlan::Bf16Rows => with_rounded(x, |x| dot_rows(x, w, &y, accumulate)),
+        _ => dot_rows(x, w, &y, accumulate),
     }
-    if w.compute() == Compute::Bf16 {
-        return with_rounded(x, |x| dot_rows(x, w, &y, accumulate));
-    }
-    dot_rows(x, w, &y, accumulate);
 }
 
 /// A product, dot by dot.
@@ -255,10 +209,9 @@ pub(crate) fn nn_sum(terms: &[Term<'_>], dx: MatMut<'_>, accumulate: Accumulate)
     for (dy, w) in terms {
         assert_eq!(dy.cols(), w.out_width(), "the output width of the weight");
     }
-    let grain = terms.iter().map(|(_, w)| w.grain()[1]).max();
     add_up(
         terms,
-        grain,
+        LayerPass::Backward,
         dx,
         accumulate,
         nn_few_rows,
@@ -268,43 +221,11 @@ pub(crate) fn nn_sum(terms: &[Term<'_>], dx: MatMut<'_>, accumulate: Accumulate)
     );
 }
 
-/// [`nn`] on one thread, for the weight rows `outs` (which are `dy`'s columns) and the columns `ins`.
-pub(crate) fn nn_serial(
-    dy: Mat<'_>,
-    w: WeightOperand<'_>,
-    outs: Range<usize>,
-    ins: Range<usize>,
-    mut dx: MatMut<'_>,
-    accumulate: Accumulate,
-) {
-    let rows = 0..dy.rows();
-    if outs.is_empty() && accumulate == Accumulate::Replace {
-        rows.clone().for_each(|row| dx.row(row).fill(0.0));
-    }
-    w.for_tiles(
-        outs.clone(),
-        ins.clone(),
-        [TILE; 2],
-        |out_tile, in_tile, tile| {
-            let accumulate = accumulate.after(out_tile.start == outs.start);
-            let dx = dx.block(
-                rows.clone(),
-                in_tile.start - ins.start..in_tile.end - ins.start,
-            );
-            let dy = dy.block(
-                rows.clone(),
-                out_tile.start - outs.start..out_tile.end - outs.start,
-            );
-            w.multiply(dx, dy, tile, accumulate);
-        },
-    );
-}
-
 fn nn_few_rows(dy: Mat<'_>, w: WeightOperand<'_>, dx: MatMut<'_>, accumulate: Accumulate) {
-    if w.compute() == Compute::Bf16 {
-        return with_rounded(dy, |dy| add_rows(dy, w, &dx, accumulate));
+    match plan(&w, dy.rows(), LayerPass::Backward) {
+        ProductPlan::Bf16Rows => with_rounded(dy, |dy| add_rows(dy, w, &dx, accumulate)),
+        _ => add_rows(dy, w, &dx, accumulate),
     }
-    add_rows(dy, w, &dx, accumulate);
 }
 
 /// A product, row of the weight by row.
@@ -336,37 +257,11 @@ pub(crate) fn tn(dy: Mat<'_>, x: Mat<'_>, dw: MatMut<'_>, compute: Compute) {
     });
 }
 
-/// Runs `task` over a grid of output blocks, in parallel; the blocks' widths are multiples of `grain`. How many rows a
-/// task has changes no result, so it may depend on the number of threads.
-fn for_each_task(
-    [rows, cols]: [usize; 2],
-    grain: usize,
-    task: impl Fn(Range<usize>, Range<usize>) + Sync,
-) {
-    let columns: Vec<_> = tiles(0..cols, WIDTH.next_multiple_of(grain)).collect();
-    let threads = rayon::current_num_threads();
-    let (tall, last) = columns.split_at(columns.len().saturating_sub(threads));
-    let pieces = (PIECES * threads).div_ceil(last.len().max(1));
-    let short = rows.div_ceil(pieces).clamp(FEWEST_ROWS, HEIGHT);
-    let blocks: Vec<_> = [(tall, HEIGHT), (last, short)]
-        .into_iter()
-        .flat_map(|(columns, height)| {
-            let rows = move || tiles(0..rows, height);
-            columns
-                .iter()
-                .flat_map(move |cols| rows().map(move |rows| (rows, cols.clone())))
-        })
-        .collect();
-    parallel_for(blocks.len(), |i| {
-        let (rows, cols) = blocks[i].clone();
-        task(rows, cols);
-    });
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::formats::{Format, Matrix};
+    use crate::gemv::MAX_GEMV_ROWS;
     use crate::simd::round_to_bf16;
     use crate::testing::{every_format, noise};
 

@@ -1,14 +1,16 @@
 //! Matrix products over weights in any stored form, and what their operands are rounded to.
 
+mod blocked;
 mod gemm;
 mod linear;
 mod microkernel;
 mod operand;
 mod packing;
+mod plan;
 mod rounding;
 
+pub(crate) use self::blocked::{nn_serial, nt_serial};
 pub(crate) use self::gemm::gemm;
-pub(crate) use self::linear::{
-    Term, new_nn, new_nt, new_nt_pair, new_tn, nn, nn_serial, nt, nt_serial,
-};
-pub(crate) use self::operand::{TILE, WeightFakeQuant, WeightOperand};
+pub(crate) use self::linear::{Term, new_nn, new_nt, new_nt_pair, new_tn, nn, nt};
+pub(crate) use self::operand::{LayerPass, TILE, WeightFakeQuant, WeightOperand};
+pub(crate) use self::plan::plan;

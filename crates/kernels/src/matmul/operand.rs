@@ -7,7 +7,6 @@
 use std::ops::Range;
 
 use super::gemm::{gemm, gemm_bf16};
-use super::packing::multiplies_pairs;
 use crate::formats::{Format, Matrix, Quantizer, fp8};
 use crate::gemv::PackedWeight;
 use crate::memory::{Mat, MatMut, with_scratch};
@@ -21,6 +20,15 @@ pub(crate) const TILE: usize = 256;
 pub(crate) const LONG_TILE: [usize; 2] = [128, 512];
 /// Output widths of tasks are multiples of this, where no quantizer asks for more.
 const GRAIN: usize = 16;
+
+/// Which of a layer's two products with its weight is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LayerPass {
+    /// `y = x · wᵀ`.
+    Forward,
+    /// `dx = dy · w`.
+    Backward,
+}
 
 /// A weight `[out, in]`.
 #[derive(Clone, Copy, Debug)]
@@ -97,7 +105,7 @@ impl<'a> WeightOperand<'a> {
     }
 
     /// Whether a row can be read alone: not one that is rounded in blocks, nor one that is stored as a column.
-    pub(crate) fn has_rows(&self) -> bool {
+    pub(super) fn has_rows(&self) -> bool {
         let is_turned = matches!(self.stored, OperandSource::Matrix(matrix) if matches!(matrix.format(), Format::SplitKvB(_)));
         self.block().is_none() && !is_turned
     }
@@ -116,10 +124,14 @@ impl<'a> WeightOperand<'a> {
         }
     }
 
-    /// What the widths of tasks are multiples of: along the output, and along the input.
-    pub(crate) fn grain(&self) -> [usize; 2] {
+    /// The multiple that the widths of tasks are: along the output forward, along the input backward.
+    pub(super) fn grain(&self, pass: LayerPass) -> usize {
         let [rows, cols] = self.block().unwrap_or([1, 1]);
-        [rows, cols].map(|side| side.next_multiple_of(GRAIN))
+        let side = match pass {
+            LayerPass::Forward => rows,
+            LayerPass::Backward => cols,
+        };
+        side.next_multiple_of(GRAIN)
     }
 
     fn is_fp8(&self) -> bool {
@@ -249,15 +261,10 @@ impl<'a> WeightOperand<'a> {
         }
     }
 
-    /// Its rows as pairs of bf16, `[out, in / 2]`, where products in bf16 read such and it is stored so.
-    pub(crate) fn pairs(&self) -> Option<Mat<'a>> {
+    /// Its rows as pairs of bf16, `[out, in / 2]`, if it is stored so and multiplied as it is.
+    pub(super) fn bf16_pairs(&self) -> Option<Mat<'a>> {
         match self.stored {
-            OperandSource::Matrix(matrix)
-                if self.compute == Compute::Bf16
-                    && self.is_exact()
-                    && matrix.cols().is_multiple_of(2)
-                    && multiplies_pairs() =>
-            {
+            OperandSource::Matrix(matrix) if self.is_exact() && matrix.cols().is_multiple_of(2) => {
                 Mat::of_pairs(matrix.bytes(), matrix.rows(), matrix.cols() / 2)
             }
             _ => None,
@@ -269,20 +276,8 @@ impl<'a> WeightOperand<'a> {
         self.compute
     }
 
-    /// The weight as products in int8 read it, if it has such.
-    pub(crate) fn int8(&self) -> Option<PackedWeight<'a>> {
-        (self.compute == Compute::Int8)
-            .then(|| self.packed())
-            .flatten()
-    }
-
-    /// Whether activations are int8.
-    pub(crate) fn is_int8(&self) -> bool {
-        self.int8().is_some()
-    }
-
     /// The weight as products of rows read it, if they can.
-    pub(crate) fn packed(&self) -> Option<PackedWeight<'a>> {
+    pub(super) fn packed(&self) -> Option<PackedWeight<'a>> {
         match self.stored {
             _ if !self.is_exact() => None,
             OperandSource::Values(values, cols) => Some(PackedWeight::of_values(values, cols)),

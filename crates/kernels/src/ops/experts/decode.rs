@@ -10,7 +10,7 @@ use super::bank::{ExpertBank, SharedExperts};
 use super::routed::{DOWN, GATE, RoutedExperts, UP};
 use super::slots::Slots;
 use crate::gemv::{GemvInput, GemvProduct, MAX_GEMV_ROWS, PackedWeight, multiply_all};
-use crate::matmul::{WeightOperand, gemm};
+use crate::matmul::{LayerPass, WeightOperand, gemm, plan};
 use crate::memory::{Mat, MatMut, with_scratch};
 use crate::ops::swiglu;
 use crate::settings::{Accumulate, Compute};
@@ -33,7 +33,7 @@ struct PackedShared<'a> {
 impl<'a> PackedShared<'a> {
     /// None where a weight has no products of rows.
     fn new(shared: &'a SharedExperts) -> Option<Self> {
-        let packed = |w| PackedWeight::new(w, shared.compute.over(w));
+        let packed = |w| packed(WeightOperand::frozen(w, shared.compute));
         Some(Self {
             weights: [
                 packed(&shared.gate)?,
@@ -45,11 +45,16 @@ impl<'a> PackedShared<'a> {
     }
 }
 
+/// The weight, if few rows are multiplied with its stored bytes.
+fn packed(w: WeightOperand<'_>) -> Option<PackedWeight<'_>> {
+    plan(&w, MAX_GEMV_ROWS, LayerPass::Forward).packed()
+}
+
 /// Whether all weights of a bank, to judge by its first expert, and of shared experts have products of rows.
 pub(super) fn serves(bank: &ExpertBank, shared: &SharedExperts, compute: Compute) -> bool {
     let first = [&bank.gate, &bank.up, &bank.down].map(|list| list.first());
     let mut first = first.into_iter().flatten();
-    first.all(|w| WeightOperand::frozen(w, compute).packed().is_some())
+    first.all(|w| packed(WeightOperand::frozen(w, compute)).is_some())
         && PackedShared::new(shared).is_some()
 }
 
@@ -163,7 +168,7 @@ fn parts<'a>(
                 projection,
                 expert,
                 places: places.clone(),
-                weight: experts.weights(projection, expert).packed()?,
+                weight: packed(experts.weights(projection, expert))?,
             });
         }
     }
