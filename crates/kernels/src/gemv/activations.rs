@@ -15,7 +15,7 @@ const TASK: usize = 1 << 15;
 /// 32 codes, and what products need to know of them. A value is `scale · code`.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C, align(64))]
-pub(super) struct Block {
+pub(super) struct Int8Block {
     pub(super) codes: [i8; BLOCK],
     pub(super) scale: f32,
     /// The sum of the codes, negative: what a weight's bias is multiplied with.
@@ -32,14 +32,14 @@ pub(super) struct Block {
 pub(crate) struct Activations {
     /// Blocks of a row.
     width: usize,
-    blocks: Vec<Block>,
+    blocks: Vec<Int8Block>,
 }
 
 impl Activations {
     /// Rounds rows of whole blocks. What is not finite makes its block NaN.
     pub(crate) fn new(x: Mat<'_>) -> Self {
         let width = x.cols() / BLOCK;
-        let mut blocks = vec![Block::default(); x.rows() * width];
+        let mut blocks = vec![Int8Block::default(); x.rows() * width];
         let rows = (TASK / x.cols().max(1)).max(1);
         if x.rows() > rows {
             let tasks = blocks.par_chunks_mut((rows * width).max(1)).enumerate();
@@ -55,13 +55,13 @@ impl Activations {
         self.width * BLOCK
     }
 
-    pub(super) fn row(&self, row: usize) -> &[Block] {
+    pub(super) fn row(&self, row: usize) -> &[Int8Block] {
         &self.blocks[row * self.width..][..self.width]
     }
 }
 
 /// Rounds consecutive rows, from one on.
-fn fill(x: Mat<'_>, first: usize, width: usize, blocks: &mut [Block]) {
+fn fill(x: Mat<'_>, first: usize, width: usize, blocks: &mut [Int8Block]) {
     let rows = blocks.chunks_mut(width.max(1));
     rows.enumerate()
         .for_each(|(row, blocks)| round(x.row(first + row), blocks));
@@ -69,7 +69,7 @@ fn fill(x: Mat<'_>, first: usize, width: usize, blocks: &mut [Block]) {
 
 /// Rounds values in blocks of 32 of a row: what [`Activations`] keep of them.
 pub(crate) fn round_rows_to_int8(values: &mut [f32], width: usize) {
-    let mut blocks = vec![Block::default(); width.div_ceil(BLOCK)];
+    let mut blocks = vec![Int8Block::default(); width.div_ceil(BLOCK)];
     for row in values.chunks_mut(width.max(1)) {
         round(row, &mut blocks);
         for (values, block) in row.chunks_mut(BLOCK).zip(&blocks) {
@@ -82,22 +82,22 @@ pub(crate) fn round_rows_to_int8(values: &mut [f32], width: usize) {
 
 multiversion! {
     /// Rounds a row; behind its end come zeros.
-    fn round<FMA>(values: &[f32], blocks: &mut [Block]) {
+    fn round<FMA>(values: &[f32], blocks: &mut [Int8Block]) {
         let _ = FMA;
         for (values, block) in values.chunks(BLOCK).zip(blocks) {
             match values.as_array() {
-                Some(values) => *block = Block::new(values),
+                Some(values) => *block = Int8Block::new(values),
                 None => {
                     let mut whole = [0.0; BLOCK];
                     whole[..values.len()].copy_from_slice(values);
-                    *block = Block::new(&whole);
+                    *block = Int8Block::new(&whole);
                 }
             }
         }
     }
 }
 
-impl Block {
+impl Int8Block {
     #[inline(always)]
     fn new(values: &[f32; BLOCK]) -> Self {
         let largest = largest(values);

@@ -2,6 +2,10 @@
 
 mod blocked;
 mod gemm;
+mod kernel_version;
+mod lanes;
+#[cfg(target_arch = "x86_64")]
+mod lanes_x86;
 mod linear;
 mod microkernel;
 mod operand;

@@ -15,7 +15,11 @@
     reason = "pointers into packed panels; sizes are checked by `gemm`"
 )]
 
-use super::microkernel::{Lanes, Left, Out, Panel, PortableLanes, WIDEST, tile};
+use super::kernel_version::KernelVersion;
+use super::lanes::{Lanes, PortableLanes, WIDEST};
+#[cfg(target_arch = "x86_64")]
+use super::lanes_x86::{Avx2Lanes, Avx512Lanes};
+use super::microkernel::{Left, Out, Panel, tile};
 use crate::memory::{Mat, MatMut, with_scratch};
 use crate::settings::Accumulate;
 
@@ -32,57 +36,6 @@ const TURNED: usize = 48;
 const TURNED_STRIDE: usize = TURNED_BLOCK[0] + 16;
 /// Vectors that cross a cache line cost double.
 const CACHE_LINE: usize = 64;
-
-/// Which instructions a product is made of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum KernelVersion {
-    PortableLanes,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-    /// Of operands that are rounded to bf16.
-    #[cfg(target_arch = "x86_64")]
-    Avx512Bf16,
-}
-
-impl KernelVersion {
-    /// That of products in bf16, where the CPU has such.
-    fn bf16() -> Option<Self> {
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512bf16")
-            && is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-        {
-            return Some(Self::Avx512Bf16);
-        }
-        None
-    }
-
-    /// Values of the sum in a word.
-    fn depth(self) -> usize {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16 => 2,
-            _ => 1,
-        }
-    }
-
-    /// Those in f32 that the CPU has, the widest last.
-    fn all() -> impl DoubleEndedIterator<Item = Self> {
-        #[cfg(target_arch = "x86_64")]
-        let (wide, wider) = (
-            (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"))
-                .then_some(Self::Avx2),
-            is_x86_feature_detected!("avx512f").then_some(Self::Avx512),
-        );
-        #[cfg(not(target_arch = "x86_64"))]
-        let (wide, wider) = (None, None);
-        [Some(Self::PortableLanes), wide, wider]
-            .into_iter()
-            .flatten()
-    }
-}
 
 /// The right operand of a product.
 #[derive(Clone, Copy)]
@@ -110,7 +63,7 @@ pub(super) fn product(
 ) {
     let version = KernelVersion::all()
         .next_back()
-        .unwrap_or(KernelVersion::PortableLanes);
+        .unwrap_or(KernelVersion::Portable);
     product_in(version, dst, a, Right::Values(b), (scale, accumulate));
 }
 
@@ -150,7 +103,7 @@ fn product_in(
     with_scratch(len, |scratch| {
         let skipped = scratch.as_ptr().align_offset(CACHE_LINE);
         let (left, panels) = scratch[skipped..].split_at_mut(turned);
-        let call = Call {
+        let call = GemmCall {
             dst,
             a,
             b,
@@ -163,7 +116,7 @@ fn product_in(
         // SAFETY: versions are made where the CPU has their instructions.
         unsafe {
             match version {
-                KernelVersion::PortableLanes => blocks::<PortableLanes, 4>(call),
+                KernelVersion::Portable => blocks::<PortableLanes, 4>(call),
                 #[cfg(target_arch = "x86_64")]
                 KernelVersion::Avx2 => avx2(call),
                 #[cfg(target_arch = "x86_64")]
@@ -176,7 +129,7 @@ fn product_in(
 }
 
 /// One call, and room for what it packs.
-struct Call<'a> {
+struct GemmCall<'a> {
     dst: &'a MatMut<'a>,
     a: Mat<'a>,
     b: Right<'a>,
@@ -190,29 +143,29 @@ struct Call<'a> {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-unsafe fn avx512(call: Call<'_>) {
+unsafe fn avx512(call: GemmCall<'_>) {
     // SAFETY: this function has the feature.
-    unsafe { blocks::<super::microkernel::Avx512<1>, 4>(call) }
+    unsafe { blocks::<Avx512Lanes<1>, 4>(call) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn avx512_bf16(call: Call<'_>) {
+unsafe fn avx512_bf16(call: GemmCall<'_>) {
     // SAFETY: this function has the features.
-    unsafe { blocks::<super::microkernel::Avx512<2>, 4>(call) }
+    unsafe { blocks::<Avx512Lanes<2>, 4>(call) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn avx2(call: Call<'_>) {
+unsafe fn avx2(call: GemmCall<'_>) {
     // SAFETY: this function has the features.
-    unsafe { blocks::<super::microkernel::Avx2, 2>(call) }
+    unsafe { blocks::<Avx2Lanes, 2>(call) }
 }
 
 /// # Safety
 /// The CPU has the instructions of `V`, and the operands fit.
 #[inline(always)]
-unsafe fn blocks<V: Lanes, const NV: usize>(call: Call<'_>) {
+unsafe fn blocks<V: Lanes, const NV: usize>(call: GemmCall<'_>) {
     let (depth, cols) = (call.a.cols(), call.b.dims()[1]);
     let [deep, wide] = call.block;
     for first in (0..depth).step_by(deep * V::DEPTH) {
@@ -693,7 +646,7 @@ mod tests {
             .filter(|(version, _)| version.depth() == 1)
         {
             // Plain ones fuse where the instruction is certain to be there.
-            if version != KernelVersion::PortableLanes || cfg!(target_arch = "aarch64") {
+            if version != KernelVersion::Portable || cfg!(target_arch = "aarch64") {
                 for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
                     assert_eq!(found[i * (n + 3) + j], one_by_one(i, j), "{version:?}");
                 }

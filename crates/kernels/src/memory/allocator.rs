@@ -102,10 +102,10 @@ fn free((address, layout): (usize, Layout)) {
 /// What is in use and what waits are together never more than was in use at once before: keeping blocks does not raise
 /// the program's peak. Large blocks ask Linux for huge pages, of which a block needs hundreds of times fewer.
 #[derive(Debug)]
-pub struct RecyclingAllocator(Mutex<Kept>);
+pub struct RecyclingAllocator(Mutex<FreeBlocks>);
 
 #[derive(Debug)]
-struct Kept {
+struct FreeBlocks {
     /// Bytes of large blocks in use, and the most there ever were.
     in_use: usize,
     peak: usize,
@@ -119,7 +119,7 @@ struct Kept {
 impl RecyclingAllocator {
     /// An allocator that keeps nothing yet.
     pub const fn new() -> Self {
-        Self(Mutex::new(Kept {
+        Self(Mutex::new(FreeBlocks {
             in_use: 0,
             peak: 0,
             waiting: 0,
@@ -146,7 +146,7 @@ impl RecyclingAllocator {
         block
     }
 
-    fn kept(&self) -> MutexGuard<'_, Kept> {
+    fn kept(&self) -> MutexGuard<'_, FreeBlocks> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -157,7 +157,7 @@ impl Default for RecyclingAllocator {
     }
 }
 
-impl Kept {
+impl FreeBlocks {
     /// Counts a block as in use, and frees what waits beyond the peak.
     fn enter(&mut self, size: usize) {
         self.in_use += size;

@@ -2,6 +2,8 @@
 
 #![expect(unsafe_code, reason = "instructions that were found, or promised")]
 
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+use super::features;
 use super::isa::{Isa, Portable};
 #[cfg(target_arch = "aarch64")]
 use super::neon::Neon;
@@ -33,24 +35,15 @@ impl Instructions {
     pub(crate) fn best() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
-            let has_avx2 = is_x86_feature_detected!("avx2")
-                && is_x86_feature_detected!("fma")
-                && is_x86_feature_detected!("f16c");
-            if has_avx2
-                && is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512vnni")
-            {
+            if features::has_avx512_vnni() {
                 return Self::Avx512;
             }
-            if has_avx2 {
+            if features::has_avx2() {
                 return Self::Avx2;
             }
         }
         #[cfg(target_arch = "aarch64")]
-        if std::arch::is_aarch64_feature_detected!("dotprod") {
+        if features::has_neon_dot() {
             return Self::Neon;
         }
         Self::Portable

@@ -3,6 +3,7 @@
 mod convert;
 mod dot;
 pub(crate) mod exp;
+pub(crate) mod features;
 mod instructions;
 mod isa;
 mod multiversion;

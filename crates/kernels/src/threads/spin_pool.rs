@@ -66,17 +66,17 @@ pub(crate) fn spin_for(n_tasks: usize, task: impl Fn(usize) + Sync) {
 /// where it was has the next part under way already. Whoever is done with its own region helps with the others'.
 struct Regions<'a> {
     /// The next task of each region.
-    next: &'a [Counter],
+    next: &'a [TaskCounter],
     n_tasks: usize,
 }
 
 /// A counter that shares no line of the cache with others.
 #[derive(Default)]
 #[repr(align(64))]
-struct Counter(AtomicUsize);
+struct TaskCounter(AtomicUsize);
 
 impl<'a> Regions<'a> {
-    fn new(next: &'a [Counter], n_tasks: usize) -> Self {
+    fn new(next: &'a [TaskCounter], n_tasks: usize) -> Self {
         let regions = Self { next, n_tasks };
         for (region, next) in next.iter().enumerate() {
             next.0.store(regions.start(region), Ordering::Relaxed);
@@ -125,7 +125,7 @@ struct PoolState {
     /// What members without work bring closer.
     window: PrefetchWindow,
     /// What [`Regions`] count with, one for each member and one for whoever brings work.
-    next: Vec<Counter>,
+    next: Vec<TaskCounter>,
 }
 
 // SAFETY: `work` is written while the job is closed and nobody is at it, and read by members of an open one.
@@ -139,7 +139,7 @@ impl SpinPool {
             work: UnsafeCell::new(None),
             has_failed: AtomicBool::new(false),
             window: PrefetchWindow::default(),
-            next: (0..=n_members).map(|_| Counter::default()).collect(),
+            next: (0..=n_members).map(|_| TaskCounter::default()).collect(),
         }));
         let members = (0..n_members).filter_map(|i| {
             let is_asleep: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));

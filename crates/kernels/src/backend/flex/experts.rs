@@ -6,8 +6,8 @@ use burn_flex::FlexTensor;
 use super::values::{Floats, floats, int_values};
 use crate::backend::ops::{FactorsPrimitive, RoutingPrimitive, StacksPrimitive};
 use crate::ops::experts::{
-    self, CachedExpert, ExpertBank, ExpertLora, ExpertWeights, RoutedExperts, SharedExperts, Slots,
-    StackedFactors,
+    self, CachedExpert, ExpertBank, ExpertLora, ExpertOperands, RoutedExperts, SharedExperts,
+    Slots, StackedFactors,
 };
 use crate::settings::Compute;
 
@@ -73,7 +73,7 @@ fn bare_experts<'a>(
     compute: Compute,
 ) -> RoutedExperts<'a> {
     RoutedExperts {
-        weights: ExpertWeights::Frozen(bank, copies),
+        weights: ExpertOperands::Frozen(bank, copies),
         factors: [StackedFactors::default(); 3],
         lora: ExpertLora::none(),
         compute,
@@ -93,7 +93,7 @@ impl StackValues {
     pub(super) fn experts(&self, compute: Compute) -> RoutedExperts<'_> {
         let [n_experts, inner, hidden] = self.0[0].dims();
         RoutedExperts {
-            weights: ExpertWeights::Trained(self.0.each_ref().map(|stack| &**stack)),
+            weights: ExpertOperands::Trained(self.0.each_ref().map(|stack| &**stack)),
             factors: [StackedFactors::default(); 3],
             lora: ExpertLora::none(),
             compute,

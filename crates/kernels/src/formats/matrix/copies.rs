@@ -32,7 +32,7 @@ pub(crate) struct Copies {
 }
 
 /// Some rows of a matrix, and where their copy goes.
-struct Part<'a> {
+struct RepackTask<'a> {
     rows: &'a [u8],
     row_bytes: usize,
     format: Format,
@@ -60,14 +60,14 @@ impl Copies {
     pub(crate) fn fill(all: &mut [Self], compute: Compute, file: FileAccess) {
         let parts = all.iter_mut().flat_map(|copies| copies.parts(compute));
         // Each is taken once.
-        let parts: Vec<Mutex<Part<'_>>> = parts.map(Mutex::new).collect();
+        let parts: Vec<Mutex<RepackTask<'_>>> = parts.map(Mutex::new).collect();
         spin_for(parts.len(), |i| {
             let mut part = parts[i].lock().unwrap_or_else(PoisonError::into_inner);
             part.fill(file);
         });
     }
 
-    fn parts(&mut self, compute: Compute) -> Vec<Part<'_>> {
+    fn parts(&mut self, compute: Compute) -> Vec<RepackTask<'_>> {
         let (mut parts, mut left) = (vec![], self.memory.as_mut_slice());
         let first = left.as_ptr().align_offset(LINE).min(LINE);
         left = &mut left[first..];
@@ -78,7 +78,7 @@ impl Copies {
             let n_rows = (TASK / row_bytes.max(1)).max(1).next_multiple_of(ROWS);
             let size = (n_rows * row_bytes).max(1);
             let pairs = matrix.bytes.chunks(size).zip(own.chunks_mut(size));
-            parts.extend(pairs.map(|(rows, to)| Part {
+            parts.extend(pairs.map(|(rows, to)| RepackTask {
                 rows,
                 row_bytes,
                 format: matrix.repacked_format(compute),
@@ -100,7 +100,7 @@ impl Copies {
     }
 }
 
-impl Part<'_> {
+impl RepackTask<'_> {
     fn fill(&mut self, file: FileAccess) {
         let Format::Interleaved(format) = self.format else {
             return (file.read)(self.rows, self.to);

@@ -16,7 +16,7 @@ use std::ops::Range;
 
 use self::layouts::UnitLayout;
 use crate::formats::{Ggml, ROWS, fill};
-use crate::gemv::activations::{Activations, BLOCK, Block};
+use crate::gemv::activations::{Activations, BLOCK, Int8Block};
 use crate::memory::{MatMut, with_byte_scratch};
 use crate::settings::Accumulate;
 use crate::simd::{FOUR, Instructions, Isa, SimdWork};
@@ -188,7 +188,7 @@ impl QuantizedProduct<'_> {
 unsafe fn add_up<I: Isa, F: UnitLayout, const N: usize>(
     strip: *const u8,
     units: usize,
-    x: [*const Block; N],
+    x: [*const Int8Block; N],
     totals: &mut [[f32; ROWS]; N],
 ) {
     // SAFETY: the caller's promise.
@@ -231,7 +231,7 @@ unsafe fn add_group<I: Isa, F: UnitLayout, const N: usize>(
     unit: *const u8,
     head: &F::Head,
     group: usize,
-    (first, x): (usize, &[*const Block; N]),
+    (first, x): (usize, &[*const Int8Block; N]),
     sums: &mut [I::Sums; N],
 ) {
     let bytes = F::BYTES * ROWS / F::GROUPS;

@@ -273,7 +273,7 @@ mod tests {
     use crate::formats::{Format, Ggml, Matrix};
     use crate::ops::dropout::Dropout;
     use crate::ops::experts::grouped::forward_in_groups;
-    use crate::ops::experts::routed::{ExpertLora, ExpertWeights, StackedFactors};
+    use crate::ops::experts::routed::{ExpertLora, ExpertOperands, StackedFactors};
     use crate::ops::route;
     use crate::testing::{every_block_format, every_format, noise};
 
@@ -284,7 +284,7 @@ mod tests {
         let factors = [noise(n * rank * hidden, 1), noise(n * rank * hidden, 2)];
         let [a, b] = factors.each_ref();
         let experts = RoutedExperts {
-            weights: ExpertWeights::Frozen(bank, &[]),
+            weights: ExpertOperands::Frozen(bank, &[]),
             factors: [StackedFactors { a, b, rank }; 3],
             lora: ExpertLora {
                 scale: [0.01; 3],

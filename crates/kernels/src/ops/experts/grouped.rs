@@ -388,7 +388,7 @@ mod tests {
     use super::*;
     use crate::ops::dropout::Dropout;
     use crate::ops::experts::forward;
-    use crate::ops::experts::routed::{ExpertLora, ExpertWeights, StackedFactors};
+    use crate::ops::experts::routed::{ExpertLora, ExpertOperands, StackedFactors};
     use crate::ops::route;
     use crate::testing::noise;
 
@@ -402,7 +402,7 @@ mod tests {
         let [a, b] = factors.each_ref();
         let factors = StackedFactors { a, b, rank };
         let experts = RoutedExperts {
-            weights: ExpertWeights::Trained(stacks.each_ref().map(Vec::as_slice)),
+            weights: ExpertOperands::Trained(stacks.each_ref().map(Vec::as_slice)),
             factors: [factors; 3],
             lora: ExpertLora {
                 scale: [0.5; 3],

@@ -15,7 +15,7 @@ pub(crate) use self::grouped::{
     InputGrads, SavedProducts, backward_inputs, backward_trained, backward_updated,
 };
 pub use self::routed::ExpertLora;
-pub(crate) use self::routed::{ExpertWeights, RoutedExperts, StackedFactors};
+pub(crate) use self::routed::{ExpertOperands, RoutedExperts, StackedFactors};
 pub(crate) use self::slots::Slots;
 use crate::settings::Compute;
 

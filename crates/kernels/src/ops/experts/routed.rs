@@ -40,7 +40,7 @@ pub(super) const DOWN: usize = 2;
 /// A layer's experts as the kernel reads them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RoutedExperts<'a> {
-    pub(crate) weights: ExpertWeights<'a>,
+    pub(crate) weights: ExpertOperands<'a>,
     /// Factors `[experts, rank, in]` and `[experts, out, rank]` of gate, up and down. Rank 0 means none.
     pub(crate) factors: [StackedFactors<'a>; 3],
     pub(crate) lora: ExpertLora,
@@ -52,7 +52,7 @@ pub(crate) struct RoutedExperts<'a> {
 
 /// Where the weights come from.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum ExpertWeights<'a> {
+pub(crate) enum ExpertOperands<'a> {
     /// A bank, and copies of some of its experts, by number.
     Frozen(&'a ExpertBank, &'a [CachedExpert]),
     /// Stacked f32 values of gate, up and down.
@@ -80,7 +80,7 @@ impl<'a> RoutedExperts<'a> {
     pub(super) fn weights(&self, projection: usize, expert: usize) -> WeightOperand<'a> {
         let [in_width, out_width] = self.widths(projection);
         let weights = match self.weights {
-            ExpertWeights::Frozen(bank, copies) => {
+            ExpertOperands::Frozen(bank, copies) => {
                 let copy = copies.binary_search_by_key(&expert, |copy| copy.expert);
                 let weight = match copy {
                     Ok(at) => &copies[at].weights[projection],
@@ -88,7 +88,7 @@ impl<'a> RoutedExperts<'a> {
                 };
                 WeightOperand::frozen(weight, self.compute)
             }
-            ExpertWeights::Trained(stacks) => {
+            ExpertOperands::Trained(stacks) => {
                 let size = in_width * out_width;
                 WeightOperand::trained(
                     &stacks[projection][expert * size..][..size],
