@@ -1,22 +1,22 @@
-//! What operations can be told: no operation is here.
+//! Settings of operations. There are no operations here.
 
-/// What an operation is told about its products: an [`OperandRounding`] in training, an [`ActivationQuant`] in inference.
-/// Sums are always f32.
+/// How products treat their operands: an [`OperandRounding`] in training, an [`ActivationQuant`] in inference. Sums are
+/// always f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Compute {
-    /// Multiply f32 values as they are.
+    /// f32 operands, unrounded.
     #[default]
     F32,
-    /// Round both operands to bf16 first, and keep activations that wait for the backward pass in bf16. Some CPUs have
-    /// instructions that multiply such pairs at twice the rate of f32.
+    /// Both operands rounded to bf16, and activations saved for the backward pass in bf16. Some CPUs multiply pairs of
+    /// bf16 at twice the rate of f32.
     Bf16,
-    /// The same in f16, whose range ends at 65504: gradients need a scale to stay inside.
+    /// The same in f16. Its range ends at 65,504, so gradients need a loss scale.
     F16,
-    /// Round both operands to E4M3 first, activations and gradients in tiles of 1 × 128 along the sum, weights in blocks
-    /// of 128 × 128; and keep activations in that form. The values are those of FP8 units, the arithmetic is f32.
+    /// Both operands rounded to E4M3: activations and gradients in tiles of 1 × 128 along the sum, weights in blocks of
+    /// 128 × 128. Saved activations have that form too. The values are those of FP8 units, the arithmetic is f32.
     Fp8(Scales),
-    /// Round activations to what the weight is in: to int8 in blocks of 32, with a scale each, where it is in blocks of
-    /// ggml's, whose codes are multiplied; to bf16 where it is bf16; not at all where it is another. For inference.
+    /// For inference: activations quantized to match each weight's format. Int8 in blocks of 32 for ggml's blocks, bf16
+    /// for bf16, unrounded for all others.
     Int8,
 }
 
@@ -39,7 +39,7 @@ pub enum OperandRounding {
 pub enum ActivationQuant {
     /// Not at all.
     None,
-    /// To match each weight's format: to int8 for blocks of ggml's, to bf16 for bf16, not at all for others. As llama.cpp.
+    /// To match each weight's format: int8 for ggml's blocks, bf16 for bf16, not at all for others, like llama.cpp.
     #[default]
     MatchWeight,
 }
@@ -64,19 +64,19 @@ impl From<ActivationQuant> for Compute {
     }
 }
 
-/// Which numbers a scale may be.
+/// How the scale of an E4M3 tile is chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Scales {
     /// Any f32: the tile's largest magnitude becomes 448 exactly.
     #[default]
     F32,
-    /// The next power of two above, which scales without rounding (UE8M0).
+    /// Rounded up to a power of two, which scales without rounding error (UE8M0).
     PowerOfTwo,
-    /// Always 1: what E4M3 is worth without scales, for comparison.
+    /// Always 1: E4M3 without scales, for comparison.
     One,
 }
 
-/// Whether a product replaces what is there or is added to it.
+/// Whether a product replaces its output or is added to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Accumulate {
     Replace,
@@ -84,7 +84,7 @@ pub(crate) enum Accumulate {
 }
 
 impl Accumulate {
-    /// The first of several partial products writes as asked, the others add.
+    /// The setting of one of several partial products: as given for the first, `Add` for the others.
     pub(crate) fn after(self, first: bool) -> Self {
         if first { self } else { Self::Add }
     }

@@ -1,22 +1,22 @@
-//! Rows of f32, f16, bf16 and E4M3 numbers in memory: their bytes, their values, and the product of one with a vector.
+//! Rows of stored numbers: their bytes, their values, and the product of a row with a vector.
 
 use half::f16;
 
 use super::fp8::e4m3_to_f32;
 use crate::simd::multiversion;
 
-/// How numbers are written.
+/// How the numbers of a row are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RowDtype {
     F32,
     F16,
     Bf16,
-    /// 32 signed bytes behind their scale, which is a bf16; the last ones of a row are filled up with zeros.
+    /// Blocks of a bf16 scale and 32 signed bytes. The last block of a row is padded with zeros.
     Q8Bf16,
 }
 
 impl RowDtype {
-    /// Bytes of a row of so many. Blocks do not cross rows.
+    /// Bytes of a row of `width` numbers. Blocks do not cross rows.
     pub(crate) fn row_bytes(self, width: usize) -> usize {
         match self {
             Self::F32 => 4 * width,
@@ -26,11 +26,11 @@ impl RowDtype {
     }
 }
 
-/// Scaled numbers that lie together, and their bytes.
+/// Numbers and bytes of a [`RowDtype::Q8Bf16`] block.
 pub(crate) const Q8_BLOCK: usize = 32;
 pub(crate) const Q8_BLOCK_BYTES: usize = 2 + Q8_BLOCK;
 
-/// Rows of numbers that lie `stride` bytes apart.
+/// Rows of numbers, `stride` bytes apart.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct DtypeRows<'a> {
     pub(crate) dtype: RowDtype,
@@ -43,7 +43,7 @@ pub(crate) struct DtypeRows<'a> {
 
 impl DtypeRows<'_> {
     /// # Panics
-    /// If they leave their bytes.
+    /// If the rows leave their bytes.
     pub(crate) fn check(&self) {
         let last = self.rows.saturating_sub(1) * self.stride;
         assert!(
@@ -147,7 +147,7 @@ multiversion! {
         let add = |lane: &mut f32, value: f32, x: f32| {
             *lane = if FMA { value.mul_add(x, *lane) } else { value * x + *lane };
         };
-        // Rows of blocks are of whole lanes.
+        // Rows of blocks fill whole lanes.
         for (values, xs) in values.chunks_exact(LANES).zip(x.chunks_exact(LANES)) {
             for (lane, (value, x)) in lanes.iter_mut().zip(values.iter().zip(xs)) {
                 add(lane, *value, *x);

@@ -1,4 +1,4 @@
-//! What a weight becomes when it is written in fewer bits.
+//! Rounding a weight to the values it has once it is written in fewer bits.
 
 use std::fmt::{Display, Formatter};
 use std::str::FromStr;
@@ -18,7 +18,7 @@ pub enum Quantizer {
 }
 
 impl Quantizer {
-    /// All, from many bits to few.
+    /// All quantizers, from many bits to few.
     pub fn all() -> Vec<Self> {
         let mut all: Vec<_> = Ggml::WRITTEN.into_iter().map(Self::Gguf).collect();
         all.insert(2, Self::Fp8(Scales::F32));
@@ -33,7 +33,7 @@ impl Quantizer {
         }
     }
 
-    /// Rows and columns that a tile must start at a multiple of.
+    /// The rows and columns at whose multiples a tile must start.
     pub(crate) fn block(self) -> [usize; 2] {
         match self {
             Self::Fp8(_) => fp8::BLOCK,

@@ -1,8 +1,9 @@
-//! Rows of blocks, sixteen side by side: what vector instructions multiply without moving anything between lanes.
+//! The interleaved layout of blocks: sixteen rows side by side, so vector instructions need not move anything between
+//! lanes. llama.cpp calls making it *repack*.
 //!
-//! A strip is sixteen rows, the last one filled up with zeros. It is made of units, a block of each row; in a unit the
-//! blocks' fields follow one another, and a field is cut into words, of which come the first ones of all rows, then the
-//! second ones, and so on. So a unit has as many bytes as its blocks, and every row can be read back.
+//! A strip is sixteen rows; the last strip is padded with zeros. A strip is made of units, each with one block of every
+//! row. In a unit the fields of the blocks follow one another, and each field is cut into words: the first words of all
+//! rows, then the second words, and so on. So a unit has as many bytes as its blocks, and every row can be read back.
 
 use super::ggml::Ggml;
 use crate::threads::prefetch_line;
@@ -11,10 +12,10 @@ use crate::threads::prefetch_line;
 pub(crate) const ROWS: usize = 16;
 /// Bytes of a line of the cache.
 pub(crate) const LINE: usize = 64;
-/// What stands in for the fields of rows that are not there.
+/// The fields of missing rows.
 const NOTHING: [u8; 128] = [0; 128];
 
-/// Bytes of a block that have one meaning.
+/// A field of a block.
 #[derive(Clone, Copy, Debug)]
 struct Field {
     at: usize,
@@ -22,13 +23,13 @@ struct Field {
     cut: Cut,
 }
 
-/// How a field is cut.
+/// The words that a field is cut into.
 #[derive(Clone, Copy, Debug)]
 enum Cut {
     Bytes,
     Twos,
     Fours,
-    /// 32 bits in fours, reordered: the bits of every fourth code come to lie in one byte.
+    /// Four bytes of 32 bits, reordered so that the bits of every fourth code share a byte.
     Bits,
 }
 
@@ -36,7 +37,7 @@ const fn field(at: usize, bytes: usize, cut: Cut) -> Field {
     Field { at, bytes, cut }
 }
 
-/// The fields of a format's blocks, in the order in which a unit has them.
+/// The fields of a format's blocks, in the order of a unit.
 fn fields(format: Ggml) -> &'static [Field] {
     use Cut::{Bits, Bytes, Fours, Twos};
     match format {
@@ -98,10 +99,10 @@ fn fields(format: Ggml) -> &'static [Field] {
     }
 }
 
-/// Lays rows side by side.
+/// Interleaves up to sixteen rows of blocks into a strip.
 ///
 /// # Panics
-/// If there are more than sixteen, or they are not of one length that fills the strip.
+/// If there are more than sixteen rows, or they do not fill the strip.
 pub(crate) fn fill(format: Ggml, rows: &[u8], row_bytes: usize, strip: &mut [u8]) {
     let (block, n) = (format.block_bytes(), rows.len() / row_bytes.max(1));
     assert!(
@@ -109,7 +110,7 @@ pub(crate) fn fill(format: Ggml, rows: &[u8], row_bytes: usize, strip: &mut [u8]
         "{n} rows of a strip"
     );
     for (i, unit) in strip.chunks_exact_mut(ROWS * block).enumerate() {
-        // Of sixteen rows at once no CPU guesses what is read next: the next strip, mostly.
+        // No CPU predicts what is read next of sixteen rows at once: mostly the next strip.
         let ahead = rows.as_ptr_range().end.addr() + i * ROWS * block;
         for line in (0..ROWS * block).step_by(LINE) {
             prefetch_line(ahead.wrapping_add(line));
@@ -132,10 +133,10 @@ pub(crate) fn fill(format: Ggml, rows: &[u8], row_bytes: usize, strip: &mut [u8]
     }
 }
 
-/// Reads some blocks of a row back.
+/// Reads blocks of one row back, from `first_block` on.
 ///
 /// # Panics
-/// If the strip has no such blocks.
+/// If the blocks leave the strip.
 pub(crate) fn row_blocks(
     format: Ggml,
     strip: &[u8],
@@ -193,11 +194,11 @@ fn collect<const N: usize>(
     }
 }
 
-/// Bit 4c + j comes to 8j + c.
+/// Moves bit 4c + j to 8j + c.
 fn by_byte(bits: [u8; 4]) -> [u8; 4] {
     let bits = u32::from_le_bytes(bits);
     std::array::from_fn(|j| {
-        // Every fourth bit, and neighbors pushed together: pairs, then fours, then all eight.
+        // Every fourth bit; then neighbors are joined to pairs, fours, and all eight.
         let every_fourth = bits >> j & 0x1111_1111;
         let pairs = (every_fourth | every_fourth >> 3) & 0x0303_0303;
         let fours = (pairs | pairs >> 6) & 0x000F_000F;
@@ -205,7 +206,7 @@ fn by_byte(bits: [u8; 4]) -> [u8; 4] {
     })
 }
 
-/// And back.
+/// Moves bit 8j + c back to 4c + j.
 fn by_code(bytes: [u8; 4]) -> [u8; 4] {
     let bit = |i: usize| u32::from(bytes[i % 4] >> (i / 4) & 1) << i;
     (0..32).fold(0, |bits, i| bits | bit(i)).to_le_bytes()

@@ -1,29 +1,29 @@
-//! Rows of numbers as a cache holds them.
+//! The data types of a KV cache, and its 8-bit codec.
 
 use half::bf16;
 
 use super::dtype_rows::{Q8_BLOCK, Q8_BLOCK_BYTES, RowDtype};
 use crate::simd::multiversion;
 
-/// In what form a cache holds numbers.
+/// KV-cache data type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CacheType {
-    /// As they are.
+    /// f32 values.
     F32,
-    /// Rounded to 11 significant bits. What is beyond ±65,504 is infinite then.
+    /// Half the memory, 11 significant bits; values beyond ±65,504 overflow to infinity.
     F16,
-    /// Rounded to 8 significant bits.
+    /// Half the memory, 8 significant bits.
     Bf16,
-    /// 8 bits each, and a scale for 32 that lie together: as ggml's format of that name, but that the scale is a bf16, which
-    /// no number is too large or too small for.
+    /// 8 bits per number and a scale per 32: like ggml's format of that name, except that the scale is a bf16, whose
+    /// range has room for every value.
     Q8_0,
 }
 
 impl CacheType {
-    /// All, from many bits to few.
+    /// All types, from many bits to few.
     pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0];
 
-    /// Its name, as `q8_0`.
+    /// Its name, such as `q8_0`.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -33,12 +33,12 @@ impl CacheType {
         }
     }
 
-    /// Bytes of a row of so many numbers. Blocks do not cross rows: the last one is filled up.
+    /// Bytes of a row of `width` numbers. Blocks do not cross rows: the last one is padded.
     pub fn row_bytes(self, width: usize) -> usize {
         self.row_dtype().row_bytes(width)
     }
 
-    /// How products read its numbers.
+    /// The type of its rows in products.
     pub(crate) fn row_dtype(self) -> RowDtype {
         match self {
             Self::F32 => RowDtype::F32,
@@ -53,7 +53,8 @@ impl CacheType {
 const MOST: f32 = 127.0;
 
 multiversion! {
-    /// Rounds rows of numbers to blocks. What is not finite makes its block NaN, so that it is not lost.
+    /// Quantizes rows of numbers to blocks. A block with a value that is not finite becomes NaN, so that it does not go
+    /// unnoticed.
     fn encode_q8_rows<FMA>(values: &[f32], width: usize, bytes: &mut [u8]) {
         let _ = FMA;
         let row_bytes = CacheType::Q8_0.row_bytes(width).max(1);
@@ -69,7 +70,7 @@ multiversion! {
     }
 }
 
-/// Codes are of the scale as it is stored, so that its rounding adds no error.
+/// Codes are relative to the stored scale, so that its rounding adds no error.
 #[inline(always)]
 fn encode_block(values: &[f32; Q8_BLOCK], bytes: &mut [u8; Q8_BLOCK_BYTES]) {
     let larger = |a: f32, b: f32| if a < b { b } else { a };
@@ -90,7 +91,7 @@ fn encode_block(values: &[f32; Q8_BLOCK], bytes: &mut [u8; Q8_BLOCK_BYTES]) {
 }
 
 multiversion! {
-    /// The numbers of rows of blocks.
+    /// Decodes rows of blocks.
     fn decode_q8_rows<FMA>(bytes: &[u8], width: usize, values: &mut [f32]) {
         let _ = FMA;
         let row_bytes = CacheType::Q8_0.row_bytes(width).max(1);

@@ -1,4 +1,4 @@
-//! The formats that weights and caches are stored in.
+//! The formats in which weights and KV caches are stored.
 
 mod dtype_rows;
 mod fake_quantize;

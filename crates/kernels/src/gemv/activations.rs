@@ -1,4 +1,4 @@
-//! Activations rounded to int8, in blocks of 32 with a scale each: what packed weights are multiplied with.
+//! Activations quantized to int8 in blocks of 32 with a scale each, for products with ggml's blocks.
 
 use rayon::prelude::*;
 
@@ -9,20 +9,20 @@ use crate::simd::multiversion;
 pub(crate) const BLOCK: usize = 32;
 /// The largest code.
 const MOST: f32 = 127.0;
-/// Values that are worth a task.
+/// Values per task.
 const TASK: usize = 1 << 15;
 
-/// 32 codes, and what products need to know of them. A value is `scale · code`.
+/// 32 codes, and the sums that products need. A value is `scale · code`.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C, align(64))]
 pub(super) struct Int8Block {
     pub(super) codes: [i8; BLOCK],
     pub(super) scale: f32,
-    /// The sum of the codes, negative: what a weight's bias is multiplied with.
+    /// The negative sum of the codes, which a weight's bias is multiplied with.
     pub(super) start: i32,
-    /// The sum of the values: what a weight's offset is multiplied with.
+    /// The sum of the values, which a weight's offset is multiplied with.
     pub(super) sum: f32,
-    /// The same of both halves.
+    /// The same for each half of the block.
     pub(super) starts: [i32; 2],
     pub(super) sums: [f32; 2],
 }
@@ -36,7 +36,7 @@ pub(crate) struct Activations {
 }
 
 impl Activations {
-    /// Rounds rows of whole blocks. What is not finite makes its block NaN.
+    /// Quantizes rows of whole blocks. A block with a value that is not finite becomes NaN.
     pub(crate) fn new(x: Mat<'_>) -> Self {
         let width = x.cols() / BLOCK;
         let mut blocks = vec![Int8Block::default(); x.rows() * width];
@@ -60,14 +60,14 @@ impl Activations {
     }
 }
 
-/// Rounds consecutive rows, from one on.
+/// Quantizes consecutive rows, from `first` on.
 fn fill(x: Mat<'_>, first: usize, width: usize, blocks: &mut [Int8Block]) {
     let rows = blocks.chunks_mut(width.max(1));
     rows.enumerate()
         .for_each(|(row, blocks)| round(x.row(first + row), blocks));
 }
 
-/// Rounds values in blocks of 32 of a row: what [`Activations`] keep of them.
+/// Rounds the values of rows to those that [`Activations`] hold.
 pub(crate) fn round_rows_to_int8(values: &mut [f32], width: usize) {
     let mut blocks = vec![Int8Block::default(); width.div_ceil(BLOCK)];
     for row in values.chunks_mut(width.max(1)) {
@@ -81,7 +81,7 @@ pub(crate) fn round_rows_to_int8(values: &mut [f32], width: usize) {
 }
 
 multiversion! {
-    /// Rounds a row; behind its end come zeros.
+    /// Quantizes a row, padded with zeros.
     fn round<FMA>(values: &[f32], blocks: &mut [Int8Block]) {
         let _ = FMA;
         for (values, block) in values.chunks(BLOCK).zip(blocks) {
@@ -103,7 +103,7 @@ impl Int8Block {
         let largest = largest(values);
         let (mut scale, mut inverse) = (largest / MOST, MOST / largest);
         if !inverse.is_finite() {
-            // Zeros, values too small for an inverse, or no numbers.
+            // Zeros, values too small for an inverse, or NaN.
             scale = if largest < 1.0 { 0.0 } else { f32::NAN };
             inverse = 0.0;
         }
@@ -124,18 +124,18 @@ impl Int8Block {
     }
 }
 
-/// The largest magnitude, or what is above all: an infinity, or a NaN.
+/// The largest magnitude; an infinity or NaN counts as largest.
 #[inline(always)]
 fn largest(values: &[f32; BLOCK]) -> f32 {
     let bits = values.iter().map(|value| value.abs().to_bits());
     f32::from_bits(bits.fold(0, u32::max))
 }
 
-/// The nearest code, the even one of two that are equally near. The product with the inverse of a scale is at most a
-/// rounding above 127; of an infinity or a NaN it is one again, for which any code will do.
+/// The nearest code, ties to even. The product with the inverse of a scale exceeds 127 by at most a rounding error; if
+/// the block has an infinity or a NaN, any code will do.
 #[inline(always)]
 fn rounded(value: f32) -> i8 {
-    /// Added to a small number, it leaves the number in its lowest bits.
+    /// Adding it to a small number leaves the rounded number in the lowest bits.
     const TO_BITS: f32 = 12_582_912.0;
     (value + TO_BITS).to_bits() as i8
 }

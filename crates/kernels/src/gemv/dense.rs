@@ -1,5 +1,5 @@
-//! Products of rows of numbers with few rows of activations, lanes along the row: of weights in f32, f16 and bf16, and of
-//! what a cache holds. Numbers are decoded in registers, on their way into the products.
+//! Products of dense rows with a few rows of activations, with lanes along the row: weights in f32, f16 and bf16, and
+//! the rows of a KV cache. Numbers are decoded in registers on their way into the products.
 
 #![expect(
     unsafe_code,
@@ -11,13 +11,13 @@ use crate::memory::{Mat, MatMut};
 use crate::settings::Accumulate;
 use crate::simd::{Isa, LANES, SimdWork};
 
-/// The same as constants.
+/// The variants of [`RowDtype`] as constants for generics.
 pub(super) const F32: u8 = RowDtype::F32 as u8;
 pub(super) const F16: u8 = RowDtype::F16 as u8;
 pub(super) const BF16: u8 = RowDtype::Bf16 as u8;
 pub(super) const Q8_BF16: u8 = RowDtype::Q8Bf16 as u8;
 
-/// Calls a method with instructions and a number that are known when it is compiled.
+/// Calls a method that is generic over the instruction set and the data type.
 macro_rules! with_dtype {
     ($dtype:expr, $self:ident.$method:ident::<$isa:ident>()) => {
         match $dtype {
@@ -39,10 +39,10 @@ const fn step_bytes(dtype: u8) -> usize {
     }
 }
 
-/// 16 numbers of a row, from one on whose number is a multiple of 16.
+/// 16 numbers of a row from `col` on, a multiple of 16.
 ///
 /// # Safety
-/// They can be read, and the CPU has the instructions of `I`.
+/// The numbers can be read, and the CPU has the instructions of `I`.
 #[inline(always)]
 pub(super) unsafe fn load<I: Isa, const DTYPE: u8>(row: *const u8, col: usize) -> I::Sums {
     // SAFETY: the caller's promise.
@@ -61,10 +61,10 @@ pub(super) unsafe fn load<I: Isa, const DTYPE: u8>(row: *const u8, col: usize) -
     }
 }
 
-/// [`load`] of what is left of a row, zeros behind it.
+/// [`load`] of the last `n` numbers of a row, padded with zeros.
 ///
 /// # Safety
-/// As [`load`], of so many numbers.
+/// As [`load`], for `n` numbers.
 #[inline(always)]
 pub(super) unsafe fn load_some<I: Isa, const DTYPE: u8>(
     row: *const u8,
@@ -85,8 +85,7 @@ pub(super) unsafe fn load_some<I: Isa, const DTYPE: u8>(
     }
 }
 
-/// `y = x · wᵀ` for some rows of `x`, given by their numbers: y `[rows, lines]`. A result depends on its row and its line
-/// alone.
+/// `y = x · wᵀ` for the given rows of `x`: y `[rows, lines]`. A result depends on its row and its line alone.
 #[derive(Debug)]
 pub(super) struct DenseProduct<'a> {
     pub(super) lines: DtypeRows<'a>,
@@ -96,7 +95,7 @@ pub(super) struct DenseProduct<'a> {
     pub(super) accumulate: Accumulate,
 }
 
-/// Bytes behind the next lines that are multiplied together, at which memory is asked for what comes then.
+/// How many bytes ahead of the current lines memory is prefetched.
 const AHEAD: usize = 4096;
 
 impl SimdWork for DenseProduct<'_> {
@@ -122,8 +121,8 @@ impl DenseProduct<'_> {
         }
     }
 
-    /// Cuts the rows of activations into eights, fours, twos and ones. For few of them several lines share what is read of
-    /// the activations. `DENSE` says that nothing lies between lines.
+    /// Cuts the rows of activations into eights, fours, twos and ones. If there are few of them, several lines share
+    /// the loaded activations. `DENSE` says that there are no gaps between lines.
     ///
     /// # Safety
     /// The CPU has the instructions of `I`.
@@ -158,13 +157,13 @@ impl DenseProduct<'_> {
         let row_bytes = lines.row_bytes();
         let ahead = AHEAD.div_ceil(row_bytes.max(1)) * lines.stride;
         for line in (0..lines.rows).step_by(R) {
-            // The first rows bring what the others find in the CPU's cache.
+            // The pass over the first rows prefetches for the others.
             if !DENSE && at == 0 {
                 for line in line..lines.rows.min(line + R) {
                     I::prefetch(lines.row(line).wrapping_add(ahead), row_bytes);
                 }
             }
-            // Behind the last line comes the last line again.
+            // The last line is repeated to fill the group.
             let some = std::array::from_fn(|r| lines.row((line + r).min(lines.rows - 1)));
             // SAFETY: lines and rows are whole; the caller's promise.
             let sums = unsafe { sums::<I, DTYPE, DENSE, R, N>(some, x, lines.width) };
@@ -183,8 +182,8 @@ impl DenseProduct<'_> {
     }
 }
 
-/// Of lines without gaps memory is asked for in the order in which it lies: in the order in which lines beside each other are
-/// read it gives a fifth less.
+/// Lines without gaps are prefetched in memory order: prefetching them in the order in which they are multiplied is a
+/// fifth slower.
 ///
 /// # Safety
 /// The CPU has the instructions of `I`; lines and rows of `width` numbers can be read.

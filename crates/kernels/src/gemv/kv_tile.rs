@@ -1,5 +1,5 @@
-//! What attention does with a piece of the rows that a cache holds: scores of queries, and sums of rows, each times a
-//! weight. Numbers are decoded in registers, on their way into the products.
+//! Attention over a tile of cached rows: the scores of queries, and weighted sums of rows. Numbers are decoded in
+//! registers on their way into the products.
 
 #![expect(
     unsafe_code,
@@ -12,12 +12,12 @@ use crate::memory::{Mat, MatMut};
 use crate::settings::Accumulate;
 use crate::simd::{Instructions, Isa, LANES, SimdWork};
 
-/// Rows of numbers in one of a cache's forms.
+/// Cached rows, in the data type of the cache.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct KvTile<'a>(DtypeRows<'a>);
 
 impl<'a> KvTile<'a> {
-    /// Rows that lie `stride` bytes apart.
+    /// Rows that are `stride` bytes apart.
     ///
     /// # Panics
     /// If the rows leave the bytes.
@@ -38,8 +38,8 @@ impl<'a> KvTile<'a> {
         Self(lines)
     }
 
-    /// The products of some queries, given by their numbers, with each row: `y` is `[queries, rows]`. A result depends on its
-    /// query and its row alone.
+    /// The products of the given queries with each row: y `[queries, rows]`. A result depends on its query and its row
+    /// alone.
     ///
     /// # Panics
     /// If the sizes do not fit.
@@ -102,7 +102,8 @@ impl SimdWork for TileSum<'_> {
 }
 
 impl TileSum<'_> {
-    /// Cuts the sums as [`dense::DenseProduct`] does rows. Of few, several columns are summed side by side.
+    /// Cuts the sums as [`DenseProduct`](dense::DenseProduct) cuts rows. If there are few, several groups of columns
+    /// are summed at once.
     ///
     /// # Safety
     /// The CPU has the instructions of `I`.

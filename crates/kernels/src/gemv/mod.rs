@@ -1,13 +1,11 @@
-//! Products straight on the stored bytes of a weight: what decoding is made of, and of weights in blocks every product in
-//! int8.
+//! Products that read a weight's stored bytes: every product of decoding, and every product in int8.
 //!
-//! A weight in blocks is multiplied with activations in int8 ([`Activations`]) in [`strips`], one of f32, f16 or bf16 with
-//! the activations as they are, or rounded to bf16, a few rows of them at a time ([`numbers`]). Of few rows the weight's
-//! bytes are read once, in the order in which they lie, and nothing is written but the results: so the limit is how fast
-//! memory can be read.
+//! A weight in ggml's blocks is multiplied with activations in int8 (`quantized`). A weight in f32, f16 or bf16 is
+//! multiplied with a few rows of activations, in f32 or rounded to bf16 (`dense`). The weight's bytes are read once, in
+//! memory order, and only the results are written: so the limit is memory bandwidth.
 //!
-//! A result depends on its row of activations and its row of the weight alone, not on the rows beside them, and is the
-//! same on every instruction set ([`isa`]).
+//! A result depends on its row of activations and its row of the weight alone, and is the same on every instruction
+//! set.
 
 mod activations;
 mod dense;

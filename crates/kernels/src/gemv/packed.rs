@@ -1,4 +1,4 @@
-//! A weight as products of rows read it, and the activations it is multiplied with.
+//! A weight whose stored bytes are multiplied, and the activations it is multiplied with.
 
 use std::ops::Range;
 
@@ -10,10 +10,11 @@ use crate::memory::{Mat, MatMut};
 use crate::settings::{Accumulate, Compute};
 use crate::simd::{Instructions, round_to_bf16};
 
-/// Most rows that are multiplied at once with a weight without blocks.
+/// The most rows of activations that are multiplied with a weight's stored bytes, one row at a time: each row has the
+/// bits it has alone. The most queries of decoding, too.
 pub(crate) const MAX_GEMV_ROWS: usize = 8;
 
-/// A weight that has products of rows.
+/// A weight whose stored bytes are multiplied.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PackedWeight<'a> {
     bytes: &'a [u8],
@@ -23,24 +24,24 @@ pub(crate) struct PackedWeight<'a> {
     is_rounded: bool,
 }
 
-/// How a weight's bytes are read.
+/// The encoding of a weight's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum PackedKind {
     Dense(RowDtype),
     Quantized(Ggml, BlockOrder),
 }
 
-/// Activations, in the forms that some weights are multiplied with.
+/// Activations, in all forms that the weights of a product need.
 #[derive(Debug)]
 pub(crate) struct GemvInput<'a> {
     floats: Mat<'a>,
-    /// Rounded, row after row.
+    /// Rounded to bf16, row after row.
     bf16: Option<Vec<f32>>,
     int8: Option<Activations>,
 }
 
 impl<'a> GemvInput<'a> {
-    /// Of weights that all read the same rows.
+    /// The input of weights that share the same rows.
     pub(crate) fn new<'w>(
         x: Mat<'a>,
         weights: impl IntoIterator<Item = &'w PackedWeight<'w>>,
@@ -62,14 +63,14 @@ impl<'a> GemvInput<'a> {
         }
     }
 
-    /// As they were before any rounding.
+    /// The activations before any rounding.
     pub(crate) fn floats(&self) -> Mat<'a> {
         self.floats
     }
 }
 
 impl<'a> PackedWeight<'a> {
-    /// None where the weight is of another kind, or what it is multiplied with is to be rounded otherwise.
+    /// `None` if products with this format and setting do not read the stored bytes.
     pub(crate) fn new(w: &'a Matrix, compute: Compute) -> Option<Self> {
         let kind = match (w.format(), compute) {
             (Format::F32, Compute::F32 | Compute::Int8) => PackedKind::Dense(RowDtype::F32),
@@ -106,7 +107,7 @@ impl<'a> PackedWeight<'a> {
         }
     }
 
-    /// Where its bytes end.
+    /// The end of its bytes.
     pub(crate) fn end(&self) -> *const u8 {
         self.bytes.as_ptr_range().end
     }
@@ -116,7 +117,7 @@ impl<'a> PackedWeight<'a> {
         self.row_bytes
     }
 
-    /// `y = x · wᵀ` for some rows of `x`, given by their numbers, and some of `w`: y `[rows, outs]`.
+    /// `y = x · wᵀ` for the given rows of `x` and a range of rows of `w`: y `[rows, outs]`.
     ///
     /// # Panics
     /// If a range leaves its matrix or the sizes do not fit.
@@ -229,7 +230,7 @@ mod tests {
         let packed = PackedWeight::new(w, Compute::Int8.over(w)).unwrap();
         let x = Mat::dense(x, x.len() / w.cols(), w.cols());
         let mut y = vec![f32::NAN; rows.len() * w.rows()];
-        // In parts that are no whole strips.
+        // In parts that are not whole strips.
         for outs in [0..w.rows() / 3, w.rows() / 3..w.rows()] {
             let y = MatMut::dense(&mut y, rows.len(), w.rows());
             let input = GemvInput::new(x, [&packed]);

@@ -1,5 +1,5 @@
-//! Products straight on the stored bytes of weights, on all threads: one of them, or several in one parallel part, since
-//! each part has an end at which threads wait for each other.
+//! Products with stored bytes on all threads: one of them, or several in one parallel loop, because threads wait for
+//! each other at the end of every loop.
 
 use std::ops::Range;
 
@@ -9,17 +9,17 @@ use crate::memory::MatMut;
 use crate::settings::Accumulate;
 use crate::threads::{Pieces, prefetch_after, spin_for};
 
-/// Bytes of a weight that are worth a task of microseconds.
+/// Bytes of a weight per task, for tasks of microseconds.
 const ROW_TASK: usize = 1 << 13;
-/// Tasks per thread and weight at most.
+/// The most tasks per thread and weight.
 const ROW_TASKS: usize = 16;
 
-/// `y = x · wᵀ` for some rows of an input.
+/// `y = x · wᵀ` for the given rows of an input.
 #[derive(Debug)]
 pub(crate) struct GemvProduct<'a> {
     pub(crate) weight: PackedWeight<'a>,
     pub(crate) input: &'a GemvInput<'a>,
-    /// Numbers of the input's rows.
+    /// The indices of the input's rows.
     pub(crate) rows: &'a [usize],
     /// `[rows, out]`.
     pub(crate) y: MatMut<'a>,
@@ -27,21 +27,21 @@ pub(crate) struct GemvProduct<'a> {
 }
 
 impl GemvProduct<'_> {
-    /// Equal pieces of the weight's rows, worth a task each.
+    /// The weight's rows, cut into equal tasks.
     fn pieces(&self) -> Pieces {
         let outs = self.y.cols();
         let most = ROW_TASKS * rayon::current_num_threads();
         let n = (outs * self.weight.row_bytes())
             .div_ceil(ROW_TASK)
             .clamp(1, most);
-        // Whole strips: two tasks would read one that they share.
+        // Whole strips: otherwise two tasks would read the strip they share.
         Pieces::new(outs, outs.div_ceil(n).next_multiple_of(ROWS))
     }
 
-    /// Makes some outputs, which it returns.
+    /// Computes a range of outputs and returns them.
     ///
     /// # Safety
-    /// Nobody else makes or reads them at the same time.
+    /// No other thread writes or reads them at the same time.
     #[expect(unsafe_code, reason = "disjoint columns of one output")]
     unsafe fn make(&self, outs: Range<usize>) -> MatMut<'_> {
         // SAFETY: the caller's promise; of two views the first is done with.
@@ -53,8 +53,8 @@ impl GemvProduct<'_> {
     }
 }
 
-/// Makes products in one parallel part, and then does more with what was made: the number of the product, which of its
-/// outputs, and their values `[rows, outs]`.
+/// Computes products in one parallel loop. `then` is called with each part once it is done: the index of the product,
+/// the range of outputs, and their values `[rows, outs]`.
 ///
 /// # Panics
 /// If the sizes do not fit.
@@ -66,7 +66,7 @@ pub(crate) fn multiply_all(
     let of_product = |i: usize| (0..pieces[i].len()).map(move |piece| (i, piece));
     let tasks: Vec<(usize, usize)> = (0..products.len()).flat_map(of_product).collect();
     if let Some(last) = products.last() {
-        // Weights are laid out in the order in which they are read.
+        // Weights lie in memory in the order in which they are read.
         prefetch_after(last.weight.end());
     }
     spin_for(tasks.len(), |task| {
@@ -79,7 +79,7 @@ pub(crate) fn multiply_all(
     });
 }
 
-/// Makes one product.
+/// Computes one product.
 ///
 /// # Panics
 /// If the sizes do not fit.

@@ -1,4 +1,4 @@
-//! Products in blocks: one on one thread over the tiles of a weight, and the grid of tasks that a large one is cut into.
+//! Blocked products: a serial product over the tiles of a weight, and the grid of tasks of a parallel one.
 //!
 //! Tasks are cut along rows and columns of the result alone, so results do not depend on the number of threads.
 
@@ -12,15 +12,15 @@ use crate::memory::{Mat, MatMut};
 use crate::settings::Accumulate;
 use crate::threads::{parallel_for, tiles};
 
-/// Columns of the output that one task computes, and the most rows: tall, since each task packs its weights anew.
+/// The output columns of a task and its most rows. Tasks are tall, because each packs its weights anew.
 const WIDTH: usize = 256;
 const HEIGHT: usize = 1024;
-/// Pieces of each of the last columns, one column for each thread, and pieces per thread if there are few columns: small
-/// tasks, so that cores of unequal speed end together.
+/// The pieces that each of the last columns of tasks is cut into, one column per thread; the pieces per thread if there
+/// are few columns. The last tasks are small, so that cores of unequal speed end together.
 const PIECES: usize = 4;
-/// Fewer rows are not worth a task.
+/// The fewest rows of a task.
 const FEWEST_ROWS: usize = 48;
-/// `y = x · wᵀ` on one thread, for the output columns `outs`.
+/// `y = x · wᵀ` for the output columns `outs`; serial.
 pub(crate) fn nt_serial(
     x: Mat<'_>,
     w: WeightOperand<'_>,
@@ -31,7 +31,7 @@ pub(crate) fn nt_serial(
     if x.cols() == 0 && accumulate == Accumulate::Replace {
         (0..x.rows()).for_each(|row| y.row(row).fill(0.0));
     }
-    // A task is cut from more rows than are few, or has no more of them than others have in tiles.
+    // Tiles also serve tasks with few rows: they are part of a product with many.
     match plan(&w, usize::MAX, LayerPass::Forward) {
         ProductPlan::Int8Gemm(packed) => {
             let rows: Vec<usize> = (0..x.rows()).collect();
@@ -60,7 +60,7 @@ pub(crate) fn nt_serial(
     );
 }
 
-/// `dx = dy · w` on one thread, for the weight rows `outs` (which are `dy`'s columns) and the columns `ins`.
+/// `dx = dy · w` for the weight rows `outs` (the columns of `dy`) and the columns `ins`; serial.
 pub(crate) fn nn_serial(
     dy: Mat<'_>,
     w: WeightOperand<'_>,
@@ -92,8 +92,8 @@ pub(crate) fn nn_serial(
     );
 }
 
-/// Runs `task` over a grid of output blocks, in parallel; the blocks' widths are multiples of `grain`. How many rows a
-/// task has changes no result, so it may depend on the number of threads.
+/// Runs `task` in parallel over a grid of output blocks whose widths are multiples of `grain`. The height of a task
+/// changes no result, so it may depend on the number of threads.
 pub(super) fn for_each_task(
     [rows, cols]: [usize; 2],
     grain: usize,

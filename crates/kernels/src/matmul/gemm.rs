@@ -1,4 +1,4 @@
-//! The product of two views, serial: in f32, or of operands that are rounded to bf16.
+//! The serial product of two views: in f32, or with operands rounded to bf16.
 
 use super::packing::{self, Right, multiplies_pairs};
 use crate::memory::{Mat, MatMut, with_scratch};
@@ -32,8 +32,7 @@ pub(crate) fn gemm(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, accumula
     }
 }
 
-/// `dst = a · b`, or `dst += a · b`, of operands that are rounded to bf16, but for `b` where it says that it is bf16 already;
-/// serial.
+/// `dst = a · b`, or `dst += a · b`, with operands rounded to bf16; `is_bf16` says that `b` already is. Serial.
 ///
 /// # Panics
 /// If the sizes do not fit.
@@ -56,7 +55,7 @@ pub(crate) fn gemm_bf16(
     }
 }
 
-/// [`gemm_bf16`] in f32.
+/// [`gemm_bf16`] without instructions for bf16.
 fn gemm_rounded(
     mut dst: MatMut<'_>,
     a: Mat<'_>,
@@ -77,10 +76,10 @@ fn gemm_rounded(
     }
 }
 
-/// The same with columns of `b` that are pairs of bf16, `[sum / 2, cols]`, where the CPU multiplies such.
+/// [`gemm_bf16`] with a `b` whose columns are pairs of bf16, `[sum / 2, cols]`, for CPUs that multiply pairs.
 ///
 /// # Panics
-/// If the sizes do not fit or it does not.
+/// If the sizes do not fit, or the CPU has no such instructions.
 pub(crate) fn gemm_pairs(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, accumulate: Accumulate) {
     assert_eq!(
         [a.rows(), a.cols(), b.cols()],
@@ -93,10 +92,10 @@ pub(crate) fn gemm_pairs(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, accumulate: Ac
     packing::product_bf16(&dst, a, Right::Pairs(b), accumulate);
 }
 
-/// Values of the sum that are rounded at once, where there are no instructions for bf16.
+/// Values along the sum that are rounded at once, without instructions for bf16.
 const ROUNDED_DEPTH: usize = 512;
 
-/// Lends values rounded to bf16, as a view of the same shape.
+/// Lends a copy of the values, rounded to bf16, as a view of the same shape.
 pub(crate) fn with_rounded<R>(values: Mat<'_>, use_them: impl FnOnce(Mat<'_>) -> R) -> R {
     let is_turned = values.strides()[1] != 1;
     let lines = if is_turned { values.t() } else { values };
@@ -110,8 +109,8 @@ pub(crate) fn with_rounded<R>(values: Mat<'_>, use_them: impl FnOnce(Mat<'_>) ->
     })
 }
 
-/// Outputs of up to this width are made turned, where that reads the left operand in the order in which it lies: the
-/// gradient of a low-rank factor. Added to what is there, they round once more than wider ones.
+/// The widest outputs that are computed transposed, if that reads the left operand in memory order: gradients of
+/// low-rank factors. When added, they are rounded once more than wider ones.
 const NARROW: usize = 8;
 
 fn narrow(mut dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, accumulate: Accumulate) {

@@ -1,9 +1,9 @@
-//! Which instructions the products of views are made of.
+//! The instruction sets of the microkernel.
 
 #[cfg(target_arch = "x86_64")]
 use crate::simd::features;
 
-/// Which instructions a product is made of.
+/// The instruction set of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum KernelVersion {
     Portable,
@@ -11,13 +11,13 @@ pub(super) enum KernelVersion {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
-    /// Of operands that are rounded to bf16.
+    /// For operands rounded to bf16.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
 }
 
 impl KernelVersion {
-    /// That of products in bf16, where the CPU has such.
+    /// The set for products in bf16, if the CPU has it.
     pub(super) fn bf16() -> Option<Self> {
         #[cfg(target_arch = "x86_64")]
         if features::has_avx512_bf16() {
@@ -26,7 +26,7 @@ impl KernelVersion {
         None
     }
 
-    /// Values of the sum in a word.
+    /// Values along the sum per word.
     pub(super) fn depth(self) -> usize {
         match self {
             #[cfg(target_arch = "x86_64")]
@@ -35,7 +35,7 @@ impl KernelVersion {
         }
     }
 
-    /// Those in f32 that the CPU has, the widest last.
+    /// The f32 sets that the CPU has, the widest last.
     pub(super) fn all() -> impl DoubleEndedIterator<Item = Self> {
         #[cfg(target_arch = "x86_64")]
         let (wide, wider) = (

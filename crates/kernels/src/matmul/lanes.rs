@@ -1,4 +1,4 @@
-//! The vectors that tiles are made of, and the portable one.
+//! The vectors of the microkernel's tiles, and the portable one.
 
 #![expect(
     unsafe_code,
@@ -11,9 +11,9 @@ pub(super) trait Lanes: Copy {
     const LEN: usize;
     /// Values in a word of an operand.
     const DEPTH: usize = 1;
-    /// The same instructions for what is words already.
+    /// The same instructions for operands that are words already.
     type Words: Lanes;
-    /// Rows of the largest tile: its sums, one row of b and a value of a fill the registers.
+    /// Rows of the largest tile: its sums, a row of b and a value of a fill the registers.
     const ROWS: usize;
 
     unsafe fn splat(value: f32) -> Self;

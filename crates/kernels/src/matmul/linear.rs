@@ -19,10 +19,10 @@ use crate::settings::{Accumulate, Compute};
 use crate::simd::axpy;
 use crate::threads::Pieces;
 
-/// Outputs per task where there are few rows.
+/// Outputs per task of a product with few rows.
 const FEW_ROWS_TASK: usize = 64;
 
-/// New values of a matrix that a product replaces, all of them: they are not cleared before.
+/// A new matrix that a product fills: it is not cleared before.
 #[expect(
     unsafe_code,
     reason = "the length of a vector whose values were just written"
@@ -45,7 +45,8 @@ pub(crate) fn new_nt(terms: &[Term<'_>]) -> Vec<f32> {
     replaced(size, |y| nt_sum(terms, y, Accumulate::Replace))
 }
 
-/// Two products of the same rows as new values, in one parallel part; none where weights are read tile by tile.
+/// Two products of the same rows as new values, in one parallel loop; `None` if a weight's stored bytes are not
+/// multiplied.
 pub(crate) fn new_nt_pair<'a>(
     x: Mat<'_>,
     weights: [WeightOperand<'a>; 2],
@@ -83,7 +84,7 @@ pub(crate) fn new_tn(dy: Mat<'_>, x: Mat<'_>, compute: Compute) -> Vec<f32> {
     replaced([dy.cols(), x.cols()], |dw| tn(dy, x, dw, compute))
 }
 
-/// One product of a sum: rows of activations, and the weight they are multiplied with.
+/// One product of a sum: rows of activations and their weight.
 pub(crate) type Term<'a> = (Mat<'a>, WeightOperand<'a>);
 
 /// `y = x · wᵀ`: x `[rows, in]`, w `[out, in]`, y `[rows, out]`.
@@ -91,7 +92,7 @@ pub(crate) fn nt(x: Mat<'_>, w: WeightOperand<'_>, y: MatMut<'_>, accumulate: Ac
     nt_sum(&[(x, w)], y, accumulate);
 }
 
-/// `y = Σ x · wᵀ`, each as in [`nt`], of terms that read few rows in the same way.
+/// `y = Σ x · wᵀ`, each as in [`nt`].
 pub(crate) fn nt_sum(terms: &[Term<'_>], y: MatMut<'_>, accumulate: Accumulate) {
     for (x, w) in terms {
         assert_eq!(x.cols(), w.in_width(), "the input width of the weight");
@@ -113,7 +114,7 @@ pub(crate) fn nt_sum(terms: &[Term<'_>], y: MatMut<'_>, accumulate: Accumulate) 
     );
 }
 
-/// Makes a sum of products: row by row if every term goes so, else in tasks that make all terms of a block of the result.
+/// Computes a sum of products: row by row if every term goes so, else in tasks that compute all terms of a block.
 fn add_up(
     terms: &[Term<'_>],
     pass: LayerPass,
@@ -144,7 +145,8 @@ fn add_up(
     });
 }
 
-/// [`nt_sum`] of terms of which some have activations in int8: these are rounded once.
+/// [`nt_sum`] if some terms have activations in int8. Each term is computed alone, so its activations are quantized
+/// once.
 fn nt_int8(terms: &[Term<'_>], mut y: MatMut<'_>, accumulate: Accumulate) {
     let size = [y.rows(), y.cols()];
     for (i, (x, w)) in terms.iter().enumerate() {
@@ -164,7 +166,7 @@ fn nt_few_rows(x: Mat<'_>, w: WeightOperand<'_>, y: MatMut<'_>, accumulate: Accu
     }
 }
 
-/// A product, dot by dot.
+/// A product as one dot product per output.
 fn dot_rows(x: Mat<'_>, w: WeightOperand<'_>, y: &MatMut<'_>, accumulate: Accumulate) {
     Pieces::new(y.cols(), FEW_ROWS_TASK).spin_for(|outs| {
         // SAFETY: tasks write different columns.
@@ -184,7 +186,7 @@ fn dot_rows(x: Mat<'_>, w: WeightOperand<'_>, y: &MatMut<'_>, accumulate: Accumu
     });
 }
 
-/// [`nt`] on the stored bytes of the weight.
+/// [`nt`] with the stored bytes of the weight.
 fn multiply_rows(x: Mat<'_>, weight: PackedWeight<'_>, y: MatMut<'_>, accumulate: Accumulate) {
     let (input, rows) = (
         GemvInput::new(x, [&weight]),
@@ -204,7 +206,7 @@ pub(crate) fn nn(dy: Mat<'_>, w: WeightOperand<'_>, dx: MatMut<'_>, accumulate: 
     nn_sum(&[(dy, w)], dx, accumulate);
 }
 
-/// `dx = Σ dy · w`, each as in [`nn`], of terms that read few rows in the same way.
+/// `dx = Σ dy · w`, each as in [`nn`].
 pub(crate) fn nn_sum(terms: &[Term<'_>], dx: MatMut<'_>, accumulate: Accumulate) {
     for (dy, w) in terms {
         assert_eq!(dy.cols(), w.out_width(), "the output width of the weight");
@@ -228,7 +230,7 @@ fn nn_few_rows(dy: Mat<'_>, w: WeightOperand<'_>, dx: MatMut<'_>, accumulate: Ac
     }
 }
 
-/// A product, row of the weight by row.
+/// A product that adds up the rows of the weight.
 fn add_rows(dy: Mat<'_>, w: WeightOperand<'_>, dx: &MatMut<'_>, accumulate: Accumulate) {
     Pieces::new(dx.cols(), TILE).spin_for(|ins| {
         // SAFETY: tasks write different columns.
@@ -288,7 +290,7 @@ mod tests {
         reason = "three products over one grid of shapes"
     )]
     fn products_agree_with_sums_written_out_in_every_format() {
-        // Rows around FEW_ROWS, widths around the tile, the task and nothing at all.
+        // Rows around `MAX_GEMV_ROWS`, widths around the tile, the task and nothing at all.
         for (rows, out, inner) in [
             (1, 5, 7),
             (8, 70, 33),

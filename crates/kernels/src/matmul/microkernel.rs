@@ -1,11 +1,11 @@
 //! The innermost part of every product: a few rows of the output, a few vectors wide, held in registers.
 //!
-//! `tile` sums `a(i, p) · b(p, j)` over `p` with one multiplication and addition after another, fused where the CPU can, so
-//! an element's value depends on its own row and column alone: not on the tile it falls into, on the rows beside it, or on
-//! the width of fused vectors.
+//! `tile` sums `a(i, p) · b(p, j)` over `p` with one multiplication and addition after another, fused if the CPU can.
+//! So an element's value depends on its row and column alone: not on its tile, on the rows next to it, or on the width
+//! of fused vectors.
 //!
-//! Operands are words of 32 bits: a value each, or two in bf16 that follow one another in the sum, where the CPU has an
-//! instruction that multiplies pairs and adds both products.
+//! Operands are words of 32 bits: one f32 value, or two bf16 values that follow one another in the sum, if the CPU has
+//! an instruction that multiplies pairs and adds both products.
 
 #![expect(
     unsafe_code,
@@ -16,7 +16,7 @@ use std::hint::black_box;
 
 use super::lanes::{Lanes, MAX_ROWS, WIDEST};
 
-/// Where a tile goes: `scale · sum`, added to what is there or in its place.
+/// The output of a tile: `scale · sum`, added to it or replacing it.
 #[derive(Clone, Copy)]
 pub(super) struct Out {
     pub(super) ptr: *mut f32,
@@ -78,8 +78,8 @@ unsafe fn sums<V: Lanes, const MR: usize, const NV: usize>(
 ) {
     // SAFETY: row i < MR and p < len lie inside the operands, and stores end at `out.cols`.
     unsafe {
-        // Hides that the rows are equally far apart. The compiler would make each address out of the one before, for every
-        // value: a chain of additions as long as the multiplications beside it.
+        // Hides that the rows are equally far apart. Otherwise the compiler would derive each address from the one
+        // before, for every value: a chain of additions as long as the multiplications.
         let rows: [_; MR] =
             std::array::from_fn(|i| black_box(left.ptr.wrapping_add(i * left.stride)));
         let mut sums = [[V::splat(0.0); NV]; MR];
@@ -126,7 +126,7 @@ unsafe fn sums<V: Lanes, const MR: usize, const NV: usize>(
     }
 }
 
-/// Writes a row of sums of which only the first `out.cols` exist.
+/// Writes the first `out.cols` of a row of sums.
 ///
 /// # Safety
 /// As [`tile`].

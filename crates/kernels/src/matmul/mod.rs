@@ -1,4 +1,4 @@
-//! Matrix products over weights in any stored form, and what their operands are rounded to.
+//! Matrix products with weights in any stored form. [`plan`] decides the path of each.
 
 mod blocked;
 mod gemm;

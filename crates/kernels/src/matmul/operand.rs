@@ -1,8 +1,8 @@
-//! A weight as a product reads it: tile by tile, in f32, whatever it is stored in and whatever it is rounded to.
+//! A weight as products read it: tile by tile in f32, whatever its stored form and rounding.
 //!
-//! What a tile goes through, in this order: it is decoded; a low-rank update is added, where the update is part of the
-//! weight; it is rounded by the quantizer that the merged weight is meant for; it is rounded to what products compute
-//! in, by the product itself where that is bf16. So neither an updated nor a rounded weight ever exists whole.
+//! A tile is decoded; a low-rank update is added, if it is part of the weight; the sum is rounded to the format of the
+//! merged weight; and it is rounded to the precision of products, by the product itself for bf16. So neither an updated
+//! nor a rounded weight ever exists whole.
 
 use std::ops::Range;
 
@@ -16,12 +16,12 @@ use crate::threads::tiles;
 
 /// Side of a tile: 256 × 256 f32 values are 256 KiB, a part of the second-level cache.
 pub(crate) const TILE: usize = 256;
-/// One as long along its rows as a product sums at once: sums are then added up as over a weight that is read in place.
+/// A tile as long as the depth that a product sums at once, so sums are added up as for a weight that is read in place.
 pub(crate) const LONG_TILE: [usize; 2] = [128, 512];
-/// Output widths of tasks are multiples of this, where no quantizer asks for more.
+/// Output widths of tasks are multiples of this, or of a larger block.
 const GRAIN: usize = 16;
 
-/// Which of a layer's two products with its weight is made.
+/// One of a layer's two products with its weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LayerPass {
     /// `y = x · wᵀ`.
@@ -42,11 +42,11 @@ pub(crate) struct WeightOperand<'a> {
 enum OperandSource<'a> {
     /// f32 values in place, and their row length.
     Values(&'a [f32], usize),
-    /// Other bytes.
+    /// Stored bytes of any format.
     Matrix(&'a Matrix),
 }
 
-/// What a weight becomes before it is multiplied: the weight that a merge would write.
+/// Fake quantization of a weight: it is multiplied as a merge would write it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WeightFakeQuant<'a> {
     pub(crate) quantizer: Quantizer,
@@ -76,7 +76,7 @@ impl<'a> WeightOperand<'a> {
         }
     }
 
-    /// The weight that a merge into a quantizer's format would write.
+    /// The weight as a merge into the quantizer's format would write it.
     pub(crate) fn fake_quantized(self, fake_quant: WeightFakeQuant<'a>) -> Self {
         let quantizer = fake_quant.quantizer.for_width(self.in_width());
         let is_there_already =
@@ -104,14 +104,13 @@ impl<'a> WeightOperand<'a> {
         }
     }
 
-    /// Whether a row can be read alone: not one that is rounded in blocks, nor one that is stored as a column.
+    /// Whether a row can be decoded alone: not if the weight is rounded in blocks or its rows are stored as columns.
     pub(super) fn has_rows(&self) -> bool {
         let is_turned = matches!(self.stored, OperandSource::Matrix(matrix) if matches!(matrix.format(), Format::SplitKvB(_)));
         self.block().is_none() && !is_turned
     }
 
-    /// Rows and columns that [`Self::for_tiles`] must start at a multiple of; a row can be read alone only if there is
-    /// no such thing.
+    /// The rows and columns at whose multiples tiles must start; `None` if rows are decoded alone.
     pub(crate) fn block(&self) -> Option<[usize; 2]> {
         let fake_quant = self
             .fake_quant
@@ -124,7 +123,7 @@ impl<'a> WeightOperand<'a> {
         }
     }
 
-    /// The multiple that the widths of tasks are: along the output forward, along the input backward.
+    /// The multiple of the widths of tasks: along the output forward, along the input backward.
     pub(super) fn grain(&self, pass: LayerPass) -> usize {
         let [rows, cols] = self.block().unwrap_or([1, 1]);
         let side = match pass {
@@ -138,7 +137,7 @@ impl<'a> WeightOperand<'a> {
         matches!(self.stored, OperandSource::Matrix(matrix) if matches!(matrix.format(), Format::Fp8(_)))
     }
 
-    /// Whether products make FP8 of what is none yet.
+    /// Whether products round the weight to FP8, which it is not yet.
     fn is_rounded_in_blocks(&self) -> bool {
         let is_fp8 = match self.fake_quant {
             Some(fake_quant) => matches!(fake_quant.quantizer, Quantizer::Fp8(_)),
@@ -147,7 +146,7 @@ impl<'a> WeightOperand<'a> {
         matches!(self.compute, Compute::Fp8(_)) && !is_fp8
     }
 
-    /// Whether the stored values are those that are multiplied.
+    /// Whether the stored values are multiplied as they are.
     fn is_exact(&self) -> bool {
         let same = match (self.compute, self.stored) {
             (Compute::F32 | Compute::Int8, _) => true,
@@ -160,13 +159,13 @@ impl<'a> WeightOperand<'a> {
         self.fake_quant.is_none() && same
     }
 
-    /// Whether tiles are as they are stored, at most rounded by the product itself.
+    /// Whether tiles hold the stored values, which at most the product itself rounds.
     fn has_stored_tiles(&self) -> bool {
         self.is_exact() || self.fake_quant.is_none() && self.compute == Compute::Bf16
     }
 
-    /// Calls `each` on tiles of a size, of as many values as a square one at most, that cover the given rows and columns,
-    /// rows outermost. They are for [`Self::multiply`], which rounds some.
+    /// Calls `each` on tiles that cover the given rows and columns, rows outermost. A tile has at most `TILE · TILE`
+    /// values. [`Self::multiply`] rounds those that products round themselves.
     pub(crate) fn for_tiles(
         &self,
         rows: Range<usize>,
@@ -196,7 +195,7 @@ impl<'a> WeightOperand<'a> {
         });
     }
 
-    /// Copies a tile out as the product sees it.
+    /// Reads a tile as it is multiplied.
     ///
     /// # Panics
     /// If the weight is rounded in blocks and the tile does not start at the edge of one.
@@ -209,7 +208,7 @@ impl<'a> WeightOperand<'a> {
         self.read_for(compute, (rows, cols), out);
     }
 
-    /// [`Self::read`], rounded to what is given.
+    /// [`Self::read`] with a rounding of its own.
     fn read_for(
         &self,
         compute: Compute,
@@ -247,7 +246,7 @@ impl<'a> WeightOperand<'a> {
         }
     }
 
-    /// `dst = a · tile`, or added to `dst`, with a tile of it or a tile's transpose; serial.
+    /// `dst = a · tile`, or added to `dst`, with a tile of the weight or its transpose; serial.
     pub(crate) fn multiply(
         &self,
         dst: MatMut<'_>,
@@ -271,12 +270,12 @@ impl<'a> WeightOperand<'a> {
         }
     }
 
-    /// What products with it round to.
+    /// The rounding of products with this weight.
     pub(crate) fn compute(&self) -> Compute {
         self.compute
     }
 
-    /// The weight as products of rows read it, if they can.
+    /// The weight for products that read its stored bytes, if there are any.
     pub(super) fn packed(&self) -> Option<PackedWeight<'a>> {
         match self.stored {
             _ if !self.is_exact() => None,
@@ -285,7 +284,7 @@ impl<'a> WeightOperand<'a> {
         }
     }
 
-    /// The product of one row with `x`, for a weight without blocks.
+    /// The product of one row with `x`, for a weight whose rows are decoded alone.
     pub(crate) fn dot(&self, row: usize, x: &[f32]) -> f32 {
         match self.stored {
             OperandSource::Values(values, cols) if self.is_exact() => {

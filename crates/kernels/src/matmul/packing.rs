@@ -1,14 +1,14 @@
-//! A whole product, cut into blocks that fit the caches.
+//! A whole product, packed in blocks that fit the caches.
 //!
-//! The right operand is packed into panels, as wide as a tile of the microkernel, of which one block fits the second-level
-//! cache. Packing also turns a transposed operand, so that `x · wᵀ` runs as fast as `dy · w`. The left
-//! operand is read where it lies, unless it is transposed: then some of its rows are turned at a time.
+//! The right operand is packed into panels as wide as a tile of the microkernel; a block of panels fits the
+//! second-level cache. Packing also transposes if needed, so `x · wᵀ` is as fast as `dy · w`. The left operand is read
+//! in place, unless it is transposed: then some of its rows are transposed at a time.
 //!
 //! Source of the cut: Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008, with the roles of
 //! the operands exchanged, since ours are row-major.
 //!
-//! Of operands in bf16 two values that follow one another in the sum are one word, in panels and in the left rows, which are
-//! made into words some at a time.
+//! In bf16, two values that follow one another in the sum are one word, in panels and in the left rows, which are
+//! converted a few at a time.
 
 #![expect(
     unsafe_code,
@@ -25,14 +25,15 @@ use crate::settings::Accumulate;
 
 /// Rows (of words) and columns of the right operand per block: its panels take half of a second-level cache of 1 MiB.
 const BLOCK: [usize; 2] = [512, 256];
-/// Its columns where the left operand has few rows, to which panels are worth less than what they push out of the cache.
+/// The columns of a block if the left operand has at most [`NARROW_BLOCK_ROWS`] rows: they gain less from panels than
+/// is lost by what panels push out of the cache.
 const NARROW_BLOCK: usize = 128;
 const NARROW_BLOCK_ROWS: usize = 256;
-/// The same where the left operand is turned, which is done once per block: so it is wider.
+/// The block if the left operand is transposed, which happens once per block: so the block is wider.
 const TURNED_BLOCK: [usize; 2] = [256, 512];
-/// Rows of a left operand that are turned or made into pairs at once: whole tiles, and whole vectors.
+/// Rows of a left operand that are transposed or converted to pairs at once: whole tiles, and whole vectors.
 const TURNED: usize = 48;
-/// Distance of turned rows: no power of two, which would put them into the same few lines of the first-level cache.
+/// The stride of transposed rows. A power of two would put them into the same few lines of the first-level cache.
 const TURNED_STRIDE: usize = TURNED_BLOCK[0] + 16;
 /// Vectors that cross a cache line cost double.
 const CACHE_LINE: usize = 64;
@@ -41,7 +42,7 @@ const CACHE_LINE: usize = 64;
 #[derive(Clone, Copy)]
 pub(super) enum Right<'a> {
     Values(Mat<'a>),
-    /// Pairs of bf16 as words, `[sum / 2, cols]`, each column's one after another.
+    /// Pairs of bf16 as words, `[sum / 2, cols]`, column by column.
     Pairs(Mat<'a>),
 }
 
@@ -72,7 +73,7 @@ pub(crate) fn multiplies_pairs() -> bool {
     KernelVersion::bf16().is_some()
 }
 
-/// [`product`] of operands that are rounded to bf16, with instructions for that.
+/// [`product`] with operands rounded to bf16, with instructions for pairs.
 ///
 /// # Panics
 /// If the CPU has none.
@@ -81,7 +82,7 @@ pub(super) fn product_bf16(dst: &MatMut<'_>, a: Mat<'_>, b: Right<'_>, accumulat
     product_in(version, dst, a, b, (1.0, accumulate));
 }
 
-/// [`product`] with some instructions, which the CPU has.
+/// [`product`] with a given instruction set, which the CPU has.
 fn product_in(
     version: KernelVersion,
     dst: &MatMut<'_>,
@@ -128,7 +129,7 @@ fn product_in(
     });
 }
 
-/// One call, and room for what it packs.
+/// A product, and memory for packed operands.
 struct GemmCall<'a> {
     dst: &'a MatMut<'a>,
     a: Mat<'a>,
@@ -200,8 +201,8 @@ unsafe fn blocks<V: Lanes, const NV: usize>(call: GemmCall<'_>) {
     }
 }
 
-/// Whether the right operand is better left where it is: its rows are contiguous, end with a vector, and one or two rows of tiles
-/// read them.
+/// Whether the right operand is read in place: its rows are contiguous and end with a whole vector, and at most two
+/// rows of tiles read them.
 #[inline(always)]
 fn is_read_in_place<V: Lanes>(a: Mat<'_>, b: Mat<'_>) -> bool {
     V::DEPTH == 1
@@ -210,11 +211,11 @@ fn is_read_in_place<V: Lanes>(a: Mat<'_>, b: Mat<'_>) -> bool {
         && b.cols().is_multiple_of(V::LEN)
 }
 
-/// Where the panels of a right operand lie.
+/// The panels of a right operand.
 #[derive(Clone, Copy)]
 struct Panels {
     ptr: *const f32,
-    /// Distance of a panel's rows, if it is not the panel's width.
+    /// The stride of a panel's rows, if it is not the panel's width.
     stride: Option<usize>,
     /// Rows of a panel.
     depth: usize,
@@ -257,7 +258,7 @@ impl Panels {
     }
 }
 
-/// Widths of the panels that cover some columns: whole tiles, then as many vectors as are enough.
+/// The widths of the panels that cover `left` columns: whole tiles, then as few vectors as suffice.
 #[inline(always)]
 fn panel_width<V: Lanes, const NV: usize>(left: usize) -> usize {
     left.next_multiple_of(V::LEN).min(NV * V::LEN)
@@ -290,7 +291,7 @@ unsafe fn pack<V: Lanes, const NV: usize>(b: Mat<'_>, panels: &mut [f32]) {
     }
 }
 
-/// All panels from contiguous rows, a row of words at a time: in the order in which they lie in memory.
+/// All panels from contiguous rows, a row of words at a time, in memory order.
 ///
 /// # Safety
 /// As [`pack`].
@@ -427,7 +428,7 @@ unsafe fn block<V: Lanes, const NV: usize>(
                 stride: TURNED_STRIDE,
             }
         };
-        // Tiles of the same height: a row or two alone would wait for its operands.
+        // Tiles of equal height: a tile of a row or two would wait for its operands.
         let height = a.rows().div_ceil(a.rows().div_ceil(V::ROWS));
         for row in (0..a.rows()).step_by(height) {
             let rows = row..a.rows().min(row + height);
@@ -483,7 +484,7 @@ unsafe fn row_of_tiles<V: Lanes, const NV: usize>(
     }
 }
 
-/// Makes words of the rows of a left operand whose columns are contiguous.
+/// Converts rows of a left operand to words; its columns are contiguous.
 ///
 /// # Safety
 /// As [`blocks`]; `to` holds the rows.
@@ -501,7 +502,7 @@ unsafe fn pair_left<V: Lanes>(a: Mat<'_>, to: &mut [f32]) {
     }
 }
 
-/// Turns rows of a left operand whose columns are not contiguous.
+/// Transposes rows of a left operand whose columns are not contiguous.
 ///
 /// # Safety
 /// As [`blocks`]; `to` holds the rows.

@@ -1,4 +1,4 @@
-//! Which path a product of a linear layer takes: the only place that decides it.
+//! The path of each product of a linear layer: this is the only place that decides it.
 
 use super::operand::{LayerPass, WeightOperand};
 use super::packing::multiplies_pairs;
@@ -6,28 +6,28 @@ use crate::gemv::{MAX_GEMV_ROWS, PackedWeight};
 use crate::memory::Mat;
 use crate::settings::Compute;
 
-/// How a product is made. `Gemv`, `Int8Gemm` and the two that go by rows give each row of activations the bits it has
-/// alone; the others cut rows into tiles.
+/// How a product is computed. In `Gemv`, `Int8Gemm`, `F32Rows` and `Bf16Rows`, each row of activations has the bits it
+/// has alone; the others cut rows into tiles.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum ProductPlan<'a> {
-    /// Few rows, multiplied with the stored numbers.
+    /// Few rows, multiplied with the stored f32, f16 or bf16 numbers.
     Gemv(PackedWeight<'a>),
-    /// Any number of rows, multiplied with stored bytes: codes of blocks, with activations in int8.
+    /// Any number of rows in int8, multiplied with the stored codes of blocks.
     Int8Gemm(PackedWeight<'a>),
-    /// Few rows, each row of the weight decoded on its own.
+    /// Few rows; each row of the weight is decoded alone.
     F32Rows,
     /// The same with activations rounded to bf16.
     Bf16Rows,
     /// Tiles of the weight, decoded and rounded to f32 values.
     F32Gemm,
-    /// Tiles whose values the product rounds to bf16, as it does the activations.
+    /// Tiles of the weight, rounded to bf16 by the product like the activations.
     Bf16Gemm,
-    /// A weight stored in bf16, read in place by instructions that multiply pairs.
+    /// A weight stored in bf16, read in place by instructions for pairs.
     Bf16PairsGemm(Mat<'a>),
 }
 
 impl<'a> ProductPlan<'a> {
-    /// Whether each row of activations is multiplied on its own.
+    /// Whether each row of activations is multiplied alone.
     pub(crate) fn is_by_rows(&self) -> bool {
         matches!(
             self,
@@ -44,7 +44,7 @@ impl<'a> ProductPlan<'a> {
     }
 }
 
-/// The path of a product of `rows` rows of activations with a weight, whose settings the weight carries.
+/// The path of a product of `rows` rows of activations with a weight, which carries its settings.
 ///
 /// | weight                                         | compute         | up to [`MAX_GEMV_ROWS`] | more rows                     |
 /// |------------------------------------------------|-----------------|-------------------------|-------------------------------|
@@ -60,9 +60,9 @@ impl<'a> ProductPlan<'a> {
 /// | rounded in blocks: FP8 of another, fake quantized | any          | `F32Gemm`, `Bf16Gemm`   | `F32Gemm`, `Bf16Gemm`         |
 /// | split `kv_b_proj`, whose keys are stored as columns | f32, bf16  | `F32Gemm`, `Bf16Gemm`   | `F32Gemm`, `Bf16Gemm`         |
 ///
-/// Backward, stored bytes are never multiplied: `Gemv` is `F32Rows` or `Bf16Rows` there, and `Int8Gemm` and
-/// `Bf16PairsGemm` are what the rows below them say. `compute` is what [`Compute::over`] makes of the setting for this
-/// weight. `Bf16PairsGemm` needs the CPU's instructions and an even width.
+/// Backward products never read stored bytes: `Gemv` becomes `F32Rows` or `Bf16Rows`, `Bf16PairsGemm` becomes
+/// `Bf16Gemm`, and `Int8Gemm` becomes `F32Rows` or `F32Gemm`. The compute column is the setting resolved for the weight
+/// by [`Compute::over`]. `Bf16PairsGemm` needs the CPU's instructions for pairs and an even width.
 pub(crate) fn plan<'a>(w: &WeightOperand<'a>, rows: usize, pass: LayerPass) -> ProductPlan<'a> {
     let (compute, is_forward) = (w.compute(), pass == LayerPass::Forward);
     let stored = is_forward.then(|| w.packed()).flatten();

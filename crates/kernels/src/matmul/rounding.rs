@@ -1,4 +1,4 @@
-//! What a product rounds its operands to.
+//! How products round their operands.
 
 use super::gemm::{gemm, gemm_bf16};
 use crate::formats::{Format, Matrix, fp8};
@@ -8,7 +8,7 @@ use crate::settings::{Accumulate, Compute};
 use crate::simd::{round_to_bf16, round_to_f16};
 
 impl Compute {
-    /// What products with a weight round to.
+    /// The setting of products with this weight.
     pub fn over(self, w: &Matrix) -> Self {
         match (self, w.format()) {
             (Self::Int8, Format::Ggml(format)) if format.has_blocks() => self,
@@ -20,7 +20,7 @@ impl Compute {
         }
     }
 
-    /// What operands are rounded to before a product: nothing where products do it themselves.
+    /// The rounding of operands before a product: none if the product rounds them itself.
     pub(crate) fn before_products(self) -> Self {
         match self {
             Self::Int8 | Self::Bf16 => Self::F32,
@@ -28,7 +28,7 @@ impl Compute {
         }
     }
 
-    /// `dst = a · b`, or added to `dst`, of operands that were rounded as [`Self::before_products`] says; serial.
+    /// `dst = a · b`, or added to `dst`, with operands rounded by [`Self::before_products`]; serial.
     pub(crate) fn multiply(self, dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, accumulate: Accumulate) {
         match self {
             Self::Bf16 => gemm_bf16(dst, a, (b, false), accumulate),
@@ -36,7 +36,7 @@ impl Compute {
         }
     }
 
-    /// Rounds rows whose values are summed over in a product.
+    /// Rounds rows for a product that sums along them.
     pub(crate) fn round_rows(self, values: &mut [f32], width: usize) {
         match self {
             Self::F32 => {}
@@ -47,7 +47,7 @@ impl Compute {
         }
     }
 
-    /// Rounds a matrix whose columns are summed over in a product: both operands of a weight's gradient.
+    /// Rounds a matrix for a product that sums along its columns: an operand of a weight's gradient.
     pub(crate) fn round_columns(self, values: &mut [f32], width: usize) {
         match self {
             Self::Fp8(kind) => fp8::round_columns(values, width, kind),
@@ -55,7 +55,7 @@ impl Compute {
         }
     }
 
-    /// Rounds a tile of a weight that starts at a block's edge.
+    /// Rounds a tile of a weight; it starts at a block's edge.
     pub(crate) fn round_weight(self, values: &mut [f32], width: usize) {
         match self {
             Self::Fp8(kind) => fp8::round_blocks(values, width, kind),

@@ -1,8 +1,8 @@
-//! Large blocks of memory, used again.
+//! Allocator that recycles large blocks.
 //!
-//! A training step frees and asks for the same large blocks over and over. The system's allocator gives each of them
-//! back, and the operating system clears every page of the next one: a fifth of a full fine-tuning step. Here a freed
-//! block waits for the next request of its size instead.
+//! A training step frees and requests the same large blocks over and over. The system's allocator returns each of them
+//! to the operating system, which clears every page of the next one: a fifth of a full fine-tuning step. This allocator
+//! keeps a freed block for the next request of its size instead.
 
 #![expect(unsafe_code, reason = "an allocator")]
 
@@ -11,19 +11,19 @@ use std::cell::Cell;
 use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// From this size on, a block is large.
+/// Blocks of at least this size are large.
 const LARGE: usize = 1 << 20;
-/// Blocks that can wait at once. A model's step has some hundred sizes, most of them alike.
+/// The most large blocks that can wait at once. A model's step has some hundred sizes, most of them alike.
 const SLOTS: usize = 256;
 
-/// From this size on, below the large ones, a freed block waits in its thread: glibc searches and joins such blocks, which
-/// took a tenth of a decoding step.
+/// Freed blocks from this size up to [`NOT_MEDIUM`] wait in their thread: glibc would search and join such blocks,
+/// which took a tenth of a decoding step.
 const MEDIUM: usize = 1 << 10;
-/// The first size that does not.
+/// The first size that is no longer medium.
 const NOT_MEDIUM: usize = 1 << 18;
-/// Bytes of medium blocks that can wait in a thread.
+/// The most bytes of medium blocks that can wait in a thread.
 const SHELF: usize = 8 << 20;
-/// Where blocks of a size wait, and how many. A decoding step has some thirty sizes.
+/// Bins for the sizes, and places in each. A decoding step has some thirty sizes.
 const BINS: usize = 64;
 const PLACES: usize = 4;
 
@@ -35,7 +35,7 @@ thread_local! {
     static MEDIUM_BLOCKS: Shelf = const { Shelf::new() };
 }
 
-/// The medium blocks of a thread that wait; freed with the thread.
+/// The waiting medium blocks of a thread; they are freed with it.
 struct Shelf {
     /// Addresses, 0 for none, and layouts. Sizes share bins.
     bins: [[Cell<(usize, Layout)>; PLACES]; BINS],
@@ -66,7 +66,7 @@ impl Shelf {
         Some(ptr::with_exposed_provenance_mut(address))
     }
 
-    /// Lets a block wait, in the place of another where there is none left.
+    /// Lets a block wait. If its bin is full, it takes the place of another block.
     fn put(&self, block: *mut u8, layout: Layout) {
         let block = (block.expose_provenance(), layout);
         if self.waiting.get() + layout.size() > SHELF {
@@ -89,7 +89,7 @@ impl Drop for Shelf {
     }
 }
 
-/// Gives a block back that waited.
+/// Returns a block that waited to the system.
 fn free((address, layout): (usize, Layout)) {
     if address != 0 {
         // SAFETY: it came from `System` with this layout, and nobody else has it.
@@ -99,19 +99,19 @@ fn free((address, layout): (usize, Layout)) {
 
 /// A program's allocator, `#[global_allocator]`, that keeps freed large blocks.
 ///
-/// What is in use and what waits are together never more than was in use at once before: keeping blocks does not raise
-/// the program's peak. Large blocks ask Linux for huge pages, of which a block needs hundreds of times fewer.
+/// Blocks in use and waiting blocks together never exceed the most bytes that were in use at once, so the program's
+/// peak does not rise. On Linux, large blocks are backed by huge pages, of which a block needs hundreds of times fewer.
 #[derive(Debug)]
 pub struct RecyclingAllocator(Mutex<FreeBlocks>);
 
 #[derive(Debug)]
 struct FreeBlocks {
-    /// Bytes of large blocks in use, and the most there ever were.
+    /// Bytes of large blocks in use, now and at the peak.
     in_use: usize,
     peak: usize,
     /// Bytes of the blocks that wait.
     waiting: usize,
-    /// The blocks that wait, the longest waiting first.
+    /// The waiting blocks, the oldest first.
     blocks: [(usize, Layout); SLOTS],
     len: usize,
 }
@@ -128,7 +128,7 @@ impl RecyclingAllocator {
         }))
     }
 
-    /// Counts a block as in use; it is one that waited, if there is one.
+    /// Counts a block as in use and returns a waiting one that fits, if there is any.
     fn claim(&self, layout: Layout) -> Option<*mut u8> {
         let mut kept = self.kept();
         let waiting = kept.take(layout);
@@ -158,7 +158,7 @@ impl Default for RecyclingAllocator {
 }
 
 impl FreeBlocks {
-    /// Counts a block as in use, and frees what waits beyond the peak.
+    /// Counts a block as in use, and frees waiting blocks beyond the peak.
     fn enter(&mut self, size: usize) {
         self.in_use += size;
         self.peak = self.peak.max(self.in_use);
@@ -269,10 +269,10 @@ unsafe impl GlobalAlloc for RecyclingAllocator {
     }
 }
 
-/// Trades speed for memory, from now on: has glibc map each large block by itself, so that all of it goes back when it is
-/// freed. Left alone it takes to cutting blocks of up to 32 MiB from its heap, and between them there are gaps, of a third
-/// of a training run's memory at 4 × 2048 tokens. New pages for every block cost a tenth of a step at 4 × 256. Elsewhere
-/// it does nothing.
+/// Trades speed for memory from now on: glibc maps each large block by itself, so that all of it is returned when it is
+/// freed. By default glibc starts cutting blocks of up to 32 MiB from its heap, which leaves gaps of a third of a
+/// training run's memory at 4 × 2048 tokens. New pages for every block cost a tenth of a step at 4 × 256. Without glibc
+/// this does nothing.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 pub fn map_large_blocks() {
     const M_TRIM_THRESHOLD: i32 = -1;
@@ -296,7 +296,7 @@ pub fn map_large_blocks() {
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
 pub fn map_large_blocks() {}
 
-/// Linux backs a block with pages of 2 MiB where it can; elsewhere nothing.
+/// Asks Linux to back a block with pages of 2 MiB; does nothing on other systems.
 #[cfg(target_os = "linux")]
 fn ask_for_huge_pages(block: *mut u8, size: usize) {
     const MADV_HUGEPAGE: i32 = 14;

@@ -1,4 +1,4 @@
-//! Scratch memory of a thread, and large vectors of zeros.
+//! Per-thread scratch memory, and large zeroed vectors.
 
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
@@ -12,7 +12,7 @@ thread_local! {
 /// Lends `len` f32 values with unspecified content. Calls may nest; buffers are kept per thread.
 pub(crate) fn with_scratch<R>(len: usize, use_it: impl FnOnce(&mut [f32]) -> R) -> R {
     let mut buffer = SCRATCH.with_borrow_mut(|pool| {
-        // The smallest that is large enough: a large one given to a small request would make another one grow.
+        // The smallest buffer that fits: lending a large one to a small request would make another buffer grow.
         let fitting = (0..pool.len()).filter(|i| pool[*i].len() >= len);
         let best = fitting.min_by_key(|i| pool[*i].len());
         match best {
@@ -41,7 +41,7 @@ pub(crate) fn with_byte_scratch<R>(len: usize, use_it: impl FnOnce(&mut [u8]) ->
 /// Values that one task of [`zeros`] writes.
 const ZEROS_TASK: usize = 1 << 16;
 
-/// New zeros; many of them are written by all threads, since memory that is used again must be cleared first.
+/// A new vector of zeros. Large ones are cleared by all threads, because recycled memory has to be cleared.
 #[expect(
     unsafe_code,
     reason = "the length of a vector whose values were just written"

@@ -1,7 +1,6 @@
-//! Views of f32 memory as matrices, and their product.
+//! Views of f32 memory as matrices.
 //!
-//! Views know their size, so that the product can check that its operands fit: everything above this file works
-//! with views and stays safe.
+//! Views know their size, so products can check that their operands fit, and the code above this file stays safe.
 
 #![expect(
     unsafe_code,
@@ -29,7 +28,7 @@ unsafe impl Send for Mat<'_> {}
 unsafe impl Sync for Mat<'_> {}
 
 impl<'a> Mat<'a> {
-    /// `rows × cols` values of which consecutive rows lie `stride` apart.
+    /// `rows × cols` values with `stride` values from row to row.
     pub(crate) fn new(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
         assert!(
             rows == 0 || cols == 0 || (rows - 1) * stride + cols <= values.len(),
@@ -50,7 +49,7 @@ impl<'a> Mat<'a> {
         Self::new(values, rows, cols, cols)
     }
 
-    /// Contiguous rows of pairs of bf16, a pair as a word; none where they are not aligned as words are.
+    /// Contiguous rows of bf16 pairs, one pair per word; `None` if the bytes are not aligned to words.
     pub(crate) fn of_pairs(bytes: &'a [u8], rows: usize, pairs: usize) -> Option<Self> {
         // SAFETY: any four bytes are a value, and only their bits are read.
         let (before, words, _) = unsafe { bytes.align_to::<f32>() };
@@ -177,7 +176,7 @@ impl<'a> MatMut<'a> {
         self.ptr
     }
 
-    /// A part of the view, while the whole is borrowed.
+    /// A block of the view, which stays borrowed.
     pub(crate) fn block(&mut self, rows: Range<usize>, cols: Range<usize>) -> MatMut<'_> {
         // SAFETY: the borrow of `self` is unique for as long as the part lives.
         unsafe { self.part(rows, cols) }

@@ -11,7 +11,7 @@ use crate::simd::{multiversion, sum};
 /// Elements per task, and per partial sum.
 const TASK: usize = 1 << 14;
 
-/// The numbers of one update.
+/// The scalars of one update.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamWStep {
     /// Learning rate.
@@ -26,14 +26,14 @@ pub struct AdamWStep {
     pub number: u64,
     /// Multiplies the gradient: 1, or less where it is clipped or was scaled.
     pub gradient_scale: f64,
-    /// What the rounding of bf16 moments is drawn from; none rounds to the nearest.
+    /// The seed for stochastic rounding of bf16 moments; `None` rounds to nearest.
     pub noise: Option<u64>,
 }
 
-/// A number that moments are stored in.
+/// A number format of moments.
 pub(crate) trait Moment: Copy + Send + Sync {
     fn to_f32(self) -> f32;
-    /// Rounds by 16 random bits, or to the nearest.
+    /// Rounds stochastically with 16 random bits, or to nearest.
     fn from_f32(value: f32, noise: Option<u32>) -> Self;
 }
 
@@ -55,7 +55,8 @@ impl Moment for bf16 {
         Self::to_f32(self)
     }
 
-    /// The random bits are added to those that are dropped: the sum carries as often as the value is near the next.
+    /// The random bits are added to those that are dropped: how often the sum carries is how near the value is to the
+    /// next one.
     #[inline(always)]
     fn from_f32(value: f32, noise: Option<u32>) -> Self {
         match noise {
@@ -116,7 +117,7 @@ pub(crate) fn update<M: Moment>(
     });
 }
 
-/// The sum of squares in f64, by parts of fixed size.
+/// The sum of squares in f64, in parts of fixed size.
 pub(crate) fn sum_of_squares(x: &[f32]) -> f64 {
     let parts: Vec<f64> = x.par_chunks(TASK).map(squares).collect();
     parts.iter().sum()

@@ -6,9 +6,9 @@
 /// Which elements are dropped, and how the rest is scaled.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
-    /// Chance of an element to be dropped, in [0, 1).
+    /// The probability of dropping an element, in [0, 1).
     pub probability: f32,
-    /// The mask's seed; different for every site and step.
+    /// The seed of the mask; different for every module and step.
     pub seed: u64,
 }
 
@@ -19,12 +19,12 @@ impl Dropout {
         seed: 0,
     };
 
-    /// Whether this changes nothing.
+    /// Whether nothing is dropped.
     pub fn is_off(&self) -> bool {
         self.probability == 0.0
     }
 
-    /// The same probability with a seed of its own, for a site numbered `site`.
+    /// The same probability with a seed of its own.
     #[must_use]
     pub fn fork(&self, site: u64) -> Self {
         Self {

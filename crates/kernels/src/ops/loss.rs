@@ -1,11 +1,11 @@
 //! The loss of a language model without its logits.
 //!
-//! `loss[t] = log Σ_v exp(h_t · w_v) − h_t · w_target`, computed for blocks of tokens over tiles of the vocabulary:
-//! at no time does a task hold more logits than 512 × 512, and backward more than 1024 × 512. Tokens without a target cost nothing.
+//! `loss[t] = log Σ_v exp(h_t · w_v) − h_t · w_target`, computed for blocks of tokens over tiles of the vocabulary: a
+//! task holds at most 512 × 512 logits, and 1024 × 512 in the backward pass. Tokens without a target cost nothing.
 //!
-//! Where the head is frozen, one visit of it gives losses and gradients: the gradient of a loss is
-//! `Σ_v softmax_v · w_v − w_target`, which sums like the output of attention whose keys and values are `w`. Otherwise
-//! backward computes the tiles again from the saved log-sum-exp.
+//! If the head is frozen, one pass over it gives losses and gradients: the gradient of a loss is `Σ_v softmax_v · w_v −
+//! w_target`, which sums like the output of attention whose keys and values are `w`. Otherwise the backward pass
+//! recomputes the tiles from the saved log-sum-exp.
 //!
 //! A low-rank update of the head enters as a second product, `logits = h · wᵀ + u · bᵀ`.
 //!
@@ -21,22 +21,23 @@ use crate::settings::Accumulate;
 use crate::simd::exp;
 use crate::threads::tiles;
 
-/// A target that is no target.
+/// The target of a token that is not trained.
 pub(crate) const IGNORED: i32 = -100;
 
-/// Tokens and vocabulary entries of a tile of logits: many tokens, since a tile's weights are packed anew for each.
+/// The tokens and vocabulary entries of a tile of logits. There are many tokens, because a tile's weights are packed
+/// anew for each tile of tokens.
 const TILE_TOKENS: usize = 512;
 const TILE_VOCAB: usize = 512;
-/// At least this many tasks visit the vocabulary: few tokens are cut along it too.
+/// The fewest tasks: if there are few tokens, the vocabulary is cut too.
 const TASKS: usize = 32;
-/// Tokens between two visits of the same vocabulary entry in the backward pass, and those of one of its tasks.
+/// The tokens of a pass over the vocabulary in the backward pass, and those of one of its tasks.
 const PASS_TOKENS: usize = 1024;
 const PASS_TASK_TOKENS: usize = 256;
-/// Vocabulary entries of whose gradients a task takes care.
+/// The vocabulary entries whose gradients a task computes.
 const OUTER_ROWS: usize = 128;
 
-/// The two products that make logits: h `[tokens, hidden]` with w `[vocab, hidden]`, u `[tokens, rank]` with
-/// b `[vocab, rank]`; a rank of 0 leaves the second out.
+/// The output head as two products: h `[tokens, hidden]` with w `[vocab, hidden]`, u `[tokens, rank]` with b `[vocab,
+/// rank]`. The second is a low-rank update; there is none if the rank is 0.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct OutputHead<'a> {
     pub(crate) h: Mat<'a>,
@@ -140,11 +141,11 @@ pub(crate) fn forward_with_gradients(
     (losses, dh)
 }
 
-/// What is known of a token after some of the vocabulary.
+/// The softmax of a token over part of the vocabulary.
 #[derive(Clone, Copy)]
 struct PartialSoftmax {
     max: f32,
-    /// Of the exponentials, relative to the maximum.
+    /// The sum of the exponentials, relative to the maximum.
     sum: f32,
     at_target: f32,
 }
@@ -156,7 +157,8 @@ impl PartialSoftmax {
         at_target: 0.0,
     };
 
-    /// Adds a tile of logits, which become exponentials; returns by how much the maximum changed the earlier ones.
+    /// Adds a tile of logits and turns them into exponentials; returns the factor of the earlier ones, because the
+    /// maximum may have grown.
     fn add(&mut self, logits: &mut [f32], target: Option<usize>) -> f32 {
         if let Some(at) = target {
             self.at_target = logits[at];
@@ -168,7 +170,7 @@ impl PartialSoftmax {
         faded
     }
 
-    /// What all parts of the vocabulary say of the `i`-th token of a tile; only one part has its target.
+    /// The softmax of the `i`-th token of a tile over all parts of the vocabulary; only one part has its target.
     fn of_all(parts: &[VocabVisit], i: usize) -> Self {
         let parts = || parts.iter().map(|part| part.seen[i]);
         let max = parts().fold(f32::NEG_INFINITY, |max, seen| max.max(seen.max));
@@ -186,14 +188,14 @@ impl PartialSoftmax {
     }
 }
 
-/// What a task found: a tile of tokens and a part of the vocabulary.
+/// The result of a task: a tile of tokens over a part of the vocabulary.
 struct VocabVisit {
     seen: Vec<PartialSoftmax>,
     /// `[tokens, hidden]` sums of `exp(logit) · w`, relative to the maxima; empty if not wanted.
     sums: Vec<f32>,
 }
 
-/// Vocabulary entries of a part, and how many parts there are.
+/// The vocabulary entries of a part, and the number of parts.
 fn parts(head: OutputHead<'_>, targets: &[usize]) -> (usize, usize) {
     let wanted = TASKS.div_ceil(targets.len().div_ceil(TILE_TOKENS).max(1));
     let part = head
@@ -204,7 +206,7 @@ fn parts(head: OutputHead<'_>, targets: &[usize]) -> (usize, usize) {
     (part, head.vocab().div_ceil(part).max(1))
 }
 
-/// Tiles of tokens, and for each the parts of the vocabulary; `wide` is the width of the sums.
+/// The results for each tile of tokens and each part of the vocabulary; `wide` is the width of the sums.
 fn visit(head: OutputHead<'_>, targets: &[usize], wide: usize) -> Vec<VocabVisit> {
     let (part, _) = parts(head, targets);
     let tasks: Vec<_> = tiles(0..targets.len(), TILE_TOKENS)
@@ -282,7 +284,7 @@ pub(crate) struct Grads {
 
 /// Gradients of the inputs, and of `w` and `b` if `wanted`.
 ///
-/// A tile of logits' gradients is made once, by tasks that own tokens, and read twice: by the same tasks for the
+/// A tile of logit gradients is computed once, by tasks that own tokens, and read twice: by the same tasks for the
 /// inputs, then by tasks that own rows of the weights.
 pub(crate) fn backward(head: OutputHead<'_>, rows: &[TokenLoss], wanted: [bool; 2]) -> Grads {
     let (vocab, hidden, rank) = (head.vocab(), head.h.cols(), head.u.cols());
@@ -321,7 +323,7 @@ pub(crate) fn backward(head: OutputHead<'_>, rows: &[TokenLoss], wanted: [bool; 
     grads
 }
 
-/// Fills a tile of `dlogits [tokens, vocab]`, and adds what it gives to the gradients of its tokens' `h` and `u`.
+/// Fills a tile of `dlogits [tokens, vocab]` and adds its part of the gradients of its tokens' `h` and `u`.
 fn backward_inputs(
     head: OutputHead<'_>,
     rows: &[TokenLoss],

@@ -1,4 +1,4 @@
-//! The operations of a model besides its linear layers, on slices of f32 values.
+//! The operations of a model other than linear layers, on slices of f32 values.
 
 pub(crate) mod adamw;
 pub(crate) mod attention;

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use crate::memory::zeros;
 use crate::simd::{multiversion, sum};
 
-/// Rows per task; also the unit in which the weight's gradient is summed, so the order of its sum is fixed.
+/// Rows per task. The weight's gradient is summed task by task, so the order of its sum is fixed.
 const TASK_ROWS: usize = 64;
 
 #[inline(always)]
@@ -14,8 +14,8 @@ fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     1.0 / ((squares / x.len() as f64) as f32 + eps).sqrt()
 }
 
-/// x `[rows, width]`, weight `[normed ≤ width]` → `[rows, width]`: the first `normed` features normalized, the others
-/// as they are.
+/// x `[rows, width]`, weight `[normed ≤ width]` → `[rows, width]`: the first `normed` features are normalized, the
+/// others copied.
 pub(crate) fn forward(x: &[f32], width: usize, weight: &[f32], eps: f32) -> Vec<f32> {
     let normed = weight.len();
     let mut y = zeros(x.len());

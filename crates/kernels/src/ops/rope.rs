@@ -1,7 +1,7 @@
 //! Rotary position embedding: pairs of features are rotated by an angle that grows with the position.
 //!
-//! Which features form a pair depends on the checkpoint: neighbours (2j, 2j+1) in DeepSeek's latent attention,
-//! halves (j, j + d/2) in the distills and in V3.2's indexer. The output keeps the layout of the input.
+//! Which features form a pair depends on the checkpoint: neighbors (2j, 2j+1) in DeepSeek's latent attention,
+//! half-split (j, j + d/2) in the distills and in V3.2's indexer. The output keeps the layout of the input.
 
 use rayon::prelude::*;
 

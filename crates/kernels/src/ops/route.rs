@@ -1,14 +1,14 @@
 //! Choosing experts, and sorting the chosen (token, expert) slots by expert.
 //!
-//! Both give integer tables whose size depends on shapes only: `tokens × top_k` slots, `experts + 1` offsets. So
-//! they can stay on the device, and nothing above has to wait for their content.
+//! Both return integer tables whose size depends on shapes only: `tokens × top_k` slots, `experts + 1` offsets. So the
+//! tables can stay on the device, and no caller has to wait for their content.
 //!
 //! Choosing is discrete and has no gradient. Weighting the chosen experts is differentiable and is done above,
 //! by gathering the scores at the chosen ids.
 
 use rayon::prelude::*;
 
-/// How the experts of a token are chosen from its scores.
+/// Top-k routing: how the experts of a token are chosen from its scores.
 ///
 /// Source: DeepSeek-V2 (arXiv:2405.04434) section 2.2 and DeepSeek-V3 (arXiv:2412.19437) section 2.1.2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,11 +19,11 @@ pub struct TopK {
     pub n_group: usize,
     /// Groups a token may choose from.
     pub topk_group: usize,
-    /// What a group is worth.
+    /// How groups are scored.
     pub group_score: GroupScore,
 }
 
-/// The worth of a group of experts to a token.
+/// The score of a group of experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GroupScore {
     /// Its best score (V2's `group_limited_greedy`).
@@ -34,7 +34,7 @@ pub enum GroupScore {
 
 /// The chosen experts of every token, best first: scores `[tokens, experts]` → ids `[tokens, top_k]`.
 ///
-/// Of equal scores the lower expert wins. NaN counts as the lowest score, so that the ids are valid always.
+/// If scores are equal, the lower expert wins. NaN counts as the lowest score, so that ids are always valid.
 pub(crate) fn choose(scores: &[f32], experts: usize, choice: TopK) -> Vec<i32> {
     let mut ids = vec![0; scores.len() / experts * choice.top_k];
     ids.par_chunks_mut(choice.top_k * 64)

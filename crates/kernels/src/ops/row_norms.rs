@@ -12,7 +12,7 @@ const TASK_ROWS: usize = 64;
 
 /// `‖w_i + scale · b_i · a‖` of every row `i`; `update` is `a [rank, in]`, `b [out, rank]` and the scale.
 ///
-/// Squares are added in f64, along the row: what a norm comes to depends on shapes alone.
+/// Squares are added in f64 along the row, so a norm depends on shapes alone.
 pub(crate) fn row_norms(w: WeightOperand<'_>, update: Option<(Mat<'_>, Mat<'_>, f32)>) -> Vec<f32> {
     let (out, width) = (w.out_width(), w.in_width());
     let tasks: Vec<_> = tiles(0..out, TASK_ROWS).collect();

@@ -19,7 +19,7 @@ multiversion! {
 }
 
 multiversion! {
-    /// Turns `d(out)` into the gradient of `gate`, and `up` into its own.
+    /// Replaces `d(out)` by the gradient of `gate`, and `up` by its own gradient.
     ///
     /// `d silu(g) = σ(g) · (1 + g · (1 − σ(g)))`.
     fn backward<FMA>(dgate: &mut [f32], up: &mut [f32], gate: &[f32]) {

@@ -1,4 +1,4 @@
-//! Values between f32 and the 16-bit formats.
+//! Conversion between f32 and the 16-bit formats.
 
 #![expect(
     unsafe_code,
@@ -12,10 +12,10 @@ use super::instructions::{Instructions, SimdWork};
 use super::isa::{Isa, LANES};
 use super::multiversion::multiversion;
 
-/// Values that are rounded at once.
+/// Values per step of a conversion.
 const AT_ONCE: usize = 256;
 
-/// The bits of the nearest bf16, the even one of two that are equally near: what the library gives, as vectors can make it.
+/// The bits of the nearest bf16, ties to even: the same as the `half` crate's, in a form that compiles to vectors.
 #[inline(always)]
 fn bf16_bits(value: f32) -> u16 {
     let bits = value.to_bits();
@@ -43,7 +43,7 @@ multiversion! {
     }
 }
 multiversion! {
-    /// The values of bf16 numbers.
+    /// Widens bf16 values to f32.
     fn widen_bf16<FMA>(values: &[bf16], out: &mut [f32]) {
         let _ = FMA;
         for (value, out) in values.iter().zip(out) {
@@ -52,7 +52,7 @@ multiversion! {
     }
 }
 
-/// Rounds f32 values to f16 and back; those beyond its largest become infinite.
+/// Rounds f32 values to f16 and back; values beyond the range become infinite.
 pub(crate) fn round_to_f16(values: &mut [f32]) {
     let mut halves = [f16::ZERO; AT_ONCE];
     for values in values.chunks_mut(AT_ONCE) {
@@ -62,12 +62,12 @@ pub(crate) fn round_to_f16(values: &mut [f32]) {
     }
 }
 
-/// The values of f16 numbers.
+/// Decodes f16 values.
 pub(crate) fn decode_f16(bytes: &[u8], out: &mut [f32]) {
     Instructions::best().run(Decoding { bytes, out });
 }
 
-/// f16 numbers that become f32 values.
+/// Decodes f16 values with the instructions of an [`Isa`].
 #[derive(Debug)]
 struct Decoding<'a> {
     bytes: &'a [u8],

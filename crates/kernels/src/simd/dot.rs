@@ -28,11 +28,11 @@ multiversion! {
     }
 }
 
-/// Sums that are made side by side.
+/// Partial sums of [`sum`].
 const LANES: usize = 16;
 
-/// The sum over places of some rows of equal length, in f64 and in a fixed order of lanes: one sum after another would wait for
-/// each addition.
+/// Sums `value` over the columns of rows of equal length, in f64 and in a fixed order of lanes: a single running sum
+/// would wait for each addition.
 #[inline(always)]
 pub(crate) fn sum<const N: usize>(rows: [&[f32]; N], value: impl Fn([f32; N]) -> f64) -> f64 {
     let mut lanes = [0f64; LANES];

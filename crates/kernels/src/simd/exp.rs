@@ -1,6 +1,6 @@
 //! Exponentials of whole rows, as many at a time as the machine has lanes.
 //!
-//! The library's `expf` takes one value per call, which is too slow where a row has a vocabulary's length. This one is
+//! The library's `expf` takes one value per call, which is too slow for rows of a vocabulary's length. This one is
 //! plain arithmetic that the compiler vectorizes: `exp(x) = 2ⁿ · exp(r)` with `n` the integer nearest to `x / ln 2` and
 //! a polynomial for `|r| ≤ ln 2 / 2`. Its relative error is below 2e-7; results below 2e-38 are 0.
 
@@ -9,7 +9,7 @@ use super::multiversion::multiversion;
 /// e^x. −∞ gives 0, NaN stays NaN.
 #[inline(always)]
 pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
-    /// Added and taken away, it rounds to an integer: 1.5 · 2²³.
+    /// Adding and subtracting it rounds to an integer: 1.5 · 2²³.
     const ROUND: f32 = 12_582_912.0;
     /// ln 2 in two parts, the first with few enough bits that its multiples are exact.
     const LN2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];

@@ -1,4 +1,4 @@
-//! What the CPU has, found at run time: the one list that every choice of instructions reads.
+//! CPU features detected at run time: the one list from which every choice of instructions is made.
 
 /// AVX2, with FMA and F16C.
 #[cfg(target_arch = "x86_64")]
@@ -9,7 +9,7 @@ pub(crate) fn has_avx2() -> bool {
         && is_x86_feature_detected!("f16c")
 }
 
-/// AVX-512 as servers have it, and [`has_avx2`].
+/// AVX-512 F, BW, DQ and VL, with [`has_avx2`].
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub(crate) fn has_avx512() -> bool {

@@ -1,4 +1,4 @@
-//! Which vector instructions the CPU has, and work that is compiled for each of them.
+//! The instruction sets with an [`Isa`], and work that is compiled for each of them.
 
 #![expect(unsafe_code, reason = "instructions that were found, or promised")]
 
@@ -11,7 +11,7 @@ use super::neon::Neon;
 use super::x86::Avx2;
 use super::x86::Avx512;
 
-/// Instructions that the CPU has.
+/// An instruction set that the CPU has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Instructions {
     #[cfg(target_arch = "x86_64")]
@@ -23,7 +23,7 @@ pub(crate) enum Instructions {
     Portable,
 }
 
-/// What can be done with any of them, with the same result.
+/// Work that any instruction set can do, with the same result.
 pub(crate) trait SimdWork {
     /// # Safety
     /// The CPU has the instructions of `I`.
@@ -31,7 +31,7 @@ pub(crate) trait SimdWork {
 }
 
 impl Instructions {
-    /// The widest.
+    /// The widest set that the CPU has.
     pub(crate) fn best() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
@@ -49,7 +49,7 @@ impl Instructions {
         Self::Portable
     }
 
-    /// All, the widest first.
+    /// All sets that the CPU has, the widest first.
     #[cfg(test)]
     pub(crate) fn all() -> Vec<Self> {
         let all = [
@@ -65,7 +65,7 @@ impl Instructions {
         all.into_iter().skip_while(|some| *some != best).collect()
     }
 
-    /// Does some work, compiled for these instructions with all that is inlined in it.
+    /// Does the work, compiled for these instructions with everything that is inlined into it.
     pub(crate) fn run(self, work: impl SimdWork) {
         #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
         macro_rules! with {

@@ -1,8 +1,8 @@
-//! The vector operations that products of rows are made of, and what they mean.
+//! The vector operations of products with few rows, and what they mean.
 //!
-//! Sums are kept in sixteen f32 lanes. Codes are multiplied with those of activations in integers, which is exact. Every
-//! instruction set has the same lanes, fuses every multiplication with its addition, and adds lanes up in the same order:
-//! so all of them give the same bits, and [`Portable`] says which.
+//! Sums are kept in sixteen f32 lanes. The codes of weights and activations are multiplied in integers, which is exact.
+//! Every instruction set has the same lanes, fuses every multiplication with its addition, and adds the lanes in the
+//! same order: so all of them give the same bits, and [`Portable`] defines which.
 
 #![expect(
     unsafe_code,
@@ -25,14 +25,14 @@ pub(crate) trait Isa: Copy {
     type Ints: Copy;
     /// 16 f32 lanes.
     type Sums: Copy;
-    /// Rows of activations whose sums fit the registers, where they are multiplied with one row of lanes.
+    /// Rows of activations that are multiplied with one row of lanes at a time: their sums fit the registers.
     const TILE: usize = 8;
 
-    /// Asks for some bytes that will be read soon; there need not be any.
+    /// Prefetches bytes that will be read soon. The address may be invalid.
     fn prefetch(from: *const u8, bytes: usize);
 
     unsafe fn zero() -> Self::Sums;
-    /// A number in all lanes.
+    /// The same value in all lanes.
     unsafe fn splat(number: f32) -> Self::Sums;
     /// 16 f32.
     unsafe fn load(from: *const f32) -> Self::Sums;
@@ -49,31 +49,31 @@ pub(crate) trait Isa: Copy {
     unsafe fn mul(a: Self::Sums, b: Self::Sums) -> Self::Sums;
     /// `a · b + c`.
     unsafe fn mul_add(a: Self::Sums, b: Self::Sums, c: Self::Sums) -> Self::Sums;
-    /// The sum of all lanes: halves onto each other, four times.
+    /// The sum of all lanes: the upper half is added to the lower, four times.
     unsafe fn total(sums: Self::Sums) -> f32;
 
     /// 64 bytes.
     unsafe fn codes(from: *const u8) -> Self::Codes;
-    /// The bits of `mask` of every byte, after a shift to the right.
+    /// Every byte shifted to the right and masked.
     unsafe fn field(codes: Self::Codes, shift: u32, mask: u8) -> Self::Codes;
-    /// `a | b << shift`, where `b` leaves room for that.
+    /// `a | b << SHIFT`; no bit of `b` may be shifted out of its byte.
     unsafe fn merge<const SHIFT: u32>(a: Self::Codes, b: Self::Codes) -> Self::Codes;
-    /// What 16 codes stand for.
+    /// Looks up what each code stands for.
     unsafe fn lookup(codes: Self::Codes, table: &[i8; 16]) -> Self::Codes;
 
-    /// `start << shift` in all lanes; nothing is left of it with 32 or more.
+    /// `start << shift` in all lanes; 0 for shifts of 32 and more.
     unsafe fn start(start: i32, shift: u32) -> Self::Ints;
     /// Adds the products of codes, unsigned and below 64, with four activations, the same for all lanes.
     unsafe fn dot(sums: Self::Ints, codes: Self::Codes, x: *const i8) -> Self::Ints;
-    /// What [`Self::dot_signed`] starts with, of the negative sum of all activations.
+    /// The start of a sum of [`Self::dot_signed`], from the negative sum of all activations.
     unsafe fn start_signed(start: i32) -> Self::Ints;
     /// Adds the products of signed codes with four activations above −128.
     unsafe fn dot_signed(sums: Self::Ints, codes: Self::Codes, x: *const i8) -> Self::Ints;
     unsafe fn to_floats(ints: Self::Ints) -> Self::Sums;
 }
 
-/// The meaning: plain loops, which are functions of their own where they would be many. On an x86 without FMA a fused
-/// addition is a slow library call, which such a CPU has to bear.
+/// The definition, in plain loops. Some are functions of their own to keep the code small. Without FMA, a fused
+/// addition is a slow library call on x86, which such a CPU has to bear.
 #[derive(Clone, Copy)]
 pub(crate) struct Portable;
 

@@ -1,4 +1,4 @@
-//! Vector instructions: loops that are compiled for several sets of them, and operations that are written for each.
+//! Vector code: loops that are compiled for several instruction sets, and operations that are written for each.
 
 mod convert;
 mod dot;

@@ -1,9 +1,9 @@
 //! One source, several instruction sets.
 //!
-//! [`multiversion!`] compiles a loop for the baseline, for AVX2 with FMA and for AVX-512, and picks at run time. On ARM the
-//! baseline is all there is to pick: it has NEON, and fuses. The loop is plain Rust that the compiler vectorizes; `FMA` is
-//! a constant inside it, because `mul_add` without the instruction is a slow library call. Order and rounding of operations
-//! are the source's, so the width of the vectors changes no bit.
+//! [`multiversion!`] compiles a loop for the baseline, for AVX2 with FMA and for AVX-512, and chooses at run time. On
+//! ARM there is only the baseline, which has NEON and fuses. The loop is plain Rust that the compiler vectorizes; `FMA`
+//! is a constant inside it, because `mul_add` without the instruction is a slow library call. Order and rounding of
+//! operations are those of the source, so the width of the vectors changes no bit.
 
 /// Declares a function in a baseline and, on x86, an AVX2+FMA and an AVX-512 version, chosen at run time.
 macro_rules! multiversion {

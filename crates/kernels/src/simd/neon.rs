@@ -14,7 +14,7 @@ use super::isa::Isa;
 #[derive(Clone, Copy)]
 pub(crate) struct Neon;
 
-/// Bytes of a line of the cache, where it is smallest.
+/// Bytes of the smallest cache line.
 const LINE: usize = 64;
 
 /// Adds to each lane four products of signed bytes. The standard library's `vdotq_s32` is not stable yet.

@@ -133,7 +133,7 @@ impl Isa for Avx512 {
         unsafe { _mm512_dpbusd_epi32(sums, codes, _mm512_set1_epi32(four(x))) }
     }
 
-    /// Codes are made unsigned by a bias of 128, which this takes off again.
+    /// Codes are made unsigned by a bias of 128, which this subtracts again.
     #[inline(always)]
     unsafe fn start_signed(start: i32) -> __m512i {
         unsafe { Self::start(start, 7) }
@@ -163,7 +163,7 @@ unsafe fn four(x: *const i8) -> i32 {
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2;
 
-/// The sum of eight lanes: halves onto each other.
+/// The sum of eight lanes: the upper half is added to the lower.
 #[inline(always)]
 unsafe fn total(sums: __m256) -> f32 {
     unsafe {
@@ -176,7 +176,7 @@ unsafe fn total(sums: __m256) -> f32 {
     }
 }
 
-/// One register of [`Avx2`]'s two. No closures here: instructions in a closure would be calls.
+/// One of the two registers of [`Avx2`]. There are no closures here: instructions in a closure would be calls.
 mod half {
     use std::arch::x86_64::*;
 

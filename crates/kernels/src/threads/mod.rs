@@ -1,4 +1,4 @@
-//! Work on all threads: of milliseconds by rayon, of microseconds by threads that spin.
+//! Parallel loops: rayon's threads for milliseconds of work, spinning threads for microseconds.
 
 mod parallel_for;
 mod pieces;

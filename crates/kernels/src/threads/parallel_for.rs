@@ -2,8 +2,8 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Runs tasks on all threads, each of which takes the next as soon as it is done: they end together, however unequal the
-/// cores are, if the last tasks are small.
+/// Runs tasks on all threads. Each thread takes the next task as soon as it is free, so if the last tasks are small,
+/// all threads end together, however unequal the cores are.
 pub(crate) fn parallel_for(n_tasks: usize, task: impl Fn(usize) + Sync) {
     let next = AtomicUsize::new(0);
     let take = || {

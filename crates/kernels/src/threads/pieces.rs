@@ -15,7 +15,7 @@ pub(crate) fn tiles(
         .map(move |start| start..range.end.min(start + size))
 }
 
-/// A range from 0 on, in pieces of one size but for the last.
+/// A range that starts at 0, cut into pieces of one size; the last one may be smaller.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pieces {
     len: usize,

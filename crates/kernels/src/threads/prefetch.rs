@@ -1,16 +1,16 @@
-//! What will probably be read next, which threads without work bring into the cache: memory would idle while one thread
-//! does what lies between two products.
+//! Prefetching: idle threads bring the bytes that will probably be read next into the cache. Otherwise memory would
+//! idle while one thread works between two products.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Bytes that are brought closer at most, a half of a usual second-level cache.
+/// The most bytes to prefetch: half of a usual second-level cache.
 const MOST: usize = 1 << 19;
-/// Bytes that one call asks for: a thread looks for work after each.
+/// Bytes per call: a thread looks for work after each.
 const STEP: usize = 1 << 10;
 /// Bytes of a line of the cache.
 const LINE: usize = 64;
 
-/// Addresses that nobody has asked for yet.
+/// The addresses that are still to be prefetched.
 #[derive(Debug, Default)]
 pub(super) struct PrefetchWindow {
     next: AtomicUsize,
@@ -18,15 +18,15 @@ pub(super) struct PrefetchWindow {
 }
 
 impl PrefetchWindow {
-    /// Says where it begins. A wrong guess costs time and nothing else.
+    /// Sets where to prefetch. A wrong guess costs time and nothing else.
     pub(super) fn start_at(&self, first: *const u8) {
-        // Only ever asked for, never read.
+        // The address is only prefetched, never read.
         let first = first.addr();
         self.end.store(first.wrapping_add(MOST), Ordering::Relaxed);
         self.next.store(first, Ordering::Relaxed);
     }
 
-    /// Asks for the next bytes, if there are any.
+    /// Prefetches the next bytes; returns whether there were any.
     pub(super) fn prefetch_next(&self) -> bool {
         let end = self.end.load(Ordering::Relaxed);
         if self.next.load(Ordering::Relaxed) >= end {
@@ -40,7 +40,7 @@ impl PrefetchWindow {
     }
 }
 
-/// Asks for the line of an address in the second-level cache; there need not be any memory.
+/// Prefetches the cache line of an address into the second-level cache. The address may be invalid.
 #[inline(always)]
 #[expect(unsafe_code, reason = "a hint to the CPU")]
 pub(crate) fn prefetch_line(address: usize) {

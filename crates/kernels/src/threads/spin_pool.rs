@@ -1,9 +1,9 @@
-//! Threads for work of microseconds: a decoding step has a hundred parallel parts, and waking a sleeping thread for each
-//! would take longer than the part.
+//! Threads that spin, for microseconds of work: a decoding step has a hundred parallel loops, and waking a sleeping
+//! thread for each would take longer than the loop.
 //!
-//! The members of the team spin for a moment when they have nothing to do, and only then sleep. Whoever brings work does
-//! not wait for a sleeper: it starts at once, takes whatever nobody else has taken, and waits only for members who are at
-//! it. What a task computes must not depend on who takes it.
+//! The threads of the pool spin for a moment when they have nothing to do, and only then sleep. The caller does not
+//! wait for a sleeping thread: it starts at once, runs every task that no other thread has taken, and waits only for
+//! the threads that joined. The result of a task must not depend on the thread that runs it.
 
 #![expect(
     unsafe_code,
@@ -19,29 +19,28 @@ use std::thread::{self, Thread};
 
 use super::prefetch::PrefetchWindow;
 
-/// How often a member looks for work before it sleeps: about a tenth of a millisecond.
+/// How often a thread looks for work before it sleeps: about a tenth of a millisecond.
 const LOOKS: u32 = 4_000;
-/// How often whoever waits for the others looks before it offers its core.
+/// How often a waiting caller looks before it yields its core.
 const WAITS: u32 = 10_000;
 
-/// Set in [`SpinPool::state`] when nobody may join any more.
+/// Set in [`PoolState::jobs`] once no thread may join any more.
 const CLOSED: u64 = 1 << 31;
-/// The lower bits count who is at it, the upper half counts the jobs.
+/// The lower bits count the threads at work, the upper half counts the jobs.
 const MEMBERS: u64 = CLOSED - 1;
 const NEXT_JOB: u64 = 1 << 32;
 
 static POOL: OnceLock<SpinPool> = OnceLock::new();
 
-/// Says where that begins which will probably be read after the next tasks: members bring it closer while they have nothing
-/// else to do.
+/// Sets the address from which idle threads prefetch, because the next products will probably read from there.
 pub(crate) fn prefetch_after(first: *const u8) {
     if let Some(pool) = POOL.get() {
         pool.state.window.start_at(first);
     }
 }
 
-/// Runs tasks on all threads, each of which begins elsewhere and takes the next as soon as it is done; for work of
-/// microseconds, which [`super::parallel_for`] is too slow for.
+/// Runs tasks on all threads. Each thread starts in a region of its own and takes the next task as soon as it is free.
+/// For microseconds of work, for which [`super::parallel_for`] is too slow.
 ///
 /// # Panics
 /// If a task does.
@@ -51,7 +50,7 @@ pub(crate) fn spin_for(n_tasks: usize, task: impl Fn(usize) + Sync) {
         return alone();
     }
     let pool = POOL.get_or_init(|| SpinPool::new(rayon::current_num_threads() - 1));
-    // Another thread's work is as good as this one's: both go on alone rather than wait.
+    // If another thread uses the pool, this one runs its tasks alone rather than wait.
     let turn = match pool.turn.try_lock() {
         Ok(turn) => turn,
         Err(TryLockError::Poisoned(turn)) => turn.into_inner(),
@@ -62,15 +61,16 @@ pub(crate) fn spin_for(n_tasks: usize, task: impl Fn(usize) + Sync) {
     drop(turn);
 }
 
-/// Tasks in order, a region of them for each member: neighbors mostly work on memory that lies together, and who goes on
-/// where it was has the next part under way already. Whoever is done with its own region helps with the others'.
+/// The tasks in order, in one region per thread. Neighboring tasks mostly work on neighboring memory, and a thread that
+/// continues where it was has the next part prefetched. A thread that is done with its own region helps with the
+/// others.
 struct Regions<'a> {
     /// The next task of each region.
     next: &'a [TaskCounter],
     n_tasks: usize,
 }
 
-/// A counter that shares no line of the cache with others.
+/// A counter on a cache line of its own.
 #[derive(Default)]
 #[repr(align(64))]
 struct TaskCounter(AtomicUsize);
@@ -101,11 +101,11 @@ impl<'a> Regions<'a> {
     }
 }
 
-/// Work, for a member with this number; whoever brings it has 0.
+/// A job, called with the number of the thread that runs it; the caller has number 0.
 type Job<'a> = &'a (dyn Fn(usize) + Sync);
 
 struct SpinPool {
-    /// Held by whoever brings work.
+    /// Held by the thread that runs a job.
     turn: Mutex<()>,
     state: &'static PoolState,
     members: Vec<PoolThread>,
@@ -117,14 +117,14 @@ struct PoolThread {
 }
 
 struct PoolState {
-    /// Number of the job, whether it is closed, and how many members are at it.
+    /// The number of the job, whether it is closed, and how many threads are at work on it.
     jobs: AtomicU64,
     /// Written before a job is opened, read by those who joined it.
     work: UnsafeCell<Option<Job<'static>>>,
     has_failed: AtomicBool,
-    /// What members without work bring closer.
+    /// What idle threads prefetch.
     window: PrefetchWindow,
-    /// What [`Regions`] count with, one for each member and one for whoever brings work.
+    /// The counters of [`Regions`]: one per thread, and one for the caller.
     next: Vec<TaskCounter>,
 }
 
@@ -132,7 +132,7 @@ struct PoolState {
 unsafe impl Sync for PoolState {}
 
 impl SpinPool {
-    /// A team lives as long as the program.
+    /// The pool lives as long as the program.
     fn new(n_members: usize) -> Self {
         let state: &'static PoolState = Box::leak(Box::new(PoolState {
             jobs: AtomicU64::new(CLOSED),
@@ -144,7 +144,7 @@ impl SpinPool {
         let members = (0..n_members).filter_map(|i| {
             let is_asleep: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
             let builder = thread::Builder::new().name(format!("team-{i}"));
-            // Without a thread, the others do its work.
+            // If a thread cannot be spawned, the others do its work.
             let handle = builder.spawn(move || state.serve(i + 1, is_asleep)).ok()?;
             Some(PoolThread {
                 thread: handle.thread().clone(),
@@ -221,7 +221,7 @@ impl PoolState {
         }
     }
 
-    /// Returns when there is an open job after the one that was done last.
+    /// Returns once there is an open job after the last one that was done.
     fn wait(&self, done: u64, is_asleep: &AtomicBool) {
         let is_new = || {
             let jobs = self.jobs.load(Ordering::SeqCst);
@@ -235,8 +235,8 @@ impl PoolState {
                 spin_loop();
             }
         }
-        // Whoever brings work opens the job and then looks who is asleep; a member says so and then looks for a job. One
-        // of the two sees the other.
+        // The caller opens the job and then looks for sleeping threads; a thread marks itself asleep and then looks for
+        // a job. So at least one of the two notices the other.
         is_asleep.store(true, Ordering::SeqCst);
         while !is_new() {
             thread::park();
@@ -300,7 +300,7 @@ mod tests {
             spin_for(64, |i| assert!(i != 40, "task 40"));
         });
         assert!(failing.is_err());
-        // And the team goes on.
+        // The pool still works afterwards.
         let done = AtomicUsize::new(0);
         spin_for(64, |_| {
             done.fetch_add(1, Ordering::Relaxed);

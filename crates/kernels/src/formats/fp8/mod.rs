@@ -48,8 +48,8 @@ pub fn f32_to_e5m2(value: f32) -> u8 {
     encode::<2, 15>(value, 57344.0)
 }
 
-/// Encodes with `MANTISSA` bits and an exponent of bias `BIAS`. Both ways of rounding are computed and one is taken,
-/// so that the compiler can do many values at a time.
+/// Encodes with `MANTISSA` bits and an exponent of bias `BIAS`. Both ways of rounding are computed and one is selected,
+/// so that the compiler can vectorize.
 #[inline(always)]
 fn encode<const MANTISSA: u32, const BIAS: u32>(value: f32, largest: f32) -> u8 {
     let dropped = 23 - MANTISSA;
@@ -61,10 +61,11 @@ fn encode<const MANTISSA: u32, const BIAS: u32>(value: f32, largest: f32) -> u8 
         largest
     };
     let bits = magnitude.to_bits();
-    // Adding half of the last bit kept, or a little less where that bit is 0, rounds by carrying.
+    // Rounds by carrying: adds half of the last remaining bit, or a little less if that bit is 0.
     let carried = bits + ((1 << (dropped - 1)) - 1) + (bits >> dropped & 1);
     let normal = (carried >> dropped).wrapping_sub((127 - BIAS) << MANTISSA);
-    // Below the smallest normal number: the sum's own rounding leaves the multiple of the smallest step in its mantissa.
+    // Below the smallest normal number, the rounding of the sum leaves the multiple of the smallest step in its
+    // mantissa.
     let anchor = f32::from_bits((127 + 24 - BIAS - MANTISSA) << 23);
     let subnormal = (magnitude + anchor).to_bits() - anchor.to_bits();
     let smallest_normal = (128 - BIAS) << 23;
@@ -77,7 +78,7 @@ fn encode<const MANTISSA: u32, const BIAS: u32>(value: f32, largest: f32) -> u8 
     (code | value.to_bits() >> 24 & 0x80) as u8
 }
 
-/// What [`f32_to_e4m3`] and [`e4m3_to_f32`] make of a value, without the code between them.
+/// A value rounded to E4M3: [`f32_to_e4m3`] and [`e4m3_to_f32`] without the code between them.
 #[inline(always)]
 pub(crate) fn round_to_e4m3(value: f32) -> f32 {
     const LARGEST: f32 = 448.0;

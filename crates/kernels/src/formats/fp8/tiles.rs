@@ -1,5 +1,5 @@
-//! Matrices in E4M3 with one scale per tile: 128 × 128 for weights, 1 × 128 for activations, 128 × 1 for what is
-//! multiplied along tokens.
+//! Matrices in E4M3 with one scale per tile: 128 × 128 for weights, 1 × 128 for activations, 128 × 1 for operands that
+//! are summed over tokens.
 //!
 //! Source: DeepSeek-V3, arXiv:2412.19437, section 3.3.2; deepseek-ai/DeepSeek-V3: inference/kernel.py, `act_quant`, for
 //! the scale and its floor.
@@ -13,15 +13,15 @@ use crate::memory::with_scratch;
 use crate::settings::Scales;
 use crate::simd::multiversion;
 
-/// The largest value of E4M3, which the largest value of a tile becomes.
+/// The largest value of E4M3; the largest value of a tile is scaled to it.
 const LARGEST: f32 = 448.0;
-/// A tile's largest magnitude counts as at least this: a tile of zeros has a scale to divide by.
+/// The least magnitude that a tile is scaled by, so that a tile of zeros has a scale to divide by.
 const FLOOR: f32 = 1e-4;
 /// The tile of a weight.
 pub(crate) const BLOCK: [usize; 2] = [128, 128];
 /// Values of an activation that share a scale.
 const GROUP: usize = 128;
-/// Rows of a task where tiles are lower than that.
+/// Rows per task, if tiles are lower than that.
 const TASK_ROWS: usize = 64;
 
 impl Scales {
@@ -119,7 +119,7 @@ pub fn encode_tiles(
     }
 }
 
-/// Rounds a matrix of rows of `width` to what its 1 × 128 tiles hold, in place; serial.
+/// Rounds rows of `width` values to E4M3 in tiles of 1 × 128, in place; serial.
 pub(crate) fn round_rows(values: &mut [f32], width: usize, kind: Scales) {
     for row in values.chunks_mut(width.max(1)) {
         for part in row.chunks_mut(GROUP) {
@@ -128,7 +128,7 @@ pub(crate) fn round_rows(values: &mut [f32], width: usize, kind: Scales) {
     }
 }
 
-/// Rounds a matrix of rows of `width` to what its 128 × 1 tiles hold, in place; serial.
+/// Rounds rows of `width` values to E4M3 in tiles of 128 × 1, in place; serial.
 pub(crate) fn round_columns(values: &mut [f32], width: usize, kind: Scales) {
     with_scratch(width, |scales| {
         for band in values.chunks_mut((GROUP * width).max(1)) {
@@ -141,7 +141,7 @@ pub(crate) fn round_columns(values: &mut [f32], width: usize, kind: Scales) {
     });
 }
 
-/// Rounds a matrix of rows of `width` to what its 128 × 128 tiles hold, in place; serial.
+/// Rounds rows of `width` values to E4M3 in tiles of 128 × 128, in place; serial.
 pub(crate) fn round_blocks(values: &mut [f32], width: usize, kind: Scales) {
     let [height, block_width] = BLOCK;
     for band in values.chunks_mut((height * width).max(1)) {
@@ -172,7 +172,7 @@ multiversion! {
     }
 }
 
-/// Encodes one row of tiles. Rows are read in the order of memory, twice: a tile at a time would leap from row to row.
+/// Encodes one row of tiles. The rows are read twice in memory order: reading tile by tile would jump from row to row.
 fn encode_band(
     values: &[f32],
     cols: usize,
@@ -211,7 +211,8 @@ multiversion! {
         for part in values.chunks(32) {
             lanes.iter_mut().zip(part).for_each(|(lane, value)| *lane = larger(*lane, value.abs()));
         }
-        // Halves against halves: one after another would take as long as the values did.
+        // The maximum of halves, then of quarters: comparing one after another would take as long as reading the
+        // values.
         for half in [16, 8, 4, 2, 1] {
             let (left, right) = lanes.split_at_mut(half);
             left.iter_mut().zip(right).for_each(|(left, right)| *left = larger(*left, *right));
@@ -221,14 +222,14 @@ multiversion! {
 }
 
 multiversion! {
-    /// The larger of each magnitude and what is there.
+    /// Raises each maximum to the magnitude of a value.
     fn larger_each<FMA>(values: &[f32], largest: &mut [f32]) {
         let _ = FMA;
         largest.iter_mut().zip(values).for_each(|(largest, value)| *largest = larger(*largest, value.abs()));
     }
 }
 
-/// The larger of two; a NaN on the left loses, one on the right is never taken.
+/// The larger of two values; a NaN on the left loses, a NaN on the right is never chosen.
 #[inline(always)]
 fn larger(a: f32, b: f32) -> f32 {
     if a < b { b } else { a }

@@ -1,4 +1,4 @@
-//! From values to codes of uneven steps: the search for a block's scale.
+//! The codebook formats: searching a block's scale.
 //!
 //! Source: ggml-org/llama.cpp: ggml/src/ggml-quants.c, `quantize_row_iq4_nl_impl`. Sums are in its order.
 
@@ -6,11 +6,11 @@ use super::BLOCK;
 use super::decode::IQ4_NL_CODEBOOK;
 use super::k_quants::extreme;
 
-/// Scales that are tried: the one that makes the value of the largest magnitude an end of the steps, and those that map it
-/// up to seven further in or out.
+/// How many scales are tried: the one that maps the value of the largest magnitude to an end of the codebook, and those
+/// that map it up to seven steps further in or out.
 const TRIES: usize = 16;
 
-/// Where the steps begin that are nearest to a value, but for the first.
+/// The border between each codebook value and the next.
 const BORDERS: [f32; 15] = {
     let mut borders = [0.0; 15];
     let mut i = 0;
@@ -21,7 +21,7 @@ const BORDERS: [f32; 15] = {
     borders
 };
 
-/// The scale of a block whose errors count by the weights, and its codes.
+/// The scale and the codes of a block, with weighted errors.
 #[inline(always)]
 pub(super) fn codebook_codes(x: &[f32; BLOCK], weights: &[f32; BLOCK]) -> (f32, [f32; BLOCK]) {
     let scale = extreme(x).map_or(0.0, |most| searched(x, weights, most));
@@ -35,7 +35,7 @@ pub(super) fn codebook_codes(x: &[f32; BLOCK], weights: &[f32; BLOCK]) -> (f32, 
     (scale, codes)
 }
 
-/// The scale that leaves the smallest error, where `most` is the value of the largest magnitude.
+/// The scale with the smallest error; `most` is the value of the largest magnitude.
 #[inline(always)]
 fn searched(x: &[f32; BLOCK], weights: &[f32; BLOCK], most: f32) -> f32 {
     let end = f32::from(IQ4_NL_CODEBOOK[0]);
@@ -45,7 +45,7 @@ fn searched(x: &[f32; BLOCK], weights: &[f32; BLOCK], most: f32) -> f32 {
     });
     let (mut products, mut squares) = ([0.0; TRIES], [0.0; TRIES]);
     for (x, w) in x.iter().zip(weights) {
-        // All tries side by side, for vectors.
+        // All tries at once, in vectors.
         let scaled = inverses.map(|inverse| inverse * x);
         let mut steps = [end; TRIES];
         for (border, above) in BORDERS.iter().zip(&IQ4_NL_CODEBOOK[1..]) {

@@ -1,4 +1,4 @@
-//! From ggml's blocks to values.
+//! Decoding ggml's blocks.
 //!
 //! Source: ggml-org/llama.cpp: ggml/src/ggml-common.h (the layouts) and ggml/src/ggml-quants.c, `dequantize_row_*`.
 
@@ -7,7 +7,7 @@ use half::f16;
 use super::{BLOCK, Ggml, SUPER_BLOCK};
 use crate::simd::{decode_f16, multiversion};
 
-/// Values of half a super-block: the k-quants of 2, 3 and 6 bits store each half by itself.
+/// Values of half a super-block. The k-quants of 2, 3 and 6 bits store each half separately.
 const HALF: usize = SUPER_BLOCK / 2;
 
 impl Ggml {
@@ -159,7 +159,7 @@ multiversion! {
 }
 
 multiversion! {
-    /// Scales and minima of 16 values each, 4 bits and 4; codes; the scales' scale and the minima's.
+    /// Scales and minima per 16 values, 4 bits each; codes; the scale of the scales and that of the minima.
     fn q2_k<FMA>(bytes: &[u8], out: &mut [f32]) {
         let _ = FMA;
         each::<84, SUPER_BLOCK>(bytes, out, |block, values| {
@@ -176,8 +176,8 @@ multiversion! {
     }
 }
 
-/// Where the two-bit codes of a group of 16 begin, and which bits they are: the four groups of every second 16 values of
-/// a half share their bytes.
+/// The first byte and the shift of a group's 16 two-bit codes: in each half, the four groups with the same 16 bytes lie
+/// above each other.
 #[inline(always)]
 fn two_bits(group: usize) -> (usize, usize) {
     let (half, in_half) = (group / 8, group % 8);
@@ -185,7 +185,7 @@ fn two_bits(group: usize) -> (usize, usize) {
 }
 
 multiversion! {
-    /// Third bits, set where nothing is taken off; codes; sixteen scales of 6 bits that are 32 too large; their scale.
+    /// Third bits, set if nothing is subtracted; codes; sixteen scales of 6 bits that are 32 too large; their scale.
     fn q3_k<FMA>(bytes: &[u8], out: &mut [f32]) {
         let _ = FMA;
         each::<110, SUPER_BLOCK>(bytes, out, |block, values| {
@@ -205,8 +205,8 @@ multiversion! {
     }
 }
 
-/// The scale and the minimum of a group of 32, 6 bits each: of the first four groups in a byte each, of the others in
-/// what those leave free.
+/// The 6-bit scale and minimum of a group of 32. Those of the first four groups have a byte each; those of the others
+/// are in the bits that these leave free.
 #[inline(always)]
 pub(super) fn six_bits(scales: &[u8], group: usize) -> (f32, f32) {
     let (scale, min) = if group < 4 {
@@ -221,7 +221,7 @@ pub(super) fn six_bits(scales: &[u8], group: usize) -> (f32, f32) {
 }
 
 multiversion! {
-    /// The scales' scale and the minima's; scales and minima of 32 values each; codes.
+    /// The scale of the scales and that of the minima; scales and minima per 32 values; codes.
     fn q4_k<FMA>(bytes: &[u8], out: &mut [f32]) {
         let _ = FMA;
         each::<144, SUPER_BLOCK>(bytes, out, |block, values| {
@@ -238,7 +238,7 @@ multiversion! {
 }
 
 multiversion! {
-    /// As with 4 bits; before the codes the fifth bits, one of each byte for each group.
+    /// As with 4 bits; before the codes the fifth bits, one bit per byte and group.
     fn q5_k<FMA>(bytes: &[u8], out: &mut [f32]) {
         let _ = FMA;
         each::<176, SUPER_BLOCK>(bytes, out, |block, values| {
@@ -256,7 +256,7 @@ multiversion! {
 }
 
 multiversion! {
-    /// Low four bits; high two bits; signed scales of 16 values each; their scale. Codes are 32 too large.
+    /// Low four bits; high two bits; signed scales per 16 values; their scale. Codes are 32 too large.
     fn q6_k<FMA>(bytes: &[u8], out: &mut [f32]) {
         let _ = FMA;
         each::<210, SUPER_BLOCK>(bytes, out, |block, values| {
@@ -264,7 +264,8 @@ multiversion! {
             for (group, values) in values.as_chunks_mut::<16>().0.iter_mut().enumerate() {
                 let d = d * f32::from(block[192 + group] as i8);
                 let (half, at) = (group * 16 / HALF, group * 16 % HALF);
-                // A half's 128 values: four times 32, the low bits of the first two times in the low halves of 64 bytes.
+                // The 128 values of a half are four times 32: the low bits of the first two are in the low halves of 64
+                // bytes.
                 let (low, shift) = (half * 64 + at % 64, at / 64 * 4);
                 let (high, pair) = (128 + half * 32 + at % 32, at / 32 * 2);
                 for (i, value) in values.iter_mut().enumerate() {
@@ -276,11 +277,11 @@ multiversion! {
     }
 }
 
-/// What the codes of [`Ggml::Iq4Nl`] mean: steps that grow away from zero.
+/// The codebook of [`Ggml::Iq4Nl`], whose steps grow away from zero.
 pub(crate) const IQ4_NL_CODEBOOK: [i8; 16] = [
     -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
 ];
-/// Twice what the codes of [`Ggml::MxFp4`] mean.
+/// The codebook of [`Ggml::MxFp4`], doubled.
 pub(crate) const MXFP4_DOUBLED: [i8; 16] =
     [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 

@@ -1,7 +1,7 @@
-//! From values to ggml's blocks of 32, and what these keep of values.
+//! Encoding ggml's blocks of 32, and rounding to them.
 //!
-//! A block's values become codes, in place; codes are packed into bytes, or multiplied back at once. That way rounding a
-//! weight for a product needs no bytes, and cannot differ from what a file would hold.
+//! A block's values become codes in place, which are packed into bytes or multiplied back at once. So rounding a weight
+//! for a product needs no bytes and cannot differ from what a file would hold.
 //!
 //! Source: ggml-org/llama.cpp: ggml/src/ggml-quants.c, `quantize_row_*_ref`.
 
@@ -42,7 +42,7 @@ impl Ggml {
         }
     }
 
-    /// Rounds whole blocks to what the format keeps of them.
+    /// Rounds whole blocks to the values that the format can hold.
     ///
     /// # Panics
     /// If the last block is not whole, or the format is only read.
@@ -84,7 +84,7 @@ pub(super) fn f16_bytes(value: f32) -> [u8; 2] {
     f16::from_f32(value).to_le_bytes()
 }
 
-/// 1 / d, or 0 for a block of zeros and of values so small that it would be infinite.
+/// 1 / d, or 0 if that would be infinite: for blocks of zeros or of tiny values.
 #[inline(always)]
 fn inverse(d: f32) -> f32 {
     let inverse = 1.0 / d;
@@ -109,7 +109,7 @@ fn scaled_codes(block: &mut [f32; BLOCK], half: f32) -> f32 {
     let most = block
         .iter()
         .fold(0f32, |a, v| if v.abs() > a { v.abs() } else { a });
-    // Of two of the same magnitude the first counts.
+    // If two values have the largest magnitude, the first counts.
     let most = block.iter().find(|v| v.abs() == most);
     let d = most.copied().unwrap_or(0.0) / -half;
     let inverse = inverse(d);
@@ -188,7 +188,7 @@ pub(super) fn each<const N: usize, const BYTES: usize>(
         .for_each(|(block, bytes)| encode(block, bytes));
 }
 
-/// The low four bits of the first 16 codes become the low halves of 16 bytes, those of the others the high halves.
+/// Packs the low four bits of 32 codes: the first 16 into the low halves of 16 bytes, the others into the high halves.
 #[inline(always)]
 pub(super) fn pack_nibbles(codes: &[f32; BLOCK], out: &mut [u8]) {
     let (low, high) = codes.split_at(BLOCK / 2);
@@ -277,7 +277,7 @@ multiversion! {
 }
 
 multiversion! {
-    /// Errors of large values count more.
+    /// Errors of large values weigh more.
     fn iq4_nl<FMA>(values: &[f32], out: &mut [u8]) {
         let _ = FMA;
         each::<BLOCK, 18>(values, out, |block, bytes| {

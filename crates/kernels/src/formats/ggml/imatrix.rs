@@ -1,9 +1,9 @@
-//! From values to blocks, where errors of some columns count more than those of others.
+//! Encoding with an importance matrix: the errors of some columns weigh more than those of others.
 //!
-//! A weight's error reaches a product multiplied by the input of its column, so it counts by that input's mean square, the
-//! column's importance. It counts by its own magnitude too: the few large weights of a row decide more than their squared
-//! errors say. The search over scales is that of `k_quants.rs` with these weights, for the formats with blocks of 32 too,
-//! and where groups share a scale of scales, that one is searched as well.
+//! The error of a weight enters a product multiplied by the input of its column, so it is weighted by that input's mean
+//! square, the column's importance. It is also weighted by the weight's own magnitude, because the few large weights of
+//! a row matter more than their squared errors say. The search over scales is that of `k_quants.rs` with these weights,
+//! also for the formats with blocks of 32; if groups share a scale of scales, that one is searched as well.
 //!
 //! Source: ggml-org/llama.cpp: ggml/src/ggml-quants.c, `quantize_row_*_impl`, `make_qkx3_quants`, `make_qp_quants`.
 
@@ -18,8 +18,8 @@ use super::{BLOCK, Ggml, SUPER_BLOCK};
 use crate::simd::multiversion;
 
 impl Ggml {
-    /// Encodes a row whose columns' errors count by their importance: positive, of any scale. Formats of 8 bits and more
-    /// are rounded as without it: they have no scale whose search would pay.
+    /// Encodes a row with an importance per column, positive and of any scale. Formats of 8 bits and more ignore the
+    /// importance: their scales need no search.
     ///
     /// # Panics
     /// If `out` are not the bytes of the blocks of the row, there is not one importance per value, or the format is only
@@ -72,8 +72,7 @@ fn mean_square(x: &[f32]) -> f32 {
     x.iter().fold(0.0, |sum, x| sum + x * x) / x.len() as f32
 }
 
-/// What errors of some values count: their importance, times their magnitude where that is above a usual one, whose square is
-/// `usual`.
+/// The weights of errors: the importance, times the magnitude if that is above the usual one, whose square is `usual`.
 #[inline(always)]
 fn weights<const N: usize>(x: &[f32], importance: &[f32], usual: f32) -> [f32; N] {
     std::array::from_fn(|i| importance[i] * (usual + x[i] * x[i]).sqrt())
@@ -107,7 +106,7 @@ fn codes_between(x: &[f32; BLOCK], weights: &[f32; BLOCK], most: f32) -> ([f32; 
     ([d, -minimum], codes.map(f32::from))
 }
 
-/// The codes of `G` groups of `N` values, and of each group its scale, its minimum and what its errors count together.
+/// `G` groups of `N` values: their codes, and the scale, minimum and total weight of each group.
 struct ScaleGroups<const G: usize> {
     codes: SuperBlockCodes,
     scales: [f32; G],
@@ -146,7 +145,7 @@ impl<const G: usize> ScaleGroups<G> {
         groups
     }
 
-    /// The codes of all scales and minima up to `most`, and what they are multiples of.
+    /// The codes of all scales and minima, up to `most`, and the factors of both.
     #[inline(always)]
     fn scales(&self, most: f32) -> ([[u8; 2]; G], [f32; 2]) {
         let (d, scales) = common_scale(&self.scales, &self.weights, most);
@@ -156,7 +155,7 @@ impl<const G: usize> ScaleGroups<G> {
     }
 }
 
-/// What values, none of them negative, are multiples of, and the multiples, up to `most`: first the best of some scales, then
+/// The factor of non-negative values and their multiples of it, up to `most`: first the best of some factors, then
 /// single multiples move to where the error is smaller.
 #[inline(always)]
 fn common_scale<const G: usize>(
@@ -243,7 +242,7 @@ fn q3_k_block(x: &SuperBlockValues, importance: &SuperBlockValues, out: &mut [u8
     write_q3_k(x, &mut groups.codes, (&kept, d), out);
 }
 
-/// Groups of 32: the codes, and what stands before them in a block.
+/// Groups of 32: the codes, and the header of the block.
 #[inline(always)]
 fn groups_of_32(
     x: &SuperBlockValues,

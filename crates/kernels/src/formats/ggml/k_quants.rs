@@ -1,8 +1,8 @@
-//! From values to ggml's blocks of 256: the search for scales.
+//! Encoding ggml's blocks of 256: the search for scales.
 //!
-//! A block is groups of 16 or 32 values. Of each group the scale (and the minimum, in the formats that have one) is searched
-//! that leaves the smallest weighted error; then the scales of all groups are rounded to a few bits, with a scale of their
-//! own, and every value gets the code that is nearest under what is left of its scale.
+//! A block is groups of 16 or 32 values. For each group, the search finds the scale (and the minimum, in formats that
+//! have one) with the smallest weighted error. Then the scales of all groups are rounded to a few bits with a scale of
+//! their own, and every value gets the nearest code under its group's rounded scale.
 //!
 //! Source: ggml-org/llama.cpp: ggml/src/ggml-quants.c, `quantize_row_q*_K_ref`, `make_qx_quants`, `make_q3_quants`,
 //! `make_qkx2_quants`. The order of sums is theirs, so that almost every block has the bytes that llama.cpp would write.
@@ -20,7 +20,7 @@ pub(super) const NOTHING: f32 = 1e-15;
 pub(super) type SuperBlockValues = [f32; SUPER_BLOCK];
 pub(super) type SuperBlockCodes = [u8; SUPER_BLOCK];
 
-/// To the nearest whole number, of two to the even one.
+/// The nearest integer, ties to even.
 #[inline(always)]
 pub(super) fn nearest(value: f32) -> f32 {
     value.round_ties_even()
@@ -30,17 +30,17 @@ pub(super) fn nearest(value: f32) -> f32 {
 pub(super) struct Search {
     /// The largest code.
     pub(super) most: f32,
-    /// The first scale that is tried maps the range to `most + from` steps, each further one to `step` more.
+    /// The first scale that is tried maps the range to `most + from` steps, each further one to `step` more steps.
     pub(super) from: f32,
     pub(super) step: f32,
     pub(super) tries: usize,
-    /// Whether magnitudes of errors are summed, not squares.
+    /// Whether absolute errors are summed instead of squares.
     pub(super) absolute: bool,
 }
 
 pub(super) const STEP: f32 = 0.1;
 
-/// Scale and minimum of a group with `value ≈ scale · code − minimum`, and the codes.
+/// The scale and minimum of a group with `value ≈ scale · code − minimum`; fills its codes.
 #[inline(always)]
 pub(super) fn scale_and_minimum<const N: usize>(
     x: &[f32],
@@ -80,7 +80,7 @@ pub(super) fn scale_and_minimum<const N: usize>(
     let mut best: [f32; N] = std::array::from_fn(|i| code(x[i], min, inverse));
     let mut least = error(&best, scale, min);
     for step in 0..=search.tries {
-        // From the minimum that fitted best so far.
+        // Starting from the best minimum so far.
         let inverse = (search.from + search.step * step as f32 + search.most) / (max - min);
         let tried: [f32; N] = std::array::from_fn(|i| code(x[i], min, inverse));
         let (mut sum_l, mut sum_l2, mut sum_xl) = (0.0, 0.0, 0.0);
@@ -107,7 +107,7 @@ pub(super) fn scale_and_minimum<const N: usize>(
     [scale, -min]
 }
 
-/// The value of the largest magnitude of a group; none if all are zero.
+/// The value of the largest magnitude of a group; `None` if all are zero.
 #[inline(always)]
 pub(super) fn extreme(x: &[f32]) -> Option<f32> {
     let most = x
@@ -116,7 +116,7 @@ pub(super) fn extreme(x: &[f32]) -> Option<f32> {
     (most.abs() >= NOTHING).then_some(most)
 }
 
-/// The scale of a group with `value ≈ scale · (code − half)`, and the codes. Errors count by the weights.
+/// The scale of a group with `value ≈ scale · (code − half)` under weighted errors; fills its codes.
 #[inline(always)]
 pub(super) fn scale_of_signed(x: &[f32], weights: &[f32], half: f32, codes: &mut [u8]) -> f32 {
     let Some(most) = extreme(x) else {
@@ -152,8 +152,8 @@ pub(super) fn scale_of_signed(x: &[f32], weights: &[f32], half: f32, codes: &mut
 /// Rounds of improving single codes of 3 bits.
 pub(super) const ROUNDS: usize = 5;
 
-/// As [`scale_of_signed`], for so few codes that each is worth a search: one after the other they move to where the error is
-/// smaller.
+/// Like [`scale_of_signed`], for so few codes that each is worth a search: one after another moves to where the error
+/// is smaller.
 #[inline(always)]
 fn scale_of_few(x: &[f32], half: f32, codes: &mut [u8]) -> f32 {
     let Some(most) = extreme(x) else {
@@ -206,7 +206,7 @@ fn largest(scales: &[f32]) -> f32 {
         .fold(0f32, |most, s| if s.abs() > most.abs() { *s } else { most })
 }
 
-/// Codes under the scale that is left: `value ≈ d · (code − half) − minimum`. None changes where the scale is 0.
+/// Codes under the rounded scale: `value ≈ d · (code − half) − minimum`. They stay as they are if the scale is 0.
 #[inline(always)]
 fn recode(x: &[f32], codes: &mut [u8], [d, minimum]: [f32; 2], [half, most]: [f32; 2]) {
     if d == 0.0 {
@@ -218,7 +218,7 @@ fn recode(x: &[f32], codes: &mut [u8], [d, minimum]: [f32; 2], [half, most]: [f3
     }
 }
 
-/// The two-bit codes of 128 values in 32 bytes: four times 32 values, one above the other.
+/// Packs the two-bit codes of 128 values into 32 bytes: four times 32 values, above each other.
 #[inline(always)]
 fn pack_two_bits(codes: &SuperBlockCodes, out: &mut [u8]) {
     for (half, out) in codes.chunks_exact(128).zip(out.chunks_exact_mut(32)) {
@@ -258,7 +258,7 @@ fn q2_k_block(x: &SuperBlockValues, out: &mut [u8; 84]) {
     write_q2_k(x, &mut codes, (&kept, d), out);
 }
 
-/// A block of the codes of its groups' scales and minima, and of what these are multiples of.
+/// Writes a block from the codes of its groups' scales and minima and the factors of both.
 #[inline(always)]
 pub(super) fn write_q2_k(
     x: &SuperBlockValues,
@@ -278,7 +278,7 @@ pub(super) fn write_q2_k(
     out[82..].copy_from_slice(&f16_bytes(d[1]));
 }
 
-/// The largest scale and the largest minimum of a block's groups, and what they are divided by to become codes up to `codes`.
+/// The factors of a block's scales and minima: the largest of each, divided to become codes up to `codes`.
 #[inline(always)]
 fn of_groups(found: &[[f32; 2]], codes: f32) -> [[f32; 2]; 2] {
     let most = [0, 1].map(|i| found.iter().fold(0f32, |most, found| most.max(found[i])));
@@ -305,7 +305,7 @@ fn q3_k_block(x: &SuperBlockValues, out: &mut [u8; 110]) {
     write_q3_k(x, &mut codes, (&kept, d), out);
 }
 
-/// A block of its groups' scales, from −32 to 31, and of what these are multiples of.
+/// Writes a block from its groups' scales, from −32 to 31, and their factor.
 #[inline(always)]
 pub(super) fn write_q3_k(
     x: &SuperBlockValues,
@@ -332,7 +332,7 @@ pub(super) fn write_q3_k(
     out[108..].copy_from_slice(&f16_bytes(d));
 }
 
-/// The codes of 8 groups of 32, what stands before them in a block, and the scales' and minima's own scales.
+/// 8 groups of 32: the codes, the header of the block, and the factors of the scales and the minima.
 #[inline(always)]
 fn groups_of_32(x: &SuperBlockValues, head: &mut [u8], search: &Search) -> SuperBlockCodes {
     const MOST: f32 = 63.0;
@@ -356,8 +356,8 @@ fn groups_of_32(x: &SuperBlockValues, head: &mut [u8], search: &Search) -> Super
     codes
 }
 
-/// What stands before the codes in a block, of the codes of its groups' scales and minima and of what these are multiples of;
-/// and the codes under what is left of those.
+/// The header of a block, from the codes of its groups' scales and minima and the factors of both; and the codes under
+/// the rounded scales.
 #[inline(always)]
 pub(super) fn write_groups(
     x: &SuperBlockValues,
@@ -389,7 +389,7 @@ pub(super) fn write_groups(
     }
 }
 
-/// The low four bits: of each two groups one in the low halves of 32 bytes, one in the high halves.
+/// The low four bits: of each two groups, one in the low halves of 32 bytes and the next in the high halves.
 #[inline(always)]
 fn pack_groups(codes: &SuperBlockCodes, out: &mut [u8]) {
     for (pair, out) in codes.chunks_exact(64).zip(out.chunks_exact_mut(32)) {
@@ -412,7 +412,7 @@ fn q4_k_block(x: &SuperBlockValues, out: &mut [u8; 144]) {
     write_q4_k(&codes, out);
 }
 
-/// The codes of a block, behind what is there already.
+/// Writes the codes of a block after its header.
 #[inline(always)]
 pub(super) fn write_q4_k(codes: &SuperBlockCodes, out: &mut [u8; 144]) {
     pack_groups(codes, &mut out[16..]);
@@ -441,7 +441,7 @@ pub(super) fn write_q5_k(codes: &SuperBlockCodes, out: &mut [u8; 176]) {
     pack_groups(codes, &mut out[48..]);
 }
 
-/// A block, of which the errors count by the weights.
+/// Encodes a block with weighted errors.
 #[inline(always)]
 pub(super) fn q6_k_block(x: &SuperBlockValues, weights: &SuperBlockValues, out: &mut [u8; 210]) {
     const HALF: f32 = 32.0;

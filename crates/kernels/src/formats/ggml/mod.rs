@@ -1,8 +1,8 @@
-//! The block formats of ggml: what they mean, and what they keep of a row of values.
+//! The block formats of ggml: decoding, encoding and rounding.
 //!
-//! A block is 32 values, or 256 in the k-quants, that follow one another in a row, with a scale
-//! of its own; f16 has no blocks. Rounding is encoding and decoding in one, so that what a product sees of a rounded weight is
-//! what a file of the format would hold.
+//! A block is 32 consecutive values of a row, or 256 in the k-quants, with a scale of its own; f16 has no blocks.
+//! Rounding is encoding and decoding in one, so a product sees a rounded weight exactly as a file of the format would
+//! hold it.
 //!
 //! Source: ggml-org/llama.cpp: ggml/src/ggml-quants.c, `quantize_row_*_ref` and `dequantize_row_*`; its fallbacks for
 //! odd widths: src/llama-quant.cpp.
@@ -45,14 +45,14 @@ pub enum Ggml {
     Q3K,
     /// 2 bits, scales and minima of 4 bits.
     Q2K,
-    /// 4 bits for 16 uneven steps, and a scale.
+    /// 4 bits that index a codebook of 16 values, and a scale.
     Iq4Nl,
     /// 4-bit floats with 2 exponent bits, and a power of two. Read only.
     MxFp4,
 }
 
 impl Ggml {
-    /// All that are written, from many bits to few.
+    /// All formats that can be written, from many bits to few.
     pub const WRITTEN: [Self; 12] = [
         Self::F16,
         Self::Q8_0,
@@ -67,10 +67,10 @@ impl Ggml {
         Self::Q3K,
         Self::Q2K,
     ];
-    /// Those that are only read.
+    /// Formats that can only be read.
     pub const READ_ONLY: [Self; 1] = [Self::MxFp4];
 
-    /// Its name, as `q4_0`.
+    /// Its name, such as `q4_0`.
     pub fn name(self) -> &'static str {
         match self {
             Self::F16 => "f16",
@@ -99,12 +99,13 @@ impl Ggml {
         }
     }
 
-    /// Whether values are stored in blocks with a scale, which products multiply with activations in int8.
+    /// Whether values are stored in blocks with a scale. Products multiply such weights with activations in int8.
     pub(crate) fn has_blocks(self) -> bool {
         self.block() > 1
     }
 
-    /// This format, or a similar one with smaller blocks where its own do not fill rows of this width; f16 where none does.
+    /// The format for rows of this width: this one, a similar one with smaller blocks if its own do not fill the rows,
+    /// or f16 if none does.
     pub fn for_width(self, width: usize) -> Self {
         if width.is_multiple_of(self.block()) {
             return self;

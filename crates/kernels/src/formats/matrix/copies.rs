@@ -1,7 +1,7 @@
-//! Copies of a few weights that stay in their file, made again and again while a model runs.
+//! Repacked copies of an expert's weights, made again and again while a model runs.
 //!
-//! [`Matrix::repack`] copies a model once and reads its file where it is mapped. Here the bytes are asked for: a page that
-//! was never mapped need not be taken out again, which would stop all threads for a moment, for each weight.
+//! [`Matrix::repack`] copies a model once, through the mapping of its file. These copies read the file instead: a page
+//! that was never mapped need not be unmapped again, which would stop all threads for a moment for each weight.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -13,25 +13,25 @@ use crate::memory::with_byte_scratch;
 use crate::settings::Compute;
 use crate::threads::spin_for;
 
-/// Bytes that are worth a task.
+/// Bytes per task.
 const TASK: usize = 1 << 16;
 
-/// How the bytes of a file are had, which is mapped.
+/// How to read the file that the matrices are mapped from.
 #[derive(Clone, Copy, Debug)]
 pub struct FileAccess {
-    /// Says that they will be read soon.
+    /// Advises the system that the bytes will be needed soon.
     pub advise_willneed: fn(&[u8]),
-    /// Copies them to as many others.
+    /// Reads the bytes into a buffer of the same length.
     pub read: fn(&[u8], &mut [u8]),
 }
 
-/// Matrices that are copied into one piece of memory.
+/// The three matrices of an expert, to be copied into one piece of memory.
 pub(crate) struct Copies {
     pub(crate) stored: [Matrix; 3],
     memory: Vec<u8>,
 }
 
-/// Some rows of a matrix, and where their copy goes.
+/// Rows of a matrix, and the memory for their copy.
 struct RepackTask<'a> {
     rows: &'a [u8],
     row_bytes: usize,
@@ -40,7 +40,7 @@ struct RepackTask<'a> {
 }
 
 impl Copies {
-    /// Memory for them that was used before serves if it is of the right size.
+    /// Memory for the copies; `used` memory is recycled if it has the right size.
     pub(crate) fn new(stored: [Matrix; 3], compute: Compute, used: Option<Vec<u8>>) -> Self {
         let len = Self::len(&stored, compute);
         let memory = used.filter(|memory| memory.len() == len);
@@ -50,16 +50,16 @@ impl Copies {
         }
     }
 
-    /// Bytes of their memory.
+    /// Bytes of memory for the copies.
     pub(crate) fn len(stored: &[Matrix; 3], compute: Compute) -> usize {
         let lines = stored.iter().map(|w| w.repacked_lines(compute));
         lines.sum::<usize>() + LINE
     }
 
-    /// Copies all of them, on all threads.
+    /// Makes all copies, on all threads.
     pub(crate) fn fill(all: &mut [Self], compute: Compute, file: FileAccess) {
         let parts = all.iter_mut().flat_map(|copies| copies.parts(compute));
-        // Each is taken once.
+        // Each task is taken once.
         let parts: Vec<Mutex<RepackTask<'_>>> = parts.map(Mutex::new).collect();
         spin_for(parts.len(), |i| {
             let mut part = parts[i].lock().unwrap_or_else(PoisonError::into_inner);
@@ -89,7 +89,7 @@ impl Copies {
         parts
     }
 
-    /// The matrices, which read the copies, and the memory, which is to be kept as long as they are.
+    /// The matrices over the copies, and their memory, which must live as long as they do.
     pub(crate) fn finish(self, compute: Compute) -> ([Matrix; 3], Bytes) {
         let mut at = self.memory.as_ptr().align_offset(LINE).min(LINE);
         let memory = Bytes::from(self.memory);

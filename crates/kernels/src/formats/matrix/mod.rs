@@ -1,8 +1,8 @@
 //! A frozen weight in the bytes it was published in.
 //!
 //! A [`Matrix`] is a view: the bytes usually belong to a mapped file, and only [`Matrix::repack`] copies them whole.
-//! Kernels ask for a tile, which is decoded into scratch that fits the cache, or for the product of one row with
-//! a vector. Rows may start at any byte address: dense formats are read byte-wise where they are misaligned.
+//! Kernels read a tile, which is decoded into scratch that fits the cache, or the product of one row with a vector.
+//! Rows may start at any byte address: misaligned dense formats are read byte by byte.
 
 mod copies;
 mod repack;
@@ -35,11 +35,12 @@ pub enum Format {
     Bf16,
     /// E4M3 codes with one f32 scale per block: `value = code × scale`.
     Fp8(Fp8Blocks),
-    /// Blocks of ggml's, which do not cross rows.
+    /// ggml's blocks, which do not cross rows.
     Ggml(Ggml),
-    /// The same blocks with sixteen rows side by side, for products in int8: made in memory, never stored.
+    /// The same blocks with sixteen rows interleaved, for products in int8. Made in memory by [`Matrix::repack`], never
+    /// stored.
     Interleaved(Ggml),
-    /// Two matrices, each in a format of its own.
+    /// A `kv_b_proj` in two matrices, each in a format of its own.
     SplitKvB(SplitKvB),
 }
 
@@ -50,7 +51,7 @@ pub struct Fp8Blocks {
     block: [usize; 2],
     /// Scales per row of blocks.
     stride: usize,
-    /// Row of the full matrix at which this view starts: views need not start at a block edge.
+    /// The row of the full matrix at which this view starts; it need not be a block edge.
     first_row: usize,
 }
 
@@ -62,7 +63,7 @@ impl Fp8Blocks {
 }
 
 impl Format {
-    /// Numbers that are stored together, and their bytes; scales that are stored elsewhere are not counted.
+    /// The numbers of a block and their bytes, without scales that are stored elsewhere.
     fn block(&self) -> (usize, usize) {
         match self {
             Self::F32 => (1, 4),
@@ -75,13 +76,13 @@ impl Format {
         }
     }
 
-    /// Bytes of so many numbers of a row, whole blocks.
+    /// Bytes of whole blocks with `numbers` numbers.
     fn bytes_of(&self, numbers: usize) -> usize {
         let (block, bytes) = self.block();
         numbers / block * bytes
     }
 
-    /// The name a person reads.
+    /// Its display name.
     pub fn name(&self) -> &'static str {
         match self {
             Self::F32 => "F32",
@@ -104,11 +105,11 @@ pub struct Matrix {
 }
 
 impl Matrix {
-    /// A matrix over stored bytes of a format without scales elsewhere.
+    /// A matrix over stored bytes, in a format that keeps its scales in them.
     ///
     /// # Errors
-    /// If the byte length is not `rows × cols` numbers, or a row is not whole blocks; if the format has its bytes elsewhere,
-    /// or is none that is stored.
+    /// If the byte length is not that of `rows × cols` numbers, a row is not whole blocks, or the format is not one
+    /// that is stored in one piece.
     pub fn dense(rows: usize, cols: usize, format: Format, bytes: Bytes) -> Result<Self, Error> {
         let (block, size) = match format {
             Format::Interleaved(_) => (1, 0),
@@ -166,11 +167,11 @@ impl Matrix {
         Self::dense(rows, cols, Format::Fp8(blocks), codes)
     }
 
-    /// The up-projection `[heads · (nope + v), rank]` of latent attention from its halves: `keys` `[heads · rank, nope]`,
-    /// transposed head by head, and `values` `[heads · v, rank]`.
+    /// The up-projection `[heads · (nope + v), rank]` of latent attention from its two parts: `keys` `[heads · rank,
+    /// nope]`, transposed head by head, and `values` `[heads · v, rank]`.
     ///
     /// # Errors
-    /// If the two are not of so many heads of one rank.
+    /// If the shapes do not have `heads` heads of one rank.
     pub fn from_split_kv_b(keys: Self, values: Self, heads: usize) -> Result<Self, Error> {
         let heads = SplitKvB::new(keys, values, heads)?;
         Ok(Self {
@@ -219,7 +220,7 @@ impl Matrix {
         &self.format
     }
 
-    /// The halves, if it is made of such.
+    /// Its keys and values, if it is a `kv_b_proj` in two parts.
     pub fn split_kv_b(&self) -> Option<&SplitKvB> {
         match &self.format {
             Format::SplitKvB(heads) => Some(heads),
@@ -227,12 +228,12 @@ impl Matrix {
         }
     }
 
-    /// The stored bytes of all rows; scales and halves, which are stored elsewhere, are not in them.
+    /// The stored bytes of all rows, without scales or parts that are stored elsewhere.
     pub fn bytes(&self) -> &Bytes {
         &self.bytes
     }
 
-    /// Bytes held, block scales included; of a view of halves, both of them.
+    /// Its size in bytes, with block scales; of a view of a split `kv_b_proj`, the size of both whole parts.
     pub fn size_bytes(&self) -> usize {
         let elsewhere = match &self.format {
             Format::Fp8(blocks) => blocks.scales.len() * 4,
@@ -242,7 +243,7 @@ impl Matrix {
         self.bytes.len() + elsewhere
     }
 
-    /// A view of some rows, sharing the bytes; a copy where they are no whole strips.
+    /// A view of some rows that shares the bytes. Of an interleaved matrix, rows that are not whole strips are copied.
     ///
     /// # Panics
     /// If the range leaves the matrix.
@@ -269,8 +270,8 @@ impl Matrix {
         }
     }
 
-    /// Summed over a row, half of the smallest step of the format: how far rounding may move values near zero. 0 for
-    /// formats whose steps shrink with the value for as long as it matters.
+    /// Half of the smallest step of the format, summed over a row: how far rounding may move values near zero. 0 for
+    /// formats whose steps shrink with the value.
     pub fn smallest_half_steps(&self, row: usize) -> f32 {
         match &self.format {
             Format::Fp8(blocks) => {
@@ -318,7 +319,7 @@ impl Matrix {
         let line = self.row(row);
         let bytes = &line[self.format.bytes_of(cols.start)..self.format.bytes_of(cols.end)];
         match &self.format {
-            // Tiles need not begin and end with a block.
+            // Tiles need not start or end at a block edge.
             Format::Ggml(format) => decode_blocks(*format, line, cols, out),
             Format::Interleaved(format) => self.decode_strip(*format, row, cols, out),
             Format::F32 => decode_f32(bytes, out),
@@ -336,7 +337,7 @@ impl Matrix {
         }
     }
 
-    /// How many bytes a row has.
+    /// Bytes of a row.
     pub(crate) fn row_bytes(&self) -> usize {
         self.format.bytes_of(self.cols)
     }
@@ -372,7 +373,7 @@ impl Matrix {
     }
 }
 
-/// Cuts a column range at block edges and gives each piece its scale.
+/// Cuts a column range at block edges, and pairs each piece with its scale.
 fn spans(
     cols: Range<usize>,
     block: usize,
@@ -396,10 +397,10 @@ fn cast_f32(bytes: &[u8]) -> Option<&[f32]> {
     (head.is_empty() && tail.is_empty()).then_some(values)
 }
 
-/// Values that are decoded at a time: whole blocks of every format.
+/// Values that are decoded at a time; whole blocks of every format.
 const DECODED: usize = 256;
 
-/// Decodes some columns of a row of blocks. At the edges, blocks that are not wanted whole are decoded beside.
+/// Decodes columns of a row of blocks. Blocks that are only partly needed are decoded whole on the side.
 fn decode_blocks(format: Ggml, line: &[u8], cols: Range<usize>, out: &mut [f32]) {
     let (block, size) = (format.block(), format.block_bytes());
     let mut at = cols.start;
@@ -423,7 +424,7 @@ fn decode_blocks(format: Ggml, line: &[u8], cols: Range<usize>, out: &mut [f32])
     }
 }
 
-/// The product of a row of blocks with `x`, some values decoded at a time.
+/// The product of a row of blocks with `x`; [`DECODED`] values are decoded at a time.
 fn dot_blocks(format: Ggml, line: &[u8], x: &[f32]) -> f32 {
     let mut values = [0.0; DECODED];
     let bytes = DECODED / format.block() * format.block_bytes();

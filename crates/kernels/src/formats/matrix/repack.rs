@@ -1,4 +1,4 @@
-//! Matrices copied into memory as products read them fastest.
+//! Repacking: copying matrices into memory in the order in which products read them fastest.
 
 use std::ops::Range;
 
@@ -12,10 +12,10 @@ use crate::memory::with_byte_scratch;
 use crate::settings::Compute;
 
 impl Matrix {
-    /// Copies matrices into new memory as products in `compute` read them fastest, those that have products in int8 with
-    /// sixteen rows side by side, and says of each when nothing reads its old bytes any more. The memory is one piece: so
-    /// the system can give it pages of a size of which a CPU has all at hand, where a file's small pages are looked up again
-    /// and again.
+    /// Repacks matrices for products in `compute`: those that have products in int8 are interleaved, the others copied.
+    /// Calls `on_copied` once nothing reads a matrix's old bytes any more. All copies share one piece of memory, which
+    /// the system can back with huge pages; the small pages of a mapped file would miss the CPU's page cache again and
+    /// again.
     pub fn repack(matrices: &mut [Self], compute: Compute, on_copied: &mut dyn FnMut(&Self)) {
         let mut stored: Vec<Self> = vec![];
         for matrix in &*matrices {
@@ -40,7 +40,7 @@ impl Matrix {
         }
     }
 
-    /// The matrix over its copy in some memory, which begins at a place that is moved behind it.
+    /// The matrix over its copy in `memory` at `at`, which moves behind the copy.
     pub(super) fn repacked_in(&self, memory: &Bytes, at: &mut usize, compute: Compute) -> Self {
         let start = *at;
         *at += self.repacked_lines(compute);
@@ -51,7 +51,7 @@ impl Matrix {
         }
     }
 
-    /// The matrix with what it is made of replaced, if that can be laid out.
+    /// The matrix with each stored part replaced by `map`, if it can be repacked.
     pub(super) fn map_stored(&self, map: &mut dyn FnMut(&Self) -> Self) -> Self {
         match &self.format {
             Format::Ggml(_) | Format::F32 | Format::F16 | Format::Bf16 | Format::Fp8(_) => {
@@ -82,12 +82,12 @@ impl Matrix {
         }
     }
 
-    /// The same in whole lines of the cache.
+    /// The same, rounded up to whole cache lines.
     pub(super) fn repacked_lines(&self, compute: Compute) -> usize {
         self.repacked_bytes(compute).next_multiple_of(LINE)
     }
 
-    /// Copies the bytes as they are laid out, on all threads.
+    /// Writes the repacked bytes, on all threads.
     fn copy_to(&self, out: &mut [u8], compute: Compute) {
         let is_strips = matches!(self.repacked_format(compute), Format::Interleaved(_));
         let row_bytes = self.row_bytes();
@@ -120,14 +120,14 @@ impl Matrix {
         }
     }
 
-    /// Some blocks of a row, from one on.
+    /// Blocks of one row of an interleaved matrix, from `first` on.
     fn strip_blocks(&self, format: Ggml, row: usize, first: usize, blocks: &mut [u8]) {
         let strip = ROWS * self.row_bytes();
         let bytes = &self.bytes[row / ROWS * strip..][..strip];
         row_blocks(format, bytes, row % ROWS, first, blocks);
     }
 
-    /// Decodes some columns of a row.
+    /// Decodes columns of one row of an interleaved matrix.
     pub(super) fn decode_strip(
         &self,
         format: Ggml,
@@ -150,7 +150,7 @@ mod tests {
     use super::*;
     use crate::testing::{every_block_format, every_format};
 
-    /// Every form of a matrix, 40 rows of each: two strips and a half.
+    /// A matrix of every format, of 40 rows: two and a half strips.
     fn every_form() -> Vec<Matrix> {
         let [keys, values] = [64, 32].map(|rows| every_block_format(rows).remove(0));
         let rank = values.cols();

@@ -1,8 +1,9 @@
-//! The up-projection of latent attention in two halves, as llama.cpp keeps it.
+//! The `kv_b_proj` of latent attention in two parts, as llama.cpp stores it.
 //!
-//! `kv_b_proj` has for each head rows that rebuild its keys and rows that rebuild its values. A GGUF has the keys' rows in
-//! a matrix of their own, transposed head by head, because decoding multiplies with them that way round; both halves may be
-//! quantized, so the transposition cannot be undone in bytes. Here the halves are read as the one matrix they were.
+//! For each head, `kv_b_proj` has rows that rebuild its keys and rows that rebuild its values. A GGUF stores the keys'
+//! rows in a matrix of their own, transposed head by head, because decoding multiplies with them that way round. Both
+//! parts may be quantized, so the transposition cannot be undone in bytes. A [`SplitKvB`] reads the parts as the one
+//! matrix they were.
 //!
 //! Source: ggml-org/llama.cpp: conversion/deepseek.py, `attn_k_b` and `attn_v_b`.
 
@@ -14,24 +15,24 @@ use crate::error::Error;
 use crate::formats::interleaved::ROWS;
 use crate::memory::with_scratch;
 
-/// Side of the squares that are transposed: whole blocks of the formats that rows of a head's width can have.
+/// The side of the squares that are transposed: whole blocks of every format whose blocks fit a head's width.
 const SQUARE: usize = 32;
 
 /// Keys and values of all heads: rows `[keys | values]` per head.
 #[derive(Clone, Debug)]
 pub struct SplitKvB {
-    /// `[heads · rank, nope]`: of each head its keys' rows as columns.
+    /// `[heads · rank, nope]`: the keys' rows of each head, as columns.
     keys: Arc<Matrix>,
     /// `[heads · v, rank]`.
     values: Arc<Matrix>,
     heads: usize,
-    /// Row of the whole at which this view starts.
+    /// The row of the whole matrix at which this view starts.
     first_row: usize,
 }
 
 impl SplitKvB {
     /// # Errors
-    /// If the halves are not of so many heads of one rank.
+    /// If the parts do not have `heads` heads of one rank.
     pub(super) fn new(keys: Matrix, values: Matrix, heads: usize) -> Result<Self, Error> {
         let rank = values.cols();
         let fits = heads > 0
@@ -57,12 +58,12 @@ impl SplitKvB {
         self.heads
     }
 
-    /// Rows of a head that rebuild its keys, and rows that rebuild its values.
+    /// The rows of a head that rebuild its keys, and those that rebuild its values.
     pub fn widths(&self) -> [usize; 2] {
         [self.keys.cols(), self.values.rows() / self.heads]
     }
 
-    /// Whether both halves are bf16.
+    /// Whether both parts are bf16.
     pub(crate) fn are_bf16(&self) -> bool {
         let halves = [&self.keys, &self.values];
         halves
@@ -70,7 +71,7 @@ impl SplitKvB {
             .all(|half| matches!(half.format(), Format::Bf16))
     }
 
-    /// A head's rows for keys, transposed: `[rank, nope]`, the bytes as they are stored.
+    /// The rows of a head that rebuild its keys, transposed: `[rank, nope]`, over the stored bytes.
     ///
     /// # Panics
     /// If there is no such head.
@@ -79,7 +80,7 @@ impl SplitKvB {
         self.keys.row_range(head * rank..(head + 1) * rank)
     }
 
-    /// A head's rows for values: `[v, rank]`, the bytes as they are stored.
+    /// The rows of a head that rebuild its values: `[v, rank]`, over the stored bytes.
     ///
     /// # Panics
     /// If there is no such head.
@@ -88,7 +89,7 @@ impl SplitKvB {
         self.values.row_range(head * v..(head + 1) * v)
     }
 
-    /// With both halves replaced, if every head has whole strips.
+    /// The matrix with both parts replaced by `map`, if every head has whole strips.
     pub(super) fn map_stored(&self, map: &mut dyn FnMut(&Matrix) -> Matrix) -> Self {
         let [_, v] = self.widths();
         if [self.cols(), v]
@@ -116,7 +117,7 @@ impl SplitKvB {
         self.keys.size_bytes() + self.values.size_bytes()
     }
 
-    /// A view that starts so many rows later.
+    /// A view that starts `row` rows later.
     pub(super) fn starting_at(&self, row: usize) -> Self {
         Self {
             first_row: self.first_row + row,
@@ -145,7 +146,7 @@ impl SplitKvB {
         }
     }
 
-    /// Decodes some of a head's rows for keys: columns of the stored half.
+    /// Decodes rows of a head that rebuild its keys: columns of the stored part.
     fn decode_keys(&self, head: usize, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
         let (width, first) = (cols.len(), head * self.cols());
         with_scratch(SQUARE * SQUARE, |square| {
@@ -165,7 +166,7 @@ impl SplitKvB {
     }
 }
 
-/// Cuts a range at multiples of the square's side.
+/// Cuts a range at multiples of [`SQUARE`].
 fn cuts(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     let mut start = range.start;
     std::iter::from_fn(move || {

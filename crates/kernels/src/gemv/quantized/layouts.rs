@@ -1,10 +1,10 @@
-//! The block formats as a unit of a strip holds them.
+//! How products read each block format from a unit of a strip.
 //!
-//! A value is `scale · (code − bias) + offset`. A bias is the same for all codes of a format and a power of two; it is
-//! multiplied with the sums of the activations in integers, before the scale. Offsets are of the formats with minima.
+//! A value is `scale · (code − bias) + offset`. The bias is a power of two and the same for all codes of a format; it
+//! is multiplied with the sums of the activations in integers, before the scale. Formats with minima have offsets.
 //!
-//! Source: ggml-org/llama.cpp: ggml/src/ggml-common.h (the layouts); `ggml/decode.rs` is the plain reading of them, and
-//! `matrix/strips.rs` says how a unit is laid out.
+//! Source: ggml-org/llama.cpp: ggml/src/ggml-common.h (the layouts). `formats/ggml/decode.rs` decodes them one by one,
+//! and `formats/interleaved.rs` describes a unit.
 
 #![expect(
     unsafe_code,
@@ -14,7 +14,7 @@
 use crate::formats::{IQ4_NL_CODEBOOK, MXFP4_DOUBLED, ROWS, half_of_power};
 use crate::simd::{FOUR, Isa};
 
-/// No bias: so far to the left nothing is left of a number.
+/// No bias: a shift by this much leaves nothing of a number.
 const NONE: u32 = 32;
 /// Bytes of a word of codes of all rows.
 const WORD: usize = ROWS * FOUR;
@@ -32,7 +32,7 @@ pub(super) trait UnitLayout {
     const GROUP: usize = 32;
     /// Groups of a block.
     const GROUPS: usize = 1;
-    /// Groups of which every turn has the same shifts: 1, 2 or 8.
+    /// After this many groups the shifts repeat: 1, 2 or 8.
     const TURN: usize = 1;
     /// The codes' bias as a power of two.
     const BIAS: u32 = NONE;
@@ -53,7 +53,7 @@ pub(super) trait UnitLayout {
     }
 }
 
-/// Four bits of each code: of 32 values the first 16 in the low halves of bytes, the others in the high ones.
+/// The low four bits of codes: the first 16 of 32 values are in the low halves of bytes, the others in the high halves.
 #[inline(always)]
 unsafe fn nibbles<I: Isa>(from: *const u8, word: usize) -> I::Codes {
     // SAFETY: the caller's promise.
@@ -70,7 +70,7 @@ unsafe fn with_fifth_bit<I: Isa>(codes: I::Codes, bits: *const u8, word: usize) 
     unsafe { I::merge::<4>(codes, I::field(I::codes(bits), word as u32, 1)) }
 }
 
-/// A format of blocks of 32: its constants; where the codes of a word are from; whether scales are followed by offsets.
+/// A format with blocks of 32: its constants and the codes of a word.
 macro_rules! pairs {
     ($name:ident { $(const $constant:ident: $ty:ty = $value:expr;)* } |$unit:ident, $word:ident| $codes:expr) => {
         pub(super) struct $name;
@@ -130,7 +130,7 @@ pairs!(Q5_1 { const BYTES: usize = 24; const HAS_OFFSETS: bool = true; }
 pairs!(Iq4Nl { const BYTES: usize = 18; const IS_SIGNED: bool = true; }
     |unit, word| I::lookup(nibbles::<I>(unit.add(HALVES), word), &IQ4_NL_CODEBOOK));
 
-/// A power of two for a scale.
+/// MXFP4, whose scale is a power of two.
 pub(super) struct MxFp4;
 
 impl UnitLayout for MxFp4 {
@@ -163,14 +163,15 @@ unsafe fn bytes_at<const N: usize>(from: *const u8) -> [u8; N] {
     unsafe { from.cast::<[u8; N]>().read_unaligned() }
 }
 
-/// Small numbers for each group and row: what scales and offsets are multiples of.
+/// A small integer per group and row: the multiples of scales and offsets.
 #[derive(Clone, Copy)]
 pub(super) struct Multiples<const N: usize> {
     scales: [u8; N],
     offsets: [u8; N],
 }
 
-/// Of eight groups, of 6 bits each: of the first four in a byte each, of the others in what those leave free.
+/// 6 bits for each of eight groups: those of the first four have a byte each, those of the others are in the bits that
+/// these leave free.
 #[inline(always)]
 fn six_bits(bytes: &[u8; 12 * ROWS]) -> Multiples<{ 8 * ROWS }> {
     const FOUR_GROUPS: usize = 4 * ROWS;
@@ -185,8 +186,8 @@ fn six_bits(bytes: &[u8; 12 * ROWS]) -> Multiples<{ 8 * ROWS }> {
     Multiples { scales, offsets }
 }
 
-/// Of sixteen groups, of 6 bits each and 32 too large: four bits in the halves of eight bytes, two more in the quarters
-/// of four.
+/// 6 bits for each of sixteen groups, 32 too large: four bits in the halves of eight bytes, two more in the quarters of
+/// four.
 #[inline(always)]
 fn three_quarters(bytes: &[u8; 12 * ROWS]) -> Multiples<{ 16 * ROWS }> {
     const FOUR_GROUPS: usize = 4 * ROWS;
@@ -205,8 +206,8 @@ fn three_quarters(bytes: &[u8; 12 * ROWS]) -> Multiples<{ 16 * ROWS }> {
     }
 }
 
-/// A format of blocks of 256: its constants; the multiples of its groups; whether those of scales are signed; the codes of
-/// a group's word.
+/// A format with blocks of 256: its constants; the multiples of its groups; whether those of scales are signed; the
+/// codes of a word of a group.
 macro_rules! supers {
     ($name:ident, $groups:literal { $(const $constant:ident: $ty:ty = $value:expr;)* }
         |$of:ident| $head:expr, $scales:ident, |$unit:ident, $group:ident, $word:ident| $codes:expr) => {
@@ -252,14 +253,14 @@ macro_rules! supers {
     };
 }
 
-/// Of a word of codes the field of some group.
+/// The field of a group in a word of codes.
 #[inline(always)]
 unsafe fn field<I: Isa>(from: *const u8, word: usize, shift: usize, mask: u8) -> I::Codes {
     // SAFETY: the caller's promise.
     unsafe { I::field(I::codes(from.add(word * WORD)), shift as u32, mask) }
 }
 
-/// Where the codes of the formats with 8 groups are: behind two halves and twelve bytes.
+/// The start of the codes of formats with 8 groups: behind two f16 and twelve bytes.
 const BEHIND_SIX_BITS: usize = 2 * HALVES + 12 * ROWS;
 
 supers!(Q4K, 8 { const BYTES: usize = 144; const HAS_OFFSETS: bool = true; }

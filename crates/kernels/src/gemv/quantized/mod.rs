@@ -1,8 +1,9 @@
-//! Products of weights in blocks with activations in int8, sixteen rows of the weight at a time, one in each lane.
+//! Products of weights in ggml's blocks with activations in int8, sixteen rows of the weight at a time, one in each
+//! lane.
 //!
-//! Nothing moves between lanes: four codes of each row are multiplied with the same four activations, summed up in
-//! integers over a group, and added to a sum in f32 with the group's scales. A weight that is stored row by row is laid
-//! into strips as it is read.
+//! Nothing moves between lanes: four codes of each row are multiplied with the same four activations, summed in
+//! integers over a group, and added to an f32 sum with the group's scales. A weight that is stored row by row is
+//! interleaved as it is read.
 
 #![expect(
     unsafe_code,
@@ -21,23 +22,22 @@ use crate::memory::{MatMut, with_byte_scratch};
 use crate::settings::Accumulate;
 use crate::simd::{FOUR, Instructions, Isa, SimdWork};
 
-/// Rows of activations that are multiplied with a strip before the next one: they stay in the cache while a strip after
-/// the other passes.
+/// Rows of activations that are multiplied with a strip before the next strip is read: they stay in the cache.
 const TOGETHER: usize = 64;
 
-/// Bytes that are read while memory brings others: a strip is too short for the CPU to see where it is going.
+/// How many bytes ahead are prefetched: a strip is too short for the CPU's own prefetcher.
 const AHEAD: usize = 4096;
 
-/// How the rows of a weight lie.
+/// The order of a weight's blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum BlockOrder {
-    /// One after the other.
+    /// Row by row.
     Rows,
-    /// In strips.
+    /// Sixteen rows interleaved.
     Interleaved,
 }
 
-/// `y = x · wᵀ` for some rows of `x`, given by their numbers, and some of `w`.
+/// `y = x · wᵀ` for the given rows of `x` and a range of rows of `w`.
 #[derive(Debug)]
 pub(super) struct QuantizedProduct<'a> {
     pub(super) format: Ggml,
@@ -51,7 +51,7 @@ pub(super) struct QuantizedProduct<'a> {
     pub(super) accumulate: Accumulate,
 }
 
-/// A product with a weight of a format that is known when it is compiled.
+/// A product for one format, known at compile time.
 struct OfFormat<'a, F>(QuantizedProduct<'a>, &'a mut [u8], PhantomData<F>);
 
 impl<F: UnitLayout> SimdWork for OfFormat<'_, F> {
@@ -71,7 +71,7 @@ impl QuantizedProduct<'_> {
         with_byte_scratch(scratch, |scratch| self.run_with(instructions, scratch));
     }
 
-    /// `scratch` has room for a strip, where rows are laid into such.
+    /// `scratch` has room for a strip, if rows have to be interleaved.
     fn run_with(self, instructions: Instructions, scratch: &mut [u8]) {
         macro_rules! of {
             ($format:ident) => {
@@ -179,8 +179,8 @@ impl QuantizedProduct<'_> {
     }
 }
 
-/// The products of a strip's rows with some rows of activations. Loops and no closures here: instructions in a closure
-/// would be calls.
+/// The products of a strip's rows with `N` rows of activations. There are loops and no closures here: instructions in a
+/// closure would be calls.
 ///
 /// # Safety
 /// The CPU has the instructions of `I`; all units and their activations can be read.
@@ -204,7 +204,7 @@ unsafe fn add_up<I: Isa, F: UnitLayout, const N: usize>(
                         add_group::<I, F, N>(from, &head, group, (at, &x), &mut sums);
                     )*};
                 }
-                // Written out: only then are shifts and places constants.
+                // Unrolled by hand, so that shifts and offsets are constants.
                 match F::TURN {
                     1 => {
                         add!(0);

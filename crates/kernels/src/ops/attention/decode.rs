@@ -1,11 +1,11 @@
-//! Attention of a few queries over what a cache holds, as decoding needs it: of latents, which all heads share and whose
-//! values are the first features of their keys (the absorbed form), and of keys and values that heads share in groups.
+//! Attention of a few queries over a KV cache, for decoding: over latents that all heads share, whose first features
+//! are the values (the absorbed form), and over keys and values that heads share in groups.
 //!
-//! The queries of all heads that share keys are rows of one product, so a piece of the context is read once for all of
-//! them, and where keys and values are the same, twice while it is in the CPU's cache. It is decoded in registers. Each piece
-//! gives sums that are unfinished, with the largest score they were made with; at the end these are brought to a common one
-//! and added in their order. Pieces are the same for any number of threads and for any form of the context, and a query's
-//! result has the bits it has without the queries after it.
+//! The queries of all heads that share keys are rows of one product, so a tile of the cache is read once for all of
+//! them; if keys and values are the same, twice, but the second time from the CPU's cache. It is decoded in registers.
+//! Each tile gives unnormalized sums with the largest score they are relative to; at the end, sums are brought to a
+//! common maximum and added in order. Tiles are the same for any number of threads and any data type of the cache, and
+//! a query's result has the bits it has without the queries after it.
 //!
 //! Source: Flash-Decoding, <https://crfm.stanford.edu/2023/10/12/flashdecoding.html>.
 
@@ -16,23 +16,23 @@ use crate::memory::{Mat, MatMut, with_scratch};
 use crate::simd::exp;
 use crate::threads::{Pieces, spin_for};
 
-/// Keys per task: those of DeepSeek V3 are 144 KiB in f32, a part of the second-level cache.
+/// Keys per tile: those of DeepSeek V3 are 144 KiB in f32, a part of the second-level cache.
 const KEYS: usize = 64;
-/// Values that are worth a task where sums are finished.
+/// Values per task in [`finish`].
 const VALUES: usize = 1 << 13;
 
-/// The last queries of a sequence, and all it has of keys and values.
+/// The last queries of a sequence, and all its keys and values.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct DecodeQueries<'a> {
     /// `[seq · heads, dim]`.
     pub(crate) queries: Mat<'a>,
     pub(crate) seq: usize,
     pub(crate) keys: KvRows<'a>,
-    /// None where a value is the first features of its key.
+    /// `None` if values are the first features of their keys.
     pub(crate) values: Option<KvRows<'a>>,
     /// Features of a value.
     pub(crate) v_dim: usize,
-    /// Factor of the scores.
+    /// The scale of the scores.
     pub(crate) scale: f32,
 }
 
@@ -41,12 +41,12 @@ impl DecodeQueries<'_> {
         self.queries.rows() / self.seq.max(1)
     }
 
-    /// Heads that share keys.
+    /// The number of heads that share keys.
     fn group(&self) -> usize {
         self.heads() / self.keys.heads.max(1)
     }
 
-    /// Numbers of the queries that share the keys of a head, position by position.
+    /// The indices of the queries that share a head's keys, position by position.
     fn queries_of(&self, kv_head: usize) -> Vec<usize> {
         let (heads, group) = (self.heads(), self.group());
         let first = |at: usize| at * heads + kv_head * group;
@@ -63,7 +63,7 @@ pub(crate) fn forward(sequence: DecodeQueries<'_>) -> Vec<f32> {
     let pieces = Pieces::new(sequence.keys.len, KEYS);
     let tasks = pieces.len() * kv_heads;
     let mut out = vec![0.0; sequence.queries.rows() * v_dim];
-    // The sums of a row, the largest score and the sum of the exponentials.
+    // A row of sums, its largest score and the sum of its exponentials.
     let width = v_dim + 2;
     with_scratch(tasks * rows * width, |partial| {
         let all = MatMut::dense(partial, tasks * rows, width);
@@ -78,7 +78,7 @@ pub(crate) fn forward(sequence: DecodeQueries<'_>) -> Vec<f32> {
     out
 }
 
-/// The unfinished sums of some keys of a head, `[seq · group, v_dim + 2]`.
+/// The unnormalized sums over a tile of a head's keys, `[seq · group, v_dim + 2]`.
 fn attend(sequence: &DecodeQueries<'_>, keys: Range<usize>, kv_head: usize, mut sums: MatMut<'_>) {
     let (queries, v_dim) = (sequence.queries_of(kv_head), sequence.v_dim);
     let (rows, n, group) = (queries.len(), keys.len(), sequence.group());
@@ -95,7 +95,7 @@ fn attend(sequence: &DecodeQueries<'_>, keys: Range<usize>, kv_head: usize, mut 
             exp::scale(seen, sequence.scale);
             let largest = exp::max(seen);
             let sum = exp::exp_shifted(seen, largest);
-            // Values that count zero times do not change a sum.
+            // Later keys get the weight zero, which does not change a sum.
             later.fill(0.0);
             sums.row(row)[v_dim..].copy_from_slice(&[largest, sum]);
         }
@@ -104,7 +104,7 @@ fn attend(sequence: &DecodeQueries<'_>, keys: Range<usize>, kv_head: usize, mut 
     });
 }
 
-/// Adds up what the tasks of a sequence left, `[pieces, kv_heads, seq, group, v_dim + 2]` → `[seq, heads, v_dim]`.
+/// Combines the sums of all tiles, `[pieces, kv_heads, seq, group, v_dim + 2]` → `[seq, heads, v_dim]`.
 fn finish(sequence: &DecodeQueries<'_>, partial: &[f32], out: &mut [f32]) {
     let (v_dim, heads, group) = (sequence.v_dim, sequence.heads(), sequence.group());
     let (rows, width) = (sequence.queries.rows(), v_dim + 2);

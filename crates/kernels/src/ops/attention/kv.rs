@@ -1,11 +1,11 @@
-//! Keys and values as a cache holds them, which attention reads.
+//! Cached keys or values, as attention reads them.
 
 use std::ops::Range;
 
 use crate::formats::CacheType;
 use crate::gemv::KvTile;
 
-/// Rows `[len, heads, width]` that attention reads, heads of a position side by side.
+/// Cached rows `[len, heads, width]`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct KvRows<'a> {
     pub(crate) form: CacheType,
@@ -16,7 +16,7 @@ pub(crate) struct KvRows<'a> {
 }
 
 impl<'a> KvRows<'a> {
-    /// Some rows of a head.
+    /// A tile of a head's rows.
     pub(crate) fn tile(&self, rows: Range<usize>, head: usize) -> KvTile<'a> {
         let row_bytes = self.form.row_bytes(self.width);
         let stride = self.heads * row_bytes;

@@ -1,4 +1,4 @@
-//! Attention: of many queries and of a few, and what both read.
+//! Causal attention: `prefill` for many queries, `decode` for a few over a KV cache.
 
 pub(crate) mod decode;
 mod kv;

@@ -1,11 +1,11 @@
 //! Causal attention in tiles: the scores of 64 queries against the keys they may see, never the whole square.
 //!
-//! One kernel serves all forms, because it reads keys and values where they lie. Heads may share them in groups (the
-//! distills). A key may end in a part that all heads share, in a tensor of its own (latent attention, expanded: the
-//! rotated key), and keys and values may lie side by side in one row (what `kv_b_proj` makes). With one key head whose
-//! values are a prefix of its keys it is the absorbed form. Queries are the last `seq` positions of the `kv_seq` keys:
-//! query `i` sees keys up to `kv_seq − seq + i`. A row that is packed with several sequences is that many rows of their
-//! own lengths: no tile reaches over a wall, so what a sequence gives does not depend on its neighbors.
+//! One kernel serves all forms, because it reads keys and values in place. Heads may share them in groups (the
+//! distills). A key may end in a part that all heads share, in a tensor of its own (expanded latent attention: the
+//! rotated key), and keys and values may be parts of one row (the output of `kv_b_proj`). With one key head whose
+//! values are a prefix of its keys, it is the absorbed form. Queries are the last `seq` positions of the `kv_seq` keys:
+//! query `i` sees keys up to `kv_seq − seq + i`. A row packed with several sequences is treated as several rows: no
+//! tile crosses a boundary, so the result of a sequence does not depend on its neighbors.
 //!
 //! Backward recomputes the scores from the saved log-sum-exp of every row.
 //!
@@ -27,7 +27,7 @@ use crate::threads::{parallel_for, spin_for, tiles};
 /// Queries per tile.
 const TILE_QUERIES: usize = 64;
 
-/// Where the features of heads lie in a tensor `[batch, len, heads, width]`: `dim` of them, from `start` of each.
+/// The features of heads in a tensor `[batch, len, heads, width]`: `dim` of them, from `start` of each head.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct HeadLayout {
     pub(crate) heads: usize,
@@ -47,13 +47,13 @@ impl HeadLayout {
         }
     }
 
-    /// Columns of head `head`, of the tensor as a matrix `[batch · len, heads · width]`.
+    /// The columns of a head, with the tensor as a matrix `[batch · len, heads · width]`.
     fn cols(&self, head: usize) -> Range<usize> {
         let start = head * self.width + self.start;
         start..start + self.dim
     }
 
-    /// Head `head` of sequence `row`: `[len, dim]`.
+    /// A head of sequence `row`: `[len, dim]`.
     fn of<'a>(&self, values: &'a [f32], len: usize, row: usize, head: usize) -> Mat<'a> {
         let all = Mat::dense(values, (row + 1) * len, self.heads * self.width);
         all.block(row * len..(row + 1) * len, self.cols(head))
@@ -62,20 +62,20 @@ impl HeadLayout {
     /// The same, to be written.
     ///
     /// # Safety
-    /// Heads that live at the same time must be different ones.
+    /// Views that live at the same time must be of different heads or sequences.
     #[expect(unsafe_code, reason = "disjoint columns of one tensor")]
     unsafe fn part<'a>(&self, all: &MatMut<'a>, len: usize, row: usize, head: usize) -> MatMut<'a> {
         // SAFETY: heads are different columns, sequences different rows.
         unsafe { all.part(row * len..(row + 1) * len, self.cols(head)) }
     }
 
-    /// The tensor as a matrix of `rows` to write.
+    /// The tensor as a writable matrix with `rows` rows.
     fn all<'a>(&self, values: &'a mut [f32], rows: usize) -> MatMut<'a> {
         MatMut::dense(values, rows, self.heads * self.width)
     }
 }
 
-/// The sizes of one call, and where the features lie.
+/// The sizes of one call, and the layouts of its tensors.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AttentionShape {
     pub(crate) batch: usize,
@@ -94,7 +94,7 @@ impl AttentionShape {
         HeadLayout::whole(self.q.heads, self.v.dim)
     }
 
-    /// The tiles of a row whose sequences begin at `starts`: queries, and the keys that they may see, all together.
+    /// The tiles of a row whose sequences begin at `starts`: ranges of queries, and of the keys that they see together.
     fn tiles<'a>(
         &self,
         starts: &'a [usize],
@@ -110,7 +110,7 @@ impl AttentionShape {
     }
 }
 
-/// Keys and values, in the tensors that `AttentionShape` describes. They may be one and the same.
+/// Keys and values, in tensors that [`AttentionShape`] describes. They may be the same tensor.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct KvInputs<'a> {
     pub(crate) k: &'a [f32],
@@ -118,7 +118,7 @@ pub(crate) struct KvInputs<'a> {
     pub(crate) shared: &'a [f32],
 }
 
-/// What one head reads.
+/// The inputs of one head.
 #[derive(Clone, Copy)]
 struct AttentionHead<'a> {
     q: Mat<'a>,
@@ -242,7 +242,7 @@ fn softmax(scores: &mut [f32]) -> f32 {
     max + sum.ln()
 }
 
-/// What the backward pass reads.
+/// The tensors saved for the backward pass.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SavedAttention<'a> {
     pub(crate) q: &'a [f32],
@@ -251,7 +251,7 @@ pub(crate) struct SavedAttention<'a> {
     pub(crate) lse: &'a [f32],
 }
 
-/// Gradients of the tensors of keys and values, each in its own shape, that the backward pass adds to.
+/// Gradients of keys and values, in the layout of their tensors; the backward pass adds to them.
 #[derive(Debug)]
 pub(crate) enum KvGrads<'a> {
     /// Keys and values in two tensors.
@@ -266,7 +266,7 @@ pub(crate) enum KvGrads<'a> {
     },
 }
 
-/// Gradient of q; adds those of keys and values to `grads`.
+/// Returns the gradient of q, and adds those of keys and values to `grads`.
 pub(crate) fn backward(
     dout: &[f32],
     saved: SavedAttention<'_>,
@@ -296,7 +296,7 @@ pub(crate) fn backward(
             (all, again, dshared)
         }
     };
-    // Every key head adds to the shared part, so each sums its own and they are summed at the end, in their order.
+    // Every key head adds to the shared part, so each has a sum of its own; at the end these are added in order.
     let shared = HeadLayout::whole(kv_heads, shape.shared.dim);
     let mut partial = zeros(kv_rows * kv_heads * shared.dim);
     let partial_all = shared.all(&mut partial, kv_rows);
@@ -340,7 +340,7 @@ pub(crate) fn backward(
     dq
 }
 
-/// Adds the key heads' parts of the shared gradient, in their order.
+/// Adds the key heads' parts of the shared gradient, in order.
 fn add_partial(dshared: &mut [f32], partial: &[f32], to: HeadLayout, from: HeadLayout) {
     if from.dim == 0 {
         return;
@@ -358,7 +358,7 @@ fn add_partial(dshared: &mut [f32], partial: &[f32], to: HeadLayout, from: HeadL
     }
 }
 
-/// What the forward pass of one head made, and the gradient of it.
+/// The output of one head, and its gradient.
 #[derive(Clone, Copy)]
 struct HeadOutputs<'a> {
     out: Mat<'a>,
@@ -366,7 +366,7 @@ struct HeadOutputs<'a> {
     lse: &'a [f32],
 }
 
-/// Adds one head's part to `[dq, dk, dv, dshared]`.
+/// Adds one head's gradients to `[dq, dk, dv, dshared]`.
 fn backward_head(
     head: AttentionHead<'_>,
     outputs: HeadOutputs<'_>,
@@ -428,7 +428,7 @@ fn backward_head(
     }
 }
 
-/// Turns one row of the probabilities' gradients into the scores': `p · (dp − ⟨dout, out⟩)`.
+/// Replaces a row of the probabilities' gradients by those of the scores: `p · (dp − ⟨dout, out⟩)`.
 fn score_gradients(ds: &mut [f32], p: &[f32], dout: &[f32], out: &[f32]) {
     let delta = dot(dout, out);
     ds.iter_mut()

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-/// Where the sequences begin that the rows of a batch are packed with.
+/// The starts of the sequences that the rows of a batch are packed with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segments(Arc<[Vec<usize>]>);
 
@@ -15,7 +15,7 @@ impl Segments {
     /// The first position of every sequence, row by row.
     ///
     /// # Panics
-    /// If the first of a row does not begin at 0, or they are not in order.
+    /// If the first sequence of a row does not start at 0, or starts are not in order.
     pub fn packed(starts: Vec<Vec<usize>>) -> Self {
         for starts in &starts {
             assert!(
@@ -26,7 +26,7 @@ impl Segments {
         Self(starts.into())
     }
 
-    /// The position of every token of packed rows of length `seq` in its own sequence, row by row; none where rows are
+    /// The position of every token in its own sequence, row by row, for packed rows of length `seq`; `None` if rows are
     /// whole.
     pub fn positions(&self, seq: usize) -> Option<Vec<usize>> {
         let of_row = |starts: &Vec<usize>| {
@@ -37,7 +37,7 @@ impl Segments {
         (!self.0.is_empty()).then(|| self.0.iter().flat_map(of_row).collect())
     }
 
-    /// Whether they are those of a batch of this shape; packed rows are read whole.
+    /// Whether they fit a batch of this shape; packed rows have no earlier tokens.
     pub(crate) fn fit(&self, [batch, seq, kv_seq]: [usize; 3]) -> bool {
         let within = |starts: &Vec<usize>| starts.last().is_some_and(|last| *last < seq.max(1));
         self.0.is_empty() || (self.0.len() == batch && seq == kv_seq && self.0.iter().all(within))

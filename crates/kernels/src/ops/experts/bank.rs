@@ -16,12 +16,12 @@ pub struct ExpertBank {
     pub up: Vec<Matrix>,
     /// `[hidden_size, moe_intermediate_size]` each.
     pub down: Vec<Matrix>,
-    /// Where those are that were used last, if memory has no room for all.
+    /// The cache of recently used experts, if memory has no room for all.
     pub cached: Option<OffloadedLayer>,
 }
 
 impl ExpertBank {
-    /// Experts that are all read where they lie.
+    /// Experts without a cache.
     pub fn new(gate: Vec<Matrix>, up: Vec<Matrix>, down: Vec<Matrix>) -> Self {
         Self {
             gate,
@@ -31,7 +31,8 @@ impl ExpertBank {
         }
     }
 
-    /// Copies of the experts that have slots, by number, if it has a cache. Others are read where they lie.
+    /// Cached copies of the experts that have slots, in order. Without a cache, or without room in it, experts are read
+    /// in place.
     pub(crate) fn resident(&self, slots: Slots<'_>) -> Vec<CachedExpert> {
         let Some(OffloadedLayer { cache, layer }) = &self.cached else {
             return vec![];
@@ -41,7 +42,7 @@ impl ExpertBank {
         cache.fill(*layer, chosen, |expert| self.weights_of(expert))
     }
 
-    /// Says which experts will probably have slots next, if it has a cache.
+    /// Prefetches experts that will probably be chosen next, if there is a cache.
     ///
     /// # Panics
     /// If there is no such expert.
@@ -56,7 +57,7 @@ impl ExpertBank {
     }
 }
 
-/// The frozen weights of the experts that every token has, fused into one, and what products with them compute in.
+/// The frozen weights of the shared experts, fused into one, and the setting of their products.
 #[derive(Clone, Debug)]
 pub struct SharedExperts {
     /// `[intermediate_size, hidden_size]`.
@@ -65,6 +66,6 @@ pub struct SharedExperts {
     pub up: Arc<Matrix>,
     /// `[hidden_size, intermediate_size]`.
     pub down: Arc<Matrix>,
-    /// What products round their operands to.
+    /// The setting of the products.
     pub compute: Compute,
 }

@@ -1,8 +1,8 @@
-//! The experts of a few tokens: what decoding is made of.
+//! The experts of a few tokens, for decoding.
 //!
-//! Two parts run on all threads. The first multiplies every chosen expert's gate and up with its tokens, straight on the
-//! stored bytes; the second does the same with down. The experts that every token has take part in both. A task takes some
-//! rows of one weight, so that one token's experts occupy all threads; nothing of an expert that no token chose is read.
+//! There are two parallel loops. The first multiplies the gate and up projections of every chosen expert with its
+//! tokens, straight from the stored bytes; the second does the same with down. Shared experts take part in both. A task
+//! takes some rows of one weight, so one token's experts occupy all threads. Experts that no token chose are not read.
 
 use std::ops::Range;
 
@@ -15,7 +15,7 @@ use crate::memory::{Mat, MatMut, with_scratch};
 use crate::ops::swiglu;
 use crate::settings::{Accumulate, Compute};
 
-/// A projection of an expert, with the places of its slots.
+/// A projection of an expert, with the positions of its slots.
 struct ExpertProjection<'a> {
     projection: usize,
     expert: usize,
@@ -23,7 +23,7 @@ struct ExpertProjection<'a> {
     weight: PackedWeight<'a>,
 }
 
-/// The experts that every token has.
+/// The shared experts.
 struct PackedShared<'a> {
     /// Gate, up and down.
     weights: [PackedWeight<'a>; 3],
@@ -31,7 +31,7 @@ struct PackedShared<'a> {
 }
 
 impl<'a> PackedShared<'a> {
-    /// None where a weight has no products of rows.
+    /// `None` if products do not read the stored bytes of a weight.
     fn new(shared: &'a SharedExperts) -> Option<Self> {
         let packed = |w| packed(WeightOperand::frozen(w, shared.compute));
         Some(Self {
@@ -45,12 +45,12 @@ impl<'a> PackedShared<'a> {
     }
 }
 
-/// The weight, if few rows are multiplied with its stored bytes.
+/// The weight, if products with few rows read its stored bytes.
 fn packed(w: WeightOperand<'_>) -> Option<PackedWeight<'_>> {
     plan(&w, MAX_GEMV_ROWS, LayerPass::Forward).packed()
 }
 
-/// Whether all weights of a bank, to judge by its first expert, and of shared experts have products of rows.
+/// Whether products read the stored bytes of all weights, of a bank (judged by its first expert) and of shared experts.
 pub(super) fn serves(bank: &ExpertBank, shared: &SharedExperts, compute: Compute) -> bool {
     let first = [&bank.gate, &bank.up, &bank.down].map(|list| list.first());
     let mut first = first.into_iter().flatten();
@@ -58,8 +58,8 @@ pub(super) fn serves(bank: &ExpertBank, shared: &SharedExperts, compute: Compute
         && PackedShared::new(shared).is_some()
 }
 
-/// [`super::forward`] where tokens are few and all weights have products of rows; none otherwise. The experts that every
-/// token has, if any, are added to `y`.
+/// [`super::forward`] for few tokens, if products read the stored bytes of all weights; otherwise `None`. The output of
+/// shared experts, if any, is added to `y`.
 pub(super) fn forward(
     experts: RoutedExperts<'_>,
     slots: Slots<'_>,
@@ -112,9 +112,9 @@ pub(super) fn forward(
     Some((y, routed.gate, routed.up))
 }
 
-/// What some rows go through in experts of one width.
+/// The activations of rows in experts of one width.
 struct MlpBuffers {
-    /// Rows, width of the products of gate and up, and of what comes out.
+    /// The number of rows, the inner width and the output width.
     size: [usize; 3],
     gate: Vec<f32>,
     up: Vec<f32>,
@@ -134,13 +134,13 @@ impl MlpBuffers {
         }
     }
 
-    /// Where the products of gate and up go.
+    /// The outputs of gate and up.
     fn products(&mut self) -> [MatMut<'_>; 2] {
         let [n, inner, _] = self.size;
         [&mut self.gate, &mut self.up].map(|all| MatMut::dense(all, n, inner))
     }
 
-    /// What down is multiplied with, and where that goes.
+    /// The input and the output of down.
     fn activate(&mut self) -> (Mat<'_>, MatMut<'_>) {
         let [n, inner, hidden] = self.size;
         swiglu::forward(&self.gate, &self.up, &mut self.act);
@@ -181,8 +181,7 @@ fn weights_of<'p, 'w>(
     parts.iter().map(|part| &part.weight)
 }
 
-/// Multiplies each part with the rows of its input at its places, and the weights of shared experts with every row of theirs,
-/// each into the output of its projection.
+/// Multiplies each projection with its rows of the input, and the shared experts' weights with every row of theirs.
 fn multiply<const N: usize>(
     experts: RoutedExperts<'_>,
     (parts, rows, input): (&[ExpertProjection<'_>], &[usize], &GemvInput<'_>),
@@ -221,7 +220,7 @@ fn multiply<const N: usize>(
     });
 }
 
-/// Adds the low-rank update of some outputs of a part, if it has one.
+/// Adds the low-rank update to some outputs of a projection, if it has one.
 fn add_update(
     experts: RoutedExperts<'_>,
     part: &ExpertProjection<'_>,
@@ -250,8 +249,8 @@ fn add_update(
     });
 }
 
-/// Adds every slot's row, times its weight, to its token's, in the order of the experts. [`Slots::add_rows`] does it with
-/// a task for each token, which a few are not worth.
+/// Adds every slot's row, times its weight, to its token's row, in the order of the experts. [`Slots::add_rows`] has a
+/// task per token, which is too much for a few.
 fn add_rows(slots: Slots<'_>, (rows, width): (&[f32], usize), weights: &[f32], sums: &mut [f32]) {
     let places = slots.places(0..slots.offsets.len() - 1);
     for at in places {

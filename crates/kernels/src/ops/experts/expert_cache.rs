@@ -1,11 +1,12 @@
-//! Experts in memory, of a model that has more of them than memory has room for.
+//! Expert offload: a cache of experts, for models whose experts do not fit in memory.
 //!
-//! The weights of experts stay in their file. Those that tokens choose are copied as products read them fastest, and stay
-//! until others need their room: those that were unused for longest go first. An expert for which there is no room, since
-//! the others are of the same tokens, is read where it lies; it gives the same bits.
+//! The weights of experts stay in their file. The experts that tokens choose are copied, repacked for products, and
+//! stay until others need their room: the least recently used go first. If there is no room because all others are in
+//! use by the same pass, an expert is read from the mapped file, which gives the same bits.
 //!
-//! Some of what a layer is about to choose can be told before: the system then reads it while something else is computed.
-//! It waits in the system's own memory of files; only what is chosen is copied, so a wrong guess evicts nothing here.
+//! Some of a layer's choices can be predicted: the system is advised to read those experts while something else is
+//! computed. They wait in the system's page cache, and only chosen experts are copied, so a wrong prediction evicts
+//! nothing here.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -16,40 +17,40 @@ use bytes::Bytes;
 use crate::formats::{Copies, FileAccess, Matrix};
 use crate::settings::Compute;
 
-/// The experts of all layers that are in memory. Its layers' banks share it.
+/// The cached experts of all layers, shared by the layers' banks.
 pub struct ExpertCache {
-    /// Most bytes that they take.
+    /// The most bytes of all copies.
     budget: usize,
-    /// What copies are laid out for.
+    /// The setting that copies are repacked for.
     compute: Compute,
     file: FileAccess,
     state: Mutex<CacheState>,
 }
 
-/// How often experts were in memory when tokens chose them.
+/// Counters of the cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ExpertTraffic {
-    /// Experts of a layer that were there, by pass.
+    /// Chosen experts that were cached, counted per layer and pass.
     pub hits: u64,
-    /// Those that were not.
+    /// Chosen experts that were not cached.
     pub misses: u64,
-    /// Those of the latter that the system was asked for before they were chosen.
+    /// Misses that were prefetched before they were chosen.
     pub prefetched: u64,
-    /// Experts that it was asked for so and that were not chosen.
+    /// Prefetched experts that were not chosen.
     pub wasted_prefetches: u64,
-    /// Bytes that were read for the experts that were not there.
+    /// Bytes read for misses.
     pub read_bytes: u64,
-    /// Bytes that were asked for in vain.
+    /// Bytes of wasted prefetches.
     pub wasted_bytes: u64,
-    /// Bytes that those in memory take.
+    /// Bytes of all copies.
     pub held_bytes: usize,
 }
 
-/// What is asked for ahead at once is at most this part of the budget.
+/// At most this fraction of the budget is prefetched at once.
 const MOST_EXPECTED: usize = 4;
 
 impl ExpertTraffic {
-    /// What came after some of it was counted.
+    /// The counts since an earlier reading.
     pub fn since(self, earlier: Self) -> Self {
         Self {
             hits: self.hits - earlier.hits,
@@ -63,13 +64,13 @@ impl ExpertTraffic {
     }
 }
 
-/// A layer and the number of an expert.
+/// A layer and an expert's index.
 type ExpertKey = (usize, usize);
 
 #[derive(Default)]
 struct CacheState {
     experts: HashMap<ExpertKey, CacheEntry>,
-    /// By layer: experts that the system was asked for and that no pass has chosen or passed over yet.
+    /// By layer: prefetched experts that no pass has chosen or passed over yet.
     expected: HashMap<usize, Vec<Prefetched>>,
     /// Counts calls.
     now: u64,
@@ -83,12 +84,12 @@ struct Prefetched {
 
 struct CacheEntry {
     copies: CachedExpert,
-    /// What they are copied to.
+    /// The memory of the copies.
     memory: Bytes,
     last_used: u64,
 }
 
-/// Copies of an expert's weights.
+/// An expert's copied weights.
 #[derive(Clone, Debug)]
 pub(crate) struct CachedExpert {
     pub(crate) expert: usize,
@@ -99,9 +100,9 @@ pub(crate) struct CachedExpert {
 /// A layer's part of the cache.
 #[derive(Clone, Debug)]
 pub struct OffloadedLayer {
-    /// Where its experts are.
+    /// The cache of its experts.
     pub cache: Arc<ExpertCache>,
-    /// Which layer it is.
+    /// Its index.
     pub layer: usize,
 }
 
@@ -112,7 +113,7 @@ impl fmt::Debug for ExpertCache {
 }
 
 impl ExpertCache {
-    /// An empty one for so many bytes, of experts that are multiplied in `compute`.
+    /// An empty cache of `budget` bytes, for experts that are multiplied in `compute`.
     pub fn new(budget: usize, compute: Compute, file: FileAccess) -> Self {
         Self {
             budget,
@@ -122,7 +123,7 @@ impl ExpertCache {
         }
     }
 
-    /// What was counted so far.
+    /// The counts so far.
     pub fn traffic(&self) -> ExpertTraffic {
         self.state().traffic
     }
@@ -131,7 +132,7 @@ impl ExpertCache {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks the system for experts of a layer that are not in memory, as long as they are few beside those that are.
+    /// Prefetches experts of a layer that are not cached, up to a fraction of the budget.
     pub(super) fn prefetch(
         &self,
         layer: usize,
@@ -149,7 +150,7 @@ impl ExpertCache {
             let stored = weights_of(expert);
             let size = size(&stored);
             bytes += size;
-            // The system's own room for them is not known, so what is asked for is bounded by what is.
+            // The room in the system's page cache is not known, so the budget bounds what is prefetched.
             if bytes > self.budget / MOST_EXPECTED {
                 break;
             }
@@ -168,7 +169,7 @@ impl ExpertCache {
         }
     }
 
-    /// What is in memory of some experts of a layer, by number, and of the others as many as there is room for.
+    /// The cached copies of chosen experts of a layer, in order. Missing ones are copied as far as there is room.
     pub(super) fn fill(
         &self,
         layer: usize,
@@ -184,7 +185,7 @@ impl ExpertCache {
                 None => missing.push((expert, weights_of(expert))),
             }
         }
-        // All of them first: so the disk has them in one queue.
+        // All misses are requested before the first is read, so that the disk has them in one queue.
         for (expert, stored) in &missing {
             if !state.was_expected((layer, *expert)) {
                 self.ask_for(stored);
@@ -218,13 +219,13 @@ fn size(weights: &[Matrix; 3]) -> usize {
     weights.iter().map(Matrix::size_bytes).sum()
 }
 
-/// Room for an expert, and memory that others had before, if there is some.
+/// Room for an expert, with the memory of an evicted one, if there is any.
 struct Room {
     used: Option<Vec<u8>>,
 }
 
 impl CacheState {
-    /// An expert's weights if they are there, which counts as a use.
+    /// An expert's copies, if it is cached; counts as a use.
     fn touch(&mut self, key: ExpertKey) -> Option<CachedExpert> {
         let resident = self.experts.get_mut(&key)?;
         resident.last_used = self.now;
@@ -232,7 +233,7 @@ impl CacheState {
         Some(resident.copies.clone())
     }
 
-    /// Whether the system was asked for an expert that is now chosen.
+    /// Whether a chosen expert was prefetched.
     fn was_expected(&mut self, (layer, expert): ExpertKey) -> bool {
         let Some(expected) = self.expected.get_mut(&layer) else {
             return false;
@@ -242,7 +243,7 @@ impl CacheState {
         at.map(|at| expected.swap_remove(at)).is_some()
     }
 
-    /// Counts what is still expected of a layer as asked for in vain.
+    /// Counts the remaining prefetches of a layer as wasted.
     fn pass_over(&mut self, layer: usize) {
         for expected in self.expected.remove(&layer).into_iter().flatten() {
             self.traffic.wasted_prefetches += 1;
@@ -250,7 +251,8 @@ impl CacheState {
         }
     }
 
-    /// Lets go of the longest unused until there is room, but of none that this call uses. None where there is none.
+    /// Evicts the least recently used experts until there is room, but none that this pass uses. `None` if there is no
+    /// room.
     fn make_room(&mut self, bytes: usize, budget: usize) -> Option<Room> {
         let mut used = None;
         while self.traffic.held_bytes + bytes > budget {
@@ -289,7 +291,7 @@ mod tests {
     use crate::testing::{every_block_format, every_format};
 
     thread_local! {
-        /// Bytes that were asked for on this thread.
+        /// Bytes that were prefetched on this thread.
         static ASKED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
     }
 
@@ -326,7 +328,7 @@ mod tests {
         Arc::new(ExpertCache::new(experts * HELD, Compute::Int8, FILE))
     }
 
-    /// What a pass of tokens with these experts gets in memory.
+    /// The cached copies of a pass with these experts.
     fn copies(bank: &ExpertBank, experts: &[i32]) -> Vec<CachedExpert> {
         let (order, offsets) = route::dispatch(experts, 4);
         let copies = bank.resident(Slots {
@@ -411,7 +413,7 @@ mod tests {
         ];
         assert_eq!(found, [1, 3, 1, 1]);
         assert_eq!(counts.wasted_bytes, SIZE as u64);
-        // What was never followed by a pass was in vain too.
+        // A prefetch that no pass followed is wasted too.
         bank.prefetch([2].into_iter());
         bank.prefetch([2].into_iter());
         assert_eq!(copied(&bank, &[2]), [2]);

@@ -1,16 +1,17 @@
 //! The routed experts of an MoE layer, `y_t = Σ_j w_tj · down_e(silu(gate_e(x_t)) · up_e(x_t))` with `e` the token's
-//! j-th expert, over slots that are sorted by expert.
+//! j-th expert, over slots sorted by expert.
 //!
 //! A task takes a piece of one expert's slots: it gathers their tokens, multiplies with the expert's three weights
-//! (decoded tile by tile if packed), and writes one row per slot. So one popular expert does not idle the other cores.
-//! Experts take turns in groups, and after each group its rows are added to their tokens': rows wait for one group, not
-//! for all slots. A token's rows are added in the order of their experts, so no sum depends on timing or on the groups.
+//! (decoded tile by tile, if needed), and writes one row per slot. So a popular expert does not leave cores idle.
+//! Experts take turns in groups, and after each group its rows are added to their tokens' rows: only the rows of one
+//! group are in memory. A token's rows are added in the order of its experts, so no sum depends on timing or on the
+//! groups.
 //!
-//! Backward needs the products of gate and up, which are saved, and no down product: the gradient of a routing
-//! weight is `⟨dy, down(a)⟩ = ⟨downᵀ(dy), a⟩`, and `downᵀ(dy)` is needed anyway.
+//! The backward pass needs the saved products of gate and up, but no down product: the gradient of a routing weight is
+//! `⟨dy, down(a)⟩ = ⟨downᵀ(dy), a⟩`, and `downᵀ(dy)` is needed anyway.
 //!
-//! Every expert may carry a low-rank update of each weight, `w + scale · b · a`, applied to the activations, or added to
-//! the weight tile by tile where a quantizer rounds the sum.
+//! Every expert may carry a low-rank update of each weight, `w + scale · b · a`. It is applied to the activations, or
+//! with fake quantization added to the weight tile by tile.
 
 use std::ops::Range;
 
@@ -83,7 +84,7 @@ fn forward_group(
     });
 }
 
-/// What the backward pass reads: the inputs of [`forward`] and the products it saved.
+/// The activations saved for the backward pass.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SavedProducts<'a> {
     pub(crate) x: &'a [f32],
@@ -92,7 +93,7 @@ pub(crate) struct SavedProducts<'a> {
     pub(crate) up: &'a [f32],
 }
 
-/// Gradients that every backward pass makes.
+/// The gradients of every backward pass.
 #[derive(Debug)]
 pub(crate) struct InputGrads {
     /// `[tokens, hidden]`.
@@ -101,7 +102,7 @@ pub(crate) struct InputGrads {
     pub(crate) dweights: Vec<f32>,
 }
 
-/// What the gradients of a group's weights are made from, besides the inputs.
+/// The intermediate gradients of a group, from which those of its weights are computed.
 #[derive(Debug)]
 struct GroupGrads<'a> {
     experts: Range<usize>,
@@ -116,7 +117,7 @@ impl GroupGrads<'_> {
         });
     }
 
-    /// Hands over the input rows and output gradients of one expert's projection.
+    /// Lends the input rows and output gradients of one expert's projection.
     fn with_operands(
         &self,
         (experts, slots, saved): (RoutedExperts<'_>, Slots<'_>, SavedProducts<'_>),
@@ -152,7 +153,7 @@ impl GroupGrads<'_> {
     }
 }
 
-/// dy `[tokens, hidden]` → gradients of the inputs; `learn` sees each group on the way.
+/// dy `[tokens, hidden]` → gradients of the inputs; `learn` is called with each group.
 fn backward(
     experts: RoutedExperts<'_>,
     slots: Slots<'_>,
@@ -255,7 +256,7 @@ fn back_through_down(
     });
 }
 
-/// Lends values as a product that sums over rows sees them; they themselves stay as they are.
+/// Lends a rounded copy of values for a product that sums along rows.
 fn with_rounded_rows(
     values: &[f32],
     width: usize,
@@ -272,7 +273,7 @@ fn with_rounded_rows(
     });
 }
 
-/// The same for both operands of a product that sums over their columns.
+/// Lends rounded copies of both operands of a product that sums along their columns.
 fn with_rounded_columns(
     [a, b]: [Mat<'_>; 2],
     compute: Compute,
@@ -297,7 +298,8 @@ fn with_rounded_columns(
     });
 }
 
-/// Makes the weights' gradients, `⟨d(act), act⟩`, and multiplies the activations' gradients with the weights.
+/// Computes the routing weights' gradients, `⟨d(act), act⟩`, and multiplies the activations' gradients with the
+/// weights.
 fn weigh(dact: &mut [f32], act: &[f32], dweights: &mut [f32], weights: impl Iterator<Item = f32>) {
     let width = act.len() / dweights.len().max(1);
     let rows = dact.chunks_mut(width.max(1)).zip(act.chunks(width.max(1)));
@@ -392,7 +394,7 @@ mod tests {
     use crate::ops::route;
     use crate::testing::noise;
 
-    /// Groups of experts depend on the number of threads; what they give does not.
+    /// The groups of experts depend on the number of threads; the result does not.
     #[test]
     fn the_number_of_threads_changes_groups_and_no_bit() {
         let [tokens, n_experts, top_k, hidden, inner, rank] = [4000, 5, 2, 6, 3, 2];

@@ -1,4 +1,4 @@
-//! The routed experts of an MoE layer, of many tokens and of a few.
+//! The routed experts of an MoE layer: `grouped` for many tokens, `decode` for a few.
 
 mod bank;
 mod decode;
@@ -31,13 +31,13 @@ pub(crate) fn forward(
         .unwrap_or_else(|| forward_in_groups(experts, slots, x, weights))
 }
 
-/// Whether [`forward_fused`] serves few tokens with these weights.
+/// Whether [`forward_fused`] supports these weights, for few tokens.
 pub(crate) fn serves_fused(bank: &ExpertBank, shared: &SharedExperts, compute: Compute) -> bool {
     decode::serves(bank, shared, compute)
 }
 
-/// The routed experts of a few tokens and those that every token has, together: `[tokens, hidden]`. None where tokens are
-/// not few, or weights cannot be read by rows.
+/// The routed and the shared experts of a few tokens, fused: `[tokens, hidden]`. `None` if there are too many tokens,
+/// or products do not read the weights' stored bytes.
 pub(crate) fn forward_fused(
     experts: RoutedExperts<'_>,
     slots: Slots<'_>,

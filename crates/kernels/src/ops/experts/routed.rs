@@ -1,4 +1,4 @@
-//! A layer's routed experts as the kernels read them: their weights, and low-rank updates of these.
+//! A layer's routed experts as the kernels read them: weights and low-rank updates.
 
 use std::ops::Range;
 
@@ -10,14 +10,14 @@ use crate::memory::{Mat, MatMut, with_scratch};
 use crate::ops::dropout::Dropout;
 use crate::settings::{Accumulate, Compute};
 
-/// The settings of the low-rank updates: the factors themselves are tensors.
+/// The settings of low-rank updates; the factors themselves are tensors.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ExpertLora {
-    /// Multiplier of the update of gate, up and down.
+    /// The scale of the update of gate, up and down.
     pub scale: [f32; 3],
-    /// Dropout on the input of the updates; off where there is a quantizer.
+    /// Dropout on the input of the updates; off with fake quantization.
     pub dropout: Dropout,
-    /// Folds the updates into the weights and rounds the sums, as [`crate::linear_fake_quantized`] does.
+    /// Fake-quantizes the updated weights, as [`crate::linear_fake_quantized`] does.
     pub quantizer: Option<Quantizer>,
 }
 
@@ -50,10 +50,10 @@ pub(crate) struct RoutedExperts<'a> {
     pub(crate) n_experts: usize,
 }
 
-/// Where the weights come from.
+/// The weights of all experts.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum ExpertOperands<'a> {
-    /// A bank, and copies of some of its experts, by number.
+    /// A bank, and cached copies of some of its experts, in order.
     Frozen(&'a ExpertBank, &'a [CachedExpert]),
     /// Stacked f32 values of gate, up and down.
     Trained([&'a [f32]; 3]),
@@ -107,7 +107,7 @@ impl<'a> RoutedExperts<'a> {
         })
     }
 
-    /// One expert's factors, where they are applied to the activations.
+    /// One expert's factors, if they are applied to the activations.
     pub(super) fn factors_beside(
         &self,
         projection: usize,
@@ -227,7 +227,7 @@ impl<'a> RoutedExperts<'a> {
         });
     }
 
-    /// Hands over `x` as the low-rank update sees it.
+    /// Lends `x` after the update's dropout.
     pub(super) fn with_dropped(
         &self,
         projection: usize,
@@ -284,7 +284,7 @@ impl<'a> RoutedExperts<'a> {
         });
     }
 
-    /// Something of every expert, one after the other, as a row for each.
+    /// Values of all experts as a matrix with a row per expert.
     pub(super) fn by_expert<'v>(&self, values: &'v mut [f32]) -> MatMut<'v> {
         let width = values.len() / self.n_experts.max(1);
         MatMut::dense(values, self.n_experts, width)

@@ -1,4 +1,4 @@
-//! Slots of tokens, sorted by expert: who works on which, and in which groups.
+//! Slots sorted by expert: the expert of each, and the groups in which experts take turns.
 
 use std::ops::Range;
 
@@ -12,12 +12,12 @@ const TASK_SLOTS: usize = 256;
 /// Tasks per thread in a group of experts: enough for the threads to end together.
 const GROUP_TASKS: usize = 16;
 
-/// Which token sits in which slot, and whose slots are whose.
+/// The slots of all tokens, sorted by expert.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Slots<'a> {
     /// Slot ids sorted by expert; slot `token × top_k + j`.
     pub(crate) order: &'a [i32],
-    /// `[experts + 1]`. The slots behind the last one count as zero: others serve them.
+    /// `[experts + 1]`. Slots behind the last offset count as zero: other experts serve them.
     pub(crate) offsets: &'a [i32],
     pub(crate) top_k: usize,
 }
@@ -27,7 +27,7 @@ impl Slots<'_> {
         self.order[at] as usize / self.top_k
     }
 
-    /// The places of consecutive experts.
+    /// The positions of consecutive experts' slots.
     pub(super) fn places(&self, experts: Range<usize>) -> Range<usize> {
         self.offsets[experts.start] as usize..self.offsets[experts.end] as usize
     }
@@ -36,8 +36,8 @@ impl Slots<'_> {
         self.places(expert..expert + 1)
     }
 
-    /// Consecutive experts that take their turn together: one, or as many as have few slots. It changes no result how
-    /// they are grouped, so it may depend on the number of threads.
+    /// Groups of consecutive experts: one expert, or as many as have few slots. The grouping changes no result, so it
+    /// may depend on the number of threads.
     pub(super) fn groups(&self) -> Vec<Range<usize>> {
         let most = GROUP_TASKS * TASK_SLOTS * rayon::current_num_threads();
         let mut groups: Vec<Range<usize>> = vec![];
@@ -65,7 +65,7 @@ impl Slots<'_> {
         with_scratch(sizes.max().unwrap_or(0) * width, use_it)
     }
 
-    /// Pieces of work: an expert and some of its places in `order`.
+    /// The tasks: an expert and some positions of its slots in `order`.
     pub(super) fn pieces(&self, experts: Range<usize>) -> Vec<(usize, Range<usize>)> {
         experts
             .flat_map(|expert| {
@@ -80,7 +80,7 @@ impl Slots<'_> {
         }
     }
 
-    /// The places of every token's slots, in the order of their experts.
+    /// The positions of every token's slots, in the order of their experts.
     pub(super) fn by_token(&self) -> Vec<usize> {
         let mut places = vec![0; self.order.len()];
         let slots = self.order.iter().enumerate();
@@ -90,8 +90,8 @@ impl Slots<'_> {
         places
     }
 
-    /// Adds the rows of some places to those of their tokens, `[tokens, width]`, each multiplied by its weight if there
-    /// are any.
+    /// Adds the rows of some slots to their tokens' rows, `[tokens, width]`, each multiplied by its weight, if there
+    /// are weights.
     pub(super) fn add_rows(
         &self,
         (rows, places): (&[f32], Range<usize>),
