@@ -47,6 +47,7 @@ pub use error::Error;
 pub use formats::{
     CacheType, FileAccess, Format, Fp8Blocks, Ggml, Matrix, Quantizer, SplitKvB, fp8,
 };
+pub use gemv::MAX_GEMV_ROWS;
 pub use memory::{RecyclingAllocator, map_large_blocks};
 pub use ops::adamw::AdamWStep;
 pub use ops::attention::Segments;

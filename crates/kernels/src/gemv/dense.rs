@@ -164,9 +164,9 @@ impl DenseProduct<'_> {
                 }
             }
             // The last line is repeated to fill the group.
-            let some = std::array::from_fn(|r| lines.row((line + r).min(lines.rows - 1)));
+            let group = std::array::from_fn(|r| lines.row((line + r).min(lines.rows - 1)));
             // SAFETY: lines and rows are whole; the caller's promise.
-            let sums = unsafe { sums::<I, DTYPE, DENSE, R, N>(some, x, lines.width) };
+            let sums = unsafe { sums::<I, DTYPE, DENSE, R, N>(group, x, lines.width) };
             for (r, sums) in sums.iter().enumerate().take(lines.rows - line) {
                 for (i, sum) in sums.iter().enumerate() {
                     let y = &mut self.y.row(at + i)[line + r];

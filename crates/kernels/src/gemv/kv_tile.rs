@@ -43,24 +43,25 @@ impl<'a> KvTile<'a> {
     ///
     /// # Panics
     /// If the sizes do not fit.
-    pub(crate) fn scores(self, queries: (Mat<'_>, &[usize]), y: MatMut<'_>) {
-        self.scores_with(Instructions::best(), queries, y);
+    pub(crate) fn scores(self, queries: Mat<'_>, indices: &[usize], y: MatMut<'_>) {
+        self.scores_with(Instructions::best(), queries, indices, y);
     }
 
     fn scores_with(
         self,
         instructions: Instructions,
-        (queries, numbers): (Mat<'_>, &[usize]),
+        queries: Mat<'_>,
+        indices: &[usize],
         y: MatMut<'_>,
     ) {
         assert!(
-            queries.cols() == self.0.width && [y.rows(), y.cols()] == [numbers.len(), self.0.rows],
+            queries.cols() == self.0.width && [y.rows(), y.cols()] == [indices.len(), self.0.rows],
             "queries of rows, and their scores"
         );
         instructions.run(dense::DenseProduct {
             lines: self.0,
             x: queries,
-            rows: numbers,
+            rows: indices,
             y,
             accumulate: Accumulate::Replace,
         });
@@ -276,12 +277,12 @@ mod tests {
             for [n, rows, width, cols] in SHAPES {
                 let (bytes, values) = held(form, [rows, width], 6);
                 let stride = form.row_bytes(width) + 6;
-                let piece = KvTile::new(form, &bytes, stride, [rows, width]);
+                let kv_tile = KvTile::new(form, &bytes, stride, [rows, width]);
                 let x = noise(n * width, 1);
                 let order: Vec<usize> = (0..n).rev().collect();
                 let mut scores = vec![f32::NAN; n * rows];
                 let y = MatMut::dense(&mut scores, n, rows);
-                piece.scores((Mat::dense(&x, n, width), &order), y);
+                kv_tile.scores(Mat::dense(&x, n, width), &order, y);
                 for (i, found) in scores.iter().enumerate() {
                     let (query, row) = (order[i / rows], i % rows);
                     let products = (0..width).map(|l| {
@@ -295,7 +296,7 @@ mod tests {
                 }
                 let (weights, mut sums) = (noise(n * rows, 3), vec![f32::NAN; n * cols]);
                 let y = MatMut::dense(&mut sums, n, cols);
-                piece.sum(Mat::dense(&weights, n, rows), y);
+                kv_tile.sum(Mat::dense(&weights, n, rows), y);
                 for (i, found) in sums.iter().enumerate() {
                     let (sum, col) = (i / cols, i % cols);
                     let products = (0..rows).map(|row| {
@@ -317,14 +318,14 @@ mod tests {
         let (x, weights) = (noise(11 * width, 1), noise(11 * rows, 3));
         for form in CacheType::ALL {
             let (bytes, _) = held(form, [rows, width], 0);
-            let piece = KvTile::new(form, &bytes, form.row_bytes(width), [rows, width]);
+            let kv_tile = KvTile::new(form, &bytes, form.row_bytes(width), [rows, width]);
             let all = |instructions, n: usize| {
                 let order: Vec<usize> = (0..n).collect();
                 let (mut scores, mut sums) = (vec![0.0; n * rows], vec![0.0; n * width]);
                 let y = MatMut::dense(&mut scores, n, rows);
-                piece.scores_with(instructions, (Mat::dense(&x, n, width), &order), y);
+                kv_tile.scores_with(instructions, Mat::dense(&x, n, width), &order, y);
                 let y = MatMut::dense(&mut sums, n, width);
-                piece.sum_with(instructions, Mat::dense(&weights[..n * rows], n, rows), y);
+                kv_tile.sum_with(instructions, Mat::dense(&weights[..n * rows], n, rows), y);
                 [scores, sums]
                     .map(|values| values.into_iter().map(f32::to_bits).collect::<Vec<_>>())
             };

@@ -10,11 +10,12 @@
 mod activations;
 mod dense;
 mod kv_tile;
-mod packed;
+mod packed_weight;
 mod quantized;
 mod shared;
 
 pub(crate) use self::activations::round_rows_to_int8;
 pub(crate) use self::kv_tile::KvTile;
-pub(crate) use self::packed::{GemvInput, MAX_GEMV_ROWS, PackedWeight};
+pub use self::packed_weight::MAX_GEMV_ROWS;
+pub(crate) use self::packed_weight::{GemvInput, PackedWeight};
 pub(crate) use self::shared::{GemvProduct, multiply, multiply_all};

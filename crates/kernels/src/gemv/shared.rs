@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::packed::{GemvInput, PackedWeight};
+use super::packed_weight::{GemvInput, PackedWeight};
 use crate::formats::ROWS;
 use crate::memory::MatMut;
 use crate::settings::Accumulate;
@@ -46,9 +46,9 @@ impl GemvProduct<'_> {
     unsafe fn make(&self, outs: Range<usize>) -> MatMut<'_> {
         // SAFETY: the caller's promise; of two views the first is done with.
         let part = |outs| unsafe { self.y.part(0..self.rows.len(), outs) };
-        let (input, y) = ((self.input, self.rows), part(outs.clone()));
+        let y = part(outs.clone());
         self.weight
-            .multiply(input, outs.clone(), y, self.accumulate);
+            .multiply(self.input, self.rows, outs.clone(), y, self.accumulate);
         part(outs)
     }
 }

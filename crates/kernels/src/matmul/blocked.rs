@@ -35,7 +35,7 @@ pub(crate) fn nt_serial(
     match plan(&w, usize::MAX, LayerPass::Forward) {
         ProductPlan::Int8Gemm(packed) => {
             let rows: Vec<usize> = (0..x.rows()).collect();
-            return packed.multiply((&GemvInput::new(x, [&packed]), &rows), outs, y, accumulate);
+            return packed.multiply(&GemvInput::new(x, [&packed]), &rows, outs, y, accumulate);
         }
         ProductPlan::Bf16PairsGemm(pairs) => {
             let pairs = pairs.block(outs, 0..pairs.cols());

@@ -39,7 +39,8 @@ pub(crate) fn gemm(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, accumula
 pub(crate) fn gemm_bf16(
     dst: MatMut<'_>,
     a: Mat<'_>,
-    (b, is_bf16): (Mat<'_>, bool),
+    b: Mat<'_>,
+    is_bf16: bool,
     accumulate: Accumulate,
 ) {
     assert_eq!(
@@ -51,7 +52,7 @@ pub(crate) fn gemm_bf16(
     } else if multiplies_pairs() {
         packing::product_bf16(&dst, a, Right::Values(b), accumulate);
     } else {
-        gemm_rounded(dst, a, (b, is_bf16), accumulate);
+        gemm_rounded(dst, a, b, is_bf16, accumulate);
     }
 }
 
@@ -59,7 +60,8 @@ pub(crate) fn gemm_bf16(
 fn gemm_rounded(
     mut dst: MatMut<'_>,
     a: Mat<'_>,
-    (b, is_bf16): (Mat<'_>, bool),
+    b: Mat<'_>,
+    is_bf16: bool,
     accumulate: Accumulate,
 ) {
     for depth in tiles(0..a.cols(), ROUNDED_DEPTH) {
@@ -97,15 +99,15 @@ const ROUNDED_DEPTH: usize = 512;
 
 /// Lends a copy of the values, rounded to bf16, as a view of the same shape.
 pub(crate) fn with_rounded<R>(values: Mat<'_>, use_them: impl FnOnce(Mat<'_>) -> R) -> R {
-    let is_turned = values.strides()[1] != 1;
-    let lines = if is_turned { values.t() } else { values };
+    let is_transposed = values.strides()[1] != 1;
+    let lines = if is_transposed { values.t() } else { values };
     with_scratch(lines.rows() * lines.cols(), |copy| {
         for (row, copy) in copy.chunks_exact_mut(lines.cols().max(1)).enumerate() {
             copy.copy_from_slice(lines.row(row));
         }
         round_to_bf16(copy);
         let copy = Mat::dense(copy, lines.rows(), lines.cols());
-        use_them(if is_turned { copy.t() } else { copy })
+        use_them(if is_transposed { copy.t() } else { copy })
     })
 }
 
@@ -115,12 +117,12 @@ const NARROW: usize = 8;
 
 fn narrow(mut dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, accumulate: Accumulate) {
     let (m, n) = (dst.rows(), dst.cols());
-    with_scratch(m * n, |turned| {
-        let view = MatMut::dense(turned, n, m);
+    with_scratch(m * n, |transposed| {
+        let view = MatMut::dense(transposed, n, m);
         packing::product(&view, b.t(), a.t(), scale, Accumulate::Replace);
         for row in 0..m {
             for (col, dst) in dst.row(row).iter_mut().enumerate() {
-                let value = turned[col * m + row];
+                let value = transposed[col * m + row];
                 *dst = if accumulate == Accumulate::Add {
                     *dst + value
                 } else {
@@ -151,11 +153,11 @@ mod tests {
                     dst
                 };
                 let plain =
-                    product(&|dst, a, b, accumulate| gemm_rounded(dst, a, (b, false), accumulate));
+                    product(&|dst, a, b, accumulate| gemm_rounded(dst, a, b, false, accumulate));
                 let found =
-                    product(&|dst, a, b, accumulate| gemm_bf16(dst, a, (b, false), accumulate));
+                    product(&|dst, a, b, accumulate| gemm_bf16(dst, a, b, false, accumulate));
                 let same = product(&|dst, a, b, accumulate| {
-                    with_rounded(b, |b| gemm_rounded(dst, a, (b, true), accumulate));
+                    with_rounded(b, |b| gemm_rounded(dst, a, b, true, accumulate));
                 });
                 assert_eq!(same, plain);
                 for (found, expected) in found.iter().zip(&plain) {
@@ -184,9 +186,9 @@ mod tests {
                 2.0,
                 accumulate,
             );
-            let mut turned = vec![1.0; 4 * 5];
+            let mut transposed = vec![1.0; 4 * 5];
             gemm(
-                MatMut::dense(&mut turned, 4, 5),
+                MatMut::dense(&mut transposed, 4, 5),
                 b_part.t(),
                 a_part.t(),
                 2.0,
@@ -203,7 +205,7 @@ mod tests {
                         0.0
                     };
                 assert!((dst[i * 6 + j] - expected).abs() < 1e-5);
-                assert!((turned[j * 5 + i] - expected).abs() < 1e-5);
+                assert!((transposed[j * 5 + i] - expected).abs() < 1e-5);
             }
             assert_eq!(dst[4], 1.0, "values between the rows of a view stay");
         }

@@ -106,8 +106,8 @@ impl<'a> WeightOperand<'a> {
 
     /// Whether a row can be decoded alone: not if the weight is rounded in blocks or its rows are stored as columns.
     pub(super) fn has_rows(&self) -> bool {
-        let is_turned = matches!(self.stored, OperandSource::Matrix(matrix) if matches!(matrix.format(), Format::SplitKvB(_)));
-        self.block().is_none() && !is_turned
+        let is_transposed = matches!(self.stored, OperandSource::Matrix(matrix) if matches!(matrix.format(), Format::SplitKvB(_)));
+        self.block().is_none() && !is_transposed
     }
 
     /// The rows and columns at whose multiples tiles must start; `None` if rows are decoded alone.
@@ -185,7 +185,8 @@ impl<'a> WeightOperand<'a> {
                     let tile = &mut scratch[..row_tile.len() * col_tile.len()];
                     self.read_for(
                         self.compute.before_products(),
-                        (row_tile.clone(), col_tile.clone()),
+                        row_tile.clone(),
+                        col_tile.clone(),
                         tile,
                     );
                     let tile = Mat::dense(tile, row_tile.len(), col_tile.len());
@@ -205,16 +206,11 @@ impl<'a> WeightOperand<'a> {
         } else {
             self.compute
         };
-        self.read_for(compute, (rows, cols), out);
+        self.read_for(compute, rows, cols, out);
     }
 
     /// [`Self::read`] with a rounding of its own.
-    fn read_for(
-        &self,
-        compute: Compute,
-        (rows, cols): (Range<usize>, Range<usize>),
-        out: &mut [f32],
-    ) {
+    fn read_for(&self, compute: Compute, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
         if let Some(block) = self.block() {
             assert!(
                 rows.start.is_multiple_of(block[0]) && cols.start.is_multiple_of(block[1]),
@@ -255,7 +251,7 @@ impl<'a> WeightOperand<'a> {
         accumulate: Accumulate,
     ) {
         match self.compute {
-            Compute::Bf16 => gemm_bf16(dst, a, (tile, self.is_exact()), accumulate),
+            Compute::Bf16 => gemm_bf16(dst, a, tile, self.is_exact(), accumulate),
             _ => gemm(dst, a, tile, 1.0, accumulate),
         }
     }

@@ -30,11 +30,11 @@ const BLOCK: [usize; 2] = [512, 256];
 const NARROW_BLOCK: usize = 128;
 const NARROW_BLOCK_ROWS: usize = 256;
 /// The block if the left operand is transposed, which happens once per block: so the block is wider.
-const TURNED_BLOCK: [usize; 2] = [256, 512];
+const TRANSPOSED_BLOCK: [usize; 2] = [256, 512];
 /// Rows of a left operand that are transposed or converted to pairs at once: whole tiles, and whole vectors.
-const TURNED: usize = 48;
+const TRANSPOSED: usize = 48;
 /// The stride of transposed rows. A power of two would put them into the same few lines of the first-level cache.
-const TURNED_STRIDE: usize = TURNED_BLOCK[0] + 16;
+const TRANSPOSED_STRIDE: usize = TRANSPOSED_BLOCK[0] + 16;
 /// Vectors that cross a cache line cost double.
 const CACHE_LINE: usize = 64;
 
@@ -65,7 +65,7 @@ pub(super) fn product(
     let version = KernelVersion::all()
         .next_back()
         .unwrap_or(KernelVersion::Portable);
-    product_in(version, dst, a, Right::Values(b), (scale, accumulate));
+    product_in(version, dst, a, Right::Values(b), scale, accumulate);
 }
 
 /// Whether the CPU has instructions for [`product_bf16`].
@@ -79,7 +79,7 @@ pub(crate) fn multiplies_pairs() -> bool {
 /// If the CPU has none.
 pub(super) fn product_bf16(dst: &MatMut<'_>, a: Mat<'_>, b: Right<'_>, accumulate: Accumulate) {
     let version = KernelVersion::bf16().expect("instructions for bf16");
-    product_in(version, dst, a, b, (1.0, accumulate));
+    product_in(version, dst, a, b, 1.0, accumulate);
 }
 
 /// [`product`] with a given instruction set, which the CPU has.
@@ -88,22 +88,23 @@ fn product_in(
     dst: &MatMut<'_>,
     a: Mat<'_>,
     b: Right<'_>,
-    (scale, accumulate): (f32, Accumulate),
+    scale: f32,
+    accumulate: Accumulate,
 ) {
     let depth = version.depth();
-    let (block, turned) = if depth == 1 && a.strides()[1] == 1 {
+    let (block, transposed) = if depth == 1 && a.strides()[1] == 1 {
         let [deep, wide] = BLOCK;
         let is_narrow = a.rows() < NARROW_BLOCK_ROWS;
         ([deep, if is_narrow { NARROW_BLOCK } else { wide }], 0)
     } else {
-        (TURNED_BLOCK, TURNED * TURNED_STRIDE)
+        (TRANSPOSED_BLOCK, TRANSPOSED * TRANSPOSED_STRIDE)
     };
     let padded = b.dims()[1].min(block[1]).next_multiple_of(WIDEST);
     let steps = a.cols().div_ceil(depth).min(block[0]);
-    let len = steps * padded + turned + CACHE_LINE / size_of::<f32>();
+    let len = steps * padded + transposed + CACHE_LINE / size_of::<f32>();
     with_scratch(len, |scratch| {
         let skipped = scratch.as_ptr().align_offset(CACHE_LINE);
-        let (left, panels) = scratch[skipped..].split_at_mut(turned);
+        let (left, panels) = scratch[skipped..].split_at_mut(transposed);
         let call = GemmCall {
             dst,
             a,
@@ -344,7 +345,7 @@ unsafe fn pack_columns<V: Lanes>(
             unsafe {
                 let from = from.wrapping_add(row + col * col_stride);
                 let to = to.add(step * width + col);
-                turn::<V, false>(from, col_stride, size, to, width);
+                transpose::<V, false>(from, col_stride, size, to, width);
             }
         }
     }
@@ -362,7 +363,7 @@ const WIDEST_VECTOR: usize = 16;
 /// # Safety
 /// As there.
 #[inline(always)]
-unsafe fn turn<V: Lanes, const ACROSS: bool>(
+unsafe fn transpose<V: Lanes, const ACROSS: bool>(
     from: *const f32,
     stride: usize,
     [lines, len]: [usize; 2],
@@ -405,8 +406,8 @@ unsafe fn block<V: Lanes, const NV: usize>(
     accumulate: Accumulate,
     left: &mut [f32],
 ) {
-    for first in (0..a.rows()).step_by(TURNED) {
-        let group = first..a.rows().min(first + TURNED);
+    for first in (0..a.rows()).step_by(TRANSPOSED) {
+        let group = first..a.rows().min(first + TRANSPOSED);
         let a = a.block(group.clone(), 0..a.cols());
         let is_contiguous = a.strides()[1] == 1;
         let left = if is_contiguous && V::DEPTH == 1 {
@@ -420,12 +421,12 @@ unsafe fn block<V: Lanes, const NV: usize>(
                 if is_contiguous {
                     pair_left::<V>(a, left);
                 } else {
-                    turn_left::<V>(a, left);
+                    transpose_left::<V>(a, left);
                 }
             }
             Left {
                 ptr: left.as_ptr(),
-                stride: TURNED_STRIDE,
+                stride: TRANSPOSED_STRIDE,
             }
         };
         // Tiles of equal height: a tile of a row or two would wait for its operands.
@@ -490,7 +491,7 @@ unsafe fn row_of_tiles<V: Lanes, const NV: usize>(
 /// As [`blocks`]; `to` holds the rows.
 #[inline(always)]
 unsafe fn pair_left<V: Lanes>(a: Mat<'_>, to: &mut [f32]) {
-    for (row, to) in (0..a.rows()).zip(to.chunks_mut(TURNED_STRIDE)) {
+    for (row, to) in (0..a.rows()).zip(to.chunks_mut(TRANSPOSED_STRIDE)) {
         let from = a.row(row);
         for col in (0..from.len()).step_by(V::DEPTH * V::LEN) {
             // SAFETY: inside the row; rows of the copy are longer than the block is deep, by a vector.
@@ -507,7 +508,7 @@ unsafe fn pair_left<V: Lanes>(a: Mat<'_>, to: &mut [f32]) {
 /// # Safety
 /// As [`blocks`]; `to` holds the rows.
 #[inline(always)]
-unsafe fn turn_left<V: Lanes>(a: Mat<'_>, to: &mut [f32]) {
+unsafe fn transpose_left<V: Lanes>(a: Mat<'_>, to: &mut [f32]) {
     let [row_stride, col_stride] = a.strides();
     assert_eq!(row_stride, 1, "rows or columns of a view are contiguous");
     let deep = V::DEPTH * V::LEN;
@@ -518,8 +519,10 @@ unsafe fn turn_left<V: Lanes>(a: Mat<'_>, to: &mut [f32]) {
             // SAFETY: what is read lies inside the operand; rows of the copy are longer than the block is deep, by a vector.
             unsafe {
                 let from = a.as_ptr().add(row + col * col_stride);
-                let to = to.as_mut_ptr().add(row * TURNED_STRIDE + col / V::DEPTH);
-                turn::<V, true>(from, col_stride, size, to, TURNED_STRIDE);
+                let to = to
+                    .as_mut_ptr()
+                    .add(row * TRANSPOSED_STRIDE + col / V::DEPTH);
+                transpose::<V, true>(from, col_stride, size, to, TRANSPOSED_STRIDE);
             }
         }
     }
@@ -543,24 +546,24 @@ mod tests {
         all
     }
 
-    /// The product of every version, as bits; operands may be stored turned.
+    /// The product of every version, as bits; operands may be stored transposed.
     fn all(
         size: [usize; 3],
-        turned: [bool; 2],
+        transposed: [bool; 2],
         accumulate: Accumulate,
     ) -> Vec<(KernelVersion, Vec<f32>)> {
         let [m, n, k] = size;
         let [a, b] = operands(size, false);
-        let view = |values, rows, cols, turned| match turned {
+        let view = |values, rows, cols, transposed| match transposed {
             true => Mat::dense(values, cols, rows).t(),
             false => Mat::dense(values, rows, cols),
         };
-        let (a, b) = (view(&a, m, k, turned[0]), view(&b, k, n, turned[1]));
+        let (a, b) = (view(&a, m, k, transposed[0]), view(&b, k, n, transposed[1]));
         let product = |version| {
             // Wider than the product, to see what is written beside it.
             let mut dst = vec![0.5; m * (n + 3)];
             let view = MatMut::new(&mut dst, m, n, n + 3);
-            product_in(version, &view, a, Right::Values(b), (0.75, accumulate));
+            product_in(version, &view, a, Right::Values(b), 0.75, accumulate);
             (version, dst)
         };
         KernelVersion::all()
@@ -571,14 +574,20 @@ mod tests {
 
     fn by_hand(
         size: [usize; 3],
-        turned: [bool; 2],
+        transposed: [bool; 2],
         accumulate: Accumulate,
         are_rounded: bool,
     ) -> Vec<f64> {
         let [m, n, k] = size;
         let [a, b] = operands(size, are_rounded);
-        let at = |values: &[f32], [rows, cols]: [usize; 2], i: usize, j: usize, turned| {
-            f64::from(values[if turned { j * rows + i } else { i * cols + j }])
+        let at = |values: &[f32], [rows, cols]: [usize; 2], i: usize, j: usize, transposed| {
+            f64::from(
+                values[if transposed {
+                    j * rows + i
+                } else {
+                    i * cols + j
+                }],
+            )
         };
         let start = if accumulate == Accumulate::Add {
             0.5
@@ -587,8 +596,8 @@ mod tests {
         };
         let mut dst = vec![0.5; m * (n + 3)];
         for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
-            let products =
-                (0..k).map(|p| at(&a, [m, k], i, p, turned[0]) * at(&b, [k, n], p, j, turned[1]));
+            let products = (0..k)
+                .map(|p| at(&a, [m, k], i, p, transposed[0]) * at(&b, [k, n], p, j, transposed[1]));
             dst[i * (n + 3) + j] = start + 0.75 * products.sum::<f64>();
         }
         dst
@@ -609,11 +618,11 @@ mod tests {
             [50, 66, 1061],
         ];
         let ways = [[false, false], [false, true], [true, false], [true, true]];
-        for (size, turned) in sizes.iter().flat_map(|s| ways.map(|w| (s, w))) {
+        for (size, transposed) in sizes.iter().flat_map(|s| ways.map(|w| (s, w))) {
             for accumulate in [Accumulate::Replace, Accumulate::Add] {
                 let [expected, of_rounded] = [false, true]
-                    .map(|are_rounded| by_hand(*size, turned, accumulate, are_rounded));
-                for (version, found) in all(*size, turned, accumulate) {
+                    .map(|are_rounded| by_hand(*size, transposed, accumulate, are_rounded));
+                for (version, found) in all(*size, transposed, accumulate) {
                     let expected = if version.depth() == 1 {
                         &expected
                     } else {
@@ -622,7 +631,7 @@ mod tests {
                     for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
                         assert!(
                             (f64::from(*found) - expected).abs() < TOLERANCE,
-                            "{version:?} {size:?} {turned:?} {accumulate:?} at {i}: {found} {expected}"
+                            "{version:?} {size:?} {transposed:?} {accumulate:?} at {i}: {found} {expected}"
                         );
                     }
                 }
@@ -664,13 +673,7 @@ mod tests {
 
     fn check_alone(version: KernelVersion) {
         let product = |view: &MatMut<'_>, a, b| {
-            product_in(
-                version,
-                view,
-                a,
-                Right::Values(b),
-                (1.0, Accumulate::Replace),
-            );
+            product_in(version, view, a, Right::Values(b), 1.0, Accumulate::Replace);
         };
         let (a, b) = (noise(40 * 300, 1), noise(300 * 90, 2));
         let (a, b) = (Mat::dense(&a, 40, 300), Mat::dense(&b, 300, 90));
@@ -712,7 +715,7 @@ mod tests {
             let product = |b| {
                 let mut dst = vec![f32::NAN; m * n];
                 let view = MatMut::dense(&mut dst, m, n);
-                product_in(version, &view, a, b, (1.0, Accumulate::Replace));
+                product_in(version, &view, a, b, 1.0, Accumulate::Replace);
                 dst
             };
             let found = product(Right::Pairs(Mat::dense(&pairs, n, k / 2).t()));

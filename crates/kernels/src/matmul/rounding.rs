@@ -31,7 +31,7 @@ impl Compute {
     /// `dst = a · b`, or added to `dst`, with operands rounded by [`Self::before_products`]; serial.
     pub(crate) fn multiply(self, dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, accumulate: Accumulate) {
         match self {
-            Self::Bf16 => gemm_bf16(dst, a, (b, false), accumulate),
+            Self::Bf16 => gemm_bf16(dst, a, b, false, accumulate),
             _ => gemm(dst, a, b, 1.0, accumulate),
         }
     }

@@ -130,23 +130,23 @@ impl RecyclingAllocator {
 
     /// Counts a block as in use and returns a waiting one that fits, if there is any.
     fn claim(&self, layout: Layout) -> Option<*mut u8> {
-        let mut kept = self.kept();
-        let waiting = kept.take(layout);
-        kept.enter(layout.size());
+        let mut free_blocks = self.free_blocks();
+        let waiting = free_blocks.take(layout);
+        free_blocks.enter(layout.size());
         waiting
     }
 
     /// A block fresh from the system.
     fn prepared(&self, block: *mut u8, layout: Layout) -> *mut u8 {
         if block.is_null() {
-            self.kept().in_use -= layout.size();
+            self.free_blocks().in_use -= layout.size();
         } else {
             ask_for_huge_pages(block, layout.size());
         }
         block
     }
 
-    fn kept(&self) -> MutexGuard<'_, FreeBlocks> {
+    fn free_blocks(&self) -> MutexGuard<'_, FreeBlocks> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -251,9 +251,9 @@ unsafe impl GlobalAlloc for RecyclingAllocator {
             }
             return;
         }
-        let mut kept = self.kept();
-        kept.in_use -= layout.size();
-        kept.put(block, layout);
+        let mut free_blocks = self.free_blocks();
+        free_blocks.in_use -= layout.size();
+        free_blocks.put(block, layout);
     }
 
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
@@ -261,9 +261,9 @@ unsafe impl GlobalAlloc for RecyclingAllocator {
         let grown = unsafe { System.realloc(block, layout, size) };
         if !grown.is_null() && layout.size().max(size) >= LARGE {
             let large = |size: usize| if size < LARGE { 0 } else { size };
-            let mut kept = self.kept();
-            kept.in_use -= large(layout.size());
-            kept.enter(large(size));
+            let mut free_blocks = self.free_blocks();
+            free_blocks.in_use -= large(layout.size());
+            free_blocks.enter(large(size));
         }
         grown
     }
@@ -414,7 +414,7 @@ mod tests {
             block = unsafe { buffers.realloc(block, layout(pair[0]), pair[1]) };
             assert!(bytes(block, LARGE / 4).iter().all(|byte| *byte == 7));
             let large = if pair[1] < LARGE { 0 } else { pair[1] };
-            assert_eq!(buffers.kept().in_use, large);
+            assert_eq!(buffers.free_blocks().in_use, large);
         }
         free(&buffers, block, LARGE / 4);
     }
@@ -443,11 +443,13 @@ mod tests {
             }
             let in_use: usize = held.iter().map(|block| block.1).sum();
             peak = peak.max(in_use);
-            let kept = buffers.kept();
-            assert_eq!((kept.in_use, kept.peak), (in_use, peak));
-            assert!(kept.in_use + kept.waiting <= peak);
-            let waiting = kept.blocks[..kept.len].iter().map(|block| block.1.size());
-            assert_eq!(kept.waiting, waiting.sum::<usize>());
+            let free_blocks = buffers.free_blocks();
+            assert_eq!((free_blocks.in_use, free_blocks.peak), (in_use, peak));
+            assert!(free_blocks.in_use + free_blocks.waiting <= peak);
+            let waiting = free_blocks.blocks[..free_blocks.len]
+                .iter()
+                .map(|block| block.1.size());
+            assert_eq!(free_blocks.waiting, waiting.sum::<usize>());
         }
     }
 
@@ -458,8 +460,11 @@ mod tests {
         blocks
             .iter()
             .for_each(|block| free(&buffers, *block, LARGE));
-        let kept = buffers.kept();
-        assert_eq!((kept.len, kept.waiting), (SLOTS, SLOTS * LARGE));
+        let free_blocks = buffers.free_blocks();
+        assert_eq!(
+            (free_blocks.len, free_blocks.waiting),
+            (SLOTS, SLOTS * LARGE)
+        );
     }
 
     #[test]
@@ -479,6 +484,6 @@ mod tests {
                 });
             }
         });
-        assert_eq!(buffers.kept().in_use, 0);
+        assert_eq!(buffers.free_blocks().in_use, 0);
     }
 }

@@ -62,7 +62,7 @@ impl Instructions {
             Self::Portable,
         ];
         let best = Self::best();
-        all.into_iter().skip_while(|some| *some != best).collect()
+        all.into_iter().skip_while(|set| *set != best).collect()
     }
 
     /// Does the work, compiled for these instructions with everything that is inlined into it.

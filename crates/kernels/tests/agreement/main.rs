@@ -59,10 +59,10 @@ macro_rules! agree {
 }
 
 mod cached;
-mod merged;
+mod fake_quantized;
+mod fused;
 mod packed;
 mod parts;
-mod together;
 
 /// The same values in bf16, f16, f32 and FP8 bytes, as matrices.
 fn stored(w: &Tensor<2>) -> Vec<Matrix> {

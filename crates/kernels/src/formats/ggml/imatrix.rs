@@ -150,8 +150,8 @@ impl<const G: usize> ScaleGroups<G> {
     fn scales(&self, most: f32) -> ([[u8; 2]; G], [f32; 2]) {
         let (d, scales) = common_scale(&self.scales, &self.weights, most);
         let (d_minimum, minima) = common_scale(&self.minima, &self.weights, most);
-        let kept = std::array::from_fn(|group| [scales[group], minima[group]]);
-        (kept, [d, d_minimum])
+        let multiples = std::array::from_fn(|group| [scales[group], minima[group]]);
+        (multiples, [d, d_minimum])
     }
 }
 
@@ -222,8 +222,8 @@ fn common_scale<const G: usize>(
 #[inline(always)]
 fn q2_k_block(x: &SuperBlockValues, importance: &SuperBlockValues, out: &mut [u8; 84]) {
     let mut groups = ScaleGroups::<16>::between::<16>(x, importance, mean_square(x), 3.0);
-    let (kept, d) = groups.scales(15.0);
-    write_q2_k(x, &mut groups.codes, (&kept, d), out);
+    let (multiples, d) = groups.scales(15.0);
+    write_q2_k(x, &mut groups.codes, (&multiples, d), out);
 }
 
 #[inline(always)]
@@ -236,10 +236,10 @@ fn q3_k_block(x: &SuperBlockValues, importance: &SuperBlockValues, out: &mut [u8
         let codes = &mut groups.codes[at.clone()];
         groups.scales[group] = scale_of_signed(&x[at], &weights, 4.0, codes);
     }
-    let mut kept = [0; 16];
-    let d = scale_of_signed(&groups.scales, &groups.weights, 32.0, &mut kept);
-    let kept = kept.map(|code| f32::from(code) - 32.0);
-    write_q3_k(x, &mut groups.codes, (&kept, d), out);
+    let mut multiples = [0; 16];
+    let d = scale_of_signed(&groups.scales, &groups.weights, 32.0, &mut multiples);
+    let multiples = multiples.map(|code| f32::from(code) - 32.0);
+    write_q3_k(x, &mut groups.codes, (&multiples, d), out);
 }
 
 /// Groups of 32: the codes, and the header of the block.
@@ -253,8 +253,8 @@ fn groups_of_32(
     const GROUPS: usize = SUPER_BLOCK / GROUP;
     let usual = 2.0 * mean_square(x);
     let mut groups = ScaleGroups::<GROUPS>::between::<GROUP>(x, importance, usual, most);
-    let (kept, d) = groups.scales(63.0);
-    write_groups(x, &mut groups.codes, (&kept, d), most, head);
+    let (multiples, d) = groups.scales(63.0);
+    write_groups(x, &mut groups.codes, (&multiples, d), most, head);
     groups.codes
 }
 

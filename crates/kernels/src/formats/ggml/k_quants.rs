@@ -246,7 +246,7 @@ fn q2_k_block(x: &SuperBlockValues, out: &mut [u8; 84]) {
         *found = scale_and_minimum(x, &weights, codes, &SEARCH);
     }
     let [most, d] = of_groups(&found, MOST);
-    let kept = found.map(|found| {
+    let multiples = found.map(|found| {
         [0, 1].map(|i| {
             if most[i] > 0.0 {
                 nearest(MOST / most[i] * found[i]) as u8
@@ -255,7 +255,7 @@ fn q2_k_block(x: &SuperBlockValues, out: &mut [u8; 84]) {
             }
         })
     });
-    write_q2_k(x, &mut codes, (&kept, d), out);
+    write_q2_k(x, &mut codes, (&multiples, d), out);
 }
 
 /// Writes a block from the codes of its groups' scales and minima and the factors of both.
@@ -263,15 +263,20 @@ fn q2_k_block(x: &SuperBlockValues, out: &mut [u8; 84]) {
 pub(super) fn write_q2_k(
     x: &SuperBlockValues,
     codes: &mut SuperBlockCodes,
-    (kept, d): (&[[u8; 2]; 16], [f32; 2]),
+    (multiples, d): (&[[u8; 2]; 16], [f32; 2]),
     out: &mut [u8; 84],
 ) {
-    for (byte, [scale, minimum]) in out.iter_mut().zip(kept) {
+    for (byte, [scale, minimum]) in out.iter_mut().zip(multiples) {
         *byte = scale | minimum << 4;
     }
     for (group, (x, codes)) in (x.chunks_exact(16).zip(codes.chunks_exact_mut(16))).enumerate() {
-        let kept = [out[group] & 15, out[group] >> 4].map(f32::from);
-        recode(x, codes, [0, 1].map(|i| f16_of(d[i]) * kept[i]), [0.0, 3.0]);
+        let multiples = [out[group] & 15, out[group] >> 4].map(f32::from);
+        recode(
+            x,
+            codes,
+            [0, 1].map(|i| f16_of(d[i]) * multiples[i]),
+            [0.0, 3.0],
+        );
     }
     pack_two_bits(codes, &mut out[16..80]);
     out[80..82].copy_from_slice(&f16_bytes(d[0]));
@@ -295,14 +300,14 @@ fn q3_k_block(x: &SuperBlockValues, out: &mut [u8; 110]) {
         *scale = scale_of_few(x, HALF, codes);
     }
     let most = largest(&scales);
-    let mut kept = [-32.0; 16];
+    let mut multiples = [-32.0; 16];
     let mut d = 0.0;
     if most != 0.0 {
         let inverse = -32.0 / most;
         d = 1.0 / inverse;
-        kept = scales.map(|scale| nearest(inverse * scale).clamp(-32.0, 31.0));
+        multiples = scales.map(|scale| nearest(inverse * scale).clamp(-32.0, 31.0));
     }
-    write_q3_k(x, &mut codes, (&kept, d), out);
+    write_q3_k(x, &mut codes, (&multiples, d), out);
 }
 
 /// Writes a block from its groups' scales, from −32 to 31, and their factor.
@@ -310,18 +315,18 @@ fn q3_k_block(x: &SuperBlockValues, out: &mut [u8; 110]) {
 pub(super) fn write_q3_k(
     x: &SuperBlockValues,
     codes: &mut SuperBlockCodes,
-    (kept, d): (&[f32; 16], f32),
+    (multiples, d): (&[f32; 16], f32),
     out: &mut [u8; 110],
 ) {
     const HALF: f32 = 4.0;
     out.fill(0);
-    for (group, kept) in kept.iter().enumerate() {
-        let bits = (kept + 32.0) as u8;
+    for (group, multiples) in multiples.iter().enumerate() {
+        let bits = (multiples + 32.0) as u8;
         out[96 + group % 8] |= (bits & 15) << (group / 8 * 4);
         out[104 + group % 4] |= bits >> 4 << (group / 4 * 2);
     }
     for (group, (x, codes)) in (x.chunks_exact(16).zip(codes.chunks_exact_mut(16))).enumerate() {
-        let d = f16_of(d) * kept[group];
+        let d = f16_of(d) * multiples[group];
         recode(x, codes, [d, 0.0], [HALF, 2.0 * HALF - 1.0]);
     }
     for (i, code) in codes.iter_mut().enumerate() {
@@ -346,13 +351,13 @@ fn groups_of_32(x: &SuperBlockValues, head: &mut [u8], search: &Search) -> Super
         *found = scale_and_minimum(x, &weights, codes, search);
     }
     let [most, d] = of_groups(&found, MOST);
-    let kept = found.map(|found| {
+    let multiples = found.map(|found| {
         [0, 1].map(|i| {
             let inverse = if most[i] > 0.0 { MOST / most[i] } else { 0.0 };
             nearest(inverse * found[i]).min(MOST) as u8
         })
     });
-    write_groups(x, &mut codes, (&kept, d), search.most, head);
+    write_groups(x, &mut codes, (&multiples, d), search.most, head);
     codes
 }
 
@@ -362,7 +367,7 @@ fn groups_of_32(x: &SuperBlockValues, head: &mut [u8], search: &Search) -> Super
 pub(super) fn write_groups(
     x: &SuperBlockValues,
     codes: &mut SuperBlockCodes,
-    (kept, d): (&[[u8; 2]; SUPER_BLOCK / GROUP], [f32; 2]),
+    (multiples, d): (&[[u8; 2]; SUPER_BLOCK / GROUP], [f32; 2]),
     most: f32,
     head: &mut [u8],
 ) {
@@ -370,7 +375,7 @@ pub(super) fn write_groups(
     head[2..4].copy_from_slice(&f16_bytes(d[1]));
     let scales = &mut head[4..16];
     scales.fill(0);
-    for (group, [scale, minimum]) in kept.iter().copied().enumerate() {
+    for (group, [scale, minimum]) in multiples.iter().copied().enumerate() {
         if group < 4 {
             scales[group] |= scale;
             scales[group + 4] |= minimum;
@@ -384,8 +389,8 @@ pub(super) fn write_groups(
         (x.chunks_exact(GROUP).zip(codes.chunks_exact_mut(GROUP))).enumerate()
     {
         let (scale, minimum) = six_bits(scales, group);
-        let kept = [f16_of(d[0]) * scale, f16_of(d[1]) * minimum];
-        recode(x, codes, kept, [0.0, most]);
+        let multiples = [f16_of(d[0]) * scale, f16_of(d[1]) * minimum];
+        recode(x, codes, multiples, [0.0, most]);
     }
 }
 
@@ -458,9 +463,14 @@ pub(super) fn q6_k_block(x: &SuperBlockValues, weights: &SuperBlockValues, out: 
     let inverse = -128.0 / most;
     let d = 1.0 / inverse;
     for (group, (x, codes)) in (x.chunks_exact(16).zip(codes.chunks_exact_mut(16))).enumerate() {
-        let kept = nearest(inverse * scales[group]).min(127.0);
-        out[192 + group] = kept as i8 as u8;
-        recode(x, codes, [f16_of(d) * kept, 0.0], [HALF, 2.0 * HALF - 1.0]);
+        let multiples = nearest(inverse * scales[group]).min(127.0);
+        out[192 + group] = multiples as i8 as u8;
+        recode(
+            x,
+            codes,
+            [f16_of(d) * multiples, 0.0],
+            [HALF, 2.0 * HALF - 1.0],
+        );
     }
     for (half, codes) in codes.chunks_exact(128).enumerate() {
         for i in 0..64 {

@@ -101,7 +101,7 @@ impl QuantizedProduct<'_> {
     unsafe fn with<I: Isa, F: UnitLayout>(mut self, scratch: &mut [u8]) {
         let strip_bytes = self.row_bytes * ROWS;
         for first in (0..self.rows.len()).step_by(TOGETHER) {
-            let some = first..self.rows.len().min(first + TOGETHER);
+            let batch = first..self.rows.len().min(first + TOGETHER);
             for strip in self.outs.start / ROWS..self.outs.end.div_ceil(ROWS) {
                 let start = strip * strip_bytes;
                 let end = self.bytes.len().min(start + strip_bytes);
@@ -114,7 +114,7 @@ impl QuantizedProduct<'_> {
                     }
                 };
                 // SAFETY: the caller's promise.
-                unsafe { self.strip::<I, F>(bytes, strip, some.clone()) };
+                unsafe { self.strip::<I, F>(bytes, strip, batch.clone()) };
             }
         }
     }
@@ -128,13 +128,13 @@ impl QuantizedProduct<'_> {
         &mut self,
         bytes: &[u8],
         strip: usize,
-        some: Range<usize>,
+        batch: Range<usize>,
     ) {
-        let mut at = some.start;
-        while at < some.end {
+        let mut at = batch.start;
+        while at < batch.end {
             // SAFETY: the caller's promise.
             at += unsafe {
-                match some.end - at {
+                match batch.end - at {
                     8.. if I::TILE >= 8 => self.tile::<I, F, 8>(bytes, strip, at),
                     4.. => self.tile::<I, F, 4>(bytes, strip, at),
                     2.. => self.tile::<I, F, 2>(bytes, strip, at),

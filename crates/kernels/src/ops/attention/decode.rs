@@ -88,7 +88,7 @@ fn attend(sequence: &DecodeQueries<'_>, keys: Range<usize>, kv_head: usize, mut 
     with_scratch(rows * n, |scores| {
         let all = MatMut::dense(scores, rows, n);
         let of_keys = sequence.keys.tile(keys.clone(), kv_head);
-        of_keys.scores((sequence.queries, &queries), all);
+        of_keys.scores(sequence.queries, &queries, all);
         for (row, scores) in scores.chunks_mut(n).enumerate() {
             let visible = earlier + row / group + 1;
             let (seen, later) = scores.split_at_mut(visible.saturating_sub(keys.start).min(n));
@@ -111,11 +111,11 @@ fn finish(sequence: &DecodeQueries<'_>, partial: &[f32], out: &mut [f32]) {
     let pieces = partial.len() / (rows * width).max(1);
     let out = MatMut::dense(out, rows, v_dim);
     let rows_of_task = (VALUES / (pieces * v_dim).max(1)).max(1);
-    Pieces::new(rows, rows_of_task).spin_for(|some| {
+    Pieces::new(rows, rows_of_task).spin_for(|tile| {
         // SAFETY: tasks write different rows.
         #[expect(unsafe_code, reason = "disjoint rows of the output")]
-        let mut out = unsafe { out.part(some.clone(), 0..v_dim) };
-        for (i, row) in some.enumerate() {
+        let mut out = unsafe { out.part(tile.clone(), 0..v_dim) };
+        for (i, row) in tile.enumerate() {
             let (at, head) = (row / heads, row % heads);
             let left = (head / group * sequence.seq + at) * group + head % group;
             let of_piece = |piece: usize| &partial[(piece * rows + left) * width..][..width];

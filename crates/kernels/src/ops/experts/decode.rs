@@ -72,8 +72,8 @@ pub(super) fn forward(
     if tokens > MAX_GEMV_ROWS || !experts.lora.dropout.is_off() {
         return None;
     }
-    let first = parts(experts, slots, &[GATE, UP])?;
-    let second = parts(experts, slots, &[DOWN])?;
+    let first = active_projections(experts, slots, &[GATE, UP])?;
+    let second = active_projections(experts, slots, &[DOWN])?;
     let of_all = match shared {
         Some(shared) => Some(PackedShared::new(shared)?),
         None => None,
@@ -93,18 +93,26 @@ pub(super) fn forward(
         weights_of(&first).chain(gate_up),
     );
     let outputs = [routed.products(), common.products()];
-    let own = (&*first, &*token_of, &input);
+    let own = RoutedProducts {
+        projections: &first,
+        rows: &token_of,
+        input: &input,
+    };
     multiply(experts, own, (gate_up, &input), outputs);
     let ((act, rows), (common_act, common_rows)) = (routed.activate(), common.activate());
     let (act, common_act) = (
         GemvInput::new(act, weights_of(&second)),
         GemvInput::new(common_act, down),
     );
-    let own = (&*second, &*order, &act);
+    let own = RoutedProducts {
+        projections: &second,
+        rows: &order,
+        input: &act,
+    };
     multiply(experts, own, (down, &common_act), [[rows], [common_rows]]);
 
     let mut y = vec![0.0; x.len()];
-    add_rows(slots, (&routed.out, hidden), weights, &mut y);
+    add_rows(slots, &routed.out, hidden, weights, &mut y);
     if of_all.is_some() {
         let rows = y.iter_mut().zip(&common.out);
         rows.for_each(|(y, row)| *y += *row);
@@ -152,19 +160,19 @@ impl MlpBuffers {
 }
 
 /// The projections of all experts that have slots.
-fn parts<'a>(
+fn active_projections<'a>(
     experts: RoutedExperts<'a>,
     slots: Slots<'_>,
     projections: &[usize],
 ) -> Option<Vec<ExpertProjection<'a>>> {
-    let mut parts = Vec::new();
+    let mut active = Vec::new();
     for expert in 0..slots.offsets.len() - 1 {
         let places = slots.of_expert(expert);
         if places.is_empty() {
             continue;
         }
         for &projection in projections {
-            parts.push(ExpertProjection {
+            active.push(ExpertProjection {
                 projection,
                 expert,
                 places: places.clone(),
@@ -172,24 +180,37 @@ fn parts<'a>(
             });
         }
     }
-    Some(parts)
+    Some(active)
 }
 
 fn weights_of<'p, 'w>(
-    parts: &'p [ExpertProjection<'w>],
+    projections: &'p [ExpertProjection<'w>],
 ) -> impl Iterator<Item = &'p PackedWeight<'w>> {
-    parts.iter().map(|part| &part.weight)
+    projections.iter().map(|part| &part.weight)
+}
+
+/// Projections of routed experts, and the rows of the input at all slots.
+#[derive(Clone, Copy)]
+struct RoutedProducts<'a> {
+    projections: &'a [ExpertProjection<'a>],
+    rows: &'a [usize],
+    input: &'a GemvInput<'a>,
 }
 
 /// Multiplies each projection with its rows of the input, and the shared experts' weights with every row of theirs.
 fn multiply<const N: usize>(
     experts: RoutedExperts<'_>,
-    (parts, rows, input): (&[ExpertProjection<'_>], &[usize], &GemvInput<'_>),
+    routed: RoutedProducts<'_>,
     (shared, shared_input): (&[PackedWeight<'_>], &GemvInput<'_>),
     [outputs, shared_outputs]: [[MatMut<'_>; N]; 2],
 ) {
     let tokens: Vec<usize> = (0..shared_input.floats().rows()).collect();
-    let own = parts.iter().map(|part| {
+    let RoutedProducts {
+        projections,
+        rows,
+        input,
+    } = routed;
+    let own = projections.iter().map(|part| {
         let all = &outputs[part.projection % N];
         GemvProduct {
             weight: part.weight,
@@ -213,9 +234,9 @@ fn multiply<const N: usize>(
         });
     let products: Vec<GemvProduct<'_>> = own.chain(of_all).collect();
     multiply_all(&products, |product, outs, y| {
-        if let Some(part) = parts.get(product) {
-            let x = (input.floats(), &rows[part.places.clone()]);
-            add_update(experts, part, x, outs, y);
+        if let Some(part) = projections.get(product) {
+            let rows = &rows[part.places.clone()];
+            add_update(experts, part, input.floats(), rows, outs, y);
         }
     });
 }
@@ -224,11 +245,12 @@ fn multiply<const N: usize>(
 fn add_update(
     experts: RoutedExperts<'_>,
     part: &ExpertProjection<'_>,
-    (x, rows): (Mat<'_>, &[usize]),
+    x: Mat<'_>,
+    rows: &[usize],
     outs: Range<usize>,
     mut y: MatMut<'_>,
 ) {
-    let Some((a, b)) = experts.factors_beside(part.projection, part.expert) else {
+    let Some((a, b)) = experts.activation_factors(part.projection, part.expert) else {
         return;
     };
     let (rank, scale) = (a.rows(), experts.lora.scale[part.projection]);
@@ -251,7 +273,7 @@ fn add_update(
 
 /// Adds every slot's row, times its weight, to its token's row, in the order of the experts. [`Slots::add_rows`] has a
 /// task per token, which is too much for a few.
-fn add_rows(slots: Slots<'_>, (rows, width): (&[f32], usize), weights: &[f32], sums: &mut [f32]) {
+fn add_rows(slots: Slots<'_>, rows: &[f32], width: usize, weights: &[f32], sums: &mut [f32]) {
     let places = slots.places(0..slots.offsets.len() - 1);
     for at in places {
         let (slot, token) = (slots.order[at] as usize, slots.token(at));

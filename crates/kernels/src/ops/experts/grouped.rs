@@ -16,7 +16,7 @@
 use std::ops::Range;
 
 use super::routed::{DOWN, GATE, RoutedExperts, UP};
-use super::slots::Slots;
+use super::slots::{ExpertSlots, Slots};
 use crate::memory::{Mat, MatMut, with_scratch, zeros};
 use crate::ops::swiglu;
 use crate::settings::{Accumulate, Compute};
@@ -39,8 +39,8 @@ pub(super) fn forward_in_groups(
             let rows = &mut scratch[..places.len() * hidden];
             let products =
                 [&mut gate, &mut up].map(|all| &mut all[places.start * inner..places.end * inner]);
-            forward_group(experts, slots, x, (group, products), rows);
-            slots.add_rows((rows, places), Some(weights), &by_token, &mut y);
+            forward_group(experts, slots, x, group, products, rows);
+            slots.add_rows(rows, places, Some(weights), &by_token, &mut y);
         }
     });
     (y, gate, up)
@@ -51,7 +51,8 @@ fn forward_group(
     experts: RoutedExperts<'_>,
     slots: Slots<'_>,
     x: &[f32],
-    (group, [gate, up]): (Range<usize>, [&mut [f32]; 2]),
+    group: Range<usize>,
+    [gate, up]: [&mut [f32]; 2],
     rows: &mut [f32],
 ) {
     let RoutedExperts { hidden, inner, .. } = experts;
@@ -60,7 +61,8 @@ fn forward_group(
         .map(|(values, width)| MatMut::dense(values, all.len(), width));
     let pieces = slots.pieces(group);
     parallel_for(pieces.len(), |i| {
-        let (expert, places) = pieces[i].clone();
+        let piece = &pieces[i];
+        let places = piece.places.clone();
         let rows = places.start - all.start..places.end - all.start;
         // SAFETY: pieces are different places.
         #[expect(unsafe_code, reason = "disjoint rows of three outputs")]
@@ -72,14 +74,14 @@ fn forward_group(
         let n = places.len();
         with_scratch(n * (hidden + inner), |scratch| {
             let (xs, act) = scratch.split_at_mut(n * hidden);
-            slots.gather(x, hidden, places.clone(), xs);
+            slots.gather(x, hidden, places, xs);
             let xs = Mat::dense(xs, n, hidden);
-            experts.project(GATE, expert, places.clone(), xs, gate.values());
-            experts.project(UP, expert, places.clone(), xs, up.values());
+            experts.project(GATE, piece, xs, gate.values());
+            experts.project(UP, piece, xs, up.values());
             swiglu::forward(gate.values(), up.values(), act);
             experts.compute.before_products().round_rows(act, inner);
             let act = Mat::dense(act, n, inner);
-            experts.project(DOWN, expert, places, act, out.values());
+            experts.project(DOWN, piece, act, out.values());
         });
     });
 }
@@ -91,6 +93,16 @@ pub(crate) struct SavedProducts<'a> {
     pub(crate) weights: &'a [f32],
     pub(crate) gate: &'a [f32],
     pub(crate) up: &'a [f32],
+}
+
+/// The inputs of a backward pass.
+#[derive(Clone, Copy)]
+struct ExpertsBackward<'a> {
+    experts: RoutedExperts<'a>,
+    slots: Slots<'a>,
+    saved: SavedProducts<'a>,
+    /// `[tokens, hidden]`.
+    dy: &'a [f32],
 }
 
 /// The gradients of every backward pass.
@@ -120,11 +132,17 @@ impl GroupGrads<'_> {
     /// Lends the input rows and output gradients of one expert's projection.
     fn with_operands(
         &self,
-        (experts, slots, saved): (RoutedExperts<'_>, Slots<'_>, SavedProducts<'_>),
-        dy: &[f32],
-        (projection, expert): (usize, usize),
+        pass: ExpertsBackward<'_>,
+        projection: usize,
+        expert: usize,
         use_them: impl FnOnce(Mat<'_>, Mat<'_>),
     ) {
+        let ExpertsBackward {
+            experts,
+            slots,
+            saved,
+            dy,
+        } = pass;
         let (places, start) = (
             slots.of_expert(expert),
             slots.places(self.experts.clone()).start,
@@ -154,14 +172,9 @@ impl GroupGrads<'_> {
 }
 
 /// dy `[tokens, hidden]` → gradients of the inputs; `learn` is called with each group.
-fn backward(
-    experts: RoutedExperts<'_>,
-    slots: Slots<'_>,
-    saved: SavedProducts<'_>,
-    dy: &[f32],
-    mut learn: impl FnMut(GroupGrads<'_>),
-) -> InputGrads {
-    let RoutedExperts { hidden, inner, .. } = experts;
+fn backward(pass: ExpertsBackward<'_>, mut learn: impl FnMut(GroupGrads<'_>)) -> InputGrads {
+    let ExpertsBackward { slots, dy, .. } = pass;
+    let RoutedExperts { hidden, inner, .. } = pass.experts;
     let (mut dx, mut dweights) = (zeros(dy.len()), vec![0.0; slots.order.len()]);
     let by_token = slots.by_token();
     let widths = [inner, inner, inner, hidden, 1];
@@ -173,7 +186,7 @@ fn backward(
                 rest.split_off_mut(..places.len() * width)
                     .expect("a share of the scratch of every group")
             });
-            backward_group(experts, slots, saved, dy, (group.clone(), &mut outputs));
+            backward_group(pass, group.clone(), &mut outputs);
             let [dgate, dup, act, rows, sorted_dweights] = outputs;
             learn(GroupGrads {
                 experts: group,
@@ -181,7 +194,7 @@ fn backward(
             });
             let of_slots = slots.order[places.clone()].iter().zip(sorted_dweights);
             of_slots.for_each(|(slot, dweight)| dweights[*slot as usize] = *dweight);
-            slots.add_rows((rows, places), None, &by_token, &mut dx);
+            slots.add_rows(rows, places, None, &by_token, &mut dx);
         }
     });
     InputGrads { dx, dweights }
@@ -189,13 +202,13 @@ fn backward(
 
 /// Fills a group's gradients of the products of gate and up and its activations `[slots, inner]`, the input gradients
 /// `[slots, hidden]` and the routing weights' `[slots]`.
-fn backward_group(
-    experts: RoutedExperts<'_>,
-    slots: Slots<'_>,
-    saved: SavedProducts<'_>,
-    dy: &[f32],
-    (group, outputs): (Range<usize>, &mut [&mut [f32]; 5]),
-) {
+fn backward_group(pass: ExpertsBackward<'_>, group: Range<usize>, outputs: &mut [&mut [f32]; 5]) {
+    let ExpertsBackward {
+        experts,
+        slots,
+        saved,
+        ..
+    } = pass;
     let inner = experts.inner;
     let all = slots.places(group.clone());
     let outputs = outputs.each_mut().map(|values| {
@@ -204,7 +217,8 @@ fn backward_group(
     });
     let pieces = slots.pieces(group);
     parallel_for(pieces.len(), |i| {
-        let (expert, places) = pieces[i].clone();
+        let piece = &pieces[i];
+        let places = piece.places.clone();
         let rows = places.start - all.start..places.end - all.start;
         // SAFETY: pieces are different places.
         #[expect(unsafe_code, reason = "disjoint rows of five outputs")]
@@ -216,7 +230,7 @@ fn backward_group(
         let (n, range) = (places.len(), places.start * inner..places.end * inner);
         let (gate, up) = (&saved.gate[range.clone()], &saved.up[range]);
         swiglu::forward(gate, up, act.values());
-        back_through_down(experts, slots, dy, (expert, places.clone()), dgate.values());
+        back_through_down(pass, piece, dgate.values());
         let weights = places
             .clone()
             .map(|at| saved.weights[slots.order[at] as usize]);
@@ -232,27 +246,22 @@ fn backward_group(
         for (projection, mut dy, accumulate) in gradients {
             let before = experts.compute.before_products();
             with_rounded_rows(dy.values(), inner, before, |dy| {
-                let (dy, dx) = (Mat::dense(dy, n, inner), (dx.values(), accumulate));
-                experts.project_back(projection, expert, places.clone(), dy, dx);
+                let dy = Mat::dense(dy, n, inner);
+                experts.project_back(projection, piece, dy, dx.values(), accumulate);
             });
         }
     });
 }
 
 /// The activations' gradients, before the routing weights: `downᵀ(dy)`.
-fn back_through_down(
-    experts: RoutedExperts<'_>,
-    slots: Slots<'_>,
-    dy: &[f32],
-    (expert, places): (usize, Range<usize>),
-    dact: &mut [f32],
-) {
-    let (n, hidden) = (places.len(), experts.hidden);
+fn back_through_down(pass: ExpertsBackward<'_>, piece: &ExpertSlots, dact: &mut [f32]) {
+    let ExpertsBackward { experts, slots, .. } = pass;
+    let (n, hidden) = (piece.places.len(), experts.hidden);
     with_scratch(n * hidden, |dys| {
-        slots.gather(dy, hidden, places.clone(), dys);
+        slots.gather(pass.dy, hidden, piece.places.clone(), dys);
         experts.compute.before_products().round_rows(dys, hidden);
         let dys = Mat::dense(dys, n, hidden);
-        experts.project_back(DOWN, expert, places, dys, (dact, Accumulate::Replace));
+        experts.project_back(DOWN, piece, dys, dact, Accumulate::Replace);
     });
 }
 
@@ -319,13 +328,18 @@ pub(crate) fn backward_trained(
     let size = experts.hidden * experts.inner;
     let mut stacks = [GATE, UP, DOWN].map(|_| vec![0.0; experts.n_experts * size]);
     let outputs = stacks.each_mut().map(|stack| experts.by_expert(stack));
-    let grads = backward(experts, slots, saved, dy, |group| {
+    let pass = ExpertsBackward {
+        experts,
+        slots,
+        saved,
+        dy,
+    };
+    let grads = backward(pass, |group| {
         group.for_each_projection(|projection, expert| {
             // SAFETY: each projection of each expert comes once.
             #[expect(unsafe_code, reason = "disjoint rows of three outputs")]
             let mut dw = unsafe { outputs[projection].part(expert..expert + 1, 0..size) };
-            let of = (experts, slots, saved);
-            group.with_operands(of, dy, (projection, expert), |x, dy| {
+            group.with_operands(pass, projection, expert, |x, dy| {
                 let compute = experts.compute;
                 with_rounded_columns([x, dy], compute.before_products(), |x, dy| {
                     let dw = MatMut::dense(dw.values(), dy.cols(), x.cols());
@@ -352,7 +366,13 @@ pub(crate) fn backward_updated(
     let outputs = stacks
         .each_mut()
         .map(|pair| pair.each_mut().map(|stack| experts.by_expert(stack)));
-    let grads = backward(experts, slots, saved, dy, |group| {
+    let pass = ExpertsBackward {
+        experts,
+        slots,
+        saved,
+        dy,
+    };
+    let grads = backward(pass, |group| {
         group.for_each_projection(|projection, expert| {
             // SAFETY: each projection of each expert comes once.
             #[expect(unsafe_code, reason = "disjoint rows of six outputs")]
@@ -361,14 +381,10 @@ pub(crate) fn backward_updated(
                     .each_ref()
                     .map(|all| all.part(expert..expert + 1, 0..all.cols()))
             };
-            let of = (experts, slots, saved);
-            group.with_operands(of, dy, (projection, expert), |x, dy| {
-                experts.factor_grads(
-                    projection,
-                    (expert, slots.of_expert(expert)),
-                    [x, dy],
-                    grads,
-                );
+            group.with_operands(pass, projection, expert, |x, dy| {
+                let places = slots.of_expert(expert);
+                let slots = ExpertSlots { expert, places };
+                experts.factor_grads(projection, &slots, [x, dy], grads);
             });
         });
     });
@@ -382,7 +398,13 @@ pub(crate) fn backward_inputs(
     saved: SavedProducts<'_>,
     dy: &[f32],
 ) -> InputGrads {
-    backward(experts, slots, saved, dy, |_| {})
+    let pass = ExpertsBackward {
+        experts,
+        slots,
+        saved,
+        dy,
+    };
+    backward(pass, |_| {})
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::bank::ExpertBank;
 use super::expert_cache::CachedExpert;
+use super::slots::ExpertSlots;
 use crate::formats::Quantizer;
 use crate::matmul::{WeightFakeQuant, WeightOperand, gemm, nn_serial, nt_serial};
 use crate::memory::{Mat, MatMut, with_scratch};
@@ -108,7 +109,7 @@ impl<'a> RoutedExperts<'a> {
     }
 
     /// One expert's factors, if they are applied to the activations.
-    pub(super) fn factors_beside(
+    pub(super) fn activation_factors(
         &self,
         projection: usize,
         expert: usize,
@@ -132,27 +133,26 @@ impl<'a> RoutedExperts<'a> {
         })
     }
 
-    /// `y = x · wᵀ + scale · (drop(x) · aᵀ) · bᵀ` for rows at `places`.
+    /// `y = x · wᵀ + scale · (drop(x) · aᵀ) · bᵀ` for the rows of `slots`.
     pub(super) fn project(
         &self,
         projection: usize,
-        expert: usize,
-        places: Range<usize>,
+        slots: &ExpertSlots,
         x: Mat<'_>,
         y: &mut [f32],
     ) {
         let (rows, [_, out_width]) = (x.rows(), self.widths(projection));
         nt_serial(
             x,
-            self.weights(projection, expert),
+            self.weights(projection, slots.expert),
             0..out_width,
             MatMut::dense(y, rows, out_width),
             Accumulate::Replace,
         );
-        let Some((a, b)) = self.factors_beside(projection, expert) else {
+        let Some((a, b)) = self.activation_factors(projection, slots.expert) else {
             return;
         };
-        self.with_dropped(projection, places, x, |x| {
+        self.with_dropped(projection, &slots.places, x, |x| {
             with_scratch(rows * a.rows(), |low| {
                 gemm(
                     MatMut::dense(low, rows, a.rows()),
@@ -177,21 +177,21 @@ impl<'a> RoutedExperts<'a> {
     pub(super) fn project_back(
         &self,
         projection: usize,
-        expert: usize,
-        places: Range<usize>,
+        slots: &ExpertSlots,
         dy: Mat<'_>,
-        (dx, accumulate): (&mut [f32], Accumulate),
+        dx: &mut [f32],
+        accumulate: Accumulate,
     ) {
         let (rows, [in_width, out_width]) = (dy.rows(), self.widths(projection));
         nn_serial(
             dy,
-            self.weights(projection, expert),
+            self.weights(projection, slots.expert),
             0..out_width,
             0..in_width,
             MatMut::dense(dx, rows, in_width),
             accumulate,
         );
-        let Some((a, b)) = self.factors_beside(projection, expert) else {
+        let Some((a, b)) = self.activation_factors(projection, slots.expert) else {
             return;
         };
         with_scratch(rows * (a.rows() + in_width), |scratch| {
@@ -220,7 +220,7 @@ impl<'a> RoutedExperts<'a> {
                 1.0,
                 Accumulate::Replace,
             );
-            self.drop_rows(projection, places, dropped, in_width);
+            self.drop_rows(projection, &slots.places, dropped, in_width);
             dx.iter_mut()
                 .zip(dropped)
                 .for_each(|(dx, dropped)| *dx += *dropped);
@@ -231,7 +231,7 @@ impl<'a> RoutedExperts<'a> {
     pub(super) fn with_dropped(
         &self,
         projection: usize,
-        places: Range<usize>,
+        places: &Range<usize>,
         x: Mat<'_>,
         use_it: impl FnOnce(Mat<'_>),
     ) {
@@ -250,15 +250,15 @@ impl<'a> RoutedExperts<'a> {
     pub(super) fn factor_grads(
         &self,
         projection: usize,
-        (expert, places): (usize, Range<usize>),
+        slots: &ExpertSlots,
         [x, dy]: [Mat<'_>; 2],
         [mut da, mut db]: [MatMut<'_>; 2],
     ) {
-        let Some((a, b)) = self.factors(projection, expert) else {
+        let Some((a, b)) = self.factors(projection, slots.expert) else {
             return;
         };
         let (n, rank, scale) = (x.rows(), a.rows(), self.lora.scale[projection]);
-        self.with_dropped(projection, places, x, |x| {
+        self.with_dropped(projection, &slots.places, x, |x| {
             with_scratch(2 * n * rank, |scratch| {
                 let (low, dlow) = scratch.split_at_mut(n * rank);
                 gemm(
@@ -293,12 +293,12 @@ impl<'a> RoutedExperts<'a> {
     pub(super) fn drop_rows(
         &self,
         projection: usize,
-        places: Range<usize>,
+        places: &Range<usize>,
         rows: &mut [f32],
         width: usize,
     ) {
         let dropout = self.lora.dropout.fork(projection as u64);
-        for (place, row) in places.zip(rows.chunks_mut(width)) {
+        for (place, row) in places.clone().zip(rows.chunks_mut(width)) {
             dropout.apply(row, (place * width) as u64);
         }
     }

@@ -22,6 +22,13 @@ pub(crate) struct Slots<'a> {
     pub(crate) top_k: usize,
 }
 
+/// An expert, and positions of its slots in [`Slots::order`].
+#[derive(Clone, Debug)]
+pub(super) struct ExpertSlots {
+    pub(super) expert: usize,
+    pub(super) places: Range<usize>,
+}
+
 impl Slots<'_> {
     pub(super) fn token(&self, at: usize) -> usize {
         self.order[at] as usize / self.top_k
@@ -32,6 +39,7 @@ impl Slots<'_> {
         self.offsets[experts.start] as usize..self.offsets[experts.end] as usize
     }
 
+    /// The positions of an expert's slots.
     pub(super) fn of_expert(&self, expert: usize) -> Range<usize> {
         self.places(expert..expert + 1)
     }
@@ -65,11 +73,12 @@ impl Slots<'_> {
         with_scratch(sizes.max().unwrap_or(0) * width, use_it)
     }
 
-    /// The tasks: an expert and some positions of its slots in `order`.
-    pub(super) fn pieces(&self, experts: Range<usize>) -> Vec<(usize, Range<usize>)> {
+    /// The tasks of some experts.
+    pub(super) fn pieces(&self, experts: Range<usize>) -> Vec<ExpertSlots> {
         experts
             .flat_map(|expert| {
-                tiles(self.of_expert(expert), TASK_SLOTS).map(move |places| (expert, places))
+                tiles(self.of_expert(expert), TASK_SLOTS)
+                    .map(move |places| ExpertSlots { expert, places })
             })
             .collect()
     }
@@ -94,7 +103,8 @@ impl Slots<'_> {
     /// are weights.
     pub(super) fn add_rows(
         &self,
-        (rows, places): (&[f32], Range<usize>),
+        rows: &[f32],
+        places: Range<usize>,
         weights: Option<&[f32]>,
         by_token: &[usize],
         sums: &mut [f32],

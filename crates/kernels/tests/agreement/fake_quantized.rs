@@ -1,5 +1,5 @@
-//! Updates that are folded into rounded weights, against the sum written out, rounded whole, with rounding as
-//! the identity in the gradient.
+//! Fake-quantized weights with updates, against the sum computed and rounded whole, with rounding as the identity in
+//! the gradient.
 
 use candle_core::quantized::k_quants::{BlockQ4_0, BlockQ8_0, GgmlType};
 use moeforge_kernels::fp8::{Scales, encode_tiles, f32_to_e4m3};
@@ -27,7 +27,7 @@ fn through_fp8(values: &[f32], shape: [usize; 2]) -> Vec<f32> {
     rounded
 }
 
-/// What a matrix is in a format, by other code than ours where there is some.
+/// A matrix in a format, decoded by independent code where there is some.
 fn rounded(w: &Tensor<2>, format: &str) -> Tensor<2> {
     let (shape, w) = (w.dims(), values(w));
     let w = match format {
@@ -246,7 +246,7 @@ fn updates_are_folded_onto_fp8_weights_and_fp8_alone_is_left_as_it_is() {
             x.clone()
                 .matmul(straight_through(&w, b.clone().matmul(a.clone()) * 2.0, "fp8").transpose())
         );
-        // The codes are what a merge copies: other scales would be as good, and not the same.
+        // The codes are what a merge copies: other scales would be as good, but not the same.
         let none = [[0, inner], [out, 0]].map(|shape| Tensor::zeros(shape, &device()));
         let y = linear_fake_quantized(x.clone(), &matrix, none, merge, Compute::F32);
         let expected = linear_frozen(x.clone(), &matrix, Compute::F32);

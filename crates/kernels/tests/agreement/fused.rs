@@ -1,5 +1,5 @@
-//! Operations that are made at once against the same ones one after the other, which is what they are under autodiff: the
-//! same bits, whatever the weights are stored in and however many rows there are.
+//! Fused operations against the separate ones, which autodiff uses: the same bits, for every stored format and number
+//! of rows.
 
 use moeforge_kernels::{
     Absorbed, Ggml, SharedExperts, absorbed_attention, latent_attention, linear_frozen_pair,
@@ -21,7 +21,7 @@ fn weights(rows: usize, cols: usize) -> Vec<Matrix> {
     all
 }
 
-/// Without autodiff, where operations are made at once.
+/// Without autodiff, where operations are fused.
 fn plainly<const D: usize>(x: &Tensor<D>) -> Tensor<D> {
     Tensor::from_data(x.to_data(), &Device::flex())
 }

@@ -1,4 +1,4 @@
-//! What is kept for the backward pass, and what is remade instead.
+//! The activations saved for the backward pass, and those that are recomputed instead.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
@@ -9,7 +9,7 @@ use moeforge_kernels::{Compute, linear_trained, rms_norm, saved_activation_bytes
 const TOKENS: usize = 40;
 const WIDTH: usize = 256;
 
-/// The bytes that wait after a forward pass of a feed-forward layer after a norm, and the gradients that come of it.
+/// The saved bytes after the forward pass of a norm and a feed-forward layer, and its gradients.
 fn feed_forward(compute: Compute) -> (usize, Vec<Tensor<2>>) {
     let device = Device::flex().autodiff();
     device.seed(1);
@@ -36,7 +36,7 @@ fn feed_forward(compute: Compute) -> (usize, Vec<Tensor<2>>) {
     (kept, grads.to_vec())
 }
 
-/// One test, because the count is one of the whole process.
+/// One test, because the counter is global to the process.
 #[test]
 fn only_gate_and_up_wait_for_the_backward_pass_of_a_feed_forward_layer() {
     let numbers = 2 * TOKENS * WIDTH;
@@ -45,7 +45,7 @@ fn only_gate_and_up_wait_for_the_backward_pass_of_a_feed_forward_layer() {
     let (bf16_bytes, bf16) = feed_forward(Compute::Bf16);
     assert_eq!(bf16_bytes, 2 * numbers);
     let (fp8_bytes, fp8) = feed_forward(Compute::Fp8(Scales::F32));
-    // A scale of 4 bytes for 128 numbers.
+    // A scale of 4 bytes per 128 numbers.
     assert_eq!(fp8_bytes, numbers + numbers / 128 * 4);
 
     let error = |found: &[Tensor<2>]| {

@@ -12,7 +12,7 @@ use crate::simd::{Instructions, round_to_bf16};
 
 /// The most rows of activations that are multiplied with a weight's stored bytes, one row at a time: each row has the
 /// bits it has alone. The most queries of decoding, too.
-pub(crate) const MAX_GEMV_ROWS: usize = 8;
+pub const MAX_GEMV_ROWS: usize = 8;
 
 /// A weight whose stored bytes are multiplied.
 #[derive(Clone, Copy, Debug)]
@@ -123,12 +123,13 @@ impl<'a> PackedWeight<'a> {
     /// If a range leaves its matrix or the sizes do not fit.
     pub(crate) fn multiply(
         &self,
-        input: (&GemvInput<'_>, &[usize]),
+        x: &GemvInput<'_>,
+        rows: &[usize],
         outs: Range<usize>,
         y: MatMut<'_>,
         accumulate: Accumulate,
     ) {
-        self.multiply_with(Instructions::best(), input, outs, y, accumulate);
+        self.multiply_with(Instructions::best(), (x, rows), outs, y, accumulate);
     }
 
     fn multiply_with(
