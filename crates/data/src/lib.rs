@@ -18,9 +18,6 @@
 //! # Ok::<(), moeforge_data::Error>(())
 //! ```
 
-mod chat_template;
-mod decode_stream;
-mod python;
 mod tokenizer;
 mod turn;
 
@@ -42,10 +39,8 @@ mod packing;
 mod error;
 
 pub use batch::{Batch, IGNORE, collate, collate_rows};
-pub use chat_template::{ChatTemplate, GenerationPrompt};
 pub use choice::{Choice, ChoiceRow, choices};
 pub use corpus::{Corpus, Reading};
-pub use decode_stream::DecodeStream;
 pub use error::{Error, Result};
 pub use ids::read_ids;
 pub use order::{Order, Shuffle};
@@ -55,4 +50,6 @@ pub use row::Pair;
 pub use sample::Sample;
 pub use split::{Counts, Pairs, Split};
 pub use survey::{Lengths, Repeats, Survey};
-pub use tokenizer::{Bos, Special, Tokenizer, TokenizerFiles};
+pub use tokenizer::{
+    Bos, ChatTemplate, DecodeStream, GenerationPrompt, Special, Tokenizer, TokenizerFiles,
+};

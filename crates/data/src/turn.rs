@@ -21,9 +21,8 @@
 //! has to write it there. So every turn is trained once, after the context it will be written in:
 //! earlier thoughts are as the template shows them.
 
-use crate::chat_template::{ChatTemplate, GenerationPrompt};
 use crate::error::{Error, Result};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{ChatTemplate, GenerationPrompt, Tokenizer};
 use serde_json::Value;
 use std::ops::Range;
 

@@ -105,7 +105,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::fit::Picks;
+    use crate::routing::Picks;
     use model::{Compute, ForwardContext, Observe, Training, weights};
 
     #[test]

@@ -23,10 +23,12 @@
 //! ```
 
 mod balance;
+mod checkpoint_state;
 mod dataset;
 mod diagnosis;
 mod dpo;
 mod error;
+mod events;
 mod export;
 mod fit;
 mod loss_scale;
@@ -34,21 +36,20 @@ mod optimizer;
 mod session;
 
 mod recipe;
-mod recipe_check;
-mod recipe_file;
-mod recipe_keys;
+mod routing;
 mod schedule;
 
 mod metrics;
 mod run_dir;
-mod state;
 
+pub use self::checkpoint_state::{Best, State, read_optimizer, write_optimizer};
 pub use self::dataset::Dataset;
 pub use self::dpo::Rewards;
 pub use self::error::{Error, Result};
+pub use self::events::{Host, Memory};
 pub use self::fit::{
-    Census, Event, Host, LayerDrift, LayerLoad, Memory, RangeTest, RatePoint, Sample, StepReport,
-    TensorGradient, Watchdog, Zero, steepest,
+    Census, Event, RangeTest, RatePoint, Sample, StepReport, TensorGradient, Watchdog, Zero,
+    steepest,
 };
 pub use self::loss_scale::LossScale;
 pub use self::metrics::Metrics;
@@ -57,7 +58,7 @@ pub use self::recipe::{
     LoraSection, Loss, Method, ModelSection, Moments, OptimizerSection, PrecisionSection, Recipe,
     RouterTraining, ScheduleKind, ScheduleSection, TrainSection,
 };
+pub use self::routing::{LayerDrift, LayerLoad};
 pub use self::run_dir::RunDir;
 pub use self::schedule::Schedule;
 pub use self::session::{Session, Surroundings, open_folder, tokenizer_of};
-pub use self::state::{Best, State, read_optimizer, write_optimizer};

@@ -13,13 +13,13 @@ use model::lora::{self, Adapted, LoraConfig, Scaling, Share};
 use model::precision::Policy;
 use model::{AdapterWeights, Model, ModelConfig, Training, weights};
 
+use crate::checkpoint_state::{State, read_optimizer};
 use crate::dataset::{self, Dataset};
-use crate::fit::Picks;
 use crate::loss_scale::LARGEST_EXPONENT;
 use crate::optimizer::AdamW;
 use crate::recipe::{Checkpointing, Compute, ExpertsShare, Loss, Method, Recipe, RouterTraining};
+use crate::routing::Picks;
 use crate::run_dir::RunDir;
-use crate::state::{State, read_optimizer};
 use crate::{Error, Result};
 
 /// Everything a run needs in memory.

@@ -1,8 +1,8 @@
 //! What a tokenizer is made of: a model folder's files, or what a GGUF says, which can be written as
 //! such files.
 
-use super::gguf::GgufTokens;
-use crate::chat_template::{CONFIG, TEMPLATE};
+use super::chat_template::{CONFIG, TEMPLATE};
+use super::from_gguf::GgufTokens;
 use crate::error::{Error, Result};
 use crate::file::read_text;
 use std::borrow::Cow;

@@ -1,7 +1,7 @@
 //! The metadata of a GGUF, as far as it is about tokens, with its types checked.
 
 use super::files::TokenizerFiles;
-use super::gguf::GgufTokens;
+use super::from_gguf::GgufTokens;
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::collections::BTreeMap;

@@ -12,7 +12,7 @@
 //! Source: ggml-org/llama.cpp: src/llama-vocab.cpp, `llm_tokenizer_spm_session`;
 //! huggingface/transformers: src/transformers/convert_slow_tokenizer.py, `generate_merges`.
 
-use super::gguf::{Bpe, GgufTokens, Kind, Scheme, Vocabulary};
+use super::from_gguf::{Bpe, GgufTokens, Kind, Scheme, Vocabulary};
 use serde_json::{Value, json};
 
 /// What stands for a space.

@@ -6,7 +6,8 @@
 //! Source: L. N. Smith, arXiv:1506.01186, section 3.3; the steepest descent of the smoothed loss as the suggestion is
 //! fast.ai's.
 
-use super::{Event, Host};
+use super::Event;
+use crate::events::Host;
 use crate::session::Session;
 use crate::{Error, Result};
 

@@ -4,11 +4,12 @@ use burn::module::Module;
 use data::{Batch, collate};
 use model::{ForwardContext, Model, Observe};
 
-use super::experts::{self, Picks};
-use super::{Event, Host, hidden, losses};
+use super::{Event, hidden, losses};
 use crate::Result;
 use crate::dpo::Rewards;
+use crate::events::Host;
 use crate::metrics::journal::{Journal, Validation};
+use crate::routing::{self, Picks};
 use crate::session::Session;
 
 /// The batches whose picks are compared with the reference's. Its own are kept, two bytes each.
@@ -64,7 +65,7 @@ impl Session {
             (None, Some(reference)) if !picks.is_empty() => self.picks(reference)?,
             _ => vec![],
         };
-        let routing_drift = experts::drift(&picks, &reference_picks);
+        let routing_drift = routing::drift(&picks, &reference_picks);
         self.reference_picks = Some(reference_picks);
         Ok(Some(Validation {
             valid_loss: sum / counted.max(1) as f64,

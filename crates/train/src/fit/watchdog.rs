@@ -8,12 +8,13 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Event, Host};
+use super::Event;
+use crate::checkpoint_state::exact;
+use crate::events::Host;
 use crate::metrics::journal::Journal;
 use crate::recipe::TrainSection;
 use crate::run_dir::RunDir;
 use crate::session::Session;
-use crate::state::exact;
 use crate::{Error, Result};
 
 /// Weight of a new loss in the average: it spans about 20 steps, and as many have to be seen before any is judged.

@@ -9,7 +9,8 @@ use super::Metrics;
 use super::event_file::{EventFile, Value};
 use crate::Result;
 use crate::dpo::Rewards;
-use crate::fit::{LayerDrift, LayerLoad, Sample, StepReport};
+use crate::fit::{Sample, StepReport};
+use crate::routing::{LayerDrift, LayerLoad};
 use crate::run_dir::RunDir;
 
 /// The metrics of a run in both forms.

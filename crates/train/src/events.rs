@@ -2,7 +2,7 @@
 
 use model::Model;
 
-use super::Event;
+use crate::fit::Event;
 
 /// The program around a run. A closure over events is one that has nothing to add.
 pub trait Host {

@@ -1,16 +1,15 @@
 //! The rows of a data file: which kinds there are, and what each trains.
 
-use crate::chat_template::{ChatTemplate, GenerationPrompt};
 use crate::error::{Error, Result};
 use crate::file::describe;
 use crate::sample::{Marked, Sample};
-use crate::tokenizer::{Bos, Tokenizer};
+use crate::tokenizer::{Bos, ChatTemplate, GenerationPrompt, Tokenizer};
 use crate::turn::Conversation;
 use kind::Kind;
 use serde_json::{Map, Value};
 use std::ops::Range;
 
-mod foreign;
+mod alpaca_sharegpt;
 mod kind;
 mod pair;
 
@@ -62,9 +61,11 @@ impl Row {
                 let messages = messages("messages", row.remove("messages"))?;
                 Self::conversation(messages, tools, 0)?
             }
-            Kind::Instruction => Self::conversation(foreign::instruction(&mut row)?, tools, 0)?,
+            Kind::Instruction => {
+                Self::conversation(alpaca_sharegpt::instruction(&mut row)?, tools, 0)?
+            }
             Kind::Conversations => {
-                let list = Value::Array(foreign::conversations(&mut row)?);
+                let list = Value::Array(alpaca_sharegpt::conversations(&mut row)?);
                 Self::conversation(messages("conversations", Some(list))?, tools, 0)?
             }
             Kind::Ids => pretokenized(&mut row)?,

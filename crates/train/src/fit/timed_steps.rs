@@ -2,8 +2,9 @@
 
 use model::Cost;
 
-use super::{Event, Host, StepReport};
+use super::{Event, StepReport};
 use crate::Result;
+use crate::events::Host;
 use crate::session::Session;
 
 impl Session {

@@ -2,8 +2,8 @@
 //!
 //! Deliberately not here: which of that text is trained (see `turn.rs`), and tokens.
 
+use super::jinja_compat;
 use crate::error::{Error, Result};
-use crate::python;
 use crate::tokenizer::TokenizerFiles;
 use minijinja::{Environment, Value as TemplateValue};
 use serde::Deserialize;
@@ -71,7 +71,7 @@ impl ChatTemplate {
     }
 
     fn new(source: &str, special_tokens: BTreeMap<&'static str, String>) -> Result<Self> {
-        let mut environment = python::environment();
+        let mut environment = jinja_compat::environment();
         environment
             .add_template_owned(NAME, without_generation_tags(source))
             .map_err(template_error)?;
@@ -155,7 +155,7 @@ fn with_arguments_as_text(messages: &[Value]) -> Option<Vec<Value>> {
         .flatten();
     for arguments in calls.filter_map(|call| call.get_mut("function")?.get_mut("arguments")) {
         if arguments.is_object() {
-            *arguments = Value::String(python::json_text(arguments));
+            *arguments = Value::String(jinja_compat::json_text(arguments));
             changed = true;
         }
     }

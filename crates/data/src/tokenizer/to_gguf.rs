@@ -7,10 +7,10 @@
 //! Source: ggml-org/llama.cpp: conversion/base.py, `get_vocab_base` and `_set_vocab_gpt2`; gguf-py/gguf/vocab.py.
 
 use super::TokenizerFiles;
+use super::chat_template::{ChatTemplate, TokenizerConfig};
 use super::files::TOKENIZER;
 use super::splits::Splits;
 use crate::Tokenizer;
-use crate::chat_template::{ChatTemplate, TokenizerConfig};
 use crate::error::Result;
 use serde::Deserialize;
 use serde_json::{Value, json};

@@ -1,8 +1,12 @@
 //! What a training run is told: one flat TOML file, its defaults, and their reasons.
 //!
 //! Every number that is not written in a recipe comes from a `Default` here and nowhere else.
-//! How the file is read, and how `--set` overrides it, is in `recipe_file.rs`; which values are
-//! refused is in `recipe_check.rs`.
+//! How the file is read, and how `--set` overrides it, is in `file.rs`; which values are
+//! refused is in `check.rs`.
+
+mod check;
+mod file;
+mod keys;
 
 use std::path::PathBuf;
 

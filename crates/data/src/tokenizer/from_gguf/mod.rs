@@ -9,8 +9,8 @@
 //! Source: ggml-org/llama.cpp: src/llama-vocab.cpp, for what the keys mean and what holds where
 //! one is missing.
 
-use super::keys::types;
 use super::splits::Splits;
+use super::to_gguf::types;
 use super::{guarded, sentencepiece};
 use serde::de::DeserializeOwned;
 use serde::{Serialize, Serializer};

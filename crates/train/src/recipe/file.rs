@@ -11,9 +11,10 @@ use std::path::{Component, Path, PathBuf};
 use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
+use super::check::Problem;
+use super::keys;
 use crate::error::{io, shown};
-use crate::recipe_check::Problem;
-use crate::{Error, Recipe, Result, recipe_keys};
+use crate::{Error, Recipe, Result};
 
 /// The longest recipe. Real ones have a thousand bytes.
 const MAX_BYTES: u64 = 1 << 20;
@@ -108,10 +109,10 @@ impl Draft {
                 let value = draft.table.get(&**section);
                 return Err(no_section(section_place, section, value));
             };
-            recipe_keys::check_section(&section_place, section)?;
+            keys::check_section(&section_place, section)?;
             for key in keys.keys() {
                 let key_place = place(key.span().start);
-                recipe_keys::check_key(&key_place, section, key.get_ref())?;
+                keys::check_key(&key_place, section, key.get_ref())?;
                 draft
                     .places
                     .insert(format!("{section}.{}", key.get_ref()), key_place);
@@ -146,7 +147,7 @@ impl Draft {
         let name = name.trim();
         let (section, key) = name.split_once('.').ok_or_else(malformed)?;
         let place = format!("--set {}", shown(assignment));
-        recipe_keys::check_key(&place, section, key)?;
+        keys::check_key(&place, section, key)?;
         let mut value = parse_value(value.trim());
         if PATHS.contains(&name) {
             resolve(&mut value, Path::new(""))
@@ -240,8 +241,8 @@ impl Draft {
 
 /// The error for a value where only sections can be.
 fn no_section(place: String, name: &str, value: Option<&Value>) -> Error {
-    if !recipe_keys::is_section(name) {
-        return recipe_keys::outside(&place, name);
+    if !keys::is_section(name) {
+        return keys::outside(&place, name);
     }
     Error::Setting {
         place,

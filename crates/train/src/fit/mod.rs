@@ -3,11 +3,9 @@
 //! The loss is averaged over the trained tokens of the whole step: a step of four micro-batches has the gradient of
 //! one four times as large, however unevenly the tokens are spread over them. Of preferences it is averaged over pairs.
 
-mod census;
-mod experts;
-mod host;
+mod grad_audit;
 mod range_test;
-mod trial;
+mod timed_steps;
 mod validation;
 mod watchdog;
 
@@ -20,22 +18,21 @@ use model::{ForwardContext, Model, Observe, Parameter, Trace};
 use serde::Serialize;
 
 use crate::balance::{self, Valid};
+use crate::checkpoint_state::{State, write_optimizer};
 use crate::dataset::segments;
 use crate::dpo::{self, Rewards};
+use crate::events::{Host, Memory};
 use crate::loss_scale::LossScale;
 use crate::metrics::journal::Journal;
 use crate::optimizer::Accumulated;
 use crate::recipe::Loss;
+use crate::routing::{LayerLoad, Picks};
 use crate::run_dir::RunDir;
 use crate::schedule::Schedule;
 use crate::session::Session;
-use crate::state::{State, write_optimizer};
 use crate::{Error, Result, export};
 
-pub use self::census::{Census, TensorGradient, Zero};
-pub(crate) use self::experts::Picks;
-pub use self::experts::{LayerDrift, LayerLoad};
-pub use self::host::{Host, Memory};
+pub use self::grad_audit::{Census, TensorGradient, Zero};
 pub use self::range_test::{RangeTest, RatePoint, steepest};
 pub use self::watchdog::Watchdog;
 

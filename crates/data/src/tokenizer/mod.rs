@@ -4,20 +4,24 @@
 //! and dropout are read once and then switched off: this crate decides about BOS and length
 //! itself, and the same text always gives the same ids.
 
+mod chat_template;
+mod decode_stream;
 mod files;
-mod gguf;
-mod keys;
+mod from_gguf;
+mod jinja_compat;
 mod metadata;
 mod sentencepiece;
 mod splits;
+mod to_gguf;
 
+pub use chat_template::{ChatTemplate, GenerationPrompt};
+pub use decode_stream::DecodeStream;
 pub use files::TokenizerFiles;
 
-use crate::chat_template::{CONFIG, ChatTemplate, TokenizerConfig};
-use crate::decode_stream::DecodeStream;
 use crate::error::{Error, Result};
+use chat_template::{CONFIG, TokenizerConfig};
 use files::{TOKENIZER, Tokens};
-use gguf::GgufTokens;
+use from_gguf::GgufTokens;
 use sha2::{Digest, Sha256};
 use std::collections::HashSet;
 use std::fmt;
