@@ -1,6 +1,6 @@
-//! Which sections and keys a recipe has, and which one a wrong one was meant to be.
+//! The names of a recipe's sections and keys, and suggestions for misspelled ones.
 //!
-//! The names are asked of the structs themselves, so that there is no second list.
+//! The names come from the structs themselves, so that there is no second list.
 
 use serde::de::value::Error as NoValue;
 use serde::de::{Deserialize, Deserializer, Error as _, Visitor};
@@ -35,7 +35,7 @@ pub(crate) fn is_section(name: &str) -> bool {
     sections().iter().any(|(section, _)| *section == name)
 }
 
-/// Checks that there is a section of that name. `place` is where it was written.
+/// Checks that there is a section of that name. `place` is its place in the recipe.
 ///
 /// # Errors
 /// If there is none.
@@ -52,7 +52,7 @@ pub(crate) fn check_section(place: &str, name: &str) -> Result<()> {
     Err(unknown(place, found, hint))
 }
 
-/// Checks that the section has a key of that name. `place` is where it was written.
+/// Checks that the section has a key of that name. `place` is its place in the recipe.
 ///
 /// # Errors
 /// If it has none.
@@ -80,7 +80,7 @@ pub(crate) fn outside(place: &str, key: &str) -> Error {
     unknown(place, found, hint)
 }
 
-/// A hint if some section has this key, or else one much like it.
+/// A hint if another section has this key, or one that is much like it.
 fn elsewhere(key: &str) -> Option<String> {
     let owner = |key: &str| {
         let sections = sections();
@@ -97,7 +97,7 @@ fn elsewhere(key: &str) -> Option<String> {
     })
 }
 
-/// The name most like this one, unless none is much like it.
+/// The most similar name, if it is similar enough.
 fn nearest<'a>(name: &str, candidates: &[&'a str]) -> Option<&'a str> {
     // Below it come words that share only a few letters; above it, every typo of one letter.
     const ALIKE: f64 = 0.8;
@@ -129,7 +129,7 @@ fn unknown(place: &str, found: String, hint: String) -> Error {
 /// The names of a struct's fields, as serde reads them.
 fn fields<'de, T: Deserialize<'de>>() -> &'static [&'static str] {
     let mut fields: &'static [&'static str] = &[];
-    // The deserializer never has a value: it notes what was asked for and fails.
+    // The deserializer has no value: it records the names of the fields and fails.
     let _ = T::deserialize(FieldNames(&mut fields));
     fields
 }

@@ -1,8 +1,8 @@
-//! What the first step's gradient reaches, and why it does not reach the rest.
+//! The gradient audit: which tensors the first step's gradient reaches, and why it is zero in the others.
 //!
-//! A module that never gets a gradient trains nothing and nobody sees it. In the first step most zeros have a good
-//! reason: while a low-rank update's second factor is zero its first one has no gradient, and an expert without a token
-//! has none either.
+//! A module that never gets a gradient trains nothing, and nobody notices. In the first step most zeros have a good reason:
+//! while a low-rank update's second factor is zero its first factor has no gradient, and neither has an expert without a
+//! token.
 
 use std::path::Path;
 
@@ -10,15 +10,16 @@ use burn::tensor::Tensor;
 use model::{Model, Parameter};
 use serde::Serialize;
 
-use super::Sums;
 use crate::Result;
+use crate::optimizer::Accumulated;
+use crate::routing::ExpertLoads;
 
 /// The file in the run directory.
 const NAME: &str = "gradients.json";
 
 /// The first step's gradients, tensor by tensor.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Census {
+pub struct GradAudit {
     /// Every trained tensor.
     pub tensors: Vec<TensorGradient>,
 }
@@ -32,8 +33,8 @@ pub struct TensorGradient {
     pub norm: f64,
     /// Why it is zero, if it is.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub zero: Option<Zero>,
-    /// The experts whose part of it is zero because they got no token.
+    pub zero: Option<ZeroGradient>,
+    /// The experts whose gradient is zero because they got no token.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub experts_without_token: Vec<usize>,
 }
@@ -41,8 +42,8 @@ pub struct TensorGradient {
 /// Why a gradient is zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Zero {
-    /// It is a first factor whose second factor is still zero: this passes with the first step.
+pub enum ZeroGradient {
+    /// The second factor of this first factor is still zero: this passes with the first step.
     SecondFactorIsZero,
     /// None of its experts got a token.
     NoToken,
@@ -52,24 +53,30 @@ pub enum Zero {
     Unknown,
 }
 
-impl Census {
-    /// Of the gradients of a step. Reads them back, which is why it is for one step only.
-    pub(crate) fn of(model: &Model, sums: &Sums) -> Self {
+impl GradAudit {
+    /// Audits the gradients of a step. It copies them to the host, so it is for one step only.
+    pub(crate) fn of(model: &Model, gradients: &Accumulated, loads: &ExpertLoads) -> Self {
         Self::new(
             &model.parameters(),
             &|name| model.expert_numbers(name),
-            sums,
+            gradients,
+            loads,
         )
     }
 
-    /// `experts` gives the numbers of the experts that a stack is of.
-    fn new(parameters: &[Parameter], experts: &dyn Fn(&str) -> Vec<usize>, sums: &Sums) -> Self {
+    /// `experts` returns the numbers of a stack's experts.
+    fn new(
+        parameters: &[Parameter],
+        experts: &dyn Fn(&str) -> Vec<usize>,
+        gradients: &Accumulated,
+        loads: &ExpertLoads,
+    ) -> Self {
         let entry = |parameter: &Parameter| {
-            let Some(gradient) = sums.gradients.get(&parameter.name) else {
+            let Some(gradient) = gradients.get(&parameter.name) else {
                 return TensorGradient {
                     name: parameter.name.clone(),
                     norm: 0.0,
-                    zero: Some(Zero::NotReached),
+                    zero: Some(ZeroGradient::NotReached),
                     experts_without_token: vec![],
                 };
             };
@@ -78,9 +85,9 @@ impl Census {
                 [_, _, _] => experts(&parameter.name),
                 _ => vec![],
             };
-            let load = load_of(&parameter.name, &sums.loads);
+            let load = load_of(&parameter.name, loads);
             let is_idle = |expert: &usize| load.is_some_and(|load| load.get(*expert) == Some(&0.0));
-            // A factor that the experts share has one part for all of them.
+            // A factor that the experts share has one gradient for all of them.
             let parts = if squares.len() == experts.len() {
                 &squares[..]
             } else {
@@ -91,11 +98,11 @@ impl Census {
             let norm = squares.iter().sum::<f64>().sqrt();
             let why = || {
                 if second_factor_is_zero(parameter, parameters) {
-                    Zero::SecondFactorIsZero
+                    ZeroGradient::SecondFactorIsZero
                 } else if !experts.is_empty() && experts.iter().all(is_idle) {
-                    Zero::NoToken
+                    ZeroGradient::NoToken
                 } else {
-                    Zero::Unknown
+                    ZeroGradient::Unknown
                 }
             };
             TensorGradient {
@@ -121,17 +128,17 @@ impl Census {
 
     /// One sentence for the person at the terminal.
     pub fn summary(&self) -> String {
-        let zeros = |why: Zero| self.tensors.iter().filter(move |t| t.zero == Some(why));
+        let zeros = |why: ZeroGradient| self.tensors.iter().filter(move |t| t.zero == Some(why));
         let reached = self.tensors.iter().filter(|t| t.zero.is_none()).count();
         let mut text = format!(
             "first gradient: in {reached} of {} tensors",
             self.tensors.len()
         );
-        let waiting = zeros(Zero::SecondFactorIsZero).count();
+        let waiting = zeros(ZeroGradient::SecondFactorIsZero).count();
         if waiting > 0 {
             text += &format!("; {waiting} are zero only because lora_b starts at zero");
         }
-        // An expert has several tensors; the worst of a layer's is what it got.
+        // An expert has several tensors; the largest number of a layer counts.
         let idle = self
             .tensors
             .iter()
@@ -141,8 +148,8 @@ impl Census {
             text += &format!("; up to {idle} experts of a layer got no token");
         }
         for (why, what) in [
-            (Zero::NotReached, "not reached by the loss"),
-            (Zero::Unknown, "zero for no known reason"),
+            (ZeroGradient::NotReached, "not reached by the loss"),
+            (ZeroGradient::Unknown, "zero for no known reason"),
         ] {
             if let Some(first) = zeros(why).next() {
                 text += &format!("; {what}: {} (`{}`, …)", zeros(why).count(), first.name);
@@ -152,7 +159,7 @@ impl Census {
     }
 }
 
-/// The sums of squares of a tensor's gradient: one for each expert if it is a stack of those, else one.
+/// The sums of squares of a tensor's gradient: one for each expert of a stack, else one.
 fn squares(gradient: Tensor<1>, parameter: &Parameter) -> Vec<f64> {
     let n_parts = match parameter.shape[..] {
         [experts, _, _] => experts,
@@ -167,7 +174,7 @@ fn squares(gradient: Tensor<1>, parameter: &Parameter) -> Vec<f64> {
 }
 
 /// The load of the experts of a tensor's layer.
-fn load_of<'a>(parameter: &str, loads: &'a [(usize, Vec<f64>)]) -> Option<&'a Vec<f64>> {
+fn load_of<'a>(parameter: &str, loads: &'a ExpertLoads) -> Option<&'a Vec<f64>> {
     let layer = parameter.split_once("layers.")?.1.split('.').next()?;
     let layer: usize = layer.parse().ok()?;
     let (_, load) = loads.iter().find(|(found, _)| *found == layer)?;
@@ -213,30 +220,29 @@ mod tests {
             &[0.0; 2],
         ];
         let named = parameters.iter().map(|p| p.name.clone());
-        let mut sums = Sums::default();
-        sums.gradients
-            .add(named.zip(gradients.map(tensor)).collect());
+        let mut accumulated = Accumulated::default();
+        accumulated.add(named.zip(gradients.map(tensor)).collect());
         // Expert 1 got tokens: that its part of `down_proj` is zero has another reason.
-        sums.loads = vec![(3, vec![0.0, 4.0, 0.0])];
+        let loads = vec![(3, vec![0.0, 4.0, 0.0])];
         let all = |_: &str| vec![0, 1, 2];
-        let census = Census::new(&parameters, &all, &sums);
-        let found: Vec<_> = census
+        let audit = GradAudit::new(&parameters, &all, &accumulated, &loads);
+        let found: Vec<_> = audit
             .tensors
             .iter()
             .map(|t| (t.norm, t.zero, &t.experts_without_token[..]))
             .collect();
-        let expected: [(f64, Option<Zero>, &[usize]); 5] = [
-            (0.0, Some(Zero::SecondFactorIsZero), &[0, 2]),
+        let expected: [(f64, Option<ZeroGradient>, &[usize]); 5] = [
+            (0.0, Some(ZeroGradient::SecondFactorIsZero), &[0, 2]),
             (5.0, None, &[0, 2]),
-            (0.0, Some(Zero::Unknown), &[0, 2]),
-            (0.0, Some(Zero::Unknown), &[]),
-            (0.0, Some(Zero::NotReached), &[]),
+            (0.0, Some(ZeroGradient::Unknown), &[0, 2]),
+            (0.0, Some(ZeroGradient::Unknown), &[]),
+            (0.0, Some(ZeroGradient::NotReached), &[]),
         ];
         assert_eq!(found, expected);
-        sums.loads = vec![(3, vec![0.0; 3])];
-        let census = Census::new(&parameters, &all, &sums);
-        assert_eq!(census.tensors[2].zero, Some(Zero::NoToken));
-        let summary = census.summary();
+        let loads = vec![(3, vec![0.0; 3])];
+        let audit = GradAudit::new(&parameters, &all, &accumulated, &loads);
+        assert_eq!(audit.tensors[2].zero, Some(ZeroGradient::NoToken));
+        let summary = audit.summary();
         for words in [
             "in 1 of 5",
             "not reached by the loss: 1 (`model.layers.3.mlp.gate.weight`",
@@ -261,12 +267,11 @@ mod tests {
         ];
         let found = |gradients: [&[f32]; 2], loads: [f64; 4]| {
             let named = parameters.iter().map(|p| p.name.clone());
-            let mut sums = Sums::default();
-            sums.gradients
-                .add(named.zip(gradients.map(tensor)).collect());
-            sums.loads = vec![(1, loads.to_vec())];
-            let census = Census::new(&parameters, &|_| vec![1, 3], &sums);
-            census.tensors
+            let mut accumulated = Accumulated::default();
+            accumulated.add(named.zip(gradients.map(tensor)).collect());
+            let loads = vec![(1, loads.to_vec())];
+            let audit = GradAudit::new(&parameters, &|_| vec![1, 3], &accumulated, &loads);
+            audit.tensors
         };
         // Experts 1 and 3 are chosen: what 0 and 2 get says nothing.
         let tensors = found([&[0.0, 2.0], &[2.0]], [0.0, 0.0, 9.0, 4.0]);
@@ -283,14 +288,14 @@ mod tests {
         assert!(
             tensors
                 .iter()
-                .all(|tensor| tensor.zero == Some(Zero::NoToken)),
+                .all(|tensor| tensor.zero == Some(ZeroGradient::NoToken)),
             "{tensors:?}"
         );
         let tensors = found([&[0.0, 0.0], &[0.0]], [0.0, 1.0, 0.0, 1.0]);
         assert!(
             tensors
                 .iter()
-                .all(|tensor| tensor.zero == Some(Zero::Unknown)),
+                .all(|tensor| tensor.zero == Some(ZeroGradient::Unknown)),
             "{tensors:?}"
         );
     }

@@ -1,28 +1,33 @@
-//! Text to token ids and back, as the model's own `tokenizer.json` says.
+//! Text to token ids and back, with the model's own `tokenizer.json`.
 //!
-//! The file's post-processor (which adds BOS behind the caller's back), its truncation, padding
-//! and dropout are read once and then switched off: this crate decides about BOS and length
-//! itself, and the same text always gives the same ids.
+//! The file's post-processor (which adds BOS behind the caller's back), its truncation, padding and dropout are read once and
+//! then switched off: this crate decides about BOS and length itself, and the same text always has the same ids.
 
+mod chat_template;
+mod config;
+mod decode_stream;
 mod files;
-mod gguf;
-mod keys;
+mod from_gguf;
+mod jinja_compat;
+mod json;
 mod metadata;
 mod sentencepiece;
 mod splits;
+mod to_gguf;
 
+pub use chat_template::{ChatTemplate, GenerationPrompt};
+pub use decode_stream::DecodeStream;
 pub use files::TokenizerFiles;
 
-use crate::chat_template::{CONFIG, ChatTemplate, TokenizerConfig};
-use crate::decode_stream::DecodeStream;
 use crate::error::{Error, Result};
-use files::{TOKENIZER, Tokens};
-use gguf::GgufTokens;
+use config::{CONFIG, TOKENIZER};
+use files::Tokens;
+use from_gguf::GgufTokens;
+use json::guarded;
 use sha2::{Digest, Sha256};
 use std::collections::HashSet;
 use std::fmt;
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use tokenizers::{ModelWrapper, PostProcessorWrapper};
@@ -59,24 +64,24 @@ pub struct Tokenizer {
     identity: Identity,
 }
 
-/// What ids and renderings depend on, and its SHA-256 once it is asked for.
+/// Everything that ids and renderings depend on, and its SHA-256 once it is computed.
 #[derive(Clone)]
 struct Identity {
     tokens: TokensHash,
-    /// What stands outside of `tokenizer.json`.
+    /// The part outside of `tokenizer.json`.
     rest: String,
     hash: OnceLock<[u8; 32]>,
 }
 
-/// Of the `tokenizer.json`.
+/// The hash of the `tokenizer.json`, or the tokens to write it from.
 #[derive(Clone)]
 enum TokensHash {
     Hashed(Sha256),
     Unwritten(Arc<GgufTokens>),
 }
 
-/// Token ids, and for each the bytes of the text it stands for. Tokens that are parts of one
-/// character all have that character's range; an added BOS has an empty one.
+/// Token ids, and the range of text bytes of each. Tokens that are parts of one character all have that character's range; an
+/// added BOS has an empty one.
 #[derive(Debug)]
 pub(crate) struct Encoded {
     pub(crate) ids: Vec<u32>,
@@ -122,11 +127,11 @@ impl Tokenizer {
             let problem = format!("expected token ids below 2^31, found {id}");
             return Err(files.malformed(TOKENIZER, &problem));
         }
-        Self::made_plain(inner, largest_id, files)
+        Self::from_parts(inner, largest_id, files)
     }
 
     /// A tokenizer that adds nothing by itself.
-    fn made_plain(
+    fn from_parts(
         mut inner: tokenizers::Tokenizer,
         largest_id: Option<u32>,
         files: &TokenizerFiles,
@@ -138,7 +143,7 @@ impl Tokenizer {
         };
         let processor_bos =
             guarded(plain).map_err(|problem| files.malformed(TOKENIZER, &problem.to_string()))?;
-        let config = TokenizerConfig::from_files(files)?;
+        let config = files.config()?;
         let known = |token: Option<&str>| match token {
             None => Ok(None),
             Some(text) => inner.token_to_id(text).map(Some).ok_or_else(|| {
@@ -202,7 +207,7 @@ impl Tokenizer {
         Ok(Encoded { ids, ranges })
     }
 
-    /// Ids to text. Ids without a token give nothing; bytes that are no UTF-8 give `U+FFFD`.
+    /// Ids to text. Ids without a token become nothing, bytes that are not UTF-8 become `U+FFFD`.
     ///
     /// # Errors
     /// If the tokenizer's decoder fails.
@@ -221,7 +226,7 @@ impl Tokenizer {
         self.bos_id
     }
 
-    /// The token that ends one.
+    /// The token that ends a sequence.
     pub fn eos_id(&self) -> Option<u32> {
         self.eos_id
     }
@@ -241,12 +246,12 @@ impl Tokenizer {
         self.chat_template.as_ref()
     }
 
-    /// SHA-256 of all that ids and renderings depend on.
+    /// SHA-256 of everything that ids and renderings depend on.
     pub(crate) fn identity(&self) -> &[u8; 32] {
         self.identity.hash()
     }
 
-    /// Whether a token steers the model rather than being text.
+    /// Whether a token controls the model instead of being text.
     pub(crate) fn is_special(&self, id: u32) -> bool {
         self.special_ids.contains(&id)
     }
@@ -279,7 +284,7 @@ impl Identity {
         self.hash.get_or_init(|| {
             let tokens = match &self.tokens {
                 TokensHash::Hashed(hash) => hash.clone(),
-                // They became a tokenizer, so they can be written.
+                // These tokens became a tokenizer, so they can be written.
                 TokensHash::Unwritten(tokens) => {
                     Sha256::new_with_prefix(tokens.to_json().unwrap_or_default())
                 }
@@ -293,15 +298,7 @@ fn tokenize_error(problem: tokenizers::Error) -> Error {
     Error::Tokenize(problem.to_string())
 }
 
-/// Runs the tokenizers library on untrusted content. It panics on some malformed files (an
-/// unreadable character map, pieces of length 0, a decoder without a suffix): errors of the file.
-fn guarded<T>(act: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
-    // Nothing is seen again that a panic could have left half done: the caller gets the error.
-    catch_unwind(AssertUnwindSafe(act))
-        .unwrap_or_else(|_| Err("the tokenizers library broke down on this file".into()))
-}
-
-/// The one token that the post-processor puts before a text, if it does.
+/// The token that the post-processor puts before a text, if there is one.
 fn bos_of_post_processor(inner: &tokenizers::Tokenizer) -> tokenizers::Result<Option<u32>> {
     let bare = inner.encode("a", false)?;
     let processed = inner.encode("a", true)?;
@@ -311,7 +308,7 @@ fn bos_of_post_processor(inner: &tokenizers::Tokenizer) -> tokenizers::Result<Op
     })
 }
 
-/// Switches off what would add, drop or vary tokens, or move their offsets.
+/// Switches off everything that would add, drop or vary tokens, or move their offsets.
 fn make_plain(inner: &mut tokenizers::Tokenizer) -> tokenizers::Result<()> {
     inner.with_post_processor(None::<PostProcessorWrapper>);
     inner.with_padding(None);

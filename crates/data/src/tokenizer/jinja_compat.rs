@@ -1,9 +1,8 @@
-//! What the Python environment of Hugging Face chat templates offers, and minijinja does not.
+//! The parts of Hugging Face's Python environment for chat templates that minijinja lacks.
 //!
-//! Templates are written against Jinja2 with Python's values, so the text they produce holds
-//! Python's habits: `json.dumps` puts a space after `,` and `:` and escapes no HTML, `None` and
-//! `True` are capitalized, and `strftime_now` asks the clock. String and list methods come from
-//! `minijinja_contrib::pycompat`.
+//! Templates are written against Jinja2 with Python's values, so their output has Python's habits: `json.dumps` puts a space
+//! after `,` and `:` and escapes no HTML, `None` and `True` are capitalized, and `strftime_now` reads the clock. String and list
+//! methods come from `minijinja_contrib::pycompat`.
 //!
 //! Source: huggingface/transformers: utils/chat_template_utils.py.
 
@@ -13,11 +12,11 @@ use serde::Serialize;
 use std::io::{self, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// How many steps of the template machine one rendering may take: a chat of ten thousand messages
-/// needs about a million, an endless loop stops within seconds.
+/// Maximum number of steps of the template machine in one rendering: a chat of ten thousand messages needs about a million, and
+/// an endless loop stops within seconds.
 const FUEL: u64 = 10_000_000;
 
-/// An environment in which a Hugging Face template renders as it does there.
+/// An environment in which a template renders as in Hugging Face's library.
 pub(crate) fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_trim_blocks(true);
@@ -114,8 +113,7 @@ impl serde_json::ser::Formatter for Spaced {
     }
 }
 
-/// Today's date and time in UTC. (Python's is local; a training file should not depend on where
-/// it is read.)
+/// Today's date and time in UTC. (Python's is local, but a training file should not depend on the place where it is read.)
 fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)

@@ -1,16 +1,16 @@
-//! The keys by which a GGUF says what a folder's files say of its tokens: the way back from `gguf.rs`.
+//! A folder's tokenizer as the keys of a GGUF: the reverse of `from_gguf`.
 //!
-//! A GGUF has no rules for cutting text, only a name for them. Which name fits is found by what the rules do: the folder's
-//! own pre-tokenizer and each that is known here cut a text in which all of them differ, and the name is that of the one
-//! that cuts it alike.
+//! A GGUF has no rules for splitting text, only a name for them. The name is found by the behavior of the rules: the folder's
+//! own pre-tokenizer and each known one split a text in which all known ones differ, and the name is that of the one with the
+//! same pieces.
 //!
 //! Source: ggml-org/llama.cpp: conversion/base.py, `get_vocab_base` and `_set_vocab_gpt2`; gguf-py/gguf/vocab.py.
 
-use super::TokenizerFiles;
-use super::files::TOKENIZER;
+use super::chat_template::ChatTemplate;
+use super::config::{TOKENIZER, token_type};
+use super::json::guarded;
 use super::splits::Splits;
-use crate::Tokenizer;
-use crate::chat_template::{ChatTemplate, TokenizerConfig};
+use super::{Tokenizer, TokenizerFiles};
 use crate::error::Result;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -28,7 +28,7 @@ struct TokenizerJson {
     normalizer: Value,
     #[serde(default)]
     pre_tokenizer: Value,
-    model: Model,
+    model: BpeModel,
 }
 
 #[derive(Deserialize)]
@@ -39,11 +39,11 @@ struct AddedToken {
     special: bool,
 }
 
-/// A model without merges is none that GGUF files are read with here.
+/// A BPE model. Models without merges are not supported.
 #[derive(Deserialize)]
-struct Model {
+struct BpeModel {
     vocab: HashMap<String, usize>,
-    merges: Vec<Merge>,
+    merges: Vec<MergeEntry>,
     #[serde(default)]
     unk_token: Option<String>,
     #[serde(default)]
@@ -55,12 +55,12 @@ struct Model {
 /// A merge in either spelling.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Merge {
+enum MergeEntry {
     Pair(String, String),
     Text(String),
 }
 
-impl Merge {
+impl MergeEntry {
     /// Both tokens with a space between.
     fn text(&self) -> String {
         match self {
@@ -69,7 +69,7 @@ impl Merge {
         }
     }
 
-    /// What the merge makes.
+    /// The merged token.
     fn whole(&self) -> String {
         match self {
             Self::Pair(left, right) => format!("{left}{right}"),
@@ -78,32 +78,22 @@ impl Merge {
     }
 }
 
-/// How the numbers of token types read.
-pub(super) mod types {
-    pub(in crate::tokenizer) const NORMAL: i32 = 1;
-    pub(in crate::tokenizer) const UNKNOWN: i32 = 2;
-    pub(in crate::tokenizer) const CONTROL: i32 = 3;
-    pub(in crate::tokenizer) const USER_DEFINED: i32 = 4;
-    pub(in crate::tokenizer) const UNUSED: i32 = 5;
-    pub(in crate::tokenizer) const BYTE: i32 = 6;
-}
-
 /// The largest vocabulary: ids are 32 bits, and every one becomes a token.
 const MOST_TOKENS: usize = 1 << 24;
 
 impl TokenizerFiles {
-    /// The keys of a GGUF that say the same of a model with so many tokens; `pre` is the name of the pre-tokenizer, if it
-    /// is not to be found out.
+    /// The keys of a GGUF for a model with `vocab_size` tokens. `pre` is the name of the pre-tokenizer; without it, the name is
+    /// found.
     ///
     /// # Errors
-    /// If a file is malformed, the tokenizer is of a kind that GGUF files cannot describe, its rules for cutting text have
-    /// no name that is known here, or it has tokens that the model has not.
+    /// If a file is malformed, the tokenizer is of a kind that GGUF files cannot describe, its rules for splitting text have no
+    /// known name, or it has tokens that the model does not have.
     pub fn to_metadata(
         &self,
         vocab_size: usize,
         pre: Option<&str>,
     ) -> Result<Vec<(String, Value)>> {
-        // What is checked there need not be checked here.
+        // This checks the files.
         let tokenizer = Tokenizer::new(self)?;
         let problem = |problem: String| self.malformed(TOKENIZER, &problem);
         let json: TokenizerJson =
@@ -126,7 +116,7 @@ impl TokenizerFiles {
         let mut set = |key: &str, value: Value| keys.push((key.to_owned(), value));
         set("ggml.tokens", json!(tokens));
         set("ggml.token_type", json!(types));
-        let config = TokenizerConfig::from_files(self)?;
+        let config = self.config()?;
         let id = |token: Option<&str>| token.and_then(|token| tokenizer.token_id(token));
         for (role, id) in [
             ("bos", tokenizer.bos_id()),
@@ -154,17 +144,17 @@ impl TokenizerFiles {
 }
 
 impl TokenizerJson {
-    /// The text and the type of every token. Ids without one are filled up.
+    /// The text and the type of every token. Ids without a token get a placeholder.
     fn tokens(&self, vocab_size: usize) -> Result<(Vec<String>, Vec<i32>), String> {
         let padding = |id: usize| format!("[PAD{id}]");
         let mut tokens: Vec<String> = (0..vocab_size).map(padding).collect();
-        let mut types = vec![types::UNUSED; vocab_size];
+        let mut types = vec![token_type::UNUSED; vocab_size];
         let unknown = self.model.unk_token.as_deref();
         let pieces = self.model.vocab.iter().map(|(text, id)| {
             let of = match text.as_str() {
-                text if self.model.byte_fallback && Some(text) == unknown => types::UNKNOWN,
-                text if self.model.byte_fallback && is_byte(text) => types::BYTE,
-                _ => types::NORMAL,
+                text if self.model.byte_fallback && Some(text) == unknown => token_type::UNKNOWN,
+                text if self.model.byte_fallback && is_byte(text) => token_type::BYTE,
+                _ => token_type::NORMAL,
             };
             (*id, text, of)
         });
@@ -172,9 +162,9 @@ impl TokenizerJson {
             let steers = token.special || looks_special(&token.content);
             let is_unknown = self.model.byte_fallback && Some(&*token.content) == unknown;
             let of = match (is_unknown, steers) {
-                (true, _) => types::UNKNOWN,
-                (false, true) => types::CONTROL,
-                (false, false) => types::USER_DEFINED,
+                (true, _) => token_type::UNKNOWN,
+                (false, true) => token_type::CONTROL,
+                (false, false) => token_type::USER_DEFINED,
             };
             (token.id, &token.content, of)
         });
@@ -195,7 +185,7 @@ impl TokenizerJson {
             Some(pre) => pre,
             None => self.name_of_splits()?,
         };
-        let merges: Vec<String> = self.model.merges.iter().map(Merge::text).collect();
+        let merges: Vec<String> = self.model.merges.iter().map(MergeEntry::text).collect();
         Ok(vec![
             ("ggml.model".into(), "gpt2".into()),
             ("ggml.pre".into(), pre.into()),
@@ -203,7 +193,7 @@ impl TokenizerJson {
         ])
     }
 
-    /// The name of the rules that cut a text as the file's do.
+    /// The name of the rules that split a text as the file's do.
     fn name_of_splits(&self) -> Result<&'static str, String> {
         let found = pieces(&self.pre_tokenizer)?;
         let names = Splits::all().map(|splits| {
@@ -213,13 +203,12 @@ impl TokenizerJson {
         });
         let names = names.collect::<Result<Vec<_>, String>>()?;
         names.into_iter().flatten().next().ok_or_else(|| {
-            "its pre-tokenizer is none that llama.cpp is known to have a name for; if it has one, give it with \
-             `--pre NAME`"
+            "no known name of llama.cpp fits its pre-tokenizer; if there is one, give it with `--pre NAME`"
                 .to_owned()
         })
     }
 
-    /// A token's score is the place of the first merge that makes it: the highest is merged first.
+    /// A token's score is the negative place of the first merge that makes it: the highest score is merged first.
     fn sentencepiece(&self, tokens: &[String]) -> Vec<(String, Value)> {
         let mut rank: HashMap<String, usize> = HashMap::new();
         for (place, merge) in self.model.merges.iter().enumerate() {
@@ -255,7 +244,7 @@ fn is_byte(token: &str) -> bool {
     code.is_some_and(|code| code.len() == 2 && u8::from_str_radix(code, 16).is_ok())
 }
 
-/// A text that no two of the known rules cut alike.
+/// A text that no two of the known rules split alike.
 const SAMPLE: &str = concat!(
     "Hello  world, it's I'LL we'Ve (x+y)=z^2 ~$5 <a|b> 1 22 333 4444 55555 ½ ²³ Ⅷ\n\n  \r\n\t tab\t\tend  ",
     "naïve Ångström ΑΒΓδ привет мир ЁЖ שלום عربي हिन्दी ไทย 한국어 日本語テスト 中文，测试。ﬁ ǅ ª º ꟹ ",
@@ -263,7 +252,7 @@ const SAMPLE: &str = concat!(
     "e\u{301}e\u{308} 👍🏽 🤷\u{200D}♂️ a1b2 x\u{3000}y \u{2028}z\r\r\n .com\n   \n",
 );
 
-/// How a pre-tokenizer cuts the sample: the end of every piece.
+/// The ends of the pieces into which a pre-tokenizer splits the sample.
 fn pieces(pre_tokenizer: &Value) -> Result<Vec<usize>, String> {
     let cut = || -> tokenizers::Result<Vec<usize>> {
         let mut text = PreTokenizedString::from(SAMPLE);
@@ -274,7 +263,7 @@ fn pieces(pre_tokenizer: &Value) -> Result<Vec<usize>, String> {
         let splits = text.get_splits(OffsetReferential::Original, OffsetType::Byte);
         Ok(splits.into_iter().map(|(_, (_, end), _)| end).collect())
     };
-    super::guarded(cut).map_err(|cause| format!("its pre-tokenizer does not work: {cause}"))
+    guarded(cut).map_err(|cause| format!("its pre-tokenizer does not work: {cause}"))
 }
 
 #[cfg(test)]
@@ -291,12 +280,12 @@ mod tests {
     }
 
     #[test]
-    fn every_known_way_to_cut_is_told_from_the_others() {
+    fn every_known_pre_tokenizer_is_told_from_the_others() {
         let mut seen = Vec::new();
         for splits in Splits::all() {
-            let cut = pieces(&splits.pre_tokenizer()).unwrap();
-            assert!(!seen.contains(&cut), "{}", splits.name());
-            seen.push(cut);
+            let found = pieces(&splits.pre_tokenizer()).unwrap();
+            assert!(!seen.contains(&found), "{}", splits.name());
+            seen.push(found);
         }
     }
 
@@ -309,7 +298,10 @@ mod tests {
         assert_eq!(metadata["tokenizer.ggml.model"], "gpt2");
         assert_eq!(metadata["tokenizer.ggml.pre"], "deepseek-v3");
         assert_eq!(metadata["tokenizer.ggml.tokens"][299], "[PAD299]");
-        assert_eq!(metadata["tokenizer.ggml.token_type"][299], types::UNUSED);
+        assert_eq!(
+            metadata["tokenizer.ggml.token_type"][299],
+            token_type::UNUSED
+        );
         let again = TokenizerFiles::of_metadata(Path::new("m.gguf"), &metadata).unwrap();
         let again = Tokenizer::new(&again.unwrap()).unwrap();
         assert_eq!(
@@ -327,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_way_to_cut_is_refused_unless_it_is_named() {
+    fn an_unknown_pre_tokenizer_is_refused_unless_it_is_named() {
         let folder = folder(|tokenizer, _| {
             tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] =
                 json!("\\p{N}{1,4}");

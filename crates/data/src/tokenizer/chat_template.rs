@@ -2,29 +2,29 @@
 //!
 //! Deliberately not here: which of that text is trained (see `turn.rs`), and tokens.
 
+use super::config::{CONFIG, TEMPLATE, TemplateField, TokenizerConfig};
+use super::files::TokenizerFiles;
+use super::jinja_compat;
 use crate::error::{Error, Result};
-use crate::python;
-use crate::tokenizer::TokenizerFiles;
 use minijinja::{Environment, Value as TemplateValue};
-use serde::Deserialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
 
 const NAME: &str = "chat_template";
 
-/// Whether a rendering ends with the header of the answer to come.
+/// Whether a rendering ends with the header of the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GenerationPrompt {
     /// End with the header, so that the model answers.
     Add,
-    /// The same for an answer that begins with a thought, where the template can be told so.
+    /// The same for an answer that begins with a thought, if the template has such an option.
     Think,
     /// End with the last message.
     Omit,
 }
 
-/// The Jinja template of a model folder, with the special tokens it may name.
+/// The Jinja template of a model, and the special tokens that it may name.
 #[derive(Clone)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
@@ -42,7 +42,7 @@ impl fmt::Debug for ChatTemplate {
 impl ChatTemplate {
     /// The file `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json` (one
     /// template, or the one named `default`). `None` if there is neither.
-    pub(crate) fn from_files(
+    pub(super) fn from_files(
         files: &TokenizerFiles,
         config: &TokenizerConfig,
     ) -> Result<Option<Self>> {
@@ -54,8 +54,8 @@ impl ChatTemplate {
             .map_err(|problem| files.malformed(name, &problem.to_string()))
     }
 
-    /// The template's text, and the file it stands in.
-    pub(crate) fn source<'a>(
+    /// The template's text, and the name of its file.
+    pub(super) fn source<'a>(
         files: &'a TokenizerFiles,
         config: &'a TokenizerConfig,
     ) -> Option<(&'static str, &'a str)> {
@@ -71,7 +71,7 @@ impl ChatTemplate {
     }
 
     fn new(source: &str, special_tokens: BTreeMap<&'static str, String>) -> Result<Self> {
-        let mut environment = python::environment();
+        let mut environment = jinja_compat::environment();
         environment
             .add_template_owned(NAME, without_generation_tags(source))
             .map_err(template_error)?;
@@ -81,8 +81,8 @@ impl ChatTemplate {
         })
     }
 
-    /// Renders messages (objects with `role`, `content` and whatever else the template reads)
-    /// and, if given, the descriptions of tools.
+    /// Renders messages (objects with `role`, `content` and other keys of the template), and descriptions of tools if there
+    /// are any.
     ///
     /// # Errors
     /// If the template refuses the messages or takes too long.
@@ -115,7 +115,7 @@ impl ChatTemplate {
             .map(|(name, text)| (*name, TemplateValue::from(text.as_str())))
             .collect();
         context.insert("messages", TemplateValue::from_serialize(messages));
-        // Hugging Face passes `None` where there are none, and templates ask `is not none`.
+        // Hugging Face passes `None` if there are none, and templates test `is not none`.
         context.insert("tools", TemplateValue::from_serialize(tools));
         context.insert("documents", TemplateValue::from(()));
         context.insert(
@@ -123,7 +123,7 @@ impl ChatTemplate {
             (generation_prompt != GenerationPrompt::Omit).into(),
         );
         if generation_prompt == GenerationPrompt::Think {
-            // DeepSeek's name and Qwen's. Templates ask whether they are defined.
+            // DeepSeek's name and Qwen's. Templates test whether they are defined.
             context.insert("thinking", true.into());
             context.insert("enable_thinking", true.into());
         }
@@ -155,7 +155,7 @@ fn with_arguments_as_text(messages: &[Value]) -> Option<Vec<Value>> {
         .flatten();
     for arguments in calls.filter_map(|call| call.get_mut("function")?.get_mut("arguments")) {
         if arguments.is_object() {
-            *arguments = Value::String(python::json_text(arguments));
+            *arguments = Value::String(jinja_compat::json_text(arguments));
             changed = true;
         }
     }
@@ -166,8 +166,8 @@ fn template_error(problem: minijinja::Error) -> Error {
     Error::Template(problem.to_string())
 }
 
-/// Turns `{% generation %}` … `{% endgeneration %}`, Hugging Face's mark around what the assistant
-/// says, into blocks every Jinja knows.
+/// Turns `{% generation %}` … `{% endgeneration %}`, Hugging Face's mark around the assistant's text, into blocks that every
+/// Jinja has.
 fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -186,95 +186,6 @@ fn without_generation_tags(source: &str) -> String {
     out + rest
 }
 
-pub(crate) const CONFIG: &str = "tokenizer_config.json";
-pub(crate) const TEMPLATE: &str = "chat_template.jinja";
-
-/// The keys of `tokenizer_config.json` that matter here. Others are Python's.
-#[derive(Debug, Default, Deserialize)]
-pub(crate) struct TokenizerConfig {
-    pub(crate) add_bos_token: Option<bool>,
-    pub(crate) add_eos_token: Option<bool>,
-    bos_token: Option<TokenField>,
-    eos_token: Option<TokenField>,
-    pad_token: Option<TokenField>,
-    unk_token: Option<TokenField>,
-    chat_template: Option<TemplateField>,
-}
-
-/// A special token, written as its text or as an `AddedToken` object.
-#[derive(Debug, Deserialize)]
-#[serde(
-    untagged,
-    expecting = "a special token must be a string or an object with `content`"
-)]
-enum TokenField {
-    Text(String),
-    Added { content: String },
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(
-    untagged,
-    expecting = "`chat_template` must be a string or a list of {name, template}"
-)]
-enum TemplateField {
-    One(String),
-    Named(Vec<NamedTemplate>),
-}
-
-#[derive(Debug, Deserialize)]
-struct NamedTemplate {
-    name: String,
-    template: String,
-}
-
-impl TokenizerConfig {
-    /// The default if there is no such file.
-    pub(crate) fn from_files(files: &TokenizerFiles) -> Result<Self> {
-        let Some(text) = &files.config else {
-            return Ok(Self::default());
-        };
-        serde_json::from_str(text).map_err(|problem| files.malformed(CONFIG, &problem.to_string()))
-    }
-
-    pub(crate) fn bos_token(&self) -> Option<&str> {
-        self.bos_token.as_ref().map(TokenField::text)
-    }
-
-    pub(crate) fn eos_token(&self) -> Option<&str> {
-        self.eos_token.as_ref().map(TokenField::text)
-    }
-
-    pub(crate) fn pad_token(&self) -> Option<&str> {
-        self.pad_token.as_ref().map(TokenField::text)
-    }
-
-    pub(crate) fn unk_token(&self) -> Option<&str> {
-        self.unk_token.as_ref().map(TokenField::text)
-    }
-
-    /// The special tokens a template may name, under the names it uses.
-    fn special_tokens(&self) -> BTreeMap<&'static str, String> {
-        let all = [
-            ("bos_token", &self.bos_token),
-            ("eos_token", &self.eos_token),
-            ("pad_token", &self.pad_token),
-            ("unk_token", &self.unk_token),
-        ];
-        all.into_iter()
-            .filter_map(|(name, token)| Some((name, token.as_ref()?.text().to_owned())))
-            .collect()
-    }
-}
-
-impl TokenField {
-    fn text(&self) -> &str {
-        match self {
-            Self::Text(content) | Self::Added { content } => content,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -291,8 +202,8 @@ mod tests {
     }
 
     fn open(folder: &Path) -> Result<Option<ChatTemplate>> {
-        let files = TokenizerFiles::beside(folder, String::new())?;
-        ChatTemplate::from_files(&files, &TokenizerConfig::from_files(&files)?)
+        let files = TokenizerFiles::with_siblings(folder, String::new())?;
+        ChatTemplate::from_files(&files, &files.config()?)
     }
 
     #[test]
@@ -357,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn the_template_is_found_wherever_it_is_kept() {
+    fn the_template_is_found_in_either_file() {
         let check = |files: &[(&str, &str)], expected: Option<&str>| {
             let folder = folder(files);
             let template = open(folder.path()).unwrap();
@@ -414,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_template_raises_reaches_the_user() {
+    fn an_exception_of_a_template_reaches_the_user() {
         let template = ChatTemplate::new(
             "{{ raise_exception('roles must alternate') }}",
             BTreeMap::new(),

@@ -1,14 +1,13 @@
 //! Decoding ids that arrive one at a time, without ever showing half a character.
 //!
-//! The text of a token depends on its neighbours (leading spaces, bytes of one character spread
-//! over several tokens), so single ids cannot be decoded alone. The decoder keeps a short window:
-//! ids already shown, which give the context, and ids still held back. After each id it decodes
-//! the shown part and the whole window; what the second has more is new text. If that ends in
-//! `U+FFFD`, a character is incomplete and nothing is shown yet.
+//! The text of a token depends on its neighbors (leading spaces, bytes of one character spread over several tokens), so single
+//! ids cannot be decoded alone. The decoder has a short window: ids that are already shown, as context, and ids that are not.
+//! After each id it decodes the shown part and the whole window; the difference is new text. If that ends in `U+FFFD`, a
+//! character is incomplete and nothing is shown yet.
 
+use crate::common_prefix::common_prefix;
 use crate::error::Result;
 use crate::tokenizer::{Special, Tokenizer};
-use crate::turn::common_prefix;
 
 /// Turns ids into text as they come. See [`Tokenizer::decode_stream`].
 #[derive(Clone, Debug)]
@@ -16,7 +15,7 @@ pub struct DecodeStream<'a> {
     tokenizer: &'a Tokenizer,
     special: Special,
     window: Vec<u32>,
-    /// How many ids of the window are shown already.
+    /// Number of ids of the window that are already shown.
     shown: usize,
 }
 
@@ -30,7 +29,7 @@ impl<'a> DecodeStream<'a> {
         }
     }
 
-    /// Takes the next id; returns the text that is complete with it, if any.
+    /// Takes the next id; returns the text that it completes, if any.
     ///
     /// # Errors
     /// If the tokenizer's decoder fails.
@@ -46,7 +45,7 @@ impl<'a> DecodeStream<'a> {
         Ok(Some(text))
     }
 
-    /// What is still held back at the end: bytes that never became a character.
+    /// The rest at the end: bytes that never became a character.
     ///
     /// # Errors
     /// If the tokenizer's decoder fails.
@@ -98,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn plain_tokens_are_not_held_back() {
+    fn plain_tokens_are_shown_at_once() {
         let tokenizer = Tokenizer::open(&goldens()).unwrap();
         let ids = tokenizer.encode("the cat", Bos::Never).unwrap();
         assert!(pieces(&ids).0.iter().all(Option::is_some));

@@ -4,17 +4,16 @@ use std::fmt::Display;
 use std::path::Path;
 
 use crate::Recipe;
-use crate::loss_scale::LARGEST_EXPONENT;
-use crate::recipe::RouterTraining;
+use crate::recipe::{MAX_LOSS_SCALE_EXPONENT, RouterTraining};
 
-/// A setting that cannot be. Where it was written is known to the reader of the file.
+/// A refused setting. The reader of the file knows its place.
 #[derive(Debug)]
 pub(crate) struct Problem {
     /// `section.key`.
     pub(crate) key: String,
-    /// What is accepted.
+    /// The accepted values.
     pub(crate) expected: String,
-    /// What is there.
+    /// The value.
     pub(crate) found: String,
 }
 
@@ -37,9 +36,9 @@ impl Recipe {
         let precision = &self.precision;
         let scale = precision.loss_scale;
         let exponent = scale.log2();
-        let largest = f64::from(LARGEST_EXPONENT);
+        let largest = f64::from(MAX_LOSS_SCALE_EXPONENT);
         let holds = (0.0..=largest).contains(&exponent) && exponent.fract() == 0.0;
-        let expected = format!("a power of two from 1 to 2^{LARGEST_EXPONENT}");
+        let expected = format!("a power of two from 1 to 2^{MAX_LOSS_SCALE_EXPONENT}");
         require(holds, "precision.loss_scale", &expected, shown(scale))?;
         let interval = precision.loss_scale_growth_interval;
         let expected = "a whole number of at least 1";
@@ -56,7 +55,7 @@ impl Recipe {
         Ok(())
     }
 
-    /// What is looked at while the run goes on.
+    /// Settings of the watchdog, of validation and of samples.
     fn check_watching(&self) -> Result {
         let (train, eval) = (&self.train, &self.eval);
         let factor = train.spike_factor;
@@ -78,7 +77,7 @@ impl Recipe {
         Ok(())
     }
 
-    /// Learning from preferences, and what that excludes.
+    /// Learning from preferences, and the settings that it excludes.
     fn check_dpo(&self) -> Result {
         let dpo = &self.dpo;
         check_positive("dpo.beta", dpo.beta)?;
@@ -97,13 +96,13 @@ impl Recipe {
             "`cross-entropy`, because `model.config` makes fresh weights, which prefer nothing yet";
         let is_fresh = self.model.config.is_some();
         require(!is_fresh, "train.loss", expected, "`dpo`")?;
-        let expected = "false, because `train.loss` is `dpo`, whose answers stand alone";
+        let expected = "false, because `train.loss` is `dpo`, which compares whole answers";
         require(!self.data.packing, "data.packing", expected, "true")?;
         let key = "data.group_by_length";
         require(!self.data.group_by_length, key, expected, "true")
     }
 
-    /// What is trained, and what that excludes.
+    /// The trained parts, and the settings that they exclude.
     fn check_method(&self) -> Result {
         let (train, lora) = (&self.train, &self.lora);
         let is_full = train.method == crate::Method::Full;
@@ -111,17 +110,17 @@ impl Recipe {
             let expected = "false, because `lora.quantizer` is given";
             require(lora.quantizer.is_none(), "lora.use_dora", expected, true)?;
         }
-        let some = !train.unfrozen_parameters.is_empty();
+        let has_patterns = !train.unfrozen_parameters.is_empty();
         let key = "train.unfrozen_parameters";
-        let expected = "none with `train.method = \"lora\"`, whose adapter holds no weights";
-        require(is_full || !some, key, expected, "some")?;
-        let keeps_router = matches!(
+        let expected = "none with `train.method = \"lora\"`, because an adapter holds no weights";
+        require(is_full || !has_patterns, key, expected, "some")?;
+        let is_router_frozen = matches!(
             train.router,
             Some(RouterTraining::Frozen | RouterTraining::BiasOnly)
         );
-        let is_partial = some || (is_full && keeps_router);
+        let is_partial = has_patterns || (is_full && is_router_frozen);
         if is_partial && self.model.config.is_some() {
-            let key = if some { key } else { "train.router" };
+            let key = if has_patterns { key } else { "train.router" };
             let expected = "nothing left out, because `model.config` makes fresh weights";
             return Err(problem(key, expected, "a part that is not trained"));
         }
@@ -134,7 +133,7 @@ impl Recipe {
         let key = "train.bias_update_speed";
         match train.router {
             Some(RouterTraining::BiasOnly) if !is_full => {
-                let expected = "`frozen` or `trainable` with `train.method = \"lora\"`, whose adapter holds no bias";
+                let expected = "`frozen` or `trainable` with `train.method = \"lora\"`, because an adapter holds no bias";
                 Err(problem("train.router", expected, "`bias-only`"))
             }
             Some(RouterTraining::BiasOnly) => {

@@ -1,9 +1,9 @@
-//! A GGUF file: metadata and tensors in one, as llama.cpp and its kin write them.
+//! A GGUF file: metadata and tensors in one file, in llama.cpp's format.
 //!
 //! A file is a magic number, a version, two counts, the metadata (key, type, value), the tensors' descriptions (name,
 //! dimensions from the innermost out, type, offset), padding, and the tensors' bytes, each padded. A model may be cut into
-//! several files, named `….-00001-of-00003.gguf`. What a converter did to a Hugging Face folder on the way here is undone
-//! in [`origin`].
+//! several files, named `….-00001-of-00003.gguf`. The module [`origin`] undoes the changes of the conversion from a Hugging
+//! Face folder.
 //!
 //! Source: ggml-org/ggml: docs/gguf.md; ggml-org/llama.cpp: ggml/src/gguf.cpp (the checks).
 
@@ -28,29 +28,29 @@ use crate::map::map;
 use crate::{Error, Result, Tensor, TensorSpec};
 
 const MAGIC: &[u8] = b"GGUF";
-/// Versions that differ in nothing that is read here. The first had counts of 32 bits.
+/// Supported versions, which do not differ in anything that is read here. The first had counts of 32 bits.
 const VERSIONS: [u32; 2] = [2, 3];
 const DEFAULT_ALIGNMENT: usize = 32;
-/// ggml's tensors have no more.
+/// Maximum number of dimensions of ggml's tensors.
 const MOST_DIMENSIONS: u32 = 4;
-/// The fewest bytes that a metadata entry and a tensor's description take: they bound the counts.
+/// Minimum size of a metadata entry and of a tensor's description: they bound the counts.
 const SMALLEST_ENTRY: usize = 13;
 const SMALLEST_TENSOR: usize = 24;
 
 /// The content of a GGUF model, of all its files.
 #[derive(Clone, Debug)]
 pub struct Gguf {
-    /// Of the first file. Numbers, texts, and lists of them.
+    /// The metadata of the first file: numbers, texts, and lists of them.
     pub(crate) metadata: BTreeMap<String, Value>,
     /// The files, and the tensors of each.
     pub(crate) files: Vec<(PathBuf, Vec<Tensor>)>,
 }
 
 impl Gguf {
-    /// Maps a file, and those it is continued in.
+    /// Maps a file, and the other parts of a split model.
     ///
     /// # Errors
-    /// If one cannot be mapped, is malformed, or is not the part it should be.
+    /// If a file cannot be mapped, is malformed, or is another part than expected.
     pub fn open(path: &Path) -> Result<Self> {
         let (metadata, tensors) = parse(path, &map(path)?)?;
         let number = |metadata: &BTreeMap<String, Value>, key: &str| {
@@ -67,8 +67,8 @@ impl Gguf {
         let mut files = vec![(path.to_owned(), tensors)];
         for part in 1..number(&metadata, "split.count") {
             let path = sibling(path, part, number(&metadata, "split.count"))?;
-            let (of_part, tensors) = parse(&path, &map(&path)?)?;
-            let found = number(&of_part, "split.no");
+            let (part_metadata, tensors) = parse(&path, &map(&path)?)?;
+            let found = number(&part_metadata, "split.no");
             if found != part {
                 return Err(malformed(
                     &path,
@@ -82,12 +82,12 @@ impl Gguf {
 }
 
 impl Gguf {
-    /// What the metadata says under a key.
+    /// The value of a key of the metadata.
     pub fn metadata(&self, key: &str) -> Option<&Value> {
         self.metadata.get(key)
     }
 
-    /// Its tensors under the names they have in it.
+    /// Its tensors under their names in the GGUF.
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         self.files.iter().flat_map(|file| &file.1)
     }
@@ -124,7 +124,7 @@ pub(crate) fn malformed(file: &Path, problem: String) -> Error {
 type Parsed = (BTreeMap<String, Value>, Vec<Tensor>);
 
 fn parse(file: &Path, bytes: &Bytes) -> Result<Parsed> {
-    let mut reader = Reader { file, bytes, at: 0 };
+    let mut reader = GgufReader { file, bytes, at: 0 };
     if reader.take(MAGIC.len(), "the magic number")? != MAGIC {
         return Err(malformed(
             file,
@@ -176,7 +176,7 @@ fn alignment(file: &Path, value: Option<&Value>) -> Result<usize> {
     })
 }
 
-/// Gives each tensor its bytes: they follow one another, padded, in the order of their descriptions.
+/// Assigns each tensor its bytes, which are padded and in the order of the descriptions.
 fn place(
     file: &Path,
     bytes: &Bytes,
@@ -224,14 +224,14 @@ fn place(
     }
 }
 
-/// Takes one thing after the other, never past the end.
-struct Reader<'a> {
+/// Reads one item after another, never past the end.
+struct GgufReader<'a> {
     file: &'a Path,
     bytes: &'a [u8],
     at: usize,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> GgufReader<'a> {
     fn take(&mut self, len: usize, what: &str) -> Result<&'a [u8]> {
         let rest = self.bytes.get(self.at..).unwrap_or_default();
         let Some(taken) = rest.get(..len) else {
@@ -252,7 +252,7 @@ impl<'a> Reader<'a> {
         Ok(array)
     }
 
-    /// A number of things that take at least so many bytes each.
+    /// A count of items that take at least `smallest` bytes each.
     fn count(&mut self, what: &str, smallest: usize) -> Result<usize> {
         let found = u64::from_le_bytes(self.array(what)?);
         let most = (self.bytes.len() - self.at) / smallest.max(1);
@@ -342,7 +342,7 @@ impl<'a> Reader<'a> {
                     format!("tensor `{name}`: an impossible dimension, {size}"),
                 )
             })?;
-            // From the innermost out in the file, from the outermost in here.
+            // The file has dimensions from the innermost out, a tensor from the outermost in.
             shape.insert(0, size);
         }
         let kind = u32::from_le_bytes(self.array(name)?);
@@ -360,7 +360,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// A number as it would be written: 1e-5 in f32 is 1e-5, not the f64 next to its bits. Null if it is not finite.
+/// A number as people write it: 1e-5 in f32 is 1e-5, not the f64 of the same bits. Null if it is not finite.
 fn decimal(value: f32) -> Value {
     value
         .to_string()

@@ -1,18 +1,18 @@
-//! Steps that are made to be timed, of a run that nobody keeps.
+//! Timed steps of a run that is not kept.
 
 use model::Cost;
 
-use super::{Event, Host, StepReport};
 use crate::Result;
+use crate::events::{Event, Host, StepReport};
 use crate::session::Session;
 
 impl Session {
-    /// Makes so many steps at the recipe's learning rate, each as a run makes it, and writes nothing. The session is of no
-    /// other use afterwards.
+    /// Makes steps at the recipe's learning rate, each as a run makes it, and writes nothing. The session cannot train a run
+    /// afterwards.
     ///
     /// # Errors
     /// If a loss or gradient is not finite, or a row cannot be read.
-    pub fn trial(&mut self, steps: u64, host: &mut dyn Host) -> Result<Vec<StepReport>> {
+    pub fn timed_steps(&mut self, steps: u64, host: &mut dyn Host) -> Result<Vec<StepReport>> {
         let rate = self.recipe.optimizer.learning_rate;
         let mut reports = Vec::new();
         for _ in 0..steps {
@@ -23,7 +23,7 @@ impl Session {
         Ok(reports)
     }
 
-    /// What training on a token of a sequence of `seq` costs.
+    /// The cost of training on one token of a sequence of `seq` tokens.
     pub fn cost(&self, seq: usize) -> Cost {
         self.model.cost(seq)
     }

@@ -1,8 +1,8 @@
-//! Rows as other programs write them, turned into messages.
+//! Alpaca and ShareGPT rows, turned into messages.
 //!
-//! - Alpaca: `instruction`, `input` below it if there is one, `output`; `system` before them.
-//! - ShareGPT: `conversations` of `from` and `value`; `system` and `tools` beside them. Entries
-//!   that have `role` and `content` are messages already.
+//! - Alpaca: `instruction` with an optional `input` below it, and `output`; optional `system`.
+//! - ShareGPT: `conversations` of `from` and `value`; optional `system` and `tools`. Entries with `role` and `content` are
+//!   messages already.
 
 use crate::error::{Error, Result};
 use crate::file::describe;
@@ -70,7 +70,7 @@ fn message(index: usize, entry: Value) -> Result<Value> {
         }
     };
     let mut message = json!({"role": role, "content": value});
-    // Some programs mark turns that are not to be trained so.
+    // Some programs mark turns that should not be trained with a weight of 0.
     if let Some(weight) = entry.get("weight") {
         message["weight"] = weight.clone();
     }

@@ -1,8 +1,7 @@
-//! `metrics.jsonl`: one JSON object per line, appended while a run goes on.
+//! `metrics.jsonl`: one JSON object per line, appended during a run.
 //!
-//! A line is written in one piece and is there as soon as it is written, so a killed run loses
-//! at most the line it was writing. A resumed run writes again what came after its checkpoint;
-//! those lines are cut off first. Nothing here reads a clock.
+//! A line is written in one piece and without a buffer, so a killed run loses at most the line it was writing. A resumed run
+//! writes the lines after its checkpoint again, so they are cut off first. Nothing here reads a clock.
 
 pub(crate) mod event_file;
 pub(crate) mod journal;
@@ -16,7 +15,10 @@ use serde::{Deserialize, Serialize};
 use crate::error::io;
 use crate::{Error, Result};
 
-/// The longest line that is read. Real ones have a few hundred bytes.
+/// The file in a run directory.
+pub(crate) const METRICS_NAME: &str = "metrics.jsonl";
+
+/// Maximum length of a line that is read. Real ones have a few hundred bytes.
 const MAX_LINE_BYTES: u64 = 1 << 20;
 
 /// The metrics of a run, open for appending.
@@ -27,7 +29,7 @@ pub struct Metrics {
 }
 
 #[derive(Serialize)]
-struct Line<'a, T> {
+struct MetricsLine<'a, T> {
     step: u64,
     #[serde(flatten)]
     values: &'a T,
@@ -39,10 +41,9 @@ struct StepOfLine {
 }
 
 impl Metrics {
-    /// Opens the file, creating it if need be, and cuts off what a run that goes on from
-    /// `last_step` will write again: the first line with a larger step and everything after it,
-    /// and a last line that was cut short. Without `last_step` the run starts from its
-    /// beginning, and nothing stays.
+    /// Opens the file, creating it if need be, and cuts off everything that a run that continues from `last_step` will write
+    /// again: the first line with a larger step and everything after it, and an incomplete last line. Without `last_step` the
+    /// run starts from its beginning, and nothing stays.
     ///
     /// # Errors
     /// If the file cannot be written, or a line that should stay is malformed.
@@ -50,22 +51,21 @@ impl Metrics {
         let mut options = OpenOptions::new();
         let options = options.read(true).append(true).create(true);
         let file = options.open(path).map_err(io("open", path))?;
-        let kept_bytes = match last_step {
-            Some(last_step) => kept_bytes(path, &file, last_step)?,
+        let valid_bytes = match last_step {
+            Some(last_step) => valid_bytes(path, &file, last_step)?,
             None => 0,
         };
-        file.set_len(kept_bytes).map_err(io("shorten", path))?;
+        file.set_len(valid_bytes).map_err(io("shorten", path))?;
         Ok(Self {
             path: path.to_owned(),
             file,
         })
     }
 
-    /// Appends a line: `step`, then the fields of `values`, a struct or a map without a field of
-    /// that name. A number that is not finite becomes `null`.
+    /// Appends a line: `step`, then the fields of `values`, a struct or a map without a field of that name. A number that is
+    /// not finite becomes `null`.
     ///
-    /// The lines of a step go before its checkpoint: a run that is resumed there does not write
-    /// them again.
+    /// The lines of a step must be written before its checkpoint: a run that is resumed there does not write them again.
     ///
     /// # Errors
     /// If writing fails.
@@ -73,20 +73,20 @@ impl Metrics {
     /// # Panics
     /// If `values` is neither a struct nor a map.
     pub fn append(&mut self, step: u64, values: &impl Serialize) -> Result<()> {
-        let line = Line { step, values };
+        let line = MetricsLine { step, values };
         let mut line = serde_json::to_string(&line).expect("metrics are a struct or a map");
         line.push('\n');
-        // One call, and no buffer of ours: a file that is killed here has the line or a part.
+        // One call and no buffer: a process that is killed here leaves the line or a part of it.
         self.file
             .write_all(line.as_bytes())
             .map_err(io("write", &self.path))
     }
 }
 
-/// How many bytes from the start hold lines up to that step.
-fn kept_bytes(path: &Path, file: &File, last_step: u64) -> Result<u64> {
+/// The number of bytes from the start that hold lines up to a step.
+fn valid_bytes(path: &Path, file: &File, last_step: u64) -> Result<u64> {
     let mut reader = BufReader::new(file);
-    let mut kept_bytes = 0;
+    let mut valid_bytes = 0;
     for number in 1.. {
         let mut line = Vec::new();
         (&mut reader)
@@ -100,7 +100,7 @@ fn kept_bytes(path: &Path, file: &File, last_step: u64) -> Result<u64> {
         }
         match serde_json::from_slice::<StepOfLine>(&line) {
             Ok(StepOfLine { step }) if step > last_step => break,
-            Ok(_) => kept_bytes += line.len() as u64,
+            Ok(_) => valid_bytes += line.len() as u64,
             // After a loss of power the last line may have its length and not its content.
             Err(_) if is_last => break,
             Err(cause) => {
@@ -112,7 +112,7 @@ fn kept_bytes(path: &Path, file: &File, last_step: u64) -> Result<u64> {
             }
         }
     }
-    Ok(kept_bytes)
+    Ok(valid_bytes)
 }
 
 #[cfg(test)]

@@ -1,28 +1,27 @@
-//! The rows of a data file: which kinds there are, and what each trains.
+//! The rows of a data file: their kinds, and the trained tokens of each.
 
-use crate::chat_template::{ChatTemplate, GenerationPrompt};
 use crate::error::{Error, Result};
 use crate::file::describe;
-use crate::sample::{Marked, Sample};
-use crate::tokenizer::{Bos, Tokenizer};
+use crate::sample::{MarkedTokens, Sample};
+use crate::tokenizer::{Bos, ChatTemplate, GenerationPrompt, Tokenizer};
 use crate::turn::Conversation;
-use kind::Kind;
+use kind::RowKind;
 use serde_json::{Map, Value};
 use std::ops::Range;
 
-mod foreign;
+mod alpaca_sharegpt;
 mod kind;
 mod pair;
 
-pub use pair::Pair;
+pub use pair::PreferencePair;
 
 /// The label of a token that is not trained: PyTorch's `ignore_index`.
 const NOT_TRAINED: i64 = -100;
 
-/// What samples must keep to.
+/// The limits of samples.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
-    /// The longest sample, in tokens.
+    /// Maximum length of a sample in tokens.
     pub(crate) max_length: usize,
     /// One more than the largest token id the model has.
     pub(crate) vocab_size: usize,
@@ -31,7 +30,7 @@ pub(crate) struct Limits {
 /// One row, checked.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Row {
-    /// Every token is trained. Cut into pieces if too long.
+    /// Every token is trained. Split into pieces if too long.
     Text(String),
     /// Joined as they are; the completion is trained.
     Completion { prompt: String, completion: String },
@@ -48,27 +47,29 @@ pub(crate) enum Row {
 }
 
 impl Row {
-    /// Recognizes a row from its keys; also gives the keys that nothing reads.
+    /// Recognizes a row by its keys. Also returns the unread keys.
     pub(crate) fn parse(value: Value) -> Result<(Self, Vec<String>)> {
         let Value::Object(mut row) = value else {
             return Err(Error::schema("a JSON object", describe(&value)));
         };
-        let (kind, ignored) = Kind::of(&mut row)?;
+        let (kind, ignored) = RowKind::of(&mut row)?;
         let tools = tools(row.remove("tools"))?;
         let parsed = match kind {
-            Kind::Text => Self::Text(string(&mut row, "text")?),
-            Kind::Completion => completion(row, tools)?,
-            Kind::Messages => {
+            RowKind::Text => Self::Text(string(&mut row, "text")?),
+            RowKind::Completion => completion(row, tools)?,
+            RowKind::Messages => {
                 let messages = messages("messages", row.remove("messages"))?;
                 Self::conversation(messages, tools, 0)?
             }
-            Kind::Instruction => Self::conversation(foreign::instruction(&mut row)?, tools, 0)?,
-            Kind::Conversations => {
-                let list = Value::Array(foreign::conversations(&mut row)?);
+            RowKind::Instruction => {
+                Self::conversation(alpaca_sharegpt::instruction(&mut row)?, tools, 0)?
+            }
+            RowKind::Conversations => {
+                let list = Value::Array(alpaca_sharegpt::conversations(&mut row)?);
                 Self::conversation(messages("conversations", Some(list))?, tools, 0)?
             }
-            Kind::Ids => pretokenized(&mut row)?,
-            Kind::Pair => Self::Pair(Box::new(pair::parse(&mut row, tools)?)),
+            RowKind::Ids => pretokenized(&mut row)?,
+            RowKind::Pair => Self::Pair(Box::new(pair::parse(&mut row, tools)?)),
         };
         Ok((parsed, ignored))
     }
@@ -94,8 +95,8 @@ impl Row {
         })
     }
 
-    /// The row in tokens, cut to length: several samples for a long text or for a conversation
-    /// whose thoughts the template drops, two for a pair, otherwise one.
+    /// The row in tokens within the limits: several samples for a long text or a conversation with thoughts that the template
+    /// drops, two for a pair, otherwise one.
     pub(crate) fn samples(
         &self,
         tokenizer: Option<&Tokenizer>,
@@ -104,7 +105,7 @@ impl Row {
         if let Self::Pair(answers) = self {
             let answers = answers.iter().map(|row| {
                 let mut samples = row.samples(tokenizer, limits)?;
-                // An answer is one sample: of turns that need texts of their own, the last is what was chosen.
+                // An answer is one sample: of turns that need separate texts, the last one was chosen.
                 if let (Some(last), true) = (row.last_turn(), samples.len() > 1) {
                     samples = last.samples(tokenizer, limits)?;
                 }
@@ -115,7 +116,7 @@ impl Row {
             return answers.collect();
         }
         let pieces = match self {
-            Self::Ids { ids, trained } => vec![Marked {
+            Self::Ids { ids, trained } => vec![MarkedTokens {
                 ids: ids.clone(),
                 trained: trained.clone(),
                 text_bytes: vec![0; ids.len()],
@@ -133,7 +134,7 @@ impl Row {
         Ok(samples)
     }
 
-    /// A conversation of which only the assistant's last turn is trained.
+    /// The conversation with only the assistant's last turn trained.
     fn last_turn(&self) -> Option<Self> {
         let Self::Messages {
             messages, tools, ..
@@ -151,12 +152,12 @@ impl Row {
         })
     }
 
-    fn tokenize(&self, tokenizer: &Tokenizer) -> Result<Vec<Marked>> {
+    fn tokenize(&self, tokenizer: &Tokenizer) -> Result<Vec<MarkedTokens>> {
         match self {
             Self::Text(text) => {
                 let encoded = tokenizer.encode_with_ranges(text, Bos::Add)?;
                 let mut marked =
-                    Marked::new(encoded, std::slice::from_ref(&(0..text.len())), tokenizer);
+                    MarkedTokens::new(encoded, std::slice::from_ref(&(0..text.len())), tokenizer);
                 marked.end_with(tokenizer.eos_id());
                 Ok(vec![marked])
             }
@@ -179,7 +180,7 @@ impl Row {
                 };
                 let encode = |(text, turns): (String, Vec<Range<usize>>)| {
                     let encoded = tokenizer.encode_with_ranges(&text, Bos::Never)?;
-                    Ok(Marked::new(encoded, &turns, tokenizer))
+                    Ok(MarkedTokens::new(encoded, &turns, tokenizer))
                 };
                 let texts = conversation.texts(*first)?;
                 texts.into_iter().map(encode).collect()
@@ -211,10 +212,10 @@ pub(crate) fn continuation(
     text: &str,
     bos: Bos,
     tokenizer: &Tokenizer,
-) -> Result<Marked> {
+) -> Result<MarkedTokens> {
     let joined = [prompt, text].concat();
     let encoded = tokenizer.encode_with_ranges(&joined, bos)?;
-    Ok(Marked::new(
+    Ok(MarkedTokens::new(
         encoded,
         std::slice::from_ref(&(prompt.len()..joined.len())),
         tokenizer,
@@ -273,14 +274,14 @@ pub(crate) fn messages(key: &str, value: Option<Value>) -> Result<Vec<Value>> {
             return Err(Error::schema(expected, found));
         }
     }
-    // Columns of a table are null where a message has no such key, and templates ask for the key.
+    // Columns of a table are null if a message has no such key, and templates test for the key.
     for message in list.iter_mut().filter_map(Value::as_object_mut) {
         message.retain(|key, value| key == "content" || !value.is_null());
     }
     Ok(list)
 }
 
-/// Descriptions of tools: a list, or (as some data sets store it) the JSON text of one.
+/// Descriptions of tools: a list, or (in some data sets) the JSON text of a list.
 fn tools(value: Option<Value>) -> Result<Option<Value>> {
     let value = match value {
         Some(Value::String(text)) => serde_json::from_str(&text).unwrap_or(Value::String(text)),
@@ -323,7 +324,7 @@ fn pretokenized(row: &mut Map<String, Value>) -> Result<Row> {
     })
 }
 
-/// A list of integers that fit `T`; negative ids, fractions and texts are named by their place.
+/// A list of integers that fit `T`. Errors name the place of negative ids, fractions and texts.
 pub(crate) fn integers<T: TryFrom<i64>>(key: &str, value: Option<Value>) -> Result<Vec<T>> {
     let value = value.unwrap_or_default();
     let Value::Array(list) = &value else {
@@ -344,7 +345,7 @@ pub(crate) fn integers<T: TryFrom<i64>>(key: &str, value: Option<Value>) -> Resu
     list.iter().enumerate().map(integer).collect()
 }
 
-/// A string that may be left out, or null.
+/// A string that may be absent or null.
 pub(crate) fn optional_string(row: &mut Map<String, Value>, key: &str) -> Result<Option<String>> {
     match row.get(key) {
         None | Some(Value::Null) => Ok(None),

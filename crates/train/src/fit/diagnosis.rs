@@ -1,24 +1,24 @@
-//! Where a number that is not finite came from.
+//! The origin of a number that is not finite.
 
 use burn::module::Module;
 use burn::tensor::Tensor;
 use data::Batch;
 use model::{ForwardContext, Observe};
 
-use crate::fit::losses;
+use super::forward::losses;
 use crate::optimizer::Accumulated;
 use crate::session::Session;
 
 impl Session {
     /// The first tensor that is not finite on the way from the weights to the gradients: a trained weight, the residual
-    /// stream after a part of the model, the loss, or a gradient, those next to the loss first.
+    /// stream after a part of the model, the loss, or a gradient, starting with those next to the loss.
     pub(crate) fn first_not_finite(&self, batches: &[Batch], gradients: &Accumulated) -> String {
         let parameters = self.model.parameters();
         let bad = parameters.iter().find(|p| !is_finite(p.values.clone()));
         if let Some(parameter) = bad {
             return format!("the weight `{}`", parameter.name);
         }
-        let (model, device) = (self.model.clone().valid(), self.device.clone().inner());
+        let (model, device) = (self.model.clone().valid(), self.device());
         for batch in batches {
             let mut ctx = ForwardContext {
                 observe: Observe::Residuals,

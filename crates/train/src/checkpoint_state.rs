@@ -1,7 +1,7 @@
-//! What a checkpoint holds besides weights: where the run stands, and the optimizer's moments.
+//! The state of a run in a checkpoint: counters, what the watchdog remembers, and the optimizer's moments.
 //!
-//! Nothing is rounded: counters are integers, sums are written as the shortest decimal that reads
-//! back to the same bits, and moments are in the dtype they were made in. So a resumed run continues bit for bit.
+//! Nothing is rounded: counters are integers, sums are written as the shortest decimal that reads back to the same bits, and
+//! moments keep their dtype. So a resumed run continues bit for bit.
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
@@ -9,36 +9,35 @@ use std::path::Path;
 use checkpoint::{DType, FolderWriter, Safetensors, TensorSpec};
 use serde::{Deserialize, Serialize};
 
-use crate::fit::Watchdog;
 use crate::loss_scale::LossScale;
 use crate::{Error, Recipe, Result};
 
 const STATE_NAME: &str = "state.json";
 const OPTIMIZER_NAME: &str = "optimizer.safetensors";
 
-/// Where a run stands after a step.
+/// The state of a run after a step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct State {
+pub struct RunState {
     /// Optimizer updates made.
     pub step: u64,
-    /// Micro-batches taken from the data: the number of the next one in [`data::Order`].
+    /// Number of the next micro-batch in [`data::SampleOrder`].
     pub micro_step: u64,
     /// Unmasked targets trained on.
     pub trained_tokens: u64,
     /// The scale of the loss, in f16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScale>,
-    /// Slots that each expert got since the last line of metrics, by layer.
+    /// Slots per expert since the last line of metrics, by layer.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub expert_loads: BTreeMap<usize, Vec<u64>>,
     /// The best validation pass so far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub best: Option<Best>,
+    pub best: Option<BestValidation>,
     /// Validation passes since then.
     #[serde(default)]
     pub passes_since_best: u64,
-    /// What the watchdog remembers.
+    /// The watchdog's memory.
     #[serde(default)]
     pub watchdog: Watchdog,
     /// [`Recipe::hash`](crate::Recipe::hash) of the run's recipe.
@@ -50,7 +49,7 @@ pub struct State {
 /// A validation pass with the lowest loss.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Best {
+pub struct BestValidation {
     /// After which step.
     pub step: u64,
     /// Mean nats per trained token, or per pair.
@@ -58,7 +57,24 @@ pub struct Best {
     pub loss: f64,
 }
 
-impl State {
+/// The watchdog's memory. `fit/watchdog.rs` is what it does.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Watchdog {
+    /// Exponential average of the losses that were not spikes, in nats.
+    #[serde(with = "exact")]
+    pub(crate) smoothed: f64,
+    /// Number of losses in the average.
+    pub(crate) steps: u64,
+    /// Consecutive spikes, up to the last step.
+    pub(crate) spikes: u64,
+    /// The micro-batch with which they began.
+    pub(crate) first_batch: u64,
+    /// Skipped micro-batches as half-open ranges, one for each rollback.
+    pub(crate) skipped: Vec<[u64; 2]>,
+}
+
+impl RunState {
     /// Before the first step of a recipe on training rows with this [`data::Corpus::identity`].
     pub(crate) fn start(recipe: &Recipe, data_hash: String) -> Self {
         Self {
@@ -75,13 +91,13 @@ impl State {
         }
     }
 
-    /// Takes note of a validation pass after the current step. Returns whether its loss is the lowest so far.
+    /// Records a validation pass after the current step. Returns whether its loss is the lowest so far.
     pub(crate) fn note_validation(&mut self, loss: f64) -> bool {
-        // A loss that is no number is never the best.
+        // A loss that is not a number is never the best.
         let is_best = loss.is_finite() && self.best.is_none_or(|best| loss < best.loss);
         if is_best {
             let step = self.step;
-            self.best = Some(Best { step, loss });
+            self.best = Some(BestValidation { step, loss });
             self.passes_since_best = 0;
         } else {
             self.passes_since_best += 1;
@@ -111,13 +127,12 @@ impl State {
 
 /// Writes `optimizer.safetensors` into a checkpoint, one tensor in memory at a time.
 ///
-/// `tensors` are F32 or BF16; `values(i)` gives the elements of `tensors[i]` and is called
-/// once for each, in order. An index of weights must be written before this, or it would list
-/// these tensors too.
+/// `tensors` are F32 or BF16; `values(i)` returns the elements of `tensors[i]` and is called once for each, in order. An
+/// index of weights must be written before this, or it would list these tensors too.
 ///
 /// # Errors
-/// If a name repeats, also among the weights in the same checkpoint, `values` fails or returns
-/// another number of elements than the shape has, or writing fails.
+/// If a name repeats, also among the weights in the same checkpoint, `values` fails or returns another number of elements
+/// than the shape has, or writing fails.
 pub fn write_optimizer(
     writer: &mut FolderWriter,
     tensors: &[TensorSpec],
@@ -133,7 +148,7 @@ pub fn write_optimizer(
     Ok(())
 }
 
-/// Values that were made of this dtype, bf16 or f32: nothing is rounded.
+/// The bytes of values that have this dtype, bf16 or f32, already: nothing is rounded.
 fn bytes_of(values: &[f32], dtype: DType) -> Vec<u8> {
     let bits = values.iter().map(|value| value.to_bits());
     match dtype {
@@ -144,12 +159,11 @@ fn bytes_of(values: &[f32], dtype: DType) -> Vec<u8> {
     }
 }
 
-/// Reads the `optimizer.safetensors` of a checkpoint: `take(i, values)` gets the elements of
-/// `tensors[i]`, once for each, in order.
+/// Reads the `optimizer.safetensors` of a checkpoint: `take(i, values)` gets the elements of `tensors[i]`, once for each, in
+/// order.
 ///
 /// # Errors
-/// If the file has not exactly these tensors in these shapes, before `take` is called; or what
-/// `take` returns.
+/// If the file does not have exactly these tensors in these shapes, before `take` is called; or if `take` fails.
 pub fn read_optimizer(
     checkpoint: &Path,
     tensors: &[TensorSpec],
@@ -210,8 +224,8 @@ mod tests {
 
     use super::*;
 
-    fn state() -> State {
-        State {
+    fn state() -> RunState {
+        RunState {
             step: 3,
             micro_step: 12,
             trained_tokens: u64::MAX,
@@ -220,7 +234,7 @@ mod tests {
                 clean_steps: 3,
             }),
             expert_loads: BTreeMap::from([(3, vec![7, 0, u64::MAX])]),
-            best: Some(Best {
+            best: Some(BestValidation {
                 step: 2,
                 loss: 1.0 / 3.0,
             }),
@@ -261,7 +275,7 @@ mod tests {
     fn state_and_moments_read_back_bit_for_bit() {
         let folder = written();
         let checkpoint = folder.path().join("c");
-        assert_eq!(State::read(&checkpoint).unwrap(), state());
+        assert_eq!(RunState::read(&checkpoint).unwrap(), state());
         let mut taken = Vec::new();
         read_optimizer(&checkpoint, &tensors(), |i, values| {
             taken.push((i, values.iter().map(|value| value.to_bits()).collect()));
@@ -282,19 +296,19 @@ mod tests {
             f64::INFINITY,
             1.0 / 3.0,
         ] {
-            let state = State {
-                best: Some(Best { step: 2, loss }),
+            let state = RunState {
+                best: Some(BestValidation { step: 2, loss }),
                 ..state()
             };
             let text = serde_json::to_string(&state).unwrap();
-            let read: State = serde_json::from_str(&text).unwrap();
+            let read: RunState = serde_json::from_str(&text).unwrap();
             assert_eq!(read.best.unwrap().loss.to_bits(), loss.to_bits());
         }
     }
 
     #[test]
     fn the_best_pass_is_the_first_with_the_lowest_loss() {
-        let mut state = State {
+        let mut state = RunState {
             best: None,
             ..state()
         };
@@ -345,14 +359,14 @@ mod tests {
         let path = folder.path().join("c/state.json");
         let text = fs::read_to_string(&path).unwrap();
         fs::write(&path, text.replace("\"step\"", "\"stop\"")).unwrap();
-        let error = State::read(&folder.path().join("c"))
+        let error = RunState::read(&folder.path().join("c"))
             .unwrap_err()
             .to_string();
         assert!(
             error.contains("state.json`: unknown field `stop`"),
             "{error}"
         );
-        let error = State::read(folder.path()).unwrap_err().to_string();
+        let error = RunState::read(folder.path()).unwrap_err().to_string();
         assert!(error.starts_with("cannot read `"), "{error}");
 
         let mut writer = FolderWriter::create(&folder.path().join("d")).unwrap();
