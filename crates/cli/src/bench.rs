@@ -7,7 +7,7 @@ mod spread;
 mod subject;
 mod sweep;
 mod table;
-mod train;
+mod training;
 
 use std::process::ExitCode;
 
@@ -17,7 +17,7 @@ use crate::console::Console;
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Bench {
     /// Time training steps on made-up tokens, for every combination of batch, length and number of experts.
-    Train(train::Args),
+    Train(training::Args),
     /// Time reading prompts of made-up tokens, for every combination of batch and length.
     Prefill(generation::PrefillArgs),
     /// Time writing tokens one after the other, for every combination of batch and length of the prompt.
@@ -26,7 +26,7 @@ pub(crate) enum Bench {
 
 pub(crate) fn run(bench: &Bench, console: &Console) -> anyhow::Result<ExitCode> {
     match bench {
-        Bench::Train(args) => train::run(args, console),
+        Bench::Train(args) => training::run(args, console),
         Bench::Prefill(args) => generation::prefill(args, console),
         Bench::Decode(args) => generation::decode(args, console),
     }

@@ -7,6 +7,7 @@ mod eval;
 mod experts;
 mod find_lr;
 mod generate;
+mod host;
 mod inspect;
 mod logits;
 mod merge;

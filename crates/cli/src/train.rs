@@ -1,6 +1,5 @@
 //! `moeforge train`: a recipe, from its start or from where a run was stopped.
 
-pub(crate) mod memory;
 mod samples;
 mod signals;
 mod watcher;

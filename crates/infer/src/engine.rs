@@ -17,7 +17,7 @@ use checkpoint::Folder;
 use model::{CacheType, Compute, ForwardContext, Model, Mtp, Training, weights};
 
 use crate::error::Result;
-use crate::layout::Layout;
+use crate::repack::Layout;
 use crate::sequence::{Context, GenerateConfig, Generation, Sequence};
 use crate::speculation::groups;
 

@@ -23,7 +23,7 @@
 mod end_of_text;
 mod engine;
 mod error;
-mod layout;
+mod repack;
 mod sampler;
 mod sequence;
 mod speculation;

@@ -20,9 +20,9 @@ use super::subject::{Subject, ids};
 use super::sweep::{Sweep, options};
 use super::table::{Column, count, fraction_of, giga, mebibytes, median, seconds, spread};
 use crate::console::Console;
+use crate::host;
 use crate::inspect::parameters;
 use crate::open::{CacheName, ComputeName, GuessArgs, MemoryArgs, cache_object, repack};
-use crate::train::memory;
 
 /// What is measured, and how.
 #[derive(Debug, clap::Args)]
@@ -286,7 +286,7 @@ fn measure(
         Phase::Decode(..) => read_speeds(runs),
     };
     let mut limits = limit(LIMITS);
-    memory::forget_peak();
+    host::forget_peak();
     let started = Instant::now();
     let (model, device) = subject.load(args.adapter.as_deref(), SEED, console)?;
     let mtp = subject.module(combination.guessing(), SEED, &device)?;
@@ -297,7 +297,7 @@ fn measure(
     repack(&mut engine, console);
     let open_secs = started.elapsed().as_secs_f64();
     let timings = timings(&mut engine, combination, args.reps, console)?;
-    let peak_bytes = memory::read().peak_bytes;
+    let peak_bytes = host::read().peak_bytes;
     limits.extend(limit(LIMITS));
 
     let tokens = combination.timed_tokens() as f64;

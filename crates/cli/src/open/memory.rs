@@ -5,7 +5,7 @@ use model::{Compute, ExpertTraffic};
 use serde_json::{Value, json};
 
 use crate::console::Console;
-use crate::train::memory;
+use crate::host;
 
 /// How much memory weights take.
 #[derive(Debug, Default, Clone, Copy, clap::Args)]
@@ -57,7 +57,7 @@ impl MemoryArgs {
     /// Says where an engine has its weights: all in memory, if the budget has room for them (or three quarters of what is
     /// free), else those that every token needs and the experts that were used last, or as many as there is room for.
     pub(crate) fn place(self, engine: &mut Engine, console: &Console) {
-        let free = memory::read().available_bytes.unwrap_or(u64::MAX);
+        let free = host::read().available_bytes.unwrap_or(u64::MAX);
         let free = usize::try_from(free).unwrap_or(usize::MAX);
         // The rest is for caches and for what else the machine does.
         let room = self.memory_budget.map_or(free / 4 * 3, |bytes| {

@@ -3,10 +3,10 @@
 use model::Model;
 use train::{Event, Host, Memory, Sample, Session, StepReport};
 
-use super::memory;
 use super::samples::Sampler;
 use super::signals::Signals;
 use crate::console::{self, Console, Progress};
+use crate::host;
 
 /// Shows a run's progress, and tells the run of signals and of memory.
 #[derive(Debug)]
@@ -81,7 +81,7 @@ impl Host for Watcher {
     }
 
     fn memory(&mut self) -> Memory {
-        memory::read()
+        host::read()
     }
 
     fn generate(&mut self, model: &Model, prompt: &str) -> Result<String, String> {

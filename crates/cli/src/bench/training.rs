@@ -20,8 +20,9 @@ use super::subject::{Subject, Weights, ids};
 use super::sweep::{Sweep, options};
 use super::table::{Column, count, fraction_of, giga, mebibytes, median, spread};
 use crate::console::{Console, USAGE, WithCode};
+use crate::host;
 use crate::inspect::parameters;
-use crate::train::{memory, usage, with_code};
+use crate::train::{usage, with_code};
 
 /// Times training steps: tokens per second, memory, and the share of what this machine multiplies at most. By default
 /// LoRA of rank 8 on all linear layers and experts, in f32.
@@ -169,7 +170,7 @@ fn measure(args: &Args, combination: Combination, console: &Console) -> anyhow::
         _ => Compute::F32,
     };
     let mut limits = product_speeds(compute, PRODUCTS);
-    memory::forget_peak();
+    host::forget_peak();
     let mut session = Session::open(recipe, &|folder| Ok(folder.into()))?;
     let mut progress = console.progress(1 + args.reps, "steps");
     let reports = session.trial(1 + args.reps, &mut |event: &Event| {
@@ -180,7 +181,7 @@ fn measure(args: &Args, combination: Combination, console: &Console) -> anyhow::
     });
     progress.finish();
     let reports = reports.map_err(with_code)?;
-    let (peak_bytes, timed) = (memory::read().peak_bytes, &reports[1..]);
+    let (peak_bytes, timed) = (host::read().peak_bytes, &reports[1..]);
     limits.extend(product_speeds(compute, PRODUCTS));
 
     let speeds = Spread::of(timed.iter().map(speed));

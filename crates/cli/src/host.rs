@@ -1,6 +1,6 @@
 //! The machine's memory and this program's, as far as the operating system tells.
 
-mod groups;
+mod cgroups;
 mod mac;
 
 use train::Memory;
@@ -19,7 +19,7 @@ fn available() -> Option<u64> {
         return mac::available();
     }
     let machine = bytes("/proc/meminfo", "MemAvailable:")?;
-    Some(groups::available().map_or(machine, |group| group.min(machine)))
+    Some(cgroups::available().map_or(machine, |group| group.min(machine)))
 }
 
 /// Makes what is held now the most that was held, where Linux lets a program do so; see proc(5), `clear_refs`.
