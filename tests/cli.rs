@@ -340,15 +340,15 @@ fn data_is_checked_counted_and_shown() {
     let stdout = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{output:?}");
     for expected in [
-        "train.jsonl: 1 sample is in train.jsonl already; the first is sample 3, like sample 1 there",
-        "valid.jsonl: 1 sample is in train.jsonl already; the first is sample 3, like sample 1 there",
-        "train.jsonl, sample 1, cut:",
+        "train.jsonl: 1 sample occurs earlier in train.jsonl; the first is sample 3, equal to sample 1 there",
+        "valid.jsonl: 1 sample occurs earlier in train.jsonl; the first is sample 3, equal to sample 1 there",
+        "train.jsonl, sample 1, truncated:",
         "«",
     ] {
         assert!(stdout.contains(expected), "{stdout}");
     }
     assert!(!stdout.contains('\u{1b}'), "{stdout}");
-    assert!(String::from_utf8_lossy(&output.stderr).contains("keys that nothing reads: id"));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("ignored keys in rows: id"));
 
     let output = moeforge(&[&words[..], &["--json"]].concat());
     let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();

@@ -1,7 +1,7 @@
-//! `moeforge bench`: how fast this machine is with a model, and how fast it could be.
+//! `moeforge bench`: the speed of this machine with a model, and the share of the machine's peak that it reaches.
 
 mod generation;
-mod limit;
+mod peak;
 mod scratch;
 mod spread;
 mod subject;
@@ -13,14 +13,14 @@ use std::process::ExitCode;
 
 use crate::console::Console;
 
-/// What is measured.
+/// What to measure.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Bench {
-    /// Time training steps on made-up tokens, for every combination of batch, length and number of experts.
+    /// Time training steps on synthetic tokens, for all combinations of batch size, length and number of experts.
     Train(training::Args),
-    /// Time reading prompts of made-up tokens, for every combination of batch and length.
+    /// Time prefill of synthetic prompts, for all combinations of batch size and length.
     Prefill(generation::PrefillArgs),
-    /// Time writing tokens one after the other, for every combination of batch and length of the prompt.
+    /// Time token-by-token decoding, for all combinations of batch size and prompt length.
     Decode(generation::DecodeArgs),
 }
 

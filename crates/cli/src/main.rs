@@ -1,8 +1,10 @@
-//! The command line: one file per verb. Printing, progress, environment and exit codes live here and nowhere else.
+//! The command line, with one file per verb. Only this crate prints, shows progress, reads the environment and chooses exit
+//! codes.
 
 mod bench;
 mod console;
 mod data_check;
+mod device;
 mod eval;
 mod experts;
 mod find_lr;
@@ -20,6 +22,7 @@ mod report;
 mod resume_check;
 mod survival;
 mod train;
+mod values;
 
 use std::process::ExitCode;
 
@@ -30,73 +33,73 @@ use crate::console::Console;
 #[global_allocator]
 static ALLOCATOR: kernels::RecyclingAllocator = kernels::RecyclingAllocator::new();
 
-/// Fine-tunes DeepSeek mixture-of-experts models on the machine you own, says how much better they got, and runs them.
+/// Fine-tune, evaluate, quantize and run DeepSeek mixture-of-experts models on your own machine.
 #[derive(Debug, Parser)]
 #[command(version, propagate_version = true, arg_required_else_help = true)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
-    /// Print less: results and errors only.
+    /// Print only results and errors.
     #[arg(short, long, global = true)]
     quiet: bool,
-    /// Print more: what was opened and how, and the memory held.
+    /// Print details: opened models, unused tensors, memory.
     #[arg(short, long, global = true, conflicts_with = "quiet")]
     verbose: bool,
-    /// Worker threads; default: one per core.
+    /// Number of worker threads. Default: one per core.
     #[arg(long, global = true, value_name = "N")]
     threads: Option<usize>,
 }
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Show what a model is: family, sizes, tensors, number formats.
+    /// Run the full pipeline on the bundled model and data.
+    Quickstart(quickstart::Args),
+    /// Show a model's architecture, sizes, tensors and weight formats.
     Inspect(inspect::Args),
-    /// Look at training data as the model will see it.
+    /// Check training data and show it as the model sees it.
     #[command(subcommand)]
     Data(data_check::Data),
-    /// Train: pretrain, fine-tune, or LoRA, as a recipe says.
+    /// Train with a recipe: pretraining, full fine-tuning or LoRA.
     Train(train::Args),
-    /// Look for a learning rate: a short run with a growing one, a plot, a suggestion.
+    /// Find a learning rate with a short run of growing rates.
     FindLr(find_lr::Args),
-    /// Write a page with a run's curves, the load of its experts, its samples and its recipe.
+    /// Write an HTML page of a run: curves, expert load, samples, recipe.
     Report(report::Args),
-    /// Train a recipe twice, the second time killed again and again, and compare the results bit for bit.
+    /// Check that killed-and-resumed training equals an uninterrupted run, bit for bit.
     ResumeCheck(resume_check::Args),
-    /// Measure: loss, perplexity, bits per byte, multiple choice; several models side by side.
+    /// Evaluate a model: loss, perplexity, bits per byte, multiple choice.
     Eval(eval::Args),
-    /// Compare what two models predict, and which experts they choose.
+    /// Compare the predictions and the expert routing of two models.
     Compare(eval::compare::Args),
-    /// Measure which experts a task uses, and write the part of a recipe that trains those.
+    /// Measure which experts a task uses, and print the part of a recipe that trains only those.
     Experts(experts::Args),
-    /// Write the logits of given token ids, for comparing implementations.
+    /// Write the logits of given token ids, to compare implementations.
     Logits(logits::Args),
-    /// Continue a prompt.
+    /// Continue prompts.
     Generate(generate::Args),
-    /// Talk with a model.
+    /// Chat with a model.
     Chat(generate::chat::Args),
-    /// Fold an adapter into its model.
+    /// Merge an adapter into its base model.
     Merge(merge::Args),
     /// Write an adapter as a GGUF file for llama.cpp.
     ExportAdapter(merge::adapter::Args),
-    /// Write a model in another number format.
+    /// Write a model in another weight format.
     Quantize(quantize::Args),
-    /// Measure what survives of an adapter's effect when it is merged and rounded.
+    /// Measure merge loss: how much of an adapter's effect survives a merge into quantized weights.
     Survival(survival::Args),
-    /// Compare training in f32, bf16 and FP8 on a recipe.
+    /// Compare the training losses of a recipe in f32, bf16 and FP8.
     Precision(precision::Args),
-    /// Measure how fast this machine is with a model, and against what it could be.
+    /// Measure training, prefill and decoding speed, and its share of the machine's peak.
     #[command(subcommand)]
     Bench(bench::Bench),
-    /// The whole road on the repository's own base and data, printing the verbs it runs.
-    Quickstart(quickstart::Args),
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let console = Console::new(cli.quiet, cli.verbose);
     let (verb, threads) = (cli.verb, cli.threads.unwrap_or(0));
-    // The whole program runs on one of the pool's workers: from there the kernels' parallel loops start at once,
-    // where a thread outside would hand each one over and sleep. Workers get the stack of a main thread.
+    // The program runs on one of the pool's workers, from which the kernels' parallel loops start at once. A thread outside
+    // the pool would hand each loop over and sleep. Workers get the stack size of a main thread.
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
         .stack_size(8 << 20);
@@ -115,6 +118,7 @@ fn main() -> ExitCode {
 
 fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
     match verb {
+        Verb::Quickstart(args) => quickstart::run(&args, console),
         Verb::Inspect(args) => inspect::run(&args, console),
         Verb::Data(data_check::Data::Check(args)) => data_check::run(&args, console),
         Verb::Train(args) => train::run(&args, console),
@@ -133,6 +137,5 @@ fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
         Verb::Survival(args) => survival::run(&args, console),
         Verb::Precision(args) => precision::run(&args, console),
         Verb::Bench(bench) => bench::run(&bench, console),
-        Verb::Quickstart(args) => quickstart::run(&args, console),
     }
 }

@@ -14,7 +14,6 @@ mod splits;
 pub use files::TokenizerFiles;
 
 use crate::chat_template::{CONFIG, ChatTemplate, TokenizerConfig};
-use crate::decode_stream::DecodeStream;
 use crate::error::{Error, Result};
 use files::{TOKENIZER, Tokens};
 use gguf::GgufTokens;
@@ -209,11 +208,6 @@ impl Tokenizer {
     pub fn decode(&self, ids: &[u32], special: Special) -> Result<String> {
         let skip = special == Special::Skip;
         guarded(|| self.inner.decode(ids, skip)).map_err(tokenize_error)
-    }
-
-    /// A decoder for ids that arrive one at a time.
-    pub fn decode_stream(&self, special: Special) -> DecodeStream<'_> {
-        DecodeStream::new(self, special)
     }
 
     /// The token that begins a sequence.

@@ -1,133 +1,139 @@
-//! Weights that move from their file into memory while an engine is at work.
+//! Repacks weights into memory between steps.
 //!
-//! Products read weights fastest as [`Matrix::repack`] puts them, but to copy a model takes as long as many tokens do. So an
-//! engine begins with the bytes of the file, and copies a piece of them at a time between passes, for about as long as these
-//! take: nobody waits for the first token, and soon all passes are fast. Products have the same bits before and after.
+//! Products read weights fastest in the layout of [`Matrix::repack`], but repacking a model takes as long as many tokens. So
+//! an engine starts with the bytes of the file and repacks some weights between passes, for about as long as a pass takes:
+//! the first token comes at once, and passes are soon fast. Products have the same bits before and after.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kernels::{ExpertCache, FileAccess, Matrix};
-use model::{Model, Mtp};
+use kernels::Matrix;
+use model::{Compute, Model, Mtp};
 
-use crate::Engine;
+/// Bytes repacked at a time, at least: enough for pages of 2 MiB, and too little to delay a token.
+const MIN_BYTES: usize = 16 << 20;
 
-/// Enough for pages of 2 MiB, so little that no token waits long.
-const PIECE: usize = 16 << 20;
-
-/// How far that is.
+/// Which weights are to be repacked, and how many are.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Layout {
-    /// Bytes that are copied at a time at least.
-    piece: usize,
-    /// Matrices that are to be copied, of those that [`for_each`] visits.
-    wanted: usize,
-    /// Matrices that are copied.
+pub(crate) struct RepackSchedule {
+    /// Bytes repacked at a time, at least.
+    min_bytes: usize,
+    /// Matrices to repack: the first ones that [`EngineWeights::for_each`] visits.
+    planned: usize,
+    /// Matrices that are repacked.
     done: usize,
-    /// How long the last pass took.
+    /// Duration of the last pass.
     pub(crate) last_pass: Duration,
 }
 
-impl Default for Layout {
+/// The weights of an engine.
+pub(crate) struct EngineWeights<'a> {
+    pub(crate) compute: Compute,
+    pub(crate) model: &'a mut Model,
+    /// They share the weights of `model`.
+    pub(crate) adapted_models: &'a mut [Model],
+    pub(crate) mtp: Option<&'a mut Mtp>,
+}
+
+impl Default for RepackSchedule {
     fn default() -> Self {
         Self {
-            piece: PIECE,
-            wanted: 0,
+            min_bytes: MIN_BYTES,
+            planned: 0,
             done: 0,
             last_pass: Duration::ZERO,
         }
     }
 }
 
-impl Engine {
-    /// Has weights copied into memory, where products read them fastest, between steps to come: the first that need so many
-    /// bytes at most. What is held of their files is given back. For no more than memory has room for: a file's bytes can be
-    /// dropped and read again, copies cannot.
-    pub fn keep_in_memory(&mut self, room: usize) {
-        let (mut wanted, mut bytes) = (0, 0_usize);
-        for_each(&mut self.model, self.mtp.as_mut(), &mut |at, matrix| {
+impl RepackSchedule {
+    /// Plans to repack the first weights that fit a budget in bytes.
+    pub(crate) fn plan(&mut self, weights: &mut EngineWeights<'_>, budget: usize) {
+        let (mut planned, mut bytes) = (0, 0_usize);
+        weights.for_each(&mut |at, matrix| {
             bytes = bytes.saturating_add(matrix.size_bytes());
-            if bytes <= room {
-                wanted = at + 1;
+            if bytes <= budget {
+                planned = at + 1;
             }
         });
-        self.layout.wanted = wanted;
+        self.planned = planned;
     }
 
-    /// [`Self::keep_in_memory`] of all that every token needs; of the experts those stay in memory that were used last, as many as
-    /// so many bytes hold. For a model that memory has no room for. So many of a token's experts are asked for before a layer
-    /// chooses them; none says half of those that it chooses.
-    pub fn cache_experts(&mut self, budget: usize, n_prefetch: Option<usize>) {
-        let file = FileAccess {
-            advise_willneed: checkpoint::advise_willneed,
-            read: checkpoint::read,
-        };
-        let cache = Arc::new(ExpertCache::new(budget, self.compute, file));
-        self.model.cache_experts(&cache, n_prefetch);
-        self.keep_in_memory(usize::MAX);
-    }
-
-    /// Copies at once what would be copied between steps. Says how many bytes are copied, of how many that are to be.
-    pub fn repack(&mut self, on_bytes: &mut dyn FnMut(usize, usize)) {
-        let (first, wanted) = (self.layout.done, self.layout.wanted);
-        let (mut total, mut done) = (0, 0);
-        for_each(&mut self.model, self.mtp.as_mut(), &mut |at, matrix| {
-            if (first..wanted).contains(&at) {
+    /// Repacks all that is planned. `on_bytes` gets the bytes done and their total.
+    pub(crate) fn repack_all(
+        &mut self,
+        weights: &mut EngineWeights<'_>,
+        on_bytes: &mut dyn FnMut(usize, usize),
+    ) {
+        let (first, planned) = (self.done, self.planned);
+        let (mut total, mut bytes) = (0, 0);
+        weights.for_each(&mut |at, matrix| {
+            if (first..planned).contains(&at) {
                 total += matrix.size_bytes();
             }
         });
-        while self.layout.done < wanted {
-            done += self.repack_piece();
-            on_bytes(done, total);
+        while self.done < planned {
+            bytes += self.repack_some(weights);
+            on_bytes(bytes, total);
         }
     }
 
-    /// Copies a piece, if there is one, and goes on for about so long.
-    pub(crate) fn repack_for(&mut self, time: Duration) {
+    /// Repacks planned weights until `time` has passed, and at least once.
+    pub(crate) fn repack_for(&mut self, weights: &mut EngineWeights<'_>, time: Duration) {
         let started = Instant::now();
-        while self.layout.done < self.layout.wanted {
-            self.repack_piece();
+        while self.done < self.planned {
+            self.repack_some(weights);
             if started.elapsed() >= time {
                 return;
             }
         }
     }
 
-    /// Copies some weights; returns their bytes.
-    fn repack_piece(&mut self) -> usize {
-        let Layout { wanted, done, .. } = self.layout;
-        let (mut piece, mut bytes, least) = (Vec::new(), 0, self.layout.piece);
-        for_each(&mut self.model, self.mtp.as_mut(), &mut |at, matrix| {
-            if (done..wanted).contains(&at) && bytes < least {
+    /// Repacks some weights; returns their bytes.
+    fn repack_some(&mut self, weights: &mut EngineWeights<'_>) -> usize {
+        let Self { planned, done, .. } = *self;
+        let (mut matrices, mut bytes, min_bytes) = (Vec::new(), 0, self.min_bytes);
+        weights.for_each(&mut |at, matrix| {
+            if (done..planned).contains(&at) && bytes < min_bytes {
                 bytes += matrix.size_bytes();
-                piece.push(matrix.clone());
+                matrices.push(matrix.clone());
             }
         });
         let mut copied = Vec::new();
-        Matrix::repack(&mut piece, self.compute, &mut |stored| {
+        Matrix::repack(&mut matrices, weights.compute, &mut |stored| {
             copied.push(stored.clone());
         });
-        let end = done + piece.len();
-        let put = |model: &mut Model, mtp: Option<&mut Mtp>| {
-            for_each(model, mtp, &mut |at, matrix| {
-                if (done..end).contains(&at) {
-                    *matrix = piece[at - done].clone();
-                }
-            });
-        };
-        put(&mut self.model, self.mtp.as_mut());
-        // They share the weights of `model`.
-        self.adapted.iter_mut().for_each(|model| put(model, None));
-        // Several together: reading a part brings some of what lies beside it back.
+        self.done += matrices.len();
+        weights.replace(done, &matrices);
+        // After all of them: reading a part of a file brings some of its neighbors back.
         let copied = copied.iter();
         copied.for_each(|stored| checkpoint::advise_dontneed(stored.bytes()));
-        self.layout.done = end;
         bytes
     }
 }
 
-/// Visits weights with their numbers, in the order in which they are copied: what every token needs, as it does, so that what
-/// lies behind a weight is mostly what is read next; then experts, if there is no cache for them; then what guesses tokens.
+impl EngineWeights<'_> {
+    /// Visits the weights of the model with their numbers, in the order of repacking.
+    fn for_each(&mut self, visit: &mut dyn FnMut(usize, &mut Matrix)) {
+        for_each(self.model, self.mtp.as_deref_mut(), visit);
+    }
+
+    /// Replaces the weights from number `first` on.
+    fn replace(&mut self, first: usize, matrices: &[Matrix]) {
+        let put = &mut |at: usize, matrix: &mut Matrix| {
+            if let Some(repacked) = at.checked_sub(first).and_then(|at| matrices.get(at)) {
+                *matrix = repacked.clone();
+            }
+        };
+        for_each(self.model, self.mtp.as_deref_mut(), put);
+        for model in &mut *self.adapted_models {
+            for_each(model, None, put);
+        }
+    }
+}
+
+/// Visits weights with their numbers, in the order of repacking: first those that every token needs, in the order in which
+/// it needs them, so that the file's next bytes are mostly the next to be read; then experts, unless they have a cache; then
+/// the drafting module.
 fn for_each(model: &mut Model, mtp: Option<&mut Mtp>, visit: &mut dyn FnMut(usize, &mut Matrix)) {
     let mut at = 0;
     let visit = &mut |matrix: &mut Matrix| {
@@ -149,19 +155,18 @@ mod tests {
 
     use burn::tensor::Device;
     use kernels::Format;
-    use model::Compute;
 
     use super::*;
-    use crate::{GenerateConfig, SampleConfig};
+    use crate::{Engine, GenerateConfig, SampleConfig};
 
-    /// A golden model as it is stored, for products in int8.
+    /// A golden model in its stored format, for products in int8.
     fn engine(name: &str) -> Engine {
         let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/gguf");
         Engine::open(&goldens.join(name), Compute::Int8, Device::flex()).unwrap()
     }
 
-    /// How many matrices are of blocks in strips, and of how many.
-    fn strips(engine: &mut Engine) -> [usize; 2] {
+    /// How many matrices have interleaved blocks, and how many have blocks.
+    fn interleaved_counts(engine: &mut Engine) -> [usize; 2] {
         let mut counts = [0; 2];
         for_each(&mut engine.model, None, &mut |_, matrix| {
             let keys = matrix.split_kv_b().map(|heads| heads.keys(0));
@@ -173,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_are_the_same_while_weights_move() {
+    fn texts_are_the_same_while_weights_are_repacked() {
         let config = GenerateConfig {
             max_tokens: 24,
             sample: SampleConfig::greedy(),
@@ -186,36 +191,36 @@ mod tests {
             ("deepseek_v2_lite_bf16.gguf", false),
         ] {
             let prompts = [vec![1, 5, 9, 200], vec![7; 3], vec![0, 3]];
-            let mut stays = engine(name);
-            let expected = stays.generate_all(&prompts, &config, 3, &mut |_, _| {});
-            let (expected, counts) = (expected.unwrap(), strips(&mut stays));
+            let mut mapped = engine(name);
+            let expected = mapped.generate_all(&prompts, &config, 3, &mut |_, _| {});
+            let (expected, counts) = (expected.unwrap(), interleaved_counts(&mut mapped));
             assert!(
                 counts[0] == 0 && (counts[1] > 4) == in_blocks,
                 "{name} {counts:?}"
             );
 
-            let mut moves = engine(name);
-            // First a part, which is all that there is room for, then all.
-            let half = moves.size_bytes() / 2;
-            moves.keep_in_memory(half);
-            moves.repack(&mut |_, _| ());
-            let part = moves.layout.done;
+            let mut repacked = engine(name);
+            // First the part that fits the budget, then all.
+            let half = repacked.size_bytes() / 2;
+            repacked.plan_repack(half);
+            repacked.repack_all(&mut |_, _| ());
+            let part = repacked.schedule.done;
             assert!(part > 5, "{name}");
-            let found = moves.generate_all(&prompts, &config, 3, &mut |_, _| {});
+            let found = repacked.generate_all(&prompts, &config, 3, &mut |_, _| {});
             assert_eq!(found.unwrap()[1].logprobs, expected[1].logprobs, "{name}");
-            assert_eq!(moves.layout.done, part, "{name}");
-            moves.keep_in_memory(usize::MAX);
-            moves.layout.piece = 1;
-            let found = moves.generate_all(&prompts, &config, 3, &mut |_, _| {});
+            assert_eq!(repacked.schedule.done, part, "{name}");
+            repacked.plan_repack(usize::MAX);
+            repacked.schedule.min_bytes = 1;
+            let found = repacked.generate_all(&prompts, &config, 3, &mut |_, _| {});
             for (found, expected) in found.unwrap().iter().zip(&expected) {
                 assert_eq!(found.token_ids, expected.token_ids, "{name}");
                 assert_eq!(found.logprobs, expected.logprobs, "{name}");
             }
-            assert!(moves.layout.done > part, "{name}");
-            moves.repack(&mut |_, _| ());
-            assert_eq!(moves.layout.done, moves.layout.wanted, "{name}");
-            assert_eq!(strips(&mut moves), [counts[1]; 2], "{name}");
-            let again = moves.generate_all(&prompts, &config, 3, &mut |_, _| {});
+            assert!(repacked.schedule.done > part, "{name}");
+            repacked.repack_all(&mut |_, _| ());
+            assert_eq!(repacked.schedule.done, repacked.schedule.planned, "{name}");
+            assert_eq!(interleaved_counts(&mut repacked), [counts[1]; 2], "{name}");
+            let again = repacked.generate_all(&prompts, &config, 3, &mut |_, _| {});
             assert_eq!(again.unwrap()[0].logprobs, expected[0].logprobs, "{name}");
         }
     }
