@@ -57,6 +57,55 @@ fn several_prompts_give_what_each_gives_alone() {
 }
 
 #[test]
+fn only_the_devices_of_the_build_are_offered() {
+    let help = moeforge(&["generate", "--help"]);
+    let help = String::from_utf8(help.stdout).unwrap();
+    for device in ["metal", "vulkan", "cuda", "gpu"] {
+        assert!(!help.contains(device), "{help}");
+        let words = ["generate", MODEL, "--prompt", "a", "--device", device];
+        refused(
+            &moeforge(&words),
+            2,
+            &["--device", device, "one device, cpu"],
+        );
+    }
+}
+
+#[test]
+fn old_spellings_of_options_are_accepted_and_not_shown() {
+    for (verb, old) in [
+        ("eval", &["--batch-size"][..]),
+        ("experts", &["--batch-size", "--share", "--by", "gates"]),
+        ("merge", &["  - bf16"]),
+        ("generate", &["--read-ahead"]),
+    ] {
+        let help = String::from_utf8(moeforge(&[verb, "--help"]).stdout).unwrap();
+        for old in old {
+            assert!(!help.contains(&format!("{old} ")), "{verb} {old}: {help}");
+        }
+    }
+    let place = tempfile::tempdir().unwrap();
+    let row = format!("{{\"input_ids\": {:?}}}\n", (0..30).collect::<Vec<_>>());
+    for file in ["train.jsonl", "test.jsonl"] {
+        std::fs::write(place.path().join(file), &row).unwrap();
+    }
+    let data = place.path().to_string_lossy().into_owned();
+    let model = golden("deepseek_v3").to_string_lossy().into_owned();
+    let loss = |option: &str| {
+        let words = ["eval", &model, "--data", &data, option, "2", "--json"];
+        json(&words)["models"][0]["text"]["loss"].take()
+    };
+    assert_eq!(loss("--batch"), loss("--batch-size"));
+    let experts = |words: &[&str]| {
+        let all = ["experts", &model, "--data", &data, "--json"];
+        json(&[&all[..], words].concat())
+    };
+    let new = experts(&["--min-load", "0.3", "--load", "gate-weights"]);
+    assert_eq!(new, experts(&["--share", "0.3", "--by", "gates"]));
+    assert_eq!(new["min_load"], 0.3);
+}
+
+#[test]
 fn the_cache_has_the_requested_data_type() {
     let prompt = ["--prompt", "The capital of France is", "--logprobs", "0"];
     let logprob = |form: &str| {

@@ -136,7 +136,7 @@ impl Progress {
         self.update(position, "");
     }
 
-    /// Sets the position and what stands before the bar.
+    /// Sets the position and the text before the bar.
     pub(crate) fn update(&mut self, position: u64, status: &str) {
         self.bar.set_message(format!("{} {status}", self.what));
         self.bar.set_position(position);

@@ -24,8 +24,8 @@ pub(crate) enum Data {
 pub(crate) struct Args {
     /// Data folder with one or more of `train.jsonl`, `valid.jsonl`, `test.jsonl`.
     pub(crate) dir: PathBuf,
-    /// Model whose tokenizer and chat template to use: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face
-    /// cache.
+    /// Model whose tokenizer and chat template to use: Hugging Face folder, GGUF file, or `org/name` in the local
+    /// Hugging Face cache.
     #[arg(long)]
     pub(crate) model: String,
     /// Maximum sequence length, in tokens.

@@ -15,8 +15,8 @@ use crate::values::{COMPUTE_HELP, ComputeValue};
 
 /// Evaluate a model: loss, perplexity, bits per byte, multiple choice.
 ///
-/// With a baseline, both models are scored against the right answers and the scores are compared; `compare` instead measures
-/// how far the predictions of one model are from another's, whatever the right answer is.
+/// With a baseline, both models are scored against the right answers and the scores are compared; `compare` instead
+/// measures how far the predictions of one model are from another's, whatever the right answer is.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]

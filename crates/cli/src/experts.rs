@@ -21,8 +21,8 @@ pub(crate) struct Args {
     /// Data of the task: folder with `train.jsonl`.
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
-    /// Minimum total load of the chosen experts of a layer, from 0 to 1: per layer, the fewest experts that reach it are
-    /// chosen.
+    /// Minimum total load of the chosen experts of a layer, from 0 to 1: per layer, the fewest experts that reach it
+    /// are chosen.
     #[arg(long, alias = "share", value_name = "P", default_value_t = 0.2)]
     min_load: f64,
     /// Measure of an expert's load.
@@ -68,7 +68,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     if args.json {
         let layers = loads.iter().zip(&chosen).map(|(load, chosen)| {
             json!({"layer": load.layer, "tokens": load.tokens, "gates": load.gates,
-                   "chosen": chosen.experts, "share": chosen.share})
+                   "chosen": chosen.experts, "load": chosen.share})
         });
         let layers: Vec<_> = layers.collect();
         let recipe = patterns(&loads, &chosen);

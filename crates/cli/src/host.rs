@@ -23,7 +23,7 @@ fn available() -> Option<u64> {
 }
 
 /// Resets the peak memory to the current memory, on Linux; see proc(5), `clear_refs`.
-pub(crate) fn forget_peak() {
+pub(crate) fn reset_peak() {
     let _ = std::fs::write("/proc/self/clear_refs", "5");
 }
 

@@ -263,14 +263,14 @@ fn attention(config: &ModelConfig) -> String {
     let heads = config.num_attention_heads;
     match &config.attention {
         AttentionConfig::Mla(mla) => format!(
-            "latent, {heads} heads, latent width {} + {}, query bottleneck {}",
+            "MLA, {heads} heads, KV latent {} + {} for RoPE, query latent {}",
             mla.kv_lora_rank,
             mla.qk_rope_head_dim,
             mla.q_lora_rank
                 .map_or_else(|| "none".to_owned(), |rank| rank.to_string())
         ),
         AttentionConfig::Gqa(gqa) => format!(
-            "grouped queries, {heads} heads, {} of keys and values, width {}",
+            "GQA, {heads} query heads, {} KV heads, width {}",
             gqa.num_key_value_heads, gqa.head_dim
         ),
     }

@@ -27,8 +27,8 @@ pub(crate) struct Args {
     pub(crate) out: PathBuf,
     #[arg(long, value_enum, default_value_t = ComputeValue::F32, help = COMPUTE_HELP)]
     pub(crate) compute: ComputeValue,
-    /// KV-cache data type. With it, each row is read as `generate` does: 512 tokens at a time, through a KV cache. Without it,
-    /// each row is read in one pass.
+    /// KV-cache data type. With it, each row is read as `generate` does: 512 tokens at a time, through a KV cache.
+    /// Without it, each row is read in one pass.
     #[arg(long, value_enum, value_name = "TYPE")]
     pub(crate) cache: Option<CacheValue>,
 }

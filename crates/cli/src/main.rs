@@ -1,5 +1,5 @@
-//! The command line, with one file per verb. Only this crate prints, shows progress, reads the environment and chooses exit
-//! codes.
+//! The command line, with one file per verb. Only this crate prints, shows progress, reads the environment and chooses
+//! exit codes.
 
 mod bench;
 mod console;
@@ -33,9 +33,21 @@ use crate::console::Console;
 #[global_allocator]
 static ALLOCATOR: kernels::RecyclingAllocator = kernels::RecyclingAllocator::new();
 
+const AFTER_HELP: &str = "\
+Exit codes: 0 success; 1 error; 2 wrong usage or recipe; 4 a check found a difference; 5 too little memory; 6 a loss or \
+gradient is not finite; 7 a run stopped early, with a checkpoint; 130 Ctrl-C.
+
+Environment: HF_HOME, the Hugging Face cache; XDG_CACHE_HOME, the cache of tokenized rows; NO_COLOR, for output without \
+colors.";
+
 /// Fine-tune, evaluate, quantize and run DeepSeek mixture-of-experts models on your own machine.
 #[derive(Debug, Parser)]
-#[command(version, propagate_version = true, arg_required_else_help = true)]
+#[command(
+    version,
+    propagate_version = true,
+    arg_required_else_help = true,
+    after_help = AFTER_HELP
+)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -98,8 +110,8 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let console = Console::new(cli.quiet, cli.verbose);
     let (verb, threads) = (cli.verb, cli.threads.unwrap_or(0));
-    // The program runs on one of the pool's workers, from which the kernels' parallel loops start at once. A thread outside
-    // the pool would hand each loop over and sleep. Workers get the stack size of a main thread.
+    // The program runs on one of the pool's workers, from which the kernels' parallel loops start at once. A thread
+    // outside the pool would hand each loop over and sleep. Workers get the stack size of a main thread.
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
         .stack_size(8 << 20);

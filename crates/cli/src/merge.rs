@@ -103,7 +103,7 @@ impl<'a> ConversionReport<'a> {
             "out": self.out,
             "tensors": tensors,
             "adapted": adapted,
-            "weighted": weighted,
+            "imatrix_tensors": weighted,
             "bytes": bytes,
             "largest_error": largest_error,
             "relative_errors": errors.collect::<Vec<_>>(),

@@ -52,8 +52,9 @@ pub(crate) struct EngineArgs {
 pub(crate) struct SpeculationArgs {
     /// Speculative decoding with the model's MTP layer: output is unchanged, speed depends on the acceptance rate.
     ///
-    /// The layer (multi-token prediction, DeepSeek V3) drafts the token after the next, and the model verifies the draft in
-    /// the same pass, for up to 4 sequences at a time. Text, log-probabilities and random draws are the same, bit for bit.
+    /// The layer (multi-token prediction, DeepSeek V3) drafts the token after the next, and the model verifies the
+    /// draft in the same pass, for up to 4 sequences at a time. Text, log-probabilities and random draws are the same,
+    /// bit for bit.
     #[arg(long)]
     pub(crate) speculative: bool,
 }
@@ -217,7 +218,8 @@ pub(crate) fn open_tokenizer(folder: &Folder) -> anyhow::Result<Option<Tokenizer
     Ok(files.as_ref().map(Tokenizer::new).transpose()?)
 }
 
-/// The tokenizer and the architecture of a model, or of a folder that may have no weights yet; none for what is missing.
+/// The tokenizer and the architecture of a model, or of a folder that may have no weights yet; none for what is
+/// missing.
 pub(crate) fn open_texts(path: &Path) -> anyhow::Result<(Option<Tokenizer>, Option<ModelConfig>)> {
     if path.is_file() {
         let folder = train::open_folder(path)?;

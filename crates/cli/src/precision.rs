@@ -1,8 +1,8 @@
 //! `moeforge precision`: the effect of lower precision on the training losses of a recipe.
 //!
-//! The runs are those of `moeforge train`, one after another, with the same seed and data. They differ in precision (with
-//! FP8, the optimizer keeps its moments in bf16 unless the recipe says otherwise). One twin differs only in a rounding of
-//! the initial values: its deviation is the noise that the others have to be compared with.
+//! The runs are those of `moeforge train`, one after another, with the same seed and data. They differ in precision
+//! (with FP8, the optimizer keeps its moments in bf16 unless the recipe says otherwise). One twin differs only in a
+//! rounding of the initial values: its deviation is the noise that the others have to be compared with.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -42,8 +42,8 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// The runs: name, and settings of `[precision]`. The others are compared with the first. The last is the control run, which
-/// shows a difference that matters.
+/// The runs: name, and settings of `[precision]`. The others are compared with the first. The last is the control run,
+/// which shows a difference that matters.
 const RUNS: [(&str, &[&str]); 5] = [
     ("bf16", &["precision.compute=bf16"]),
     (
@@ -113,8 +113,8 @@ fn all_settings(args: &Args, settings: &[&str]) -> Vec<String> {
     users.chain(own.map(Into::into)).collect()
 }
 
-/// Trains, or resumes a run. Returns its peak memory without mapped files; none if the operating system does not tell or the
-/// run was finished before.
+/// Trains, or resumes a run. Returns its peak memory without mapped files; none if the operating system does not tell
+/// or the run was finished before.
 fn train(args: &Args, settings: &[String], folder: &Path) -> anyhow::Result<Option<u64>> {
     if ["model", "adapter"]
         .iter()

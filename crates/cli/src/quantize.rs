@@ -29,8 +29,8 @@ use crate::values::OutputFormat;
 pub(crate) struct Args {
     /// Model: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.
     model: String,
-    /// Weight format. Folders: hf:fp8, hf:bf16, hf:f32. GGUF files: gguf:f32, gguf:bf16, gguf:f16, gguf:q8_0, gguf:q6_k,
-    /// gguf:q5_k_m, gguf:q4_k_m, gguf:q4_0, …; a wrong name lists all.
+    /// Weight format. Folders: hf:fp8, hf:bf16, hf:f32. GGUF files: gguf:f32, gguf:bf16, gguf:f16, gguf:q8_0,
+    /// gguf:q6_k, gguf:q5_k_m, gguf:q4_k_m, gguf:q4_0, …; a wrong name lists all.
     #[arg(long, value_name = "FORMAT", value_parser = OutputFormat::parse)]
     to: OutputFormat,
     /// Folder to write, new or empty; or GGUF file to write, which must not exist.

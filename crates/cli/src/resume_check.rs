@@ -1,8 +1,8 @@
 //! `moeforge resume-check`: a check that a run that is killed and resumed ends as an uninterrupted one.
 //!
-//! The runs are those of `moeforge train`, in processes of their own, ended by SIGKILL, which no program can handle: a kill
-//! lands wherever the process is, opening the model, in a step, or half-way through a checkpoint. A run that finishes before
-//! all kills are used is compared, and another run takes the rest.
+//! The runs are those of `moeforge train`, in processes of their own, ended by SIGKILL, which no program can handle: a
+//! kill lands wherever the process is, opening the model, in a step, or half-way through a checkpoint. A run that
+//! finishes before all kills are used is compared, and another run takes the rest.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -23,8 +23,8 @@ use crate::train::{new_run, usage};
 /// A run is killed at random moments and resumed each time. Weights, optimizer, state and metrics are then compared.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Recipe: TOML file. Use a small one, as it is trained several times. With frequent checkpoints (`train.save_every`), more
-    /// kills land in one.
+    /// Recipe: TOML file. Use a small one, as it is trained several times. With frequent checkpoints
+    /// (`train.save_every`), more kills land in one.
     recipe: PathBuf,
     /// Recipe setting to override, as section.key=value. May be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
@@ -105,8 +105,8 @@ fn train_whole(args: &Args, run: &Path) -> anyhow::Result<[f64; 2]> {
     Ok([opening, started.elapsed().as_secs_f64() - opening])
 }
 
-/// The maximum time before a kill, such that one run takes all kills: with times drawn evenly up to it, the times left after
-/// opening add up to most of the time of the steps.
+/// The maximum time before a kill, such that one run takes all kills: with times drawn evenly up to it, the times left
+/// after opening add up to most of the time of the steps.
 fn longest_life([opening, steps]: [f64; 2], kills: u64) -> f64 {
     const SHARE: f64 = 0.7;
     // (longest − opening)² / (2 · longest) is a process's mean time for steps; kills times that is their share.

@@ -21,8 +21,9 @@ use crate::open::{find, token_cache};
 
 /// Train with a recipe: pretraining, full fine-tuning or LoRA.
 ///
-/// Ctrl-C finishes the step, saves a checkpoint and exits with code 130; a second Ctrl-C stops at once. Other exit codes: 2 for
-/// a wrong recipe, 5 for too little memory and 6 for a loss or gradient that is not finite; the last checkpoint stays.
+/// Ctrl-C finishes the step, saves a checkpoint and exits with code 130; a second Ctrl-C stops at once. Other exit
+/// codes: 2 for a wrong recipe, 5 for too little memory and 6 for a loss or gradient that is not finite; the last
+/// checkpoint stays.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Recipe: TOML file. Not needed with --resume.

@@ -6,8 +6,9 @@ use model::export::mix::Scheme;
 use model::{CacheType, Compute};
 
 /// Help of `--compute`, whose default differs between verbs.
-pub(crate) const COMPUTE_HELP: &str = "Quantization of activations. `generate`, `chat` and `bench` default to int8 for speed, as llama.cpp does; `eval`, `compare` \
-     and `logits` default to f32, so that scores measure the weights alone";
+pub(crate) const COMPUTE_HELP: &str = "\
+    Quantization of activations. `generate`, `chat` and `bench` default to int8 for speed, as llama.cpp does; \
+    `eval`, `compare` and `logits` default to f32, so that scores measure the weights alone";
 
 /// Help of `--cache`.
 pub(crate) const CACHE_HELP: &str = "KV-cache data type";
@@ -17,7 +18,8 @@ pub(crate) const CACHE_HELP: &str = "KV-cache data type";
 pub(crate) enum ComputeValue {
     /// Never.
     F32,
-    /// To match each weight's format: int8 for ggml blocks, bf16 for bf16 except the output head, none for f32, f16 and FP8.
+    /// To match each weight's format: int8 for ggml blocks, bf16 for bf16 except the output head, none for f32, f16 and
+    /// FP8.
     Int8,
 }
 
@@ -43,7 +45,8 @@ impl ComputeValue {
 pub(crate) enum CacheValue {
     /// Exact.
     F32,
-    /// Half the memory of f32. Values above 65,504, which are rare in practice, overflow and end the text with an error.
+    /// Half the memory of f32. Values above 65,504, which are rare in practice, overflow and end the text with an
+    /// error.
     F16,
     /// Half the memory of f32, with its range and 8 significant bits.
     Bf16,

@@ -20,9 +20,9 @@ pub struct ChoiceScore {
     pub correct: Vec<bool>,
 }
 
-/// Scores a model on questions. Its answer is the choice with the highest log-likelihood per UTF-8 byte after the prompt; ties
-/// go to the first. Per byte, because a longer choice is less likely for its length alone, and bytes do not depend on the
-/// tokenizer. `progress` counts choices.
+/// Scores a model on questions. Its answer is the choice with the highest log-likelihood per UTF-8 byte after the
+/// prompt; ties go to the first. Per byte, because a longer choice is less likely for its length alone, and bytes do
+/// not depend on the tokenizer. `progress` counts choices.
 ///
 /// # Errors
 /// If there is no question, a choice does not fit the model or has nothing before it, or a loss is not finite.

@@ -1,7 +1,7 @@
 //! Differences of two models' scores on the same items.
 //!
-//! An item that is hard for one model is hard for another, so the difference of two scores has a smaller error than either
-//! score: it is computed from the differences of single items.
+//! An item that is hard for one model is hard for another, so the difference of two scores has a smaller error than
+//! either score: it is computed from the differences of single items.
 //!
 //! Source: arXiv:2411.00640 (paired differences).
 

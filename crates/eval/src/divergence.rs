@@ -56,8 +56,8 @@ impl Divergence {
     }
 }
 
-/// Compares the second of two models with the first, the reference, which computes in f32. `progress` gets the number of
-/// samples done and their total.
+/// Compares the second of two models with the first, the reference, which computes in f32. `progress` gets the number
+/// of samples done and their total.
 ///
 /// # Errors
 /// If the models have vocabularies of different sizes, there is no target, or a loss is not finite.

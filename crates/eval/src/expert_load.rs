@@ -1,7 +1,7 @@
 //! The experts that a task uses, and the choice of those to train: expert-specialized fine-tuning.
 //!
-//! An expert's load is its share of a layer's tokens, or of their gate weights, as a mean over the task's samples. The experts
-//! to train are the fewest with a total load of at least a threshold.
+//! An expert's load is its share of a layer's tokens, or of their gate weights, as a mean over the task's samples. The
+//! experts to train are the fewest with a total load of at least a threshold.
 //!
 //! Source: ESFT, arXiv:2407.01906, section 3.2.
 
@@ -33,8 +33,8 @@ pub struct ChosenExperts {
     pub share: f64,
 }
 
-/// Measures the load of every mixture layer on samples; padding does not count. `progress` gets the number of samples done and
-/// their total.
+/// Measures the load of every mixture layer on samples; padding does not count. `progress` gets the number of samples
+/// done and their total.
 ///
 /// # Errors
 /// If there is no sample, the model has no experts, or a sample does not fit the model.

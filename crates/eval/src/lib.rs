@@ -1,5 +1,5 @@
-//! Scores of models: loss, perplexity and bits per byte on held-out rows, accuracy on multiple choice, and differences of two
-//! models on the same rows. Every score has a standard error.
+//! Scores of models: loss, perplexity and bits per byte on held-out rows, accuracy on multiple choice, and differences of
+//! two models on the same rows. Every score has a standard error.
 //!
 //! ```no_run
 //! use burn::tensor::Device;

@@ -16,8 +16,8 @@ pub struct TextScore {
     pub standard_error: Option<f64>,
     /// `exp(loss)`.
     pub perplexity: f64,
-    /// Bits per UTF-8 byte of the targets' text, comparable between models with different tokenizers. `None` if the text is
-    /// not known, as for rows of token ids.
+    /// Bits per UTF-8 byte of the targets' text, comparable between models with different tokenizers. `None` if the
+    /// text is not known, as for rows of token ids.
     pub bits_per_byte: Option<f64>,
     /// Number of targets.
     pub tokens: usize,

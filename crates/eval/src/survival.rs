@@ -1,7 +1,7 @@
 //! Merge loss: the share of an adapter's effect that survives when it is merged into quantized weights.
 //!
-//! No file is written: a model with fake-quantized weights computes the same as an export in that format, on the quantized
-//! modules.
+//! No file is written: a model with fake-quantized weights computes the same as an export in that format, on the
+//! quantized modules.
 
 use std::collections::BTreeMap;
 
@@ -30,9 +30,9 @@ pub struct Survived {
 /// The survival of an adapter's effect, by format.
 ///
 /// The effect `e` on the logits is the difference between the model as the adapter was trained and its base; `d` is the
-/// difference between the merged, quantized model and the model as trained. The share `1 − ‖d‖² / ‖e‖²` survives: 1 is all, 0
-/// is no better than the base, and less is worse. The norms are over all targets, of logits without their mean over the
-/// vocabulary, which no probability depends on.
+/// difference between the merged, quantized model and the model as trained. The share `1 − ‖d‖² / ‖e‖²` survives: 1 is
+/// all, 0 is no better than the base, and less is worse. The norms are over all targets, of logits without their mean
+/// over the vocabulary, which no probability depends on.
 #[derive(Clone, Debug)]
 pub struct SurvivalReport {
     /// The format that the adapter was trained to be merged into, if any.

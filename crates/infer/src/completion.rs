@@ -1,7 +1,8 @@
 //! Prompts to text: several sequences at a time, decoded, and ended at stop strings.
 //!
 //! A [`Completion`] owns all it needs, so that a caller can keep it for as long as a request lasts. [`CompletionQueue`]
-//! decides which completions take part in the next step: as soon as one ends, the next one in the queue joins the others.
+//! decides which completions take part in the next step: as soon as one ends, the next one in the queue joins the
+//! others.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -85,7 +86,8 @@ impl Completion {
         Ok(self.new_text())
     }
 
-    /// The new text after a step. A stop string ends the sequence, and so does a problem, which [`Self::finish`] returns.
+    /// The new text after a step. A stop string ends the sequence, and so does a problem, which [`Self::finish`]
+    /// returns.
     fn new_text(&mut self) -> String {
         let Some(id) = self.sequence.new_token() else {
             return String::new();
@@ -177,8 +179,8 @@ impl CompletionQueue {
         self.waiting.is_empty() && self.running.is_empty()
     }
 
-    /// Advances the completions in progress by one step, calls `on_step` for each, and returns those that have ended with
-    /// their numbers.
+    /// Advances the completions in progress by one step, calls `on_step` for each, and returns those that have ended
+    /// with their numbers.
     ///
     /// # Errors
     /// As [`Engine::step`].
@@ -206,8 +208,8 @@ impl CompletionQueue {
 }
 
 impl Engine {
-    /// Continues several prompts, up to `batch` at a time. After each step, `on_step` gets every sequence that took part, with
-    /// the number of its prompt. Returns the continuations in the order of the prompts.
+    /// Continues several prompts, up to `batch` at a time. After each step, `on_step` gets every sequence that took
+    /// part, with the number of its prompt. Returns the continuations in the order of the prompts.
     ///
     /// # Errors
     /// As [`Sequence::new`] and [`Self::step`].
@@ -242,8 +244,8 @@ impl Engine {
         Ok(completed.into_iter().map(|done| done.generation).collect())
     }
 
-    /// Continues several completions to their ends, up to `batch` at a time, and calls `on_step` for each after every step.
-    /// Returns the results in their order.
+    /// Continues several completions to their ends, up to `batch` at a time, and calls `on_step` for each after every
+    /// step. Returns the results in their order.
     ///
     /// # Errors
     /// As [`Self::step`], and if tokens could not be decoded.

@@ -3,8 +3,8 @@
 use burn::tensor::{Device, Tensor};
 use model::{Cache, CacheType, ModelConfig, Mtp};
 
-/// What drafting keeps of a text: the module's own cache, and the model's hidden states of the positions that the module has
-/// not read. To read the last of these it needs the token after it, which is chosen in the next pass.
+/// What drafting keeps of a text: the module's own cache, and the model's hidden states of the positions that the
+/// module has not read. To read the last of these it needs the token after it, which is chosen in the next pass.
 #[derive(Clone, Debug)]
 pub(crate) struct DraftState {
     cache: Cache,
@@ -38,8 +38,9 @@ impl DraftState {
         self.pending.push(hidden);
     }
 
-    /// Keeps the first `len` positions, or all if there are fewer. The module read the last of them together with a token
-    /// that is gone, so it reads that position again. The hidden state may be gone too, which spoils at most one draft.
+    /// Keeps the first `len` positions, or all if there are fewer. The module read the last of them together with a
+    /// token that is gone, so it reads that position again. The hidden state may be gone too, which spoils at most one
+    /// draft.
     pub(crate) fn truncate(&mut self, len: usize) {
         match len.checked_sub(self.cache.len()) {
             Some(0) | None => {

@@ -1,12 +1,12 @@
 //! The forward passes of generation: prompts in chunks, then one token of every sequence at a time.
 //!
-//! Sequences join a step when they are passed to it and leave when they have ended: nothing is padded, and no sequence waits
-//! for another to end. Each sequence gets the result it gets alone: prompts are read one by one, and in the products of a
-//! decode step every sequence has a row of its own. With more than 8 rows, products sum in another order, so logits differ
-//! by rounding from those of fewer rows.
+//! Sequences join a step when they are passed to it and leave when they have ended: nothing is padded, and no sequence
+//! waits for another to end. Each sequence gets the result it gets alone: prompts are read one by one, and in the
+//! products of a decode step every sequence has a row of its own. With more than 8 rows, products sum in another order,
+//! so logits differ by rounding from those of fewer rows.
 //!
-//! With speculative decoding (see `speculation.rs`) a pass may yield two tokens of a sequence. The second is chosen in a step
-//! of its own that needs no pass. Other sequences wait for that step, so that all share the next pass.
+//! With speculative decoding (see `speculation.rs`) a pass may yield two tokens of a sequence. The second is chosen in
+//! a step of its own that needs no pass. Other sequences wait for that step, so that all share the next pass.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -67,8 +67,8 @@ impl Engine {
         }
     }
 
-    /// Adds an adapter that sequences may use. Returns its index for [`Self::start_with_adapter`]. The model's weights are
-    /// shared, so the cost is the adapter's memory.
+    /// Adds an adapter that sequences may use. Returns its index for [`Self::start_with_adapter`]. The model's weights
+    /// are shared, so the cost is the adapter's memory.
     ///
     /// # Errors
     /// If it cannot be attached.
@@ -123,8 +123,8 @@ impl Engine {
         Sequence::new(&self.model, self.empty_prefix(), prompt, config)
     }
 
-    /// A sequence that begins with a prompt and uses one of the added adapters. The result is the same as with that adapter
-    /// alone; sequences of different adapters share no pass.
+    /// A sequence that begins with a prompt and uses one of the added adapters. The result is the same as with that
+    /// adapter alone; sequences of different adapters share no pass.
     ///
     /// # Errors
     /// As [`Sequence::new`].
@@ -162,17 +162,17 @@ impl Engine {
         }
     }
 
-    /// Has weights repacked in memory between the next steps, where products read them fastest: the first ones that fit the
-    /// budget, in bytes. Pages of their files are released. The budget should not exceed free memory: pages of a file can be
-    /// dropped and read again, copies cannot.
+    /// Has weights repacked in memory between the next steps, where products read them fastest: the first ones that fit
+    /// the budget, in bytes. Pages of their files are released. The budget should not exceed free memory: pages of a
+    /// file can be dropped and read again, copies cannot.
     pub fn plan_repack(&mut self, budget: usize) {
         let (mut weights, schedule) = self.weights_and_schedule();
         schedule.plan(&mut weights, budget);
     }
 
-    /// Keeps routed experts on disk, except the most recently used ones, which a cache of `budget` bytes holds; all other
-    /// weights are repacked as by [`Self::plan_repack`]. For models that do not fit in memory. `n_prefetch` experts per layer
-    /// are prefetched before the router chooses; none for half of top-k.
+    /// Keeps routed experts on disk, except the most recently used ones, which a cache of `budget` bytes holds; all
+    /// other weights are repacked as by [`Self::plan_repack`]. For models that do not fit in memory. `n_prefetch`
+    /// experts per layer are prefetched before the router chooses; none for half of top-k.
     pub fn cache_experts(&mut self, budget: usize, n_prefetch: Option<usize>) {
         let file = FileAccess {
             advise_willneed: checkpoint::advise_willneed,
@@ -201,8 +201,8 @@ impl Engine {
     }
 
     /// Advances sequences by one step. A sequence with an unread prompt reads a chunk of it. The others decode a token
-    /// together; if some have logits from an accepted draft, only those do, without a pass. Ended sequences are left alone.
-    /// Waits for the device. Planned repacking takes place before decoding, a part per step.
+    /// together; if some have logits from an accepted draft, only those do, without a pass. Ended sequences are left
+    /// alone. Waits for the device. Planned repacking takes place before decoding, a part per step.
     ///
     /// # Errors
     /// If logits are not finite.

@@ -6,12 +6,12 @@ use checkpoint::Folder;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::sampler::SampleConfig;
+use crate::sample_config::SampleConfig;
 
 const FILE: &str = "generation_config.json";
 
-/// Ids of the tokens that end a text: those of `generation_config.json`, of `config.json`, and the tokenizer's own. Sorted,
-/// each once. Chat models name several, often more in their generation config than in `config.json`.
+/// Ids of the tokens that end a text: those of `generation_config.json`, of `config.json`, and the tokenizer's own.
+/// Sorted, each once. Chat models name several, often more in their generation config than in `config.json`.
 ///
 /// # Errors
 /// If `eos_token_id` in one of the files is neither an id nor a list of ids.

@@ -1,7 +1,7 @@
 //! Text generation: prefill, decoding with a KV cache, sampling, stop strings, conversations.
 //!
-//! The forward pass is [`model::Model`]'s. This crate decides which tokens enter it and which come out. All randomness comes
-//! from the caller's seed.
+//! The forward pass is [`model::Model`]'s. This crate decides which tokens enter it and which come out. All randomness
+//! comes from the caller's seed.
 //!
 //! ```no_run
 //! use burn::tensor::Device;
@@ -21,6 +21,8 @@
 //! ```
 
 mod error;
+mod sample_config;
+
 mod generation_config;
 mod sampler;
 mod text_stream;
@@ -32,14 +34,15 @@ mod sequence;
 mod engine;
 mod speculation;
 
+mod chat_history;
 mod completion;
-mod conversation;
 
+pub use chat_history::{ChatHistory, chat_prompt, message};
 pub use completion::{Completed, Completion, CompletionQueue, StepOutput};
-pub use conversation::{Conversation, chat_prompt, message};
 pub use engine::{CHUNK, Engine};
 pub use error::{Error, Result};
 pub use generation_config::{end_of_text_ids, recommended_sampling};
-pub use sampler::{SampleConfig, Sampler};
+pub use sample_config::SampleConfig;
+pub use sampler::Sampler;
 pub use sequence::{FinishReason, GenerateConfig, Generation, KvPrefix, Logprobs, Sequence};
 pub use text_stream::TextStream;

@@ -1,8 +1,8 @@
 //! Repacks weights into memory between steps.
 //!
-//! Products read weights fastest in the layout of [`Matrix::repack`], but repacking a model takes as long as many tokens. So
-//! an engine starts with the bytes of the file and repacks some weights between passes, for about as long as a pass takes:
-//! the first token comes at once, and passes are soon fast. Products have the same bits before and after.
+//! Products read weights fastest in the layout of [`Matrix::repack`], but repacking a model takes as long as many
+//! tokens. So an engine starts with the bytes of the file and repacks some weights between passes, for about as long as
+//! a pass takes: the first token comes at once, and passes are soon fast. Products have the same bits before and after.
 
 use std::time::{Duration, Instant};
 
@@ -131,9 +131,9 @@ impl EngineWeights<'_> {
     }
 }
 
-/// Visits weights with their numbers, in the order of repacking: first those that every token needs, in the order in which
-/// it needs them, so that the file's next bytes are mostly the next to be read; then experts, unless they have a cache; then
-/// the drafting module.
+/// Visits weights with their numbers, in the order of repacking: first those that every token needs, in the order in
+/// which it needs them, so that the file's next bytes are mostly the next to be read; then experts, unless they have a
+/// cache; then the drafting module.
 fn for_each(model: &mut Model, mtp: Option<&mut Mtp>, visit: &mut dyn FnMut(usize, &mut Matrix)) {
     let mut at = 0;
     let visit = &mut |matrix: &mut Matrix| {

@@ -8,9 +8,9 @@
 //! 5. *Min-p* keeps tokens at least `min_p` times as likely as the most likely one.
 //! 6. One of the remaining tokens is drawn.
 //!
-//! That is the order of Hugging Face's transformers, for which publishers choose the values in `generation_config.json`.
-//! llama.cpp applies the temperature last: a temperature below 1 then leaves more tokens at the same `top_p`. Arithmetic is
-//! f64, so that the probabilities of 129,280 tokens add up.
+//! That is the order of Hugging Face's transformers, for which publishers choose the values in
+//! `generation_config.json`. llama.cpp applies the temperature last: a temperature below 1 then leaves more tokens at
+//! the same `top_p`. Arithmetic is f64, so that the probabilities of 129,280 tokens add up.
 //!
 //! Source: repetition penalty, arXiv:1909.05858, section 4.1; top-p, arXiv:1904.09751, section 3.1; min-p,
 //! arXiv:2407.01082, section 3.
@@ -20,84 +20,8 @@ use std::cmp::Ordering;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use crate::error::{Error, Result};
-
-/// How the next token is chosen.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct SampleConfig {
-    /// Divides the logits. 0 always chooses the most likely token; ties go to the lower id.
-    pub temperature: f32,
-    /// Keep this many of the most likely tokens; 0 for all.
-    pub top_k: usize,
-    /// Keep the smallest set of tokens with this total probability; 1 for all.
-    pub top_p: f32,
-    /// Keep tokens with at least this share of the highest probability; 0 for all.
-    pub min_p: f32,
-    /// Makes tokens less likely that are already in the text; 1 has no effect.
-    pub repetition_penalty: f32,
-    /// The number of last tokens, including the prompt's, that the penalty looks at; 0 for all.
-    pub repetition_window: usize,
-    /// Seed of the random numbers.
-    pub seed: u64,
-}
-
-impl SampleConfig {
-    /// Always the most likely token.
-    pub const fn greedy() -> Self {
-        Self {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            repetition_window: 0,
-            seed: 0,
-        }
-    }
-
-    /// # Errors
-    /// If a setting is out of range.
-    fn check(&self) -> Result<()> {
-        let non_negative = |value: f32| value >= 0.0 && value.is_finite();
-        let settings = [
-            (
-                "temperature",
-                self.temperature,
-                non_negative(self.temperature),
-                "a number from 0 up",
-            ),
-            (
-                "top_p",
-                self.top_p,
-                self.top_p > 0.0 && self.top_p <= 1.0,
-                "a number above 0 and at most 1",
-            ),
-            (
-                "min_p",
-                self.min_p,
-                (0.0..=1.0).contains(&self.min_p),
-                "a number from 0 to 1",
-            ),
-            (
-                "repetition_penalty",
-                self.repetition_penalty,
-                self.repetition_penalty > 0.0 && self.repetition_penalty.is_finite(),
-                "a number above 0",
-            ),
-        ];
-        match settings
-            .into_iter()
-            .find(|(.., has_meaning, _)| !has_meaning)
-        {
-            None => Ok(()),
-            Some((name, found, _, expected)) => Err(Error::Setting {
-                name,
-                expected,
-                found,
-            }),
-        }
-    }
-}
+use crate::error::Result;
+use crate::sample_config::SampleConfig;
 
 /// Chooses tokens one at a time.
 #[derive(Clone, Debug)]
@@ -168,8 +92,8 @@ impl Sampler {
     }
 }
 
-/// The index of the first largest logit, if it is finite and none is NaN. Computes maxima in lanes, which vectorizes, and then
-/// searches: the vocabulary is long.
+/// The index of the first largest logit, if it is finite and none is NaN. Computes maxima in lanes, which vectorizes,
+/// and then searches: the vocabulary is long.
 pub(crate) fn argmax(logits: &[f32]) -> Option<usize> {
     const LANES: usize = 16;
     let (mut largest, mut are_numbers) = ([f32::NEG_INFINITY; LANES], [true; LANES]);
@@ -379,7 +303,7 @@ mod tests {
         kept.iter().map(|c| (c.id, c.mass / total)).collect()
     }
 
-    /// Checks which tokens may be drawn of [`LOGITS`], and that each has so many parts of the mass.
+    /// Checks which tokens of [`LOGITS`] may be drawn, and their shares of the mass.
     fn check_parts(config: SampleConfig, expected: &[(u32, f64)]) {
         let found = distribution(&LOGITS, config);
         let whole: f64 = expected.iter().map(|(_, parts)| parts).sum();
@@ -406,7 +330,7 @@ mod tests {
         for (p, n) in [(0.71, 3), (0.69, 2), (0.39, 1)] {
             check_parts(top_p(p), &all[4 - n..]);
         }
-        // Of the three likeliest, 0.75 of the mass are two, 7 of 9; of all four they would be three.
+        // Of the three most likely tokens, two have 7/9 of the mass; of all four, three tokens reach 0.75.
         check_parts(top_p(0.75), &all[1..]);
         let both = SampleConfig {
             top_k: 3,

@@ -5,7 +5,8 @@ use model::{Cache, CacheType, Model};
 
 use crate::draft::DraftState;
 use crate::error::{Error, Result};
-use crate::sampler::{SampleConfig, Sampler};
+use crate::sample_config::SampleConfig;
+use crate::sampler::Sampler;
 
 /// How a prompt is continued.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,8 +44,8 @@ pub struct Generation {
     pub accepted: usize,
 }
 
-/// Log-probabilities of a new token and of the most likely tokens in its place: logarithms of the softmax of the logits, in
-/// nats, before the sampler changes them.
+/// Log-probabilities of a new token and of the most likely tokens in its place: logarithms of the softmax of the
+/// logits, in nats, before the sampler changes them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Logprobs {
     /// Of the chosen token.
@@ -101,8 +102,8 @@ impl FinishReason {
     }
 }
 
-/// Tokens that a model has read, and their KV cache. If the next prompt begins with the same tokens, as in a conversation,
-/// the model reads only what follows.
+/// Tokens that a model has read, and their KV cache. If the next prompt begins with the same tokens, as in a
+/// conversation, the model reads only what follows.
 #[derive(Clone, Debug)]
 pub struct KvPrefix {
     token_ids: Vec<u32>,
@@ -162,8 +163,8 @@ impl KvPrefix {
         &self.token_ids
     }
 
-    /// Keeps the tokens that `prompt` begins with, except its last token, which the model has to read for the next logits.
-    /// Returns the number of tokens kept.
+    /// Keeps the tokens that `prompt` begins with, except its last token, which the model has to read for the next
+    /// logits. Returns the number of tokens kept.
     fn rewind(&mut self, prompt: &[u32]) -> usize {
         let pairs = self.token_ids.iter().zip(prompt);
         let common = pairs.take_while(|(read, id)| read == id).count();
@@ -186,8 +187,8 @@ impl Sequence {
     /// A text that begins with `prompt`. The prefix may hold its beginning.
     ///
     /// # Errors
-    /// If the prompt is empty, holds an unknown id, or leaves no room for `max_tokens`; or if a setting of the sampler is
-    /// out of range.
+    /// If the prompt is empty, holds an unknown id, or leaves no room for `max_tokens`; or if a setting of the sampler
+    /// is out of range.
     pub fn new(
         model: &Model,
         mut prefix: KvPrefix,
@@ -351,8 +352,8 @@ impl Sequence {
         self.generation.drafted += 1;
     }
 
-    /// Records a pass over the next `n` ids and its hidden states `[1, n, hidden_size]`, if drafting needs them. Chooses a
-    /// token by the first row of the logits, `[n_choices, vocab]`, if there are any.
+    /// Records a pass over the next `n` ids and its hidden states `[1, n, hidden_size]`, if drafting needs them.
+    /// Chooses a token by the first row of the logits, `[n_choices, vocab]`, if there are any.
     ///
     /// # Errors
     /// If the logits are not finite.

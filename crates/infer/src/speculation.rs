@@ -1,12 +1,12 @@
 //! Speculative decoding with the model's module for multi-token prediction ([`model::Mtp`]).
 //!
-//! From the model's last hidden state the module drafts the token after the next one, and the model reads the next token and
-//! the draft in one pass. If the sampler then chooses the drafted token, the same pass holds the logits after it, so two
-//! tokens cost one pass.
+//! From the model's last hidden state the module drafts the token after the next one, and the model reads the next
+//! token and the draft in one pass. If the sampler then chooses the drafted token, the same pass holds the logits after
+//! it, so two tokens cost one pass.
 //!
-//! The chosen tokens and the number of random draws are the same as without drafts: a draft only adds a row to a pass, the
-//! rows of a pass do not depend on each other, and a rejected draft is removed from the cache. The module never reads a
-//! draft, so its own cache is of the text alone.
+//! The chosen tokens and the number of random draws are the same as without drafts: a draft only adds a row to a pass,
+//! the rows of a pass do not depend on each other, and a rejected draft is removed from the cache. The module never
+//! reads a draft, so its own cache is of the text alone.
 //!
 //! Source: DeepSeek-V3, arXiv:2412.19437, sections 2.2 and 5.4.3.
 
@@ -21,8 +21,8 @@ use crate::sequence::{Sequence, batch_by};
 const MAX_ROWS: usize = 8;
 
 impl Engine {
-    /// Drafts a token for each sequence that is about to decode, if all of them and their drafts fit the rows of one pass
-    /// that computes each as if it were alone.
+    /// Drafts a token for each sequence that is about to decode, if all of them and their drafts fit the rows of one
+    /// pass that computes each as if it were alone.
     pub(crate) fn draft(&self, sequences: &mut [&mut Sequence]) {
         let Some(mtp) = &self.mtp else { return };
         if 2 * sequences.len() > MAX_ROWS {
@@ -59,8 +59,8 @@ impl Engine {
         }
     }
 
-    /// Lets the module read the first `n` pending positions of each sequence, all of one model. Returns its hidden states,
-    /// `[batch, n, hidden_size]`.
+    /// Lets the module read the first `n` pending positions of each sequence, all of one model. Returns its hidden
+    /// states, `[batch, n, hidden_size]`.
     fn read_pending(&self, mtp: &Mtp, sequences: &mut [&mut Sequence], n: usize) -> Tensor<3> {
         let model = self.model_of(sequences[0]);
         let (mut next_ids, mut hidden) = (Vec::new(), Vec::new());

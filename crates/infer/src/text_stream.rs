@@ -1,7 +1,7 @@
 //! New tokens to text, up to the first stop string.
 //!
-//! A stop string may begin in one token and end in another, so text that may be the beginning of one is held back until the
-//! next tokens decide.
+//! A stop string may begin in one token and end in another, so text that may be the beginning of one is held back until
+//! the next tokens decide.
 
 use std::sync::Arc;
 
@@ -118,7 +118,7 @@ mod tests {
         check(&[], &["a", "b"], &["a", "b"], None);
         check(&["\n\n"], &["a\n", "\nb", "c"], &["a", "", ""], Some(0));
         check(&["\n\n"], &["a\n", "b\n", "\n"], &["a", "\nb", ""], Some(0));
-        // Of several, the one that begins first, wherever it stands in the list.
+        // Of several, the one that begins first in the text.
         check(&["c", "abc"], &["xa", "b", "cd"], &["x", "", ""], Some(1));
         check(&["aab"], &["aa", "a", "b!"], &["", "a", ""], Some(0));
         check(&["aab"], &["aa", "c"], &["", "aac"], None);

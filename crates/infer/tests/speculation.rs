@@ -69,8 +69,8 @@ fn scaled(matrix: &Matrix, scale: f32) -> Matrix {
     Matrix::from_f32(matrix.rows(), matrix.cols(), &values)
 }
 
-/// The golden model with scaled layer outputs, and a module that drafts as the model would without layers: the smaller the
-/// scale, the more drafts are accepted. At 0 all are, and the next token depends on the last one alone.
+/// The golden model with scaled layer outputs, and a module that drafts as the model would without layers: the smaller
+/// the scale, the more drafts are accepted. At 0 all are, and the next token depends on the last one alone.
 fn guided(scale: f32) -> Engine {
     let mut engine = golden();
     let (smaller, as_it_is) = (|w: &Matrix| scaled(w, scale), |w: &Matrix| w.clone());
@@ -328,7 +328,7 @@ fn so_it_is_with_a_folder_in_fp8() {
     }
 }
 
-/// What the module says of a text's tokens, all of it at once: of position `i` for the token `i + 2`.
+/// The module's logits for a whole text in one pass: those of position `i` are for token `i + 2`.
 fn module_logits(engine: &Engine, text: &[u32]) -> Vec<f32> {
     let (model, mtp) = (&engine.model, engine.mtp.as_ref().unwrap());
     let ids: Vec<i32> = text.iter().map(|id| *id as i32).collect();
@@ -396,7 +396,7 @@ fn run(engine: &Engine, prefix: KvPrefix, prompt: &[u32], n: usize) -> (Generati
     sequence.finish()
 }
 
-/// One text, of which the caller has enough after so many tokens.
+/// A text that the caller ends after `n` tokens.
 fn until(engine: &Engine, config: &GenerateConfig, n: usize) -> Generation {
     let mut left = n;
     let found = engine.clone().generate(&prompts()[0], config, &mut |_| {

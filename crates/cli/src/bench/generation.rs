@@ -27,8 +27,8 @@ use crate::open::{EngineArgs, SpeculationArgs, cache_object, repack};
 /// What to measure, and how.
 #[derive(Debug, clap::Args)]
 struct Args {
-    /// Model: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache. A folder with a `config.json` and
-    /// no weights, or the `config.json` itself, gets random f32 weights.
+    /// Model: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache. A folder with a
+    /// `config.json` and no weights, or the `config.json` itself, gets random f32 weights.
     model: String,
     /// LoRA adapter to apply: PEFT folder.
     #[arg(long, value_name = "DIR")]
@@ -47,7 +47,8 @@ struct Args {
     engine: EngineArgs,
 }
 
-/// Time prefill: tokens per second, memory, time to open the model and to the first token, and the share of peak FLOP/s.
+/// Time prefill: tokens per second, memory, time to open the model and to the first token, and the share of peak
+/// FLOP/s.
 #[derive(Debug, clap::Args)]
 pub(crate) struct PrefillArgs {
     #[command(flatten)]
@@ -58,8 +59,8 @@ pub(crate) struct PrefillArgs {
     seq: Vec<u64>,
 }
 
-/// Time decoding: tokens per second, memory, time to open the model and to the first token, and the share of peak memory
-/// bandwidth.
+/// Time decoding: tokens per second, memory, time to open the model and to the first token, and the share of peak
+/// memory bandwidth.
 #[derive(Debug, clap::Args)]
 pub(crate) struct DecodeArgs {
     #[command(flatten)]
@@ -292,7 +293,7 @@ fn measure(
         Phase::Decode(..) => peak_bandwidth(PEAK_RUNS),
     };
     let mut peaks = peak();
-    host::forget_peak();
+    host::reset_peak();
     let started = Instant::now();
     let model = subject.load(args.adapter.as_deref(), SEED, &device, console)?;
     let mtp = subject.module(case.speculation(), SEED, &device)?;

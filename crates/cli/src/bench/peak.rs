@@ -1,4 +1,5 @@
-//! The machine's peak FLOP/s and memory bandwidth, as our own code reaches them: what measured speeds are compared with.
+//! The machine's peak FLOP/s and memory bandwidth, as our own code reaches them: what measured speeds are compared
+//! with.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,8 +19,8 @@ const NUMBERS: usize = 16 << 20;
 /// Numbers that a thread reads at a time: 1 MiB.
 const CHUNK: usize = 128 << 10;
 
-/// Times a linear layer of 2048 × 2048 weights on 2048 tokens with all threads, `runs` times after a warm-up. Weights and
-/// products are in bf16, in q8_0 blocks and int8, or else in f32.
+/// Times a linear layer of 2048 × 2048 weights on 2048 tokens with all threads, `runs` times after a warm-up. Weights
+/// and products are in bf16, in q8_0 blocks and int8, or else in f32.
 ///
 /// Returns FLOP/s, counting a multiplication and an addition as two.
 pub(super) fn peak_flops(compute: Compute, device: &Device, runs: usize) -> Vec<f64> {

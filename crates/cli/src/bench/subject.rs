@@ -36,8 +36,8 @@ pub(super) enum SubjectWeights {
 }
 
 impl Subject {
-    /// Opens a model, a folder with only a `config.json`, or such a file. For random weights, `experts` replaces the number of
-    /// routed experts in the file.
+    /// Opens a model, a folder with only a `config.json`, or such a file. For random weights, `experts` replaces the
+    /// number of routed experts in the file.
     pub(super) fn open(model: &str, experts: Option<u64>) -> anyhow::Result<Self> {
         let path = Path::new(model);
         if path.is_file() && !is_gguf(path) {

@@ -1,5 +1,5 @@
-//! A sweep over combinations of settings, measured in turn and shown as they come. Several combinations run in a process
-//! each, so that the peak memory of one does not include another's.
+//! A sweep over combinations of settings, measured in turn and shown as they come. Several combinations run in a
+//! process each, so that the peak memory of one does not include another's.
 
 use std::ffi::OsString;
 use std::process::{Command, ExitCode, Stdio};

@@ -1,7 +1,7 @@
 //! `moeforge bench train`: training steps of `moeforge train`, timed.
 //!
-//! The rows are synthetic, and weights are random if the model has none; session, step and optimizer are those of a run.
-//! Rows and weights are the same in every process.
+//! The rows are synthetic, and weights are random if the model has none; session, step and optimizer are those of a
+//! run. Rows and weights are the same in every process.
 
 use std::ffi::OsString;
 use std::fmt::Write;
@@ -25,12 +25,12 @@ use crate::host;
 use crate::inspect::parameters;
 use crate::train::{usage, with_code};
 
-/// Time training steps: tokens per second, memory, and the share of peak FLOP/s. Default: LoRA of rank 8 on all linear layers
-/// and experts, in f32.
+/// Time training steps: tokens per second, memory, and the share of peak FLOP/s. Default: LoRA of rank 8 on all linear
+/// layers and experts, in f32.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Model: Hugging Face folder, or `org/name` in the local Hugging Face cache. A folder with a `config.json` and no weights,
-    /// or the `config.json` itself, gets random weights.
+    /// Model: Hugging Face folder, or `org/name` in the local Hugging Face cache. A folder with a `config.json` and no
+    /// weights, or the `config.json` itself, gets random weights.
     model: String,
     /// LoRA adapter to continue from: PEFT folder.
     #[arg(long, value_name = "DIR")]
@@ -43,8 +43,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "S", value_delimiter = ',', default_value = "256",
           value_parser = clap::value_parser!(u64).range(2..=1 << 20))]
     seq: Vec<u64>,
-    /// For random weights: routed experts per layer, instead of the config's number; several comma-separated values are measured
-    /// in turn.
+    /// For random weights: routed experts per layer, instead of the config's number; several comma-separated values are
+    /// measured in turn.
     #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..))]
     experts: Vec<u64>,
     /// Timed steps, after a warm-up step.
@@ -173,7 +173,7 @@ fn measure(args: &Args, case: TrainingCase, console: &Console) -> anyhow::Result
     };
     let device = default_device();
     let mut peaks = peak_flops(compute, &device, PEAK_RUNS);
-    host::forget_peak();
+    host::reset_peak();
     let mut session = Session::open(recipe, &|folder| Ok(folder.into()))?;
     let mut progress = console.progress(1 + args.reps, "steps");
     let reports = session.trial(1 + args.reps, &mut |event: &Event| {

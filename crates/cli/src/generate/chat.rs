@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context as _, bail};
 use data::GenerationPrompt;
-use infer::{Conversation, Engine, Error, FinishReason, GenerateConfig};
+use infer::{ChatHistory, Engine, Error, FinishReason, GenerateConfig};
 use signal_hook::consts::SIGINT;
 
 use super::sampling::SamplingArgs;
@@ -17,8 +17,8 @@ use crate::open::{EngineArgs, ModelArgs, SpeculationArgs};
 
 /// Chat with a model in its chat template.
 ///
-/// Each line of stdin is a message. `/clear` starts over, `/quit` ends, and Ctrl-C stops an answer. The model reads each
-/// message once: earlier turns stay in the KV cache.
+/// Each line of stdin is a message. `/clear` starts over, `/quit` ends, and Ctrl-C stops an answer. The model reads
+/// each message once: earlier turns stay in the KV cache.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -53,7 +53,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     };
     let mut chat = Chat {
         engine: opened.engine(args.engine, args.speculation, console)?,
-        conversation: Conversation::new(tokenizer, generation_prompt, args.system.clone()),
+        history: ChatHistory::new(tokenizer, generation_prompt, args.system.clone()),
         config: GenerateConfig {
             max_tokens: args.max_tokens.map_or(usize::MAX, |n| n as usize),
             sample: args.sampling.config(&opened.folder)?,
@@ -71,7 +71,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         match line.trim() {
             "" => {}
             "/quit" => break,
-            "/clear" => chat.conversation.clear(),
+            "/clear" => chat.history.clear(),
             message => {
                 interrupted.store(false, Ordering::Relaxed);
                 let answered = chat.answer(message, &interrupted, console);
@@ -87,7 +87,8 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A flag that Ctrl-C sets. While the flag is set, Ctrl-C ends the program: between answers, and the second time during one.
+/// A flag that Ctrl-C sets. While the flag is set, Ctrl-C ends the program: between answers, and the second time during
+/// one.
 fn listen() -> anyhow::Result<Arc<AtomicBool>> {
     const CODE: i32 = 128 + SIGINT;
     let interrupted = Arc::new(AtomicBool::new(true));
@@ -122,7 +123,7 @@ fn next_line(
 /// A conversation, and the engine that answers.
 struct Chat<'a> {
     engine: Engine,
-    conversation: Conversation,
+    history: ChatHistory,
     /// `max_tokens` may exceed the model's positions.
     config: GenerateConfig,
     stop_strings: &'a [String],
@@ -137,7 +138,7 @@ impl Chat<'_> {
         console: &Console,
     ) -> anyhow::Result<()> {
         let asked = self
-            .conversation
+            .history
             .ask(&self.engine, text, &self.config, self.stop_strings);
         let mut completion = match asked {
             Err(full @ Error::ConversationLength { .. }) => {
@@ -156,7 +157,7 @@ impl Chat<'_> {
         }
         let completed = completion.finish()?;
         console.stream(format_args!("{}\n", completed.rest));
-        self.conversation.answer(&completed);
+        self.history.answer(&completed);
         console.detail(summary(&completed.generation));
         let limit = self.engine.model.config.max_position_embeddings;
         let is_full = completed.prefix.token_ids().len() + 1 >= limit;

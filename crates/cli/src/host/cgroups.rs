@@ -1,7 +1,7 @@
 //! The memory that Linux control groups leave a program, in containers and services with a limit.
 //!
-//! Each group has a limit and counts the memory of the groups in it. Cached files count too, until their pages are reclaimed.
-//! Both versions of control groups are read, because systems mix them.
+//! Each group has a limit and counts the memory of the groups in it. Cached files count too, until their pages are
+//! reclaimed. Both versions of control groups are read, because systems mix them.
 //!
 //! Source: the kernel's documentation, admin-guide/cgroup-v2.rst and admin-guide/cgroup-v1/memory.rst.
 
@@ -54,8 +54,8 @@ fn least(groups: &str, files: &Path) -> Option<u64> {
 }
 
 impl CgroupVersion {
-    /// The least memory left by a group and its ancestors. In a container the path may be the host's: of its groups, only the
-    /// container's outermost exists then.
+    /// The least memory left by a group and its ancestors. In a container the path may be the host's: of its groups,
+    /// only the container's outermost exists then.
     fn least(&self, root: &Path, path: &str) -> Option<u64> {
         let group = root.join(path.trim_start_matches('/'));
         let groups = group

@@ -23,8 +23,8 @@ pub(crate) struct Args {
     /// GGUF file to write; must not exist.
     #[arg(long, value_name = "FILE.gguf")]
     out: PathBuf,
-    /// Also write updates that llama.cpp ignores at run time (of DeepSeek's attention inputs and output head), for tools that
-    /// merge the file.
+    /// Also write updates that llama.cpp ignores at run time (of DeepSeek's attention inputs and output head), for
+    /// tools that merge the file.
     #[arg(long)]
     keep_ignored: bool,
     /// Print the report as JSON.

@@ -10,8 +10,8 @@ use crate::host;
 /// Memory of weights.
 #[derive(Debug, Default, Clone, Copy, clap::Args)]
 pub(crate) struct MemoryArgs {
-    /// Memory budget for weights, in GiB. Default: three quarters of free memory. If the weights need more, experts are read
-    /// from disk and recently used ones are cached.
+    /// Memory budget for weights, in GiB. Default: three quarters of free memory. If the weights need more, experts are
+    /// read from disk and recently used ones are cached.
     #[arg(long, value_name = "GIB", value_parser = gib)]
     pub(crate) memory_budget: Option<u64>,
     /// Experts to prefetch per layer from the predicted routing; 0 turns prefetching off. Default: half of top-k.
@@ -52,9 +52,9 @@ impl MemoryArgs {
             .collect()
     }
 
-    /// Plans the memory of an engine's weights. If the budget, or three quarters of free memory, holds them all, all are
-    /// repacked in memory. Else the weights that every token needs are, and recently used experts are cached. If even those do
-    /// not fit, as many weights are repacked as do.
+    /// Plans the memory of an engine's weights. If the budget, or three quarters of free memory, holds them all, all
+    /// are repacked in memory. Else the weights that every token needs are, and recently used experts are cached. If
+    /// even those do not fit, as many weights are repacked as do.
     pub(crate) fn place(self, engine: &mut Engine, console: &Console) {
         let free = host::read().available_bytes.unwrap_or(u64::MAX);
         let free = usize::try_from(free).unwrap_or(usize::MAX);

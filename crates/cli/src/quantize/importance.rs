@@ -18,8 +18,8 @@ const MAX_LENGTH: usize = 512;
 pub(crate) struct ImportanceArgs {
     /// Calibration data for an importance matrix: folder with `train.jsonl`, or a file of such rows.
     ///
-    /// The squared inputs of every weight column are measured, expert by expert. Quantization then rounds the columns with the
-    /// largest inputs most precisely.
+    /// The squared inputs of every weight column are measured, expert by expert. Quantization then rounds the columns
+    /// with the largest inputs most precisely.
     #[arg(long, value_name = "PATH")]
     imatrix_data: Option<PathBuf>,
     /// Maximum number of calibration samples.

@@ -13,8 +13,8 @@ pub(crate) struct Signals {
 }
 
 impl Signals {
-    /// From now on the two signals end the program only if they come twice. The first one is acknowledged on stderr at once,
-    /// because a step may take long.
+    /// From now on the two signals end the program only if they come twice. The first one is acknowledged on stderr at
+    /// once, because a step may take long.
     pub(crate) fn listen() -> anyhow::Result<Self> {
         let signals = Self::default();
         #[cfg(unix)]

@@ -1,7 +1,7 @@
 //! A conversation in a model's chat template.
 //!
-//! Each turn renders the whole conversation. The model reads only what follows the tokens it has read before, whatever the
-//! template does to earlier turns, such as removing their reasoning.
+//! Each turn renders the whole conversation. The model reads only what follows the tokens it has read before, whatever
+//! the template does to earlier turns, such as removing their reasoning.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use crate::sequence::{FinishReason, GenerateConfig, KvPrefix, Sequence};
 
 /// Messages, and the tokens of them that the model has read.
 #[derive(Clone, Debug)]
-pub struct Conversation {
+pub struct ChatHistory {
     tokenizer: Arc<Tokenizer>,
     generation_prompt: GenerationPrompt,
     system: Option<String>,
@@ -23,7 +23,7 @@ pub struct Conversation {
     prefix: Option<KvPrefix>,
 }
 
-impl Conversation {
+impl ChatHistory {
     /// A conversation that begins with a system message, if there is one. The tokenizer needs a chat template.
     pub fn new(
         tokenizer: Arc<Tokenizer>,
@@ -48,8 +48,8 @@ impl Conversation {
         self.messages = system.map(|text| message("system", text)).collect();
     }
 
-    /// Adds a user message and starts the answer, which has `config.max_tokens` tokens or fewer if the model's positions leave
-    /// less room. If the answer cannot start, the message is forgotten.
+    /// Adds a user message and starts the answer, which has `config.max_tokens` tokens or fewer if the model's
+    /// positions leave less room. If the answer cannot start, the message is forgotten.
     ///
     /// # Errors
     /// If the template cannot render the messages, or they leave no room for an answer; and as [`Completion::new`].
