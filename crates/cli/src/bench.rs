@@ -13,14 +13,11 @@ use std::process::ExitCode;
 
 use crate::console::Console;
 
-/// What to measure.
+/// Measure training, prefill and decoding speed, and its share of the machine's peak.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Bench {
-    /// Time training steps on synthetic tokens, for all combinations of batch size, length and number of experts.
     Train(training::Args),
-    /// Time prefill of synthetic prompts, for all combinations of batch size and length.
     Prefill(generation::PrefillArgs),
-    /// Time token-by-token decoding, for all combinations of batch size and prompt length.
     Decode(generation::DecodeArgs),
 }
 

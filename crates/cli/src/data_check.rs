@@ -12,14 +12,15 @@ use crate::console::{Console, printable};
 use crate::open::{find, open_texts, token_cache};
 use crate::train::{TOKENIZING, note_reading};
 
-/// Verbs for data.
+/// Check training data and show it as the model sees it.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Data {
-    /// Check every row, count tokens and duplicates, and show the first samples with trained tokens marked.
     Check(Args),
 }
 
 /// Check every row, count tokens and duplicates, and show the first samples with trained tokens marked.
+///
+/// Trained text is green on a terminal, and in «quotes» elsewhere.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Data folder with one or more of `train.jsonl`, `valid.jsonl`, `test.jsonl`.

@@ -10,7 +10,9 @@ use crate::console::{Console, USAGE, WithCode};
 use crate::plot::{Axes, Line, Plot};
 use crate::train::{open_session, usage, with_code};
 
-/// Find a learning rate: train a few steps with growing rates until the loss diverges, and suggest a rate. Saves no run.
+/// Find a learning rate with a short run of growing rates.
+///
+/// The rate grows until the loss diverges. Prints a suggestion and writes a plot; no run is saved.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Recipe: TOML file.

@@ -22,6 +22,10 @@ use crate::console::{Console, Progress, printable};
 use crate::device;
 use crate::open::{EngineArgs, ModelArgs, Opened, SpeculationArgs, cache_object, cache_summary};
 
+/// Continue prompts.
+///
+/// The text of one prompt is printed as it is generated. Several prompts are decoded together, and their texts are
+/// printed under their prompts.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Model: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::console::Console;
 use crate::open::{listed, open_folder};
 
-/// Show a model's architecture, sizes, tensors, weight formats, and KV-cache bytes per token. No weight is read.
+/// Show a model's architecture, sizes, tensors, weight formats, and KV-cache bytes per token.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Model: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.

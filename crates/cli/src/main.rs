@@ -64,44 +64,28 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    // The help of a verb is the doc comment of its arguments, unless it has one here.
     /// Run the full pipeline on the bundled model and data.
     Quickstart(quickstart::Args),
-    /// Show a model's architecture, sizes, tensors and weight formats.
     Inspect(inspect::Args),
-    /// Check training data and show it as the model sees it.
     #[command(subcommand)]
     Data(data_check::Data),
-    /// Train with a recipe: pretraining, full fine-tuning or LoRA.
     Train(train::Args),
-    /// Find a learning rate with a short run of growing rates.
     FindLr(find_lr::Args),
     /// Write an HTML page of a run: curves, expert load, samples, recipe.
     Report(report::Args),
-    /// Check that killed-and-resumed training equals an uninterrupted run, bit for bit.
     ResumeCheck(resume_check::Args),
-    /// Evaluate a model: loss, perplexity, bits per byte, multiple choice.
     Eval(eval::Args),
-    /// Compare the predictions and the expert routing of two models.
     Compare(eval::compare::Args),
-    /// Measure which experts a task uses, and print the part of a recipe that trains only those.
     Experts(experts::Args),
-    /// Write the logits of given token ids, to compare implementations.
     Logits(logits::Args),
-    /// Continue prompts.
     Generate(generate::Args),
-    /// Chat with a model.
     Chat(generate::chat::Args),
-    /// Merge an adapter into its base model.
     Merge(merge::Args),
-    /// Write an adapter as a GGUF file for llama.cpp.
     ExportAdapter(merge::adapter::Args),
-    /// Write a model in another weight format.
     Quantize(quantize::Args),
-    /// Measure merge loss: how much of an adapter's effect survives a merge into quantized weights.
     Survival(survival::Args),
-    /// Compare the training losses of a recipe in f32, bf16 and FP8.
     Precision(precision::Args),
-    /// Measure training, prefill and decoding speed, and its share of the machine's peak.
     #[command(subcommand)]
     Bench(bench::Bench),
 }

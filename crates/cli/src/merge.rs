@@ -17,7 +17,9 @@ use crate::console::{Console, MISMATCH, WithCode};
 use crate::open::{note_format, open_folder};
 use crate::values::FolderFormat;
 
-/// Merge an adapter into its base model, shard by shard, and check the result against base plus adapter.
+/// Merge an adapter into its base model.
+///
+/// The model is merged shard by shard, and the result is checked against base plus adapter.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Base model: Hugging Face folder, or `org/name` in the local Hugging Face cache.

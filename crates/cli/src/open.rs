@@ -21,7 +21,7 @@ use crate::console::Console;
 use crate::device;
 use crate::values::{CACHE_HELP, COMPUTE_HELP, CacheValue, ComputeValue};
 
-/// The model of a verb, and the device it runs on.
+// The model of a verb, and the device it runs on. Not a doc comment: clap would show that as the help of the verb.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct ModelArgs {
     /// Model: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.
@@ -34,7 +34,7 @@ pub(crate) struct ModelArgs {
     pub(crate) device: Device,
 }
 
-/// How a model generates.
+// How a model generates.
 #[derive(Debug, Clone, Copy, clap::Args)]
 #[command(next_help_heading = "Speed and memory")]
 pub(crate) struct EngineArgs {
@@ -46,7 +46,7 @@ pub(crate) struct EngineArgs {
     pub(crate) memory: MemoryArgs,
 }
 
-/// Whether to decode speculatively.
+// Whether to decode speculatively.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, clap::Args)]
 #[command(next_help_heading = "Speed and memory")]
 pub(crate) struct SpeculationArgs {

@@ -24,7 +24,9 @@ use crate::merge::ConversionReport;
 use crate::open::{listed, open_folder, open_model, open_tokenizer};
 use crate::values::OutputFormat;
 
-/// Write a model in another weight format, tensor by tensor, and check the result.
+/// Write a model in another weight format.
+///
+/// The model is converted tensor by tensor, and the result is checked against the source.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Model: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.
@@ -49,7 +51,7 @@ pub(crate) struct Args {
     gguf: GgufArgs,
 }
 
-/// Options of GGUF files.
+// Options of GGUF files.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "GGUF files only")]
 struct GgufArgs {

@@ -13,13 +13,12 @@ use crate::console::{Console, USAGE, WithCode, finite};
 use crate::device::default_device;
 use crate::open::open_model;
 
-/// Measure merge loss: how much of an adapter's effect survives when it is merged into quantized weights. Writes
-/// nothing.
+/// Measure merge loss: how much of an adapter's effect survives a merge into quantized weights.
 ///
-/// All weights of attention, feed-forward layers and experts are quantized, with or without an adapter; embedding,
-/// router and output head are not. The effect e is the difference that the adapter makes to the logits, as it was
-/// trained. If the quantized merge deviates from it by d, the share kept is 1 − ‖d‖² / ‖e‖². The gain is the adapter's
-/// improvement of the loss.
+/// No model is written. All weights of attention, feed-forward layers and experts are quantized, with or without an
+/// adapter; embedding, router and output head are not. The effect e is the difference that the adapter makes to the
+/// logits, as it was trained. If the quantized merge deviates from it by d, the share kept is 1 − ‖d‖² / ‖e‖². The gain
+/// is the adapter's improvement of the loss.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Base model: Hugging Face folder, or `org/name` in the local Hugging Face cache.

@@ -16,9 +16,9 @@ pub(crate) const CACHE_HELP: &str = "KV-cache data type";
 /// How activations are quantized in products with weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ComputeValue {
-    /// Never.
+    /// No quantization.
     F32,
-    /// To match each weight's format: int8 for ggml blocks, bf16 for bf16 except the output head, none for f32, f16 and
+    /// Match each weight's format: int8 for ggml blocks, bf16 for bf16 except the output head, none for f32, f16 and
     /// FP8.
     Int8,
 }
@@ -69,10 +69,10 @@ impl CacheValue {
 /// Weight formats of Hugging Face folders.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum FolderFormat {
-    /// bf16.
+    /// All weights in bf16.
     #[value(name = "hf:bf16", alias = "bf16")]
     Bf16,
-    /// f32.
+    /// All weights in f32.
     #[value(name = "hf:f32", alias = "f32")]
     F32,
     /// Block FP8 for attention and experts, as DeepSeek publishes it; bf16 for all other weights.

@@ -24,7 +24,7 @@ use crate::host;
 use crate::inspect::parameters;
 use crate::open::{EngineArgs, SpeculationArgs, cache_object, repack};
 
-/// What to measure, and how.
+// What to measure, and how.
 #[derive(Debug, clap::Args)]
 struct Args {
     /// Model: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache. A folder with a
@@ -47,24 +47,27 @@ struct Args {
     engine: EngineArgs,
 }
 
-/// Time prefill: tokens per second, memory, time to open the model and to the first token, and the share of peak
-/// FLOP/s.
+/// Time prefill of synthetic prompts, for all combinations of batch size and length.
+///
+/// Measures tokens per second, memory, the time to open the model and to the first token, and the share of the
+/// machine's peak FLOP/s. With --memory-budget also the hits of the expert cache.
 #[derive(Debug, clap::Args)]
 pub(crate) struct PrefillArgs {
-    #[command(flatten)]
-    args: Args,
     /// Tokens per prompt; several comma-separated values are measured in turn.
     #[arg(long, value_name = "S", value_delimiter = ',', default_value = "512",
           value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     seq: Vec<u64>,
-}
-
-/// Time decoding: tokens per second, memory, time to open the model and to the first token, and the share of peak
-/// memory bandwidth.
-#[derive(Debug, clap::Args)]
-pub(crate) struct DecodeArgs {
     #[command(flatten)]
     args: Args,
+}
+
+/// Time token-by-token decoding, for all combinations of batch size and prompt length.
+///
+/// Measures tokens per second, memory, the time to open the model and to the first token, and the share of the
+/// machine's peak memory bandwidth. With --memory-budget also the hits of the expert cache, with --speculative the
+/// acceptance rate.
+#[derive(Debug, clap::Args)]
+pub(crate) struct DecodeArgs {
     /// Tokens of the prompt; several comma-separated values are measured in turn.
     #[arg(long, value_name = "S", value_delimiter = ',', default_value = "1",
           value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
@@ -72,6 +75,8 @@ pub(crate) struct DecodeArgs {
     /// Tokens to decode per sequence.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     tokens: u64,
+    #[command(flatten)]
+    args: Args,
     #[command(flatten)]
     speculation: SpeculationArgs,
 }

@@ -25,8 +25,10 @@ use crate::host;
 use crate::inspect::parameters;
 use crate::train::{usage, with_code};
 
-/// Time training steps: tokens per second, memory, and the share of peak FLOP/s. Default: LoRA of rank 8 on all linear
-/// layers and experts, in f32.
+/// Time training steps on synthetic tokens, for all combinations of batch size, length and number of experts.
+///
+/// Measures tokens per second, memory, and the share of the machine's peak FLOP/s. Default: LoRA of rank 8 on all
+/// linear layers and experts, in f32.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Model: Hugging Face folder, or `org/name` in the local Hugging Face cache. A folder with a `config.json` and no

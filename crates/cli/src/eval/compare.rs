@@ -13,7 +13,7 @@ use crate::device::default_device;
 use crate::open::{Opened, open_model};
 use crate::values::{COMPUTE_HELP, ComputeValue};
 
-/// Compare the predictions of two models on the same rows, and the expert routing of mixtures.
+/// Compare the predictions and the expert routing of two models.
 ///
 /// KL is the mean Kullback-Leibler divergence of the model's predictions from the reference's, in nats per target.
 /// "Routing changed" is the share of a layer's expert choices that the reference does not make for the same token.

@@ -6,7 +6,7 @@ use infer::{SampleConfig, recommended_sampling};
 
 use crate::open::Opened;
 
-/// How each token is chosen, and what ends a text.
+// How each token is chosen, and what ends a text.
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Sampling")]
 pub(crate) struct SamplingArgs {

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::console::Console;
 use crate::host;
 
-/// Memory of weights.
+// Memory of weights.
 #[derive(Debug, Default, Clone, Copy, clap::Args)]
 pub(crate) struct MemoryArgs {
     /// Memory budget for weights, in GiB. Default: three quarters of free memory. If the weights need more, experts are
