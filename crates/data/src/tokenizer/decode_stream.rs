@@ -6,21 +6,24 @@
 //! character is incomplete and nothing is shown yet.
 
 use crate::common_prefix::common_prefix;
+use std::sync::Arc;
+
 use crate::error::Result;
 use crate::tokenizer::{Special, Tokenizer};
 
-/// Turns ids into text as they come. See [`Tokenizer::decode_stream`].
+/// Turns ids into text as they come. Owns a handle of its tokenizer, so that a request can own the stream.
 #[derive(Clone, Debug)]
-pub struct DecodeStream<'a> {
-    tokenizer: &'a Tokenizer,
+pub struct DecodeStream {
+    tokenizer: Arc<Tokenizer>,
     special: Special,
     window: Vec<u32>,
     /// Number of ids of the window that are already shown.
     shown: usize,
 }
 
-impl<'a> DecodeStream<'a> {
-    pub(crate) fn new(tokenizer: &'a Tokenizer, special: Special) -> Self {
+impl DecodeStream {
+    /// A decoder of a text that has no ids yet.
+    pub fn new(tokenizer: Arc<Tokenizer>, special: Special) -> Self {
         Self {
             tokenizer,
             special,
@@ -72,7 +75,7 @@ mod tests {
 
     fn pieces(ids: &[u32]) -> (Vec<Option<String>>, Option<String>) {
         let tokenizer = Tokenizer::open(&goldens()).unwrap();
-        let mut stream = tokenizer.decode_stream(Special::Skip);
+        let mut stream = DecodeStream::new(Arc::new(tokenizer), Special::Skip);
         let steps = ids.iter().map(|&id| stream.step(id).unwrap()).collect();
         (steps, stream.finish().unwrap())
     }

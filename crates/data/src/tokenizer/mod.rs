@@ -216,11 +216,6 @@ impl Tokenizer {
         guarded(|| self.inner.decode(ids, skip)).map_err(tokenize_error)
     }
 
-    /// A decoder for ids that arrive one at a time.
-    pub fn decode_stream(&self, special: Special) -> DecodeStream<'_> {
-        DecodeStream::new(self, special)
-    }
-
     /// The token that begins a sequence.
     pub fn bos_id(&self) -> Option<u32> {
         self.bos_id

@@ -1,16 +1,16 @@
-//! What a Mac has left, by the program that tells people.
+//! Free memory of a Mac, from `vm_stat`.
 
 use std::process::Command;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// Lines of `vm_stat` that count pages which new memory can be made of without writing any out.
+/// Lines of `vm_stat` that count pages which can be reused without writing them out.
 const AVAILABLE: [&str; 3] = ["Pages free", "Pages inactive", "Pages speculative"];
 
-/// How long an answer holds: a training run asks at every step.
+/// How long an answer is reused: a training run asks at every step.
 const HOLDS: Duration = Duration::from_secs(2);
 
-/// Nothing is known where there is no such program.
+/// Free memory; none without `vm_stat`.
 pub(super) fn available() -> Option<u64> {
     static LAST: Mutex<Option<(Instant, Option<u64>)>> = Mutex::new(None);
     let mut last = LAST.lock().ok()?;

@@ -1,11 +1,11 @@
-//! The machine's memory and this program's, as far as the operating system tells.
+//! The host: memory of the machine and of this program, as reported by the operating system.
 
-mod groups;
+mod cgroups;
 mod mac;
 
 use train::Memory;
 
-/// What there is now.
+/// The memory now.
 pub(crate) fn read() -> Memory {
     Memory {
         available_bytes: available(),
@@ -13,21 +13,21 @@ pub(crate) fn read() -> Memory {
     }
 }
 
-/// What the machine has left, or less where the program runs under a limit, as in a container.
+/// The free memory of the machine, or less if the program runs under a limit, as in a container.
 fn available() -> Option<u64> {
     if cfg!(target_os = "macos") {
         return mac::available();
     }
     let machine = bytes("/proc/meminfo", "MemAvailable:")?;
-    Some(groups::available().map_or(machine, |group| group.min(machine)))
+    Some(cgroups::available().map_or(machine, |group| group.min(machine)))
 }
 
-/// Makes what is held now the most that was held, where Linux lets a program do so; see proc(5), `clear_refs`.
-pub(crate) fn forget_peak() {
+/// Resets the peak memory to the current memory, on Linux; see proc(5), `clear_refs`.
+pub(crate) fn reset_peak() {
     let _ = std::fs::write("/proc/self/clear_refs", "5");
 }
 
-/// The bytes on the line of a file that starts with a name.
+/// The bytes on the line of a file that begins with a name.
 fn bytes(file: &str, name: &str) -> Option<u64> {
     let text = std::fs::read_to_string(file).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;

@@ -1,5 +1,5 @@
-//! What this machine multiplies and reads at most, as far as our own code knows how: what a measured speed is a fraction
-//! of.
+//! The machine's peak FLOP/s and memory bandwidth, as our own code reaches them: what measured speeds are compared
+//! with.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -10,21 +10,20 @@ use model::linear::{Frozen, Linear, Weight};
 use model::{Compute, ForwardContext};
 use rayon::prelude::*;
 
-/// Rows, outputs and sum of the product: large enough that nothing but multiplying counts.
+/// Rows, columns and inner dimension of the product: large enough that only the arithmetic counts.
 const SIZE: usize = 2048;
 
-/// Numbers of each buffer that is read, 128 MiB: both together are several times what the caches of a machine hold.
+/// Numbers of each of the two buffers, 128 MiB: together they are several times larger than the caches of a CPU.
 const NUMBERS: usize = 16 << 20;
 
-/// Numbers that a thread reads at a time, 1 MiB.
+/// Numbers that a thread reads at a time: 1 MiB.
 const CHUNK: usize = 128 << 10;
 
-/// Measures a linear layer of 2048 × 2048 weights on 2048 tokens, on all threads, so many times; once more before, which
-/// does not count. Weights and products are in bf16, in blocks of q8_0 and int8, or else in f32.
+/// Times a linear layer of 2048 × 2048 weights on 2048 tokens with all threads, `runs` times after a warm-up. Weights
+/// and products are in bf16, in q8_0 blocks and int8, or else in f32.
 ///
-/// Returns operations per second, a multiplication and its addition being two.
-pub(super) fn product_speeds(compute: Compute, runs: usize) -> Vec<f64> {
-    let device = Device::flex();
+/// Returns FLOP/s, counting a multiplication and an addition as two.
+pub(super) fn peak_flops(compute: Compute, device: &Device, runs: usize) -> Vec<f64> {
     let values: Vec<f32> = (0..SIZE * SIZE)
         .map(|i| (i % 97) as f32 / 97.0 - 0.5)
         .collect();
@@ -32,7 +31,7 @@ pub(super) fn product_speeds(compute: Compute, runs: usize) -> Vec<f64> {
         Compute::Bf16 | Compute::Int8 => (narrow(&values, compute), Compute::Int8),
         _ => (Matrix::from_f32(SIZE, SIZE, &values), Compute::F32),
     };
-    let x = Tensor::<1>::from_floats(values.as_slice(), &device).reshape([SIZE, SIZE]);
+    let x = Tensor::<1>::from_floats(values.as_slice(), device).reshape([SIZE, SIZE]);
     let linear = Linear {
         weight: Weight::Frozen(Frozen {
             matrix: Arc::new(matrix),
@@ -44,7 +43,7 @@ pub(super) fn product_speeds(compute: Compute, runs: usize) -> Vec<f64> {
     let speed = || {
         let started = Instant::now();
         let y = linear.forward(x.clone(), &ForwardContext::new(compute));
-        // Reading a number waits for all of them, where a device computes by itself.
+        // Reading a number waits for an asynchronous device.
         let _ = y.slice([0..1, 0..1]).into_scalar::<f32>();
         2.0 * (SIZE as f64).powi(3) / started.elapsed().as_secs_f64()
     };
@@ -52,7 +51,7 @@ pub(super) fn product_speeds(compute: Compute, runs: usize) -> Vec<f64> {
     (0..runs).map(|_| speed()).collect()
 }
 
-/// Weights in bf16, or in blocks as products in int8 read them fastest.
+/// Weights in bf16, or in blocks as int8 products read them fastest.
 fn narrow(values: &[f32], compute: Compute) -> Matrix {
     let (format, bytes) = match compute {
         Compute::Bf16 => {
@@ -70,19 +69,19 @@ fn narrow(values: &[f32], compute: Compute) -> Matrix {
         }
     };
     let matrix = Matrix::dense(SIZE, SIZE, format, bytes.into());
-    let mut matrix = [matrix.expect("bytes of so many numbers")];
+    let mut matrix = [matrix.expect("as many bytes as the format needs")];
     Matrix::repack(&mut matrix, Compute::Int8, &mut |_| ());
     let [matrix] = matrix;
     matrix
 }
 
-/// Measures how fast all threads together read what no cache holds, so many times; once more before, which does not count.
+/// Times reading memory outside of the caches with all threads, `runs` times after a warm-up.
 ///
-/// Two equal buffers are compared: the C library does so with the widest registers there are, however this program was
-/// built, and has to read both to their ends.
+/// Compares two equal buffers: the C library uses the widest registers of the CPU for this, however this program was
+/// built, and has to read both buffers to their ends.
 ///
 /// Returns bytes per second.
-pub(super) fn read_speeds(runs: usize) -> Vec<f64> {
+pub(super) fn peak_bandwidth(runs: usize) -> Vec<f64> {
     let numbers: Vec<u64> = (0..NUMBERS as u64).collect();
     let buffers = [numbers.clone(), numbers];
     let [left, right] = [&buffers[0], &buffers[1]].map(|numbers| numbers.par_chunks(CHUNK));

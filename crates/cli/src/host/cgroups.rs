@@ -1,44 +1,44 @@
-//! What Linux's control groups leave a program: containers, and services with a limit.
+//! The memory that Linux control groups leave a program, in containers and services with a limit.
 //!
-//! Each group has a limit of its own and counts what those below it use; files that were read count too, until they make
-//! room. Both versions are read, of which systems mix hierarchies.
+//! Each group has a limit and counts the memory of the groups in it. Cached files count too, until their pages are
+//! reclaimed. Both versions of control groups are read, because systems mix them.
 //!
 //! Source: the kernel's documentation, admin-guide/cgroup-v2.rst and admin-guide/cgroup-v1/memory.rst.
 
 use std::path::{Path, PathBuf};
 
-/// Where a version's files are.
-struct Version {
+/// The files of a version of control groups.
+struct CgroupVersion {
     /// The folder of the outermost group.
     root: &'static str,
     /// Files of limits.
     limits: &'static [&'static str],
     usage: &'static str,
-    /// Names in `memory.stat` of what can make room.
+    /// Names in `memory.stat` of reclaimable memory.
     reclaimable: &'static [&'static str],
 }
 
-const V1: Version = Version {
+const V1: CgroupVersion = CgroupVersion {
     root: "memory",
     limits: &["memory.limit_in_bytes"],
     usage: "memory.usage_in_bytes",
     reclaimable: &["total_active_file", "total_inactive_file"],
 };
-const V2: Version = Version {
+const V2: CgroupVersion = CgroupVersion {
     root: "",
-    // Beyond the second the kernel only slows a program down, but to a crawl.
+    // Above `memory.high` the kernel does not end a program, but slows it to a crawl.
     limits: &["memory.max", "memory.high"],
     usage: "memory.current",
     reclaimable: &["active_file", "inactive_file", "slab_reclaimable"],
 };
 
-/// What is left of the tightest limit, if there is one.
+/// The memory left by the tightest limit, if there is one.
 pub(super) fn available() -> Option<u64> {
     let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
     least(&groups, Path::new("/sys/fs/cgroup"))
 }
 
-/// The same of groups as `/proc/self/cgroup` lists them, with their files under a folder.
+/// The memory left by groups as listed in `/proc/self/cgroup`, with their files in a folder.
 fn least(groups: &str, files: &Path) -> Option<u64> {
     let left = groups.lines().filter_map(|line| {
         let mut parts = line.splitn(3, ':').skip(1);
@@ -53,9 +53,9 @@ fn least(groups: &str, files: &Path) -> Option<u64> {
     left.min()
 }
 
-impl Version {
-    /// The least of a group and those that it is in. In a container the path may be one of the host's: then what there is
-    /// of it is the container's outermost group.
+impl CgroupVersion {
+    /// The least memory left by a group and its ancestors. In a container the path may be the host's: of its groups,
+    /// only the container's outermost exists then.
     fn least(&self, root: &Path, path: &str) -> Option<u64> {
         let group = root.join(path.trim_start_matches('/'));
         let groups = group
@@ -64,7 +64,7 @@ impl Version {
         groups.filter_map(|group| self.left(group)).min()
     }
 
-    /// What a group leaves, if it has a limit.
+    /// The memory left by a group, if it has a limit.
     fn left(&self, group: &Path) -> Option<u64> {
         let limits = self.limits.iter().map(|name| number(&group.join(name)));
         let limit = limits.flatten().min()?;
@@ -79,7 +79,7 @@ impl Version {
     }
 }
 
-/// The number in a file; none where it says `max`.
+/// The number in a file; none if it says `max`.
 fn number(file: &PathBuf) -> Option<u64> {
     std::fs::read_to_string(file).ok()?.trim().parse().ok()
 }

@@ -1,7 +1,7 @@
-//! `moeforge bench train`: steps of training as `moeforge train` makes them, timed.
+//! `moeforge bench train`: training steps of `moeforge train`, timed.
 //!
-//! The rows are made up, and the weights too where there are none; the session, its step and its optimizer are those of
-//! a run. What is made up is the same in every process.
+//! The rows are synthetic, and weights are random if the model has none; session, step and optimizer are those of a
+//! run. Rows and weights are the same in every process.
 
 use std::ffi::OsString;
 use std::fmt::Write;
@@ -10,45 +10,49 @@ use std::process::ExitCode;
 
 use ::train::{Event, Loss, Recipe, Session, StepReport};
 use anyhow::Context;
-use burn::tensor::Device;
 use model::Compute;
 use serde_json::{Value, json};
 
-use super::limit::product_speeds;
+use super::peak::peak_flops;
 use super::scratch::Scratch;
 use super::spread::Spread;
-use super::subject::{Subject, Weights, ids};
+use super::subject::{Subject, SubjectWeights, ids};
 use super::sweep::{Sweep, options};
 use super::table::{Column, count, fraction_of, giga, mebibytes, median, spread};
 use crate::console::{Console, USAGE, WithCode};
+use crate::device::default_device;
+use crate::host;
 use crate::inspect::parameters;
-use crate::train::{memory, usage, with_code};
+use crate::train::{usage, with_code};
 
-/// Times training steps: tokens per second, memory, and the share of what this machine multiplies at most. By default
-/// LoRA of rank 8 on all linear layers and experts, in f32.
+/// Time training steps on synthetic tokens, for all combinations of batch size, length and number of experts.
+///
+/// Measures tokens per second, memory, and the share of the machine's peak FLOP/s. Default: LoRA of rank 8 on all
+/// linear layers and experts, in f32.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Hugging Face folder, or `org/name` in the local Hugging Face cache. A folder with a `config.json` and no weights,
-    /// or such a file, gets random ones.
+    /// Model: Hugging Face folder, or `org/name` in the local Hugging Face cache. A folder with a `config.json` and no
+    /// weights, or the `config.json` itself, gets random weights.
     model: String,
-    /// Folder of a LoRA adapter (PEFT) to go on from.
+    /// LoRA adapter to continue from: PEFT folder.
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
-    /// Sequences in a step; several numbers with commas are measured one after the other.
+    /// Sequences per step; several comma-separated values are measured in turn.
     #[arg(long, value_name = "B", value_delimiter = ',', default_value = "4",
           value_parser = clap::value_parser!(u64).range(1..=1 << 16))]
     batch: Vec<u64>,
-    /// Tokens in a sequence; several with commas.
+    /// Tokens per sequence; several comma-separated values are measured in turn.
     #[arg(long, value_name = "S", value_delimiter = ',', default_value = "256",
           value_parser = clap::value_parser!(u64).range(2..=1 << 20))]
     seq: Vec<u64>,
-    /// Routed experts of a layer, instead of the config's, where weights are random; several with commas.
+    /// For random weights: routed experts per layer, instead of the config's number; several comma-separated values are
+    /// measured in turn.
     #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..))]
     experts: Vec<u64>,
-    /// Steps that are timed, after one that is not.
+    /// Timed steps, after a warm-up step.
     #[arg(long, value_name = "R", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     reps: u64,
-    /// Override a setting of the recipe, such as lora.rank=16 or train.method=full. May be repeated.
+    /// Recipe setting to override, such as lora.rank=16 or train.method=full. May be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Print one JSON object instead of a table.
@@ -56,16 +60,16 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// Settings that the options say, or that would make the rows others.
+/// Settings that have options of their own, or that would change the rows.
 const OWN: [(&str, &str); 4] = [
     ("model.adapter", "--adapter"),
     ("model.", "MODEL"),
-    ("data.", "--seq, which says how long the made-up rows are"),
+    ("data.", "--seq, the length of the synthetic rows"),
     ("train.batch_size", "--batch"),
 ];
 
-/// How often the machine's limit is measured before the steps, and again after them.
-const PRODUCTS: usize = 3;
+/// Measurements of the machine's peak before the steps, and again after them.
+const PEAK_RUNS: usize = 3;
 
 /// The columns of the table.
 const COLUMNS: [Column; 10] = [
@@ -88,34 +92,34 @@ const COLUMNS: [Column; 10] = [
     Column("GFLOP/s", 7, |result| {
         format!("{:.0}", giga(&result["flops_per_second"]))
     }),
-    Column("of limit", 13, |result| {
-        fraction_of(result, "limit_flops_per_second")
+    Column("of peak", 13, |result| {
+        fraction_of(result, "peak_flops_per_second")
     }),
 ];
 
-/// What one line of the table is of.
+/// One line of the table.
 #[derive(Clone, Copy, Debug)]
-struct Combination {
+struct TrainingCase {
     batch: u64,
     seq: u64,
-    /// None for as many as the config says.
+    /// None for the config's number.
     experts: Option<u64>,
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     check_settings(args)?;
-    let combinations = combinations(args);
-    // What is wrong with any of them is said before the first one takes its time.
-    for combination in &combinations {
-        Subject::open(&args.model, combination.experts)?;
+    let cases = cases(args);
+    // Errors in any of them are reported before the first one runs.
+    for case in &cases {
+        Subject::open(&args.model, case.experts)?;
     }
     let sweep = Sweep {
-        measure: &|combination| measure(args, *combination, console),
-        words: &|combination| words(args, *combination),
+        measure: &|case| measure(args, *case, console),
+        words: &|case| words(args, *case),
         title,
         columns: &COLUMNS,
     };
-    sweep.run(&combinations, args.json, console)
+    sweep.run(&cases, args.json, console)
 }
 
 fn check_settings(args: &Args) -> anyhow::Result<()> {
@@ -137,7 +141,7 @@ fn misuse(message: String) -> anyhow::Error {
     })
 }
 
-fn combinations(args: &Args) -> Vec<Combination> {
+fn cases(args: &Args) -> Vec<TrainingCase> {
     let experts: Vec<Option<u64>> = match args.experts.as_slice() {
         [] => vec![None],
         experts => experts.iter().copied().map(Some).collect(),
@@ -145,7 +149,7 @@ fn combinations(args: &Args) -> Vec<Combination> {
     let mut all = Vec::new();
     for &experts in &experts {
         for &batch in &args.batch {
-            all.extend(args.seq.iter().map(|&seq| Combination {
+            all.extend(args.seq.iter().map(|&seq| TrainingCase {
                 batch,
                 seq,
                 experts,
@@ -155,23 +159,24 @@ fn combinations(args: &Args) -> Vec<Combination> {
     all
 }
 
-/// One combination, in this process.
-fn measure(args: &Args, combination: Combination, console: &Console) -> anyhow::Result<Value> {
-    let Combination { batch, seq, .. } = combination;
-    let subject = &Subject::open(&args.model, combination.experts)?;
+/// One case, in this process.
+fn measure(args: &Args, case: TrainingCase, console: &Console) -> anyhow::Result<Value> {
+    let TrainingCase { batch, seq, .. } = case;
+    let subject = &Subject::open(&args.model, case.experts)?;
     if subject.is_random() {
-        console.note(format_args!("{batch} × {seq}: making up weights"));
+        console.note(format_args!("{batch} × {seq}: random weights"));
     }
     let scratch = Scratch::new()?;
-    let recipe = recipe(args, combination, subject, &scratch)?;
-    // Products in other formats are made of f32.
+    let recipe = recipe(args, case, subject, &scratch)?;
+    // Products in other formats are computed in f32.
     let compute = match recipe.precision.compute {
         Compute::Bf16 => Compute::Bf16,
         _ => Compute::F32,
     };
-    let mut limits = product_speeds(compute, PRODUCTS);
-    memory::forget_peak();
-    let mut session = Session::open(recipe, &Device::flex(), &|folder| Ok(folder.into()))?;
+    let device = default_device();
+    let mut peaks = peak_flops(compute, &device, PEAK_RUNS);
+    host::reset_peak();
+    let mut session = Session::open(recipe, &device, &|folder| Ok(folder.into()))?;
     let mut progress = console.progress(1 + args.reps, "steps");
     let reports = session.timed_steps(1 + args.reps, &mut |event: &Event| {
         if let Event::Step(report) = event {
@@ -181,11 +186,11 @@ fn measure(args: &Args, combination: Combination, console: &Console) -> anyhow::
     });
     progress.finish();
     let reports = reports.map_err(with_code)?;
-    let (peak_bytes, timed) = (memory::read().peak_bytes, &reports[1..]);
-    limits.extend(product_speeds(compute, PRODUCTS));
+    let (peak_bytes, timed) = (host::read().peak_bytes, &reports[1..]);
+    peaks.extend(peak_flops(compute, &device, PEAK_RUNS));
 
     let speeds = Spread::of(timed.iter().map(speed));
-    let limit = Spread::of(limits).median;
+    let peak = Spread::of(peaks).median;
     let cost = session.cost(seq as usize).total();
     let recipe = &session.recipe;
     Ok(json!({
@@ -209,19 +214,19 @@ fn measure(args: &Args, combination: Combination, console: &Console) -> anyhow::
             "peak_bytes": peak_bytes,
             "flops_per_token": cost,
             "flops_per_second": cost * speeds.median,
-            "limit_flops_per_second": limit,
-            "fraction_of_limit": cost * speeds.median / limit,
+            "peak_flops_per_second": peak,
+            "fraction_of_peak": cost * speeds.median / peak,
         }],
     }))
 }
 
-/// The command line that measures one combination.
-fn words(args: &Args, combination: Combination) -> Vec<OsString> {
+/// The command line that measures one case.
+fn words(args: &Args, case: TrainingCase) -> Vec<OsString> {
     let mut words = vec!["train".into(), args.model.clone().into()];
     let numbers = [
-        ("--batch", Some(combination.batch)),
-        ("--seq", Some(combination.seq)),
-        ("--experts", combination.experts),
+        ("--batch", Some(case.batch)),
+        ("--seq", Some(case.seq)),
+        ("--experts", case.experts),
         ("--reps", Some(args.reps)),
     ];
     words.extend(options(numbers));
@@ -234,22 +239,22 @@ fn words(args: &Args, combination: Combination) -> Vec<OsString> {
     words
 }
 
-/// What is trained, over made-up rows in a folder that nothing reads once a session is open.
+/// The recipe, over synthetic rows in a folder that is not read after the session has opened.
 fn recipe(
     args: &Args,
-    combination: Combination,
+    case: TrainingCase,
     subject: &Subject,
     scratch: &Scratch,
 ) -> anyhow::Result<Recipe> {
-    let Combination { batch, seq, .. } = combination;
+    let TrainingCase { batch, seq, .. } = case;
     let mut recipe = Recipe::default();
     recipe.train.steps = Some(1 + args.reps);
     recipe.train.batch_size = batch as usize;
     recipe.data.max_length = seq as usize;
     recipe.data.path = vec![scratch.path().to_owned()];
     recipe.model.path = Some(match &subject.weights {
-        Weights::Checkpoint(folder) => text(folder.canonicalize()?)?,
-        Weights::Random(_) => subject.name.clone(),
+        SubjectWeights::Checkpoint(folder) => text(folder.canonicalize()?)?,
+        SubjectWeights::Random(_) => subject.name.clone(),
     });
     if let Some(adapter) = &args.adapter {
         let adapter = adapter.canonicalize();
@@ -260,11 +265,12 @@ fn recipe(
     let mut recipe = Recipe::open(&file, &args.set).map_err(usage)?;
     if recipe.train.loss != Loss::CrossEntropy {
         return Err(misuse(
-            "--set train.loss: expected `cross-entropy`, because made-up rows are no pairs".into(),
+            "--set train.loss: expected `cross-entropy`, because the synthetic rows are not pairs"
+                .into(),
         ));
     }
-    if let Weights::Random(config) = &subject.weights {
-        // A recipe may not ask for an adapter on fresh weights, which it would be of no use without. Here nothing is kept.
+    if let SubjectWeights::Random(config) = &subject.weights {
+        // Set after parsing: a recipe refuses an adapter on fresh weights, which are not saved. Here nothing is saved.
         recipe.model.path = None;
         recipe.model.config = Some(scratch.write("config.json", &config.to_string())?);
     }
@@ -280,7 +286,7 @@ fn text(path: PathBuf) -> anyhow::Result<String> {
     text.map_err(|path| anyhow::anyhow!("`{}`: expected a path in UTF-8", path.display()))
 }
 
-/// Rows of made-up tokens.
+/// Rows of synthetic tokens.
 fn rows(n_rows: u64, seq: u64, vocab_size: u64) -> String {
     let mut text = String::new();
     for row in 0..n_rows {
@@ -296,14 +302,14 @@ fn speed(report: &StepReport) -> f64 {
     report.tokens as f64 / report.seconds
 }
 
-/// What was measured, in a line.
+/// The line above the table.
 fn title(measured: &Value) -> String {
     let text = |key: &str| measured[key].as_str().unwrap_or("").to_owned();
     let first = &measured["results"][0];
     let millions = |key: &str| first[key].as_f64().unwrap_or(0.0) / 1e6;
     let weights = match measured["weights"].as_str() {
         Some("random") => format!("random f32 weights (seed {})", measured["seed"]),
-        _ => "its own weights".to_owned(),
+        _ => "weights of the checkpoint".to_owned(),
     };
     let settings: Vec<&str> = measured["set"]
         .as_array()
@@ -317,7 +323,7 @@ fn title(measured: &Value) -> String {
         format!(" ({})", settings.join(", "))
     };
     format!(
-        "{} ({}), {:.1} M parameters, {weights}; {} trains {:.1} M in {}{settings}; {} threads, {} steps each",
+        "{} ({}), {:.1} M parameters, {weights}; method {} with {:.1} M trained, compute {}{settings}; {} threads, {} steps each",
         text("model"),
         text("family"),
         millions("parameters"),
