@@ -6,6 +6,7 @@ mod bench;
 mod convert;
 mod generation;
 mod gguf;
+mod quickstart;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -16,6 +17,11 @@ use tempfile::TempDir;
 /// Runs the program in the repository's root.
 fn moeforge(words: &[&str]) -> Output {
     command(words).output().unwrap()
+}
+
+/// Runs the program in a folder.
+fn moeforge_in(folder: &Path, words: &[&str]) -> Output {
+    command(words).current_dir(folder).output().unwrap()
 }
 
 fn command(words: &[&str]) -> Command {
