@@ -6,6 +6,8 @@ mod bench;
 mod convert;
 mod generation;
 mod gguf;
+
+mod quickstart;
 mod training;
 
 use std::path::{Path, PathBuf};
@@ -16,6 +18,11 @@ use tempfile::TempDir;
 /// Runs the program in the repository's root.
 fn moeforge(words: &[&str]) -> Output {
     command(words).output().unwrap()
+}
+
+/// Runs the program in a folder.
+fn moeforge_in(folder: &Path, words: &[&str]) -> Output {
+    command(words).current_dir(folder).output().unwrap()
 }
 
 fn command(words: &[&str]) -> Command {
