@@ -1,7 +1,7 @@
 //! The path of each product of a linear layer: this is the only place that decides it.
 
+use super::block_product::multiplies_pairs;
 use super::operand::{LayerPass, WeightOperand};
-use super::packing::multiplies_pairs;
 use crate::gemv::{MAX_GEMV_ROWS, PackedWeight};
 use crate::memory::Mat;
 use crate::settings::Compute;

@@ -2,7 +2,7 @@
 //!
 //! The error of a weight enters a product multiplied by the input of its column, so it is weighted by that input's mean
 //! square, the column's importance. It is also weighted by the weight's own magnitude, because the few large weights of
-//! a row matter more than their squared errors say. The search over scales is that of `k_quants.rs` with these weights,
+//! a row matter more than their squared errors say. The search over scales is that of `scale_search.rs` with these weights,
 //! also for the formats with blocks of 32; if groups share a scale of scales, that one is searched as well.
 //!
 //! Source: ggml-org/llama.cpp: ggml/src/ggml-quants.c, `quantize_row_*_impl`, `make_qkx3_quants`, `make_qp_quants`.
@@ -10,9 +10,11 @@
 use super::codebook::codebook_codes;
 use super::encode::{f16_bytes, fifth_bits, pack_nibbles};
 use super::k_quants::{
-    GROUP, NOTHING, ROUNDS, STEP, Search, SuperBlockCodes, SuperBlockValues, nearest, q6_k_block,
-    scale_and_minimum, scale_of_signed, write_groups, write_q2_k, write_q3_k, write_q4_k,
-    write_q5_k,
+    GROUP, SuperBlockCodes, SuperBlockValues, q6_k_block, write_groups, write_q2_k, write_q3_k,
+    write_q4_k, write_q5_k,
+};
+use super::scale_search::{
+    NOTHING, ROUNDS, STEP, Search, nearest, scale_and_minimum, scale_of_signed,
 };
 use super::{BLOCK, Ggml, SUPER_BLOCK};
 use crate::simd::multiversion;
