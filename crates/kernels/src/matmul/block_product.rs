@@ -4,8 +4,8 @@
 //! second-level cache. Packing also transposes if needed, so `x · wᵀ` is as fast as `dy · w`. The left operand is read
 //! in place, unless it is transposed: then some of its rows are transposed at a time.
 //!
-//! Source of the cut: Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008, with the roles of
-//! the operands exchanged, since ours are row-major.
+//! Source of the cut: Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008, with the roles
+//! of the operands exchanged, since ours are row-major.
 //!
 //! In bf16, two values that follow one another in the sum are one word, in panels and in the left rows, which are
 //! converted a few at a time.

@@ -1,7 +1,7 @@
 //! Packing: the operands of a product as the microkernel reads them.
 //!
-//! The right operand is packed into panels as wide as a tile. Packing also transposes if needed. Rows of the left operand
-//! are converted to pairs of bf16, or transposed, a few at a time.
+//! The right operand is packed into panels as wide as a tile. Packing also transposes if needed. Rows of the left
+//! operand are converted to pairs of bf16, or transposed, a few at a time.
 
 #![expect(
     unsafe_code,
@@ -174,8 +174,8 @@ pub(super) struct Square([f32; WIDEST_VECTOR * WIDEST_VECTOR]);
 
 const WIDEST_VECTOR: usize = 16;
 
-/// [`Lanes::transpose`] of the words of some lines of values: across `DEPTH · LEN` lines at most, of `len ≤ LEN` values each,
-/// or along `LEN` lines, of `len ≤ DEPTH · LEN`.
+/// [`Lanes::transpose`] of the words of some lines of values: across `DEPTH · LEN` lines at most, of `len ≤ LEN` values
+/// each, or along `LEN` lines, of `len ≤ DEPTH · LEN`.
 ///
 /// # Safety
 /// As there.
@@ -241,7 +241,8 @@ pub(super) unsafe fn transpose_left<V: Lanes>(a: Mat<'_>, to: &mut [f32]) {
         let cols = deep.min(a.cols() - col);
         for row in (0..a.rows()).step_by(V::LEN) {
             let size = [cols, V::LEN.min(a.rows() - row)];
-            // SAFETY: what is read lies inside the operand; rows of the copy are longer than the block is deep, by a vector.
+            // SAFETY: what is read lies inside the operand; rows of the copy are longer than the block is deep, by a
+            // vector.
             unsafe {
                 let from = a.as_ptr().add(row + col * col_stride);
                 let to = to

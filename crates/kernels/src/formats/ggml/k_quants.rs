@@ -5,11 +5,12 @@
 //! their own, and every value gets the nearest code under its group's rounded scale.
 //!
 //! Source: ggml-org/llama.cpp: ggml/src/ggml-quants.c, `quantize_row_q*_K_ref`, `make_qx_quants`, `make_q3_quants`,
-//! `make_qkx2_quants`. The order of sums is theirs, so that almost every block has the bytes that llama.cpp would write.
+//! `make_qkx2_quants`. The order of sums is theirs, so that almost every block has the bytes that llama.cpp would
+//! write.
 
 use super::SUPER_BLOCK;
 use super::decode::six_bits;
-use super::encode::{each, f16_bytes, f16_of};
+use super::pack::{each, f16_bytes, f16_of};
 use super::scale_search::{
     NOTHING, STEP, Search, largest, nearest, scale_and_minimum, scale_of_few, scale_of_signed,
 };

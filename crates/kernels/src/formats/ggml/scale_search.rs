@@ -1,7 +1,7 @@
 //! The search for the scale, or the scale and the minimum, of a group of values.
 //!
-//! Source: ggml-org/llama.cpp: ggml/src/ggml-quants.c, `make_qx_quants`, `make_q3_quants`, `make_qkx2_quants`. The order of
-//! sums is theirs.
+//! Source: ggml-org/llama.cpp: ggml/src/ggml-quants.c, `make_qx_quants`, `make_q3_quants`, `make_qkx2_quants`. The
+//! order of sums is theirs.
 
 /// Values below this are zeros.
 pub(super) const NOTHING: f32 = 1e-15;
