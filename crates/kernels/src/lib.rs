@@ -15,6 +15,11 @@
 //! assert_eq!(y.into_data().try_to_vec::<f32>().unwrap(), [1.0, 5.0]);
 //! ```
 //!
+//! The modules are rooms, and each names only those before it: `memory`, `threads`, `simd`, `settings`, `formats` (how
+//! weights and caches are stored), `gemv` (products that read stored bytes), `matmul` (all other products, and the plan
+//! that decides between both), `ops` (attention, experts, loss and the small operations), `backend` (burn's tensors in
+//! and out, and gradients).
+//!
 //! What this crate does not do: it knows no files, no model and no names.
 
 mod backend;
