@@ -1,4 +1,4 @@
-//! What is kept for the backward pass, and what is remade instead.
+//! Which activations are saved for the backward pass, and which are recomputed.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
@@ -9,7 +9,7 @@ use moeforge_kernels::{Compute, linear_trained, rms_norm, saved_activation_bytes
 const TOKENS: usize = 40;
 const WIDTH: usize = 256;
 
-/// The bytes that wait after a forward pass of a feed-forward layer after a norm, and the gradients that come of it.
+/// The bytes that a norm and a feed-forward layer save in a forward pass, and the gradients of their backward pass.
 fn feed_forward(compute: Compute) -> (usize, Vec<Tensor<2>>) {
     let device = Device::flex().autodiff();
     device.seed(1);
@@ -28,17 +28,17 @@ fn feed_forward(compute: Compute) -> (usize, Vec<Tensor<2>>) {
     let linear = |x: Tensor<2>, w: &Tensor<2>| linear_trained(x, w.clone(), compute, compute);
     let act = swiglu(linear(normed.clone(), &gate), linear(normed, &up), compute);
     let y = linear(act, &down);
-    let kept = saved_activation_bytes() - before;
+    let saved = saved_activation_bytes() - before;
     let grads = y.sum().backward();
     let grads = [x, gate, up, down].map(|x| x.grad(&grads).unwrap());
     saved_activation_bytes();
-    assert_eq!(saved_activation_bytes(), before, "all is let go");
-    (kept, grads.to_vec())
+    assert_eq!(saved_activation_bytes(), before, "all saved activations are freed");
+    (saved, grads.to_vec())
 }
 
-/// One test, because the count is one of the whole process.
+/// One test, because the process has one counter.
 #[test]
-fn only_gate_and_up_wait_for_the_backward_pass_of_a_feed_forward_layer() {
+fn a_feed_forward_layer_saves_only_gate_and_up() {
     let numbers = 2 * TOKENS * WIDTH;
     let (f32_bytes, exact) = feed_forward(Compute::F32);
     assert_eq!(f32_bytes, 4 * numbers);
