@@ -12,8 +12,8 @@ use checkpoint::Folder;
 use kernels::Compute;
 use kernels::fp8::Scales;
 
-use crate::export::block_fp8::is_lowered;
-use crate::weights::is_scale;
+use crate::export::hf_fp8::is_lowered;
+use crate::load::is_scale;
 
 /// A part of a model, as precision sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

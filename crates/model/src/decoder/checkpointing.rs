@@ -13,9 +13,9 @@ use burn::module::Module;
 use burn::tensor::{Int, Tensor};
 
 use super::Model;
-use crate::context::{ForwardContext, Observe, RoutingRecord};
-use crate::linear::Weight;
-use crate::moe::router::Routed;
+use crate::forward::context::{ForwardContext, Observe, RoutingRecord};
+use crate::modules::linear::Weight;
+use crate::modules::router::Routed;
 
 /// What waits for the backward pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

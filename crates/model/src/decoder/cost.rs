@@ -14,11 +14,11 @@
 use kernels::CacheType;
 
 use super::Model;
-use crate::cache::Cache;
+use crate::forward::cache::Cache;
 use crate::config::AttentionConfig;
-use crate::linear::{Linear, Weight};
-use crate::moe::experts::{ExpertWeights, Experts, ExpertsLora, FactorStacks};
-use crate::sites::Site;
+use crate::modules::linear::{Linear, Weight};
+use crate::modules::experts::{ExpertWeights, Experts, ExpertsLora, FactorStacks};
+use crate::decoder::visit::Site;
 
 /// Of low-rank factors and biases, which are held in f32.
 const F32_BYTES: usize = 4;
@@ -229,7 +229,7 @@ mod tests {
     use burn::tensor::Device;
 
     use super::*;
-    use crate::lora::{self, LoraConfig, Scaling};
+    use crate::adapt::attach::{self, LoraConfig, Scaling};
     use crate::{ModelConfig, Training, weights};
 
     /// 64 wide, 3 layers of which the first is dense, 4 heads, 12 experts of which a token takes 4, and 1 shared.

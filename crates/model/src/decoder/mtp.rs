@@ -11,11 +11,11 @@ use burn::tensor::{Int, Tensor};
 use kernels::{CacheType, Matrix};
 
 use super::{DecoderLayer, Embedding, Model};
-use crate::cache::Cache;
+use crate::forward::cache::Cache;
 use crate::config::ModelConfig;
-use crate::context::ForwardContext;
-use crate::linear::Linear;
-use crate::norm::Norm;
+use crate::forward::context::ForwardContext;
+use crate::modules::linear::Linear;
+use crate::modules::norm::Norm;
 use crate::precision::Class;
 
 /// The module for multi-token prediction. Field names are the checkpoint's keys, but that `layer` has none.

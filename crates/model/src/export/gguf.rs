@@ -14,8 +14,8 @@ use super::importance::Importance;
 use super::mix::{GgufType, Mix};
 use crate::Error;
 use crate::config::{AttentionConfig, Family, ModelConfig, RopeScaling};
-use crate::merge::{MergeReport, relative_error};
-use crate::weights::{keys, mtp_keys, read_config, read_matrix, read_tensor};
+use crate::export::merge::{MergeReport, relative_error};
+use crate::load::{keys, mtp_keys, read_config, read_matrix, read_tensor};
 
 /// Values that are encoded at a time.
 const PIECE: usize = 1 << 20;

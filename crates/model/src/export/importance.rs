@@ -14,12 +14,12 @@ use checkpoint::{Folder, Gguf, GgufLayout, GgufTensor, Rows};
 use kernels::{Compute, Direction, ExpertBank};
 
 use crate::Error;
-use crate::context::{ForwardContext, InputRecord, Observe};
+use crate::forward::context::{ForwardContext, InputRecord, Observe};
 use crate::decoder::Model;
-use crate::linear::Weight;
-use crate::moe::experts;
-use crate::sites::{PROJECTIONS, Site};
-use crate::weights::keys;
+use crate::modules::linear::Weight;
+use crate::modules::experts;
+use crate::decoder::visit::{PROJECTIONS, Site};
+use crate::load::keys;
 
 /// Tokens from which on an expert's own inputs say alone what its columns are worth; with fewer, its layer's have the share that
 /// is missing. A mean of n squares of normal values is off by √(2 / n) of itself, here by a quarter: little beside what columns
@@ -377,7 +377,7 @@ mod tests {
     use checkpoint::{DType, GgufValue, GgufWriter, TensorSpec};
 
     use super::*;
-    use crate::weights::{Training, load};
+    use crate::load::{Training, load};
 
     const ROW: [u32; 11] = [3, 17, 8, 3, 40, 5, 5, 91, 33, 2, 60];
 

@@ -10,9 +10,9 @@ use std::path::Path;
 use checkpoint::{DType, Folder, GgufLayout, GgufTensor, GgufValue, GgufWriter, Rows, TensorSpec};
 
 use crate::Error;
-use crate::adapter::{AdapterWeights, Pair};
+use crate::adapt::{AdapterWeights, Pair};
 use crate::config::{AttentionConfig, ModelConfig};
-use crate::weights::{keys, read_config};
+use crate::load::{keys, read_config};
 
 /// Parts of a deepseek2 that llama.cpp multiplies without looking for an update.
 const IGNORED: [&str; 7] = [

@@ -16,12 +16,12 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
 use crate::Error;
-use crate::adapter::{AdapterWeights, Pair};
+use crate::adapt::{AdapterWeights, Pair};
 use crate::config::ModelConfig;
-use crate::export::block_fp8::{BlockFp8, is_lowered};
+use crate::export::hf_fp8::{BlockFp8, is_lowered};
 use crate::export::{WeightFormat, copy_companions, exported_config};
 use crate::precision::Class;
-use crate::weights::{
+use crate::load::{
     is_scale, keys, read_config, read_matrix, read_tensor, scale_key, weight_names,
 };
 

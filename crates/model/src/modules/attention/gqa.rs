@@ -5,8 +5,8 @@ use burn::tensor::Tensor;
 use kernels::RopeLayout;
 
 use crate::config::GqaConfig;
-use crate::context::{ForwardContext, KvSource, per_sequence};
-use crate::linear::Linear;
+use crate::forward::context::{ForwardContext, KvSource, per_sequence};
+use crate::modules::linear::Linear;
 
 /// Grouped-query attention of one layer.
 #[derive(Module, Debug)]

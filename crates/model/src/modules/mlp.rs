@@ -3,8 +3,8 @@
 use burn::module::Module;
 use burn::tensor::Tensor;
 
-use crate::context::ForwardContext;
-use crate::linear::Linear;
+use crate::forward::context::ForwardContext;
+use crate::modules::linear::Linear;
 use crate::precision::Class;
 
 /// A dense feed-forward layer, or the shared experts of a mixture.

@@ -8,8 +8,8 @@ use burn::tensor::{Int, Tensor};
 use kernels::{Compute, KvBuffer, Segments};
 
 pub use self::inputs::InputRecord;
-use crate::cache::Cache;
-use crate::moe::router::Routed;
+use crate::forward::cache::Cache;
+use crate::modules::router::Routed;
 use crate::precision::Class;
 use crate::rope::RotaryTable;
 

@@ -12,9 +12,9 @@ use burn::tensor::Tensor;
 use kernels::{Absorbed, Direction, HeadRows, KvBuffer, RopeLayout};
 
 use crate::config::MlaConfig;
-use crate::context::{ForwardContext, KvSource, Observe, per_sequence};
-use crate::linear::Linear;
-use crate::norm::Norm;
+use crate::forward::context::{ForwardContext, KvSource, Observe, per_sequence};
+use crate::modules::linear::Linear;
+use crate::modules::norm::Norm;
 
 /// Most new positions of a sequence that attend to the latents themselves. Each then has the bits it has in a pass of its
 /// own.

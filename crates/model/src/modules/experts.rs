@@ -18,9 +18,9 @@ use kernels::{
 };
 
 use super::router::Routed;
-use crate::context::{ForwardContext, Observe};
-use crate::linear::Linear;
-use crate::mlp::Mlp;
+use crate::forward::context::{ForwardContext, Observe};
+use crate::modules::linear::Linear;
+use crate::modules::mlp::Mlp;
 use crate::precision::Class;
 
 /// The experts of one layer.

@@ -8,8 +8,8 @@ use checkpoint::{Adapter, Layout};
 use super::{AdapterWeights, Fused, MAGNITUDE, PREFIX, Pair, fused_name};
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::lora::{Scaling, Share, check_dora};
-use crate::patterns::{Patterns, Settings};
+use crate::adapt::attach::{Scaling, Share, check_dora};
+use crate::adapt::patterns::{Patterns, Settings};
 
 impl AdapterWeights {
     /// Reads an adapter for a model of some config.

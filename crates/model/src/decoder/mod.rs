@@ -14,16 +14,16 @@ pub use self::checkpointing::{Checkpointing, Trace};
 pub use self::cost::{Cost, Traffic};
 pub use self::mtp::{Mtp, SharedHead};
 
-use crate::attention::Attention;
+use crate::modules::attention::Attention;
 use crate::config::ModelConfig;
-use crate::context::ForwardContext;
-use crate::linear::{Linear, Weight};
-use crate::mlp::Mlp;
-use crate::moe::Moe;
-use crate::norm::Norm;
+use crate::forward::context::ForwardContext;
+use crate::modules::linear::{Linear, Weight};
+use crate::modules::mlp::Mlp;
+use crate::modules::moe::Moe;
+use crate::modules::norm::Norm;
 use crate::precision::Class;
 use crate::rope::RotaryTable;
-use crate::sites::Site;
+use crate::decoder::visit::Site;
 
 /// A causal language model. Field names are the checkpoint's keys.
 #[derive(Module, Debug)]

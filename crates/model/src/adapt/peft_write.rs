@@ -10,10 +10,10 @@ use checkpoint::{AdapterConfig, DType};
 use super::{AdapterWeights, Fused, MAGNITUDE, PREFIX, Pair, fused_name};
 use crate::Error;
 use crate::decoder::Model;
-use crate::lora::{Dora, Scaling};
-use crate::moe::experts::{ExpertsLora, FactorStacks};
-use crate::patterns::most_common;
-use crate::sites::{PROJECTIONS, Site};
+use crate::adapt::attach::{Dora, Scaling};
+use crate::modules::experts::{ExpertsLora, FactorStacks};
+use crate::adapt::patterns::most_common;
+use crate::decoder::visit::{PROJECTIONS, Site};
 
 impl AdapterWeights {
     /// The updates on a model, as an adapter.

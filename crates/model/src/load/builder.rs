@@ -22,17 +22,17 @@ use self::stored::whole_name;
 pub(crate) use self::stored::{is_scale, read_tensor, weight_names};
 pub use self::stored::{read_matrix, scale_key};
 use crate::Error;
-use crate::attention::{Attention, Gqa, Mla};
+use crate::modules::attention::{Attention, Gqa, Mla};
 use crate::config::{AttentionConfig, GqaConfig, MlaConfig, ModelConfig, MoeConfig};
 use crate::decoder::{Decoder, DecoderLayer, Embedding, FeedForward, Model};
-use crate::linear::{Frozen, Linear, Weight};
-use crate::lora::parameter;
-use crate::mlp::Mlp;
-use crate::moe::Moe;
-use crate::moe::experts::{Chosen, ExpertWeights, Experts, FrozenBank, PartlyTrained, Stacks};
-use crate::moe::router::Router;
-use crate::norm::Norm;
-use crate::sites::{PROJECTIONS, matches};
+use crate::modules::linear::{Frozen, Linear, Weight};
+use crate::adapt::attach::parameter;
+use crate::modules::mlp::Mlp;
+use crate::modules::moe::Moe;
+use crate::modules::experts::{Chosen, ExpertWeights, Experts, FrozenBank, PartlyTrained, Stacks};
+use crate::modules::router::Router;
+use crate::modules::norm::Norm;
+use crate::decoder::visit::{PROJECTIONS, matches};
 
 /// Epsilon of the norms inside latent attention, whatever the config says.
 const LATENT_NORM_EPS: f32 = 1e-6;
@@ -632,7 +632,7 @@ impl Builder<'_> {
 
 /// Normal values of a given deviation, a function of the seed and the key (Box and Muller's method).
 fn normal(seed: u64, key: &str, n: usize, deviation: f32) -> Vec<f32> {
-    let mut random = ChaCha8Rng::seed_from_u64(crate::lora::mixed_seed(seed, key));
+    let mut random = ChaCha8Rng::seed_from_u64(crate::adapt::attach::mixed_seed(seed, key));
     let mut open = || (f64::from(random.next_u32()) + 0.5) / 2f64.powi(32);
     let mut values = Vec::with_capacity(n + 1);
     while values.len() < n {

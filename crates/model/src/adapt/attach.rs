@@ -18,46 +18,9 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use crate::Error;
 use crate::decoder::Model;
-use crate::linear::Linear;
-use crate::moe::experts::{Experts, ExpertsLora, FactorStacks};
-use crate::sites::{PROJECTIONS, Site, matches};
-
-/// The low-rank update of one linear layer.
-#[derive(Module, Debug)]
-pub struct Lora {
-    /// `[rank, in]`.
-    pub lora_a: Param<Tensor<2>>,
-    /// `[out, rank]`.
-    pub lora_b: Param<Tensor<2>>,
-    /// Multiplier of the update.
-    #[module(skip)]
-    pub scale: f32,
-    /// Chance of an input element to be dropped.
-    #[module(skip)]
-    pub dropout: f32,
-    /// This site's number, for the dropout's seed.
-    #[module(skip)]
-    pub site: u64,
-    /// The lengths of the updated rows, if they are trained too.
-    pub dora: Option<Dora>,
-}
-
-/// What DoRA adds to an update.
-#[derive(Module, Debug)]
-pub struct Dora {
-    /// The length of every row of the updated weight, `[out]`.
-    pub lora_magnitude_vector: Param<Tensor<1>>,
-    /// The norms of those rows, `[out]`, where nothing is trained that would change them.
-    #[module(skip)]
-    pub norms: Option<Tensor<1>>,
-}
-
-impl Lora {
-    /// Width of the bottleneck.
-    pub fn rank(&self) -> usize {
-        self.lora_a.val().dims()[0]
-    }
-}
+use crate::modules::linear::Linear;
+use crate::modules::experts::{Experts, ExpertsLora, FactorStacks};
+use crate::decoder::visit::{PROJECTIONS, Site, matches};
 
 /// Which modules get an update, and of what size.
 #[derive(Clone, Debug, PartialEq)]
@@ -398,19 +361,6 @@ fn fresh_stacks(
     (stacks, adapted)
 }
 
-/// A tensor that is trained.
-pub(crate) fn parameter<const D: usize>(
-    values: Vec<f32>,
-    shape: [usize; D],
-    device: &Device,
-) -> Param<Tensor<D>> {
-    let tensor = Tensor::from_data(TensorData::new(values, shape), device);
-    Param::initialized(
-        ParamId::new(),
-        tensor.set_require_grad(device.is_autodiff()),
-    )
-}
-
 /// PEFT's initialization of `a`: uniform within `±1/√in` (Kaiming with a = √5).
 fn uniform(seed: u64, path: &str, n: usize, width: usize) -> Vec<f32> {
     let mut random = ChaCha8Rng::seed_from_u64(mixed_seed(seed, path));
@@ -418,11 +368,4 @@ fn uniform(seed: u64, path: &str, n: usize, width: usize) -> Vec<f32> {
     (0..n)
         .map(|_| (random.next_u32() >> 8) as f32 / (1u32 << 23) as f32 * bound - bound)
         .collect()
-}
-
-/// A seed for one named thing, so that its random values do not depend on what else there is. FNV-1a of the name.
-pub(crate) fn mixed_seed(seed: u64, name: &str) -> u64 {
-    seed ^ name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
 }

@@ -9,8 +9,8 @@ use kernels::Quantizer;
 
 use crate::Error;
 use crate::decoder::Model;
-use crate::export::block_fp8::is_lowered;
-use crate::sites::Site;
+use crate::export::hf_fp8::is_lowered;
+use crate::decoder::visit::Site;
 
 impl Model {
     /// Reads frozen weights as `quantizer` writes them, low-rank updates folded in: those of the modules that are

@@ -8,9 +8,9 @@ use burn::tensor::Tensor;
 
 use self::experts::Experts;
 use self::router::Router;
-use crate::context::{ForwardContext, Observe, RoutingRecord};
-use crate::linear::Linear;
-use crate::mlp::Mlp;
+use crate::forward::context::{ForwardContext, Observe, RoutingRecord};
+use crate::modules::linear::Linear;
+use crate::modules::mlp::Mlp;
 use crate::precision::Class;
 
 /// The feed-forward part of a mixture layer.

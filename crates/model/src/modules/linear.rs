@@ -13,8 +13,8 @@ use kernels::{
     Update,
 };
 
-use crate::context::{ForwardContext, Observe};
-use crate::lora::Lora;
+use crate::forward::context::{ForwardContext, Observe};
+use crate::adapt::attach::Lora;
 use crate::precision::Class;
 
 /// A weight `[out, in]`, as a checkpoint stores it.

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::weights::{has_e8m0_scales, scale_key};
+use crate::load::{has_e8m0_scales, scale_key};
 
 /// How a checkpoint's FP8 weights are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use burn::tensor::{Int, Tensor};
 use kernels::{Direction, ExpertBank, Matrix};
 
 use super::{ForwardContext, Observe};
-use crate::linear::Weight;
+use crate::modules::linear::Weight;
 
 /// What entered a frozen weight in one pass.
 #[expect(

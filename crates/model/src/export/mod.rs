@@ -17,7 +17,7 @@ use self::block_fp8::{BlockFp8, is_lowered};
 use crate::Error;
 use crate::config::ModelConfig;
 use crate::decoder::Model;
-use crate::weights::{audit, is_scale, keys, parameter_keys, read_matrix};
+use crate::load::{audit, is_scale, keys, parameter_keys, read_matrix};
 
 /// Copies what stands beside a model's weights: tokenizer, templates and the like.
 ///

@@ -19,8 +19,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use crate::Error;
-use crate::lora::{Scaling, Share};
-use crate::sites::PROJECTIONS;
+use crate::adapt::attach::{Scaling, Share};
+use crate::decoder::visit::PROJECTIONS;
 
 /// What PEFT puts before a module's path.
 const PREFIX: &str = "base_model.model.";

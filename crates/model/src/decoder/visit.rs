@@ -2,11 +2,11 @@
 
 use kernels::Matrix;
 
-use crate::attention::Attention;
+use crate::modules::attention::Attention;
 use crate::decoder::{DecoderLayer, FeedForward, Model};
-use crate::linear::Linear;
-use crate::mlp::Mlp;
-use crate::moe::experts::Experts;
+use crate::modules::linear::Linear;
+use crate::modules::mlp::Mlp;
+use crate::modules::experts::Experts;
 
 /// A module that holds weights.
 #[derive(Debug)]

@@ -5,10 +5,10 @@ use burn::tensor::Device;
 use super::{AdapterWeights, Fused, Pair};
 use crate::Error;
 use crate::decoder::Model;
-use crate::linear::Weight;
-use crate::lora::{Adapted, Dora, Lora, check_dora, parameter};
-use crate::moe::experts::{Experts, ExpertsLora, FactorStacks};
-use crate::sites::{PROJECTIONS, Site};
+use crate::modules::linear::Weight;
+use crate::adapt::attach::{Adapted, Dora, Lora, check_dora, parameter};
+use crate::modules::experts::{Experts, ExpertsLora, FactorStacks};
+use crate::decoder::visit::{PROJECTIONS, Site};
 
 impl AdapterWeights {
     /// Puts the updates on a model; they may be trained from there on if the device tracks gradients.
