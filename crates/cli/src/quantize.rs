@@ -12,9 +12,9 @@ use data::Sample;
 use model::Compute;
 use model::export::WeightFormat;
 use model::export::gguf::write_gguf;
-use model::export::mix::{Mix, Scheme};
-use model::merge::{MergeReport, convert};
-use model::weights::{Audit, audit, read_config};
+use model::export::mix::{Mix, MixScheme};
+use model::export::{MergeReport, convert};
+use model::load::{Audit, audit, read_config};
 use serde_json::Value;
 
 use self::importance::ImportanceArgs;
@@ -67,7 +67,7 @@ pub(crate) struct Args {
 #[derive(Clone, Copy, Debug)]
 enum Target {
     Folder(WeightFormat),
-    Gguf(Scheme),
+    Gguf(MixScheme),
 }
 
 impl Target {
@@ -81,12 +81,12 @@ impl Target {
         if let Some((_, format)) = Self::FOLDERS.iter().find(|known| known.0 == text) {
             return Ok(Self::Folder(*format));
         }
-        let schemes = Scheme::all().into_iter();
+        let schemes = MixScheme::all().into_iter();
         let mut named = schemes.map(|scheme| (format!("gguf:{scheme}"), scheme));
         match named.find(|named| named.0 == text) {
             Some((_, scheme)) => Ok(Self::Gguf(scheme)),
             None => {
-                let schemes = Scheme::all()
+                let schemes = MixScheme::all()
                     .into_iter()
                     .map(|scheme| format!("gguf:{scheme}"));
                 let folders = Self::FOLDERS.iter().map(|known| known.0.to_owned());

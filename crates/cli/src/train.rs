@@ -12,7 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use data::Corpus;
 use model::Compute;
-use model::lora::Adapted;
+use model::adapt::AdaptedModule;
 use train::{Recipe, RunDir, Session, Surroundings};
 
 use self::signals::Signals;
@@ -215,8 +215,8 @@ fn describe(
 }
 
 /// What was adapted, one line per kind of module.
-fn adapted_table(adapted: &[Adapted]) -> String {
-    let mut kinds: Vec<(String, usize, &Adapted, usize)> = Vec::new();
+fn adapted_table(adapted: &[AdaptedModule]) -> String {
+    let mut kinds: Vec<(String, usize, &AdaptedModule, usize)> = Vec::new();
     for module in adapted {
         let kind: Vec<&str> = module
             .module

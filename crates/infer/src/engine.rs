@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::Folder;
-use model::{CacheType, Compute, ForwardContext, Model, Mtp, Training, weights};
+use model::{CacheType, Compute, ForwardContext, Model, Mtp, Training, load};
 
 use crate::error::Result;
 use crate::layout::Layout;
@@ -49,7 +49,7 @@ impl Engine {
     /// # Errors
     /// If the folder cannot be read or holds no model we compute.
     pub fn open(folder: &Path, compute: Compute, device: Device) -> Result<Self> {
-        let model = weights::load(&Folder::open(folder)?, Training::Frozen, &device)?;
+        let model = load::load(&Folder::open(folder)?, Training::Frozen, &device)?;
         Ok(Self::new(model, compute, device))
     }
 
@@ -82,13 +82,13 @@ impl Engine {
     }
 
     /// Bytes of the weights that every token needs, and of what guesses tokens.
-    pub fn common_bytes(&mut self) -> usize {
-        self.model.common_bytes() + self.mtp.as_mut().map_or(0, Mtp::size_bytes)
+    pub fn common_bytes(&self) -> usize {
+        self.model.common_bytes() + self.mtp.as_ref().map_or(0, Mtp::size_bytes)
     }
 
     /// Bytes that weights hold in memory or map.
-    pub fn size_bytes(&mut self) -> usize {
-        let of_mtp = self.mtp.as_mut().map_or(0, Mtp::size_bytes);
+    pub fn size_bytes(&self) -> usize {
+        let of_mtp = self.mtp.as_ref().map_or(0, Mtp::size_bytes);
         self.model.size_bytes() + of_mtp
     }
 

@@ -82,7 +82,7 @@ pub(crate) fn balance_loss(record: &RoutingRecord, valid: &Valid) -> Tensor<1> {
 
 /// Moves every correction bias by `speed` towards even load; `loads` are by layer and over the whole step.
 pub(crate) fn update_biases(model: &mut Model, loads: &[(usize, Vec<f64>)], speed: f64) {
-    for (layer_idx, bias) in model.correction_biases() {
+    for (layer_idx, bias) in model.correction_biases_mut() {
         let Some((_, load)) = loads.iter().find(|(layer, _)| *layer == layer_idx) else {
             continue;
         };
@@ -106,7 +106,7 @@ mod tests {
 
     use super::*;
     use crate::fit::Picks;
-    use model::{Compute, ForwardContext, Observe, Training, weights};
+    use model::{Compute, ForwardContext, Recorder, Training, load};
 
     #[test]
     #[expect(clippy::too_many_lines, reason = "one pass gives all three")]
@@ -132,22 +132,20 @@ mod tests {
                 TensorData::new(values, [ids.shape[0], ids.shape[1]]),
                 &device,
             );
-            let mut model = weights::load(
+            let mut model = load::load(
                 &checkpoint::Folder::open(&folder).unwrap(),
                 Training::Frozen,
                 &device,
             )
             .unwrap();
-            let mut ctx = ForwardContext {
-                observe: Observe::Routing,
-                ..ForwardContext::new(Compute::F32)
-            };
+            let mut recorder = Recorder::of_routing();
+            let mut ctx = ForwardContext::recorded(Compute::F32, &mut recorder);
             let [rows, cols] = ids.dims();
             model.hidden(ids, &mut ctx);
 
             let valid = Valid::new(&vec![vec![0]; rows], &vec![cols; rows], cols, &device);
             let mut loads = Vec::new();
-            for record in &ctx.routing {
+            for record in &recorder.routing {
                 let expected = &golden["balance"][record.layer_idx.to_string()];
                 let found = balance_loss(record, &valid).into_scalar::<f32>();
                 let wanted = expected["seq_aux_sum_f_P"].as_f64().unwrap();

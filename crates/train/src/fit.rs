@@ -16,7 +16,7 @@ use std::time::Instant;
 use burn::module::Module;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use data::Batch;
-use model::{ForwardContext, Model, Observe, Parameter, Trace};
+use model::{ForwardContext, Model, Parameter, Recorder, Trace};
 use serde::Serialize;
 
 use crate::balance::{self, Valid};
@@ -403,11 +403,11 @@ impl Session {
     ) -> Micro {
         let scale = self.loss_scale().unwrap_or(1.0);
         let train = &self.recipe.train;
+        let mut recorder = Recorder::of_routing();
         let mut ctx = ForwardContext {
             dropout_seed: (self.recipe.lora.dropout > 0.0).then_some(train.seed ^ (number << 20)),
             segments: segments(batch),
-            observe: Observe::Routing,
-            ..ForwardContext::new(self.compute())
+            ..ForwardContext::recorded(self.compute(), &mut recorder)
         };
         let (mut loss, mut rewards, mut balance) = (0.0, None, 0.0);
         let valid = (train.balance_loss > 0.0)
@@ -436,7 +436,7 @@ impl Session {
                 Some(term * balance_share as f32)
             },
         );
-        for record in &ctx.routing {
+        for record in &recorder.routing {
             let [_, experts] = record.routed.scores.dims();
             let load = Picks::of(record, &batch.lengths, batch.cols).load(experts);
             add_load(loads, record.layer_idx, load);

@@ -9,9 +9,9 @@ use checkpoint::{Adapter, DType, Folder, TensorSpec};
 use data::{Corpus, Reading, Tokenizer, TokenizerFiles, Wanted};
 use kernels::Quantizer;
 use kernels::fp8::Scales;
-use model::lora::{self, Adapted, LoraConfig, Scaling, Share};
-use model::precision::Policy;
-use model::{AdapterWeights, Model, ModelConfig, Training, weights};
+use model::Policy;
+use model::adapt::{self, AdaptedModule, LoraConfig, Scaling, Share};
+use model::{AdapterWeights, Model, ModelConfig, Training, load};
 
 use crate::dataset::{self, Dataset};
 use crate::fit::Picks;
@@ -30,7 +30,7 @@ pub struct Session {
     /// The model being trained.
     pub(crate) model: Model,
     /// What was adapted; empty for full training.
-    pub adapted: Vec<Adapted>,
+    pub adapted: Vec<AdaptedModule>,
     /// What the merged weights are rounded to, if to anything: as the recipe says, or the adapter it goes on from.
     pub quantizer: Option<Quantizer>,
     /// How many matrices are rounded to which format.
@@ -121,9 +121,9 @@ impl Session {
         let quantizer = quantizer_of(&recipe)?;
         let mut formats = BTreeMap::new();
         if let Some(quantizer) = quantizer {
-            formats = model.round_weights(quantizer, &mut |_| true)?;
+            formats = model.fake_quantize(quantizer, &mut |_| true)?;
             if let Some(reference) = &mut reference {
-                reference.round_weights(quantizer, &mut |_| true)?;
+                reference.fake_quantize(quantizer, &mut |_| true)?;
             }
         }
         if recipe.precision.round_start {
@@ -264,7 +264,7 @@ impl Session {
             pair[usize::from(!first)] = tensor;
         }
         let device = self.device.clone();
-        for ((_, bias), values) in self.model.correction_biases().zip(biases) {
+        for ((_, bias), values) in self.model.correction_biases_mut().zip(biases) {
             *bias = Tensor::from_floats(values.as_slice(), &device);
         }
         Ok(())
@@ -353,7 +353,7 @@ fn reference_of(recipe: &Recipe, model: &Model, base: &Base) -> Result<Option<Mo
     match (recipe.train.method, &base.folder) {
         (Method::Lora, _) => Ok(Some(model.clone().valid())),
         (Method::Full, Some(folder)) if recipe.train.loss == Loss::Dpo => {
-            Ok(Some(weights::load(folder, Training::Frozen, &device)?))
+            Ok(Some(load::load(folder, Training::Frozen, &device)?))
         }
         (Method::Full, _) => Ok(None),
     }
@@ -382,12 +382,12 @@ fn adapt(
     recipe: &Recipe,
     model: &mut Model,
     device: &Device,
-) -> Result<(Vec<Adapted>, Scaling, Option<Share>)> {
+) -> Result<(Vec<AdaptedModule>, Scaling, Option<Share>)> {
     let config = lora_config(recipe);
     let (scaling, share) = (config.scaling, config.experts_share);
     match (recipe.train.method, &recipe.model.adapter) {
         (Method::Full, _) => Ok((vec![], scaling, None)),
-        (Method::Lora, None) => Ok((lora::attach(model, &config, device)?, scaling, share)),
+        (Method::Lora, None) => Ok((adapt::attach(model, &config, device)?, scaling, share)),
         (Method::Lora, Some(folder)) => {
             let adapter = AdapterWeights::read(&Adapter::open(folder)?, &model.config)?
                 .with_dropout(recipe.lora.dropout as f32)?;
@@ -433,7 +433,7 @@ fn open_model(
     let tokenizer_folder = recipe.model.tokenizer.clone();
     if let Some(path) = &recipe.model.path {
         let folder = open_folder(&resolve(path)?)?;
-        let model = weights::load(&folder, recipe.training(), device)?;
+        let model = load::load(&folder, recipe.training(), device)?;
         let tokenizer = match &tokenizer_folder {
             Some(given) => TokenizerFiles::read(given)?,
             None => tokenizer_of(&folder)?,
@@ -455,7 +455,7 @@ fn open_model(
     })?;
     let config = ModelConfig::from_json(&json, &file)?;
     let tokenizer = tokenizer_folder.as_deref().map(TokenizerFiles::open);
-    let model = weights::fresh(&config, recipe.training(), recipe.train.seed, device)?;
+    let model = load::fresh(&config, recipe.training(), recipe.train.seed, device)?;
     Ok((
         model,
         Base {
@@ -528,11 +528,11 @@ impl Recipe {
         if all && but.is_empty() {
             return Training::Full;
         }
-        Training::Chosen(patterns, but)
+        Training::Subset(patterns, but)
     }
 
     /// Whether weights are trained and some are not.
     pub(crate) fn is_partial(&self) -> bool {
-        matches!(self.training(), Training::Chosen(..))
+        matches!(self.training(), Training::Subset(..))
     }
 }

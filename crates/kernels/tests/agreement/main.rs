@@ -291,7 +291,7 @@ fn rope_agrees() {
     let (x, angles) = (random([batch, seq, heads, dim]), random([seq, dim / 2]));
     let (cos, sin) = (angles.clone().cos(), angles.sin());
     let plain = |x: Tensor<4>, layout: RopeLayout| {
-        let pair = |i: usize| match pairs {
+        let pair = |i: usize| match layout {
             RopeLayout::Interleaved => x
                 .clone()
                 .reshape([batch, seq, heads, dim / 2, 2])
@@ -305,7 +305,7 @@ fn rope_agrees() {
         let table = |t: &Tensor<2>| t.clone().reshape([1, seq, 1, dim / 2]);
         let a = pair(0) * table(&cos) - pair(1) * table(&sin);
         let b = pair(0) * table(&sin) + pair(1) * table(&cos);
-        match pairs {
+        match layout {
             RopeLayout::Interleaved => {
                 Tensor::stack::<5>(vec![a, b], 4).reshape([batch, seq, heads, dim])
             }

@@ -1,193 +1,133 @@
-//! Low-rank updates: which modules get one, how it is applied, and how adapters in PEFT's two dialects become ours.
-//!
-//! An update is `scale · b · a` on a weight `[out, in]`, with `a [rank, in]` and `b [out, rank]`. It is applied to the
-//! activations, `y += (scale · drop(x) · aᵀ) · bᵀ`, or added to the weight tile by tile where a quantizer rounds the sum;
-//! the updated weight is never formed whole while training (with DoRA on a trained weight it is, for its norms).
-//!
-//! DoRA (arXiv:2402.09353) gives every row of the updated weight a trained length: `m_i · (w + scale · b · a)_i / ‖·‖`, with
-//! the norm a constant of the gradient.
-//!
-//! Dialects for routed experts (ARCHITECTURE of the formats, not of the update): *classic* has one pair per expert and
-//! projection; *fused* (PEFT today) has two pairs of stacked factors per layer, `gate_up_proj` and `down_proj`, `A` with
-//! rows `expert · rank + j` and `B` with columns `j · experts + expert`.
+//! Puts low-rank updates on a model: fresh ones, or those of an adapter.
 
-use burn::module::{Module, Param, ParamId};
-use burn::tensor::{Device, Tensor, TensorData};
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{RngCore, SeedableRng};
+use burn::tensor::Device;
 
+use super::fresh::LoraConfig;
+use super::weights::AdapterWeights;
 use crate::Error;
 use crate::decoder::Model;
-use crate::modules::linear::Linear;
-use crate::modules::experts::{Experts, ExpertsLora, FactorStacks};
-use crate::decoder::visit::{PROJECTIONS, Site, matches};
+use crate::decoder::visit::ModuleMut;
+use crate::modules::experts::{Experts, ExpertsLora};
+use crate::modules::linear::Weight;
+use crate::modules::lora::Lora;
+use crate::patterns::matches;
 
-/// Which modules get an update, and of what size.
+/// An adapted module.
 #[derive(Clone, Debug, PartialEq)]
-pub struct LoraConfig {
-    /// Patterns of module paths; see [`matches()`].
-    pub target: Vec<String>,
-    /// Patterns of modules to leave out.
-    pub exclude: Vec<String>,
-    /// Width of the bottleneck.
-    pub rank: usize,
-    /// `scale = alpha / rank`, or `alpha / √rank` with `rslora`.
-    pub alpha: f64,
-    /// Which of the two scales.
-    pub scaling: Scaling,
-    /// Ranks of modules that match a pattern; the first match counts.
-    pub rank_pattern: Vec<(String, usize)>,
-    /// Alphas of modules that match a pattern; the first match counts.
-    pub alpha_pattern: Vec<(String, f64)>,
-    /// Chance of an input element to be dropped.
-    pub dropout: f32,
-    /// Seed of the fresh factors.
-    pub seed: u64,
-    /// Whether the lengths of rows are trained too.
-    pub use_dora: bool,
-    /// Which factors the experts of a layer share.
-    pub experts_share: Option<Share>,
-}
-
-/// Which factors of their updates the experts of a layer share.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Share {
-    /// The first of every projection.
-    A,
-    /// The second of every projection.
-    B,
-    /// Those of the residual stream's width: the first of gate and up, the second of down.
-    Outer,
-}
-
-impl Share {
-    /// What adapters call it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::A => "A",
-            Self::B => "B",
-            Self::Outer => "outer",
-        }
-    }
-
-    /// What an adapter calls so.
-    pub fn named(name: &str) -> Option<Self> {
-        let mut all = [Self::A, Self::B, Self::Outer].into_iter();
-        all.find(|share| share.name() == name)
-    }
-
-    /// Whether one projection's first and second factor are shared.
-    pub(crate) fn factors(self, projection: &str) -> [bool; 2] {
-        match self {
-            Self::A => [true, false],
-            Self::B => [false, true],
-            Self::Outer => [projection != "down_proj", projection == "down_proj"],
-        }
-    }
-}
-
-/// How alpha becomes a scale.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scaling {
-    /// `alpha / rank`.
-    Plain,
-    /// `alpha / √rank`, arXiv:2312.03732.
-    RsLora,
-}
-
-impl Scaling {
-    /// The multiplier of an update.
-    pub fn scale(self, alpha: f64, rank: usize) -> f32 {
-        match self {
-            Self::Plain => (alpha / rank as f64) as f32,
-            Self::RsLora => (alpha / (rank as f64).sqrt()) as f32,
-        }
-    }
-}
-
-/// One adapted module, for the table that is printed.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Adapted {
+pub struct AdaptedModule {
     /// Path of the module, a layer's experts counted once per projection.
     pub module: String,
     /// Width of the bottleneck.
     pub rank: usize,
     /// Alpha.
     pub alpha: f64,
-    /// Trained numbers.
+    /// Number of trained parameters.
     pub parameters: usize,
 }
 
-impl LoraConfig {
-    fn rank_of(&self, module: &str) -> usize {
-        self.rank_pattern
-            .iter()
-            .find(|(pattern, _)| matches(pattern, module))
-            .map_or(self.rank, |(_, rank)| *rank)
-    }
-
-    fn alpha_of(&self, module: &str) -> f64 {
-        self.alpha_pattern
-            .iter()
-            .find(|(pattern, _)| matches(pattern, module))
-            .map_or(self.alpha, |(_, alpha)| *alpha)
-    }
-
-    fn adapts(&self, module: &str) -> bool {
-        self.target.iter().any(|pattern| matches(pattern, module))
-            && !self.exclude.iter().any(|pattern| matches(pattern, module))
-    }
-
-    /// The experts of a layer whose updates are asked for, by projection: all of them by the projection's path, or single
-    /// ones by their own.
-    fn chosen_experts(&self, path: &str, projection: &str, n_experts: usize) -> Vec<usize> {
-        let of_all = format!("{path}.{projection}");
-        let any = |patterns: &[String], module: &str| {
-            let mut patterns = patterns.iter();
-            patterns.any(|pattern| matches(pattern, &of_all) || matches(pattern, module))
-        };
-        let is_chosen = |expert: &usize| {
-            let module = format!("{path}.{expert}.{projection}");
-            any(&self.target, &module) && !any(&self.exclude, &module)
-        };
-        (0..n_experts).filter(is_chosen).collect()
-    }
-}
-
-/// Puts fresh updates on the modules a config chooses; their effect is zero until they are trained.
+/// Puts fresh updates on the modules that a config chooses; their effect is zero until they are trained.
 ///
 /// # Errors
 /// [`Error::NoMatch`] for a pattern (of `target`, `exclude`, `rank_pattern` or `alpha_pattern`) that matches nothing;
-/// [`Error::Unsupported`] for experts whose projections are chosen apart, and for modules that have no DoRA.
+/// [`Error::Unsupported`] for experts that are not the same ones in all projections, and for modules that have no DoRA.
 pub fn attach(
     model: &mut Model,
     config: &LoraConfig,
     device: &Device,
-) -> Result<Vec<Adapted>, Error> {
+) -> Result<Vec<AdaptedModule>, Error> {
     check_patterns(model, config)?;
-    let (mut adapted, mut failure, mut site_number) = (Vec::new(), None, 0);
-    model.for_each_site(&mut |path, site| {
-        site_number += 1;
-        let found = match site {
-            Site::Linear(linear) if config.adapts(path) => {
-                attach_linear(linear, path, config, (site_number, device)).map(|one| vec![one])
-            }
-            Site::Linear(_) => Ok(vec![]),
-            Site::Experts(experts) => attach_experts(experts, path, config, (site_number, device)),
-        };
-        match found {
-            Ok(found) => adapted.extend(found),
-            Err(error) => failure = failure.take().or(Some(error)),
-        }
-    });
-    match failure {
-        Some(error) => Err(error),
-        None if adapted.is_empty() => Err(Error::NoMatch {
+    let adapted = attach_all(model, UpdateSource::Fresh(config), device)?;
+    if adapted.is_empty() {
+        return Err(Error::NoMatch {
             pattern: config.target.join(", "),
             available: last_names(&model.module_paths()),
-        }),
-        None => Ok(adapted),
+        });
     }
+    Ok(adapted)
+}
+
+/// Where updates come from.
+#[derive(Clone, Copy)]
+pub(super) enum UpdateSource<'a> {
+    /// From a seed.
+    Fresh(&'a LoraConfig),
+    /// From a file.
+    Stored(&'a AdapterWeights),
+}
+
+/// A module that may get an update.
+pub(super) struct UpdateSite<'a> {
+    /// Its path.
+    pub(super) path: &'a str,
+    /// Its number in the order of the forward pass, from 1.
+    pub(super) number: u64,
+    /// The device of the factors, which are trained if it tracks gradients.
+    pub(super) device: &'a Device,
+}
+
+/// The updates of a layer's experts.
+pub(super) struct ExpertUpdates {
+    pub(super) lora: ExpertsLora,
+    /// The experts that have updates; none means all.
+    pub(super) subset: Option<Vec<usize>>,
+    pub(super) adapted: Vec<AdaptedModule>,
+}
+
+impl UpdateSource<'_> {
+    fn linear(
+        self,
+        site: &UpdateSite<'_>,
+        weight: &Weight,
+    ) -> Result<Option<(Lora, AdaptedModule)>, Error> {
+        match self {
+            Self::Fresh(config) => config.linear(site, weight),
+            Self::Stored(weights) => weights.linear(site, weight),
+        }
+    }
+
+    fn experts(
+        self,
+        site: &UpdateSite<'_>,
+        experts: &Experts,
+    ) -> Result<Option<ExpertUpdates>, Error> {
+        match self {
+            Self::Fresh(config) => config.experts(site, experts),
+            Self::Stored(weights) => weights.experts(site, experts),
+        }
+    }
+}
+
+/// Puts an update on every module of a model that a source has one for.
+pub(super) fn attach_all(
+    model: &mut Model,
+    source: UpdateSource<'_>,
+    device: &Device,
+) -> Result<Vec<AdaptedModule>, Error> {
+    let mut adapted = Vec::new();
+    for (number, (path, module)) in (1..).zip(model.modules_mut()) {
+        let site = UpdateSite {
+            path: &path,
+            number,
+            device,
+        };
+        match module {
+            ModuleMut::Linear(linear) => {
+                let update = source.linear(&site, &linear.weight)?.unzip();
+                linear.lora = update.0;
+                adapted.extend(update.1);
+            }
+            ModuleMut::Experts(experts) => {
+                if let Some(updates) = source.experts(&site, experts)? {
+                    if let Some(subset) = updates.subset {
+                        experts.restrict_updates(subset);
+                    }
+                    experts.lora = Some(updates.lora);
+                    adapted.extend(updates.adapted);
+                }
+            }
+        }
+    }
+    Ok(adapted)
 }
 
 /// Refuses a pattern that chooses nothing.
@@ -196,8 +136,8 @@ fn check_patterns(model: &Model, config: &LoraConfig) -> Result<(), Error> {
     let ranks = config.rank_pattern.iter().map(|(pattern, _)| pattern);
     let alphas = config.alpha_pattern.iter().map(|(pattern, _)| pattern);
     let of_modules = ranks.chain(alphas).map(|pattern| (pattern, false));
-    let chosen = config.target.iter().chain(&config.exclude);
-    for (pattern, may_be_expert) in chosen.map(|pattern| (pattern, true)).chain(of_modules) {
+    let targets = config.target.iter().chain(&config.exclude);
+    for (pattern, may_be_expert) in targets.map(|pattern| (pattern, true)).chain(of_modules) {
         let any = |paths: &[String]| paths.iter().any(|path| matches(pattern, path));
         let is_known = any(&modules) || (may_be_expert && any(&experts));
         if !is_known {
@@ -220,7 +160,7 @@ fn last_names(modules: &[String]) -> String {
     names.join(", ")
 }
 
-/// Refuses DoRA where there is none: PEFT has none for experts either, and the loss never holds the head's outputs.
+/// Refuses DoRA on modules that have none: PEFT has none for experts either, and the loss never has the head's outputs.
 pub(crate) fn check_dora(path: &str) -> Result<(), Error> {
     let is_expert = path.contains(".experts");
     if !is_expert && path != "lm_head" {
@@ -235,137 +175,4 @@ pub(crate) fn check_dora(path: &str) -> Result<(), Error> {
         "`{path}`: DoRA is for linear layers, not for {what}; leave them out with \
          `lora.exclude = [\"{pattern}\"]`, or set `lora.use_dora` to false"
     )))
-}
-
-fn attach_linear(
-    linear: &mut Linear,
-    path: &str,
-    config: &LoraConfig,
-    (site, device): (u64, &Device),
-) -> Result<Adapted, Error> {
-    let ([out, width], rank, alpha) = (
-        linear.weight.dims(),
-        config.rank_of(path),
-        config.alpha_of(path),
-    );
-    let mut lora = Lora {
-        lora_a: parameter(
-            uniform(config.seed, path, rank * width, width),
-            [rank, width],
-            device,
-        ),
-        lora_b: parameter(vec![0.0; out * rank], [out, rank], device),
-        scale: config.scaling.scale(alpha, rank),
-        dropout: config.dropout,
-        site,
-        dora: None,
-    };
-    if config.use_dora {
-        check_dora(path)?;
-        let norms = lora.row_norms(&linear.weight);
-        lora.dora = Some(Dora {
-            lora_magnitude_vector: Param::initialized(
-                ParamId::new(),
-                norms.set_require_grad(device.is_autodiff()),
-            ),
-            norms: None,
-        });
-    }
-    linear.lora = Some(lora);
-    Ok(Adapted {
-        module: path.into(),
-        rank,
-        alpha,
-        parameters: rank * (width + out) + if config.use_dora { out } else { 0 },
-    })
-}
-
-fn attach_experts(
-    experts: &mut Experts,
-    path: &str,
-    config: &LoraConfig,
-    (site, device): (u64, &Device),
-) -> Result<Vec<Adapted>, Error> {
-    let [n_experts, inner, hidden] = experts.dims();
-    let by_projection =
-        PROJECTIONS.map(|projection| config.chosen_experts(path, projection, n_experts));
-    let Some(chosen) = by_projection.iter().find(|chosen| !chosen.is_empty()) else {
-        return Ok(vec![]);
-    };
-    if let Some(other) = by_projection
-        .iter()
-        .find(|other| !other.is_empty() && *other != chosen)
-    {
-        return Err(Error::Unsupported(format!(
-            "`{path}`: `lora.target` and `lora.exclude` choose {} experts for one projection and {} for another; \
-             choose the same ones",
-            chosen.len(),
-            other.len()
-        )));
-    }
-    if config.use_dora {
-        check_dora(path)?;
-    }
-    let mut adapted = Vec::new();
-    let mut stacks = |index: usize, [width, out]: [usize; 2]| {
-        let path = format!("{path}.{}", PROJECTIONS[index]);
-        let n = by_projection[index].len();
-        (n > 0).then(|| {
-            let (stacks, one) = fresh_stacks(config, &path, (n, [width, out]), device);
-            adapted.push(one);
-            stacks
-        })
-    };
-    let lora = ExpertsLora {
-        gate_proj: stacks(0, [hidden, inner]),
-        up_proj: stacks(1, [hidden, inner]),
-        gate_up_proj: None,
-        is_fused: false,
-        down_proj: stacks(2, [inner, hidden]),
-        dropout: config.dropout,
-        site,
-    };
-    experts.choose(chosen.clone());
-    experts.lora = Some(lora);
-    Ok(adapted)
-}
-
-/// Fresh factors of one projection of `n` experts.
-fn fresh_stacks(
-    config: &LoraConfig,
-    path: &str,
-    (n, [width, out]): (usize, [usize; 2]),
-    device: &Device,
-) -> (FactorStacks, Adapted) {
-    let (rank, alpha) = (config.rank_of(path), config.alpha_of(path));
-    let projection = path.rsplit('.').next().unwrap_or(path);
-    let shared = config.experts_share.map(|share| share.factors(projection));
-    let [n_a, n_b] = shared
-        .unwrap_or_default()
-        .map(|is_shared| if is_shared { 1 } else { n });
-    let stacks = FactorStacks {
-        lora_a: parameter(
-            uniform(config.seed, path, n_a * rank * width, width),
-            [n_a, rank, width],
-            device,
-        ),
-        lora_b: parameter(vec![0.0; n_b * out * rank], [n_b, out, rank], device),
-        scale: config.scaling.scale(alpha, rank),
-    };
-    let adapted = Adapted {
-        module: path.into(),
-        rank,
-        alpha,
-        parameters: rank * (n_a * width + n_b * out),
-    };
-    (stacks, adapted)
-}
-
-/// PEFT's initialization of `a`: uniform within `±1/√in` (Kaiming with a = √5).
-fn uniform(seed: u64, path: &str, n: usize, width: usize) -> Vec<f32> {
-    let mut random = ChaCha8Rng::seed_from_u64(mixed_seed(seed, path));
-    let bound = 1.0 / (width as f32).sqrt();
-    (0..n)
-        .map(|_| (random.next_u32() >> 8) as f32 / (1u32 << 23) as f32 * bound - bound)
-        .collect()
 }

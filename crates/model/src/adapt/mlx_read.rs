@@ -7,7 +7,7 @@
 
 use checkpoint::{Adapter, Tensor};
 
-use super::{AdapterWeights, Pair};
+use super::weights::{AdapterWeights, WeightUpdate};
 use crate::Error;
 use crate::config::ModelConfig;
 
@@ -45,7 +45,7 @@ impl AdapterWeights {
             match path.split_once(EXPERTS) {
                 Some((layer, projection)) => {
                     let owner = format!("{layer}.experts");
-                    self.read_mlx_experts(adapter, [tensor, &b], (&owner, projection), config)?;
+                    self.read_mlx_experts(adapter, [tensor, &b], &owner, projection, config)?;
                 }
                 None => self.read_mlx_linear(adapter, [tensor, &b], path)?,
             }
@@ -76,7 +76,8 @@ impl AdapterWeights {
         };
         let (a, b) = (a.to_f32()?, b.to_f32()?);
         let pair = self.mlx_pair(adapter, transposed(&a, width), transposed(&b, rank));
-        self.linear.insert(path.into(), Pair { magnitude, ..pair });
+        self.linear
+            .insert(path.into(), WeightUpdate { magnitude, ..pair });
         Ok(())
     }
 
@@ -84,7 +85,8 @@ impl AdapterWeights {
         &mut self,
         adapter: &Adapter,
         [a, b]: [&Tensor; 2],
-        (owner, projection): (&str, &str),
+        owner: &str,
+        projection: &str,
         config: &ModelConfig,
     ) -> Result<(), Error> {
         let experts = config.moe.as_ref().map_or(0, |moe| moe.n_routed_experts);
@@ -110,9 +112,9 @@ impl AdapterWeights {
         Ok(())
     }
 
-    fn mlx_pair(&self, adapter: &Adapter, a: Vec<f32>, b: Vec<f32>) -> Pair {
+    fn mlx_pair(&self, adapter: &Adapter, a: Vec<f32>, b: Vec<f32>) -> WeightUpdate {
         let (rank, alpha) = (adapter.config.r, adapter.config.lora_alpha);
-        Pair {
+        WeightUpdate {
             a,
             b,
             rank,

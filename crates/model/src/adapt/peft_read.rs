@@ -5,11 +5,12 @@ use std::path::Path;
 
 use checkpoint::{Adapter, Layout};
 
-use super::{AdapterWeights, Fused, MAGNITUDE, PREFIX, Pair, fused_name};
+use super::attach::check_dora;
+use super::fresh::{Scaling, Share};
+use super::peft_patterns::{PatternedSizes, PeftPatterns};
+use super::weights::{AdapterWeights, Fused, MAGNITUDE, PREFIX, WeightUpdate, fused_name};
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::adapt::attach::{Scaling, Share, check_dora};
-use crate::adapt::patterns::{Patterns, Settings};
 
 impl AdapterWeights {
     /// Reads an adapter for a model of some config.
@@ -37,14 +38,14 @@ impl AdapterWeights {
             source,
             others: vec![],
         };
-        let patterns = Settings {
-            alphas: Patterns::new(
+        let patterns = PatternedSizes {
+            alphas: PeftPatterns::new(
                 settings
                     .alpha_pattern
                     .iter()
                     .map(|(pattern, alpha)| (pattern, *alpha)),
             )?,
-            ranks: Patterns::new(
+            ranks: PeftPatterns::new(
                 settings
                     .rank_pattern
                     .iter()
@@ -72,7 +73,7 @@ impl AdapterWeights {
         &mut self,
         adapter: &Adapter,
         a: &checkpoint::Tensor,
-        settings: &Settings,
+        settings: &PatternedSizes,
         config: &ModelConfig,
     ) -> Result<(), Error> {
         let key = a.name.strip_prefix(PREFIX);
@@ -95,8 +96,8 @@ impl AdapterWeights {
         }
         let fused = self.fused_parameter(adapter, path, [a, &b], config)?;
         let name = fused_name(owner, fused);
-        let pairs = self.split_fused([a, &b], settings.alpha_of(&name), (fused, config))?;
-        // PEFT doubles the rank of gate_up_proj where it made it from gate_proj and up_proj.
+        let pairs = self.split_fused([a, &b], settings.alpha_of(&name), fused, config)?;
+        // PEFT doubles the rank of gate_up_proj if it made it from gate_proj and up_proj.
         let doubled = fused == Fused::GateUp && pairs[0].rank == 2 * settings.rank_of(&name);
         if !doubled {
             self.check_rank(a, &pairs[0], settings.rank_of(&name))?;
@@ -106,7 +107,12 @@ impl AdapterWeights {
     }
 
     /// DoRA's lengths of the rows of one module.
-    fn magnitude(&self, adapter: &Adapter, path: &str, pair: &Pair) -> Result<Vec<f32>, Error> {
+    fn magnitude(
+        &self,
+        adapter: &Adapter,
+        path: &str,
+        pair: &WeightUpdate,
+    ) -> Result<Vec<f32>, Error> {
         let tensor = adapter.tensor(&format!("{PREFIX}{path}{MAGNITUDE}"))?;
         let [_, out] = pair.widths();
         tensor.expect_shape(&[out])?;
@@ -147,9 +153,9 @@ impl AdapterWeights {
         }
     }
 
-    fn pair(&self, [a, b]: [&checkpoint::Tensor; 2], alpha: f64) -> Result<Pair, Error> {
+    fn pair(&self, [a, b]: [&checkpoint::Tensor; 2], alpha: f64) -> Result<WeightUpdate, Error> {
         match (a.shape.as_slice(), b.shape.as_slice()) {
-            (&[rank, _], &[_, b_rank]) if rank == b_rank && rank > 0 => Ok(Pair {
+            (&[rank, _], &[_, b_rank]) if rank == b_rank && rank > 0 => Ok(WeightUpdate {
                 a: a.to_f32()?,
                 b: b.to_f32()?,
                 rank,
@@ -165,12 +171,12 @@ impl AdapterWeights {
         }
     }
 
-    /// The rank of a tensor must be the one its config gives it: another number of experts, or other patterns, would
-    /// otherwise pass for another scale.
+    /// Refuses a tensor with another rank than its config says: another number of experts, or other patterns, could otherwise
+    /// pass for another scale.
     fn check_rank(
         &self,
         tensor: &checkpoint::Tensor,
-        pair: &Pair,
+        pair: &WeightUpdate,
         expected: usize,
     ) -> Result<(), Error> {
         if pair.rank == expected {
@@ -232,8 +238,9 @@ impl AdapterWeights {
         &self,
         [a, b]: [&checkpoint::Tensor; 2],
         alpha: f64,
-        (fused, config): (Fused, &ModelConfig),
-    ) -> Result<Vec<Pair>, Error> {
+        fused: Fused,
+        config: &ModelConfig,
+    ) -> Result<Vec<WeightUpdate>, Error> {
         let (experts, inner) = config.moe.as_ref().map_or((0, 0), |moe| {
             (moe.n_routed_experts, moe.moe_intermediate_size)
         });
@@ -259,7 +266,7 @@ impl AdapterWeights {
         }
         let (rank, a_values, b_values) = (rows / experts, a.to_f32()?, b.to_f32()?);
         let per_expert = a_values.len() / experts;
-        let pair = |expert: usize| Pair {
+        let pair = |expert: usize| WeightUpdate {
             a: a_values[expert * per_expert..(expert + 1) * per_expert].to_vec(),
             b: (0..out * rank)
                 .map(|i| b_values[i / rank * cols + i % rank * experts + expert])

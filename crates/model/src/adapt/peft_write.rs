@@ -7,13 +7,15 @@ use burn::module::Param;
 use burn::tensor::Tensor;
 use checkpoint::{AdapterConfig, DType};
 
-use super::{AdapterWeights, Fused, MAGNITUDE, PREFIX, Pair, fused_name};
+use super::fresh::Scaling;
+use super::peft_patterns::most_common;
+use super::weights::{AdapterWeights, Fused, MAGNITUDE, PREFIX, WeightUpdate, fused_name};
 use crate::Error;
 use crate::decoder::Model;
-use crate::adapt::attach::{Dora, Scaling};
+use crate::decoder::visit::ModuleRef;
+use crate::keys::PROJECTIONS;
 use crate::modules::experts::{ExpertsLora, FactorStacks};
-use crate::adapt::patterns::most_common;
-use crate::decoder::visit::{PROJECTIONS, Site};
+use crate::modules::lora::{Dora, Lora};
 
 impl AdapterWeights {
     /// The updates on a model, as an adapter.
@@ -28,48 +30,44 @@ impl AdapterWeights {
             others: vec![],
         };
         let mut plain = Vec::new();
-        model.clone().for_each_site(&mut |path, site| match site {
-            Site::Linear(linear) => {
-                if linear.lora.is_none() {
-                    plain.push(path.to_owned());
-                }
-                if let Some(lora) = &linear.lora {
-                    let mut pair = weights.described(
-                        flat(lora.lora_a.val()),
-                        flat(lora.lora_b.val()),
-                        lora.rank(),
-                        lora.scale,
-                    );
-                    let magnitude = |dora: &Dora| flat(dora.lora_magnitude_vector.val());
-                    pair.magnitude = lora.dora.as_ref().map(magnitude);
-                    weights.linear.insert(path.into(), pair);
+        for (path, module) in model.modules() {
+            match module {
+                ModuleRef::Linear(linear) => match &linear.lora {
+                    Some(lora) => weights.add_linear(path, lora),
+                    None => plain.push(path),
+                },
+                ModuleRef::Experts(experts) => {
+                    let Some(lora) = &experts.lora else {
+                        plain.extend(PROJECTIONS.map(|name| format!("{path}.{name}")));
+                        continue;
+                    };
+                    let expert_ids = experts.updated_ids();
+                    weights.add_experts(&path, lora, &expert_ids);
+                    let others = (0..experts.dims()[0]).filter(|id| !expert_ids.contains(id));
+                    let names = |expert| PROJECTIONS.map(|name| format!("{path}.{expert}.{name}"));
+                    plain.extend(others.flat_map(names));
                 }
             }
-            Site::Experts(experts) => {
-                let Some(lora) = &experts.lora else {
-                    return plain
-                        .extend(PROJECTIONS.map(|projection| format!("{path}.{projection}")));
-                };
-                let numbers = experts.numbers();
-                weights.add_experts(path, lora, &numbers);
-                let others = (0..experts.dims()[0]).filter(|expert| !numbers.contains(expert));
-                plain.extend(
-                    others.flat_map(|e| PROJECTIONS.map(|name| format!("{path}.{e}.{name}"))),
-                );
-            }
-        });
-        let chosen = |path: &String| {
-            weights
-                .linear
-                .keys()
-                .any(|adapted| last_name(adapted) == last_name(path))
+        }
+        let shares_last_name = |path: &String| {
+            let mut adapted = weights.linear.keys();
+            adapted.any(|adapted| last_name(adapted) == last_name(path))
         };
-        weights.others = plain.into_iter().filter(chosen).collect();
+        weights.others = plain.into_iter().filter(shares_last_name).collect();
         weights
     }
 
+    /// Adds the update of a linear layer.
+    fn add_linear(&mut self, path: String, lora: &Lora) {
+        let [a, b] = [flat(lora.lora_a.val()), flat(lora.lora_b.val())];
+        let mut update = self.described(a, b, lora.rank(), lora.scale);
+        let magnitude = |dora: &Dora| flat(dora.lora_magnitude_vector.val());
+        update.magnitude = lora.dora.as_ref().map(magnitude);
+        self.linear.insert(path, update);
+    }
+
     /// Adds the updates of a layer's experts.
-    fn add_experts(&mut self, path: &str, lora: &ExpertsLora, numbers: &[usize]) {
+    fn add_experts(&mut self, path: &str, lora: &ExpertsLora, expert_ids: &[usize]) {
         let [gate, up, down] = PROJECTIONS;
         for (name, stacks) in [
             (gate, &lora.gate_proj),
@@ -78,7 +76,7 @@ impl AdapterWeights {
             (down, &lora.down_proj),
         ] {
             let Some(stacks) = stacks else { continue };
-            let pairs = self.unstacked(stacks, numbers.len());
+            let pairs = self.unstacked(stacks, expert_ids.len());
             if lora.is_fused {
                 let fused = if name == down {
                     Fused::Down
@@ -87,7 +85,7 @@ impl AdapterWeights {
                 };
                 self.fused.insert((path.into(), fused), pairs);
             } else {
-                let named = numbers
+                let named = expert_ids
                     .iter()
                     .zip(pairs)
                     .map(|(expert, pair)| (format!("{path}.{expert}.{name}"), pair));
@@ -96,14 +94,14 @@ impl AdapterWeights {
         }
     }
 
-    fn described(&self, a: Vec<f32>, b: Vec<f32>, rank: usize, scale: f32) -> Pair {
+    fn described(&self, a: Vec<f32>, b: Vec<f32>, rank: usize, scale: f32) -> WeightUpdate {
         let alpha = match self.scaling {
             Scaling::Plain => f64::from(scale) * rank as f64,
             Scaling::RsLora => f64::from(scale) * (rank as f64).sqrt(),
         };
         // Alphas people write have few digits; the f32 scale has seven.
         let digits = 10f64.powi(5 - alpha.abs().max(f64::MIN_POSITIVE).log10().floor() as i32);
-        Pair {
+        WeightUpdate {
             a,
             b,
             rank,
@@ -114,7 +112,7 @@ impl AdapterWeights {
     }
 
     /// One pair per expert; a shared factor is in all of them.
-    fn unstacked(&self, stacks: &FactorStacks, n_experts: usize) -> Vec<Pair> {
+    fn unstacked(&self, stacks: &FactorStacks, n_experts: usize) -> Vec<WeightUpdate> {
         let rank = stacks.lora_a.val().dims()[1];
         let parts = |stack: &Param<Tensor<3>>| -> Vec<Vec<f32>> {
             let (stack, n) = (stack.val(), stack.val().dims()[0]);
@@ -187,7 +185,7 @@ impl AdapterWeights {
             .fused
             .iter()
             .map(|((owner, fused), pairs)| (fused_name(owner, *fused), &pairs[0]));
-        let all: Vec<(String, &Pair)> = named.chain(fused).collect();
+        let all: Vec<(String, &WeightUpdate)> = named.chain(fused).collect();
         let rank = most_common(all.iter().map(|(_, pair)| pair.rank)).unwrap_or(1);
         let alpha = most_common(all.iter().map(|(_, pair)| pair.alpha.to_bits()))
             .map_or(1.0, f64::from_bits);

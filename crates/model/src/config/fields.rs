@@ -1,4 +1,4 @@
-//! The keys of a `config.json`, with errors that name the file, the key, what was expected and what was found.
+//! The keys of a `config.json`. Errors name the file, the key, the expected and the found value.
 
 use std::path::Path;
 
@@ -6,8 +6,8 @@ use serde_json::Value;
 
 use crate::Error;
 
-/// A JSON object whose keys are read with their types checked.
-pub(super) struct Keys<'a> {
+/// A JSON object, to read keys with their types checked.
+pub(super) struct Fields<'a> {
     pub(super) json: &'a Value,
     pub(super) file: &'a Path,
     pub(super) prefix: &'static str,
@@ -16,7 +16,7 @@ pub(super) struct Keys<'a> {
 /// No size in a config may exceed this: it bounds every allocation made from one.
 const LARGEST_SIZE: u64 = 1 << 24;
 
-impl<'a> Keys<'a> {
+impl<'a> Fields<'a> {
     pub(super) fn has(&self, key: &str) -> bool {
         self.json.get(key).is_some_and(|value| !value.is_null())
     }

@@ -9,21 +9,19 @@
 //! `ep_size`, `pretraining_tp`, `aux_loss_alpha` (a recipe's business), and V2's `norm_topk_prob`, which never had an
 //! effect in releases.
 
-mod keys;
+mod fields;
 mod read;
 mod write;
 
 use std::path::Path;
 
-use burn::tensor::Device;
 use kernels::fp8::Scales;
 use kernels::{RopeLayout, TopK};
 use serde_json::Value;
 
-use self::keys::Keys;
+use self::fields::Fields;
 use self::read::{fp8_block, fp8_scales, gqa, mla, moe, rope};
 use crate::Error;
-use crate::rope::RotaryTable;
 
 /// Everything the forward pass needs to know of a model.
 #[derive(Clone, Debug, PartialEq)]
@@ -62,7 +60,7 @@ pub struct ModelConfig {
     pub fp8_scales: Scales,
 }
 
-/// The families of checkpoints that the one model computes.
+/// The families of checkpoints, all computed by the same model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     /// DeepSeek V2, V2-Lite, V2.5.
@@ -160,7 +158,7 @@ pub enum RopeScaling {
         beta_fast: f64,
         /// Rotations below which a frequency is stretched in full.
         beta_slow: f64,
-        /// Temperature settings of the cosines and of the softmax; 0 where absent.
+        /// Temperature settings of the cosines and of the softmax; 0 if absent.
         mscale: f64,
         /// See `mscale`.
         mscale_all_dim: f64,
@@ -183,13 +181,13 @@ pub enum RopeScaling {
 pub struct MoeConfig {
     /// Experts the router chooses among.
     pub n_routed_experts: usize,
-    /// Experts every token uses, fused into one MLP of so many widths.
+    /// Experts that every token uses, fused into one MLP of this many inner widths.
     pub n_shared_experts: usize,
     /// Inner width of one expert.
     pub moe_intermediate_size: usize,
     /// Layers below this are dense.
     pub first_k_dense_replace: usize,
-    /// From there on every so many layers is a mixture.
+    /// From there on, one layer in this many is a mixture.
     pub moe_layer_freq: usize,
     /// How scores are made from logits.
     pub scoring_func: Scoring,
@@ -229,7 +227,7 @@ impl ModelConfig {
     /// # Errors
     /// [`Error::Config`] naming the key, if it is missing, of another type, or has a value we do not compute.
     pub fn from_json(json: &Value, file: &Path) -> Result<Self, Error> {
-        let keys = Keys {
+        let keys = Fields {
             json,
             file,
             prefix: "",
@@ -270,7 +268,7 @@ impl ModelConfig {
         Ok(config)
     }
 
-    fn check_sizes(&self, keys: &Keys<'_>) -> Result<(), Error> {
+    fn check_sizes(&self, keys: &Fields<'_>) -> Result<(), Error> {
         let layers = self.num_hidden_layers + self.num_nextn_predict_layers;
         if layers > MOST_LAYERS {
             return Err(keys.wrong("num_hidden_layers", &format!("at most {MOST_LAYERS}")));
@@ -312,15 +310,6 @@ impl ModelConfig {
             AttentionConfig::Mla(mla) => mla.qk_rope_head_dim,
             AttentionConfig::Gqa(gqa) => gqa.head_dim,
         }
-    }
-
-    /// The rotary tables of some positions.
-    pub fn rotary_table(
-        &self,
-        positions: impl ExactSizeIterator<Item = usize>,
-        device: &Device,
-    ) -> RotaryTable {
-        self.rope.table(positions, self.rope_dim(), device)
     }
 
     /// Rows that one token adds to the cache of one layer, and numbers in each.

@@ -1,12 +1,15 @@
 //! A model's trained tensors by name, for optimizers and checkpoints.
 //!
-//! Names are the module's field names; the variants of enums leave no trace in them. All tensors are handed out flat:
-//! what treats them does not care for their shape.
+//! A name is the path of field names to the tensor; variants of enums do not show in it. All tensors are handed out flat,
+//! because optimizers and checkpoints do not depend on their shapes.
+
+use std::ops::Range;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Gradients, Tensor};
 
-use crate::decoder::{FeedForward, Model};
+use super::{FeedForward, Model};
+use crate::keys::layer_of;
 
 /// A trained tensor.
 #[derive(Clone, Debug)]
@@ -22,8 +25,8 @@ pub struct Parameter {
 impl Model {
     /// All trained tensors, in the order of the model's fields.
     pub fn parameters(&self) -> Vec<Parameter> {
-        let mut collector = Collector {
-            path: Path::default(),
+        let mut collector = CollectParameters {
+            path: FieldPath::default(),
             found: Vec::new(),
         };
         self.visit(&mut collector);
@@ -32,8 +35,8 @@ impl Model {
 
     /// The gradients of the trained tensors that have one, flat, taken out of `gradients`.
     pub fn gradients(&self, gradients: &mut Gradients) -> Vec<(String, Tensor<1>)> {
-        let mut taker = GradientTaker {
-            path: Path::default(),
+        let mut taker = TakeGradients {
+            path: FieldPath::default(),
             gradients,
             found: Vec::new(),
         };
@@ -43,49 +46,76 @@ impl Model {
 
     /// Replaces trained tensors: `update` sees each one's name and flat values and returns its new values.
     ///
-    /// The values are nobody else's while it has them, so it may change them where they lie, as long as nothing but
-    /// this model holds them.
+    /// The model gives its values away meanwhile, so `update` may change them in place as long as nothing but this model
+    /// holds them.
     pub fn map_parameters(&mut self, update: &mut dyn FnMut(&str, Tensor<1>) -> Tensor<1>) {
-        let emptied = self.clone().map(&mut Emptier);
+        let emptied = self.clone().map(&mut TakeValues);
         let model = std::mem::replace(self, emptied);
-        *self = model.map(&mut Updater {
-            path: Path::default(),
+        *self = model.map(&mut ApplyUpdate {
+            path: FieldPath::default(),
             update,
         });
     }
 
-    /// The numbers of the trained or updated experts of a layer, by the path of anything in it; none if it has no experts.
-    pub fn expert_numbers(&self, path: &str) -> Vec<usize> {
-        let layer = path.split('.').nth(2).and_then(|layer| layer.parse().ok());
-        let layer = layer.and_then(|layer: usize| self.model.layers.get(layer));
+    /// The trained or updated experts of a layer, by the path of anything in it; none if it has no experts.
+    pub fn updated_experts(&self, path: &str) -> Vec<usize> {
+        let layer = layer_of(path).and_then(|layer| self.model.layers.get(layer));
         match layer.map(|layer| &layer.mlp) {
-            Some(FeedForward::Moe(moe)) => moe.experts.numbers(),
+            Some(FeedForward::Moe(moe)) => moe.experts.updated_ids(),
             _ => vec![],
         }
     }
 
-    /// The correction biases of the routers, by layer: moved by the balancer, never by an optimizer.
-    pub fn correction_biases(&mut self) -> impl Iterator<Item = (usize, &mut Tensor<1>)> {
-        self.model
-            .layers
-            .iter_mut()
-            .enumerate()
-            .filter_map(|(layer_idx, layer)| match &mut layer.mlp {
-                FeedForward::Moe(moe) => moe
-                    .router
-                    .e_score_correction_bias
-                    .as_mut()
-                    .map(|bias| (layer_idx, bias)),
-                FeedForward::Dense(_) => None,
-            })
+    /// The checkpoint keys that a trained tensor stands for, each with its part of the flat values. Empty for adapters.
+    pub fn parameter_keys(&self, parameter: &str, len: usize) -> Vec<(String, Range<usize>)> {
+        if parameter.contains(".lora.") {
+            return vec![];
+        }
+        // Field names are keys, except for stacked experts: `….experts.weights.up_proj` holds all of them, and
+        // `….experts.weights.trained.up_proj` a subset.
+        let Some((layer, projection)) = parameter.split_once(".experts.weights.") else {
+            return vec![(parameter.into(), 0..len)];
+        };
+        let projection = projection.strip_prefix("trained.").unwrap_or(projection);
+        let expert_ids = self.updated_experts(layer);
+        let size = len / expert_ids.len().max(1);
+        let key = |expert| format!("{layer}.experts.{expert}.{projection}.weight");
+        let parts = (0..).zip(expert_ids);
+        parts
+            .map(|(place, expert)| (key(expert), place * size..(place + 1) * size))
+            .collect()
+    }
+
+    /// The correction biases of the routers, by layer.
+    pub fn correction_biases(&self) -> impl Iterator<Item = (usize, &Tensor<1>)> {
+        let layers = self.model.layers.iter().enumerate();
+        layers.filter_map(|(layer_idx, layer)| match &layer.mlp {
+            FeedForward::Moe(moe) => {
+                let bias = moe.router.e_score_correction_bias.as_ref();
+                bias.map(|bias| (layer_idx, bias))
+            }
+            FeedForward::Dense(_) => None,
+        })
+    }
+
+    /// [`Self::correction_biases`], for the balancer to move them; an optimizer never does.
+    pub fn correction_biases_mut(&mut self) -> impl Iterator<Item = (usize, &mut Tensor<1>)> {
+        let layers = self.model.layers.iter_mut().enumerate();
+        layers.filter_map(|(layer_idx, layer)| match &mut layer.mlp {
+            FeedForward::Moe(moe) => {
+                let bias = moe.router.e_score_correction_bias.as_mut();
+                bias.map(|bias| (layer_idx, bias))
+            }
+            FeedForward::Dense(_) => None,
+        })
     }
 }
 
 /// The path of the module being visited.
 #[derive(Default)]
-struct Path(Vec<String>);
+struct FieldPath(Vec<String>);
 
-impl Path {
+impl FieldPath {
     fn enter(&mut self, name: &str, container: &str) {
         if !container.starts_with("Enum:") {
             self.0.push(name.into());
@@ -108,12 +138,12 @@ fn flat<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
     tensor.reshape([len])
 }
 
-struct Collector {
-    path: Path,
+struct CollectParameters {
+    path: FieldPath,
     found: Vec<Parameter>,
 }
 
-impl ModuleVisitor for Collector {
+impl ModuleVisitor for CollectParameters {
     fn enter_module(&mut self, name: &str, container: &str) {
         self.path.enter(name, container);
     }
@@ -135,13 +165,13 @@ impl ModuleVisitor for Collector {
     }
 }
 
-struct GradientTaker<'a> {
-    path: Path,
+struct TakeGradients<'a> {
+    path: FieldPath,
     gradients: &'a mut Gradients,
     found: Vec<(String, Tensor<1>)>,
 }
 
-impl ModuleVisitor for GradientTaker<'_> {
+impl ModuleVisitor for TakeGradients<'_> {
     fn enter_module(&mut self, name: &str, container: &str) {
         self.path.enter(name, container);
     }
@@ -160,10 +190,10 @@ impl ModuleVisitor for GradientTaker<'_> {
     }
 }
 
-/// Leaves a model without the values of its trained tensors.
-struct Emptier;
+/// Replaces the values of a model's trained tensors by empty ones.
+struct TakeValues;
 
-impl ModuleMapper for Emptier {
+impl ModuleMapper for TakeValues {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         if !param.val().is_require_grad() {
             return param;
@@ -172,12 +202,12 @@ impl ModuleMapper for Emptier {
     }
 }
 
-struct Updater<'a> {
-    path: Path,
+struct ApplyUpdate<'a> {
+    path: FieldPath,
     update: &'a mut dyn FnMut(&str, Tensor<1>) -> Tensor<1>,
 }
 
-impl ModuleMapper for Updater<'_> {
+impl ModuleMapper for ApplyUpdate<'_> {
     fn enter_module(&mut self, name: &str, container: &str) {
         self.path.enter(name, container);
     }

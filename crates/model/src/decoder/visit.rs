@@ -1,31 +1,44 @@
-//! The modules of a model that hold weights, by path, and the patterns that choose among them.
+//! The modules of a model that hold large weights, by their paths: to be read, and to be changed.
 
-use kernels::Matrix;
+use std::sync::Arc;
 
+use kernels::{ExpertCache, ExpertTraffic, Matrix};
+
+use super::{DecoderLayer, FeedForward, Model};
+use crate::keys::{Module, PROJECTIONS};
 use crate::modules::attention::Attention;
-use crate::decoder::{DecoderLayer, FeedForward, Model};
-use crate::modules::linear::Linear;
-use crate::modules::mlp::Mlp;
 use crate::modules::experts::Experts;
+use crate::modules::linear::Linear;
 
-/// A module that holds weights.
+/// A module that holds weights, to read it.
+#[derive(Clone, Copy, Debug)]
+pub enum ModuleRef<'a> {
+    /// A linear layer.
+    Linear(&'a Linear),
+    /// A layer's routed experts, three projections in one.
+    Experts(&'a Experts),
+}
+
+/// A module that holds weights, to change it.
 #[derive(Debug)]
-pub enum Site<'a> {
+pub enum ModuleMut<'a> {
     /// A linear layer.
     Linear(&'a mut Linear),
     /// A layer's routed experts, three projections in one.
     Experts(&'a mut Experts),
 }
 
-impl Site<'_> {
+impl ModuleRef<'_> {
     /// Bytes that its weights hold in memory or map.
-    pub(crate) fn size_bytes(&self) -> usize {
+    pub(crate) fn size_bytes(self) -> usize {
         match self {
             Self::Linear(linear) => linear.weight.size_bytes(),
             Self::Experts(experts) => experts.size_bytes(),
         }
     }
+}
 
+impl ModuleMut<'_> {
     /// Visits frozen matrices that are multiplied as they are.
     pub(crate) fn for_each_frozen(self, visit: &mut dyn FnMut(&mut Matrix)) {
         match self {
@@ -37,157 +50,158 @@ impl Site<'_> {
     }
 }
 
-/// The projections of an expert.
-pub(crate) const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
-
 impl Model {
-    /// Visits all linear layers and experts, in the order of the forward pass, with their checkpoint paths.
-    pub fn for_each_site(&mut self, visit: &mut dyn FnMut(&str, Site<'_>)) {
-        for (layer_idx, layer) in self.model.layers.iter_mut().enumerate() {
-            layer.for_each_site(&format!("model.layers.{layer_idx}"), visit);
+    /// All linear layers and experts with their checkpoint paths, in the order of the forward pass.
+    pub fn modules(&self) -> Vec<(String, ModuleRef<'_>)> {
+        let mut modules = Vec::new();
+        for (layer_idx, layer) in self.model.layers.iter().enumerate() {
+            let of_layer = layer.modules().into_iter();
+            modules.extend(of_layer.map(|(name, module)| (name.path(Some(layer_idx)), module)));
         }
-        if let Some(head) = &mut self.lm_head {
-            visit("lm_head", Site::Linear(head));
-        }
+        let head = self.lm_head.as_ref();
+        modules.extend(head.map(|head| (Module::Head.path(None), ModuleRef::Linear(head))));
+        modules
     }
 
-    /// The paths of all modules a pattern may choose; a layer's experts appear once per projection.
+    /// [`Self::modules`], to change them.
+    pub fn modules_mut(&mut self) -> Vec<(String, ModuleMut<'_>)> {
+        let mut modules = Vec::new();
+        for (layer_idx, layer) in self.model.layers.iter_mut().enumerate() {
+            let of_layer = layer.modules_mut().into_iter();
+            modules.extend(of_layer.map(|(name, module)| (name.path(Some(layer_idx)), module)));
+        }
+        let head = self.lm_head.as_mut();
+        modules.extend(head.map(|head| (Module::Head.path(None), ModuleMut::Linear(head))));
+        modules
+    }
+
+    /// The paths of all modules that a pattern may choose; a layer's experts appear once per projection.
     pub fn module_paths(&self) -> Vec<String> {
-        let mut paths = Vec::new();
-        self.clone().for_each_site(&mut |path, site| match site {
-            Site::Linear(_) => paths.push(path.into()),
-            Site::Experts(_) => paths.extend(
-                PROJECTIONS
-                    .iter()
-                    .map(|projection| format!("{path}.{projection}")),
-            ),
-        });
-        paths
+        let paths = |(path, module): (String, ModuleRef<'_>)| match module {
+            ModuleRef::Linear(_) => vec![path],
+            ModuleRef::Experts(_) => PROJECTIONS.map(|name| format!("{path}.{name}")).to_vec(),
+        };
+        self.modules().into_iter().flat_map(paths).collect()
     }
 
     /// The paths of all projections of single experts, `….experts.7.down_proj`.
     pub fn expert_paths(&self) -> Vec<String> {
         let mut paths = Vec::new();
-        self.clone().for_each_site(&mut |path, site| {
-            if let Site::Experts(experts) = site {
-                let numbers = 0..experts.dims()[0];
-                let of = |expert| PROJECTIONS.map(|name| format!("{path}.{expert}.{name}"));
-                paths.extend(numbers.flat_map(of));
+        for (path, module) in self.modules() {
+            if let ModuleRef::Experts(experts) = module {
+                let names = |expert| PROJECTIONS.map(|name| format!("{path}.{expert}.{name}"));
+                paths.extend((0..experts.dims()[0]).flat_map(names));
             }
-        });
+        }
         paths
+    }
+
+    /// Bytes that the weights of its linear layers and experts hold in memory or map.
+    pub fn size_bytes(&self) -> usize {
+        let modules = self.modules().into_iter();
+        modules.map(|(_, module)| module.size_bytes()).sum()
+    }
+
+    /// Bytes of frozen weights that every token needs.
+    pub fn common_bytes(&self) -> usize {
+        let linear = |(_, module)| match module {
+            ModuleRef::Linear(linear) if linear.quantizer.is_none() => Some(&linear.weight),
+            ModuleRef::Linear(_) | ModuleRef::Experts(_) => None,
+        };
+        let head = self.lm_head.is_none();
+        let head = head.then_some(&self.model.embed_tokens.weight);
+        let weights = self.modules().into_iter().filter_map(linear).chain(head);
+        let frozen = weights.filter_map(|weight| weight.frozen());
+        frozen.map(|matrix| matrix.size_bytes()).sum()
+    }
+
+    /// Visits frozen matrices that are multiplied as they are, except for experts, in the order of the forward pass.
+    pub fn for_each_common(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
+        for (_, module) in self.modules_mut() {
+            if let ModuleMut::Linear(_) = module {
+                module.for_each_frozen(visit);
+            }
+        }
+        if self.lm_head.is_none() {
+            self.model.embed_tokens.weight.for_each_frozen(visit);
+        }
+    }
+
+    /// Visits the frozen matrices of experts.
+    pub fn for_each_expert(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
+        for (_, module) in self.modules_mut() {
+            if let ModuleMut::Experts(_) = module {
+                module.for_each_frozen(visit);
+            }
+        }
+    }
+
+    /// Keeps frozen experts on disk, caching the most recently used. Before a layer chooses its experts, it prefetches
+    /// `n_prefetch` of those that a token will probably choose; half of top-k if that is none.
+    pub fn cache_experts(&mut self, cache: &Arc<ExpertCache>, n_prefetch: Option<usize>) {
+        let top_k = self.config.moe.as_ref().map_or(0, |moe| moe.choice.top_k);
+        let n_prefetch = n_prefetch.unwrap_or(top_k.div_ceil(2)).min(top_k);
+        let mut layers = 0..;
+        for (_, module) in self.modules_mut() {
+            if let ModuleMut::Experts(experts) = module {
+                experts.cache(cache, &mut layers, n_prefetch);
+            }
+        }
+    }
+
+    /// How often experts were in memory, if they have a cache.
+    pub fn expert_traffic(&self) -> Option<ExpertTraffic> {
+        self.model.layers.iter().find_map(|layer| match &layer.mlp {
+            FeedForward::Moe(moe) => moe.experts.traffic(),
+            FeedForward::Dense(_) => None,
+        })
     }
 }
 
 impl DecoderLayer {
-    /// Visits its linear layers and experts; `path` is its own.
-    pub(crate) fn for_each_site(&mut self, path: &str, visit: &mut dyn FnMut(&str, Site<'_>)) {
-        let at = |name: &str| format!("{path}.{name}");
-        match &mut self.self_attn {
-            Attention::Mla(mla) => {
-                let queries = [
-                    ("q_proj", &mut mla.q_proj),
-                    ("q_a_proj", &mut mla.q_a_proj),
-                    ("q_b_proj", &mut mla.q_b_proj),
-                ];
-                for (name, linear) in queries {
-                    if let Some(linear) = linear {
-                        visit(&at(&format!("self_attn.{name}")), Site::Linear(linear));
-                    }
-                }
-                visit(
-                    &at("self_attn.kv_a_proj_with_mqa"),
-                    Site::Linear(&mut mla.kv_a_proj_with_mqa),
-                );
-                visit(&at("self_attn.kv_b_proj"), Site::Linear(&mut mla.kv_b_proj));
-                visit(&at("self_attn.o_proj"), Site::Linear(&mut mla.o_proj));
-            }
-            Attention::Gqa(gqa) => {
-                visit(&at("self_attn.q_proj"), Site::Linear(&mut gqa.q_proj));
-                visit(&at("self_attn.k_proj"), Site::Linear(&mut gqa.k_proj));
-                visit(&at("self_attn.v_proj"), Site::Linear(&mut gqa.v_proj));
-                visit(&at("self_attn.o_proj"), Site::Linear(&mut gqa.o_proj));
-            }
-        }
-        match &mut self.mlp {
-            FeedForward::Dense(mlp) => visit_mlp(&at("mlp"), mlp, visit),
+    /// Its linear layers and experts, in the order of the forward pass.
+    pub(crate) fn modules(&self) -> Vec<(Module, ModuleRef<'_>)> {
+        let mut linears = match &self.self_attn {
+            Attention::Mla(mla) => mla.linears(),
+            Attention::Gqa(gqa) => gqa.linears().to_vec(),
+        };
+        let (mut experts, mut shared) = (None, None);
+        match &self.mlp {
+            FeedForward::Dense(mlp) => linears.extend(mlp.linears(Module::Mlp)),
             FeedForward::Moe(moe) => {
-                visit(&at("mlp.gate"), Site::Linear(&mut moe.gate));
-                visit(&at("mlp.experts"), Site::Experts(&mut moe.experts));
-                if let Some(shared) = &mut moe.shared_experts {
-                    visit_mlp(&at("mlp.shared_experts"), shared, visit);
-                }
+                linears.push((Module::Router, &moe.gate));
+                experts = Some((Module::Experts, ModuleRef::Experts(&moe.experts)));
+                shared = moe.shared_experts.as_ref();
             }
         }
+        let shared = shared.map(|mlp| mlp.linears(Module::SharedExperts));
+        let linear = |(name, linear)| (name, ModuleRef::Linear(linear));
+        let mut modules: Vec<_> = linears.into_iter().map(linear).collect();
+        modules.extend(experts);
+        modules.extend(shared.into_iter().flatten().map(linear));
+        modules
     }
-}
 
-fn visit_mlp(path: &str, mlp: &mut Mlp, visit: &mut dyn FnMut(&str, Site<'_>)) {
-    visit(
-        &format!("{path}.gate_proj"),
-        Site::Linear(&mut mlp.gate_proj),
-    );
-    visit(&format!("{path}.up_proj"), Site::Linear(&mut mlp.up_proj));
-    visit(
-        &format!("{path}.down_proj"),
-        Site::Linear(&mut mlp.down_proj),
-    );
-}
-
-/// Whether a pattern chooses a module.
-///
-/// A pattern is some consecutive components of the path (`q_a_proj`, `mlp.down_proj`, `experts`, `layers.3`), with `*`
-/// for anything within one component. `all-linear` chooses every linear layer and expert but the router and the
-/// output head.
-pub fn matches(pattern: &str, module: &str) -> bool {
-    let parts: Vec<&str> = module.split('.').collect();
-    if pattern == "all-linear" {
-        return !matches!(parts.last(), Some(&"gate" | &"lm_head"));
-    }
-    let wanted: Vec<&str> = pattern.split('.').collect();
-    parts.windows(wanted.len()).any(|run| {
-        run.iter()
-            .zip(&wanted)
-            .all(|(part, wanted)| matches_part(wanted, part))
-    })
-}
-
-fn matches_part(pattern: &str, part: &str) -> bool {
-    match pattern.split_once('*') {
-        None => pattern == part,
-        Some((head, rest)) => match part.strip_prefix(head) {
-            Some(tail) => (0..=tail.len())
-                .filter(|at| tail.is_char_boundary(*at))
-                .any(|at| matches_part(rest, &tail[at..])),
-            None => false,
-        },
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::matches;
-
-    #[test]
-    fn patterns_are_runs_of_path_components() {
-        let expert = "model.layers.3.mlp.experts.down_proj";
-        let shared = "model.layers.3.mlp.shared_experts.down_proj";
-        for (pattern, module, expected) in [
-            ("down_proj", expert, true),
-            ("experts", expert, true),
-            ("experts", shared, false),
-            ("experts.down_proj", shared, false),
-            ("layers.3", expert, true),
-            ("layers.*.mlp.shared*", shared, true),
-            ("*_proj", shared, true),
-            ("down", shared, false),
-            ("gate", "model.layers.3.mlp.gate", true),
-            ("gate", "model.layers.3.mlp.shared_experts.gate_proj", false),
-            ("all-linear", "model.layers.3.mlp.gate", false),
-            ("all-linear", "lm_head", false),
-            ("all-linear", expert, true),
-        ] {
-            assert_eq!(matches(pattern, module), expected, "{pattern} on {module}");
+    /// [`Self::modules`], to change them.
+    pub(crate) fn modules_mut(&mut self) -> Vec<(Module, ModuleMut<'_>)> {
+        let mut linears = match &mut self.self_attn {
+            Attention::Mla(mla) => mla.linears_mut(),
+            Attention::Gqa(gqa) => gqa.linears_mut().into_iter().collect(),
+        };
+        let (mut experts, mut shared) = (None, None);
+        match &mut self.mlp {
+            FeedForward::Dense(mlp) => linears.extend(mlp.linears_mut(Module::Mlp)),
+            FeedForward::Moe(moe) => {
+                linears.push((Module::Router, &mut moe.gate));
+                experts = Some((Module::Experts, ModuleMut::Experts(&mut moe.experts)));
+                shared = moe.shared_experts.as_mut();
+            }
         }
+        let shared = shared.map(|mlp| mlp.linears_mut(Module::SharedExperts));
+        let linear = |(name, linear)| (name, ModuleMut::Linear(linear));
+        let mut modules: Vec<_> = linears.into_iter().map(linear).collect();
+        modules.extend(experts);
+        modules.extend(shared.into_iter().flatten().map(linear));
+        modules
     }
 }

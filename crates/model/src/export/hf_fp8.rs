@@ -1,4 +1,4 @@
-//! Weights in block FP8, as DeepSeek publishes them: which tensors, and how their scales are kept.
+//! Weights in block FP8, as DeepSeek publishes them, and the formats of their scales.
 //!
 //! Source: deepseek-ai/DeepSeek-V3: inference/fp8_cast_bf16.py and the checkpoint's `quantization_config`.
 
@@ -9,9 +9,10 @@ use serde_json::{Value, json};
 
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::load::{has_e8m0_scales, scale_key};
+use crate::keys::{is_scale, scale_key};
+use crate::load::has_e8m0_scales;
 
-/// How a checkpoint's FP8 weights are kept.
+/// The format of a checkpoint's FP8 weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BlockFp8 {
     block: [usize; 2],
@@ -20,8 +21,8 @@ pub(crate) struct BlockFp8 {
 }
 
 impl BlockFp8 {
-    /// The way of `base` where it has FP8 weights, DeepSeek V3's where it has none. Fresh scales are powers of two or f32:
-    /// rounded to bf16 they would not be those that the codes were made with.
+    /// The format of `base` if it has FP8 weights, else DeepSeek V3's. Fresh scales are powers of two or f32: in bf16 they
+    /// would not be the ones that the codes were made with.
     ///
     /// # Errors
     /// If a scale of the base cannot be read.
@@ -52,7 +53,7 @@ impl BlockFp8 {
         encode_tiles(values, shape, self.block, self.scales)
     }
 
-    /// The scales as they are written.
+    /// The bytes of scales in a file.
     pub(crate) fn scale_bytes(&self, scales: &[f32]) -> Bytes {
         let bytes: Vec<u8> = match self.scale_dtype {
             DType::F8E8M0 => scales.iter().map(|s| power_of_two_to_e8m0(*s)).collect(),
@@ -76,10 +77,7 @@ impl BlockFp8 {
     }
 }
 
-/// Whether a weight is one that is published in FP8: the products of attention and of the experts. Embedding, head,
-/// norms and routers are not.
-pub(crate) fn is_lowered(name: &str) -> bool {
-    let in_layer = name.contains(".self_attn.") || name.contains(".mlp.");
-    let endings = ["_proj.weight", "_proj_with_mqa.weight"];
-    in_layer && endings.iter().any(|ending| name.ends_with(ending))
+/// Whether a checkpoint has weights in block FP8.
+pub fn is_fp8(folder: &Folder) -> bool {
+    folder.names().any(is_scale)
 }

@@ -1,9 +1,9 @@
-//! Folding an adapter into its base, one tensor at a time.
+//! Merging an adapter into its base, one tensor at a time.
 //!
 //! The output is a folder like the base's: same shards, same names, MTP layers and unknown tensors carried along. In f32
-//! and bf16 the block scales are gone; in FP8 weights the adapter leaves alone keep their bytes, and the others get fresh
-//! scales. Before it is called good it is opened again and every weight is compared with base plus adapter by another
-//! way: not the sum of matrices, but the products of both with a vector of random signs.
+//! and bf16 there are no block scales; in FP8 the weights without an update keep their bytes, and the others get fresh
+//! scales. Before the folder gets its name it is opened again, and every weight is compared with base plus adapter in another
+//! way: by the products of both with a vector of random signs instead of the sum of matrices.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -15,15 +15,15 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
+use super::companions::copy_companions;
+use super::hf_fp8::BlockFp8;
+use super::weight_format::{WeightFormat, exported_config};
 use crate::Error;
-use crate::adapt::{AdapterWeights, Pair};
+use crate::adapt::{AdapterWeights, WeightUpdate};
 use crate::config::ModelConfig;
-use crate::export::hf_fp8::{BlockFp8, is_lowered};
-use crate::export::{WeightFormat, copy_companions, exported_config};
-use crate::precision::Class;
-use crate::load::{
-    is_scale, keys, read_config, read_matrix, read_tensor, scale_key, weight_names,
-};
+use crate::keys::{is_scale, keys, scale_key};
+use crate::load::{read_config, read_matrix, read_tensor, weight_names};
+use crate::precision::{PrecisionClass, is_lowered};
 
 /// What a merge did.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -34,19 +34,19 @@ pub struct MergeReport {
     pub adapted: usize,
     /// Bytes of tensors written.
     pub bytes: u64,
-    /// Tensors of a GGUF whose columns' importance counted.
+    /// Tensors of a GGUF that were rounded by an importance matrix.
     pub weighted: usize,
-    /// Largest error of the check, relative to the sum of the magnitudes of a row. None where blocks of a GGUF are
-    /// written, whose rounding no such sum bounds.
+    /// Largest error of the check, relative to the sum of the magnitudes of a row. None for a GGUF: such a sum does not bound the
+    /// rounding of its blocks.
     pub largest_error: Option<f32>,
-    /// Of each matrix that was written anew, how far it is from what it was made of: root mean square of the differences,
-    /// relative to that of the values.
+    /// The error of each matrix that was written anew: root mean square of the differences from its source, relative to that
+    /// of the values.
     pub errors: Vec<(String, f64)>,
 }
 
-/// Writes `base` with `adapter` folded in to the new folder `out`, whole or not at all.
+/// Writes `base` with `adapter` merged into it to the new folder `out`, whole or not at all.
 ///
-/// `progress` is told tensors done and tensors in all; each is seen twice, written and checked.
+/// `progress` gets the tensors done and the tensors in all; each counts twice, once written and once checked.
 ///
 /// # Errors
 /// If the adapter updates modules the base lacks or of other widths, reading or writing fails, or the check finds a
@@ -54,7 +54,7 @@ pub struct MergeReport {
 pub fn merge(
     base: &Folder,
     adapter: &AdapterWeights,
-    dtype: WeightFormat,
+    format: WeightFormat,
     out: &Path,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<MergeReport, Error> {
@@ -68,86 +68,30 @@ pub fn merge(
             "an adapter for another model".into(),
         ));
     }
-    write((base, config), Some(adapter), dtype, out, progress)
+    Merger::new(base, config, Some(adapter), format)?.write(out, progress)
 }
 
-/// Writes `base` in another number format to the new folder `out`, whole or not at all; see [`merge`].
-///
-/// # Errors
-/// If reading or writing fails, or the check finds a difference beyond rounding ([`Error::Unfaithful`]).
-pub fn convert(
-    base: &Folder,
-    dtype: WeightFormat,
-    out: &Path,
-    progress: &mut dyn FnMut(usize, usize),
-) -> Result<MergeReport, Error> {
-    write((base, read_config(base)?), None, dtype, out, progress)
-}
-
-fn write(
-    (base, config): (&Folder, ModelConfig),
-    adapter: Option<&AdapterWeights>,
-    dtype: WeightFormat,
-    out: &Path,
-    progress: &mut dyn FnMut(usize, usize),
-) -> Result<MergeReport, Error> {
-    let fp8 = match dtype {
-        WeightFormat::Fp8 => Some(BlockFp8::of(Some(base), &config)?),
-        _ => None,
-    };
-    let mut merger = Merger {
-        base,
-        adapter,
-        dtype,
-        fp8,
-        config,
-        report: MergeReport {
-            largest_error: Some(0.0),
-            ..MergeReport::default()
-        },
-    };
-    let mut writer = FolderWriter::create(out)?;
-    let total = 2 * weight_names(base.names()).len();
-    let mut done = 0;
-    let mut step = || {
-        done += 1;
-        progress(done, total);
-    };
-    for (file, names) in base.shards() {
-        let names = weight_names(names);
-        if !names.is_empty() {
-            merger.write_shard(&mut writer, file, &names, &mut step)?;
-        }
-    }
-    writer.write_index()?;
-    let config = exported_config(base.config(), dtype, merger.fp8);
-    writer.write_json("config.json", &config)?;
-    copy_companions(base, &mut writer)?;
-    merger.check(&Folder::open(writer.path())?, &mut step)?;
-    writer.finish()?;
-    Ok(merger.report)
-}
-
-struct Merger<'a> {
+/// A merge, or a conversion, at work.
+pub(super) struct Merger<'a> {
     base: &'a Folder,
     adapter: Option<&'a AdapterWeights>,
-    dtype: WeightFormat,
+    format: WeightFormat,
     /// How weights become FP8, if they do.
     fp8: Option<BlockFp8>,
     config: ModelConfig,
     report: MergeReport,
 }
 
-/// A tensor of the output, and which of the base's it is made from.
-struct Output {
+/// A tensor of the output, and the name of its source in the base.
+struct MergedTensor {
     spec: TensorSpec,
     source: String,
-    part: Part,
+    part: OutputPart,
 }
 
-/// What of its source an output is.
+/// The form of a merged tensor.
 #[derive(Clone, Copy, PartialEq)]
-enum Part {
+enum OutputPart {
     /// The same bytes.
     Copy,
     /// The values, in the format of the spec.
@@ -158,7 +102,58 @@ enum Part {
     Scales,
 }
 
-impl Merger<'_> {
+impl<'a> Merger<'a> {
+    pub(super) fn new(
+        base: &'a Folder,
+        config: ModelConfig,
+        adapter: Option<&'a AdapterWeights>,
+        format: WeightFormat,
+    ) -> Result<Self, Error> {
+        let fp8 = match format {
+            WeightFormat::Fp8 => Some(BlockFp8::of(Some(base), &config)?),
+            WeightFormat::F32 | WeightFormat::Bf16 => None,
+        };
+        Ok(Self {
+            base,
+            adapter,
+            format,
+            fp8,
+            config,
+            report: MergeReport {
+                largest_error: Some(0.0),
+                ..MergeReport::default()
+            },
+        })
+    }
+
+    /// Writes the output folder, checks it, and gives it its name.
+    pub(super) fn write(
+        mut self,
+        out: &Path,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<MergeReport, Error> {
+        let mut writer = FolderWriter::create(out)?;
+        let total = 2 * weight_names(self.base.names()).len();
+        let mut done = 0;
+        let mut step = || {
+            done += 1;
+            progress(done, total);
+        };
+        for (file, names) in self.base.shards() {
+            let names = weight_names(names);
+            if !names.is_empty() {
+                self.write_shard(&mut writer, file, &names, &mut step)?;
+            }
+        }
+        writer.write_index()?;
+        let config = exported_config(self.base.config(), self.format, self.fp8);
+        writer.write_json("config.json", &config)?;
+        copy_companions(self.base, &mut writer)?;
+        self.check(&Folder::open(writer.path())?, &mut step)?;
+        writer.finish()?;
+        Ok(self.report)
+    }
+
     fn write_shard(
         &mut self,
         writer: &mut FolderWriter,
@@ -192,9 +187,9 @@ impl Merger<'_> {
     }
 
     /// What a tensor of the base becomes: itself, or codes and scales.
-    fn outputs(&self, name: &str) -> Result<Vec<Output>, Error> {
+    fn outputs(&self, name: &str) -> Result<Vec<MergedTensor>, Error> {
         let tensor = self.tensor(name)?;
-        let output = |spec, source: &str, part| Output {
+        let output = |spec, source: &str, part| MergedTensor {
             spec,
             source: source.into(),
             part,
@@ -205,59 +200,63 @@ impl Merger<'_> {
         {
             if is_fp8 && self.update(name).is_none() {
                 let scales = self.base.tensor(&scale_key(name))?;
-                let of_scales = output(scales.spec(), &scales.name, Part::Copy);
-                return Ok(vec![output(tensor.spec(), name, Part::Copy), of_scales]);
+                let of_scales = output(scales.spec(), &scales.name, OutputPart::Copy);
+                return Ok(vec![
+                    output(tensor.spec(), name, OutputPart::Copy),
+                    of_scales,
+                ]);
             }
             let [codes, scales] = fp8.specs(name, matrix_shape(name, &tensor.shape)?);
             return Ok(vec![
-                output(codes, name, Part::Codes),
-                output(scales, name, Part::Scales),
+                output(codes, name, OutputPart::Codes),
+                output(scales, name, OutputPart::Scales),
             ]);
         }
         if self.update(name).is_none() && self.keeps_bytes(&tensor) {
-            return Ok(vec![output(tensor.spec(), name, Part::Copy)]);
+            return Ok(vec![output(tensor.spec(), name, OutputPart::Copy)]);
         }
-        let dtype = self.dtype.dtype();
+        let dtype = self.format.dtype();
         let spec = TensorSpec {
             dtype,
             ..tensor.spec()
         };
-        Ok(vec![output(spec, name, Part::Values)])
+        Ok(vec![output(spec, name, OutputPart::Values)])
     }
 
-    /// Whether a tensor is copied: it is no float, or F32 on purpose amid narrower weights.
+    /// Whether a tensor is copied: it is no float, or is F32 on purpose among narrower weights.
     fn keeps_bytes(&self, tensor: &checkpoint::Tensor) -> bool {
         let adapted = self.update(&tensor.name).is_some();
         match tensor.dtype {
             DType::F16 | DType::BF16 | DType::F8E4M3 => false,
             DType::F32 => {
-                let is_small = tensor.shape.len() == 1 || Class::of(&tensor.name) == Class::Router;
-                self.dtype == WeightFormat::F32 || (!adapted && is_small)
+                let is_small = tensor.shape.len() == 1
+                    || PrecisionClass::of(&tensor.name) == PrecisionClass::Router;
+                self.format == WeightFormat::F32 || (!adapted && is_small)
             }
             other => other.block() == 1,
         }
     }
 
-    fn update(&self, name: &str) -> Option<Pair> {
+    fn update(&self, name: &str) -> Option<WeightUpdate> {
         self.adapter?.update(name.strip_suffix(".weight")?)
     }
 
     /// One output tensor's bytes.
-    fn bytes(&mut self, output: &Output) -> Result<bytes::Bytes, Error> {
+    fn bytes(&mut self, output: &MergedTensor) -> Result<bytes::Bytes, Error> {
         let tensor = self.tensor(&output.source)?;
-        let is_new = output.part != Part::Scales && !is_scale(&output.source);
+        let is_new = output.part != OutputPart::Scales && !is_scale(&output.source);
         self.report.tensors += usize::from(is_new);
         self.report.adapted += usize::from(is_new && self.update(&output.source).is_some());
         let bytes = match (output.part, self.fp8) {
-            (Part::Codes, Some(fp8)) => {
+            (OutputPart::Codes, Some(fp8)) => {
                 let shape = matrix_shape(&output.source, &tensor.shape)?;
                 fp8.encode(&self.values(&tensor)?, shape).codes.into()
             }
-            (Part::Scales, Some(fp8)) => {
+            (OutputPart::Scales, Some(fp8)) => {
                 let shape = matrix_shape(&output.source, &tensor.shape)?;
                 fp8.scale_bytes(&fp8.encode(&self.values(&tensor)?, shape).scales)
             }
-            (Part::Values, _) => self.dtype.encode(&self.values(&tensor)?).into(),
+            (OutputPart::Values, _) => self.format.encode(&self.values(&tensor)?).into(),
             _ => tensor.bytes,
         };
         self.report.bytes += bytes.len() as u64;
@@ -304,7 +303,7 @@ impl Merger<'_> {
                     });
                 }
             } else if before.shape.len() == 1 {
-                if after.bytes != self.dtype.encode(&before.to_f32()?) {
+                if after.bytes != self.format.encode(&before.to_f32()?) {
                     let expected = format!("the base's values in {}", after.dtype);
                     return Err(Error::Unfaithful {
                         tensor: name.into(),
@@ -341,27 +340,27 @@ impl Merger<'_> {
             merged.decode(row..row + 1, 0..base.cols(), &mut line);
             line
         };
-        let gain = |row: usize| match &update {
+        let dora_scale = |row: usize| match &update {
             Some(update) if update.magnitude.is_some() => {
                 let mut plain = vec![0.0; base.cols()];
                 base.decode(row..row + 1, 0..base.cols(), &mut plain);
-                update.gain(row, &plain)
+                update.dora_scale(row, &plain)
             }
             _ => 1.0,
         };
-        // Of each row, the error and what rounding explains of it, relative to the row's magnitude.
+        // The error of each row, relative to the row's magnitude, and the part of it that rounding does not explain.
         let errors = (0..base.rows()).into_par_iter().map(|row| {
             let added = update
                 .as_ref()
                 .map_or(0.0, |u| dot(&u.b[row * u.rank..(row + 1) * u.rank], &low));
             let magnitude: f32 = line(row).iter().map(|value| value.abs()).sum();
-            let expected = gain(row) * (base.dot(row, &signs) + added);
+            let expected = dora_scale(row) * (base.dot(row, &signs) + added);
             let difference = (expected - merged.dot(row, &signs)).abs();
             let allowed = allowed_error(&merged, row, magnitude);
             let magnitude = magnitude + f32::MIN_POSITIVE;
             [difference / magnitude, difference - allowed]
         });
-        // NaN compares as larger than anything: a merge that makes NaN is not faithful.
+        // NaN counts as the largest: a merge that makes NaN is not faithful.
         let larger = |a: f32, b: f32| if a > b || a.is_nan() { a } else { b };
         let [largest, excess] = errors.reduce(
             || [0.0, f32::NEG_INFINITY],
@@ -382,7 +381,7 @@ impl Merger<'_> {
 }
 
 /// Root mean square of `merged − (base + update)`, relative to that of the sum.
-pub(crate) fn relative_error(base: &Matrix, update: Option<&Pair>, merged: &Matrix) -> f64 {
+pub(crate) fn relative_error(base: &Matrix, update: Option<&WeightUpdate>, merged: &Matrix) -> f64 {
     let width = base.cols();
     let squares = (0..base.rows()).into_par_iter().map(|row| {
         let [mut expected, mut found] = [vec![0.0; width], vec![0.0; width]];
@@ -411,8 +410,8 @@ pub(crate) fn relative_error(base: &Matrix, update: Option<&Pair>, merged: &Matr
     }
 }
 
-/// How far rounding may move the sum of a row's values: of each its share, with room for f32 sums, and what the smallest
-/// step of a block allows.
+/// The largest error of a row's sum that rounding explains: a share of each value, f32 sums, and the smallest step of a
+/// block.
 fn allowed_error(merged: &Matrix, row: usize, magnitude: f32) -> f32 {
     let relative = match merged.format() {
         Format::F32 => 1e-6,
@@ -432,8 +431,12 @@ fn matrix_shape(name: &str, shape: &[usize]) -> Result<[usize; 2], Error> {
     })
 }
 
-/// Makes a weight the updated one.
-fn add_update(values: &mut [f32], update: &Pair, tensor: &checkpoint::Tensor) -> Result<(), Error> {
+/// Updates a weight.
+fn add_update(
+    values: &mut [f32],
+    update: &WeightUpdate,
+    tensor: &checkpoint::Tensor,
+) -> Result<(), Error> {
     let [width, out] = update.widths();
     tensor.expect_shape(&[out, width])?;
     let rows = values.par_chunks_mut(width).enumerate();

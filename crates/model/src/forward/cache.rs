@@ -1,9 +1,9 @@
-//! What attention keeps of earlier tokens.
+//! The KV cache: what attention reads of earlier tokens.
 //!
 //! Latent attention stores the normalized latent and the rotated shared key, side by side in one row: 576 numbers a
-//! layer for DeepSeek V3, where plain keys and values of 128 heads would be 40,960. In what form the numbers are held is
-//! chosen where a cache is made; attention reads what is held, of a pass's own tokens too, so that it does not matter in
-//! which passes a text was read.
+//! layer for DeepSeek V3; plain keys and values of 128 heads would be 40,960. A cache's data type is chosen when it is
+//! made. Attention reads the stored values even of a pass's own tokens, so the partition of a text into passes does not
+//! matter.
 
 use kernels::{CacheType, KvBuffer};
 
@@ -19,7 +19,7 @@ pub struct Cache {
 /// The cache of one layer: latents, or keys and values.
 #[derive(Clone, Debug)]
 pub(crate) struct LayerCache {
-    pub(crate) rows: Vec<KvBuffer>,
+    pub(crate) buffers: Vec<KvBuffer>,
 }
 
 impl Cache {
@@ -28,14 +28,14 @@ impl Cache {
         Self::of_layers(config, config.num_hidden_layers, cache_type)
     }
 
-    /// An empty cache for so many layers.
+    /// An empty cache for `n` layers.
     pub(crate) fn of_layers(config: &ModelConfig, n: usize, cache_type: CacheType) -> Self {
         let kinds = match config.attention {
             AttentionConfig::Mla(_) => 1,
             AttentionConfig::Gqa(_) => 2,
         };
         let layer = LayerCache {
-            rows: vec![KvBuffer::new(cache_type); kinds],
+            buffers: vec![KvBuffer::new(cache_type); kinds],
         };
         Self {
             layers: vec![layer; n],
@@ -43,27 +43,27 @@ impl Cache {
         }
     }
 
-    /// Bytes that a token takes, in all layers together.
+    /// Bytes per token, all layers together.
     pub fn bytes_per_token(config: &ModelConfig, cache_type: CacheType) -> usize {
         let [rows, width] = config.cache_rows();
         rows * cache_type.row_bytes(width) * config.num_hidden_layers
     }
 
-    /// Positions held.
+    /// Positions in the cache.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether nothing is held.
+    /// Whether the cache is empty.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Forgets all but the first `len` positions; does nothing where no more are held.
+    /// Keeps only the first `len` positions; does nothing if there are no more.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
-        for rows in self.layers.iter_mut().flat_map(|layer| &mut layer.rows) {
-            rows.truncate(len);
+        for buffer in self.layers.iter_mut().flat_map(|layer| &mut layer.buffers) {
+            buffer.truncate(len);
         }
     }
 

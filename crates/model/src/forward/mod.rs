@@ -1,5 +1,6 @@
-//! What a forward pass is given besides tokens, and what it leaves behind.
+//! The context of a forward pass: settings, caches, and a recorder.
 
 pub(crate) mod cache;
 pub(crate) mod context;
 pub(crate) mod recorder;
+pub(crate) mod routing;

@@ -1,12 +1,32 @@
-//! What a pass notes of the inputs of weights, for whoever asks what their columns are worth.
+//! Records of a forward pass: routing, the residual stream, or the inputs of weights.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use burn::tensor::{Int, Tensor};
 use kernels::{Direction, ExpertBank, Matrix};
 
-use super::{ForwardContext, Observe};
-use crate::modules::linear::Weight;
+use super::routing::RoutingRecord;
+
+/// Records one kind of thing in the passes that it is lent to.
+#[derive(Debug)]
+pub struct Recorder {
+    kind: RecorderKind,
+    /// What the routers decided, by layer.
+    pub routing: Vec<RoutingRecord>,
+    /// The residual stream after each part of the model, by the part's path.
+    pub residuals: Vec<(String, Tensor<2>)>,
+    /// Behind a cell, because linear layers share the context that they run in.
+    inputs: RefCell<Vec<RecordedInput>>,
+}
+
+/// What a [`Recorder`] records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum RecorderKind {
+    Routing,
+    Residuals,
+    Inputs,
+}
 
 /// What entered a frozen weight in one pass.
 #[expect(
@@ -14,28 +34,28 @@ use crate::modules::linear::Weight;
     reason = "tensor handles; there are a few for each layer"
 )]
 #[derive(Clone, Debug)]
-pub enum InputRecord {
-    /// A linear layer's.
+pub(crate) enum RecordedInput {
+    /// The input of a linear layer.
     Linear {
         /// The weight, the same one as the model's.
         matrix: Arc<Matrix>,
         /// Sums over the tokens of the inputs' squares, `[1, in]`.
         squares: Tensor<2>,
-        /// How many tokens.
+        /// Number of tokens.
         tokens: usize,
     },
-    /// Those of a weight that each head multiplies with its own rows of, or with their transpose.
+    /// The inputs of a product of each head with its own rows of a weight, or with their transpose.
     PerHead {
         /// The weight, the same one as the model's.
         matrix: Arc<Matrix>,
-        /// Which way.
+        /// The rows, or their transpose.
         direction: Direction,
         /// Sums over the tokens of the inputs' squares, `[heads, in]`.
         squares: Tensor<2>,
-        /// How many tokens.
+        /// Number of tokens.
         tokens: usize,
     },
-    /// A layer's routed experts'.
+    /// The inputs of a layer's routed experts.
     Experts {
         /// The weights, the same ones as the model's.
         bank: Arc<ExpertBank>,
@@ -46,43 +66,51 @@ pub enum InputRecord {
     },
 }
 
-impl ForwardContext<'_> {
-    /// Notes the input `[tokens, in]` of a linear layer, if that is asked for.
-    pub(crate) fn observe_input(&self, weight: &Weight, x: &Tensor<2>) {
-        if let (Observe::Inputs, Weight::Frozen(frozen)) = (self.observe, weight) {
-            self.inputs.borrow_mut().push(InputRecord::Linear {
-                matrix: Arc::clone(&frozen.matrix),
-                squares: x.clone().powi_scalar(2).sum_dim(0),
-                tokens: x.dims()[0],
-            });
+impl Recorder {
+    /// Records the routing of every mixture layer.
+    pub fn of_routing() -> Self {
+        Self::new(RecorderKind::Routing)
+    }
+
+    /// Records the residual stream after every part of a layer.
+    pub fn of_residuals() -> Self {
+        Self::new(RecorderKind::Residuals)
+    }
+
+    /// Records the squares of what enters frozen weights. This changes the form of latent attention; see
+    /// `modules/attention/form.rs`.
+    pub(crate) fn of_inputs() -> Self {
+        Self::new(RecorderKind::Inputs)
+    }
+
+    fn new(kind: RecorderKind) -> Self {
+        Self {
+            kind,
+            routing: Vec::new(),
+            residuals: Vec::new(),
+            inputs: RefCell::default(),
         }
     }
 
-    /// Notes the input `[tokens, heads, in]` of a product head by head, if that is asked for.
-    pub(crate) fn observe_heads(&self, weight: &Weight, x: &Tensor<3>, direction: Direction) {
-        if let (Observe::Inputs, Weight::Frozen(frozen)) = (self.observe, weight) {
-            self.inputs.borrow_mut().push(InputRecord::PerHead {
-                matrix: Arc::clone(&frozen.matrix),
-                direction,
-                squares: x.clone().powi_scalar(2).sum_dim(0).squeeze_dim::<2>(0),
-                tokens: x.dims()[0],
-            });
-        }
+    pub(crate) fn records_routing(&self) -> bool {
+        self.kind == RecorderKind::Routing
     }
 
-    /// Notes the input `[tokens, hidden_size]` of a layer's experts, if that is asked for.
-    pub(crate) fn observe_experts(
-        &self,
-        bank: &Arc<ExpertBank>,
-        x: &Tensor<2>,
-        ids: &Tensor<2, Int>,
-    ) {
-        if self.observe == Observe::Inputs {
-            self.inputs.borrow_mut().push(InputRecord::Experts {
-                bank: Arc::clone(bank),
-                x: x.clone(),
-                ids: ids.clone(),
-            });
-        }
+    pub(crate) fn records_residuals(&self) -> bool {
+        self.kind == RecorderKind::Residuals
+    }
+
+    pub(crate) fn records_inputs(&self) -> bool {
+        self.kind == RecorderKind::Inputs
+    }
+
+    /// Records an input of a weight.
+    pub(crate) fn record_input(&self, input: RecordedInput) {
+        self.inputs.borrow_mut().push(input);
+    }
+
+    /// The inputs that were recorded since the last call.
+    pub(crate) fn take_inputs(&self) -> Vec<RecordedInput> {
+        self.inputs.take()
     }
 }

@@ -3,30 +3,33 @@
 use burn::tensor::Device;
 use checkpoint::{DType, Folder};
 
-use super::{Builder, Source, Training, layer_keys, read_config};
+use super::builder::{Builder, Training, WeightSource};
+use super::stored::read_config;
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::decoder::{Embedding, Mtp, SharedHead};
+use crate::decoder::Embedding;
+use crate::decoder::mtp::{Mtp, SharedHead};
+use crate::keys::{Module, ParamKey, layer_keys, with_shape};
 
-/// Opens the module for multi-token prediction of a checkpoint, the first one where it has several. Its copies of the
-/// embedding and the output head are left alone where they are those of the model.
+/// Opens the module for multi-token prediction of a checkpoint, the first one if it has several. Copies of the model's
+/// embedding and output head are not loaded.
 ///
 /// # Errors
 /// If there is none, or a tensor is missing or of another shape or dtype than the config says.
 pub fn load_mtp(folder: &Folder, device: &Device) -> Result<Mtp, Error> {
     let config = read_config(folder)?;
-    let at = first(folder, &config)?;
+    let layer_idx = first(folder, &config)?;
     Builder {
-        source: Source::Folder(folder),
+        source: WeightSource::Folder(folder),
         training: Training::Frozen,
         config: &config,
         device,
     }
-    .mtp(&at)
+    .mtp(layer_idx)
 }
 
-/// Where the first module's tensors are.
-fn first(folder: &Folder, config: &ModelConfig) -> Result<String, Error> {
+/// The layer of the first module.
+fn first(folder: &Folder, config: &ModelConfig) -> Result<usize, Error> {
     let none = |found: &str| Error::NoMtp {
         place: folder.path().to_path_buf(),
         found: found.into(),
@@ -34,16 +37,17 @@ fn first(folder: &Folder, config: &ModelConfig) -> Result<String, Error> {
     if config.num_nextn_predict_layers == 0 {
         return Err(none("a config with 0 of them"));
     }
-    let at = format!("model.layers.{}", config.num_hidden_layers);
-    if !folder.contains(&format!("{at}.eh_proj.weight")) {
-        let key = format!("a config with them and no tensor `{at}.eh_proj.weight`");
+    let layer_idx = config.num_hidden_layers;
+    let input = ParamKey::weight(layer_idx, Module::MtpInput).to_string();
+    if !folder.contains(&input) {
+        let key = format!("a config with them and no tensor `{input}`");
         return Err(none(&key));
     }
-    Ok(at)
+    Ok(layer_idx)
 }
 
-/// The keys and shapes of a checkpoint's modules for multi-token prediction, scales left out, and copies of the embedding and
-/// of the output head where they are those of the model.
+/// The keys and shapes of a checkpoint's modules for multi-token prediction, without block scales and without copies of the
+/// model's embedding and output head.
 ///
 /// # Errors
 /// If there is none, or a copy cannot be read.
@@ -51,45 +55,40 @@ pub(crate) fn mtp_keys(
     folder: &Folder,
     config: &ModelConfig,
 ) -> Result<Vec<(String, Vec<usize>)>, Error> {
-    first(folder, config)?;
-    let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-    let (first, n) = (config.num_hidden_layers, config.num_nextn_predict_layers);
+    let (first, n) = (first(folder, config)?, config.num_nextn_predict_layers);
     let mut keys = Vec::new();
     for layer_idx in first..first + n {
-        let key = |name: &str| format!("model.layers.{layer_idx}.{name}.weight");
-        keys.push((key("enorm"), vec![hidden]));
-        keys.push((key("hnorm"), vec![hidden]));
-        keys.push((key("eh_proj"), vec![hidden, 2 * hidden]));
+        let key = |module| with_shape(ParamKey::weight(layer_idx, module), config);
+        let before = [
+            Module::MtpTokenNorm,
+            Module::MtpHiddenNorm,
+            Module::MtpInput,
+        ];
+        keys.extend(before.into_iter().filter_map(key));
         keys.extend(layer_keys(config, layer_idx));
-        keys.push((key("shared_head.norm"), vec![hidden]));
-        for (name, of_model) in [EMBEDDING, head(config)] {
-            if is_own(folder, &key(name), of_model)? {
-                keys.push((key(name), vec![vocab, hidden]));
+        keys.extend(key(Module::MtpNorm));
+        for module in [Module::MtpEmbedding, Module::MtpHead] {
+            if is_own(folder, config, ParamKey::weight(layer_idx, module))? {
+                keys.extend(key(module));
             }
         }
     }
     Ok(keys)
 }
 
-/// A matrix of a module, and that of the model which it may be a copy of.
-const EMBEDDING: (&str, &str) = ("embed_tokens", "model.embed_tokens.weight");
-
-fn head(config: &ModelConfig) -> (&'static str, &'static str) {
-    let of_model = if config.tie_word_embeddings {
-        EMBEDDING.1
-    } else {
-        "lm_head.weight"
-    };
-    ("shared_head.head", of_model)
-}
-
-/// Whether there is a matrix of a module and it has other values than the model's.
-fn is_own(folder: &Folder, key: &str, of_model: &str) -> Result<bool, Error> {
-    if !folder.contains(key) {
+/// Whether a module for multi-token prediction has an embedding or a head of its own: one with other values than the model's.
+fn is_own(folder: &Folder, config: &ModelConfig, key: ParamKey) -> Result<bool, Error> {
+    let own = key.to_string();
+    if !folder.contains(&own) {
         return Ok(false);
     }
-    let [own, models] = [folder.tensor(key)?, folder.tensor(of_model)?];
-    // The values of FP8 are more than its bytes.
+    let models = match key.module {
+        Module::MtpHead if !config.tie_word_embeddings => Module::Head,
+        _ => Module::Embedding,
+    };
+    let models = ParamKey::weight(None, models).to_string();
+    let [own, models] = [folder.tensor(&own)?, folder.tensor(&models)?];
+    // The values of FP8 depend on more than its bytes.
     let is_same = own.dtype == models.dtype
         && own.dtype != DType::F8E4M3
         && own.shape == models.shape
@@ -97,7 +96,7 @@ fn is_own(folder: &Folder, key: &str, of_model: &str) -> Result<bool, Error> {
     Ok(!is_same)
 }
 
-/// A module with fresh weights, as [`super::fresh`] makes the model's; none where the config has none.
+/// A module with fresh weights, as [`super::fresh`] makes the model's; none if the config has none.
 ///
 /// # Errors
 /// As [`super::fresh`].
@@ -106,41 +105,36 @@ pub fn fresh_mtp(config: &ModelConfig, seed: u64, device: &Device) -> Result<Opt
         return Ok(None);
     }
     let builder = Builder {
-        source: Source::Fresh(seed),
+        source: WeightSource::Fresh(seed),
         training: Training::Frozen,
         config,
         device,
     };
-    let at = format!("model.layers.{}", config.num_hidden_layers);
-    builder.mtp(&at).map(Some)
+    builder.mtp(config.num_hidden_layers).map(Some)
 }
 
 impl Builder<'_> {
-    fn mtp(&self, at: &str) -> Result<Mtp, Error> {
-        let config = self.config;
-        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let norm = |name: &str| self.norm(&format!("{at}.{name}"), hidden, config.rms_norm_eps);
-        let own_copy = |(name, of_model): (&str, &str)| {
-            let at = format!("{at}.{name}");
-            match self.source {
-                Source::Folder(folder) if is_own(folder, &format!("{at}.weight"), of_model)? => {
-                    self.linear(&at, [vocab, hidden]).map(Some)
-                }
-                _ => Ok(None),
+    fn mtp(&self, layer_idx: usize) -> Result<Mtp, Error> {
+        let own_copy = |module| match self.source {
+            WeightSource::Folder(folder)
+                if is_own(folder, self.config, ParamKey::weight(layer_idx, module))? =>
+            {
+                self.linear(layer_idx, module).map(Some)
             }
+            _ => Ok(None),
         };
-        let embed_tokens = own_copy(EMBEDDING)?;
+        let embed_tokens = own_copy(Module::MtpEmbedding)?;
         Ok(Mtp {
             embed_tokens: embed_tokens.map(|linear| Embedding {
                 weight: linear.weight,
             }),
-            enorm: norm("enorm")?,
-            hnorm: norm("hnorm")?,
-            eh_proj: self.linear(&format!("{at}.eh_proj"), [hidden, 2 * hidden])?,
-            layer: self.layer(config.num_hidden_layers)?,
+            enorm: self.norm(layer_idx, Module::MtpTokenNorm)?,
+            hnorm: self.norm(layer_idx, Module::MtpHiddenNorm)?,
+            eh_proj: self.linear(layer_idx, Module::MtpInput)?,
+            layer: self.layer(layer_idx)?,
             shared_head: SharedHead {
-                norm: norm("shared_head.norm")?,
-                head: own_copy(head(config))?,
+                norm: self.norm(layer_idx, Module::MtpNorm)?,
+                head: own_copy(Module::MtpHead)?,
             },
         })
     }

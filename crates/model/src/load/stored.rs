@@ -1,4 +1,4 @@
-//! A checkpoint's weights as they are stored: in which format, with which scales, whole or in halves.
+//! A checkpoint's weights as they are stored: their format, their block scales, and a `kv_b_proj` in one part or two.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -7,32 +7,33 @@ use checkpoint::{DType, Folder};
 use kernels::{Format, Ggml, Matrix, fp8};
 
 use crate::Error;
-use crate::config::{AttentionConfig, ModelConfig};
+use crate::config::ModelConfig;
+use crate::keys::{Module, ParamKey, is_scale, scale_key};
 
 /// Reads a weight of any published format.
 ///
 /// # Errors
-/// If the tensor is no matrix of the given shape, of another dtype, or its block scales are missing or do not fit; if one
-/// that a GGUF keeps in halves is not made of such.
+/// If the tensor is no matrix of the given shape or has another dtype, if its block scales are missing or do not fit, or if
+/// the parts of a split weight do not fit.
 pub fn read_matrix(
     folder: &Folder,
     key: &str,
     [rows, cols]: [usize; 2],
     block: [usize; 2],
 ) -> Result<Matrix, Error> {
-    if let Some([keys, values]) = halves(folder, key) {
+    if let Some([keys, values]) = split_kv_b(folder, key) {
         return join(folder, [&keys, &values], [rows, cols]);
     }
     let tensor = folder.tensor(key)?;
     tensor.expect_shape(&[rows, cols])?;
     match tensor.dtype {
         DType::F8E4M3 => read_fp8(folder, &tensor, [rows, cols], block),
-        _ => stored(&tensor, [rows, cols]),
+        _ => view(&tensor, [rows, cols]),
     }
 }
 
-/// A view of a tensor's bytes, of a format that needs nothing else.
-fn stored(tensor: &checkpoint::Tensor, [rows, cols]: [usize; 2]) -> Result<Matrix, Error> {
+/// A view of a tensor's bytes, in a format without separate scales.
+fn view(tensor: &checkpoint::Tensor, [rows, cols]: [usize; 2]) -> Result<Matrix, Error> {
     let format = match tensor.dtype {
         DType::F32 => Format::F32,
         DType::F16 => Format::F16,
@@ -72,28 +73,25 @@ fn unfit(tensor: &checkpoint::Tensor, cause: kernels::Error) -> Error {
     }
 }
 
-/// A projection of latent attention that a GGUF keeps in halves: its name, and theirs.
-const WHOLE: &str = ".kv_b_proj.weight";
-const HALVES: [&str; 2] = [".k_b_proj.weight", ".v_b_proj.weight"];
-
-/// The tensors of a weight's halves, where a checkpoint has these instead: of its keys `[heads, rank, nope]`, of its
-/// values `[heads, v, rank]`.
-fn halves(folder: &Folder, key: &str) -> Option<[String; 2]> {
-    let module = key.strip_suffix(WHOLE)?;
-    let halves = HALVES.map(|half| format!("{module}{half}"));
-    (!folder.contains(key) && folder.contains(&halves[0])).then_some(halves)
+/// The tensors of a split `kv_b_proj`, if a checkpoint has these instead: keys `[heads, rank, nope]`, values
+/// `[heads, v, rank]`.
+fn split_kv_b(folder: &Folder, key: &str) -> Option<[String; 2]> {
+    let whole = ParamKey::parse(key).filter(|key| key.module == Module::KvB)?;
+    let parts = [Module::KvBKeys, Module::KvBValues];
+    let parts = parts.map(|module| whole.with_module(module).to_string());
+    (!folder.contains(key) && folder.contains(&parts[0])).then_some(parts)
 }
 
-fn join(folder: &Folder, halves: [&str; 2], [rows, rank]: [usize; 2]) -> Result<Matrix, Error> {
-    let [keys, values] = [folder.tensor(halves[0])?, folder.tensor(halves[1])?];
+fn join(folder: &Folder, parts: [&str; 2], [rows, rank]: [usize; 2]) -> Result<Matrix, Error> {
+    let [keys, values] = [folder.tensor(parts[0])?, folder.tensor(parts[1])?];
     let heads = keys.shape.first().copied().unwrap_or(0);
     let nope = keys.shape.last().copied().unwrap_or(0);
     keys.expect_shape(&[heads, rank, nope])?;
     let v = (rows / heads.max(1)).saturating_sub(nope);
     values.expect_shape(&[heads, v, rank])?;
     let whole = Matrix::from_split_kv_b(
-        stored(&keys, [heads * rank, nope])?,
-        stored(&values, [heads * v, rank])?,
+        view(&keys, [heads * rank, nope])?,
+        view(&values, [heads * v, rank])?,
         heads,
     );
     let whole = whole.map_err(|cause| unfit(&keys, cause))?;
@@ -106,48 +104,50 @@ fn join(folder: &Folder, halves: [&str; 2], [rows, rank]: [usize; 2]) -> Result<
     )))
 }
 
-/// The name under which a model knows a tensor: a half's is that of the whole.
+/// A tensor's name in a model: the parts of a split weight have the name of the whole.
 pub(super) fn whole_name(name: &str) -> Cow<'_, str> {
-    let of_half = |half: &&str| Some(format!("{}{WHOLE}", name.strip_suffix(*half)?));
-    let whole = HALVES.iter().find_map(of_half);
-    whole.map_or(Cow::Borrowed(name), Cow::Owned)
+    match ParamKey::parse(name) {
+        Some(key) if matches!(key.module, Module::KvBKeys | Module::KvBValues) => {
+            Cow::Owned(key.with_module(Module::KvB).to_string())
+        }
+        _ => Cow::Borrowed(name),
+    }
 }
 
-/// The names of some tensors of a checkpoint as a model knows them: no scales, and a weight in halves once, under the name
-/// of the whole.
+/// The names of some tensors of a checkpoint as a model knows them: no block scales, and a split weight once.
 pub(crate) fn weight_names<'a>(names: impl IntoIterator<Item = &'a str>) -> Vec<Cow<'a, str>> {
-    let names = names.into_iter().filter(|name| !is_scale(name));
-    // Of the two halves the first stands for both.
-    let names = names.filter(|name| !name.ends_with(HALVES[1]));
+    // Of a split weight the keys stand for both parts.
+    let is_values =
+        |name: &str| ParamKey::parse(name).is_some_and(|key| key.module == Module::KvBValues);
+    let names = names.into_iter();
+    let names = names.filter(|name| !is_scale(name) && !is_values(name));
     names.map(whole_name).collect()
 }
 
-/// A tensor of a checkpoint. One in halves is put together, in f32.
+/// A tensor of a checkpoint; the parts of a split one are joined, in f32.
 ///
 /// # Errors
-/// If there is none, or its halves do not fit.
+/// If there is none, or its parts do not fit.
 pub(crate) fn read_tensor(
     folder: &Folder,
     key: &str,
     config: &ModelConfig,
 ) -> Result<checkpoint::Tensor, Error> {
-    let (AttentionConfig::Mla(mla), Some([keys, values])) =
-        (&config.attention, halves(folder, key))
+    let shape = ParamKey::parse(key).and_then(|key| key.shape(config));
+    let (Some(&[rows, rank]), Some([keys, values])) = (shape.as_deref(), split_kv_b(folder, key))
     else {
         return Ok(folder.tensor(key)?);
     };
-    let rows = config.num_attention_heads * (mla.qk_nope_head_dim + mla.v_head_dim);
-    let shape = [rows, mla.kv_lora_rank];
-    let whole = join(folder, [&keys, &values], shape)?.to_f32();
+    let whole = join(folder, [&keys, &values], [rows, rank])?.to_f32();
     let bytes: Vec<u8> = whole.iter().flat_map(|value| value.to_le_bytes()).collect();
-    let tensor = checkpoint::Tensor::new(key, DType::F32, &shape, bytes.into())?;
+    let tensor = checkpoint::Tensor::new(key, DType::F32, &[rows, rank], bytes.into())?;
     Ok(checkpoint::Tensor {
         file: Arc::clone(&folder.stored(&keys)?.file),
         ..tensor
     })
 }
 
-/// The format of blocks that a GGUF's tensor is in, if it is in any.
+/// The ggml format of a GGUF's tensor, if it has one.
 fn ggml(dtype: DType) -> Option<Ggml> {
     Some(match dtype {
         DType::Q4_0 => Ggml::Q4_0,
@@ -166,12 +166,23 @@ fn ggml(dtype: DType) -> Option<Ggml> {
     })
 }
 
-/// The name of a weight's block scales. Despite it, they multiply.
-pub fn scale_key(key: &str) -> String {
-    format!("{key}_scale_inv")
+/// The architecture of a checkpoint.
+///
+/// # Errors
+/// If the config is not one we compute.
+pub fn read_config(folder: &Folder) -> Result<ModelConfig, Error> {
+    let mut config = ModelConfig::from_json(folder.config(), &folder.config_path())?;
+    // A config may not mention its scales, but their dtype does.
+    if has_e8m0_scales(folder)? {
+        config.fp8_scales = fp8::Scales::PowerOfTwo;
+    }
+    Ok(config)
 }
 
-/// Whether a tensor holds the block scales of another.
-pub(crate) fn is_scale(name: &str) -> bool {
-    name.ends_with(".weight_scale_inv")
+/// Whether the block scales of a checkpoint are stored as powers of two; false if it has none.
+pub(crate) fn has_e8m0_scales(folder: &Folder) -> Result<bool, Error> {
+    match folder.names().find(|name| is_scale(name)) {
+        Some(name) => Ok(folder.stored(name)?.dtype == DType::F8E8M0),
+        None => Ok(false),
+    }
 }

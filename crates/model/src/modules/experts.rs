@@ -1,11 +1,11 @@
-//! The routed experts: one of the two places where a weight meets an activation (the other is `linear.rs`).
+//! The routed experts: one of the two places in which a weight meets an activation (the other is `linear.rs`).
 //!
 //! Frozen experts are a bank of views, one matrix per expert and projection, as the checkpoint stores them apart.
 //! Trained ones are three stacks. Low-rank updates are stacks too: one pair of factors per expert, or one factor of the
 //! pair for all of them.
 //!
-//! Where only some experts are trained or updated, a layer runs in two parts: those, and the others. Each part gets the
-//! slots of its own experts alone, so the others cost no gradient.
+//! If only some experts are trained or updated, a layer runs in two parts: those, and the others. Each part gets the slots
+//! of its own experts alone, so the others cost no gradient.
 
 use std::ops::RangeFrom;
 use std::sync::Arc;
@@ -17,11 +17,11 @@ use kernels::{
     OffloadedLayer, Quantizer, SharedExperts,
 };
 
-use super::router::Routed;
-use crate::forward::context::{ForwardContext, Observe};
-use crate::modules::linear::Linear;
-use crate::modules::mlp::Mlp;
-use crate::precision::Class;
+use super::linear::Linear;
+use super::mlp::Mlp;
+use crate::forward::context::ForwardContext;
+use crate::forward::routing::Routed;
+use crate::precision::PrecisionClass;
 
 /// The experts of one layer.
 #[derive(Module, Debug)]
@@ -30,36 +30,39 @@ pub struct Experts {
     pub weights: ExpertWeights,
     /// Their low-rank updates.
     pub lora: Option<ExpertsLora>,
-    /// If there is one, frozen weights are read as they would be written in this format, updates folded in.
+    /// Reads frozen weights, updates merged, as they would be written in this format; none reads them as they are.
     #[module(skip)]
     pub quantizer: Option<Quantizer>,
-    /// If only some of them are trained or updated: which.
+    /// The ones that are trained or updated; none if they are all alike.
     #[module(skip)]
-    pub chosen: Option<Chosen>,
+    pub subset: Option<ExpertSubset>,
+    /// Experts to prefetch for each token before the layer chooses them, if they stay on disk.
+    #[module(skip)]
+    pub n_prefetch: usize,
 }
 
-/// Some of a layer's experts, and the others.
+/// The experts of a layer that are trained or updated, and the others.
 #[derive(Clone, Debug)]
-pub struct Chosen {
-    /// Numbers of those that are trained or updated, ascending.
-    pub numbers: Vec<usize>,
-    /// Numbers of the others.
-    others: Vec<usize>,
-    /// The published weights of the chosen, and of the others.
+pub struct ExpertSubset {
+    /// Those that are trained or updated, ascending.
+    pub expert_ids: Vec<usize>,
+    /// The others.
+    other_ids: Vec<usize>,
+    /// The published weights of the subset, and of the others.
     banks: [Arc<ExpertBank>; 2],
 }
 
-impl Chosen {
+impl ExpertSubset {
     /// Parts a layer's experts.
     ///
     /// # Panics
-    /// If a number is not below the bank's size.
-    pub fn new(numbers: Vec<usize>, bank: &ExpertBank) -> Self {
-        let others: Vec<usize> = (0..bank.gate.len())
-            .filter(|expert| !numbers.contains(expert))
+    /// If an id is not below the bank's size.
+    pub fn new(expert_ids: Vec<usize>, bank: &ExpertBank) -> Self {
+        let other_ids: Vec<usize> = (0..bank.gate.len())
+            .filter(|expert| !expert_ids.contains(expert))
             .collect();
-        let pick = |numbers: &[usize]| {
-            let of = |list: &[Matrix]| numbers.iter().map(|n| list[*n].clone()).collect();
+        let pick = |ids: &[usize]| {
+            let of = |list: &[Matrix]| ids.iter().map(|id| list[*id].clone()).collect();
             Arc::new(ExpertBank::new(
                 of(&bank.gate),
                 of(&bank.up),
@@ -67,31 +70,31 @@ impl Chosen {
             ))
         };
         Self {
-            banks: [pick(&numbers), pick(&others)],
-            numbers,
-            others,
+            banks: [pick(&expert_ids), pick(&other_ids)],
+            expert_ids,
+            other_ids,
         }
     }
 }
 
-/// Where the experts' weights are.
+/// The forms of the experts' weights.
 #[derive(Module, Debug)]
 pub enum ExpertWeights {
     /// Never change, have no gradient, stay in their published bytes.
     Frozen(FrozenBank),
     /// Trained, in f32.
     Trained(Stacks),
-    /// The chosen ones are trained, the others frozen.
-    Partly(PartlyTrained),
+    /// A subset is trained, the others are frozen.
+    Partial(PartiallyTrained),
 }
 
-/// Frozen experts, some of which are trained.
+/// Frozen experts, a subset of them trained.
 #[derive(Module, Debug)]
-pub struct PartlyTrained {
+pub struct PartiallyTrained {
     /// All of them, as published.
     #[module(skip)]
     pub bank: Arc<ExpertBank>,
-    /// The chosen ones, as trained.
+    /// The subset, as trained.
     pub trained: Stacks,
 }
 
@@ -129,12 +132,12 @@ pub struct ExpertsLora {
     /// Whether it is written in PEFT's stacked form.
     #[module(skip)]
     pub is_fused: bool,
-    /// Chance of an input element of an update to be dropped.
+    /// Probability of dropping an input element of an update.
     #[module(skip)]
     pub dropout: f32,
-    /// This site's number, for the dropout's seed.
+    /// This module's number, which gives it random values of its own.
     #[module(skip)]
-    pub site: u64,
+    pub dropout_stream: u64,
 }
 
 /// Stacked factors of one projection.
@@ -151,7 +154,7 @@ pub struct FactorStacks {
 
 impl FactorStacks {
     /// Both factors with one entry per expert; the gradient of a shared one is the sum over them.
-    fn of_each(&self, experts: usize) -> [Tensor<3>; 2] {
+    fn per_expert(&self, experts: usize) -> [Tensor<3>; 2] {
         [&self.lora_a, &self.lora_b].map(|factor| {
             let factor = factor.val();
             let [n, rows, cols] = factor.dims();
@@ -165,11 +168,11 @@ impl FactorStacks {
 }
 
 impl Experts {
-    /// The published weights; none if all are trained.
+    /// The published weights; none if all experts are trained.
     fn bank(&self) -> Option<&Arc<ExpertBank>> {
         match &self.weights {
             ExpertWeights::Frozen(frozen) => Some(&frozen.bank),
-            ExpertWeights::Partly(partly) => Some(&partly.bank),
+            ExpertWeights::Partial(partial) => Some(&partial.bank),
             ExpertWeights::Trained(_) => None,
         }
     }
@@ -184,59 +187,71 @@ impl Experts {
 
     /// The banks that are multiplied with.
     fn frozen_banks(&mut self) -> &mut [Arc<ExpertBank>] {
-        match (&mut self.chosen, &mut self.weights) {
-            (Some(chosen), _) => &mut chosen.banks,
+        match (&mut self.subset, &mut self.weights) {
+            (Some(subset), _) => &mut subset.banks,
             (None, ExpertWeights::Frozen(frozen)) => std::slice::from_mut(&mut frozen.bank),
-            (None, ExpertWeights::Trained(_) | ExpertWeights::Partly(_)) => &mut [],
+            (None, ExpertWeights::Trained(_) | ExpertWeights::Partial(_)) => &mut [],
         }
     }
 
-    /// Leaves frozen experts in their file but for those that were used last; each bank of them takes a number.
-    pub(crate) fn cache(&mut self, cache: &Arc<ExpertCache>, numbers: &mut RangeFrom<usize>) {
-        for (bank, layer) in self.frozen_banks().iter_mut().zip(numbers) {
+    /// Keeps frozen experts on disk, caching the most recently used; each bank takes a number from `layers`.
+    pub(crate) fn cache(
+        &mut self,
+        cache: &Arc<ExpertCache>,
+        layers: &mut RangeFrom<usize>,
+        n_prefetch: usize,
+    ) {
+        for (bank, layer) in self.frozen_banks().iter_mut().zip(layers) {
             let cache = Arc::clone(cache);
             Arc::make_mut(bank).cached = Some(OffloadedLayer { cache, layer });
         }
+        self.n_prefetch = n_prefetch;
     }
 
-    /// Whether frozen experts stay in their file but for those that were used last.
-    pub(crate) fn is_cached(&self) -> bool {
-        self.bank().is_some_and(|bank| bank.cached.is_some())
-    }
-
-    /// Has experts read from their file that are probably chosen next, `[tokens, experts]`, a token's likeliest first.
-    pub(crate) fn expect(&self, likely: Tensor<2, Int>) {
-        if let Some(bank) = self.bank() {
-            kernels::prefetch_experts(likely, bank);
+    /// Prefetches the experts that tokens will probably choose, if experts stay on disk and the pass generates text.
+    /// `likely` gives the best `n` experts of every token, `[tokens, n]`. Nothing but time depends on it.
+    pub(crate) fn prefetch(
+        &self,
+        ctx: &ForwardContext<'_>,
+        likely: impl FnOnce(usize) -> Tensor<2, Int>,
+    ) {
+        let is_generating = !ctx.caches.is_empty();
+        if self.n_prefetch > 0
+            && is_generating
+            && let Some(bank) = self.bank().filter(|bank| bank.cached.is_some())
+        {
+            kernels::prefetch_experts(likely(self.n_prefetch), bank);
         }
     }
 
-    /// How often its experts, and those of all layers with the same cache, were in memory; none where all are.
+    /// How often its experts, and those of all layers with the same cache, were in memory; none if all always are.
     pub(crate) fn traffic(&self) -> Option<ExpertTraffic> {
-        let parts = self.chosen.iter().flat_map(|chosen| &chosen.banks);
+        let parts = self.subset.iter().flat_map(|subset| &subset.banks);
         let mut cached = self.bank().into_iter().chain(parts).flat_map(|b| &b.cached);
         cached.next().map(|layer| layer.cache.traffic())
     }
 
-    /// How many experts are trained or updated, if any are.
-    pub fn n_chosen(&self) -> usize {
-        let chosen = self.chosen.as_ref();
-        chosen.map_or_else(|| self.dims()[0], |chosen| chosen.numbers.len())
+    /// Number of experts that are trained or updated, if any are.
+    pub fn n_updated(&self) -> usize {
+        let subset = self.subset.as_ref();
+        subset.map_or_else(|| self.dims()[0], |subset| subset.expert_ids.len())
     }
 
-    /// The numbers of the experts that are trained or updated, if any are.
-    pub fn numbers(&self) -> Vec<usize> {
-        let chosen = self.chosen.as_ref();
-        chosen.map_or_else(
+    /// The experts that are trained or updated, if any are.
+    pub fn updated_ids(&self) -> Vec<usize> {
+        let subset = self.subset.as_ref();
+        subset.map_or_else(
             || (0..self.dims()[0]).collect(),
-            |chosen| chosen.numbers.clone(),
+            |subset| subset.expert_ids.clone(),
         )
     }
 
-    /// Leaves all but some of the frozen experts alone: updates that are put on then are those of the chosen ones.
-    pub fn choose(&mut self, numbers: Vec<usize>) {
-        self.chosen = match self.bank() {
-            Some(bank) if numbers.len() < bank.gate.len() => Some(Chosen::new(numbers, bank)),
+    /// Restricts the updates of frozen experts to a subset.
+    pub fn restrict_updates(&mut self, expert_ids: Vec<usize>) {
+        self.subset = match self.bank() {
+            Some(bank) if expert_ids.len() < bank.gate.len() => {
+                Some(ExpertSubset::new(expert_ids, bank))
+            }
             _ => None,
         };
     }
@@ -246,7 +261,7 @@ impl Experts {
         match (&self.weights, self.bank()) {
             (ExpertWeights::Trained(stacks), _) => stacks.gate_proj.val().dims(),
             (_, Some(bank)) => [bank.gate.len(), bank.gate[0].rows(), bank.gate[0].cols()],
-            _ => unreachable!("what is not trained as a whole has a bank"),
+            _ => unreachable!("experts that are not fully trained have a bank"),
         }
     }
 
@@ -259,9 +274,9 @@ impl Experts {
         let mapped: usize = matrices.map(Matrix::size_bytes).sum();
         let held = match &self.weights {
             ExpertWeights::Frozen(_) => 0,
-            ExpertWeights::Trained(_) | ExpertWeights::Partly(_) => {
+            ExpertWeights::Trained(_) | ExpertWeights::Partial(_) => {
                 let [_, inner, hidden] = self.dims();
-                self.n_chosen() * inner * hidden * 3 * 4
+                self.n_updated() * inner * hidden * 3 * 4
             }
         };
         mapped + held
@@ -273,43 +288,43 @@ impl Experts {
     /// - `x`: `[tokens, hidden_size]`
     /// - returns: `[tokens, hidden_size]`
     pub fn forward(&self, x: Tensor<2>, routed: Routed, ctx: &ForwardContext<'_>) -> Tensor<2> {
-        let compute = ctx.compute_of(Class::Experts);
+        let compute = ctx.compute_of(PrecisionClass::Experts);
         let experts = self.dims()[0];
-        match (&self.weights, &self.chosen) {
+        match (&self.weights, &self.subset) {
             (ExpertWeights::Frozen(frozen), None) => {
-                ctx.observe_experts(&frozen.bank, &x, &routed.ids);
+                ctx.record_experts(&frozen.bank, &x, &routed.ids);
                 let routing = routing(&routed, None, experts);
                 self.frozen(x, routing, &frozen.bank, ctx)
             }
             (ExpertWeights::Trained(stacks), _) => {
                 stacks.forward(x, routing(&routed, None, experts), compute)
             }
-            (weights, Some(chosen)) => {
-                let part = |numbers: &Vec<usize>| routing(&routed, Some(numbers), experts);
-                let own = part(&chosen.numbers);
+            (weights, Some(subset)) => {
+                let slots_of = |ids: &Vec<usize>| routing(&routed, Some(ids), experts);
+                let slots = slots_of(&subset.expert_ids);
                 let y = match weights {
-                    ExpertWeights::Partly(partly) => {
-                        partly.trained.forward(x.clone(), own, compute)
+                    ExpertWeights::Partial(partial) => {
+                        partial.trained.forward(x.clone(), slots, compute)
                     }
-                    _ => self.frozen(x.clone(), own, &chosen.banks[0], ctx),
+                    _ => self.frozen(x.clone(), slots, &subset.banks[0], ctx),
                 };
-                if chosen.others.is_empty() {
+                if subset.other_ids.is_empty() {
                     return y;
                 }
                 let others = Self {
                     lora: None,
-                    chosen: None,
+                    subset: None,
                     ..self.clone()
                 };
-                y + others.frozen(x, part(&chosen.others), &chosen.banks[1], ctx)
+                y + others.frozen(x, slots_of(&subset.other_ids), &subset.banks[1], ctx)
             }
-            (ExpertWeights::Partly(_), None) => {
+            (ExpertWeights::Partial(_), None) => {
                 unreachable!("the loader notes which experts it trains")
             }
         }
     }
 
-    /// [`Self::forward`], and the experts that every token has added to it; together where all are frozen weights as they
+    /// [`Self::forward`], with the shared experts added; one kernel does it all if all weights are frozen and multiplied as they
     /// are.
     ///
     /// # Shapes
@@ -322,20 +337,22 @@ impl Experts {
         routed: Routed,
         ctx: &ForwardContext<'_>,
     ) -> Tensor<2> {
-        let (Some(bank), Some(shared)) = (self.bare(ctx), bare(shared, ctx)) else {
+        let (Some(bank), Some(shared)) = (self.as_frozen(ctx), shared_as_frozen(shared, ctx))
+        else {
             return self.forward(x.clone(), routed, ctx) + shared.forward(x, ctx);
         };
         let routing = routing(&routed, None, bank.gate.len());
-        let compute = ctx.compute_of(Class::Experts);
+        let compute = ctx.compute_of(PrecisionClass::Experts);
         kernels::moe_frozen(x, routing, bank, shared, compute)
     }
 
-    /// The weights, where all are frozen and multiplied as they are, and nobody asks for the inputs.
-    fn bare(&self, ctx: &ForwardContext<'_>) -> Option<&Arc<ExpertBank>> {
-        let is_bare = self.chosen.is_none() && self.lora.is_none() && self.quantizer.is_none();
-        let is_bare = is_bare && ctx.observe != Observe::Inputs;
+    /// The weights, if all are frozen and multiplied as they are; see [`Linear::as_frozen`].
+    fn as_frozen(&self, ctx: &ForwardContext<'_>) -> Option<&Arc<ExpertBank>> {
+        let is_updated = self.subset.is_some() || self.lora.is_some();
         match &self.weights {
-            ExpertWeights::Frozen(frozen) if is_bare => Some(&frozen.bank),
+            ExpertWeights::Frozen(frozen) if !is_updated && self.quantizer.is_none() => {
+                Some(&frozen.bank).filter(|_| !ctx.records_inputs())
+            }
             _ => None,
         }
     }
@@ -348,12 +365,12 @@ impl Experts {
         bank: &Arc<ExpertBank>,
         ctx: &ForwardContext<'_>,
     ) -> Tensor<2> {
-        let compute = ctx.compute_of(Class::Experts);
+        let compute = ctx.compute_of(PrecisionClass::Experts);
         let (factors, lora) = self.factors(bank, &x.device(), ctx);
         kernels::experts_frozen(x, routing, bank, factors, lora, compute)
     }
 
-    /// The updates of a bank's experts as the kernel takes them: rank 0 where there is none.
+    /// The updates of a bank's experts as the kernel takes them; the absent ones have rank 0.
     fn factors(
         &self,
         bank: &ExpertBank,
@@ -371,23 +388,23 @@ impl Experts {
                 0.0,
             )
         };
-        let some = |factors: &FactorStacks| (factors.of_each(experts), factors.scale);
+        let factors = |stacks: &FactorStacks| (stacks.per_expert(experts), stacks.scale);
         let lora = self.lora.as_ref();
         let pick = |of: fn(&ExpertsLora) -> &Option<FactorStacks>, widths| {
             lora.and_then(|lora| of(lora).as_ref())
-                .map_or_else(|| none(widths), some)
+                .map_or_else(|| none(widths), factors)
         };
 
         let (down, down_scale) = pick(|lora| &lora.down_proj, [inner, hidden]);
         let ((gate, gate_scale), (up, up_scale)) =
             match lora.and_then(|lora| lora.gate_up_proj.as_ref()) {
-                Some(both) => {
-                    let [a, b] = both.of_each(experts);
+                Some(gate_up) => {
+                    let [a, b] = gate_up.per_expert(experts);
                     let rank = a.dims()[1];
                     let half = |rows: std::ops::Range<usize>| {
                         (
                             [a.clone(), b.clone().slice([0..experts, rows, 0..rank])],
-                            both.scale,
+                            gate_up.scale,
                         )
                     };
                     (half(0..inner), half(inner..2 * inner))
@@ -402,7 +419,7 @@ impl Experts {
                 probability: lora.dropout,
                 seed,
             }
-            .fork(lora.site),
+            .fork(lora.dropout_stream),
             _ => Dropout::OFF,
         };
         (
@@ -428,11 +445,11 @@ impl Stacks {
     }
 }
 
-/// The weights of an MLP that is frozen, without updates and biases.
-fn bare(mlp: &Mlp, ctx: &ForwardContext<'_>) -> Option<SharedExperts> {
+/// The weights of shared experts, if all are frozen and multiplied as they are.
+fn shared_as_frozen(mlp: &Mlp, ctx: &ForwardContext<'_>) -> Option<SharedExperts> {
     let weight = |linear: &Linear| {
         linear
-            .bare(ctx)
+            .as_frozen(ctx)
             .filter(|_| linear.bias.is_none())
             .map(Arc::clone)
     };
@@ -440,26 +457,26 @@ fn bare(mlp: &Mlp, ctx: &ForwardContext<'_>) -> Option<SharedExperts> {
         gate: weight(&mlp.gate_proj)?,
         up: weight(&mlp.up_proj)?,
         down: weight(&mlp.down_proj)?,
-        compute: ctx.compute_of(Class::Linear),
+        compute: ctx.compute_of(PrecisionClass::Linear),
     })
 }
 
-/// What the down projection of a frozen expert multiplies, for those tokens that are given.
+/// The input of a frozen expert's down projection.
 ///
 /// # Shapes
 /// - `x`: `[tokens, hidden_size]`
 /// - returns: `[tokens, moe_intermediate_size]`
-pub(crate) fn inner(bank: &ExpertBank, expert: usize, x: Tensor<2>) -> Tensor<2> {
+pub(crate) fn down_input(bank: &ExpertBank, expert: usize, x: Tensor<2>) -> Tensor<2> {
     let [gate, up] = [&bank.gate, &bank.up].map(|list| {
         kernels::linear_frozen(x.clone(), &Arc::new(list[expert].clone()), Compute::F32)
     });
     kernels::swiglu(gate, up, Compute::F32)
 }
 
-/// The slots of all experts, or of those with some numbers, which then count from zero.
-fn routing(routed: &Routed, numbers: Option<&Vec<usize>>, experts: usize) -> kernels::Routing {
+/// The slots of all experts, or of a subset, whose experts count from zero then.
+fn routing(routed: &Routed, subset: Option<&Vec<usize>>, experts: usize) -> kernels::Routing {
     let weights = routed.weights.clone();
-    let Some(numbers) = numbers else {
+    let Some(expert_ids) = subset else {
         let (order, offsets) = kernels::dispatch(routed.ids.clone(), experts);
         return kernels::Routing {
             weights,
@@ -467,12 +484,12 @@ fn routing(routed: &Routed, numbers: Option<&Vec<usize>>, experts: usize) -> ker
             offsets,
         };
     };
-    // All others are one more expert, whose slots come last and are left out.
-    let n = numbers.len();
+    // All others are one more expert. Its slots come last and are left out.
+    let n = expert_ids.len();
     let mut places = vec![n as i32; experts];
     (0..)
-        .zip(numbers)
-        .for_each(|(place, number)| places[*number] = place);
+        .zip(expert_ids)
+        .for_each(|(place, expert)| places[*expert] = place);
     let (device, [tokens, top_k]) = (weights.device(), routed.ids.dims());
     let places = Tensor::<1, Int>::from_ints(places.as_slice(), &device);
     let ids = places.select(0, routed.ids.clone().reshape([tokens * top_k]));

@@ -1,8 +1,8 @@
-//! Linear layers: one of the two places where a weight meets an activation (the other is `moe/experts.rs`).
+//! Linear layers: one of the two places in which a weight meets an activation (the other is `experts.rs`).
 //!
-//! A weight is frozen, in whatever bytes its file holds, or trained, as f32. A low-rank update may sit on either.
-//! Training, evaluation and serving, in every number format, go through the few functions here, so a new format or
-//! a new kind of update changes this file, its sister and the kernels, and no model.
+//! A weight is frozen, in the bytes of its file, or trained, in f32. A low-rank update may sit on either. Training,
+//! evaluation and serving in every number format go through the functions here, so a new format or a new kind of update
+//! changes this file, `experts.rs` and the kernels, and no model.
 
 use std::sync::Arc;
 
@@ -13,9 +13,9 @@ use kernels::{
     Update,
 };
 
-use crate::forward::context::{ForwardContext, Observe};
-use crate::adapt::attach::Lora;
-use crate::precision::Class;
+use crate::forward::context::ForwardContext;
+use crate::modules::lora::Lora;
+use crate::precision::PrecisionClass;
 
 /// A weight `[out, in]`, as a checkpoint stores it.
 #[derive(Module, Debug)]
@@ -51,6 +51,14 @@ impl Weight {
         }
     }
 
+    /// The matrix of a frozen weight.
+    pub(crate) fn frozen(&self) -> Option<&Arc<Matrix>> {
+        match self {
+            Self::Frozen(frozen) => Some(&frozen.matrix),
+            Self::Trained(_) => None,
+        }
+    }
+
     /// Visits the matrix of a frozen weight.
     pub(crate) fn for_each_frozen(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
         if let Self::Frozen(frozen) = self {
@@ -80,12 +88,22 @@ pub struct Linear {
     pub bias: Option<Param<Tensor<1>>>,
     /// The update.
     pub lora: Option<Lora>,
-    /// If there is one, a frozen weight is read as it would be written in this format, its update folded in.
+    /// Reads a frozen weight, its update merged, as it would be written in this format; none reads it as it is.
     #[module(skip)]
     pub quantizer: Option<Quantizer>,
 }
 
 impl Linear {
+    /// A layer without bias and updates.
+    pub fn new(weight: Weight) -> Self {
+        Self {
+            weight,
+            bias: None,
+            lora: None,
+            quantizer: None,
+        }
+    }
+
     /// # Shapes
     /// - `x`: `[tokens, in]`
     /// - returns: `[tokens, out]`
@@ -93,7 +111,7 @@ impl Linear {
     /// # Panics
     /// If the width does not fit.
     pub fn forward(&self, x: Tensor<2>, ctx: &ForwardContext<'_>) -> Tensor<2> {
-        self.forward_as(Class::Linear, x, ctx)
+        self.forward_as(PrecisionClass::Linear, x, ctx)
     }
 
     /// [`Self::forward`] in the precision of another class.
@@ -104,23 +122,30 @@ impl Linear {
     ///
     /// # Panics
     /// If the width does not fit.
-    pub fn forward_as(&self, class: Class, x: Tensor<2>, ctx: &ForwardContext<'_>) -> Tensor<2> {
-        ctx.observe_input(&self.weight, &x);
+    pub fn forward_as(
+        &self,
+        class: PrecisionClass,
+        x: Tensor<2>,
+        ctx: &ForwardContext<'_>,
+    ) -> Tensor<2> {
+        ctx.record_input(self.weight.frozen(), &x);
         let compute = self.compute(class, ctx);
         self.biased(match (&self.weight, self.quantizer) {
             (Weight::Frozen(frozen), Some(quantizer)) => {
-                self.forward_merged(x, &frozen.matrix, quantizer, compute)
+                self.forward_fake_quantized(x, &frozen.matrix, quantizer, compute)
             }
             _ => self.forward_updated(x, compute, ctx),
         })
     }
 
-    /// What its products compute in. A head that is rounded to bf16 would move every probability, and read no byte less.
-    fn compute(&self, class: Class, ctx: &ForwardContext<'_>) -> Compute {
+    /// What its products compute in. Rounding activations to bf16 for the head would move every probability and save no
+    /// memory traffic.
+    fn compute(&self, class: PrecisionClass, ctx: &ForwardContext<'_>) -> Compute {
         let compute = ctx.compute_of(class);
         match &self.weight {
             Weight::Frozen(frozen)
-                if class == Class::Head && compute.over(&frozen.matrix) == Compute::Bf16 =>
+                if class == PrecisionClass::Head
+                    && compute.over(&frozen.matrix) == Compute::Bf16 =>
             {
                 Compute::F32
             }
@@ -128,8 +153,8 @@ impl Linear {
         }
     }
 
-    /// [`Self::forward`] of two layers with the same input, whose products are made together where both are frozen
-    /// weights as they are.
+    /// [`Self::forward`] of two layers with the same input. One kernel makes both products if both weights are frozen and
+    /// multiplied as they are.
     ///
     /// # Shapes
     /// - `x`: `[tokens, in]`
@@ -137,28 +162,26 @@ impl Linear {
     ///
     /// # Panics
     /// If a width does not fit.
-    pub fn forward_both(
-        both: [&Self; 2],
+    pub fn forward_pair(
+        pair: [&Self; 2],
         x: Tensor<2>,
         ctx: &ForwardContext<'_>,
     ) -> [Tensor<2>; 2] {
-        let [Some(first), Some(second)] = both.map(|linear| linear.bare(ctx)) else {
-            return both.map(|linear| linear.forward(x.clone(), ctx));
+        let [Some(first), Some(second)] = pair.map(|linear| linear.as_frozen(ctx)) else {
+            return pair.map(|linear| linear.forward(x.clone(), ctx));
         };
-        let compute = ctx.compute_of(Class::Linear);
+        let compute = ctx.compute_of(PrecisionClass::Linear);
         let [y, z] = kernels::linear_frozen_pair(x, [first, second], compute);
-        [both[0].biased(y), both[1].biased(z)]
+        [pair[0].biased(y), pair[1].biased(z)]
     }
 
-    /// The weight, where it is frozen and multiplied as it is, and nobody asks for its input.
-    pub(crate) fn bare(&self, ctx: &ForwardContext<'_>) -> Option<&Arc<Matrix>> {
-        let is_bare = self.lora.is_none() && self.quantizer.is_none();
-        match &self.weight {
-            Weight::Frozen(frozen) if is_bare && ctx.observe != Observe::Inputs => {
-                Some(&frozen.matrix)
-            }
-            _ => None,
-        }
+    /// The weight, if it is frozen and multiplied as it is, so that fused kernels may take it. They have the bits of the
+    /// products that they fuse, but show no input to a recorder.
+    pub(crate) fn as_frozen(&self, ctx: &ForwardContext<'_>) -> Option<&Arc<Matrix>> {
+        let is_frozen = self.lora.is_none() && self.quantizer.is_none();
+        self.weight
+            .frozen()
+            .filter(|_| is_frozen && !ctx.records_inputs())
     }
 
     /// A product with the bias added.
@@ -187,21 +210,22 @@ impl Linear {
         let Some(lora) = &self.lora else {
             return self.product(x, compute);
         };
-        let gains = lora.gains(&self.weight).map(Tensor::unsqueeze::<2>);
+        let dora_scales = lora.dora_scales(&self.weight);
+        let dora_scales = dora_scales.map(Tensor::unsqueeze::<2>);
         if !lora.drops(ctx) {
             let y = self.updated(lora, x, compute, ctx);
-            return match gains {
-                Some(gains) => y * gains,
+            return match dora_scales {
+                Some(scales) => y * scales,
                 None => y,
             };
         }
         let (y, x) = (self.product(x.clone(), compute), lora.dropped(x, ctx));
-        let Some(gains) = gains else {
+        let Some(dora_scales) = dora_scales else {
             return lora.add_to(y, x, ctx);
         };
-        // What DoRA changes is of dropped inputs only, its share of the base's product included.
+        // DoRA changes the products of dropped inputs only, the base's product included.
         let dropped = self.product(x.clone(), compute);
-        y - dropped.clone() + lora.add_to(dropped, x, ctx) * gains
+        y - dropped.clone() + lora.add_to(dropped, x, ctx) * dora_scales
     }
 
     /// The product with the weight and its update, of one input.
@@ -225,7 +249,7 @@ impl Linear {
     }
 
     /// The product with the weight that a merge into the quantizer's format would write.
-    fn forward_merged(
+    fn forward_fake_quantized(
         &self,
         x: Tensor<2>,
         w: &Arc<Matrix>,
@@ -240,9 +264,9 @@ impl Linear {
         kernels::linear_fake_quantized(x, w, factors, FakeQuantize { scale, quantizer }, compute)
     }
 
-    /// Multiplies each head with its own rows of the weight, or with their transpose, low-rank update included:
-    /// what folds `kv_b_proj` into queries and outputs while decoding. Without gradient, and without the quantizer, whose
-    /// blocks do not end where heads do.
+    /// Multiplies each head with its own rows of the weight, or with their transpose, low-rank update included. Absorbed
+    /// attention folds `kv_b_proj` into queries and outputs this way. Has no gradient, and ignores the quantizer: its blocks
+    /// do not end at the ends of heads.
     ///
     /// # Shapes
     /// - `x`: `[tokens, heads, in]` (forward) or `[tokens, heads, rows.len]` (transposed)
@@ -251,24 +275,25 @@ impl Linear {
     /// # Panics
     /// If the sizes do not fit.
     pub fn per_head(&self, x: Tensor<3>, rows: HeadRows, ctx: &ForwardContext<'_>) -> Tensor<3> {
-        ctx.observe_heads(&self.weight, &x, rows.direction);
-        let gains = self.lora.as_ref().and_then(|lora| lora.gains(&self.weight));
-        let gains = gains.map(|gains| {
-            let of_heads = gains.reshape([1, rows.heads, self.weight.dims()[0] / rows.heads]);
+        ctx.record_heads(self.weight.frozen(), &x, rows.direction);
+        let lora = self.lora.as_ref();
+        let dora_scales = lora.and_then(|lora| lora.dora_scales(&self.weight));
+        let dora_scales = dora_scales.map(|scales| {
+            let of_heads = scales.reshape([1, rows.heads, self.weight.dims()[0] / rows.heads]);
             of_heads.slice([0..1, 0..rows.heads, rows.start..rows.start + rows.len])
         });
-        let x = match (&gains, rows.direction) {
-            (Some(gains), Direction::Transposed) => x * gains.clone(),
+        let x = match (&dora_scales, rows.direction) {
+            (Some(scales), Direction::Transposed) => x * scales.clone(),
             _ => x,
         };
         let y = match &self.weight {
             Weight::Frozen(frozen) => {
-                let compute = ctx.compute_of(Class::Linear);
+                let compute = ctx.compute_of(PrecisionClass::Linear);
                 kernels::heads_linear(x.clone(), &frozen.matrix, rows, compute)
             }
             Weight::Trained(weight) => per_head_dense(x.clone(), weight.val(), rows),
         };
-        let Some(lora) = &self.lora else { return y };
+        let Some(lora) = lora else { return y };
         let ([tokens, heads, _], rank) = (x.dims(), lora.rank());
         let a = lora.lora_a.val(); // [rank, in]
         let flat = |x: Tensor<3>| {
@@ -287,14 +312,14 @@ impl Linear {
             }
         };
         let y = y + update * lora.scale;
-        match (gains, rows.direction) {
-            (Some(gains), Direction::Forward) => y * gains,
+        match (dora_scales, rows.direction) {
+            (Some(scales), Direction::Forward) => y * scales,
             _ => y,
         }
     }
 
-    /// Attention of one sequence over its latents with this layer, as `kv_b_proj`, folded into queries and outputs, all at
-    /// once; none where this is more than a frozen weight, which [`Self::per_head`] is for. Without gradient.
+    /// Absorbed attention of one sequence over its latents in one kernel, with this layer as `kv_b_proj`; none unless this is a
+    /// frozen weight as it is, see [`Self::per_head`] for the rest. Has no gradient.
     ///
     /// # Shapes
     /// - `q`: `[1, seq, heads, dim]`, `latents`: `[kv_seq, 1, rank + rope]`
@@ -309,14 +334,14 @@ impl Linear {
         absorbed: Absorbed,
         ctx: &ForwardContext<'_>,
     ) -> Option<Tensor<4>> {
-        let (w, q) = (self.bare(ctx)?, q.clone());
-        let compute = ctx.compute_of(Class::Linear);
+        let (w, q) = (self.as_frozen(ctx)?, q.clone());
+        let compute = ctx.compute_of(PrecisionClass::Linear);
         Some(kernels::absorbed_attention(
             q, latents, w, absorbed, compute,
         ))
     }
 
-    /// The loss of every token with this layer as the output head; the logits are never held together.
+    /// The loss of every token with this layer as the output head. The logits never exist all at the same time.
     ///
     /// # Shapes
     /// - `hidden`: `[tokens, in]`, `targets`: `[tokens]`, −100 for none
@@ -327,7 +352,7 @@ impl Linear {
         targets: Tensor<1, Int>,
         ctx: &ForwardContext<'_>,
     ) -> Tensor<1> {
-        let compute = self.compute(Class::Head, ctx);
+        let compute = self.compute(PrecisionClass::Head, ctx);
         match (&self.weight, &self.lora) {
             (Weight::Trained(weight), _) => {
                 kernels::cross_entropy_trained(hidden, weight.val(), targets, compute)
@@ -347,7 +372,7 @@ impl Linear {
 }
 
 impl Lora {
-    /// Whether the update sees another input than the weight.
+    /// Whether the update sees dropped inputs.
     fn drops(&self, ctx: &ForwardContext<'_>) -> bool {
         self.dropout != 0.0 && ctx.dropout_seed.is_some()
     }
@@ -366,7 +391,7 @@ impl Lora {
             probability: self.dropout,
             seed,
         };
-        kernels::dropout(x, dropout.fork(self.site))
+        kernels::dropout(x, dropout.fork(self.dropout_stream))
     }
 
     /// The first half of the update, `scale · x · aᵀ`.
@@ -375,13 +400,13 @@ impl Lora {
     /// - `x`: `[tokens, in]`
     /// - returns: `[tokens, rank]`
     fn project(&self, x: Tensor<2>, ctx: &ForwardContext<'_>) -> Tensor<2> {
-        let products = Class::Lora.compute(ctx.compute);
+        let products = PrecisionClass::Lora.compute(ctx.compute);
         kernels::linear_trained(x, self.lora_a.val(), products, ctx.compute) * self.scale
     }
 
-    /// DoRA's factor of every output, `[out]`: its magnitude over the norm of its row, which counts as a constant. None
-    /// for a plain update.
-    fn gains(&self, weight: &Weight) -> Option<Tensor<1>> {
+    /// DoRA's scale of every output, `[out]`: its magnitude over the norm of its row, a constant of the gradient. None for a
+    /// plain update.
+    fn dora_scales(&self, weight: &Weight) -> Option<Tensor<1>> {
         let dora = self.dora.as_ref()?;
         let norms = match &dora.norms {
             Some(norms) => norms.clone(),
@@ -392,15 +417,15 @@ impl Lora {
 
     /// The norms of the updated weight's rows, `[out]`, without gradient.
     pub(crate) fn row_norms(&self, weight: &Weight) -> Tensor<1> {
-        // In burn, what is detached from a parameter still asks for a gradient.
+        // In burn, a tensor detached from a parameter still requires a gradient.
         let factors =
             [&self.lora_a, &self.lora_b].map(|factor| factor.val().set_require_grad(false));
         match weight {
             Weight::Frozen(frozen) => kernels::row_norms(&frozen.matrix, factors, self.scale),
             Weight::Trained(weight) => {
                 let [a, b] = factors;
-                let whole = weight.val().set_require_grad(false) + b.matmul(a) * self.scale;
-                whole.powi_scalar(2).sum_dim(1).squeeze_dim::<1>(1).sqrt()
+                let updated = weight.val().set_require_grad(false) + b.matmul(a) * self.scale;
+                updated.powi_scalar(2).sum_dim(1).squeeze_dim::<1>(1).sqrt()
             }
         }
     }

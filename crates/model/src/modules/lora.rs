@@ -20,22 +20,22 @@ pub struct Lora {
     /// Multiplier of the update.
     #[module(skip)]
     pub scale: f32,
-    /// Chance of an input element to be dropped.
+    /// Probability of dropping an input element.
     #[module(skip)]
     pub dropout: f32,
-    /// This site's number, for the dropout's seed.
+    /// This module's number, which gives it random values of its own.
     #[module(skip)]
-    pub site: u64,
-    /// The lengths of the updated rows, if they are trained too.
+    pub dropout_stream: u64,
+    /// DoRA's part.
     pub dora: Option<Dora>,
 }
 
-/// What DoRA adds to an update.
+/// DoRA's part of an update.
 #[derive(Module, Debug)]
 pub struct Dora {
     /// The length of every row of the updated weight, `[out]`.
     pub lora_magnitude_vector: Param<Tensor<1>>,
-    /// The norms of those rows, `[out]`, where nothing is trained that would change them.
+    /// The norms of those rows, `[out]`, if no training changes them.
     #[module(skip)]
     pub norms: Option<Tensor<1>>,
 }

@@ -1,10 +1,10 @@
 //! The parts of a decoder layer.
 
-pub(crate) mod attention;
+pub mod attention;
 pub mod experts;
 pub mod linear;
-pub(crate) mod lora;
-pub(crate) mod mlp;
+pub mod lora;
+pub mod mlp;
 pub mod moe;
-pub(crate) mod norm;
+pub mod norm;
 pub mod router;

@@ -1,17 +1,15 @@
 //! A mixture of experts: route → dispatch → experts → combine, plus the experts that every token shares.
 
-pub mod experts;
-pub mod router;
-
 use burn::module::Module;
-use burn::tensor::Tensor;
+use burn::tensor::{Int, Tensor};
 
-use self::experts::Experts;
-use self::router::Router;
-use crate::forward::context::{ForwardContext, Observe, RoutingRecord};
-use crate::modules::linear::Linear;
-use crate::modules::mlp::Mlp;
-use crate::precision::Class;
+use super::experts::Experts;
+use super::linear::Linear;
+use super::mlp::Mlp;
+use super::router::Router;
+use crate::forward::context::ForwardContext;
+use crate::forward::routing::RoutingRecord;
+use crate::precision::PrecisionClass;
 
 /// The feed-forward part of a mixture layer.
 #[derive(Module, Debug)]
@@ -37,31 +35,27 @@ impl Moe {
         ctx: &mut ForwardContext<'_>,
         layer_idx: usize,
     ) -> Tensor<2> {
-        let logits = self.gate.forward_as(Class::Router, x.clone(), ctx);
-        let routed = self.router.route(logits.clone(), ctx.replay.take());
-        if ctx.observe == Observe::Routing {
-            ctx.routing.push(RoutingRecord {
-                layer_idx,
-                logits,
-                routed: routed.clone(),
-            });
-        }
+        let logits = self.gate.forward_as(PrecisionClass::Router, x.clone(), ctx);
+        let routed = self.router.route(logits.clone(), ctx.replay.clone());
+        ctx.record_routing(|| RoutingRecord {
+            layer_idx,
+            logits,
+            routed: routed.clone(),
+        });
         match &self.shared_experts {
             Some(shared) => self.experts.forward_with(shared, x, routed, ctx),
             None => self.experts.forward(x, routed, ctx),
         }
     }
 
-    /// Whether experts are to be asked for before they are chosen: only then, and where text is generated, are they read
-    /// from a file.
-    pub(crate) fn wants_prefetch(&self, ctx: &ForwardContext<'_>) -> bool {
-        self.router.n_prefetch > 0 && self.experts.is_cached() && !ctx.caches.is_empty()
-    }
-
-    /// Has the experts read from their file that tokens will probably choose, to judge by `x` `[tokens, hidden_size]`, which
-    /// is near to what the router will see.
-    pub(crate) fn expect(&self, x: Tensor<2>, ctx: &ForwardContext<'_>) {
-        let logits = self.gate.forward_as(Class::Router, x, ctx);
-        self.experts.expect(self.router.top_k(logits));
+    /// The `n` experts of each token that the router would choose for `x`, `[tokens, hidden_size]` → `[tokens, n]`.
+    pub(crate) fn likely_experts(
+        &self,
+        x: Tensor<2>,
+        n: usize,
+        ctx: &ForwardContext<'_>,
+    ) -> Tensor<2, Int> {
+        let logits = self.gate.forward_as(PrecisionClass::Router, x, ctx);
+        self.router.top_k(logits, n)
     }
 }

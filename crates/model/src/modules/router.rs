@@ -10,6 +10,7 @@ use burn::tensor::{Int, Tensor};
 use kernels::TopK;
 
 use crate::config::{MoeConfig, Scoring};
+use crate::forward::routing::Routed;
 
 /// The decisions of one layer's router; its weight is the layer's `gate`.
 #[derive(Clone, Debug)]
@@ -18,23 +19,10 @@ pub struct Router {
     pub e_score_correction_bias: Option<Tensor<1>>,
     /// Settings.
     pub config: MoeConfig,
-    /// How many of a token's experts are asked for before it chooses them, where they are read from a file.
-    pub n_prefetch: usize,
-}
-
-/// What a router decided.
-#[derive(Clone, Debug)]
-pub struct Routed {
-    /// `[tokens, experts]`, without the bias; differentiable.
-    pub scores: Tensor<2>,
-    /// `[tokens, top_k]`.
-    pub ids: Tensor<2, Int>,
-    /// `[tokens, top_k]`; differentiable.
-    pub weights: Tensor<2>,
 }
 
 impl Router {
-    /// Chooses experts, unless they are given, and weighs them.
+    /// Weighs the given experts of every token, or chooses them first if there are none.
     ///
     /// # Shapes
     /// - `logits`: `[tokens, experts]`, f32; `chosen`: `[tokens, top_k]`
@@ -49,13 +37,13 @@ impl Router {
         }
     }
 
-    /// Those of every token's experts that are asked for ahead, `[tokens, n_prefetch]`, of logits `[tokens, experts]`.
-    pub(crate) fn top_k(&self, logits: Tensor<2>) -> Tensor<2, Int> {
-        let best = TopK {
-            top_k: self.n_prefetch,
+    /// The `n` best experts of every token, `[tokens, n]`, from logits `[tokens, experts]`.
+    pub(crate) fn top_k(&self, logits: Tensor<2>, n: usize) -> Tensor<2, Int> {
+        let top_k = TopK {
+            top_k: n,
             ..self.config.choice
         };
-        self.choose(self.scores(logits), best)
+        self.choose(self.scores(logits), top_k)
     }
 
     fn scores(&self, logits: Tensor<2>) -> Tensor<2> {
@@ -66,12 +54,12 @@ impl Router {
     }
 
     /// The best experts of every token, by scores and bias.
-    fn choose(&self, scores: Tensor<2>, best: TopK) -> Tensor<2, Int> {
-        let choice = match &self.e_score_correction_bias {
+    fn choose(&self, scores: Tensor<2>, top_k: TopK) -> Tensor<2, Int> {
+        let biased = match &self.e_score_correction_bias {
             Some(bias) => scores + bias.clone().unsqueeze(),
             None => scores,
         };
-        kernels::choose_experts(choice, best)
+        kernels::choose_experts(biased, top_k)
     }
 
     /// Turns the scores of the chosen experts into their weights.
@@ -85,8 +73,8 @@ impl Router {
     }
 }
 
-/// burn's own softmax is one operation without autodiff and several with it, which differ in the last bit: a layer that runs
-/// again in a graph would not give the values of its first run.
+/// burn's own softmax is one operation without autodiff and several with it. They differ in the last bit, so a layer that
+/// runs again in a graph would not have the values of its first run.
 fn softmax(logits: Tensor<2>) -> Tensor<2> {
     let max = logits.clone().detach().max_dim(1);
     let exps = (logits - max).exp();

@@ -57,7 +57,7 @@ impl Census {
     pub(crate) fn of(model: &Model, sums: &Sums) -> Self {
         Self::new(
             &model.parameters(),
-            &|name| model.expert_numbers(name),
+            &|name| model.updated_experts(name),
             sums,
         )
     }

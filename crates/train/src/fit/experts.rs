@@ -1,7 +1,7 @@
 //! What a router does to its experts: how many tokens each gets, and how far it has drifted from the reference's.
 
 use burn::tensor::{Int, Tensor};
-use model::{RoutingRecord, moved_picks};
+use model::{RoutingRecord, routing_drift};
 use serde::Serialize;
 
 /// The load of one layer's experts over some steps.
@@ -85,7 +85,7 @@ impl Picks {
 pub(crate) fn drift(picks: &[Picks], base: &[Picks]) -> Vec<LayerDrift> {
     let mut counts: Vec<(usize, usize, usize)> = Vec::new(); // layer, moved, all
     for (picks, base) in picks.iter().zip(base) {
-        let moved = moved_picks(&picks.ids, &base.ids, picks.top_k);
+        let moved = routing_drift(&picks.ids, &base.ids, picks.top_k);
         let all = picks.ids.len();
         match counts.iter_mut().find(|(layer, ..)| *layer == picks.layer) {
             Some(sum) => (sum.1, sum.2) = (sum.1 + moved, sum.2 + all),

@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use data::{Batch, collate};
-use model::{ForwardContext, Model, Observe};
+use model::{ForwardContext, Model, Recorder};
 
 use super::experts::{self, Picks};
 use super::{Event, Host, hidden, losses};
@@ -46,12 +46,13 @@ impl Session {
         let mut rewards = None::<Rewards>;
         for (i, batch) in self.valid_batches().enumerate() {
             let batch = batch?;
-            let mut ctx = ForwardContext::new(self.compute());
+            let (mut recorder, mut ctx) =
+                (Recorder::of_routing(), ForwardContext::new(self.compute()));
             if i < DRIFT_BATCHES && self.reference.is_some() {
-                ctx.observe = Observe::Routing;
+                ctx.recorder = Some(&mut recorder);
             }
             let losses = losses(&model, &batch, &mut ctx, &device);
-            picks.extend(picks_of(&ctx, &batch));
+            picks.extend(picks_of(&recorder, &batch));
             let (losses, earned) = self.compared(losses, &batch);
             sum += f64::from(losses.sum().into_scalar::<f32>());
             counted += self.counted(&batch);
@@ -79,12 +80,10 @@ impl Session {
         let mut picks = Vec::new();
         for batch in self.valid_batches().take(DRIFT_BATCHES) {
             let batch = batch?;
-            let mut ctx = ForwardContext {
-                observe: Observe::Routing,
-                ..ForwardContext::new(self.compute())
-            };
+            let mut recorder = Recorder::of_routing();
+            let mut ctx = ForwardContext::recorded(self.compute(), &mut recorder);
             hidden(model, &batch, &mut ctx, &device);
-            picks.extend(picks_of(&ctx, &batch));
+            picks.extend(picks_of(&recorder, &batch));
         }
         Ok(picks)
     }
@@ -108,8 +107,8 @@ impl Session {
     }
 }
 
-fn picks_of(ctx: &ForwardContext<'_>, batch: &Batch) -> Vec<Picks> {
-    let records = ctx.routing.iter();
+fn picks_of(recorder: &Recorder, batch: &Batch) -> Vec<Picks> {
+    let records = recorder.routing.iter();
     records
         .map(|record| Picks::of(record, &batch.lengths, batch.cols))
         .collect()

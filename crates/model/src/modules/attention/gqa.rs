@@ -6,6 +6,7 @@ use kernels::RopeLayout;
 
 use crate::config::GqaConfig;
 use crate::forward::context::{ForwardContext, KvSource, per_sequence};
+use crate::keys;
 use crate::modules::linear::Linear;
 
 /// Grouped-query attention of one layer.
@@ -34,6 +35,26 @@ pub struct Gqa {
 }
 
 impl Gqa {
+    /// Its linear layers.
+    pub(crate) fn linears(&self) -> [(keys::Module, &Linear); 4] {
+        [
+            (keys::Module::Q, &self.q_proj),
+            (keys::Module::K, &self.k_proj),
+            (keys::Module::V, &self.v_proj),
+            (keys::Module::O, &self.o_proj),
+        ]
+    }
+
+    /// [`Self::linears`], to change them.
+    pub(crate) fn linears_mut(&mut self) -> [(keys::Module, &mut Linear); 4] {
+        [
+            (keys::Module::Q, &mut self.q_proj),
+            (keys::Module::K, &mut self.k_proj),
+            (keys::Module::V, &mut self.v_proj),
+            (keys::Module::O, &mut self.o_proj),
+        ]
+    }
+
     /// # Shapes
     /// - `tokens`: `[batch · seq, hidden_size]`
     /// - returns: `[batch · seq, hidden_size]`
@@ -57,7 +78,7 @@ impl Gqa {
                 .forward(tokens.clone(), ctx)
                 .reshape([batch, seq, heads, dim]),
         );
-        let [k, v] = Linear::forward_both([&self.k_proj, &self.v_proj], tokens, ctx)
+        let [k, v] = Linear::forward_pair([&self.k_proj, &self.v_proj], tokens, ctx)
             .map(|y| y.reshape([batch, seq, kv_heads, dim]));
         let (k, scale) = (rotated(k), self.softmax_scale);
         let out = match ctx.append(layer_idx, [k, v]) {

@@ -1,9 +1,8 @@
 //! Multi-head latent attention.
 //!
-//! Keys and values of all heads are rebuilt from one latent vector per token. *Expanded*, they are rebuilt in full:
-//! for training and prefill. *Absorbed*, `kv_b_proj` is folded into the query and the output instead, and attention
-//! runs over the latents themselves: for decoding, where rebuilding every earlier token at every step would be most
-//! of the work. Both read the same cache and agree to rounding.
+//! Keys and values of all heads are made from one latent vector per token, in one of two forms (see `form.rs`). *Expanded*
+//! attention makes them all. *Absorbed* attention folds `kv_b_proj` into queries and outputs instead and attends to the
+//! latents themselves. Both read the same cache and agree to rounding.
 //!
 //! Source: DeepSeek-V2, arXiv:2405.04434, section 2.1; deepseek-ai/DeepSeek-V3: inference/model.py, `MLA`.
 
@@ -11,19 +10,17 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use kernels::{Absorbed, Direction, HeadRows, KvBuffer, RopeLayout};
 
+use super::form::{AttentionForm, form};
 use crate::config::MlaConfig;
-use crate::forward::context::{ForwardContext, KvSource, Observe, per_sequence};
+use crate::forward::context::{ForwardContext, KvSource, per_sequence};
+use crate::keys;
 use crate::modules::linear::Linear;
 use crate::modules::norm::Norm;
-
-/// Most new positions of a sequence that attend to the latents themselves. Each then has the bits it has in a pass of its
-/// own.
-const FEW_POSITIONS: usize = 8;
 
 /// Latent attention of one layer.
 #[derive(Module, Debug)]
 pub struct Mla {
-    /// `[heads · qk_head_dim, hidden_size]`, where there is no query bottleneck.
+    /// `[heads · qk_head_dim, hidden_size]`, without a query bottleneck.
     pub q_proj: Option<Linear>,
     /// `[q_lora_rank, hidden_size]`.
     pub q_a_proj: Option<Linear>,
@@ -54,6 +51,38 @@ pub struct Mla {
 }
 
 impl Mla {
+    /// Its linear layers.
+    pub(crate) fn linears(&self) -> Vec<(keys::Module, &Linear)> {
+        let linears = [
+            (keys::Module::Q, self.q_proj.as_ref()),
+            (keys::Module::QA, self.q_a_proj.as_ref()),
+            (keys::Module::QB, self.q_b_proj.as_ref()),
+            (keys::Module::KvA, Some(&self.kv_a_proj_with_mqa)),
+            (keys::Module::KvB, Some(&self.kv_b_proj)),
+            (keys::Module::O, Some(&self.o_proj)),
+        ];
+        let linears = linears.into_iter();
+        linears
+            .filter_map(|(name, linear)| Some((name, linear?)))
+            .collect()
+    }
+
+    /// [`Self::linears`], to change them.
+    pub(crate) fn linears_mut(&mut self) -> Vec<(keys::Module, &mut Linear)> {
+        let linears = [
+            (keys::Module::Q, self.q_proj.as_mut()),
+            (keys::Module::QA, self.q_a_proj.as_mut()),
+            (keys::Module::QB, self.q_b_proj.as_mut()),
+            (keys::Module::KvA, Some(&mut self.kv_a_proj_with_mqa)),
+            (keys::Module::KvB, Some(&mut self.kv_b_proj)),
+            (keys::Module::O, Some(&mut self.o_proj)),
+        ];
+        let linears = linears.into_iter();
+        linears
+            .filter_map(|(name, linear)| Some((name, linear?)))
+            .collect()
+    }
+
     /// # Shapes
     /// - `tokens`: `[batch · seq, hidden_size]`
     /// - returns: `[batch · seq, hidden_size]`
@@ -68,23 +97,22 @@ impl Mla {
         let q = self.queries(q, [batch, seq], ctx);
         let latents = self.latents(kv, [batch, seq], ctx);
 
-        let absorbs = self.kv_b_proj.quantizer.is_none();
-        let is_observed = ctx.observe == Observe::Inputs;
-        let out = match ctx.append(layer_idx, [latents]) {
-            KvSource::New([latents]) if absorbs && is_observed => {
+        let form = form(ctx, seq, &self.kv_b_proj);
+        let out = match (form, ctx.append(layer_idx, [latents])) {
+            (AttentionForm::Absorbed, KvSource::New([latents])) => {
                 let values = self.values(&latents);
                 let (scale, segments) = (self.softmax_scale, &ctx.segments);
-                self.folded(q, ctx, |q| {
+                self.absorb(q, ctx, |q| {
                     kernels::attention(q, latents, values, scale, segments)
                 })
             }
-            KvSource::New([latents]) => self.expanded(q, latents, ctx),
-            KvSource::Cached(held) if absorbs && (seq <= FEW_POSITIONS || is_observed) => {
-                self.absorbed(q, &held, ctx)
+            (AttentionForm::Expanded, KvSource::New([latents])) => self.expanded(q, latents, ctx),
+            (AttentionForm::Absorbed, KvSource::Cached(buffers)) => self.absorbed(q, &buffers, ctx),
+            (AttentionForm::Expanded, KvSource::Cached(buffers)) => {
+                per_sequence(q, &buffers, |q, [latents]| {
+                    self.expanded(q, latents.floats(), ctx)
+                })
             }
-            KvSource::Cached(held) => per_sequence(q, &held, |q, [latents]| {
-                self.expanded(q, latents.floats(), ctx)
-            }),
         };
         let out = out.reshape([batch * seq, self.heads * self.config.v_head_dim]);
         self.o_proj.forward(out, ctx)
@@ -100,11 +128,11 @@ impl Mla {
             &self.q_b_proj,
         ) {
             (Some(q_proj), ..) => {
-                let [kv, q] = Linear::forward_both([kv_proj, q_proj], tokens, ctx);
+                let [kv, q] = Linear::forward_pair([kv_proj, q_proj], tokens, ctx);
                 (q, kv)
             }
             (None, Some(q_a_proj), Some(norm), Some(q_b_proj)) => {
-                let [kv, q] = Linear::forward_both([kv_proj, q_a_proj], tokens, ctx);
+                let [kv, q] = Linear::forward_pair([kv_proj, q_a_proj], tokens, ctx);
                 (q_b_proj.forward(norm.forward(q), ctx), kv)
             }
             _ => unreachable!("the loader builds q_proj, or the three parts of the bottleneck"),
@@ -122,7 +150,7 @@ impl Mla {
         ctx.rotary().rotate(q, self.layout)
     }
 
-    /// What the cache stores: normalized latent and rotated shared key, `[batch, seq, 1, kv_lora_rank + rope]`.
+    /// The rows of the cache: normalized latent and rotated shared key, `[batch, seq, 1, kv_lora_rank + rope]`.
     fn latents(
         &self,
         kv: Tensor<2>,
@@ -135,7 +163,7 @@ impl Mla {
             .rotate(kv.reshape([batch, seq, 1, width]), self.layout)
     }
 
-    /// Attention over rebuilt keys and values; returns `[batch, seq, heads, v_head_dim]`.
+    /// Attention over keys and values in full; returns `[batch, seq, heads, v_head_dim]`.
     fn expanded(&self, q: Tensor<4>, latents: Tensor<4>, ctx: &ForwardContext<'_>) -> Tensor<4> {
         let ([batch, kv_seq, ..], heads) = (latents.dims(), self.heads);
         let (nope, v_dim) = (self.config.qk_nope_head_dim, self.config.v_head_dim);
@@ -149,19 +177,19 @@ impl Mla {
         kernels::expanded_attention(q, kv, latents, v_dim, scale, &ctx.segments)
     }
 
-    /// What values are made of: latents without the shared key.
+    /// Latents without the shared key.
     fn values(&self, latents: &Tensor<4>) -> Tensor<4> {
         let [batch, kv_seq, ..] = latents.dims();
         let rank = self.config.kv_lora_rank;
         latents.clone().slice([0..batch, 0..kv_seq, 0..1, 0..rank])
     }
 
-    /// Attention over the latents of each sequence themselves; returns `[batch, seq, heads, v_head_dim]`. Without gradient.
-    /// `kv_b_proj` is read once for all sequences.
+    /// Attention over the cached latents of each sequence; returns `[batch, seq, heads, v_head_dim]`. Reads `kv_b_proj` once
+    /// for all sequences. Has no gradient.
     fn absorbed(
         &self,
         q: Tensor<4>,
-        held: &[[KvBuffer; 1]],
+        buffers: &[[KvBuffer; 1]],
         ctx: &ForwardContext<'_>,
     ) -> Tensor<4> {
         let absorbed = Absorbed {
@@ -169,14 +197,14 @@ impl Mla {
             v_dim: self.config.v_head_dim,
             scale: self.softmax_scale,
         };
-        let at_once = match held {
+        let fused = match buffers {
             [[latents]] => self.kv_b_proj.attend_latents(&q, latents, absorbed, ctx),
             _ => None,
         };
-        at_once.unwrap_or_else(|| {
+        fused.unwrap_or_else(|| {
             let rank = self.config.kv_lora_rank;
-            self.folded(q, ctx, |q| {
-                per_sequence(q, held, |q, [latents]| {
+            self.absorb(q, ctx, |q| {
+                per_sequence(q, buffers, |q, [latents]| {
                     kernels::latent_attention(q, latents, rank, self.softmax_scale)
                 })
             })
@@ -185,7 +213,7 @@ impl Mla {
 
     /// Attention over latents, `[batch, seq, heads, kv_lora_rank + rope]` → `[batch, seq, heads, kv_lora_rank]`, with
     /// `kv_b_proj` folded into queries and outputs; returns `[batch, seq, heads, v_head_dim]`.
-    fn folded(
+    fn absorb(
         &self,
         q: Tensor<4>,
         ctx: &ForwardContext<'_>,

@@ -1,5 +1,6 @@
 //! The forms of attention: latent, and grouped queries.
 
+mod form;
 mod gqa;
 mod mla;
 

@@ -1,4 +1,4 @@
-//! The ranks and alphas an adapter's config gives its modules, by PEFT's patterns.
+//! The ranks and alphas of an adapter's modules, by the patterns of PEFT's config.
 
 use std::collections::BTreeMap;
 
@@ -7,14 +7,14 @@ use regex::Regex;
 use crate::Error;
 
 /// Ranks and alphas of an adapter's modules.
-pub(crate) struct Settings {
-    pub(crate) alphas: Patterns<f64>,
-    pub(crate) ranks: Patterns<usize>,
+pub(crate) struct PatternedSizes {
+    pub(crate) alphas: PeftPatterns<f64>,
+    pub(crate) ranks: PeftPatterns<usize>,
     pub(crate) alpha: f64,
     pub(crate) rank: usize,
 }
 
-impl Settings {
+impl PatternedSizes {
     pub(crate) fn alpha_of(&self, module: &str) -> f64 {
         self.alphas.find(module).unwrap_or(self.alpha)
     }
@@ -25,9 +25,9 @@ impl Settings {
 }
 
 /// PEFT's patterns: regular expressions that match the end of a module's path, from a dot or its start.
-pub(crate) struct Patterns<T>(Vec<(Regex, T)>);
+pub(crate) struct PeftPatterns<T>(Vec<(Regex, T)>);
 
-impl<T: Copy> Patterns<T> {
+impl<T: Copy> PeftPatterns<T> {
     pub(crate) fn new<'a>(patterns: impl Iterator<Item = (&'a str, T)>) -> Result<Self, Error> {
         let compiled = patterns.map(|(pattern, value)| {
             let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$"));
@@ -46,7 +46,7 @@ impl<T: Copy> Patterns<T> {
     }
 }
 
-/// The value that comes most often: an adapter's default, from which the rest deviates.
+/// The most frequent value: an adapter's default, from which the rest deviates.
 pub(crate) fn most_common<T: Ord + Copy>(values: impl Iterator<Item = T>) -> Option<T> {
     let mut counts = BTreeMap::new();
     values.for_each(|value| *counts.entry(value).or_insert(0usize) += 1);
