@@ -107,6 +107,23 @@ fn models_are_converted_and_what_survives_of_an_adapter_is_measured() {
         !modules.keys().any(|path| path.ends_with("mlp.gate")),
         "{report}"
     );
+    // FP8 has the name it has elsewhere, and the older one.
+    let fp8 = json(
+        &[
+            &survival[..],
+            &["--to", "hf:fp8,fp8", "--module-samples", "0", "--json"],
+        ]
+        .concat(),
+    );
+    assert_eq!(fp8["formats"][0], fp8["formats"][1]);
     let wrong = moeforge(&[&survival[..], &["--to", "gguf:q9"]].concat());
     refused(&wrong, 2, &["gguf:q4_0", "gguf:q9"]);
+
+    let merged = ["old", "new"].map(|name| place.path().join(name).to_string_lossy().into_owned());
+    for (out, dtype) in merged.iter().zip(["fp8", "hf:fp8"]) {
+        let merge = ["merge", &model, "--adapter", &adapter, "--out", out];
+        json(&[&merge[..], &["--dtype", dtype, "--json"]].concat());
+    }
+    let config = |out: &String| std::fs::read(format!("{out}/config.json")).unwrap();
+    assert_eq!(config(&merged[0]), config(&merged[1]));
 }

@@ -43,18 +43,70 @@ fn several_prompts_give_what_each_gives_alone() {
         ]
         .concat(),
     );
-    let expected: Vec<&str> = alone
-        .iter()
-        .map(|one| one["text"].as_str().unwrap())
+    let labeled = (1..).zip(prompts.iter().zip(&alone));
+    let expected: Vec<String> = labeled
+        .map(|(number, (prompt, one))| {
+            let text = one["text"].as_str().unwrap();
+            format!("[{number}/3] {prompt}\n{text}\n")
+        })
         .collect();
     assert_eq!(
         String::from_utf8(lines.stdout).unwrap(),
-        expected.join("\n") + "\n"
+        expected.join("\n")
     );
 }
 
 #[test]
-fn a_cache_is_held_as_it_is_asked_for() {
+fn only_the_devices_of_the_build_are_offered() {
+    let help = moeforge(&["generate", "--help"]);
+    let help = String::from_utf8(help.stdout).unwrap();
+    for device in ["metal", "vulkan", "cuda", "gpu"] {
+        assert!(!help.contains(device), "{help}");
+        let words = ["generate", MODEL, "--prompt", "a", "--device", device];
+        refused(
+            &moeforge(&words),
+            2,
+            &["--device", device, "one device, cpu"],
+        );
+    }
+}
+
+#[test]
+fn old_spellings_of_options_are_accepted_and_not_shown() {
+    for (verb, old) in [
+        ("eval", &["--batch-size"][..]),
+        ("experts", &["--batch-size", "--share", "--by", "gates"]),
+        ("merge", &["  - bf16"]),
+        ("generate", &["--read-ahead"]),
+    ] {
+        let help = String::from_utf8(moeforge(&[verb, "--help"]).stdout).unwrap();
+        for old in old {
+            assert!(!help.contains(&format!("{old} ")), "{verb} {old}: {help}");
+        }
+    }
+    let place = tempfile::tempdir().unwrap();
+    let row = format!("{{\"input_ids\": {:?}}}\n", (0..30).collect::<Vec<_>>());
+    for file in ["train.jsonl", "test.jsonl"] {
+        std::fs::write(place.path().join(file), &row).unwrap();
+    }
+    let data = place.path().to_string_lossy().into_owned();
+    let model = golden("deepseek_v3").to_string_lossy().into_owned();
+    let loss = |option: &str| {
+        let words = ["eval", &model, "--data", &data, option, "2", "--json"];
+        json(&words)["models"][0]["text"]["loss"].take()
+    };
+    assert_eq!(loss("--batch"), loss("--batch-size"));
+    let experts = |words: &[&str]| {
+        let all = ["experts", &model, "--data", &data, "--json"];
+        json(&[&all[..], words].concat())
+    };
+    let new = experts(&["--min-load", "0.3", "--load", "gate-weights"]);
+    assert_eq!(new, experts(&["--share", "0.3", "--by", "gates"]));
+    assert_eq!(new["min_load"], 0.3);
+}
+
+#[test]
+fn the_cache_has_the_requested_data_type() {
     let prompt = ["--prompt", "The capital of France is", "--logprobs", "0"];
     let logprob = |form: &str| {
         let found = generate(&[&prompt[..], &["--cache", form]].concat());
@@ -90,13 +142,16 @@ fn text_ends_before_a_stop_string_and_tokens_say_how_probable_they_were() {
     let stopped = generate(&[&prompt[..], &["--stop", "never", "--stop", &stop]].concat());
     let expected = &text[..text.find(&stop).unwrap()];
     assert_eq!(stopped["text"], expected, "{text}");
-    assert_eq!(stopped["stopped"], "stop_string");
+    assert_eq!(stopped["finish_reason"], "stop");
+    assert_eq!(stopped["stop_string"], stop);
+    assert_eq!(whole["finish_reason"], "length");
+    assert_eq!(whole["stop_string"], Value::Null);
 
     let logprobs = whole["logprobs"].as_array().unwrap();
     let ids = whole["token_ids"].as_array().unwrap();
     assert_eq!(logprobs.len(), ids.len());
     for (logprobs, id) in logprobs.iter().zip(ids) {
-        // The likeliest is taken, as there is nothing that says otherwise.
+        // Sampling is greedy by default.
         assert_eq!((&logprobs["id"], &logprobs["top"][0]["id"]), (id, id));
         assert_eq!(logprobs["logprob"], logprobs["top"][0]["logprob"]);
         let [first, second] = [0, 1].map(|n| logprobs["top"][n]["logprob"].as_f64().unwrap());
@@ -241,7 +296,7 @@ fn models_are_compared_by_what_they_predict_and_choose() {
     assert!(same["kl"].as_f64().unwrap().abs() < 1e-9, "{same}");
     let other = compare(&["--adapter", &adapter]);
     assert!(other["kl"].as_f64().unwrap() > 1e-3, "{other}");
-    for (found, moves) in [(&same, false), (&other, true)] {
+    for (found, changes) in [(&same, false), (&other, true)] {
         let routing = found["routing"].as_array().unwrap();
         let layers: Vec<_> = routing
             .iter()
@@ -249,20 +304,20 @@ fn models_are_compared_by_what_they_predict_and_choose() {
             .collect();
         assert_eq!(layers, [Some(1), Some(2)]);
         for layer in routing {
-            assert_eq!(layer["picks"], 3 * 30 * 4);
-            let moved = layer["moved"].as_f64().unwrap();
-            assert!((moved > 0.0) == moves && moved < 1.0, "{found}");
+            assert_eq!(layer["choices"], 3 * 30 * 4);
+            let changed = layer["changed"].as_f64().unwrap();
+            assert!((changed > 0.0) == changes && changed < 1.0, "{found}");
         }
     }
     let words = ["compare", &base, &model("qwen2_distill"), "--data", &data];
     refused(&moeforge(&words), 1, &["vocabulary", "288", "320"]);
     let table = moeforge(&["compare", &base, &base, "--data", &data]);
     let text = String::from_utf8(table.stdout).unwrap();
-    assert!(text.contains("layer  picks moved"), "{text}");
+    assert!(text.contains("layer  routing changed"), "{text}");
 }
 
 #[test]
-fn guessing_ahead_says_how_often_it_was_right_and_changes_no_token() {
+fn speculative_decoding_reports_acceptance_and_changes_no_token() {
     let model = golden("deepseek_v3").to_string_lossy().into_owned();
     let place = Broken::new("deepseek_v3");
     let ids = place.path("ids.json").to_string_lossy().into_owned();
@@ -270,21 +325,21 @@ fn guessing_ahead_says_how_often_it_was_right_and_changes_no_token() {
     let words = [&words[..], &["--max-tokens", "20", "--logprobs", "1"]].concat();
     let plain = json(&words);
     let found = json(&[&words[..], &["--speculative"]].concat());
-    for key in ["token_ids", "text", "logprobs", "stopped"] {
+    for key in ["token_ids", "text", "logprobs", "finish_reason"] {
         assert_eq!(found[key], plain[key], "{key}");
     }
     let count = |found: &Value, key: &str| found[key].as_u64().unwrap();
-    assert_eq!(count(&plain, "guessed"), 0);
-    let [guessed, right] = ["guessed", "guessed_right"].map(|key| count(&found, key));
-    // The first token, and the last, which nothing has to be said of beforehand.
+    assert_eq!(count(&plain, "drafted"), 0);
+    let [drafted, accepted] = ["drafted", "accepted"].map(|key| count(&found, key));
+    // All but the first token, and the last if it needs no draft.
     assert!(
-        guessed + right == 18 || guessed + right == 19,
-        "{guessed} {right}"
+        drafted + accepted == 18 || drafted + accepted == 19,
+        "{drafted} {accepted}"
     );
 
     let words = ["bench", "decode", &model, "--tokens", "6", "--reps", "1"];
     let found = json(&[&words[..], &["--speculative", "--json"]].concat());
-    let share = found["results"][0]["guessed_right_share"].as_f64().unwrap();
+    let share = found["results"][0]["acceptance_rate"].as_f64().unwrap();
     assert!((0.0..=1.0).contains(&share), "{found}");
 
     // The base of the quickstart has no such layer.
@@ -388,7 +443,7 @@ fn a_budget_for_memory_changes_where_experts_are_and_no_token() {
 }
 
 #[test]
-fn experts_asked_for_ahead_change_no_token() {
+fn prefetched_experts_change_no_token() {
     let place = Broken::new("deepseek_v3");
     let ids = place.path("ids.json").to_string_lossy().into_owned();
     for (model, budget, compute) in [

@@ -55,7 +55,7 @@ fn an_adapter_is_trained_on_a_gguf_and_merged_into_a_folder_that_writes_the_same
 }
 
 #[test]
-fn a_gguf_with_multi_token_prediction_guesses_and_says_the_same() {
+fn a_gguf_with_an_mtp_layer_gives_the_same_text_speculatively() {
     let place = tempfile::tempdir().unwrap();
     let path = |name: &str| place.path().join(name).to_string_lossy().into_owned();
     let model = golden("deepseek_v3").to_string_lossy().into_owned();
@@ -70,9 +70,9 @@ fn a_gguf_with_multi_token_prediction_guesses_and_says_the_same() {
     };
     let plain = generate(&with, &[]);
     assert!(plain.status.success() && !plain.stdout.is_empty());
-    let guessed = generate(&with, &["--speculative"]);
-    assert_eq!(guessed.stdout, plain.stdout);
-    assert!(String::from_utf8_lossy(&guessed.stderr).contains("guess"));
+    let speculative = generate(&with, &["--speculative"]);
+    assert_eq!(speculative.stdout, plain.stdout);
+    assert!(String::from_utf8_lossy(&speculative.stderr).contains("drafts accepted"));
     assert_eq!(generate(&without, &[]).stdout, plain.stdout);
     let expected = ["--speculative", "num_nextn_predict_layers"];
     refused(&generate(&without, &["--speculative"]), 1, &expected);

@@ -1,32 +1,29 @@
-//! `moeforge bench`: how fast this machine is with a model, and how fast it could be.
+//! `moeforge bench`: the speed of this machine with a model, and the share of the machine's peak that it reaches.
 
 mod generation;
-mod limit;
+mod peak;
 mod scratch;
 mod spread;
 mod subject;
 mod sweep;
 mod table;
-mod train;
+mod training;
 
 use std::process::ExitCode;
 
 use crate::console::Console;
 
-/// What is measured.
+/// Measure training, prefill and decoding speed, and its share of the machine's peak.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Bench {
-    /// Time training steps on made-up tokens, for every combination of batch, length and number of experts.
-    Train(train::Args),
-    /// Time reading prompts of made-up tokens, for every combination of batch and length.
+    Train(training::Args),
     Prefill(generation::PrefillArgs),
-    /// Time writing tokens one after the other, for every combination of batch and length of the prompt.
     Decode(generation::DecodeArgs),
 }
 
 pub(crate) fn run(bench: &Bench, console: &Console) -> anyhow::Result<ExitCode> {
     match bench {
-        Bench::Train(args) => train::run(args, console),
+        Bench::Train(args) => training::run(args, console),
         Bench::Prefill(args) => generation::prefill(args, console),
         Bench::Decode(args) => generation::decode(args, console),
     }

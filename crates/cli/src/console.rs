@@ -1,4 +1,4 @@
-//! Where output goes: results to stdout, everything else to stderr; plain lines where stderr is no terminal.
+//! Output: results to stdout, everything else to stderr; plain lines if stderr is not a terminal.
 
 use std::fmt::Display;
 use std::io::{IsTerminal, Write};
@@ -43,7 +43,7 @@ impl Console {
         }
     }
 
-    /// A line of a result. A closed pipe ends the program quietly, as `head` would have it.
+    /// A line of a result. A closed pipe, such as that of `head`, ends the program quietly.
     pub(crate) fn result(&self, text: impl Display) {
         self.stream(format_args!("{text}\n"));
     }
@@ -56,33 +56,33 @@ impl Console {
         }
     }
 
-    /// A remark for the person at the terminal.
+    /// A note for the user.
     pub(crate) fn note(&self, text: impl Display) {
         if self.level != Level::Quiet {
             let _ = writeln!(std::io::stderr(), "{text}");
         }
     }
 
-    /// What stands before an answer that the person at the terminal types.
+    /// A prompt for the user's input.
     pub(crate) fn ask(&self, text: &str) {
         if self.level != Level::Quiet {
             let _ = write!(std::io::stderr(), "{text}");
         }
     }
 
-    /// A remark for those who asked for more.
+    /// A note with --verbose.
     pub(crate) fn detail(&self, text: impl Display) {
         if self.level == Level::Verbose {
             let _ = writeln!(std::io::stderr(), "{text}");
         }
     }
 
-    /// How much memory the program holds now, for those who asked for more. Call it while the model is open.
+    /// The program's memory, with --verbose. Call it while the model is open.
     pub(crate) fn memory(&self) {
         if let Some([mapped, own]) = resident_bytes(std::process::id()) {
             let mib = |bytes: u64| bytes >> 20;
             self.detail(format_args!(
-                "memory: {} MiB of mapped files, {} MiB besides",
+                "memory: {} MiB of mapped files, {} MiB other",
                 mib(mapped),
                 mib(own)
             ));
@@ -130,13 +130,13 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// Sets the position, and how much there is in all.
+    /// Sets the position and the total.
     pub(crate) fn update_of(&mut self, position: u64, total: u64) {
         self.bar.set_length(total);
         self.update(position, "");
     }
 
-    /// Sets the position and what stands before the bar.
+    /// Sets the position and the text before the bar.
     pub(crate) fn update(&mut self, position: u64, status: &str) {
         self.bar.set_message(format!("{} {status}", self.what));
         self.bar.set_position(position);
@@ -171,7 +171,7 @@ impl Progress {
     }
 }
 
-/// A text of a model or a file without control characters, which could steer a terminal, but for those that are kept.
+/// A text of a model or a file without control characters, which could steer a terminal, except those in `kept`.
 pub(crate) fn printable(text: &str, kept: &[char]) -> String {
     let mut safe = String::with_capacity(text.len());
     for c in text.chars() {
@@ -184,7 +184,7 @@ pub(crate) fn printable(text: &str, kept: &[char]) -> String {
     safe
 }
 
-/// A process's resident bytes of mapped files and of everything else, as Linux counts them; none elsewhere.
+/// A process's resident bytes of mapped files and of everything else, on Linux.
 pub(crate) fn resident_bytes(process: u32) -> Option<[u64; 2]> {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
     let bytes = |name: &str| {
@@ -210,7 +210,7 @@ impl Display for WithCode {
 
 impl std::error::Error for WithCode {}
 
-/// The exit code of a wrong use of the program, its recipe included.
+/// The exit code of wrong usage, including a wrong recipe.
 pub(crate) const USAGE: u8 = 2;
 /// A verification found a difference.
 pub(crate) const MISMATCH: u8 = 4;
@@ -218,10 +218,10 @@ pub(crate) const MISMATCH: u8 = 4;
 pub(crate) const NO_MEMORY: u8 = 5;
 /// A loss or gradient became infinite or not a number.
 pub(crate) const NOT_FINITE: u8 = 6;
-/// A run stopped before its end, with a checkpoint to go on from.
+/// A run stopped early, with a checkpoint to resume from.
 pub(crate) const STOPPED: u8 = 7;
 
-/// What was measured, or what went wrong with it: a loss that is no number has an exit code of its own.
+/// A measurement, or its error: a loss that is not finite has an exit code of its own.
 pub(crate) fn finite<T>(found: ::eval::Result<T>, of: &dyn Display) -> anyhow::Result<T> {
     found.map_err(|problem| {
         let message = format!("{of}: {problem}");

@@ -1,4 +1,4 @@
-//! `data check`: training data as the model will see it.
+//! `data check`: training data as the model sees it.
 
 use std::cell::RefCell;
 use std::io::IsTerminal;
@@ -6,45 +6,48 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use data::{Corpus, Reading, Repeats, Sample, Survey, Tokenizer, Wanted};
+use data::{Corpus, ReadOptions, Repeats, RowFilter, Sample, Survey, Tokenizer};
 
 use crate::console::{Console, printable};
 use crate::open::{find, open_texts, token_cache};
 use crate::train::{TOKENIZING, note_reading};
 
-/// What to do with data.
+/// Check training data and show it as the model sees it.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Data {
-    /// Check every row, count tokens and duplicates, and show the first samples with their trained tokens marked.
     Check(Args),
 }
 
+/// Check every row, count tokens and duplicates, and show the first samples with trained tokens marked.
+///
+/// Trained text is green on a terminal, and in «quotes» elsewhere.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Folder with `train.jsonl`, `valid.jsonl`, `test.jsonl`, or some of them.
+    /// Data folder with one or more of `train.jsonl`, `valid.jsonl`, `test.jsonl`.
     pub(crate) dir: PathBuf,
-    /// Hugging Face folder, or `org/name` in the local Hugging Face cache: its tokenizer and chat template are used.
+    /// Model whose tokenizer and chat template to use: Hugging Face folder, GGUF file, or `org/name` in the local
+    /// Hugging Face cache.
     #[arg(long)]
     pub(crate) model: String,
-    /// Longest sequence, in tokens.
+    /// Maximum sequence length, in tokens.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     pub(crate) max_length: usize,
-    /// How many samples of each file to show.
+    /// Number of samples to show per file.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub(crate) rows: usize,
-    /// Print what was found as JSON, without samples.
+    /// Print JSON instead of a table, without samples.
     #[arg(long)]
     pub(crate) json: bool,
 }
 
-/// How trained text is told from the rest.
+/// How trained text is marked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Marks {
     Color,
     Quotes,
 }
 
-/// What may lay out the text of a sample.
+/// Control characters that are shown as they are.
 const LAYOUT: [char; 2] = ['\n', '\t'];
 
 const FILES: [&str; 3] = ["train.jsonl", "valid.jsonl", "test.jsonl"];
@@ -71,12 +74,8 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
 
     let mut corpora = Vec::new();
     for file in &files {
-        corpora.push(open_corpus(
-            args,
-            file,
-            (tokenizer.as_ref(), vocab_size),
-            console,
-        )?);
+        let corpus = open_corpus(args, file, tokenizer.as_ref(), vocab_size, console)?;
+        corpora.push(corpus);
     }
     let surveys = Survey::of(&corpora.iter().collect::<Vec<_>>());
     let checked: Vec<Checked<'_>> = files
@@ -106,16 +105,17 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
 fn open_corpus(
     args: &Args,
     file: &str,
-    (tokenizer, vocab_size): (Option<&Tokenizer>, usize),
+    tokenizer: Option<&Tokenizer>,
+    vocab_size: usize,
     console: &Console,
 ) -> anyhow::Result<Corpus> {
     let (cache, progress) = (token_cache(), console.progress(0, TOKENIZING));
     let progress = RefCell::new(progress);
-    let reading = Reading {
+    let reading = ReadOptions {
         tokenizer,
         max_length: args.max_length,
         vocab_size,
-        wanted: Wanted::Any,
+        filter: RowFilter::Any,
         cache: cache.as_deref(),
         progress: &|done, total| progress.borrow_mut().update_of(done / 1000, total / 1000),
     };
@@ -126,7 +126,7 @@ fn open_corpus(
     Ok(corpus)
 }
 
-/// One file, and what was found in it.
+/// A file and its survey.
 struct Checked<'a> {
     file: &'a str,
     corpus: &'a Corpus,
@@ -144,21 +144,22 @@ impl Checked<'_> {
     }
 }
 
-/// What is there more than once, in sentences.
+/// Repeated samples, one sentence per pair of files.
 fn repeats(checked: &[Checked<'_>]) -> Vec<String> {
     let mut lines = Vec::new();
-    let mut tell = |at: &Checked<'_>, found: &Repeats, there: &str| {
-        let Some([sample, earlier]) = found.first else {
-            return;
-        };
-        let (file, n) = (at.file, found.samples);
-        lines.push(format!(
-            "{file}: {n} {} in {there} already; the first is sample {}, like sample {} there",
-            if n == 1 { "sample is" } else { "samples are" },
+    let mut tell =
+        |at: &Checked<'_>, found: &Repeats, there: &str| {
+            let Some([sample, earlier]) = found.first else {
+                return;
+            };
+            let (file, n) = (at.file, found.samples);
+            lines.push(format!(
+            "{file}: {n} {} earlier in {there}; the first is sample {}, equal to sample {} there",
+            if n == 1 { "sample occurs" } else { "samples occur" },
             sample + 1,
             earlier + 1
         ));
-    };
+        };
     for at in checked {
         tell(at, &at.survey.repeated, at.file);
         for (earlier, found) in checked.iter().zip(&at.survey.shared) {
@@ -180,7 +181,7 @@ fn show(
         for index in 0..rows.min(corpus.len()) {
             let sample = corpus.sample(index)?;
             let text = rendered(&sample, tokenizer, marks)?;
-            let cut = if sample.truncated { ", cut" } else { "" };
+            let cut = if sample.truncated { ", truncated" } else { "" };
             console.result(format_args!("\n{file}, sample {}{cut}:\n{text}", index + 1));
         }
     }
@@ -207,8 +208,8 @@ fn table(checked: &[Checked<'_>]) -> String {
         "90 %",
         "99 %",
         "longest",
-        "cut",
-        "nothing trained",
+        "truncated",
+        "untrained",
     ];
     let mut rows = vec![header.map(str::to_owned)];
     for checked in checked {
@@ -246,7 +247,7 @@ fn table(checked: &[Checked<'_>]) -> String {
     text
 }
 
-/// The text of a sample, or its ids where there is no tokenizer.
+/// The text of a sample, or its ids without a tokenizer.
 fn rendered(
     sample: &Sample,
     tokenizer: Option<&Tokenizer>,

@@ -1,43 +1,47 @@
-//! `eval`: how good a model is, and how much better than its baseline.
+//! `eval`: scores of a model, and the difference to its baseline.
 
 pub(crate) mod compare;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use ::eval::{EvalConfig, ModelScores, Report, TaskScore, TextScore};
+use ::eval::{EvalConfig, EvalReport, ModelScores, TaskScore, TextScore};
 use anyhow::Context;
 use data::Split;
 
 use crate::console::{Console, Progress, finite};
-use crate::open::{ComputeName, ModelArgs, Opened, open_model};
+use crate::open::{ModelArgs, Opened, open_model};
+use crate::values::{COMPUTE_HELP, ComputeValue};
 
+/// Evaluate a model: loss, perplexity, bits per byte, multiple choice.
+///
+/// With a baseline, both models are scored against the right answers and the scores are compared; `compare` instead
+/// measures how far the predictions of one model are from another's, whatever the right answer is.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
-    /// Folder with `test.jsonl`: loss, perplexity, bits per byte.
+    /// Folder with `test.jsonl`, for loss, perplexity and bits per byte.
     #[arg(long, value_name = "DIR", required_unless_present = "tasks")]
     pub(crate) data: Option<PathBuf>,
-    /// Files with multiple-choice rows `{prompt, choices, answer}`: accuracy.
+    /// Multiple-choice files with rows `{prompt, choices, answer}`, for accuracy.
     #[arg(long, value_name = "FILE,…", value_delimiter = ',')]
     pub(crate) tasks: Vec<PathBuf>,
-    /// Model to compare with, or `none`. Default: with `--adapter` the same model without it.
+    /// Baseline model to score too, or `none`. Default: with --adapter, the model without it; else none.
     #[arg(long, value_name = "MODEL|none")]
     pub(crate) baseline: Option<String>,
-    /// Sequences side by side.
-    #[arg(long, value_name = "N", default_value_t = 8)]
-    pub(crate) batch_size: usize,
-    /// Longest sequence, in tokens; never beyond what the model was made for.
+    /// Sequences per batch.
+    #[arg(long, alias = "batch-size", value_name = "N", default_value_t = 8)]
+    pub(crate) batch: usize,
+    /// Maximum sequence length, in tokens; at most the model's context length.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     pub(crate) max_length: usize,
-    /// Score the first so many samples and the first so many questions of each task only.
+    /// Maximum number of samples, and of questions per task.
     #[arg(long, value_name = "N")]
     pub(crate) max_samples: Option<usize>,
-    /// What products with weights in ggml's blocks round activations to.
-    #[arg(long, value_enum, default_value_t = ComputeName::F32)]
-    pub(crate) compute: ComputeName,
-    /// Folder for `report.json` and `report.txt`.
+    #[arg(long, value_enum, default_value_t = ComputeValue::F32, help = COMPUTE_HELP)]
+    pub(crate) compute: ComputeValue,
+    /// Folder to write `report.json` and `report.txt` to.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
     /// Print JSON instead of a table.
@@ -46,14 +50,13 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
-    args.model.device.check()?;
     let mut scores = Vec::new();
     for (model, adapter) in models(args) {
-        let opened = open_model(model, adapter, console)?;
+        let opened = open_model(model, adapter, &args.model.device, console)?;
         scores.push(score(&opened, args, console)?);
         console.memory();
     }
-    let report = Report::new(scores);
+    let report = EvalReport::new(scores);
 
     let (text, json) = (report.to_text(), format!("{:#}", report.to_json()));
     if let Some(out) = &args.out {
@@ -81,11 +84,11 @@ fn score(opened: &Opened, args: &Args, console: &Console) -> anyhow::Result<Mode
     let max_length = args.max_length.min(limit);
     let text = args.data.as_ref().map(|folder| {
         let file = folder.join("test.jsonl");
-        text_score(opened, &file, max_length, (args, console))
+        text_score(opened, &file, max_length, args, console)
     });
     let mut tasks = Vec::new();
     for file in &args.tasks {
-        tasks.push(task_score(opened, file, max_length, (args, console))?);
+        tasks.push(task_score(opened, file, max_length, args, console)?);
     }
     Ok(ModelScores {
         name: opened.name.clone(),
@@ -98,13 +101,14 @@ fn text_score(
     opened: &Opened,
     file: &Path,
     max_length: usize,
-    (args, console): (&Args, &Console),
+    args: &Args,
+    console: &Console,
 ) -> anyhow::Result<TextScore> {
     let vocab_size = opened.model.config.vocab_size;
-    let mut split = Split::open(file, opened.tokenizer.as_ref(), max_length, vocab_size)?;
+    let mut split = Split::open(file, opened.tokenizer.as_deref(), max_length, vocab_size)?;
     if split.counts.truncated_rows > 0 {
         console.note(format_args!(
-            "{}: {} of {} rows are cut to {max_length} tokens",
+            "{}: {} of {} rows are truncated to {max_length} tokens",
             file.display(),
             split.counts.truncated_rows,
             split.counts.rows
@@ -124,7 +128,8 @@ fn task_score(
     opened: &Opened,
     file: &Path,
     max_length: usize,
-    (args, console): (&Args, &Console),
+    args: &Args,
+    console: &Console,
 ) -> anyhow::Result<TaskScore> {
     let mut questions = data::choices(file, opened.expect_tokenizer()?, max_length)?;
     questions.truncate(args.max_samples.unwrap_or(usize::MAX));
@@ -132,7 +137,7 @@ fn task_score(
     let truncated = samples.clone().filter(|sample| sample.truncated).count();
     if truncated > 0 {
         console.note(format_args!(
-            "{}: {truncated} prompts lose their beginning to {max_length} tokens",
+            "{}: {truncated} prompts lose their beginning to fit {max_length} tokens",
             file.display()
         ));
     }
@@ -149,7 +154,7 @@ fn task_score(
 
 fn config(args: &Args) -> EvalConfig {
     EvalConfig {
-        batch_size: args.batch_size,
+        batch_size: args.batch,
         compute: args.compute.compute(),
     }
 }
@@ -158,7 +163,7 @@ fn tell(progress: &mut Progress, done: usize, opened: &Opened) {
     progress.update(done as u64, &opened.name);
 }
 
-/// A score, or what went wrong with which file and model.
+/// A score, or an error that names the model and the file.
 fn scored<T>(found: ::eval::Result<T>, file: &Path, opened: &Opened) -> anyhow::Result<T> {
     finite(found, &format_args!("{}: {}", opened.name, file.display()))
 }
@@ -169,7 +174,7 @@ mod tests {
     use clap::Parser;
 
     #[derive(Debug, Parser)]
-    struct Cli {
+    struct TestCli {
         #[command(flatten)]
         args: Args,
     }
@@ -178,7 +183,7 @@ mod tests {
     fn an_adapter_is_compared_with_its_base_unless_told_otherwise() {
         let check = |line: &str, expected: &[(&str, Option<&str>)]| {
             let line = format!("eval m --data d {line}");
-            let args = Cli::parse_from(line.split_whitespace()).args;
+            let args = TestCli::parse_from(line.split_whitespace()).args;
             let expected: Vec<_> = expected
                 .iter()
                 .map(|(model, adapter)| (*model, adapter.map(Path::new)))

@@ -1,4 +1,4 @@
-//! `moeforge experts`: which experts a task uses, and a recipe that trains those.
+//! `moeforge experts`: the experts that a task uses, and a recipe that trains them.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,68 +13,70 @@ use serde_json::json;
 use crate::console::{Console, finite};
 use crate::open::{ModelArgs, Opened};
 
-/// Measures which experts a task uses, and writes the part of a recipe that trains them (ESFT).
+/// Measure which experts a task uses, and print the part of a recipe that trains only those (ESFT).
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// Folder with `train.jsonl`: the task.
+    /// Data of the task: folder with `train.jsonl`.
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
-    /// What the loads of a layer's chosen experts add up to at least.
-    #[arg(long, value_name = "P", default_value_t = 0.2)]
-    share: f64,
-    /// What an expert's load is a share of.
-    #[arg(long, value_enum, default_value_t = By::Tokens)]
-    by: By,
-    /// Look at the first so many samples only; a few dozen of the longest length do.
+    /// Minimum total load of the chosen experts of a layer, from 0 to 1: per layer, the fewest experts that reach it
+    /// are chosen.
+    #[arg(long, alias = "share", value_name = "P", default_value_t = 0.2)]
+    min_load: f64,
+    /// Measure of an expert's load.
+    #[arg(long, alias = "by", value_enum, default_value_t = LoadValue::Tokens)]
+    load: LoadValue,
+    /// Maximum number of samples; a few dozen of the maximum length are enough.
     #[arg(long, value_name = "N", default_value_t = 128)]
     max_samples: usize,
-    /// Sequences side by side.
-    #[arg(long, value_name = "N", default_value_t = 8)]
-    batch_size: usize,
-    /// Longest sequence, in tokens; never beyond what the model was made for.
+    /// Sequences per batch.
+    #[arg(long, alias = "batch-size", value_name = "N", default_value_t = 8)]
+    batch: usize,
+    /// Maximum sequence length, in tokens; at most the model's context length.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     max_length: usize,
-    /// Print JSON instead of a table: every expert's load, and the chosen ones.
+    /// Print JSON instead of a table, with the load of every expert.
     #[arg(long)]
     json: bool,
 }
 
-/// What an expert's load is a share of.
+/// Measures of an expert's load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum By {
-    /// The tokens' choices.
+enum LoadValue {
+    /// Share of the layer's token-to-expert assignments.
     Tokens,
-    /// The weights of those choices.
-    Gates,
+    /// Share of the layer's gate weights.
+    #[value(name = "gate-weights", alias = "gates")]
+    GateWeights,
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
-    if !(args.share > 0.0 && args.share <= 1.0) {
+    if !(args.min_load > 0.0 && args.min_load <= 1.0) {
         bail!(
-            "--share: expected a number above 0 and at most 1, found {}",
-            args.share
+            "--min-load: expected a number above 0 and at most 1, found {}",
+            args.min_load
         );
     }
     let opened = args.model.open(console)?;
     let loads = loads(&opened, args, console)?;
     let chosen: Vec<ChosenExperts> = loads
         .iter()
-        .map(|load| choose(shares(load, args.by), args.share))
+        .map(|load| choose(shares(load, args.load), args.min_load))
         .collect();
     if args.json {
         let layers = loads.iter().zip(&chosen).map(|(load, chosen)| {
             json!({"layer": load.layer, "tokens": load.tokens, "gates": load.gates,
-                   "chosen": chosen.experts, "share": chosen.share})
+                   "chosen": chosen.experts, "load": chosen.share})
         });
         let layers: Vec<_> = layers.collect();
         let recipe = patterns(&loads, &chosen);
-        console.result(json!({"share": args.share, "layers": layers, "target": recipe}));
+        console.result(json!({"min_load": args.min_load, "layers": layers, "target": recipe}));
     } else {
         console.result(format!(
             "{}\n\n{}",
-            table(&loads, &chosen, args.by),
+            table(&loads, &chosen, args.load),
             fragment(&loads, &chosen)
         ));
     }
@@ -91,11 +93,11 @@ fn loads(opened: &Opened, args: &Args, console: &Console) -> anyhow::Result<Vec<
     }
     let (file, vocab_size) = (args.data.join("train.jsonl"), config.vocab_size);
     let max_length = args.max_length.min(config.max_position_embeddings);
-    let mut split = Split::open(&file, opened.tokenizer.as_ref(), max_length, vocab_size)?;
+    let mut split = Split::open(&file, opened.tokenizer.as_deref(), max_length, vocab_size)?;
     split.samples.truncate(args.max_samples.max(1));
     let mut progress = console.progress(split.samples.len() as u64, "samples");
     let config = EvalConfig {
-        batch_size: args.batch_size,
+        batch_size: args.batch,
         compute: Compute::F32,
     };
     let tell = &mut |done, _| progress.update(done as u64, &opened.name);
@@ -104,16 +106,16 @@ fn loads(opened: &Opened, args: &Args, console: &Console) -> anyhow::Result<Vec<
     finite(found, &format_args!("{}: {}", opened.name, file.display()))
 }
 
-fn shares(load: &ExpertLoad, by: By) -> &[f64] {
+fn shares(load: &ExpertLoad, by: LoadValue) -> &[f64] {
     match by {
-        By::Tokens => &load.tokens,
-        By::Gates => &load.gates,
+        LoadValue::Tokens => &load.tokens,
+        LoadValue::GateWeights => &load.gates,
     }
 }
 
 /// One line per layer.
-fn table(loads: &[ExpertLoad], chosen: &[ChosenExperts], by: By) -> String {
-    let mut table = "layer  chosen      share  largest  even   experts by load".to_owned();
+fn table(loads: &[ExpertLoad], chosen: &[ChosenExperts], by: LoadValue) -> String {
+    let mut table = "layer  chosen       load  largest  even   experts by load".to_owned();
     for (load, chosen) in loads.iter().zip(chosen) {
         let shares = shares(load, by);
         let largest = shares.iter().copied().fold(0.0, f64::max);
@@ -149,8 +151,8 @@ fn fragment(loads: &[ExpertLoad], chosen: &[ChosenExperts]) -> String {
         list += &format!("  \"{pattern}\",\n");
     }
     format!(
-        "# In a recipe, low-rank updates of these experts alone:\n[lora]\ntarget = [\n{list}]\n\n\
-         # or, instead, all of their weights:\n# [train]\n# method = \"full\"\n\
+        "# Recipe for LoRA on these experts alone:\n[lora]\ntarget = [\n{list}]\n\n\
+         # or, instead, to train all of their weights:\n# [train]\n# method = \"full\"\n\
          # unfrozen_parameters = [the same list]"
     )
 }

@@ -1,4 +1,4 @@
-//! `moeforge find-lr`: which learning rate a recipe can bear, found by a short run with a growing one.
+//! `moeforge find-lr`: a learning rate for a recipe, from a short run of growing rates.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,27 +10,29 @@ use crate::console::{Console, USAGE, WithCode};
 use crate::plot::{Axes, Line, Plot};
 use crate::train::{open_session, usage, with_code};
 
-/// Trains a few steps with a learning rate that grows until the loss blows up, and suggests one. Leaves no run.
+/// Find a learning rate with a short run of growing rates.
+///
+/// The rate grows until the loss diverges. Prints a suggestion and writes a plot; no run is saved.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The recipe, a TOML file.
+    /// Recipe: TOML file.
     recipe: PathBuf,
-    /// Override a setting: section.key=value. May be repeated.
+    /// Recipe setting to override, as section.key=value. May be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// The first learning rate.
+    /// First learning rate.
     #[arg(long, value_name = "RATE", default_value_t = 1e-6)]
     from: f64,
-    /// The last one, unless the loss blows up before.
+    /// Last learning rate, unless the loss diverges before.
     #[arg(long, value_name = "RATE", default_value_t = 1.0)]
     to: f64,
-    /// Steps from the one to the other.
+    /// Number of steps from the first to the last rate.
     #[arg(long, value_name = "N", default_value_t = 100)]
     steps: u64,
-    /// The plot.
+    /// Plot to write.
     #[arg(long, value_name = "FILE.svg", default_value = "find-lr.svg")]
     out: PathBuf,
-    /// Print JSON: every step, and the suggestion.
+    /// Print JSON, with every step.
     #[arg(long)]
     json: bool,
 }
@@ -64,10 +66,10 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     ));
     match suggestion {
         Some(rate) => {
-            console.note("the loss falls fastest at, and a good peak is around:");
+            console.note("suggested peak learning rate, where the loss falls fastest:");
             console.result(format_args!("{rate:.1e}"));
         }
-        None => console.note("the loss never falls: there is no rate to suggest; look at the data"),
+        None => console.note("no suggestion: the loss never falls; check the data"),
     }
     Ok(ExitCode::SUCCESS)
 }

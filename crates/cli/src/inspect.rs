@@ -1,4 +1,4 @@
-//! `inspect`: what a model is, from its config and the headers of its files. No weight is read.
+//! `inspect`: a model's architecture and tensors, from its config and the headers of its files. No weight is read.
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
@@ -13,29 +13,30 @@ use serde_json::{Value, json};
 use crate::console::Console;
 use crate::open::{listed, open_folder};
 
+/// Show a model's architecture, sizes, tensors, weight formats, and KV-cache bytes per token.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Hugging Face folder, or `org/name` in the local Hugging Face cache.
+    /// Model: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.
     pub(crate) model: String,
-    /// Print one JSON object.
+    /// Print JSON instead of a table.
     #[arg(long)]
     pub(crate) json: bool,
-    /// List every tensor.
+    /// List all tensors.
     #[arg(long)]
     pub(crate) tensors: bool,
 }
 
-/// How many numbers a model has.
+/// The number of a model's parameters.
 #[derive(Debug, PartialEq)]
-pub(crate) struct Parameters {
+pub(crate) struct ParameterCounts {
     pub(crate) total: u64,
-    /// Those that one token meets: of the routed experts only as many as a token is sent to.
+    /// Those that one token uses: of the routed experts, top-k.
     pub(crate) active: u64,
 }
 
-/// Tensors of one dtype.
+/// The tensors of one dtype.
 #[derive(Debug, Default)]
-struct Stored {
+struct DtypeTotal {
     count: usize,
     bytes: u64,
 }
@@ -67,10 +68,10 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Counts from the shapes that the config gives, embedding and output head included, multi-token prediction left out.
+/// Counts parameters by the shapes of the config, including embedding and output head, without the MTP layer.
 ///
 /// Source: deepseek-ai/DeepSeek-V3: README_WEIGHTS.md (what counts as active).
-pub(crate) fn parameters(config: &ModelConfig) -> Parameters {
+pub(crate) fn parameters(config: &ModelConfig) -> ParameterCounts {
     let (mut shared, mut routed) = (0, 0);
     for (key, shape) in keys(config) {
         let numbers: u64 = shape.iter().map(|axis| *axis as u64).product();
@@ -84,14 +85,14 @@ pub(crate) fn parameters(config: &ModelConfig) -> Parameters {
         .moe
         .as_ref()
         .map_or((1, 1), |moe| (moe.choice.top_k, moe.n_routed_experts));
-    Parameters {
+    ParameterCounts {
         total: shared + routed,
         active: shared + routed / experts as u64 * top_k as u64,
     }
 }
 
-fn stored(folder: &Folder) -> anyhow::Result<BTreeMap<String, Stored>> {
-    let mut by_dtype: BTreeMap<String, Stored> = BTreeMap::new();
+fn stored(folder: &Folder) -> anyhow::Result<BTreeMap<String, DtypeTotal>> {
+    let mut by_dtype: BTreeMap<String, DtypeTotal> = BTreeMap::new();
     for name in folder.names() {
         let tensor = folder.stored(name)?;
         let stored = by_dtype.entry(tensor.dtype.to_string()).or_default();
@@ -186,7 +187,7 @@ fn rows(
     let mut layers = config.num_hidden_layers.to_string();
     if config.num_nextn_predict_layers > 0 {
         let mtp = config.num_nextn_predict_layers;
-        layers = format!("{layers}, and {mtp} of multi-token prediction (for --speculative)");
+        layers = format!("{layers}, and {mtp} for multi-token prediction (--speculative)");
     }
     let mut rows = vec![
         ("model", format!("{name} ({})", config.model_type.name())),
@@ -203,7 +204,7 @@ fn rows(
     ];
     if let Some(moe) = &config.moe {
         let text = format!(
-            "{} of {} routed experts a token, {} shared, width {}, from layer {} on",
+            "{} of {} routed experts per token, {} shared, width {}, from layer {} on",
             moe.choice.top_k,
             moe.n_routed_experts,
             moe.n_shared_experts,
@@ -218,18 +219,18 @@ fn rows(
         (
             "parameters",
             format!(
-                "{} in all, {} active per token",
+                "{} in total, {} active per token",
                 parameters.total, parameters.active
             ),
         ),
-        ("cache", cache(config)),
+        ("KV cache", cache(config)),
     ]);
     for (dtype, stored) in stored(folder)? {
-        let Stored { count, bytes } = stored;
+        let DtypeTotal { count, bytes } = stored;
         rows.push(("tensors", format!("{count} {dtype}, {bytes} bytes")));
     }
     if !audit.mtp.is_empty() {
-        rows.push(("guessing", listed(&audit.mtp)));
+        rows.push(("MTP layer", listed(&audit.mtp)));
     }
     if !audit.unknown.is_empty() {
         rows.push(("unknown", listed(&audit.unknown)));
@@ -241,7 +242,7 @@ fn rows(
     Ok(rows)
 }
 
-/// What a token takes in every form that `--cache` knows.
+/// KV-cache bytes per token, by data type.
 fn cache(config: &ModelConfig) -> String {
     let of = |cache_type| {
         let bytes = Cache::bytes_per_token(config, cache_type);
@@ -262,14 +263,14 @@ fn attention(config: &ModelConfig) -> String {
     let heads = config.num_attention_heads;
     match &config.attention {
         AttentionConfig::Mla(mla) => format!(
-            "latent, {heads} heads, latent width {} + {}, query bottleneck {}",
+            "MLA, {heads} heads, KV latent {} + {} for RoPE, query latent {}",
             mla.kv_lora_rank,
             mla.qk_rope_head_dim,
             mla.q_lora_rank
                 .map_or_else(|| "none".to_owned(), |rank| rank.to_string())
         ),
         AttentionConfig::Gqa(gqa) => format!(
-            "grouped queries, {heads} heads, {} of keys and values, width {}",
+            "GQA, {heads} query heads, {} KV heads, width {}",
             gqa.num_key_value_heads, gqa.head_dim
         ),
     }
@@ -312,7 +313,7 @@ mod tests {
                 .sum();
             let found = parameters(&config);
             assert_eq!(found.total, total, "{name}");
-            // An inactive expert more or less is what all three of its matrices hold.
+            // An expert has three matrices.
             let inactive = config.moe.as_ref().map_or(0, |moe| {
                 let layers = (0..config.num_hidden_layers).filter(|layer| moe.is_moe_layer(*layer));
                 let expert = 3 * config.hidden_size * moe.moe_intermediate_size;

@@ -1,4 +1,4 @@
-//! `logits`: what the model says about given token ids, in a file that others can compare with.
+//! `logits`: the model's logits for given token ids, in a file that other implementations can be compared with.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,25 +11,26 @@ use infer::CHUNK;
 use model::{Cache, ForwardContext};
 
 use crate::console::Console;
-use crate::open::{CacheName, ComputeName, ModelArgs, Opened};
+use crate::open::{ModelArgs, Opened};
+use crate::values::{COMPUTE_HELP, CacheValue, ComputeValue};
 
+/// Write the logits of given token ids to a file, to compare implementations.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
-    /// JSON file with rows of token ids of equal length: `{"input_ids": [[…], …]}`.
+    /// Token ids: JSON file `{"input_ids": [[…], …]}` with rows of equal length.
     #[arg(long, value_name = "FILE.json")]
     pub(crate) ids: PathBuf,
-    /// File to write: `logits`, F32, `[batch, seq, vocab]`.
+    /// File to write, with one tensor `logits`: F32, `[batch, seq, vocab]`.
     #[arg(long, value_name = "FILE.safetensors")]
     pub(crate) out: PathBuf,
-    /// What products with weights in ggml's blocks round activations to.
-    #[arg(long, value_enum, default_value_t = ComputeName::F32)]
-    pub(crate) compute: ComputeName,
-    /// Read every row as generation does: 512 ids at a time, through a cache that holds what attention reads of earlier ones
-    /// in this form. By default a row is read at once, without a cache.
+    #[arg(long, value_enum, default_value_t = ComputeValue::F32, help = COMPUTE_HELP)]
+    pub(crate) compute: ComputeValue,
+    /// KV-cache data type. With it, each row is read as `generate` does: 512 tokens at a time, through a KV cache.
+    /// Without it, each row is read in one pass.
     #[arg(long, value_enum, value_name = "TYPE")]
-    pub(crate) cache: Option<CacheName>,
+    pub(crate) cache: Option<CacheValue>,
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
@@ -76,23 +77,23 @@ fn check(rows: &[Vec<u32>], args: &Args, opened: &Opened) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// Logits of one row, `[seq, vocab]`. Rows go one by one, so that no more than one is held besides the result.
+/// Logits of one row, `[seq, vocab]`. Rows are computed one by one, so that only one is held besides the result.
 fn row_logits(opened: &Opened, row: &[u32], args: &Args) -> Vec<f32> {
     let (model, compute) = (&opened.model, args.compute.compute());
-    let of_piece = |piece: &[u32], mut ctx: ForwardContext<'_>| -> Vec<f32> {
-        let (seq, hidden_size) = (piece.len(), model.config.hidden_size);
-        let ids: Vec<i32> = piece.iter().map(|id| *id as i32).collect(); // Below the vocabulary's size.
+    let of_chunk = |chunk: &[u32], mut ctx: ForwardContext<'_>| -> Vec<f32> {
+        let (seq, hidden_size) = (chunk.len(), model.config.hidden_size);
+        let ids: Vec<i32> = chunk.iter().map(|id| *id as i32).collect(); // Below the vocabulary's size.
         let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, seq]), &opened.device);
         let hidden = model.hidden(ids, &mut ctx);
         let logits = model.logits(hidden.reshape([seq, hidden_size]), &ctx);
         logits.into_data().try_to_vec().expect("logits are f32")
     };
     let Some(cache) = args.cache else {
-        return of_piece(row, ForwardContext::new(compute));
+        return of_chunk(row, ForwardContext::new(compute));
     };
     let mut cache = Cache::new(&model.config, cache.cache_type());
-    let pieces = row.chunks(CHUNK);
-    pieces
-        .flat_map(|piece| of_piece(piece, ForwardContext::cached(compute, [&mut cache])))
+    let chunks = row.chunks(CHUNK);
+    chunks
+        .flat_map(|chunk| of_chunk(chunk, ForwardContext::cached(compute, [&mut cache])))
         .collect()
 }

@@ -1,12 +1,15 @@
-//! The command line: one file per verb. Printing, progress, environment and exit codes live here and nowhere else.
+//! The command line, with one file per verb. Only this crate prints, shows progress, reads the environment and chooses
+//! exit codes.
 
 mod bench;
 mod console;
 mod data_check;
+mod device;
 mod eval;
 mod experts;
 mod find_lr;
 mod generate;
+mod host;
 mod inspect;
 mod logits;
 mod merge;
@@ -19,6 +22,7 @@ mod report;
 mod resume_check;
 mod survival;
 mod train;
+mod values;
 
 use std::process::ExitCode;
 
@@ -29,73 +33,69 @@ use crate::console::Console;
 #[global_allocator]
 static ALLOCATOR: kernels::RecyclingAllocator = kernels::RecyclingAllocator::new();
 
-/// Fine-tunes DeepSeek mixture-of-experts models on the machine you own, says how much better they got, and runs them.
+const AFTER_HELP: &str = "\
+Exit codes: 0 success; 1 error; 2 wrong usage or recipe; 4 a check found a difference; 5 too little memory; 6 a loss or \
+gradient is not finite; 7 a run stopped early, with a checkpoint; 130 Ctrl-C.
+
+Environment: HF_HOME, the Hugging Face cache; XDG_CACHE_HOME, the cache of tokenized rows; NO_COLOR, for output without \
+colors.";
+
+/// Fine-tune, evaluate, quantize and run DeepSeek mixture-of-experts models on your own machine.
 #[derive(Debug, Parser)]
-#[command(version, propagate_version = true, arg_required_else_help = true)]
+#[command(
+    version,
+    propagate_version = true,
+    arg_required_else_help = true,
+    after_help = AFTER_HELP
+)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
-    /// Print less: results and errors only.
+    /// Print only results and errors.
     #[arg(short, long, global = true)]
     quiet: bool,
-    /// Print more: what was opened and how, and the memory held.
+    /// Print details: opened models, unused tensors, memory.
     #[arg(short, long, global = true, conflicts_with = "quiet")]
     verbose: bool,
-    /// Worker threads; default: one per core.
+    /// Number of worker threads. Default: one per core.
     #[arg(long, global = true, value_name = "N")]
     threads: Option<usize>,
 }
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Show what a model is: family, sizes, tensors, number formats.
+    // The help of a verb is the doc comment of its arguments, unless it has one here.
+    /// Run the full pipeline on the bundled model and data.
+    Quickstart(quickstart::Args),
     Inspect(inspect::Args),
-    /// Look at training data as the model will see it.
     #[command(subcommand)]
     Data(data_check::Data),
-    /// Train: pretrain, fine-tune, or LoRA, as a recipe says.
     Train(train::Args),
-    /// Look for a learning rate: a short run with a growing one, a plot, a suggestion.
     FindLr(find_lr::Args),
-    /// Write a page with a run's curves, the load of its experts, its samples and its recipe.
+    /// Write an HTML page of a run: curves, expert load, samples, recipe.
     Report(report::Args),
-    /// Train a recipe twice, the second time killed again and again, and compare the results bit for bit.
     ResumeCheck(resume_check::Args),
-    /// Measure: loss, perplexity, bits per byte, multiple choice; several models side by side.
     Eval(eval::Args),
-    /// Compare what two models predict, and which experts they choose.
     Compare(eval::compare::Args),
-    /// Measure which experts a task uses, and write the part of a recipe that trains those.
     Experts(experts::Args),
-    /// Write the logits of given token ids, for comparing implementations.
     Logits(logits::Args),
-    /// Continue a prompt.
     Generate(generate::Args),
-    /// Talk with a model.
     Chat(generate::chat::Args),
-    /// Fold an adapter into its model.
     Merge(merge::Args),
-    /// Write an adapter as a GGUF file for llama.cpp.
     ExportAdapter(merge::adapter::Args),
-    /// Write a model in another number format.
     Quantize(quantize::Args),
-    /// Measure what survives of an adapter's effect when it is merged and rounded.
     Survival(survival::Args),
-    /// Compare training in f32, bf16 and FP8 on a recipe.
     Precision(precision::Args),
-    /// Measure how fast this machine is with a model, and against what it could be.
     #[command(subcommand)]
     Bench(bench::Bench),
-    /// The whole road on the repository's own base and data, printing the verbs it runs.
-    Quickstart(quickstart::Args),
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let console = Console::new(cli.quiet, cli.verbose);
     let (verb, threads) = (cli.verb, cli.threads.unwrap_or(0));
-    // The whole program runs on one of the pool's workers: from there the kernels' parallel loops start at once,
-    // where a thread outside would hand each one over and sleep. Workers get the stack of a main thread.
+    // The program runs on one of the pool's workers, from which the kernels' parallel loops start at once. A thread
+    // outside the pool would hand each loop over and sleep. Workers get the stack size of a main thread.
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
         .stack_size(8 << 20);
@@ -114,6 +114,7 @@ fn main() -> ExitCode {
 
 fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
     match verb {
+        Verb::Quickstart(args) => quickstart::run(&args, console),
         Verb::Inspect(args) => inspect::run(&args, console),
         Verb::Data(data_check::Data::Check(args)) => data_check::run(&args, console),
         Verb::Train(args) => train::run(&args, console),
@@ -132,6 +133,5 @@ fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
         Verb::Survival(args) => survival::run(&args, console),
         Verb::Precision(args) => precision::run(&args, console),
         Verb::Bench(bench) => bench::run(&bench, console),
-        Verb::Quickstart(args) => quickstart::run(&args, console),
     }
 }

@@ -1,4 +1,4 @@
-//! `moeforge merge`: folds an adapter into its model.
+//! `moeforge merge`: merges an adapter into its base model.
 
 pub(crate) mod adapter;
 
@@ -7,42 +7,35 @@ use std::process::ExitCode;
 
 use ::eval::Divergence;
 use checkpoint::Adapter;
-use clap::ValueEnum;
 use model::AdapterWeights;
 use model::PrecisionClass;
-use model::export::WeightFormat;
 use model::export::{MergeReport, merge};
 use model::load::read_config;
 use serde_json::json;
 
 use crate::console::{Console, MISMATCH, WithCode};
 use crate::open::{note_format, open_folder};
+use crate::values::FolderFormat;
 
-/// Folds an adapter into its model, shard by shard, and checks the result.
+/// Merge an adapter into its base model.
+///
+/// The model is merged shard by shard, and the result is checked against base plus adapter.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The base: a Hugging Face folder, or org/name in the local cache.
+    /// Base model: Hugging Face folder, or `org/name` in the local Hugging Face cache.
     model: String,
-    /// The adapter: a PEFT folder.
+    /// LoRA adapter: PEFT folder.
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
-    /// Where the merged model goes; must not exist or be empty.
+    /// Folder to write the merged model to: new or empty.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Number format of the merged weights.
-    #[arg(long, value_enum, default_value_t = DType::Bf16)]
-    dtype: DType,
+    /// Weight format of the merged model.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = FolderFormat::Bf16)]
+    dtype: FolderFormat,
     /// Print the report as JSON.
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum DType {
-    Bf16,
-    F32,
-    /// Block FP8 for attention and experts, as DeepSeek publishes it; bf16 for the rest.
-    Fp8,
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
@@ -50,29 +43,25 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let adapter = Adapter::open(&args.adapter)?;
     note_format(&adapter, &args.adapter, console);
     let adapter = AdapterWeights::read(&adapter, &read_config(&base)?)?;
-    let dtype = match args.dtype {
-        DType::Bf16 => WeightFormat::Bf16,
-        DType::F32 => WeightFormat::F32,
-        DType::Fp8 => WeightFormat::Fp8,
-    };
+    let dtype = args.dtype.weight_format();
     let mut progress = console.progress(0, "merging");
     let merged = merge(&base, &adapter, dtype, &args.out, &mut |done, total| {
         progress.update_of(done as u64, total as u64)
     });
     progress.finish();
-    Report::new(merged, &args.out)?.print(args.json, console);
+    ConversionReport::new(merged, &args.out)?.print(args.json, console);
     Ok(ExitCode::SUCCESS)
 }
 
-/// What was written, by a merge or a conversion.
-pub(crate) struct Report<'a> {
+/// The result of a merge or a conversion.
+pub(crate) struct ConversionReport<'a> {
     written: MergeReport,
     out: &'a Path,
-    /// What the written model predicts against what it was made of, if that was measured.
+    /// Divergence of the written model's predictions from the source's, if it was measured.
     pub(crate) divergence: Option<Divergence>,
 }
 
-impl<'a> Report<'a> {
+impl<'a> ConversionReport<'a> {
     /// A failed check has an exit code of its own.
     pub(crate) fn new(
         written: Result<MergeReport, model::Error>,
@@ -116,7 +105,7 @@ impl<'a> Report<'a> {
             "out": self.out,
             "tensors": tensors,
             "adapted": adapted,
-            "weighted": weighted,
+            "imatrix_tensors": weighted,
             "bytes": bytes,
             "largest_error": largest_error,
             "relative_errors": errors.collect::<Vec<_>>(),
@@ -128,7 +117,7 @@ impl<'a> Report<'a> {
         let (adapted, against) = match self.written.adapted {
             0 => (String::new(), "the source"),
             n => (
-                format!(", {n} of them with the adapter folded in"),
+                format!(", {n} of them with the adapter merged in"),
                 "base plus adapter",
             ),
         };
@@ -140,7 +129,7 @@ impl<'a> Report<'a> {
         );
         if self.written.weighted > 0 {
             let n = self.written.weighted;
-            text += &format!("\nrounded by the importance of their columns: {n} tensors");
+            text += &format!("\nquantized with an importance matrix: {n} tensors");
         }
         if let Some(largest) = self.written.largest_error {
             text += &format!(

@@ -5,128 +5,68 @@ mod memory;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use burn::tensor::Device;
 use checkpoint::Folder;
-use clap::ValueEnum;
-use data::{ChatTemplate, Tokenizer, TokenizerFiles};
+use data::{Tokenizer, TokenizerFiles};
 use infer::Engine;
 use model::AdapterWeights;
-use model::{CacheType, Compute, Model, ModelConfig, Mtp, Training, load};
+use model::{Model, ModelConfig, Mtp, Training, load};
 use serde_json::Value;
 
 pub(crate) use self::memory::{MemoryArgs, cache_object, cache_summary, repack};
 use crate::console::Console;
+use crate::device;
+use crate::values::{CACHE_HELP, COMPUTE_HELP, CacheValue, ComputeValue};
 
-/// Which model, and where it computes.
+// The model of a verb, and the device it runs on. Not a doc comment: clap would show that as the help of the verb.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct ModelArgs {
-    /// Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.
+    /// Model: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.
     pub(crate) model: String,
-    /// Folder of a LoRA adapter (PEFT) to attach.
+    /// LoRA adapter to apply: PEFT folder.
     #[arg(long, value_name = "DIR")]
     pub(crate) adapter: Option<PathBuf>,
-    /// Where to compute. This build has the CPU only.
-    #[arg(long, value_enum, default_value_t = DeviceName::Cpu)]
-    pub(crate) device: DeviceName,
+    /// Device to compute on. This build has one: `cpu`.
+    #[arg(long, value_name = "DEVICE", default_value = device::CPU, value_parser = device::parse)]
+    pub(crate) device: Device,
 }
 
-/// Where a model computes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum DeviceName {
-    Cpu,
-    Gpu,
-    Metal,
-    Vulkan,
-    Cuda,
-}
-
-/// What products may round activations to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum ComputeName {
-    /// Nothing.
-    F32,
-    /// What the weight is in: int8 in blocks of 32 beside ggml's blocks, bf16 beside bf16 (but for the output head), as
-    /// llama.cpp does; nothing beside f32, f16 and FP8.
-    Int8,
-}
-
-impl ComputeName {
-    pub(crate) fn compute(self) -> Compute {
-        match self {
-            Self::F32 => Compute::F32,
-            Self::Int8 => Compute::Int8,
-        }
-    }
-
-    /// As it is written on the command line.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::Int8 => "int8",
-        }
-    }
-}
-
-/// In what form what attention reads of earlier tokens is held.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum CacheName {
-    /// As it was computed.
-    F32,
-    /// In half of that, rounded to 11 significant bits. Numbers beyond 65,504, which models rarely have there, are too large.
-    F16,
-    /// In half of it too, rounded to 8 significant bits, whatever their size.
-    Bf16,
-    /// 8 bits a number, and a scale for 32.
-    #[value(name = "q8_0")]
-    Q8_0,
-}
-
-impl CacheName {
-    pub(crate) fn cache_type(self) -> CacheType {
-        match self {
-            Self::F32 => CacheType::F32,
-            Self::F16 => CacheType::F16,
-            Self::Bf16 => CacheType::Bf16,
-            Self::Q8_0 => CacheType::Q8_0,
-        }
-    }
-}
-
-/// How a model continues prompts.
+// How a model generates.
 #[derive(Debug, Clone, Copy, clap::Args)]
+#[command(next_help_heading = "Speed and memory")]
 pub(crate) struct EngineArgs {
-    /// What products round activations to.
-    #[arg(long, value_enum, default_value_t = ComputeName::Int8)]
-    pub(crate) compute: ComputeName,
-    /// In what form what attention reads of earlier tokens is held.
-    #[arg(long, value_enum, value_name = "TYPE", default_value_t = CacheName::F16)]
-    pub(crate) cache: CacheName,
-    #[command(flatten)]
-    pub(crate) guessing: GuessArgs,
+    #[arg(long, value_enum, default_value_t = ComputeValue::Int8, help = COMPUTE_HELP)]
+    pub(crate) compute: ComputeValue,
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = CacheValue::F16, help = CACHE_HELP)]
+    pub(crate) cache: CacheValue,
     #[command(flatten)]
     pub(crate) memory: MemoryArgs,
 }
 
-/// Whether tokens are guessed ahead.
+// Whether to decode speculatively.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, clap::Args)]
-pub(crate) struct GuessArgs {
-    /// Guess tokens ahead with the model's layer for multi-token prediction, and read each guess in the pass that says
-    /// whether it is right. The text is the same; how fast it comes depends on how many guesses are right.
+#[command(next_help_heading = "Speed and memory")]
+pub(crate) struct SpeculationArgs {
+    /// Speculative decoding with the model's MTP layer: output is unchanged, speed depends on the acceptance rate.
+    ///
+    /// The layer (multi-token prediction, DeepSeek V3) drafts the token after the next, and the model verifies the
+    /// draft in the same pass, for up to 4 sequences at a time. Text, log-probabilities and random draws are the same,
+    /// bit for bit.
     #[arg(long)]
     pub(crate) speculative: bool,
 }
 
-impl GuessArgs {
-    /// The module that guesses, if there is to be one.
+impl SpeculationArgs {
+    /// The drafting module, if speculation is on.
     pub(crate) fn module(self, folder: &Folder, device: &Device) -> anyhow::Result<Option<Mtp>> {
         if !self.speculative {
             return Ok(None);
         }
         let module = load::load_mtp(folder, device);
-        let hint =
-            "--speculative needs a module that guesses; without the option the text is the same";
+        let hint = "--speculative needs a model with an MTP layer; without the option the text is the same";
         module.context(hint).map(Some)
     }
 }
@@ -135,89 +75,82 @@ impl GuessArgs {
 #[derive(Debug)]
 pub(crate) struct Opened {
     pub(crate) folder: Folder,
-    /// Frozen, with its adapter.
+    /// Frozen, with its adapter if it has one.
     pub(crate) model: Model,
-    /// None where the folder has no `tokenizer.json`.
-    pub(crate) tokenizer: Option<Tokenizer>,
-    /// What to call it: the folder's name, and the adapter's.
+    /// None if the folder has no `tokenizer.json`.
+    pub(crate) tokenizer: Option<Arc<Tokenizer>>,
+    /// The name of the folder, and of the adapter.
     pub(crate) name: String,
     pub(crate) device: Device,
 }
 
 impl ModelArgs {
     pub(crate) fn open(&self, console: &Console) -> anyhow::Result<Opened> {
-        self.device.check()?;
-        open_model(&self.model, self.adapter.as_deref(), console)
-    }
-}
-
-impl DeviceName {
-    pub(crate) fn check(self) -> anyhow::Result<()> {
-        match self.to_possible_value() {
-            Some(value) if self != Self::Cpu => {
-                let found = value.get_name();
-                bail!("`--device`: expected cpu, the only device of this build, found {found}")
-            }
-            _ => Ok(()),
-        }
+        let adapter = self.adapter.as_deref();
+        open_model(&self.model, adapter, &self.device, console)
     }
 }
 
 impl Opened {
-    /// The tokenizer, for a verb that cannot do without.
-    pub(crate) fn expect_tokenizer(&self) -> anyhow::Result<&Tokenizer> {
+    /// The tokenizer, for a verb that needs one.
+    pub(crate) fn expect_tokenizer(&self) -> anyhow::Result<&Arc<Tokenizer>> {
         let path = self.folder.path().display();
         let tokenizer = self.tokenizer.as_ref();
         tokenizer.with_context(|| format!("{path}: expected a tokenizer, found none"))
     }
 
-    /// The tokenizer and its chat template, for what cannot do without.
-    pub(crate) fn expect_chat_template(&self) -> anyhow::Result<(&Tokenizer, &ChatTemplate)> {
+    /// The tokenizer, for a verb that needs its chat template.
+    pub(crate) fn expect_chat_template(&self) -> anyhow::Result<&Arc<Tokenizer>> {
         let tokenizer = self.expect_tokenizer()?;
-        let template = tokenizer.chat_template().with_context(|| {
+        if tokenizer.chat_template().is_none() {
             let path = self.folder.path().display();
-            format!("{path}: expected a chat template, found none")
-        })?;
-        Ok((tokenizer, template))
+            bail!("{path}: expected a chat template, found none");
+        }
+        Ok(tokenizer)
     }
 
-    /// What continues prompts with the model.
+    /// The engine that generates with the model.
     ///
     /// # Errors
-    /// If guesses are asked for, and the model has no module for them.
-    pub(crate) fn engine(&self, args: EngineArgs, console: &Console) -> anyhow::Result<Engine> {
+    /// If speculation is on, and the model has no module for it.
+    pub(crate) fn engine(
+        &self,
+        args: EngineArgs,
+        speculation: SpeculationArgs,
+        console: &Console,
+    ) -> anyhow::Result<Engine> {
         let mut engine = Engine::new(
             self.model.clone(),
             args.compute.compute(),
             self.device.clone(),
         );
-        engine.mtp = args.guessing.module(&self.folder, &self.device)?;
+        engine.mtp = speculation.module(&self.folder, &self.device)?;
         engine.cache = args.cache.cache_type();
         args.memory.place(&mut engine, console);
         Ok(engine)
     }
 }
 
-/// Opens a model with an adapter, and says which tensors of its folder it does not use.
+/// Opens a model with an adapter, and notes which tensors of its folder are not used.
 pub(crate) fn open_model(
     model: &str,
     adapter: Option<&Path>,
+    device: &Device,
     console: &Console,
 ) -> anyhow::Result<Opened> {
-    let device = Device::flex();
     let (folder, mut name) = open_folder(model)?;
     note_unused(&folder, console)?;
-    let mut model = load::load(&folder, Training::Frozen, &device)?;
+    let mut model = load::load(&folder, Training::Frozen, device)?;
     if let Some(path) = adapter {
-        attach(&mut model, path, &device, console)?;
+        attach(&mut model, path, device, console)?;
         name = format!("{name} + {}", name_of(path));
     }
     Ok(Opened {
-        tokenizer: open_tokenizer(&folder)?,
+        tokenizer: open_tokenizer(&folder)?.map(Arc::new),
         folder,
         model,
         name,
-        device,
+        device: device.clone(),
     })
 }
 
@@ -240,17 +173,17 @@ pub(crate) fn attach(
     Ok(())
 }
 
-/// Says so if an adapter was trained for weights that are rounded after a merge: beside the base it is not what it was.
+/// Notes that an adapter was trained for weights that are rounded after a merge: applied to the base, it differs.
 pub(crate) fn note_format(adapter: &checkpoint::Adapter, path: &Path, console: &Console) {
     if let Some(format) = &adapter.notes.trained_for {
         console.note(format_args!(
-            "{}: trained to be merged and rounded to {format}; see `moeforge survival`",
+            "{}: trained to be merged and quantized to {format}; see `moeforge survival`",
             path.display()
         ));
     }
 }
 
-/// Opens a model's folder, and says what to call it.
+/// Opens a model's folder. Returns its name too.
 pub(crate) fn open_folder(model: &str) -> anyhow::Result<(Folder, String)> {
     let path = find(model)?;
     let name = if Path::new(model).exists() {
@@ -258,7 +191,8 @@ pub(crate) fn open_folder(model: &str) -> anyhow::Result<(Folder, String)> {
     } else {
         model.to_owned()
     };
-    Ok((train::open_folder(&path)?, name))
+    let folder = Folder::open(&path)?.with_companions(data::companions);
+    Ok((folder, name))
 }
 
 /// The folder or GGUF file of a model: a path, or `org/name` in the local Hugging Face cache.
@@ -273,7 +207,7 @@ pub(crate) fn find(model: &str) -> anyhow::Result<PathBuf> {
     Ok(path)
 }
 
-/// Whether a path is named as GGUF files are.
+/// Whether a path has the extension of GGUF files.
 pub(crate) fn is_gguf(path: &Path) -> bool {
     let extension = path.extension();
     extension.is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
@@ -281,14 +215,15 @@ pub(crate) fn is_gguf(path: &Path) -> bool {
 
 /// The tokenizer of a model, if it has one.
 pub(crate) fn open_tokenizer(folder: &Folder) -> anyhow::Result<Option<Tokenizer>> {
-    let files = train::tokenizer_of(folder)?;
+    let files = TokenizerFiles::of_model(folder.path(), folder.metadata())?;
     Ok(files.as_ref().map(Tokenizer::new).transpose()?)
 }
 
-/// The tokenizer and the architecture of a model, or of a folder that may have no weights yet: each if it is there.
+/// The tokenizer and the architecture of a model, or of a folder that may have no weights yet; none for what is
+/// missing.
 pub(crate) fn open_texts(path: &Path) -> anyhow::Result<(Option<Tokenizer>, Option<ModelConfig>)> {
     if path.is_file() {
-        let folder = train::open_folder(path)?;
+        let folder = Folder::open(path)?.with_companions(data::companions);
         let config = load::read_config(&folder)?;
         return Ok((open_tokenizer(&folder)?, Some(config)));
     }
@@ -297,7 +232,7 @@ pub(crate) fn open_texts(path: &Path) -> anyhow::Result<(Option<Tokenizer>, Opti
     Ok((tokenizer, read_config(path)?))
 }
 
-/// The architecture in a folder; none where there is no `config.json`.
+/// The architecture in a folder; none without a `config.json`.
 fn read_config(folder: &Path) -> anyhow::Result<Option<ModelConfig>> {
     let path = folder.join("config.json");
     if !path.exists() {
@@ -320,14 +255,14 @@ pub(crate) fn read_json(path: &Path) -> anyhow::Result<Value> {
     serde_json::from_slice(&text).with_context(reading)
 }
 
-/// `HF_HOME`, or where Hugging Face's tools put it.
+/// `HF_HOME`, or the default of Hugging Face's tools.
 fn hf_home() -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
     let default = || Some(PathBuf::from(set("HOME")?).join(".cache/huggingface"));
     set("HF_HOME").map(PathBuf::from).or_else(default)
 }
 
-/// Where tokenized rows are kept for the next run: in `XDG_CACHE_HOME`, or in `.cache` at home.
+/// The folder of tokenized rows: in `XDG_CACHE_HOME`, or in `.cache` at home.
 pub(crate) fn token_cache() -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
     let default = || Some(PathBuf::from(set("HOME")?).join(".cache"));
@@ -356,7 +291,7 @@ fn note_unused(folder: &Folder, console: &Console) -> anyhow::Result<()> {
     }
     if !audit.mtp.is_empty() {
         console.detail(format_args!(
-            "{place}: multi-token prediction, run with --speculative only: {}",
+            "{place}: MTP layer, used with --speculative only: {}",
             listed(&audit.mtp)
         ));
     }
@@ -371,7 +306,7 @@ fn note_unused(folder: &Folder, console: &Console) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The first few names, and how many there are.
+/// The number of names, and the first few.
 pub(crate) fn listed(names: &[String]) -> String {
     const SHOWN: usize = 3;
     let first: Vec<&str> = names.iter().take(SHOWN).map(String::as_str).collect();

@@ -1,8 +1,8 @@
-//! `moeforge precision`: what lower precision costs in accuracy, on the user's own recipe and data.
+//! `moeforge precision`: the effect of lower precision on the training losses of a recipe.
 //!
-//! The runs are those of `moeforge train`, one after another, with the same seed and data. What differs is the precision
-//! (FP8's optimizer keeps its moments in bf16, unless the recipe says otherwise),
-//! and in one twin nothing but a rounding of the initial values: the noise that any difference has to be seen against.
+//! The runs are those of `moeforge train`, one after another, with the same seed and data. They differ in precision
+//! (with FP8, the optimizer keeps its moments in bf16 unless the recipe says otherwise). One twin differs only in a
+//! rounding of the initial values: its deviation is the noise that the others have to be compared with.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -17,24 +17,24 @@ use crate::console::{Console, USAGE, WithCode, resident_bytes};
 use crate::plot::{Axes, Line, Plot};
 use crate::train::usage;
 
-/// Compares training in f32, bf16 and FP8: the losses step by step, speed, memory.
+/// Compare training in f32, bf16 and FP8: losses step by step, speed and memory.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The recipe, a TOML file.
+    /// Recipe: TOML file.
     recipe: PathBuf,
-    /// Override a setting: section.key=value. May be repeated.
+    /// Recipe setting to override, as section.key=value. May be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Folder for the runs, `report.json`, `report.txt` and `loss_error.svg`. Runs that are there are gone on with.
+    /// Folder for the runs, `report.json`, `report.txt` and `loss_error.svg`. Existing runs are resumed.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Weight of a new step in the exponential average of the losses.
+    /// Weight of a new step in the exponential average of losses.
     #[arg(long, value_name = "A", default_value_t = 0.02)]
     smoothing: f64,
-    /// Steps left out at the start.
+    /// Number of first steps to exclude.
     #[arg(long, value_name = "N", default_value_t = 100)]
     skip: usize,
-    /// Also train in FP8 without scales, as a control.
+    /// Control run: also train in FP8 without scales.
     #[arg(long)]
     control: bool,
     /// Print JSON instead of a table.
@@ -42,8 +42,8 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// The runs: name, and settings of `[precision]`. The first is what the others are compared with; the last, which shows
-/// what a difference that matters looks like, is made if asked for.
+/// The runs: name, and settings of `[precision]`. The others are compared with the first. The last is the control run,
+/// which shows a difference that matters.
 const RUNS: [(&str, &[&str]); 5] = [
     ("bf16", &["precision.compute=bf16"]),
     (
@@ -55,8 +55,8 @@ const RUNS: [(&str, &[&str]); 5] = [
     ("fp8, unscaled", &["precision.compute=fp8-unscaled"]),
 ];
 
-const NOTE: &str = "\nkept: inputs of linear layers, SwiGLU and experts that wait for the backward pass\n\
-     peak: memory besides mapped files\nsimulated FP8: values exact, arithmetic f32";
+const NOTE: &str = "\nsaved: inputs of linear layers, SwiGLU and experts, saved for the backward pass\n\
+     peak: memory without mapped files\nFP8 is simulated: exact values, f32 arithmetic";
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     if !(args.smoothing > 0.0 && args.smoothing <= 1.0) {
@@ -68,7 +68,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
             ),
         }));
     }
-    // What is wrong with the recipe, or with the runs that are there, is said once, and before the first run.
+    // Errors in the recipe or in existing runs are reported once, before the first run.
     let n_runs = RUNS.len() - usize::from(!args.control);
     let mut runs = Vec::new();
     for (name, settings) in &RUNS[..n_runs] {
@@ -113,8 +113,8 @@ fn all_settings(args: &Args, settings: &[&str]) -> Vec<String> {
     users.chain(own.map(Into::into)).collect()
 }
 
-/// Trains, or goes on with a run that was stopped. Returns the most memory it held besides mapped files, where the
-/// operating system tells and the run was not finished before.
+/// Trains, or resumes a run. Returns its peak memory without mapped files; none if the operating system does not tell
+/// or the run was finished before.
 fn train(args: &Args, settings: &[String], folder: &Path) -> anyhow::Result<Option<u64>> {
     if ["model", "adapter"]
         .iter()
@@ -122,7 +122,7 @@ fn train(args: &Args, settings: &[String], folder: &Path) -> anyhow::Result<Opti
     {
         return Ok(None);
     }
-    let program = std::env::current_exe().context("where is this program?")?;
+    let program = std::env::current_exe().context("cannot find this program")?;
     let mut command = Command::new(program);
     command.arg("train");
     if folder.join("recipe.toml").exists() {
@@ -149,7 +149,7 @@ fn train(args: &Args, settings: &[String], folder: &Path) -> anyhow::Result<Opti
     }
 }
 
-/// What a run left.
+/// The metrics of a run.
 fn curve(name: &str, folder: &Path, peak_bytes: Option<u64>) -> anyhow::Result<Curve> {
     let path = folder.join("metrics.jsonl");
     let text = std::fs::read_to_string(&path)

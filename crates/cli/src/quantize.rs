@@ -1,4 +1,4 @@
-//! `moeforge quantize`: a model in another number format.
+//! `moeforge quantize`: a model in another weight format.
 
 mod importance;
 
@@ -8,34 +8,54 @@ use std::process::ExitCode;
 use ::eval::Divergence;
 use anyhow::{Context, anyhow, bail};
 use checkpoint::{Folder, GgufValue};
-use data::Sample;
+use data::{Sample, TokenizerFiles};
 use model::Compute;
-use model::export::WeightFormat;
 use model::export::gguf::write_gguf;
-use model::export::mix::{Mix, MixScheme};
+use model::export::mix::Mix;
 use model::export::{MergeReport, convert};
 use model::load::{Audit, audit, read_config};
 use serde_json::Value;
 
 use self::importance::ImportanceArgs;
 use crate::console::Console;
-use crate::eval::compare::{self, LONGEST};
-use crate::merge::Report;
+use crate::device::default_device;
+use crate::eval::compare::{self, MAX_LENGTH, ModelPair, RowLimits};
+use crate::merge::ConversionReport;
 use crate::open::{listed, open_folder, open_model, open_tokenizer};
+use crate::values::OutputFormat;
 
-/// Writes a model in another number format, tensor by tensor, and checks the result.
+/// Write a model in another weight format.
+///
+/// The model is converted tensor by tensor, and the result is checked against the source.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The model: a Hugging Face folder, a GGUF file, or org/name in the local cache.
+    /// Model: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.
     model: String,
-    /// The format: hf:fp8, hf:bf16 or hf:f32 for a folder, gguf: and f32, bf16, f16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0 and
-    /// others for a GGUF file.
-    #[arg(long, value_name = "FORMAT", value_parser = Target::parse)]
-    to: Target,
-    /// Where the new model goes: a folder that does not exist or is empty, or a GGUF file that does not exist.
+    /// Weight format. Folders: hf:fp8, hf:bf16, hf:f32. GGUF files: gguf:f32, gguf:bf16, gguf:f16, gguf:q8_0,
+    /// gguf:q6_k, gguf:q5_k_m, gguf:q4_k_m, gguf:q4_0, …; a wrong name lists all.
+    #[arg(long, value_name = "FORMAT", value_parser = OutputFormat::parse)]
+    to: OutputFormat,
+    /// Folder to write, new or empty; or GGUF file to write, which must not exist.
     #[arg(long, value_name = "PATH")]
     out: PathBuf,
-    /// Of a GGUF: types of parts, as `experts=q4_k,attn=q8_0`; parts are experts, shared, attn, ffn, embed, head, mtp.
+    /// Folder with `test.jsonl`, to compare the predictions of the new model with the old one's.
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Maximum number of samples of --data.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    max_samples: usize,
+    /// Print JSON, with the error of every matrix.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    gguf: GgufArgs,
+}
+
+// Options of GGUF files.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "GGUF files only")]
+struct GgufArgs {
+    /// Weight types by part, such as `experts=q4_k,attn=q8_0`. Parts: experts, shared, attn, ffn, embed, head, mtp.
     #[arg(
         long,
         value_name = "PART=TYPE,…",
@@ -43,68 +63,30 @@ pub(crate) struct Args {
         hide_default_value = true
     )]
     mix: String,
-    /// Of a GGUF: llama.cpp's name for the pre-tokenizer, where it is not recognized.
+    /// llama.cpp's name of the pre-tokenizer, if it is not recognized.
     #[arg(long, value_name = "NAME")]
     pre: Option<String>,
-    /// Of a GGUF: keep the layer for multi-token prediction, for `--speculative`. A llama.cpp that does not know such layers of
-    /// DeepSeek refuses the file.
+    /// Keep the MTP layer, for speculative decoding. Older versions of llama.cpp refuse such files.
     #[arg(long)]
     mtp: bool,
     #[command(flatten)]
     importance: ImportanceArgs,
-    /// Folder with `test.jsonl`: also compare what both models predict.
-    #[arg(long, value_name = "DIR")]
-    data: Option<PathBuf>,
-    /// Compare on the first so many samples.
-    #[arg(long, value_name = "N", default_value_t = 64)]
-    max_samples: usize,
-    /// Print the report as JSON, with the error of every matrix.
-    #[arg(long)]
-    json: bool,
 }
 
-/// A number format, and the kind of file it is written in.
-#[derive(Clone, Copy, Debug)]
-enum Target {
-    Folder(WeightFormat),
-    Gguf(MixScheme),
-}
-
-impl Target {
-    const FOLDERS: [(&'static str, WeightFormat); 3] = [
-        ("hf:fp8", WeightFormat::Fp8),
-        ("hf:bf16", WeightFormat::Bf16),
-        ("hf:f32", WeightFormat::F32),
-    ];
-
-    fn parse(text: &str) -> Result<Self, String> {
-        if let Some((_, format)) = Self::FOLDERS.iter().find(|known| known.0 == text) {
-            return Ok(Self::Folder(*format));
-        }
-        let schemes = MixScheme::all().into_iter();
-        let mut named = schemes.map(|scheme| (format!("gguf:{scheme}"), scheme));
-        match named.find(|named| named.0 == text) {
-            Some((_, scheme)) => Ok(Self::Gguf(scheme)),
-            None => {
-                let schemes = MixScheme::all()
-                    .into_iter()
-                    .map(|scheme| format!("gguf:{scheme}"));
-                let folders = Self::FOLDERS.iter().map(|known| known.0.to_owned());
-                let known: Vec<String> = folders.chain(schemes).collect();
-                Err(format!("expected one of {}", known.join(", ")))
-            }
-        }
+impl GgufArgs {
+    fn is_given(&self) -> bool {
+        !self.mix.is_empty() || self.pre.is_some() || self.mtp || self.importance.is_given()
     }
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (model, _) = open_folder(&args.model)?;
-    // What there is to compare on is opened first: a conversion may take long.
+    // The rows are opened first: a conversion may take long.
     let samples = match &args.data {
         Some(data) => samples(args, data, &model)?,
         None => vec![],
     };
-    let mut report = Report::new(write(args, &model, console)?, &args.out)?;
+    let mut report = ConversionReport::new(write(args, &model, console)?, &args.out)?;
     let compared = args
         .data
         .as_ref()
@@ -116,25 +98,22 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Writes the model; what went wrong in that is the inner error.
+/// Writes the model. The inner error is one of writing.
 fn write(
     args: &Args,
     model: &Folder,
     console: &Console,
 ) -> anyhow::Result<Result<MergeReport, model::Error>> {
+    let gguf = &args.gguf;
     let scheme = match args.to {
-        Target::Gguf(scheme) => scheme,
-        Target::Folder(_)
-            if !args.mix.is_empty()
-                || args.pre.is_some()
-                || args.mtp
-                || args.importance.is_given() =>
-        {
+        OutputFormat::Gguf(scheme) => scheme,
+        OutputFormat::Folder(_) if gguf.is_given() => {
             bail!(
                 "`--mix`, `--pre`, `--mtp` and `--imatrix…` are for GGUF files; expected `--to gguf:…`"
             )
         }
-        Target::Folder(format) => {
+        OutputFormat::Folder(format) => {
+            let format = format.weight_format();
             let mut progress = console.progress(0, "converting");
             let written = convert(model, format, &args.out, &mut |done, total| {
                 progress.update_of(done as u64, total as u64)
@@ -143,21 +122,21 @@ fn write(
             return Ok(written);
         }
     };
-    let mut mix = Mix::new(scheme, &args.mix).map_err(|problem| anyhow!("`--mix`: {problem}"))?;
-    let tokenizer = tokenizer_keys(model, args.pre.as_deref(), console)?;
-    mix.mtp = args.mtp;
+    let mut mix = Mix::new(scheme, &gguf.mix).map_err(|problem| anyhow!("`--mix`: {problem}"))?;
+    let tokenizer = tokenizer_keys(model, gguf.pre.as_deref(), console)?;
+    mix.mtp = gguf.mtp;
     let Audit { mtp, unknown, .. } = audit(model)?;
     if !unknown.is_empty() {
         console.note(format_args!("left out: {}", listed(&unknown)));
     }
-    if !mtp.is_empty() && !args.mtp {
+    if !mtp.is_empty() && !gguf.mtp {
         console.note(format_args!(
-            "left out, for --mtp would keep them: {}",
+            "MTP layer left out; --mtp keeps it: {}",
             listed(&mtp)
         ));
     }
-    let importance = &args.importance;
-    mix.importance = importance.importance((&args.model, model), console)?;
+    let importance = &gguf.importance;
+    mix.importance = importance.importance(&args.model, model, console)?;
     let mut progress = console.progress(0, "converting");
     let written = write_gguf(model, &mix, tokenizer, &args.out, &mut |done, total| {
         progress.update_of(done as u64, total as u64)
@@ -166,13 +145,16 @@ fn write(
     Ok(written)
 }
 
-/// What a GGUF says of its tokens: as the source says it, if that is one.
+/// The tokenizer's keys of a GGUF file: those of the source, if it is one too.
 fn tokenizer_keys(
     model: &Folder,
     pre: Option<&str>,
     console: &Console,
 ) -> anyhow::Result<Vec<(String, GgufValue)>> {
-    let keys: Vec<(String, Value)> = match (model.metadata(), train::tokenizer_of(model)?) {
+    let keys: Vec<(String, Value)> = match (
+        model.metadata(),
+        TokenizerFiles::of_model(model.path(), model.metadata())?,
+    ) {
         (Some(metadata), _) if pre.is_none() => {
             let keys = metadata
                 .iter()
@@ -190,27 +172,37 @@ fn tokenizer_keys(
     };
     let value = |(key, value): (String, Value)| {
         let value = GgufValue::of(&value);
-        let value = value.with_context(|| format!("key `{key}`: no value of a GGUF's"))?;
+        let value =
+            value.with_context(|| format!("key `{key}`: a GGUF file cannot hold its value"))?;
         Ok((key, value))
     };
     keys.into_iter().map(value).collect()
 }
 
-/// What both models are compared on.
+/// The rows that both models are compared on.
 fn samples(args: &Args, data: &Path, model: &Folder) -> anyhow::Result<Vec<Sample>> {
     let (config, tokenizer) = (read_config(model)?, open_tokenizer(model)?);
-    let most = [args.max_samples, LONGEST];
-    compare::samples(data, (tokenizer.as_ref(), &config), most)
+    let limits = RowLimits {
+        max_samples: args.max_samples,
+        max_length: MAX_LENGTH,
+    };
+    compare::samples(data, tokenizer.as_ref(), &config, limits)
 }
 
-/// What the new model predicts, against the old.
+/// The divergence of the new model's predictions from the old one's.
 fn compared(
     args: &Args,
     data: &Path,
     samples: &[Sample],
     console: &Console,
 ) -> anyhow::Result<Divergence> {
-    let source = open_model(&args.model, None, console)?;
-    let found = open_model(&args.out.to_string_lossy(), None, console)?;
-    compare::compare((&source, &found, Compute::F32), samples, (data, console))
+    let device = default_device();
+    let source = open_model(&args.model, None, &device, console)?;
+    let written = open_model(&args.out.to_string_lossy(), None, &device, console)?;
+    let pair = ModelPair {
+        reference: &source,
+        model: &written,
+        compute: Compute::F32,
+    };
+    pair.compare(samples, data, console)
 }

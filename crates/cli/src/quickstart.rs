@@ -1,4 +1,4 @@
-//! `moeforge quickstart`: the whole road on what the repository contains, as the verbs a user would type.
+//! `moeforge quickstart`: the full pipeline on the bundled model and data, as the verbs a user would type.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -8,15 +8,15 @@ use anyhow::{Context, bail};
 
 use crate::console::Console;
 
-/// Runs eval, train, eval, merge, quantize and generate on the repository's own base and data, printing each command.
+/// Runs eval, train, eval, merge, quantize and generate on the bundled model and data, and prints each command.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Where the run goes.
-    #[arg(long, value_name = "DIR", default_value = "runs/quickstart")]
-    out: PathBuf,
+    /// Output folder, which must not exist. Default: runs/quickstart, or the next of runs/quickstart-2, -3, … that is free.
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
 }
 
-/// The question that is asked at the end.
+/// The question for the merged model.
 const QUESTION: &str = "What is the capital of France?";
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
@@ -24,13 +24,16 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     if !Path::new(BASE).join("config.json").exists() {
         bail!("{BASE}: not found; run this in the root of the repository");
     }
-    if args.out.exists() {
-        bail!(
-            "{}: exists; remove it, or choose another place with --out",
-            args.out.display()
-        );
-    }
-    let place = Place::new(&args.out);
+    let out = match &args.out {
+        Some(out) if out.exists() => bail!(
+            "{}: exists; remove it, or choose another folder with --out",
+            out.display()
+        ),
+        Some(out) => out.clone(),
+        None => fresh(Path::new(OUT)),
+    };
+    console.note(format_args!("Writing to {}.", out.display()));
+    let place = Place::new(&out);
     let steps = place.steps();
     for (number, (what, words)) in (1..).zip(&steps) {
         console.note(format_args!(
@@ -49,10 +52,20 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+const OUT: &str = "runs/quickstart";
 const BASE: &str = "recipes/quickstart/base";
 const RECIPE: &str = "recipes/quickstart/lora.toml";
 const DATA: &str = "datasets/factbook";
 const CHOICES: &str = "datasets/factbook/choices.jsonl";
+
+/// The path itself, or the first of `path-2`, `path-3`, … that does not exist.
+fn fresh(path: &Path) -> PathBuf {
+    let numbered = (2..).map(|number| format!("{}-{number}", path.display()).into());
+    std::iter::once(path.to_owned())
+        .chain(numbered)
+        .find(|path| !path.exists())
+        .expect("numbers do not run out")
+}
 
 /// Where the verbs write.
 struct Place {
@@ -73,7 +86,7 @@ impl Place {
         }
     }
 
-    /// What each verb is for, and its words.
+    /// The purpose of each verb, and its arguments.
     fn steps(&self) -> [(&'static str, Vec<&str>); 6] {
         let score = ["--data", DATA, "--tasks", CHOICES];
         let ask = ["--chat", "--max-tokens", "40", "--prompt", QUESTION];
@@ -81,27 +94,27 @@ impl Place {
         let pack = ["--to", "gguf:q8_0", "--out", &self.gguf, "--data", DATA];
         [
             (
-                "What does the base know?",
+                "Evaluate the base model.",
                 [&["eval", BASE][..], &score].concat(),
             ),
             (
-                "Train a LoRA adapter on the questions, in other words.",
+                "Train a LoRA adapter on the same facts, asked in other words.",
                 vec!["train", RECIPE, "--out", &self.run],
             ),
             (
-                "Base and adapter side by side.",
+                "Evaluate the base model with and without the adapter.",
                 [&["eval", BASE, "--adapter", &self.adapter][..], &score].concat(),
             ),
             (
-                "Fold the adapter into the model.",
+                "Merge the adapter into the base model.",
                 [&["merge", BASE][..], &fold].concat(),
             ),
             (
-                "Write it as a GGUF file, in eight bits, and compare what the two predict.",
+                "Quantize the merged model to an 8-bit GGUF file, and compare the predictions of both.",
                 [&["quantize", self.merged.as_str()][..], &pack].concat(),
             ),
             (
-                "Ask it something.",
+                "Ask the quantized model a question.",
                 [&["generate", self.gguf.as_str()][..], &ask].concat(),
             ),
         ]

@@ -1,8 +1,8 @@
-//! `moeforge resume-check`: does a run that is killed again and again end as one that is not?
+//! `moeforge resume-check`: a check that a run that is killed and resumed ends as an uninterrupted one.
 //!
-//! The runs are those of `moeforge train`, in processes of their own, ended by SIGKILL, which no program can answer: a
-//! kill lands wherever the process is, opening the model, in a step, or half-way through a checkpoint. A run that comes
-//! to its end before its kills are used up is compared, and another one takes the rest.
+//! The runs are those of `moeforge train`, in processes of their own, ended by SIGKILL, which no program can handle: a
+//! kill lands wherever the process is, opening the model, in a step, or half-way through a checkpoint. A run that
+//! finishes before all kills are used is compared, and another run takes the rest.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -18,22 +18,24 @@ use train::Recipe;
 use crate::console::{Console, MISMATCH, Progress};
 use crate::train::{new_run, usage};
 
-/// Kills a run at random moments, resumes it each time, and compares the result with that of a run left alone.
+/// Check that killed-and-resumed training equals an uninterrupted run, bit for bit.
+///
+/// A run is killed at random moments and resumed each time. Weights, optimizer, state and metrics are then compared.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The recipe, a TOML file. Small: it is trained several times. Frequent checkpoints (`train.save_every`) make it
-    /// likely that kills land in them.
+    /// Recipe: TOML file. Use a small one, as it is trained several times. With frequent checkpoints
+    /// (`train.save_every`), more kills land in one.
     recipe: PathBuf,
-    /// Override a setting: section.key=value. May be repeated.
+    /// Recipe setting to override, as section.key=value. May be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// How often to kill.
+    /// Number of kills.
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
     kills: u64,
-    /// What the moments are drawn from.
+    /// Random seed of the moments.
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
-    /// Folder for the runs; default: a new folder under runs/. Killed runs that ended alike are removed.
+    /// Folder for the runs. Default: a new folder in runs/. Killed runs without a difference are removed.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Print JSON instead of a summary.
@@ -42,7 +44,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
-    // What is wrong with the recipe is said here, and not by a child.
+    // Errors in the recipe are reported here and not by a child process.
     Recipe::open(&args.recipe, &args.set).map_err(usage)?;
     let out = new_run(args.out.as_deref(), Some(&args.recipe), "-resume-check");
     let whole = out.join("whole");
@@ -52,7 +54,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
             whole.display()
         );
     }
-    console.note(format_args!("{}: without interruption", whole.display()));
+    console.note(format_args!("{}: uninterrupted run", whole.display()));
     let mut check = Check {
         args,
         longest: longest_life(train_whole(args, &whole)?, args.kills),
@@ -81,20 +83,20 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
 /// The check under way.
 struct Check<'a> {
     args: &'a Args,
-    /// The run without interruption.
+    /// The uninterrupted run.
     whole: PathBuf,
-    /// The most seconds that a process is given.
+    /// Maximum seconds before a process is killed.
     longest: f64,
     random: u64,
     tally: Tally,
     progress: Progress,
 }
 
-/// Trains without interruption. Returns the seconds until the first step and the seconds after it.
+/// Trains uninterrupted. Returns the seconds until the first step and the seconds after it.
 fn train_whole(args: &Args, run: &Path) -> anyhow::Result<[f64; 2]> {
     let started = Instant::now();
     let mut child = start(args, run)?;
-    // What a run writes when everything is open.
+    // A run writes this file when everything is open.
     let marker = run.join("precision.txt");
     while !marker.exists() && !has_ended(&mut child, Some(Duration::from_millis(5)))? {}
     let opening = started.elapsed().as_secs_f64();
@@ -103,8 +105,8 @@ fn train_whole(args: &Args, run: &Path) -> anyhow::Result<[f64; 2]> {
     Ok([opening, started.elapsed().as_secs_f64() - opening])
 }
 
-/// The longest time that a process is given, so that one run takes all the kills: drawn evenly from 0 to this, the times
-/// left after opening add up to most of what the steps need.
+/// The maximum time before a kill, such that one run takes all kills: with times drawn evenly up to it, the times left
+/// after opening add up to most of the time of the steps.
 fn longest_life([opening, steps]: [f64; 2], kills: u64) -> f64 {
     const SHARE: f64 = 0.7;
     // (longest − opening)² / (2 · longest) is a process's mean time for steps; kills times that is their share.
@@ -113,23 +115,23 @@ fn longest_life([opening, steps]: [f64; 2], kills: u64) -> f64 {
     half + (half * half - opening * opening).sqrt()
 }
 
-/// What was done and found.
+/// Kills and differences.
 #[derive(Debug, Default)]
 struct Tally {
     /// Processes that were killed.
     kills: u64,
-    /// Of them, those that left a half-written or half-removed checkpoint.
+    /// Kills that left a half-written or half-removed checkpoint.
     while_saving: u64,
-    /// Of them, those that had no run directory yet.
+    /// Kills before there was a run directory.
     before_start: u64,
-    /// Runs that came to their end.
+    /// Runs that finished.
     rounds: u64,
-    /// What is not as in the run without interruption.
+    /// Files that differ from the uninterrupted run's.
     differences: Vec<String>,
 }
 
 impl Check<'_> {
-    /// Kills and resumes one run until it comes to its end.
+    /// Kills and resumes one run until it finishes.
     fn round(&mut self, out: &Path) -> anyhow::Result<()> {
         let run = out.join(format!("killed-{}", self.tally.rounds + 1));
         loop {
@@ -170,7 +172,7 @@ impl Check<'_> {
 }
 
 impl Tally {
-    /// Counts a kill, and looks at what the process was doing.
+    /// Counts a kill, and what the process was doing.
     fn note_kill(&mut self, run: &Path) -> anyhow::Result<()> {
         self.kills += 1;
         self.before_start += u64::from(!is_run(run));
@@ -191,7 +193,7 @@ impl Tally {
             self.kills, self.rounds, self.while_saving, self.before_start
         );
         if self.differences.is_empty() {
-            text += "\nresumed: all\nfinal weights, optimizer, state and metrics: equal to those without interruption, bit for bit";
+            text += "\nresumed: all\nfinal weights, optimizer, state and metrics: equal to the uninterrupted run's, bit for bit";
         } else {
             text += &format!("\nNOT EQUAL, see {}:", out.display());
             for difference in &self.differences {
@@ -213,9 +215,9 @@ impl Tally {
     }
 }
 
-/// Starts a run, or goes on with it.
+/// Starts or resumes a run.
 fn start(args: &Args, run: &Path) -> anyhow::Result<Child> {
-    let program = std::env::current_exe().context("where is this program?")?;
+    let program = std::env::current_exe().context("cannot find this program")?;
     let mut command = Command::new(program);
     command.args(["train", "--quiet"]);
     if is_run(run) {
@@ -238,7 +240,7 @@ fn is_run(folder: &Path) -> bool {
     folder.join("recipe.toml").is_file()
 }
 
-/// Waits for the end of a process, at most for a while. Returns whether it came.
+/// Waits until a process has ended, or until a time limit. Returns whether it has ended.
 fn has_ended(child: &mut Child, longest: Option<Duration>) -> anyhow::Result<bool> {
     let Some(longest) = longest else {
         child.wait()?;
@@ -255,7 +257,7 @@ fn has_ended(child: &mut Child, longest: Option<Duration>) -> anyhow::Result<boo
     Ok(true)
 }
 
-/// How a process ended that has: what it said, if it failed.
+/// The result of a process that has ended, with its error output if it failed.
 fn ended(child: &mut Child) -> anyhow::Result<()> {
     let status = child.wait()?;
     if status.success() {
@@ -268,7 +270,7 @@ fn ended(child: &mut Child) -> anyhow::Result<()> {
     bail!("`moeforge train` ended with {status}: {}", said.trim())
 }
 
-/// What differs between two runs: the result, the checkpoints, and the metrics but for times.
+/// The files that differ between two runs: result, checkpoints, and metrics except times.
 fn differences(whole: &Path, run: &Path) -> anyhow::Result<Vec<String>> {
     let mut found = Vec::new();
     let folders: BTreeSet<String> = [whole, run]
@@ -316,7 +318,7 @@ fn file_names(folder: &Path) -> anyhow::Result<Vec<String>> {
     names.collect()
 }
 
-/// Whether two files are there and equal.
+/// Whether two files exist and are equal.
 fn same_bytes(paths: &[PathBuf; 2]) -> anyhow::Result<bool> {
     if !paths.iter().all(|path| path.is_file()) {
         return Ok(false);
@@ -337,7 +339,7 @@ fn same_bytes(paths: &[PathBuf; 2]) -> anyhow::Result<bool> {
     }
 }
 
-/// The lines of a run's metrics, without what a clock says.
+/// The lines of a run's metrics, without times.
 fn metrics(run: &Path) -> anyhow::Result<Vec<Value>> {
     let path = run.join("metrics.jsonl");
     let text =

@@ -1,4 +1,4 @@
-//! `moeforge survival`: what is left of an adapter's effect once it is merged and the weights are rounded.
+//! `moeforge survival`: how much of an adapter's effect survives a merge into quantized weights.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,33 +10,35 @@ use model::AdapterWeights;
 use model::Quantizer;
 
 use crate::console::{Console, USAGE, WithCode, finite};
+use crate::device::default_device;
 use crate::open::open_model;
 
-/// Measures what survives of an adapter when it is merged into formats of fewer bits, without writing any.
+/// Measure merge loss: how much of an adapter's effect survives a merge into quantized weights.
 ///
-/// All weights of attention, feed-forward layers and experts are rounded, adapted or not; embedding, router and head are
-/// not. The effect on the logits is the difference that the adapter makes, as it was trained; of it 1 − ‖d‖² / ‖e‖² is
-/// kept, with e the effect and d what the rounded merge differs from it. The gain is that in loss.
+/// No model is written. All weights of attention, feed-forward layers and experts are quantized, with or without an
+/// adapter; embedding, router and output head are not. The effect e is the difference that the adapter makes to the
+/// logits, as it was trained. If the quantized merge deviates from it by d, the share kept is 1 − ‖d‖² / ‖e‖². The gain
+/// is the adapter's improvement of the loss.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The base: a Hugging Face folder, or org/name in the local cache.
+    /// Base model: Hugging Face folder, or `org/name` in the local Hugging Face cache.
     model: String,
-    /// The adapter: a PEFT folder.
+    /// LoRA adapter: PEFT folder.
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
-    /// Folder with `test.jsonl`: the rows to measure on.
+    /// Folder with `test.jsonl`.
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
-    /// Formats: fp8, gguf:q8_0, gguf:q4_0, gguf:q4_k, …; all by default.
+    /// Weight formats: hf:fp8, gguf:q8_0, gguf:q4_0, gguf:q4_k, … Default: all.
     #[arg(long, value_name = "FORMAT,…", value_delimiter = ',')]
     to: Vec<String>,
-    /// Measure on the first so many samples.
+    /// Maximum number of samples.
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_samples: usize,
-    /// Measure each module alone on the first so many of them; 0 leaves this out. Default: 4 with --to, else 0.
+    /// Number of samples on which each module is also measured alone; 0 turns this off. Default: 4 with --to, else 0.
     #[arg(long, value_name = "N")]
     module_samples: Option<usize>,
-    /// Longest sequence, in tokens.
+    /// Maximum sequence length, in tokens.
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_length: usize,
     /// Print JSON, with every module.
@@ -46,7 +48,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let quantizers = quantizers(&args.to)?;
-    let base = open_model(&args.model, None, console)?;
+    let base = open_model(&args.model, None, &default_device(), console)?;
     let adapter = checkpoint::Adapter::open(&args.adapter)?;
     let trained_for = adapter.notes.trained_for.as_deref().map(str::parse);
     let trained_for: Option<Quantizer> = trained_for
@@ -58,7 +60,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let limit = base.model.config.max_position_embeddings;
     let file = args.data.join("test.jsonl");
     let (length, vocab_size) = (args.max_length.min(limit), base.model.config.vocab_size);
-    let mut split = Split::open(&file, base.tokenizer.as_ref(), length, vocab_size)?;
+    let mut split = Split::open(&file, base.tokenizer.as_deref(), length, vocab_size)?;
     split.samples.truncate(args.max_samples);
     let config = SurvivalConfig {
         quantizers,
@@ -85,13 +87,14 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The formats by their names; all where there is none.
+/// The formats of these names; all formats without names.
 fn quantizers(names: &[String]) -> anyhow::Result<Vec<Quantizer>> {
     if names.is_empty() {
         return Ok(Quantizer::all());
     }
     let parsed = names.iter().map(|name| {
-        name.parse().map_err(|error| {
+        let format = name.strip_prefix("hf:").unwrap_or(name);
+        format.parse().map_err(|error| {
             anyhow::Error::new(WithCode {
                 code: USAGE,
                 message: format!("--to: {error}"),

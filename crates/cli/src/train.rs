@@ -1,6 +1,5 @@
-//! `moeforge train`: a recipe, from its start or from where a run was stopped.
+//! `moeforge train`: trains a recipe, or resumes a run.
 
-pub(crate) mod memory;
 mod samples;
 mod signals;
 mod watcher;
@@ -13,26 +12,31 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use data::Corpus;
 use model::Compute;
 use model::adapt::AdaptedModule;
-use train::{Recipe, RunDir, Session, Surroundings};
+use train::{Recipe, RunDir, Session, SessionOptions};
 
 use self::signals::Signals;
 use self::watcher::Watcher;
 use crate::console::{Console, NO_MEMORY, NOT_FINITE, STOPPED, USAGE, WithCode, printable};
+use crate::device::default_device;
 use crate::open::{find, token_cache};
 
-/// Trains as a recipe says: pretraining, full fine-tuning, or LoRA.
+/// Train with a recipe: pretraining, full fine-tuning or LoRA.
+///
+/// Ctrl-C finishes the step, saves a checkpoint and exits with code 130; a second Ctrl-C stops at once. Other exit
+/// codes: 2 for a wrong recipe, 5 for too little memory and 6 for a loss or gradient that is not finite; the last
+/// checkpoint stays.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The recipe, a TOML file. Not needed with --resume.
+    /// Recipe: TOML file. Not needed with --resume.
     #[arg(required_unless_present = "resume")]
     recipe: Option<PathBuf>,
-    /// Override a setting: section.key=value. May be repeated.
+    /// Recipe setting to override, as section.key=value. May be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with = "resume")]
     set: Vec<String>,
-    /// The run directory; default: a new folder under runs/.
+    /// Run directory to create. Default: a new folder in runs/.
     #[arg(long, value_name = "RUN", conflicts_with = "resume")]
     out: Option<PathBuf>,
-    /// Go on with a run from its latest checkpoint.
+    /// Run directory to resume from its latest checkpoint.
     #[arg(long, value_name = "RUN", conflicts_with = "recipe")]
     resume: Option<PathBuf>,
 }
@@ -41,7 +45,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (recipe, old_run) = open_recipe(args)?;
     let mut session = open_session(recipe, console)?;
     let mut watcher = Watcher::new(&session, Signals::listen()?, console)?;
-    // A new run directory is made last, so that a run that cannot start leaves none.
+    // The run directory is created last, so that a run that cannot start leaves none.
     let (run, resumed) = match old_run {
         Some(run) => {
             let step = session.resume(&run)?;
@@ -63,7 +67,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         "adapter"
     };
     console.detail(format_args!(
-        "saved for backward at most {:.1} MiB: inputs of linear layers, SwiGLU and experts",
+        "saved activations: at most {:.1} MiB, inputs of linear layers, SwiGLU and experts",
         saved_activation_bytes as f64 / f64::from(1 << 20)
     ));
     console.memory();
@@ -71,13 +75,13 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// How a run ended that did not come to its end.
+/// The exit code of a run that did not finish.
 pub(crate) fn with_code(error: train::Error) -> anyhow::Error {
     let code = match error {
         train::Error::NotFinite { .. } => NOT_FINITE,
         train::Error::LowMemory { .. } => NO_MEMORY,
         train::Error::Diverged { .. } => STOPPED,
-        // As shells have it.
+        // The code that shells use.
         train::Error::Interrupted { signal, .. } => (128 + signal) as u8,
         other => return other.into(),
     };
@@ -85,13 +89,14 @@ pub(crate) fn with_code(error: train::Error) -> anyhow::Error {
     anyhow::Error::new(WithCode { code, message })
 }
 
-/// What is in progress, and its unit.
+/// Label of the tokenizing progress, with its unit.
 pub(crate) const TOKENIZING: &str = "tokenizing (kB)";
 
-/// Opens what a recipe names, with progress while rows are tokenized.
+/// Opens the session of a recipe, with a progress bar for tokenizing.
 pub(crate) fn open_session(recipe: Recipe, console: &Console) -> anyhow::Result<Session> {
     let (progress, cache) = (RefCell::new(None), token_cache());
-    let surroundings = Surroundings {
+    let options = SessionOptions {
+        device: &default_device(),
         resolve: &|model| find(model).map_err(|error| train::Error::Resolve(format!("{error:#}"))),
         token_cache: cache.as_deref(),
         tokenizing: &|done, total| {
@@ -101,7 +106,7 @@ pub(crate) fn open_session(recipe: Recipe, console: &Console) -> anyhow::Result<
                 .update_of(done / 1000, total / 1000);
         },
     };
-    let session = Session::open_in(recipe, surroundings)?;
+    let session = Session::open_with(recipe, options)?;
     if let Some(progress) = progress.into_inner() {
         progress.finish();
     }
@@ -112,7 +117,7 @@ pub(crate) fn open_session(recipe: Recipe, console: &Console) -> anyhow::Result<
     Ok(session)
 }
 
-/// Says what was not read or not kept of data.
+/// Notes what was ignored in the data.
 pub(crate) fn note_reading(corpus: &Corpus, console: &Console) {
     if !corpus.ignored_keys.is_empty() {
         let names: Vec<String> = corpus
@@ -120,26 +125,23 @@ pub(crate) fn note_reading(corpus: &Corpus, console: &Console) {
             .iter()
             .map(|key| printable(key, &[]))
             .collect();
-        console.note(format_args!(
-            "rows have keys that nothing reads: {}",
-            names.join(", ")
-        ));
+        console.note(format_args!("ignored keys in rows: {}", names.join(", ")));
     }
     let (counts, samples) = (corpus.counts, corpus.len());
     if counts.untrained_samples > 0 {
         console.note(format_args!(
-            "{} of {samples} samples have no token to train",
+            "{} of {samples} samples have no trained token",
             counts.untrained_samples
         ));
     }
     if let Some(problem) = &corpus.cache_problem {
         console.note(format_args!(
-            "tokens are not kept for the next run: {problem}"
+            "tokens are not cached for the next run: {problem}"
         ));
     }
 }
 
-/// The recipe, and the run directory it is from if a run goes on.
+/// The recipe, and the run directory if a run is resumed.
 fn open_recipe(args: &Args) -> anyhow::Result<(Recipe, Option<RunDir>)> {
     if let Some(path) = &args.resume {
         let run = RunDir::open(path)?;
@@ -149,7 +151,7 @@ fn open_recipe(args: &Args) -> anyhow::Result<(Recipe, Option<RunDir>)> {
     Ok((Recipe::open(path, &args.set).map_err(usage)?, None))
 }
 
-/// A wrong recipe is a wrong use of the program.
+/// A wrong recipe, with the exit code of wrong usage.
 pub(crate) fn usage(error: train::Error) -> anyhow::Error {
     anyhow::Error::new(WithCode {
         code: USAGE,
@@ -157,7 +159,7 @@ pub(crate) fn usage(error: train::Error) -> anyhow::Error {
     })
 }
 
-/// Where a new run goes: as asked, or a folder under runs/ named by the recipe, what it is for, and the time.
+/// The folder of a new run: `out`, or a folder in runs/ named by the recipe, the purpose and the time.
 pub(crate) fn new_run(out: Option<&Path>, recipe: Option<&Path>, purpose: &str) -> PathBuf {
     let name = recipe.and_then(Path::file_stem);
     let name = name.map_or_else(|| "run".into(), |name| name.to_string_lossy());
@@ -181,7 +183,7 @@ fn describe(
     }
     let (counts, samples) = (session.train.corpus.counts, session.train.corpus.len());
     console.note(format_args!(
-        "{} trained numbers; {samples} samples of {} rows{}, {} tokens, {} of them targets{}",
+        "{} trained parameters; {samples} samples of {} rows{}, {} tokens, {} targets{}",
         session.trained_parameters(),
         counts.rows,
         if session.recipe.data.packing {
@@ -205,7 +207,7 @@ fn describe(
     }
     console.note(match resumed {
         Some(step) => format!(
-            "{}: going on after step {step} of {}",
+            "{}: resuming after step {step} of {}",
             run.display(),
             session.total_steps()
         ),
@@ -214,7 +216,7 @@ fn describe(
     Ok(())
 }
 
-/// What was adapted, one line per kind of module.
+/// The adapted modules, one line per kind.
 fn adapted_table(adapted: &[AdaptedModule]) -> String {
     let mut kinds: Vec<(String, usize, &AdaptedModule, usize)> = Vec::new();
     for module in adapted {

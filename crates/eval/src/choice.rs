@@ -1,4 +1,4 @@
-//! Multiple choice: does the model find the right continuation the likeliest?
+//! Multiple choice: is the right continuation the most likely one?
 
 use data::{Choice, Sample};
 use model::Model;
@@ -12,17 +12,17 @@ use crate::losses::{EvalConfig, SampleLoss, losses};
 pub struct ChoiceScore {
     /// Share of questions answered right.
     pub accuracy: f64,
-    /// Of `accuracy` as the mean of independent questions: `√(p(1 − p) / n)`.
+    /// The standard error of `accuracy` as the mean of independent questions: `√(p(1 − p) / n)`.
     pub standard_error: f64,
-    /// How many questions there are.
+    /// Number of questions.
     pub n: usize,
     /// Whether each was answered right, in their order.
     pub correct: Vec<bool>,
 }
 
-/// Asks a model questions. Its answer is the choice with the highest log-likelihood per UTF-8 byte of the choice, the
-/// prompt given; of equals the first. Per byte, because a longer choice is less likely for its length alone, and bytes
-/// do not depend on the tokenizer. `progress` counts choices.
+/// Scores a model on questions. Its answer is the choice with the highest log-likelihood per UTF-8 byte after the
+/// prompt; ties go to the first. Per byte, because a longer choice is less likely for its length alone, and bytes do
+/// not depend on the tokenizer. `progress` counts choices.
 ///
 /// # Errors
 /// If there is no question, a choice does not fit the model or has nothing before it, or a loss is not finite.
@@ -40,7 +40,7 @@ pub fn multiple_choice(
 }
 
 impl ChoiceScore {
-    /// The score of the losses of all choices, one question's after the other's.
+    /// The score, from the losses of all choices in the order of the questions.
     fn new(questions: &[Choice], losses: &[SampleLoss]) -> Result<Self> {
         let mut rest = losses;
         let mut correct = Vec::with_capacity(questions.len());
@@ -73,7 +73,7 @@ impl ChoiceScore {
     }
 }
 
-/// The choice with the lowest loss per byte, of equals the first.
+/// The choice with the lowest loss per byte; ties go to the first.
 fn answer(losses: &[SampleLoss], bytes: &[usize]) -> usize {
     let per_byte = losses.iter().zip(bytes);
     let per_byte = per_byte.map(|(loss, bytes)| loss.loss_sum / *bytes as f64);
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn the_likeliest_choice_per_byte_is_the_answer() {
+    fn the_most_likely_choice_per_byte_is_the_answer() {
         for (sums, bytes, expected) in [
             (&[3.0, 2.0, 4.0][..], &[1, 1, 1][..], 1),
             // 3/6 < 2/2 < 4/2, although 2 is the smallest sum.

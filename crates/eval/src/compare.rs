@@ -1,7 +1,7 @@
-//! One model against another on the same items.
+//! Differences of two models' scores on the same items.
 //!
-//! What is hard for one model is hard for another, so the difference of two scores is known better than either score:
-//! its error is taken from the differences item by item.
+//! An item that is hard for one model is hard for another, so the difference of two scores has a smaller error than
+//! either score: it is computed from the differences of single items.
 //!
 //! Source: arXiv:2411.00640 (paired differences).
 
@@ -12,32 +12,32 @@ use crate::error::{Error, Result};
 use crate::losses::SampleLoss;
 use crate::perplexity::{TextScore, ratio_standard_error};
 
-/// How far a model is from a baseline, and whether that can be trusted.
+/// The difference of a model's score to a baseline's, and its significance.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Difference {
     /// The model's score minus the baseline's.
     pub difference: f64,
-    /// Of `difference`, from paired items; `None` below two of them.
+    /// The standard error of `difference`, from paired items; `None` below two items.
     pub standard_error: Option<f64>,
-    /// `difference / standard_error`, if that is a number.
+    /// `difference / standard_error`, if finite.
     pub ratio: Option<f64>,
-    /// What follows.
+    /// Whether it is significant.
     pub verdict: Verdict,
 }
 
-/// Whether a difference is more than chance.
+/// Whether a difference exceeds chance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
-    /// It is beyond twice its standard error.
+    /// It exceeds twice its standard error.
     Beyond,
-    /// It is not.
+    /// It does not.
     Within,
-    /// The items do not say how much they spread: there are fewer than two, or all differ by the same.
+    /// The variance is unknown: there are fewer than two items, or all differ by the same.
     Unknown,
 }
 
-/// How many standard errors a difference must exceed: about one in twenty does by chance.
+/// The number of standard errors that a difference must exceed. About one in twenty does so by chance.
 const ERRORS: f64 = 2.0;
 
 impl Difference {
@@ -58,7 +58,7 @@ impl Difference {
     }
 }
 
-/// The difference of the mean losses, in nats per token; negative where the model is better than the baseline. The
+/// The difference of the mean losses, in nats per token; negative if the model is better than the baseline. The
 /// standard error is that of [`crate::perplexity`] with the samples' differences in place of their losses.
 ///
 /// # Errors
@@ -82,7 +82,7 @@ pub fn compare_text(baseline: &TextScore, model: &TextScore) -> Result<Differenc
     Ok(Difference::new(sum / baseline.tokens as f64, error))
 }
 
-/// The difference of the accuracies; positive where the model is better than the baseline. The standard error is that
+/// The difference of the accuracies; positive if the model is better than the baseline. The standard error is that
 /// of the mean of the questions' differences, each −1, 0 or 1: `√(Σ(dᵢ − d)² / (n(n − 1)))`.
 ///
 /// # Errors

@@ -1,4 +1,4 @@
-//! Training runs side by side: how far the loss of each is from the first one's, step by step.
+//! Loss curves of training runs, compared with the first run step by step.
 //!
 //! Losses of single steps are noise, so both are smoothed by the same exponential average before they are compared.
 
@@ -6,18 +6,18 @@ use serde_json::{Value, json};
 
 use crate::{Error, Result};
 
-/// What a training run left.
+/// The metrics of a training run.
 #[derive(Clone, Debug)]
 pub struct Curve {
-    /// What the run is called.
+    /// The run's name.
     pub name: String,
     /// Nats per trained token of every step.
     pub losses: Vec<f64>,
     /// Tokens per second over the run.
     pub tokens_per_second: f64,
-    /// The most that waited for a backward pass, where that is known.
+    /// Maximum bytes of saved activations, if known.
     pub saved_activation_bytes: Option<u64>,
-    /// The most memory it held, where that is known.
+    /// Peak memory, if known.
     pub peak_bytes: Option<u64>,
 }
 
@@ -30,24 +30,24 @@ pub struct CurveConfig {
     pub skip: usize,
 }
 
-/// A run beside the first.
+/// A run compared with the first.
 #[derive(Clone, Debug)]
 pub struct CurveErrors {
     /// The run.
     pub curve: Curve,
     /// Its last smoothed loss.
     pub last_loss: f64,
-    /// Of the smoothed losses, `|this − first| / first`, for every step that counts.
+    /// `|this − first| / first` of the smoothed losses, for every compared step.
     pub errors: Vec<f64>,
 }
 
 impl CurveErrors {
-    /// The mean over the steps.
+    /// The mean error.
     pub fn mean(&self) -> f64 {
         self.errors.iter().sum::<f64>() / self.errors.len() as f64
     }
 
-    /// The largest of them.
+    /// The largest error.
     pub fn worst(&self) -> f64 {
         self.errors.iter().copied().fold(0.0, f64::max)
     }
@@ -58,7 +58,7 @@ impl CurveErrors {
 pub struct CurveReport {
     /// The runs, the first with errors of 0.
     pub runs: Vec<CurveErrors>,
-    /// How they were compared.
+    /// The settings of the comparison.
     pub config: CurveConfig,
 }
 
@@ -66,7 +66,7 @@ impl CurveReport {
     /// Compares runs with the first, over the steps that all have.
     ///
     /// # Errors
-    /// If no step is left to compare.
+    /// If there is no step to compare.
     pub fn new(curves: Vec<Curve>, config: CurveConfig) -> Result<Self> {
         let steps = curves.iter().map(|curve| curve.losses.len()).min();
         let steps = steps.unwrap_or(0);
@@ -93,10 +93,10 @@ impl CurveReport {
         })
     }
 
-    /// A table, and what its numbers mean.
+    /// A table with a legend.
     pub fn to_text(&self) -> String {
         let mut text = format!(
-            "{:20}  last loss  mean error  worst error  tokens/s  kept MiB  peak MiB",
+            "{:20}  last loss  mean error  worst error  tokens/s  saved MiB  peak MiB",
             "run"
         );
         for run in &self.runs {
@@ -104,7 +104,7 @@ impl CurveReport {
             let mib = |bytes: Option<u64>| bytes.map_or(String::new(), |b| (b >> 20).to_string());
             let [mean, worst] = [run.mean(), run.worst()].map(|e| format!("{:.3} %", 100.0 * e));
             text += &format!(
-                "\n{:20}  {:9.4}  {mean:>10}  {worst:>11}  {:8.0}  {:>8}  {:>8}",
+                "\n{:20}  {:9.4}  {mean:>10}  {worst:>11}  {:8.0}  {:>9}  {:>8}",
                 curve.name,
                 run.last_loss,
                 curve.tokens_per_second,
@@ -144,7 +144,7 @@ impl CurveReport {
     }
 }
 
-/// The exponential average of a series, as far as it got at each step.
+/// The running exponential average of a series.
 fn smoothed(values: &[f64], weight: f64) -> Vec<f64> {
     let mut average = values.first().copied().unwrap_or(0.0);
     let step = |value: &f64| {
@@ -187,7 +187,7 @@ mod tests {
         assert!(run.errors.iter().zip(expected).all(close));
         assert!((run.worst() - 0.5 / 3.0).abs() < 1e-12);
         assert!((run.mean() - (0.5 / 3.0 + 0.1) / 2.0).abs() < 1e-12);
-        let line = "b                        2.2500    13.333 %     16.667 %       100         2         3";
+        let line = "b                        2.2500    13.333 %     16.667 %       100          2         3";
         assert!(report.to_text().contains(line), "{}", report.to_text());
         assert_eq!(report.to_json()["runs"][1]["peak_bytes"], 3 << 20);
     }
@@ -201,7 +201,7 @@ mod tests {
         let error = CurveReport::new(vec![curve("a", &[4.0])], config).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "expected runs of more than the 1 steps that are left out, found 1"
+            "expected runs of more than the 1 skipped steps, found 1"
         );
     }
 }

@@ -1,42 +1,42 @@
-//! How far the predictions of one model are from another's, and how far their routers' choices.
+//! The divergence of one model's predictions from another's, and of their expert routing.
 
 use data::Sample;
 use model::{Compute, Model, routing_drift};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::logits::{Logits, Picks};
+use crate::logits::{Logits, RoutingChoices};
 use crate::losses::SampleLoss;
 use crate::perplexity::ratio_standard_error;
 
-/// What a model predicts, against a reference.
+/// The divergence of a model's predictions from a reference's.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Divergence {
     /// Mean Kullback-Leibler divergence from the reference to the model, in nats per target.
     pub kl: f64,
-    /// Of `kl`, from how samples differ; none below two of them.
+    /// The standard error of `kl` over samples; none below two samples.
     pub kl_error: Option<f64>,
-    /// Share of the targets for which both find the same token most probable.
+    /// Share of the targets with the same most likely token.
     pub top1_agreement: f64,
     /// Loss of the reference, in nats per target.
     pub reference_loss: f64,
     /// Loss of the model.
     pub loss: f64,
-    /// How many targets there are.
+    /// Number of targets.
     pub targets: usize,
-    /// Of every layer that is a mixture in both, of as many experts of which a token takes as many.
+    /// The layers that are mixtures in both models, with the same number of experts and the same top-k.
     pub routing: Vec<RoutingDivergence>,
 }
 
-/// What a layer's router chooses, against the reference's.
+/// A layer's expert choices compared with the reference's.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RoutingDivergence {
-    /// Which layer.
+    /// The layer.
     pub layer: usize,
-    /// Share of the model's picks that the reference does not make for the same token.
-    pub moved: f64,
-    /// How many picks there are.
-    pub picks: usize,
+    /// Share of the model's choices that the reference does not make for the same token.
+    pub changed: f64,
+    /// Number of choices.
+    pub choices: usize,
 }
 
 impl Divergence {
@@ -46,7 +46,7 @@ impl Divergence {
             .kl_error
             .map_or(String::new(), |error| format!(" ± {error:.1e}"));
         format!(
-            "over {} targets: KL {:.2e}{error} nats, the same most probable token for {:.1} %, loss {:.4} to {:.4}",
+            "over {} targets: KL {:.2e}{error} nats, same most likely token {:.1} %, loss {:.4} to {:.4}",
             self.targets,
             self.kl,
             100.0 * self.top1_agreement,
@@ -56,7 +56,8 @@ impl Divergence {
     }
 }
 
-/// Compares the second of two models with the first, the reference, which computes in f32. `progress` is told how many are done and how many there are.
+/// Compares the second of two models with the first, the reference, which computes in f32. `progress` gets the number
+/// of samples done and their total.
 ///
 /// # Errors
 /// If the models have vocabularies of different sizes, there is no target, or a loss is not finite.
@@ -76,9 +77,9 @@ pub fn divergence(
         if sample.trained_tokens() == 0 {
             continue;
         }
-        let [(expected, base), (found, picks)] = [(reference, Compute::F32), (model, compute)]
-            .map(|(model, compute)| Logits::with_picks(model, compute, sample));
-        compare_picks(&mut routing, &picks, &base);
+        let [(expected, base), (found, routed)] = [(reference, Compute::F32), (model, compute)]
+            .map(|(model, compute)| Logits::with_routing(model, compute, sample));
+        compare_routing(&mut routing, &routed, &base);
         kl.push(SampleLoss {
             loss_sum: expected.divergence_to(&found),
             tokens: expected.targets.len(),
@@ -111,26 +112,34 @@ pub fn divergence(
     })
 }
 
-/// Adds the picks of one sample; `moved` is their number until all are there.
-fn compare_picks(routing: &mut Vec<RoutingDivergence>, picks: &[Picks], base: &[Picks]) {
-    for picks in picks {
-        let is_same = |base: &&Picks| {
-            let shape = |picks: &Picks| (picks.layer, picks.top_k, picks.n_experts);
-            shape(base) == shape(picks)
+/// Adds the choices of one sample; `changed` counts them until the mean is taken.
+fn compare_routing(
+    routing: &mut Vec<RoutingDivergence>,
+    routed: &[RoutingChoices],
+    base: &[RoutingChoices],
+) {
+    for choices in routed {
+        let is_same = |base: &&RoutingChoices| {
+            let shape =
+                |choices: &RoutingChoices| (choices.layer, choices.top_k, choices.n_experts);
+            shape(base) == shape(choices)
         };
         let Some(base) = base.iter().find(is_same) else {
             continue;
         };
-        let moved = routing_drift(&picks.ids, &base.ids, picks.top_k) as f64;
-        match routing.iter_mut().find(|found| found.layer == picks.layer) {
-            Some(found) => {
-                found.moved += moved;
-                found.picks += picks.ids.len();
+        let changed = routing_drift(&choices.ids, &base.ids, choices.top_k) as f64;
+        let known = routing
+            .iter_mut()
+            .find(|known| known.layer == choices.layer);
+        match known {
+            Some(known) => {
+                known.changed += changed;
+                known.choices += choices.ids.len();
             }
             None => routing.push(RoutingDivergence {
-                layer: picks.layer,
-                moved,
-                picks: picks.ids.len(),
+                layer: choices.layer,
+                changed,
+                choices: choices.ids.len(),
             }),
         }
     }
@@ -139,7 +148,7 @@ fn compare_picks(routing: &mut Vec<RoutingDivergence>, picks: &[Picks], base: &[
 impl RoutingDivergence {
     fn mean(self) -> Self {
         Self {
-            moved: self.moved / self.picks as f64,
+            changed: self.changed / self.choices as f64,
             ..self
         }
     }

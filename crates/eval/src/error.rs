@@ -6,53 +6,53 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// Why a model cannot be scored.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Nothing to score, so no mean.
+    /// There is nothing to score.
     #[error("expected at least one {expected} to score, found none")]
     Nothing {
-        /// What there should be.
+        /// What is missing.
         expected: &'static str,
     },
-    /// Training runs with no step to compare.
-    #[error("expected runs of more than the {skip} steps that are left out, found {found}")]
+    /// Training runs without a step to compare.
+    #[error("expected runs of more than the {skip} skipped steps, found {found}")]
     TooShort {
-        /// How many steps are left out.
+        /// Skipped steps.
         skip: usize,
-        /// How many the shortest run has.
+        /// Steps of the shortest run.
         found: usize,
     },
-    /// A token the model has no embedding for.
+    /// A token outside of the model's vocabulary.
     #[error(
         "sample {sample}: expected token ids below the vocabulary size {vocab_size}, found {id}"
     )]
     Vocabulary {
-        /// Which sample, counted from 0.
+        /// The sample, counted from 0.
         sample: usize,
         /// The id.
         id: u32,
         /// One more than the largest id the model has.
         vocab_size: usize,
     },
-    /// A sample is longer than the model can read.
+    /// A sample has more tokens than the model has positions.
     #[error(
         "sample {sample}: expected at most the model's {limit} positions, found {found} tokens"
     )]
     ContextLength {
-        /// Which sample, counted from 0.
+        /// The sample, counted from 0.
         sample: usize,
         /// `max_position_embeddings`.
         limit: usize,
         /// Its length.
         found: usize,
     },
-    /// The model computed something that is no number.
+    /// A loss that is not finite.
     #[error("sample {sample}: expected a finite loss, found {loss}")]
     NotFinite {
-        /// Which sample, counted from 0.
+        /// The sample, counted from 0.
         sample: usize,
         /// Its summed loss.
         loss: f64,
     },
-    /// A choice has no token whose likelihood could be asked for: its only one is the first of its sequence.
+    /// A choice without a token to score: its only token is the first of the sequence.
     #[error(
         "question {question}: choice {choice}: expected a token before it, found none; \
          give the question a prompt"
@@ -63,18 +63,18 @@ pub enum Error {
         /// The choice, counted from 0.
         choice: usize,
     },
-    /// The model cannot be read as asked.
+    /// The model's weights cannot be quantized.
     #[error(transparent)]
     Model(#[from] model::Error),
     /// An adapter that changes no logit.
     #[error("expected an adapter with an effect, found one that changes no logit")]
     NoEffect,
-    /// Models whose predictions are of different things.
+    /// Models with different vocabularies.
     #[error("expected models of one vocabulary, found sizes {expected} and {found}")]
     OtherVocabulary {
-        /// The vocabulary's size of the reference.
+        /// The reference's vocabulary size.
         expected: usize,
-        /// That of the model.
+        /// The model's vocabulary size.
         found: usize,
     },
     /// Two models were not scored on the same items.
@@ -82,9 +82,9 @@ pub enum Error {
     NotPaired {
         /// What was counted.
         items: &'static str,
-        /// How many the first model has.
+        /// Their number for the first model.
         first: usize,
-        /// How many the second model has.
+        /// Their number for the second model.
         second: usize,
     },
 }

@@ -1,7 +1,7 @@
-//! Which experts a task uses, and which of them are worth training: expert-specialized fine-tuning.
+//! The experts that a task uses, and the choice of those to train: expert-specialized fine-tuning.
 //!
-//! Of every layer, an expert's load is the share of the task's tokens it gets, or the share of their gate weights, as a mean
-//! over the samples. Those to train are the fewest whose loads add up to a threshold.
+//! An expert's load is its share of a layer's tokens, or of their gate weights, as a mean over the task's samples. The
+//! experts to train are the fewest with a total load of at least a threshold.
 //!
 //! Source: ESFT, arXiv:2407.01906, section 3.2.
 
@@ -16,25 +16,25 @@ use crate::losses::{EvalConfig, PAD_ID, check};
 /// The load of one layer's experts; each list adds up to 1.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ExpertLoad {
-    /// Which layer.
+    /// The layer.
     pub layer: usize,
-    /// The share of the slots of every expert.
+    /// Share of the layer's token-to-expert assignments, by expert.
     pub tokens: Vec<f64>,
-    /// The share of the gate weight of every expert.
+    /// Share of the layer's gate weights, by expert.
     pub gates: Vec<f64>,
 }
 
 /// Experts to train, largest load first.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ChosenExperts {
-    /// Their numbers.
+    /// Their ids.
     pub experts: Vec<usize>,
-    /// What their loads add up to.
+    /// Their total load.
     pub share: f64,
 }
 
-/// Measures the load of every mixture layer on samples; padding does not count. `progress` is told how many are done and
-/// how many there are.
+/// Measures the load of every mixture layer on samples; padding does not count. `progress` gets the number of samples
+/// done and their total.
 ///
 /// # Errors
 /// If there is no sample, the model has no experts, or a sample does not fit the model.
@@ -71,13 +71,13 @@ pub fn expert_loads(
     Ok(loads)
 }
 
-/// The fewest experts whose shares add up to `threshold`; of equal shares, the lower number first.
+/// The fewest experts with a total share of at least `threshold`; ties go to the lower id.
 pub fn choose(shares: &[f64], threshold: f64) -> ChosenExperts {
     let mut order: Vec<usize> = (0..shares.len()).collect();
     order.sort_by(|a, b| shares[*b].total_cmp(&shares[*a]).then(a.cmp(b)));
     let (mut experts, mut share) = (Vec::new(), 0.0);
     for expert in order {
-        // Shares are means in f64: a sum may miss a threshold that it is by the last bits.
+        // Shares are means in f64: a sum that equals the threshold may differ from it in the last bits.
         if share >= threshold - 1e-9 {
             break;
         }
@@ -96,7 +96,7 @@ fn routing(model: &Model, batch: &Batch, config: &EvalConfig) -> Vec<RoutingReco
     recorder.routing
 }
 
-/// Adds the shares of a batch's samples, each of which counts the same. Waits for the device.
+/// Adds the shares of a batch's samples; each sample counts the same. Waits for the device.
 fn add(loads: &mut Vec<ExpertLoad>, record: &RoutingRecord, batch: &Batch) {
     let routed = &record.routed;
     let ([_, n_experts], [_, top_k]) = (routed.scores.dims(), routed.ids.dims());

@@ -1,9 +1,9 @@
-//! Models to a table: loss, perplexity and bits per byte on held-out rows, accuracy on multiple choice, and one model
-//! against another on the same rows. Every number comes with its standard error.
+//! Scores of models: loss, perplexity and bits per byte on held-out rows, accuracy on multiple choice, and differences of
+//! two models on the same rows. Every score has a standard error.
 //!
 //! ```no_run
 //! use burn::tensor::Device;
-//! use moeforge_eval::{EvalConfig, ModelScores, Report, perplexity};
+//! use moeforge_eval::{EvalConfig, EvalReport, ModelScores, perplexity};
 //!
 //! let engine = infer::Engine::open("DeepSeek-V2-Lite".as_ref(), model::Compute::F32, Device::flex())?;
 //! let tokenizer = data::Tokenizer::open("DeepSeek-V2-Lite".as_ref())?;
@@ -12,7 +12,7 @@
 //! let config = EvalConfig { batch_size: 8, compute: model::Compute::F32 };
 //! let text = perplexity(&engine.model, &test.samples, &config, &mut |_, _| {})?;
 //! let scores = ModelScores { name: "V2-Lite".into(), text: Some(text), tasks: vec![] };
-//! println!("{}", Report::new(vec![scores]).to_text());
+//! println!("{}", EvalReport::new(vec![scores]).to_text());
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
@@ -39,5 +39,5 @@ pub use error::{Error, Result};
 pub use expert_load::{ChosenExperts, ExpertLoad, choose, expert_loads};
 pub use losses::{EvalConfig, SampleLoss};
 pub use perplexity::{TextScore, perplexity};
-pub use report::{Comparison, ModelScores, Report, TaskScore};
+pub use report::{Comparison, EvalReport, ModelScores, TaskScore};
 pub use survival::{SurvivalConfig, SurvivalModels, SurvivalReport, Survived, survival};

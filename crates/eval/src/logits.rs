@@ -1,4 +1,4 @@
-//! What a model says of a sample's targets, for comparing models with one another.
+//! The logits of a sample's targets, for comparing models.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use data::{IGNORE, Sample, collate};
@@ -13,9 +13,9 @@ pub(crate) struct Logits {
     vocab_size: usize,
 }
 
-/// The experts that a sample's tokens picked in one layer.
+/// The experts chosen for a sample's tokens in one layer.
 #[derive(Debug)]
-pub(crate) struct Picks {
+pub(crate) struct RoutingChoices {
     pub(crate) layer: usize,
     pub(crate) top_k: usize,
     pub(crate) n_experts: usize,
@@ -23,7 +23,7 @@ pub(crate) struct Picks {
     pub(crate) ids: Vec<i64>,
 }
 
-impl Picks {
+impl RoutingChoices {
     /// Waits for the device.
     fn of(record: &RoutingRecord) -> Self {
         let ([_, n_experts], [_, top_k]) = (record.logits.dims(), record.routed.ids.dims());
@@ -39,15 +39,15 @@ impl Picks {
 impl Logits {
     /// One pass. Waits for the device.
     pub(crate) fn of(model: &Model, sample: &Sample) -> Self {
-        Self::with_picks(model, Compute::F32, sample).0
+        Self::with_routing(model, Compute::F32, sample).0
     }
 
-    /// The same with the experts of every mixture layer.
-    pub(crate) fn with_picks(
+    /// The logits, and the expert choices of every mixture layer.
+    pub(crate) fn with_routing(
         model: &Model,
         compute: Compute,
         sample: &Sample,
-    ) -> (Self, Vec<Picks>) {
+    ) -> (Self, Vec<RoutingChoices>) {
         let batch = collate(&[sample], 0);
         let device: Device = model.model.norm.weight.val().device();
         let ids = TensorData::new(batch.input_ids.clone(), [1, batch.cols]);
@@ -62,8 +62,8 @@ impl Logits {
         let logits = model.logits(hidden, &ctx).into_data();
         let values: Vec<f32> = logits.try_to_vec().expect("logits are f32");
         let targets = at.iter().map(|i| batch.targets[*i] as usize).collect();
-        let picks = recorder.routing.iter().map(Picks::of).collect();
-        (Self::new(targets, values, model.config.vocab_size), picks)
+        let routing = recorder.routing.iter().map(RoutingChoices::of).collect();
+        (Self::new(targets, values, model.config.vocab_size), routing)
     }
 
     fn new(targets: Vec<usize>, mut values: Vec<f32>, vocab_size: usize) -> Self {
@@ -78,7 +78,7 @@ impl Logits {
         }
     }
 
-    /// Summed over the targets, in nats.
+    /// The loss, summed over the targets, in nats.
     pub(crate) fn loss(&self) -> f64 {
         let rows = self.rows().zip(&self.targets);
         let losses = rows.map(|(row, target)| log_sum_exp(row) - f64::from(row[*target]));
@@ -104,7 +104,7 @@ impl Logits {
         rows.map(of_row).sum()
     }
 
-    /// For how many targets both find the same token most probable.
+    /// The number of targets with the same most likely token.
     pub(crate) fn agreement_with(&self, other: &Self) -> usize {
         let rows = self.rows().zip(other.rows());
         rows.filter(|(a, b)| largest(a) == largest(b)).count()
@@ -115,7 +115,7 @@ impl Logits {
     }
 }
 
-/// The place of the largest value, the first of equal ones.
+/// The index of the largest value; ties go to the first.
 fn largest(row: &[f32]) -> usize {
     let better = |best: usize, i: usize| if row[i] > row[best] { i } else { best };
     (0..row.len()).fold(0, better)

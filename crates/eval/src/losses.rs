@@ -1,6 +1,6 @@
-//! The loss of each sample: what all scores are made of.
+//! The loss of each sample, from which all scores are computed.
 //!
-//! Samples of similar length go through the model side by side, padded on the right. Attention is causal, so padding
+//! Samples of similar length are batched and padded on the right. Attention is causal, so padding
 //! is never seen by a token of the sample; it has no target, so it has no loss.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 /// How models are scored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EvalConfig {
-    /// Samples side by side; 0 counts as 1.
+    /// Samples per batch; 0 counts as 1.
     pub batch_size: usize,
     /// What products round their operands to.
     pub compute: Compute,
@@ -24,17 +24,17 @@ pub struct EvalConfig {
 pub struct SampleLoss {
     /// Sum over its targets, in nats.
     pub loss_sum: f64,
-    /// How many targets it has.
+    /// Number of targets.
     pub tokens: usize,
 }
 
 /// Padding needs an id that every model has.
 pub(crate) const PAD_ID: u32 = 0;
 
-/// The losses of samples, in their order. `progress` is told how many are done and how many there are.
+/// The losses of samples, in their order. `progress` gets the number of samples done and their total.
 ///
 /// # Errors
-/// If a sample has an id the model does not know or is too long for it, or a loss is not finite.
+/// If a sample has an unknown id or is too long for the model, or a loss is not finite.
 pub(crate) fn losses(
     model: &Model,
     samples: &[&Sample],
@@ -43,8 +43,8 @@ pub(crate) fn losses(
 ) -> Result<Vec<SampleLoss>> {
     check(model, samples)?;
     let mut losses = vec![SampleLoss::default(); samples.len()];
-    // Samples without a target have a loss of 0 and need no pass. The sort is stable, so batches depend on nothing
-    // but the samples.
+    // Samples without a target have a loss of 0 and need no pass. The sort is stable, so batches depend on the samples
+    // only.
     let has_target = |index: &usize| samples[*index].trained_tokens() > 0;
     let mut order: Vec<usize> = (0..samples.len()).filter(has_target).collect();
     order.sort_by_key(|index| samples[*index].ids.len());

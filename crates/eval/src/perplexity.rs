@@ -1,4 +1,4 @@
-//! How well a model predicts text.
+//! Loss, perplexity and bits per byte on text.
 
 use data::Sample;
 use model::Model;
@@ -12,16 +12,16 @@ use crate::losses::{EvalConfig, SampleLoss, losses};
 pub struct TextScore {
     /// Mean over all targets, in nats per token.
     pub loss: f64,
-    /// Of `loss`, if there are at least two samples; see [`perplexity`].
+    /// The standard error of `loss`, if there are at least two samples; see [`perplexity`].
     pub standard_error: Option<f64>,
     /// `exp(loss)`.
     pub perplexity: f64,
-    /// Bits the model needs per UTF-8 byte of the targets' text: a number that models with different tokenizers share.
-    /// `None` where the text is not known, as for rows of token ids.
+    /// Bits per UTF-8 byte of the targets' text, comparable between models with different tokenizers. `None` if the
+    /// text is not known, as for rows of token ids.
     pub bits_per_byte: Option<f64>,
-    /// How many targets there are.
+    /// Number of targets.
     pub tokens: usize,
-    /// What the score is made of, in the order of the samples.
+    /// The losses of the samples, in their order.
     pub per_sample: Vec<SampleLoss>,
 }
 

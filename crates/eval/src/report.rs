@@ -1,4 +1,4 @@
-//! Scores of several models side by side: for people a table, for programs JSON.
+//! Scores of several models, as a table for people and as JSON.
 
 use std::fmt::Write;
 
@@ -9,21 +9,21 @@ use crate::choice::ChoiceScore;
 use crate::compare::{Difference, Verdict, compare_choices, compare_text};
 use crate::perplexity::TextScore;
 
-/// Several models on the same items, and each against the first.
+/// Scores of several models on the same items, and the difference of each to the first.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Report {
+pub struct EvalReport {
     /// The scores, the baseline's first.
     pub models: Vec<ModelScores>,
-    /// One for each number of each model after the first.
+    /// One for each score of each model after the first.
     pub comparisons: Vec<Comparison>,
 }
 
-/// What one model reached.
+/// The scores of one model.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ModelScores {
-    /// What it is called in the table.
+    /// Its name in the table.
     pub name: String,
-    /// On text, if there was any.
+    /// On text, if there is any.
     pub text: Option<TextScore>,
     /// On questions.
     pub tasks: Vec<TaskScore>,
@@ -32,13 +32,13 @@ pub struct ModelScores {
 /// The score on one set of questions.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct TaskScore {
-    /// What the set is called in the table.
+    /// The name of the set in the table.
     pub task: String,
-    /// What was reached.
+    /// The score.
     pub score: ChoiceScore,
 }
 
-/// One number of a model against the same of the first.
+/// A score of a model compared with the same score of the first.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Comparison {
     /// The model.
@@ -53,7 +53,7 @@ pub struct Comparison {
     pub problem: Option<String>,
 }
 
-impl Report {
+impl EvalReport {
     /// Compares all models with the first, task by task.
     pub fn new(models: Vec<ModelScores>) -> Self {
         let comparisons = match models.as_slice() {
@@ -141,9 +141,9 @@ impl Comparison {
         };
         let verdict = match found.verdict {
             Verdict::Beyond => "beyond twice its standard error",
-            Verdict::Within if found.difference == 0.0 => "the same on the whole",
+            Verdict::Within if found.difference == 0.0 => "no difference overall",
             Verdict::Within => "within twice its standard error, so it may be chance",
-            Verdict::Unknown => "the items do not spread enough to judge it",
+            Verdict::Unknown => "too little variance between items to judge it",
         };
         let ratio = found.ratio;
         let ratio = ratio.map_or_else(String::new, |ratio| {
@@ -200,7 +200,7 @@ fn with_error(value: f64, error: Option<f64>) -> String {
     }
 }
 
-/// What stands where there is no number.
+/// The cell of a missing number.
 fn none() -> String {
     "-".to_owned()
 }
@@ -245,11 +245,11 @@ mod tests {
         }
     }
 
-    fn report() -> Report {
+    fn report() -> EvalReport {
         let base = scores("base", &[4.0, 6.0, 8.0], &[true, false, false, false]);
         // Differences −2, −2.5, −3 over 2 tokens: mean −1.25, residuals ½, 0, −½: √(1.5 · ½) / 6 = 0.1443.
         let tuned = scores("tuned", &[2.0, 3.5, 5.0], &[true, false, true, false]);
-        Report::new(vec![base, tuned])
+        EvalReport::new(vec![base, tuned])
     }
 
     #[test]
@@ -270,7 +270,7 @@ capitals accuracy, tuned against base: +0.2500 ± 0.2500 (1.0 standard errors), 
         let mut report = report();
         report.models[1].text.as_mut().unwrap().per_sample.pop();
         report.models[1].tasks.clear();
-        let text = Report::new(report.models).to_text();
+        let text = EvalReport::new(report.models).to_text();
         assert!(text.lines().nth(2).unwrap().ends_with("  -"), "{text}");
         let expected = "loss, tuned against base: not compared: expected the same number of samples for both models, found 3 and 2";
         assert_eq!(text.lines().last().unwrap(), expected);

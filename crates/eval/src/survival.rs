@@ -1,7 +1,7 @@
-//! What survives of an adapter's effect when it is merged and the weights are rounded.
+//! Merge loss: the share of an adapter's effect that survives when it is merged into quantized weights.
 //!
-//! Nothing is written for it: a model whose weights are read as they would be written in a format computes what the
-//! export in that format computes, on the modules that are rounded.
+//! No file is written: a model with fake-quantized weights computes the same as an export in that format, on the
+//! quantized modules.
 
 use std::collections::BTreeMap;
 
@@ -12,62 +12,62 @@ use serde_json::{Value, json};
 use crate::error::{Error, Result};
 use crate::logits::Logits;
 
-/// What survives in one format.
+/// The result for one format.
 #[derive(Clone, Debug)]
 pub struct Survived {
     /// The format.
     pub quantizer: Quantizer,
-    /// Of the merged model, in nats per target.
+    /// Loss of the merged model, in nats per target.
     pub loss: f64,
-    /// Share of the effect on the logits.
+    /// Share of the effect on the logits that survives.
     pub logits: f64,
-    /// How many matrices are in which format: the one asked for, or another where its blocks do not fill the rows.
+    /// Number of matrices by format. It is another than the requested one if the blocks of that do not divide the rows.
     pub matrices: BTreeMap<String, usize>,
-    /// The share if only one module's weights are rounded, by its path.
+    /// The share that survives if only one module is quantized, by its path.
     pub modules: Vec<(String, f64)>,
 }
 
-/// What survives of an adapter, by format.
+/// The survival of an adapter's effect, by format.
 ///
-/// The effect on the logits is the difference `e` between the model as the adapter was trained and its base. Of it
-/// `1 − ‖d‖² / ‖e‖²` survives where `d` is the difference between the merged, rounded model and the model as the adapter
-/// was trained: 1 is all, 0 is no better than the base, and less is worse than that. Both are sums over all targets, of
-/// logits without their mean over the vocabulary, which no probability depends on.
+/// The effect `e` on the logits is the difference between the model as the adapter was trained and its base; `d` is the
+/// difference between the merged, quantized model and the model as trained. The share `1 − ‖d‖² / ‖e‖²` survives: 1 is
+/// all, 0 is no better than the base, and less is worse. The norms are over all targets, of logits without their mean
+/// over the vocabulary, which no probability depends on.
 #[derive(Clone, Debug)]
 pub struct SurvivalReport {
-    /// What the adapter was trained on merged weights of, if on any.
+    /// The format that the adapter was trained to be merged into, if any.
     pub trained_for: Option<Quantizer>,
     /// Loss of the base.
     pub base_loss: f64,
-    /// Loss of the base with the adapter beside it, as it was trained.
+    /// Loss of the base with the adapter, as trained.
     pub trained_loss: f64,
-    /// How many targets there are.
+    /// Number of targets.
     pub targets: usize,
     /// One per format.
     pub formats: Vec<Survived>,
 }
 
-/// The models that are compared.
+/// The models to compare.
 #[derive(Debug)]
 pub struct SurvivalModels<'a> {
     /// The base.
     pub base: &'a Model,
     /// The base with the adapter attached.
     pub adapted: &'a Model,
-    /// What the adapter was trained on merged weights of, if on any.
+    /// The format that the adapter was trained to be merged into, if any.
     pub trained_for: Option<Quantizer>,
 }
 
-/// Which formats are measured, and how.
+/// The formats to measure, and how.
 #[derive(Clone, Debug)]
 pub struct SurvivalConfig {
     /// The formats.
     pub quantizers: Vec<Quantizer>,
-    /// How many samples each module is measured on by itself; 0 leaves the modules out.
+    /// Number of samples on which each module is measured alone; 0 turns this off.
     pub module_samples: usize,
 }
 
-/// Measures on samples. `progress` is told how many are done and how many there are.
+/// Measures survival on samples. `progress` gets the number of passes done and their total.
 ///
 /// # Errors
 /// If there is no target, the adapter has no effect, or a loss is not finite.
@@ -101,11 +101,11 @@ pub fn survival(
     }
     let samples = samples.iter().filter(|sample| sample.trained_tokens() > 0);
     let samples: Vec<&Sample> = samples.collect();
-    // Base, adapter and every format on every sample, every module on the first ones.
+    // Base, adapter and every format on every sample; every module on the first samples.
     let (n_formats, n_variants) = (config.quantizers.len(), variants.len());
     let n_modules = n_variants - n_formats;
     let passes = |n: usize| n * (2 + n_formats) + n.min(config.module_samples) * n_modules;
-    let mut sums = Sums::default();
+    let mut sums = SurvivalSums::default();
     for (number, sample) in samples.iter().enumerate() {
         let with_modules = number < config.module_samples;
         sums.add([models.base, &trained], sample, &mut variants, with_modules);
@@ -120,16 +120,18 @@ pub fn survival(
     sums.report(models.trained_for, &config.quantizers, variants)
 }
 
-/// A model with some weights rounded, and what was summed up of it.
+/// A model with quantized weights, and its sums over samples.
 struct Variant {
     model: Model,
-    /// The one module that is rounded; none for all.
+    /// The only quantized module; none if all are.
     path: Option<String>,
-    /// How many matrices are rounded to which format, where all are.
+    /// Number of matrices by format, if all are quantized.
     formats: BTreeMap<String, usize>,
     loss: f64,
-    /// Squares of the differences to the trained model, and of the effect on the same targets.
-    squares: [f64; 2],
+    /// Sum of squared differences to the trained model.
+    squared_deviation: f64,
+    /// Sum of squares of the effect on the same targets.
+    squared_effect: f64,
 }
 
 impl Variant {
@@ -139,23 +141,25 @@ impl Variant {
             path,
             formats: BTreeMap::new(),
             loss: 0.0,
-            squares: [0.0; 2],
+            squared_deviation: 0.0,
+            squared_effect: 0.0,
         }
     }
 
     fn survives(&self) -> f64 {
-        1.0 - self.squares[0] / self.squares[1]
+        1.0 - self.squared_deviation / self.squared_effect
     }
 }
 
+/// Sums over samples.
 #[derive(Default)]
-struct Sums {
+struct SurvivalSums {
     targets: usize,
     base_loss: f64,
     trained_loss: f64,
 }
 
-impl Sums {
+impl SurvivalSums {
     fn add(
         &mut self,
         [base, trained]: [&Model; 2],
@@ -169,12 +173,12 @@ impl Sums {
         self.base_loss += before.loss();
         self.trained_loss += after.loss();
         let effect = after.squares_from(&before);
-        let wanted = |variant: &&mut Variant| with_modules || variant.path.is_none();
-        for variant in variants.iter_mut().filter(wanted) {
+        let is_measured = |variant: &&mut Variant| with_modules || variant.path.is_none();
+        for variant in variants.iter_mut().filter(is_measured) {
             let merged = Logits::of(&variant.model, sample);
             variant.loss += merged.loss();
-            variant.squares[0] += merged.squares_from(&after);
-            variant.squares[1] += effect;
+            variant.squared_deviation += merged.squares_from(&after);
+            variant.squared_effect += effect;
         }
     }
 
@@ -190,7 +194,7 @@ impl Sums {
         let n = self.targets as f64;
         let mut formats: Vec<Survived> = Vec::new();
         for variant in variants {
-            if variant.squares[1] == 0.0 && variant.path.is_none() {
+            if variant.squared_effect == 0.0 && variant.path.is_none() {
                 return Err(Error::NoEffect);
             }
             match (&variant.path, formats.last_mut()) {
@@ -217,18 +221,18 @@ impl Sums {
 }
 
 impl SurvivalReport {
-    /// The share of the gain in loss that a format keeps, if there is a gain.
+    /// The share of the loss improvement that a format keeps, if there is an improvement.
     pub fn gain_kept(&self, format: &Survived) -> Option<f64> {
         let gain = self.base_loss - self.trained_loss;
         (gain > 0.0).then(|| (self.base_loss - format.loss) / gain)
     }
 
-    /// A table: losses, and what is kept, by format; and the modules that keep least.
+    /// A table by format: losses, shares kept, and the modules that keep least.
     pub fn to_text(&self) -> String {
         const SHOWN: usize = 3;
         let trained = match self.trained_for {
-            Some(quantizer) => format!("adapter, as trained for {quantizer}"),
-            None => "adapter, beside the base".into(),
+            Some(quantizer) => format!("base + adapter, trained for {quantizer}"),
+            None => "base + adapter, unmerged".into(),
         };
         let width = trained.len();
         let with_modules = self.formats.iter().any(|format| !format.modules.is_empty());
@@ -279,7 +283,7 @@ impl SurvivalReport {
         text
     }
 
-    /// The same for programs, with every module.
+    /// All numbers as JSON, with every module.
     pub fn to_json(&self) -> Value {
         let formats = self.formats.iter().map(|format| {
             let modules = format.modules.iter();
@@ -305,7 +309,7 @@ impl SurvivalReport {
     }
 }
 
-/// A module's path without what all paths have.
+/// A module's path without the common prefix.
 fn short(path: &str) -> &str {
     path.strip_prefix("model.").unwrap_or(path)
 }

@@ -1,98 +1,99 @@
-//! Generation: prompts in pieces through their caches, then one token of every sequence at a time.
+//! The forward passes of generation: prompts in chunks, then one token of every sequence at a time.
 //!
-//! Sequences join a step when they are given to it and leave it when they have ended: nothing is padded, and none waits
-//! for another's end. What a sequence gives is what it gives alone. Prompts are read one by one for that, and in the
-//! products of a step every sequence has a row of its own; with more than 8 rows the sums of a product run in another
-//! order, so that logits differ by roundings from those of fewer.
+//! Sequences join a step when they are passed to it and leave when they have ended: nothing is padded, and no sequence
+//! waits for another to end. Each sequence gets the result it gets alone: prompts are read one by one, and in the
+//! products of a decode step every sequence has a row of its own. With more than 8 rows, products sum in another order,
+//! so logits differ by rounding from those of fewer rows.
 //!
-//! With a module that guesses ([`crate::speculation`]) a pass may choose two tokens of a sequence. The second is then chosen
-//! in a step of its own, which costs no pass and for which other sequences wait, so that they share the next one.
+//! With speculative decoding (see `speculation.rs`) a pass may yield two tokens of a sequence. The second is chosen in
+//! a step of its own that needs no pass. Other sequences wait for that step, so that all share the next pass.
 
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::Folder;
+use kernels::{ExpertCache, FileAccess};
 use model::{CacheType, Compute, ForwardContext, Model, Mtp, Training, load};
 
 use crate::error::Result;
-use crate::layout::Layout;
-use crate::sequence::{Context, GenerateConfig, Generation, Sequence};
-use crate::speculation::groups;
+use crate::repack::{EngineWeights, RepackSchedule};
+use crate::sequence::{GenerateConfig, Generation, KvPrefix, Sequence, batch_by};
 
-/// Tokens of a prompt in one pass. Attention scores of a piece are `[heads, CHUNK, kv_seq]`, so that a long prompt
-/// costs memory in proportion to its length and not to its square; products of so many rows run at full speed.
+/// Prompt tokens per pass. Attention scores of a chunk are `[heads, CHUNK, kv_seq]`, so memory grows linearly with the
+/// length of the prompt and not with its square. Products with this many rows run at full speed.
 pub const CHUNK: usize = 512;
 
 /// A model that continues prompts.
 #[derive(Clone, Debug)]
 pub struct Engine {
-    /// The model; an adapter, if any, is attached.
+    /// The model, with its adapter if it has one.
     pub model: Model,
-    /// The model with other adapters, among which sequences may choose.
-    pub(crate) adapted: Vec<Model>,
-    /// What guesses tokens ahead, for the same text in fewer passes; none for a pass per token.
+    /// The model with other adapters, one per adapter index.
+    pub(crate) adapted_models: Vec<Model>,
+    /// The module that drafts tokens for speculative decoding; none for one token per pass.
     pub mtp: Option<Mtp>,
     /// What products round their operands to.
     pub compute: Compute,
-    /// In what form it holds what attention reads of earlier tokens.
+    /// Data type of the KV cache.
     pub cache: CacheType,
-    /// Where it computes.
+    /// The device that computes.
     pub device: Device,
-    pub(crate) layout: Layout,
+    pub(crate) schedule: RepackSchedule,
 }
 
 impl Engine {
-    /// A frozen model from its folder, without an adapter, with a cache in f32.
+    /// A frozen model from its folder, without an adapter, with a KV cache in f32.
     ///
     /// # Errors
-    /// If the folder cannot be read or holds no model we compute.
+    /// If the folder cannot be read or holds no supported model.
     pub fn open(folder: &Path, compute: Compute, device: Device) -> Result<Self> {
         let model = load::load(&Folder::open(folder)?, Training::Frozen, &device)?;
         Ok(Self::new(model, compute, device))
     }
 
-    /// An engine without adapters to choose among, and without guesses, whose weights stay where they are.
+    /// An engine without further adapters, speculative decoding or repacking.
     pub fn new(model: Model, compute: Compute, device: Device) -> Self {
         Self {
             model,
-            adapted: Vec::new(),
+            adapted_models: Vec::new(),
             mtp: None,
             compute,
             cache: CacheType::F32,
             device,
-            layout: Layout::default(),
+            schedule: RepackSchedule::default(),
         }
     }
 
-    /// Holds the model with another adapter, among which sequences may choose: returns its number for
-    /// [`Self::begin_adapted`]. It shares the model's weights, so it costs the memory of the adapter.
+    /// Adds an adapter that sequences may use. Returns its index for [`Self::start_with_adapter`]. The model's weights
+    /// are shared, so the cost is the adapter's memory.
     ///
     /// # Errors
     /// If it cannot be attached.
-    pub fn adapt<E>(
+    pub fn add_adapter<E>(
         &mut self,
         attach: impl FnOnce(&mut Model) -> std::result::Result<(), E>,
     ) -> std::result::Result<usize, E> {
         let mut model = self.model.clone();
         attach(&mut model)?;
-        self.adapted.push(model);
-        Ok(self.adapted.len() - 1)
+        self.adapted_models.push(model);
+        Ok(self.adapted_models.len() - 1)
     }
 
-    /// Bytes of the weights that every token needs, and of what guesses tokens.
+    /// Bytes of the weights that every token needs, including the drafting module.
     pub fn common_bytes(&self) -> usize {
         self.model.common_bytes() + self.mtp.as_ref().map_or(0, Mtp::size_bytes)
     }
 
-    /// Bytes that weights hold in memory or map.
+    /// Bytes of all weights, in memory or mapped.
     pub fn size_bytes(&self) -> usize {
         let of_mtp = self.mtp.as_ref().map_or(0, Mtp::size_bytes);
         self.model.size_bytes() + of_mtp
     }
 
-    /// Continues a prompt, and tells each new token as it comes.
+    /// Continues a prompt. `on_token` gets each new token and may end the text.
     ///
     /// # Errors
     /// As [`Sequence::new`] and [`Self::step`].
@@ -102,8 +103,8 @@ impl Engine {
         config: &GenerateConfig,
         on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Generation> {
-        let mut sequence = self.begin(prompt, config)?;
-        while sequence.stopped().is_none() {
+        let mut sequence = self.start(prompt, config)?;
+        while sequence.finish_reason().is_none() {
             self.step([&mut sequence])?;
             if let Some(id) = sequence.new_token()
                 && on_token(id).is_break()
@@ -114,99 +115,94 @@ impl Engine {
         Ok(sequence.finish().0)
     }
 
-    /// Continues several prompts, up to `batch` at a time: where one ends, the next begins. After every step it shows those
-    /// that took part, each with the number of its prompt. Returns what came after each prompt, in their order.
-    ///
-    /// # Errors
-    /// As [`Sequence::new`] and [`Self::step`].
-    pub fn generate_all(
-        &mut self,
-        prompts: &[Vec<u32>],
-        config: &GenerateConfig,
-        batch: usize,
-        on_step: &mut dyn FnMut(usize, &mut Sequence),
-    ) -> Result<Vec<Generation>> {
-        let begun = prompts.iter().map(|prompt| self.begin(prompt, config));
-        self.finish_all(begun.collect::<Result<_>>()?, batch, on_step)
-    }
-
-    /// [`Self::generate_all`] of sequences that have begun.
-    ///
-    /// # Errors
-    /// As [`Self::step`].
-    pub fn finish_all(
-        &mut self,
-        sequences: Vec<Sequence>,
-        batch: usize,
-        on_step: &mut dyn FnMut(usize, &mut Sequence),
-    ) -> Result<Vec<Generation>> {
-        let mut done: Vec<Option<Generation>> = vec![None; sequences.len()];
-        let mut waiting = sequences.into_iter().enumerate();
-        let mut running: Vec<(usize, Sequence)> = Vec::new();
-        loop {
-            let n_free = batch.max(1) - running.len();
-            running.extend(waiting.by_ref().take(n_free));
-            if running.is_empty() {
-                return Ok(done.into_iter().flatten().collect());
-            }
-            self.step(running.iter_mut().map(|(_, sequence)| sequence))?;
-            for (number, sequence) in &mut running {
-                on_step(*number, sequence);
-            }
-            for (number, ended) in running.extract_if(.., |(_, s)| s.stopped().is_some()) {
-                done[number] = Some(ended.finish().0);
-            }
-        }
-    }
-
-    /// A text that begins with a prompt.
+    /// A sequence that begins with a prompt.
     ///
     /// # Errors
     /// As [`Sequence::new`].
-    pub fn begin(&self, prompt: &[u32], config: &GenerateConfig) -> Result<Sequence> {
-        Sequence::new(&self.model, self.context(), prompt, config)
+    pub fn start(&self, prompt: &[u32], config: &GenerateConfig) -> Result<Sequence> {
+        Sequence::new(&self.model, self.empty_prefix(), prompt, config)
     }
 
-    /// A text that begins with a prompt, of one of the adapted models. What it gives is what it gives with that model alone;
-    /// sequences of different models share no pass.
+    /// A sequence that begins with a prompt and uses one of the added adapters. The result is the same as with that
+    /// adapter alone; sequences of different adapters share no pass.
     ///
     /// # Errors
     /// As [`Sequence::new`].
     ///
     /// # Panics
-    /// If there is no such model.
-    pub fn begin_adapted(
+    /// If no adapter has this index.
+    pub fn start_with_adapter(
         &self,
-        number: usize,
+        adapter_index: usize,
         prompt: &[u32],
         config: &GenerateConfig,
     ) -> Result<Sequence> {
-        assert!(number < self.adapted.len(), "an adapted model");
-        let context = self.context().of_adapted(number);
-        Sequence::new(&self.model, context, prompt, config)
+        assert!(
+            adapter_index < self.adapted_models.len(),
+            "the index of an added adapter"
+        );
+        let prefix = self.empty_prefix().with_adapter(adapter_index);
+        Sequence::new(&self.model, prefix, prompt, config)
     }
 
-    /// The model that a sequence is of.
+    /// The model of a sequence, with its adapter.
     pub(crate) fn model_of(&self, sequence: &Sequence) -> &Model {
-        match sequence.adapted() {
-            Some(number) => &self.adapted[number],
+        match sequence.adapter_index() {
+            Some(index) => &self.adapted_models[index],
             None => &self.model,
         }
     }
 
-    /// What has read nothing yet. A sequence over it is guessed ahead if there is a module for it; one over
-    /// [`Context::new`] is not.
-    pub fn context(&self) -> Context {
+    /// A prefix without tokens. Its sequences use speculative decoding if the engine has a module for it; those of
+    /// [`KvPrefix::new`] do not.
+    pub fn empty_prefix(&self) -> KvPrefix {
         match &self.mtp {
-            Some(_) => Context::guessed_ahead(&self.model, self.cache, &self.device),
-            None => Context::new(&self.model, self.cache),
+            Some(_) => KvPrefix::with_draft_state(&self.model, self.cache, &self.device),
+            None => KvPrefix::new(&self.model, self.cache),
         }
     }
 
-    /// Takes sequences one step further: each whose prompt is not read by a piece of it, and the others, together, by a
-    /// token; if an earlier pass has said of some of these what comes next, only those, without a pass. Sequences that have
-    /// ended stay as they are. Waits for the device. Weights that are to be kept in memory are copied before a token, some at
-    /// a time.
+    /// Has weights repacked in memory between the next steps, where products read them fastest: the first ones that fit
+    /// the budget, in bytes. Pages of their files are released. The budget should not exceed free memory: pages of a
+    /// file can be dropped and read again, copies cannot.
+    pub fn plan_repack(&mut self, budget: usize) {
+        let (mut weights, schedule) = self.weights_and_schedule();
+        schedule.plan(&mut weights, budget);
+    }
+
+    /// Keeps routed experts on disk, except the most recently used ones, which a cache of `budget` bytes holds; all
+    /// other weights are repacked as by [`Self::plan_repack`]. For models that do not fit in memory. `n_prefetch`
+    /// experts per layer are prefetched before the router chooses; none for half of top-k.
+    pub fn cache_experts(&mut self, budget: usize, n_prefetch: Option<usize>) {
+        let file = FileAccess {
+            advise_willneed: checkpoint::advise_willneed,
+            read: checkpoint::read,
+        };
+        let cache = Arc::new(ExpertCache::new(budget, self.compute, file));
+        self.model.cache_experts(&cache, n_prefetch);
+        self.plan_repack(usize::MAX);
+    }
+
+    /// Repacks now all that is planned. `on_bytes` gets the bytes done and their total.
+    pub fn repack_all(&mut self, on_bytes: &mut dyn FnMut(usize, usize)) {
+        let (mut weights, schedule) = self.weights_and_schedule();
+        schedule.repack_all(&mut weights, on_bytes);
+    }
+
+    /// The weights that are repacked, and which of them are done.
+    fn weights_and_schedule(&mut self) -> (EngineWeights<'_>, &mut RepackSchedule) {
+        let weights = EngineWeights {
+            compute: self.compute,
+            model: &mut self.model,
+            adapted_models: &mut self.adapted_models,
+            mtp: self.mtp.as_mut(),
+        };
+        (weights, &mut self.schedule)
+    }
+
+    /// Advances sequences by one step. A sequence with an unread prompt reads a chunk of it. The others decode a token
+    /// together; if some have logits from an accepted draft, only those do, without a pass. Ended sequences are left
+    /// alone. Waits for the device. Planned repacking takes place before decoding, a part per step.
     ///
     /// # Errors
     /// If logits are not finite.
@@ -222,17 +218,18 @@ impl Engine {
             let started = Instant::now();
             self.pass(&mut [sequence])?;
             self.catch_up(sequence, 1);
-            self.layout.last_pass = started.elapsed();
-            sequence.generation().prefill_secs += self.layout.last_pass.as_secs_f64();
+            self.schedule.last_pass = started.elapsed();
+            sequence.generation().prefill_secs += self.schedule.last_pass.as_secs_f64();
         }
         if decoding.is_empty() {
             return Ok(());
         }
         let started = Instant::now();
-        self.repack_for(self.layout.last_pass);
-        let laid_out = Instant::now();
+        let (mut weights, schedule) = self.weights_and_schedule();
+        schedule.repack_for(&mut weights, schedule.last_pass);
+        let repacked = Instant::now();
         self.decode(&mut decoding)?;
-        self.layout.last_pass = laid_out.elapsed();
+        self.schedule.last_pass = repacked.elapsed();
         let secs = started.elapsed().as_secs_f64();
         for sequence in decoding {
             sequence.generation().decode_secs += secs;
@@ -240,22 +237,25 @@ impl Engine {
         Ok(())
     }
 
-    /// Chooses a token of each sequence, or of those that need no pass for it.
+    /// Chooses a token of each sequence, or only of those that need no pass for it.
     fn decode(&self, sequences: &mut [&mut Sequence]) -> Result<()> {
-        if sequences.iter().any(|sequence| sequence.is_ahead()) {
-            return sequences.iter_mut().try_for_each(|s| s.choose_ahead());
+        if sequences
+            .iter()
+            .any(|sequence| sequence.has_verified_logits())
+        {
+            return sequences.iter_mut().try_for_each(|s| s.choose_verified());
         }
-        self.guess(sequences);
-        for group in groups(sequences, |s| (s.adapted(), s.n_unread())) {
-            self.pass(group)?;
-            for sequence in group {
+        self.draft(sequences);
+        for batch in batch_by(sequences, |s| (s.adapter_index(), s.n_unread())) {
+            self.pass(batch)?;
+            for sequence in batch {
                 self.catch_up(sequence, CHUNK);
             }
         }
         Ok(())
     }
 
-    /// One pass over the next ids of sequences, of all the same number, and all of one model.
+    /// One pass over the next ids of sequences of one model, all with the same number of ids.
     fn pass(&self, sequences: &mut [&mut Sequence]) -> Result<()> {
         let next = sequences
             .iter()
@@ -285,7 +285,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Logits after the last `n` of some hidden states `[batch, seq, hidden_size]`, `[batch, n, vocab]`.
+    /// Logits `[batch, n, vocab]` after the last `n` of the hidden states `[batch, seq, hidden_size]`.
     fn last_logits(&self, model: &Model, hidden: Tensor<3>, n: usize) -> Vec<f32> {
         if n == 0 {
             return vec![];

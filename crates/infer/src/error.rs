@@ -14,16 +14,32 @@ pub enum Error {
     /// A model cannot be made from its folder.
     #[error(transparent)]
     Model(#[from] model::Error),
-    /// Text cannot be made of tokens.
+    /// A tokenizer or chat template fails.
     #[error(transparent)]
     Data(#[from] data::Error),
-    /// A string that would end every text before it begins.
+    /// A stop string that would end every text before it begins.
     #[error("expected stop strings with at least one character, found an empty one")]
     EmptyStop,
-    /// There is nothing to continue.
+    /// Stop strings for a model that writes ids.
+    #[error("stop strings: expected a model with a tokenizer, found none")]
+    StopWithoutTokenizer,
+    /// A conversation without a chat template.
+    #[error("expected a tokenizer with a chat template, found none")]
+    NoChatTemplate,
+    /// A conversation that fills the model's positions.
+    #[error(
+        "expected the conversation to leave room in the model's {limit} positions, found {found} tokens"
+    )]
+    ConversationLength {
+        /// Tokens of the conversation.
+        found: usize,
+        /// `max_position_embeddings`.
+        limit: usize,
+    },
+    /// The prompt has no token.
     #[error("expected a prompt of at least one token, found none")]
     EmptyPrompt,
-    /// A token the model has no embedding for.
+    /// A token outside of the model's vocabulary.
     #[error(
         "prompt token {position}: expected an id below the vocabulary size {vocab_size}, found {id}"
     )]
@@ -35,7 +51,7 @@ pub enum Error {
         /// One more than the largest id the model has.
         vocab_size: usize,
     },
-    /// More positions than the model was made for.
+    /// More tokens than the model has positions.
     #[error(
         "expected prompt and new tokens to fit the model's {limit} positions, \
          found {prompt} prompt tokens and up to {max_tokens} new ones"
@@ -43,33 +59,45 @@ pub enum Error {
     ContextLength {
         /// Tokens of the prompt.
         prompt: usize,
-        /// New tokens asked for.
+        /// Maximum number of new tokens.
         max_tokens: usize,
         /// `max_position_embeddings`.
         limit: usize,
     },
-    /// A setting of the sampler has no meaning.
+    /// A setting of the sampler is out of range.
     #[error("`{name}`: expected {expected}, found {found}")]
     Setting {
         /// The setting.
         name: &'static str,
-        /// What would have done.
+        /// The range.
         expected: &'static str,
-        /// What was there.
+        /// The value.
         found: f32,
     },
-    /// The model computed something that is no number.
+    /// The model's logits are not finite.
     #[error("new token {step}: expected finite logits, found NaN or infinity")]
     NotFinite {
-        /// Which new token was to be chosen, counted from 0.
+        /// The number of the new token, counted from 0.
         step: usize,
     },
-    /// A config says something other than ids about where text ends.
+    /// `eos_token_id` of a config is malformed.
     #[error("{}: `eos_token_id`: expected a token id or a list of them, found {found}", file.display())]
     EndOfText {
         /// The file.
         file: PathBuf,
-        /// What was there.
+        /// The value.
+        found: String,
+    },
+    /// A setting of `generation_config.json` is malformed.
+    #[error("{}: `{key}`: expected {expected}, found {found}", file.display())]
+    GenerationConfig {
+        /// The file.
+        file: PathBuf,
+        /// The setting.
+        key: &'static str,
+        /// What it should be.
+        expected: &'static str,
+        /// The value.
         found: String,
     },
 }

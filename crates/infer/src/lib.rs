@@ -1,7 +1,7 @@
-//! A prompt to tokens: prefill, decoding over a cache, sampling, stopping.
+//! Text generation: prefill, decoding with a KV cache, sampling, stop strings, conversations.
 //!
-//! The forward pass is [`model::Model`]'s; what is here decides which tokens go into it and which come out. All
-//! randomness comes from the caller's seed.
+//! The forward pass is [`model::Model`]'s. This crate decides which tokens enter it and which come out. All randomness
+//! comes from the caller's seed.
 //!
 //! ```no_run
 //! use burn::tensor::Device;
@@ -20,18 +20,29 @@
 //! # Ok::<(), moeforge_infer::Error>(())
 //! ```
 
-mod end_of_text;
-mod engine;
 mod error;
-mod layout;
+mod sample_config;
+
+mod generation_config;
 mod sampler;
-mod sequence;
-mod speculation;
 mod text_stream;
 
-pub use end_of_text::end_of_text_ids;
+mod draft;
+mod repack;
+mod sequence;
+
+mod engine;
+mod speculation;
+
+mod chat_history;
+mod completion;
+
+pub use chat_history::{ChatHistory, chat_prompt, message};
+pub use completion::{Completed, Completion, CompletionQueue, StepOutput};
 pub use engine::{CHUNK, Engine};
 pub use error::{Error, Result};
-pub use sampler::{SampleConfig, Sampler};
-pub use sequence::{Context, GenerateConfig, Generation, Logprobs, Sequence, Stop};
+pub use generation_config::{end_of_text_ids, recommended_sampling};
+pub use sample_config::SampleConfig;
+pub use sampler::Sampler;
+pub use sequence::{FinishReason, GenerateConfig, Generation, KvPrefix, Logprobs, Sequence};
 pub use text_stream::TextStream;

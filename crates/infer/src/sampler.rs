@@ -1,16 +1,16 @@
-//! From logits to a token, in steps that each may be switched off:
+//! From logits to a token, in steps that can each be switched off:
 //!
-//! 1. *Repetition penalty*: logits of tokens that the text already has are divided by it where they are positive, and
-//!    multiplied with it where they are negative.
+//! 1. *Repetition penalty*: positive logits of tokens that are already in the text are divided by it, negative ones
+//!    multiplied by it.
 //! 2. *Temperature* divides the logits before the softmax.
-//! 3. *Top-k* keeps the `k` likeliest tokens.
-//! 4. *Top-p* keeps the smallest set of the likeliest with mass of at least `top_p`, of what top-k left.
-//! 5. *Min-p* keeps tokens at least `min_p` times as likely as the likeliest.
-//! 6. One of those left is drawn.
+//! 3. *Top-k* keeps the `k` most likely tokens.
+//! 4. *Top-p* keeps the smallest set of the remaining tokens with a total probability of at least `top_p`.
+//! 5. *Min-p* keeps tokens at least `min_p` times as likely as the most likely one.
+//! 6. One of the remaining tokens is drawn.
 //!
-//! That is the order of Hugging Face's transformers, for which publishers choose the values in `generation_config.json`.
-//! llama.cpp applies the temperature last: with one below 1 it then draws from more tokens at the same `top_p`. Arithmetic
-//! is f64, so that the masses of 129,280 tokens add up.
+//! That is the order of Hugging Face's transformers, for which publishers choose the values in
+//! `generation_config.json`. llama.cpp applies the temperature last: a temperature below 1 then leaves more tokens at
+//! the same `top_p`. Arithmetic is f64, so that the probabilities of 129,280 tokens add up.
 //!
 //! Source: repetition penalty, arXiv:1909.05858, section 4.1; top-p, arXiv:1904.09751, section 3.1; min-p,
 //! arXiv:2407.01082, section 3.
@@ -20,93 +20,17 @@ use std::cmp::Ordering;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::sample_config::SampleConfig;
 
-/// How the next token is chosen.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct SampleConfig {
-    /// Divides the logits. 0 always takes the likeliest token, of equals the one with the lower id.
-    pub temperature: f32,
-    /// How many of the likeliest tokens are drawn from; 0 for all.
-    pub top_k: usize,
-    /// Mass of the likeliest tokens that are drawn from; 1 for all.
-    pub top_p: f32,
-    /// How likely a token has to be beside the likeliest; 0 for all.
-    pub min_p: f32,
-    /// What tokens that were there before are made less likely by; 1 for nothing.
-    pub repetition_penalty: f32,
-    /// How many of the last tokens, those of the prompt included, count as having been there; 0 for all.
-    pub repetition_window: usize,
-    /// Where the random numbers start.
-    pub seed: u64,
-}
-
-impl SampleConfig {
-    /// Always the likeliest token.
-    pub const fn greedy() -> Self {
-        Self {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            repetition_window: 0,
-            seed: 0,
-        }
-    }
-
-    /// # Errors
-    /// If a setting has no meaning.
-    fn check(&self) -> Result<()> {
-        let non_negative = |value: f32| value >= 0.0 && value.is_finite();
-        let settings = [
-            (
-                "temperature",
-                self.temperature,
-                non_negative(self.temperature),
-                "a number from 0 up",
-            ),
-            (
-                "top_p",
-                self.top_p,
-                self.top_p > 0.0 && self.top_p <= 1.0,
-                "a number above 0 and at most 1",
-            ),
-            (
-                "min_p",
-                self.min_p,
-                (0.0..=1.0).contains(&self.min_p),
-                "a number from 0 to 1",
-            ),
-            (
-                "repetition_penalty",
-                self.repetition_penalty,
-                self.repetition_penalty > 0.0 && self.repetition_penalty.is_finite(),
-                "a number above 0",
-            ),
-        ];
-        match settings
-            .into_iter()
-            .find(|(.., has_meaning, _)| !has_meaning)
-        {
-            None => Ok(()),
-            Some((name, found, _, expected)) => Err(Error::Setting {
-                name,
-                expected,
-                found,
-            }),
-        }
-    }
-}
-
-/// Chooses tokens, one after the other.
+/// Chooses tokens one at a time.
 #[derive(Clone, Debug)]
 pub struct Sampler {
     config: SampleConfig,
     random: ChaCha8Rng,
 }
 
-/// A token that may be drawn, and its share before it is divided by the sum of all.
+/// A token that may be drawn, and its unnormalized probability.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Candidate {
     id: u32,
@@ -117,7 +41,7 @@ impl Sampler {
     /// A sampler at the start of its seed's random numbers.
     ///
     /// # Errors
-    /// If a setting has no meaning: a temperature, min-p or penalty below 0, a top-p of 0, a probability above 1.
+    /// If a setting is out of range: a temperature, min-p or penalty below 0, a top-p of 0, a probability above 1.
     pub fn new(config: SampleConfig) -> Result<Self> {
         config.check()?;
         Ok(Self {
@@ -126,7 +50,7 @@ impl Sampler {
         })
     }
 
-    /// The id of the next token after some text; `None` if a logit is NaN or positive infinity, or all are negative infinity.
+    /// The id of the token after a text; `None` if a logit is NaN or positive infinity, or all are negative infinity.
     ///
     /// # Shapes
     /// - `logits`: `[vocab]`
@@ -151,7 +75,7 @@ impl Sampler {
         self.draw(&candidates(logits, logits[best], &self.config))
     }
 
-    /// One of the candidates, each as often as its mass says.
+    /// Draws a candidate with a probability proportional to its mass.
     fn draw(&mut self, candidates: &[Candidate]) -> u32 {
         let total: f64 = candidates.iter().map(|candidate| candidate.mass).sum();
         // 53 random bits: all that a number below 1 holds.
@@ -168,8 +92,8 @@ impl Sampler {
     }
 }
 
-/// The first of the largest logits, if that is a number and none is NaN. Lanes of maxima, which vectors do at once, and then
-/// a search: the vocabulary is the longest of all lists.
+/// The index of the first largest logit, if it is finite and none is NaN. Computes maxima in lanes, which vectorizes,
+/// and then searches: the vocabulary is long.
 pub(crate) fn argmax(logits: &[f32]) -> Option<usize> {
     const LANES: usize = 16;
     let (mut largest, mut are_numbers) = ([f32::NEG_INFINITY; LANES], [true; LANES]);
@@ -186,7 +110,7 @@ pub(crate) fn argmax(logits: &[f32]) -> Option<usize> {
     logits.iter().position(|logit| *logit == largest)
 }
 
-/// The logits, those of some tokens made less likely. One that occurs twice is penalized once.
+/// The logits with the tokens of the window penalized. A token that occurs twice is penalized once.
 fn penalized(logits: &[f32], window: &[u32], penalty: f32) -> Vec<f32> {
     let mut changed = logits.to_vec();
     for id in window.iter().map(|id| *id as usize) {
@@ -201,7 +125,7 @@ fn penalized(logits: &[f32], window: &[u32], penalty: f32) -> Vec<f32> {
     changed
 }
 
-/// The tokens that may be drawn. The likeliest has mass 1.
+/// The tokens that may be drawn. The most likely one has mass 1.
 fn candidates(logits: &[f32], largest: f32, config: &SampleConfig) -> Vec<Candidate> {
     let mass = |logit: f32| {
         let below = f64::from(logit) - f64::from(largest);
@@ -218,7 +142,7 @@ fn candidates(logits: &[f32], largest: f32, config: &SampleConfig) -> Vec<Candid
     kept
 }
 
-/// Keeps the `n` likeliest, all for 0; of equals the lower ids.
+/// Keeps the `n` most likely candidates, all for 0; ties go to the lower ids.
 fn keep_largest(candidates: &mut Vec<Candidate>, n: usize) {
     if n > 0 && n < candidates.len() {
         candidates.select_nth_unstable_by(n - 1, likelier_first);
@@ -232,13 +156,14 @@ fn likelier_first(a: &Candidate, b: &Candidate) -> Ordering {
     b.mass.total_cmp(&a.mass).then(a.id.cmp(&b.id))
 }
 
-/// The smallest set with at least a share `top_p` of the mass, the likeliest first; of equals the lower id first.
+/// The smallest set with at least a share `top_p` of the mass, in descending order; ties go to the lower id.
 fn nucleus(mut candidates: Vec<Candidate>, top_p: f64) -> Vec<Candidate> {
     if top_p >= 1.0 {
         return candidates;
     }
     let total: f64 = candidates.iter().map(|candidate| candidate.mass).sum();
-    // What lies below this line adds up to less than `1 − top_p` and is never kept. Most tokens do, and need no sorting.
+    // Candidates below this mass add up to less than `1 − top_p` and are never kept. They are most of all, and need no
+    // sorting.
     let least = (1.0 - top_p) * total / candidates.len() as f64;
     candidates.retain(|candidate| candidate.mass >= least);
     candidates.sort_unstable_by(likelier_first);
@@ -378,7 +303,7 @@ mod tests {
         kept.iter().map(|c| (c.id, c.mass / total)).collect()
     }
 
-    /// Checks which tokens may be drawn of [`LOGITS`], and that each has so many parts of the mass.
+    /// Checks which tokens of [`LOGITS`] may be drawn, and their shares of the mass.
     fn check_parts(config: SampleConfig, expected: &[(u32, f64)]) {
         let found = distribution(&LOGITS, config);
         let whole: f64 = expected.iter().map(|(_, parts)| parts).sum();
@@ -405,7 +330,7 @@ mod tests {
         for (p, n) in [(0.71, 3), (0.69, 2), (0.39, 1)] {
             check_parts(top_p(p), &all[4 - n..]);
         }
-        // Of the three likeliest, 0.75 of the mass are two, 7 of 9; of all four they would be three.
+        // Of the three most likely tokens, two have 7/9 of the mass; of all four, three tokens reach 0.75.
         check_parts(top_p(0.75), &all[1..]);
         let both = SampleConfig {
             top_k: 3,

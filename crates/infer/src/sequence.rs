@@ -1,60 +1,61 @@
-//! One text that is being continued: what the model has read of it, what it is to read next, and what it wrote.
+//! One text in progress: what the model has read of it, what it reads next, and what it has written.
 
 use burn::tensor::{Device, Tensor};
 use model::{Cache, CacheType, Model};
 
+use crate::draft::DraftState;
 use crate::error::{Error, Result};
-use crate::sampler::{SampleConfig, Sampler};
-use crate::speculation::Lookahead;
+use crate::sample_config::SampleConfig;
+use crate::sampler::Sampler;
 
 /// How a prompt is continued.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateConfig {
-    /// Most new tokens.
+    /// Maximum number of new tokens.
     pub max_tokens: usize,
-    /// How each is chosen.
+    /// How each token is sampled.
     pub sample: SampleConfig,
     /// Tokens that end the text; see [`crate::end_of_text_ids`].
     pub stop_ids: Vec<u32>,
-    /// Note what the model thought of every new token, and so many of the likeliest in its place.
+    /// Record the log-probability of every new token, and of this many most likely tokens in its place.
     pub logprobs: Option<usize>,
 }
 
-/// What came after a prompt.
+/// The continuation of a prompt.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Generation {
     /// The new tokens, without the one that ended the text.
     pub token_ids: Vec<u32>,
-    /// What the model thought of each, if that was asked for.
+    /// Log-probabilities of each new token, if [`GenerateConfig::logprobs`] asks for them.
     pub logprobs: Vec<Logprobs>,
-    /// Why there are no more.
-    pub stopped: Stop,
-    /// Tokens of the prompt that had to be read: all but those that a [`Context`] held.
+    /// Why the text ended.
+    pub finish_reason: FinishReason,
+    /// Prompt tokens that the model read: all except those in the [`KvPrefix`].
     pub prefill_tokens: usize,
-    /// Seconds that reading them took, the choice of the first token included.
+    /// Seconds to read them and to choose the first token.
     pub prefill_secs: f64,
-    /// Seconds that the passes after it took, the choice of tokens included.
+    /// Seconds of all later passes, sampling included.
     pub decode_secs: f64,
-    /// How many tokens were chosen in them, one that ended the text included.
+    /// Tokens chosen in those passes, including one that ended the text.
     pub decode_steps: usize,
-    /// How many of these were guessed before; see [`Engine::mtp`](crate::Engine).
-    pub guessed: usize,
-    /// How many of the guesses were right. Each but one that ends the text saves a pass.
-    pub guessed_right: usize,
+    /// Tokens drafted by speculative decoding; see [`Engine::mtp`](crate::Engine).
+    pub drafted: usize,
+    /// Drafted tokens that the sampler then chose. Each saves a pass, except one that ends the text.
+    pub accepted: usize,
 }
 
-/// How probable the model found a token and the likeliest ones in its place: logarithms of the softmax of its logits, in
-/// nats, before anything of the sampler changes them.
+/// Log-probabilities of a new token and of the most likely tokens in its place: logarithms of the softmax of the
+/// logits, in nats, before the sampler changes them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Logprobs {
-    /// Of the token that was chosen.
+    /// Of the chosen token.
     pub chosen: f64,
-    /// The likeliest tokens, the likeliest first; of equals the lower id first.
+    /// The most likely tokens in descending order; ties go to the lower id.
     pub top: Vec<(u32, f64)>,
 }
 
 impl Logprobs {
-    /// Of some finite logits, `[vocab]`.
+    /// From finite logits, `[vocab]`.
     fn new(logits: &[f32], chosen: u32, n_top: usize) -> Self {
         let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let above = |logit: f32| f64::from(logit) - f64::from(largest);
@@ -79,135 +80,148 @@ impl Logprobs {
 
 /// Why a generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
+pub enum FinishReason {
     /// The model chose this token, which ends a text.
     EndOfText(u32),
-    /// As many tokens as were asked for.
-    MaxTokens,
-    /// The caller wanted no more.
-    Caller,
+    /// The text reached a stop string.
+    StopString,
+    /// The text has [`GenerateConfig::max_tokens`] tokens.
+    Length,
+    /// The caller ended it.
+    Cancelled,
 }
 
-/// Tokens that a model has read, and what attention keeps of them: where the next prompt begins with the same tokens, as
-/// in a conversation, only what follows is read.
+impl FinishReason {
+    /// The name in OpenAI's API; `cancelled`, which that API does not have, if the caller ended the text.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::EndOfText(_) | Self::StopString => "stop",
+            Self::Length => "length",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// Tokens that a model has read, and their KV cache. If the next prompt begins with the same tokens, as in a
+/// conversation, the model reads only what follows.
 #[derive(Clone, Debug)]
-pub struct Context {
+pub struct KvPrefix {
     token_ids: Vec<u32>,
     cache: Cache,
-    lookahead: Option<Lookahead>,
-    /// Which of the adapted models read it; none for the model itself.
-    adapted: Option<usize>,
+    draft_state: Option<DraftState>,
+    /// The adapter that the tokens were read with; none for the model without one.
+    adapter_index: Option<usize>,
 }
 
 /// A text that is being continued, from its prompt to its end.
 #[derive(Clone, Debug)]
 pub struct Sequence {
-    context: Context,
-    /// What the model has not read: the rest of the prompt, or the token chosen last.
+    prefix: KvPrefix,
+    /// Tokens the model has not read: the rest of the prompt, or the last chosen token.
     unread: Vec<u32>,
-    /// What the next pass reads after it, to have been right or wrong.
-    guess: Option<u32>,
-    /// Where a guess was right: the logits after it, `[vocab]`. The model has then read what is `unread`.
-    ahead: Option<Vec<f32>>,
+    /// The drafted token that the next pass reads after them.
+    draft: Option<u32>,
+    /// Logits after an accepted draft, `[vocab]`. The model has then read `unread`.
+    verified_logits: Option<Vec<f32>>,
     sampler: Sampler,
     config: GenerateConfig,
-    stopped: Option<Stop>,
+    finish_reason: Option<FinishReason>,
     new_token: Option<u32>,
-    /// Its `stopped` is of no meaning before there is one.
+    /// Its `finish_reason` has no meaning before the sequence has one.
     generation: Generation,
 }
 
-impl Context {
-    /// Nothing read yet.
+impl KvPrefix {
+    /// An empty prefix, for sequences without speculative decoding.
     pub fn new(model: &Model, cache_type: CacheType) -> Self {
         Self {
             token_ids: Vec::new(),
             cache: Cache::new(&model.config, cache_type),
-            lookahead: None,
-            adapted: None,
+            draft_state: None,
+            adapter_index: None,
         }
     }
 
-    /// As one of the adapted models reads it.
-    pub(crate) fn of_adapted(self, number: usize) -> Self {
+    /// The prefix as read with one of the engine's adapters.
+    pub(crate) fn with_adapter(self, adapter_index: usize) -> Self {
         Self {
-            adapted: Some(number),
+            adapter_index: Some(adapter_index),
             ..self
         }
     }
 
-    /// Nothing read yet, of texts that a module guesses ahead.
-    pub(crate) fn guessed_ahead(model: &Model, cache_type: CacheType, device: &Device) -> Self {
+    /// An empty prefix, for sequences with speculative decoding.
+    pub(crate) fn with_draft_state(model: &Model, cache_type: CacheType, device: &Device) -> Self {
         Self {
-            lookahead: Some(Lookahead::new(&model.config, cache_type, device)),
+            draft_state: Some(DraftState::new(&model.config, cache_type, device)),
             ..Self::new(model, cache_type)
         }
     }
 
-    /// What was read.
+    /// The tokens that were read.
     pub fn token_ids(&self) -> &[u32] {
         &self.token_ids
     }
 
-    /// Forgets all that is not how `prompt` begins, and its last token too, which has to be read for what comes next.
-    /// Returns how many tokens are left.
+    /// Keeps the tokens that `prompt` begins with, except its last token, which the model has to read for the next
+    /// logits. Returns the number of tokens kept.
     fn rewind(&mut self, prompt: &[u32]) -> usize {
         let pairs = self.token_ids.iter().zip(prompt);
         let common = pairs.take_while(|(read, id)| read == id).count();
         let kept = common.min(prompt.len().saturating_sub(1));
         self.token_ids.truncate(kept);
-        self.forget_unknown();
+        self.truncate_caches();
         kept
     }
 
-    /// Forgets what attention keeps of tokens that are not here.
-    fn forget_unknown(&mut self) {
+    /// Removes tokens from the caches that are not in `token_ids`.
+    fn truncate_caches(&mut self) {
         self.cache.truncate(self.token_ids.len());
-        if let Some(lookahead) = &mut self.lookahead {
-            lookahead.truncate(self.token_ids.len());
+        if let Some(draft_state) = &mut self.draft_state {
+            draft_state.truncate(self.token_ids.len());
         }
     }
 }
 
 impl Sequence {
-    /// A text that begins with `prompt`, of which a context may have read the beginning.
+    /// A text that begins with `prompt`. The prefix may hold its beginning.
     ///
     /// # Errors
-    /// If the prompt is empty, holds an id the model does not know, or leaves no room for `max_tokens`; or if a setting
-    /// of the sampler has no meaning.
+    /// If the prompt is empty, holds an unknown id, or leaves no room for `max_tokens`; or if a setting of the sampler
+    /// is out of range.
     pub fn new(
         model: &Model,
-        mut context: Context,
+        mut prefix: KvPrefix,
         prompt: &[u32],
         config: &GenerateConfig,
     ) -> Result<Self> {
         check(model, prompt, config.max_tokens)?;
         let sampler = Sampler::new(config.sample)?;
-        let unread = prompt[context.rewind(prompt)..].to_vec();
+        let unread = prompt[prefix.rewind(prompt)..].to_vec();
         Ok(Self {
-            context,
-            guess: None,
-            ahead: None,
+            prefix,
+            draft: None,
+            verified_logits: None,
             sampler,
             config: config.clone(),
-            stopped: (config.max_tokens == 0).then_some(Stop::MaxTokens),
+            finish_reason: (config.max_tokens == 0).then_some(FinishReason::Length),
             new_token: None,
             generation: Generation {
                 token_ids: Vec::new(),
                 logprobs: Vec::new(),
-                stopped: Stop::MaxTokens,
+                finish_reason: FinishReason::Length,
                 prefill_tokens: unread.len(),
                 prefill_secs: 0.0,
                 decode_secs: 0.0,
                 decode_steps: 0,
-                guessed: 0,
-                guessed_right: 0,
+                drafted: 0,
+                accepted: 0,
             },
             unread,
         })
     }
 
-    /// What was written so far.
+    /// The tokens written so far.
     pub fn token_ids(&self) -> &[u32] {
         &self.generation.token_ids
     }
@@ -218,11 +232,11 @@ impl Sequence {
     }
 
     /// Why the text has ended, if it has.
-    pub fn stopped(&self) -> Option<Stop> {
-        self.stopped
+    pub fn finish_reason(&self) -> Option<FinishReason> {
+        self.finish_reason
     }
 
-    /// Tokens of the prompt that are not read yet; 0 once the first token is chosen.
+    /// Prompt tokens that are not read yet; 0 once the first token is chosen.
     pub fn unread_tokens(&self) -> usize {
         if self.is_decoding() {
             0
@@ -231,111 +245,115 @@ impl Sequence {
         }
     }
 
-    /// Ends the text.
+    /// Ends the text, if it has not ended.
     pub fn stop(&mut self) {
-        self.stopped.get_or_insert(Stop::Caller);
+        self.finish_reason.get_or_insert(FinishReason::Cancelled);
     }
 
-    /// What was written, and what was read for it, with which a longer prompt may begin.
-    pub fn finish(mut self) -> (Generation, Context) {
-        if self.is_ahead() {
-            // The last token is not read, guessed or not: what follows a text does not depend on guesses.
-            self.context.forget_unknown();
+    /// Ends the text at a stop string.
+    pub(crate) fn end_at_stop_string(&mut self) {
+        self.finish_reason.get_or_insert(FinishReason::StopString);
+    }
+
+    /// The continuation, and the prefix that a longer prompt may begin with.
+    pub fn finish(mut self) -> (Generation, KvPrefix) {
+        if self.has_verified_logits() {
+            // The last token counts as unread, drafted or not: what follows a text does not depend on drafts.
+            self.prefix.truncate_caches();
         }
-        let stopped = self.stopped.unwrap_or(Stop::Caller);
+        let finish_reason = self.finish_reason.unwrap_or(FinishReason::Cancelled);
         let generation = Generation {
-            stopped,
+            finish_reason,
             ..self.generation
         };
-        (generation, self.context)
+        (generation, self.prefix)
     }
 
-    /// Which of the adapted models it is of, if it is of one.
-    pub(crate) fn adapted(&self) -> Option<usize> {
-        self.context.adapted
+    /// The adapter of the sequence, by its index in the engine; none for the model without one.
+    pub(crate) fn adapter_index(&self) -> Option<usize> {
+        self.prefix.adapter_index
     }
 
-    /// Whether its next pass reads a token that the model wrote.
+    /// Whether the next pass reads a token that the model wrote.
     pub(crate) fn is_decoding(&self) -> bool {
         !self.generation.token_ids.is_empty()
     }
 
-    /// Whether there is something left to do in a step.
+    /// Prepares for a step. Returns false if the text has ended.
     pub(crate) fn begin_step(&mut self) -> bool {
-        let is_running = self.stopped.is_none();
+        let is_running = self.finish_reason.is_none();
         if is_running {
             self.new_token = None;
         }
         is_running
     }
 
-    /// Whether its next token needs no pass.
-    pub(crate) fn is_ahead(&self) -> bool {
-        self.ahead.is_some()
+    /// Whether the next token can be chosen without a pass.
+    pub(crate) fn has_verified_logits(&self) -> bool {
+        self.verified_logits.is_some()
     }
 
-    /// What is noted of it.
+    /// The record of the continuation so far.
     pub(crate) fn generation(&mut self) -> &mut Generation {
         &mut self.generation
     }
 
-    /// What is to be read, a guess included.
+    /// Tokens to read, including a draft.
     pub(crate) fn n_unread(&self) -> usize {
-        self.unread.len() + usize::from(self.guess.is_some())
+        self.unread.len() + usize::from(self.draft.is_some())
     }
 
-    /// Ids for the next pass, at most so many, and a guess.
+    /// Ids for the next pass: at most `limit` unread ones, and the draft.
     pub(crate) fn next_ids(&self, limit: usize) -> impl Iterator<Item = u32> {
         let unread = &self.unread[..self.unread.len().min(limit)];
-        unread.iter().copied().chain(self.guess)
+        unread.iter().copied().chain(self.draft)
     }
 
-    /// Of how many of the next `n` ids, the last ones, it wants the logits. A piece of a prompt that is not its last chooses
-    /// nothing.
+    /// How many of the last of the next `n` ids need logits. A chunk of a prompt that is not the last one needs none.
     pub(crate) fn n_choices(&self, n: usize) -> usize {
         if n < self.n_unread() {
             return 0;
         }
-        1 + usize::from(self.guess.is_some())
+        1 + usize::from(self.draft.is_some())
     }
 
-    /// What attention keeps of it.
+    /// The KV cache.
     pub(crate) fn cache(&mut self) -> &mut Cache {
-        &mut self.context.cache
+        &mut self.prefix.cache
     }
 
-    /// What guessing keeps of it, if it is guessed ahead.
-    pub(crate) fn lookahead(&mut self) -> Option<&mut Lookahead> {
-        self.context.lookahead.as_mut()
+    /// The state of drafting, if the sequence has one.
+    pub(crate) fn draft_state(&mut self) -> Option<&mut DraftState> {
+        self.prefix.draft_state.as_mut()
     }
 
-    /// Positions that a module which guesses is still to read.
-    pub(crate) fn n_waiting(&self) -> usize {
-        let lookahead = self.context.lookahead.as_ref();
-        lookahead.map_or(0, Lookahead::n_waiting)
+    /// Positions that the drafting module has not read.
+    pub(crate) fn n_pending(&self) -> usize {
+        let draft_state = self.prefix.draft_state.as_ref();
+        draft_state.map_or(0, DraftState::n_pending)
     }
 
-    /// The tokens after each of the first `n` positions that wait for the module.
-    pub(crate) fn ids_after_waiting(&self, n: usize) -> impl Iterator<Item = u32> {
-        let text = self.context.token_ids.iter().chain(&self.unread).copied();
-        text.skip(self.context.token_ids.len() - self.n_waiting() + 1)
+    /// The token after each of the first `n` pending positions.
+    pub(crate) fn ids_after_pending(&self, n: usize) -> impl Iterator<Item = u32> {
+        let text = self.prefix.token_ids.iter().chain(&self.unread).copied();
+        text.skip(self.prefix.token_ids.len() - self.n_pending() + 1)
             .take(n)
     }
 
-    /// Whether a guess may save a pass: not of the last token.
-    pub(crate) fn wants_guess(&self) -> bool {
+    /// Whether a draft may save a pass. A draft of the last token cannot.
+    pub(crate) fn wants_draft(&self) -> bool {
         let n_left = self.config.max_tokens - self.generation.token_ids.len();
-        self.context.lookahead.is_some() && n_left > 1
+        self.prefix.draft_state.is_some() && n_left > 1
     }
 
-    /// Has the next pass read a guess too.
-    pub(crate) fn guess(&mut self, id: u32) {
-        self.guess = Some(id);
-        self.generation.guessed += 1;
+    /// Adds a draft to the next pass.
+    pub(crate) fn set_draft(&mut self, id: u32) {
+        self.draft = Some(id);
+        self.generation.drafted += 1;
     }
 
-    /// Notes a pass over the next `n` ids, which may have left hidden states `[1, n, hidden_size]`, and chooses a token by the
-    /// first of its logits, `[n_choices, vocab]`, if there are some.
+    /// Records a pass over the next `n` ids and its hidden states `[1, n, hidden_size]`, if drafting needs them.
+    /// Chooses a token by the first row of the logits, `[n_choices, vocab]`, if there are any.
     ///
     /// # Errors
     /// If the logits are not finite.
@@ -345,35 +363,35 @@ impl Sequence {
         logits: &[f32],
         hidden: Option<Tensor<3>>,
     ) -> Result<()> {
-        let guess = self.guess.take();
-        let n_known = n - usize::from(guess.is_some());
-        self.context.token_ids.extend(self.unread.drain(..n_known));
-        match (&mut self.context.lookahead, hidden) {
-            (Some(lookahead), Some(hidden)) => lookahead.push(hidden),
-            (lookahead, _) => *lookahead = None,
+        let draft = self.draft.take();
+        let n_known = n - usize::from(draft.is_some());
+        self.prefix.token_ids.extend(self.unread.drain(..n_known));
+        match (&mut self.prefix.draft_state, hidden) {
+            (Some(draft_state), Some(hidden)) => draft_state.push(hidden),
+            (draft_state, _) => *draft_state = None,
         }
         if logits.is_empty() {
             return Ok(());
         }
         let (first, second) = logits.split_at(logits.len() / (1 + n - n_known));
         let chosen = self.choose(first)?;
-        let Some(guess) = guess else { return Ok(()) };
-        self.generation.guessed_right += usize::from(guess == chosen);
-        if guess == chosen && self.stopped.is_none() {
-            self.ahead = Some(second.to_vec());
+        let Some(draft) = draft else { return Ok(()) };
+        self.generation.accepted += usize::from(draft == chosen);
+        if draft == chosen && self.finish_reason.is_none() {
+            self.verified_logits = Some(second.to_vec());
         } else {
-            self.context.forget_unknown();
+            self.prefix.truncate_caches();
         }
         Ok(())
     }
 
-    /// Chooses the token after one that was guessed and read.
+    /// Chooses the token after an accepted draft.
     ///
     /// # Errors
     /// If the logits are not finite.
-    pub(crate) fn choose_ahead(&mut self) -> Result<()> {
-        if let Some(logits) = self.ahead.take() {
-            self.context.token_ids.append(&mut self.unread);
+    pub(crate) fn choose_verified(&mut self) -> Result<()> {
+        if let Some(logits) = self.verified_logits.take() {
+            self.prefix.token_ids.append(&mut self.unread);
             self.choose(&logits)?;
         }
         Ok(())
@@ -383,16 +401,16 @@ impl Sequence {
     fn choose(&mut self, logits: &[f32]) -> Result<u32> {
         let step = self.generation.token_ids.len();
         self.generation.decode_steps += usize::from(self.is_decoding());
-        let id = self.sampler.sample(logits, &self.context.token_ids);
+        let id = self.sampler.sample(logits, &self.prefix.token_ids);
         let id = id.ok_or(Error::NotFinite { step })?;
         self.add(id, logits);
         Ok(id)
     }
 
-    /// Goes on with a token that was chosen by some logits, or ends with it.
+    /// Adds a token chosen by these logits to the text, or ends the text with it.
     fn add(&mut self, id: u32, logits: &[f32]) {
         if self.config.stop_ids.contains(&id) {
-            self.stopped = Some(Stop::EndOfText(id));
+            self.finish_reason = Some(FinishReason::EndOfText(id));
             return;
         }
         self.unread.push(id);
@@ -401,9 +419,18 @@ impl Sequence {
         let logprobs = self.config.logprobs.map(|n| Logprobs::new(logits, id, n));
         self.generation.logprobs.extend(logprobs);
         if self.generation.token_ids.len() == self.config.max_tokens {
-            self.stopped = Some(Stop::MaxTokens);
+            self.finish_reason = Some(FinishReason::Length);
         }
     }
+}
+
+/// Sequences in batches that have a key in common.
+pub(crate) fn batch_by<'a, 's, K: Ord>(
+    sequences: &'a mut [&'s mut Sequence],
+    key: impl Fn(&Sequence) -> K + Copy,
+) -> impl Iterator<Item = &'a mut [&'s mut Sequence]> {
+    sequences.sort_by_key(|sequence| key(sequence));
+    sequences.chunk_by_mut(move |a, b| key(a) == key(b))
 }
 
 fn check(model: &Model, prompt: &[u32], max_tokens: usize) -> Result<()> {

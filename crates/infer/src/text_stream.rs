@@ -1,29 +1,32 @@
-//! New tokens to text, up to the first of some strings that end it.
+//! New tokens to text, up to the first stop string.
 //!
-//! A stop string may begin in one token and end in another, so what may become one is held back until it is clear.
+//! A stop string may begin in one token and end in another, so text that may be the beginning of one is held back until
+//! the next tokens decide.
+
+use std::sync::Arc;
 
 use data::{DecodeStream, Special, Tokenizer};
 
 use crate::error::{Error, Result};
 
-/// Turns ids into text as they come, and notices where it is to end.
+/// Decodes ids as they come, and detects stop strings.
 #[derive(Clone, Debug)]
-pub struct TextStream<'a> {
-    decoder: DecodeStream<'a>,
+pub struct TextStream {
+    decoder: DecodeStream,
     stops: StopStrings,
 }
 
-impl<'a> TextStream<'a> {
-    /// A text that ends before the first of some strings.
+impl TextStream {
+    /// A text that ends before the first of these strings.
     ///
     /// # Errors
     /// If one of them is empty.
-    pub fn new(tokenizer: &'a Tokenizer, stops: &[String]) -> Result<Self> {
+    pub fn new(tokenizer: Arc<Tokenizer>, stops: &[String]) -> Result<Self> {
         if stops.iter().any(String::is_empty) {
             return Err(Error::EmptyStop);
         }
         Ok(Self {
-            decoder: tokenizer.decode_stream(Special::Skip),
+            decoder: DecodeStream::new(tokenizer, Special::Skip),
             stops: StopStrings {
                 strings: stops.to_vec(),
                 held: String::new(),
@@ -32,7 +35,7 @@ impl<'a> TextStream<'a> {
         })
     }
 
-    /// Takes the next id; returns the text that is certain with it.
+    /// Takes the next id; returns the text that is now certain.
     ///
     /// # Errors
     /// If the tokenizer's decoder fails.
@@ -41,13 +44,13 @@ impl<'a> TextStream<'a> {
         Ok(self.stops.pass(&piece))
     }
 
-    /// The string that ended the text, if one did. Nothing more comes then.
-    pub fn stopped_by(&self) -> Option<&str> {
+    /// The stop string that ended the text, if one did. No text follows it.
+    pub fn stop_string(&self) -> Option<&str> {
         let found = self.stops.found?;
         Some(&self.stops.strings[found])
     }
 
-    /// What is still held back at the end.
+    /// The text that was held back until the end.
     ///
     /// # Errors
     /// If the tokenizer's decoder fails.
@@ -61,18 +64,18 @@ impl<'a> TextStream<'a> {
     }
 }
 
-/// Lets text pass up to the first of some strings.
+/// Passes text through up to the first stop string.
 #[derive(Clone, Debug)]
 struct StopStrings {
     strings: Vec<String>,
-    /// The end of the text so far, if a string may begin there.
+    /// The end of the text so far, if a stop string may begin there.
     held: String,
-    /// Which string came.
+    /// The index of the string that was found.
     found: Option<usize>,
 }
 
 impl StopStrings {
-    /// What of the text may be shown once `piece` has come.
+    /// Adds a piece of text; returns the text that may be shown.
     fn pass(&mut self, piece: &str) -> String {
         if self.found.is_some() {
             return String::new();
@@ -115,7 +118,7 @@ mod tests {
         check(&[], &["a", "b"], &["a", "b"], None);
         check(&["\n\n"], &["a\n", "\nb", "c"], &["a", "", ""], Some(0));
         check(&["\n\n"], &["a\n", "b\n", "\n"], &["a", "\nb", ""], Some(0));
-        // Of several, the one that begins first, wherever it stands in the list.
+        // Of several, the one that begins first in the text.
         check(&["c", "abc"], &["xa", "b", "cd"], &["x", "", ""], Some(1));
         check(&["aab"], &["aa", "a", "b!"], &["", "a", ""], Some(0));
         check(&["aab"], &["aa", "c"], &["", "aac"], None);

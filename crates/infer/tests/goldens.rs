@@ -11,8 +11,8 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Adapter, Folder};
 use model::{AdapterWeights, Cache, CacheType, Compute, ForwardContext, Model, load};
 use moeforge_infer::{
-    Context, Engine, Error, GenerateConfig, Generation, SampleConfig, Sampler, Sequence, Stop,
-    end_of_text_ids,
+    Engine, Error, FinishReason, GenerateConfig, Generation, KvPrefix, SampleConfig, Sampler,
+    Sequence, end_of_text_ids,
 };
 use serde_json::Value;
 
@@ -70,7 +70,7 @@ fn greedy_generation_gives_the_golden_tokens_as_they_come() {
             .unwrap();
         assert_eq!(generation.token_ids, expected, "{name}");
         assert_eq!(told, expected, "{name}");
-        assert_eq!(generation.stopped, Stop::MaxTokens);
+        assert_eq!(generation.finish_reason, FinishReason::Length);
         assert_eq!(generation.decode_steps, expected.len() - 1);
     }
 }
@@ -89,7 +89,7 @@ fn generation_ends_at_any_stop_id_or_when_the_caller_says_so() {
         .generate(&prompt, &config, &mut |_| ControlFlow::Continue(()))
         .unwrap();
     assert_eq!(generation.token_ids, expected[..until]);
-    assert_eq!(generation.stopped, Stop::EndOfText(stop));
+    assert_eq!(generation.finish_reason, FinishReason::EndOfText(stop));
 
     let mut left = 3;
     let generation = engine
@@ -103,7 +103,7 @@ fn generation_ends_at_any_stop_id_or_when_the_caller_says_so() {
         })
         .unwrap();
     assert_eq!(generation.token_ids, expected[..3]);
-    assert_eq!(generation.stopped, Stop::Caller);
+    assert_eq!(generation.finish_reason, FinishReason::Cancelled);
 }
 
 #[test]
@@ -209,7 +209,7 @@ fn prompts(name: &str) -> Vec<Vec<u32>> {
 }
 
 #[test]
-fn what_a_sequence_gives_does_not_depend_on_those_beside_it() {
+fn a_sequence_in_a_batch_gives_the_text_it_gives_alone() {
     for (name, engine) in ALL
         .into_iter()
         .flat_map(|name| engines(name).map(|e| (name, e)))
@@ -284,30 +284,30 @@ fn logits_of_sequences_decoded_together_are_those_of_each_alone_bit_for_bit() {
 }
 
 #[test]
-fn a_prompt_that_goes_on_from_a_context_reads_only_what_is_new() {
+fn a_prompt_that_continues_a_prefix_reads_only_what_is_new() {
     let names = ["deepseek_v3", "qwen2_distill"];
     for (name, engine) in names
         .into_iter()
         .flat_map(|name| engines(name).map(|e| (name, e)))
     {
         let (prompt, more) = golden(name);
-        let run = |context, prompt: &[u32]| {
-            let mut sequence = Sequence::new(&engine.model, context, prompt, &greedy(6)).unwrap();
-            while sequence.stopped().is_none() {
+        let run = |prefix, prompt: &[u32]| {
+            let mut sequence = Sequence::new(&engine.model, prefix, prompt, &greedy(6)).unwrap();
+            while sequence.finish_reason().is_none() {
                 engine.clone().step([&mut sequence]).unwrap();
             }
             sequence.finish()
         };
-        let new = || Context::new(&engine.model, engine.cache);
-        let (first, context) = run(new(), &prompt);
+        let new = || KvPrefix::new(&engine.model, engine.cache);
+        let (first, prefix) = run(new(), &prompt);
         assert_eq!(first.token_ids, more[..6]);
-        assert_eq!(context.token_ids(), [&prompt[..], &more[..5]].concat());
+        assert_eq!(prefix.token_ids(), [&prompt[..], &more[..5]].concat());
 
         // The answer, something else, the beginning alone, and something without it.
         let longer = [&prompt[..], &more[..6], &[9, 8, 7]].concat();
         let other = [&prompt[..], &[5, 6]].concat();
         for (prompt, read) in [(&longer, 4), (&other, 2), (&prompt, 1), (&vec![2, 3, 4], 3)] {
-            let (found, after) = run(context.clone(), prompt);
+            let (found, after) = run(prefix.clone(), prompt);
             let (expected, _) = run(new(), prompt);
             assert_eq!(found.token_ids, expected.token_ids, "{name} {prompt:?}");
             assert_eq!(found.prefill_tokens, read, "{name} {prompt:?}");
@@ -326,24 +326,24 @@ fn attach(model: &mut Model, name: &str) {
 }
 
 /// A model that holds all adapters, and the model alone and with each of them.
-fn with_adapters(guesses: bool, compute: Compute) -> (Engine, Vec<Engine>) {
+fn with_adapters(speculative: bool, compute: Compute) -> (Engine, Vec<Engine>) {
     let mut engine = engine("deepseek_v3");
     engine.compute = compute;
     let folder = Folder::open(&goldens::path("deepseek_v3")).unwrap();
-    engine.mtp = guesses.then(|| load::load_mtp(&folder, &engine.device).unwrap());
+    engine.mtp = speculative.then(|| load::load_mtp(&folder, &engine.device).unwrap());
     let mut alone = vec![engine.clone(); 1 + ADAPTERS.len()];
     for (engine, name) in alone[1..].iter_mut().zip(ADAPTERS) {
         attach(&mut engine.model, name);
     }
     // As a program does it.
     if compute == Compute::Int8 {
-        engine.keep_in_memory(usize::MAX);
+        engine.plan_repack(usize::MAX);
         for engine in &mut alone {
-            engine.keep_in_memory(usize::MAX);
+            engine.plan_repack(usize::MAX);
         }
     }
     for name in ADAPTERS {
-        let attached = engine.adapt(|model| {
+        let attached = engine.add_adapter(|model| {
             attach(model, name);
             Ok::<_, ()>(())
         });
@@ -353,7 +353,7 @@ fn with_adapters(guesses: bool, compute: Compute) -> (Engine, Vec<Engine>) {
 }
 
 #[test]
-fn a_sequence_gives_with_its_adapter_beside_others_what_it_gives_with_it_alone() {
+fn a_sequence_with_its_adapter_gives_the_same_text_in_a_batch_of_several_adapters() {
     let config = GenerateConfig {
         logprobs: Some(2),
         ..greedy(9)
@@ -362,12 +362,12 @@ fn a_sequence_gives_with_its_adapter_beside_others_what_it_gives_with_it_alone()
     let said = |found: Generation| (found.token_ids, found.logprobs);
     // Numbers of adapters from 1 on, 0 for none.
     let numbers = [0, 3, 1, 1, 4, 2, 0, 1];
-    for (guesses, compute) in [
+    for (speculative, compute) in [
         (false, Compute::F32),
         (true, Compute::F32),
         (false, Compute::Int8),
     ] {
-        let (engine, alone) = with_adapters(guesses, compute);
+        let (engine, alone) = with_adapters(speculative, compute);
         let texts = prompts.iter().zip(numbers);
         let expected = texts.clone().map(|(prompt, number)| {
             let go_on = &mut |_| ControlFlow::Continue(());
@@ -386,8 +386,8 @@ fn a_sequence_gives_with_its_adapter_beside_others_what_it_gives_with_it_alone()
         for batch in [8, 3] {
             let begun = texts.clone().map(|(prompt, number)| {
                 let begun = match number {
-                    0 => engine.begin(prompt, &config),
-                    number => engine.begin_adapted(number - 1, prompt, &config),
+                    0 => engine.start(prompt, &config),
+                    number => engine.start_with_adapter(number - 1, prompt, &config),
                 };
                 begun.unwrap()
             });
@@ -397,7 +397,7 @@ fn a_sequence_gives_with_its_adapter_beside_others_what_it_gives_with_it_alone()
             let found: Vec<_> = found.unwrap().into_iter().map(said).collect();
             assert!(
                 found == expected,
-                "{compute:?}, {batch} at a time, guesses: {guesses}"
+                "{compute:?}, {batch} at a time, speculative: {speculative}"
             );
         }
     }

@@ -1,4 +1,4 @@
-//! Text with guesses and without, of models that guess mostly wrong, mostly right, and always right.
+//! Text with and without speculative decoding, of models whose drafts are mostly wrong, mostly right, and always right.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
@@ -21,7 +21,9 @@ use model::modules::attention::Attention;
 use model::modules::experts::{ExpertWeights, Experts};
 use model::modules::linear::{Frozen, Linear, Weight};
 use model::{AdapterWeights, CacheType, Compute, FeedForward, ForwardContext, ModuleMut, load};
-use moeforge_infer::{Context, Engine, GenerateConfig, Generation, SampleConfig, Sequence, Stop};
+use moeforge_infer::{
+    Engine, FinishReason, GenerateConfig, Generation, KvPrefix, SampleConfig, Sequence,
+};
 
 const NAME: &str = "deepseek_v3";
 
@@ -36,7 +38,7 @@ fn with_module(path: &Path, compute: Compute) -> Engine {
     engine
 }
 
-/// The golden model, with its own module: both have random weights, so that what it guesses is wrong.
+/// The golden model with its own module: both have random weights, so drafts are wrong.
 fn golden() -> Engine {
     with_module(&path(), Compute::F32)
 }
@@ -68,8 +70,8 @@ fn scaled(matrix: &Matrix, scale: f32) -> Matrix {
     Matrix::from_f32(matrix.rows(), matrix.cols(), &values)
 }
 
-/// The golden model with what its layers add scaled, and a module that guesses as the model would without layers: the
-/// smaller the scale, the more guesses are right. At 0 all are, and the next token depends on the last one alone.
+/// The golden model with scaled layer outputs, and a module that drafts as the model would without layers: the smaller
+/// the scale, the more drafts are accepted. At 0 all are, and the next token depends on the last one alone.
 fn guided(scale: f32) -> Engine {
     let mut engine = golden();
     let (smaller, as_it_is) = (|w: &Matrix| scaled(w, scale), |w: &Matrix| w.clone());
@@ -113,7 +115,7 @@ fn guided(scale: f32) -> Engine {
     engine
 }
 
-/// The same without guesses.
+/// The engine without speculative decoding.
 fn plain(engine: &Engine) -> Engine {
     let mut engine = engine.clone();
     engine.mtp = None;
@@ -172,16 +174,16 @@ fn prompts() -> Vec<Vec<u32>> {
     (0..).zip(lengths).map(prompt).collect()
 }
 
-/// What is the same with guesses and without.
+/// The results that speculative decoding does not change.
 fn said(generations: Vec<Generation>) -> Vec<impl PartialEq + std::fmt::Debug> {
     let said = |found: Generation| {
         let steps = (found.prefill_tokens, found.decode_steps);
-        (found.token_ids, found.logprobs, found.stopped, steps)
+        (found.token_ids, found.logprobs, found.finish_reason, steps)
     };
     generations.into_iter().map(said).collect()
 }
 
-/// Checks prompts together and one by one, and returns how many tokens were guessed and how many of those right.
+/// Checks prompts together and one by one. Returns the numbers of drafted and accepted tokens.
 fn check(engine: &Engine, config: &GenerateConfig, batches: &[usize]) -> [usize; 2] {
     let (prompts, without) = (prompts(), plain(engine));
     let all = |engine: &Engine, batch| {
@@ -195,9 +197,9 @@ fn check(engine: &Engine, config: &GenerateConfig, batches: &[usize]) -> [usize;
     for batch in batches {
         let found = all(engine, *batch);
         for generation in &found {
-            assert!(generation.guessed_right <= generation.guessed);
-            counts[0] += generation.guessed;
-            counts[1] += generation.guessed_right;
+            assert!(generation.accepted <= generation.drafted);
+            counts[0] += generation.drafted;
+            counts[1] += generation.accepted;
         }
         assert_eq!(said(found), expected, "{batch} at a time, {config:?}");
     }
@@ -205,7 +207,7 @@ fn check(engine: &Engine, config: &GenerateConfig, batches: &[usize]) -> [usize;
 }
 
 #[test]
-fn guesses_change_no_token_and_no_probability() {
+fn drafts_change_no_token_and_no_probability() {
     let engines = [(golden(), 0.0), (guided(0.15), 0.2), (guided(0.0), 1.0)];
     for (engine, at_least) in engines.into_iter().flat_map(in_every_form) {
         for (i, sample) in samplers().into_iter().enumerate() {
@@ -213,9 +215,9 @@ fn guesses_change_no_token_and_no_probability() {
                 sample,
                 ..config(14)
             };
-            let [guessed, right] = check(&engine, &config, &[1, 2, 4, 7]);
-            let share = right as f64 / guessed as f64;
-            assert!(guessed > 0, "{at_least} with sampler {i}");
+            let [drafted, right] = check(&engine, &config, &[1, 2, 4, 7]);
+            let share = right as f64 / drafted as f64;
+            assert!(drafted > 0, "{at_least} with sampler {i}");
             if i == 0 {
                 assert!(share >= at_least, "{share}, expected {at_least}");
                 assert!((share < 1.0) == (at_least < 1.0), "{share}");
@@ -225,14 +227,14 @@ fn guesses_change_no_token_and_no_probability() {
 }
 
 #[test]
-fn so_it_is_with_an_adapter() {
+fn speculation_with_an_adapter_gives_the_same_text() {
     for dialect in ["adapter_classic", "adapter_peft", "adapter_dora"] {
         for mut engine in [golden(), guided(0.15)] {
             let adapter = Adapter::open(&path().join(dialect)).unwrap();
             let adapter = AdapterWeights::read(&adapter, &engine.model.config).unwrap();
             adapter.attach(&mut engine.model, &engine.device).unwrap();
-            let [guessed, _] = check(&engine, &config(10), &[1, 3]);
-            assert!(guessed > 0);
+            let [drafted, _] = check(&engine, &config(10), &[1, 3]);
+            assert!(drafted > 0);
         }
     }
 }
@@ -280,8 +282,8 @@ fn so_it_is_with_weights_in_blocks_and_products_in_int8() {
         change_experts(&mut moe.experts, [&in_blocks, &in_blocks, &in_blocks]);
         let stored = check(&engine, &config(10), &[1, 3]);
         let (bytes, mut copied) = (engine.size_bytes(), 0);
-        engine.keep_in_memory(usize::MAX);
-        engine.repack(&mut |done, total| {
+        engine.plan_repack(usize::MAX);
+        engine.repack_all(&mut |done, total| {
             assert!(done <= total);
             copied = done;
         });
@@ -301,9 +303,9 @@ fn so_it_is_with_a_gguf_file() {
         mix.mtp = true;
         write_gguf(&folder, &mix, vec![], &out, &mut |_, _| {}).unwrap();
         let mut engine = with_module(&out, compute);
-        let [guessed, _] = check(&engine, &config(10), &[1, 3]);
-        assert!(guessed > 0);
-        engine.repack(&mut |_, _| {});
+        let [drafted, _] = check(&engine, &config(10), &[1, 3]);
+        assert!(drafted > 0);
+        engine.repack_all(&mut |_, _| {});
         check(&engine, &config(10), &[1, 3]);
     }
 }
@@ -325,8 +327,8 @@ fn so_it_is_with_a_folder_in_fp8() {
     assert_eq!(dtype("eh_proj"), DType::BF16);
 
     let engines = [coded, decoded].map(|path| with_module(&path, Compute::F32));
-    let [guessed, _] = check(&engines[0], &config(10), &[1, 3]);
-    assert!(guessed > 0);
+    let [drafted, _] = check(&engines[0], &config(10), &[1, 3]);
+    assert!(drafted > 0);
     let text = [&prompts()[3][..], &[4, 9]].concat();
     let [found, expected] = engines.map(|engine| module_logits(&engine, &text));
     for (found, expected) in found.iter().zip(&expected) {
@@ -337,7 +339,7 @@ fn so_it_is_with_a_folder_in_fp8() {
     }
 }
 
-/// What the module says of a text's tokens, all of it at once: of position `i` for the token `i + 2`.
+/// The module's logits for a whole text in one pass: those of position `i` are for token `i + 2`.
 fn module_logits(engine: &Engine, text: &[u32]) -> Vec<f32> {
     let (model, mtp) = (&engine.model, engine.mtp.as_ref().unwrap());
     let ids: Vec<i32> = text.iter().map(|id| *id as i32).collect();
@@ -351,26 +353,26 @@ fn module_logits(engine: &Engine, text: &[u32]) -> Vec<f32> {
     logits.try_to_vec().unwrap()
 }
 
-/// How many tokens of a text would be guessed and how many right, by the module's logits over all of it.
-fn expected_guesses(engine: &Engine, prompt: &[u32], written: &[u32]) -> [usize; 2] {
+/// The expected numbers of drafted and accepted tokens of a text, by the module's logits over all of it.
+fn expected_drafts(engine: &Engine, prompt: &[u32], written: &[u32]) -> [usize; 2] {
     let text = [prompt, written].concat();
     let (n, logits) = (text.len(), module_logits(engine, &text));
-    let guesses = logits.chunks(engine.model.config.vocab_size).map(|logits| {
+    let drafts = logits.chunks(engine.model.config.vocab_size).map(|logits| {
         let ids = (0..logits.len()).rev();
         ids.max_by(|a, b| logits[*a].total_cmp(&logits[*b]))
             .unwrap() as u32
     });
-    let guesses: Vec<u32> = guesses.collect();
+    let drafts: Vec<u32> = drafts.collect();
 
-    // A pass reads token `at` and a guess of the one after it, which the module makes at the position before.
-    let ([mut guessed, mut right], mut at) = ([0; 2], prompt.len());
+    // A pass reads token `at` and a draft of the token after it, which the module makes at the position before.
+    let ([mut drafted, mut right], mut at) = ([0; 2], prompt.len());
     while at + 2 < n {
-        guessed += 1;
-        let is_right = guesses[at - 1] == text[at + 1];
+        drafted += 1;
+        let is_right = drafts[at - 1] == text[at + 1];
         right += usize::from(is_right);
         at += 1 + usize::from(is_right);
     }
-    [guessed, right]
+    [drafted, right]
 }
 
 #[test]
@@ -381,31 +383,31 @@ fn the_module_has_read_the_text_and_nothing_else() {
     let mut rights = 0;
     for engine in [golden(), mixed] {
         for prompt in prompts() {
-            let run = |context, prompt: &[u32]| run(&engine, context, prompt, 40);
-            let (found, context) = run(engine.context(), &prompt);
-            let counts = [found.guessed, found.guessed_right];
-            assert_eq!(counts, expected_guesses(&engine, &prompt, &found.token_ids));
-            // What goes on from the end of a text guesses as if it had been read at once.
+            let run = |prefix, prompt: &[u32]| run(&engine, prefix, prompt, 40);
+            let (found, prefix) = run(engine.empty_prefix(), &prompt);
+            let counts = [found.drafted, found.accepted];
+            assert_eq!(counts, expected_drafts(&engine, &prompt, &found.token_ids));
+            // A text that continues from a prefix has the drafts of one that is read at once.
             let longer = [&prompt[..], &found.token_ids, &[9, 8]].concat();
-            let (found, _) = run(context, &longer);
-            let counts = [found.guessed, found.guessed_right];
-            assert_eq!(counts, expected_guesses(&engine, &longer, &found.token_ids));
-            rights += found.guessed_right;
+            let (found, _) = run(prefix, &longer);
+            let counts = [found.drafted, found.accepted];
+            assert_eq!(counts, expected_drafts(&engine, &longer, &found.token_ids));
+            rights += found.accepted;
         }
     }
     assert!(rights > 5, "{rights}");
 }
 
-fn run(engine: &Engine, context: Context, prompt: &[u32], n: usize) -> (Generation, Context) {
+fn run(engine: &Engine, prefix: KvPrefix, prompt: &[u32], n: usize) -> (Generation, KvPrefix) {
     let mut engine = engine.clone();
-    let mut sequence = Sequence::new(&engine.model, context, prompt, &config(n)).unwrap();
-    while sequence.stopped().is_none() {
+    let mut sequence = Sequence::new(&engine.model, prefix, prompt, &config(n)).unwrap();
+    while sequence.finish_reason().is_none() {
         engine.step([&mut sequence]).unwrap();
     }
     sequence.finish()
 }
 
-/// One text, of which the caller has enough after so many tokens.
+/// A text that the caller ends after `n` tokens.
 fn until(engine: &Engine, config: &GenerateConfig, n: usize) -> Generation {
     let mut left = n;
     let found = engine.clone().generate(&prompts()[0], config, &mut |_| {
@@ -419,22 +421,22 @@ fn until(engine: &Engine, config: &GenerateConfig, n: usize) -> Generation {
 }
 
 #[test]
-fn a_text_ends_where_it_would_without_guesses() {
-    // All guesses are right, so every second token is one that needs no pass.
+fn a_text_ends_where_it_would_without_drafts() {
+    // All drafts are accepted, so every second token needs no pass.
     for engine in [guided(0.0), guided(0.15)] {
         let whole = until(&engine, &config(12), 99);
         let without = plain(&engine);
         for n in 0..=12 {
             let found = until(&engine, &config(n), 99);
             assert_eq!(found.token_ids, whole.token_ids[..n]);
-            assert_eq!(found.stopped, Stop::MaxTokens);
-            assert!(found.guessed <= n.saturating_sub(2));
+            assert_eq!(found.finish_reason, FinishReason::Length);
+            assert!(found.drafted <= n.saturating_sub(2));
         }
         for n in 1..=11 {
             let [found, expected] = [&engine, &without].map(|engine| until(engine, &config(12), n));
             assert_eq!(
-                (&found.token_ids, found.stopped),
-                (&expected.token_ids, Stop::Caller)
+                (&found.token_ids, found.finish_reason),
+                (&expected.token_ids, FinishReason::Cancelled)
             );
             assert_eq!(said(vec![found]), said(vec![expected]), "{n}");
         }
@@ -444,7 +446,7 @@ fn a_text_ends_where_it_would_without_guesses() {
                 ..config(12)
             };
             let [found, expected] = [&engine, &without].map(|engine| until(engine, &config, 99));
-            assert_eq!(found.stopped, Stop::EndOfText(*stop));
+            assert_eq!(found.finish_reason, FinishReason::EndOfText(*stop));
             assert_eq!(said(vec![found]), said(vec![expected]), "{stop}");
         }
     }
@@ -455,19 +457,19 @@ fn texts_fill_the_models_positions() {
     for (engine, at_least) in [(guided(0.0), 4), (golden(), 0)] {
         let limit = engine.model.config.max_position_embeddings;
         let prompt: Vec<u32> = (0..limit as u32 - 9).map(|at| at * at % 280).collect();
-        let [found, expected] =
-            [&engine, &plain(&engine)].map(|engine| run(engine, engine.context(), &prompt, 9).0);
-        assert!(found.guessed > 0 && found.guessed_right >= at_least);
+        let [found, expected] = [&engine, &plain(&engine)]
+            .map(|engine| run(engine, engine.empty_prefix(), &prompt, 9).0);
+        assert!(found.drafted > 0 && found.accepted >= at_least);
         assert_eq!(said(vec![found]), said(vec![expected]));
     }
 }
 
 #[test]
-fn a_conversation_is_the_same_whatever_was_guessed_in_it() {
+fn a_conversation_is_the_same_with_speculative_decoding() {
     let engines = [golden(), guided(0.0), guided(0.15)];
     for (engine, ()) in engines.into_iter().flat_map(|e| in_every_form((e, ()))) {
         let without = plain(&engine);
-        let mut contexts = [engine.context(), without.context()];
+        let mut prefixes = [engine.empty_prefix(), without.empty_prefix()];
         let mut text = vec![5, 6, 7];
         // Cut back by some tokens, then longer by others.
         for (turn, (cut, more)) in [(0, 1), (0, 2), (4, 3), (6, 0), (1, 12), (30, 1)]
@@ -476,17 +478,17 @@ fn a_conversation_is_the_same_whatever_was_guessed_in_it() {
         {
             text.truncate(text.len().saturating_sub(cut).max(1));
             text.extend((0..more).map(|i| 40 * turn as u32 + i));
-            // Interrupted after some tokens, of which the last may be one that was read with a guess.
-            let turns = contexts
+            // Interrupted after some tokens, the last of which may be an accepted draft.
+            let turns = prefixes
                 .each_mut()
-                .map(|context| std::mem::replace(context, engine.context()));
+                .map(|prefix| std::mem::replace(prefix, engine.empty_prefix()));
             let [with, plain] = turns;
             let mut found = Vec::new();
-            for (engine, context) in [(&engine, with), (&without, plain)] {
+            for (engine, prefix) in [(&engine, with), (&without, plain)] {
                 let mut engine = engine.clone();
                 let mut sequence =
-                    Sequence::new(&engine.model, context, &text, &config(12)).unwrap();
-                while sequence.stopped().is_none() {
+                    Sequence::new(&engine.model, prefix, &text, &config(12)).unwrap();
+                while sequence.finish_reason().is_none() {
                     engine.step([&mut sequence]).unwrap();
                     if sequence.token_ids().len() == 5 + turn {
                         sequence.stop();
@@ -501,24 +503,24 @@ fn a_conversation_is_the_same_whatever_was_guessed_in_it() {
             let mut said = said(generations);
             let expected = said.pop();
             assert_eq!(said.pop(), expected, "turn {turn}");
-            contexts = after.try_into().unwrap();
+            prefixes = after.try_into().unwrap();
             text.extend(ids);
         }
     }
 }
 
 #[test]
-fn a_context_without_guesses_stays_so() {
+fn a_prefix_without_drafts_stays_so() {
     let engine = guided(0.0);
-    let (found, context) = run(
+    let (found, prefix) = run(
         &engine,
-        Context::new(&engine.model, engine.cache),
+        KvPrefix::new(&engine.model, engine.cache),
         &[5, 6, 7],
         8,
     );
-    assert_eq!(found.guessed, 0);
-    let (found, _) = run(&plain(&engine), engine.context(), &[5, 6, 7], 8);
-    assert_eq!(found.guessed, 0);
-    let (again, _) = run(&engine, context, &[5, 6, 7], 8);
+    assert_eq!(found.drafted, 0);
+    let (found, _) = run(&plain(&engine), engine.empty_prefix(), &[5, 6, 7], 8);
+    assert_eq!(found.drafted, 0);
+    let (again, _) = run(&engine, prefix, &[5, 6, 7], 8);
     assert_eq!(again.token_ids, found.token_ids);
 }

@@ -1,11 +1,11 @@
-//! A folder for as long as a session is being opened.
+//! A temporary folder for the files of a session.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
-/// In the system's folder for temporary files, and gone when this is dropped.
+/// A temporary folder that is removed when this is dropped.
 #[derive(Debug)]
 pub(super) struct Scratch(PathBuf);
 
@@ -21,7 +21,7 @@ impl Scratch {
         &self.0
     }
 
-    /// Writes a file into it, and says where.
+    /// Writes a file into the folder. Returns its path.
     pub(super) fn write(&self, name: &str, text: &str) -> anyhow::Result<PathBuf> {
         let path = self.0.join(name);
         fs::write(&path, text).with_context(|| format!("cannot write `{}`", path.display()))?;
@@ -31,7 +31,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // What cannot be removed is a few kilobytes that the system removes.
+        // On failure, a few kilobytes stay until the system removes them.
         let _ = fs::remove_dir_all(&self.0);
     }
 }

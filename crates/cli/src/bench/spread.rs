@@ -1,8 +1,8 @@
-//! What several measurements of the same thing say of it.
+//! The spread of repeated measurements.
 
 use serde_json::{Value, json};
 
-/// The smallest, the middle and the largest of some numbers.
+/// Minimum, median and maximum.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Spread {
     pub(super) median: f64,

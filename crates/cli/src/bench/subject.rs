@@ -1,4 +1,4 @@
-//! The model that is measured: a checkpoint, or an architecture whose weights are made up.
+//! The model to measure: a checkpoint, or an architecture with random weights.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -10,34 +10,34 @@ use model::{Compute, Model, ModelConfig, Mtp, Training, load};
 use serde_json::Value;
 
 use crate::console::Console;
-use crate::open::{GuessArgs, attach, find, is_gguf, name_of, open_model, read_json};
+use crate::open::{SpeculationArgs, attach, find, is_gguf, name_of, open_model, read_json};
 
-/// What is measured.
+/// A model to measure.
 #[derive(Debug)]
 pub(super) struct Subject {
-    /// What to call it: the folder's name.
+    /// The folder's name.
     pub(super) name: String,
     pub(super) config: ModelConfig,
-    pub(super) weights: Weights,
+    pub(super) weights: SubjectWeights,
 }
 
-/// Made-up token ids, spread over the vocabulary: every one a Fibonacci hash of its place.
+/// Synthetic token ids, spread over the vocabulary: each is a Fibonacci hash of its place.
 pub(super) fn ids(places: Range<u64>, vocab_size: u64) -> impl Iterator<Item = u64> {
     places.map(move |place| (place.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) % vocab_size)
 }
 
-/// Where weights come from.
+/// The source of the weights.
 #[derive(Debug)]
-pub(super) enum Weights {
+pub(super) enum SubjectWeights {
     /// A model folder.
     Checkpoint(PathBuf),
-    /// The seed of the recipe, for the architecture of this `config.json`.
+    /// Random weights for the architecture of this `config.json`.
     Random(Value),
 }
 
 impl Subject {
-    /// Opens what a user typed: a model, a folder with nothing but a `config.json`, or such a file. Of random weights the
-    /// number of routed experts may be another than in the file.
+    /// Opens a model, a folder with only a `config.json`, or such a file. For random weights, `experts` replaces the
+    /// number of routed experts in the file.
     pub(super) fn open(model: &str, experts: Option<u64>) -> anyhow::Result<Self> {
         let path = Path::new(model);
         if path.is_file() && !is_gguf(path) {
@@ -53,31 +53,31 @@ impl Subject {
         };
         if experts.is_some() {
             bail!(
-                "--experts: expected a model without weights, which are then made up, found those of `{}`",
+                "--experts: expected a model without weights, which then get random values, found those of `{}`",
                 path.display()
             );
         }
         Ok(Self {
             name: name_of(&path),
             config: load::read_config(&folder)?,
-            weights: Weights::Checkpoint(path),
+            weights: SubjectWeights::Checkpoint(path),
         })
     }
 
-    /// Whether its weights are made up.
+    /// Whether the weights are random.
     pub(super) fn is_random(&self) -> bool {
-        matches!(self.weights, Weights::Random(_))
+        matches!(self.weights, SubjectWeights::Random(_))
     }
 
-    /// What products with most of its weights round to, where they may round to what is asked for.
-    pub(super) fn compute(&self, asked: Compute) -> anyhow::Result<Compute> {
-        let Weights::Checkpoint(path) = &self.weights else {
+    /// The arithmetic of products with most of the weights, if activations are quantized as `requested`.
+    pub(super) fn compute(&self, requested: Compute) -> anyhow::Result<Compute> {
+        let SubjectWeights::Checkpoint(path) = &self.weights else {
             return Ok(Compute::F32);
         };
-        if asked == Compute::F32 {
-            return Ok(asked);
+        if requested == Compute::F32 {
+            return Ok(requested);
         }
-        let folder = train::open_folder(path)?;
+        let folder = Folder::open(path)?;
         let mut bytes = [Compute::F32, Compute::Bf16, Compute::Int8].map(|compute| (0, compute));
         for name in folder.names() {
             let tensor = folder.stored(name)?;
@@ -89,41 +89,41 @@ impl Subject {
         Ok(most.map_or(Compute::F32, |(_, compute)| compute))
     }
 
-    /// The model, frozen, and where it computes.
+    /// The frozen model.
     pub(super) fn load(
         &self,
         adapter: Option<&Path>,
         seed: u64,
+        device: &Device,
         console: &Console,
-    ) -> anyhow::Result<(Model, Device)> {
+    ) -> anyhow::Result<Model> {
         match &self.weights {
-            Weights::Checkpoint(path) => {
-                let opened = open_model(&path.to_string_lossy(), adapter, console)?;
-                Ok((opened.model, opened.device))
+            SubjectWeights::Checkpoint(path) => {
+                let opened = open_model(&path.to_string_lossy(), adapter, device, console)?;
+                Ok(opened.model)
             }
-            Weights::Random(_) => {
-                console.note(format_args!("{}: making up weights", self.name));
-                let device = Device::flex();
-                let mut model = load::fresh(&self.config, Training::Frozen, seed, &device)?;
+            SubjectWeights::Random(_) => {
+                console.note(format_args!("{}: random weights", self.name));
+                let mut model = load::fresh(&self.config, Training::Frozen, seed, device)?;
                 if let Some(adapter) = adapter {
-                    attach(&mut model, adapter, &device, console)?;
+                    attach(&mut model, adapter, device, console)?;
                 }
-                Ok((model, device))
+                Ok(model)
             }
         }
     }
 
-    /// The module that guesses tokens, if there is to be one.
+    /// The drafting module, if speculation is on.
     pub(super) fn module(
         &self,
-        guessing: GuessArgs,
+        speculation: SpeculationArgs,
         seed: u64,
         device: &Device,
     ) -> anyhow::Result<Option<Mtp>> {
         match &self.weights {
-            Weights::Checkpoint(path) => guessing.module(&train::open_folder(path)?, device),
-            Weights::Random(_) if !guessing.speculative => Ok(None),
-            Weights::Random(_) => {
+            SubjectWeights::Checkpoint(path) => speculation.module(&Folder::open(path)?, device),
+            SubjectWeights::Random(_) if !speculation.speculative => Ok(None),
+            SubjectWeights::Random(_) => {
                 let module = load::fresh_mtp(&self.config, seed, device)?;
                 let expected =
                     "--speculative: expected `num_nextn_predict_layers` above 0 in the config";
@@ -153,7 +153,7 @@ impl Subject {
         Ok(Self {
             name: name_of(file.parent().unwrap_or(&file)),
             config,
-            weights: Weights::Random(json),
+            weights: SubjectWeights::Random(json),
         })
     }
 }

@@ -1,5 +1,5 @@
-//! Combinations of settings, measured one after the other and shown as they come: several in a process each, so that the
-//! memory of one is not that of another.
+//! A sweep over combinations of settings, measured in turn and shown as they come. Several combinations run in a
+//! process each, so that the peak memory of one does not include another's.
 
 use std::ffi::OsString;
 use std::process::{Command, ExitCode, Stdio};
@@ -10,13 +10,13 @@ use serde_json::Value;
 use super::table::{self, Column};
 use crate::console::Console;
 
-/// How combinations are measured and shown.
+/// How the combinations are measured and shown.
 pub(super) struct Sweep<'a, C> {
-    /// Measures one in this process. What it finds has `results` with one entry, and besides what is said of all.
+    /// Measures one in this process. The result has a list `results` with one entry, and keys that all results share.
     pub(super) measure: &'a dyn Fn(&C) -> anyhow::Result<Value>,
-    /// What follows `moeforge bench` to measure this one alone.
+    /// The arguments of `moeforge bench` that measure this one alone.
     pub(super) words: &'a dyn Fn(&C) -> Vec<OsString>,
-    /// What stands over the table.
+    /// The line above the table.
     pub(super) title: fn(&Value) -> String,
     pub(super) columns: &'static [Column],
 }
@@ -36,7 +36,7 @@ impl<C> Sweep<'_, C> {
             } else {
                 match measure_apart(&(self.words)(combination), console)? {
                     Ok(measured) => measured,
-                    // It has said what is wrong.
+                    // The child has printed the error.
                     Err(code) => return Ok(code),
                 }
             };
@@ -56,7 +56,7 @@ impl<C> Sweep<'_, C> {
     }
 }
 
-/// The options of numbers that there are.
+/// The options whose numbers are given.
 pub(super) fn options<const N: usize>(
     numbers: [(&str, Option<u64>); N],
 ) -> impl Iterator<Item = OsString> {
@@ -68,7 +68,7 @@ pub(super) fn options<const N: usize>(
 
 /// One combination, in a process of its own; if that fails, its exit code.
 fn measure_apart(words: &[OsString], console: &Console) -> anyhow::Result<Result<Value, ExitCode>> {
-    let program = std::env::current_exe().context("where is this program?")?;
+    let program = std::env::current_exe().context("cannot find this program")?;
     let threads = rayon::current_num_threads().to_string();
     let child = Command::new(program)
         .arg("bench")
@@ -86,7 +86,7 @@ fn measure_apart(words: &[OsString], console: &Console) -> anyhow::Result<Result
     }
 }
 
-/// The results of both, under what is said of the first.
+/// Joins the results of both, with the shared keys of the first.
 fn joined(mut whole: Value, mut more: Value) -> Value {
     match whole["results"].as_array_mut() {
         None => more,

@@ -1,8 +1,8 @@
-//! What was measured, as lines of one table that can be printed one by one.
+//! Measurements as lines of a table that are printed one by one.
 
 use serde_json::Value;
 
-/// A column: what stands over it, how wide it is, and what of a result, as JSON has it, stands in it.
+/// A column: its header, its width, and its cell for a result in JSON.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Column(
     pub(super) &'static str,
@@ -10,7 +10,7 @@ pub(super) struct Column(
     pub(super) fn(&Value) -> String,
 );
 
-/// The first line.
+/// The header.
 pub(super) fn header(columns: &[Column]) -> String {
     line(columns, |Column(name, ..)| (*name).to_owned())
 }
@@ -28,14 +28,14 @@ fn line(columns: &[Column], cell: impl Fn(&Column) -> String) -> String {
     cells.collect::<Vec<_>>().join("  ")
 }
 
-/// A whole number, where there is one.
+/// A whole number, or a dash.
 pub(super) fn count(value: &Value) -> String {
     value
         .as_u64()
         .map_or_else(|| "–".into(), |count| count.to_string())
 }
 
-/// Bytes in MiB, where they are known.
+/// Bytes in MiB, or a dash.
 pub(super) fn mebibytes(value: &Value) -> String {
     let mib = value.as_u64().map(|bytes| Value::from(bytes >> 20));
     count(&mib.unwrap_or_default())
@@ -51,7 +51,7 @@ pub(super) fn giga(value: &Value) -> f64 {
     number(value) / 1e9
 }
 
-/// The middle of a spread.
+/// The median of a spread.
 pub(super) fn median(value: &Value) -> f64 {
     number(&value["median"])
 }
@@ -59,17 +59,17 @@ pub(super) fn median(value: &Value) -> f64 {
 /// The ends of a spread of speeds.
 pub(super) fn spread(value: &Value) -> String {
     let [min, max] = ["min", "max"].map(|end| number(&value[end]));
-    // Slow ones differ after the point.
+    // Low speeds differ in the first decimal.
     let digits = usize::from(min < 100.0);
     format!("({min:.digits$} to {max:.digits$})")
 }
 
-/// What a result reaches of a limit per second, in billions.
-pub(super) fn fraction_of(result: &Value, limit: &str) -> String {
-    let fraction = 100.0 * number(&result["fraction_of_limit"]);
-    let limit = giga(&result[limit]);
-    let digits = usize::from(limit < 100.0);
-    format!("{fraction:.0} % of {limit:.digits$}")
+/// The share of a peak rate that a result reaches, and the peak in billions.
+pub(super) fn fraction_of(result: &Value, peak: &str) -> String {
+    let fraction = 100.0 * number(&result["fraction_of_peak"]);
+    let peak = giga(&result[peak]);
+    let digits = usize::from(peak < 100.0);
+    format!("{fraction:.0} % of {peak:.digits$}")
 }
 
 fn number(value: &Value) -> f64 {

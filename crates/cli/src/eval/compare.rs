@@ -1,4 +1,4 @@
-//! `compare`: how far what one model predicts is from what another does.
+//! `compare`: the divergence of one model's predictions from another's.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -9,52 +9,72 @@ use model::{Compute, ModelConfig};
 use serde_json::json;
 
 use crate::console::{Console, finite};
-use crate::open::{ComputeName, Opened, open_model};
+use crate::device::default_device;
+use crate::open::{Opened, open_model};
+use crate::values::{COMPUTE_HELP, ComputeValue};
 
-/// Compares what two models predict on the same rows, and in mixtures which experts they choose.
+/// Compare the predictions and the expert routing of two models.
 ///
-/// KL is the mean Kullback-Leibler divergence from the reference's predictions to the model's, in nats per target. A pick is
-/// a token's choice of one expert; it is moved if the reference does not make it for the same token.
+/// KL is the mean Kullback-Leibler divergence of the model's predictions from the reference's, in nats per target.
+/// "Routing changed" is the share of a layer's expert choices that the reference does not make for the same token.
+/// `compare` measures how close two models are; to compare their scores on the right answers, use `eval --baseline`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The reference: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.
+    /// Reference: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.
     reference: String,
-    /// The model that is compared with it; may be the same one, with an adapter.
+    /// Model to compare with it. May be the same one with an adapter.
     model: String,
-    /// Folder of a LoRA adapter (PEFT) to attach to the model.
+    /// LoRA adapter to apply to the model: PEFT folder.
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
-    /// Folder with `test.jsonl`: the rows to compare on.
+    /// Folder with `test.jsonl`.
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
-    /// Compare on the first so many samples.
+    /// Maximum number of samples.
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_samples: usize,
-    /// Longest sequence, in tokens; never beyond what the models were made for.
-    #[arg(long, value_name = "N", default_value_t = LONGEST)]
+    /// Maximum sequence length, in tokens; at most the models' context length.
+    #[arg(long, value_name = "N", default_value_t = MAX_LENGTH)]
     max_length: usize,
-    /// What the model's products with weights in ggml's blocks round activations to; the reference's are in f32.
-    #[arg(long, value_enum, default_value_t = ComputeName::F32)]
-    compute: ComputeName,
+    // The reference is computed in f32.
+    #[arg(long, value_enum, default_value_t = ComputeValue::F32, help = COMPUTE_HELP)]
+    compute: ComputeValue,
     /// Print JSON instead of a table.
     #[arg(long)]
     json: bool,
 }
 
-/// Longest sequence that is compared, in tokens: a row of logits per token is held.
-pub(crate) const LONGEST: usize = 256;
+/// Default maximum of a sequence's tokens. A row of logits per token is held.
+pub(crate) const MAX_LENGTH: usize = 256;
+
+/// The rows that models are compared on.
+pub(crate) struct RowLimits {
+    pub(crate) max_samples: usize,
+    pub(crate) max_length: usize,
+}
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
-    let reference = open_model(&args.reference, None, console)?;
-    let model = open_model(&args.model, args.adapter.as_deref(), console)?;
-    let limit = model.model.config.max_position_embeddings;
+    let device = default_device();
+    let reference = open_model(&args.reference, None, &device, console)?;
+    let model = open_model(&args.model, args.adapter.as_deref(), &device, console)?;
+    let limits = RowLimits {
+        max_samples: args.max_samples,
+        max_length: args
+            .max_length
+            .min(model.model.config.max_position_embeddings),
+    };
     let samples = samples(
         &args.data,
-        (reference.tokenizer.as_ref(), &reference.model.config),
-        [args.max_samples, args.max_length.min(limit)],
+        reference.tokenizer.as_deref(),
+        &reference.model.config,
+        limits,
     )?;
-    let models = (&reference, &model, args.compute.compute());
-    let found = compare(models, &samples, (&args.data, console))?;
+    let comparison = ModelPair {
+        reference: &reference,
+        model: &model,
+        compute: args.compute.compute(),
+    };
+    let found = comparison.compare(&samples, &args.data, console)?;
     if args.json {
         let mut json = json!({"reference": reference.name, "model": model.name});
         json["divergence"] = serde_json::to_value(&found)?;
@@ -71,41 +91,54 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The first samples of `test.jsonl`, so many and so long at most.
+/// The first samples of `test.jsonl`.
 pub(crate) fn samples(
     data: &Path,
-    (tokenizer, config): (Option<&Tokenizer>, &ModelConfig),
-    [max_samples, max_length]: [usize; 2],
+    tokenizer: Option<&Tokenizer>,
+    config: &ModelConfig,
+    limits: RowLimits,
 ) -> anyhow::Result<Vec<Sample>> {
-    let length = max_length.min(config.max_position_embeddings);
+    let length = limits.max_length.min(config.max_position_embeddings);
     let file = data.join("test.jsonl");
     let mut split = Split::open(&file, tokenizer, length, config.vocab_size)?;
-    split.samples.truncate(max_samples);
+    split.samples.truncate(limits.max_samples);
     Ok(split.samples)
 }
 
-/// What a model predicts, against a reference.
-pub(crate) fn compare(
-    (reference, model, compute): (&Opened, &Opened, Compute),
-    samples: &[Sample],
-    (data, console): (&Path, &Console),
-) -> anyhow::Result<Divergence> {
-    let mut progress = console.progress(samples.len() as u64, "samples");
-    let models = [&reference.model, &model.model];
-    let compared = divergence(models, compute, samples, &mut |done, _| {
-        progress.update(done as u64, "");
-    });
-    progress.finish();
-    finite(compared, &data.display())
+/// Two models to compare.
+pub(crate) struct ModelPair<'a> {
+    /// Computed in f32.
+    pub(crate) reference: &'a Opened,
+    pub(crate) model: &'a Opened,
+    /// What the model's products round activations to.
+    pub(crate) compute: Compute,
+}
+
+impl ModelPair<'_> {
+    /// The divergence of the model's predictions from the reference's, on samples of a data folder.
+    pub(crate) fn compare(
+        &self,
+        samples: &[Sample],
+        data: &Path,
+        console: &Console,
+    ) -> anyhow::Result<Divergence> {
+        let mut progress = console.progress(samples.len() as u64, "samples");
+        let models = [&self.reference.model, &self.model.model];
+        let compared = divergence(models, self.compute, samples, &mut |done, _| {
+            progress.update(done as u64, "");
+        });
+        progress.finish();
+        finite(compared, &data.display())
+    }
 }
 
 fn text(found: &Divergence) -> String {
     let mut text = found.to_text();
     if !found.routing.is_empty() {
-        text += "\n\nlayer  picks moved";
+        text += "\n\nlayer  routing changed";
     }
     for layer in &found.routing {
-        text += &format!("\n{:5}  {:9.2} %", layer.layer, 100.0 * layer.moved);
+        text += &format!("\n{:5}  {:13.2} %", layer.layer, 100.0 * layer.changed);
     }
     text
 }

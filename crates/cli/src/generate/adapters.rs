@@ -1,4 +1,4 @@
-//! Adapters beside one another over one base: which prompt is continued with which.
+//! Several adapters over one base: which adapter each prompt uses.
 
 use std::path::{Path, PathBuf};
 
@@ -8,10 +8,10 @@ use infer::Engine;
 use crate::console::Console;
 use crate::open::attach;
 
-/// What stands for no adapter.
+/// Stands for no adapter.
 const NONE: &str = "-";
 
-/// The adapter that all prompts are continued with, if there is but one.
+/// The adapter of all prompts, if there is only one.
 pub(super) fn only(paths: &[PathBuf]) -> Option<PathBuf> {
     match paths {
         [path] if path != Path::new(NONE) => Some(path.clone()),
@@ -19,9 +19,8 @@ pub(super) fn only(paths: &[PathBuf]) -> Option<PathBuf> {
     }
 }
 
-/// Has an engine hold several adapters, each once, and says for every prompt by number which it is continued with; none for
-/// the model as it is.
-pub(super) fn hold(
+/// Adds several adapters to an engine, each once. Returns the adapter index of every prompt; none for the model alone.
+pub(super) fn add(
     paths: &[PathBuf],
     n_prompts: usize,
     engine: &mut Engine,
@@ -36,18 +35,18 @@ pub(super) fn hold(
             paths.len()
         );
     }
-    let (mut held, mut numbers): (Vec<&Path>, Vec<_>) = (Vec::new(), Vec::new());
+    let (mut added, mut indices): (Vec<&Path>, Vec<_>) = (Vec::new(), Vec::new());
     for path in paths.iter().map(PathBuf::as_path) {
-        let known = held.iter().position(|held| *held == path);
-        numbers.push(match known {
+        let known = added.iter().position(|added| *added == path);
+        indices.push(match known {
             _ if path == Path::new(NONE) => None,
-            Some(number) => Some(number),
+            Some(index) => Some(index),
             None => {
                 let device = engine.device.clone();
-                held.push(path);
-                Some(engine.adapt(|model| attach(model, path, &device, console))?)
+                added.push(path);
+                Some(engine.add_adapter(|model| attach(model, path, &device, console))?)
             }
         });
     }
-    Ok(numbers)
+    Ok(indices)
 }

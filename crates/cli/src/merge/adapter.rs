@@ -1,4 +1,4 @@
-//! `moeforge export-adapter`: an adapter in the form that llama.cpp takes beside a base.
+//! `moeforge export-adapter`: an adapter as the file that llama.cpp loads with a base.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -12,19 +12,19 @@ use serde_json::json;
 use crate::console::Console;
 use crate::open::{listed, note_format, open_folder};
 
-/// Writes an adapter as a GGUF file for llama.cpp's `--lora`.
+/// Write an adapter as a GGUF file for llama.cpp's `--lora`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The base: a Hugging Face folder, a GGUF file, or org/name in the local cache.
+    /// Base model: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.
     model: String,
-    /// The adapter: a PEFT folder.
+    /// LoRA adapter: PEFT folder.
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
-    /// Where the GGUF goes; must not exist.
+    /// GGUF file to write; must not exist.
     #[arg(long, value_name = "FILE.gguf")]
     out: PathBuf,
-    /// Write updates too that llama.cpp does not add to a running base (a DeepSeek's attention inputs and head), for those who
-    /// fold the file in.
+    /// Also write updates that llama.cpp ignores at run time (of DeepSeek's attention inputs and output head), for
+    /// tools that merge the file.
     #[arg(long)]
     keep_ignored: bool,
     /// Print the report as JSON.
@@ -40,7 +40,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let written = write_lora_gguf(&base, &adapter, args.keep_ignored, &args.out)?;
     if !written.ignored.is_empty() {
         console.note(format_args!(
-            "llama.cpp does not add the updates of {} when it runs the base",
+            "llama.cpp ignores the updates of {} at run time",
             listed(&written.ignored)
         ));
     }

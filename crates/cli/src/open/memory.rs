@@ -1,27 +1,25 @@
-//! Where the weights of a model are while it runs: in memory, or, of a mixture that is larger, partly in its file.
+//! The memory of a model's weights while it generates: all in memory, or, if a mixture is larger, partly on disk.
 
 use infer::Engine;
 use model::{Compute, ExpertTraffic};
 use serde_json::{Value, json};
 
 use crate::console::Console;
-use crate::train::memory;
+use crate::host;
 
-/// How much memory weights take.
+// Memory of weights.
 #[derive(Debug, Default, Clone, Copy, clap::Args)]
 pub(crate) struct MemoryArgs {
-    /// Most memory for weights, in GiB; by default three quarters of what is free. Where a model has more, experts stay in
-    /// their file, but for those that were used last, or whatever there is no room for.
+    /// Memory budget for weights, in GiB. Default: three quarters of free memory. If the weights need more, experts are
+    /// read from disk and recently used ones are cached.
     #[arg(long, value_name = "GIB", value_parser = gib)]
     pub(crate) memory_budget: Option<u64>,
-    /// Experts to prefetch per layer from the predicted routing [default: half of top-k; 0 turns it off]. The text is the
-    /// same.
+    /// Experts to prefetch per layer from the predicted routing; 0 turns prefetching off. Default: half of top-k.
     #[arg(long, value_name = "N", alias = "read-ahead")]
     pub(crate) prefetch_experts: Option<usize>,
 }
 
-/// About what a program with a small model needs besides weights, which counts where what is read again and again gets the
-/// rest of memory.
+/// About the memory of a program with a small model, besides weights. It counts if the page cache gets the rest.
 const PROGRAM: usize = 64 << 20;
 
 const GIB: f64 = (1_u64 << 30) as f64;
@@ -39,7 +37,7 @@ fn gib(text: &str) -> Result<u64, String> {
 }
 
 impl MemoryArgs {
-    /// As they are written on the command line.
+    /// The options on the command line.
     pub(crate) fn words(self) -> Vec<String> {
         let budget = self.memory_budget.map(|bytes| bytes as f64 / GIB);
         let words = |name: &str, value: Option<String>| {
@@ -54,13 +52,14 @@ impl MemoryArgs {
             .collect()
     }
 
-    /// Says where an engine has its weights: all in memory, if the budget has room for them (or three quarters of what is
-    /// free), else those that every token needs and the experts that were used last, or as many as there is room for.
+    /// Plans the memory of an engine's weights. If the budget, or three quarters of free memory, holds them all, all
+    /// are repacked in memory. Else the weights that every token needs are, and recently used experts are cached. If
+    /// even those do not fit, as many weights are repacked as do.
     pub(crate) fn place(self, engine: &mut Engine, console: &Console) {
-        let free = memory::read().available_bytes.unwrap_or(u64::MAX);
+        let free = host::read().available_bytes.unwrap_or(u64::MAX);
         let free = usize::try_from(free).unwrap_or(usize::MAX);
-        // The rest is for caches and for what else the machine does.
-        let room = self.memory_budget.map_or(free / 4 * 3, |bytes| {
+        // The rest is for KV caches and other programs.
+        let budget = self.memory_budget.map_or(free / 4 * 3, |bytes| {
             usize::try_from(bytes).unwrap_or(usize::MAX)
         });
         let (bytes, common) = (engine.size_bytes(), engine.common_bytes());
@@ -68,64 +67,64 @@ impl MemoryArgs {
         let warn = |wanted: usize| {
             if wanted > free {
                 console.note(format_args!(
-                    "weights would take {:.2} GiB of memory, of which {:.2} GiB are free: the system may end this program",
+                    "weights need {:.2} GiB of memory and {:.2} GiB are free: the system may end this program",
                     in_gib(wanted),
                     in_gib(free)
                 ));
             }
         };
-        if bytes <= room {
+        if bytes <= budget {
             // Products in f32 decode blocks as they are stored.
             if engine.compute != Compute::F32 {
                 warn(bytes);
-                engine.keep_in_memory(usize::MAX);
+                engine.plan_repack(usize::MAX);
             }
             return;
         }
-        let (needed, found) = (in_gib(bytes), in_gib(room));
-        if common >= room {
+        let (needed, found) = (in_gib(bytes), in_gib(budget));
+        if common >= budget {
             let copied = match self.memory_budget {
-                Some(_) => room,
+                Some(_) => budget,
                 None => free.saturating_sub(PROGRAM) / 4 * 3,
             };
             if engine.compute != Compute::F32 {
                 warn(copied);
-                engine.keep_in_memory(copied);
+                engine.plan_repack(copied);
             }
             console.note(format_args!(
-                "weights of {needed:.2} GiB, room for {found:.2} GiB: what there is no room for is read from its file for every token, which is slow"
+                "weights of {needed:.2} GiB, budget of {found:.2} GiB: the weights beyond it are read from disk for every token, which is slow"
             ));
             return;
         }
-        warn(room);
-        engine.cache_experts(room - common, self.prefetch_experts);
+        warn(budget);
+        engine.cache_experts(budget - common, self.prefetch_experts);
         console.note(format_args!(
-            "weights of {needed:.2} GiB, room for {found:.2} GiB: the experts used last stay in memory ({:.2} GiB), others are read from their file",
-            in_gib(room - common)
+            "weights of {needed:.2} GiB, budget of {found:.2} GiB: recently used experts are cached ({:.2} GiB), others are read from disk",
+            in_gib(budget - common)
         ));
     }
 }
 
-/// Copies at once what would be copied between steps.
+/// Repacks now what would be repacked between steps.
 pub(crate) fn repack(engine: &mut Engine, console: &Console) {
     let mut progress = console.progress(0, "MiB of weights");
-    engine.repack(&mut |done, total| {
+    engine.repack_all(&mut |done, total| {
         let [done, total] = [done, total].map(|bytes: usize| bytes as u64 >> 20);
         progress.update_of(done, total);
     });
     progress.finish();
 }
 
-/// How often experts were in memory.
+/// Statistics of the expert cache, in one line for people.
 pub(crate) fn cache_summary(traffic: ExpertTraffic) -> String {
     let share = |part: u64, whole: u64| 100.0 * part as f64 / whole.max(1) as f64;
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-    let (chosen, asked) = (
+    let (chosen, prefetches) = (
         traffic.hits + traffic.misses,
         traffic.prefetched + traffic.wasted_prefetches,
     );
     format!(
-        "experts: {} of {chosen} in memory when chosen ({:.1} %), {:.0} MiB held; of the others {} prefetched ({:.1} %), {:.0} MiB read; {} of {asked} prefetches wasted ({:.0} MiB)",
+        "experts: {} of {chosen} found in the cache ({:.1} %), {:.0} MiB cached; of the others {} prefetched ({:.1} %), {:.0} MiB read; {} of {prefetches} prefetches wasted ({:.0} MiB)",
         traffic.hits,
         share(traffic.hits, chosen),
         mib(traffic.held_bytes as u64),
@@ -137,7 +136,7 @@ pub(crate) fn cache_summary(traffic: ExpertTraffic) -> String {
     )
 }
 
-/// The same for programs.
+/// Statistics of the expert cache as JSON.
 pub(crate) fn cache_object(traffic: ExpertTraffic) -> Value {
     json!({
         "hits": traffic.hits,

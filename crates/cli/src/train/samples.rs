@@ -1,4 +1,4 @@
-//! What the model writes after the recipe's prompts while it is trained.
+//! Samples of a model in training: its continuations of the recipe's prompts.
 
 use std::ops::ControlFlow;
 
@@ -11,17 +11,18 @@ use train::{Recipe, Session};
 
 use crate::generate::question;
 
-/// Continues prompts as the recipe says, always with the likeliest token, so that samples of different steps compare.
+/// Continues prompts as the recipe says, always with the most likely token, so that samples of different steps compare.
 #[derive(Debug)]
-pub(super) struct Sampler {
+pub(super) struct PromptSampler {
     tokenizer: Tokenizer,
     config: GenerateConfig,
     compute: Compute,
+    device: Device,
     chat: bool,
 }
 
-impl Sampler {
-    /// For a session whose recipe has prompts; none if it has none.
+impl PromptSampler {
+    /// The sampler of a session; none if its recipe has no prompts.
     pub(super) fn new(session: &Session) -> anyhow::Result<Option<Self>> {
         let Recipe { eval, .. } = &session.recipe;
         if eval.prompts.is_empty() {
@@ -49,18 +50,19 @@ impl Sampler {
             tokenizer,
             config,
             compute: session.compute(),
+            device: session.device(),
             chat,
         }))
     }
 
-    /// What the model writes after a prompt.
+    /// The model's continuation of a prompt.
     pub(super) fn text(&self, model: &Model, prompt: &str) -> anyhow::Result<String> {
-        let template = self.tokenizer.chat_template().filter(|_| self.chat);
-        let ids = match template {
-            Some(template) => question(&self.tokenizer, template, prompt)?,
-            None => self.tokenizer.encode(prompt, Bos::Add)?,
+        let ids = if self.chat {
+            question(&self.tokenizer, prompt)?
+        } else {
+            self.tokenizer.encode(prompt, Bos::Add)?
         };
-        let mut engine = Engine::new(model.clone(), self.compute, Device::flex());
+        let mut engine = Engine::new(model.clone(), self.compute, self.device.clone());
         let generation = engine.generate(&ids, &self.config, &mut |_| ControlFlow::Continue(()))?;
         Ok(self
             .tokenizer

@@ -1,11 +1,11 @@
-//! SIGINT and SIGTERM: the first asks the run to save and stop, the second stops at once.
+//! SIGINT and SIGTERM: the first makes the run save and stop, the second stops it at once.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use anyhow::Context;
 
-/// What came in so far.
+/// The signals received.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Signals {
     /// The number of the first signal, 0 before it.
@@ -13,8 +13,8 @@ pub(crate) struct Signals {
 }
 
 impl Signals {
-    /// From now on the two signals end the program only if they come twice. The first one is answered on stderr at once,
-    /// because a step may take its time.
+    /// From now on the two signals end the program only if they come twice. The first one is acknowledged on stderr at
+    /// once, because a step may take long.
     pub(crate) fn listen() -> anyhow::Result<Self> {
         let signals = Self::default();
         #[cfg(unix)]
@@ -25,7 +25,7 @@ impl Signals {
         Ok(signals)
     }
 
-    /// The signal that came in first, if any did.
+    /// The first signal received, if any.
     pub(crate) fn received(&self) -> Option<i32> {
         Some(self.first.load(Ordering::Relaxed)).filter(|signal| *signal != 0)
     }
@@ -40,13 +40,13 @@ impl Signals {
         let listen = move || {
             for signal in &mut signals {
                 if self.first.swap(signal, Ordering::Relaxed) != 0 {
-                    // Without unwinding or destructors: what is half-written has a name that says so.
+                    // Without unwinding or destructors: half-written files have names that say so.
                     signal_hook::low_level::exit(128 + signal);
                 }
                 let mut stderr = std::io::stderr();
                 let _ = writeln!(
                     stderr,
-                    "\nfinishing the step and saving; once more to stop at once"
+                    "\nfinishing the step and saving a checkpoint; press Ctrl-C again to stop at once"
                 );
             }
         };

@@ -1,19 +1,19 @@
-//! What a run shows on the terminal, and what it learns from the machine.
+//! The progress of a run on the terminal, and the machine's state for the run.
 
 use model::Model;
-use train::{Event, Host, Memory, Sample, Session, StepReport};
+use train::{Event, Host, Memory, SampledText, Session, StepReport};
 
-use super::memory;
-use super::samples::Sampler;
+use super::samples::PromptSampler;
 use super::signals::Signals;
 use crate::console::{self, Console, Progress};
+use crate::host;
 
-/// Shows a run's progress, and tells the run of signals and of memory.
+/// Shows a run's progress, and tells the run about signals and memory.
 #[derive(Debug)]
 pub(super) struct Watcher {
     progress: Progress,
     signals: Signals,
-    sampler: Option<Sampler>,
+    sampler: Option<PromptSampler>,
     smoothed: Option<f64>,
     seconds: f64,
     tokens: usize,
@@ -24,7 +24,7 @@ impl Host for Watcher {
     fn see(&mut self, event: &Event) {
         match event {
             Event::Step(report) => self.step(report),
-            Event::FirstGradient(census) => self.progress.line(&census.summary()),
+            Event::FirstGradient(audit) => self.progress.line(&audit.summary()),
             Event::Validated {
                 step,
                 loss,
@@ -33,17 +33,17 @@ impl Host for Watcher {
             } => {
                 let drift = drift.map_or_else(String::new, |drift| {
                     format!(
-                        ", {:.1} % of expert picks are not the base's",
+                        ", {:.1} % of expert choices differ from the base's",
                         100.0 * drift
                     )
                 });
                 let meaning = rewards.map_or_else(
                     || format!("perplexity {:.2}", loss.exp()),
-                    |earned| {
+                    |rewards| {
                         format!(
-                            "margin {:.4}, {:.1} % of pairs in the right order",
-                            earned.margin,
-                            100.0 * earned.accuracy
+                            "reward margin {:.4}, {:.1} % of pairs ranked correctly",
+                            rewards.margin,
+                            100.0 * rewards.accuracy
                         )
                     },
                 );
@@ -52,7 +52,7 @@ impl Host for Watcher {
                 ));
             }
             Event::Overflowed { step, loss_scale } => self.progress.line(&format!(
-                "step {step}: gradients overflowed; taken again with a loss scale of {loss_scale}"
+                "step {step}: gradients overflowed; repeating it with a loss scale of {loss_scale}"
             )),
             Event::RolledBack {
                 step,
@@ -60,17 +60,17 @@ impl Host for Watcher {
                 smoothed,
                 to,
             } => self.progress.line(&format!(
-                "step {step}: loss {loss:.4} after {smoothed:.4} on average; going back to step {to} and passing over \
-                 the batches that did it"
+                "step {step}: loss {loss:.4} after {smoothed:.4} on average; rolling back to step {to} and skipping the \
+                 batches that caused it"
             )),
             Event::Sampled { step, samples } => {
-                for Sample { prompt, text } in samples {
+                for SampledText { prompt, text } in samples {
                     let line = format!("step {step}: {prompt} → {text}");
                     self.progress.line(&console::printable(&line, &[]));
                 }
             }
-            Event::TookBest { step, loss } => self.progress.line(&format!(
-                "step {step} had the lowest validation loss, {loss:.4}, and is what is left"
+            Event::RestoredBest { step, loss } => self.progress.line(&format!(
+                "the result is step {step}, which had the lowest validation loss, {loss:.4}"
             )),
             Event::Saved { .. } => {}
         }
@@ -81,7 +81,7 @@ impl Host for Watcher {
     }
 
     fn memory(&mut self) -> Memory {
-        memory::read()
+        host::read()
     }
 
     fn generate(&mut self, model: &Model, prompt: &str) -> Result<String, String> {
@@ -100,7 +100,7 @@ impl Watcher {
         Ok(Self {
             progress: console.progress(session.total_steps(), "training"),
             signals,
-            sampler: Sampler::new(session)?,
+            sampler: PromptSampler::new(session)?,
             smoothed: None,
             seconds: 0.0,
             tokens: 0,
@@ -108,7 +108,7 @@ impl Watcher {
         })
     }
 
-    /// Removes the progress bar. Returns the most bytes that waited for a backward pass.
+    /// Removes the progress bar. Returns the maximum bytes of saved activations.
     pub(super) fn finish(self) -> usize {
         self.progress.finish();
         self.saved_activation_bytes
@@ -137,7 +137,7 @@ impl Watcher {
     }
 }
 
-/// What the program holds besides mapped files, for the progress line; nothing where the operating system does not tell.
+/// The program's memory besides mapped files, for the progress line; empty if the operating system does not tell.
 fn memory_held() -> String {
     let held = console::resident_bytes(std::process::id());
     held.map_or_else(String::new, |[_, own]| format!(" {} MiB", own >> 20))

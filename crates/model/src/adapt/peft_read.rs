@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use checkpoint::{Adapter, Layout};
+use checkpoint::{Adapter, AdapterFormat};
 
 use super::attach::check_dora;
 use super::fresh::{Scaling, Share};
@@ -54,9 +54,9 @@ impl AdapterWeights {
             alpha: settings.lora_alpha,
             rank: settings.r,
         };
-        match adapter.layout {
-            Layout::Mlx => weights.read_mlx(adapter, config)?,
-            Layout::Peft => {
+        match adapter.format {
+            AdapterFormat::Mlx => weights.read_mlx(adapter, config)?,
+            AdapterFormat::Peft => {
                 for tensor in adapter.tensors() {
                     weights.read_update(adapter, tensor, &patterns, config)?;
                 }

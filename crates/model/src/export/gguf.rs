@@ -5,7 +5,9 @@
 
 use std::path::Path;
 
-use checkpoint::{DType, Folder, GgufLayout, GgufTensor, GgufValue, GgufWriter, Rows, TensorSpec};
+use checkpoint::{
+    DType, Folder, GgufLayout, GgufTensor, GgufValue, GgufWriter, RowOrder, TensorSpec,
+};
 use kernels::fp8::Scales;
 use kernels::{Format, Ggml, Matrix, RopeLayout};
 use rayon::prelude::*;
@@ -78,7 +80,7 @@ pub fn write_gguf(
             };
             write_tensor(model, &config, encoding, &mut writer)?;
             // The two parts of a split weight count as one.
-            if !matches!(tensor.rows, Rows::Keys { .. }) {
+            if !matches!(tensor.rows, RowOrder::Keys { .. }) {
                 step();
             }
         }
@@ -194,7 +196,7 @@ fn write_tensor(
             let bytes = vector.to_f32()?.into_iter().flat_map(f32::to_le_bytes);
             return Ok(writer.write(&bytes.collect::<Vec<_>>())?);
         }
-        (Rows::Keys { .. } | Rows::Values { .. }, _) => whole_shape(key, config),
+        (RowOrder::Keys { .. } | RowOrder::Values { .. }, _) => whole_shape(key, config),
         (_, [.., rows, cols]) => [*rows, *cols],
         (_, []) => [1, 1],
     };
@@ -219,38 +221,38 @@ fn whole_shape(key: &str, config: &ModelConfig) -> [usize; 2] {
     }
 }
 
-fn n_pieces(rows: Rows) -> usize {
+fn n_pieces(rows: RowOrder) -> usize {
     match rows {
-        Rows::Same => 1,
-        Rows::Interleaved { heads } | Rows::Keys { heads, .. } | Rows::Values { heads, .. } => {
-            heads
-        }
+        RowOrder::Same => 1,
+        RowOrder::Interleaved { heads }
+        | RowOrder::Keys { heads, .. }
+        | RowOrder::Values { heads, .. } => heads,
     }
 }
 
 /// Rows of a matrix in the order of a GGUF: all of them, or those of a head. It is a view if they are stored in that order.
-fn piece(matrix: &Matrix, rows: Rows, head: usize) -> Matrix {
+fn piece(matrix: &Matrix, rows: RowOrder, head: usize) -> Matrix {
     let of_head = |heads: usize| {
         let per_head = matrix.rows() / heads;
         matrix.row_range(head * per_head..(head + 1) * per_head)
     };
     match (rows, matrix.split_kv_b()) {
-        (Rows::Same, _) => matrix.clone(),
-        (Rows::Interleaved { heads }, _) => {
+        (RowOrder::Same, _) => matrix.clone(),
+        (RowOrder::Interleaved { heads }, _) => {
             let head = of_head(heads);
             reordered(&head, [head.rows(), head.cols()], |place, col| {
-                Rows::interleaved(place, head.rows()) * head.cols() + col
+                RowOrder::interleaved(place, head.rows()) * head.cols() + col
             })
         }
-        (Rows::Keys { .. }, Some(split)) => split.keys(head),
-        (Rows::Keys { heads, width }, None) => {
+        (RowOrder::Keys { .. }, Some(split)) => split.keys(head),
+        (RowOrder::Keys { heads, width }, None) => {
             let keys = of_head(heads).row_range(0..width);
             reordered(&keys, [keys.cols(), width], |row, col| {
                 col * keys.cols() + row
             })
         }
-        (Rows::Values { .. }, Some(split)) => split.values(head),
-        (Rows::Values { heads, width }, None) => {
+        (RowOrder::Values { .. }, Some(split)) => split.values(head),
+        (RowOrder::Values { heads, width }, None) => {
             let head = of_head(heads);
             head.row_range(head.rows() - width..head.rows())
         }

@@ -9,7 +9,7 @@
 use std::fmt::{Display, Formatter};
 use std::str::FromStr;
 
-use checkpoint::{DType, GgufTensor, Rows};
+use checkpoint::{DType, GgufTensor, RowOrder};
 use kernels::Ggml;
 
 use super::importance::Importance;
@@ -285,9 +285,9 @@ impl Mix {
     pub fn type_of(&self, tensor: &GgufTensor, config: &ModelConfig) -> GgufType {
         let key = tensor.keys.first().and_then(|key| ParamKey::parse(key));
         let key = key.map(|key| match tensor.rows {
-            Rows::Keys { .. } => key.with_module(Module::KvBKeys),
-            Rows::Values { .. } => key.with_module(Module::KvBValues),
-            Rows::Same | Rows::Interleaved { .. } => key,
+            RowOrder::Keys { .. } => key.with_module(Module::KvBKeys),
+            RowOrder::Values { .. } => key.with_module(Module::KvBValues),
+            RowOrder::Same | RowOrder::Interleaved { .. } => key,
         });
         let width = tensor.shape.last().filter(|_| tensor.shape.len() > 1);
         let part = key.and_then(MixPart::of);
@@ -442,7 +442,7 @@ mod tests {
     }
 
     /// A tensor of a checkpoint's key, or of one part of it.
-    fn tensor(key: &str, shape: &[usize], rows: Rows) -> GgufTensor {
+    fn tensor(key: &str, shape: &[usize], rows: RowOrder) -> GgufTensor {
         GgufTensor {
             name: String::new(),
             shape: shape.to_vec(),
@@ -466,11 +466,11 @@ mod tests {
     fn a_deepseek_gets_the_types_that_llama_cpp_gives_it() {
         let [v3, _] = configs();
         let (keys, values) = (
-            Rows::Keys {
+            RowOrder::Keys {
                 heads: 128,
                 width: 128,
             },
-            Rows::Values {
+            RowOrder::Values {
                 heads: 128,
                 width: 128,
             },
@@ -479,23 +479,27 @@ mod tests {
         let kv_b = at(3, "self_attn.kv_b_proj.weight");
         let [first, next] = [6, 7].map(|layer| at(layer, "mlp.experts.0.down_proj.weight"));
         let tensors = [
-            tensor("model.embed_tokens.weight", &[129_280, 7168], Rows::Same),
-            tensor("lm_head.weight", &[129_280, 7168], Rows::Same),
-            tensor(&at(0, "input_layernorm.weight"), &[7168], Rows::Same),
-            tensor(&at(3, "mlp.gate.weight"), &[256, 7168], Rows::Same),
+            tensor(
+                "model.embed_tokens.weight",
+                &[129_280, 7168],
+                RowOrder::Same,
+            ),
+            tensor("lm_head.weight", &[129_280, 7168], RowOrder::Same),
+            tensor(&at(0, "input_layernorm.weight"), &[7168], RowOrder::Same),
+            tensor(&at(3, "mlp.gate.weight"), &[256, 7168], RowOrder::Same),
             tensor(
                 &at(3, "mlp.gate.e_score_correction_bias"),
                 &[256],
-                Rows::Same,
+                RowOrder::Same,
             ),
             tensor(&kv_b, &[128, 512, 128], keys),
             tensor(&kv_b, &[128, 128, 512], values),
-            tensor(&first, &[256, 7168, 2048], Rows::Same),
-            tensor(&next, &[256, 7168, 2048], Rows::Same),
+            tensor(&first, &[256, 7168, 2048], RowOrder::Same),
+            tensor(&next, &[256, 7168, 2048], RowOrder::Same),
             tensor(
                 &at(9, "mlp.shared_experts.down_proj.weight"),
                 &[7168, 2048],
-                Rows::Same,
+                RowOrder::Same,
             ),
         ];
         let fixed = |of: [&'static str; 2], keys: &'static str, rest: [&'static str; 4]| {
@@ -533,14 +537,20 @@ mod tests {
     fn a_llama_gets_the_types_that_llama_cpp_gives_it() {
         let [_, llama] = configs();
         let at = |layer: usize, name: &str| format!("model.layers.{layer}.{name}.weight");
-        let values = |layer| tensor(&at(layer, "self_attn.v_proj"), &[1024, 4096], Rows::Same);
-        let down = |layer| tensor(&at(layer, "mlp.down_proj"), &[4096, 11_008], Rows::Same);
+        let values = |layer| {
+            tensor(
+                &at(layer, "self_attn.v_proj"),
+                &[1024, 4096],
+                RowOrder::Same,
+            )
+        };
+        let down = |layer| tensor(&at(layer, "mlp.down_proj"), &[4096, 11_008], RowOrder::Same);
         let tensors = [
-            tensor("model.embed_tokens.weight", &[1000, 4096], Rows::Same),
+            tensor("model.embed_tokens.weight", &[1000, 4096], RowOrder::Same),
             values(0),
             values(5),
             values(6),
-            tensor(&at(5, "self_attn.o_proj"), &[4096, 4096], Rows::Same),
+            tensor(&at(5, "self_attn.o_proj"), &[4096, 4096], RowOrder::Same),
             down(1),
             down(2),
         ];

@@ -14,6 +14,7 @@ mod goldens;
 
 use std::path::{Path, PathBuf};
 
+use burn::tensor::Device;
 use checkpoint::Safetensors;
 use moeforge_train::{Event, Recipe, RunDir, Session};
 
@@ -81,7 +82,7 @@ fn losses(session: &mut Session, run: &RunDir) -> Vec<f64> {
 }
 
 fn open(recipe: Recipe) -> Session {
-    Session::open(recipe, &|model| Ok(model.into())).unwrap()
+    Session::open(recipe, &Device::flex(), &|model| Ok(model.into())).unwrap()
 }
 
 fn expected_curve(name: &str, key: &str) -> Vec<f64> {

@@ -1,0 +1,336 @@
+//! `moeforge bench train`: training steps of `moeforge train`, timed.
+//!
+//! The rows are synthetic, and weights are random if the model has none; session, step and optimizer are those of a
+//! run. Rows and weights are the same in every process.
+
+use std::ffi::OsString;
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use ::train::{Event, Loss, Recipe, Session, StepReport};
+use anyhow::Context;
+use model::Compute;
+use serde_json::{Value, json};
+
+use super::peak::peak_flops;
+use super::scratch::Scratch;
+use super::spread::Spread;
+use super::subject::{Subject, SubjectWeights, ids};
+use super::sweep::{Sweep, options};
+use super::table::{Column, count, fraction_of, giga, mebibytes, median, spread};
+use crate::console::{Console, USAGE, WithCode};
+use crate::device::default_device;
+use crate::host;
+use crate::inspect::parameters;
+use crate::train::{usage, with_code};
+
+/// Time training steps on synthetic tokens, for all combinations of batch size, length and number of experts.
+///
+/// Measures tokens per second, memory, and the share of the machine's peak FLOP/s. Default: LoRA of rank 8 on all
+/// linear layers and experts, in f32.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Model: Hugging Face folder, or `org/name` in the local Hugging Face cache. A folder with a `config.json` and no
+    /// weights, or the `config.json` itself, gets random weights.
+    model: String,
+    /// LoRA adapter to continue from: PEFT folder.
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
+    /// Sequences per step; several comma-separated values are measured in turn.
+    #[arg(long, value_name = "B", value_delimiter = ',', default_value = "4",
+          value_parser = clap::value_parser!(u64).range(1..=1 << 16))]
+    batch: Vec<u64>,
+    /// Tokens per sequence; several comma-separated values are measured in turn.
+    #[arg(long, value_name = "S", value_delimiter = ',', default_value = "256",
+          value_parser = clap::value_parser!(u64).range(2..=1 << 20))]
+    seq: Vec<u64>,
+    /// For random weights: routed experts per layer, instead of the config's number; several comma-separated values are
+    /// measured in turn.
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..))]
+    experts: Vec<u64>,
+    /// Timed steps, after a warm-up step.
+    #[arg(long, value_name = "R", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    reps: u64,
+    /// Recipe setting to override, such as lora.rank=16 or train.method=full. May be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Settings that have options of their own, or that would change the rows.
+const OWN: [(&str, &str); 4] = [
+    ("model.adapter", "--adapter"),
+    ("model.", "MODEL"),
+    ("data.", "--seq, the length of the synthetic rows"),
+    ("train.batch_size", "--batch"),
+];
+
+/// Measurements of the machine's peak before the steps, and again after them.
+const PEAK_RUNS: usize = 3;
+
+/// The columns of the table.
+const COLUMNS: [Column; 10] = [
+    Column("batch", 5, |result| count(&result["batch"])),
+    Column("seq", 5, |result| count(&result["seq"])),
+    Column("experts", 7, |result| count(&result["experts"])),
+    Column("tokens/s", 8, |result| {
+        format!("{:.0}", median(&result["tokens_per_second"]))
+    }),
+    Column("(min to max)", 15, |result| {
+        spread(&result["tokens_per_second"])
+    }),
+    Column("s/step", 7, |result| {
+        format!("{:.3}", median(&result["step_seconds"]))
+    }),
+    Column("peak MiB", 8, |result| mebibytes(&result["peak_bytes"])),
+    Column("GFLOP/token", 11, |result| {
+        format!("{:.3}", giga(&result["flops_per_token"]))
+    }),
+    Column("GFLOP/s", 7, |result| {
+        format!("{:.0}", giga(&result["flops_per_second"]))
+    }),
+    Column("of peak", 13, |result| {
+        fraction_of(result, "peak_flops_per_second")
+    }),
+];
+
+/// One line of the table.
+#[derive(Clone, Copy, Debug)]
+struct TrainingCase {
+    batch: u64,
+    seq: u64,
+    /// None for the config's number.
+    experts: Option<u64>,
+}
+
+pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
+    check_settings(args)?;
+    let cases = cases(args);
+    // Errors in any of them are reported before the first one runs.
+    for case in &cases {
+        Subject::open(&args.model, case.experts)?;
+    }
+    let sweep = Sweep {
+        measure: &|case| measure(args, *case, console),
+        words: &|case| words(args, *case),
+        title,
+        columns: &COLUMNS,
+    };
+    sweep.run(&cases, args.json, console)
+}
+
+fn check_settings(args: &Args) -> anyhow::Result<()> {
+    for setting in &args.set {
+        if let Some((key, option)) = OWN.iter().find(|(key, _)| setting.starts_with(key)) {
+            return Err(misuse(format!(
+                "--set {setting}: expected no `{key}` here; use {option}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// A wrong use of the program.
+fn misuse(message: String) -> anyhow::Error {
+    anyhow::Error::new(WithCode {
+        code: USAGE,
+        message,
+    })
+}
+
+fn cases(args: &Args) -> Vec<TrainingCase> {
+    let experts: Vec<Option<u64>> = match args.experts.as_slice() {
+        [] => vec![None],
+        experts => experts.iter().copied().map(Some).collect(),
+    };
+    let mut all = Vec::new();
+    for &experts in &experts {
+        for &batch in &args.batch {
+            all.extend(args.seq.iter().map(|&seq| TrainingCase {
+                batch,
+                seq,
+                experts,
+            }));
+        }
+    }
+    all
+}
+
+/// One case, in this process.
+fn measure(args: &Args, case: TrainingCase, console: &Console) -> anyhow::Result<Value> {
+    let TrainingCase { batch, seq, .. } = case;
+    let subject = &Subject::open(&args.model, case.experts)?;
+    if subject.is_random() {
+        console.note(format_args!("{batch} × {seq}: random weights"));
+    }
+    let scratch = Scratch::new()?;
+    let recipe = recipe(args, case, subject, &scratch)?;
+    // Products in other formats are computed in f32.
+    let compute = match recipe.precision.compute {
+        Compute::Bf16 => Compute::Bf16,
+        _ => Compute::F32,
+    };
+    let device = default_device();
+    let mut peaks = peak_flops(compute, &device, PEAK_RUNS);
+    host::reset_peak();
+    let mut session = Session::open(recipe, &device, &|folder| Ok(folder.into()))?;
+    let mut progress = console.progress(1 + args.reps, "steps");
+    let reports = session.timed_steps(1 + args.reps, &mut |event: &Event| {
+        if let Event::Step(report) = event {
+            let speed = speed(report);
+            progress.update(report.step, &format!("{batch} × {seq} {speed:.0} tokens/s"));
+        }
+    });
+    progress.finish();
+    let reports = reports.map_err(with_code)?;
+    let (peak_bytes, timed) = (host::read().peak_bytes, &reports[1..]);
+    peaks.extend(peak_flops(compute, &device, PEAK_RUNS));
+
+    let speeds = Spread::of(timed.iter().map(speed));
+    let peak = Spread::of(peaks).median;
+    let cost = session.cost(seq as usize).total();
+    let recipe = &session.recipe;
+    Ok(json!({
+        "model": subject.name,
+        "family": subject.config.model_type.name(),
+        "weights": if subject.is_random() { "random" } else { "checkpoint" },
+        "seed": recipe.train.seed,
+        "method": recipe.train.method,
+        "compute": recipe.precision.compute_word(),
+        "set": args.set,
+        "threads": rayon::current_num_threads(),
+        "reps": args.reps,
+        "results": [{
+            "batch": batch,
+            "seq": seq,
+            "experts": subject.config.moe.as_ref().map(|moe| moe.n_routed_experts),
+            "parameters": parameters(&subject.config).total,
+            "trained_parameters": session.trained_parameters(),
+            "tokens_per_second": speeds.to_json(),
+            "step_seconds": Spread::of(timed.iter().map(|report| report.seconds)).to_json(),
+            "peak_bytes": peak_bytes,
+            "flops_per_token": cost,
+            "flops_per_second": cost * speeds.median,
+            "peak_flops_per_second": peak,
+            "fraction_of_peak": cost * speeds.median / peak,
+        }],
+    }))
+}
+
+/// The command line that measures one case.
+fn words(args: &Args, case: TrainingCase) -> Vec<OsString> {
+    let mut words = vec!["train".into(), args.model.clone().into()];
+    let numbers = [
+        ("--batch", Some(case.batch)),
+        ("--seq", Some(case.seq)),
+        ("--experts", case.experts),
+        ("--reps", Some(args.reps)),
+    ];
+    words.extend(options(numbers));
+    if let Some(adapter) = &args.adapter {
+        words.extend(["--adapter".into(), adapter.into()]);
+    }
+    for setting in &args.set {
+        words.extend(["--set".into(), setting.into()]);
+    }
+    words
+}
+
+/// The recipe, over synthetic rows in a folder that is not read after the session has opened.
+fn recipe(
+    args: &Args,
+    case: TrainingCase,
+    subject: &Subject,
+    scratch: &Scratch,
+) -> anyhow::Result<Recipe> {
+    let TrainingCase { batch, seq, .. } = case;
+    let mut recipe = Recipe::default();
+    recipe.train.steps = Some(1 + args.reps);
+    recipe.train.batch_size = batch as usize;
+    recipe.data.max_length = seq as usize;
+    recipe.data.path = vec![scratch.path().to_owned()];
+    recipe.model.path = Some(match &subject.weights {
+        SubjectWeights::Checkpoint(folder) => text(folder.canonicalize()?)?,
+        SubjectWeights::Random(_) => subject.name.clone(),
+    });
+    if let Some(adapter) = &args.adapter {
+        let adapter = adapter.canonicalize();
+        let adapter = adapter.with_context(|| "--adapter: cannot open the folder".to_owned())?;
+        recipe.model.adapter = Some(text(adapter)?.into());
+    }
+    let file = scratch.write("bench.toml", &recipe.to_toml())?;
+    let mut recipe = Recipe::open(&file, &args.set).map_err(usage)?;
+    if recipe.train.loss != Loss::CrossEntropy {
+        return Err(misuse(
+            "--set train.loss: expected `cross-entropy`, because the synthetic rows are not pairs"
+                .into(),
+        ));
+    }
+    if let SubjectWeights::Random(config) = &subject.weights {
+        // Set after parsing: a recipe refuses an adapter on fresh weights, which are not saved. Here nothing is saved.
+        recipe.model.path = None;
+        recipe.model.config = Some(scratch.write("config.json", &config.to_string())?);
+    }
+    let n_rows = (1 + args.reps) * batch * recipe.train.accumulate as u64;
+    let rows = rows(n_rows, seq, subject.config.vocab_size as u64);
+    scratch.write("train.jsonl", &rows)?;
+    Ok(recipe)
+}
+
+/// A path as a recipe can hold it.
+fn text(path: PathBuf) -> anyhow::Result<String> {
+    let text = path.into_os_string().into_string();
+    text.map_err(|path| anyhow::anyhow!("`{}`: expected a path in UTF-8", path.display()))
+}
+
+/// Rows of synthetic tokens.
+fn rows(n_rows: u64, seq: u64, vocab_size: u64) -> String {
+    let mut text = String::new();
+    for row in 0..n_rows {
+        let ids = ids(row * seq..(row + 1) * seq, vocab_size);
+        let ids: Vec<String> = ids.map(|id| id.to_string()).collect();
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{{\"input_ids\":[{}]}}", ids.join(","));
+    }
+    text
+}
+
+fn speed(report: &StepReport) -> f64 {
+    report.tokens as f64 / report.seconds
+}
+
+/// The line above the table.
+fn title(measured: &Value) -> String {
+    let text = |key: &str| measured[key].as_str().unwrap_or("").to_owned();
+    let first = &measured["results"][0];
+    let millions = |key: &str| first[key].as_f64().unwrap_or(0.0) / 1e6;
+    let weights = match measured["weights"].as_str() {
+        Some("random") => format!("random f32 weights (seed {})", measured["seed"]),
+        _ => "weights of the checkpoint".to_owned(),
+    };
+    let settings: Vec<&str> = measured["set"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
+    let settings = if settings.is_empty() {
+        String::new()
+    } else {
+        format!(" ({})", settings.join(", "))
+    };
+    format!(
+        "{} ({}), {:.1} M parameters, {weights}; method {} with {:.1} M trained, compute {}{settings}; {} threads, {} steps each",
+        text("model"),
+        text("family"),
+        millions("parameters"),
+        text("method"),
+        millions("trained_parameters"),
+        text("compute"),
+        measured["threads"],
+        measured["reps"],
+    )
+}

@@ -1,0 +1,36 @@
+//! The host: memory of the machine and of this program, as reported by the operating system.
+
+mod cgroups;
+mod mac;
+
+use train::Memory;
+
+/// The memory now.
+pub(crate) fn read() -> Memory {
+    Memory {
+        available_bytes: available(),
+        peak_bytes: bytes("/proc/self/status", "VmHWM:"),
+    }
+}
+
+/// The free memory of the machine, or less if the program runs under a limit, as in a container.
+fn available() -> Option<u64> {
+    if cfg!(target_os = "macos") {
+        return mac::available();
+    }
+    let machine = bytes("/proc/meminfo", "MemAvailable:")?;
+    Some(cgroups::available().map_or(machine, |group| group.min(machine)))
+}
+
+/// Resets the peak memory to the current memory, on Linux; see proc(5), `clear_refs`.
+pub(crate) fn reset_peak() {
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+}
+
+/// The bytes on the line of a file that begins with a name.
+fn bytes(file: &str, name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib << 10)
+}

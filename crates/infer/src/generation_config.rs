@@ -1,0 +1,150 @@
+//! What a model's publisher says about generating: the tokens that end a text, and the recommended sampling.
+
+use std::path::Path;
+
+use checkpoint::Folder;
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::sample_config::SampleConfig;
+
+const FILE: &str = "generation_config.json";
+
+/// Ids of the tokens that end a text: those of `generation_config.json`, of `config.json`, and the tokenizer's own.
+/// Sorted, each once. Chat models name several, often more in their generation config than in `config.json`.
+///
+/// # Errors
+/// If `eos_token_id` in one of the files is neither an id nor a list of ids.
+pub fn end_of_text_ids(folder: &Folder, tokenizer_eos: Option<u32>) -> Result<Vec<u32>> {
+    let configs = [
+        ("config.json", Some(folder.config())),
+        (FILE, folder.generation_config()),
+    ];
+    let mut ids: Vec<u32> = tokenizer_eos.into_iter().collect();
+    for (name, config) in configs {
+        let Some(value) = config.and_then(|config| config.get("eos_token_id")) else {
+            continue;
+        };
+        if value.is_null() {
+            continue;
+        }
+        let list = value
+            .as_array()
+            .map_or(std::slice::from_ref(value), Vec::as_slice);
+        for id in list {
+            let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
+            ids.push(id.ok_or_else(|| Error::EndOfText {
+                file: folder.path().join(name),
+                found: value.to_string().chars().take(80).collect(),
+            })?);
+        }
+    }
+    ids.sort_unstable();
+    ids.dedup();
+    Ok(ids)
+}
+
+/// The sampling that `generation_config.json` recommends; greedy if it recommends none.
+///
+/// # Errors
+/// If one of its settings is not a number of the right kind.
+pub fn recommended_sampling(folder: &Folder) -> Result<SampleConfig> {
+    match folder.generation_config() {
+        Some(config) => sampling(config, &folder.path().join(FILE)),
+        None => Ok(SampleConfig::greedy()),
+    }
+}
+
+fn sampling(config: &Value, file: &Path) -> Result<SampleConfig> {
+    let given = |key: &str| config.get(key).filter(|value| !value.is_null());
+    let problem = |key: &'static str, expected, found: &Value| Error::GenerationConfig {
+        file: file.to_owned(),
+        key,
+        expected,
+        found: found.to_string().chars().take(80).collect(),
+    };
+    let number = |key: &'static str, default: f32| {
+        let Some(value) = given(key) else {
+            return Ok(default);
+        };
+        let number = value.as_f64().map(|number| number as f32);
+        number.ok_or_else(|| problem(key, "a number", value))
+    };
+    let penalized = SampleConfig {
+        repetition_penalty: number("repetition_penalty", 1.0)?,
+        ..SampleConfig::greedy()
+    };
+    if given("do_sample").and_then(Value::as_bool) != Some(true) {
+        return Ok(penalized);
+    }
+    let top_k = match given("top_k") {
+        None => 0,
+        Some(value) => value
+            .as_u64()
+            .and_then(|top_k| usize::try_from(top_k).ok())
+            .ok_or_else(|| problem("top_k", "a number from 0 up", value))?,
+    };
+    Ok(SampleConfig {
+        // Absent ones are 1 in Hugging Face's tools.
+        temperature: number("temperature", 1.0)?,
+        top_p: number("top_p", 1.0)?,
+        min_p: number("min_p", 0.0)?,
+        top_k,
+        ..penalized
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn sampling_is_what_the_publisher_recommends() {
+        let file = Path::new(FILE);
+        let greedy = SampleConfig::greedy();
+        let check = |config: Value, expected: SampleConfig| {
+            assert_eq!(sampling(&config, file).unwrap(), expected, "{config}");
+        };
+        let all = json!({
+            "do_sample": true, "temperature": 0.5, "top_p": 0.75, "top_k": 20, "min_p": 0.25,
+            "repetition_penalty": 1.5,
+        });
+        let expected = SampleConfig {
+            temperature: 0.5,
+            top_p: 0.75,
+            top_k: 20,
+            min_p: 0.25,
+            repetition_penalty: 1.5,
+            ..greedy
+        };
+        check(all, expected);
+        let plain = SampleConfig {
+            temperature: 1.0,
+            ..greedy
+        };
+        check(json!({"do_sample": true}), plain);
+        check(json!({"do_sample": true, "top_k": null}), plain);
+        check(json!({"do_sample": false, "temperature": 0.5}), greedy);
+        check(json!({"temperature": 0.5}), greedy);
+        let penalized = SampleConfig {
+            repetition_penalty: 1.25,
+            ..greedy
+        };
+        check(json!({"repetition_penalty": 1.25, "top_k": 3}), penalized);
+        check(json!({}), greedy);
+        for (config, expected) in [
+            (
+                json!({"do_sample": true, "top_p": "all"}),
+                "`top_p`: expected a number",
+            ),
+            (
+                json!({"do_sample": true, "top_k": -1}),
+                "`top_k`: expected a number from 0 up, found -1",
+            ),
+        ] {
+            let problem = sampling(&config, file).unwrap_err().to_string();
+            assert!(problem.contains(expected), "{problem}");
+        }
+    }
+}
