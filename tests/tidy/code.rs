@@ -7,9 +7,9 @@ const MODEL: &str = "crates/model/src/";
 const HOST_READS: [&str; 4] = ["into_data", "into_scalar", "to_data", "try_to_vec"];
 /// The files of the model that may wait.
 const HOST_READERS: [&str; 3] = [
-    "export.rs",            // Weights go into files.
-    "export/importance.rs", // What entered the weights decides how they go into files.
-    "adapter/write.rs",     // Adapters go into files.
+    "export/trained.rs",    // Weights go into files.
+    "export/importance.rs", // The inputs of weights decide how they go into files.
+    "adapt/peft_write.rs",  // Adapters go into files.
 ];
 /// What multiplies weights with activations, and the files of the model that may call it: invariant 2 of
 /// `crates/README.md`. An embedding and the loss are such products too, and may have files of their own.
@@ -27,15 +27,19 @@ const WEIGHT_OPS: [(&[&str], &[&str]); 3] = [
             "experts_frozen",
             "experts_trained",
         ],
-        &["linear.rs", "moe/experts.rs"],
+        &["modules/linear.rs", "modules/experts.rs"],
     ),
     (
         &["embed_frozen", "embed_trained"],
-        &["linear.rs", "moe/experts.rs", "embedding.rs"],
+        &[
+            "modules/linear.rs",
+            "modules/experts.rs",
+            "modules/embedding.rs",
+        ],
     ),
     (
         &["cross_entropy_frozen", "cross_entropy_trained"],
-        &["linear.rs", "moe/experts.rs", "loss.rs"],
+        &["modules/linear.rs", "modules/experts.rs", "modules/loss.rs"],
     ),
 ];
 /// The files outside of the kernels with unsafe code.

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use checkpoint::Folder;
+use model::Policy;
 use model::config::AttentionConfig;
-use model::precision::Policy;
-use model::weights::{self, Audit};
-use model::{Cache, CacheType, Compute, ModelConfig, weights::keys};
+use model::load::{self, Audit};
+use model::{Cache, CacheType, Compute, ModelConfig, keys::keys};
 use serde_json::{Value, json};
 
 use crate::console::Console;
@@ -43,8 +43,8 @@ struct DtypeTotal {
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (folder, name) = open_folder(&args.model)?;
-    let config = weights::read_config(&folder)?;
-    let audit = weights::audit(&folder)?;
+    let config = load::read_config(&folder)?;
+    let audit = load::audit(&folder)?;
     if args.json {
         let mut object = object(&name, &folder, &config, &audit)?;
         if args.tensors {
@@ -293,7 +293,7 @@ mod tests {
     fn open(name: &str) -> (Folder, ModelConfig) {
         let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");
         let folder = Folder::open(&goldens.join(name)).unwrap();
-        let config = weights::read_config(&folder).unwrap();
+        let config = load::read_config(&folder).unwrap();
         (folder, config)
     }
 
@@ -305,7 +305,7 @@ mod tests {
                 let shape = folder.tensor(tensor).unwrap().shape;
                 shape.iter().map(|axis| *axis as u64).product()
             };
-            let total: u64 = weights::audit(&folder)
+            let total: u64 = load::audit(&folder)
                 .unwrap()
                 .used
                 .iter()

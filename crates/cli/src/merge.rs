@@ -8,9 +8,9 @@ use std::process::ExitCode;
 use ::eval::Divergence;
 use checkpoint::Adapter;
 use model::AdapterWeights;
-use model::merge::{MergeReport, merge};
-use model::precision::Class;
-use model::weights::read_config;
+use model::PrecisionClass;
+use model::export::{MergeReport, merge};
+use model::load::read_config;
 use serde_json::json;
 
 use crate::console::{Console, MISMATCH, WithCode};
@@ -155,11 +155,11 @@ impl<'a> ConversionReport<'a> {
 
 /// The median and the worst error of each part of the model that has more than one matrix.
 fn by_part(errors: &[&(String, f64)]) -> String {
-    let lines = Class::ALL.into_iter().filter_map(|class| {
+    let lines = PrecisionClass::ALL.into_iter().filter_map(|class| {
         // From the worst on, as they come.
         let of_class: Vec<f64> = errors
             .iter()
-            .filter(|error| Class::of(&error.0) == class)
+            .filter(|error| PrecisionClass::of(&error.0) == class)
             .map(|error| error.1)
             .collect();
         let (worst, median) = (of_class.first()?, of_class.get(of_class.len() / 2)?);

@@ -12,8 +12,8 @@ use burn::tensor::Device;
 use checkpoint::Folder;
 use data::{Tokenizer, TokenizerFiles};
 use infer::Engine;
-use model::adapter::AdapterWeights;
-use model::{Model, ModelConfig, Mtp, Training, weights};
+use model::AdapterWeights;
+use model::{Model, ModelConfig, Mtp, Training, load};
 use serde_json::Value;
 
 pub(crate) use self::memory::{MemoryArgs, cache_object, cache_summary, repack};
@@ -65,7 +65,7 @@ impl SpeculationArgs {
         if !self.speculative {
             return Ok(None);
         }
-        let module = weights::load_mtp(folder, device);
+        let module = load::load_mtp(folder, device);
         let hint = "--speculative needs a model with an MTP layer; without the option the text is the same";
         module.context(hint).map(Some)
     }
@@ -140,7 +140,7 @@ pub(crate) fn open_model(
 ) -> anyhow::Result<Opened> {
     let (folder, mut name) = open_folder(model)?;
     note_unused(&folder, console)?;
-    let mut model = weights::load(&folder, Training::Frozen, device)?;
+    let mut model = load::load(&folder, Training::Frozen, device)?;
     if let Some(path) = adapter {
         attach(&mut model, path, device, console)?;
         name = format!("{name} + {}", name_of(path));
@@ -224,7 +224,7 @@ pub(crate) fn open_tokenizer(folder: &Folder) -> anyhow::Result<Option<Tokenizer
 pub(crate) fn open_texts(path: &Path) -> anyhow::Result<(Option<Tokenizer>, Option<ModelConfig>)> {
     if path.is_file() {
         let folder = Folder::open(path)?.with_companions(data::companions);
-        let config = weights::read_config(&folder)?;
+        let config = load::read_config(&folder)?;
         return Ok((open_tokenizer(&folder)?, Some(config)));
     }
     let files = TokenizerFiles::read(path)?;
@@ -281,7 +281,7 @@ pub(crate) fn name_of(path: &Path) -> String {
 }
 
 fn note_unused(folder: &Folder, console: &Console) -> anyhow::Result<()> {
-    let audit = weights::audit(folder)?;
+    let audit = load::audit(folder)?;
     let place = folder.path().display();
     if !audit.unknown.is_empty() {
         console.note(format_args!(

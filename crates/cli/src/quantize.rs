@@ -12,8 +12,8 @@ use data::{Sample, TokenizerFiles};
 use model::Compute;
 use model::export::gguf::write_gguf;
 use model::export::mix::Mix;
-use model::merge::{MergeReport, convert};
-use model::weights::{Audit, audit, read_config};
+use model::export::{MergeReport, convert};
+use model::load::{Audit, audit, read_config};
 use serde_json::Value;
 
 use self::importance::ImportanceArgs;

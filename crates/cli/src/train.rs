@@ -11,7 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use data::Corpus;
 use model::Compute;
-use model::lora::Adapted;
+use model::adapt::AdaptedModule;
 use train::{Recipe, RunDir, Session, SessionOptions};
 
 use self::signals::Signals;
@@ -217,8 +217,8 @@ fn describe(
 }
 
 /// The adapted modules, one line per kind.
-fn adapted_table(adapted: &[Adapted]) -> String {
-    let mut kinds: Vec<(String, usize, &Adapted, usize)> = Vec::new();
+fn adapted_table(adapted: &[AdaptedModule]) -> String {
+    let mut kinds: Vec<(String, usize, &AdaptedModule, usize)> = Vec::new();
     for module in adapted {
         let kind: Vec<&str> = module
             .module

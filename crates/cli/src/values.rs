@@ -2,7 +2,7 @@
 
 use clap::ValueEnum;
 use model::export::WeightFormat;
-use model::export::mix::Scheme;
+use model::export::mix::MixScheme;
 use model::{CacheType, Compute};
 
 /// Help of `--compute`, whose default differs between verbs.
@@ -94,7 +94,7 @@ impl FolderFormat {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum OutputFormat {
     Folder(FolderFormat),
-    Gguf(Scheme),
+    Gguf(MixScheme),
 }
 
 impl OutputFormat {
@@ -105,7 +105,7 @@ impl OutputFormat {
         {
             return Ok(Self::Folder(format));
         }
-        let schemes = Scheme::all().into_iter();
+        let schemes = MixScheme::all().into_iter();
         let mut named = schemes.map(|scheme| (format!("gguf:{scheme}"), scheme));
         match named.find(|named| named.0 == text) {
             Some((_, scheme)) => Ok(Self::Gguf(scheme)),
@@ -118,7 +118,7 @@ impl OutputFormat {
         let folders = FolderFormat::value_variants().iter();
         let folders = folders.filter_map(ValueEnum::to_possible_value);
         let folders = folders.map(|value| value.get_name().to_owned());
-        let schemes = Scheme::all().into_iter();
+        let schemes = MixScheme::all().into_iter();
         folders
             .chain(schemes.map(|scheme| format!("gguf:{scheme}")))
             .collect()

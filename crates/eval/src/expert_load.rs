@@ -7,7 +7,7 @@
 
 use burn::tensor::{Int, Tensor, TensorData};
 use data::{Batch, Sample, collate};
-use model::{ForwardContext, Model, Observe, RoutingRecord};
+use model::{ForwardContext, Model, Recorder, RoutingRecord};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -90,12 +90,10 @@ pub fn choose(shares: &[f64], threshold: f64) -> ChosenExperts {
 fn routing(model: &Model, batch: &Batch, config: &EvalConfig) -> Vec<RoutingRecord> {
     let device = model.model.norm.weight.val().device();
     let ids = TensorData::new(batch.input_ids.clone(), [batch.rows, batch.cols]);
-    let mut ctx = ForwardContext {
-        observe: Observe::Routing,
-        ..ForwardContext::new(config.compute)
-    };
+    let mut recorder = Recorder::of_routing();
+    let mut ctx = ForwardContext::recorded(config.compute, &mut recorder);
     model.hidden(Tensor::<2, Int>::from_data(ids, &device), &mut ctx);
-    ctx.routing
+    recorder.routing
 }
 
 /// Adds the shares of a batch's samples; each sample counts the same. Waits for the device.

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use data::{IGNORE, Sample, collate};
-use model::{Compute, ForwardContext, Model, Observe, RoutingRecord};
+use model::{Compute, ForwardContext, Model, Recorder, RoutingRecord};
 
 /// The logits of a sample's targets, without their mean over the vocabulary.
 #[derive(Debug)]
@@ -51,10 +51,8 @@ impl Logits {
         let batch = collate(&[sample], 0);
         let device: Device = model.model.norm.weight.val().device();
         let ids = TensorData::new(batch.input_ids.clone(), [1, batch.cols]);
-        let mut ctx = ForwardContext {
-            observe: Observe::Routing,
-            ..ForwardContext::new(compute)
-        };
+        let mut recorder = Recorder::of_routing();
+        let mut ctx = ForwardContext::recorded(compute, &mut recorder);
         let hidden = model.hidden(Tensor::<2, Int>::from_data(ids, &device), &mut ctx);
         let [_, seq, width] = hidden.dims();
         let at: Vec<usize> = (0..seq).filter(|i| batch.targets[*i] != IGNORE).collect();
@@ -64,7 +62,7 @@ impl Logits {
         let logits = model.logits(hidden, &ctx).into_data();
         let values: Vec<f32> = logits.try_to_vec().expect("logits are f32");
         let targets = at.iter().map(|i| batch.targets[*i] as usize).collect();
-        let routing = ctx.routing.iter().map(RoutingChoices::of).collect();
+        let routing = recorder.routing.iter().map(RoutingChoices::of).collect();
         (Self::new(targets, values, model.config.vocab_size), routing)
     }
 

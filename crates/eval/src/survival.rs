@@ -79,13 +79,13 @@ pub fn survival(
 ) -> Result<SurvivalReport> {
     let mut trained = models.adapted.clone();
     if let Some(quantizer) = models.trained_for {
-        trained.round_weights(quantizer, &mut |_| true)?;
+        trained.fake_quantize(quantizer, &mut |_| true)?;
     }
     let mut variants = Vec::new();
     for quantizer in &config.quantizers {
         let mut paths = Vec::new();
         let mut whole = models.adapted.clone();
-        let formats = whole.round_weights(*quantizer, &mut |path| {
+        let formats = whole.fake_quantize(*quantizer, &mut |path| {
             paths.push(path.to_owned());
             true
         })?;
@@ -95,7 +95,7 @@ pub fn survival(
         });
         for path in paths.into_iter().filter(|_| config.module_samples > 0) {
             let mut one = trained.clone();
-            one.round_weights(*quantizer, &mut |other| other == path)?;
+            one.fake_quantize(*quantizer, &mut |other| other == path)?;
             variants.push(Variant::new(one, Some(path)));
         }
     }

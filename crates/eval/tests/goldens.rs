@@ -2,7 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::path::{Path, PathBuf};
+#[path = "../../../tests/goldens/paths.rs"]
+mod goldens;
 
 use burn::tensor::Device;
 use data::{Choice, Sample};
@@ -16,14 +17,8 @@ const GOLDEN: f64 = 1e-5;
 /// Between batch sizes: f32 sums of matrix products in another order.
 const BATCHED: f64 = 1e-6;
 
-fn path(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../tests/goldens")
-        .join(name)
-}
-
 fn engine(name: &str) -> Engine {
-    Engine::open(&path(name), Compute::F32, Device::flex()).unwrap()
+    Engine::open(&goldens::path(name), Compute::F32, Device::flex()).unwrap()
 }
 
 fn config(batch_size: usize) -> EvalConfig {
@@ -45,7 +40,7 @@ fn sample(ids: &[u32]) -> Sample {
 
 /// The golden inputs as samples, and their loss. The safetensors file is read by hand: this crate knows no files.
 fn golden(name: &str) -> (Vec<Sample>, f64) {
-    let file = std::fs::read(path(name).join("golden.safetensors")).unwrap();
+    let file = std::fs::read(goldens::path(name).join("golden.safetensors")).unwrap();
     let (length, rest) = file.split_first_chunk::<8>().unwrap();
     let (header, bytes) = rest.split_at(u64::from_le_bytes(*length) as usize);
     let header: Value = serde_json::from_slice(header).unwrap();
@@ -58,7 +53,7 @@ fn golden(name: &str) -> (Vec<Sample>, f64) {
         .map(|id| i64::from_le_bytes(*id) as u32)
         .collect();
 
-    let json = std::fs::read_to_string(path(name).join("golden.json")).unwrap();
+    let json = std::fs::read_to_string(goldens::path(name).join("golden.json")).unwrap();
     let json: Value = serde_json::from_str(&json).unwrap();
     (
         ids.chunks(cols).map(sample).collect(),
@@ -123,7 +118,7 @@ fn padding_changes_nothing_and_samples_keep_their_order() {
 #[test]
 fn a_model_chooses_what_it_would_have_written() {
     let engine = engine("qwen2_distill");
-    let json = std::fs::read_to_string(path("qwen2_distill").join("golden.json")).unwrap();
+    let json = std::fs::read_to_string(goldens::path("qwen2_distill").join("golden.json")).unwrap();
     let json: Value = serde_json::from_str(&json).unwrap();
     let list = |key: &str| -> Vec<u32> {
         serde_json::from_value(json["generation"][key].clone()).unwrap()
@@ -173,7 +168,7 @@ fn samples_that_do_not_fit_the_model_are_refused() {
 fn expert_loads_are_the_goldens() {
     let engine = engine("deepseek_v3");
     let (samples, _) = golden("deepseek_v3");
-    let text = std::fs::read_to_string(path("deepseek_v3").join("golden.json")).unwrap();
+    let text = std::fs::read_to_string(goldens::path("deepseek_v3").join("golden.json")).unwrap();
     let json: Value = serde_json::from_str(&text).unwrap();
     let loads = |samples: &[Sample], batch_size| -> Vec<ExpertLoad> {
         expert_loads(&engine.model, samples, &config(batch_size), &mut |_, _| ()).unwrap()

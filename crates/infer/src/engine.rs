@@ -16,7 +16,7 @@ use std::time::Instant;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::Folder;
 use kernels::{ExpertCache, FileAccess};
-use model::{CacheType, Compute, ForwardContext, Model, Mtp, Training, weights};
+use model::{CacheType, Compute, ForwardContext, Model, Mtp, Training, load};
 
 use crate::error::Result;
 use crate::repack::{EngineWeights, RepackSchedule};
@@ -50,7 +50,7 @@ impl Engine {
     /// # Errors
     /// If the folder cannot be read or holds no supported model.
     pub fn open(folder: &Path, compute: Compute, device: Device) -> Result<Self> {
-        let model = weights::load(&Folder::open(folder)?, Training::Frozen, &device)?;
+        let model = load::load(&Folder::open(folder)?, Training::Frozen, &device)?;
         Ok(Self::new(model, compute, device))
     }
 
@@ -83,13 +83,13 @@ impl Engine {
     }
 
     /// Bytes of the weights that every token needs, including the drafting module.
-    pub fn common_bytes(&mut self) -> usize {
-        self.model.common_bytes() + self.mtp.as_mut().map_or(0, Mtp::size_bytes)
+    pub fn common_bytes(&self) -> usize {
+        self.model.common_bytes() + self.mtp.as_ref().map_or(0, Mtp::size_bytes)
     }
 
     /// Bytes of all weights, in memory or mapped.
-    pub fn size_bytes(&mut self) -> usize {
-        let of_mtp = self.mtp.as_mut().map_or(0, Mtp::size_bytes);
+    pub fn size_bytes(&self) -> usize {
+        let of_mtp = self.mtp.as_ref().map_or(0, Mtp::size_bytes);
         self.model.size_bytes() + of_mtp
     }
 

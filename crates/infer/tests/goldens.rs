@@ -2,12 +2,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "../../../tests/goldens/paths.rs"]
+mod goldens;
+
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Adapter, Folder};
-use model::{AdapterWeights, Cache, CacheType, Compute, ForwardContext, Model, weights};
+use model::{AdapterWeights, Cache, CacheType, Compute, ForwardContext, Model, load};
 use moeforge_infer::{
     Engine, Error, FinishReason, GenerateConfig, Generation, KvPrefix, SampleConfig, Sampler,
     Sequence, end_of_text_ids,
@@ -24,12 +26,6 @@ const ALL: [&str; 7] = [
     "llama_distill",
 ];
 
-fn path(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../tests/goldens")
-        .join(name)
-}
-
 /// The golden model with a cache of every form.
 fn engines(name: &str) -> [Engine; 4] {
     let engine = engine(name);
@@ -42,14 +38,14 @@ fn engines(name: &str) -> [Engine; 4] {
 
 /// The golden prompt and what follows it.
 fn golden(name: &str) -> (Vec<u32>, Vec<u32>) {
-    let text = std::fs::read_to_string(path(name).join("golden.json")).unwrap();
+    let text = std::fs::read_to_string(goldens::path(name).join("golden.json")).unwrap();
     let mut json: Value = serde_json::from_str(&text).unwrap();
     let mut list = |key: &str| serde_json::from_value(json["generation"][key].take()).unwrap();
     (list("prompt_ids"), list("new_tokens"))
 }
 
 fn engine(name: &str) -> Engine {
-    Engine::open(&path(name), Compute::F32, Device::flex()).unwrap()
+    Engine::open(&goldens::path(name), Compute::F32, Device::flex()).unwrap()
 }
 
 fn greedy(max_tokens: usize) -> GenerateConfig {
@@ -198,7 +194,7 @@ fn prompts_that_cannot_be_continued_are_refused() {
 
 #[test]
 fn every_file_says_where_text_ends() {
-    let folder = Folder::open(&path("deepseek_v3")).unwrap();
+    let folder = Folder::open(&goldens::path("deepseek_v3")).unwrap();
     assert_eq!(end_of_text_ids(&folder, None).unwrap(), [1]);
     assert_eq!(end_of_text_ids(&folder, Some(7)).unwrap(), [1, 7]);
 }
@@ -323,7 +319,7 @@ fn a_prompt_that_continues_a_prefix_reads_only_what_is_new() {
 const ADAPTERS: [&str; 4] = ["classic", "peft", "rslora", "dora"];
 
 fn attach(model: &mut Model, name: &str) {
-    let adapter = path("deepseek_v3").join(format!("adapter_{name}"));
+    let adapter = goldens::path("deepseek_v3").join(format!("adapter_{name}"));
     let adapter = Adapter::open(&adapter).unwrap();
     let adapter = AdapterWeights::read(&adapter, &model.config).unwrap();
     adapter.attach(model, &Device::flex()).unwrap();
@@ -333,8 +329,8 @@ fn attach(model: &mut Model, name: &str) {
 fn with_adapters(speculative: bool, compute: Compute) -> (Engine, Vec<Engine>) {
     let mut engine = engine("deepseek_v3");
     engine.compute = compute;
-    let folder = Folder::open(&path("deepseek_v3")).unwrap();
-    engine.mtp = speculative.then(|| weights::load_mtp(&folder, &engine.device).unwrap());
+    let folder = Folder::open(&goldens::path("deepseek_v3")).unwrap();
+    engine.mtp = speculative.then(|| load::load_mtp(&folder, &engine.device).unwrap());
     let mut alone = vec![engine.clone(); 1 + ADAPTERS.len()];
     for (engine, name) in alone[1..].iter_mut().zip(ADAPTERS) {
         attach(&mut engine.model, name);

@@ -2,6 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
+#[path = "../../../tests/goldens/paths.rs"]
+mod goldens;
+
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,14 +14,13 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Adapter, DType, Folder};
 use kernels::{ExpertBank, Format, Ggml, Matrix};
 use model::export::WeightFormat;
+use model::export::convert;
 use model::export::gguf::write_gguf;
-use model::export::mix::{GgufType, Mix, Scheme};
-use model::linear::{Frozen, Linear, Weight};
-use model::merge::convert;
-use model::moe::experts::{ExpertWeights, Experts};
-use model::{
-    AdapterWeights, Attention, CacheType, Compute, FeedForward, ForwardContext, Site, weights,
-};
+use model::export::mix::{GgufType, Mix, MixScheme};
+use model::modules::attention::Attention;
+use model::modules::experts::{ExpertWeights, Experts};
+use model::modules::linear::{Frozen, Linear, Weight};
+use model::{AdapterWeights, CacheType, Compute, FeedForward, ForwardContext, ModuleMut, load};
 use moeforge_infer::{
     Engine, FinishReason, GenerateConfig, Generation, KvPrefix, SampleConfig, Sequence,
 };
@@ -26,14 +28,13 @@ use moeforge_infer::{
 const NAME: &str = "deepseek_v3";
 
 fn path() -> PathBuf {
-    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens");
-    goldens.join(NAME)
+    goldens::path(NAME)
 }
 
 fn with_module(path: &Path, compute: Compute) -> Engine {
     let mut engine = Engine::open(path, compute, Device::flex()).unwrap();
     let folder = Folder::open(path).unwrap();
-    engine.mtp = Some(weights::load_mtp(&folder, &engine.device).unwrap());
+    engine.mtp = Some(load::load_mtp(&folder, &engine.device).unwrap());
     engine
 }
 
@@ -74,13 +75,19 @@ fn scaled(matrix: &Matrix, scale: f32) -> Matrix {
 fn guided(scale: f32) -> Engine {
     let mut engine = golden();
     let (smaller, as_it_is) = (|w: &Matrix| scaled(w, scale), |w: &Matrix| w.clone());
-    engine.model.for_each_site(&mut |path, site| match site {
-        Site::Linear(linear) if path.ends_with("o_proj") || path.ends_with("down_proj") => {
-            change(linear, &smaller);
+    for (path, module) in engine.model.modules_mut() {
+        match module {
+            ModuleMut::Linear(linear)
+                if path.ends_with("o_proj") || path.ends_with("down_proj") =>
+            {
+                change(linear, &smaller);
+            }
+            ModuleMut::Linear(_) => {}
+            ModuleMut::Experts(experts) => {
+                change_experts(experts, [&as_it_is, &as_it_is, &smaller]);
+            }
         }
-        Site::Linear(_) => {}
-        Site::Experts(experts) => change_experts(experts, [&as_it_is, &as_it_is, &smaller]),
-    });
+    }
     let (norm, width) = (
         engine.model.model.norm.clone(),
         engine.model.config.hidden_size,
@@ -259,10 +266,14 @@ fn in_blocks(matrix: &Matrix) -> Matrix {
 fn so_it_is_with_weights_in_blocks_and_products_in_int8() {
     for mut engine in [golden(), guided(0.15)] {
         engine.compute = Compute::Int8;
-        engine.model.for_each_site(&mut |_, site| match site {
-            Site::Linear(linear) => change(linear, &in_blocks),
-            Site::Experts(experts) => change_experts(experts, [&in_blocks, &in_blocks, &in_blocks]),
-        });
+        for (_, module) in engine.model.modules_mut() {
+            match module {
+                ModuleMut::Linear(linear) => change(linear, &in_blocks),
+                ModuleMut::Experts(experts) => {
+                    change_experts(experts, [&in_blocks, &in_blocks, &in_blocks]);
+                }
+            }
+        }
         let mtp = engine.mtp.as_mut().unwrap();
         change(&mut mtp.eh_proj, &in_blocks);
         let FeedForward::Moe(moe) = &mut mtp.layer.mlp else {
@@ -287,7 +298,7 @@ fn so_it_is_with_a_gguf_file() {
     let (place, folder) = (tempfile::tempdir().unwrap(), Folder::open(&path()).unwrap());
     let in_blocks = GgufType::Ggml(Ggml::Q8_0);
     for (of, compute) in [(GgufType::F32, Compute::F32), (in_blocks, Compute::Int8)] {
-        let mut mix = Mix::new(Scheme::Plain(of), "").unwrap();
+        let mut mix = Mix::new(MixScheme::Plain(of), "").unwrap();
         let out = place.path().join(format!("{}.gguf", mix.scheme));
         mix.mtp = true;
         write_gguf(&folder, &mix, vec![], &out, &mut |_, _| {}).unwrap();

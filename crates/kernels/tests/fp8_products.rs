@@ -2,7 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
-use std::path::Path;
+#[path = "../../../tests/goldens/paths.rs"]
+mod goldens;
+
 use std::sync::Arc;
 
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
@@ -87,8 +89,7 @@ fn linear_products_are_products_of_rounded_operands() {
 
 /// A tensor's bytes from a file of the goldens.
 fn golden(file: &str, name: &str) -> (Vec<u8>, Vec<usize>) {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/deepseek_v3_fp8");
-    let bytes = std::fs::read(folder.join(file)).unwrap();
+    let bytes = std::fs::read(goldens::path("deepseek_v3_fp8").join(file)).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let tensor = tensors.tensor(name).unwrap();
     (tensor.data().to_vec(), tensor.shape().to_vec())

@@ -93,7 +93,7 @@ pub enum Error {
         /// What there was instead.
         found: String,
     },
-    /// A written model is not what it should be.
+    /// A written model has other values than it should have.
     #[error(
         "tensor `{tensor}` of the output: expected {expected}, found {found}; nothing was kept"
     )]

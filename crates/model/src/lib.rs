@@ -1,56 +1,61 @@
 //! The decoder, once: DeepSeek V2, V3 and R1, and the Qwen and Llama distills, as values of one config.
 //!
-//! Training, evaluation and generation call the same [`Model::hidden`]; what differs between them is in the [`ForwardContext`]
-//! (a cache or none, dropout or none) and in how the weights are held (frozen in their published bytes, or trained).
+//! Training, evaluation and generation call the same [`Model::hidden`]. They differ in the [`ForwardContext`] (KV caches,
+//! dropout) and in the form of the weights (frozen in their published bytes, or trained).
 //!
 //! ```no_run
 //! use burn::tensor::{Device, Int, Tensor};
-//! use moeforge_model::{Compute, ForwardContext, Training, weights};
+//! use moeforge_model::{Compute, ForwardContext, Training, load};
 //!
 //! let folder = checkpoint::Folder::open("DeepSeek-V2-Lite".as_ref())?;
 //! let device = Device::flex();
-//! let model = weights::load(&folder, Training::Frozen, &device)?;
+//! let model = load::load(&folder, Training::Frozen, &device)?;
 //! let mut ctx = ForwardContext::new(Compute::F32);
 //! let hidden = model.hidden(Tensor::from_ints([[1, 2, 3]], &device), &mut ctx); // [1, 3, hidden_size]
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//!
+//! The modules below are in the order in which one may name another: from the bottom up.
 
-pub mod adapter;
-mod attention;
-mod cache;
-pub mod config;
-mod context;
-mod decoder;
 mod error;
-pub mod export;
-pub mod linear;
-pub mod lora;
-pub mod merge;
-mod mlp;
-pub mod moe;
-mod norm;
-mod parameters;
-mod patterns;
-pub mod precision;
-mod rope;
-mod rounding;
-mod sites;
-pub mod weights;
+#[cfg(test)]
+#[path = "../../../tests/goldens/paths.rs"]
+mod goldens;
 
-pub use adapter::AdapterWeights;
-pub use attention::{Attention, Gqa, Mla};
-pub use cache::Cache;
+pub mod config;
+pub mod keys;
+mod patterns;
+mod precision;
+mod precision_table;
+mod rope;
+
+mod forward;
+pub mod modules;
+
+mod decoder;
+
+pub mod load;
+
+pub mod adapt;
+
+pub mod export;
+
+pub use adapt::AdapterWeights;
 pub use config::ModelConfig;
-pub use context::{ForwardContext, InputRecord, Observe, RoutingRecord, routing_drift};
-pub use decoder::{
-    Checkpointing, Cost, Decoder, DecoderLayer, Embedding, FeedForward, Model, Mtp, SharedHead,
-    Trace, Traffic,
-};
+pub use decoder::checkpointing::{Checkpointing, Trace};
+pub use decoder::cost::{Cost, Traffic};
+pub use decoder::mtp::{Mtp, SharedHead};
+pub use decoder::parameters::Parameter;
+pub use decoder::visit::{ModuleMut, ModuleRef};
+pub use decoder::{Decoder, DecoderLayer, Embedding, FeedForward, Model};
 pub use error::Error;
+pub use forward::cache::Cache;
+pub use forward::context::ForwardContext;
+pub use forward::recorder::Recorder;
+pub use forward::routing::{Routed, RoutingRecord, routing_drift};
 pub use kernels::{CacheType, Compute, ExpertTraffic, Quantizer};
-pub use mlp::Mlp;
-pub use norm::Norm;
-pub use parameters::Parameter;
+pub use load::Training;
+pub use patterns::matches;
+pub use precision::PrecisionClass;
+pub use precision_table::Policy;
 pub use rope::RotaryTable;
-pub use sites::{Site, matches};
-pub use weights::Training;

@@ -1,57 +1,59 @@
-//! The ranks and alphas an adapter's config gives its modules, by PEFT's patterns.
+//! Patterns that choose among a model's modules and tensors by their paths.
 
-use std::collections::BTreeMap;
-
-use regex::Regex;
-
-use crate::Error;
-
-/// Ranks and alphas of an adapter's modules.
-pub(crate) struct Settings {
-    pub(crate) alphas: Patterns<f64>,
-    pub(crate) ranks: Patterns<usize>,
-    pub(crate) alpha: f64,
-    pub(crate) rank: usize,
+/// Whether a pattern chooses a module.
+///
+/// A pattern is some consecutive components of the path (`q_a_proj`, `mlp.down_proj`, `experts`, `layers.3`), with `*`
+/// for anything within one component. `all-linear` chooses every linear layer and expert except the router and the
+/// output head.
+pub fn matches(pattern: &str, module: &str) -> bool {
+    let parts: Vec<&str> = module.split('.').collect();
+    if pattern == "all-linear" {
+        return !matches!(parts.last(), Some(&"gate" | &"lm_head"));
+    }
+    let wanted: Vec<&str> = pattern.split('.').collect();
+    parts.windows(wanted.len()).any(|run| {
+        run.iter()
+            .zip(&wanted)
+            .all(|(part, wanted)| matches_part(wanted, part))
+    })
 }
 
-impl Settings {
-    pub(crate) fn alpha_of(&self, module: &str) -> f64 {
-        self.alphas.find(module).unwrap_or(self.alpha)
-    }
-
-    pub(crate) fn rank_of(&self, module: &str) -> usize {
-        self.ranks.find(module).unwrap_or(self.rank)
-    }
-}
-
-/// PEFT's patterns: regular expressions that match the end of a module's path, from a dot or its start.
-pub(crate) struct Patterns<T>(Vec<(Regex, T)>);
-
-impl<T: Copy> Patterns<T> {
-    pub(crate) fn new<'a>(patterns: impl Iterator<Item = (&'a str, T)>) -> Result<Self, Error> {
-        let compiled = patterns.map(|(pattern, value)| {
-            let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$"));
-            regex.map(|regex| (regex, value)).map_err(|error| {
-                Error::Unsupported(format!("adapter_config.json: pattern `{pattern}`: {error}"))
-            })
-        });
-        Ok(Self(compiled.collect::<Result<_, _>>()?))
-    }
-
-    pub(crate) fn find(&self, module: &str) -> Option<T> {
-        self.0
-            .iter()
-            .find(|(regex, _)| regex.is_match(module))
-            .map(|(_, value)| *value)
+fn matches_part(pattern: &str, part: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == part,
+        Some((head, rest)) => match part.strip_prefix(head) {
+            Some(tail) => (0..=tail.len())
+                .filter(|at| tail.is_char_boundary(*at))
+                .any(|at| matches_part(rest, &tail[at..])),
+            None => false,
+        },
     }
 }
 
-/// The value that comes most often: an adapter's default, from which the rest deviates.
-pub(crate) fn most_common<T: Ord + Copy>(values: impl Iterator<Item = T>) -> Option<T> {
-    let mut counts = BTreeMap::new();
-    values.for_each(|value| *counts.entry(value).or_insert(0usize) += 1);
-    counts
-        .into_iter()
-        .max_by_key(|(_, count)| *count)
-        .map(|(value, _)| value)
+#[cfg(test)]
+mod tests {
+    use super::matches;
+
+    #[test]
+    fn patterns_are_runs_of_path_components() {
+        let expert = "model.layers.3.mlp.experts.down_proj";
+        let shared = "model.layers.3.mlp.shared_experts.down_proj";
+        for (pattern, module, expected) in [
+            ("down_proj", expert, true),
+            ("experts", expert, true),
+            ("experts", shared, false),
+            ("experts.down_proj", shared, false),
+            ("layers.3", expert, true),
+            ("layers.*.mlp.shared*", shared, true),
+            ("*_proj", shared, true),
+            ("down", shared, false),
+            ("gate", "model.layers.3.mlp.gate", true),
+            ("gate", "model.layers.3.mlp.shared_experts.gate_proj", false),
+            ("all-linear", "model.layers.3.mlp.gate", false),
+            ("all-linear", "lm_head", false),
+            ("all-linear", expert, true),
+        ] {
+            assert_eq!(matches(pattern, module), expected, "{pattern} on {module}");
+        }
+    }
 }

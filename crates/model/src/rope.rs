@@ -11,8 +11,8 @@ use kernels::RopeLayout;
 
 use crate::config::{RopeConfig, RopeScaling};
 
-/// Cosines and sines of the positions of one forward pass, `[seq, dim / 2]` each; of rows that count their positions each
-/// in its own way, `[batch · seq, dim / 2]`.
+/// Cosines and sines of the positions of one forward pass: `[seq, dim / 2]` each, or `[batch · seq, dim / 2]` if the rows of
+/// the input have different positions.
 #[derive(Clone, Debug)]
 pub struct RotaryTable {
     /// Cosines.
@@ -22,7 +22,30 @@ pub struct RotaryTable {
 }
 
 impl RotaryTable {
-    /// Turns the last features of every head of `x` `[batch, seq, heads, dim]`.
+    /// The tables of the given positions, for heads of width `dim`.
+    pub fn new(
+        rope: &RopeConfig,
+        positions: impl ExactSizeIterator<Item = usize>,
+        dim: usize,
+        device: &Device,
+    ) -> Self {
+        let (frequencies, amplitude) = (rope.frequencies(dim), rope.amplitude() as f32);
+        let shape = [positions.len(), dim / 2];
+        // f32 products of position and frequency, as the reference implementation computes them.
+        let angles: Vec<f32> = positions
+            .flat_map(|p| frequencies.iter().map(move |f| p as f32 * f))
+            .collect();
+        let tensor = |f: fn(f32) -> f32| {
+            let values: Vec<f32> = angles.iter().map(|angle| f(*angle) * amplitude).collect();
+            Tensor::from_data(TensorData::new(values, shape), device)
+        };
+        Self {
+            cos: tensor(f32::cos),
+            sin: tensor(f32::sin),
+        }
+    }
+
+    /// Rotates the last features of every head of `x` `[batch, seq, heads, dim]`.
     pub(crate) fn rotate(&self, x: Tensor<4>, layout: RopeLayout) -> Tensor<4> {
         let [batch, seq, heads, dim] = x.dims();
         let (cos, sin) = (self.cos.clone(), self.sin.clone());
@@ -47,11 +70,11 @@ impl RopeConfig {
                 beta_slow,
                 ..
             } => {
-                let turns = |n: f64| {
+                let rotations = |n: f64| {
                     dim as f64 * (original / (2.0 * PI * n)).ln() / (2.0 * self.theta.ln())
                 };
-                let low = turns(beta_fast).floor().max(0.0);
-                let mut high = turns(beta_slow).ceil().min(dim as f64 - 1.0);
+                let low = rotations(beta_fast).floor().max(0.0);
+                let mut high = rotations(beta_slow).ceil().min(dim as f64 - 1.0);
                 if low == high {
                     high += 0.001;
                 }
@@ -76,7 +99,7 @@ impl RopeConfig {
         (0..dim / 2).map(|j| stretched(j) as f32).collect()
     }
 
-    /// What cosines and sines are multiplied by; 1 in all releases.
+    /// The factor of cosines and sines; 1 in all releases.
     fn amplitude(&self) -> f64 {
         match self.scaling {
             RopeScaling::Yarn {
@@ -103,29 +126,6 @@ impl RopeConfig {
             _ => 1.0,
         };
         ((dim as f64).powf(-0.5) * squared) as f32
-    }
-
-    /// The tables of some positions, for heads of width `dim`.
-    pub fn table(
-        &self,
-        positions: impl ExactSizeIterator<Item = usize>,
-        dim: usize,
-        device: &Device,
-    ) -> RotaryTable {
-        let (frequencies, amplitude) = (self.frequencies(dim), self.amplitude() as f32);
-        let shape = [positions.len(), dim / 2];
-        // f32 products of position and frequency, as the reference implementation computes them.
-        let angles: Vec<f32> = positions
-            .flat_map(|p| frequencies.iter().map(move |f| p as f32 * f))
-            .collect();
-        let tensor = |f: fn(f32) -> f32| {
-            let values: Vec<f32> = angles.iter().map(|angle| f(*angle) * amplitude).collect();
-            Tensor::from_data(TensorData::new(values, shape), device)
-        };
-        RotaryTable {
-            cos: tensor(f32::cos),
-            sin: tensor(f32::sin),
-        }
     }
 }
 

@@ -6,11 +6,14 @@
     reason = "figures for whoever runs these with --no-capture"
 )]
 
+#[path = "../../../tests/goldens/paths.rs"]
+mod goldens;
+
 use std::path::Path;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Folder, Safetensors};
-use moeforge_model::{Cache, CacheType, Compute, ForwardContext, Model, Training, weights};
+use moeforge_model::{Cache, CacheType, Compute, ForwardContext, Model, Training, load};
 
 const ALL: [&str; 7] = [
     "deepseek_v2_lite",
@@ -61,12 +64,11 @@ fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
 #[test]
 fn logits_over_rounded_caches_are_near_the_full_ones() {
     let device = Device::flex();
-    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens");
     for name in ALL {
-        let folder = goldens.join(name);
+        let folder = goldens::path(name);
         let ids = golden_ids(&folder, &device);
         let folder = Folder::open(&folder).unwrap();
-        let model = weights::load(&folder, Training::Frozen, &device).unwrap();
+        let model = load::load(&folder, Training::Frozen, &device).unwrap();
         let ([batch, seq], vocab) = (ids.dims(), model.config.vocab_size);
         let full = logits(&model, ids.clone(), &mut ForwardContext::new(Compute::F32));
         for (cache_type, most) in ROUNDED {

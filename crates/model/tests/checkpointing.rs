@@ -3,14 +3,16 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
+#[path = "../../../tests/goldens/paths.rs"]
+mod goldens;
+
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::Folder;
-use moeforge_model::lora::{self, LoraConfig, Scaling};
+use moeforge_model::adapt::{self, LoraConfig, Scaling};
 use moeforge_model::{
-    Checkpointing, Compute, ForwardContext, Model, Observe, RoutingRecord, Trace, Training, weights,
+    Checkpointing, Compute, ForwardContext, Model, Recorder, RoutingRecord, Trace, Training, load,
 };
 
 /// The bits of a loss and of all gradients, by name.
@@ -29,10 +31,12 @@ const MODELS: [&str; 4] = [
 ];
 
 fn open(name: &str, training: Training, device: &Device) -> Model {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../tests/goldens")
-        .join(name);
-    weights::load(&Folder::open(&path).unwrap(), training, device).unwrap()
+    load::load(
+        &Folder::open(&goldens::path(name)).unwrap(),
+        training,
+        device,
+    )
+    .unwrap()
 }
 
 /// Updates of some layers' modules, both factors with values.
@@ -51,7 +55,7 @@ fn adapted(name: &str, target: &[&str], device: &Device) -> Model {
         use_dora: false,
         experts_share: None,
     };
-    lora::attach(&mut model, &settings, device).unwrap();
+    adapt::attach(&mut model, &settings, device).unwrap();
     model.map_parameters(&mut |name, values| {
         values + if name.ends_with("lora_b") { 0.01 } else { 0.0 }
     });
@@ -64,11 +68,10 @@ fn ids(model: &Model, device: &Device) -> Tensor<2, Int> {
     Tensor::from_data(TensorData::new(ids, [3, 21]), device)
 }
 
-fn ctx(compute: Compute) -> ForwardContext<'static> {
+fn ctx(compute: Compute, recorder: &mut Recorder) -> ForwardContext<'_> {
     ForwardContext {
         dropout_seed: Some(7),
-        observe: Observe::Routing,
-        ..ForwardContext::new(compute)
+        ..ForwardContext::recorded(compute, recorder)
     }
 }
 
@@ -93,14 +96,12 @@ fn bits(values: Tensor<1>) -> Vec<u32> {
 }
 
 /// One graph from the embedding to the loss, differentiated at once.
-fn whole(
-    model: &Model,
-    ids: &Tensor<2, Int>,
-    mut ctx: ForwardContext<'_>,
-) -> BTreeMap<String, Vec<f32>> {
+fn whole(model: &Model, ids: &Tensor<2, Int>, compute: Compute) -> BTreeMap<String, Vec<f32>> {
+    let mut recorder = Recorder::of_routing();
+    let mut ctx = ctx(compute, &mut recorder);
     let hidden = model.hidden(ids.clone(), &mut ctx);
     let loss = loss(model, hidden, ids.clone(), &ctx);
-    let records = ctx.routing.iter();
+    let records = recorder.routing.iter();
     let total = records.fold(loss, |total, record| total + term(record));
     let gradients = model.gradients(&mut total.backward()).into_iter();
     let values = |g: Tensor<1>| g.into_data().try_to_vec().unwrap();
@@ -110,9 +111,11 @@ fn whole(
 fn traced(
     model: &Model,
     ids: &Tensor<2, Int>,
-    mut ctx: ForwardContext<'_>,
+    compute: Compute,
     checkpointing: Checkpointing,
 ) -> Bits {
+    let mut recorder = Recorder::of_routing();
+    let mut ctx = ctx(compute, &mut recorder);
     let trace = Trace::new(model, ids.clone(), &mut ctx, checkpointing);
     let mut seen = vec![];
     let gradients = trace.backward(
@@ -125,7 +128,11 @@ fn traced(
         },
         |record| Some(term(record)),
     );
-    let layers: Vec<usize> = ctx.routing.iter().map(|record| record.layer_idx).collect();
+    let layers: Vec<usize> = recorder
+        .routing
+        .iter()
+        .map(|record| record.layer_idx)
+        .collect();
     assert!(layers.is_sorted(), "records are left in the layers' order");
     let gradients = gradients.into_iter().map(|(name, g)| (name, bits(g)));
     (seen, gradients.collect())
@@ -133,10 +140,10 @@ fn traced(
 
 fn assert_same(model: &Model, device: &Device, compute: Compute, what: &str) {
     let ids = ids(model, device);
-    let run = |checkpointing| traced(model, &ids, ctx(compute), checkpointing);
+    let run = |checkpointing| traced(model, &ids, compute, checkpointing);
     let (expected, found) = (run(Checkpointing::None), run(Checkpointing::Block));
     assert_eq!(expected.0, found.0, "{what}: loss");
-    let whole = whole(model, &ids, ctx(compute));
+    let whole = whole(model, &ids, compute);
     let tolerance = match compute {
         Compute::F32 => SUMS,
         _ => ROUNDED_SUMS,
@@ -190,23 +197,17 @@ fn a_replayed_choice_is_taken_as_it_is() {
     let device = Device::flex();
     let model = open("deepseek_v3", Training::Frozen, &device);
     let ids = ids(&model, &device);
-    let run = |ctx: &mut ForwardContext<'_>| model.hidden(ids.clone(), ctx);
-    let mut first = ctx(Compute::F32);
-    first.dropout_seed = None;
-    run(&mut first);
-    let own = first.routing[0].routed.ids.clone();
-    let mut second = ForwardContext {
-        replay: Some(own.zeros_like() + 1),
-        ..ctx(Compute::F32)
+    let run = |replay| {
+        let mut recorder = Recorder::of_routing();
+        let mut ctx = ForwardContext {
+            replay,
+            ..ForwardContext::recorded(Compute::F32, &mut recorder)
+        };
+        model.hidden(ids.clone(), &mut ctx);
+        recorder.routing[0].routed.ids.clone()
     };
-    run(&mut second);
-    let replayed: Vec<i32> = second.routing[0]
-        .routed
-        .ids
-        .clone()
-        .into_data()
-        .iter()
-        .collect();
+    let own = run(None);
+    let replayed = run(Some(own.zeros_like() + 1));
+    let replayed: Vec<i32> = replayed.into_data().iter().collect();
     assert!(replayed.iter().all(|id| *id == 1), "{replayed:?}");
-    assert!(second.replay.is_none(), "one layer takes it");
 }

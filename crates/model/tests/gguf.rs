@@ -3,17 +3,22 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
-use std::path::{Path, PathBuf};
+#[path = "../../../tests/goldens/paths.rs"]
+mod goldens;
+
+use std::path::Path;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Folder, FolderWriter, Safetensors, TensorSpec};
+use moeforge_model::adapt::{self, LoraConfig, Scaling};
 use moeforge_model::export::WeightFormat;
 use moeforge_model::export::gguf::write_gguf;
 use moeforge_model::export::importance::Importance;
-use moeforge_model::export::mix::{Mix, Scheme};
-use moeforge_model::lora::{self, LoraConfig, Scaling};
-use moeforge_model::merge::{MergeReport, convert};
-use moeforge_model::{Cache, CacheType, Compute, Error, ForwardContext, Model, Training, weights};
+use moeforge_model::export::mix::{Mix, MixScheme};
+use moeforge_model::export::{MergeReport, convert};
+use moeforge_model::{
+    Cache, CacheType, Compute, Error, ForwardContext, Model, Training, keys, load,
+};
 
 const MODELS: [&str; 6] = [
     "llama_f32",
@@ -28,17 +33,13 @@ const SPLIT: [&str; 2] = ["deepseek_v3_f32", "deepseek_v3_q8_0"];
 /// The bar for f32 logits that spread over about 10.
 const LOGITS: f32 = 2e-4;
 
-fn goldens() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/gguf")
-}
-
 fn open(name: &str) -> Folder {
-    Folder::open(&goldens().join(format!("{name}.gguf"))).unwrap()
+    Folder::open(&goldens::path(&format!("gguf/{name}.gguf"))).unwrap()
 }
 
 fn ids(name: &str, device: &Device) -> Tensor<2, Int> {
-    let goldens = Safetensors::open(&goldens().join("golden.safetensors")).unwrap();
-    let tensor = goldens.tensor(&format!("{name}.ids")).unwrap();
+    let file = Safetensors::open(&goldens::path("gguf/golden.safetensors")).unwrap();
+    let tensor = file.tensor(&format!("{name}.ids")).unwrap();
     let id = |bytes: &[u8]| i32::from_le_bytes(bytes.try_into().unwrap());
     let ids: Vec<i32> = tensor.bytes.chunks(4).map(id).collect();
     let n = ids.len();
@@ -58,7 +59,7 @@ fn logits_of(model: &Model, ids: Tensor<2, Int>, ctx: &mut ForwardContext<'_>) -
 }
 
 fn load(folder: &Folder) -> Model {
-    weights::load(folder, Training::Frozen, &Device::flex()).unwrap()
+    load::load(folder, Training::Frozen, &Device::flex()).unwrap()
 }
 
 #[track_caller]
@@ -75,9 +76,9 @@ fn assert_close(found: &[f32], expected: &[f32], tolerance: f32, what: &str) {
 
 #[test]
 fn logits_are_the_goldens() {
-    let goldens = Safetensors::open(&goldens().join("golden.safetensors")).unwrap();
+    let file = Safetensors::open(&goldens::path("gguf/golden.safetensors")).unwrap();
     for name in MODELS {
-        let expected = goldens.tensor(&format!("{name}.logits")).unwrap();
+        let expected = file.tensor(&format!("{name}.logits")).unwrap();
         let found = logits(&load(&open(name)), ids(name, &Device::flex()));
         assert_close(&found, &expected.to_f32().unwrap(), LOGITS, name);
     }
@@ -110,9 +111,9 @@ fn a_deepseek_opens_with_the_config_it_had() {
         ("deepseek_v3_f32", "deepseek_v3"),
         ("deepseek_v2_lite_bf16", "deepseek_v2_lite"),
     ] {
-        let found = weights::read_config(&open(name)).unwrap();
-        let folder = Folder::open(&goldens().join("..").join(source)).unwrap();
-        let mut expected = weights::read_config(&folder).unwrap();
+        let found = load::read_config(&open(name)).unwrap();
+        let folder = Folder::open(&goldens::path(source)).unwrap();
+        let mut expected = load::read_config(&folder).unwrap();
         // The converter leaves multi-token prediction out.
         expected.num_nextn_predict_layers = 0;
         assert_eq!(found, expected, "{name}");
@@ -133,12 +134,12 @@ fn experts_and_halves_are_views_of_the_file() {
         second.bytes.as_ptr()
     );
     let key = "model.layers.0.self_attn.kv_b_proj.weight";
-    let whole = weights::read_matrix(&folder, key, [4 * 32, 32], [128, 128]).unwrap();
+    let whole = load::read_matrix(&folder, key, [4 * 32, 32], [128, 128]).unwrap();
     let halves = ["k_b", "v_b"].map(|half| key.replace("kv_b", half));
     let sizes = halves.map(|half| folder.tensor(&half).unwrap().bytes.len());
     assert_eq!(whole.size_bytes(), sizes[0] + sizes[1]);
     for shape in [[4 * 31, 32], [4 * 32, 31], [130, 32]] {
-        let error = weights::read_matrix(&folder, key, shape, [128, 128]);
+        let error = load::read_matrix(&folder, key, shape, [128, 128]);
         let error = error.unwrap_err().to_string();
         assert!(error.contains("expected"), "{error}");
     }
@@ -147,14 +148,14 @@ fn experts_and_halves_are_views_of_the_file() {
 #[test]
 fn nothing_in_a_gguf_is_unknown_and_its_bytes_stay() {
     for name in MODELS {
-        let audit = weights::audit(&open(name)).unwrap();
+        let audit = load::audit(&open(name)).unwrap();
         assert!(audit.unknown.is_empty(), "{name}: {:?}", audit.unknown);
     }
     for (name, class) in [("llama_q4_1", "Q4_1"), ("qwen2_q5_0", "Q5_0")] {
         let folder = open(name);
         let key = "model.layers.1.self_attn.q_proj.weight";
         assert_eq!(folder.tensor(key).unwrap().dtype.to_string(), class);
-        let matrix = weights::read_matrix(&folder, key, [64, 64], [128, 128]).unwrap();
+        let matrix = load::read_matrix(&folder, key, [64, 64], [128, 128]).unwrap();
         assert_eq!(matrix.size_bytes(), folder.tensor(key).unwrap().bytes.len());
     }
 }
@@ -173,8 +174,8 @@ fn a_gguf_converts_to_a_folder_that_computes_the_same() {
             let out = place.path().join(dir);
             convert(&open(name), dtype, &out, &mut |_, _| {}).unwrap();
             let folder = Folder::open(&out).unwrap();
-            let config = weights::read_config(&folder).unwrap();
-            let mut keys: Vec<String> = weights::keys(&config).into_iter().map(|k| k.0).collect();
+            let config = load::read_config(&folder).unwrap();
+            let mut keys: Vec<String> = keys::keys(&config).into_iter().map(|k| k.0).collect();
             keys.sort_unstable();
             assert!(folder.names().eq(keys), "{name}");
             let after = logits(&load(&folder), ids(name, &Device::flex()));
@@ -192,8 +193,8 @@ fn updates_train_on_quantized_weights_as_on_their_values() {
         let out = place.path().join("f32");
         convert(&open(name), WeightFormat::F32, &out, &mut |_, _| {}).unwrap();
         let gradients = |folder: &Folder| {
-            let mut model = weights::load(folder, Training::Frozen, &device).unwrap();
-            lora::attach(&mut model, &all_linears(), &device).unwrap();
+            let mut model = load::load(folder, Training::Frozen, &device).unwrap();
+            adapt::attach(&mut model, &all_linears(), &device).unwrap();
             model.map_parameters(&mut |name, values| {
                 values + if name.ends_with("lora_b") { 0.01 } else { 0.0 }
             });
@@ -220,7 +221,7 @@ fn updates_train_on_quantized_weights_as_on_their_values() {
 
 /// Another golden: a folder, or one of the GGUFs.
 fn source(name: &str) -> Folder {
-    Folder::open(&goldens().join("..").join(name)).unwrap()
+    Folder::open(&goldens::path(name)).unwrap()
 }
 
 fn some_ids(model: &Model) -> Tensor<2, Int> {
@@ -244,7 +245,7 @@ fn write(source: &Folder, scheme: &str, parts: &str, out: &Path) -> Result<Merge
 }
 
 fn mix(scheme: &str, parts: &str) -> Mix {
-    let all = Scheme::all();
+    let all = MixScheme::all();
     let scheme = all
         .iter()
         .find(|known| known.to_string() == scheme)
@@ -314,7 +315,7 @@ fn a_written_gguf_computes_what_the_model_does() {
 
 /// What a model's module for multi-token prediction says of some ids.
 fn module_logits(folder: &Folder) -> Vec<f32> {
-    let (model, mtp) = (load(folder), weights::load_mtp(folder, &Device::flex()));
+    let (model, mtp) = (load(folder), load::load_mtp(folder, &Device::flex()));
     let (mtp, ids) = (mtp.unwrap(), some_ids(&model));
     let n = ids.dims()[1] - 1;
     let ctx = &mut ForwardContext::new(Compute::F32);
@@ -342,7 +343,7 @@ fn a_gguf_keeps_multi_token_prediction_if_asked() {
     let before = source("deepseek_v3");
     write(&before, "f32", "", &path("without.gguf")).unwrap();
     let without = Folder::open(&path("without.gguf")).unwrap();
-    assert!(weights::load_mtp(&without, &Device::flex()).is_err());
+    assert!(load::load_mtp(&without, &Device::flex()).is_err());
 
     let (expected, model) = (module_logits(&before), load(&before));
     let first = write_with_module(&before, "f32", "", &path("first.gguf"));
@@ -350,7 +351,7 @@ fn a_gguf_keeps_multi_token_prediction_if_asked() {
     let ids = some_ids(&model);
     let [of_file, of_folder] = [&load(&first), &model].map(|model| logits(model, ids.clone()));
     assert_close(&of_file, &of_folder, 2e-5, "the model beside it");
-    let audit = weights::audit(&first).unwrap();
+    let audit = load::audit(&first).unwrap();
     assert!(audit.unknown.is_empty() && !audit.mtp.is_empty());
     // The folder's copies are the model's own.
     assert!(before.contains("model.layers.3.embed_tokens.weight"));
@@ -458,7 +459,7 @@ fn fewer_bits_keep_less_and_parts_have_types_of_their_own() {
 fn what_a_gguf_cannot_say_is_refused() {
     let place = tempfile::tempdir().unwrap();
     let out = place.path().join("m.gguf");
-    let json = std::fs::read_to_string(goldens().join("../qwen2_distill/config.json")).unwrap();
+    let json = std::fs::read_to_string(goldens::path("qwen2_distill/config.json")).unwrap();
     let mut json: serde_json::Value = serde_json::from_str(&json).unwrap();
     json["rope_scaling"] = serde_json::json!({
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -469,7 +470,7 @@ fn what_a_gguf_cannot_say_is_refused() {
     std::fs::write(folder.join("config.json"), json.to_string()).unwrap();
     let weights = "model.safetensors";
     std::fs::copy(
-        goldens().join("../qwen2_distill").join(weights),
+        goldens::path("qwen2_distill").join(weights),
         folder.join(weights),
     )
     .unwrap();
@@ -484,7 +485,7 @@ fn what_a_gguf_cannot_say_is_refused() {
         ),
         ("experts", "found ``"),
     ] {
-        let problem = Mix::new(Scheme::all()[0], parts).unwrap_err();
+        let problem = Mix::new(MixScheme::all()[0], parts).unwrap_err();
         assert!(problem.contains(expected), "{problem}");
     }
 }

@@ -6,16 +6,17 @@
     reason = "figures for whoever runs these with --no-capture"
 )]
 
-use std::path::{Path, PathBuf};
+#[path = "../../../tests/goldens/paths.rs"]
+mod goldens;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Adapter, DType, Folder, Safetensors};
+use moeforge_model::adapt::{self, LoraConfig, Scaling};
 use moeforge_model::export::WeightFormat;
-use moeforge_model::lora::{self, LoraConfig, Scaling};
-use moeforge_model::merge::merge;
+use moeforge_model::export::merge;
 use moeforge_model::{
-    AdapterWeights, Cache, CacheType, Compute, ForwardContext, Model, Mtp, Observe, Site, Training,
-    weights,
+    AdapterWeights, Cache, CacheType, Compute, ForwardContext, Model, ModuleMut, Mtp, Recorder,
+    Training, keys, load,
 };
 use serde_json::Value;
 
@@ -34,10 +35,6 @@ const ALL: [&str; 7] = [
     "llama_distill",
 ];
 
-fn goldens() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens")
-}
-
 struct Golden {
     folder: Folder,
     tensors: Safetensors,
@@ -46,7 +43,7 @@ struct Golden {
 
 impl Golden {
     fn open(name: &str) -> Self {
-        let folder = goldens().join(name);
+        let folder = goldens::path(name);
         let json = std::fs::read_to_string(folder.join("golden.json")).unwrap();
         Self {
             tensors: Safetensors::open(&folder.join("golden.safetensors")).unwrap(),
@@ -120,17 +117,15 @@ fn logits_and_routing_are_the_goldens() {
     let device = Device::flex();
     for name in ALL {
         let golden = Golden::open(name);
-        let model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
-        let mut ctx = ForwardContext {
-            observe: Observe::Routing,
-            ..ForwardContext::new(Compute::F32)
-        };
+        let model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
+        let mut recorder = Recorder::of_routing();
+        let mut ctx = ForwardContext::recorded(Compute::F32, &mut recorder);
         let found = logits(&model, golden.ids(&device), &mut ctx);
         let difference = largest_difference(&found, &golden.floats("logits").0);
         println!("{name}: largest difference of the logits {difference:.1e}");
         assert!(difference <= LOGITS, "{name}: {difference}");
 
-        for record in &ctx.routing {
+        for record in &recorder.routing {
             let expected = golden
                 .tensors
                 .tensor(&format!("router.{}.indices", record.layer_idx))
@@ -168,11 +163,11 @@ fn logits_and_routing_are_the_goldens() {
 #[test]
 fn both_dialects_of_the_config_mean_the_same() {
     for name in ALL {
-        let folder = Folder::open(&goldens().join(name)).unwrap();
-        let path = goldens().join(name).join("config_v5_style.json");
+        let folder = Folder::open(&goldens::path(name)).unwrap();
+        let path = goldens::path(name).join("config_v5_style.json");
         let v5 = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
         let v5 = moeforge_model::ModelConfig::from_json(&v5, &path).unwrap();
-        assert_eq!(v5, weights::read_config(&folder).unwrap(), "{name}");
+        assert_eq!(v5, load::read_config(&folder).unwrap(), "{name}");
     }
 }
 
@@ -181,7 +176,7 @@ fn hidden_states_follow_the_goldens_to_the_last_norm() {
     let device = Device::flex();
     for name in ALL {
         let golden = Golden::open(name);
-        let model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
+        let model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
         let found =
             values(model.hidden(golden.ids(&device), &mut ForwardContext::new(Compute::F32)));
         let (expected, _) = golden.floats("hidden.final_norm");
@@ -195,7 +190,7 @@ fn cached_decoding_gives_the_golden_tokens() {
     let device = Device::flex();
     for name in ALL {
         let golden = Golden::open(name);
-        let model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
+        let model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
         let list = |key: &str| -> Vec<i32> {
             golden.json["generation"][key]
                 .as_array()
@@ -244,7 +239,7 @@ fn cached_logits_are_the_full_ones() {
     let device = Device::flex();
     for name in ALL {
         let golden = Golden::open(name);
-        let model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
+        let model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
         let ids = golden.ids(&device);
         let ([batch, seq], vocab) = (ids.dims(), model.config.vocab_size);
         let full = logits(&model, ids.clone(), &mut ForwardContext::new(Compute::F32));
@@ -268,7 +263,8 @@ fn cached_logits_are_the_full_ones() {
 
 /// Logits of some positions for the token after the next.
 fn mtp_logits(
-    (model, mtp): (&Model, &Mtp),
+    model: &Model,
+    mtp: &Mtp,
     hidden: Tensor<3>,
     next_ids: Tensor<2, Int>,
     ctx: &mut ForwardContext<'_>,
@@ -281,8 +277,8 @@ fn mtp_logits(
 #[test]
 fn what_multi_token_prediction_says_is_the_goldens() {
     let (device, golden) = (Device::flex(), Golden::open("deepseek_v3"));
-    let model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
-    let mtp = weights::load_mtp(&golden.folder, &device).unwrap();
+    let model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
+    let mtp = load::load_mtp(&golden.folder, &device).unwrap();
     // The file's copies are the model's own.
     assert!(mtp.embed_tokens.is_none() && mtp.shared_head.head.is_none());
     let (expected, shape) = golden.floats("mtp.logits");
@@ -293,9 +289,8 @@ fn what_multi_token_prediction_says_is_the_goldens() {
     let hidden = model.hidden(ids.clone(), &mut ForwardContext::new(Compute::F32));
     let hidden = hidden.slice([0..batch, 0..seq]);
     let next_ids = ids.slice([0..batch, 1..seq + 1]);
-    let both = (&model, &mtp);
     let ctx = &mut ForwardContext::new(Compute::F32);
-    let found = mtp_logits(both, hidden.clone(), next_ids.clone(), ctx);
+    let found = mtp_logits(&model, &mtp, hidden.clone(), next_ids.clone(), ctx);
     let difference = largest_difference(&found, &expected);
     println!("multi-token prediction: logits differ by at most {difference:.1e}");
     assert!(difference <= LOGITS, "{difference}");
@@ -305,12 +300,10 @@ fn what_multi_token_prediction_says_is_the_goldens() {
     for (start, piece) in [(0, 3), (3, 20), (3, 9), (12, 1), (13, 2), (15, seq - 15)] {
         caches.iter_mut().for_each(|cache| cache.truncate(start));
         let piece = start..start + piece;
-        let of = (
-            hidden.clone().slice([0..batch, piece.clone()]),
-            next_ids.clone().slice([0..batch, piece.clone()]),
-        );
+        let hidden = hidden.clone().slice([0..batch, piece.clone()]);
+        let next_ids = next_ids.clone().slice([0..batch, piece.clone()]);
         let ctx = &mut ForwardContext::cached(Compute::F32, &mut caches);
-        let found = mtp_logits(both, of.0, of.1, ctx);
+        let found = mtp_logits(&model, &mtp, hidden, next_ids, ctx);
         for (row, found) in found.chunks(piece.len() * vocab).enumerate() {
             let expected = &expected[(row * seq + start) * vocab..][..found.len()];
             let difference = largest_difference(found, expected);
@@ -323,13 +316,13 @@ fn what_multi_token_prediction_says_is_the_goldens() {
 fn a_model_without_multi_token_prediction_says_so() {
     let device = Device::flex();
     let folder = Golden::open("deepseek_v2_lite").folder;
-    let error = weights::load_mtp(&folder, &device).unwrap_err().to_string();
+    let error = load::load_mtp(&folder, &device).unwrap_err().to_string();
     assert!(error.contains("num_nextn_predict_layers"), "{error}");
-    let mut config = weights::read_config(&folder).unwrap();
-    let fresh = weights::fresh_mtp(&config, 0, &device).unwrap();
+    let mut config = load::read_config(&folder).unwrap();
+    let fresh = load::fresh_mtp(&config, 0, &device).unwrap();
     assert!(fresh.is_none());
     config.num_nextn_predict_layers = 1;
-    let mut fresh = weights::fresh_mtp(&config, 0, &device).unwrap().unwrap();
+    let fresh = load::fresh_mtp(&config, 0, &device).unwrap().unwrap();
     assert_eq!(
         fresh.eh_proj.weight.dims(),
         [config.hidden_size, 2 * config.hidden_size]
@@ -342,7 +335,7 @@ fn loss_and_gradients_are_the_goldens() {
     let device = Device::flex().autodiff();
     for name in ALL {
         let golden = Golden::open(name);
-        let model = weights::load(&golden.folder, Training::Full, &device).unwrap();
+        let model = load::load(&golden.folder, Training::Full, &device).unwrap();
         let loss = mean_loss(
             &model,
             golden.ids(&device),
@@ -359,7 +352,7 @@ fn loss_and_gradients_are_the_goldens() {
         let mut norms: std::collections::BTreeMap<String, f64> = Default::default();
         for (parameter, gradient) in model.gradients(&mut gradients) {
             let gradient = values(gradient);
-            for (key, range) in weights::parameter_keys(&parameter, gradient.len(), &model) {
+            for (key, range) in model.parameter_keys(&parameter, gradient.len()) {
                 let norm = gradient[range]
                     .iter()
                     .map(|g| f64::from(*g).powi(2))
@@ -400,7 +393,7 @@ fn adapters_of_both_dialects_give_the_golden_logits() {
         .flat_map(|name| DIALECTS.map(|dialect| (name, dialect)))
     {
         let golden = Golden::open(name);
-        let mut model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
+        let mut model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
         golden.adapter(dialect, &mut model, &device);
         let found = logits(
             &model,
@@ -420,7 +413,7 @@ fn adapted_decoding_agrees_with_the_whole_sequence() {
     let device = Device::flex();
     for name in ADAPTED {
         let golden = Golden::open(name);
-        let mut model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
+        let mut model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
         golden.adapter("peft", &mut model, &device);
         let ids = golden.ids(&device);
         let ([batch, seq], vocab) = (ids.dims(), model.config.vocab_size);
@@ -450,7 +443,7 @@ fn adapters_are_written_as_they_were_read() {
         .flat_map(|name| DIALECTS.map(|dialect| (name, dialect)))
     {
         let golden = Golden::open(name);
-        let mut model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
+        let mut model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
         golden.adapter(dialect, &mut model, &device);
         let original =
             Adapter::open(&golden.folder.path().join(format!("adapter_{dialect}"))).unwrap();
@@ -481,10 +474,10 @@ fn stacked_updates_of_one_parameter_stay_stacked() {
     let device = Device::flex();
     let golden = Golden::open("deepseek_v3");
     for down in [true, false] {
-        let mut model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
+        let mut model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
         golden.adapter("peft", &mut model, &device);
-        model.for_each_site(&mut |_, site| {
-            if let Site::Experts(experts) = site
+        for (_, module) in model.modules_mut() {
+            if let ModuleMut::Experts(experts) = module
                 && let Some(lora) = &mut experts.lora
             {
                 *if down {
@@ -493,7 +486,7 @@ fn stacked_updates_of_one_parameter_stay_stacked() {
                     &mut lora.down_proj
                 } = None;
             }
-        });
+        }
         let run = |model: &Model| {
             logits(
                 model,
@@ -514,7 +507,7 @@ fn stacked_updates_of_one_parameter_stay_stacked() {
         Adapter::save_into(&mut writer, &config, &tensors).unwrap();
         writer.finish().unwrap();
         let read = AdapterWeights::read(&Adapter::open(&path).unwrap(), &model.config).unwrap();
-        let mut again = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
+        let mut again = load::load(&golden.folder, Training::Frozen, &device).unwrap();
         read.attach(&mut again, &device).unwrap();
         assert_eq!(run(&again), expected);
     }
@@ -525,7 +518,7 @@ fn adapter_gradients_are_the_goldens() {
     let device = Device::flex().autodiff();
     for name in ADAPTED {
         let golden = Golden::open(name);
-        let mut model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
+        let mut model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
         golden.adapter("peft", &mut model, &device);
         let loss = mean_loss(
             &model,
@@ -576,7 +569,7 @@ fn merged_models_are_base_plus_adapter() {
         .flat_map(|name| DIALECTS.map(|dialect| (name, dialect)))
     {
         let golden = Golden::open(name);
-        let mut model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
+        let mut model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
         let adapter = golden.adapter(dialect, &mut model, &device);
         let place = tempfile::tempdir().unwrap();
         let out = place.path().join("merged");
@@ -597,7 +590,7 @@ fn merged_models_are_base_plus_adapter() {
             "no tensor is lost, MTP included"
         );
         let found = logits(
-            &weights::load(&merged, Training::Frozen, &device).unwrap(),
+            &load::load(&merged, Training::Frozen, &device).unwrap(),
             golden.ids(&device),
             &mut ForwardContext::new(Compute::F32),
         );
@@ -626,7 +619,7 @@ fn fp8_products_are_the_goldens() {
     let device = Device::flex();
     for name in ["deepseek_v3_fp8", "deepseek_v3_fp8_ue8m0"] {
         let golden = Golden::open(name);
-        let model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
+        let model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
         let fp8 = Compute::Fp8(model.config.fp8_scales);
         let found = logits(&model, golden.ids(&device), &mut ForwardContext::new(fp8));
         let expected = golden.floats("w8a8_logits").0;
@@ -651,8 +644,8 @@ fn models_merged_in_fp8_keep_what_the_adapter_leaves_alone() {
         ("deepseek_v3_fp8_ue8m0", true),
     ] {
         let golden = Golden::open(name);
-        let mut model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
-        lora::attach(&mut model, &small_lora(&["o_proj", "experts"]), &device).unwrap();
+        let mut model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
+        adapt::attach(&mut model, &small_lora(&["o_proj", "experts"]), &device).unwrap();
         // Fresh factors are an update of zero.
         model.map_parameters(&mut |_, values| values + 0.02);
         let adapter = AdapterWeights::from_model(&model, Scaling::Plain, 0.0);
@@ -692,7 +685,7 @@ fn models_merged_in_fp8_keep_what_the_adapter_leaves_alone() {
                 && endings.iter().any(|ending| key.ends_with(ending));
             assert_eq!(after.dtype == DType::F8E4M3, is_lowered, "{key}");
             if adapter.update(module).is_some() {
-                let scales = merged.tensor(&weights::scale_key(key)).unwrap();
+                let scales = merged.tensor(&keys::scale_key(key)).unwrap();
                 let is_power = |scale: &f32| scale.to_bits().trailing_zeros() >= 23;
                 let all_powers = scales.to_f32().unwrap().iter().all(is_power);
                 assert_eq!(all_powers, in_powers, "{key}");
@@ -700,7 +693,7 @@ fn models_merged_in_fp8_keep_what_the_adapter_leaves_alone() {
                 assert_eq!(before.bytes, after.bytes, "{key}");
             }
         }
-        let found = run(&weights::load(&merged, Training::Frozen, &device).unwrap());
+        let found = run(&load::load(&merged, Training::Frozen, &device).unwrap());
         let size = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>();
         let error = size(&mut found.iter().zip(&expected).map(|(a, b)| a - b));
         let relative = (error / size(&mut expected.iter().copied())).sqrt();
@@ -734,7 +727,7 @@ fn adapters_of_other_models_are_refused() {
         Golden::open("deepseek_v2_lite"),
         Golden::open("deepseek_v3"),
     );
-    let mut model = weights::load(&v3.folder, Training::Frozen, &device).unwrap();
+    let mut model = load::load(&v3.folder, Training::Frozen, &device).unwrap();
     let adapter = Adapter::open(&v2.folder.path().join("adapter_classic")).unwrap();
     let error = AdapterWeights::read(&adapter, &model.config)
         .unwrap()
@@ -753,9 +746,9 @@ fn fp8_weights_train_like_their_dequantized_twin() {
     let golden = Golden::open("deepseek_v3_fp8");
     let place = tempfile::tempdir().unwrap();
     let out = place.path().join("twin");
-    let config = weights::read_config(&golden.folder).unwrap();
+    let config = load::read_config(&golden.folder).unwrap();
     let nothing = AdapterWeights::from_model(
-        &weights::fresh(&config, Training::Full, 0, &Device::flex()).unwrap(),
+        &load::fresh(&config, Training::Full, 0, &Device::flex()).unwrap(),
         Scaling::Plain,
         0.0,
     );
@@ -769,8 +762,8 @@ fn fp8_weights_train_like_their_dequantized_twin() {
     .unwrap();
     let settings = small_lora(&["all-linear"]);
     let gradients = |folder: &Folder| {
-        let mut model = weights::load(folder, Training::Frozen, &device).unwrap();
-        lora::attach(&mut model, &settings, &device).unwrap();
+        let mut model = load::load(folder, Training::Frozen, &device).unwrap();
+        adapt::attach(&mut model, &settings, &device).unwrap();
         // Fresh factors have lora_b zero and so no gradient of lora_a: give both some values.
         model.map_parameters(&mut |name, values| {
             let shift = if name.ends_with("lora_b") { 0.01 } else { 0.0 };

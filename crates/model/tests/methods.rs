@@ -2,16 +2,18 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
+#[path = "../../../tests/goldens/paths.rs"]
+mod goldens;
+
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Adapter, Folder, FolderWriter, Notes, Safetensors};
-use moeforge_model::export::{WeightFormat, export_chosen};
-use moeforge_model::lora::{self, LoraConfig, Scaling, Share};
-use moeforge_model::merge::merge;
+use moeforge_model::adapt::{self, LoraConfig, Scaling, Share};
+use moeforge_model::export::merge;
+use moeforge_model::export::{WeightFormat, export_subset};
 use moeforge_model::{
-    AdapterWeights, Cache, CacheType, Compute, ForwardContext, Model, Site, Training, weights,
+    AdapterWeights, Cache, CacheType, Compute, ForwardContext, Model, ModuleMut, Training, load,
 };
 
 /// Logits that spread over about 10, in f32.
@@ -24,19 +26,13 @@ const SUMS: f32 = 1e-5;
 const METHODS: [&str; 2] = ["dora", "rslora"];
 const MODELS: [&str; 2] = ["deepseek_v3", "qwen2_distill"];
 
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../tests/goldens")
-        .join(name)
-}
-
 fn open(name: &str, device: &Device) -> Model {
-    let folder = Folder::open(&golden(name)).unwrap();
-    weights::load(&folder, Training::Frozen, device).unwrap()
+    let folder = Folder::open(&goldens::path(name)).unwrap();
+    load::load(&folder, Training::Frozen, device).unwrap()
 }
 
 fn read(name: &str, method: &str, model: &Model) -> AdapterWeights {
-    let adapter = Adapter::open(&golden(name).join(format!("adapter_{method}"))).unwrap();
+    let adapter = Adapter::open(&goldens::path(name).join(format!("adapter_{method}"))).unwrap();
     AdapterWeights::read(&adapter, &model.config).unwrap()
 }
 
@@ -57,7 +53,7 @@ fn scaling(method: &str) -> Scaling {
 }
 
 fn ids(name: &str, device: &Device) -> Tensor<2, Int> {
-    let file = Safetensors::open(&golden(name).join("golden.safetensors")).unwrap();
+    let file = Safetensors::open(&goldens::path(name).join("golden.safetensors")).unwrap();
     let tensor = file.tensor("input_ids").unwrap();
     let ids: Vec<i32> = tensor
         .bytes
@@ -96,7 +92,7 @@ fn assert_close(found: &[f32], expected: &[f32], tolerance: f32, what: &str) {
 }
 
 fn expected_logits(name: &str, method: &str) -> (Vec<f32>, usize) {
-    let file = Safetensors::open(&golden(name).join("methods.safetensors")).unwrap();
+    let file = Safetensors::open(&goldens::path(name).join("methods.safetensors")).unwrap();
     let tensor = file.tensor(&format!("{method}.logits")).unwrap();
     (tensor.to_f32().unwrap(), tensor.shape[1])
 }
@@ -163,10 +159,10 @@ fn adapters_of_mlx_are_read() {
     let device = Device::flex();
     for name in ["deepseek_v2_lite", "qwen2_distill"] {
         let mut model = open(name, &device);
-        let adapter = Adapter::open(&golden(name).join("adapter_mlx")).unwrap();
+        let adapter = Adapter::open(&goldens::path(name).join("adapter_mlx")).unwrap();
         let adapter = AdapterWeights::read(&adapter, &model.config).unwrap();
         adapter.attach(&mut model, &device).unwrap();
-        let file = Safetensors::open(&golden(name).join("mlx.safetensors")).unwrap();
+        let file = Safetensors::open(&goldens::path(name).join("mlx.safetensors")).unwrap();
         let expected = file.tensor("logits").unwrap();
         let found = logits(
             &model,
@@ -182,7 +178,7 @@ fn adapters_of_mlx_are_read() {
 fn gradients_are_those_of_peft() {
     let device = Device::flex().autodiff();
     each(|name, method| {
-        let json = std::fs::read_to_string(golden(name).join("methods.json")).unwrap();
+        let json = std::fs::read_to_string(goldens::path(name).join("methods.json")).unwrap();
         let json: serde_json::Value = serde_json::from_str(&json).unwrap();
         let mut model = adapted(name, method, &device);
         let loss = loss(
@@ -226,7 +222,8 @@ fn gradients_are_those_of_peft() {
 fn adapters_are_written_as_peft_wrote_them() {
     let device = Device::flex();
     each(|name, method| {
-        let original = Adapter::open(&golden(name).join(format!("adapter_{method}"))).unwrap();
+        let original =
+            Adapter::open(&goldens::path(name).join(format!("adapter_{method}"))).unwrap();
         let model = adapted(name, method, &device);
         let adapter = AdapterWeights::from_model(&model, scaling(method), 0.0);
         let (config, tensors) = adapter.files(".").unwrap();
@@ -249,12 +246,12 @@ fn merged_models_predict_what_their_parts_do() {
     let device = Device::flex();
     let place = tempfile::tempdir().unwrap();
     each(|name, method| {
-        let base = Folder::open(&golden(name)).unwrap();
+        let base = Folder::open(&goldens::path(name)).unwrap();
         let adapter = read(name, method, &open(name, &device));
         let out = place.path().join(format!("{name}-{method}"));
         merge(&base, &adapter, WeightFormat::F32, &out, &mut |_, _| ()).unwrap();
         let merged = Folder::open(&out).unwrap();
-        let merged = weights::load(&merged, Training::Frozen, &device).unwrap();
+        let merged = load::load(&merged, Training::Frozen, &device).unwrap();
         let (expected, positions) = expected_logits(name, method);
         let found = logits(
             &merged,
@@ -274,9 +271,9 @@ fn merged_models_predict_what_their_parts_do() {
 fn dora_on_fp8_has_the_gradients_of_dora_on_the_same_values() {
     let device = Device::flex().autodiff();
     let ids = ids("deepseek_v3_fp8", &device);
-    let base = Folder::open(&golden("deepseek_v3_fp8")).unwrap();
-    let mut packed = weights::load(&base, Training::Frozen, &device).unwrap();
-    let mut dense = weights::load(&base, Training::Full, &device).unwrap();
+    let base = Folder::open(&goldens::path("deepseek_v3_fp8")).unwrap();
+    let mut packed = load::load(&base, Training::Frozen, &device).unwrap();
+    let mut dense = load::load(&base, Training::Full, &device).unwrap();
     for model in [&mut packed, &mut dense] {
         attach(
             model,
@@ -321,14 +318,14 @@ fn gradients_of_dora_are_finite_differences() {
         ..config()
     };
     attach(&mut model, &config, &device);
-    model.for_each_site(&mut |_, site| {
-        if let Site::Linear(linear) = site
+    for (_, module) in model.modules_mut() {
+        if let ModuleMut::Linear(linear) = module
             && let Some(dora) = linear.lora.as_mut().and_then(|lora| lora.dora.as_mut())
         {
             let norms = dora.lora_magnitude_vector.val().set_require_grad(false);
             dora.norms = Some(norms * 1.1);
         }
-    });
+    }
     let direction = |values: &Tensor<1>| {
         let n = values.dims()[0];
         let values: Vec<f32> = (0..n).map(|i| (1.3 * i as f32 + n as f32).sin()).collect();
@@ -377,7 +374,7 @@ fn config() -> LoraConfig {
 
 /// Puts updates on a model and moves them away from zero.
 fn attach(model: &mut Model, config: &LoraConfig, device: &Device) {
-    lora::attach(model, config, device).unwrap();
+    adapt::attach(model, config, device).unwrap();
     let moved = |name: &str, values: Tensor<1>| {
         let n = values.dims()[0];
         let seed = name.len() as f32;
@@ -490,14 +487,14 @@ fn updates_of_some_experts_leave_the_others_alone() {
     // The weights merged and opened again say the same.
     let place = tempfile::tempdir().unwrap();
     let (base, out) = (
-        Folder::open(&golden("deepseek_v3")).unwrap(),
+        Folder::open(&goldens::path("deepseek_v3")).unwrap(),
         place.path().join("merged"),
     );
     let adapter = saved(&model, &Notes::default());
     assert_eq!(adapter.modules().len(), 9);
     merge(&base, &adapter, WeightFormat::F32, &out, &mut |_, _| ()).unwrap();
     let merged = Folder::open(&out).unwrap();
-    let merged = weights::load(&merged, Training::Frozen, &device).unwrap();
+    let merged = load::load(&merged, Training::Frozen, &device).unwrap();
     let expected = values(loss(&merged, &ids, &mut ForwardContext::new(Compute::F32)).inner());
     assert_close(
         &values(found.inner()),
@@ -520,18 +517,18 @@ fn trained_experts_have_the_gradients_of_full_training() {
         ("deepseek_v3", &experts[..]),
         ("deepseek_v3_fp8", &experts[..1]),
     ] {
-        let base = Folder::open(&golden(name)).unwrap();
+        let base = Folder::open(&goldens::path(name)).unwrap();
         let ids = ids(name, &device);
         let patterns = chosen.iter().chain(&["mlp.gate"]);
         let patterns = patterns.map(|pattern| (*pattern).into()).collect();
-        let some = Training::Chosen(patterns, vec!["layers.2.mlp.gate".into()]);
+        let some = Training::Subset(patterns, vec!["layers.2.mlp.gate".into()]);
         let run = |training| {
-            let model = weights::load(&base, training, &device).unwrap();
+            let model = load::load(&base, training, &device).unwrap();
             let loss = loss(&model, &ids, &mut ForwardContext::new(Compute::F32));
             let gradients = model.gradients(&mut loss.backward()).into_iter();
             let by_key = gradients.flat_map(|(parameter, gradient)| {
                 let gradient = values(gradient);
-                let keys = weights::parameter_keys(&parameter, gradient.len(), &model);
+                let keys = model.parameter_keys(&parameter, gradient.len());
                 keys.into_iter()
                     .map(move |(key, range)| (key, gradient[range].to_vec()))
             });
@@ -551,7 +548,7 @@ fn trained_experts_have_the_gradients_of_full_training() {
         model.map_parameters(&mut |_, values| values * 2.0);
         let place = tempfile::tempdir().unwrap();
         let mut writer = FolderWriter::create(&place.path().join("out")).unwrap();
-        export_chosen(&model, &base, &mut writer).unwrap();
+        export_subset(&model, &base, &mut writer).unwrap();
         writer.finish().unwrap();
         let written = Folder::open(&place.path().join("out")).unwrap();
         for key in base.names() {
@@ -570,16 +567,16 @@ fn trained_experts_have_the_gradients_of_full_training() {
 #[test]
 fn what_cannot_be_chosen_is_refused() {
     let device = Device::flex().autodiff();
-    let base = Folder::open(&golden("deepseek_v3")).unwrap();
-    let training = |pattern: &str| Training::Chosen(vec![pattern.into()], vec![]);
+    let base = Folder::open(&goldens::path("deepseek_v3")).unwrap();
+    let training = |pattern: &str| Training::Subset(vec![pattern.into()], vec![]);
     let refused = |pattern| {
-        let error = weights::load(&base, training(pattern), &device);
+        let error = load::load(&base, training(pattern), &device);
         error.unwrap_err().to_string()
     };
     assert!(refused("layers.9").starts_with("pattern `layers.9` matches no tensor of the model"));
     let attached = |config: LoraConfig| {
         let mut model = open("deepseek_v3", &device);
-        let error = lora::attach(&mut model, &config, &device);
+        let error = adapt::attach(&mut model, &config, &device);
         error.unwrap_err().to_string()
     };
     let dora = attached(LoraConfig {

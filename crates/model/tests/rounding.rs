@@ -3,23 +3,23 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 #![expect(clippy::print_stdout, reason = "the figures are worth reading")]
 
-use std::path::Path;
+#[path = "../../../tests/goldens/paths.rs"]
+mod goldens;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::Folder;
-use moeforge_model::adapter::AdapterWeights;
+use moeforge_model::adapt::AdapterWeights;
+use moeforge_model::adapt::{self, LoraConfig, Scaling};
 use moeforge_model::export::WeightFormat;
-use moeforge_model::lora::{self, LoraConfig, Scaling};
-use moeforge_model::merge::{convert, merge};
-use moeforge_model::{Compute, ForwardContext, Model, Quantizer, Training, weights};
+use moeforge_model::export::{convert, merge};
+use moeforge_model::{Compute, ForwardContext, Model, Quantizer, Training, load};
 
 fn golden(name: &str) -> Folder {
-    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens");
-    Folder::open(&goldens.join(name)).unwrap()
+    Folder::open(&goldens::path(name)).unwrap()
 }
 
 fn load(folder: &Folder) -> Model {
-    weights::load(folder, Training::Frozen, &Device::flex()).unwrap()
+    load::load(folder, Training::Frozen, &Device::flex()).unwrap()
 }
 
 fn logits(model: &Model) -> Vec<f32> {
@@ -43,7 +43,7 @@ fn difference(found: &[f32], expected: &[f32]) -> f32 {
 /// A model with an adapter that has an effect.
 fn adapted(folder: &Folder) -> (Model, AdapterWeights) {
     let device = Device::flex().autodiff();
-    let mut model = weights::load(folder, Training::Frozen, &device).unwrap();
+    let mut model = load::load(folder, Training::Frozen, &device).unwrap();
     let config = LoraConfig {
         target: vec!["o_proj".into(), "experts".into(), "kv_b_proj".into()],
         exclude: vec![],
@@ -57,7 +57,7 @@ fn adapted(folder: &Folder) -> (Model, AdapterWeights) {
         use_dora: false,
         experts_share: None,
     };
-    lora::attach(&mut model, &config, &device).unwrap();
+    adapt::attach(&mut model, &config, &device).unwrap();
     model.map_parameters(&mut |_, values| values + 0.02);
     let adapter = AdapterWeights::from_model(&model, Scaling::Plain, 0.0);
     let mut plain = load(folder);
@@ -72,7 +72,7 @@ fn a_model_read_as_fp8_computes_what_its_fp8_merge_computes() {
         let (mut model, adapter) = adapted(&folder);
         let unrounded = logits(&model);
         let quantizer: Quantizer = "fp8".parse().unwrap();
-        let formats = model.round_weights(quantizer, &mut |_| true).unwrap();
+        let formats = model.fake_quantize(quantizer, &mut |_| true).unwrap();
         assert!(formats["fp8"] > 30 && formats.len() == 1, "{formats:?}");
         let found = logits(&model);
 
@@ -98,10 +98,10 @@ fn one_module_can_be_rounded_and_the_router_is_never() {
         paths.push(path.to_owned());
         false
     };
-    let none = load(&folder).round_weights("gguf:q4_0".parse().unwrap(), &mut look);
+    let none = load(&folder).fake_quantize("gguf:q4_0".parse().unwrap(), &mut look);
     assert!(none.unwrap().is_empty());
     // Rows of 24 are no whole blocks of 32.
-    let formats = load(&folder).round_weights("gguf:q4_0".parse().unwrap(), &mut |_| true);
+    let formats = load(&folder).fake_quantize("gguf:q4_0".parse().unwrap(), &mut |_| true);
     let formats = formats.unwrap();
     assert!(
         formats["gguf:f16"] >= 24 && formats["gguf:q4_0"] > 24,
@@ -118,7 +118,7 @@ fn one_module_can_be_rounded_and_the_router_is_never() {
         let mut model = load(&folder);
         let quantizer = format.parse().unwrap();
         model
-            .round_weights(quantizer, &mut |path| path.contains(chosen))
+            .fake_quantize(quantizer, &mut |path| path.contains(chosen))
             .unwrap();
         difference(&logits(&model), &exact)
     };

@@ -85,7 +85,7 @@ pub(crate) fn balance_loss(record: &RoutingRecord, valid: &RealTokens) -> Tensor
 
 /// Moves every correction bias by `speed` towards even load. `loads` are sums over the whole step.
 pub(crate) fn update_biases(model: &mut Model, loads: &ExpertLoads, speed: f64) {
-    for (layer_idx, bias) in model.correction_biases() {
+    for (layer_idx, bias) in model.correction_biases_mut() {
         let Some((_, load)) = loads.iter().find(|(layer, _)| *layer == layer_idx) else {
             continue;
         };
@@ -109,7 +109,7 @@ mod tests {
 
     use super::*;
     use crate::routing::RoutingChoices;
-    use model::{Compute, ForwardContext, Observe, Training, weights};
+    use model::{Compute, ForwardContext, Recorder, Training, load};
 
     #[test]
     #[expect(clippy::too_many_lines, reason = "one pass gives all three")]
@@ -135,22 +135,20 @@ mod tests {
                 TensorData::new(values, [ids.shape[0], ids.shape[1]]),
                 &device,
             );
-            let mut model = weights::load(
+            let mut model = load::load(
                 &checkpoint::Folder::open(&folder).unwrap(),
                 Training::Frozen,
                 &device,
             )
             .unwrap();
-            let mut ctx = ForwardContext {
-                observe: Observe::Routing,
-                ..ForwardContext::new(Compute::F32)
-            };
+            let mut recorder = Recorder::of_routing();
+            let mut ctx = ForwardContext::recorded(Compute::F32, &mut recorder);
             let [rows, cols] = ids.dims();
             model.hidden(ids, &mut ctx);
 
             let valid = RealTokens::new(&vec![vec![0]; rows], &vec![cols; rows], cols, &device);
             let mut loads = Vec::new();
-            for record in &ctx.routing {
+            for record in &recorder.routing {
                 let expected = &golden["balance"][record.layer_idx.to_string()];
                 let found = balance_loss(record, &valid).into_scalar::<f32>();
                 let wanted = expected["seq_aux_sum_f_P"].as_f64().unwrap();

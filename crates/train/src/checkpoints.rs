@@ -86,7 +86,7 @@ impl Session {
             pair[usize::from(!first)] = tensor;
         }
         let device = self.device.clone();
-        for ((_, bias), values) in self.model.correction_biases().zip(biases) {
+        for ((_, bias), values) in self.model.correction_biases_mut().zip(biases) {
             *bias = Tensor::from_floats(values.as_slice(), &device);
         }
         Ok(())

@@ -63,7 +63,7 @@ fn model_into(session: &Session, writer: &mut FolderWriter) -> Result<()> {
     };
     match &base.folder {
         Some(folder) if session.recipe.is_partial() => {
-            export::export_chosen(&session.model, folder, writer)?;
+            export::export_subset(&session.model, folder, writer)?;
         }
         folder => {
             let origin = (folder.as_ref(), &base.config);

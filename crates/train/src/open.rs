@@ -8,8 +8,8 @@ use burn::tensor::{Device, FloatDType};
 use checkpoint::{Adapter, Folder};
 use data::{Corpus, ReadOptions, RowFilter, Tokenizer, TokenizerFiles};
 use kernels::Quantizer;
-use model::lora::{self, Adapted, LoraConfig, Scaling};
-use model::{AdapterWeights, Checkpointing, Model, ModelConfig, Training, weights};
+use model::adapt::{self, AdaptedModule, LoraConfig, Scaling};
+use model::{AdapterWeights, Checkpointing, Model, ModelConfig, Training, load};
 
 use crate::checkpoint_state::RunState;
 use crate::dataset::{self, Dataset};
@@ -76,9 +76,9 @@ impl Session {
         }
         let quantizer = quantizer_of(&recipe)?;
         if let Some(quantizer) = quantizer {
-            update.n_rounded = model.round_weights(quantizer, &mut |_| true)?;
+            update.n_rounded = model.fake_quantize(quantizer, &mut |_| true)?;
             if let Some(reference) = &mut reference {
-                reference.round_weights(quantizer, &mut |_| true)?;
+                reference.fake_quantize(quantizer, &mut |_| true)?;
             }
         }
         if recipe.precision.round_start {
@@ -155,7 +155,7 @@ fn open_reference(
     match (recipe.train.method, &base.folder) {
         (Method::Lora, _) => Ok(Some(model.clone().valid())),
         (Method::Full, Some(folder)) if recipe.train.loss == Loss::Dpo => {
-            Ok(Some(weights::load(folder, Training::Frozen, device)?))
+            Ok(Some(load::load(folder, Training::Frozen, device)?))
         }
         (Method::Full, _) => Ok(None),
     }
@@ -184,7 +184,7 @@ fn adapt(
     recipe: &Recipe,
     model: &mut Model,
     device: &Device,
-) -> Result<(Vec<Adapted>, UpdateForm)> {
+) -> Result<(Vec<AdaptedModule>, UpdateForm)> {
     let config = lora_config(recipe);
     let form = |scaling, share| UpdateForm {
         scaling,
@@ -194,7 +194,7 @@ fn adapt(
     match (recipe.train.method, &recipe.model.adapter) {
         (Method::Full, _) => Ok((vec![], form(config.scaling, None))),
         (Method::Lora, None) => {
-            let adapted = lora::attach(model, &config, device)?;
+            let adapted = adapt::attach(model, &config, device)?;
             Ok((adapted, form(config.scaling, config.experts_share)))
         }
         (Method::Lora, Some(folder)) => {
@@ -214,7 +214,7 @@ fn open_model(
     let tokenizer_folder = recipe.model.tokenizer.clone();
     if let Some(path) = &recipe.model.path {
         let folder = Folder::open(&resolve(path)?)?.with_companions(data::companions);
-        let model = weights::load(&folder, recipe.training(), device)?;
+        let model = load::load(&folder, recipe.training(), device)?;
         let tokenizer = match &tokenizer_folder {
             Some(given) => TokenizerFiles::read(given)?,
             None => TokenizerFiles::of_model(folder.path(), folder.metadata())?,
@@ -236,7 +236,7 @@ fn open_model(
     })?;
     let config = ModelConfig::from_json(&json, &file)?;
     let tokenizer = tokenizer_folder.as_deref().map(TokenizerFiles::open);
-    let model = weights::fresh(&config, recipe.training(), recipe.train.seed, device)?;
+    let model = load::fresh(&config, recipe.training(), recipe.train.seed, device)?;
     let base = Base {
         folder: None,
         config: json,
@@ -295,11 +295,11 @@ impl Recipe {
         if all && frozen.is_empty() {
             return Training::Full;
         }
-        Training::Chosen(patterns, frozen)
+        Training::Subset(patterns, frozen)
     }
 
     /// Whether some weights are trained and others are not.
     pub(crate) fn is_partial(&self) -> bool {
-        matches!(self.training(), Training::Chosen(..))
+        matches!(self.training(), Training::Subset(..))
     }
 }

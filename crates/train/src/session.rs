@@ -10,8 +10,8 @@ use checkpoint::Folder;
 use data::{Corpus, TokenizerFiles};
 use kernels::Quantizer;
 use kernels::fp8::Scales;
-use model::lora::{Adapted, Scaling, Share};
-use model::precision::Policy;
+use model::Policy;
+use model::adapt::{AdaptedModule, Scaling, Share};
 use model::{Compute, Model};
 
 use crate::Result;
@@ -27,7 +27,7 @@ pub struct Session {
     /// The resolved recipe.
     pub recipe: Recipe,
     /// The adapted modules; none for full training.
-    pub adapted: Vec<Adapted>,
+    pub adapted: Vec<AdaptedModule>,
     /// The format that merged weights are rounded to, if any: the recipe's, or that of the adapter to continue from.
     pub quantizer: Option<Quantizer>,
     /// Training rows.

@@ -2,22 +2,19 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
+#[path = "../../../tests/goldens/paths.rs"]
+mod goldens;
+
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use data::{Batch, Packing, Sample, collate, collate_rows};
 use kernels::Segments;
-use model::{Compute, ForwardContext, Model, Training, weights};
+use model::{Compute, ForwardContext, Model, Training, load};
 use moeforge_train::{Event, Recipe, RunDir, Session, SessionOptions, StepReport};
 
 /// f32 sums in another order, relative to the largest gradient of a parameter.
 const TOLERANCE: f32 = 1e-4;
-
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../tests/goldens")
-        .join(name)
-}
 
 /// The token ids of samples of many lengths, one longer than a tile of attention.
 fn ids() -> Vec<Vec<u32>> {
@@ -80,8 +77,8 @@ fn packed_samples_have_the_loss_and_gradients_of_samples_apart() {
         "qwen2_distill",
         "llama_distill",
     ] {
-        let folder = checkpoint::Folder::open(&golden(name)).unwrap();
-        let model = weights::load(&folder, Training::Full, &device).unwrap();
+        let folder = checkpoint::Folder::open(&goldens::path(name)).unwrap();
+        let model = load::load(&folder, Training::Full, &device).unwrap();
         let (loss, found) = gradients(&model, &packed, &device);
         let (expected_loss, expected) = gradients(&model, &apart, &device);
         assert!(
@@ -135,7 +132,7 @@ impl Place {
     fn recipe(&self, model: &str, data: &str, settings: &str) -> Recipe {
         let text = format!(
             "[model]\npath = {:?}\n[data]\npath = [{:?}, {:?}]\nmax_length = 80\n{data}{settings}",
-            golden(model),
+            goldens::path(model),
             self.path("a"),
             self.path("b")
         );

@@ -113,7 +113,7 @@ impl<'a> GgufLayout<'a> {
                         tensors.push(GgufTensor::new(name, shape, key, RowOrder::Same));
                     }
                 }
-            } else if let Some(module) = key.strip_suffix(".kv_b_proj.weight") {
+            } else if let Some(module) = key.strip_suffix(names::KV_B) {
                 tensors.extend(self.halves(key, module, shape));
             } else {
                 let rows = self.rows(key);

@@ -34,6 +34,8 @@ const LAYER: [(&str, &str); 27] = [
     ("nextn.shared_head_head", "shared_head.head"),
     ("nextn.shared_head_norm", "shared_head.norm"),
 ];
+/// The end of the up-projection's name, which a GGUF splits.
+pub(crate) const KV_B: &str = ".kv_b_proj.weight";
 /// A router's bias: the only tensor whose kind is not the last word of both its names.
 const ROUTER_BIAS: (&str, &str) = ("exp_probs_b.bias", "mlp.gate.e_score_correction_bias");
 /// Names outside the layers.

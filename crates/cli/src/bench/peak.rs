@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Tensor};
 use kernels::{Format, Ggml, Matrix};
-use model::linear::{Frozen, Linear, Weight};
+use model::modules::linear::{Frozen, Linear, Weight};
 use model::{Compute, ForwardContext};
 use rayon::prelude::*;
 

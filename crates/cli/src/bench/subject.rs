@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use burn::tensor::Device;
 use checkpoint::{DType, Folder};
-use model::{Compute, Model, ModelConfig, Mtp, Training, weights};
+use model::{Compute, Model, ModelConfig, Mtp, Training, load};
 use serde_json::Value;
 
 use crate::console::Console;
@@ -59,7 +59,7 @@ impl Subject {
         }
         Ok(Self {
             name: name_of(&path),
-            config: weights::read_config(&folder)?,
+            config: load::read_config(&folder)?,
             weights: SubjectWeights::Checkpoint(path),
         })
     }
@@ -104,7 +104,7 @@ impl Subject {
             }
             SubjectWeights::Random(_) => {
                 console.note(format_args!("{}: random weights", self.name));
-                let mut model = weights::fresh(&self.config, Training::Frozen, seed, device)?;
+                let mut model = load::fresh(&self.config, Training::Frozen, seed, device)?;
                 if let Some(adapter) = adapter {
                     attach(&mut model, adapter, device, console)?;
                 }
@@ -124,7 +124,7 @@ impl Subject {
             SubjectWeights::Checkpoint(path) => speculation.module(&Folder::open(path)?, device),
             SubjectWeights::Random(_) if !speculation.speculative => Ok(None),
             SubjectWeights::Random(_) => {
-                let module = weights::fresh_mtp(&self.config, seed, device)?;
+                let module = load::fresh_mtp(&self.config, seed, device)?;
                 let expected =
                     "--speculative: expected `num_nextn_predict_layers` above 0 in the config";
                 module.map(Some).context(expected)

@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use ::eval::{SurvivalConfig, SurvivalModels, survival};
 use anyhow::Context;
 use data::Split;
+use model::AdapterWeights;
 use model::Quantizer;
-use model::adapter::AdapterWeights;
 
 use crate::console::{Console, USAGE, WithCode, finite};
 use crate::device::default_device;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use checkpoint::Adapter;
 use model::AdapterWeights;
 use model::export::lora_gguf::write_lora_gguf;
-use model::weights::read_config;
+use model::load::read_config;
 use serde_json::json;
 
 use crate::console::Console;

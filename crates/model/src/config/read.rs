@@ -4,13 +4,13 @@ use kernels::fp8::Scales;
 use kernels::{GroupScore, RopeLayout, TopK};
 use serde_json::Value;
 
-use super::keys::Keys;
+use super::fields::Fields;
 use super::{
     AttentionConfig, Family, GqaConfig, MlaConfig, MoeConfig, RopeConfig, RopeScaling, Scoring,
 };
 use crate::Error;
 
-pub(super) fn mla(keys: &Keys<'_>) -> Result<AttentionConfig, Error> {
+pub(super) fn mla(keys: &Fields<'_>) -> Result<AttentionConfig, Error> {
     if keys.has("attention_bias") {
         keys.one_of_bools("attention_bias", false)?;
     }
@@ -32,7 +32,7 @@ pub(super) fn mla(keys: &Keys<'_>) -> Result<AttentionConfig, Error> {
     Ok(AttentionConfig::Mla(mla))
 }
 
-pub(super) fn gqa(keys: &Keys<'_>, family: Family) -> Result<AttentionConfig, Error> {
+pub(super) fn gqa(keys: &Fields<'_>, family: Family) -> Result<AttentionConfig, Error> {
     let heads = keys.size("num_attention_heads")?;
     if keys.has("use_sliding_window") {
         keys.one_of_bools("use_sliding_window", false)?;
@@ -59,8 +59,8 @@ pub(super) fn gqa(keys: &Keys<'_>, family: Family) -> Result<AttentionConfig, Er
     }))
 }
 
-pub(super) fn rope(keys: &Keys<'_>, family: Family) -> Result<RopeConfig, Error> {
-    // The two dialects: everything in one object, or theta beside an optional object of the rest.
+pub(super) fn rope(keys: &Fields<'_>, family: Family) -> Result<RopeConfig, Error> {
+    // The two dialects: everything in one object, or theta and an optional object with the rest.
     let object = if keys.has("rope_parameters") {
         keys.object("rope_parameters")?
     } else {
@@ -90,7 +90,7 @@ pub(super) fn rope(keys: &Keys<'_>, family: Family) -> Result<RopeConfig, Error>
     })
 }
 
-pub(super) fn rope_scaling(keys: &Keys<'_>) -> Result<RopeScaling, Error> {
+pub(super) fn rope_scaling(keys: &Fields<'_>) -> Result<RopeScaling, Error> {
     let key = if keys.has("rope_type") {
         "rope_type"
     } else {
@@ -122,7 +122,7 @@ pub(super) fn rope_scaling(keys: &Keys<'_>) -> Result<RopeScaling, Error> {
     }
 }
 
-pub(super) fn moe(keys: &Keys<'_>, family: Family) -> Result<MoeConfig, Error> {
+pub(super) fn moe(keys: &Fields<'_>, family: Family) -> Result<MoeConfig, Error> {
     let v3 = family == Family::DeepseekV3;
     let (scoring, group_score) = scoring(keys, v3)?;
     let grouped = keys.text_or("topk_method", if v3 { "noaux_tc" } else { "greedy" })? != "greedy";
@@ -155,9 +155,9 @@ pub(super) fn moe(keys: &Keys<'_>, family: Family) -> Result<MoeConfig, Error> {
     Ok(config)
 }
 
-/// How scores are made, and what a group is worth: the two go together, by version.
-pub(super) fn scoring(keys: &Keys<'_>, v3: bool) -> Result<(Scoring, GroupScore), Error> {
-    // Transformers drops the keys whose value its class implies.
+/// The scoring of experts and of groups, which a version determines together.
+pub(super) fn scoring(keys: &Fields<'_>, v3: bool) -> Result<(Scoring, GroupScore), Error> {
+    // Transformers drops keys with the default value of its class.
     let methods = [
         ("greedy", GroupScore::Max),
         ("group_limited_greedy", GroupScore::Max),
@@ -197,7 +197,7 @@ pub(super) fn scoring(keys: &Keys<'_>, v3: bool) -> Result<(Scoring, GroupScore)
     Ok((scoring, group_score))
 }
 
-pub(super) fn check_choice(keys: &Keys<'_>, config: &MoeConfig) -> Result<(), Error> {
+pub(super) fn check_choice(keys: &Fields<'_>, config: &MoeConfig) -> Result<(), Error> {
     let (experts, choice) = (config.n_routed_experts, config.choice);
     if !experts.is_multiple_of(choice.n_group) {
         return Err(keys.wrong("n_group", &format!("a divisor of the {experts} experts")));
@@ -219,8 +219,8 @@ pub(super) fn check_choice(keys: &Keys<'_>, config: &MoeConfig) -> Result<(), Er
     Ok(())
 }
 
-/// How scales are rounded: those of activations follow those of the weights.
-pub(super) fn fp8_scales(keys: &Keys<'_>) -> Result<Scales, Error> {
+/// The rounding of block scales: scales of activations follow those of the weights.
+pub(super) fn fp8_scales(keys: &Fields<'_>) -> Result<Scales, Error> {
     let Some(quantization) = keys.object("quantization_config")? else {
         return Ok(Scales::F32);
     };
@@ -231,7 +231,7 @@ pub(super) fn fp8_scales(keys: &Keys<'_>) -> Result<Scales, Error> {
     }
 }
 
-pub(super) fn fp8_block(keys: &Keys<'_>) -> Result<[usize; 2], Error> {
+pub(super) fn fp8_block(keys: &Fields<'_>) -> Result<[usize; 2], Error> {
     let default = [128, 128];
     let Some(quantization) = keys.object("quantization_config")? else {
         return Ok(default);

@@ -6,8 +6,7 @@ use super::{AttentionConfig, ModelConfig, MoeConfig, RopeScaling, Scoring};
 use kernels::GroupScore;
 
 impl ModelConfig {
-    /// The config in the dialect that is published, whichever it was read in: what the forward pass computes with, and
-    /// nothing else.
+    /// The config in the published dialect, whichever it was read in: the settings of the forward pass, and nothing else.
     pub fn to_json(&self) -> Value {
         let mut config = json!({
             "model_type": self.model_type.name(),
@@ -125,13 +124,10 @@ fn decimal(value: f32) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     #[test]
     fn a_written_config_reads_as_the_same() {
-        let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens");
         for name in [
             "deepseek_v2_lite",
             "deepseek_v2_group",
@@ -140,7 +136,7 @@ mod tests {
             "qwen2_distill",
         ] {
             for file in ["config.json", "config_v5_style.json"] {
-                let path = goldens.join(name).join(file);
+                let path = crate::goldens::path(name).join(file);
                 let json = std::fs::read_to_string(&path).unwrap();
                 let json = serde_json::from_str(&json).unwrap();
                 let config = ModelConfig::from_json(&json, &path).unwrap();

@@ -1,11 +1,10 @@
 //! A forward pass that is differentiated, layer by layer from the end.
 //!
 //! Every layer has a graph of its own, from its input to its output. The loss is differentiated by the last layer's
-//! output, then each layer by its input, and a graph is gone before the next is read. So what is kept between forward
-//! and backward is a choice: all graphs, or, with little memory, only what enters each layer, from which a layer runs
-//! again before backward goes through it. A layer that runs again is given the experts that its first run chose. The
-//! graphs are the same and the kernels give the same bits for the same inputs, so the gradients are the same, bit for
-//! bit.
+//! output, then each layer by its input, and a graph is dropped before the next is read. So a caller chooses what to save
+//! between forward and backward: all graphs, or, with little memory, the input of each layer only. A layer then runs
+//! again before its backward pass, with the experts that its first run chose. The graphs are the same, and the kernels
+//! have the same bits for the same inputs, so the gradients are the same, bit for bit.
 //!
 //! Source of the idea: Chen et al., arXiv:1604.06174.
 
@@ -13,17 +12,19 @@ use burn::module::Module;
 use burn::tensor::{Int, Tensor};
 
 use super::Model;
-use crate::context::{ForwardContext, Observe, RoutingRecord};
-use crate::linear::Weight;
-use crate::moe::router::Routed;
+use crate::forward::context::ForwardContext;
+use crate::forward::recorder::Recorder;
+use crate::forward::routing::{Routed, RoutingRecord};
+use crate::keys::layer_of;
+use crate::modules::linear::Weight;
 
-/// What waits for the backward pass.
+/// What a forward pass saves for the backward pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Checkpointing {
-    /// All that the layers need for their gradients.
+    /// All activations that the layers need for their gradients.
     #[default]
     None,
-    /// What enters each layer.
+    /// The input of each layer, which runs again.
     Block,
 }
 
@@ -31,15 +32,15 @@ pub enum Checkpointing {
 #[derive(Debug)]
 pub struct Trace {
     input_ids: Tensor<2, Int>,
-    /// From the first that has something to train.
+    /// From the first with something to train.
     layers: Vec<Run>,
-    /// What left the last layer, without its graph.
+    /// The output of the last layer, without its graph.
     output: Tensor<2>,
     /// Layers below this one have nothing to train.
     first: usize,
 }
 
-/// What is kept of one layer, `[tokens, hidden_size]` each.
+/// What is saved of one layer, `[tokens, hidden_size]` each.
 #[derive(Debug)]
 enum Run {
     /// Input and output, with the graph between them.
@@ -74,7 +75,7 @@ impl Trace {
         };
         match checkpointing {
             Checkpointing::None => trace.run_in_graphs(model, ctx),
-            Checkpointing::Block => trace.run_plainly(&model.clone().valid(), ctx),
+            Checkpointing::Block => trace.run_without_graphs(&model.clone().valid(), ctx),
         }
         trace
     }
@@ -91,38 +92,35 @@ impl Trace {
         }
     }
 
-    fn run_plainly(&mut self, plain: &Model, observer: &mut ForwardContext<'_>) {
-        let (dims, ctx) = (self.input_ids.dims(), &*observer);
-        let mut ctx = ForwardContext {
-            dropout_seed: ctx.dropout_seed,
-            segments: ctx.segments.clone(),
-            observe: Observe::Routing,
-            ..ForwardContext::new(ctx.compute)
-        };
-        ctx.rotary = Some(plain.rotary(dims[1], &ctx, &self.output.device()));
+    fn run_without_graphs(&mut self, plain: &Model, ctx: &mut ForwardContext<'_>) {
+        let dims = self.input_ids.dims();
+        let rotary = plain.rotary(dims[1], ctx, &self.output.device());
         for (layer_idx, layer) in plain.model.layers.iter().enumerate() {
-            let x = self.output.clone();
-            self.output = layer.forward(x.clone(), dims, &mut ctx, layer_idx);
-            let record = ctx.routing.pop();
-            let chosen = record.as_ref().map(|record| record.routed.ids.clone());
+            let (x, mut recorder) = (self.output.clone(), Recorder::of_routing());
+            let mut first_run = ForwardContext {
+                dropout_seed: ctx.dropout_seed,
+                segments: ctx.segments.clone(),
+                rotary: Some(rotary.clone()),
+                ..ForwardContext::recorded(ctx.compute, &mut recorder)
+            };
+            self.output = layer.forward(x.clone(), dims, &mut first_run, layer_idx);
+            let record = recorder.routing.pop();
             if layer_idx >= self.first {
+                let chosen = record.map(|record| record.routed.ids);
                 self.layers.push(Run::Input(x, chosen));
-            } else if observer.observe == Observe::Routing {
-                // No second run will tell.
-                observer
-                    .routing
-                    .extend(record.map(|record| record.tracked()));
+            } else if let Some(record) = record {
+                // There is no second run to record.
+                ctx.record_routing(|| record.tracked());
             }
         }
     }
 
-    /// Differentiates a loss of the hidden states after the last norm, `[batch, seq, hidden_size]`, and adds to it, for
-    /// every mixture layer that the pass observes, a term of its routing (of layers with nothing to train it is asked for
-    /// too, and has no gradient). Returns the gradients of the trained tensors by name. The routing that is left in the
-    /// pass has no graph.
+    /// Differentiates a loss of the hidden states after the last norm, `[batch, seq, hidden_size]`, plus a term of the routing
+    /// of every mixture layer that the pass records (layers with nothing to train included, which have no gradient). Returns
+    /// the gradients of the trained tensors by name. Leaves routing without graphs in the recorder.
     ///
     /// # Panics
-    /// If model or pass is another one than the trace is of.
+    /// If the model or the pass is not the one of this trace.
     pub fn backward(
         self,
         model: &Model,
@@ -145,11 +143,10 @@ impl Trace {
         };
         for layer_idx in (first..model.model.layers.len()).rev() {
             let run = layers.pop().expect("a run per layer");
-            let (x, y) = run.graph(model, (dims, first), ctx, layer_idx);
+            let (x, y) = run.graph(model, dims, first, ctx, layer_idx);
             // The gradient of this sum by y is exactly dx.
             let mut total = (y * Tensor::from_inner(dx)).sum();
-            let mut records = ctx.routing.iter_mut();
-            if let Some(record) = records.find(|record| record.layer_idx == layer_idx) {
+            if let Some(record) = ctx.routing_of(layer_idx) {
                 if let Some(term) = term(record) {
                     total = total + term;
                 }
@@ -157,16 +154,20 @@ impl Trace {
             }
             dx = differentiate(model, total, &x, &mut gradients);
         }
-        // What does not change counts in the loss and has no gradient.
-        for record in ctx.routing.iter().filter(|r| r.layer_idx < first) {
-            term(record);
+        // Frozen layers count in the loss and have no gradient.
+        for layer_idx in 0..first {
+            if let Some(record) = ctx.routing_of(layer_idx) {
+                term(record);
+            }
         }
         if model.is_embedding_trained() {
             let x = model.enter(input_ids, ctx);
             let total = (x.clone() * Tensor::from_inner(dx)).sum();
             differentiate(model, total, &x, &mut gradients);
         }
-        ctx.routing.sort_by_key(|record| record.layer_idx);
+        if let Some(recorder) = &mut ctx.recorder {
+            recorder.routing.sort_by_key(|record| record.layer_idx);
+        }
         gradients
     }
 }
@@ -176,7 +177,8 @@ impl Run {
     fn graph(
         self,
         model: &Model,
-        (dims, first): ([usize; 2], usize),
+        dims: [usize; 2],
+        first: usize,
         ctx: &mut ForwardContext<'_>,
         layer_idx: usize,
     ) -> (Tensor<2>, Tensor<2>) {
@@ -187,13 +189,14 @@ impl Run {
                 ctx.replay = chosen.map(Tensor::from_inner);
                 let layer = &model.model.layers[layer_idx];
                 let y = layer.forward(x.clone(), dims, ctx, layer_idx);
+                ctx.replay = None;
                 (x, y)
             }
         }
     }
 }
 
-/// The start of a layer's graph; tracked if something before the layer wants a gradient.
+/// The start of a layer's graph; tracked if something before the layer needs a gradient.
 fn leaf(model: &Model, first: usize, layer_idx: usize, x: Tensor<2>) -> Tensor<2> {
     let x = Tensor::from_inner(x);
     if layer_idx > first || model.is_embedding_trained() {
@@ -203,7 +206,7 @@ fn leaf(model: &Model, first: usize, layer_idx: usize, x: Tensor<2>) -> Tensor<2
     }
 }
 
-/// Adds the gradients of a total to those there are, and returns that of `x`: zeros if it has none.
+/// Adds the gradients of a total to `gradients`, and returns the gradient of `x`: zeros if it has none.
 fn differentiate(
     model: &Model,
     total: Tensor<1>,
@@ -229,10 +232,6 @@ impl Model {
         if self.is_embedding_trained() {
             return 0;
         }
-        let layer_of = |name: &str| {
-            let rest = name.strip_prefix("model.layers.")?;
-            rest.split('.').next()?.parse().ok()
-        };
         let names = self.parameters().into_iter();
         names
             .filter_map(|parameter| layer_of(&parameter.name))
@@ -249,7 +248,7 @@ impl Model {
 }
 
 impl RoutingRecord {
-    /// Keeps the values alone, so that the graph of the layer can go.
+    /// Drops the graph of the layer, and keeps the values.
     fn forget_graph(&mut self) {
         let values = |x: &Tensor<2>| Tensor::from_inner(x.clone().inner());
         self.logits = values(&self.logits);
@@ -257,7 +256,7 @@ impl RoutingRecord {
         self.routed.weights = values(&self.routed.weights);
     }
 
-    /// What was recorded without autodiff, as a pass with it leaves it.
+    /// The record of a run without autodiff, as a run with autodiff has it.
     fn tracked(self) -> Self {
         Self {
             layer_idx: self.layer_idx,

@@ -1,26 +1,26 @@
-//! What training on a token costs, what reading a prompt costs, and what decoding reads from memory, counted from the
-//! model's own shapes.
+//! The cost of training on a token and of reading a prompt, and the memory traffic of decoding, counted from the model's
+//! own shapes.
 //!
-//! Counted are the products that the mathematics asks for: of weights and low-rank factors with activations, of their
-//! gradients, and of queries with keys and weights with values in attention, where a token meets itself and what comes
-//! before it. A gradient by the input of a layer counts from the lowest layer that has something to train upward, and one
-//! by a weight only where that is trained. What is computed a second time, as with checkpointing or in attention's
-//! backward pass, is a price and no use, and does not count. Nor do norms, activations and the optimizer, which multiply
-//! little.
+//! The count has the products of the mathematics: of weights and low-rank factors with activations, of their gradients, and
+//! of queries with keys and weights with values in attention, in which a token meets itself and all tokens before it. The
+//! gradient by a layer's input counts from the lowest layer with something to train upward, the gradient by a weight only
+//! if it is trained. Repeated work, by checkpointing or in attention's backward pass, does not count: it is overhead. Nor do
+//! norms, activations and the optimizer, which multiply little.
 //!
-//! Decoding multiplies little and reads much: every weight that a step needs once, for all of its sequences, and of every
-//! sequence what the cache holds. Norms and activations are thousands of times smaller and do not count.
+//! Decoding multiplies little and reads much: each weight that a step needs once for all of its sequences, and the whole
+//! cache of every sequence. Norms and activations are thousands of times smaller and do not count.
 
 use kernels::CacheType;
 
 use super::Model;
-use crate::cache::Cache;
+use super::visit::ModuleRef;
 use crate::config::AttentionConfig;
-use crate::linear::{Linear, Weight};
-use crate::moe::experts::{ExpertWeights, Experts, ExpertsLora, FactorStacks};
-use crate::sites::Site;
+use crate::forward::cache::Cache;
+use crate::keys::layer_of;
+use crate::modules::experts::{ExpertWeights, Experts, ExpertsLora, FactorStacks};
+use crate::modules::linear::{Linear, Weight};
 
-/// Of low-rank factors and biases, which are held in f32.
+/// Bytes of a number of low-rank factors and biases, which are f32.
 const F32_BYTES: usize = 4;
 
 /// Floating-point operations of one token; a multiplication and its addition are two.
@@ -30,7 +30,7 @@ pub struct Cost {
     pub forward: f64,
     /// Gradients by activations.
     pub input_gradients: f64,
-    /// Gradients by what is trained.
+    /// Gradients by trained weights.
     pub weight_gradients: f64,
 }
 
@@ -40,7 +40,7 @@ impl Cost {
         self.forward + self.input_gradients + self.weight_gradients
     }
 
-    /// Adds the products of one token with so many weights, of which a share is trained.
+    /// Adds the products of one token with a number of weights, a share of them trained.
     fn add(&mut self, weights: f64, is_differentiated: bool, trained: f64) {
         self.forward += 2.0 * weights;
         if is_differentiated {
@@ -55,7 +55,7 @@ impl Cost {
 pub struct Traffic {
     /// Weights in their stored bytes, low-rank updates included.
     pub weights: f64,
-    /// What attention keeps of earlier tokens.
+    /// The KV cache.
     pub cache: f64,
 }
 
@@ -75,64 +75,55 @@ impl Model {
         seq as f64 * self.cost(seq).forward - seq.saturating_sub(1) as f64 * head.forward
     }
 
-    /// What a step reads that decodes one token of each of `batch` sequences, of which attention sees `seen` tokens in
-    /// the mean.
+    /// The memory traffic of a step that decodes one token of each of `batch` sequences, with `seen` tokens per sequence in
+    /// the cache on average.
     ///
-    /// A token takes its `top_k` experts; several together are taken to choose independently and evenly, so that of `n`
-    /// experts `n · (1 − (1 − top_k / n)^batch)` are read in the mean.
+    /// A token reads its `top_k` experts. Several tokens count as choosing independently and evenly, so a step reads
+    /// `n · (1 − (1 − top_k / n)^batch)` of `n` experts on average.
     pub fn decode_traffic(&self, batch: usize, seen: f64, cache_type: CacheType) -> Traffic {
         let top_k = self.config.moe.as_ref().map_or(0, |moe| moe.choice.top_k);
         let embedding = &self.model.embed_tokens.weight;
         let row = embedding.size_bytes() as f64 / embedding.dims()[0] as f64;
         let mut weights = batch as f64 * row;
-        let mut whole = self.clone();
-        if whole.lm_head.is_none() {
-            whole.lm_head = Some(whole.head());
-        }
-        whole.for_each_site(&mut |_, site| {
-            weights += match site {
-                Site::Linear(linear) => bytes_of_linear(linear),
-                Site::Experts(experts) => bytes_of_experts(experts, top_k, batch),
+        for (_, module) in self.modules() {
+            weights += match module {
+                ModuleRef::Linear(linear) => bytes_of_linear(linear),
+                ModuleRef::Experts(experts) => bytes_of_experts(experts, top_k, batch),
             };
-        });
+        }
+        if self.lm_head.is_none() {
+            weights += bytes_of_linear(&self.head());
+        }
         let of_token = Cache::bytes_per_token(&self.config, cache_type) as f64;
         let cache = batch as f64 * seen * of_token;
         Traffic { weights, cache }
     }
 
-    /// What training on a token of a sequence of `seq` costs in the mean. Of a model in which nothing is trained it is
-    /// what the forward pass costs.
+    /// The mean cost of training on a token of a sequence of `seq`. If nothing is trained, it is that of the forward pass.
     pub fn cost(&self, seq: usize) -> Cost {
         let first = self.first_trained_layer();
         let (layers, mut cost) = (self.model.layers.len(), Cost::default());
         let top_k = self.config.moe.as_ref().map_or(0, |moe| moe.choice.top_k);
         let is_trained = !self.parameters().is_empty();
-        let layer_of = |path: &str| {
-            path.strip_prefix("model.layers.")?
-                .split('.')
-                .next()?
-                .parse()
-                .ok()
-        };
-        let mut whole = self.clone();
-        if whole.lm_head.is_none() {
-            whole.lm_head = Some(whole.head());
-        }
-        whole.for_each_site(&mut |path, site| {
-            let is_differentiated =
-                layer_of(path).map_or(is_trained, |layer: usize| layer >= first);
-            match site {
-                Site::Linear(linear) => add_linear(&mut cost, linear, is_differentiated),
-                Site::Experts(experts) => add_experts(&mut cost, experts, top_k, is_differentiated),
+        for (path, module) in self.modules() {
+            let is_differentiated = layer_of(&path).map_or(is_trained, |layer| layer >= first);
+            match module {
+                ModuleRef::Linear(linear) => add_linear(&mut cost, linear, is_differentiated),
+                ModuleRef::Experts(experts) => {
+                    add_experts(&mut cost, experts, top_k, is_differentiated);
+                }
             }
-        });
+        }
+        if self.lm_head.is_none() {
+            add_linear(&mut cost, &self.head(), is_trained);
+        }
         let attention = self.attention_products(seq);
         cost.forward += attention * layers as f64;
         cost.input_gradients += 2.0 * attention * (layers - first) as f64;
         cost
     }
 
-    /// What one layer's attention costs one token of a sequence in the mean, forward.
+    /// The mean forward cost of one layer's attention for one token of a sequence.
     fn attention_products(&self, seq: usize) -> f64 {
         let widths = match &self.config.attention {
             AttentionConfig::Mla(mla) => mla.qk_head_dim() + mla.v_head_dim,
@@ -152,27 +143,27 @@ fn add_linear(cost: &mut Cost, linear: &Linear, is_differentiated: bool) {
     cost.add((out * width) as f64, is_differentiated, trained);
     if let Some(lora) = &linear.lora {
         let trained = share(lora.lora_a.val().is_require_grad());
-        let numbers = lora.rank() * (out + width);
-        cost.add(numbers as f64, is_differentiated, trained);
+        let parameters = lora.rank() * (out + width);
+        cost.add(parameters as f64, is_differentiated, trained);
     }
 }
 
-/// The products of a token with `top_k` experts; each is taken to be chosen as often as any other.
+/// The products of a token with `top_k` experts, all of them chosen equally often.
 fn add_experts(cost: &mut Cost, experts: &Experts, top_k: usize, is_differentiated: bool) {
     let [n, inner, hidden] = experts.dims();
-    let chosen = experts.n_chosen() as f64 / n as f64;
+    let updated = experts.n_updated() as f64 / n as f64;
     let trained = match &experts.weights {
         ExpertWeights::Frozen(_) => [0.0; 3],
         ExpertWeights::Trained(stacks) => stacks.trained().map(share),
-        ExpertWeights::Partly(partly) => partly.trained.trained().map(|is| chosen * share(is)),
+        ExpertWeights::Partial(partial) => partial.trained.trained().map(|is| updated * share(is)),
     };
     for trained in trained {
         cost.add((top_k * inner * hidden) as f64, is_differentiated, trained);
     }
     for stack in experts.lora.iter().flat_map(ExpertsLora::stacks) {
         let trained = share(stack.lora_a.val().is_require_grad());
-        let numbers = top_k as f64 * chosen * numbers_of_one(stack);
-        cost.add(numbers, is_differentiated, trained);
+        let parameters = top_k as f64 * updated * n_parameters(stack);
+        cost.add(parameters, is_differentiated, trained);
     }
 }
 
@@ -190,14 +181,14 @@ fn bytes_of_experts(experts: &Experts, top_k: usize, batch: usize) -> f64 {
     let [n, ..] = experts.dims();
     let missed = (1.0 - top_k as f64 / n as f64).powi(batch as i32);
     let read = n as f64 * (1.0 - missed);
-    let chosen = experts.n_chosen() as f64 / n as f64;
+    let updated = experts.n_updated() as f64 / n as f64;
     let stacks = experts.lora.iter().flat_map(ExpertsLora::stacks);
-    let factors: f64 = stacks.map(numbers_of_one).sum();
-    read * (experts.size_bytes() as f64 / n as f64 + chosen * factors * F32_BYTES as f64)
+    let factors: f64 = stacks.map(n_parameters).sum();
+    read * (experts.size_bytes() as f64 / n as f64 + updated * factors * F32_BYTES as f64)
 }
 
 impl ExpertsLora {
-    /// The updates that there are.
+    /// The updates of projections that have one.
     fn stacks(&self) -> impl Iterator<Item = &FactorStacks> {
         let all = [
             &self.gate_proj,
@@ -209,8 +200,8 @@ impl ExpertsLora {
     }
 }
 
-/// The numbers of both factors of one expert.
-fn numbers_of_one(stack: &FactorStacks) -> f64 {
+/// The number of parameters of one expert's factors.
+fn n_parameters(stack: &FactorStacks) -> f64 {
     let [a, b] = [&stack.lora_a, &stack.lora_b].map(|factor| {
         let [_, rows, cols] = factor.val().dims();
         rows * cols
@@ -229,12 +220,14 @@ mod tests {
     use burn::tensor::Device;
 
     use super::*;
-    use crate::lora::{self, LoraConfig, Scaling};
-    use crate::{ModelConfig, Training, weights};
 
-    /// 64 wide, 3 layers of which the first is dense, 4 heads, 12 experts of which a token takes 4, and 1 shared.
+    use crate::ModelConfig;
+    use crate::adapt::{self, LoraConfig, Scaling};
+    use crate::load::{Training, fresh};
+
+    /// Width 64, 3 layers (the first is dense), 4 heads, 12 experts (4 per token), 1 shared expert.
     const V3: &str = include_str!("../../../../tests/goldens/deepseek_v3/config.json");
-    /// 64 wide, 3 layers, 8 query heads and 2 of keys and values, all 8 wide.
+    /// Width 64, 3 layers, 8 query heads and 2 key-value heads of width 8.
     const QWEN2: &str = include_str!("../../../../tests/goldens/qwen2_distill/config.json");
 
     fn model(config: &str, training: Training, lora: Option<&str>) -> Model {
@@ -243,7 +236,7 @@ mod tests {
             Device::flex().autodiff(),
         );
         let config = ModelConfig::from_json(&json, Path::new("config.json")).unwrap();
-        let mut model = weights::fresh(&config, training, 0, &device).unwrap();
+        let mut model = fresh(&config, training, 0, &device).unwrap();
         if let Some(target) = lora {
             let config = LoraConfig {
                 target: vec![target.into()],
@@ -258,7 +251,7 @@ mod tests {
                 use_dora: false,
                 experts_share: None,
             };
-            lora::attach(&mut model, &config, &device).unwrap();
+            adapt::attach(&mut model, &config, &device).unwrap();
         }
         model
     }
@@ -314,7 +307,7 @@ mod tests {
         };
         assert_eq!(model(QWEN2, Training::Full, None).cost(9), full);
         assert_eq!(full.total(), 308_992.0 + 312_832.0 + 305_152.0);
-        let last = Training::Chosen(vec!["layers.2".into()], vec![]);
+        let last = Training::Subset(vec!["layers.2".into()], vec![]);
         let expected = Cost {
             input_gradients: 2.0 * (layer + head) + 2.0 * scores,
             weight_gradients: 2.0 * layer,

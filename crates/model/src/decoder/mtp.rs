@@ -1,8 +1,8 @@
-//! Multi-token prediction: one more layer that DeepSeek V3 has, which says from the hidden state of a position and from the
-//! token after it what the token after that one may be.
+//! Multi-token prediction: one more layer of DeepSeek V3, which predicts the token after the next from the hidden state of a
+//! position and the next token.
 //!
-//! It serves to guess while decoding. Nothing trains or merges it here: it is no part of a [`Model`], and its tensors go into
-//! every folder that is written as they are, and into a GGUF if that is asked for.
+//! It drafts tokens for speculative decoding. Nothing here trains or merges it: it is no part of a [`Model`]. Every folder
+//! that is written carries its tensors unchanged, and a GGUF optionally.
 //!
 //! Sources: DeepSeek-V3, arXiv:2412.19437, section 2.2, with the embedding first in the input of `eh_proj`, as the published
 //! weights have it, and with the hidden state after the model's last norm.
@@ -11,17 +11,17 @@ use burn::tensor::{Int, Tensor};
 use kernels::{CacheType, Matrix};
 
 use super::{DecoderLayer, Embedding, Model};
-use crate::cache::Cache;
 use crate::config::ModelConfig;
-use crate::context::ForwardContext;
-use crate::linear::Linear;
-use crate::norm::Norm;
-use crate::precision::Class;
+use crate::forward::cache::Cache;
+use crate::forward::context::ForwardContext;
+use crate::modules::linear::Linear;
+use crate::modules::norm::Norm;
+use crate::precision::PrecisionClass;
 
-/// The module for multi-token prediction. Field names are the checkpoint's keys, but that `layer` has none.
+/// The module for multi-token prediction. Field names are the checkpoint's keys, except for `layer`, which has none.
 #[derive(Clone, Debug)]
 pub struct Mtp {
-    /// `[vocab, hidden_size]`; none where it is the model's.
+    /// `[vocab, hidden_size]`; none if it is the model's.
     pub embed_tokens: Option<Embedding>,
     /// Norm of the embedded token.
     pub enorm: Norm,
@@ -31,7 +31,7 @@ pub struct Mtp {
     pub eh_proj: Linear,
     /// Attention and experts, as in the model.
     pub layer: DecoderLayer,
-    /// What makes logits.
+    /// The end of the module, which makes logits.
     pub shared_head: SharedHead,
 }
 
@@ -40,7 +40,7 @@ pub struct Mtp {
 pub struct SharedHead {
     /// The last norm.
     pub norm: Norm,
-    /// `[vocab, hidden_size]`; none where it is the model's.
+    /// `[vocab, hidden_size]`; none if it is the model's.
     pub head: Option<Linear>,
 }
 
@@ -50,10 +50,10 @@ impl Mtp {
         Cache::of_layers(config, 1, cache_type)
     }
 
-    /// Its hidden states after the last norm. What each attends to are its own of the positions before.
+    /// Its hidden states after the last norm. Each attends to its own at earlier positions.
     ///
     /// # Shapes
-    /// - `hidden`: `[batch, seq, hidden_size]`, of the model, continuing the sequences of the pass's caches if it has some
+    /// - `hidden`: `[batch, seq, hidden_size]`, of the model, continuing the sequences of the pass's caches if it has any
     /// - `next_ids`: `[batch, seq]`, the token after each position
     /// - returns: `[batch, seq, hidden_size]`
     ///
@@ -80,7 +80,7 @@ impl Mtp {
         hidden.reshape([batch, seq, width])
     }
 
-    /// Logits of some of its hidden states: of position `i`, for the token `i + 2`.
+    /// Logits of its hidden states: those of position `i` are for the token `i + 2`.
     ///
     /// # Shapes
     /// - `hidden`: `[tokens, hidden_size]`
@@ -88,25 +88,26 @@ impl Mtp {
     pub fn logits(&self, model: &Model, hidden: Tensor<2>, ctx: &ForwardContext<'_>) -> Tensor<2> {
         let head = self.shared_head.head.clone();
         let head = head.unwrap_or_else(|| model.head());
-        head.forward_as(Class::Head, hidden, ctx)
+        head.forward_as(PrecisionClass::Head, hidden, ctx)
     }
 
     /// Bytes that the weights of its own linear layers and experts hold in memory or map.
-    pub fn size_bytes(&mut self) -> usize {
-        let mut bytes = self.eh_proj.weight.size_bytes();
-        if let Some(head) = &self.shared_head.head {
-            bytes += head.weight.size_bytes();
-        }
-        self.layer
-            .for_each_site("", &mut |_, site| bytes += site.size_bytes());
-        bytes
+    pub fn size_bytes(&self) -> usize {
+        let own = [Some(&self.eh_proj), self.shared_head.head.as_ref()];
+        let own = own.into_iter().flatten();
+        let own: usize = own.map(|linear| linear.weight.size_bytes()).sum();
+        let modules = self.layer.modules().into_iter();
+        own + modules
+            .map(|(_, module)| module.size_bytes())
+            .sum::<usize>()
     }
 
     /// Visits its own frozen matrices that are multiplied as they are.
     pub fn for_each_frozen(&mut self, visit: &mut dyn FnMut(&mut Matrix)) {
         self.eh_proj.weight.for_each_frozen(visit);
-        self.layer
-            .for_each_site("", &mut |_, site| site.for_each_frozen(visit));
+        for (_, module) in self.layer.modules_mut() {
+            module.for_each_frozen(visit);
+        }
         if let Some(head) = &mut self.shared_head.head {
             head.weight.for_each_frozen(visit);
         }

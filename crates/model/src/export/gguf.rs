@@ -1,7 +1,7 @@
 //! Writing a model as a GGUF, rows at a time.
 //!
-//! Before the file gets its name it is opened again as anyone would open it, and every matrix is compared with what it was
-//! made of: by names, shapes and values that went through the reader and not through what wrote them.
+//! Before the file gets its name it is opened again like any other file, and every matrix is compared with its source: by
+//! names, shapes and values as the reader, not the writer, has them.
 
 use std::path::Path;
 
@@ -13,24 +13,25 @@ use kernels::{Format, Ggml, Matrix, RopeLayout};
 use rayon::prelude::*;
 
 use super::importance::Importance;
+use super::merge::{MergeReport, relative_error};
 use super::mix::{GgufType, Mix};
 use crate::Error;
 use crate::config::{AttentionConfig, Family, ModelConfig, RopeScaling};
-use crate::merge::{MergeReport, relative_error};
-use crate::weights::{keys, mtp_keys, read_config, read_matrix, read_tensor};
+use crate::keys::{ParamKey, keys};
+use crate::load::{mtp_keys, read_config, read_matrix, read_tensor};
 
-/// Values that are encoded at a time.
+/// Values to encode at a time.
 const PIECE: usize = 1 << 20;
-/// Rounding to two bits leaves less than half of this, relative to the values; rows in another order differ by 1.4.
+/// Of the values. Rounding to two bits has an error below half of this; rows in another order differ by 1.4.
 const LARGEST_ERROR: f64 = 0.8;
 
-/// Writes a model as the GGUF `out`, whole or not at all. `tokenizer` is metadata that is added as it is.
+/// Writes a model as the GGUF `out`, whole or not at all. `tokenizer` is metadata that is added unchanged.
 ///
-/// `progress` is told tensors done and tensors in all; each of the model's is seen twice, written and checked. Tensors that
-/// nobody knows are left out, and those for multi-token prediction unless the mix has them, as llama.cpp's converter does.
+/// `progress` gets the tensors done and the tensors in all; each of the model's counts twice, once written and once checked.
+/// Leaves out unknown tensors, and those for multi-token prediction unless the mix has them, like llama.cpp's converter.
 ///
 /// # Errors
-/// If a GGUF cannot say what the model computes, reading or writing fails, or the check finds other values
+/// If a GGUF cannot describe the model, if reading or writing fails, or if the check finds other values
 /// ([`Error::Unfaithful`]).
 pub fn write_gguf(
     model: &Folder,
@@ -40,15 +41,15 @@ pub fn write_gguf(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<MergeReport, Error> {
     let mut config = read_config(model)?;
-    let keys = chosen(model, mix, &mut config)?;
+    let keys = written_keys(model, mix, &mut config)?;
     check_config(&config)?;
     let json = config.to_json();
     let layout = GgufLayout::of(&model.config_path(), &json)?;
     let tensors = layout.tensors(&keys);
-    let of = |tensor: &GgufTensor| mix.type_of(&tensor.name, &tensor.shape, &config);
+    let type_of = |tensor: &GgufTensor| mix.type_of(tensor, &config);
     let specs = tensors.iter().map(|tensor| TensorSpec {
         name: tensor.name.as_str().into(),
-        dtype: of(tensor).dtype(),
+        dtype: type_of(tensor).dtype(),
         shape: tensor.shape.clone(),
     });
     let made = layout.made();
@@ -70,14 +71,15 @@ pub fn write_gguf(
         progress(done.min(total), total);
     };
     for tensor in &tensors {
-        for number in 0..tensor.keys.len() {
+        for source in 0..tensor.keys.len() {
             let encoding = Encoding {
-                of: of(tensor),
+                tensor,
+                format: type_of(tensor),
                 importance,
-                first: number,
+                source,
             };
-            write_tensor(model, &config, (tensor, encoding), &mut writer)?;
-            // Of two halves one counts.
+            write_tensor(model, &config, encoding, &mut writer)?;
+            // The two parts of a split weight count as one.
             if !matches!(tensor.rows, RowOrder::Keys { .. }) {
                 step();
             }
@@ -89,7 +91,12 @@ pub fn write_gguf(
     }
     writer.flush()?;
     let written = Folder::open(writer.path())?;
-    let mut report = check((model, &config, &keys), &written, &mut step)?;
+    let expected = ExpectedModel {
+        model,
+        config: &config,
+        keys: &keys,
+    };
+    let mut report = expected.check(&written, &mut step)?;
     report.tensors = specs.len();
     report.weighted = weighted;
     report.bytes = specs.iter().map(bytes_of).sum();
@@ -97,8 +104,8 @@ pub fn write_gguf(
     Ok(report)
 }
 
-/// The keys and shapes of what is written. Modules for multi-token prediction that are not, the config has no more.
-fn chosen(
+/// The keys and shapes to write. Removes modules for multi-token prediction from the config if the mix has none.
+fn written_keys(
     model: &Folder,
     mix: &Mix,
     config: &mut ModelConfig,
@@ -112,7 +119,7 @@ fn chosen(
     Ok(keys)
 }
 
-/// What the file says about itself.
+/// The file's metadata about itself.
 fn about(model: &Folder, mix: &Mix) -> Vec<(String, GgufValue)> {
     /// Of ggml's blocks as they are now.
     const QUANTIZATION_VERSION: u32 = 2;
@@ -136,7 +143,7 @@ fn bytes_of(spec: &TensorSpec) -> u64 {
     (values / spec.dtype.block() * spec.dtype.size_bytes()) as u64
 }
 
-/// Refuses what has no key in a GGUF's metadata.
+/// Refuses settings that have no key in a GGUF's metadata.
 fn check_config(config: &ModelConfig) -> Result<(), Error> {
     let is_latent = matches!(config.attention, AttentionConfig::Mla(_));
     let problem = match (&config.rope.scaling, &config.moe) {
@@ -163,23 +170,25 @@ fn check_config(config: &ModelConfig) -> Result<(), Error> {
     )))
 }
 
-/// How rows of a tensor are written.
+/// One of a tensor's sources in the folder, and how its rows are written.
 #[derive(Clone, Copy)]
 struct Encoding<'a> {
-    of: GgufType,
+    tensor: &'a GgufTensor,
+    format: GgufType,
     importance: Option<&'a Importance>,
-    /// Which of the tensor's sources they are of.
-    first: usize,
+    /// The number of the source.
+    source: usize,
 }
 
-/// Writes what a tensor has of one of the folder's.
+/// Writes the part of a tensor that comes from one source.
 fn write_tensor(
     model: &Folder,
     config: &ModelConfig,
-    (tensor, encoding): (&GgufTensor, Encoding<'_>),
+    encoding: Encoding<'_>,
     writer: &mut GgufWriter,
 ) -> Result<(), Error> {
-    let key = &tensor.keys[encoding.first];
+    let (tensor, source) = (encoding.tensor, encoding.source);
+    let key = &tensor.keys[source];
     let shape = match (tensor.rows, tensor.shape.as_slice()) {
         (_, [len]) => {
             let vector = read_tensor(model, key, config)?;
@@ -187,30 +196,28 @@ fn write_tensor(
             let bytes = vector.to_f32()?.into_iter().flat_map(f32::to_le_bytes);
             return Ok(writer.write(&bytes.collect::<Vec<_>>())?);
         }
-        (RowOrder::Keys { .. } | RowOrder::Values { .. }, _) => up_projection(config),
+        (RowOrder::Keys { .. } | RowOrder::Values { .. }, _) => whole_shape(key, config),
         (_, [.., rows, cols]) => [*rows, *cols],
         (_, []) => [1, 1],
     };
     let matrix = read_matrix(model, key, shape, config.fp8_block)?;
     for piece in 0..n_pieces(tensor.rows) {
-        // A layer's experts are sources, the heads of a half are pieces of one.
+        // A layer's experts are sources; the heads of a split weight are pieces of one source.
         let importance = encoding.importance.and_then(|importance| {
-            importance.columns(&tensor.name, encoding.first + piece, *tensor.shape.last()?)
+            importance.columns(&tensor.name, source + piece, *tensor.shape.last()?)
         });
         let rows = self::piece(&matrix, tensor.rows, piece);
-        write_rows(&rows, encoding.of, importance, writer)?;
+        write_rows(&rows, encoding.format, importance, writer)?;
     }
     Ok(())
 }
 
-/// The shape of a whole `kv_b_proj`.
-fn up_projection(config: &ModelConfig) -> [usize; 2] {
-    match &config.attention {
-        AttentionConfig::Mla(mla) => [
-            config.num_attention_heads * (mla.qk_nope_head_dim + mla.v_head_dim),
-            mla.kv_lora_rank,
-        ],
-        AttentionConfig::Gqa(_) => [0, 0],
+/// The shape of a weight that a GGUF splits by heads.
+fn whole_shape(key: &str, config: &ModelConfig) -> [usize; 2] {
+    let shape = ParamKey::parse(key).and_then(|key| key.shape(config));
+    match shape.as_deref() {
+        Some(&[rows, cols]) => [rows, cols],
+        _ => [0, 0],
     }
 }
 
@@ -223,8 +230,7 @@ fn n_pieces(rows: RowOrder) -> usize {
     }
 }
 
-/// RowOrder of a matrix as they follow one another in a GGUF: all, or those of a head. What is stored that way already is a
-/// view of it.
+/// Rows of a matrix in the order of a GGUF: all of them, or those of a head. It is a view if they are stored in that order.
 fn piece(matrix: &Matrix, rows: RowOrder, head: usize) -> Matrix {
     let of_head = |heads: usize| {
         let per_head = matrix.rows() / heads;
@@ -238,14 +244,14 @@ fn piece(matrix: &Matrix, rows: RowOrder, head: usize) -> Matrix {
                 RowOrder::interleaved(place, head.rows()) * head.cols() + col
             })
         }
-        (RowOrder::Keys { .. }, Some(halves)) => halves.keys(head),
+        (RowOrder::Keys { .. }, Some(split)) => split.keys(head),
         (RowOrder::Keys { heads, width }, None) => {
             let keys = of_head(heads).row_range(0..width);
             reordered(&keys, [keys.cols(), width], |row, col| {
                 col * keys.cols() + row
             })
         }
-        (RowOrder::Values { .. }, Some(halves)) => halves.values(head),
+        (RowOrder::Values { .. }, Some(split)) => split.values(head),
         (RowOrder::Values { heads, width }, None) => {
             let head = of_head(heads);
             head.row_range(head.rows() - width..head.rows())
@@ -253,7 +259,7 @@ fn piece(matrix: &Matrix, rows: RowOrder, head: usize) -> Matrix {
     }
 }
 
-/// A matrix of the given shape whose values are those of another at other places.
+/// A matrix of the given shape with the values of another in another order.
 fn reordered(
     matrix: &Matrix,
     [rows, cols]: [usize; 2],
@@ -265,14 +271,14 @@ fn reordered(
     Matrix::from_f32(rows, cols, &values)
 }
 
-/// Writes the rows of a matrix in a type: its bytes where it is of that type, else some rows encoded at a time.
+/// Writes the rows of a matrix in a type: its bytes if it has that type, else encoded rows, some at a time.
 fn write_rows(
     matrix: &Matrix,
-    of: GgufType,
+    format: GgufType,
     importance: Option<&[f32]>,
     writer: &mut GgufWriter,
 ) -> Result<(), Error> {
-    let is_same = match (of, matrix.format()) {
+    let is_same = match (format, matrix.format()) {
         (GgufType::F32, Format::F32) | (GgufType::Bf16, Format::Bf16) => true,
         (GgufType::Ggml(Ggml::F16), Format::F16) => true,
         (GgufType::Ggml(wanted), Format::Ggml(found)) => wanted == *found,
@@ -281,7 +287,7 @@ fn write_rows(
     if is_same {
         return Ok(writer.write(matrix.bytes())?);
     }
-    let (cols, dtype) = (matrix.cols(), of.dtype());
+    let (cols, dtype) = (matrix.cols(), format.dtype());
     let row_bytes = cols / dtype.block() * dtype.size_bytes();
     let rows_at_once = (PIECE / cols.max(1)).max(1);
     for start in (0..matrix.rows()).step_by(rows_at_once) {
@@ -292,7 +298,7 @@ fn write_rows(
             || vec![0.0; cols],
             |line, (i, out)| {
                 matrix.decode(start + i..start + i + 1, 0..cols, line);
-                of.encode(line, importance, out);
+                format.encode(line, importance, out);
             },
         );
         writer.write(&bytes)?;
@@ -300,7 +306,7 @@ fn write_rows(
     Ok(())
 }
 
-/// Whether two configs stretch rotary positions as Llama 3 does and alike: a GGUF says what the settings do, and not each.
+/// Whether two configs stretch rotary positions alike, as Llama 3 does: a GGUF has the effect of the settings, not each one.
 fn same_stretch(config: &ModelConfig, other: &ModelConfig) -> bool {
     /// Divisors are written in f32.
     const ROUNDING: f32 = 1e-5;
@@ -316,46 +322,61 @@ fn same_stretch(config: &ModelConfig, other: &ModelConfig) -> bool {
         && pairs.all(|(before, after)| (after / before - 1.0).abs() < ROUNDING)
 }
 
-/// Compares every tensor of a written file with the model's.
-fn check(
-    (model, config, keys): (&Folder, &ModelConfig, &[(String, Vec<usize>)]),
-    written: &Folder,
-    step: &mut dyn FnMut(),
-) -> Result<MergeReport, Error> {
-    let unfaithful = |tensor: &str, expected: &str, found: String| Error::Unfaithful {
+/// What a written file has to hold.
+struct ExpectedModel<'a> {
+    model: &'a Folder,
+    config: &'a ModelConfig,
+    keys: &'a [(String, Vec<usize>)],
+}
+
+impl ExpectedModel<'_> {
+    /// Compares every tensor of a written file with the model's.
+    fn check(&self, written: &Folder, step: &mut dyn FnMut()) -> Result<MergeReport, Error> {
+        let found = read_config(written)?;
+        self.check_settings(&found)?;
+        let (model, config) = (self.model, self.config);
+        let mut report = MergeReport::default();
+        for (key, shape) in self.keys {
+            step();
+            let &[rows, cols] = shape.as_slice() else {
+                let [before, after] =
+                    [model, written].map(|folder| read_tensor(folder, key, config));
+                if before?.to_f32()? != after?.to_f32()? {
+                    return Err(unfaithful(key, "the model's values", "others".into()));
+                }
+                continue;
+            };
+            let read = |folder| read_matrix(folder, key, [rows, cols], config.fp8_block);
+            let error = relative_error(&read(model)?, None, &read(written)?);
+            if error.is_nan() || error > LARGEST_ERROR {
+                let found = format!("a matrix that differs by {error:.1e} of its magnitude");
+                return Err(unfaithful(key, "the model's values, rounded", found));
+            }
+            report.errors.push((key.clone(), error));
+        }
+        Ok(report)
+    }
+
+    fn check_settings(&self, found: &ModelConfig) -> Result<(), Error> {
+        let mut expected = self.config.clone();
+        expected.fp8_scales = Scales::F32;
+        expected.fp8_block = found.fp8_block;
+        expected.initializer_range = found.initializer_range;
+        if same_stretch(&expected, found) {
+            expected.rope.scaling = found.rope.scaling.clone();
+        }
+        if *found == expected {
+            return Ok(());
+        }
+        let (expected, found) = (format!("{expected:?}"), format!("{found:?}"));
+        Err(unfaithful("config", &expected, found))
+    }
+}
+
+fn unfaithful(tensor: &str, expected: &str, found: String) -> Error {
+    Error::Unfaithful {
         tensor: tensor.into(),
         expected: expected.into(),
         found,
-    };
-    let mut expected = config.clone();
-    expected.fp8_scales = Scales::F32;
-    let found = read_config(written)?;
-    expected.fp8_block = found.fp8_block;
-    expected.initializer_range = found.initializer_range;
-    if same_stretch(&expected, &found) {
-        expected.rope.scaling = found.rope.scaling.clone();
     }
-    if found != expected {
-        let (expected, found) = (format!("{expected:?}"), format!("{found:?}"));
-        return Err(unfaithful("config", &expected, found));
-    }
-    let mut report = MergeReport::default();
-    for (key, shape) in keys {
-        step();
-        let &[rows, cols] = shape.as_slice() else {
-            let [before, after] = [model, written].map(|folder| read_tensor(folder, key, config));
-            if before?.to_f32()? != after?.to_f32()? {
-                return Err(unfaithful(key, "the model's values", "others".into()));
-            }
-            continue;
-        };
-        let read = |folder| read_matrix(folder, key, [rows, cols], config.fp8_block);
-        let error = relative_error(&read(model)?, None, &read(written)?);
-        if error.is_nan() || error > LARGEST_ERROR {
-            let found = format!("a matrix that differs by {error:.1e} of its magnitude");
-            return Err(unfaithful(key, "the model's values, rounded", found));
-        }
-        report.errors.push((key.clone(), error));
-    }
-    Ok(report)
 }

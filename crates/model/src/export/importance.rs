@@ -1,7 +1,7 @@
-//! What the columns of a model's weights are worth: the mean squares of the inputs that they are multiplied with.
+//! The importance matrix of a model: for each column of a weight, the mean square of the inputs that it multiplies.
 //!
-//! Rounding a weight well means rounding those columns well through which much comes. What comes is measured on rows of data
-//! by the model itself, or read from a file of llama.cpp's `llama-imatrix`.
+//! Rounding a weight well means rounding the columns with large inputs well. The model itself measures the inputs on rows of
+//! data, or they come from a file of llama.cpp's `llama-imatrix`.
 //!
 //! Source: ggml-org/llama.cpp: tools/imatrix/imatrix.cpp.
 
@@ -14,41 +14,42 @@ use checkpoint::{Folder, Gguf, GgufLayout, GgufTensor, RowOrder};
 use kernels::{Compute, Direction, ExpertBank};
 
 use crate::Error;
-use crate::context::{ForwardContext, InputRecord, Observe};
 use crate::decoder::Model;
-use crate::linear::Weight;
-use crate::moe::experts;
-use crate::sites::{PROJECTIONS, Site};
-use crate::weights::keys;
+use crate::decoder::visit::ModuleRef;
+use crate::forward::context::ForwardContext;
+use crate::forward::recorder::{RecordedInput, Recorder};
+use crate::keys::{Module, PROJECTIONS, ParamKey, keys};
+use crate::modules::experts::{ExpertWeights, down_input};
+use crate::modules::linear::Weight;
 
-/// Tokens from which on an expert's own inputs say alone what its columns are worth; with fewer, its layer's have the share that
-/// is missing. A mean of n squares of normal values is off by √(2 / n) of itself, here by a quarter: little beside what columns
-/// differ by.
+/// With this many tokens an expert's own inputs alone determine its importance; with fewer, its layer's inputs have the missing
+/// share. A mean of n squares of normal values has a relative error of √(2 / n), here a quarter: little compared with the
+/// differences between columns.
 const ENOUGH_TOKENS: f64 = 32.0;
-/// The least that a column is worth, relative to the mean: an input that was always 0 says nothing of what else may come.
+/// The least importance of a column, relative to the mean: an input that was always 0 in the data may be another elsewhere.
 const LEAST: f64 = 1e-12;
 
-/// What the columns of matrices are worth.
+/// The importance of the columns of matrices.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Importance {
-    /// By the tensor's name in a GGUF: of its one matrix, or of each after the other.
+    /// By the tensor's name in a GGUF, for its one matrix or for several in a row.
     columns: BTreeMap<String, Vec<f32>>,
-    /// Tokens that were seen.
+    /// Tokens that were measured.
     pub tokens: usize,
     /// Routed experts, all layers together.
     pub experts: usize,
-    /// Those of them that too few tokens were routed to to count alone.
+    /// Routed experts with too few tokens to count alone.
     pub rare_experts: usize,
 }
 
-/// What entered one matrix.
+/// The sums of one matrix's inputs.
 #[derive(Clone, Default)]
-struct Sums {
+struct ColumnSums {
     squares: Vec<f64>,
     tokens: f64,
 }
 
-impl Sums {
+impl ColumnSums {
     fn add(&mut self, squares: &[f32], tokens: usize) {
         self.squares.resize(squares.len(), 0.0);
         let pairs = self.squares.iter_mut().zip(squares);
@@ -62,11 +63,11 @@ impl Sums {
 }
 
 impl Importance {
-    /// Measures on rows of ids what enters the weights of a frozen model, which was loaded from `folder`. `progress` is told
-    /// how many rows are done.
+    /// Measures the inputs of a frozen model's weights on rows of ids. `folder` is the model's; `progress` gets the number of rows
+    /// done.
     ///
     /// # Errors
-    /// If no GGUF can hold the model, or an input is not finite.
+    /// If the model has no GGUF form, or an input is not finite.
     pub fn measure(
         folder: &Folder,
         model: &Model,
@@ -78,15 +79,13 @@ impl Importance {
         for (number, row) in rows.iter().enumerate() {
             let ids: Vec<i32> = row.iter().map(|id| *id as i32).collect();
             let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, row.len()]), &device);
-            let mut ctx = ForwardContext {
-                observe: Observe::Inputs,
-                ..ForwardContext::new(Compute::F32)
-            };
+            let mut recorder = Recorder::of_inputs();
+            let mut ctx = ForwardContext::recorded(Compute::F32, &mut recorder);
             let hidden = model.hidden(ids, &mut ctx);
             let hidden = hidden.reshape([row.len(), model.config.hidden_size]);
-            model.observe_head(&hidden, &ctx);
-            for record in ctx.inputs.take() {
-                collected.add(record);
+            model.record_head(&hidden, &ctx);
+            for input in recorder.take_inputs() {
+                collected.add(input);
             }
             progress(number + 1);
         }
@@ -132,9 +131,9 @@ impl Importance {
             }
             let per_matrix = (squares.len() / counts.len()).max(1);
             let sums = squares.chunks(per_matrix).zip(&counts);
-            let sums: Vec<Sums> = sums
+            let sums: Vec<ColumnSums> = sums
                 .map(|(squares, tokens)| {
-                    let mut sums = Sums::default();
+                    let mut sums = ColumnSums::default();
                     sums.add(squares, tokens.max(0.0) as usize);
                     sums
                 })
@@ -146,8 +145,8 @@ impl Importance {
         Ok(importance)
     }
 
-    /// Takes what entered a tensor's matrices.
-    fn insert(&mut self, name: &str, sums: &[Sums]) -> Result<(), Error> {
+    /// Adds the importance of a tensor's columns.
+    fn insert(&mut self, name: &str, sums: &[ColumnSums]) -> Result<(), Error> {
         let total: f64 = sums.iter().map(|sums| sums.tokens).sum();
         if total == 0.0 {
             return Ok(());
@@ -156,7 +155,7 @@ impl Importance {
         let means: Vec<f64> = if is_stack {
             blended(sums, total)
         } else {
-            sums.iter().flat_map(Sums::mean).collect()
+            sums.iter().flat_map(ColumnSums::mean).collect()
         };
         // Once for the three projections.
         if is_stack && name.contains("ffn_down") {
@@ -179,7 +178,7 @@ impl Importance {
         Ok(())
     }
 
-    /// What the columns of one of a tensor's matrices are worth, if that is known.
+    /// The importance of the columns of one of a tensor's matrices, if it is known.
     pub(crate) fn columns(&self, name: &str, matrix: usize, cols: usize) -> Option<&[f32]> {
         let columns = self.columns.get(name)?;
         match columns.len() == cols {
@@ -188,10 +187,10 @@ impl Importance {
         }
     }
 
-    /// How many of the tensors of a GGUF it is known of.
+    /// The number of a GGUF's tensors whose importance is known.
     ///
     /// # Errors
-    /// If it is that of other shapes, or of none of them.
+    /// If it has other shapes, or if it is known of none of them.
     pub(crate) fn check(&self, tensors: &[GgufTensor]) -> Result<usize, Error> {
         let mut known = 0;
         for tensor in tensors {
@@ -203,7 +202,7 @@ impl Importance {
             let expected = matrices.iter().product::<usize>() * cols;
             if ![expected, *cols].contains(&columns.len()) {
                 return Err(Error::Unsupported(format!(
-                    "importance of `{}`: expected {expected} columns, found {}: it is of another model",
+                    "importance of `{}`: expected {expected} columns, found {}: it belongs to another model",
                     tensor.name,
                     columns.len()
                 )));
@@ -220,66 +219,66 @@ impl Importance {
     }
 }
 
-/// The means of a layer's experts. Where few tokens were routed to one, the layer's mean has a share.
-fn blended(sums: &[Sums], total: f64) -> Vec<f64> {
+/// The means of a layer's experts. If an expert has few tokens, its layer's mean has a share.
+fn blended(sums: &[ColumnSums], total: f64) -> Vec<f64> {
     let cols = sums.iter().map(|sums| sums.squares.len()).max();
-    let mut of_layer = vec![0.0; cols.unwrap_or(0)];
+    let mut layer_means = vec![0.0; cols.unwrap_or(0)];
     for sums in sums {
-        let pairs = of_layer.iter_mut().zip(&sums.squares);
+        let pairs = layer_means.iter_mut().zip(&sums.squares);
         pairs.for_each(|(sum, squares)| *sum += squares / total);
     }
-    let blend = |sums: &Sums| {
+    let blend = |sums: &ColumnSums| {
         let own = (sums.tokens / ENOUGH_TOKENS).min(1.0);
         let means = sums.mean().chain(std::iter::repeat(0.0));
-        let blended = means.zip(&of_layer);
+        let blended = means.zip(&layer_means);
         blended
-            .map(move |(mean, of_layer)| own * mean + (1.0 - own) * of_layer)
+            .map(move |(mean, layer_means)| own * mean + (1.0 - own) * layer_means)
             .collect::<Vec<_>>()
     };
     sums.iter().flat_map(blend).collect()
 }
 
-/// What entered a model's weights.
+/// The inputs of a model's weights, summed up.
 struct Collected {
     /// Where a weight of the model is in memory, and its key; of a layer's experts the path.
     places: HashMap<usize, String>,
-    /// By key; the halves of a `kv_b_proj` by the keys that a converter gives them, a matrix for each head.
-    sums: HashMap<String, Vec<Sums>>,
+    /// By key; a split `kv_b_proj` by the keys of its two parts, with sums for each head.
+    sums: HashMap<String, Vec<ColumnSums>>,
 }
 
-/// The key of a half.
-fn half(key: &str, direction: Direction) -> String {
-    let name = match direction {
-        Direction::Transposed => ".k_b_proj.",
-        Direction::Forward => ".v_b_proj.",
+/// The key of the part of a split `kv_b_proj` that multiplies in a direction.
+fn part_of_kv_b(key: &str, direction: Direction) -> String {
+    let part = match direction {
+        Direction::Transposed => Module::KvBKeys,
+        Direction::Forward => Module::KvBValues,
     };
-    key.replace(".kv_b_proj.", name)
+    let key = ParamKey::parse(key).map(|key| key.with_module(part));
+    key.map_or(String::new(), |key| key.to_string())
 }
 
 impl Collected {
     fn of(model: &Model) -> Self {
         let mut places = HashMap::new();
-        let mut place = |weight: &Weight, key: String| {
-            if let Weight::Frozen(frozen) = weight {
-                places.insert(Arc::as_ptr(&frozen.matrix).addr(), key);
-            }
+        let place = |weight: &Weight, key: String| {
+            let matrix = weight.frozen();
+            matrix.map(|matrix| (Arc::as_ptr(matrix).addr(), key))
         };
         if model.lm_head.is_none() {
-            place(
-                &model.model.embed_tokens.weight,
-                "model.embed_tokens.weight".into(),
-            );
+            let key = ParamKey::weight(None, Module::Embedding).to_string();
+            places.extend(place(&model.model.embed_tokens.weight, key));
         }
-        let mut banks = Vec::new();
-        model.clone().for_each_site(&mut |path, site| match site {
-            Site::Linear(linear) => place(&linear.weight, format!("{path}.weight")),
-            Site::Experts(experts) => {
-                if let experts::ExpertWeights::Frozen(frozen) = &experts.weights {
-                    banks.push((Arc::as_ptr(&frozen.bank).addr(), path.to_owned()));
+        for (path, module) in model.modules() {
+            match module {
+                ModuleRef::Linear(linear) => {
+                    places.extend(place(&linear.weight, format!("{path}.weight")));
+                }
+                ModuleRef::Experts(experts) => {
+                    if let ExpertWeights::Frozen(frozen) = &experts.weights {
+                        places.insert(Arc::as_ptr(&frozen.bank).addr(), path);
+                    }
                 }
             }
-        });
-        places.extend(banks);
+        }
         Self {
             places,
             sums: HashMap::new(),
@@ -287,54 +286,50 @@ impl Collected {
     }
 
     /// Waits for the device.
-    fn add(&mut self, record: InputRecord) {
-        let (place, key) = match &record {
-            InputRecord::Linear { matrix, .. } => (Arc::as_ptr(matrix).addr(), None),
-            InputRecord::PerHead {
+    fn add(&mut self, input: RecordedInput) {
+        let (place, direction) = match &input {
+            RecordedInput::Linear { matrix, .. } => (Arc::as_ptr(matrix).addr(), None),
+            RecordedInput::PerHead {
                 matrix, direction, ..
             } => (Arc::as_ptr(matrix).addr(), Some(*direction)),
-            InputRecord::Experts { bank, .. } => (Arc::as_ptr(bank).addr(), None),
+            RecordedInput::Experts { bank, .. } => (Arc::as_ptr(bank).addr(), None),
         };
         let Some(path) = self.places.get(&place).cloned() else {
             return;
         };
-        match record {
-            InputRecord::Linear {
+        match input {
+            RecordedInput::Linear {
                 squares, tokens, ..
             }
-            | InputRecord::PerHead {
+            | RecordedInput::PerHead {
                 squares, tokens, ..
             } => {
-                let key = key.map_or(path.clone(), |direction| half(&path, direction));
+                let of_part = |direction| part_of_kv_b(&path, direction);
+                let key = direction.map_or(path.clone(), of_part);
                 let [matrices, cols] = squares.dims();
                 let squares: Vec<f32> = squares.into_data().iter().collect();
                 let sums = self.sums.entry(key).or_default();
-                sums.resize(matrices, Sums::default());
+                sums.resize(matrices, ColumnSums::default());
                 let pairs = sums.iter_mut().zip(squares.chunks(cols.max(1)));
                 pairs.for_each(|(sums, squares)| sums.add(squares, tokens));
             }
-            InputRecord::Experts { bank, x, ids } => self.add_experts(&path, &bank, (x, ids)),
+            RecordedInput::Experts { bank, x, ids } => self.add_experts(&path, &bank, x, ids),
         }
     }
 
-    fn add_experts(
-        &mut self,
-        path: &str,
-        bank: &ExpertBank,
-        (x, ids): (Tensor<2>, Tensor<2, Int>),
-    ) {
+    fn add_experts(&mut self, path: &str, bank: &ExpertBank, x: Tensor<2>, ids: Tensor<2, Int>) {
         let [_, top_k] = ids.dims();
         let ids: Vec<i64> = ids.into_data().iter().collect();
         for expert in 0..bank.gate.len() {
-            let picks = ids.chunks(top_k.max(1)).enumerate();
-            let own = picks.filter(|(_, ids)| ids.contains(&(expert as i64)));
+            let choices = ids.chunks(top_k.max(1)).enumerate();
+            let own = choices.filter(|(_, ids)| ids.contains(&(expert as i64)));
             let own: Vec<i32> = own.map(|(token, _)| token as i32).collect();
             if own.is_empty() {
                 continue;
             }
             let tokens = Tensor::<1, Int>::from_ints(own.as_slice(), &x.device());
             let x = x.clone().select(0, tokens);
-            let inner = experts::inner(bank, expert, x.clone());
+            let inner = down_input(bank, expert, x.clone());
             let squares = [x, inner].map(|x| {
                 let squares = x.powi_scalar(2).sum_dim(0).into_data();
                 squares.iter::<f32>().collect::<Vec<_>>()
@@ -342,18 +337,18 @@ impl Collected {
             for (projection, entered) in PROJECTIONS.into_iter().zip([0, 0, 1]) {
                 let key = format!("{path}.{expert}.{projection}.weight");
                 let sums = self.sums.entry(key).or_default();
-                sums.resize(1, Sums::default());
+                sums.resize(1, ColumnSums::default());
                 sums[0].add(&squares[entered], own.len());
             }
         }
     }
 
-    /// What entered the matrices of a GGUF's tensor.
-    fn take(&mut self, tensor: &GgufTensor) -> Vec<Sums> {
+    /// The sums of a GGUF's tensor, for each of its matrices.
+    fn take(&mut self, tensor: &GgufTensor) -> Vec<ColumnSums> {
         let key = &tensor.keys[0];
         match tensor.rows {
-            RowOrder::Keys { .. } => self.sums.remove(&half(key, Direction::Transposed)),
-            RowOrder::Values { .. } => self.sums.remove(&half(key, Direction::Forward)),
+            RowOrder::Keys { .. } => self.sums.remove(&part_of_kv_b(key, Direction::Transposed)),
+            RowOrder::Values { .. } => self.sums.remove(&part_of_kv_b(key, Direction::Forward)),
             RowOrder::Same | RowOrder::Interleaved { .. } if tensor.keys.len() == 1 => {
                 self.sums.remove(key)
             }
@@ -377,13 +372,12 @@ mod tests {
     use checkpoint::{DType, GgufValue, GgufWriter, TensorSpec};
 
     use super::*;
-    use crate::weights::{Training, load};
+    use crate::load::{Training, load};
 
     const ROW: [u32; 11] = [3, 17, 8, 3, 40, 5, 5, 91, 33, 2, 60];
 
     fn golden(name: &str) -> (Folder, Model) {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens");
-        let folder = Folder::open(&path.join(name)).unwrap();
+        let folder = Folder::open(&crate::goldens::path(name)).unwrap();
         let model = load(&folder, Training::Frozen, &Device::flex()).unwrap();
         (folder, model)
     }
@@ -482,14 +476,14 @@ mod tests {
 
     #[test]
     fn experts_with_few_tokens_count_with_their_layer() {
-        let sums = |squares: [f64; 2], tokens: f64| Sums {
+        let sums = |squares: [f64; 2], tokens: f64| ColumnSums {
             squares: squares.to_vec(),
             tokens,
         };
         let list = [
             sums([64.0, 128.0], 64.0),
             sums([40.0, 0.0], 8.0),
-            Sums::default(),
+            ColumnSums::default(),
         ];
         let mut importance = Importance::default();
         let name = "blk.1.ffn_down_exps.weight";
@@ -501,9 +495,9 @@ mod tests {
         assert_eq!((importance.rare_experts, importance.experts), (2, 3));
     }
 
-    type File = (PathBuf, tempfile::TempDir);
+    type ImatrixFile = (PathBuf, tempfile::TempDir);
 
-    fn imatrix(kind: &str, tensors: &[(&str, &[usize], &[f32])]) -> File {
+    fn imatrix(kind: &str, tensors: &[(&str, &[usize], &[f32])]) -> ImatrixFile {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("imatrix.gguf");
         let specs = tensors.iter().map(|(name, shape, _)| TensorSpec {
@@ -578,7 +572,7 @@ mod tests {
             rows: RowOrder::Same,
         };
         let mut importance = Importance::default();
-        let sums = Sums {
+        let sums = ColumnSums {
             squares: vec![1.0; 6],
             tokens: 1.0,
         };

@@ -1,7 +1,7 @@
-//! Writing an adapter as a GGUF, as llama.cpp takes it beside a base.
+//! Writing an adapter as a GGUF, which llama.cpp loads together with a base.
 //!
-//! Each tensor of the base that is updated has two in the file, the factors; of stacked tensors the factors are stacked. One
-//! alpha holds for all: what else a module's scale is goes into its second factor.
+//! Each updated tensor of the base has two tensors in the file, its factors; those of stacked tensors are stacked. A single
+//! alpha holds for all of them: the rest of a module's scale goes into its second factor.
 //!
 //! Source: ggml-org/llama.cpp: convert_lora_to_gguf.py, src/llama-adapter.cpp, src/llama-graph.cpp (`build_lora_mm`).
 
@@ -12,11 +12,12 @@ use checkpoint::{
 };
 
 use crate::Error;
-use crate::adapter::{AdapterWeights, Pair};
+use crate::adapt::{AdapterWeights, WeightUpdate};
 use crate::config::{AttentionConfig, ModelConfig};
-use crate::weights::{keys, read_config};
+use crate::keys::keys;
+use crate::load::read_config;
 
-/// Parts of a deepseek2 that llama.cpp multiplies without looking for an update.
+/// Tensors of a deepseek2 whose updates llama.cpp does not apply.
 const IGNORED: [&str; 7] = [
     "attn_q.",
     "attn_q_a.",
@@ -34,16 +35,16 @@ pub struct LoraGgufReport {
     pub tensors: usize,
     /// Bytes of the factors.
     pub bytes: u64,
-    /// Those of the tensors whose update llama.cpp loads and does not add when it runs the base.
+    /// Tensors whose update llama.cpp loads and does not apply when it runs the base.
     pub ignored: Vec<String>,
 }
 
 /// Writes an adapter as the GGUF `out`, in f32, for a base that [`super::gguf::write_gguf`] or llama.cpp's converter makes
-/// of `model`. With `keep_ignored` it has updates too that llama.cpp adds only where it merges them.
+/// from `model`. `keep_ignored` writes updates, too, that llama.cpp applies only when it merges them.
 ///
 /// # Errors
-/// If the adapter is not the model's or has what llama.cpp's adapters cannot say, if it has updates that would be ignored and
-/// these are not to be kept, or if writing fails.
+/// If the adapter is not the model's or has a part that llama.cpp's adapters lack, if it has updates that llama.cpp would
+/// ignore and `keep_ignored` is false, or if writing fails.
 pub fn write_lora_gguf(
     model: &Folder,
     adapter: &AdapterWeights,
@@ -70,10 +71,10 @@ pub fn write_lora_gguf(
     let alpha = pairs().map(|pair| pair.scale * pair.rank as f32);
     let alpha = alpha.clone().find(|alpha| *alpha != 0.0).unwrap_or(1.0);
     let factors = tensors.iter().map(|(tensor, pairs)| {
-        let factors = Factors::of(tensor, pairs, alpha, &config);
+        let factors = StackedFactors::of(tensor, pairs, alpha, &config);
         (tensor.name.as_str(), factors)
     });
-    let factors: Vec<(&str, Factors)> = factors.collect();
+    let factors: Vec<(&str, StackedFactors)> = factors.collect();
     let specs: Vec<TensorSpec> = factors.iter().flat_map(|f| f.1.specs(f.0)).collect();
     let mut writer = GgufWriter::create(out, &metadata(model, &layout, alpha), &specs)?;
     let mut bytes = 0;
@@ -116,14 +117,14 @@ fn is_ignored(name: &str, config: &ModelConfig) -> bool {
     is_latent && IGNORED.iter().any(|ignored| part.starts_with(ignored))
 }
 
-/// The base's tensors that are updated, each with the updates of its sources.
-type Updated = Vec<(GgufTensor, Vec<Option<Pair>>)>;
+/// The updated tensors of the base, each with the updates of its sources.
+type UpdatedTensors = Vec<(GgufTensor, Vec<Option<WeightUpdate>>)>;
 
 fn updated(
     adapter: &AdapterWeights,
     config: &ModelConfig,
     layout: &GgufLayout<'_>,
-) -> Result<Updated, Error> {
+) -> Result<UpdatedTensors, Error> {
     let keys = keys(config);
     for module in adapter.modules() {
         let key = format!("{module}.weight");
@@ -157,16 +158,21 @@ fn updated(
         .collect())
 }
 
-/// The factors of one of the base's tensors: values, and shapes from the outermost dimension in.
-struct Factors {
+/// The factors of one tensor of the base: values, and shapes from the outermost dimension in.
+struct StackedFactors {
     a: Vec<f32>,
     b: Vec<f32>,
     shapes: [Vec<usize>; 2],
 }
 
-impl Factors {
-    /// Where experts have updates of several ranks, or none, the largest rank holds for all, and what a factor lacks is 0.
-    fn of(tensor: &GgufTensor, pairs: &[Option<Pair>], alpha: f32, config: &ModelConfig) -> Self {
+impl StackedFactors {
+    /// If experts have updates of several ranks, or none, the largest rank holds for all, and missing values are 0.
+    fn of(
+        tensor: &GgufTensor,
+        pairs: &[Option<WeightUpdate>],
+        alpha: f32,
+        config: &ModelConfig,
+    ) -> Self {
         let rank = pairs
             .iter()
             .flatten()
@@ -174,7 +180,7 @@ impl Factors {
             .max()
             .unwrap_or(0);
         let &[ref stack @ .., out, width] = tensor.shape.as_slice() else {
-            unreachable!("what is updated is a matrix, or some")
+            unreachable!("updated tensors are matrices or stacks of them")
         };
         let mut factors = Self {
             a: Vec::new(),
@@ -193,8 +199,8 @@ impl Factors {
         factors
     }
 
-    /// Adds the factors of a source's rows as the tensor has them.
-    fn add(&mut self, pair: &Pair, rows: RowOrder, config: &ModelConfig) {
+    /// Adds the factors of a source, with the rows in the order of the tensor.
+    fn add(&mut self, pair: &WeightUpdate, rows: RowOrder, config: &ModelConfig) {
         let rank = pair.rank;
         let [_, out] = pair.widths();
         let row = |row: usize| &pair.b[row * rank..(row + 1) * rank];
@@ -213,7 +219,7 @@ impl Factors {
                         .extend(row(head * per_head + RowOrder::interleaved(place, per_head)));
                 }
             }
-            // Transposed: what was the second factor of a head's rows is the first.
+            // Transposed: the second factor of a head's rows becomes the first.
             RowOrder::Keys { heads, width } => {
                 for head in 0..heads {
                     let rows = head * per_head..head * per_head + width;
@@ -246,8 +252,8 @@ impl Factors {
     }
 }
 
-/// An update of a larger rank that does the same, its second factor times a number.
-fn padded(pair: &Pair, rank: usize, factor: f32) -> Pair {
+/// The same update with a larger rank, its second factor multiplied by a number.
+fn padded(pair: &WeightUpdate, rank: usize, factor: f32) -> WeightUpdate {
     let [width, _] = pair.widths();
     let mut a = pair.a.clone();
     a.resize(rank * width, 0.0);
@@ -256,7 +262,7 @@ fn padded(pair: &Pair, rank: usize, factor: f32) -> Pair {
         let zeros = std::iter::repeat_n(0.0, rank - pair.rank);
         row.chain(zeros).collect::<Vec<_>>()
     };
-    Pair {
+    WeightUpdate {
         a,
         b: pair.b.chunks(pair.rank).flat_map(row).collect(),
         rank,
@@ -266,21 +272,14 @@ fn padded(pair: &Pair, rank: usize, factor: f32) -> Pair {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
     use checkpoint::{Adapter, Gguf};
 
     use super::*;
-
-    fn golden(name: &str) -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("../../tests/goldens")
-            .join(name)
-    }
+    use crate::goldens;
 
     fn open(model: &str, adapter: &str) -> (Folder, AdapterWeights) {
-        let folder = Folder::open(&golden(model)).unwrap();
-        let adapter = Adapter::open(&golden(model).join(adapter)).unwrap();
+        let folder = Folder::open(&goldens::path(model)).unwrap();
+        let adapter = Adapter::open(&goldens::path(model).join(adapter)).unwrap();
         let adapter = AdapterWeights::read(&adapter, &read_config(&folder).unwrap()).unwrap();
         (folder, adapter)
     }
@@ -382,11 +381,11 @@ mod tests {
         }
     }
 
-    /// RowOrder of queries lie as the base's do.
+    /// Rows of queries lie as the base's do.
     #[test]
     fn rows_of_a_llama_are_interleaved_and_ranks_are_padded() {
-        let config = read_config(&Folder::open(&golden("llama_distill")).unwrap()).unwrap();
-        let pair = |rank: usize, out: usize| Pair {
+        let config = read_config(&Folder::open(&goldens::path("llama_distill")).unwrap()).unwrap();
+        let pair = |rank: usize, out: usize| WeightUpdate {
             a: vec![1.0; rank * 2],
             b: (0..out * rank).map(|i| (i / rank) as f32).collect(),
             rank,
@@ -394,7 +393,7 @@ mod tests {
             scale: 0.5,
             magnitude: None,
         };
-        let mut factors = Factors {
+        let mut factors = StackedFactors {
             a: vec![],
             b: vec![],
             shapes: [vec![], vec![]],
@@ -408,7 +407,7 @@ mod tests {
             rows: RowOrder::Same,
         };
         let pairs = [Some(pair(1, 2)), None, Some(pair(2, 2))];
-        let factors = Factors::of(&stack, &pairs, 1.0, &config);
+        let factors = StackedFactors::of(&stack, &pairs, 1.0, &config);
         assert_eq!(factors.shapes, [vec![3, 2, 2], vec![3, 2, 2]]);
         // Of the first: the factor is 0.5 · 2 / 1.
         assert_eq!(factors.a[..4], [1.0, 1.0, 0.0, 0.0]);

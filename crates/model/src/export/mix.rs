@@ -1,22 +1,23 @@
-//! Which type every tensor of a GGUF gets.
+//! The type of every tensor of a GGUF.
 //!
-//! A name like `q4_k_m` stands for a type that most matrices get and for rules by which some get another: what decides much
-//! for its size gets more bits. Norms, routers and biases stay in f32. The rules are llama.cpp's, so that a file of ours is
-//! the size that its users expect; where rows are not whole blocks, a similar type with smaller blocks takes its place.
+//! A name like `q4_k_m` stands for the type of most matrices and for rules by which some get another: matrices with a large
+//! effect for their size get more bits. Norms, routers and biases stay in f32. The rules are llama.cpp's, so that our files
+//! have the size that its users expect. If rows are not whole blocks, a similar type with smaller blocks takes its place.
 //!
 //! Source: ggml-org/llama.cpp: src/llama-quant.cpp, `llama_tensor_get_type_impl` and `tensor_type_fallback`.
 
 use std::fmt::{Display, Formatter};
 use std::str::FromStr;
 
-use checkpoint::DType;
+use checkpoint::{DType, GgufTensor, RowOrder};
 use kernels::Ggml;
 
-use super::encode;
 use super::importance::Importance;
+use super::weight_format::encode;
 use crate::config::{AttentionConfig, Family, ModelConfig};
+use crate::keys::{Module, ParamKey, ParamPart, Projection};
 
-/// The type of a GGUF's tensor that we write.
+/// The type of a tensor that we write into a GGUF.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GgufType {
     /// Single precision.
@@ -51,10 +52,10 @@ impl GgufType {
         }
     }
 
-    /// Encodes a row, with what errors of its columns count if that is known.
+    /// Encodes a row, by the importance of its columns if it is known.
     ///
     /// # Panics
-    /// If `out` are not the bytes of the blocks of `values`.
+    /// If `out` is not as long as the blocks of `values`.
     pub(crate) fn encode(self, values: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
         match (self, importance) {
             (Self::Ggml(format), Some(importance)) => {
@@ -103,8 +104,8 @@ impl FromStr for GgufType {
 
 /// A way to give every tensor a type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scheme {
-    /// One type for all matrices; of those with blocks, the head gets [`Ggml::Q6K`], but for `q8_0`.
+pub enum MixScheme {
+    /// One type for all matrices; if it has blocks and is not `q8_0`, the head gets [`Ggml::Q6K`].
     Plain(GgufType),
     /// `q3_k_m`.
     Q3KM,
@@ -116,7 +117,7 @@ pub enum Scheme {
     Q5KM,
 }
 
-impl Scheme {
+impl MixScheme {
     const MIXED: [(Self, &'static str, Ggml); 4] = [
         (Self::Q3KM, "q3_k_m", Ggml::Q3K),
         (Self::Q4KS, "q4_k_s", Ggml::Q4K),
@@ -130,7 +131,7 @@ impl Scheme {
         plain.chain(Self::MIXED.map(|mixed| mixed.0)).collect()
     }
 
-    /// What most matrices get.
+    /// The type of most matrices.
     fn most(self) -> GgufType {
         match self {
             Self::Plain(of) => of,
@@ -169,16 +170,16 @@ impl Scheme {
     }
 }
 
-impl Display for Scheme {
+impl Display for MixScheme {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
         let mixed = Self::MIXED.iter().find(|mixed| mixed.0 == *self);
         f.write_str(mixed.map_or_else(|| self.most().name(), |mixed| mixed.1))
     }
 }
 
-/// The parts of a model that a type may be chosen for.
+/// The parts of a model that may have a type of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
+pub enum MixPart {
     /// The routed experts.
     Experts,
     /// The shared experts.
@@ -191,11 +192,11 @@ pub enum Part {
     Embedding,
     /// The output head.
     Head,
-    /// Multi-token prediction: what a module has besides a layer.
+    /// Multi-token prediction, except for the layer in it.
     Mtp,
 }
 
-impl Part {
+impl MixPart {
     const ALL: [(Self, &'static str); 7] = [
         (Self::Experts, "experts"),
         (Self::Shared, "shared"),
@@ -206,31 +207,49 @@ impl Part {
         (Self::Mtp, "mtp"),
     ];
 
-    /// That of a GGUF's tensor, if its type is a matter of choice.
-    fn of(name: &str) -> Option<Self> {
-        let is_matrix = name.ends_with(".weight") && !name.ends_with("_norm.weight");
-        match name {
-            "token_embd.weight" => Some(Self::Embedding),
-            "output.weight" => Some(Self::Head),
-            _ if !is_matrix || name.contains("ffn_gate_inp") => None,
-            _ if name.contains(".nextn.") => Some(Self::Mtp),
-            _ if name.contains("_exps.") => Some(Self::Experts),
-            _ if name.contains("_shexp.") => Some(Self::Shared),
-            _ if name.contains(".attn_") => Some(Self::Attention),
-            _ if name.contains(".ffn_") => Some(Self::Dense),
-            _ => None,
+    /// The part that a parameter belongs to, if its type is a matter of choice.
+    fn of(key: ParamKey) -> Option<Self> {
+        if key.part != ParamPart::Weight {
+            return None;
+        }
+        match key.module {
+            Module::Embedding => Some(Self::Embedding),
+            Module::Head => Some(Self::Head),
+            Module::Q
+            | Module::QA
+            | Module::QB
+            | Module::KvA
+            | Module::KvB
+            | Module::KvBKeys
+            | Module::KvBValues
+            | Module::K
+            | Module::V
+            | Module::O => Some(Self::Attention),
+            Module::Mlp(_) => Some(Self::Dense),
+            Module::Experts | Module::Expert(..) => Some(Self::Experts),
+            Module::SharedExperts(_) => Some(Self::Shared),
+            Module::MtpEmbedding | Module::MtpInput | Module::MtpHead => Some(Self::Mtp),
+            Module::FinalNorm
+            | Module::InputNorm
+            | Module::PostAttentionNorm
+            | Module::QANorm
+            | Module::KvANorm
+            | Module::Router
+            | Module::MtpTokenNorm
+            | Module::MtpHiddenNorm
+            | Module::MtpNorm => None,
         }
     }
 }
 
-/// A scheme, and what is chosen otherwise for some parts.
+/// A scheme, and the parts of a model that have another type.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Mix {
     /// The types.
-    pub scheme: Scheme,
+    pub scheme: MixScheme,
     /// Parts with a type of their own.
-    pub parts: Vec<(Part, GgufType)>,
-    /// What the columns of the matrices are worth, if that was measured.
+    pub parts: Vec<(MixPart, GgufType)>,
+    /// The importance matrix, if there is one.
     pub importance: Option<Importance>,
     /// Whether the modules for multi-token prediction are written too.
     pub mtp: bool,
@@ -241,12 +260,12 @@ impl Mix {
     ///
     /// # Errors
     /// A sentence, if no part or type has the name.
-    pub fn new(scheme: Scheme, parts: &str) -> Result<Self, String> {
+    pub fn new(scheme: MixScheme, parts: &str) -> Result<Self, String> {
         let part = |text: &str| {
             let (part, of) = text.split_once('=').unwrap_or((text, ""));
-            let known = Part::ALL.iter().find(|known| known.1 == part.trim());
+            let known = MixPart::ALL.iter().find(|known| known.1 == part.trim());
             let part = known.map(|known| known.0).ok_or_else(|| {
-                let known: Vec<_> = Part::ALL.iter().map(|known| known.1).collect();
+                let known: Vec<_> = MixPart::ALL.iter().map(|known| known.1).collect();
                 let known = known.join(", ");
                 format!("expected PART=TYPE with a part of {known}, found `{text}`")
             })?;
@@ -262,20 +281,34 @@ impl Mix {
         })
     }
 
-    /// The type of a tensor by its name in a GGUF; `shape` from the outermost dimension in, the config of what is written.
-    pub fn type_of(&self, name: &str, shape: &[usize], config: &ModelConfig) -> GgufType {
-        let (Some(part), Some(width)) = (Part::of(name), shape.last().filter(|_| shape.len() > 1))
-        else {
+    /// The type of a tensor of a GGUF, by the config of what is written.
+    pub fn type_of(&self, tensor: &GgufTensor, config: &ModelConfig) -> GgufType {
+        let key = tensor.keys.first().and_then(|key| ParamKey::parse(key));
+        let key = key.map(|key| match tensor.rows {
+            RowOrder::Keys { .. } => key.with_module(Module::KvBKeys),
+            RowOrder::Values { .. } => key.with_module(Module::KvBValues),
+            RowOrder::Same | RowOrder::Interleaved { .. } => key,
+        });
+        let width = tensor.shape.last().filter(|_| tensor.shape.len() > 1);
+        let part = key.and_then(MixPart::of);
+        let (Some(key), Some(part), Some(width)) = (key, part, width) else {
             return GgufType::F32;
         };
-        let chosen = self.parts.iter().find(|chosen| chosen.0 == part);
-        match chosen {
-            Some((_, chosen)) => chosen.for_width(*width),
-            None => self.by_rule(part, name, *width, config).for_width(*width),
+        let own = self.parts.iter().find(|own| own.0 == part);
+        match own {
+            Some((_, own)) => own.for_width(*width),
+            None => self.by_rule(part, key, *width, config).for_width(*width),
         }
     }
 
-    fn by_rule(&self, part: Part, name: &str, width: usize, config: &ModelConfig) -> GgufType {
+    /// The type by the rules of the scheme.
+    fn by_rule(
+        &self,
+        part: MixPart,
+        key: ParamKey,
+        width: usize,
+        config: &ModelConfig,
+    ) -> GgufType {
         let most = self.scheme.most();
         let GgufType::Ggml(format) = most else {
             return most;
@@ -283,79 +316,88 @@ impl Mix {
         if format == Ggml::F16 {
             return most;
         }
-        let is_head = part == Part::Head || (part == Part::Embedding && config.tie_word_embeddings);
+        let is_head =
+            part == MixPart::Head || (part == MixPart::Embedding && config.tie_word_embeddings);
         let of = match part {
             _ if is_head && !width.is_multiple_of(format.block()) => Ggml::Q8_0,
             _ if is_head && format == Ggml::Q8_0 => format,
             _ if is_head => Ggml::Q6K,
-            Part::Embedding | Part::Head => format,
-            _ => self.in_layer(format, name, config),
+            MixPart::Embedding | MixPart::Head => format,
+            _ => self.in_layer(format, key, config),
         };
         GgufType::Ggml(of)
     }
 
-    /// What a matrix of a layer gets.
-    fn in_layer(&self, most: Ggml, name: &str, config: &ModelConfig) -> Ggml {
+    /// The type of a matrix of a layer.
+    fn in_layer(&self, most: Ggml, key: ParamKey, config: &ModelConfig) -> Ggml {
         let (layers, experts) = (
             config.num_hidden_layers + config.num_nextn_predict_layers,
             config.moe.as_ref().map_or(0, |moe| moe.n_routed_experts),
         );
-        let layer = name.split('.').nth(1).and_then(|layer| layer.parse().ok());
-        let layer: usize = layer.unwrap_or(0);
-        let few_experts = experts == 8;
-        let is = |part: &str| name.contains(&format!(".{part}"));
-        let is_plain = |of| self.scheme == Scheme::Plain(GgufType::Ggml(of));
-        let (is_q2, is_uneven) = (is_plain(Ggml::Q2K), is_plain(Ggml::Iq4Nl));
+        let layer = key.layer.unwrap_or(0);
+        let has_8_experts = experts == 8;
+        let is_plain = |of| self.scheme == MixScheme::Plain(GgufType::Ggml(of));
+        let (is_q2, is_codebook) = (is_plain(Ggml::Q2K), is_plain(Ggml::Iq4Nl));
         let more_bits = needs_more_bits(layer, layers);
-        if is("attn_v.weight") || is("attn_kv_b.weight") {
+        if matches!(key.module, Module::V | Module::KvB) {
             let of = match self.scheme {
                 _ if is_q2 && queries_per_key(config) >= 4 => Ggml::Q4K,
                 _ if is_q2 => Ggml::Q3K,
-                _ if is_uneven && queries_per_key(config) >= 4 => Ggml::Q5K,
-                Scheme::Q3KM if layer < 2 => Ggml::Q5K,
-                Scheme::Q3KM => Ggml::Q4K,
-                Scheme::Q4KM | Scheme::Q5KM if more_bits => Ggml::Q6K,
-                Scheme::Q4KS if layer < 4 => Ggml::Q5K,
+                _ if is_codebook && queries_per_key(config) >= 4 => Ggml::Q5K,
+                MixScheme::Q3KM if layer < 2 => Ggml::Q5K,
+                MixScheme::Q3KM => Ggml::Q4K,
+                MixScheme::Q4KM | MixScheme::Q5KM if more_bits => Ggml::Q6K,
+                MixScheme::Q4KS if layer < 4 => Ggml::Q5K,
                 _ => most,
             };
-            // Of 80 layers eight heads share each of these: they are small and much used.
+            // In models of 80 layers eight heads share each of these: they are small and much used.
             let is_70b = layers == 80 && matches!(config.model_type, Family::Llama | Family::Qwen2);
             return match of {
-                _ if few_experts => Ggml::Q8_0,
+                _ if has_8_experts => Ggml::Q8_0,
                 Ggml::Q3K | Ggml::Q4K if is_70b => Ggml::Q5K,
                 of => of,
             };
         }
-        if is("attn_k.weight") && few_experts {
+        if key.module == Module::K && has_8_experts {
             return Ggml::Q8_0;
         }
-        if is("ffn_down") {
-            // The inputs of the first ones have outliers, to which a search with importance gives the whole range of a block.
+        if is_down(key.module) {
+            // The inputs of the first layers have outliers, to which a search by importance gives the whole range of a block.
             let (is_first, is_weighted) = (layer < layers / 8, self.importance.is_some());
             let has_outliers = is_first && is_weighted;
             return match self.scheme {
-                Scheme::Plain(_) if has_outliers && most == Ggml::Q4_0 => Ggml::Q4_1,
-                Scheme::Plain(_) if has_outliers && most == Ggml::Q5_0 => Ggml::Q5_1,
-                _ if is_uneven && is_first && !is_weighted => Ggml::Q5K,
+                MixScheme::Plain(_) if has_outliers && most == Ggml::Q4_0 => Ggml::Q4_1,
+                MixScheme::Plain(_) if has_outliers && most == Ggml::Q5_0 => Ggml::Q5_1,
+                _ if is_codebook && is_first && !is_weighted => Ggml::Q5K,
                 _ if is_q2 => Ggml::Q3K,
-                Scheme::Q3KM if layer < layers / 16 => Ggml::Q5K,
-                Scheme::Q3KM => Ggml::Q4K,
-                Scheme::Q4KM | Scheme::Q5KM if more_bits => Ggml::Q6K,
-                Scheme::Q4KS if layer < layers / 8 => Ggml::Q5K,
+                MixScheme::Q3KM if layer < layers / 16 => Ggml::Q5K,
+                MixScheme::Q3KM => Ggml::Q4K,
+                MixScheme::Q4KM | MixScheme::Q5KM if more_bits => Ggml::Q6K,
+                MixScheme::Q4KS if layer < layers / 8 => Ggml::Q5K,
                 _ => most,
             };
         }
-        if is("attn_output.weight") {
+        if key.module == Module::O {
             let is_low = matches!(most, Ggml::Q2K | Ggml::Q3K | Ggml::Q4K | Ggml::Iq4Nl);
             return match self.scheme {
-                _ if few_experts && is_low => Ggml::Q5K,
+                _ if has_8_experts && is_low => Ggml::Q5K,
                 _ if is_q2 => Ggml::Q3K,
-                Scheme::Q3KM => Ggml::Q4K,
+                MixScheme::Q3KM => Ggml::Q4K,
                 _ => most,
             };
         }
         most
     }
+}
+
+/// Whether a module is a down projection.
+fn is_down(module: Module) -> bool {
+    matches!(
+        module,
+        Module::Mlp(Projection::Down)
+            | Module::Expert(_, Projection::Down)
+            | Module::SharedExperts(Projection::Down)
+    )
 }
 
 /// The first and the last eighth of the layers, and every third between.
@@ -364,7 +406,7 @@ fn needs_more_bits(layer: usize, layers: usize) -> bool {
     layer < eighth || layer >= 7 * layers / 8 || (layer - eighth) % 3 == 2
 }
 
-/// Query heads that share a key; in latent attention, as llama.cpp computes it, all.
+/// Query heads that share a key: all in latent attention, as llama.cpp computes it.
 fn queries_per_key(config: &ModelConfig) -> usize {
     match &config.attention {
         AttentionConfig::Mla(_) => config.num_attention_heads,
@@ -399,59 +441,94 @@ mod tests {
         ]
     }
 
-    fn types(scheme: &str, config: &ModelConfig, names: &[(&str, &[usize])]) -> Vec<&'static str> {
-        let all = Scheme::all();
+    /// A tensor of a checkpoint's key, or of one part of it.
+    fn tensor(key: &str, shape: &[usize], rows: RowOrder) -> GgufTensor {
+        GgufTensor {
+            name: String::new(),
+            shape: shape.to_vec(),
+            keys: vec![key.into()],
+            rows,
+        }
+    }
+
+    fn types(scheme: &str, config: &ModelConfig, tensors: &[GgufTensor]) -> Vec<&'static str> {
+        let all = MixScheme::all();
         let scheme = all
             .iter()
             .find(|known| known.to_string() == scheme)
             .unwrap();
         let mix = Mix::new(*scheme, "").unwrap();
-        let of = |(name, shape): &(&str, &[usize])| mix.type_of(name, shape, config).name();
-        names.iter().map(of).collect()
+        let of = |tensor| mix.type_of(tensor, config).name();
+        tensors.iter().map(of).collect()
     }
 
     #[test]
     fn a_deepseek_gets_the_types_that_llama_cpp_gives_it() {
         let [v3, _] = configs();
-        let names: [(&str, &[usize]); 10] = [
-            ("token_embd.weight", &[129_280, 7168]),
-            ("output.weight", &[129_280, 7168]),
-            ("blk.0.attn_norm.weight", &[7168]),
-            ("blk.3.ffn_gate_inp.weight", &[256, 7168]),
-            ("blk.3.exp_probs_b.bias", &[256]),
-            ("blk.3.attn_k_b.weight", &[128, 512, 128]),
-            ("blk.3.attn_v_b.weight", &[128, 128, 512]),
-            ("blk.6.ffn_down_exps.weight", &[256, 7168, 2048]),
-            ("blk.7.ffn_down_exps.weight", &[256, 7168, 2048]),
-            ("blk.9.ffn_down_shexp.weight", &[7168, 2048]),
+        let (keys, values) = (
+            RowOrder::Keys {
+                heads: 128,
+                width: 128,
+            },
+            RowOrder::Values {
+                heads: 128,
+                width: 128,
+            },
+        );
+        let at = |layer: usize, name: &str| format!("model.layers.{layer}.{name}");
+        let kv_b = at(3, "self_attn.kv_b_proj.weight");
+        let [first, next] = [6, 7].map(|layer| at(layer, "mlp.experts.0.down_proj.weight"));
+        let tensors = [
+            tensor(
+                "model.embed_tokens.weight",
+                &[129_280, 7168],
+                RowOrder::Same,
+            ),
+            tensor("lm_head.weight", &[129_280, 7168], RowOrder::Same),
+            tensor(&at(0, "input_layernorm.weight"), &[7168], RowOrder::Same),
+            tensor(&at(3, "mlp.gate.weight"), &[256, 7168], RowOrder::Same),
+            tensor(
+                &at(3, "mlp.gate.e_score_correction_bias"),
+                &[256],
+                RowOrder::Same,
+            ),
+            tensor(&kv_b, &[128, 512, 128], keys),
+            tensor(&kv_b, &[128, 128, 512], values),
+            tensor(&first, &[256, 7168, 2048], RowOrder::Same),
+            tensor(&next, &[256, 7168, 2048], RowOrder::Same),
+            tensor(
+                &at(9, "mlp.shared_experts.down_proj.weight"),
+                &[7168, 2048],
+                RowOrder::Same,
+            ),
         ];
         let fixed = |of: [&'static str; 2], keys: &'static str, rest: [&'static str; 4]| {
             let [embed, head] = of;
             [&[embed, head, "f32", "f32", "f32", keys][..], &rest].concat()
         };
         assert_eq!(
-            types("q4_k_m", &v3, &names),
+            types("q4_k_m", &v3, &tensors),
             fixed(["q4_k", "q6_k"], "q5_0", ["q4_k", "q6_k", "q4_k", "q6_k"])
         );
         assert_eq!(
-            types("q4_k_s", &v3, &names),
+            types("q4_k_s", &v3, &tensors),
             fixed(["q4_k", "q6_k"], "q5_0", ["q4_k", "q5_k", "q4_k", "q4_k"])
         );
         assert_eq!(
-            types("q2_k", &v3, &names),
+            types("q2_k", &v3, &tensors),
             fixed(["q2_k", "q6_k"], "q4_0", ["q2_k", "q3_k", "q3_k", "q3_k"])
         );
         assert_eq!(
-            types("iq4_nl", &v3, &names),
+            types("iq4_nl", &v3, &tensors),
             fixed(
                 ["iq4_nl", "q6_k"],
                 "iq4_nl",
                 ["iq4_nl", "q5_k", "iq4_nl", "iq4_nl"]
             )
         );
-        assert_eq!(types("q8_0", &v3, &names)[..2], ["q8_0", "q8_0"]);
+        assert_eq!(types("q8_0", &v3, &tensors)[..2], ["q8_0", "q8_0"]);
         assert_eq!(
-            types("bf16", &v3, &names)[..4],
+            types("bf16", &v3, &tensors)[..4],
             ["bf16", "bf16", "f32", "f32"]
         );
     }
@@ -459,22 +536,31 @@ mod tests {
     #[test]
     fn a_llama_gets_the_types_that_llama_cpp_gives_it() {
         let [_, llama] = configs();
-        let names: [(&str, &[usize]); 7] = [
-            ("token_embd.weight", &[1000, 4096]),
-            ("blk.0.attn_v.weight", &[1024, 4096]),
-            ("blk.5.attn_v.weight", &[1024, 4096]),
-            ("blk.6.attn_v.weight", &[1024, 4096]),
-            ("blk.5.attn_output.weight", &[4096, 4096]),
-            ("blk.1.ffn_down.weight", &[4096, 11_008]),
-            ("blk.2.ffn_down.weight", &[4096, 11_008]),
+        let at = |layer: usize, name: &str| format!("model.layers.{layer}.{name}.weight");
+        let values = |layer| {
+            tensor(
+                &at(layer, "self_attn.v_proj"),
+                &[1024, 4096],
+                RowOrder::Same,
+            )
+        };
+        let down = |layer| tensor(&at(layer, "mlp.down_proj"), &[4096, 11_008], RowOrder::Same);
+        let tensors = [
+            tensor("model.embed_tokens.weight", &[1000, 4096], RowOrder::Same),
+            values(0),
+            values(5),
+            values(6),
+            tensor(&at(5, "self_attn.o_proj"), &[4096, 4096], RowOrder::Same),
+            down(1),
+            down(2),
         ];
         let expected = ["q6_k", "q5_k", "q4_k", "q4_k", "q4_k", "q5_k", "q4_k"];
-        assert_eq!(types("q3_k_m", &llama, &names), expected);
+        assert_eq!(types("q3_k_m", &llama, &tensors), expected);
         let expected = ["q6_k", "q6_k", "q5_k", "q6_k", "q5_k", "q6_k", "q6_k"];
-        assert_eq!(types("q5_k_m", &llama, &names), expected);
+        assert_eq!(types("q5_k_m", &llama, &tensors), expected);
         let expected = ["q6_k", "q4_k", "q4_k", "q4_k", "q3_k", "q3_k", "q3_k"];
-        assert_eq!(types("q2_k", &llama, &names), expected);
+        assert_eq!(types("q2_k", &llama, &tensors), expected);
         let expected = ["q6_k", "q5_k", "q5_k", "q5_k", "iq4_nl", "q5_k", "q5_k"];
-        assert_eq!(types("iq4_nl", &llama, &names), expected);
+        assert_eq!(types("iq4_nl", &llama, &tensors), expected);
     }
 }

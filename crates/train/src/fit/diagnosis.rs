@@ -3,7 +3,7 @@
 use burn::module::Module;
 use burn::tensor::Tensor;
 use data::Batch;
-use model::{ForwardContext, Observe};
+use model::{ForwardContext, Recorder};
 
 use super::forward::losses;
 use crate::optimizer::Accumulated;
@@ -20,12 +20,10 @@ impl Session {
         }
         let (model, device) = (self.model.clone().valid(), self.device());
         for batch in batches {
-            let mut ctx = ForwardContext {
-                observe: Observe::Residuals,
-                ..ForwardContext::new(self.compute())
-            };
+            let mut recorder = Recorder::of_residuals();
+            let mut ctx = ForwardContext::recorded(self.compute(), &mut recorder);
             let losses = losses(&model, batch, &mut ctx, &device);
-            let mut sums = ctx.residuals.into_iter();
+            let mut sums = recorder.residuals.into_iter();
             if let Some((path, _)) = sums.find(|(_, sum)| !is_finite(sum.clone().flatten(0, 1))) {
                 return format!("the residual stream after `{path}`");
             }

@@ -58,7 +58,7 @@ impl GradAudit {
     pub(crate) fn of(model: &Model, gradients: &Accumulated, loads: &ExpertLoads) -> Self {
         Self::new(
             &model.parameters(),
-            &|name| model.expert_numbers(name),
+            &|name| model.updated_experts(name),
             gradients,
             loads,
         )

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use burn::tensor::Tensor;
 use data::Batch;
-use model::{ForwardContext, Observe, Trace};
+use model::{ForwardContext, Recorder, Trace};
 
 use super::forward::{ids, losses};
 use super::grad_audit::GradAudit;
@@ -176,11 +176,11 @@ impl Session {
     ) -> MicroStep {
         let scale = self.loss_scale().unwrap_or(1.0);
         let train = &self.recipe.train;
+        let mut recorder = Recorder::of_routing();
         let mut ctx = ForwardContext {
             dropout_seed: (self.recipe.lora.dropout > 0.0).then_some(train.seed ^ (number << 20)),
             segments: segments(batch),
-            observe: Observe::Routing,
-            ..ForwardContext::new(self.compute())
+            ..ForwardContext::recorded(self.compute(), &mut recorder)
         };
         let (mut loss, mut rewards, mut balance) = (0.0, None, 0.0);
         let real_tokens = (train.balance_loss > 0.0)
@@ -209,7 +209,7 @@ impl Session {
                 Some(term * balance_share as f32)
             },
         );
-        for record in &ctx.routing {
+        for record in &recorder.routing {
             let [_, experts] = record.routed.scores.dims();
             let load = RoutingChoices::of(record, &batch.lengths, batch.cols).load(experts);
             add_load(loads, record.layer_idx, load);

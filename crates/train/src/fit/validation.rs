@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use data::{Batch, collate};
-use model::{ForwardContext, Model, Observe};
+use model::{ForwardContext, Model, Recorder};
 
 use super::forward::{hidden, losses};
 use crate::Result;
@@ -47,12 +47,13 @@ impl Session {
         let mut rewards = None::<Rewards>;
         for (i, batch) in self.valid_batches().enumerate() {
             let batch = batch?;
+            let mut recorder = Recorder::of_routing();
             let mut ctx = ForwardContext::new(self.compute());
             if i < DRIFT_BATCHES && self.reference.is_some() {
-                ctx.observe = Observe::Routing;
+                ctx.recorder = Some(&mut recorder);
             }
             let losses = losses(&model, &batch, &mut ctx, &device);
-            choices.extend(choices_of(&ctx, &batch));
+            choices.extend(choices_of(&recorder, &batch));
             let (losses, batch_rewards) = self.compared(losses, &batch);
             sum += f64::from(losses.sum().into_scalar::<f32>());
             counted += self.counted(&batch);
@@ -91,12 +92,10 @@ impl Session {
         let mut choices = Vec::new();
         for batch in self.valid_batches().take(DRIFT_BATCHES) {
             let batch = batch?;
-            let mut ctx = ForwardContext {
-                observe: Observe::Routing,
-                ..ForwardContext::new(self.compute())
-            };
+            let mut recorder = Recorder::of_routing();
+            let mut ctx = ForwardContext::recorded(self.compute(), &mut recorder);
             hidden(model, &batch, &mut ctx, &device);
-            choices.extend(choices_of(&ctx, &batch));
+            choices.extend(choices_of(&recorder, &batch));
         }
         Ok(choices)
     }
@@ -120,8 +119,8 @@ impl Session {
     }
 }
 
-fn choices_of(ctx: &ForwardContext<'_>, batch: &Batch) -> Vec<RoutingChoices> {
-    let records = ctx.routing.iter();
+fn choices_of(recorder: &Recorder, batch: &Batch) -> Vec<RoutingChoices> {
+    let records = recorder.routing.iter();
     records
         .map(|record| RoutingChoices::of(record, &batch.lengths, batch.cols))
         .collect()

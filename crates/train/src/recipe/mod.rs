@@ -17,7 +17,7 @@ use std::path::PathBuf;
 
 use checkpoint::OrderedMap;
 use kernels::Quantizer;
-use model::lora::Share;
+use model::adapt::Share;
 use model::{Checkpointing, Compute};
 use serde::{Deserialize, Serialize};
 

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use kernels::fp8::Scales;
-use model::lora::Share;
+use model::adapt::Share;
 use model::{Checkpointing, Compute};
 use serde::de::{Error as _, Unexpected};
 use serde::{Deserialize, Deserializer};

@@ -9,6 +9,9 @@ mod stops;
 /// What a run looks at while it goes on, and what it does about it.
 mod watching;
 
+#[path = "../../../../tests/goldens/paths.rs"]
+mod goldens;
+
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
@@ -18,12 +21,6 @@ use moeforge_train::{Event, Recipe, RunDir, Session};
 /// Relative error of a loss after up to ten updates: f32 rounding, grown by the updates between.
 const CURVE: f64 = 1e-3;
 
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../tests/goldens")
-        .join(name)
-}
-
 /// A data folder with the golden's token ids as rows, and a recipe over it.
 struct Place {
     folder: tempfile::TempDir,
@@ -32,7 +29,7 @@ struct Place {
 impl Place {
     fn new(name: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let ids = Safetensors::open(&golden(name).join("golden.safetensors"))
+        let ids = Safetensors::open(&goldens::path(name).join("golden.safetensors"))
             .unwrap()
             .tensor("input_ids")
             .unwrap();
@@ -56,7 +53,7 @@ impl Place {
     fn recipe(&self, model: &str, settings: &str) -> Recipe {
         let base = format!(
             "[model]\npath = {:?}\n{model}[data]\npath = {:?}\n[optimizer]\nlearning_rate = 1e-3\nclip = 0.0\n[schedule]\nkind = \"constant\"\n{settings}",
-            golden(self.name(model)),
+            goldens::path(self.name(model)),
             self.folder.path()
         );
         std::fs::write(self.path("recipe.toml"), base).unwrap();
@@ -94,7 +91,7 @@ fn expected_curve(name: &str, key: &str) -> Vec<f64> {
     } else {
         "golden.json"
     };
-    let json = std::fs::read_to_string(golden(name).join(file)).unwrap();
+    let json = std::fs::read_to_string(goldens::path(name).join(file)).unwrap();
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     json[key]["adamw_loss_curve"]
         .as_array()
@@ -148,7 +145,10 @@ fn lora_training_follows_the_golden_curve() {
         ("qwen2_distill", "adapter_rslora", "rslora"),
     ] {
         let place = Place::new(name);
-        let model = format!("# {name}\nadapter = {:?}\n", golden(name).join(adapter));
+        let model = format!(
+            "# {name}\nadapter = {:?}\n",
+            goldens::path(name).join(adapter)
+        );
         let recipe = place.recipe(
             &model,
             "[train]\nmethod = \"lora\"\nsteps = 11\nbatch_size = 2\nshuffle = false\n",
@@ -215,7 +215,7 @@ fn what_is_not_chosen_keeps_its_bytes() {
         let run = tempfile::tempdir().unwrap();
         let run = RunDir::create(&run.path().join("run"), &recipe).unwrap();
         losses(&mut open(recipe), &run);
-        let [before, after] = [golden("deepseek_v3"), run.path().join("model")]
+        let [before, after] = [goldens::path("deepseek_v3"), run.path().join("model")]
             .map(|path| checkpoint::Folder::open(&path).unwrap());
         let mut changed = 0;
         for name in before.names() {
@@ -384,7 +384,7 @@ fn fully_trained_fp8_models_are_fp8_again() {
     let losses = losses(&mut open(recipe), &run);
     assert!(losses[2] < losses[0], "{losses:?}");
     let (before, after) = (
-        checkpoint::Folder::open(&golden("deepseek_v3_fp8")).unwrap(),
+        checkpoint::Folder::open(&goldens::path("deepseek_v3_fp8")).unwrap(),
         checkpoint::Folder::open(&place.path("run/model")).unwrap(),
     );
     let mut names = [&before, &after].map(|folder| folder.names().collect::<Vec<_>>());

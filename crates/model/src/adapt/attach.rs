@@ -1,0 +1,178 @@
+//! Puts low-rank updates on a model: fresh ones, or those of an adapter.
+
+use burn::tensor::Device;
+
+use super::fresh::LoraConfig;
+use super::weights::AdapterWeights;
+use crate::Error;
+use crate::decoder::Model;
+use crate::decoder::visit::ModuleMut;
+use crate::modules::experts::{Experts, ExpertsLora};
+use crate::modules::linear::Weight;
+use crate::modules::lora::Lora;
+use crate::patterns::matches;
+
+/// An adapted module.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdaptedModule {
+    /// Path of the module, a layer's experts counted once per projection.
+    pub module: String,
+    /// Width of the bottleneck.
+    pub rank: usize,
+    /// Alpha.
+    pub alpha: f64,
+    /// Number of trained parameters.
+    pub parameters: usize,
+}
+
+/// Puts fresh updates on the modules that a config chooses; their effect is zero until they are trained.
+///
+/// # Errors
+/// [`Error::NoMatch`] for a pattern (of `target`, `exclude`, `rank_pattern` or `alpha_pattern`) that matches nothing;
+/// [`Error::Unsupported`] for experts that are not the same ones in all projections, and for modules that have no DoRA.
+pub fn attach(
+    model: &mut Model,
+    config: &LoraConfig,
+    device: &Device,
+) -> Result<Vec<AdaptedModule>, Error> {
+    check_patterns(model, config)?;
+    let adapted = attach_all(model, UpdateSource::Fresh(config), device)?;
+    if adapted.is_empty() {
+        return Err(Error::NoMatch {
+            pattern: config.target.join(", "),
+            available: last_names(&model.module_paths()),
+        });
+    }
+    Ok(adapted)
+}
+
+/// Where updates come from.
+#[derive(Clone, Copy)]
+pub(super) enum UpdateSource<'a> {
+    /// From a seed.
+    Fresh(&'a LoraConfig),
+    /// From a file.
+    Stored(&'a AdapterWeights),
+}
+
+/// A module that may get an update.
+pub(super) struct UpdateSite<'a> {
+    /// Its path.
+    pub(super) path: &'a str,
+    /// Its number in the order of the forward pass, from 1.
+    pub(super) number: u64,
+    /// The device of the factors, which are trained if it tracks gradients.
+    pub(super) device: &'a Device,
+}
+
+/// The updates of a layer's experts.
+pub(super) struct ExpertUpdates {
+    pub(super) lora: ExpertsLora,
+    /// The experts that have updates; none means all.
+    pub(super) subset: Option<Vec<usize>>,
+    pub(super) adapted: Vec<AdaptedModule>,
+}
+
+impl UpdateSource<'_> {
+    fn linear(
+        self,
+        site: &UpdateSite<'_>,
+        weight: &Weight,
+    ) -> Result<Option<(Lora, AdaptedModule)>, Error> {
+        match self {
+            Self::Fresh(config) => config.linear(site, weight),
+            Self::Stored(weights) => weights.linear(site, weight),
+        }
+    }
+
+    fn experts(
+        self,
+        site: &UpdateSite<'_>,
+        experts: &Experts,
+    ) -> Result<Option<ExpertUpdates>, Error> {
+        match self {
+            Self::Fresh(config) => config.experts(site, experts),
+            Self::Stored(weights) => weights.experts(site, experts),
+        }
+    }
+}
+
+/// Puts an update on every module of a model that a source has one for.
+pub(super) fn attach_all(
+    model: &mut Model,
+    source: UpdateSource<'_>,
+    device: &Device,
+) -> Result<Vec<AdaptedModule>, Error> {
+    let mut adapted = Vec::new();
+    for (number, (path, module)) in (1..).zip(model.modules_mut()) {
+        let site = UpdateSite {
+            path: &path,
+            number,
+            device,
+        };
+        match module {
+            ModuleMut::Linear(linear) => {
+                let update = source.linear(&site, &linear.weight)?.unzip();
+                linear.lora = update.0;
+                adapted.extend(update.1);
+            }
+            ModuleMut::Experts(experts) => {
+                if let Some(updates) = source.experts(&site, experts)? {
+                    if let Some(subset) = updates.subset {
+                        experts.restrict_updates(subset);
+                    }
+                    experts.lora = Some(updates.lora);
+                    adapted.extend(updates.adapted);
+                }
+            }
+        }
+    }
+    Ok(adapted)
+}
+
+/// Refuses a pattern that chooses nothing.
+fn check_patterns(model: &Model, config: &LoraConfig) -> Result<(), Error> {
+    let (modules, experts) = (model.module_paths(), model.expert_paths());
+    let ranks = config.rank_pattern.iter().map(|(pattern, _)| pattern);
+    let alphas = config.alpha_pattern.iter().map(|(pattern, _)| pattern);
+    let of_modules = ranks.chain(alphas).map(|pattern| (pattern, false));
+    let targets = config.target.iter().chain(&config.exclude);
+    for (pattern, may_be_expert) in targets.map(|pattern| (pattern, true)).chain(of_modules) {
+        let any = |paths: &[String]| paths.iter().any(|path| matches(pattern, path));
+        let is_known = any(&modules) || (may_be_expert && any(&experts));
+        if !is_known {
+            return Err(Error::NoMatch {
+                pattern: pattern.clone(),
+                available: last_names(&modules),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn last_names(modules: &[String]) -> String {
+    let mut names: Vec<&str> = modules
+        .iter()
+        .filter_map(|module| module.rsplit('.').next())
+        .collect();
+    names.sort_unstable();
+    names.dedup();
+    names.join(", ")
+}
+
+/// Refuses DoRA on modules that have none: PEFT has none for experts either, and the loss never has the head's outputs.
+pub(crate) fn check_dora(path: &str) -> Result<(), Error> {
+    let is_expert = path.contains(".experts");
+    if !is_expert && path != "lm_head" {
+        return Ok(());
+    }
+    let (what, pattern) = if is_expert {
+        ("routed experts", "experts")
+    } else {
+        ("the output head", "lm_head")
+    };
+    Err(Error::Unsupported(format!(
+        "`{path}`: DoRA is for linear layers, not for {what}; leave them out with \
+         `lora.exclude = [\"{pattern}\"]`, or set `lora.use_dora` to false"
+    )))
+}

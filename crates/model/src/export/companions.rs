@@ -1,0 +1,53 @@
+//! The files of a model folder other than its weights: tokenizer, templates and the like.
+
+use std::path::Path;
+
+use checkpoint::{Folder, FolderWriter};
+
+use crate::Error;
+
+/// Copies all small files of a model, or makes them from a GGUF.
+///
+/// # Errors
+/// As [`copy_texts`], or if the tokenizer of a GGUF is malformed.
+pub fn copy_companions(model: &Folder, writer: &mut FolderWriter) -> Result<(), Error> {
+    if model.metadata().is_none() {
+        return copy_texts(model.path(), writer);
+    }
+    for (name, text) in model.companions()? {
+        writer.write_bytes(&name, text.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// Copies every small file of a folder, except for those that an export makes anew.
+///
+/// # Errors
+/// If the folder cannot be read, or a file cannot be copied.
+pub fn copy_texts(folder: &Path, writer: &mut FolderWriter) -> Result<(), Error> {
+    const WANTED: [&str; 5] = ["json", "jinja", "model", "txt", "py"];
+    const MADE_ANEW: [&str; 3] = [
+        "config.json",
+        "model.safetensors.index.json",
+        "moeforge.manifest.json",
+    ];
+    let entries = std::fs::read_dir(folder).map_err(|cause| Error::Read {
+        file: folder.into(),
+        cause,
+    })?;
+    let mut names: Vec<String> = entries
+        .flatten()
+        .filter(|entry| entry.path().is_file())
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
+    names.sort_unstable();
+    for name in names {
+        let wanted = name
+            .rsplit_once('.')
+            .is_some_and(|(_, ending)| WANTED.contains(&ending));
+        if wanted && !MADE_ANEW.contains(&name.as_str()) {
+            writer.copy_file(&folder.join(&name), &name)?;
+        }
+    }
+    Ok(())
+}
