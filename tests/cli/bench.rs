@@ -125,7 +125,7 @@ fn reading_and_writing_are_timed_in_every_combination() {
 fn what_a_budget_for_memory_costs_is_timed() {
     let place = tempfile::tempdir().unwrap();
     let model = golden("gguf/deepseek_v3_q8_0.gguf");
-    let words = ["--memory-budget", "0.00025", "--read-ahead", "4"];
+    let words = ["--memory-budget", "0.00025", "--prefetch-experts", "4"];
     for (what, options) in [
         ("decode", &["--tokens", "8"][..]),
         ("prefill", &["--seq", "16"]),
@@ -139,7 +139,7 @@ fn what_a_budget_for_memory_costs_is_timed() {
         // Of two runs: all tokens that each reads, in both mixture layers, take experts.
         assert!(count("hits") > 0 && count("misses") > 0, "{what} {result}");
         assert!(
-            count("foreseen") > 0 && count("held_bytes") > 0,
+            count("prefetched") > 0 && count("held_bytes") > 0,
             "{what} {result}"
         );
     }

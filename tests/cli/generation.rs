@@ -404,23 +404,34 @@ fn experts_asked_for_ahead_change_no_token() {
         let words = [&words[..], &["--compute", compute]].concat();
         let plain = json(&words);
         let counts = ["0", "1", "99"].map(|ahead| {
-            let options = ["--memory-budget", budget, "--read-ahead", ahead];
+            let options = ["--memory-budget", budget, "--prefetch-experts", ahead];
             let found = json(&[&words[..], &options].concat());
             for key in ["token_ids", "logprobs"] {
                 assert_eq!(found[key], plain[key], "{model} {compute} {ahead}");
             }
             let count = |key: &str| found["expert_cache"][key].as_u64();
-            ["hits", "misses", "foreseen", "in_vain", "vain_bytes"].map(|key| count(key).unwrap())
+            [
+                "hits",
+                "misses",
+                "prefetched",
+                "wasted_prefetches",
+                "wasted_bytes",
+            ]
+            .map(|key| count(key).unwrap())
         });
-        for [hits, misses, foreseen, in_vain, vain_bytes] in counts {
+        for [hits, misses, prefetched, wasted_prefetches, wasted_bytes] in counts {
             assert_eq!([hits, misses], counts[0][..2], "{model} {compute}");
-            assert!(hits > 0 && foreseen <= misses, "{model} {counts:?}");
-            assert_eq!(in_vain > 0, vain_bytes > 0, "{model} {counts:?}");
+            assert!(hits > 0 && prefetched <= misses, "{model} {counts:?}");
+            assert_eq!(
+                wasted_prefetches > 0,
+                wasted_bytes > 0,
+                "{model} {counts:?}"
+            );
         }
-        let foreseen = counts.map(|counts| counts[2]);
-        assert_eq!(foreseen[0] + counts[0][3], 0, "{model} {counts:?}");
+        let prefetched = counts.map(|counts| counts[2]);
+        assert_eq!(prefetched[0] + counts[0][3], 0, "{model} {counts:?}");
         assert!(
-            0 < foreseen[1] && foreseen[1] <= foreseen[2],
+            0 < prefetched[1] && prefetched[1] <= prefetched[2],
             "{model} {counts:?}"
         );
     }

@@ -18,9 +18,9 @@ const WEIGHT_OPS: [(&[&str], &[&str]); 3] = [
         &[
             "linear_frozen",
             "linear_frozen_pair",
-            "mixture_frozen",
+            "moe_frozen",
             "linear_trained",
-            "linear_merged",
+            "linear_fake_quantized",
             "linear_add",
             "heads_linear",
             "absorbed_attention",

@@ -60,7 +60,7 @@ pub use self::folder_writer::FolderWriter;
 pub use self::gguf::Gguf;
 pub use self::gguf::layout::{GgufLayout, GgufTensor, Rows};
 pub use self::gguf::writer::{GgufValue, GgufWriter};
-pub use self::map::{expect, forget, read};
+pub use self::map::{advise_dontneed, advise_willneed, read};
 pub use self::ordered_map::OrderedMap;
 pub use self::safetensors::{Safetensors, write_safetensors};
 pub use self::tensor::{Tensor, TensorSpec};

@@ -69,7 +69,7 @@ pub(crate) fn map(path: &Path) -> Result<Bytes> {
 /// Gives back the memory in which a part of a mapped file waits: who has made a copy of it in another form needs it no
 /// longer. The bytes stay what they are, and are read again from the file when someone asks for them. Does nothing for
 /// bytes that are of no mapped file.
-pub fn forget(bytes: &[u8]) {
+pub fn advise_dontneed(bytes: &[u8]) {
     #[cfg(unix)]
     if let Some((mapped, start)) = map_of(bytes) {
         // SAFETY: pages of a read-only map of a file are filled from it again.
@@ -84,7 +84,7 @@ pub fn forget(bytes: &[u8]) {
 
 /// Has a part of a mapped file read from the disk while something else is done. Does nothing for bytes that are of no mapped
 /// file.
-pub fn expect(bytes: &[u8]) {
+pub fn advise_willneed(bytes: &[u8]) {
     #[cfg(unix)]
     if let Some((mapped, start)) = map_of(bytes) {
         for part in (0..bytes.len()).step_by(ASKED) {
@@ -136,10 +136,10 @@ mod tests {
         std::fs::write(&path, &expected).unwrap();
         let bytes = map(&path).unwrap();
         assert_eq!(bytes, expected);
-        forget(&bytes[10..50_000]);
-        expect(&bytes[10..50_000]);
-        forget(&bytes);
-        forget(&expected);
+        advise_dontneed(&bytes[10..50_000]);
+        advise_willneed(&bytes[10..50_000]);
+        advise_dontneed(&bytes);
+        advise_dontneed(&expected);
         assert_eq!(bytes, expected);
     }
 

@@ -8,7 +8,7 @@ use anyhow::bail;
 use burn::tensor::{Int, Tensor, TensorData};
 use checkpoint::DType;
 use infer::CHUNK;
-use model::{Cache, Pass};
+use model::{Cache, ForwardContext};
 
 use crate::console::Console;
 use crate::open::{CacheName, ComputeName, ModelArgs, Opened};
@@ -79,20 +79,20 @@ fn check(rows: &[Vec<u32>], args: &Args, opened: &Opened) -> anyhow::Result<()> 
 /// Logits of one row, `[seq, vocab]`. Rows go one by one, so that no more than one is held besides the result.
 fn row_logits(opened: &Opened, row: &[u32], args: &Args) -> Vec<f32> {
     let (model, compute) = (&opened.model, args.compute.compute());
-    let of_piece = |piece: &[u32], mut pass: Pass<'_>| -> Vec<f32> {
+    let of_piece = |piece: &[u32], mut ctx: ForwardContext<'_>| -> Vec<f32> {
         let (seq, hidden_size) = (piece.len(), model.config.hidden_size);
         let ids: Vec<i32> = piece.iter().map(|id| *id as i32).collect(); // Below the vocabulary's size.
         let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, seq]), &opened.device);
-        let hidden = model.hidden(ids, &mut pass);
-        let logits = model.logits(hidden.reshape([seq, hidden_size]), &pass);
+        let hidden = model.hidden(ids, &mut ctx);
+        let logits = model.logits(hidden.reshape([seq, hidden_size]), &ctx);
         logits.into_data().try_to_vec().expect("logits are f32")
     };
     let Some(cache) = args.cache else {
-        return of_piece(row, Pass::new(compute));
+        return of_piece(row, ForwardContext::new(compute));
     };
     let mut cache = Cache::new(&model.config, cache.cache_type());
     let pieces = row.chunks(CHUNK);
     pieces
-        .flat_map(|piece| of_piece(piece, Pass::cached(compute, [&mut cache])))
+        .flat_map(|piece| of_piece(piece, ForwardContext::cached(compute, [&mut cache])))
         .collect()
 }

@@ -27,7 +27,7 @@ use clap::{Parser, Subcommand};
 use crate::console::Console;
 
 #[global_allocator]
-static BUFFERS: kernels::Buffers = kernels::Buffers::new();
+static ALLOCATOR: kernels::RecyclingAllocator = kernels::RecyclingAllocator::new();
 
 /// Fine-tunes DeepSeek mixture-of-experts models on the machine you own, says how much better they got, and runs them.
 #[derive(Debug, Parser)]

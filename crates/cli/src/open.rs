@@ -16,7 +16,7 @@ use model::adapter::AdapterWeights;
 use model::{CacheType, Compute, Model, ModelConfig, Mtp, Training, weights};
 use serde_json::Value;
 
-pub(crate) use self::memory::{MemoryArgs, cache_object, cache_summary, lay_out};
+pub(crate) use self::memory::{MemoryArgs, cache_object, cache_summary, repack};
 use crate::console::Console;
 
 /// Which model, and where it computes.

@@ -154,11 +154,13 @@ fn curve(name: &str, folder: &Path, peak_bytes: Option<u64>) -> anyhow::Result<C
     let path = folder.join("metrics.jsonl");
     let text = std::fs::read_to_string(&path)
         .with_context(|| format!("cannot read {}", path.display()))?;
-    let (mut losses, mut tokens, mut seconds, mut kept_bytes) = (Vec::new(), 0.0, 0.0, None);
+    let (mut losses, mut tokens, mut seconds, mut saved_activation_bytes) =
+        (Vec::new(), 0.0, 0.0, None);
     for (number, line) in (1..).zip(text.lines()) {
         let line: Value = serde_json::from_str(line)
             .with_context(|| format!("{}:{number}: expected JSON", path.display()))?;
-        kept_bytes = kept_bytes.max(line["kept_bytes"].as_u64());
+        saved_activation_bytes =
+            saved_activation_bytes.max(line["saved_activation_bytes"].as_u64());
         let [loss, n, s] = ["loss", "tokens", "seconds"].map(|key| line[key].as_f64());
         if let (Some(loss), Some(n), Some(s)) = (loss, n, s) {
             losses.push(loss);
@@ -169,7 +171,7 @@ fn curve(name: &str, folder: &Path, peak_bytes: Option<u64>) -> anyhow::Result<C
         name: name.into(),
         losses,
         tokens_per_second: tokens / seconds,
-        kept_bytes,
+        saved_activation_bytes,
         peak_bytes,
     })
 }

@@ -55,7 +55,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     describe(&session, resumed, run.path(), console)?;
 
     let fitted = session.fit(&run, &mut watcher);
-    let kept_bytes = watcher.finish();
+    let saved_activation_bytes = watcher.finish();
     fitted.map_err(with_code)?;
     let result = if session.adapted.is_empty() {
         "model"
@@ -63,8 +63,8 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         "adapter"
     };
     console.detail(format_args!(
-        "kept for backward at most {:.1} MiB: inputs of linear layers, SwiGLU and experts",
-        kept_bytes as f64 / f64::from(1 << 20)
+        "saved for backward at most {:.1} MiB: inputs of linear layers, SwiGLU and experts",
+        saved_activation_bytes as f64 / f64::from(1 << 20)
     ));
     console.memory();
     console.result(run.path().join(result).display());

@@ -16,7 +16,7 @@ pub struct Curve {
     /// Tokens per second over the run.
     pub tokens_per_second: f64,
     /// The most that waited for a backward pass, where that is known.
-    pub kept_bytes: Option<u64>,
+    pub saved_activation_bytes: Option<u64>,
     /// The most memory it held, where that is known.
     pub peak_bytes: Option<u64>,
 }
@@ -108,7 +108,7 @@ impl CurveReport {
                 curve.name,
                 run.last_loss,
                 curve.tokens_per_second,
-                mib(curve.kept_bytes),
+                mib(curve.saved_activation_bytes),
                 mib(curve.peak_bytes),
             );
         }
@@ -130,7 +130,7 @@ impl CurveReport {
                 "mean_error": run.mean(),
                 "worst_error": run.worst(),
                 "tokens_per_second": run.curve.tokens_per_second,
-                "kept_bytes": run.curve.kept_bytes,
+                "saved_activation_bytes": run.curve.saved_activation_bytes,
                 "peak_bytes": run.curve.peak_bytes,
             })
         });
@@ -163,7 +163,7 @@ mod tests {
             name: name.into(),
             losses: losses.into(),
             tokens_per_second: 100.0,
-            kept_bytes: Some(2 << 20),
+            saved_activation_bytes: Some(2 << 20),
             peak_bytes: Some(3 << 20),
         }
     }

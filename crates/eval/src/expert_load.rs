@@ -7,7 +7,7 @@
 
 use burn::tensor::{Int, Tensor, TensorData};
 use data::{Batch, Sample, collate};
-use model::{Model, Observe, Pass, RoutingRecord};
+use model::{ForwardContext, Model, Observe, RoutingRecord};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -90,12 +90,12 @@ pub fn choose(shares: &[f64], threshold: f64) -> ChosenExperts {
 fn routing(model: &Model, batch: &Batch, config: &EvalConfig) -> Vec<RoutingRecord> {
     let device = model.model.norm.weight.val().device();
     let ids = TensorData::new(batch.input_ids.clone(), [batch.rows, batch.cols]);
-    let mut pass = Pass {
+    let mut ctx = ForwardContext {
         observe: Observe::Routing,
-        ..Pass::new(config.compute)
+        ..ForwardContext::new(config.compute)
     };
-    model.hidden(Tensor::<2, Int>::from_data(ids, &device), &mut pass);
-    pass.routing
+    model.hidden(Tensor::<2, Int>::from_data(ids, &device), &mut ctx);
+    ctx.routing
 }
 
 /// Adds the shares of a batch's samples, each of which counts the same. Waits for the device.

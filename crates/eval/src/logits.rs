@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use data::{IGNORE, Sample, collate};
-use model::{Compute, Model, Observe, Pass, RoutingRecord};
+use model::{Compute, ForwardContext, Model, Observe, RoutingRecord};
 
 /// The logits of a sample's targets, without their mean over the vocabulary.
 #[derive(Debug)]
@@ -51,20 +51,20 @@ impl Logits {
         let batch = collate(&[sample], 0);
         let device: Device = model.model.norm.weight.val().device();
         let ids = TensorData::new(batch.input_ids.clone(), [1, batch.cols]);
-        let mut pass = Pass {
+        let mut ctx = ForwardContext {
             observe: Observe::Routing,
-            ..Pass::new(compute)
+            ..ForwardContext::new(compute)
         };
-        let hidden = model.hidden(Tensor::<2, Int>::from_data(ids, &device), &mut pass);
+        let hidden = model.hidden(Tensor::<2, Int>::from_data(ids, &device), &mut ctx);
         let [_, seq, width] = hidden.dims();
         let at: Vec<usize> = (0..seq).filter(|i| batch.targets[*i] != IGNORE).collect();
         let rows: Vec<i32> = at.iter().map(|i| *i as i32).collect();
         let rows = Tensor::<1, Int>::from_data(rows.as_slice(), &device);
         let hidden = hidden.reshape([seq, width]).select(0, rows);
-        let logits = model.logits(hidden, &pass).into_data();
+        let logits = model.logits(hidden, &ctx).into_data();
         let values: Vec<f32> = logits.try_to_vec().expect("logits are f32");
         let targets = at.iter().map(|i| batch.targets[*i] as usize).collect();
-        let picks = pass.routing.iter().map(Picks::of).collect();
+        let picks = ctx.routing.iter().map(Picks::of).collect();
         (Self::new(targets, values, model.config.vocab_size), picks)
     }
 

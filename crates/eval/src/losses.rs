@@ -5,7 +5,7 @@
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use data::{IGNORE, Sample, collate};
-use model::{Compute, Model, Pass};
+use model::{Compute, ForwardContext, Model};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -100,9 +100,9 @@ fn batch_losses(model: &Model, samples: &[&Sample], compute: Compute) -> Vec<Sam
         let data = TensorData::new(ids.to_vec(), [batch.rows, batch.cols]);
         Tensor::from_data(data, &device)
     };
-    let mut pass = Pass::new(compute);
-    let hidden = model.hidden(tensor(&batch.input_ids), &mut pass);
-    let losses = model.loss(hidden, tensor(&batch.targets), &pass); // [rows · cols]
+    let mut ctx = ForwardContext::new(compute);
+    let hidden = model.hidden(tensor(&batch.input_ids), &mut ctx);
+    let losses = model.loss(hidden, tensor(&batch.targets), &ctx); // [rows · cols]
     let losses: Vec<f32> = losses.into_data().try_to_vec().expect("losses are f32");
 
     let rows = losses

@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::Folder;
-use model::{CacheType, Compute, Model, Mtp, Pass, Training, weights};
+use model::{CacheType, Compute, ForwardContext, Model, Mtp, Training, weights};
 
 use crate::error::Result;
 use crate::layout::Layout;
@@ -229,7 +229,7 @@ impl Engine {
             return Ok(());
         }
         let started = Instant::now();
-        self.lay_out_for(self.layout.last_pass);
+        self.repack_for(self.layout.last_pass);
         let laid_out = Instant::now();
         self.decode(&mut decoding)?;
         self.layout.last_pass = laid_out.elapsed();
@@ -267,9 +267,9 @@ impl Engine {
 
         let model = self.model_of(sequences[0]);
         let caches = sequences.iter_mut().map(|sequence| sequence.cache());
-        let mut pass = Pass::cached(self.compute, caches);
-        let hidden = model.hidden(ids, &mut pass); // [batch, seq, hidden_size]
-        drop(pass);
+        let mut ctx = ForwardContext::cached(self.compute, caches);
+        let hidden = model.hidden(ids, &mut ctx); // [batch, seq, hidden_size]
+        drop(ctx);
         let n_choices = sequences[0].n_choices(shape[1]);
         let logits = self.last_logits(model, hidden.clone(), n_choices);
 
@@ -293,7 +293,7 @@ impl Engine {
         let [batch, seq, hidden_size] = hidden.dims();
         let last = hidden.slice([0..batch, seq - n..seq]);
         let last = last.reshape([batch * n, hidden_size]);
-        let logits = model.logits(last, &Pass::new(self.compute));
+        let logits = model.logits(last, &ForwardContext::new(self.compute));
         logits.into_data().try_to_vec().expect("logits are f32")
     }
 }

@@ -1,6 +1,6 @@
 //! Weights that move from their file into memory while an engine is at work.
 //!
-//! Products read weights fastest as [`Matrix::lay_out`] puts them, but to copy a model takes as long as many tokens do. So an
+//! Products read weights fastest as [`Matrix::repack`] puts them, but to copy a model takes as long as many tokens do. So an
 //! engine begins with the bytes of the file, and copies a piece of them at a time between passes, for about as long as these
 //! take: nobody waits for the first token, and soon all passes are fast. Products have the same bits before and after.
 
@@ -57,18 +57,18 @@ impl Engine {
     /// [`Self::keep_in_memory`] of all that every token needs; of the experts those stay in memory that were used last, as many as
     /// so many bytes hold. For a model that memory has no room for. So many of a token's experts are asked for before a layer
     /// chooses them; none says half of those that it chooses.
-    pub fn cache_experts(&mut self, budget: usize, ahead: Option<usize>) {
+    pub fn cache_experts(&mut self, budget: usize, n_prefetch: Option<usize>) {
         let file = FileAccess {
-            expect: checkpoint::expect,
+            advise_willneed: checkpoint::advise_willneed,
             read: checkpoint::read,
         };
         let cache = Arc::new(ExpertCache::new(budget, self.compute, file));
-        self.model.cache_experts(&cache, ahead);
+        self.model.cache_experts(&cache, n_prefetch);
         self.keep_in_memory(usize::MAX);
     }
 
     /// Copies at once what would be copied between steps. Says how many bytes are copied, of how many that are to be.
-    pub fn lay_out(&mut self, on_bytes: &mut dyn FnMut(usize, usize)) {
+    pub fn repack(&mut self, on_bytes: &mut dyn FnMut(usize, usize)) {
         let (first, wanted) = (self.layout.done, self.layout.wanted);
         let (mut total, mut done) = (0, 0);
         for_each(&mut self.model, self.mtp.as_mut(), &mut |at, matrix| {
@@ -77,16 +77,16 @@ impl Engine {
             }
         });
         while self.layout.done < wanted {
-            done += self.lay_out_piece();
+            done += self.repack_piece();
             on_bytes(done, total);
         }
     }
 
     /// Copies a piece, if there is one, and goes on for about so long.
-    pub(crate) fn lay_out_for(&mut self, time: Duration) {
+    pub(crate) fn repack_for(&mut self, time: Duration) {
         let started = Instant::now();
         while self.layout.done < self.layout.wanted {
-            self.lay_out_piece();
+            self.repack_piece();
             if started.elapsed() >= time {
                 return;
             }
@@ -94,7 +94,7 @@ impl Engine {
     }
 
     /// Copies some weights; returns their bytes.
-    fn lay_out_piece(&mut self) -> usize {
+    fn repack_piece(&mut self) -> usize {
         let Layout { wanted, done, .. } = self.layout;
         let (mut piece, mut bytes, least) = (Vec::new(), 0, self.layout.piece);
         for_each(&mut self.model, self.mtp.as_mut(), &mut |at, matrix| {
@@ -104,7 +104,7 @@ impl Engine {
             }
         });
         let mut copied = Vec::new();
-        Matrix::lay_out(&mut piece, self.compute, &mut |stored| {
+        Matrix::repack(&mut piece, self.compute, &mut |stored| {
             copied.push(stored.clone());
         });
         let end = done + piece.len();
@@ -120,7 +120,7 @@ impl Engine {
         self.adapted.iter_mut().for_each(|model| put(model, None));
         // Several together: reading a part brings some of what lies beside it back.
         let copied = copied.iter();
-        copied.for_each(|stored| checkpoint::forget(stored.bytes()));
+        copied.for_each(|stored| checkpoint::advise_dontneed(stored.bytes()));
         self.layout.done = end;
         bytes
     }
@@ -164,10 +164,10 @@ mod tests {
     fn strips(engine: &mut Engine) -> [usize; 2] {
         let mut counts = [0; 2];
         for_each(&mut engine.model, None, &mut |_, matrix| {
-            let keys = matrix.heads().map(|heads| heads.keys(0));
+            let keys = matrix.split_kv_b().map(|heads| heads.keys(0));
             let format = keys.as_ref().unwrap_or(matrix).format();
-            counts[0] += usize::from(matches!(format, Format::Strips(_)));
-            counts[1] += usize::from(matches!(format, Format::Strips(_) | Format::Ggml(_)));
+            counts[0] += usize::from(matches!(format, Format::Interleaved(_)));
+            counts[1] += usize::from(matches!(format, Format::Interleaved(_) | Format::Ggml(_)));
         });
         counts
     }
@@ -198,7 +198,7 @@ mod tests {
             // First a part, which is all that there is room for, then all.
             let half = moves.size_bytes() / 2;
             moves.keep_in_memory(half);
-            moves.lay_out(&mut |_, _| ());
+            moves.repack(&mut |_, _| ());
             let part = moves.layout.done;
             assert!(part > 5, "{name}");
             let found = moves.generate_all(&prompts, &config, 3, &mut |_, _| {});
@@ -212,7 +212,7 @@ mod tests {
                 assert_eq!(found.logprobs, expected.logprobs, "{name}");
             }
             assert!(moves.layout.done > part, "{name}");
-            moves.lay_out(&mut |_, _| ());
+            moves.repack(&mut |_, _| ());
             assert_eq!(moves.layout.done, moves.layout.wanted, "{name}");
             assert_eq!(strips(&mut moves), [counts[1]; 2], "{name}");
             let again = moves.generate_all(&prompts, &config, 3, &mut |_, _| {});

@@ -131,7 +131,7 @@ impl Sampler {
     /// # Shapes
     /// - `logits`: `[vocab]`
     pub fn sample(&mut self, logits: &[f32], text: &[u32]) -> Option<u32> {
-        let best = likeliest(logits)?;
+        let best = argmax(logits)?;
         if self.config.repetition_penalty == 1.0 {
             return Some(self.choose(logits, best));
         }
@@ -140,7 +140,7 @@ impl Sampler {
             n => &text[text.len().saturating_sub(n)..],
         };
         let logits = penalized(logits, window, self.config.repetition_penalty);
-        let best = likeliest(&logits)?;
+        let best = argmax(&logits)?;
         Some(self.choose(&logits, best))
     }
 
@@ -170,7 +170,7 @@ impl Sampler {
 
 /// The first of the largest logits, if that is a number and none is NaN. Lanes of maxima, which vectors do at once, and then
 /// a search: the vocabulary is the longest of all lists.
-pub(crate) fn likeliest(logits: &[f32]) -> Option<usize> {
+pub(crate) fn argmax(logits: &[f32]) -> Option<usize> {
     const LANES: usize = 16;
     let (mut largest, mut are_numbers) = ([f32::NEG_INFINITY; LANES], [true; LANES]);
     for logits in logits.chunks(LANES) {
@@ -370,7 +370,7 @@ mod tests {
 
     /// The tokens that may be drawn, by id, with the probability of each.
     fn distribution(logits: &[f32], config: SampleConfig) -> Vec<(u32, f64)> {
-        let largest = logits[likeliest(logits).unwrap()];
+        let largest = logits[argmax(logits).unwrap()];
         let mut kept = candidates(logits, largest, &config);
         kept.retain(|candidate| candidate.mass > 0.0);
         kept.sort_unstable_by_key(|candidate| candidate.id);

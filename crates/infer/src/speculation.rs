@@ -9,10 +9,10 @@
 //! Source: DeepSeek-V3, arXiv:2412.19437, sections 2.2 and 5.4.3.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use model::{Cache, CacheType, ModelConfig, Mtp, Pass};
+use model::{Cache, CacheType, ForwardContext, ModelConfig, Mtp};
 
 use crate::engine::Engine;
-use crate::sampler::likeliest;
+use crate::sampler::argmax;
 use crate::sequence::Sequence;
 
 /// Rows up to which a product gives each of them what it gives it alone.
@@ -93,12 +93,12 @@ impl Engine {
             let hidden = self.look_ahead(mtp, group, n);
             let [batch, _, width] = hidden.dims();
             let last = hidden.slice([0..batch, n - 1..n]).reshape([batch, width]);
-            let logits = mtp.logits(model, last, &Pass::new(self.compute));
+            let logits = mtp.logits(model, last, &ForwardContext::new(self.compute));
             let logits: Vec<f32> = logits.into_data().try_to_vec().expect("logits are f32");
             let rows = logits.chunks(self.model.config.vocab_size);
             for (sequence, logits) in group.iter_mut().zip(rows) {
                 // A module that makes no numbers makes no guesses.
-                if let Some(id) = likeliest(logits) {
+                if let Some(id) = argmax(logits) {
                     sequence.guess(id as u32);
                 }
             }
@@ -128,8 +128,8 @@ impl Engine {
         let next_ids = Tensor::<2, Int>::from_data(TensorData::new(next_ids, shape), &self.device);
         let lookaheads = sequences.iter_mut().filter_map(|s| s.lookahead());
         let caches = lookaheads.map(|lookahead| &mut lookahead.cache);
-        let mut pass = Pass::cached(self.compute, caches);
-        mtp.hidden(model, Tensor::cat(hidden, 0), next_ids, &mut pass)
+        let mut ctx = ForwardContext::cached(self.compute, caches);
+        mtp.hidden(model, Tensor::cat(hidden, 0), next_ids, &mut ctx)
     }
 }
 

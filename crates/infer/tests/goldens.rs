@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Adapter, Folder};
-use model::{AdapterWeights, Cache, CacheType, Compute, Model, Pass, weights};
+use model::{AdapterWeights, Cache, CacheType, Compute, ForwardContext, Model, weights};
 use moeforge_infer::{
     Context, Engine, Error, GenerateConfig, Generation, SampleConfig, Sampler, Sequence, Stop,
     end_of_text_ids,
@@ -145,10 +145,10 @@ fn a_prompt_of_several_pieces_is_continued_as_if_read_at_once() {
         ),
         &engine.device,
     );
-    let pass = &mut Pass::new(Compute::F32);
-    let last = engine.model.hidden(ids, pass).slice([0..1, 699..700]);
+    let ctx = &mut ForwardContext::new(Compute::F32);
+    let last = engine.model.hidden(ids, ctx).slice([0..1, 699..700]);
     let last = last.reshape([1, engine.model.config.hidden_size]);
-    let logits = engine.model.logits(last, pass).into_data();
+    let logits = engine.model.logits(last, ctx).into_data();
     let config = greedy(1).sample;
     let expected = Sampler::new(config)
         .unwrap()
@@ -258,25 +258,25 @@ fn logits_of_sequences_decoded_together_are_those_of_each_alone_bit_for_bit() {
     {
         let prompts = prompts(name);
         let mut caches = vec![Cache::new(&engine.model.config, engine.cache); prompts.len()];
-        let pass = |caches: &mut [Cache], ids: &[u32]| -> Vec<f32> {
+        let ctx = |caches: &mut [Cache], ids: &[u32]| -> Vec<f32> {
             let ids: Vec<i32> = ids.iter().map(|id| *id as i32).collect();
             let shape = [caches.len(), ids.len() / caches.len()];
             let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, shape), &engine.device);
-            let pass = &mut Pass::cached(Compute::F32, caches);
-            let hidden = engine.model.hidden(ids, pass);
+            let ctx = &mut ForwardContext::cached(Compute::F32, caches);
+            let hidden = engine.model.hidden(ids, ctx);
             let hidden = hidden.reshape([shape[0] * shape[1], engine.model.config.hidden_size]);
-            let logits = engine.model.logits(hidden, pass).into_data();
+            let logits = engine.model.logits(hidden, ctx).into_data();
             logits.try_to_vec().unwrap()
         };
         for (cache, prompt) in caches.chunks_mut(1).zip(&prompts) {
-            pass(cache, prompt);
+            ctx(cache, prompt);
         }
         for step in 0..3 {
             let ids: Vec<u32> = (0..8).map(|row| 7 * row + step + 2).collect();
             let mut apart = caches.clone();
             let alone = apart.chunks_mut(1).zip(&ids);
-            let alone: Vec<f32> = alone.flat_map(|(cache, id)| pass(cache, &[*id])).collect();
-            let together = pass(&mut caches, &ids);
+            let alone: Vec<f32> = alone.flat_map(|(cache, id)| ctx(cache, &[*id])).collect();
+            let together = ctx(&mut caches, &ids);
             assert!(together == alone, "{name}, step {step}, {:?}", engine.cache);
         }
         let held = caches.iter().zip(&prompts);

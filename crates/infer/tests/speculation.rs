@@ -16,7 +16,9 @@ use model::export::mix::{GgufType, Mix, Scheme};
 use model::linear::{Frozen, Linear, Weight};
 use model::merge::convert;
 use model::moe::experts::{ExpertWeights, Experts};
-use model::{AdapterWeights, Attention, CacheType, Compute, FeedForward, Pass, Site, weights};
+use model::{
+    AdapterWeights, Attention, CacheType, Compute, FeedForward, ForwardContext, Site, weights,
+};
 use moeforge_infer::{Context, Engine, GenerateConfig, Generation, SampleConfig, Sequence, Stop};
 
 const NAME: &str = "deepseek_v3";
@@ -268,7 +270,7 @@ fn so_it_is_with_weights_in_blocks_and_products_in_int8() {
         let stored = check(&engine, &config(10), &[1, 3]);
         let (bytes, mut copied) = (engine.size_bytes(), 0);
         engine.keep_in_memory(usize::MAX);
-        engine.lay_out(&mut |done, total| {
+        engine.repack(&mut |done, total| {
             assert!(done <= total);
             copied = done;
         });
@@ -290,7 +292,7 @@ fn so_it_is_with_a_gguf_file() {
         let mut engine = with_module(&out, compute);
         let [guessed, _] = check(&engine, &config(10), &[1, 3]);
         assert!(guessed > 0);
-        engine.lay_out(&mut |_, _| {});
+        engine.repack(&mut |_, _| {});
         check(&engine, &config(10), &[1, 3]);
     }
 }
@@ -330,11 +332,11 @@ fn module_logits(engine: &Engine, text: &[u32]) -> Vec<f32> {
     let ids: Vec<i32> = text.iter().map(|id| *id as i32).collect();
     let n = ids.len();
     let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, n]), &engine.device);
-    let pass = &mut Pass::new(Compute::F32);
-    let hidden = model.hidden(ids.clone(), pass).slice([0..1, 0..n - 1]);
-    let hidden = mtp.hidden(model, hidden, ids.slice([0..1, 1..n]), pass);
+    let ctx = &mut ForwardContext::new(Compute::F32);
+    let hidden = model.hidden(ids.clone(), ctx).slice([0..1, 0..n - 1]);
+    let hidden = mtp.hidden(model, hidden, ids.slice([0..1, 1..n]), ctx);
     let hidden = hidden.reshape([n - 1, model.config.hidden_size]);
-    let logits = mtp.logits(model, hidden, pass).into_data();
+    let logits = mtp.logits(model, hidden, ctx).into_data();
     logits.try_to_vec().unwrap()
 }
 

@@ -37,7 +37,7 @@ pub enum Error {
     #[error(
         "expected the keys and values of {heads} heads of one rank, found matrices {keys:?} and {values:?}"
     )]
-    Halves {
+    SplitKvB {
         /// Number of heads.
         heads: usize,
         /// Rows and columns of the keys.

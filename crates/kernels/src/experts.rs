@@ -22,7 +22,7 @@ use rayon::prelude::*;
 
 pub use self::bank::{ExpertBank, SharedExperts};
 pub(crate) use self::resident::Copied;
-pub use self::resident::{CachedLayer, ExpertCache, ExpertTraffic};
+pub use self::resident::{ExpertCache, ExpertTraffic, OffloadedLayer};
 use crate::dropout::Dropout;
 use crate::product::gemm::{dot, nn_serial, nt_serial, share, tiles, with_scratch, zeros};
 use crate::product::strided::{Mat, MatMut, Write, gemm};
@@ -41,7 +41,7 @@ pub struct ExpertLora {
     pub scale: [f32; 3],
     /// Dropout on the input of the updates; off where there is a quantizer.
     pub dropout: Dropout,
-    /// Folds the updates into the weights and rounds the sums, as [`crate::linear_merged`] does.
+    /// Folds the updates into the weights and rounds the sums, as [`crate::linear_fake_quantized`] does.
     pub quantizer: Option<Quantizer>,
 }
 

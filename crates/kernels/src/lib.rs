@@ -41,27 +41,30 @@ mod swiglu;
 pub use adamw::AdamWStep;
 pub use attention::Segments;
 pub use attention::cached::CacheType;
-pub use backend::buffers::{Buffers, map_large_blocks};
-pub use backend::cached::{CachedRows, cached_attention, latent_attention};
-pub use backend::kept::kept_bytes;
+pub use backend::buffers::{RecyclingAllocator, map_large_blocks};
+pub use backend::cached::{KvBuffer, cached_attention, latent_attention};
+pub use backend::kept::saved_activation_bytes;
 pub use backend::linear::{
-    Absorbed, Direction, HeadRows, Merge, Update, absorbed_attention, heads_linear, linear_add,
-    linear_frozen, linear_frozen_pair, linear_merged, linear_trained, linear_updated, row_norms,
+    Absorbed, Direction, FakeQuantize, HeadRows, Update, absorbed_attention, heads_linear,
+    linear_add, linear_fake_quantized, linear_frozen, linear_frozen_pair, linear_trained,
+    linear_updated, row_norms,
 };
 pub use backend::ops::{
     ExpertFactors, Kernels, Routing, adamw, attention, choose_experts, cross_entropy_frozen,
     cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained, expanded_attention,
-    expect_experts, experts_frozen, experts_trained, mixture_frozen, rms_norm, rms_norm_start,
-    rope, sum_of_squares, swiglu,
+    experts_frozen, experts_trained, moe_frozen, prefetch_experts, rms_norm, rms_norm_start, rope,
+    sum_of_squares, swiglu,
 };
 pub use dropout::Dropout;
 pub use error::Error;
-pub use experts::{CachedLayer, ExpertBank, ExpertCache, ExpertLora, ExpertTraffic, SharedExperts};
+pub use experts::{
+    ExpertBank, ExpertCache, ExpertLora, ExpertTraffic, OffloadedLayer, SharedExperts,
+};
 pub use ggml::Ggml;
 pub use matrix::copies::FileAccess;
-pub use matrix::heads::Heads;
+pub use matrix::heads::SplitKvB;
 pub use matrix::{Format, Fp8Blocks, Matrix};
 pub use product::compute::Compute;
 pub use quantizer::Quantizer;
-pub use rope::Pairs;
-pub use route::{Choice, GroupScore};
+pub use rope::RopeLayout;
+pub use route::{GroupScore, TopK};

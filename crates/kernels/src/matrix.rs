@@ -1,6 +1,6 @@
 //! A frozen weight in the bytes it was published in.
 //!
-//! A [`Matrix`] is a view: the bytes usually belong to a mapped file, and only [`Matrix::lay_out`] copies them whole.
+//! A [`Matrix`] is a view: the bytes usually belong to a mapped file, and only [`Matrix::repack`] copies them whole.
 //! Kernels ask for a tile, which is decoded into scratch that fits the cache, or for the product of one row with
 //! a vector. Rows may start at any byte address: dense formats are read byte-wise where they are misaligned.
 
@@ -15,7 +15,7 @@ use bytes::Bytes;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use self::heads::Heads;
+use self::heads::SplitKvB;
 use crate::Error;
 use crate::fp8::e4m3_to_f32;
 use crate::ggml::Ggml;
@@ -37,9 +37,9 @@ pub enum Format {
     /// Blocks of ggml's, which do not cross rows.
     Ggml(Ggml),
     /// The same blocks with sixteen rows side by side, for products in int8: made in memory, never stored.
-    Strips(Ggml),
+    Interleaved(Ggml),
     /// Two matrices, each in a format of its own.
-    Heads(Heads),
+    SplitKvB(SplitKvB),
 }
 
 /// The scales of an FP8 matrix. Blocks at the right and lower edge may be partial.
@@ -67,8 +67,10 @@ impl Format {
             Self::F32 => (1, 4),
             Self::F16 | Self::Bf16 => (1, 2),
             Self::Fp8(_) => (1, 1),
-            Self::Ggml(format) | Self::Strips(format) => (format.block(), format.block_bytes()),
-            Self::Heads(_) => (1, 0),
+            Self::Ggml(format) | Self::Interleaved(format) => {
+                (format.block(), format.block_bytes())
+            }
+            Self::SplitKvB(_) => (1, 0),
         }
     }
 
@@ -85,8 +87,8 @@ impl Format {
             Self::F16 => "F16",
             Self::Bf16 => "BF16",
             Self::Fp8(_) => "FP8",
-            Self::Ggml(format) | Self::Strips(format) => format.name(),
-            Self::Heads(_) => "halves",
+            Self::Ggml(format) | Self::Interleaved(format) => format.name(),
+            Self::SplitKvB(_) => "halves",
         }
     }
 }
@@ -108,7 +110,7 @@ impl Matrix {
     /// or is none that is stored.
     pub fn dense(rows: usize, cols: usize, format: Format, bytes: Bytes) -> Result<Self, Error> {
         let (block, size) = match format {
-            Format::Strips(_) => (1, 0),
+            Format::Interleaved(_) => (1, 0),
             _ => format.block(),
         };
         let expected = rows.saturating_mul(cols / block).saturating_mul(size);
@@ -168,13 +170,13 @@ impl Matrix {
     ///
     /// # Errors
     /// If the two are not of so many heads of one rank.
-    pub fn of_heads(keys: Self, values: Self, heads: usize) -> Result<Self, Error> {
-        let heads = Heads::new(keys, values, heads)?;
+    pub fn from_split_kv_b(keys: Self, values: Self, heads: usize) -> Result<Self, Error> {
+        let heads = SplitKvB::new(keys, values, heads)?;
         Ok(Self {
             rows: heads.rows(),
             cols: heads.cols(),
             bytes: Bytes::new(),
-            format: Format::Heads(heads),
+            format: Format::SplitKvB(heads),
         })
     }
 
@@ -217,9 +219,9 @@ impl Matrix {
     }
 
     /// The halves, if it is made of such.
-    pub fn heads(&self) -> Option<&Heads> {
+    pub fn split_kv_b(&self) -> Option<&SplitKvB> {
         match &self.format {
-            Format::Heads(heads) => Some(heads),
+            Format::SplitKvB(heads) => Some(heads),
             _ => None,
         }
     }
@@ -233,7 +235,7 @@ impl Matrix {
     pub fn size_bytes(&self) -> usize {
         let elsewhere = match &self.format {
             Format::Fp8(blocks) => blocks.scales.len() * 4,
-            Format::Heads(heads) => heads.size_bytes(),
+            Format::SplitKvB(heads) => heads.size_bytes(),
             _ => 0,
         };
         self.bytes.len() + elsewhere
@@ -246,13 +248,13 @@ impl Matrix {
     pub fn row_range(&self, rows: Range<usize>) -> Self {
         let row_bytes = self.row_bytes();
         assert!(rows.end <= self.rows, "rows {rows:?} leave the matrix");
-        if let Format::Strips(format) = self.format {
+        if let Format::Interleaved(format) = self.format {
             return self.strips_of(format, rows);
         }
         let mut format = self.format.clone();
         match &mut format {
             Format::Fp8(blocks) => blocks.first_row += rows.start,
-            Format::Heads(heads) => *heads = heads.starting_at(rows.start),
+            Format::SplitKvB(heads) => *heads = heads.starting_at(rows.start),
             _ => {}
         }
         let bytes = self
@@ -296,7 +298,7 @@ impl Matrix {
             rows.end <= self.rows && cols.end <= self.cols,
             "tile {rows:?} × {cols:?} leaves the matrix"
         );
-        if let Format::Heads(heads) = &self.format {
+        if let Format::SplitKvB(heads) = &self.format {
             return heads.decode(rows, cols, out);
         }
         for (row, line) in rows.zip(out.chunks_exact_mut(cols.len().max(1))) {
@@ -317,7 +319,7 @@ impl Matrix {
         match &self.format {
             // Tiles need not begin and end with a block.
             Format::Ggml(format) => decode_blocks(*format, line, cols, out),
-            Format::Strips(format) => self.decode_strip(*format, row, cols, out),
+            Format::Interleaved(format) => self.decode_strip(*format, row, cols, out),
             Format::F32 => decode_f32(bytes, out),
             Format::F16 => decode_f16(bytes, out),
             Format::Bf16 => decode_bf16(bytes, out),
@@ -329,7 +331,7 @@ impl Matrix {
                     decode_e4m3(&bytes[at.clone()], &mut out[at], scale);
                 }
             }
-            Format::Heads(heads) => heads.decode(row..row + 1, cols, out),
+            Format::SplitKvB(heads) => heads.decode(row..row + 1, cols, out),
         }
     }
 
@@ -361,7 +363,7 @@ impl Matrix {
                     .map(|(span, scale)| scale * dot_e4m3(&bytes[span.clone()], &x[span]))
                     .sum()
             }
-            Format::Strips(_) | Format::Heads(_) => with_scratch(self.cols, |line| {
+            Format::Interleaved(_) | Format::SplitKvB(_) => with_scratch(self.cols, |line| {
                 self.decode(row..row + 1, 0..x.len(), line);
                 dot(line, x)
             }),

@@ -1,4 +1,4 @@
-//! Rotary position embedding: pairs of features are turned by an angle that grows with the position.
+//! Rotary position embedding: pairs of features are rotated by an angle that grows with the position.
 //!
 //! Which features form a pair depends on the checkpoint: neighbours (2j, 2j+1) in DeepSeek's latent attention,
 //! halves (j, j + d/2) in the distills and in V3.2's indexer. The output keeps the layout of the input.
@@ -10,30 +10,30 @@ use crate::product::gemm::zeros;
 /// Rows per task: those of a decoding step are one.
 const TASK_ROWS: usize = 16;
 
-/// Which two features of a head are turned together.
+/// Which two features of a head are rotated together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pairs {
+pub enum RopeLayout {
     /// (0, 1), (2, 3), …
     Interleaved,
     /// (0, d/2), (1, d/2 + 1), …
-    Halves,
+    HalfSplit,
 }
 
-/// Turning forth, or back (the gradient, since a rotation's transpose is its inverse).
+/// Rotates forward, or backward (the gradient, since a rotation's transpose is its inverse).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Turn {
-    Forth,
-    Back,
+pub(crate) enum Rotation {
+    Forward,
+    Backward,
 }
 
-/// x `[batch, seq, heads, dim]` with the last `2 · half` features of each head turned by cos, sin `[seq, half]`.
+/// x `[batch, seq, heads, dim]` with the last `2 · half` features of each head rotated by cos, sin `[seq, half]`.
 pub(crate) fn rotate(
     x: &[f32],
     cos: &[f32],
     sin: &[f32],
     dims: [usize; 4],
-    pairs: Pairs,
-    turn: Turn,
+    layout: RopeLayout,
+    rotation: Rotation,
 ) -> Vec<f32> {
     let [_, seq, heads, dim] = dims;
     let half = cos.len() / seq.max(1);
@@ -55,11 +55,15 @@ pub(crate) fn rotate(
                 y[..start].copy_from_slice(&x[..start]);
                 let (y, x) = (&mut y[start..], &x[start..]);
                 for j in 0..half {
-                    let (a, b) = match pairs {
-                        Pairs::Interleaved => (2 * j, 2 * j + 1),
-                        Pairs::Halves => (j, j + half),
+                    let (a, b) = match layout {
+                        RopeLayout::Interleaved => (2 * j, 2 * j + 1),
+                        RopeLayout::HalfSplit => (j, j + half),
                     };
-                    let sin = if turn == Turn::Forth { sin[j] } else { -sin[j] };
+                    let sin = if rotation == Rotation::Forward {
+                        sin[j]
+                    } else {
+                        -sin[j]
+                    };
                     y[a] = x[a] * cos[j] - x[b] * sin;
                     y[b] = x[a] * sin + x[b] * cos[j];
                 }

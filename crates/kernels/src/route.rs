@@ -12,7 +12,7 @@ use rayon::prelude::*;
 ///
 /// Source: DeepSeek-V2 (arXiv:2405.04434) section 2.2 and DeepSeek-V3 (arXiv:2412.19437) section 2.1.2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Choice {
+pub struct TopK {
     /// Experts per token.
     pub top_k: usize,
     /// Groups of consecutive experts; 1 for no groups.
@@ -35,7 +35,7 @@ pub enum GroupScore {
 /// The chosen experts of every token, best first: scores `[tokens, experts]` → ids `[tokens, top_k]`.
 ///
 /// Of equal scores the lower expert wins. NaN counts as the lowest score, so that the ids are valid always.
-pub(crate) fn choose(scores: &[f32], experts: usize, choice: Choice) -> Vec<i32> {
+pub(crate) fn choose(scores: &[f32], experts: usize, choice: TopK) -> Vec<i32> {
     let mut ids = vec![0; scores.len() / experts * choice.top_k];
     ids.par_chunks_mut(choice.top_k * 64)
         .zip(scores.par_chunks(experts * 64))
@@ -50,7 +50,7 @@ pub(crate) fn choose(scores: &[f32], experts: usize, choice: Choice) -> Vec<i32>
 }
 
 /// Marks the experts of the `topk_group` best groups.
-fn mark_open_groups(scores: &[f32], choice: Choice, open: &mut [bool]) {
+fn mark_open_groups(scores: &[f32], choice: TopK, open: &mut [bool]) {
     open.fill(choice.n_group <= 1);
     if choice.n_group <= 1 {
         return;
@@ -128,7 +128,7 @@ mod tests {
 
     #[test]
     fn groups_limit_the_choice() {
-        let choice = |group_score| Choice {
+        let choice = |group_score| TopK {
             top_k: 2,
             n_group: 3,
             topk_group: 1,
@@ -142,7 +142,7 @@ mod tests {
 
     #[test]
     fn ties_and_nan_still_choose_distinct_experts() {
-        let choice = Choice {
+        let choice = TopK {
             top_k: 3,
             n_group: 1,
             topk_group: 1,
@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn every_slot_is_dispatched_once_to_its_expert() {
-        let choice = Choice {
+        let choice = TopK {
             top_k: 3,
             n_group: 1,
             topk_group: 1,

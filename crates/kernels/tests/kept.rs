@@ -4,7 +4,7 @@
 
 use burn::tensor::{Device, Distribution, Tensor};
 use moeforge_kernels::fp8::Scales;
-use moeforge_kernels::{Compute, kept_bytes, linear_trained, rms_norm, swiglu};
+use moeforge_kernels::{Compute, linear_trained, rms_norm, saved_activation_bytes, swiglu};
 
 const TOKENS: usize = 40;
 const WIDTH: usize = 256;
@@ -22,17 +22,17 @@ fn feed_forward(compute: Compute) -> (usize, Vec<Tensor<2>>) {
         random([WIDTH, WIDTH]),
         random([WIDTH, WIDTH]),
     );
-    kept_bytes();
-    let before = kept_bytes();
+    saved_activation_bytes();
+    let before = saved_activation_bytes();
     let normed = rms_norm(x.clone(), weight, 1e-6);
     let linear = |x: Tensor<2>, w: &Tensor<2>| linear_trained(x, w.clone(), compute, compute);
     let act = swiglu(linear(normed.clone(), &gate), linear(normed, &up), compute);
     let y = linear(act, &down);
-    let kept = kept_bytes() - before;
+    let kept = saved_activation_bytes() - before;
     let grads = y.sum().backward();
     let grads = [x, gate, up, down].map(|x| x.grad(&grads).unwrap());
-    kept_bytes();
-    assert_eq!(kept_bytes(), before, "all is let go");
+    saved_activation_bytes();
+    assert_eq!(saved_activation_bytes(), before, "all is let go");
     (kept, grads.to_vec())
 }
 

@@ -5,7 +5,7 @@
 //! chosen where a cache is made; attention reads what is held, of a pass's own tokens too, so that it does not matter in
 //! which passes a text was read.
 
-use kernels::{CacheType, CachedRows};
+use kernels::{CacheType, KvBuffer};
 
 use crate::config::{AttentionConfig, ModelConfig};
 
@@ -19,7 +19,7 @@ pub struct Cache {
 /// The cache of one layer: latents, or keys and values.
 #[derive(Clone, Debug)]
 pub(crate) struct LayerCache {
-    pub(crate) rows: Vec<CachedRows>,
+    pub(crate) rows: Vec<KvBuffer>,
 }
 
 impl Cache {
@@ -35,7 +35,7 @@ impl Cache {
             AttentionConfig::Gqa(_) => 2,
         };
         let layer = LayerCache {
-            rows: vec![CachedRows::new(cache_type); kinds],
+            rows: vec![KvBuffer::new(cache_type); kinds],
         };
         Self {
             layers: vec![layer; n],

@@ -17,7 +17,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use kernels::fp8::Scales;
-use kernels::{Choice, Pairs};
+use kernels::{RopeLayout, TopK};
 use serde_json::Value;
 
 use self::keys::Keys;
@@ -142,7 +142,7 @@ pub struct RopeConfig {
     /// How the frequencies are stretched for long contexts.
     pub scaling: RopeScaling,
     /// Which features form a pair.
-    pub pairs: Pairs,
+    pub layout: RopeLayout,
 }
 
 /// Changes to the rotary frequencies.
@@ -194,7 +194,7 @@ pub struct MoeConfig {
     /// How scores are made from logits.
     pub scoring_func: Scoring,
     /// How experts are chosen from scores.
-    pub choice: Choice,
+    pub choice: TopK,
     /// Whether a bias takes part in choosing.
     pub has_correction_bias: bool,
     /// Divide the chosen weights by their sum.
@@ -306,7 +306,7 @@ impl ModelConfig {
             .is_some_and(|moe| moe.is_moe_layer(layer_idx))
     }
 
-    /// Width of the part of a head that is turned by its position.
+    /// Width of the part of a head that is rotated by its position.
     pub fn rope_dim(&self) -> usize {
         match &self.attention {
             AttentionConfig::Mla(mla) => mla.qk_rope_head_dim,

@@ -16,11 +16,11 @@ pub use self::mtp::{Mtp, SharedHead};
 
 use crate::attention::Attention;
 use crate::config::ModelConfig;
+use crate::context::ForwardContext;
 use crate::linear::{Linear, Weight};
 use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::norm::Norm;
-use crate::pass::Pass;
 use crate::precision::Class;
 use crate::rope::RotaryTable;
 use crate::sites::Site;
@@ -90,29 +90,29 @@ impl Model {
     ///
     /// # Panics
     /// If an id is not below the vocabulary's size, or the pass has caches and not one per row.
-    pub fn hidden(&self, input_ids: Tensor<2, Int>, pass: &mut Pass<'_>) -> Tensor<3> {
+    pub fn hidden(&self, input_ids: Tensor<2, Int>, ctx: &mut ForwardContext<'_>) -> Tensor<3> {
         let dims = input_ids.dims();
-        let mut x = self.enter(input_ids, pass);
+        let mut x = self.enter(input_ids, ctx);
         for (layer_idx, layer) in self.model.layers.iter().enumerate() {
-            x = layer.forward(x, dims, pass, layer_idx);
+            x = layer.forward(x, dims, ctx, layer_idx);
         }
-        pass.advance(dims[1]);
+        ctx.advance(dims[1]);
         self.leave(x, dims)
     }
 
     /// What enters the first layer, `[batch · seq, hidden_size]`; gives the pass its rotary tables.
-    fn enter(&self, input_ids: Tensor<2, Int>, pass: &mut Pass<'_>) -> Tensor<2> {
+    fn enter(&self, input_ids: Tensor<2, Int>, ctx: &mut ForwardContext<'_>) -> Tensor<2> {
         let [batch, seq] = input_ids.dims();
-        pass.rotary = Some(self.rotary(seq, pass, &input_ids.device()));
+        ctx.rotary = Some(self.rotary(seq, ctx, &input_ids.device()));
         let ids = input_ids.reshape([batch * seq]);
         let x = self.model.embed_tokens.weight.embed(ids);
-        pass.observe_sum(&x, || "model.embed_tokens".into());
+        ctx.observe_sum(&x, || "model.embed_tokens".into());
         x
     }
 
     /// The rotary tables of an input of length `seq`.
-    fn rotary(&self, seq: usize, pass: &Pass<'_>, device: &Device) -> RotaryTable {
-        let positions = pass.positions(seq).into_iter();
+    fn rotary(&self, seq: usize, ctx: &ForwardContext<'_>, device: &Device) -> RotaryTable {
+        let positions = ctx.positions(seq).into_iter();
         self.config.rotary_table(positions, device)
     }
 
@@ -127,13 +127,13 @@ impl Model {
     /// # Shapes
     /// - `hidden`: `[tokens, hidden_size]`
     /// - returns: `[tokens, vocab]`, f32
-    pub fn logits(&self, hidden: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
-        self.head().forward_as(Class::Head, hidden, pass)
+    pub fn logits(&self, hidden: Tensor<2>, ctx: &ForwardContext<'_>) -> Tensor<2> {
+        self.head().forward_as(Class::Head, hidden, ctx)
     }
 
     /// Notes hidden states `[tokens, hidden_size]` as the output head's input, if that is asked for, without any product.
-    pub(crate) fn observe_head(&self, hidden: &Tensor<2>, pass: &Pass<'_>) {
-        pass.observe_input(&self.head().weight, hidden);
+    pub(crate) fn observe_head(&self, hidden: &Tensor<2>, ctx: &ForwardContext<'_>) {
+        ctx.observe_input(&self.head().weight, hidden);
     }
 
     /// The loss of every position, without holding the logits.
@@ -141,12 +141,17 @@ impl Model {
     /// # Shapes
     /// - `hidden`: `[batch, seq, hidden_size]`, `targets`: `[batch, seq]`, −100 where there is none
     /// - returns: `[batch · seq]`, in nats; 0 where there is no target
-    pub fn loss(&self, hidden: Tensor<3>, targets: Tensor<2, Int>, pass: &Pass<'_>) -> Tensor<1> {
+    pub fn loss(
+        &self,
+        hidden: Tensor<3>,
+        targets: Tensor<2, Int>,
+        ctx: &ForwardContext<'_>,
+    ) -> Tensor<1> {
         let [batch, seq, hidden_size] = hidden.dims();
         self.head().cross_entropy(
             hidden.reshape([batch * seq, hidden_size]),
             targets.reshape([batch * seq]),
-            pass,
+            ctx,
         )
     }
 
@@ -159,7 +164,7 @@ impl Model {
 
     /// Leaves experts in their file but for those that were used last. So many of a token's experts are asked for before a
     /// layer chooses them; none says half of those that it chooses.
-    pub fn cache_experts(&mut self, cache: &Arc<ExpertCache>, ahead: Option<usize>) {
+    pub fn cache_experts(&mut self, cache: &Arc<ExpertCache>, n_prefetch: Option<usize>) {
         let mut numbers = 0..;
         self.for_each_site(&mut |_, site| {
             if let Site::Experts(experts) = site {
@@ -169,7 +174,7 @@ impl Model {
         for layer in &mut self.model.layers {
             if let FeedForward::Moe(moe) = &mut layer.mlp {
                 let chosen = moe.router.config.choice.top_k;
-                moe.router.ahead = ahead.unwrap_or(chosen.div_ceil(2)).min(chosen);
+                moe.router.n_prefetch = n_prefetch.unwrap_or(chosen.div_ceil(2)).min(chosen);
             }
         }
     }
@@ -230,28 +235,28 @@ impl DecoderLayer {
         &self,
         x: Tensor<2>,
         dims: [usize; 2],
-        pass: &mut Pass<'_>,
+        ctx: &mut ForwardContext<'_>,
         layer_idx: usize,
     ) -> Tensor<2> {
         if let FeedForward::Moe(moe) = &self.mlp
-            && moe.foresees(pass)
+            && moe.wants_prefetch(ctx)
         {
             // Attention changes little of what is in the residual stream.
             let likely = self.post_attention_layernorm.forward(x.clone());
-            moe.expect(likely, pass);
+            moe.expect(likely, ctx);
         }
         let normed = self.input_layernorm.forward(x.clone());
         let x = x + match &self.self_attn {
-            Attention::Mla(mla) => mla.forward(normed, dims, pass, layer_idx),
-            Attention::Gqa(gqa) => gqa.forward(normed, dims, pass, layer_idx),
+            Attention::Mla(mla) => mla.forward(normed, dims, ctx, layer_idx),
+            Attention::Gqa(gqa) => gqa.forward(normed, dims, ctx, layer_idx),
         };
-        pass.observe_sum(&x, || format!("model.layers.{layer_idx}.self_attn"));
+        ctx.observe_sum(&x, || format!("model.layers.{layer_idx}.self_attn"));
         let normed = self.post_attention_layernorm.forward(x.clone());
         let x = x + match &self.mlp {
-            FeedForward::Dense(mlp) => mlp.forward(normed, pass),
-            FeedForward::Moe(moe) => moe.forward(normed, pass, layer_idx),
+            FeedForward::Dense(mlp) => mlp.forward(normed, ctx),
+            FeedForward::Moe(moe) => moe.forward(normed, ctx, layer_idx),
         };
-        pass.observe_sum(&x, || format!("model.layers.{layer_idx}.mlp"));
+        ctx.observe_sum(&x, || format!("model.layers.{layer_idx}.mlp"));
         x
     }
 }

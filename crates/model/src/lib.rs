@@ -1,17 +1,17 @@
 //! The decoder, once: DeepSeek V2, V3 and R1, and the Qwen and Llama distills, as values of one config.
 //!
-//! Training, evaluation and generation call the same [`Model::hidden`]; what differs between them is in the [`Pass`]
+//! Training, evaluation and generation call the same [`Model::hidden`]; what differs between them is in the [`ForwardContext`]
 //! (a cache or none, dropout or none) and in how the weights are held (frozen in their published bytes, or trained).
 //!
 //! ```no_run
 //! use burn::tensor::{Device, Int, Tensor};
-//! use moeforge_model::{Compute, Pass, Training, weights};
+//! use moeforge_model::{Compute, ForwardContext, Training, weights};
 //!
 //! let folder = checkpoint::Folder::open("DeepSeek-V2-Lite".as_ref())?;
 //! let device = Device::flex();
 //! let model = weights::load(&folder, Training::Frozen, &device)?;
-//! let mut pass = Pass::new(Compute::F32);
-//! let hidden = model.hidden(Tensor::from_ints([[1, 2, 3]], &device), &mut pass); // [1, 3, hidden_size]
+//! let mut ctx = ForwardContext::new(Compute::F32);
+//! let hidden = model.hidden(Tensor::from_ints([[1, 2, 3]], &device), &mut ctx); // [1, 3, hidden_size]
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
@@ -19,6 +19,7 @@ pub mod adapter;
 mod attention;
 mod cache;
 pub mod config;
+mod context;
 mod decoder;
 mod error;
 pub mod export;
@@ -29,7 +30,6 @@ mod mlp;
 pub mod moe;
 mod norm;
 mod parameters;
-mod pass;
 mod patterns;
 pub mod precision;
 mod rope;
@@ -41,6 +41,7 @@ pub use adapter::AdapterWeights;
 pub use attention::{Attention, Gqa, Mla};
 pub use cache::Cache;
 pub use config::ModelConfig;
+pub use context::{ForwardContext, InputRecord, Observe, RoutingRecord, moved_picks};
 pub use decoder::{
     Checkpointing, Cost, Decoder, DecoderLayer, Embedding, FeedForward, Model, Mtp, SharedHead,
     Trace, Traffic,
@@ -50,7 +51,6 @@ pub use kernels::{CacheType, Compute, ExpertTraffic, Quantizer};
 pub use mlp::Mlp;
 pub use norm::Norm;
 pub use parameters::Parameter;
-pub use pass::{InputRecord, Observe, Pass, RoutingRecord, moved_picks};
 pub use rope::RotaryTable;
 pub use sites::{Site, matches};
 pub use weights::Training;

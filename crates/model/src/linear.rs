@@ -9,11 +9,12 @@ use std::sync::Arc;
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor};
 use kernels::{
-    Absorbed, CachedRows, Compute, Direction, Dropout, HeadRows, Matrix, Merge, Quantizer, Update,
+    Absorbed, Compute, Direction, Dropout, FakeQuantize, HeadRows, KvBuffer, Matrix, Quantizer,
+    Update,
 };
 
+use crate::context::{ForwardContext, Observe};
 use crate::lora::Lora;
-use crate::pass::{Observe, Pass};
 use crate::precision::Class;
 
 /// A weight `[out, in]`, as a checkpoint stores it.
@@ -91,8 +92,8 @@ impl Linear {
     ///
     /// # Panics
     /// If the width does not fit.
-    pub fn forward(&self, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
-        self.forward_as(Class::Linear, x, pass)
+    pub fn forward(&self, x: Tensor<2>, ctx: &ForwardContext<'_>) -> Tensor<2> {
+        self.forward_as(Class::Linear, x, ctx)
     }
 
     /// [`Self::forward`] in the precision of another class.
@@ -103,20 +104,20 @@ impl Linear {
     ///
     /// # Panics
     /// If the width does not fit.
-    pub fn forward_as(&self, class: Class, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
-        pass.observe_input(&self.weight, &x);
-        let compute = self.compute(class, pass);
+    pub fn forward_as(&self, class: Class, x: Tensor<2>, ctx: &ForwardContext<'_>) -> Tensor<2> {
+        ctx.observe_input(&self.weight, &x);
+        let compute = self.compute(class, ctx);
         self.biased(match (&self.weight, self.quantizer) {
             (Weight::Frozen(frozen), Some(quantizer)) => {
                 self.forward_merged(x, &frozen.matrix, quantizer, compute)
             }
-            _ => self.forward_updated(x, compute, pass),
+            _ => self.forward_updated(x, compute, ctx),
         })
     }
 
     /// What its products compute in. A head that is rounded to bf16 would move every probability, and read no byte less.
-    fn compute(&self, class: Class, pass: &Pass<'_>) -> Compute {
-        let compute = pass.compute_of(class);
+    fn compute(&self, class: Class, ctx: &ForwardContext<'_>) -> Compute {
+        let compute = ctx.compute_of(class);
         match &self.weight {
             Weight::Frozen(frozen)
                 if class == Class::Head && compute.over(&frozen.matrix) == Compute::Bf16 =>
@@ -136,20 +137,24 @@ impl Linear {
     ///
     /// # Panics
     /// If a width does not fit.
-    pub fn forward_both(both: [&Self; 2], x: Tensor<2>, pass: &Pass<'_>) -> [Tensor<2>; 2] {
-        let [Some(first), Some(second)] = both.map(|linear| linear.bare(pass)) else {
-            return both.map(|linear| linear.forward(x.clone(), pass));
+    pub fn forward_both(
+        both: [&Self; 2],
+        x: Tensor<2>,
+        ctx: &ForwardContext<'_>,
+    ) -> [Tensor<2>; 2] {
+        let [Some(first), Some(second)] = both.map(|linear| linear.bare(ctx)) else {
+            return both.map(|linear| linear.forward(x.clone(), ctx));
         };
-        let compute = pass.compute_of(Class::Linear);
+        let compute = ctx.compute_of(Class::Linear);
         let [y, z] = kernels::linear_frozen_pair(x, [first, second], compute);
         [both[0].biased(y), both[1].biased(z)]
     }
 
     /// The weight, where it is frozen and multiplied as it is, and nobody asks for its input.
-    pub(crate) fn bare(&self, pass: &Pass<'_>) -> Option<&Arc<Matrix>> {
+    pub(crate) fn bare(&self, ctx: &ForwardContext<'_>) -> Option<&Arc<Matrix>> {
         let is_bare = self.lora.is_none() && self.quantizer.is_none();
         match &self.weight {
-            Weight::Frozen(frozen) if is_bare && pass.observe != Observe::Inputs => {
+            Weight::Frozen(frozen) if is_bare && ctx.observe != Observe::Inputs => {
                 Some(&frozen.matrix)
             }
             _ => None,
@@ -173,36 +178,47 @@ impl Linear {
     }
 
     /// The product with the weight and its update.
-    fn forward_updated(&self, x: Tensor<2>, compute: Compute, pass: &Pass<'_>) -> Tensor<2> {
+    fn forward_updated(
+        &self,
+        x: Tensor<2>,
+        compute: Compute,
+        ctx: &ForwardContext<'_>,
+    ) -> Tensor<2> {
         let Some(lora) = &self.lora else {
             return self.product(x, compute);
         };
         let gains = lora.gains(&self.weight).map(Tensor::unsqueeze::<2>);
-        if !lora.drops(pass) {
-            let y = self.updated(lora, x, compute, pass);
+        if !lora.drops(ctx) {
+            let y = self.updated(lora, x, compute, ctx);
             return match gains {
                 Some(gains) => y * gains,
                 None => y,
             };
         }
-        let (y, x) = (self.product(x.clone(), compute), lora.dropped(x, pass));
+        let (y, x) = (self.product(x.clone(), compute), lora.dropped(x, ctx));
         let Some(gains) = gains else {
-            return lora.add_to(y, x, pass);
+            return lora.add_to(y, x, ctx);
         };
         // What DoRA changes is of dropped inputs only, its share of the base's product included.
         let dropped = self.product(x.clone(), compute);
-        y - dropped.clone() + lora.add_to(dropped, x, pass) * gains
+        y - dropped.clone() + lora.add_to(dropped, x, ctx) * gains
     }
 
     /// The product with the weight and its update, of one input.
-    fn updated(&self, lora: &Lora, x: Tensor<2>, compute: Compute, pass: &Pass<'_>) -> Tensor<2> {
+    fn updated(
+        &self,
+        lora: &Lora,
+        x: Tensor<2>,
+        compute: Compute,
+        ctx: &ForwardContext<'_>,
+    ) -> Tensor<2> {
         let Weight::Frozen(frozen) = &self.weight else {
-            return lora.add_to(self.product(x.clone(), compute), x, pass);
+            return lora.add_to(self.product(x.clone(), compute), x, ctx);
         };
         let update = Update {
             scale: lora.scale,
             compute,
-            kept: pass.compute,
+            kept: ctx.compute,
         };
         let factors = [lora.lora_a.val(), lora.lora_b.val()];
         kernels::linear_updated(x, &frozen.matrix, factors, update)
@@ -221,7 +237,7 @@ impl Linear {
             Some(lora) => ([lora.lora_a.val(), lora.lora_b.val()], lora.scale),
             None => ([none([0, w.cols()]), none([w.rows(), 0])], 0.0),
         };
-        kernels::linear_merged(x, w, factors, Merge { scale, quantizer }, compute)
+        kernels::linear_fake_quantized(x, w, factors, FakeQuantize { scale, quantizer }, compute)
     }
 
     /// Multiplies each head with its own rows of the weight, or with their transpose, low-rank update included:
@@ -234,8 +250,8 @@ impl Linear {
     ///
     /// # Panics
     /// If the sizes do not fit.
-    pub fn per_head(&self, x: Tensor<3>, rows: HeadRows, pass: &Pass<'_>) -> Tensor<3> {
-        pass.observe_heads(&self.weight, &x, rows.direction);
+    pub fn per_head(&self, x: Tensor<3>, rows: HeadRows, ctx: &ForwardContext<'_>) -> Tensor<3> {
+        ctx.observe_heads(&self.weight, &x, rows.direction);
         let gains = self.lora.as_ref().and_then(|lora| lora.gains(&self.weight));
         let gains = gains.map(|gains| {
             let of_heads = gains.reshape([1, rows.heads, self.weight.dims()[0] / rows.heads]);
@@ -247,7 +263,7 @@ impl Linear {
         };
         let y = match &self.weight {
             Weight::Frozen(frozen) => {
-                let compute = pass.compute_of(Class::Linear);
+                let compute = ctx.compute_of(Class::Linear);
                 kernels::heads_linear(x.clone(), &frozen.matrix, rows, compute)
             }
             Weight::Trained(weight) => per_head_dense(x.clone(), weight.val(), rows),
@@ -289,12 +305,12 @@ impl Linear {
     pub fn attend_latents(
         &self,
         q: &Tensor<4>,
-        latents: &CachedRows,
+        latents: &KvBuffer,
         absorbed: Absorbed,
-        pass: &Pass<'_>,
+        ctx: &ForwardContext<'_>,
     ) -> Option<Tensor<4>> {
-        let (w, q) = (self.bare(pass)?, q.clone());
-        let compute = pass.compute_of(Class::Linear);
+        let (w, q) = (self.bare(ctx)?, q.clone());
+        let compute = ctx.compute_of(Class::Linear);
         Some(kernels::absorbed_attention(
             q, latents, w, absorbed, compute,
         ))
@@ -309,15 +325,15 @@ impl Linear {
         &self,
         hidden: Tensor<2>,
         targets: Tensor<1, Int>,
-        pass: &Pass<'_>,
+        ctx: &ForwardContext<'_>,
     ) -> Tensor<1> {
-        let compute = self.compute(Class::Head, pass);
+        let compute = self.compute(Class::Head, ctx);
         match (&self.weight, &self.lora) {
             (Weight::Trained(weight), _) => {
                 kernels::cross_entropy_trained(hidden, weight.val(), targets, compute)
             }
             (Weight::Frozen(frozen), Some(lora)) => {
-                let low = lora.project(lora.dropped(hidden.clone(), pass), pass);
+                let low = lora.project(lora.dropped(hidden.clone(), ctx), ctx);
                 let low_rank = [low, lora.lora_b.val()];
                 kernels::cross_entropy_frozen(hidden, low_rank, &frozen.matrix, targets, compute)
             }
@@ -332,18 +348,18 @@ impl Linear {
 
 impl Lora {
     /// Whether the update sees another input than the weight.
-    fn drops(&self, pass: &Pass<'_>) -> bool {
-        self.dropout != 0.0 && pass.dropout_seed.is_some()
+    fn drops(&self, ctx: &ForwardContext<'_>) -> bool {
+        self.dropout != 0.0 && ctx.dropout_seed.is_some()
     }
 
     /// The update of `x`, added to `y`.
-    fn add_to(&self, y: Tensor<2>, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
-        kernels::linear_add(y, self.project(x, pass), self.lora_b.val())
+    fn add_to(&self, y: Tensor<2>, x: Tensor<2>, ctx: &ForwardContext<'_>) -> Tensor<2> {
+        kernels::linear_add(y, self.project(x, ctx), self.lora_b.val())
     }
 
     /// The input as the update sees it.
-    fn dropped(&self, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
-        let Some(seed) = pass.dropout_seed else {
+    fn dropped(&self, x: Tensor<2>, ctx: &ForwardContext<'_>) -> Tensor<2> {
+        let Some(seed) = ctx.dropout_seed else {
             return x;
         };
         let dropout = Dropout {
@@ -358,9 +374,9 @@ impl Lora {
     /// # Shapes
     /// - `x`: `[tokens, in]`
     /// - returns: `[tokens, rank]`
-    fn project(&self, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
-        let products = Class::Lora.compute(pass.compute);
-        kernels::linear_trained(x, self.lora_a.val(), products, pass.compute) * self.scale
+    fn project(&self, x: Tensor<2>, ctx: &ForwardContext<'_>) -> Tensor<2> {
+        let products = Class::Lora.compute(ctx.compute);
+        kernels::linear_trained(x, self.lora_a.val(), products, ctx.compute) * self.scale
     }
 
     /// DoRA's factor of every output, `[out]`: its magnitude over the norm of its row, which counts as a constant. None

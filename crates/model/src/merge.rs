@@ -419,7 +419,7 @@ fn allowed_error(merged: &Matrix, row: usize, magnitude: f32) -> f32 {
         Format::F16 | Format::Bf16 => 1.0 / 256.0,
         Format::Fp8(_) => 1.0 / 16.0,
         // None is written.
-        Format::Ggml(_) | Format::Heads(_) | Format::Strips(_) => 0.0,
+        Format::Ggml(_) | Format::SplitKvB(_) | Format::Interleaved(_) => 0.0,
     };
     let sums = 1e-6 * (merged.cols() as f32).sqrt();
     (relative + sums) * magnitude + merged.smallest_half_steps(row)

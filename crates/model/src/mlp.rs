@@ -3,8 +3,8 @@
 use burn::module::Module;
 use burn::tensor::Tensor;
 
+use crate::context::ForwardContext;
 use crate::linear::Linear;
-use crate::pass::Pass;
 use crate::precision::Class;
 
 /// A dense feed-forward layer, or the shared experts of a mixture.
@@ -22,10 +22,9 @@ impl Mlp {
     /// # Shapes
     /// - `x`: `[tokens, hidden_size]`
     /// - returns: `[tokens, hidden_size]`
-    pub fn forward(&self, x: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
-        let [gate, up] = Linear::forward_both([&self.gate_proj, &self.up_proj], x, pass);
-        let kept = pass.compute_of(Class::Linear);
-        self.down_proj
-            .forward(kernels::swiglu(gate, up, kept), pass)
+    pub fn forward(&self, x: Tensor<2>, ctx: &ForwardContext<'_>) -> Tensor<2> {
+        let [gate, up] = Linear::forward_both([&self.gate_proj, &self.up_proj], x, ctx);
+        let kept = ctx.compute_of(Class::Linear);
+        self.down_proj.forward(kernels::swiglu(gate, up, kept), ctx)
     }
 }

@@ -186,7 +186,7 @@ impl Display for Policy {
             "stored",
             "operands",
             "sums",
-            "kept for backward",
+            "saved for backward",
         ];
         let mut rows = vec![titles.map(Into::into)];
         rows.extend(Class::ALL.iter().filter_map(|class| self.row(*class)));

@@ -1,4 +1,4 @@
-//! Rotary frequencies, their stretching for long contexts, and the tables that a forward pass turns by.
+//! Rotary frequencies, their stretching for long contexts, and the tables that a forward pass rotates by.
 //!
 //! Source: YaRN as in deepseek-ai/DeepSeek-V3: inference/model.py, `precompute_freqs_cis`; Llama 3's as in
 //! huggingface/transformers: modeling_rope_utils.py. The correction range's upper end is clamped to `dim − 1`, not
@@ -7,7 +7,7 @@
 use std::f64::consts::PI;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use kernels::Pairs;
+use kernels::RopeLayout;
 
 use crate::config::{RopeConfig, RopeScaling};
 
@@ -23,14 +23,14 @@ pub struct RotaryTable {
 
 impl RotaryTable {
     /// Turns the last features of every head of `x` `[batch, seq, heads, dim]`.
-    pub(crate) fn turn(&self, x: Tensor<4>, pairs: Pairs) -> Tensor<4> {
+    pub(crate) fn rotate(&self, x: Tensor<4>, layout: RopeLayout) -> Tensor<4> {
         let [batch, seq, heads, dim] = x.dims();
         let (cos, sin) = (self.cos.clone(), self.sin.clone());
         if cos.dims()[0] == seq {
-            return kernels::rope(x, cos, sin, pairs);
+            return kernels::rope(x, cos, sin, layout);
         }
         let x = x.reshape([1, batch * seq, heads, dim]);
-        kernels::rope(x, cos, sin, pairs).reshape([batch, seq, heads, dim])
+        kernels::rope(x, cos, sin, layout).reshape([batch, seq, heads, dim])
     }
 }
 
@@ -154,7 +154,7 @@ mod tests {
         let rope = RopeConfig {
             theta: 10_000.0,
             scaling,
-            pairs: Pairs::Interleaved,
+            layout: RopeLayout::Interleaved,
         };
         let (frequencies, plain) = (rope.frequencies(64), |j: usize| {
             10_000f64.powf(-(j as f64) / 32.0) as f32

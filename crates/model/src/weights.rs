@@ -397,7 +397,7 @@ impl Builder<'_> {
             config: mla.clone(),
             heads,
             softmax_scale: self.config.rope.softmax_scale(mla.qk_head_dim()),
-            pairs: self.config.rope.pairs,
+            layout: self.config.rope.layout,
         })
     }
 
@@ -419,7 +419,7 @@ impl Builder<'_> {
             config: gqa.clone(),
             heads,
             softmax_scale: self.config.rope.softmax_scale(gqa.head_dim),
-            pairs: self.config.rope.pairs,
+            layout: self.config.rope.layout,
         })
     }
 
@@ -447,7 +447,7 @@ impl Builder<'_> {
                     None
                 },
                 config: moe.clone(),
-                ahead: 0,
+                n_prefetch: 0,
             },
             experts: self.experts(&format!("{at}.experts"), moe)?,
             shared_experts: if shared > 0 {

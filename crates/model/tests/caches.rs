@@ -10,7 +10,7 @@ use std::path::Path;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Folder, Safetensors};
-use moeforge_model::{Cache, CacheType, Compute, Model, Pass, Training, weights};
+use moeforge_model::{Cache, CacheType, Compute, ForwardContext, Model, Training, weights};
 
 const ALL: [&str; 7] = [
     "deepseek_v2_lite",
@@ -33,11 +33,11 @@ fn golden_ids(folder: &Path, device: &Device) -> Tensor<2, Int> {
 }
 
 /// `[batch · seq, vocab]`.
-fn logits(model: &Model, ids: Tensor<2, Int>, pass: &mut Pass<'_>) -> Vec<f32> {
+fn logits(model: &Model, ids: Tensor<2, Int>, ctx: &mut ForwardContext<'_>) -> Vec<f32> {
     let [batch, seq] = ids.dims();
-    let hidden = model.hidden(ids, pass);
+    let hidden = model.hidden(ids, ctx);
     let hidden = hidden.reshape([batch * seq, model.config.hidden_size]);
-    let logits = model.logits(hidden, pass).into_data();
+    let logits = model.logits(hidden, ctx).into_data();
     logits.try_to_vec().unwrap()
 }
 
@@ -68,7 +68,7 @@ fn logits_over_rounded_caches_are_near_the_full_ones() {
         let folder = Folder::open(&folder).unwrap();
         let model = weights::load(&folder, Training::Frozen, &device).unwrap();
         let ([batch, seq], vocab) = (ids.dims(), model.config.vocab_size);
-        let full = logits(&model, ids.clone(), &mut Pass::new(Compute::F32));
+        let full = logits(&model, ids.clone(), &mut ForwardContext::new(Compute::F32));
         for (cache_type, most) in ROUNDED {
             // Position by position, and in pieces that rebuild keys and values.
             for piece in [1, 9, seq] {
@@ -77,7 +77,11 @@ fn logits_over_rounded_caches_are_near_the_full_ones() {
                 for start in (0..seq).step_by(piece) {
                     let end = seq.min(start + piece);
                     let some = ids.clone().slice([0..batch, start..end]);
-                    let found = logits(&model, some, &mut Pass::cached(Compute::F32, &mut caches));
+                    let found = logits(
+                        &model,
+                        some,
+                        &mut ForwardContext::cached(Compute::F32, &mut caches),
+                    );
                     for (row, found) in found.chunks((end - start) * vocab).enumerate() {
                         let expected = &full[(row * seq + start) * vocab..];
                         let both = found.chunks(vocab).zip(expected.chunks(vocab));

@@ -10,7 +10,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::Folder;
 use moeforge_model::lora::{self, LoraConfig, Scaling};
 use moeforge_model::{
-    Checkpointing, Compute, Model, Observe, Pass, RoutingRecord, Trace, Training, weights,
+    Checkpointing, Compute, ForwardContext, Model, Observe, RoutingRecord, Trace, Training, weights,
 };
 
 /// The bits of a loss and of all gradients, by name.
@@ -64,17 +64,22 @@ fn ids(model: &Model, device: &Device) -> Tensor<2, Int> {
     Tensor::from_data(TensorData::new(ids, [3, 21]), device)
 }
 
-fn pass(compute: Compute) -> Pass<'static> {
-    Pass {
+fn ctx(compute: Compute) -> ForwardContext<'static> {
+    ForwardContext {
         dropout_seed: Some(7),
         observe: Observe::Routing,
-        ..Pass::new(compute)
+        ..ForwardContext::new(compute)
     }
 }
 
 /// A mean over tokens; not the sum, so that the gradients' factors are no powers of two.
-fn loss(model: &Model, hidden: Tensor<3>, targets: Tensor<2, Int>, pass: &Pass<'_>) -> Tensor<1> {
-    model.loss(hidden, targets, pass).sum() / 61.0
+fn loss(
+    model: &Model,
+    hidden: Tensor<3>,
+    targets: Tensor<2, Int>,
+    ctx: &ForwardContext<'_>,
+) -> Tensor<1> {
+    model.loss(hidden, targets, ctx).sum() / 61.0
 }
 
 /// Something of the routing that has a gradient.
@@ -88,10 +93,14 @@ fn bits(values: Tensor<1>) -> Vec<u32> {
 }
 
 /// One graph from the embedding to the loss, differentiated at once.
-fn whole(model: &Model, ids: &Tensor<2, Int>, mut pass: Pass<'_>) -> BTreeMap<String, Vec<f32>> {
-    let hidden = model.hidden(ids.clone(), &mut pass);
-    let loss = loss(model, hidden, ids.clone(), &pass);
-    let records = pass.routing.iter();
+fn whole(
+    model: &Model,
+    ids: &Tensor<2, Int>,
+    mut ctx: ForwardContext<'_>,
+) -> BTreeMap<String, Vec<f32>> {
+    let hidden = model.hidden(ids.clone(), &mut ctx);
+    let loss = loss(model, hidden, ids.clone(), &ctx);
+    let records = ctx.routing.iter();
     let total = records.fold(loss, |total, record| total + term(record));
     let gradients = model.gradients(&mut total.backward()).into_iter();
     let values = |g: Tensor<1>| g.into_data().try_to_vec().unwrap();
@@ -101,22 +110,22 @@ fn whole(model: &Model, ids: &Tensor<2, Int>, mut pass: Pass<'_>) -> BTreeMap<St
 fn traced(
     model: &Model,
     ids: &Tensor<2, Int>,
-    mut pass: Pass<'_>,
+    mut ctx: ForwardContext<'_>,
     checkpointing: Checkpointing,
 ) -> Bits {
-    let trace = Trace::new(model, ids.clone(), &mut pass, checkpointing);
+    let trace = Trace::new(model, ids.clone(), &mut ctx, checkpointing);
     let mut seen = vec![];
     let gradients = trace.backward(
         model,
-        &mut pass,
-        |hidden, pass| {
-            let loss = loss(model, hidden, ids.clone(), pass);
+        &mut ctx,
+        |hidden, ctx| {
+            let loss = loss(model, hidden, ids.clone(), ctx);
             seen = bits(loss.clone().inner());
             loss
         },
         |record| Some(term(record)),
     );
-    let layers: Vec<usize> = pass.routing.iter().map(|record| record.layer_idx).collect();
+    let layers: Vec<usize> = ctx.routing.iter().map(|record| record.layer_idx).collect();
     assert!(layers.is_sorted(), "records are left in the layers' order");
     let gradients = gradients.into_iter().map(|(name, g)| (name, bits(g)));
     (seen, gradients.collect())
@@ -124,10 +133,10 @@ fn traced(
 
 fn assert_same(model: &Model, device: &Device, compute: Compute, what: &str) {
     let ids = ids(model, device);
-    let run = |checkpointing| traced(model, &ids, pass(compute), checkpointing);
+    let run = |checkpointing| traced(model, &ids, ctx(compute), checkpointing);
     let (expected, found) = (run(Checkpointing::None), run(Checkpointing::Block));
     assert_eq!(expected.0, found.0, "{what}: loss");
-    let whole = whole(model, &ids, pass(compute));
+    let whole = whole(model, &ids, ctx(compute));
     let tolerance = match compute {
         Compute::F32 => SUMS,
         _ => ROUNDED_SUMS,
@@ -181,14 +190,14 @@ fn a_replayed_choice_is_taken_as_it_is() {
     let device = Device::flex();
     let model = open("deepseek_v3", Training::Frozen, &device);
     let ids = ids(&model, &device);
-    let run = |pass: &mut Pass<'_>| model.hidden(ids.clone(), pass);
-    let mut first = pass(Compute::F32);
+    let run = |ctx: &mut ForwardContext<'_>| model.hidden(ids.clone(), ctx);
+    let mut first = ctx(Compute::F32);
     first.dropout_seed = None;
     run(&mut first);
     let own = first.routing[0].routed.ids.clone();
-    let mut second = Pass {
+    let mut second = ForwardContext {
         replay: Some(own.zeros_like() + 1),
-        ..pass(Compute::F32)
+        ..ctx(Compute::F32)
     };
     run(&mut second);
     let replayed: Vec<i32> = second.routing[0]

@@ -13,7 +13,7 @@ use moeforge_model::export::importance::Importance;
 use moeforge_model::export::mix::{Mix, Scheme};
 use moeforge_model::lora::{self, LoraConfig, Scaling};
 use moeforge_model::merge::{MergeReport, convert};
-use moeforge_model::{Cache, CacheType, Compute, Error, Model, Pass, Training, weights};
+use moeforge_model::{Cache, CacheType, Compute, Error, ForwardContext, Model, Training, weights};
 
 const MODELS: [&str; 6] = [
     "llama_f32",
@@ -46,14 +46,14 @@ fn ids(name: &str, device: &Device) -> Tensor<2, Int> {
 }
 
 fn logits(model: &Model, ids: Tensor<2, Int>) -> Vec<f32> {
-    logits_of(model, ids, &mut Pass::new(Compute::F32))
+    logits_of(model, ids, &mut ForwardContext::new(Compute::F32))
 }
 
-fn logits_of(model: &Model, ids: Tensor<2, Int>, pass: &mut Pass<'_>) -> Vec<f32> {
+fn logits_of(model: &Model, ids: Tensor<2, Int>, ctx: &mut ForwardContext<'_>) -> Vec<f32> {
     let [batch, seq] = ids.dims();
-    let hidden = model.hidden(ids, pass);
+    let hidden = model.hidden(ids, ctx);
     let hidden = hidden.reshape([batch * seq, model.config.hidden_size]);
-    let logits = model.logits(hidden, pass);
+    let logits = model.logits(hidden, ctx);
     logits.into_data().try_to_vec().unwrap()
 }
 
@@ -93,7 +93,11 @@ fn cached_logits_are_the_full_ones() {
         let mut caches = [Cache::new(&model.config, CacheType::F32)];
         for (position, expected) in full.chunks(model.config.vocab_size).enumerate() {
             let one = ids.clone().slice([0..1, position..position + 1]);
-            let found = logits_of(&model, one, &mut Pass::cached(Compute::F32, &mut caches));
+            let found = logits_of(
+                &model,
+                one,
+                &mut ForwardContext::cached(Compute::F32, &mut caches),
+            );
             assert_close(&found, expected, LOGITS, &format!("{name} at {position}"));
         }
         assert_eq!(caches[0].len(), seq);
@@ -195,9 +199,9 @@ fn updates_train_on_quantized_weights_as_on_their_values() {
             });
             let ids = ids(name, &device);
             let (inputs, targets) = (ids.clone().slice([0..1, 0..23]), ids.slice([0..1, 1..24]));
-            let mut pass = Pass::new(Compute::F32);
-            let hidden = model.hidden(inputs, &mut pass);
-            let mut gradients = model.loss(hidden, targets, &pass).mean().backward();
+            let mut ctx = ForwardContext::new(Compute::F32);
+            let hidden = model.hidden(inputs, &mut ctx);
+            let mut gradients = model.loss(hidden, targets, &ctx).mean().backward();
             model.gradients(&mut gradients)
         };
         let (found, expected) = (
@@ -313,11 +317,11 @@ fn module_logits(folder: &Folder) -> Vec<f32> {
     let (model, mtp) = (load(folder), weights::load_mtp(folder, &Device::flex()));
     let (mtp, ids) = (mtp.unwrap(), some_ids(&model));
     let n = ids.dims()[1] - 1;
-    let pass = &mut Pass::new(Compute::F32);
-    let hidden = model.hidden(ids.clone(), pass).slice([0..1, 0..n]);
-    let hidden = mtp.hidden(&model, hidden, ids.slice([0..1, 1..n + 1]), pass);
+    let ctx = &mut ForwardContext::new(Compute::F32);
+    let hidden = model.hidden(ids.clone(), ctx).slice([0..1, 0..n]);
+    let hidden = mtp.hidden(&model, hidden, ids.slice([0..1, 1..n + 1]), ctx);
     let hidden = hidden.reshape([n, model.config.hidden_size]);
-    let logits = mtp.logits(&model, hidden, pass);
+    let logits = mtp.logits(&model, hidden, ctx);
     logits.into_data().try_to_vec().unwrap()
 }
 

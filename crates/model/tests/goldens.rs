@@ -14,7 +14,8 @@ use moeforge_model::export::WeightFormat;
 use moeforge_model::lora::{self, LoraConfig, Scaling};
 use moeforge_model::merge::merge;
 use moeforge_model::{
-    AdapterWeights, Cache, CacheType, Compute, Model, Mtp, Observe, Pass, Site, Training, weights,
+    AdapterWeights, Cache, CacheType, Compute, ForwardContext, Model, Mtp, Observe, Site, Training,
+    weights,
 };
 use serde_json::Value;
 
@@ -92,12 +93,12 @@ fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
         .fold(0.0, |max, (a, b)| max.max((a - b).abs()))
 }
 
-fn logits(model: &Model, ids: Tensor<2, Int>, pass: &mut Pass<'_>) -> Vec<f32> {
+fn logits(model: &Model, ids: Tensor<2, Int>, ctx: &mut ForwardContext<'_>) -> Vec<f32> {
     let [batch, seq] = ids.dims();
     let hidden = model
-        .hidden(ids, pass)
+        .hidden(ids, ctx)
         .reshape([batch * seq, model.config.hidden_size]);
-    values(model.logits(hidden, pass))
+    values(model.logits(hidden, ctx))
 }
 
 /// Inputs shifted by one: the targets of every position, −100 at the end.
@@ -107,11 +108,11 @@ fn targets(ids: &Tensor<2, Int>) -> Tensor<2, Int> {
     Tensor::cat(vec![ids.clone().slice([0..batch, 1..seq]), last], 1)
 }
 
-fn mean_loss(model: &Model, ids: Tensor<2, Int>, pass: &mut Pass<'_>) -> Tensor<1> {
+fn mean_loss(model: &Model, ids: Tensor<2, Int>, ctx: &mut ForwardContext<'_>) -> Tensor<1> {
     let [batch, seq] = ids.dims();
     let targets = targets(&ids);
-    let hidden = model.hidden(ids, pass);
-    model.loss(hidden, targets, pass).sum() / (batch * (seq - 1)) as f32
+    let hidden = model.hidden(ids, ctx);
+    model.loss(hidden, targets, ctx).sum() / (batch * (seq - 1)) as f32
 }
 
 #[test]
@@ -120,16 +121,16 @@ fn logits_and_routing_are_the_goldens() {
     for name in ALL {
         let golden = Golden::open(name);
         let model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
-        let mut pass = Pass {
+        let mut ctx = ForwardContext {
             observe: Observe::Routing,
-            ..Pass::new(Compute::F32)
+            ..ForwardContext::new(Compute::F32)
         };
-        let found = logits(&model, golden.ids(&device), &mut pass);
+        let found = logits(&model, golden.ids(&device), &mut ctx);
         let difference = largest_difference(&found, &golden.floats("logits").0);
         println!("{name}: largest difference of the logits {difference:.1e}");
         assert!(difference <= LOGITS, "{name}: {difference}");
 
-        for record in &pass.routing {
+        for record in &ctx.routing {
             let expected = golden
                 .tensors
                 .tensor(&format!("router.{}.indices", record.layer_idx))
@@ -181,7 +182,8 @@ fn hidden_states_follow_the_goldens_to_the_last_norm() {
     for name in ALL {
         let golden = Golden::open(name);
         let model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
-        let found = values(model.hidden(golden.ids(&device), &mut Pass::new(Compute::F32)));
+        let found =
+            values(model.hidden(golden.ids(&device), &mut ForwardContext::new(Compute::F32)));
         let (expected, _) = golden.floats("hidden.final_norm");
         let found = &found[..expected.len()]; // The FP8 goldens hold the first row only.
         assert!(largest_difference(found, &expected) < LOGITS, "{name}");
@@ -216,7 +218,11 @@ fn cached_decoding_gives_the_golden_tokens() {
                     TensorData::new(ids.to_vec(), [1, ids.len()]),
                     &device,
                 );
-                let all = logits(&model, ids, &mut Pass::cached(Compute::F32, &mut caches));
+                let all = logits(
+                    &model,
+                    ids,
+                    &mut ForwardContext::cached(Compute::F32, &mut caches),
+                );
                 let last = &all[all.len() - model.config.vocab_size..];
                 (0..last.len())
                     .max_by(|a, b| last[*a].total_cmp(&last[*b]))
@@ -241,11 +247,15 @@ fn cached_logits_are_the_full_ones() {
         let model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
         let ids = golden.ids(&device);
         let ([batch, seq], vocab) = (ids.dims(), model.config.vocab_size);
-        let full = logits(&model, ids.clone(), &mut Pass::new(Compute::F32));
+        let full = logits(&model, ids.clone(), &mut ForwardContext::new(Compute::F32));
         let mut caches = vec![Cache::new(&model.config, CacheType::F32); batch];
         for position in 0..seq {
             let one = ids.clone().slice([0..batch, position..position + 1]);
-            let found = logits(&model, one, &mut Pass::cached(Compute::F32, &mut caches));
+            let found = logits(
+                &model,
+                one,
+                &mut ForwardContext::cached(Compute::F32, &mut caches),
+            );
             for row in 0..batch {
                 let expected = &full[(row * seq + position) * vocab..][..vocab];
                 let difference = largest_difference(&found[row * vocab..][..vocab], expected);
@@ -261,11 +271,11 @@ fn mtp_logits(
     (model, mtp): (&Model, &Mtp),
     hidden: Tensor<3>,
     next_ids: Tensor<2, Int>,
-    pass: &mut Pass<'_>,
+    ctx: &mut ForwardContext<'_>,
 ) -> Vec<f32> {
-    let hidden = mtp.hidden(model, hidden, next_ids, pass);
+    let hidden = mtp.hidden(model, hidden, next_ids, ctx);
     let [batch, seq, width] = hidden.dims();
-    values(mtp.logits(model, hidden.reshape([batch * seq, width]), pass))
+    values(mtp.logits(model, hidden.reshape([batch * seq, width]), ctx))
 }
 
 #[test]
@@ -280,12 +290,12 @@ fn what_multi_token_prediction_says_is_the_goldens() {
         panic!("{shape:?}")
     };
     let ids = golden.ids(&device);
-    let hidden = model.hidden(ids.clone(), &mut Pass::new(Compute::F32));
+    let hidden = model.hidden(ids.clone(), &mut ForwardContext::new(Compute::F32));
     let hidden = hidden.slice([0..batch, 0..seq]);
     let next_ids = ids.slice([0..batch, 1..seq + 1]);
     let both = (&model, &mtp);
-    let pass = &mut Pass::new(Compute::F32);
-    let found = mtp_logits(both, hidden.clone(), next_ids.clone(), pass);
+    let ctx = &mut ForwardContext::new(Compute::F32);
+    let found = mtp_logits(both, hidden.clone(), next_ids.clone(), ctx);
     let difference = largest_difference(&found, &expected);
     println!("multi-token prediction: logits differ by at most {difference:.1e}");
     assert!(difference <= LOGITS, "{difference}");
@@ -299,8 +309,8 @@ fn what_multi_token_prediction_says_is_the_goldens() {
             hidden.clone().slice([0..batch, piece.clone()]),
             next_ids.clone().slice([0..batch, piece.clone()]),
         );
-        let pass = &mut Pass::cached(Compute::F32, &mut caches);
-        let found = mtp_logits(both, of.0, of.1, pass);
+        let ctx = &mut ForwardContext::cached(Compute::F32, &mut caches);
+        let found = mtp_logits(both, of.0, of.1, ctx);
         for (row, found) in found.chunks(piece.len() * vocab).enumerate() {
             let expected = &expected[(row * seq + start) * vocab..][..found.len()];
             let difference = largest_difference(found, expected);
@@ -333,7 +343,11 @@ fn loss_and_gradients_are_the_goldens() {
     for name in ALL {
         let golden = Golden::open(name);
         let model = weights::load(&golden.folder, Training::Full, &device).unwrap();
-        let loss = mean_loss(&model, golden.ids(&device), &mut Pass::new(Compute::F32));
+        let loss = mean_loss(
+            &model,
+            golden.ids(&device),
+            &mut ForwardContext::new(Compute::F32),
+        );
         let mut gradients = loss.backward();
         let loss = f64::from(loss.into_scalar::<f32>());
         let expected = golden.json["loss"].as_f64().unwrap();
@@ -388,7 +402,11 @@ fn adapters_of_both_dialects_give_the_golden_logits() {
         let golden = Golden::open(name);
         let mut model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
         golden.adapter(dialect, &mut model, &device);
-        let found = logits(&model, golden.ids(&device), &mut Pass::new(Compute::F32));
+        let found = logits(
+            &model,
+            golden.ids(&device),
+            &mut ForwardContext::new(Compute::F32),
+        );
         let difference =
             largest_difference(&found, &golden.floats(&format!("lora_{dialect}.logits")).0);
         println!("{name} {dialect}: largest difference of the logits {difference:.1e}");
@@ -410,7 +428,11 @@ fn adapted_decoding_agrees_with_the_whole_sequence() {
         let mut caches = vec![Cache::new(&model.config, CacheType::F32); batch];
         for position in 0..seq {
             let one = ids.clone().slice([0..batch, position..position + 1]);
-            let found = logits(&model, one, &mut Pass::cached(Compute::F32, &mut caches));
+            let found = logits(
+                &model,
+                one,
+                &mut ForwardContext::cached(Compute::F32, &mut caches),
+            );
             for row in 0..batch {
                 let expected = &full[(row * seq + position) * vocab..][..vocab];
                 let difference = largest_difference(&found[row * vocab..][..vocab], expected);
@@ -472,7 +494,13 @@ fn stacked_updates_of_one_parameter_stay_stacked() {
                 } = None;
             }
         });
-        let run = |model: &Model| logits(model, golden.ids(&device), &mut Pass::new(Compute::F32));
+        let run = |model: &Model| {
+            logits(
+                model,
+                golden.ids(&device),
+                &mut ForwardContext::new(Compute::F32),
+            )
+        };
         let expected = run(&model);
 
         let place = tempfile::tempdir().unwrap();
@@ -499,7 +527,11 @@ fn adapter_gradients_are_the_goldens() {
         let golden = Golden::open(name);
         let mut model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
         golden.adapter("peft", &mut model, &device);
-        let loss = mean_loss(&model, golden.ids(&device), &mut Pass::new(Compute::F32));
+        let loss = mean_loss(
+            &model,
+            golden.ids(&device),
+            &mut ForwardContext::new(Compute::F32),
+        );
         let mut gradients = loss.backward();
         let found = model.gradients(&mut gradients);
         // Put each gradient in its parameter's place: the adapter's own files then name them as PEFT does.
@@ -567,7 +599,7 @@ fn merged_models_are_base_plus_adapter() {
         let found = logits(
             &weights::load(&merged, Training::Frozen, &device).unwrap(),
             golden.ids(&device),
-            &mut Pass::new(Compute::F32),
+            &mut ForwardContext::new(Compute::F32),
         );
         let expected = golden.floats(&format!("lora_{dialect}.logits")).0;
         let difference = largest_difference(&found, &expected);
@@ -596,7 +628,7 @@ fn fp8_products_are_the_goldens() {
         let golden = Golden::open(name);
         let model = weights::load(&golden.folder, Training::Frozen, &device).unwrap();
         let fp8 = Compute::Fp8(model.config.fp8_scales);
-        let found = logits(&model, golden.ids(&device), &mut Pass::new(fp8));
+        let found = logits(&model, golden.ids(&device), &mut ForwardContext::new(fp8));
         let expected = golden.floats("w8a8_logits").0;
         let sum: f32 = found
             .iter()
@@ -624,7 +656,13 @@ fn models_merged_in_fp8_keep_what_the_adapter_leaves_alone() {
         // Fresh factors are an update of zero.
         model.map_parameters(&mut |_, values| values + 0.02);
         let adapter = AdapterWeights::from_model(&model, Scaling::Plain, 0.0);
-        let run = |model: &Model| logits(model, golden.ids(&device), &mut Pass::new(Compute::F32));
+        let run = |model: &Model| {
+            logits(
+                model,
+                golden.ids(&device),
+                &mut ForwardContext::new(Compute::F32),
+            )
+        };
         let expected = run(&model);
 
         let place = tempfile::tempdir().unwrap();
@@ -738,7 +776,11 @@ fn fp8_weights_train_like_their_dequantized_twin() {
             let shift = if name.ends_with("lora_b") { 0.01 } else { 0.0 };
             values + shift
         });
-        let loss = mean_loss(&model, golden.ids(&device), &mut Pass::new(Compute::F32));
+        let loss = mean_loss(
+            &model,
+            golden.ids(&device),
+            &mut ForwardContext::new(Compute::F32),
+        );
         let mut gradients = loss.backward();
         (loss.into_scalar::<f32>(), model.gradients(&mut gradients))
     };

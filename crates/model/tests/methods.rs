@@ -11,7 +11,7 @@ use moeforge_model::export::{WeightFormat, export_chosen};
 use moeforge_model::lora::{self, LoraConfig, Scaling, Share};
 use moeforge_model::merge::merge;
 use moeforge_model::{
-    AdapterWeights, Cache, CacheType, Compute, Model, Pass, Site, Training, weights,
+    AdapterWeights, Cache, CacheType, Compute, ForwardContext, Model, Site, Training, weights,
 };
 
 /// Logits that spread over about 10, in f32.
@@ -72,12 +72,12 @@ fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().try_to_vec().unwrap()
 }
 
-fn logits(model: &Model, ids: Tensor<2, Int>, pass: &mut Pass<'_>) -> Tensor<3> {
+fn logits(model: &Model, ids: Tensor<2, Int>, ctx: &mut ForwardContext<'_>) -> Tensor<3> {
     let [batch, seq] = ids.dims();
     let hidden = model
-        .hidden(ids, pass)
+        .hidden(ids, ctx)
         .reshape([batch * seq, model.config.hidden_size]);
-    let logits = model.logits(hidden, pass);
+    let logits = model.logits(hidden, ctx);
     let vocab = logits.dims()[1];
     logits.reshape([batch, seq, vocab])
 }
@@ -101,12 +101,12 @@ fn expected_logits(name: &str, method: &str) -> (Vec<f32>, usize) {
     (tensor.to_f32().unwrap(), tensor.shape[1])
 }
 
-fn loss(model: &Model, ids: &Tensor<2, Int>, pass: &mut Pass<'_>) -> Tensor<1> {
+fn loss(model: &Model, ids: &Tensor<2, Int>, ctx: &mut ForwardContext<'_>) -> Tensor<1> {
     let [batch, seq] = ids.dims();
     let none = Tensor::full([batch, 1], -100, &ids.device());
     let targets = Tensor::cat(vec![ids.clone().slice([0..batch, 1..seq]), none], 1);
-    let hidden = model.hidden(ids.clone(), pass);
-    model.loss(hidden, targets, pass).sum() / (batch * (seq - 1)) as f32
+    let hidden = model.hidden(ids.clone(), ctx);
+    model.loss(hidden, targets, ctx).sum() / (batch * (seq - 1)) as f32
 }
 
 fn each(check: impl Fn(&str, &str)) {
@@ -122,7 +122,7 @@ fn logits_are_those_of_peft() {
         let model = adapted(name, method, &device);
         let (expected, positions) = expected_logits(name, method);
         let ids = ids(name, &device);
-        let found = logits(&model, ids.clone(), &mut Pass::new(Compute::F32));
+        let found = logits(&model, ids.clone(), &mut ForwardContext::new(Compute::F32));
         assert_close(
             &last(found, positions),
             &expected,
@@ -134,10 +134,18 @@ fn logits_are_those_of_peft() {
         let [batch, seq] = ids.dims();
         let mut caches = vec![Cache::new(&model.config, CacheType::F32); batch];
         let prompt = ids.clone().slice([0..batch, 0..seq - positions]);
-        logits(&model, prompt, &mut Pass::cached(Compute::F32, &mut caches));
+        logits(
+            &model,
+            prompt,
+            &mut ForwardContext::cached(Compute::F32, &mut caches),
+        );
         let one = |at| {
             let id = ids.clone().slice([0..batch, at..at + 1]);
-            logits(&model, id, &mut Pass::cached(Compute::F32, &mut caches))
+            logits(
+                &model,
+                id,
+                &mut ForwardContext::cached(Compute::F32, &mut caches),
+            )
         };
         let steps = (seq - positions..seq).map(one).collect();
         let found = values(Tensor::cat(steps, 1));
@@ -160,7 +168,11 @@ fn adapters_of_mlx_are_read() {
         adapter.attach(&mut model, &device).unwrap();
         let file = Safetensors::open(&golden(name).join("mlx.safetensors")).unwrap();
         let expected = file.tensor("logits").unwrap();
-        let found = logits(&model, ids(name, &device), &mut Pass::new(Compute::F32));
+        let found = logits(
+            &model,
+            ids(name, &device),
+            &mut ForwardContext::new(Compute::F32),
+        );
         let (found, expected) = (last(found, expected.shape[1]), expected.to_f32().unwrap());
         assert_close(&found, &expected, LOGITS, name);
     }
@@ -173,7 +185,11 @@ fn gradients_are_those_of_peft() {
         let json = std::fs::read_to_string(golden(name).join("methods.json")).unwrap();
         let json: serde_json::Value = serde_json::from_str(&json).unwrap();
         let mut model = adapted(name, method, &device);
-        let loss = loss(&model, &ids(name, &device), &mut Pass::new(Compute::F32));
+        let loss = loss(
+            &model,
+            &ids(name, &device),
+            &mut ForwardContext::new(Compute::F32),
+        );
         let expected = json[method]["loss"].as_f64().unwrap() as f32;
         assert_close(
             &values(loss.clone().inner()),
@@ -240,7 +256,11 @@ fn merged_models_predict_what_their_parts_do() {
         let merged = Folder::open(&out).unwrap();
         let merged = weights::load(&merged, Training::Frozen, &device).unwrap();
         let (expected, positions) = expected_logits(name, method);
-        let found = logits(&merged, ids(name, &device), &mut Pass::new(Compute::F32));
+        let found = logits(
+            &merged,
+            ids(name, &device),
+            &mut ForwardContext::new(Compute::F32),
+        );
         assert_close(
             &last(found, positions),
             &expected,
@@ -269,7 +289,7 @@ fn dora_on_fp8_has_the_gradients_of_dora_on_the_same_values() {
         );
     }
     let gradients = |model: &Model| -> BTreeMap<String, Vec<f32>> {
-        let loss = loss(model, &ids, &mut Pass::new(Compute::F32));
+        let loss = loss(model, &ids, &mut ForwardContext::new(Compute::F32));
         let gradients = model.gradients(&mut loss.backward()).into_iter();
         let ours = gradients.filter(|(name, _)| name.contains(".lora."));
         ours.map(|(name, gradient)| (name, values(gradient)))
@@ -315,7 +335,7 @@ fn gradients_of_dora_are_finite_differences() {
         Tensor::<1>::from_floats(values.as_slice(), &Device::flex())
     };
     let gradients =
-        model.gradients(&mut loss(&model, &ids, &mut Pass::new(Compute::F32)).backward());
+        model.gradients(&mut loss(&model, &ids, &mut ForwardContext::new(Compute::F32)).backward());
     for suffix in ["lora_a", "lora_b", "lora_magnitude_vector"] {
         let of = gradients.iter().filter(|(name, _)| name.ends_with(suffix));
         let slope: f32 = of
@@ -327,7 +347,7 @@ fn gradients_of_dora_are_finite_differences() {
                 let step = if name.ends_with(suffix) { step } else { 0.0 };
                 values.clone() + direction(&values) * step
             });
-            values(loss(&moved, &ids, &mut Pass::new(Compute::F32)).inner())[0]
+            values(loss(&moved, &ids, &mut ForwardContext::new(Compute::F32)).inner())[0]
         };
         let step = 1e-3;
         let found = (at(step) - at(-step)) / (2.0 * step);
@@ -392,7 +412,7 @@ fn shared_factors_are_the_same_factor_of_every_expert() {
     let device = Device::flex().autodiff();
     let ids = ids("deepseek_v3", &device);
     let run = |model: &Model| {
-        let loss = loss(model, &ids, &mut Pass::new(Compute::F32));
+        let loss = loss(model, &ids, &mut ForwardContext::new(Compute::F32));
         let gradients = model.gradients(&mut loss.backward()).into_iter();
         let gradients = gradients.map(|(name, gradient)| (name, values(gradient)));
         (
@@ -461,7 +481,7 @@ fn updates_of_some_experts_leave_the_others_alone() {
     };
     let mut model = open("deepseek_v3", &device);
     attach(&mut model, &config, &device);
-    let found = loss(&model, &ids, &mut Pass::new(Compute::F32));
+    let found = loss(&model, &ids, &mut ForwardContext::new(Compute::F32));
     let gradients = model.gradients(&mut found.backward());
     let largest = |g: &Tensor<1>| values(g.clone().abs().max())[0];
     assert_eq!(gradients.len(), 12);
@@ -478,7 +498,7 @@ fn updates_of_some_experts_leave_the_others_alone() {
     merge(&base, &adapter, WeightFormat::F32, &out, &mut |_, _| ()).unwrap();
     let merged = Folder::open(&out).unwrap();
     let merged = weights::load(&merged, Training::Frozen, &device).unwrap();
-    let expected = values(loss(&merged, &ids, &mut Pass::new(Compute::F32)).inner());
+    let expected = values(loss(&merged, &ids, &mut ForwardContext::new(Compute::F32)).inner());
     assert_close(
         &values(found.inner()),
         &expected,
@@ -488,7 +508,7 @@ fn updates_of_some_experts_leave_the_others_alone() {
 
     let mut again = open("deepseek_v3", &device);
     adapter.attach(&mut again, &device).unwrap();
-    let again = values(loss(&again, &ids, &mut Pass::new(Compute::F32)).inner());
+    let again = values(loss(&again, &ids, &mut ForwardContext::new(Compute::F32)).inner());
     assert_close(&again, &expected, SUMS * expected[0], "read again");
 }
 
@@ -507,7 +527,7 @@ fn trained_experts_have_the_gradients_of_full_training() {
         let some = Training::Chosen(patterns, vec!["layers.2.mlp.gate".into()]);
         let run = |training| {
             let model = weights::load(&base, training, &device).unwrap();
-            let loss = loss(&model, &ids, &mut Pass::new(Compute::F32));
+            let loss = loss(&model, &ids, &mut ForwardContext::new(Compute::F32));
             let gradients = model.gradients(&mut loss.backward()).into_iter();
             let by_key = gradients.flat_map(|(parameter, gradient)| {
                 let gradient = values(gradient);

@@ -11,7 +11,7 @@ use moeforge_model::adapter::AdapterWeights;
 use moeforge_model::export::WeightFormat;
 use moeforge_model::lora::{self, LoraConfig, Scaling};
 use moeforge_model::merge::{convert, merge};
-use moeforge_model::{Compute, Model, Pass, Quantizer, Training, weights};
+use moeforge_model::{Compute, ForwardContext, Model, Quantizer, Training, weights};
 
 fn golden(name: &str) -> Folder {
     let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens");
@@ -26,10 +26,10 @@ fn logits(model: &Model) -> Vec<f32> {
     const SEQ: usize = 40;
     let ids: Vec<i32> = (0..SEQ as i32).map(|i| i * i % 280).collect();
     let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, SEQ]), &Device::flex());
-    let mut pass = Pass::new(Compute::F32);
-    let hidden = model.hidden(ids, &mut pass);
+    let mut ctx = ForwardContext::new(Compute::F32);
+    let hidden = model.hidden(ids, &mut ctx);
     let width = hidden.dims()[2];
-    let logits = model.logits(hidden.reshape([SEQ, width]), &pass);
+    let logits = model.logits(hidden.reshape([SEQ, width]), &ctx);
     logits.into_data().try_to_vec().unwrap()
 }
 

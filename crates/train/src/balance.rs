@@ -106,7 +106,7 @@ mod tests {
 
     use super::*;
     use crate::fit::Picks;
-    use model::{Compute, Observe, Pass, Training, weights};
+    use model::{Compute, ForwardContext, Observe, Training, weights};
 
     #[test]
     #[expect(clippy::too_many_lines, reason = "one pass gives all three")]
@@ -138,16 +138,16 @@ mod tests {
                 &device,
             )
             .unwrap();
-            let mut pass = Pass {
+            let mut ctx = ForwardContext {
                 observe: Observe::Routing,
-                ..Pass::new(Compute::F32)
+                ..ForwardContext::new(Compute::F32)
             };
             let [rows, cols] = ids.dims();
-            model.hidden(ids, &mut pass);
+            model.hidden(ids, &mut ctx);
 
             let valid = Valid::new(&vec![vec![0]; rows], &vec![cols; rows], cols, &device);
             let mut loads = Vec::new();
-            for record in &pass.routing {
+            for record in &ctx.routing {
                 let expected = &golden["balance"][record.layer_idx.to_string()];
                 let found = balance_loss(record, &valid).into_scalar::<f32>();
                 let wanted = expected["seq_aux_sum_f_P"].as_f64().unwrap();

@@ -3,7 +3,7 @@
 use burn::module::Module;
 use burn::tensor::Tensor;
 use data::Batch;
-use model::{Observe, Pass};
+use model::{ForwardContext, Observe};
 
 use crate::fit::losses;
 use crate::optimizer::Accumulated;
@@ -20,12 +20,12 @@ impl Session {
         }
         let (model, device) = (self.model.clone().valid(), self.device.clone().inner());
         for batch in batches {
-            let mut pass = Pass {
+            let mut ctx = ForwardContext {
                 observe: Observe::Residuals,
-                ..Pass::new(self.compute())
+                ..ForwardContext::new(self.compute())
             };
-            let losses = losses(&model, batch, &mut pass, &device);
-            let mut sums = pass.residuals.into_iter();
+            let losses = losses(&model, batch, &mut ctx, &device);
+            let mut sums = ctx.residuals.into_iter();
             if let Some((path, _)) = sums.find(|(_, sum)| !is_finite(sum.clone().flatten(0, 1))) {
                 return format!("the residual stream after `{path}`");
             }

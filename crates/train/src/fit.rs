@@ -16,7 +16,7 @@ use std::time::Instant;
 use burn::module::Module;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use data::Batch;
-use model::{Model, Observe, Parameter, Pass, Trace};
+use model::{ForwardContext, Model, Observe, Parameter, Trace};
 use serde::Serialize;
 
 use crate::balance::{self, Valid};
@@ -131,7 +131,7 @@ pub struct StepReport {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<f64>,
     /// The most bytes that waited for the backward pass as inputs of linear layers, of SwiGLU and of experts.
-    pub kept_bytes: usize,
+    pub saved_activation_bytes: usize,
     /// Wall time of the step.
     pub seconds: f64,
 }
@@ -323,7 +323,7 @@ impl Session {
             trained_tokens,
             balance_loss: (train.balance_loss > 0.0).then_some(sums.balance / batches.len() as f64),
             loss_scale: scale,
-            kept_bytes: kernels::kept_bytes(),
+            saved_activation_bytes: kernels::saved_activation_bytes(),
             seconds: started.elapsed().as_secs_f64(),
         })
     }
@@ -403,11 +403,11 @@ impl Session {
     ) -> Micro {
         let scale = self.loss_scale().unwrap_or(1.0);
         let train = &self.recipe.train;
-        let mut pass = Pass {
+        let mut ctx = ForwardContext {
             dropout_seed: (self.recipe.lora.dropout > 0.0).then_some(train.seed ^ (number << 20)),
             segments: segments(batch),
             observe: Observe::Routing,
-            ..Pass::new(self.compute())
+            ..ForwardContext::new(self.compute())
         };
         let (mut loss, mut rewards, mut balance) = (0.0, None, 0.0);
         let valid = (train.balance_loss > 0.0)
@@ -417,14 +417,14 @@ impl Session {
         let trace = Trace::new(
             &self.model,
             tensor(&batch.input_ids),
-            &mut pass,
+            &mut ctx,
             train.checkpointing.into(),
         );
         let gradients = trace.backward(
             &self.model,
-            &mut pass,
-            |hidden, pass| {
-                let losses = self.model.loss(hidden, tensor(&batch.targets), pass);
+            &mut ctx,
+            |hidden, ctx| {
+                let losses = self.model.loss(hidden, tensor(&batch.targets), ctx);
                 let (losses, earned) = self.compared(losses, batch);
                 let sum = losses.sum();
                 (loss, rewards) = (scalar(&sum), earned);
@@ -436,7 +436,7 @@ impl Session {
                 Some(term * balance_share as f32)
             },
         );
-        for record in &pass.routing {
+        for record in &ctx.routing {
             let [_, experts] = record.routed.scores.dims();
             let load = Picks::of(record, &batch.lengths, batch.cols).load(experts);
             add_load(loads, record.layer_idx, load);
@@ -459,7 +459,12 @@ impl Session {
             return (losses, None);
         };
         let device = self.device.clone().inner();
-        let before = self::losses(reference, batch, &mut Pass::new(self.compute()), &device);
+        let before = self::losses(
+            reference,
+            batch,
+            &mut ForwardContext::new(self.compute()),
+            &device,
+        );
         let [policy, before] =
             [losses, before].map(|losses| dpo::log_probabilities(losses, batch.rows));
         let before = match policy.device().is_autodiff() {
@@ -588,17 +593,22 @@ struct Micro {
 pub(crate) fn losses(
     model: &Model,
     batch: &Batch,
-    pass: &mut Pass<'_>,
+    ctx: &mut ForwardContext<'_>,
     device: &Device,
 ) -> Tensor<1> {
-    let hidden = hidden(model, batch, pass, device);
-    model.loss(hidden, ids(&batch.targets, batch, device), pass)
+    let hidden = hidden(model, batch, ctx, device);
+    model.loss(hidden, ids(&batch.targets, batch, device), ctx)
 }
 
 /// What the head reads at every position of a batch. No sample of a packed row sees another.
-fn hidden(model: &Model, batch: &Batch, pass: &mut Pass<'_>, device: &Device) -> Tensor<3> {
-    pass.segments = segments(batch);
-    model.hidden(ids(&batch.input_ids, batch, device), pass)
+fn hidden(
+    model: &Model,
+    batch: &Batch,
+    ctx: &mut ForwardContext<'_>,
+    device: &Device,
+) -> Tensor<3> {
+    ctx.segments = segments(batch);
+    model.hidden(ids(&batch.input_ids, batch, device), ctx)
 }
 
 fn scalar(x: &Tensor<1>) -> f64 {

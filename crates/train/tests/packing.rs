@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use data::{Batch, Packing, Sample, collate, collate_rows};
 use kernels::Segments;
-use model::{Compute, Model, Pass, Training, weights};
+use model::{Compute, ForwardContext, Model, Training, weights};
 use moeforge_train::{Event, Recipe, RunDir, Session, StepReport, Surroundings};
 
 /// f32 sums in another order, relative to the largest gradient of a parameter.
@@ -42,12 +42,12 @@ fn gradients(model: &Model, batch: &Batch, device: &Device) -> (f32, Vec<(String
         let data = TensorData::new(values.to_vec(), [batch.rows, batch.cols]);
         Tensor::<2, Int>::from_data(data, device)
     };
-    let mut pass = Pass::new(Compute::F32);
+    let mut ctx = ForwardContext::new(Compute::F32);
     if batch.is_packed() {
-        pass.segments = Segments::packed(batch.starts.clone());
+        ctx.segments = Segments::packed(batch.starts.clone());
     }
-    let hidden = model.hidden(tensor(&batch.input_ids), &mut pass);
-    let loss = model.loss(hidden, tensor(&batch.targets), &pass).sum();
+    let hidden = model.hidden(tensor(&batch.input_ids), &mut ctx);
+    let loss = model.loss(hidden, tensor(&batch.targets), &ctx).sum();
     let value = loss.clone().inner().into_scalar::<f32>();
     let mut gradients = loss.backward();
     let values = |tensor: Tensor<1>| tensor.into_data().try_to_vec().unwrap();

@@ -21,7 +21,7 @@ use super::sweep::{Sweep, options};
 use super::table::{Column, count, fraction_of, giga, mebibytes, median, seconds, spread};
 use crate::console::Console;
 use crate::inspect::parameters;
-use crate::open::{CacheName, ComputeName, GuessArgs, MemoryArgs, cache_object, lay_out};
+use crate::open::{CacheName, ComputeName, GuessArgs, MemoryArgs, cache_object, repack};
 use crate::train::memory;
 
 /// What is measured, and how.
@@ -294,7 +294,7 @@ fn measure(
     engine.mtp = mtp;
     engine.cache = args.cache.cache_type();
     args.memory.place(&mut engine, console);
-    lay_out(&mut engine, console);
+    repack(&mut engine, console);
     let open_secs = started.elapsed().as_secs_f64();
     let timings = timings(&mut engine, combination, args.reps, console)?;
     let peak_bytes = memory::read().peak_bytes;

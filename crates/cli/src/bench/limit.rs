@@ -7,7 +7,7 @@ use std::time::Instant;
 use burn::tensor::{Device, Tensor};
 use kernels::{Format, Ggml, Matrix};
 use model::linear::{Frozen, Linear, Weight};
-use model::{Compute, Pass};
+use model::{Compute, ForwardContext};
 use rayon::prelude::*;
 
 /// Rows, outputs and sum of the product: large enough that nothing but multiplying counts.
@@ -43,7 +43,7 @@ pub(super) fn product_speeds(compute: Compute, runs: usize) -> Vec<f64> {
     };
     let speed = || {
         let started = Instant::now();
-        let y = linear.forward(x.clone(), &Pass::new(compute));
+        let y = linear.forward(x.clone(), &ForwardContext::new(compute));
         // Reading a number waits for all of them, where a device computes by itself.
         let _ = y.slice([0..1, 0..1]).into_scalar::<f32>();
         2.0 * (SIZE as f64).powi(3) / started.elapsed().as_secs_f64()
@@ -71,7 +71,7 @@ fn narrow(values: &[f32], compute: Compute) -> Matrix {
     };
     let matrix = Matrix::dense(SIZE, SIZE, format, bytes.into());
     let mut matrix = [matrix.expect("bytes of so many numbers")];
-    Matrix::lay_out(&mut matrix, Compute::Int8, &mut |_| ());
+    Matrix::repack(&mut matrix, Compute::Int8, &mut |_| ());
     let [matrix] = matrix;
     matrix
 }

@@ -113,7 +113,7 @@ fn next_line(
     if is_typed {
         console.ask("> ");
         // While somebody thinks and types.
-        engine.lay_out(&mut |_, _| ());
+        engine.repack(&mut |_, _| ());
     }
     let mut line = String::new();
     let mut stdin = std::io::stdin().lock().take(LONGEST_LINE);

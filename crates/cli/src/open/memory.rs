@@ -14,10 +14,10 @@ pub(crate) struct MemoryArgs {
     /// their file, but for those that were used last, or whatever there is no room for.
     #[arg(long, value_name = "GIB", value_parser = gib)]
     pub(crate) memory_budget: Option<u64>,
-    /// Where experts stay in their file: how many of those that a token chooses in a layer are asked for before it does;
-    /// 0 for none, half of them by default. The text is the same.
-    #[arg(long, value_name = "N")]
-    pub(crate) read_ahead: Option<usize>,
+    /// Experts to prefetch per layer from the predicted routing [default: half of top-k; 0 turns it off]. The text is the
+    /// same.
+    #[arg(long, value_name = "N", alias = "read-ahead")]
+    pub(crate) prefetch_experts: Option<usize>,
 }
 
 /// About what a program with a small model needs besides weights, which counts where what is read again and again gets the
@@ -48,8 +48,8 @@ impl MemoryArgs {
         };
         words("--memory-budget", budget.map(|gib| gib.to_string()))
             .chain(words(
-                "--read-ahead",
-                self.read_ahead.map(|n| n.to_string()),
+                "--prefetch-experts",
+                self.prefetch_experts.map(|n| n.to_string()),
             ))
             .collect()
     }
@@ -98,7 +98,7 @@ impl MemoryArgs {
             return;
         }
         warn(room);
-        engine.cache_experts(room - common, self.read_ahead);
+        engine.cache_experts(room - common, self.prefetch_experts);
         console.note(format_args!(
             "weights of {needed:.2} GiB, room for {found:.2} GiB: the experts used last stay in memory ({:.2} GiB), others are read from their file",
             in_gib(room - common)
@@ -107,9 +107,9 @@ impl MemoryArgs {
 }
 
 /// Copies at once what would be copied between steps.
-pub(crate) fn lay_out(engine: &mut Engine, console: &Console) {
+pub(crate) fn repack(engine: &mut Engine, console: &Console) {
     let mut progress = console.progress(0, "MiB of weights");
-    engine.lay_out(&mut |done, total| {
+    engine.repack(&mut |done, total| {
         let [done, total] = [done, total].map(|bytes: usize| bytes as u64 >> 20);
         progress.update_of(done, total);
     });
@@ -122,18 +122,18 @@ pub(crate) fn cache_summary(traffic: ExpertTraffic) -> String {
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let (chosen, asked) = (
         traffic.hits + traffic.misses,
-        traffic.foreseen + traffic.in_vain,
+        traffic.prefetched + traffic.wasted_prefetches,
     );
     format!(
-        "experts: {} of {chosen} in memory when chosen ({:.1} %), {:.0} MiB held; of the others {} asked for ahead ({:.1} %), {:.0} MiB read; {} of {asked} asked for in vain ({:.0} MiB)",
+        "experts: {} of {chosen} in memory when chosen ({:.1} %), {:.0} MiB held; of the others {} prefetched ({:.1} %), {:.0} MiB read; {} of {asked} prefetches wasted ({:.0} MiB)",
         traffic.hits,
         share(traffic.hits, chosen),
         mib(traffic.held_bytes as u64),
-        traffic.foreseen,
-        share(traffic.foreseen, traffic.misses),
+        traffic.prefetched,
+        share(traffic.prefetched, traffic.misses),
         mib(traffic.read_bytes),
-        traffic.in_vain,
-        mib(traffic.vain_bytes),
+        traffic.wasted_prefetches,
+        mib(traffic.wasted_bytes),
     )
 }
 
@@ -142,10 +142,10 @@ pub(crate) fn cache_object(traffic: ExpertTraffic) -> Value {
     json!({
         "hits": traffic.hits,
         "misses": traffic.misses,
-        "foreseen": traffic.foreseen,
-        "in_vain": traffic.in_vain,
+        "prefetched": traffic.prefetched,
+        "wasted_prefetches": traffic.wasted_prefetches,
         "read_bytes": traffic.read_bytes,
-        "vain_bytes": traffic.vain_bytes,
+        "wasted_bytes": traffic.wasted_bytes,
         "held_bytes": traffic.held_bytes,
     })
 }

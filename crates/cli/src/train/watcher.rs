@@ -17,7 +17,7 @@ pub(super) struct Watcher {
     smoothed: Option<f64>,
     seconds: f64,
     tokens: usize,
-    kept_bytes: usize,
+    saved_activation_bytes: usize,
 }
 
 impl Host for Watcher {
@@ -104,14 +104,14 @@ impl Watcher {
             smoothed: None,
             seconds: 0.0,
             tokens: 0,
-            kept_bytes: 0,
+            saved_activation_bytes: 0,
         })
     }
 
     /// Removes the progress bar. Returns the most bytes that waited for a backward pass.
     pub(super) fn finish(self) -> usize {
         self.progress.finish();
-        self.kept_bytes
+        self.saved_activation_bytes
     }
 
     fn step(&mut self, report: &StepReport) {
@@ -122,7 +122,9 @@ impl Watcher {
         self.smoothed = Some(smoothed);
         self.seconds += report.seconds;
         self.tokens += report.tokens;
-        self.kept_bytes = self.kept_bytes.max(report.kept_bytes);
+        self.saved_activation_bytes = self
+            .saved_activation_bytes
+            .max(report.saved_activation_bytes);
         let rate = self.tokens as f64 / self.seconds.max(1e-9);
         self.progress.update(
             report.step,

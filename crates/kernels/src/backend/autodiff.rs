@@ -12,12 +12,14 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend, TensorMetadata};
 
 use crate::adamw::AdamWStep;
-use crate::backend::cached::RowsPrimitive;
+use crate::backend::cached::KvBufferPrimitive;
 use crate::backend::gradients::{ExpertsSaved, Gradients, LossSaved};
 use crate::backend::kept::{Form, Kept, remember, shared};
 use crate::backend::linear::{Absorbed, HeadRows, Update};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
-use crate::{Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Merge, Pairs, Segments};
+use crate::{
+    Compute, Dropout, ExpertBank, ExpertLora, FakeQuantize, Matrix, RopeLayout, Segments, TopK,
+};
 
 /// The loss against a frozen head without a low-rank update, whose gradient is made with it; and the log-sum-exps.
 fn cross_entropy_plain<B: Gradients, C: CheckpointStrategy>(
@@ -46,11 +48,11 @@ fn cross_entropy_plain<B: Gradients, C: CheckpointStrategy>(
 
 /// Rows without what autodiff knows of them.
 fn inner<B: Gradients, C: CheckpointStrategy>(
-    rows: RowsPrimitive<Autodiff<B, C>>,
-) -> RowsPrimitive<B> {
+    rows: KvBufferPrimitive<Autodiff<B, C>>,
+) -> KvBufferPrimitive<B> {
     match rows {
-        RowsPrimitive::Numbers(numbers) => RowsPrimitive::Numbers(numbers.into_primitive()),
-        RowsPrimitive::Blocks(bytes, width) => RowsPrimitive::Blocks(bytes, width),
+        KvBufferPrimitive::Numbers(numbers) => KvBufferPrimitive::Numbers(numbers.into_primitive()),
+        KvBufferPrimitive::Blocks(bytes, width) => KvBufferPrimitive::Blocks(bytes, width),
     }
 }
 
@@ -120,18 +122,18 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         (y, Self::from_inner(low))
     }
 
-    fn linear_merged(
+    fn linear_fake_quantized(
         x: FloatTensor<Self>,
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
         w: Arc<Matrix>,
-        merge: Merge,
+        merge: FakeQuantize,
         compute: Compute,
     ) -> FloatTensor<Self> {
         let (id, wants_x) = (x.id(), a.is_tracked() || b.is_tracked());
         let nodes = [x.node(), a.node(), b.node()];
         let (x, a, b) = (x.into_primitive(), a.into_primitive(), b.into_primitive());
-        let y = B::linear_merged(
+        let y = B::linear_fake_quantized(
             x.clone(),
             a.clone(),
             b.clone(),
@@ -221,13 +223,13 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
-        pairs: Pairs,
+        layout: RopeLayout,
     ) -> FloatTensor<Self> {
         let (cos, sin) = (cos.into_primitive(), sin.into_primitive());
         let (node, x) = (x.node(), x.into_primitive());
-        let y = B::rope(x, cos.clone(), sin.clone(), pairs);
+        let y = B::rope(x, cos.clone(), sin.clone(), layout);
         match Rope.prepare::<C>([node]).compute_bound().stateful() {
-            OpsKind::Tracked(op) => op.finish((cos, sin, pairs), y),
+            OpsKind::Tracked(op) => op.finish((cos, sin, layout), y),
             OpsKind::UnTracked(op) => op.finish(y),
         }
     }
@@ -306,7 +308,7 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
 
     fn absorbed_attention(
         q: FloatTensor<Self>,
-        latents: RowsPrimitive<Self>,
+        latents: KvBufferPrimitive<Self>,
         w: Arc<Matrix>,
         absorbed: Absorbed,
         compute: Compute,
@@ -319,14 +321,14 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         B::encode_blocks(x.into_primitive())
     }
 
-    fn decode_blocks(rows: RowsPrimitive<Self>) -> FloatTensor<Self> {
+    fn decode_blocks(rows: KvBufferPrimitive<Self>) -> FloatTensor<Self> {
         Self::from_inner(B::decode_blocks(inner(rows)))
     }
 
     fn cached_attention(
         q: FloatTensor<Self>,
-        k: RowsPrimitive<Self>,
-        v: RowsPrimitive<Self>,
+        k: KvBufferPrimitive<Self>,
+        v: KvBufferPrimitive<Self>,
         scale: f32,
     ) -> FloatTensor<Self> {
         let (q, k, v) = (q.into_primitive(), inner(k), inner(v));
@@ -335,7 +337,7 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
 
     fn latent_attention(
         q: FloatTensor<Self>,
-        latents: RowsPrimitive<Self>,
+        latents: KvBufferPrimitive<Self>,
         v_dim: usize,
         scale: f32,
     ) -> FloatTensor<Self> {
@@ -343,7 +345,7 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         Self::from_inner(B::latent_attention(q, latents, v_dim, scale))
     }
 
-    fn choose_experts(scores: FloatTensor<Self>, choice: Choice) -> IntTensor<Self> {
+    fn choose_experts(scores: FloatTensor<Self>, choice: TopK) -> IntTensor<Self> {
         B::choose_experts(scores.into_primitive(), choice)
     }
 
@@ -351,8 +353,8 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         B::dispatch_slots(ids, experts)
     }
 
-    fn expect_experts(ids: IntTensor<Self>, bank: Arc<ExpertBank>) -> IntTensor<Self> {
-        B::expect_experts(ids, bank)
+    fn prefetch_experts(ids: IntTensor<Self>, bank: Arc<ExpertBank>) -> IntTensor<Self> {
+        B::prefetch_experts(ids, bank)
     }
 
     fn experts_frozen(
@@ -618,7 +620,7 @@ gradient!(
         Option<Arc<Kept<FloatTensor<B>>>>,
         [FloatTensor<B>; 2],
         Arc<Matrix>,
-        Merge,
+        FakeQuantize,
         Compute
     ),
     |dy, parents, (x, factors, w, merge, compute), grads| {
@@ -672,9 +674,9 @@ gradient!(
 gradient!(
     Rope,
     1,
-    (FloatTensor<B>, FloatTensor<B>, Pairs),
-    |dy, parents, (cos, sin, pairs), grads| {
-        register::<B>(grads, parents, [B::rope_dx(dy, [cos, sin], pairs)]);
+    (FloatTensor<B>, FloatTensor<B>, RopeLayout),
+    |dy, parents, (cos, sin, layout), grads| {
+        register::<B>(grads, parents, [B::rope_dx(dy, [cos, sin], layout)]);
     }
 );
 

@@ -102,7 +102,7 @@ fn free((address, layout): (usize, Layout)) {
 /// What is in use and what waits are together never more than was in use at once before: keeping blocks does not raise
 /// the program's peak. Large blocks ask Linux for huge pages, of which a block needs hundreds of times fewer.
 #[derive(Debug)]
-pub struct Buffers(Mutex<Kept>);
+pub struct RecyclingAllocator(Mutex<Kept>);
 
 #[derive(Debug)]
 struct Kept {
@@ -116,7 +116,7 @@ struct Kept {
     len: usize,
 }
 
-impl Buffers {
+impl RecyclingAllocator {
     /// An allocator that keeps nothing yet.
     pub const fn new() -> Self {
         Self(Mutex::new(Kept {
@@ -151,7 +151,7 @@ impl Buffers {
     }
 }
 
-impl Default for Buffers {
+impl Default for RecyclingAllocator {
     fn default() -> Self {
         Self::new()
     }
@@ -211,7 +211,7 @@ fn waiting(layout: Layout) -> Option<*mut u8> {
 
 // SAFETY: every block comes from `System` with the layout it was asked for, and goes back to it with the same one; a
 // block that waits is in nobody's hands and is handed out once, for the same layout. Nothing here panics or allocates.
-unsafe impl GlobalAlloc for Buffers {
+unsafe impl GlobalAlloc for RecyclingAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if layout.size() < LARGE {
             // SAFETY: the caller's layout.
@@ -323,7 +323,7 @@ mod tests {
 
     #[test]
     fn a_medium_block_waits_in_its_thread_for_its_size() {
-        let buffers = Buffers::new();
+        let buffers = RecyclingAllocator::new();
         let block = filled(&buffers, 4096, 7);
         // SAFETY: blocks of this allocator, with their layouts.
         unsafe {
@@ -357,7 +357,7 @@ mod tests {
     }
 
     /// A block filled with a byte.
-    fn filled(buffers: &Buffers, size: usize, byte: u8) -> *mut u8 {
+    fn filled(buffers: &RecyclingAllocator, size: usize, byte: u8) -> *mut u8 {
         // SAFETY: the size is not zero, and the block is written where it was just allocated.
         unsafe {
             let block = buffers.alloc(layout(size));
@@ -366,7 +366,7 @@ mod tests {
         }
     }
 
-    fn free(buffers: &Buffers, block: *mut u8, size: usize) {
+    fn free(buffers: &RecyclingAllocator, block: *mut u8, size: usize) {
         // SAFETY: the tests free what `filled` gave them, with its size.
         unsafe { buffers.dealloc(block, layout(size)) }
     }
@@ -378,7 +378,7 @@ mod tests {
 
     #[test]
     fn a_freed_block_is_the_next_of_its_size_and_of_no_other() {
-        let buffers = Buffers::new();
+        let buffers = RecyclingAllocator::new();
         let (first, other) = (filled(&buffers, LARGE, 1), filled(&buffers, LARGE + 64, 2));
         free(&buffers, first, LARGE);
         let smaller = filled(&buffers, LARGE - 1, 3);
@@ -393,7 +393,7 @@ mod tests {
 
     #[test]
     fn a_block_used_again_is_zero_where_zeros_are_asked_for() {
-        let buffers = Buffers::new();
+        let buffers = RecyclingAllocator::new();
         let size = 5 << 20;
         let block = filled(&buffers, size, 0xAB);
         free(&buffers, block, size);
@@ -406,7 +406,7 @@ mod tests {
 
     #[test]
     fn a_grown_block_keeps_its_bytes_and_is_counted_as_grown() {
-        let buffers = Buffers::new();
+        let buffers = RecyclingAllocator::new();
         let sizes = [LARGE / 2, 3 * LARGE, 9 * LARGE, LARGE, LARGE / 4];
         let mut block = filled(&buffers, sizes[0], 7);
         for pair in sizes.windows(2) {
@@ -423,7 +423,7 @@ mod tests {
     /// share a byte.
     #[test]
     fn what_waits_never_raises_the_peak() {
-        let buffers = Buffers::new();
+        let buffers = RecyclingAllocator::new();
         let mut held: Vec<(*mut u8, usize, u8)> = vec![];
         let mut peak = 0;
         let mut bits = 1u64;
@@ -453,7 +453,7 @@ mod tests {
 
     #[test]
     fn more_blocks_than_can_wait_lose_the_oldest() {
-        let buffers = Buffers::new();
+        let buffers = RecyclingAllocator::new();
         let blocks: Vec<_> = (0..SLOTS + 3).map(|_| filled(&buffers, LARGE, 1)).collect();
         blocks
             .iter()
@@ -464,7 +464,7 @@ mod tests {
 
     #[test]
     fn threads_share_blocks_without_mixing_them() {
-        let buffers = Buffers::new();
+        let buffers = RecyclingAllocator::new();
         std::thread::scope(|scope| {
             for thread in 1..=4u8 {
                 let buffers = &buffers;

@@ -14,7 +14,7 @@ use crate::product::gemm::FEW_ROWS;
 
 /// Rows as a backend holds them.
 #[derive(Clone, Debug, ExtensionType)]
-pub enum RowsPrimitive<B: Backend> {
+pub enum KvBufferPrimitive<B: Backend> {
     /// Numbers in f32, f16 or bf16, `[len, heads, width]`.
     Numbers(FloatTensor<B>),
     /// Bytes of blocks, `[len, heads, row_bytes]`, and the width of a row.
@@ -25,7 +25,7 @@ pub enum RowsPrimitive<B: Backend> {
 ///
 /// Positions are the first axis, so that those held are one piece of memory, which attention reads where it lies.
 #[derive(Clone, Debug)]
-pub struct CachedRows {
+pub struct KvBuffer {
     cache_type: CacheType,
     stored: Option<Stored>,
     len: usize,
@@ -43,7 +43,7 @@ enum Stored {
 /// Rows grow by this many positions at least.
 const GROWTH: usize = 256;
 
-impl CachedRows {
+impl KvBuffer {
     /// None yet.
     pub fn new(cache_type: CacheType) -> Self {
         Self {
@@ -121,8 +121,8 @@ impl CachedRows {
     pub fn floats(&self) -> Tensor<4> {
         let [len, heads, width] = self.dims();
         let numbers = match self.primitive() {
-            RowsPrimitive::Numbers(held) => Tensor::<3>::from_dispatch(held).cast(DType::F32),
-            blocks @ RowsPrimitive::Blocks(..) => {
+            KvBufferPrimitive::Numbers(held) => Tensor::<3>::from_dispatch(held).cast(DType::F32),
+            blocks @ KvBufferPrimitive::Blocks(..) => {
                 Tensor::from_dispatch(Dispatch::decode_blocks(blocks))
             }
         };
@@ -130,13 +130,13 @@ impl CachedRows {
     }
 
     /// The rows held, without the memory for more.
-    pub(crate) fn primitive(&self) -> RowsPrimitive<Dispatch> {
+    pub(crate) fn primitive(&self) -> KvBufferPrimitive<Dispatch> {
         match self.stored.clone().expect("rows that were appended") {
             Stored::Numbers(held) => {
-                RowsPrimitive::Numbers(held.slice(0..self.len).into_dispatch())
+                KvBufferPrimitive::Numbers(held.slice(0..self.len).into_dispatch())
             }
             Stored::Blocks(held, width) => {
-                RowsPrimitive::Blocks(held.slice(0..self.len).into_dispatch(), width)
+                KvBufferPrimitive::Blocks(held.slice(0..self.len).into_dispatch(), width)
             }
         }
     }
@@ -178,7 +178,7 @@ fn put<K: Basic>(held: Option<Tensor<3, K>>, rows: Tensor<3, K>, at: Range<usize
 ///
 /// # Panics
 /// If the sizes do not fit, or `kv_heads` does not divide `heads`.
-pub fn cached_attention(q: Tensor<4>, k: &CachedRows, v: &CachedRows, scale: f32) -> Tensor<4> {
+pub fn cached_attention(q: Tensor<4>, k: &KvBuffer, v: &KvBuffer, scale: f32) -> Tensor<4> {
     let ([batch, seq, heads, dim], [kv_seq, kv_heads, _]) = (q.dims(), k.dims());
     k.check(seq, kv_heads, dim);
     v.check(seq, kv_heads, v.dims()[2]);
@@ -203,7 +203,7 @@ pub fn cached_attention(q: Tensor<4>, k: &CachedRows, v: &CachedRows, scale: f32
 ///
 /// # Panics
 /// If the sizes do not fit.
-pub fn latent_attention(q: Tensor<4>, latents: &CachedRows, v_dim: usize, scale: f32) -> Tensor<4> {
+pub fn latent_attention(q: Tensor<4>, latents: &KvBuffer, v_dim: usize, scale: f32) -> Tensor<4> {
     let [batch, seq, _, dim] = q.dims();
     latents.check(seq, 1, dim);
     assert!(

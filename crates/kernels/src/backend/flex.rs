@@ -28,8 +28,8 @@ use self::products::{folded, nt, nt_pair, nt_sum, scaled, trained};
 use self::values::{ELEMENTS, Floats, floats, int_values, ints, owned, swiglu_of};
 use crate::adamw::{self, AdamWStep};
 use crate::attention::{Context, Segments};
-use crate::backend::cached::RowsPrimitive;
-use crate::backend::linear::{Absorbed, HeadRows, Merge, Update};
+use crate::backend::cached::KvBufferPrimitive;
+use crate::backend::linear::{Absorbed, FakeQuantize, HeadRows, Update};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
 use crate::backend::plain;
 use crate::experts::serves_few;
@@ -37,8 +37,8 @@ use crate::product::gemm::{self, FEW_ROWS};
 use crate::product::strided::{MatMut, Write};
 use crate::product::weights::Weights;
 use crate::{
-    Choice, Compute, Dropout, ExpertBank, ExpertLora, Matrix, Pairs, SharedExperts, rms_norm, rope,
-    route, row_norms,
+    Compute, Dropout, ExpertBank, ExpertLora, Matrix, RopeLayout, SharedExperts, TopK, rms_norm,
+    rope, route, row_norms,
 };
 
 impl Kernels for Flex {
@@ -85,12 +85,12 @@ impl Kernels for Flex {
         (y, low.tensor().clone())
     }
 
-    fn linear_merged(
+    fn linear_fake_quantized(
         x: FlexTensor,
         a: FlexTensor,
         b: FlexTensor,
         w: Arc<Matrix>,
-        merge: Merge,
+        merge: FakeQuantize,
         compute: Compute,
     ) -> FlexTensor {
         let factors = [&a, &b].map(Floats::new);
@@ -151,8 +151,8 @@ impl Kernels for Flex {
         floats(rms_norm::forward(&x, width, &weight, eps), [rows, width])
     }
 
-    fn rope(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, pairs: Pairs) -> FlexTensor {
-        turn(&x, [&cos, &sin], pairs, rope::Turn::Forth)
+    fn rope(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, layout: RopeLayout) -> FlexTensor {
+        rotate(&x, [&cos, &sin], layout, rope::Rotation::Forward)
     }
 
     fn swiglu(gate: FlexTensor, up: FlexTensor, _: Compute) -> FlexTensor {
@@ -206,14 +206,14 @@ impl Kernels for Flex {
         cached::encode(&Floats::new(&x))
     }
 
-    fn decode_blocks(rows: RowsPrimitive<Self>) -> FlexTensor {
+    fn decode_blocks(rows: KvBufferPrimitive<Self>) -> FlexTensor {
         cached::decode(&RowValues::new(&rows))
     }
 
     fn cached_attention(
         q: FlexTensor,
-        k: RowsPrimitive<Self>,
-        v: RowsPrimitive<Self>,
+        k: KvBufferPrimitive<Self>,
+        v: KvBufferPrimitive<Self>,
         scale: f32,
     ) -> FlexTensor {
         let [k, v] = [&k, &v].map(RowValues::new);
@@ -223,7 +223,7 @@ impl Kernels for Flex {
 
     fn latent_attention(
         q: FlexTensor,
-        latents: RowsPrimitive<Self>,
+        latents: KvBufferPrimitive<Self>,
         v_dim: usize,
         scale: f32,
     ) -> FlexTensor {
@@ -233,7 +233,7 @@ impl Kernels for Flex {
 
     fn absorbed_attention(
         q: FlexTensor,
-        latents: RowsPrimitive<Self>,
+        latents: KvBufferPrimitive<Self>,
         w: Arc<Matrix>,
         absorbed: Absorbed,
         compute: Compute,
@@ -242,7 +242,7 @@ impl Kernels for Flex {
         absorbed::absorbed_attention(&q, &latents, &w, absorbed, compute)
     }
 
-    fn choose_experts(scores: FlexTensor, choice: Choice) -> FlexTensor {
+    fn choose_experts(scores: FlexTensor, choice: TopK) -> FlexTensor {
         let scores = Floats::new(&scores);
         let [tokens, experts] = scores.dims();
         ints(
@@ -257,7 +257,7 @@ impl Kernels for Flex {
         (ints(order, [slots]), ints(offsets, [experts + 1]))
     }
 
-    fn expect_experts(ids: FlexTensor, bank: Arc<ExpertBank>) -> FlexTensor {
+    fn prefetch_experts(ids: FlexTensor, bank: Arc<ExpertBank>) -> FlexTensor {
         let experts = int_values(&ids).into_iter().map(|id| id as usize);
         bank.expect(experts);
         ids
@@ -279,7 +279,7 @@ impl Kernels for Flex {
         experts_forward(experts, &routing, &x)
     }
 
-    fn mixture_frozen(
+    fn moe_frozen(
         x: FlexTensor,
         routing: RoutingPrimitive<Self>,
         bank: Arc<ExpertBank>,
@@ -295,7 +295,7 @@ impl Kernels for Flex {
         let is_few = values.dims::<2>()[0] <= FEW_ROWS;
         let is_few = is_few && serves_few(&bank, &shared, compute);
         is_few.then(at_once).flatten().unwrap_or_else(|| {
-            plain::mixture_frozen::<Self>(
+            plain::moe_frozen::<Self>(
                 x,
                 routing.clone(),
                 Arc::clone(&bank),
@@ -369,15 +369,15 @@ impl Kernels for Flex {
     }
 }
 
-fn turn(
+fn rotate(
     x: &FlexTensor,
     [cos, sin]: [&FlexTensor; 2],
-    pairs: Pairs,
-    turn: rope::Turn,
+    layout: RopeLayout,
+    rotation: rope::Rotation,
 ) -> FlexTensor {
     let (x, cos, sin) = (Floats::new(x), Floats::new(cos), Floats::new(sin));
     floats(
-        rope::rotate(&x, &cos, &sin, x.dims(), pairs, turn),
+        rope::rotate(&x, &cos, &sin, x.dims(), layout, rotation),
         x.dims::<4>(),
     )
 }

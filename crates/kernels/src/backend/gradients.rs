@@ -7,7 +7,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 
 use crate::backend::kept::{Kept, shared};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
-use crate::{Compute, ExpertBank, ExpertLora, Matrix, Merge, Pairs, Segments, Update};
+use crate::{Compute, ExpertBank, ExpertLora, FakeQuantize, Matrix, RopeLayout, Segments, Update};
 
 /// What the operations on experts keep for their gradients.
 #[derive(Clone, Debug)]
@@ -70,7 +70,7 @@ pub(crate) trait Gradients: Kernels {
         dy: FloatTensor<Self>,
         x: Option<&Kept<FloatTensor<Self>>>,
         factors: [FloatTensor<Self>; 2],
-        settings: (&Matrix, Merge, Compute),
+        settings: (&Matrix, FakeQuantize, Compute),
         want_x: bool,
     ) -> (Option<FloatTensor<Self>>, Option<[FloatTensor<Self>; 2]>);
     /// `x` in the form in which it waits for the backward pass.
@@ -85,7 +85,7 @@ pub(crate) trait Gradients: Kernels {
     fn rope_dx(
         dy: FloatTensor<Self>,
         angles: [FloatTensor<Self>; 2],
-        pairs: Pairs,
+        layout: RopeLayout,
     ) -> FloatTensor<Self>;
     /// `products` are gate and up; what of them is kept for nobody else may be written.
     fn swiglu_grads(

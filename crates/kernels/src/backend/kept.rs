@@ -15,7 +15,7 @@ use burn::backend::autodiff::NodeId;
 use crate::Compute;
 use crate::fp8::Tiles;
 
-/// What waits for the backward pass in place of a tensor. It counts towards [`kept_bytes`] while it lives.
+/// What waits for the backward pass in place of a tensor. It counts towards [`saved_activation_bytes`] while it lives.
 #[derive(Debug)]
 pub(crate) struct Kept<F> {
     form: Form<F>,
@@ -59,7 +59,7 @@ static PEAK: AtomicUsize = AtomicUsize::new(0);
 
 /// The most bytes that waited for a backward pass at one time, as inputs of linear layers, of SwiGLU and of experts,
 /// since the last call.
-pub fn kept_bytes() -> usize {
+pub fn saved_activation_bytes() -> usize {
     let now = NOW.load(Ordering::Relaxed);
     PEAK.swap(now, Ordering::Relaxed)
 }

@@ -6,7 +6,7 @@ use burn::backend::Dispatch;
 use burn::tensor::Tensor;
 
 use crate::backend::ops::{Kernels, float};
-use crate::{CachedRows, Compute, Matrix, Quantizer};
+use crate::{Compute, KvBuffer, Matrix, Quantizer};
 
 /// Which rows of a weight belong to which head, and in which direction they are multiplied.
 ///
@@ -131,7 +131,7 @@ pub fn linear_updated(
 
 /// How a low-rank update becomes part of its weight.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Merge {
+pub struct FakeQuantize {
     /// Multiplier of the update.
     pub scale: f32,
     /// What the sum is rounded to.
@@ -149,16 +149,16 @@ pub struct Merge {
 ///
 /// # Panics
 /// If the sizes do not fit.
-pub fn linear_merged(
+pub fn linear_fake_quantized(
     x: Tensor<2>,
     w: &Arc<Matrix>,
     [a, b]: [Tensor<2>; 2],
-    merge: Merge,
+    merge: FakeQuantize,
     compute: Compute,
 ) -> Tensor<2> {
     assert_eq!(x.dims()[1], w.cols(), "input width of the weight");
     check_factors(w, &a, &b);
-    float(Dispatch::linear_merged(
+    float(Dispatch::linear_fake_quantized(
         x.into_dispatch(),
         a.into_dispatch(),
         b.into_dispatch(),
@@ -212,7 +212,7 @@ pub struct Absorbed {
 /// If the sizes do not fit.
 pub fn absorbed_attention(
     q: Tensor<4>,
-    latents: &CachedRows,
+    latents: &KvBuffer,
     w: &Arc<Matrix>,
     absorbed: Absorbed,
     compute: Compute,

@@ -14,10 +14,10 @@ use burn::backend::{Backend, Dispatch, ExtensionType, backend_extension};
 use burn::tensor::{Int, Tensor};
 
 use crate::adamw::AdamWStep;
-use crate::backend::cached::RowsPrimitive;
-use crate::backend::linear::{Absorbed, HeadRows, Merge, Update};
+use crate::backend::cached::KvBufferPrimitive;
+use crate::backend::linear::{Absorbed, FakeQuantize, HeadRows, Update};
 use crate::backend::plain;
-use crate::{Choice, Compute, ExpertBank, ExpertLora, Matrix, Pairs, Segments, SharedExperts};
+use crate::{Compute, ExpertBank, ExpertLora, Matrix, RopeLayout, Segments, SharedExperts, TopK};
 
 /// Which expert serves which token, and with what weight.
 #[derive(Clone, Debug, ExtensionType)]
@@ -75,13 +75,13 @@ pub trait Kernels: Backend {
         w: Arc<Matrix>,
         update: Update,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
-    /// See [`crate::linear_merged`].
-    fn linear_merged(
+    /// See [`crate::linear_fake_quantized`].
+    fn linear_fake_quantized(
         x: FloatTensor<Self>,
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
         w: Arc<Matrix>,
-        merge: Merge,
+        merge: FakeQuantize,
         compute: Compute,
     ) -> FloatTensor<Self>;
     /// See [`crate::linear_add`].
@@ -115,7 +115,7 @@ pub trait Kernels: Backend {
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
-        pairs: Pairs,
+        layout: RopeLayout,
     ) -> FloatTensor<Self>;
     /// See [`swiglu`].
     fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>, kept: Compute) -> FloatTensor<Self>;
@@ -138,38 +138,38 @@ pub trait Kernels: Backend {
         scale: f32,
         segments: Segments,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
-    /// Rows of numbers `[len, heads, width]` rounded to blocks; see [`crate::CachedRows`].
+    /// Rows of numbers `[len, heads, width]` rounded to blocks; see [`crate::KvBuffer`].
     fn encode_blocks(x: FloatTensor<Self>) -> IntTensor<Self>;
     /// The numbers of such rows, in f32.
-    fn decode_blocks(#[extension_type] rows: RowsPrimitive<Self>) -> FloatTensor<Self>;
+    fn decode_blocks(#[extension_type] rows: KvBufferPrimitive<Self>) -> FloatTensor<Self>;
     /// See [`crate::cached_attention`]; of a few queries.
     fn cached_attention(
         q: FloatTensor<Self>,
-        #[extension_type] k: RowsPrimitive<Self>,
-        #[extension_type] v: RowsPrimitive<Self>,
+        #[extension_type] k: KvBufferPrimitive<Self>,
+        #[extension_type] v: KvBufferPrimitive<Self>,
         scale: f32,
     ) -> FloatTensor<Self>;
     /// See [`crate::latent_attention`]; of a few queries.
     fn latent_attention(
         q: FloatTensor<Self>,
-        #[extension_type] latents: RowsPrimitive<Self>,
+        #[extension_type] latents: KvBufferPrimitive<Self>,
         v_dim: usize,
         scale: f32,
     ) -> FloatTensor<Self>;
     /// See [`crate::absorbed_attention`].
     fn absorbed_attention(
         q: FloatTensor<Self>,
-        #[extension_type] latents: RowsPrimitive<Self>,
+        #[extension_type] latents: KvBufferPrimitive<Self>,
         w: Arc<Matrix>,
         absorbed: Absorbed,
         compute: Compute,
     ) -> FloatTensor<Self>;
     /// See [`choose_experts`].
-    fn choose_experts(scores: FloatTensor<Self>, choice: Choice) -> IntTensor<Self>;
+    fn choose_experts(scores: FloatTensor<Self>, choice: TopK) -> IntTensor<Self>;
     /// See [`dispatch`].
     fn dispatch_slots(ids: IntTensor<Self>, experts: usize) -> (IntTensor<Self>, IntTensor<Self>);
-    /// See [`expect_experts`]; gives the ids again.
-    fn expect_experts(ids: IntTensor<Self>, bank: Arc<ExpertBank>) -> IntTensor<Self>;
+    /// See [`prefetch_experts`]; gives the ids again.
+    fn prefetch_experts(ids: IntTensor<Self>, bank: Arc<ExpertBank>) -> IntTensor<Self>;
     /// See [`experts_frozen`]; also gives the products of gate and up.
     fn experts_frozen(
         x: FloatTensor<Self>,
@@ -179,15 +179,15 @@ pub trait Kernels: Backend {
         lora: ExpertLora,
         compute: Compute,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
-    /// See [`mixture_frozen`].
-    fn mixture_frozen(
+    /// See [`moe_frozen`].
+    fn moe_frozen(
         x: FloatTensor<Self>,
         #[extension_type] routing: RoutingPrimitive<Self>,
         bank: Arc<ExpertBank>,
         shared: SharedExperts,
         compute: Compute,
     ) -> FloatTensor<Self> {
-        plain::mixture_frozen::<Self>(x, routing, bank, shared, compute)
+        plain::moe_frozen::<Self>(x, routing, bank, shared, compute)
     }
     /// See [`experts_trained`]; also gives the products of gate and up.
     fn experts_trained(
@@ -281,17 +281,17 @@ pub fn rms_norm_start(x: Tensor<2>, weight: Tensor<1>, eps: f32) -> Tensor<2> {
     ))
 }
 
-/// Turns pairs of features by their position's angles. The angles have no gradient.
+/// Rotates pairs of features by their position's angles. The angles have no gradient.
 ///
-/// Where a head is wider than the angles reach, its last features are turned and the first stay as they are.
+/// Where a head is wider than the angles reach, its last features are rotated and the first stay as they are.
 ///
 /// # Shapes
-/// - `x`: `[batch, seq, heads, dim]`, `cos` and `sin`: `[seq, turned / 2]` with `turned ≤ dim`
+/// - `x`: `[batch, seq, heads, dim]`, `cos` and `sin`: `[seq, rotated / 2]` with `rotated ≤ dim`
 /// - returns: the shape and layout of `x`
 ///
 /// # Panics
 /// If the sizes do not fit.
-pub fn rope(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, pairs: Pairs) -> Tensor<4> {
+pub fn rope(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, layout: RopeLayout) -> Tensor<4> {
     let ([_, seq, _, dim], [positions, half]) = (x.dims(), cos.dims());
     assert!(
         positions == seq && cos.dims() == sin.dims() && 2 * half <= dim,
@@ -303,7 +303,7 @@ pub fn rope(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, pairs: Pairs) -> Tenso
         x.into_dispatch(),
         cos.into_dispatch(),
         sin.into_dispatch(),
-        pairs,
+        layout,
     ))
 }
 
@@ -436,7 +436,7 @@ pub fn expanded_attention(
 ///
 /// # Panics
 /// If the groups do not divide the experts, or hold fewer than `top_k` open experts.
-pub fn choose_experts(scores: Tensor<2>, choice: Choice) -> Tensor<2, Int> {
+pub fn choose_experts(scores: Tensor<2>, choice: TopK) -> Tensor<2, Int> {
     let experts = scores.dims()[1];
     let open = if choice.n_group > 1 {
         experts / choice.n_group * choice.topk_group
@@ -471,8 +471,8 @@ pub fn dispatch(ids: Tensor<2, Int>, experts: usize) -> (Tensor<1, Int>, Tensor<
 ///
 /// # Panics
 /// If there is no such expert.
-pub fn expect_experts(ids: Tensor<2, Int>, bank: &Arc<ExpertBank>) {
-    Dispatch::expect_experts(ids.into_dispatch(), Arc::clone(bank));
+pub fn prefetch_experts(ids: Tensor<2, Int>, bank: &Arc<ExpertBank>) {
+    Dispatch::prefetch_experts(ids.into_dispatch(), Arc::clone(bank));
 }
 
 /// Slots sorted by expert, and the weight of each.
@@ -535,14 +535,14 @@ pub fn experts_frozen(
 ///
 /// # Panics
 /// If the sizes do not fit.
-pub fn mixture_frozen(
+pub fn moe_frozen(
     x: Tensor<2>,
     routing: Routing,
     bank: &Arc<ExpertBank>,
     shared: SharedExperts,
     compute: Compute,
 ) -> Tensor<2> {
-    float(Dispatch::mixture_frozen(
+    float(Dispatch::moe_frozen(
         x.into_dispatch(),
         routing.into(),
         Arc::clone(bank),

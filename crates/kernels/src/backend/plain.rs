@@ -21,8 +21,8 @@ pub(super) fn linear_frozen_pair<B: Kernels>(
     )
 }
 
-/// See [`Kernels::mixture_frozen`].
-pub(super) fn mixture_frozen<B: Kernels>(
+/// See [`Kernels::moe_frozen`].
+pub(super) fn moe_frozen<B: Kernels>(
     x: FloatTensor<B>,
     routing: RoutingPrimitive<B>,
     bank: Arc<ExpertBank>,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::CachedLayer;
+use super::OffloadedLayer;
 use crate::{Compute, Matrix};
 
 /// The frozen weights of a layer's experts; each list holds one matrix per expert.
@@ -15,7 +15,7 @@ pub struct ExpertBank {
     /// `[hidden_size, moe_intermediate_size]` each.
     pub down: Vec<Matrix>,
     /// Where those are that were used last, if memory has no room for all.
-    pub cached: Option<CachedLayer>,
+    pub cached: Option<OffloadedLayer>,
 }
 
 impl ExpertBank {

@@ -35,13 +35,13 @@ pub struct ExpertTraffic {
     /// Those that were not.
     pub misses: u64,
     /// Those of the latter that the system was asked for before they were chosen.
-    pub foreseen: u64,
+    pub prefetched: u64,
     /// Experts that it was asked for so and that were not chosen.
-    pub in_vain: u64,
+    pub wasted_prefetches: u64,
     /// Bytes that were read for the experts that were not there.
     pub read_bytes: u64,
     /// Bytes that were asked for in vain.
-    pub vain_bytes: u64,
+    pub wasted_bytes: u64,
     /// Bytes that those in memory take.
     pub held_bytes: usize,
 }
@@ -55,10 +55,10 @@ impl ExpertTraffic {
         Self {
             hits: self.hits - earlier.hits,
             misses: self.misses - earlier.misses,
-            foreseen: self.foreseen - earlier.foreseen,
-            in_vain: self.in_vain - earlier.in_vain,
+            prefetched: self.prefetched - earlier.prefetched,
+            wasted_prefetches: self.wasted_prefetches - earlier.wasted_prefetches,
             read_bytes: self.read_bytes - earlier.read_bytes,
-            vain_bytes: self.vain_bytes - earlier.vain_bytes,
+            wasted_bytes: self.wasted_bytes - earlier.wasted_bytes,
             held_bytes: self.held_bytes,
         }
     }
@@ -99,7 +99,7 @@ pub(crate) struct Copied {
 
 /// A layer's part of the cache.
 #[derive(Clone, Debug)]
-pub struct CachedLayer {
+pub struct OffloadedLayer {
     /// Where its experts are.
     pub cache: Arc<ExpertCache>,
     /// Which layer it is.
@@ -160,7 +160,7 @@ impl ExpertCache {
 
     fn ask_for(&self, stored: &[Matrix; 3]) {
         for matrix in stored {
-            (self.file.expect)(matrix.bytes());
+            (self.file.advise_willneed)(matrix.bytes());
         }
     }
 
@@ -234,15 +234,15 @@ impl State {
             return false;
         };
         let at = expected.iter().position(|other| other.expert == expert);
-        self.traffic.foreseen += u64::from(at.is_some());
+        self.traffic.prefetched += u64::from(at.is_some());
         at.map(|at| expected.swap_remove(at)).is_some()
     }
 
     /// Counts what is still expected of a layer as asked for in vain.
     fn pass_over(&mut self, layer: usize) {
         for expected in self.expected.remove(&layer).into_iter().flatten() {
-            self.traffic.in_vain += 1;
-            self.traffic.vain_bytes += expected.bytes as u64;
+            self.traffic.wasted_prefetches += 1;
+            self.traffic.wasted_bytes += expected.bytes as u64;
         }
     }
 
@@ -276,7 +276,7 @@ impl State {
 impl ExpertBank {
     /// Copies of the experts that have slots, by number, if it has a cache. Others are read where they lie.
     pub(crate) fn resident(&self, slots: Slots<'_>) -> Vec<Copied> {
-        let Some(CachedLayer { cache, layer }) = &self.cached else {
+        let Some(OffloadedLayer { cache, layer }) = &self.cached else {
             return vec![];
         };
         let experts = 0..slots.offsets.len() - 1;
@@ -289,7 +289,7 @@ impl ExpertBank {
     /// # Panics
     /// If there is no such expert.
     pub(crate) fn expect(&self, likely: impl Iterator<Item = usize>) {
-        if let Some(CachedLayer { cache, layer }) = &self.cached {
+        if let Some(OffloadedLayer { cache, layer }) = &self.cached {
             cache.expect(*layer, likely, self);
         }
     }
@@ -313,7 +313,7 @@ mod tests {
     }
 
     const FILE: FileAccess = FileAccess {
-        expect: |bytes| ASKED.with_borrow_mut(|asked| asked.extend_from_slice(bytes)),
+        advise_willneed: |bytes| ASKED.with_borrow_mut(|asked| asked.extend_from_slice(bytes)),
         read: |bytes, out| out.copy_from_slice(bytes),
     };
 
@@ -324,7 +324,7 @@ mod tests {
     /// Experts over lists of four matrices each.
     fn of(list: impl Fn(u64) -> Vec<Matrix>, cache: &Arc<ExpertCache>, layer: usize) -> ExpertBank {
         let cache = Arc::clone(cache);
-        let cached = Some(CachedLayer { cache, layer });
+        let cached = Some(OffloadedLayer { cache, layer });
         ExpertBank {
             cached,
             ..ExpertBank::new(list(1), list(11), list(21))
@@ -398,7 +398,11 @@ mod tests {
         assert!(copied(&bank, &[2, 3]).is_empty());
         let counts = cache.traffic();
         assert_eq!(
-            (counts.held_bytes, counts.foreseen, counts.in_vain),
+            (
+                counts.held_bytes,
+                counts.prefetched,
+                counts.wasted_prefetches
+            ),
             (0, 0, 0)
         );
     }
@@ -418,15 +422,23 @@ mod tests {
         // The first was asked for before.
         assert_eq!(asked(), 1);
         let counts = cache.traffic();
-        let found = [counts.hits, counts.misses, counts.foreseen, counts.in_vain];
+        let found = [
+            counts.hits,
+            counts.misses,
+            counts.prefetched,
+            counts.wasted_prefetches,
+        ];
         assert_eq!(found, [1, 3, 1, 1]);
-        assert_eq!(counts.vain_bytes, SIZE as u64);
+        assert_eq!(counts.wasted_bytes, SIZE as u64);
         // What was never followed by a pass was in vain too.
         bank.expect([2].into_iter());
         bank.expect([2].into_iter());
         assert_eq!(copied(&bank, &[2]), [2]);
         let later = cache.traffic().since(counts);
-        assert_eq!([later.misses, later.foreseen, later.in_vain], [1, 1, 1]);
+        assert_eq!(
+            [later.misses, later.prefetched, later.wasted_prefetches],
+            [1, 1, 1]
+        );
         assert_eq!(later.read_bytes, SIZE as u64);
     }
 
@@ -449,7 +461,7 @@ mod tests {
                 let bank = of(list, &cache, 0);
                 for copy in copies(&bank, &[1, 3]) {
                     let [gate, ..] = copy.weights;
-                    let is_strips = matches!(gate.format(), Format::Strips(_));
+                    let is_strips = matches!(gate.format(), Format::Interleaved(_));
                     let has_blocks =
                         matches!(bank.gate[0].format(), Format::Ggml(f) if f.block() > 1);
                     assert_eq!(is_strips, has_blocks && compute == Compute::Int8);

@@ -1,6 +1,6 @@
 //! Copies of a few weights that stay in their file, made again and again while a model runs.
 //!
-//! [`Matrix::lay_out`] copies a model once and reads its file where it is mapped. Here the bytes are asked for: a page that
+//! [`Matrix::repack`] copies a model once and reads its file where it is mapped. Here the bytes are asked for: a page that
 //! was never mapped need not be taken out again, which would stop all threads for a moment, for each weight.
 
 use std::sync::{Mutex, PoisonError};
@@ -20,7 +20,7 @@ const TASK: usize = 1 << 16;
 #[derive(Clone, Copy, Debug)]
 pub struct FileAccess {
     /// Says that they will be read soon.
-    pub expect: fn(&[u8]),
+    pub advise_willneed: fn(&[u8]),
     /// Copies them to as many others.
     pub read: fn(&[u8], &mut [u8]),
 }
@@ -52,7 +52,7 @@ impl Copies {
 
     /// Bytes of their memory.
     pub(crate) fn len(stored: &[Matrix; 3], compute: Compute) -> usize {
-        let lines = stored.iter().map(|w| w.laid_lines(compute));
+        let lines = stored.iter().map(|w| w.repacked_lines(compute));
         lines.sum::<usize>() + LINE
     }
 
@@ -72,8 +72,8 @@ impl Copies {
         let first = left.as_ptr().align_offset(LINE).min(LINE);
         left = &mut left[first..];
         for matrix in &self.stored {
-            let (own, after) = left.split_at_mut(matrix.laid_lines(compute));
-            let own = &mut own[..matrix.laid_bytes(compute)];
+            let (own, after) = left.split_at_mut(matrix.repacked_lines(compute));
+            let own = &mut own[..matrix.repacked_bytes(compute)];
             let row_bytes = matrix.row_bytes();
             let n_rows = (TASK / row_bytes.max(1)).max(1).next_multiple_of(ROWS);
             let size = (n_rows * row_bytes).max(1);
@@ -81,7 +81,7 @@ impl Copies {
             parts.extend(pairs.map(|(rows, to)| Part {
                 rows,
                 row_bytes,
-                format: matrix.laid_format(compute),
+                format: matrix.repacked_format(compute),
                 to,
             }));
             left = after;
@@ -93,14 +93,16 @@ impl Copies {
     pub(crate) fn finish(self, compute: Compute) -> ([Matrix; 3], Bytes) {
         let mut at = self.memory.as_ptr().align_offset(LINE).min(LINE);
         let memory = Bytes::from(self.memory);
-        let matrices = self.stored.map(|w| w.laid_in(&memory, &mut at, compute));
+        let matrices = self
+            .stored
+            .map(|w| w.repacked_in(&memory, &mut at, compute));
         (matrices, memory)
     }
 }
 
 impl Part<'_> {
     fn fill(&mut self, file: FileAccess) {
-        let Format::Strips(format) = self.format else {
+        let Format::Interleaved(format) = self.format else {
             return (file.read)(self.rows, self.to);
         };
         let strip = ROWS * self.row_bytes;

@@ -19,7 +19,7 @@ const SQUARE: usize = 32;
 
 /// Keys and values of all heads: rows `[keys | values]` per head.
 #[derive(Clone, Debug)]
-pub struct Heads {
+pub struct SplitKvB {
     /// `[heads · rank, nope]`: of each head its keys' rows as columns.
     keys: Arc<Matrix>,
     /// `[heads · v, rank]`.
@@ -29,7 +29,7 @@ pub struct Heads {
     first_row: usize,
 }
 
-impl Heads {
+impl SplitKvB {
     /// # Errors
     /// If the halves are not of so many heads of one rank.
     pub(super) fn new(keys: Matrix, values: Matrix, heads: usize) -> Result<Self, Error> {
@@ -38,7 +38,7 @@ impl Heads {
             && keys.rows() == heads.saturating_mul(rank)
             && values.rows().is_multiple_of(heads);
         if !fits {
-            return Err(Error::Halves {
+            return Err(Error::SplitKvB {
                 heads,
                 keys: [keys.rows(), keys.cols()],
                 values: [values.rows(), rank],
@@ -201,7 +201,7 @@ mod tests {
         let whole = noise(27 * 7, 1);
         let [keys, values] = halves(&whole);
         let size = keys.size_bytes() + values.size_bytes();
-        let found = Matrix::of_heads(keys, values, 3).unwrap();
+        let found = Matrix::from_split_kv_b(keys, values, 3).unwrap();
         assert_eq!((found.rows(), found.cols()), (27, 7));
         assert_eq!(found.size_bytes(), size);
         assert_eq!(found.to_f32(), whole);
@@ -234,7 +234,7 @@ mod tests {
         let format = Format::Ggml(Ggml::Q4_0);
         let keys = Matrix::dense(heads * rank, nope, format, bytes.into()).unwrap();
         for values in every_block_format(heads * v) {
-            let whole = Matrix::of_heads(keys.clone(), values.clone(), heads).unwrap();
+            let whole = Matrix::from_split_kv_b(keys.clone(), values.clone(), heads).unwrap();
             let (found, keys, values) = (whole.to_f32(), keys.to_f32(), values.to_f32());
             for (row, line) in found.chunks(rank).enumerate() {
                 let (head, at) = (row / (nope + v), row % (nope + v));
@@ -253,13 +253,13 @@ mod tests {
     #[test]
     fn halves_that_do_not_fit_are_refused() {
         let matrix = |rows, cols| every_format(rows, cols, 3).remove(0);
-        assert!(Matrix::of_heads(matrix(6, 4), matrix(8, 3), 2).is_ok());
+        assert!(Matrix::from_split_kv_b(matrix(6, 4), matrix(8, 3), 2).is_ok());
         for (keys, values, heads) in [
             (matrix(6, 4), matrix(8, 3), 0),
             (matrix(6, 4), matrix(7, 3), 2),
             (matrix(6, 4), matrix(8, 2), 2),
         ] {
-            let error = Matrix::of_heads(keys, values, heads).unwrap_err();
+            let error = Matrix::from_split_kv_b(keys, values, heads).unwrap_err();
             assert!(error.to_string().contains("heads"), "{error}");
         }
     }

@@ -110,7 +110,7 @@ impl Matrix {
     /// sixteen rows side by side, and says of each when nothing reads its old bytes any more. The memory is one piece: so
     /// the system can give it pages of a size of which a CPU has all at hand, where a file's small pages are looked up again
     /// and again.
-    pub fn lay_out(matrices: &mut [Self], compute: Compute, on_copied: &mut dyn FnMut(&Self)) {
+    pub fn repack(matrices: &mut [Self], compute: Compute, on_copied: &mut dyn FnMut(&Self)) {
         let mut stored: Vec<Self> = vec![];
         for matrix in &*matrices {
             matrix.map_stored(&mut |part| {
@@ -118,29 +118,29 @@ impl Matrix {
                 part.clone()
             });
         }
-        let total: usize = stored.iter().map(|w| w.laid_lines(compute)).sum();
+        let total: usize = stored.iter().map(|w| w.repacked_lines(compute)).sum();
         let mut all = vec![0; total + LINE];
         let first = all.as_ptr().align_offset(LINE).min(LINE);
         let mut left = &mut all[first..];
         for matrix in &stored {
-            let (part, after) = left.split_at_mut(matrix.laid_lines(compute));
-            matrix.copy_to(&mut part[..matrix.laid_bytes(compute)], compute);
+            let (part, after) = left.split_at_mut(matrix.repacked_lines(compute));
+            matrix.copy_to(&mut part[..matrix.repacked_bytes(compute)], compute);
             on_copied(matrix);
             left = after;
         }
         let (all, mut at) = (Bytes::from(all), first);
         for matrix in matrices {
-            *matrix = matrix.map_stored(&mut |part| part.laid_in(&all, &mut at, compute));
+            *matrix = matrix.map_stored(&mut |part| part.repacked_in(&all, &mut at, compute));
         }
     }
 
     /// The matrix over its copy in some memory, which begins at a place that is moved behind it.
-    pub(super) fn laid_in(&self, memory: &Bytes, at: &mut usize, compute: Compute) -> Self {
+    pub(super) fn repacked_in(&self, memory: &Bytes, at: &mut usize, compute: Compute) -> Self {
         let start = *at;
-        *at += self.laid_lines(compute);
+        *at += self.repacked_lines(compute);
         Self {
-            format: self.laid_format(compute),
-            bytes: memory.slice(start..start + self.laid_bytes(compute)),
+            format: self.repacked_format(compute),
+            bytes: memory.slice(start..start + self.repacked_bytes(compute)),
             ..*self
         }
     }
@@ -151,39 +151,39 @@ impl Matrix {
             Format::Ggml(_) | Format::F32 | Format::F16 | Format::Bf16 | Format::Fp8(_) => {
                 map(self)
             }
-            Format::Heads(heads) => Self {
-                format: Format::Heads(heads.map_stored(map)),
+            Format::SplitKvB(heads) => Self {
+                format: Format::SplitKvB(heads.map_stored(map)),
                 bytes: self.bytes.clone(),
                 ..*self
             },
-            Format::Strips(_) => self.clone(),
+            Format::Interleaved(_) => self.clone(),
         }
     }
 
-    pub(super) fn laid_format(&self, compute: Compute) -> Format {
+    pub(super) fn repacked_format(&self, compute: Compute) -> Format {
         match self.format {
             Format::Ggml(format) if compute == Compute::Int8 && rows::multiplies(format) => {
-                Format::Strips(format)
+                Format::Interleaved(format)
             }
             _ => self.format.clone(),
         }
     }
 
-    pub(super) fn laid_bytes(&self, compute: Compute) -> usize {
-        match self.laid_format(compute) {
-            Format::Strips(_) => self.rows.next_multiple_of(ROWS) * self.row_bytes(),
+    pub(super) fn repacked_bytes(&self, compute: Compute) -> usize {
+        match self.repacked_format(compute) {
+            Format::Interleaved(_) => self.rows.next_multiple_of(ROWS) * self.row_bytes(),
             _ => self.bytes.len(),
         }
     }
 
     /// The same in whole lines of the cache.
-    pub(super) fn laid_lines(&self, compute: Compute) -> usize {
-        self.laid_bytes(compute).next_multiple_of(LINE)
+    pub(super) fn repacked_lines(&self, compute: Compute) -> usize {
+        self.repacked_bytes(compute).next_multiple_of(LINE)
     }
 
     /// Copies the bytes as they are laid out, on all threads.
     fn copy_to(&self, out: &mut [u8], compute: Compute) {
-        let is_strips = matches!(self.laid_format(compute), Format::Strips(_));
+        let is_strips = matches!(self.repacked_format(compute), Format::Interleaved(_));
         let row_bytes = self.row_bytes();
         let rows = (ROWS * row_bytes).max(1);
         let tasks = out.par_chunks_mut(rows).zip(self.bytes.par_chunks(rows));
@@ -198,7 +198,7 @@ impl Matrix {
         let (format, bytes) = if rows.start.is_multiple_of(ROWS) {
             let end = rows.end.next_multiple_of(ROWS);
             let bytes = self.bytes.slice(rows.start * row_bytes..end * row_bytes);
-            (Format::Strips(format), bytes)
+            (Format::Interleaved(format), bytes)
         } else {
             let mut bytes = vec![0; rows.len() * row_bytes];
             for (row, blocks) in rows.clone().zip(bytes.chunks_exact_mut(row_bytes)) {
@@ -395,7 +395,7 @@ mod tests {
         let keys = Matrix::dense(2 * rank, rank, format, keys.into()).unwrap();
         let mut all = every_block_format(40);
         all.extend(every_format(40, 37, 3));
-        all.push(Matrix::of_heads(keys, values, 2).unwrap());
+        all.push(Matrix::from_split_kv_b(keys, values, 2).unwrap());
         all
     }
 
@@ -409,7 +409,7 @@ mod tests {
     fn check_laid_out(compute: Compute) {
         let before = every_form();
         let (mut after, mut copied) = (before.clone(), 0);
-        Matrix::lay_out(&mut after, compute, &mut |matrix| {
+        Matrix::repack(&mut after, compute, &mut |matrix| {
             copied += matrix.size_bytes();
         });
         let stored: usize = before.iter().map(Matrix::size_bytes).sum();

@@ -30,9 +30,9 @@ impl Compute {
     pub fn over(self, w: &Matrix) -> Self {
         match (self, w.format()) {
             (Self::Int8, Format::Ggml(format)) if rows::multiplies(*format) => self,
-            (Self::Int8, Format::Strips(_)) => self,
+            (Self::Int8, Format::Interleaved(_)) => self,
             (Self::Int8, Format::Bf16) => Self::Bf16,
-            (Self::Int8, Format::Heads(heads)) if heads.are_bf16() => Self::Bf16,
+            (Self::Int8, Format::SplitKvB(heads)) if heads.are_bf16() => Self::Bf16,
             (Self::Int8, _) => Self::F32,
             _ => self,
         }

@@ -95,7 +95,7 @@ impl<'a> Weights<'a> {
 
     /// Whether a row can be read alone: not one that is rounded in blocks, nor one that is stored as a column.
     pub(crate) fn has_rows(&self) -> bool {
-        let is_turned = matches!(self.stored, Stored::Packed(matrix) if matches!(matrix.format(), Format::Heads(_)));
+        let is_turned = matches!(self.stored, Stored::Packed(matrix) if matches!(matrix.format(), Format::SplitKvB(_)));
         self.block().is_none() && !is_turned
     }
 

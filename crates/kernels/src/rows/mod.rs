@@ -108,7 +108,9 @@ impl<'a> Packed<'a> {
             (Format::Ggml(format), Compute::Int8) if multiplies(*format) => {
                 Kind::Blocks(*format, Order::Rows)
             }
-            (Format::Strips(format), Compute::Int8) => Kind::Blocks(*format, Order::Strips),
+            (Format::Interleaved(format), Compute::Int8) => {
+                Kind::Blocks(*format, Order::Interleaved)
+            }
             _ => return None,
         };
         Some(Self {
@@ -246,8 +248,8 @@ mod tests {
         );
         all.retain(|w| Packed::new(w, Compute::Int8.over(w)).is_some());
         let mut in_strips = all.clone();
-        Matrix::lay_out(&mut in_strips, Compute::Int8, &mut |_| ());
-        in_strips.retain(|w| matches!(w.format(), Format::Strips(_)));
+        Matrix::repack(&mut in_strips, Compute::Int8, &mut |_| ());
+        in_strips.retain(|w| matches!(w.format(), Format::Interleaved(_)));
         assert!(in_strips.len() > 12);
         all.extend(in_strips);
         all

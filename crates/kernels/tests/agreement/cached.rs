@@ -5,9 +5,9 @@ use moeforge_kernels::latent_attention;
 use super::*;
 
 /// Rows in a cache of some form, appended piece by piece.
-pub(super) fn held(cache_type: CacheType, rows: &Tensor<4>) -> CachedRows {
+pub(super) fn held(cache_type: CacheType, rows: &Tensor<4>) -> KvBuffer {
     let [_, len, ..] = rows.dims();
-    let mut held = CachedRows::new(cache_type);
+    let mut held = KvBuffer::new(cache_type);
     for piece in [0..len / 3, len / 3..len] {
         if !piece.is_empty() {
             held.append(rows.clone().slice([0..1, piece]));
@@ -17,7 +17,7 @@ pub(super) fn held(cache_type: CacheType, rows: &Tensor<4>) -> CachedRows {
 }
 
 /// Keys and values of latents of width 40, of which 33 are the value.
-fn over_latents(q: Tensor<4>, latents: &CachedRows) -> Tensor<4> {
+fn over_latents(q: Tensor<4>, latents: &KvBuffer) -> Tensor<4> {
     latent_attention(q, latents, 33, 0.3)
 }
 
@@ -82,9 +82,9 @@ fn attention_over_held_keys_and_values_is_attention_over_their_numbers() {
 /// Checks that queries together get what each gets when what comes after it was not there, bit for bit.
 fn check_alone(
     q: &Tensor<4>,
-    context: &[CachedRows],
+    context: &[KvBuffer],
     what: &str,
-    attend: impl Fn(Tensor<4>, &[CachedRows]) -> Tensor<4>,
+    attend: impl Fn(Tensor<4>, &[KvBuffer]) -> Tensor<4>,
 ) {
     let [_, seq, ..] = q.dims();
     let together = values(&attend(q.clone(), context));
@@ -148,7 +148,7 @@ fn rows_that_were_forgotten_leave_no_trace() {
         let rows = random([1, 600, 2, 40]);
         let piece = |range| rows.clone().slice([0..1, range]);
         let expected = held(cache_type, &rows);
-        let mut found = CachedRows::new(cache_type);
+        let mut found = KvBuffer::new(cache_type);
         found.append(piece(0..200));
         let before = found.clone();
         for guess in [1, 8, 300] {

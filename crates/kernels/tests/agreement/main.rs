@@ -8,8 +8,8 @@ use std::sync::Arc;
 use burn::tensor::activation::{log_softmax, sigmoid, softmax};
 use burn::tensor::{Bool, Device, Distribution, Int, Tensor, TensorData};
 use moeforge_kernels::{
-    CacheType, CachedRows, Choice, Compute, Direction, Dropout, ExpertBank, ExpertFactors,
-    ExpertLora, Format, GroupScore, HeadRows, Matrix, Pairs, Routing, Segments, Update, attention,
+    CacheType, Compute, Direction, Dropout, ExpertBank, ExpertFactors, ExpertLora, Format,
+    GroupScore, HeadRows, KvBuffer, Matrix, RopeLayout, Routing, Segments, TopK, Update, attention,
     cached_attention, choose_experts, cross_entropy_frozen, cross_entropy_trained, dispatch,
     dropout, embed_frozen, embed_trained, expanded_attention, experts_frozen, experts_trained,
     heads_linear, linear_add, linear_frozen, linear_trained, linear_updated, rms_norm, rope,
@@ -290,14 +290,14 @@ fn rope_agrees() {
     let (batch, seq, heads, dim) = (2, 5, 3, 8);
     let (x, angles) = (random([batch, seq, heads, dim]), random([seq, dim / 2]));
     let (cos, sin) = (angles.clone().cos(), angles.sin());
-    let plain = |x: Tensor<4>, pairs: Pairs| {
+    let plain = |x: Tensor<4>, layout: RopeLayout| {
         let pair = |i: usize| match pairs {
-            Pairs::Interleaved => x
+            RopeLayout::Interleaved => x
                 .clone()
                 .reshape([batch, seq, heads, dim / 2, 2])
                 .slice([0..batch, 0..seq, 0..heads, 0..dim / 2, i..i + 1])
                 .reshape([batch, seq, heads, dim / 2]),
-            Pairs::Halves => {
+            RopeLayout::HalfSplit => {
                 x.clone()
                     .slice([0..batch, 0..seq, 0..heads, i * dim / 2..(i + 1) * dim / 2])
             }
@@ -306,13 +306,13 @@ fn rope_agrees() {
         let a = pair(0) * table(&cos) - pair(1) * table(&sin);
         let b = pair(0) * table(&sin) + pair(1) * table(&cos);
         match pairs {
-            Pairs::Interleaved => {
+            RopeLayout::Interleaved => {
                 Tensor::stack::<5>(vec![a, b], 4).reshape([batch, seq, heads, dim])
             }
-            Pairs::Halves => Tensor::cat(vec![a, b], 3),
+            RopeLayout::HalfSplit => Tensor::cat(vec![a, b], 3),
         }
     };
-    for pairs in [Pairs::Interleaved, Pairs::Halves] {
+    for pairs in [RopeLayout::Interleaved, RopeLayout::HalfSplit] {
         agree!(
             format!("rope {pairs:?}"),
             [x],
@@ -444,7 +444,7 @@ fn routing(
     top_k: usize,
     weights: Tensor<2>,
 ) -> (Routing, Tensor<3>) {
-    let choice = Choice {
+    let choice = TopK {
         top_k,
         n_group: 1,
         topk_group: 1,

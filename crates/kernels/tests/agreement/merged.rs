@@ -3,7 +3,7 @@
 
 use candle_core::quantized::k_quants::{BlockQ4_0, BlockQ8_0, GgmlType};
 use moeforge_kernels::fp8::{Scales, encode_tiles, f32_to_e4m3};
-use moeforge_kernels::{Format, Ggml, Matrix, Merge, Quantizer, linear_merged};
+use moeforge_kernels::{FakeQuantize, Format, Ggml, Matrix, Quantizer, linear_fake_quantized};
 
 use super::*;
 
@@ -77,11 +77,11 @@ fn a_merged_product_is_that_of_the_rounded_sum() {
             agree!(
                 format!("{format} of {out} × {inner}"),
                 [x, a, b],
-                linear_merged(
+                linear_fake_quantized(
                     x.clone(),
                     &matrix,
                     [a.clone(), b.clone()],
-                    Merge { scale, quantizer },
+                    FakeQuantize { scale, quantizer },
                     Compute::F32
                 ),
                 x.clone().matmul(
@@ -91,11 +91,11 @@ fn a_merged_product_is_that_of_the_rounded_sum() {
         }
         let none = [[0, inner], [out, 0]].map(|shape| Tensor::zeros(shape, &device()));
         let matrix = Arc::new(Matrix::from_f32(out, inner, &values(&w)));
-        let merge = Merge {
+        let merge = FakeQuantize {
             scale: 1.0,
             quantizer,
         };
-        let y = linear_merged(x.clone(), &matrix, none, merge, Compute::F32);
+        let y = linear_fake_quantized(x.clone(), &matrix, none, merge, Compute::F32);
         let expected = x.matmul(rounded(&w, format).transpose());
         close(&y, &expected, &format!("{format} without update"));
     }
@@ -107,12 +107,12 @@ fn rounding_for_a_format_and_for_the_products_are_two_roundings() {
     let (x, w) = (random([tokens, inner]), coarse([out, inner]));
     let matrix = Arc::new(Matrix::from_f32(out, inner, &values(&w)));
     let none = || [[0, inner], [out, 0]].map(|shape| Tensor::zeros(shape, &device()));
-    let merge = Merge {
+    let merge = FakeQuantize {
         scale: 1.0,
         quantizer: "gguf:q4_0".parse().unwrap(),
     };
     for compute in [Compute::Bf16, Compute::F16, Compute::Fp8(Scales::F32)] {
-        let y = linear_merged(x.clone(), &matrix, none(), merge, compute);
+        let y = linear_fake_quantized(x.clone(), &matrix, none(), merge, compute);
         let twice = Matrix::from_f32(out, inner, &values(&rounded(&w, "gguf:q4_0")));
         let expected = linear_frozen(x.clone(), &Arc::new(twice), compute);
         close(&y, &expected, &format!("{compute:?}"));
@@ -229,14 +229,14 @@ fn updates_are_folded_onto_fp8_weights_and_fp8_alone_is_left_as_it_is() {
             coarse([2, inner]),
             coarse([out, 2]),
         );
-        let merge = Merge {
+        let merge = FakeQuantize {
             scale: 2.0,
             quantizer: "fp8".parse().unwrap(),
         };
         agree!(
             format!("fp8 onto fp8 of {out} × {inner}"),
             [x, a, b],
-            linear_merged(
+            linear_fake_quantized(
                 x.clone(),
                 &matrix,
                 [a.clone(), b.clone()],
@@ -248,7 +248,7 @@ fn updates_are_folded_onto_fp8_weights_and_fp8_alone_is_left_as_it_is() {
         );
         // The codes are what a merge copies: other scales would be as good, and not the same.
         let none = [[0, inner], [out, 0]].map(|shape| Tensor::zeros(shape, &device()));
-        let y = linear_merged(x.clone(), &matrix, none, merge, Compute::F32);
+        let y = linear_fake_quantized(x.clone(), &matrix, none, merge, Compute::F32);
         let expected = linear_frozen(x.clone(), &matrix, Compute::F32);
         assert_eq!(values(&y), values(&expected));
     }

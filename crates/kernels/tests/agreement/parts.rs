@@ -29,7 +29,7 @@ fn part_of(
 #[test]
 fn experts_in_two_parts_are_all_of_them() {
     let [tokens, experts, top_k, hidden, inner] = [130, 6, 3, 10, 7];
-    let choice = Choice {
+    let choice = TopK {
         top_k,
         n_group: 1,
         topk_group: 1,

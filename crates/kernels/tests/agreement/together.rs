@@ -3,7 +3,7 @@
 
 use moeforge_kernels::{
     Absorbed, Ggml, SharedExperts, absorbed_attention, latent_attention, linear_frozen_pair,
-    mixture_frozen,
+    moe_frozen,
 };
 
 use super::cached::held;
@@ -73,8 +73,8 @@ fn shared_experts_beside_routed_ones_are_added_to_them() {
                 order: Tensor::from_data(routing.order.to_data(), &Device::flex()),
                 offsets: Tensor::from_data(routing.offsets.to_data(), &Device::flex()),
             };
-            let found = mixture_frozen(plainly(&x), at_once, &bank, shared.clone(), Compute::Int8);
-            let apart = mixture_frozen(x, routing, &bank, shared.clone(), Compute::Int8);
+            let found = moe_frozen(plainly(&x), at_once, &bank, shared.clone(), Compute::Int8);
+            let apart = moe_frozen(x, routing, &bank, shared.clone(), Compute::Int8);
             same(&found, &apart, &format!("kind {kind}, {tokens} tokens"));
         }
     }

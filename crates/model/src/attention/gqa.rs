@@ -2,11 +2,11 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use kernels::Pairs;
+use kernels::RopeLayout;
 
 use crate::config::GqaConfig;
+use crate::context::{ForwardContext, KvSource, per_sequence};
 use crate::linear::Linear;
-use crate::pass::{Pass, Seen, per_sequence};
 
 /// Grouped-query attention of one layer.
 #[derive(Module, Debug)]
@@ -30,7 +30,7 @@ pub struct Gqa {
     pub softmax_scale: f32,
     /// Which rotary features form a pair.
     #[module(skip)]
-    pub pairs: Pairs,
+    pub layout: RopeLayout,
 }
 
 impl Gqa {
@@ -41,7 +41,7 @@ impl Gqa {
         &self,
         tokens: Tensor<2>,
         [batch, seq]: [usize; 2],
-        pass: &mut Pass<'_>,
+        ctx: &mut ForwardContext<'_>,
         layer_idx: usize,
     ) -> Tensor<2> {
         let (dim, kv_heads, heads) = (
@@ -49,24 +49,24 @@ impl Gqa {
             self.config.num_key_value_heads,
             self.heads,
         );
-        let rotary = pass.rotary();
-        let turned = |x: Tensor<4>| rotary.turn(x, self.pairs);
+        let rotary = ctx.rotary();
+        let rotated = |x: Tensor<4>| rotary.rotate(x, self.layout);
 
-        let q = turned(
+        let q = rotated(
             self.q_proj
-                .forward(tokens.clone(), pass)
+                .forward(tokens.clone(), ctx)
                 .reshape([batch, seq, heads, dim]),
         );
-        let [k, v] = Linear::forward_both([&self.k_proj, &self.v_proj], tokens, pass)
+        let [k, v] = Linear::forward_both([&self.k_proj, &self.v_proj], tokens, ctx)
             .map(|y| y.reshape([batch, seq, kv_heads, dim]));
-        let (k, scale) = (turned(k), self.softmax_scale);
-        let out = match pass.append(layer_idx, [k, v]) {
-            Seen::New([k, v]) => kernels::attention(q, k, v, scale, &pass.segments),
-            Seen::Cached(held) => per_sequence(q, &held, |q, [k, v]| {
+        let (k, scale) = (rotated(k), self.softmax_scale);
+        let out = match ctx.append(layer_idx, [k, v]) {
+            KvSource::New([k, v]) => kernels::attention(q, k, v, scale, &ctx.segments),
+            KvSource::Cached(held) => per_sequence(q, &held, |q, [k, v]| {
                 kernels::cached_attention(q, k, v, scale)
             }),
         };
         let out = out.reshape([batch * seq, heads * dim]);
-        self.o_proj.forward(out, pass)
+        self.o_proj.forward(out, ctx)
     }
 }

@@ -9,12 +9,12 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use kernels::{Absorbed, CachedRows, Direction, HeadRows, Pairs};
+use kernels::{Absorbed, Direction, HeadRows, KvBuffer, RopeLayout};
 
 use crate::config::MlaConfig;
+use crate::context::{ForwardContext, KvSource, Observe, per_sequence};
 use crate::linear::Linear;
 use crate::norm::Norm;
-use crate::pass::{Observe, Pass, Seen, per_sequence};
 
 /// Most new positions of a sequence that attend to the latents themselves. Each then has the bits it has in a pass of its
 /// own.
@@ -50,7 +50,7 @@ pub struct Mla {
     pub softmax_scale: f32,
     /// Which rotary features form a pair.
     #[module(skip)]
-    pub pairs: Pairs,
+    pub layout: RopeLayout,
 }
 
 impl Mla {
@@ -61,37 +61,37 @@ impl Mla {
         &self,
         tokens: Tensor<2>,
         [batch, seq]: [usize; 2],
-        pass: &mut Pass<'_>,
+        ctx: &mut ForwardContext<'_>,
         layer_idx: usize,
     ) -> Tensor<2> {
-        let (q, kv) = self.projections(tokens, pass);
-        let q = self.queries(q, [batch, seq], pass);
-        let latents = self.latents(kv, [batch, seq], pass);
+        let (q, kv) = self.projections(tokens, ctx);
+        let q = self.queries(q, [batch, seq], ctx);
+        let latents = self.latents(kv, [batch, seq], ctx);
 
         let absorbs = self.kv_b_proj.quantizer.is_none();
-        let is_observed = pass.observe == Observe::Inputs;
-        let out = match pass.append(layer_idx, [latents]) {
-            Seen::New([latents]) if absorbs && is_observed => {
+        let is_observed = ctx.observe == Observe::Inputs;
+        let out = match ctx.append(layer_idx, [latents]) {
+            KvSource::New([latents]) if absorbs && is_observed => {
                 let values = self.values(&latents);
-                let (scale, segments) = (self.softmax_scale, &pass.segments);
-                self.folded(q, pass, |q| {
+                let (scale, segments) = (self.softmax_scale, &ctx.segments);
+                self.folded(q, ctx, |q| {
                     kernels::attention(q, latents, values, scale, segments)
                 })
             }
-            Seen::New([latents]) => self.expanded(q, latents, pass),
-            Seen::Cached(held) if absorbs && (seq <= FEW_POSITIONS || is_observed) => {
-                self.absorbed(q, &held, pass)
+            KvSource::New([latents]) => self.expanded(q, latents, ctx),
+            KvSource::Cached(held) if absorbs && (seq <= FEW_POSITIONS || is_observed) => {
+                self.absorbed(q, &held, ctx)
             }
-            Seen::Cached(held) => per_sequence(q, &held, |q, [latents]| {
-                self.expanded(q, latents.floats(), pass)
+            KvSource::Cached(held) => per_sequence(q, &held, |q, [latents]| {
+                self.expanded(q, latents.floats(), ctx)
             }),
         };
         let out = out.reshape([batch * seq, self.heads * self.config.v_head_dim]);
-        self.o_proj.forward(out, pass)
+        self.o_proj.forward(out, ctx)
     }
 
     /// Queries `[tokens, heads · qk_head_dim]`, and latents with the shared key `[tokens, kv_lora_rank + rope]`.
-    fn projections(&self, tokens: Tensor<2>, pass: &Pass<'_>) -> (Tensor<2>, Tensor<2>) {
+    fn projections(&self, tokens: Tensor<2>, ctx: &ForwardContext<'_>) -> (Tensor<2>, Tensor<2>) {
         let kv_proj = &self.kv_a_proj_with_mqa;
         match (
             &self.q_proj,
@@ -100,43 +100,53 @@ impl Mla {
             &self.q_b_proj,
         ) {
             (Some(q_proj), ..) => {
-                let [kv, q] = Linear::forward_both([kv_proj, q_proj], tokens, pass);
+                let [kv, q] = Linear::forward_both([kv_proj, q_proj], tokens, ctx);
                 (q, kv)
             }
             (None, Some(q_a_proj), Some(norm), Some(q_b_proj)) => {
-                let [kv, q] = Linear::forward_both([kv_proj, q_a_proj], tokens, pass);
-                (q_b_proj.forward(norm.forward(q), pass), kv)
+                let [kv, q] = Linear::forward_both([kv_proj, q_a_proj], tokens, ctx);
+                (q_b_proj.forward(norm.forward(q), ctx), kv)
             }
             _ => unreachable!("the loader builds q_proj, or the three parts of the bottleneck"),
         }
     }
 
     /// Queries of all heads, the end of each rotated: `[batch, seq, heads, qk_head_dim]`.
-    fn queries(&self, q: Tensor<2>, [batch, seq]: [usize; 2], pass: &Pass<'_>) -> Tensor<4> {
+    fn queries(
+        &self,
+        q: Tensor<2>,
+        [batch, seq]: [usize; 2],
+        ctx: &ForwardContext<'_>,
+    ) -> Tensor<4> {
         let q = q.reshape([batch, seq, self.heads, self.config.qk_head_dim()]);
-        pass.rotary().turn(q, self.pairs)
+        ctx.rotary().rotate(q, self.layout)
     }
 
     /// What the cache stores: normalized latent and rotated shared key, `[batch, seq, 1, kv_lora_rank + rope]`.
-    fn latents(&self, kv: Tensor<2>, [batch, seq]: [usize; 2], pass: &Pass<'_>) -> Tensor<4> {
+    fn latents(
+        &self,
+        kv: Tensor<2>,
+        [batch, seq]: [usize; 2],
+        ctx: &ForwardContext<'_>,
+    ) -> Tensor<4> {
         let [_, width] = kv.dims(); // [tokens, rank + rope]
         let kv = self.kv_a_layernorm.forward_start(kv);
-        pass.rotary()
-            .turn(kv.reshape([batch, seq, 1, width]), self.pairs)
+        ctx.rotary()
+            .rotate(kv.reshape([batch, seq, 1, width]), self.layout)
     }
 
     /// Attention over rebuilt keys and values; returns `[batch, seq, heads, v_head_dim]`.
-    fn expanded(&self, q: Tensor<4>, latents: Tensor<4>, pass: &Pass<'_>) -> Tensor<4> {
+    fn expanded(&self, q: Tensor<4>, latents: Tensor<4>, ctx: &ForwardContext<'_>) -> Tensor<4> {
         let ([batch, kv_seq, ..], heads) = (latents.dims(), self.heads);
         let (nope, v_dim) = (self.config.qk_nope_head_dim, self.config.v_head_dim);
         let latent = self.values(&latents);
         let latent = latent.reshape([batch * kv_seq, self.config.kv_lora_rank]);
         let kv = self
             .kv_b_proj
-            .forward(latent, pass)
+            .forward(latent, ctx)
             .reshape([batch, kv_seq, heads, nope + v_dim]);
         let scale = self.softmax_scale;
-        kernels::expanded_attention(q, kv, latents, v_dim, scale, &pass.segments)
+        kernels::expanded_attention(q, kv, latents, v_dim, scale, &ctx.segments)
     }
 
     /// What values are made of: latents without the shared key.
@@ -148,19 +158,24 @@ impl Mla {
 
     /// Attention over the latents of each sequence themselves; returns `[batch, seq, heads, v_head_dim]`. Without gradient.
     /// `kv_b_proj` is read once for all sequences.
-    fn absorbed(&self, q: Tensor<4>, held: &[[CachedRows; 1]], pass: &Pass<'_>) -> Tensor<4> {
+    fn absorbed(
+        &self,
+        q: Tensor<4>,
+        held: &[[KvBuffer; 1]],
+        ctx: &ForwardContext<'_>,
+    ) -> Tensor<4> {
         let absorbed = Absorbed {
             nope: self.config.qk_nope_head_dim,
             v_dim: self.config.v_head_dim,
             scale: self.softmax_scale,
         };
         let at_once = match held {
-            [[latents]] => self.kv_b_proj.attend_latents(&q, latents, absorbed, pass),
+            [[latents]] => self.kv_b_proj.attend_latents(&q, latents, absorbed, ctx),
             _ => None,
         };
         at_once.unwrap_or_else(|| {
             let rank = self.config.kv_lora_rank;
-            self.folded(q, pass, |q| {
+            self.folded(q, ctx, |q| {
                 per_sequence(q, held, |q, [latents]| {
                     kernels::latent_attention(q, latents, rank, self.softmax_scale)
                 })
@@ -173,7 +188,7 @@ impl Mla {
     fn folded(
         &self,
         q: Tensor<4>,
-        pass: &Pass<'_>,
+        ctx: &ForwardContext<'_>,
         attend: impl FnOnce(Tensor<4>) -> Tensor<4>,
     ) -> Tensor<4> {
         let ([batch, seq, heads, dim], rank) = (q.dims(), self.config.kv_lora_rank);
@@ -189,12 +204,12 @@ impl Mla {
         let q_nope = part(0..nope).reshape([batch * seq, heads, nope]);
         let q_latent = self
             .kv_b_proj
-            .per_head(q_nope, rows(0, nope, Direction::Transposed), pass)
+            .per_head(q_nope, rows(0, nope, Direction::Transposed), ctx)
             .reshape([batch, seq, heads, rank]);
         let out = attend(Tensor::cat(vec![q_latent, part(nope..dim)], 3));
         let out = out.reshape([batch * seq, heads, rank]);
         self.kv_b_proj
-            .per_head(out, rows(nope, v_dim, Direction::Forward), pass)
+            .per_head(out, rows(nope, v_dim, Direction::Forward), ctx)
             .reshape([batch, seq, heads, v_dim])
     }
 }

@@ -1,7 +1,7 @@
 //! The parts of a config, read and checked.
 
 use kernels::fp8::Scales;
-use kernels::{Choice, GroupScore, Pairs};
+use kernels::{GroupScore, RopeLayout, TopK};
 use serde_json::Value;
 
 use super::keys::Keys;
@@ -82,10 +82,10 @@ pub(super) fn rope(keys: &Keys<'_>, family: Family) -> Result<RopeConfig, Error>
     Ok(RopeConfig {
         theta,
         scaling,
-        pairs: if interleaved {
-            Pairs::Interleaved
+        layout: if interleaved {
+            RopeLayout::Interleaved
         } else {
-            Pairs::Halves
+            RopeLayout::HalfSplit
         },
     })
 }
@@ -133,7 +133,7 @@ pub(super) fn moe(keys: &Keys<'_>, family: Family) -> Result<MoeConfig, Error> {
         first_k_dense_replace: keys.count_or("first_k_dense_replace", 0)?,
         moe_layer_freq: keys.count_or("moe_layer_freq", 1)?.max(1),
         scoring_func: scoring,
-        choice: Choice {
+        choice: TopK {
             top_k: keys.size("num_experts_per_tok")?,
             n_group: if grouped {
                 keys.count_or("n_group", 1)?.max(1)

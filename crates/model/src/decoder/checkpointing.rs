@@ -13,9 +13,9 @@ use burn::module::Module;
 use burn::tensor::{Int, Tensor};
 
 use super::Model;
+use crate::context::{ForwardContext, Observe, RoutingRecord};
 use crate::linear::Weight;
 use crate::moe::router::Routed;
-use crate::pass::{Observe, Pass, RoutingRecord};
 
 /// What waits for the backward pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,31 +59,31 @@ impl Trace {
     pub fn new(
         model: &Model,
         input_ids: Tensor<2, Int>,
-        pass: &mut Pass<'_>,
+        ctx: &mut ForwardContext<'_>,
         checkpointing: Checkpointing,
     ) -> Self {
         assert!(
-            pass.caches.is_empty(),
+            ctx.caches.is_empty(),
             "a pass that is differentiated has no cache"
         );
         let mut trace = Self {
-            output: model.enter(input_ids.clone(), pass).inner(),
+            output: model.enter(input_ids.clone(), ctx).inner(),
             layers: Vec::with_capacity(model.model.layers.len()),
             first: model.first_trained_layer(),
             input_ids,
         };
         match checkpointing {
-            Checkpointing::None => trace.run_in_graphs(model, pass),
-            Checkpointing::Block => trace.run_plainly(&model.clone().valid(), pass),
+            Checkpointing::None => trace.run_in_graphs(model, ctx),
+            Checkpointing::Block => trace.run_plainly(&model.clone().valid(), ctx),
         }
         trace
     }
 
-    fn run_in_graphs(&mut self, model: &Model, pass: &mut Pass<'_>) {
+    fn run_in_graphs(&mut self, model: &Model, ctx: &mut ForwardContext<'_>) {
         let dims = self.input_ids.dims();
         for (layer_idx, layer) in model.model.layers.iter().enumerate() {
             let x = leaf(model, self.first, layer_idx, self.output.clone());
-            let y = layer.forward(x.clone(), dims, pass, layer_idx);
+            let y = layer.forward(x.clone(), dims, ctx, layer_idx);
             self.output = y.clone().inner();
             if layer_idx >= self.first {
                 self.layers.push(Run::Graph(x, y));
@@ -91,19 +91,19 @@ impl Trace {
         }
     }
 
-    fn run_plainly(&mut self, plain: &Model, observer: &mut Pass<'_>) {
-        let (dims, pass) = (self.input_ids.dims(), &*observer);
-        let mut pass = Pass {
-            dropout_seed: pass.dropout_seed,
-            segments: pass.segments.clone(),
+    fn run_plainly(&mut self, plain: &Model, observer: &mut ForwardContext<'_>) {
+        let (dims, ctx) = (self.input_ids.dims(), &*observer);
+        let mut ctx = ForwardContext {
+            dropout_seed: ctx.dropout_seed,
+            segments: ctx.segments.clone(),
             observe: Observe::Routing,
-            ..Pass::new(pass.compute)
+            ..ForwardContext::new(ctx.compute)
         };
-        pass.rotary = Some(plain.rotary(dims[1], &pass, &self.output.device()));
+        ctx.rotary = Some(plain.rotary(dims[1], &ctx, &self.output.device()));
         for (layer_idx, layer) in plain.model.layers.iter().enumerate() {
             let x = self.output.clone();
-            self.output = layer.forward(x.clone(), dims, &mut pass, layer_idx);
-            let record = pass.routing.pop();
+            self.output = layer.forward(x.clone(), dims, &mut ctx, layer_idx);
+            let record = ctx.routing.pop();
             let chosen = record.as_ref().map(|record| record.routed.ids.clone());
             if layer_idx >= self.first {
                 self.layers.push(Run::Input(x, chosen));
@@ -126,8 +126,8 @@ impl Trace {
     pub fn backward(
         self,
         model: &Model,
-        pass: &mut Pass<'_>,
-        loss: impl FnOnce(Tensor<3>, &Pass<'_>) -> Tensor<1>,
+        ctx: &mut ForwardContext<'_>,
+        loss: impl FnOnce(Tensor<3>, &ForwardContext<'_>) -> Tensor<1>,
         mut term: impl FnMut(&RoutingRecord) -> Option<Tensor<1>>,
     ) -> Vec<(String, Tensor<1>)> {
         let Self {
@@ -140,15 +140,15 @@ impl Trace {
         let mut gradients = vec![];
         let mut dx = {
             let x = Tensor::from_inner(output).require_grad();
-            let total = loss(model.leave(x.clone(), dims), pass);
+            let total = loss(model.leave(x.clone(), dims), ctx);
             differentiate(model, total, &x, &mut gradients)
         };
         for layer_idx in (first..model.model.layers.len()).rev() {
             let run = layers.pop().expect("a run per layer");
-            let (x, y) = run.graph(model, (dims, first), pass, layer_idx);
+            let (x, y) = run.graph(model, (dims, first), ctx, layer_idx);
             // The gradient of this sum by y is exactly dx.
             let mut total = (y * Tensor::from_inner(dx)).sum();
-            let mut records = pass.routing.iter_mut();
+            let mut records = ctx.routing.iter_mut();
             if let Some(record) = records.find(|record| record.layer_idx == layer_idx) {
                 if let Some(term) = term(record) {
                     total = total + term;
@@ -158,15 +158,15 @@ impl Trace {
             dx = differentiate(model, total, &x, &mut gradients);
         }
         // What does not change counts in the loss and has no gradient.
-        for record in pass.routing.iter().filter(|r| r.layer_idx < first) {
+        for record in ctx.routing.iter().filter(|r| r.layer_idx < first) {
             term(record);
         }
         if model.is_embedding_trained() {
-            let x = model.enter(input_ids, pass);
+            let x = model.enter(input_ids, ctx);
             let total = (x.clone() * Tensor::from_inner(dx)).sum();
             differentiate(model, total, &x, &mut gradients);
         }
-        pass.routing.sort_by_key(|record| record.layer_idx);
+        ctx.routing.sort_by_key(|record| record.layer_idx);
         gradients
     }
 }
@@ -177,16 +177,16 @@ impl Run {
         self,
         model: &Model,
         (dims, first): ([usize; 2], usize),
-        pass: &mut Pass<'_>,
+        ctx: &mut ForwardContext<'_>,
         layer_idx: usize,
     ) -> (Tensor<2>, Tensor<2>) {
         match self {
             Self::Graph(x, y) => (x, y),
             Self::Input(x, chosen) => {
                 let x = leaf(model, first, layer_idx, x);
-                pass.replay = chosen.map(Tensor::from_inner);
+                ctx.replay = chosen.map(Tensor::from_inner);
                 let layer = &model.model.layers[layer_idx];
-                let y = layer.forward(x.clone(), dims, pass, layer_idx);
+                let y = layer.forward(x.clone(), dims, ctx, layer_idx);
                 (x, y)
             }
         }

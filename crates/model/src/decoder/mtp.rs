@@ -13,9 +13,9 @@ use kernels::{CacheType, Matrix};
 use super::{DecoderLayer, Embedding, Model};
 use crate::cache::Cache;
 use crate::config::ModelConfig;
+use crate::context::ForwardContext;
 use crate::linear::Linear;
 use crate::norm::Norm;
-use crate::pass::Pass;
 use crate::precision::Class;
 
 /// The module for multi-token prediction. Field names are the checkpoint's keys, but that `layer` has none.
@@ -64,18 +64,18 @@ impl Mtp {
         model: &Model,
         hidden: Tensor<3>,
         next_ids: Tensor<2, Int>,
-        pass: &mut Pass<'_>,
+        ctx: &mut ForwardContext<'_>,
     ) -> Tensor<3> {
         let [batch, seq, width] = hidden.dims();
-        pass.rotary = Some(model.rotary(seq, pass, &hidden.device()));
+        ctx.rotary = Some(model.rotary(seq, ctx, &hidden.device()));
         let embedding = self.embed_tokens.as_ref();
         let embedding = embedding.unwrap_or(&model.model.embed_tokens);
         let tokens = embedding.weight.embed(next_ids.reshape([batch * seq]));
         let hidden = hidden.reshape([batch * seq, width]);
         let x = vec![self.enorm.forward(tokens), self.hnorm.forward(hidden)];
-        let x = self.eh_proj.forward(Tensor::cat(x, 1), pass);
-        let x = self.layer.forward(x, [batch, seq], pass, 0); // The first layer of its own cache.
-        pass.advance(seq);
+        let x = self.eh_proj.forward(Tensor::cat(x, 1), ctx);
+        let x = self.layer.forward(x, [batch, seq], ctx, 0); // The first layer of its own cache.
+        ctx.advance(seq);
         let hidden = self.shared_head.norm.forward(x);
         hidden.reshape([batch, seq, width])
     }
@@ -85,10 +85,10 @@ impl Mtp {
     /// # Shapes
     /// - `hidden`: `[tokens, hidden_size]`
     /// - returns: `[tokens, vocab]`, f32
-    pub fn logits(&self, model: &Model, hidden: Tensor<2>, pass: &Pass<'_>) -> Tensor<2> {
+    pub fn logits(&self, model: &Model, hidden: Tensor<2>, ctx: &ForwardContext<'_>) -> Tensor<2> {
         let head = self.shared_head.head.clone();
         let head = head.unwrap_or_else(|| model.head());
-        head.forward_as(Class::Head, hidden, pass)
+        head.forward_as(Class::Head, hidden, ctx)
     }
 
     /// Bytes that the weights of its own linear layers and experts hold in memory or map.

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use checkpoint::{DType, Folder, GgufLayout, GgufTensor, GgufValue, GgufWriter, Rows, TensorSpec};
 use kernels::fp8::Scales;
-use kernels::{Format, Ggml, Matrix, Pairs};
+use kernels::{Format, Ggml, Matrix, RopeLayout};
 use rayon::prelude::*;
 
 use super::importance::Importance;
@@ -151,7 +151,7 @@ fn check_config(config: &ModelConfig) -> Result<(), Error> {
         ) if mscale != mscale_all_dim => "an `mscale` that is not `mscale_all_dim`",
         (_, Some(moe)) if moe.moe_layer_freq != 1 => "dense layers between mixtures",
         (_, None) if is_latent => "latent attention without experts",
-        _ if is_latent && config.rope.pairs == Pairs::Halves => {
+        _ if is_latent && config.rope.layout == RopeLayout::HalfSplit => {
             "rotary pairs in halves of a latent head"
         }
         _ => return Ok(()),
@@ -228,7 +228,7 @@ fn piece(matrix: &Matrix, rows: Rows, head: usize) -> Matrix {
         let per_head = matrix.rows() / heads;
         matrix.row_range(head * per_head..(head + 1) * per_head)
     };
-    match (rows, matrix.heads()) {
+    match (rows, matrix.split_kv_b()) {
         (Rows::Same, _) => matrix.clone(),
         (Rows::Interleaved { heads }, _) => {
             let head = of_head(heads);

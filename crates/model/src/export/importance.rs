@@ -14,10 +14,10 @@ use checkpoint::{Folder, Gguf, GgufLayout, GgufTensor, Rows};
 use kernels::{Compute, Direction, ExpertBank};
 
 use crate::Error;
+use crate::context::{ForwardContext, InputRecord, Observe};
 use crate::decoder::Model;
 use crate::linear::Weight;
 use crate::moe::experts;
-use crate::pass::{InputRecord, Observe, Pass};
 use crate::sites::{PROJECTIONS, Site};
 use crate::weights::keys;
 
@@ -78,14 +78,14 @@ impl Importance {
         for (number, row) in rows.iter().enumerate() {
             let ids: Vec<i32> = row.iter().map(|id| *id as i32).collect();
             let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, row.len()]), &device);
-            let mut pass = Pass {
+            let mut ctx = ForwardContext {
                 observe: Observe::Inputs,
-                ..Pass::new(Compute::F32)
+                ..ForwardContext::new(Compute::F32)
             };
-            let hidden = model.hidden(ids, &mut pass);
+            let hidden = model.hidden(ids, &mut ctx);
             let hidden = hidden.reshape([row.len(), model.config.hidden_size]);
-            model.observe_head(&hidden, &pass);
-            for record in pass.inputs.take() {
+            model.observe_head(&hidden, &ctx);
+            for record in ctx.inputs.take() {
                 collected.add(record);
             }
             progress(number + 1);

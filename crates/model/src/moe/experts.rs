@@ -13,14 +13,14 @@ use std::sync::Arc;
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
 use kernels::{
-    CachedLayer, Compute, Dropout, ExpertBank, ExpertCache, ExpertFactors, ExpertLora,
-    ExpertTraffic, Matrix, Quantizer, SharedExperts,
+    Compute, Dropout, ExpertBank, ExpertCache, ExpertFactors, ExpertLora, ExpertTraffic, Matrix,
+    OffloadedLayer, Quantizer, SharedExperts,
 };
 
 use super::router::Routed;
+use crate::context::{ForwardContext, Observe};
 use crate::linear::Linear;
 use crate::mlp::Mlp;
-use crate::pass::{Observe, Pass};
 use crate::precision::Class;
 
 /// The experts of one layer.
@@ -195,7 +195,7 @@ impl Experts {
     pub(crate) fn cache(&mut self, cache: &Arc<ExpertCache>, numbers: &mut RangeFrom<usize>) {
         for (bank, layer) in self.frozen_banks().iter_mut().zip(numbers) {
             let cache = Arc::clone(cache);
-            Arc::make_mut(bank).cached = Some(CachedLayer { cache, layer });
+            Arc::make_mut(bank).cached = Some(OffloadedLayer { cache, layer });
         }
     }
 
@@ -207,7 +207,7 @@ impl Experts {
     /// Has experts read from their file that are probably chosen next, `[tokens, experts]`, a token's likeliest first.
     pub(crate) fn expect(&self, likely: Tensor<2, Int>) {
         if let Some(bank) = self.bank() {
-            kernels::expect_experts(likely, bank);
+            kernels::prefetch_experts(likely, bank);
         }
     }
 
@@ -272,14 +272,14 @@ impl Experts {
     /// # Shapes
     /// - `x`: `[tokens, hidden_size]`
     /// - returns: `[tokens, hidden_size]`
-    pub fn forward(&self, x: Tensor<2>, routed: Routed, pass: &Pass<'_>) -> Tensor<2> {
-        let compute = pass.compute_of(Class::Experts);
+    pub fn forward(&self, x: Tensor<2>, routed: Routed, ctx: &ForwardContext<'_>) -> Tensor<2> {
+        let compute = ctx.compute_of(Class::Experts);
         let experts = self.dims()[0];
         match (&self.weights, &self.chosen) {
             (ExpertWeights::Frozen(frozen), None) => {
-                pass.observe_experts(&frozen.bank, &x, &routed.ids);
+                ctx.observe_experts(&frozen.bank, &x, &routed.ids);
                 let routing = routing(&routed, None, experts);
-                self.frozen(x, routing, &frozen.bank, pass)
+                self.frozen(x, routing, &frozen.bank, ctx)
             }
             (ExpertWeights::Trained(stacks), _) => {
                 stacks.forward(x, routing(&routed, None, experts), compute)
@@ -291,7 +291,7 @@ impl Experts {
                     ExpertWeights::Partly(partly) => {
                         partly.trained.forward(x.clone(), own, compute)
                     }
-                    _ => self.frozen(x.clone(), own, &chosen.banks[0], pass),
+                    _ => self.frozen(x.clone(), own, &chosen.banks[0], ctx),
                 };
                 if chosen.others.is_empty() {
                     return y;
@@ -301,7 +301,7 @@ impl Experts {
                     chosen: None,
                     ..self.clone()
                 };
-                y + others.frozen(x, part(&chosen.others), &chosen.banks[1], pass)
+                y + others.frozen(x, part(&chosen.others), &chosen.banks[1], ctx)
             }
             (ExpertWeights::Partly(_), None) => {
                 unreachable!("the loader notes which experts it trains")
@@ -320,20 +320,20 @@ impl Experts {
         shared: &Mlp,
         x: Tensor<2>,
         routed: Routed,
-        pass: &Pass<'_>,
+        ctx: &ForwardContext<'_>,
     ) -> Tensor<2> {
-        let (Some(bank), Some(shared)) = (self.bare(pass), bare(shared, pass)) else {
-            return self.forward(x.clone(), routed, pass) + shared.forward(x, pass);
+        let (Some(bank), Some(shared)) = (self.bare(ctx), bare(shared, ctx)) else {
+            return self.forward(x.clone(), routed, ctx) + shared.forward(x, ctx);
         };
         let routing = routing(&routed, None, bank.gate.len());
-        let compute = pass.compute_of(Class::Experts);
-        kernels::mixture_frozen(x, routing, bank, shared, compute)
+        let compute = ctx.compute_of(Class::Experts);
+        kernels::moe_frozen(x, routing, bank, shared, compute)
     }
 
     /// The weights, where all are frozen and multiplied as they are, and nobody asks for the inputs.
-    fn bare(&self, pass: &Pass<'_>) -> Option<&Arc<ExpertBank>> {
+    fn bare(&self, ctx: &ForwardContext<'_>) -> Option<&Arc<ExpertBank>> {
         let is_bare = self.chosen.is_none() && self.lora.is_none() && self.quantizer.is_none();
-        let is_bare = is_bare && pass.observe != Observe::Inputs;
+        let is_bare = is_bare && ctx.observe != Observe::Inputs;
         match &self.weights {
             ExpertWeights::Frozen(frozen) if is_bare => Some(&frozen.bank),
             _ => None,
@@ -346,10 +346,10 @@ impl Experts {
         x: Tensor<2>,
         routing: kernels::Routing,
         bank: &Arc<ExpertBank>,
-        pass: &Pass<'_>,
+        ctx: &ForwardContext<'_>,
     ) -> Tensor<2> {
-        let compute = pass.compute_of(Class::Experts);
-        let (factors, lora) = self.factors(bank, &x.device(), pass);
+        let compute = ctx.compute_of(Class::Experts);
+        let (factors, lora) = self.factors(bank, &x.device(), ctx);
         kernels::experts_frozen(x, routing, bank, factors, lora, compute)
     }
 
@@ -358,7 +358,7 @@ impl Experts {
         &self,
         bank: &ExpertBank,
         device: &Device,
-        pass: &Pass<'_>,
+        ctx: &ForwardContext<'_>,
     ) -> (ExpertFactors, ExpertLora) {
         let [experts, inner, hidden] = [bank.gate.len(), bank.gate[0].rows(), bank.gate[0].cols()];
         let none = |[width_in, width_out]: [usize; 2]| {
@@ -397,7 +397,7 @@ impl Experts {
                     pick(|lora| &lora.up_proj, [hidden, inner]),
                 ),
             };
-        let dropout = match (lora, pass.dropout_seed) {
+        let dropout = match (lora, ctx.dropout_seed) {
             (Some(lora), Some(seed)) => Dropout {
                 probability: lora.dropout,
                 seed,
@@ -429,10 +429,10 @@ impl Stacks {
 }
 
 /// The weights of an MLP that is frozen, without updates and biases.
-fn bare(mlp: &Mlp, pass: &Pass<'_>) -> Option<SharedExperts> {
+fn bare(mlp: &Mlp, ctx: &ForwardContext<'_>) -> Option<SharedExperts> {
     let weight = |linear: &Linear| {
         linear
-            .bare(pass)
+            .bare(ctx)
             .filter(|_| linear.bias.is_none())
             .map(Arc::clone)
     };
@@ -440,7 +440,7 @@ fn bare(mlp: &Mlp, pass: &Pass<'_>) -> Option<SharedExperts> {
         gate: weight(&mlp.gate_proj)?,
         up: weight(&mlp.up_proj)?,
         down: weight(&mlp.down_proj)?,
-        compute: pass.compute_of(Class::Linear),
+        compute: ctx.compute_of(Class::Linear),
     })
 }
 

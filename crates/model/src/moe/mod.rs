@@ -8,9 +8,9 @@ use burn::tensor::Tensor;
 
 use self::experts::Experts;
 use self::router::Router;
+use crate::context::{ForwardContext, Observe, RoutingRecord};
 use crate::linear::Linear;
 use crate::mlp::Mlp;
-use crate::pass::{Observe, Pass, RoutingRecord};
 use crate::precision::Class;
 
 /// The feed-forward part of a mixture layer.
@@ -31,32 +31,37 @@ impl Moe {
     /// # Shapes
     /// - `x`: `[tokens, hidden_size]`
     /// - returns: `[tokens, hidden_size]`
-    pub fn forward(&self, x: Tensor<2>, pass: &mut Pass<'_>, layer_idx: usize) -> Tensor<2> {
-        let logits = self.gate.forward_as(Class::Router, x.clone(), pass);
-        let routed = self.router.route(logits.clone(), pass.replay.take());
-        if pass.observe == Observe::Routing {
-            pass.routing.push(RoutingRecord {
+    pub fn forward(
+        &self,
+        x: Tensor<2>,
+        ctx: &mut ForwardContext<'_>,
+        layer_idx: usize,
+    ) -> Tensor<2> {
+        let logits = self.gate.forward_as(Class::Router, x.clone(), ctx);
+        let routed = self.router.route(logits.clone(), ctx.replay.take());
+        if ctx.observe == Observe::Routing {
+            ctx.routing.push(RoutingRecord {
                 layer_idx,
                 logits,
                 routed: routed.clone(),
             });
         }
         match &self.shared_experts {
-            Some(shared) => self.experts.forward_with(shared, x, routed, pass),
-            None => self.experts.forward(x, routed, pass),
+            Some(shared) => self.experts.forward_with(shared, x, routed, ctx),
+            None => self.experts.forward(x, routed, ctx),
         }
     }
 
     /// Whether experts are to be asked for before they are chosen: only then, and where text is generated, are they read
     /// from a file.
-    pub(crate) fn foresees(&self, pass: &Pass<'_>) -> bool {
-        self.router.ahead > 0 && self.experts.is_cached() && !pass.caches.is_empty()
+    pub(crate) fn wants_prefetch(&self, ctx: &ForwardContext<'_>) -> bool {
+        self.router.n_prefetch > 0 && self.experts.is_cached() && !ctx.caches.is_empty()
     }
 
     /// Has the experts read from their file that tokens will probably choose, to judge by `x` `[tokens, hidden_size]`, which
     /// is near to what the router will see.
-    pub(crate) fn expect(&self, x: Tensor<2>, pass: &Pass<'_>) {
-        let logits = self.gate.forward_as(Class::Router, x, pass);
-        self.experts.expect(self.router.likeliest(logits));
+    pub(crate) fn expect(&self, x: Tensor<2>, ctx: &ForwardContext<'_>) {
+        let logits = self.gate.forward_as(Class::Router, x, ctx);
+        self.experts.expect(self.router.top_k(logits));
     }
 }

@@ -7,7 +7,7 @@
 
 use burn::tensor::activation::sigmoid;
 use burn::tensor::{Int, Tensor};
-use kernels::Choice;
+use kernels::TopK;
 
 use crate::config::{MoeConfig, Scoring};
 
@@ -19,7 +19,7 @@ pub struct Router {
     /// Settings.
     pub config: MoeConfig,
     /// How many of a token's experts are asked for before it chooses them, where they are read from a file.
-    pub ahead: usize,
+    pub n_prefetch: usize,
 }
 
 /// What a router decided.
@@ -49,10 +49,10 @@ impl Router {
         }
     }
 
-    /// Those of every token's experts that are asked for ahead, `[tokens, ahead]`, of logits `[tokens, experts]`.
-    pub(crate) fn likeliest(&self, logits: Tensor<2>) -> Tensor<2, Int> {
-        let best = Choice {
-            top_k: self.ahead,
+    /// Those of every token's experts that are asked for ahead, `[tokens, n_prefetch]`, of logits `[tokens, experts]`.
+    pub(crate) fn top_k(&self, logits: Tensor<2>) -> Tensor<2, Int> {
+        let best = TopK {
+            top_k: self.n_prefetch,
             ..self.config.choice
         };
         self.choose(self.scores(logits), best)
@@ -66,7 +66,7 @@ impl Router {
     }
 
     /// The best experts of every token, by scores and bias.
-    fn choose(&self, scores: Tensor<2>, best: Choice) -> Tensor<2, Int> {
+    fn choose(&self, scores: Tensor<2>, best: TopK) -> Tensor<2, Int> {
         let choice = match &self.e_score_correction_bias {
             Some(bias) => scores + bias.clone().unsqueeze(),
             None => scores,

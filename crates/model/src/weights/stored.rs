@@ -91,7 +91,7 @@ fn join(folder: &Folder, halves: [&str; 2], [rows, rank]: [usize; 2]) -> Result<
     keys.expect_shape(&[heads, rank, nope])?;
     let v = (rows / heads.max(1)).saturating_sub(nope);
     values.expect_shape(&[heads, v, rank])?;
-    let whole = Matrix::of_heads(
+    let whole = Matrix::from_split_kv_b(
         stored(&keys, [heads * rank, nope])?,
         stored(&values, [heads * v, rank])?,
         heads,

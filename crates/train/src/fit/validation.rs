@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use data::{Batch, collate};
-use model::{Model, Observe, Pass};
+use model::{ForwardContext, Model, Observe};
 
 use super::experts::{self, Picks};
 use super::{Event, Host, hidden, losses};
@@ -46,12 +46,12 @@ impl Session {
         let mut rewards = None::<Rewards>;
         for (i, batch) in self.valid_batches().enumerate() {
             let batch = batch?;
-            let mut pass = Pass::new(self.compute());
+            let mut ctx = ForwardContext::new(self.compute());
             if i < DRIFT_BATCHES && self.reference.is_some() {
-                pass.observe = Observe::Routing;
+                ctx.observe = Observe::Routing;
             }
-            let losses = losses(&model, &batch, &mut pass, &device);
-            picks.extend(picks_of(&pass, &batch));
+            let losses = losses(&model, &batch, &mut ctx, &device);
+            picks.extend(picks_of(&ctx, &batch));
             let (losses, earned) = self.compared(losses, &batch);
             sum += f64::from(losses.sum().into_scalar::<f32>());
             counted += self.counted(&batch);
@@ -79,12 +79,12 @@ impl Session {
         let mut picks = Vec::new();
         for batch in self.valid_batches().take(DRIFT_BATCHES) {
             let batch = batch?;
-            let mut pass = Pass {
+            let mut ctx = ForwardContext {
                 observe: Observe::Routing,
-                ..Pass::new(self.compute())
+                ..ForwardContext::new(self.compute())
             };
-            hidden(model, &batch, &mut pass, &device);
-            picks.extend(picks_of(&pass, &batch));
+            hidden(model, &batch, &mut ctx, &device);
+            picks.extend(picks_of(&ctx, &batch));
         }
         Ok(picks)
     }
@@ -108,8 +108,8 @@ impl Session {
     }
 }
 
-fn picks_of(pass: &Pass<'_>, batch: &Batch) -> Vec<Picks> {
-    let records = pass.routing.iter();
+fn picks_of(ctx: &ForwardContext<'_>, batch: &Batch) -> Vec<Picks> {
+    let records = ctx.routing.iter();
     records
         .map(|record| Picks::of(record, &batch.lengths, batch.cols))
         .collect()

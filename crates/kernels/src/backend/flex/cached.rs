@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::values::{Floats, floats};
 use crate::attention::cached::{CacheType, Rows, decode_blocks, encode_blocks};
 use crate::attention::few::{self, Sequence};
-use crate::backend::cached::RowsPrimitive;
+use crate::backend::cached::KvBufferPrimitive;
 use crate::product::gemm::zeros;
 use crate::product::strided::Mat;
 
@@ -26,10 +26,10 @@ pub(super) struct RowValues {
 }
 
 impl RowValues {
-    pub(super) fn new(rows: &RowsPrimitive<Flex>) -> Self {
+    pub(super) fn new(rows: &KvBufferPrimitive<Flex>) -> Self {
         let (tensor, width) = match rows {
-            RowsPrimitive::Numbers(tensor) => (tensor, None),
-            RowsPrimitive::Blocks(tensor, width) => (tensor, Some(*width)),
+            KvBufferPrimitive::Numbers(tensor) => (tensor, None),
+            KvBufferPrimitive::Blocks(tensor, width) => (tensor, Some(*width)),
         };
         let tensor = if tensor.is_contiguous() {
             tensor.clone()

@@ -13,12 +13,12 @@ use super::attention::{shape_apart, shape_together};
 use super::experts::{FactorValues, RoutingValues, StackValues, frozen_experts};
 use super::loss::{TrainedTokens, loss_with_gradients};
 use super::products::{folded, nn, nn_sum, nt, scaled, trained};
-use super::turn;
+use super::rotate;
 use super::values::{ELEMENTS, Floats, floats, int_values, owned};
 use crate::attention::{self, ContextGrads, Segments};
 use crate::backend::gradients::{ExpertsSaved, Gradients, LossSaved};
 use crate::backend::kept::{Form, Kept};
-use crate::backend::linear::{Merge, Update};
+use crate::backend::linear::{FakeQuantize, Update};
 use crate::backend::ops::{FactorsPrimitive, StacksPrimitive};
 use crate::cross_entropy::{self, Row};
 use crate::experts::{self, InputGrads};
@@ -26,7 +26,7 @@ use crate::fp8::encode_tiles;
 use crate::matrix::narrow_to_bf16;
 use crate::product::gemm;
 use crate::product::weights::Weights;
-use crate::{Compute, ExpertBank, ExpertLora, Matrix, Pairs, rms_norm, rope, swiglu};
+use crate::{Compute, ExpertBank, ExpertLora, Matrix, RopeLayout, rms_norm, rope, swiglu};
 
 impl Gradients for Flex {
     fn linear_frozen_dx(dy: FlexTensor, w: &Matrix, compute: Compute) -> FlexTensor {
@@ -79,7 +79,7 @@ impl Gradients for Flex {
         dy: FlexTensor,
         x: Option<&Kept<FlexTensor>>,
         factors: [FlexTensor; 2],
-        (w, merge, compute): (&Matrix, Merge, Compute),
+        (w, merge, compute): (&Matrix, FakeQuantize, Compute),
         want_x: bool,
     ) -> (Option<FlexTensor>, Option<[FlexTensor; 2]>) {
         let factors = factors.each_ref().map(Floats::new);
@@ -141,8 +141,8 @@ impl Gradients for Flex {
         [floats(dx, x.dims::<2>()), floats(dw, [weight.len()])]
     }
 
-    fn rope_dx(dy: FlexTensor, angles: [FlexTensor; 2], pairs: Pairs) -> FlexTensor {
-        turn(&dy, angles.each_ref(), pairs, rope::Turn::Back)
+    fn rope_dx(dy: FlexTensor, angles: [FlexTensor; 2], layout: RopeLayout) -> FlexTensor {
+        rotate(&dy, angles.each_ref(), layout, rope::Rotation::Backward)
     }
 
     fn swiglu_grads(dy: FlexTensor, products: [Arc<Kept<FlexTensor>>; 2]) -> [FlexTensor; 2] {

@@ -85,7 +85,7 @@ pub(super) fn multiply_heads(
 
 /// A head's part of the weight, where it is stored the way round that the product reads it.
 fn stored(w: &Matrix, head: usize, rows: HeadRows) -> Option<Matrix> {
-    let Some(halves) = w.heads() else {
+    let Some(halves) = w.split_kv_b() else {
         let start = head * (w.rows() / rows.heads) + rows.start;
         let is_forward = rows.direction == Direction::Forward;
         return is_forward.then(|| w.row_range(start..start + rows.len));

@@ -4,7 +4,7 @@ use burn_flex::FlexTensor;
 
 use super::values::{Floats, ROUNDED_ROWS, floats};
 use crate::Compute;
-use crate::backend::linear::Merge;
+use crate::backend::linear::FakeQuantize;
 use crate::product::gemm::{self, Term};
 use crate::product::weights::{Folded, Weights};
 
@@ -13,7 +13,7 @@ pub(super) fn trained(w: &Floats, compute: Compute) -> Weights<'_> {
 }
 
 /// A low-rank update `[a, b]` as a part of its weight.
-pub(super) fn folded(factors: &[Floats; 2], merge: Merge) -> Folded<'_> {
+pub(super) fn folded(factors: &[Floats; 2], merge: FakeQuantize) -> Folded<'_> {
     let [a, b] = factors.each_ref().map(Floats::mat);
     Folded {
         quantizer: merge.quantizer,

@@ -36,7 +36,7 @@ pub(super) enum Order {
     /// One after the other.
     Rows,
     /// In strips.
-    Strips,
+    Interleaved,
 }
 
 /// `y = x · wᵀ` for some rows of `x`, given by their numbers, and some of `w`.
@@ -68,7 +68,7 @@ impl Product<'_> {
     pub(super) fn run(self, instructions: Instructions) {
         let scratch = match self.order {
             Order::Rows => ROWS * self.row_bytes,
-            Order::Strips => 0,
+            Order::Interleaved => 0,
         };
         with_byte_scratch(scratch, |scratch| self.run_with(instructions, scratch));
     }
@@ -108,7 +108,7 @@ impl Product<'_> {
                 let start = strip * strip_bytes;
                 let end = self.bytes.len().min(start + strip_bytes);
                 let bytes = match self.order {
-                    Order::Strips => &self.bytes[start..end],
+                    Order::Interleaved => &self.bytes[start..end],
                     Order::Rows => {
                         let rows = &self.bytes[start..end];
                         strips::fill(self.format, rows, self.row_bytes, scratch);

@@ -5,7 +5,7 @@ pub(crate) mod inputs;
 use std::cell::RefCell;
 
 use burn::tensor::{Int, Tensor};
-use kernels::{CachedRows, Compute, Segments};
+use kernels::{Compute, KvBuffer, Segments};
 
 pub use self::inputs::InputRecord;
 use crate::cache::Cache;
@@ -15,7 +15,7 @@ use crate::rope::RotaryTable;
 
 /// The settings of a pass, the tables it computes once, and what it leaves behind.
 #[derive(Debug)]
-pub struct Pass<'a> {
+pub struct ForwardContext<'a> {
     /// What products round their operands to.
     pub compute: Compute,
     /// The seed of this pass's dropout; none means no dropout.
@@ -41,11 +41,11 @@ pub struct Pass<'a> {
 
 /// What attention of a layer reads, of `N` kinds.
 #[derive(Debug)]
-pub(crate) enum Seen<const N: usize> {
+pub(crate) enum KvSource<const N: usize> {
     /// Only what is new, `[batch, seq, heads, width]` each.
     New([Tensor<4>; N]),
     /// All that is held of each sequence, the new tokens included.
-    Cached(Vec<[CachedRows; N]>),
+    Cached(Vec<[KvBuffer; N]>),
 }
 
 /// What a pass keeps for whoever looks at it later.
@@ -80,7 +80,7 @@ pub fn moved_picks<T: PartialEq>(picks: &[T], others: &[T], top_k: usize) -> usi
     moved.sum()
 }
 
-impl<'a> Pass<'a> {
+impl<'a> ForwardContext<'a> {
     /// A pass over whole sequences without dropout.
     pub fn new(compute: Compute) -> Self {
         Self {
@@ -123,9 +123,9 @@ impl<'a> Pass<'a> {
         &mut self,
         layer_idx: usize,
         rows: [Tensor<4>; N],
-    ) -> Seen<N> {
+    ) -> KvSource<N> {
         if self.caches.is_empty() {
-            return Seen::New(rows);
+            return KvSource::New(rows);
         }
         let batch = self.caches.len();
         let append = |(row, cache): (usize, &mut &mut Cache)| {
@@ -136,7 +136,7 @@ impl<'a> Pass<'a> {
             }
             std::array::from_fn(|i| held[i].clone())
         };
-        Seen::Cached(self.caches.iter_mut().enumerate().map(append).collect())
+        KvSource::Cached(self.caches.iter_mut().enumerate().map(append).collect())
     }
 
     /// Called once it is through all layers.

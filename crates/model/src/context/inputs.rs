@@ -5,7 +5,7 @@ use std::sync::Arc;
 use burn::tensor::{Int, Tensor};
 use kernels::{Direction, ExpertBank, Matrix};
 
-use super::{Observe, Pass};
+use super::{ForwardContext, Observe};
 use crate::linear::Weight;
 
 /// What entered a frozen weight in one pass.
@@ -46,7 +46,7 @@ pub enum InputRecord {
     },
 }
 
-impl Pass<'_> {
+impl ForwardContext<'_> {
     /// Notes the input `[tokens, in]` of a linear layer, if that is asked for.
     pub(crate) fn observe_input(&self, weight: &Weight, x: &Tensor<2>) {
         if let (Observe::Inputs, Weight::Frozen(frozen)) = (self.observe, weight) {
