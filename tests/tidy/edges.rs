@@ -51,7 +51,7 @@ pub(super) fn edges(source: &Crate, reexports: Reexports) -> Vec<Edge> {
                 from,
                 to: target.file,
                 line: written.line,
-                through_root: map.is_through_root(&path),
+                through_root: written.is_absolute() && map.is_through_root(&path),
                 path: path.join("::"),
             }));
         }

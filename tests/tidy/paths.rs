@@ -16,6 +16,14 @@ pub(super) struct Written {
     pub(super) origin: Origin,
 }
 
+impl Written {
+    /// Whether it says where it begins, and does not go on from an import.
+    pub(super) fn is_absolute(&self) -> bool {
+        let first = self.path.first().map(String::as_str);
+        matches!(first, Some("crate" | "self" | "super"))
+    }
+}
+
 pub(super) enum Origin {
     Code,
     Import,
