@@ -5,7 +5,9 @@ use super::tree::{Crate, crates, made_up};
 
 /// The circles of a graph, the largest first: indices of files, in order.
 pub(super) fn circles(n_files: usize, edges: &[Edge]) -> Vec<Vec<usize>> {
-    let reached: Vec<_> = (0..n_files).map(|file| reached(file, n_files, edges)).collect();
+    let reached: Vec<_> = (0..n_files)
+        .map(|file| reached(file, n_files, edges))
+        .collect();
     let mut circles: Vec<Vec<usize>> = Vec::new();
     for file in 0..n_files {
         let circle: Vec<_> = (0..n_files)
@@ -38,7 +40,11 @@ pub(super) fn is_family(source: &Crate, circle: &[usize]) -> bool {
     let module = |file: usize| source.files[file].module.as_slice();
     circle.iter().any(|&parent| {
         let mut others = circle.iter().filter(|&&file| file != parent);
-        others.all(|&file| module(file).split_last().is_some_and(|(_, outer)| outer == module(parent)))
+        others.all(|&file| {
+            module(file)
+                .split_last()
+                .is_some_and(|(_, outer)| outer == module(parent))
+        })
     })
 }
 
@@ -48,7 +54,9 @@ fn paths(files: &[(&str, &str)], reexports: Reexports) -> Vec<(Vec<String>, bool
     let [source] = crates(&made_up(files)).try_into().ok().expect("one crate");
     let circles = circles(source.files.len(), &edges(&source, reexports));
     let described = circles.iter().map(|circle| {
-        let paths = circle.iter().map(|&file| source.files[file].module.join("::"));
+        let paths = circle
+            .iter()
+            .map(|&file| source.files[file].module.join("::"));
         (paths.collect(), is_family(&source, circle))
     });
     described.collect()
@@ -56,12 +64,30 @@ fn paths(files: &[(&str, &str)], reexports: Reexports) -> Vec<(Vec<String>, bool
 
 /// A crate in which `a` and `b` need each other, and `c` and its child.
 const TREE: [(&str, &str); 6] = [
-    ("crates/k/src/lib.rs", "mod a; mod b; mod c; mod d; pub use a::A;"),
-    ("crates/k/src/a.rs", "use crate::d::{B, external::X}; use std::fmt; pub struct A(B);"),
-    ("crates/k/src/b.rs", "pub struct B; fn f() { assert!(crate::A::is(1)); }"),
-    ("crates/k/src/c.rs", "mod e; pub use e::E; pub fn own() { use e as inner; inner::E::new(); }"),
-    ("crates/k/src/c/e.rs", "pub struct E; fn g() { super::own(); }"),
-    ("crates/k/src/d.rs", "pub use super::b::*; #[cfg(test)] use crate::c::own;"),
+    (
+        "crates/k/src/lib.rs",
+        "mod a; mod b; mod c; mod d; pub use a::A;",
+    ),
+    (
+        "crates/k/src/a.rs",
+        "use crate::d::{B, external::X}; use std::fmt; pub struct A(B);",
+    ),
+    (
+        "crates/k/src/b.rs",
+        "pub struct B; fn f() { assert!(crate::A::is(1)); }",
+    ),
+    (
+        "crates/k/src/c.rs",
+        "mod e; pub use e::E; pub fn own() { use e as inner; inner::E::new(); }",
+    ),
+    (
+        "crates/k/src/c/e.rs",
+        "pub struct E; fn g() { super::own(); }",
+    ),
+    (
+        "crates/k/src/d.rs",
+        "pub use super::b::*; #[cfg(test)] use crate::c::own;",
+    ),
 ];
 
 #[test]

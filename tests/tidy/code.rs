@@ -204,8 +204,12 @@ pub(super) fn without_comments(text: &str) -> String {
 }
 
 fn without(text: &str, is_left_out: impl Fn(&str) -> bool) -> String {
-    let (mut code, mut rest) = (String::new(), text);
-    while let Some(next) = rest.chars().next() {
+    let (mut code, mut rest) = (String::with_capacity(text.len()), text);
+    while !rest.is_empty() {
+        // Nothing else begins a comment or a literal.
+        let plain = rest.find(['/', '"', '\'', 'r']).unwrap_or(rest.len());
+        code.push_str(&rest[..plain]);
+        rest = &rest[plain..];
         let (literal, tail) = rest.split_at(literal_len(rest));
         if is_left_out(literal) {
             code.push_str(&blank(literal));
@@ -213,7 +217,7 @@ fn without(text: &str, is_left_out: impl Fn(&str) -> bool) -> String {
             code.push_str(literal);
         }
         rest = tail;
-        if literal.is_empty() {
+        if let Some(next) = rest.chars().next().filter(|_| literal.is_empty()) {
             code.push(next);
             rest = &tail[next.len_utf8()..];
         }

@@ -87,10 +87,16 @@ fn architecture_page_shows_the_arrows() {
 
 #[test]
 fn arrows_are_of_crates_that_exist() {
-    let folders: BTreeSet<_> = manifests().into_iter().map(|manifest| manifest.name).collect();
-    let named = ARROWS.iter().flat_map(|(name, allowed)| allowed.iter().chain([name]));
+    let folders: BTreeSet<_> = manifests()
+        .into_iter()
+        .map(|manifest| manifest.name)
+        .collect();
+    let named = ARROWS
+        .iter()
+        .flat_map(|(name, allowed)| allowed.iter().chain([name]));
     let gone = named.filter(|name| !folders.contains(**name));
-    let findings = gone.map(|name| format!("crates/{name}: is not there; delete `{name}` from ARROWS"));
+    let findings =
+        gone.map(|name| format!("crates/{name}: is not there; delete `{name}` from ARROWS"));
     report(&findings.collect::<Vec<_>>());
 }
 
@@ -196,10 +202,17 @@ fn every_dependency_is_argued_for() {
         return;
     };
     let section = section.split("\n## ").next().unwrap_or_default();
-    let names: BTreeSet<_> = direct_dependencies().into_iter().map(|dependency| dependency.name).collect();
-    let lacking = names.iter().filter(|name| !is_in_first_column(section, name));
+    let names: BTreeSet<_> = direct_dependencies()
+        .into_iter()
+        .map(|dependency| dependency.name)
+        .collect();
+    let lacking = names
+        .iter()
+        .filter(|name| !is_in_first_column(section, name));
     let finding = |name| {
-        format!("crates/README.md: the table of dependencies lacks `{name}`; say what it is for and what we would write instead")
+        format!(
+            "crates/README.md: the table of dependencies lacks `{name}`; say what it is for and what we would write instead"
+        )
     };
     report(&lacking.map(finding).collect::<Vec<_>>());
 }
@@ -280,8 +293,11 @@ fn dependencies(manifest: &Table) -> Vec<Dependency> {
 /// What manifests name that is not ours.
 fn direct_dependencies() -> Vec<Dependency> {
     let ours = crates_of_ours();
-    let all = manifests().into_iter().flat_map(|manifest| dependencies(&manifest.table));
-    all.filter(|dependency| !ours.contains(&dependency.name)).collect()
+    let all = manifests()
+        .into_iter()
+        .flat_map(|manifest| dependencies(&manifest.table));
+    all.filter(|dependency| !ours.contains(&dependency.name))
+        .collect()
 }
 
 fn workspace_dependencies() -> Table {

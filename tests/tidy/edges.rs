@@ -40,7 +40,9 @@ pub(super) fn edges(source: &Crate, reexports: Reexports) -> Vec<Edge> {
         for written in &paths.written {
             let is_used = match &written.origin {
                 Origin::Code | Origin::Import => true,
-                Origin::Reexport(name) => reexports == Reexports::Counted || paths.names.contains(name),
+                Origin::Reexport(name) => {
+                    reexports == Reexports::Counted || paths.names.contains(name)
+                }
             };
             let Some(path) = map.absolute(&written.module, &written.path, 0) else {
                 continue;
@@ -78,7 +80,12 @@ impl Map {
         let mut modules = BTreeMap::new();
         for (file_idx, (file, paths)) in source.files.iter().zip(&paths).enumerate() {
             modules.insert(file.module.clone(), file_idx);
-            modules.extend(paths.modules.iter().map(|module| (module.clone(), file_idx)));
+            modules.extend(
+                paths
+                    .modules
+                    .iter()
+                    .map(|module| (module.clone(), file_idx)),
+            );
         }
         Self { paths, modules }
     }
@@ -128,10 +135,16 @@ impl Map {
                 return Some(target);
             }
             let file = *self.modules.get(&module)?;
-            return Some(Target { file, is_item: true });
+            return Some(Target {
+                file,
+                is_item: true,
+            });
         }
         let file = *self.modules.get(&module)?;
-        Some(Target { file, is_item: false })
+        Some(Target {
+            file,
+            is_item: false,
+        })
     }
 
     /// The same of a path that begins with a name that `module` has imported.
@@ -145,7 +158,10 @@ impl Map {
             return self.target(&[base.as_slice(), rest].concat(), hops + 1);
         }
         let is_defined = paths.definitions.contains(&(module.to_vec(), name.clone()));
-        let globs = paths.globs.iter().filter(|glob| !is_defined && glob.module == module);
+        let globs = paths
+            .globs
+            .iter()
+            .filter(|glob| !is_defined && glob.module == module);
         let mut bases = globs.filter_map(|glob| self.absolute(module, &glob.path, hops + 1));
         bases.find_map(|base| self.defined(&base, path, hops + 1))
     }
@@ -166,4 +182,3 @@ impl Map {
         !self.modules.contains_key(&path[..1]) && self.paths[0].bindings.contains_key(&key)
     }
 }
-

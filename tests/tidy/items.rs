@@ -36,9 +36,10 @@ pub(super) struct Items {
     pub(super) signatures: Vec<Signature>,
     /// Structs, enums, unions, traits and aliases; types of an `impl` belong to their trait.
     pub(super) types: Vec<Named>,
-    /// Those of an `impl` belong to their type.
+    /// Those of modules: what a function or an `impl` has for itself is read where it is used.
     pub(super) constants: Vec<Constant>,
     is_in_trait_impl: bool,
+    is_in_body: bool,
 }
 
 impl Items {
@@ -73,6 +74,12 @@ impl<'ast> Visit<'ast> for Items {
         self.is_in_trait_impl = outer;
     }
 
+    fn visit_block(&mut self, block: &'ast syn::Block) {
+        let outer = std::mem::replace(&mut self.is_in_body, true);
+        visit::visit_block(self, block);
+        self.is_in_body = outer;
+    }
+
     fn visit_item(&mut self, item: &'ast syn::Item) {
         let ident = match item {
             syn::Item::Enum(item) => Some(&item.ident),
@@ -87,7 +94,7 @@ impl<'ast> Visit<'ast> for Items {
     }
 
     fn visit_item_const(&mut self, constant: &'ast syn::ItemConst) {
-        if constant.ident != "_" {
+        if constant.ident != "_" && !self.is_in_body {
             self.constants.push(Constant {
                 constant: named(&constant.ident),
                 value: source_text(&constant.expr),
@@ -147,18 +154,22 @@ fn parameters_are_counted_with_and_without_their_parts() {
         ("h", [1, 1, 0], true),
     ];
     assert_eq!(counts.collect::<Vec<_>>(), expected);
-    let types: Vec<_> = items.types.iter().map(|named| named.name.as_str()).collect();
+    let types: Vec<_> = items
+        .types
+        .iter()
+        .map(|named| named.name.as_str())
+        .collect();
     assert_eq!(types, ["B"]);
 }
 
 #[test]
 fn constants_are_found_with_their_values() {
-    let text = "const A: usize =\n    1\n    + 2;\nfn f() { const B: &str = \"x\"; }\nimpl C { const D: u8 = 1; }\nconst _: () = ();";
+    let text = "const A: usize =\n    1\n    + 2;\nfn f() { const N: u8 = 1; }\nmod m { const B: &str = \"x\"; }\nimpl C { const D: u8 = 1; }\nconst _: () = ();";
     let items = Items::of(&syn::parse_file(text).expect("Rust"));
     let constants = items.constants.iter().map(|found| {
         let Named { name, line } = &found.constant;
         (name.as_str(), *line, found.value.as_str())
     });
-    let expected = [("A", 1, "1 + 2"), ("B", 4, "\"x\"")];
+    let expected = [("A", 1, "1 + 2"), ("B", 5, "\"x\"")];
     assert_eq!(constants.collect::<Vec<_>>(), expected);
 }

@@ -7,27 +7,54 @@ use super::tree::{Crate, File, made_up, repository};
 use super::{TODAY, report_except};
 
 /// Options whose documentation differs from verb to verb.
-const HELP: &[(&str, &str)] = &[];
-/// Options whose values have several types.
-const VALUES: &[(&str, &str)] = &[];
-/// Second spellings of an option, and the one to write. The second may be a hidden alias.
-const SYNONYMS: [(&str, &str); 2] = [
-    ("batch-size", "batch"),
-    ("read-ahead", "prefetch-experts"),
+const HELP: &[(&str, &str)] = &[
+    ("adapter", "attached, merged, measured or trained on"),
+    ("batch", TODAY),
+    ("cache", TODAY),
+    ("compute", TODAY),
+    ("data", "every verb reads other files of the folder"),
+    ("ids", "continued, or only read"),
+    ("json", "every verb prints something else"),
+    ("max-length", TODAY),
+    ("max-samples", "scored, looked at or compared on"),
+    ("max-tokens", TODAY),
+    ("out", "every verb writes something else"),
+    ("reps", "runs of a prompt, or steps"),
+    ("seed", "of tokens, or of moments to kill at"),
+    ("seq", "of a prompt, or of a training step"),
+    ("set", TODAY),
+    ("to", "a format, or the end of a range"),
 ];
+/// Options whose values have several types.
+const VALUES: &[(&str, &str)] = &[
+    ("max-tokens", TODAY),
+    ("to", "a format, or the end of a range"),
+];
+/// Second spellings of an option, and the one to write. The second may be a hidden alias.
+const SYNONYMS: [(&str, &str); 2] = [("batch-size", "batch"), ("read-ahead", "prefetch-experts")];
 /// Second spellings that still stand.
-const SPELLINGS: &[(&str, &str)] = &[];
+const SPELLINGS: &[(&str, &str)] = &[
+    ("batch-size", TODAY),
+];
 
 #[test]
 fn options_are_documented_alike() {
     let uses = uses(&Crate::parse("cli", &repository()));
-    report_except(&differing(&uses, "help text", |option| &option.help), HELP, "HELP");
+    report_except(
+        &differing(&uses, "help text", |option| &option.help),
+        HELP,
+        "HELP",
+    );
 }
 
 #[test]
 fn options_take_one_type_of_value() {
     let uses = uses(&Crate::parse("cli", &repository()));
-    report_except(&differing(&uses, "type", |option| &option.value), VALUES, "VALUES");
+    report_except(
+        &differing(&uses, "type", |option| &option.value),
+        VALUES,
+        "VALUES",
+    );
 }
 
 #[test]
@@ -64,7 +91,10 @@ pub(super) fn options(file: &File) -> Vec<Opt> {
         syn::Item::Struct(item) => Some(item),
         _ => None,
     });
-    structs.flat_map(|item| &item.fields).filter_map(option).collect()
+    structs
+        .flat_map(|item| &item.fields)
+        .filter_map(option)
+        .collect()
 }
 
 /// The options of a crate by name, with the files they are in.
@@ -72,18 +102,28 @@ fn uses(source: &Crate) -> BTreeMap<String, Vec<(String, Opt)>> {
     let mut uses = BTreeMap::<_, Vec<_>>::new();
     for file in &source.files {
         for option in options(file) {
-            uses.entry(option.name.clone()).or_default().push((file.path.clone(), option));
+            uses.entry(option.name.clone())
+                .or_default()
+                .push((file.path.clone(), option));
         }
     }
     uses
 }
 
 /// The options for which `part` is not the same wherever they are.
-fn differing(uses: &BTreeMap<String, Vec<(String, Opt)>>, what: &str, part: fn(&Opt) -> &str) -> Vec<(String, String)> {
+fn differing(
+    uses: &BTreeMap<String, Vec<(String, Opt)>>,
+    what: &str,
+    part: fn(&Opt) -> &str,
+) -> Vec<(String, String)> {
     let mut findings = Vec::new();
     for (name, uses) in uses {
-        let other = uses.iter().find(|(_, option)| part(option) != part(&uses[0].1));
-        let Some((path, option)) = other else { continue };
+        let other = uses
+            .iter()
+            .find(|(_, option)| part(option) != part(&uses[0].1));
+        let Some((path, option)) = other else {
+            continue;
+        };
         let (first_path, first) = &uses[0];
         let finding = format!(
             "{path}:{}: `--{name}` has another {what} than in {first_path}:{} ({:?} and {:?}); share the field, or name it apart",
@@ -100,11 +140,19 @@ fn differing(uses: &BTreeMap<String, Vec<(String, Opt)>>, what: &str, part: fn(&
 fn option(field: &syn::Field) -> Option<Opt> {
     let ident = field.ident.as_ref()?;
     let mut long = None;
-    for attribute in field.attrs.iter().filter(|attribute| attribute.path().is_ident("arg")) {
+    for attribute in field
+        .attrs
+        .iter()
+        .filter(|attribute| attribute.path().is_ident("arg"))
+    {
         let parts = attribute.parse_args_with(
             syn::punctuated::Punctuated::<syn::Meta, syn::Token![,]>::parse_terminated,
         );
-        for part in parts.into_iter().flatten().filter(|part| part.path().is_ident("long")) {
+        for part in parts
+            .into_iter()
+            .flatten()
+            .filter(|part| part.path().is_ident("long"))
+        {
             long = Some(match part {
                 syn::Meta::NameValue(syn::MetaNameValue { value, .. }) => {
                     source_text(&value).trim_matches('"').to_owned()
@@ -123,18 +171,25 @@ fn option(field: &syn::Field) -> Option<Opt> {
 
 /// The type in an `Option` or a `Vec`.
 fn bare(value: &str) -> String {
-    let inner = ["Option<", "Vec<"].iter().find_map(|outer| value.strip_prefix(outer)?.strip_suffix('>'));
+    let inner = ["Option<", "Vec<"]
+        .iter()
+        .find_map(|outer| value.strip_prefix(outer)?.strip_suffix('>'));
     inner.map_or_else(|| value.to_owned(), bare)
 }
 
 fn help(attributes: &[syn::Attribute]) -> String {
-    let lines = attributes.iter().filter_map(|attribute| match &attribute.meta {
-        syn::Meta::NameValue(doc) if doc.path.is_ident("doc") => match &doc.value {
-            syn::Expr::Lit(syn::ExprLit { lit: syn::Lit::Str(line), .. }) => Some(line.value()),
+    let lines = attributes
+        .iter()
+        .filter_map(|attribute| match &attribute.meta {
+            syn::Meta::NameValue(doc) if doc.path.is_ident("doc") => match &doc.value {
+                syn::Expr::Lit(syn::ExprLit {
+                    lit: syn::Lit::Str(line),
+                    ..
+                }) => Some(line.value()),
+                _ => None,
+            },
             _ => None,
-        },
-        _ => None,
-    });
+        });
     let lines: Vec<_> = lines.map(|line| line.trim().to_owned()).collect();
     lines.join(" ")
 }
@@ -154,7 +209,15 @@ fn options_that_differ_are_found() {
     let uses = uses(&Crate::parse("cli", &sources));
     let names: Vec<_> = uses.keys().map(String::as_str).collect();
     assert_eq!(names, ["batch", "out"]);
-    let keys = |findings: Vec<(String, String)>| findings.into_iter().map(|(key, _)| key).collect::<Vec<_>>();
-    assert_eq!(keys(differing(&uses, "help text", |option| &option.help)), ["out"]);
-    assert_eq!(keys(differing(&uses, "type", |option| &option.value)), ["batch"]);
+    let keys = |findings: Vec<(String, String)>| {
+        findings.into_iter().map(|(key, _)| key).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        keys(differing(&uses, "help text", |option| &option.help)),
+        ["out"]
+    );
+    assert_eq!(
+        keys(differing(&uses, "type", |option| &option.value)),
+        ["batch"]
+    );
 }

@@ -166,14 +166,19 @@ impl<'ast> Visit<'ast> for Paths {
 
     fn visit_item(&mut self, item: &'ast syn::Item) {
         if let Some(name) = name(item) {
-            self.definitions.insert((self.module.clone(), name.to_string()));
+            self.definitions
+                .insert((self.module.clone(), name.to_string()));
         }
         visit::visit_item(self, item);
     }
 
     fn visit_path(&mut self, path: &'ast syn::Path) {
         if path.leading_colon.is_none() {
-            let names: Vec<_> = path.segments.iter().map(|part| part.ident.clone()).collect();
+            let names: Vec<_> = path
+                .segments
+                .iter()
+                .map(|part| part.ident.clone())
+                .collect();
             self.mention(&names);
         }
         visit::visit_path(self, path);

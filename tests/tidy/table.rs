@@ -3,13 +3,13 @@
 
 use std::fmt::Write as _;
 
+use super::bytes;
 use super::circles::{circles, is_family};
 use super::code::without_comments;
 use super::edges::{Reexports, edges};
 use super::items::{Items, Signature};
 use super::names;
 use super::tree::{Crate, File, Sources, crates, made_up, repository};
-use super::bytes;
 
 /// Lines without tests above which a file is long.
 const LONG: usize = 500;
@@ -28,8 +28,10 @@ fn of_the_house() {
 fn page(sources: &Sources, readme_bytes: usize) -> String {
     let crates = crates(sources);
     let mut page = String::from("\n# The house in numbers\n\n");
-    page += "Lines and files are those of `src` without tests, comments those of all Rust files.\n\n";
-    page += "| crate | files | lines | comment lines | long files | circles | counting `pub use` |\n";
+    page +=
+        "Lines and files are those of `src` without tests, comments those of all Rust files.\n\n";
+    page +=
+        "| crate | files | lines | comment lines | long files | circles | counting `pub use` |\n";
     page += "|---|---:|---:|---:|---:|---|---|\n";
     for source in &crates {
         page += &crate_row(source, sources);
@@ -48,11 +50,22 @@ fn page(sources: &Sources, readme_bytes: usize) -> String {
 fn crate_row(source: &Crate, sources: &Sources) -> String {
     let sizes = |reexports| {
         let circles = circles(source.files.len(), &edges(source, reexports));
-        let sizes: Vec<_> = circles.iter().map(|circle| circle.len().to_string()).collect();
-        if sizes.is_empty() { "none".to_owned() } else { sizes.join(", ") }
+        let sizes: Vec<_> = circles
+            .iter()
+            .map(|circle| circle.len().to_string())
+            .collect();
+        if sizes.is_empty() {
+            "none".to_owned()
+        } else {
+            sizes.join(", ")
+        }
     };
     let lines: usize = source.files.iter().map(|file| file.n_lines).sum();
-    let long = source.files.iter().filter(|file| file.n_lines > LONG).count();
+    let long = source
+        .files
+        .iter()
+        .filter(|file| file.n_lines > LONG)
+        .count();
     format!(
         "| `{}` | {} | {lines} | {:.1} % | {long} | {} | {} |\n",
         source.name,
@@ -69,18 +82,29 @@ fn comment_share(name: &str, sources: &Sources) -> f64 {
     let (mut n_lines, mut n_comments) = (0, 0);
     for (_, text) in sources.iter().filter(|(path, _)| path.starts_with(&folder)) {
         let is_empty = |line: &&str| line.trim().is_empty();
-        let n_code = without_comments(text).lines().filter(|line| !is_empty(line)).count();
+        let n_code = without_comments(text)
+            .lines()
+            .filter(|line| !is_empty(line))
+            .count();
         let n_written = text.lines().filter(|line| !is_empty(line)).count();
         n_lines += n_written;
         n_comments += n_written - n_code;
     }
-    f64::from(u32::try_from(n_comments).unwrap_or(0)) / f64::from(u32::try_from(n_lines).unwrap_or(1).max(1))
+    f64::from(u32::try_from(n_comments).unwrap_or(0))
+        / f64::from(u32::try_from(n_lines).unwrap_or(1).max(1))
 }
 
 /// What is counted in all crates: a name for it, the count, and where.
-fn measures(crates: &[Crate], sources: &Sources, readme_bytes: usize) -> Vec<(String, usize, String)> {
+fn measures(
+    crates: &[Crate],
+    sources: &Sources,
+    readme_bytes: usize,
+) -> Vec<(String, usize, String)> {
     let keys = |findings: Vec<(String, String)>| {
-        let keys: Vec<_> = findings.into_iter().map(|(key, _)| format!("`{key}`")).collect();
+        let keys: Vec<_> = findings
+            .into_iter()
+            .map(|(key, _)| format!("`{key}`"))
+            .collect();
         (keys.len(), keys.join(", "))
     };
     let mut measures = Vec::new();
@@ -95,14 +119,26 @@ fn measures(crates: &[Crate], sources: &Sources, readme_bytes: usize) -> Vec<(St
         "the same, counting the parts of tuples",
         functions(crates, |found| found.n_parts),
     );
-    add("signatures with a tuple of more than two", keys(names::wide_tuples(sources)));
-    add("files over 500 lines", files(crates, |file| file.n_lines > LONG));
+    add(
+        "signatures with a tuple of more than two",
+        keys(names::wide_tuples(sources)),
+    );
+    add(
+        "files over 500 lines",
+        files(crates, |file| file.n_lines > LONG),
+    );
     for key in KEYS {
         let what = format!("files with `{key}` in their code");
         add(&what, files(crates, |file| file.code().contains(key)));
     }
-    add("type names in more than one file", keys(names::types_defined_twice(crates)));
-    add("constants of one name and two values", keys(names::constants_with_two_values(crates)));
+    add(
+        "type names in more than one file",
+        keys(names::types_defined_twice(crates)),
+    );
+    add(
+        "constants of one name and two values",
+        keys(names::constants_with_two_values(crates)),
+    );
     let twice = crates.iter().flat_map(names::file_names_used_twice);
     add("file names twice in a crate", keys(twice.collect()));
     add("bytes of the root README", (readme_bytes, String::new()));
@@ -113,13 +149,24 @@ fn measures(crates: &[Crate], sources: &Sources, readme_bytes: usize) -> Vec<(St
 fn functions(crates: &[Crate], count: fn(&Signature) -> usize) -> (usize, String) {
     let is_counted = |found: &Signature| !found.is_prescribed && count(found) > MANY_PARAMETERS;
     let in_crate = |source: &Crate| {
-        let signatures = source.files.iter().flat_map(|file| Items::of(&file.syntax).signatures);
+        let signatures = source
+            .files
+            .iter()
+            .flat_map(|file| Items::of(&file.syntax).signatures);
         signatures.filter(is_counted).count()
     };
-    let counts: Vec<_> = crates.iter().map(|source| (&source.name, in_crate(source))).collect();
+    let counts: Vec<_> = crates
+        .iter()
+        .map(|source| (&source.name, in_crate(source)))
+        .collect();
     let some = counts.iter().filter(|(_, count)| *count > 0);
-    let places: Vec<_> = some.map(|(name, count)| format!("`{name}` {count}")).collect();
-    (counts.iter().map(|(_, count)| count).sum(), places.join(", "))
+    let places: Vec<_> = some
+        .map(|(name, count)| format!("`{name}` {count}"))
+        .collect();
+    (
+        counts.iter().map(|(_, count)| count).sum(),
+        places.join(", "),
+    )
 }
 
 fn files(crates: &[Crate], is_counted: impl Fn(&File) -> bool) -> (usize, String) {
@@ -135,10 +182,22 @@ fn files(crates: &[Crate], is_counted: impl Fn(&File) -> bool) -> (usize, String
 fn circle_lines(source: &Crate) -> String {
     let mut lines = String::new();
     for circle in circles(source.files.len(), &edges(source, Reexports::LeftOut)) {
-        let modules = circle.iter().map(|&file| format!("`{}`", source.files[file].module.join("::")));
+        let modules = circle
+            .iter()
+            .map(|&file| format!("`{}`", source.files[file].module.join("::")));
         let modules: Vec<_> = modules.collect();
-        let remark = if is_family(source, &circle) { " (a parent and its children)" } else { "" };
-        let _ = writeln!(lines, "- `{}`, {} files{remark}: {}", source.name, circle.len(), modules.join(", "));
+        let remark = if is_family(source, &circle) {
+            " (a parent and its children)"
+        } else {
+            ""
+        };
+        let _ = writeln!(
+            lines,
+            "- `{}`, {} files{remark}: {}",
+            source.name,
+            circle.len(),
+            modules.join(", ")
+        );
     }
     lines
 }
@@ -147,8 +206,14 @@ fn circle_lines(source: &Crate) -> String {
 fn page_counts_what_is_there() {
     let sources = made_up(&[
         ("crates/k/src/lib.rs", "//! A crate.\nmod a;\nmod b;\n"),
-        ("crates/k/src/a.rs", "pub fn f(_: u8, _: u8, _: u8, _: u8, _: u8) { crate::b::g(\"kv_b_proj\") }\n"),
-        ("crates/k/src/b.rs", "// kv_b_proj\npub fn g((a, b): T, _: u8, _: u8, _: u8) { crate::a::f() }\n"),
+        (
+            "crates/k/src/a.rs",
+            "pub fn f(_: u8, _: u8, _: u8, _: u8, _: u8) { crate::b::g(\"kv_b_proj\") }\n",
+        ),
+        (
+            "crates/k/src/b.rs",
+            "// kv_b_proj\npub fn g((a, b): T, _: u8, _: u8, _: u8) { crate::a::f() }\n",
+        ),
         ("crates/k/tests/main.rs", "// Words.\n\n// Words.\n"),
     ]);
     let page = page(&sources, 7);

@@ -54,12 +54,7 @@ impl Crate {
     }
 }
 
-fn child(
-    parent: &File,
-    module: Vec<String>,
-    candidates: &[String; 2],
-    sources: &Sources,
-) -> File {
+fn child(parent: &File, module: Vec<String>, candidates: &[String; 2], sources: &Sources) -> File {
     let path = candidates.iter().find(|path| sources.contains_key(*path));
     let path = path.unwrap_or_else(|| panic!("{}: has no file for {module:?}", parent.path));
     File::parse(path.clone(), module, sources)
@@ -175,8 +170,14 @@ pub(super) fn made_up(files: &[(&str, &str)]) -> Sources {
 #[test]
 fn files_are_found_by_their_declarations_and_tests_are_left_out() {
     let sources = made_up(&[
-        ("crates/a/src/lib.rs", "mod b;\nmod c { mod d; }\n#[cfg(test)]\nmod tests;"),
-        ("crates/a/src/b/mod.rs", "mod e;\nfn kept() {}\n/// Words.\n#[expect(x)]\n#[cfg(test)]\nfn tested() {}\n"),
+        (
+            "crates/a/src/lib.rs",
+            "mod b;\nmod c { mod d; }\n#[cfg(test)]\nmod tests;",
+        ),
+        (
+            "crates/a/src/b/mod.rs",
+            "mod e;\nfn kept() {}\n/// Words.\n#[expect(x)]\n#[cfg(test)]\nfn tested() {}\n",
+        ),
         ("crates/a/src/b/e.rs", "mod f;"),
         ("crates/a/src/b/e/f.rs", ""),
         ("crates/a/src/c/d.rs", ""),
@@ -184,7 +185,11 @@ fn files_are_found_by_their_declarations_and_tests_are_left_out() {
         ("crates/a/tests/main.rs", "neither is this"),
     ]);
     let [a] = crates(&sources).try_into().ok().expect("one crate");
-    let files: Vec<_> = a.files.iter().map(|file| (file.path.as_str(), file.module.join("::"))).collect();
+    let files: Vec<_> = a
+        .files
+        .iter()
+        .map(|file| (file.path.as_str(), file.module.join("::")))
+        .collect();
     let expected = [
         ("crates/a/src/lib.rs", ""),
         ("crates/a/src/b/mod.rs", "b"),
@@ -192,8 +197,16 @@ fn files_are_found_by_their_declarations_and_tests_are_left_out() {
         ("crates/a/src/b/e.rs", "b::e"),
         ("crates/a/src/b/e/f.rs", "b::e::f"),
     ];
-    assert_eq!(files, expected.map(|(path, module)| (path, module.to_owned())));
+    assert_eq!(
+        files,
+        expected.map(|(path, module)| (path, module.to_owned()))
+    );
     let b = &a.files[1].text;
-    assert!(b.contains("kept") && !b.contains("tested") && !b.contains("Words") && !b.contains("expect"));
+    assert!(
+        b.contains("kept")
+            && !b.contains("tested")
+            && !b.contains("Words")
+            && !b.contains("expect")
+    );
     assert_eq!(b.lines().count(), 6);
 }
