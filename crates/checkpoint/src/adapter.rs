@@ -1,7 +1,6 @@
 //! A LoRA adapter as PEFT or mlx-lm stores it: a folder with a configuration and one safetensors file.
 //!
-//! Keys and shapes are handed over as they are in the file; the two dialects for experts are
-//! told apart by whoever knows the model.
+//! Keys and shapes are those of the file; the caller, who knows the model, tells the two dialects for experts apart.
 
 use std::path::Path;
 
@@ -23,31 +22,31 @@ const PICKLED_NAME: &str = "adapter_model.bin";
 pub struct Adapter {
     /// Its settings.
     pub config: AdapterConfig,
-    /// Who names its tensors.
-    pub layout: Layout,
-    /// What else it says of itself.
+    /// The convention of its tensors' names and shapes.
+    pub format: AdapterFormat,
+    /// Notes without a setting in PEFT.
     pub notes: Notes,
     file: Safetensors,
 }
 
-/// The programs whose names and shapes an adapter's tensors have.
+/// The program with the convention of an adapter's names and shapes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Layout {
+pub enum AdapterFormat {
     /// PEFT's.
     Peft,
     /// mlx-lm's.
     Mlx,
 }
 
-/// What we know of an adapter that PEFT has no setting for, in a file of its own.
+/// Properties of an adapter without a setting in PEFT, in a separate file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Notes {
-    /// The format that it was trained to be merged into: a name for whoever knows formats.
+    /// The name of the format that it was trained to be merged into.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trained_for: Option<String>,
-    /// Which factors the experts of a layer share, `A`, `B` or `outer`. The file repeats them for every expert, as PEFT
-    /// wants them.
+    /// The factors that the experts of a layer share: `A`, `B` or `outer`. The file repeats them for every expert, because PEFT
+    /// expects that.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub experts_share: Option<String>,
 }
@@ -62,7 +61,7 @@ impl Adapter {
         if !weights.exists() && folder.join(MLX_WEIGHTS_NAME).exists() {
             return Ok(Self {
                 config: mlx_adapter::read_config(&folder.join(CONFIG_NAME))?,
-                layout: Layout::Mlx,
+                format: AdapterFormat::Mlx,
                 notes: Notes::default(),
                 file: Safetensors::open(&folder.join(MLX_WEIGHTS_NAME))?,
             });
@@ -90,7 +89,7 @@ impl Adapter {
         };
         Ok(Self {
             config,
-            layout: Layout::Peft,
+            format: AdapterFormat::Peft,
             notes,
             file,
         })
@@ -125,7 +124,7 @@ impl Adapter {
         writer.finish()
     }
 
-    /// Writes what an adapter says of itself beside PEFT's settings, if it says anything.
+    /// Writes an adapter's notes, if there are any.
     ///
     /// # Errors
     /// If writing fails.
@@ -137,8 +136,7 @@ impl Adapter {
         writer.write_json(NOTES_NAME, &notes)
     }
 
-    /// Writes an adapter's two files into a folder that holds more, such as a training
-    /// checkpoint.
+    /// Writes an adapter's two files into a folder with other files, such as a training checkpoint.
     ///
     /// # Errors
     /// If a setting is unsupported, or writing fails.

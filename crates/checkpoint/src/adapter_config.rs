@@ -1,9 +1,8 @@
-//! PEFT's `adapter_config.json`: what a LoRA adapter was trained on, and how it is scaled.
+//! PEFT's `adapter_config.json`: the base of a LoRA adapter, its modules, and its scale.
 //!
-//! The file has some fifty settings, and a new PEFT adds more. A setting that is ignored gives a
-//! wrong model without a word, so everything that is neither understood here nor without
-//! effect on the result is refused by name. Which modules the patterns match is decided by
-//! whoever knows the model's modules.
+//! The file has some fifty settings, and a new PEFT adds more. Ignoring a setting would silently make a wrong model, so every
+//! setting is refused by name unless it is understood here or has no effect on the result. The caller, who knows the model's
+//! modules, matches the patterns.
 //!
 //! Source: huggingface/peft: src/peft/tuners/lora/config.py, `LoraConfig`.
 
@@ -21,7 +20,7 @@ use crate::{Error, OrderedMap, Result};
 pub struct AdapterConfig {
     /// Always `LORA`.
     pub peft_type: String,
-    /// What the model is for, `CAUSAL_LM` here.
+    /// The task of the model, `CAUSAL_LM` here.
     #[serde(default)]
     pub task_type: Option<String>,
     /// The base model's folder or name, as the author wrote it.
@@ -50,7 +49,7 @@ pub struct AdapterConfig {
     /// The adapted modules.
     #[serde(default)]
     pub target_modules: Option<TargetModules>,
-    /// The adapted parameters that are no modules' weights: stacked experts.
+    /// The adapted parameters that are not modules' weights: stacked experts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_parameters: Option<Vec<String>>,
     /// Modules left out although `target_modules` matches.
@@ -65,8 +64,7 @@ pub struct AdapterConfig {
     pub fan_in_fan_out: bool,
     /// Modules stored whole: always none.
     pub modules_to_save: Option<Vec<String>>,
-    /// How the adapter was initialized: a bool or a name. Only ways that leave the base as it is
-    /// are accepted.
+    /// The initialization of the adapter: a bool or a name. Only those that do not change the base are accepted.
     #[serde(default)]
     pub init_lora_weights: Value,
     /// Whether PEFT loads the adapter frozen.
@@ -183,7 +181,7 @@ impl AdapterConfig {
     }
 }
 
-/// Settings that are read, or that change nothing about a trained adapter's values.
+/// Settings that are read, or that do not change the values of a trained adapter.
 const ACCEPTED: [&str; 23] = [
     "task_type",
     "base_model_name_or_path",
@@ -199,7 +197,7 @@ const ACCEPTED: [&str; 23] = [
     "exclude_modules",
     "layers_to_transform",
     "inference_mode",
-    // From here on without effect.
+    // The following have no effect.
     "auto_mapping",
     "eva_config",
     "megatron_core",
@@ -254,7 +252,7 @@ fn check_settings(path: &Path, settings: &OrderedMap<Value>) -> Result<()> {
     Ok(())
 }
 
-/// Whether a setting has a value that asks for nothing.
+/// Whether a setting has an empty value.
 fn is_unset(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
@@ -316,7 +314,7 @@ mod tests {
         AdapterConfig::open(&path)
     }
 
-    /// Reads a configuration with these settings beside the required ones.
+    /// Reads a configuration with these settings and the required ones.
     fn read_with(settings: &str) -> Result<AdapterConfig> {
         read(&format!(
             r#"{{"peft_type": "LORA", "r": 4, "lora_alpha": 8, {settings}}}"#

@@ -1,6 +1,4 @@
-//! Finds a model by what a user typed: a path, or `org/name` in the local Hugging Face cache.
-//!
-//! Nothing is ever downloaded.
+//! Finds a model by a path, or by `org/name` in the local Hugging Face cache. Nothing is ever downloaded.
 //!
 //! Source: huggingface/huggingface_hub: src/huggingface_hub/file_download.py (the layout of the
 //! cache).
@@ -15,11 +13,11 @@ use crate::{Error, Result};
 
 /// The folder or file of a model.
 ///
-/// `model` is a path, and if nothing is there, a name `org/name` that is looked up below
-/// `hf_home`: the snapshot that `refs/main` names, or else the only one.
+/// `model` is a path; if that does not exist, it is a name `org/name` in the cache below `hf_home`, which means the snapshot of
+/// `refs/main`, or else the only one.
 ///
 /// # Errors
-/// If neither gives a model. The message says both places looked at.
+/// If there is no model at either place. The message names both.
 pub fn resolve(model: &str, hf_home: Option<&Path>) -> Result<PathBuf> {
     let path = PathBuf::from(model);
     if path.exists() {

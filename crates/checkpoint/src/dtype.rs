@@ -1,4 +1,4 @@
-//! The element types a model's files use, named as safetensors names them, and ggml's blocks.
+//! The element types of a model's files, with the names of safetensors, and ggml's blocks.
 
 use std::fmt;
 
@@ -60,14 +60,14 @@ pub enum DType {
     Q5K,
     /// 256 numbers of 6 bits, with scales of 8 bits.
     Q6K,
-    /// 32 numbers of 16 uneven steps with a scale.
+    /// 32 codes of 4 bits for the 16 values of a codebook, with a scale.
     Iq4Nl,
     /// 32 4-bit floats, 2 exponent and 1 mantissa bits, with a power of two.
     MxFp4,
 }
 
 impl DType {
-    /// Those of safetensors files.
+    /// The dtypes of safetensors files.
     const PLAIN: [Self; 16] = [
         Self::F64,
         Self::F32,
@@ -87,7 +87,7 @@ impl DType {
         Self::Bool,
     ];
 
-    /// Those of GGUF files, by the number they have there.
+    /// The dtypes of GGUF files by their numbers.
     const GGML: [(u32, Self); 20] = [
         (0, Self::F32),
         (1, Self::F16),
@@ -111,7 +111,9 @@ impl DType {
         (39, Self::MxFp4),
     ];
 
-    /// Elements that are stored together: 1, but for ggml's blocks.
+    /// Elements in a block: 1, except for ggml's blocks.
+    // `kernels` has these sizes too, with its decoders. No arrow leads between the two crates; `model`, which sees both, has a
+    // test that holds them together: `tests/ggml_blocks.rs`.
     pub fn block(self) -> usize {
         match self {
             Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,

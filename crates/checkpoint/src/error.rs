@@ -1,4 +1,4 @@
-//! What can go wrong with a model's files, with the evidence.
+//! Errors of a model's files, with the evidence.
 //!
 //! A message is one sentence that stands alone: causes are part of it, not a chain below it.
 
@@ -9,7 +9,7 @@ use crate::DType;
 /// A result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong with a file, and where.
+/// An error of a file.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system refused to open, map, read, write, flush or rename.
@@ -23,14 +23,14 @@ pub enum Error {
         cause: std::io::Error,
     },
 
-    /// The metadata of a GGUF do not make the files that would stand beside its weights.
+    /// The companion files of a GGUF cannot be made of its metadata.
     #[error("{cause}")]
     Companions {
         /// Whoever makes them says which file and key.
         cause: Box<dyn std::error::Error + Send + Sync>,
     },
 
-    /// A folder, pipe or device stands where a file is needed.
+    /// A path is a folder, pipe or device instead of a file.
     #[error("`{path}`: expected a file, found {found}")]
     NotAFile {
         /// The path.
@@ -50,7 +50,7 @@ pub enum Error {
         found: u64,
     },
 
-    /// A file is no JSON, or its values have the wrong type.
+    /// A file is not JSON, or its values have a wrong type.
     #[error("`{path}`: {cause}")]
     Json {
         /// The file.
@@ -59,7 +59,7 @@ pub enum Error {
         cause: serde_json::Error,
     },
 
-    /// A JSON file holds something else than an object.
+    /// A JSON file is not an object.
     #[error("`{path}`: expected a JSON object, found {found}")]
     NotAnObject {
         /// The file.
@@ -184,7 +184,7 @@ pub enum Error {
         found: u64,
     },
 
-    /// A tensor has another shape than its use needs.
+    /// A tensor has a wrong shape.
     #[error("`{file}`: tensor `{tensor}`: expected shape {expected:?}, found {found:?}")]
     Shape {
         /// The file.
@@ -197,7 +197,7 @@ pub enum Error {
         found: Vec<usize>,
     },
 
-    /// A tensor's values are no floating-point numbers of a dtype that stands alone.
+    /// A tensor's dtype is not a floating-point one that needs no scales.
     #[error("`{file}`: tensor `{tensor}`: expected dtype F64, F32, F16 or BF16, found {found}")]
     NotFloat {
         /// The file.
@@ -228,7 +228,7 @@ pub enum Error {
         second: PathBuf,
     },
 
-    /// An index puts a tensor into a file that is not there.
+    /// An index puts a tensor into a file that does not exist.
     #[error("tensor `{tensor}`: `{index}` puts it into `{file}`, and there is no such file")]
     ShardAbsent {
         /// The index.
@@ -270,7 +270,7 @@ pub enum Error {
         found: String,
     },
 
-    /// A folder has several weight files and nothing that says which belong together.
+    /// A folder has several weight files and no index.
     #[error(
         "`{folder}`: expected `model.safetensors.index.json` beside several `.safetensors` files, found only {found}"
     )]
@@ -290,7 +290,7 @@ pub enum Error {
         cache: String,
     },
 
-    /// An output folder exists and holds something.
+    /// An output folder is not empty.
     #[error("`{path}`: expected no such file or an empty folder, found {found}")]
     OutputExists {
         /// The output.
@@ -316,7 +316,7 @@ pub enum Error {
         cause: Box<dyn std::error::Error + Send + Sync>,
     },
 
-    /// An adapter asks for something that this program does not do.
+    /// An adapter has a setting that this program does not support.
     #[error("`{file}`: unsupported `{key}`: expected {expected}, found {found}")]
     UnsupportedSetting {
         /// The adapter's configuration file.
@@ -339,7 +339,8 @@ pub enum Error {
     },
 }
 
-/// Makes an [`Error::Io`] of what the operating system said: `.map_err(io("read", path))`.
+/// Makes an [`Error::Io`] of an error of the operating system: `.map_err(io("read", path))`.
+// This and `shown` are in `train` too, for its own errors: a crate's errors are its own.
 pub(crate) fn io(
     act: &'static str,
     path: &std::path::Path,

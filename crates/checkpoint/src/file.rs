@@ -23,7 +23,7 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
 /// Lets `write` fill a temporary sibling of `path`, and renames it if all went well.
 ///
 /// # Errors
-/// What `write` returns, or what the operating system says.
+/// If `write` fails, or writing fails.
 pub(crate) fn write_atomically(
     path: &Path,
     write: impl FnOnce(&mut File, &Path) -> Result<()>,
@@ -39,7 +39,7 @@ pub(crate) fn write_atomically(
     name_file(&file, temporary, path)
 }
 
-/// A new file beside `path`, whose folder is created if need be. Dropped, it is removed.
+/// A new temporary sibling of `path`. The folder of `path` is created if need be; the file is removed when dropped.
 ///
 /// # Errors
 /// If it cannot be created.
@@ -61,7 +61,7 @@ pub(crate) fn name_file(file: &File, temporary: TempPath, path: &Path) -> Result
     sync_folder(parent(path))
 }
 
-/// A new folder beside `path`, whose own folder is created if need be. Dropped, it is removed.
+/// A new temporary folder that is a sibling of `path`. The parent is created if need be; the folder is removed when dropped.
 ///
 /// # Errors
 /// If it cannot be created.
@@ -82,7 +82,7 @@ pub(crate) fn name_folder(mut folder: TempDir, path: &Path) -> Result<()> {
     sync_folder(parent(path))
 }
 
-/// How what is not whole yet is called: `.NAME.*.tmp`.
+/// The names of incomplete files: `.NAME.*.tmp`.
 fn naming(prefix: &OsStr) -> tempfile::Builder<'_, 'static> {
     let mut naming = tempfile::Builder::new();
     naming.prefix(prefix).suffix(".tmp");

@@ -1,8 +1,8 @@
 //! A model: a Hugging Face folder, or a GGUF as the folder it was converted from; its configuration and the tensors of
 //! all its files.
 //!
-//! Which tensor is in which shard comes from the index, as it is written there; the names of
-//! shards are never constructed. Tokenizers and chat templates in the folder are not read here.
+//! The index says which tensor is in which shard; names of shards are never constructed. Tokenizers and chat templates in the
+//! folder are not read here.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -12,7 +12,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::{io, shown};
-use crate::gguf::origin::Origin;
+use crate::gguf::origin::GgufOrigin;
 use crate::gguf::{Gguf, malformed};
 use crate::json::{self, CONFIG_LIMIT, INDEX_LIMIT};
 use crate::{Error, OrderedMap, Result, Safetensors, Tensor};
@@ -22,8 +22,8 @@ pub(crate) const INDEX_NAME: &str = "model.safetensors.index.json";
 /// The only shard of a folder without an index.
 pub(crate) const SINGLE_NAME: &str = "model.safetensors";
 
-/// No GGUF has more, each expert's matrices counted (DeepSeek-V3 has 46 thousand): a small file must not become a large list
-/// of names.
+/// Maximum number of tensors in a GGUF, counting each expert's matrices (DeepSeek-V3 has 46 thousand): a small file must not
+/// become a large list of names.
 const MOST_TENSORS: usize = 1 << 18;
 
 /// An opened model. All files are mapped; opening copies nothing.
@@ -33,15 +33,15 @@ pub struct Folder {
     config: Value,
     generation_config: Option<Value>,
     shards: Vec<Shard>,
-    /// Tensor name to the shard that holds it, and its place there.
+    /// Tensor name to its shard, and its place in the shard.
     place_of: BTreeMap<String, [usize; 2]>,
     unindexed: Vec<Tensor>,
-    /// Of a GGUF: its metadata, and how its tensors become those of the folder it was made from.
-    gguf: Option<(BTreeMap<String, Value>, Origin)>,
+    /// Of a GGUF: its metadata, and the folder that it was converted from.
+    gguf: Option<(BTreeMap<String, Value>, GgufOrigin)>,
     companions: Option<Companions>,
 }
 
-/// Makes the files that would stand beside a GGUF's weights in a folder, as names and contents, from its path and metadata.
+/// Makes a GGUF's companions, the other files that a model folder has, as names and contents, from its path and metadata.
 pub type Companions =
     fn(
         &Path,
@@ -57,17 +57,17 @@ struct Shard {
 
 /// The part of an index that is used. Its `metadata` is free text, and wrong in some models.
 #[derive(Deserialize)]
-struct Index {
+struct ShardIndex {
     weight_map: OrderedMap<String>,
 }
 
 impl Folder {
     /// Opens a folder: reads `config.json`, maps every shard, checks every header and the index. Or a GGUF file, whose
-    /// tensors get the names and the order of rows they had in the folder it was made from.
+    /// tensors get the names and the order of rows of the folder that it was converted from.
     ///
     /// # Errors
     /// If `config.json` or the weights are absent or malformed, or the index and the shards
-    /// disagree; if a GGUF is malformed or of an architecture that is not read.
+    /// disagree; if a GGUF is malformed or of an unsupported architecture.
     pub fn open(path: &Path) -> Result<Self> {
         if path.is_file() {
             return Self::open_gguf(path);
@@ -100,7 +100,7 @@ impl Folder {
 
     fn open_gguf(path: &Path) -> Result<Self> {
         let gguf = Gguf::open(path)?;
-        let origin = Origin::of(path, &gguf)?;
+        let origin = GgufOrigin::of(path, &gguf)?;
         let mut folder = Self {
             path: path.to_owned(),
             config: origin.config.clone(),
@@ -147,7 +147,7 @@ impl Folder {
         &self.path
     }
 
-    /// The file that the configuration stands in, for messages.
+    /// The file with the configuration, for messages.
     pub fn config_path(&self) -> PathBuf {
         match self.gguf {
             Some(_) => self.path.clone(),
@@ -155,19 +155,19 @@ impl Folder {
         }
     }
 
-    /// The metadata of a GGUF: numbers, texts, and lists of them, by their keys there. None of a folder.
+    /// The metadata of a GGUF: numbers, texts, and lists of them, by their keys. None for a folder.
     pub fn metadata(&self) -> Option<&BTreeMap<String, Value>> {
         self.gguf.as_ref().map(|gguf| &gguf.0)
     }
 
-    /// Gives a GGUF the files that would stand beside its weights in a folder: a tokenizer's, which only exports want.
+    /// Sets the function that makes a GGUF's companions: the tokenizer's files, for exports.
     #[must_use]
     pub fn with_companions(mut self, companions: Companions) -> Self {
         self.companions = Some(companions);
         self
     }
 
-    /// Names and contents of what [`Folder::with_companions`] gave.
+    /// Names and contents of a GGUF's companions; none without [`Folder::with_companions`].
     ///
     /// # Errors
     /// If they cannot be made.
@@ -200,7 +200,7 @@ impl Folder {
         self.place_of.contains_key(name)
     }
 
-    /// The tensor of that name, as a slice of its file's map; where a GGUF has its rows in another order, as a copy.
+    /// The tensor of that name, as a slice of its file's map, or as a copy if a GGUF has its rows in another order.
     ///
     /// # Errors
     /// If there is none, or its rows cannot be put in order.
@@ -212,7 +212,7 @@ impl Folder {
         }
     }
 
-    /// The tensor of that name with its rows as the file has them: for its dtype, shape and size.
+    /// The tensor of that name with its rows in the order of the file: for its dtype, shape and size.
     ///
     /// # Errors
     /// If there is none.
@@ -239,8 +239,7 @@ impl Folder {
             .collect()
     }
 
-    /// Tensors that are in a shard and not in the index. They are no part of the model; whoever
-    /// opens it should say so.
+    /// Tensors that are in a shard and not in the index. They are not part of the model; callers should report them.
     pub fn unindexed(&self) -> &[Tensor] {
         &self.unindexed
     }
@@ -264,7 +263,7 @@ impl Folder {
 
     fn open_indexed(&mut self, index_path: &Path) -> Result<()> {
         let text = json::read_object(index_path, INDEX_LIMIT)?;
-        let index: Index = json::parse(index_path, &text)?;
+        let index: ShardIndex = json::parse(index_path, &text)?;
         // A shard's name, and its first tensor for messages.
         let mut shards: BTreeMap<&str, &str> = BTreeMap::new();
         for (tensor, name) in index.weight_map.iter() {
@@ -293,7 +292,7 @@ impl Folder {
         self.find_unindexed()
     }
 
-    /// Looks for tensors in the shards that the index does not name there.
+    /// Finds tensors in the shards that are not in the index.
     fn find_unindexed(&mut self) -> Result<()> {
         for (i, shard) in self.shards.iter().enumerate() {
             for tensor in &shard.tensors {
@@ -322,7 +321,7 @@ impl Shard {
     }
 }
 
-/// Opens the shard of that name beside the index.
+/// Opens the shard of that name in the folder of the index.
 fn open_shard(index_path: &Path, name: &str, tensor: &str) -> Result<Safetensors> {
     if !is_plain_file_name(name) {
         return Err(Error::FileName {

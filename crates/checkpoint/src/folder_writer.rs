@@ -45,7 +45,7 @@ impl FolderWriter {
     /// Starts a folder that will be at `out`. Missing parents are created.
     ///
     /// # Errors
-    /// If `out` is a file or a folder that holds something, or nothing can be written beside it.
+    /// If `out` is a file or a folder that is not empty, or its parent cannot be written to.
     pub fn create(out: &Path) -> Result<Self> {
         let mut output = out.to_owned();
         if let Ok(metadata) = fs::symlink_metadata(out) {
@@ -86,11 +86,10 @@ impl FolderWriter {
         self.temporary.path()
     }
 
-    /// Writes a shard: its header from `tensors`, then the bytes of one tensor after the other.
+    /// Writes a shard: its header from `tensors`, then the bytes of one tensor after another.
     ///
-    /// `produce(i)` gives the bytes of `tensors[i]` and is called once for each, in the order of
-    /// the file: the wider dtypes first, otherwise in the order of `tensors`. An error of the
-    /// caller's own is passed through as [`Error::Produce`].
+    /// `produce(i)` returns the bytes of `tensors[i]` and is called once for each, in the order of the file: the wider dtypes
+    /// first, otherwise in the order of `tensors`. An error of the caller's own is passed through as [`Error::Produce`].
     ///
     /// # Errors
     /// If a name was used before, `produce` fails or returns another number of bytes than its
@@ -101,7 +100,7 @@ impl FolderWriter {
         tensors: &[TensorSpec],
         produce: impl FnMut(usize) -> Result<B>,
     ) -> Result<()> {
-        // transformers refuses a shard that does not say which framework's layout it has.
+        // transformers refuses a shard that does not name the framework of its layout.
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
         for spec in tensors {
             let tensor = spec.name.to_string();

@@ -29,7 +29,7 @@ const LENGTH_BYTES: usize = 8;
 /// The key that holds free text instead of a tensor.
 const METADATA_KEY: &str = "__metadata__";
 
-/// What a header says, checked against the file it stands in.
+/// The content of a header, checked against its file.
 #[derive(Debug)]
 pub(crate) struct Header {
     /// Free text.
@@ -104,7 +104,7 @@ fn split<'a>(file: &Path, bytes: &'a [u8]) -> Result<(&'a [u8], &'a [u8])> {
     Ok(rest.split_at(found as usize))
 }
 
-/// Checks one entry of a header; `expected` is where the tensor before it ends.
+/// Checks one entry of a header; `expected` is the end of the previous tensor.
 fn checked_spec(
     file: &Path,
     name: String,
@@ -224,7 +224,7 @@ fn json(file: &Path, value: &impl Serialize) -> Result<serde_json::Value> {
     })
 }
 
-/// A header as written, unchecked but for its syntax and repeated keys.
+/// A header as written, unchecked except for its syntax and repeated keys.
 struct RawHeader {
     metadata: BTreeMap<String, String>,
     tensors: Vec<(String, RawTensor)>,

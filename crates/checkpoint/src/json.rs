@@ -32,7 +32,7 @@ pub(crate) fn read_object(path: &Path, limit: u64) -> Result<Vec<u8>> {
     }
     let mut text = Vec::new();
     let file = File::open(path).map_err(io("open", path))?;
-    // Bounded again, for the file may grow between the look and the read.
+    // Bounded again, because the file may grow after its length was read.
     file.take(limit + 1)
         .read_to_end(&mut text)
         .map_err(io("read", path))?;
@@ -49,10 +49,10 @@ pub(crate) fn read_object(path: &Path, limit: u64) -> Result<Vec<u8>> {
     Ok(text)
 }
 
-/// Parses what [`read_object`] read.
+/// Parses the text of [`read_object`].
 ///
 /// # Errors
-/// If the text is no JSON, or its values have the wrong type.
+/// If the text is not JSON, or its values have the wrong type.
 pub(crate) fn parse<T: DeserializeOwned>(path: &Path, text: &[u8]) -> Result<T> {
     serde_json::from_slice(text).map_err(|cause| Error::Json {
         path: path.to_owned(),

@@ -2,13 +2,11 @@
 //!
 //! Reading maps a file and hands out its tensors as slices of the map, so opening a model
 //! copies nothing. Writing streams one tensor at a time into a temporary sibling and renames it
-//! when it is complete, so a failure leaves no half-written output. Every file is untrusted: a
-//! malformed one gives an [`Error`] that names the file, the tensor or key, what was expected
-//! and what was found.
+//! when it is complete, so a failure leaves no half-written output. Every file is untrusted: a malformed one is an [`Error`]
+//! with the file, the tensor or key, the expected and the found.
 //!
-//! What the numbers mean is not known here: this crate has no tensors of its own to compute
-//! with, and a tensor's key and shape are handed over as the file has them, those of a GGUF as the
-//! folder had them that it was made from.
+//! The meaning of the numbers is not known here: this crate has no tensors to compute with. A tensor's key and shape are those
+//! of the file; for a GGUF they are those of the folder it was converted from.
 //!
 //! ```no_run
 //! use checkpoint::{Folder, FolderWriter, TensorSpec};
@@ -32,6 +30,8 @@ mod error;
 mod dtype;
 mod tensor;
 
+mod advice;
+mod fnv;
 mod gguf;
 mod header;
 mod map;
@@ -49,18 +49,20 @@ mod adapter;
 mod adapter_config;
 mod ordered_map;
 
-pub use self::adapter::{Adapter, Layout, Notes};
+pub use self::adapter::{Adapter, AdapterFormat, Notes};
 pub use self::adapter_config::{AdapterConfig, TargetModules};
+pub use self::advice::{advise_dontneed, advise_willneed};
 pub use self::cache::resolve;
 pub use self::dtype::DType;
 pub use self::error::{Error, Result};
 pub use self::file::write_file;
+pub use self::fnv::fnv1a;
 pub use self::folder::{Companions, Folder};
 pub use self::folder_writer::FolderWriter;
 pub use self::gguf::Gguf;
-pub use self::gguf::layout::{GgufLayout, GgufTensor, Rows};
+pub use self::gguf::layout::{GgufLayout, GgufTensor, RowOrder};
 pub use self::gguf::writer::{GgufValue, GgufWriter};
-pub use self::map::{advise_dontneed, advise_willneed, read};
+pub use self::map::read;
 pub use self::ordered_map::OrderedMap;
 pub use self::safetensors::{Safetensors, write_safetensors};
 pub use self::tensor::{Tensor, TensorSpec};

@@ -1,4 +1,4 @@
-//! Maps a file into memory. The only unsafe code of this crate.
+//! Maps a file into memory. This file and `advice.rs` have the only unsafe code of this crate.
 //!
 //! The hazard: a mapped file is shared with every other program. If one of them truncates it
 //! while it is mapped, reading past the new end ends this process with a bus error, and if one
@@ -22,21 +22,17 @@ use crate::Result;
 use crate::error::io;
 use crate::file::expect_file;
 
-/// All that is mapped, to tell a file's bytes from others.
+/// All maps, to tell the bytes of a file from others.
 static MAPS: Mutex<Vec<Weak<Mapped>>> = Mutex::new(Vec::new());
 
-/// Bytes that are asked for at once. Linux reads no more of what it is asked for than it reads ahead of a program by itself,
-/// which is this much where nobody has set it.
-const ASKED: usize = 128 << 10;
-
 /// A file and its map.
-struct Mapped {
-    map: Mmap,
+pub(crate) struct Mapped {
+    pub(crate) map: Mmap,
     #[cfg_attr(not(unix), expect(dead_code, reason = "read at places on Unix alone"))]
     file: File,
 }
 
-/// What slices of a map share.
+/// The shared owner of a map's slices.
 struct Owner(Arc<Mapped>);
 
 impl AsRef<[u8]> for Owner {
@@ -48,7 +44,7 @@ impl AsRef<[u8]> for Owner {
 /// Maps a whole file, read-only. Slices of the result share the map, and the last one unmaps it.
 ///
 /// # Errors
-/// If `path` is no regular file, or cannot be opened or mapped.
+/// If `path` is not a regular file, or cannot be opened or mapped.
 pub(crate) fn map(path: &Path) -> Result<Bytes> {
     let metadata = expect_file(path)?;
     if metadata.len() == 0 {
@@ -66,40 +62,10 @@ pub(crate) fn map(path: &Path) -> Result<Bytes> {
     Ok(Bytes::from_owner(Owner(map)))
 }
 
-/// Gives back the memory in which a part of a mapped file waits: who has made a copy of it in another form needs it no
-/// longer. The bytes stay what they are, and are read again from the file when someone asks for them. Does nothing for
-/// bytes that are of no mapped file.
-pub fn advise_dontneed(bytes: &[u8]) {
-    #[cfg(unix)]
-    if let Some((mapped, start)) = map_of(bytes) {
-        // SAFETY: pages of a read-only map of a file are filled from it again.
-        let _ = unsafe {
-            let advice = memmap2::UncheckedAdvice::DontNeed;
-            mapped
-                .map
-                .unchecked_advise_range(advice, start, bytes.len())
-        };
-    }
-}
-
-/// Has a part of a mapped file read from the disk while something else is done. Does nothing for bytes that are of no mapped
-/// file.
-pub fn advise_willneed(bytes: &[u8]) {
-    #[cfg(unix)]
-    if let Some((mapped, start)) = map_of(bytes) {
-        for part in (0..bytes.len()).step_by(ASKED) {
-            let len = ASKED.min(bytes.len() - part);
-            let _ = mapped
-                .map
-                .advise_range(memmap2::Advice::WillNeed, start + part, len);
-        }
-    }
-}
-
 /// Copies a part of a mapped file without mapping its pages, and other bytes as they are.
 ///
 /// # Panics
-/// If there are not as many bytes as there is room.
+/// If `out` has another length.
 pub fn read(bytes: &[u8], out: &mut [u8]) {
     #[cfg(unix)]
     if let Some((mapped, start)) = map_of(bytes) {
@@ -112,9 +78,9 @@ pub fn read(bytes: &[u8], out: &mut [u8]) {
     out.copy_from_slice(bytes);
 }
 
-/// The map that bytes lie in, and where they begin there.
+/// The map that holds these bytes, and their offset in it.
 #[cfg(unix)]
-fn map_of(bytes: &[u8]) -> Option<(Arc<Mapped>, usize)> {
+pub(crate) fn map_of(bytes: &[u8]) -> Option<(Arc<Mapped>, usize)> {
     let maps = MAPS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let start = bytes.as_ptr() as usize;
     maps.iter().filter_map(Weak::upgrade).find_map(|mapped| {
@@ -127,21 +93,6 @@ fn map_of(bytes: &[u8]) -> Option<(Arc<Mapped>, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_was_forgotten_is_read_again() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("bytes");
-        let expected: Vec<u8> = (0..100_000).map(|i| (i % 251) as u8).collect();
-        std::fs::write(&path, &expected).unwrap();
-        let bytes = map(&path).unwrap();
-        assert_eq!(bytes, expected);
-        advise_dontneed(&bytes[10..50_000]);
-        advise_willneed(&bytes[10..50_000]);
-        advise_dontneed(&bytes);
-        advise_dontneed(&expected);
-        assert_eq!(bytes, expected);
-    }
 
     #[test]
     fn a_part_is_read_from_the_map_it_lies_in() {

@@ -1,6 +1,6 @@
-//! The settings of an adapter that mlx-lm saved: `adapter_config.json` beside `adapters.safetensors`.
+//! mlx-lm's `adapter_config.json`.
 //!
-//! Its `scale` is the multiplier of the update itself, where PEFT has `alpha / rank`.
+//! Its `scale` is the multiplier of the update itself; PEFT's is `alpha / rank`.
 //!
 //! Source: ml-explore/mlx-lm: mlx_lm/tuner/utils.py, `load_adapters`.
 
@@ -12,14 +12,14 @@ use crate::json::{CONFIG_LIMIT, parse, read_object};
 use crate::{AdapterConfig, Error, Result, error::shown};
 
 #[derive(Debug, Deserialize)]
-struct Settings {
+struct MlxConfig {
     #[serde(default = "lora")]
     fine_tune_type: String,
-    lora_parameters: Parameters,
+    lora_parameters: MlxLoraParameters,
 }
 
 #[derive(Debug, Deserialize)]
-struct Parameters {
+struct MlxLoraParameters {
     rank: usize,
     scale: f64,
     #[serde(default)]
@@ -30,13 +30,13 @@ fn lora() -> String {
     "lora".to_owned()
 }
 
-/// Reads the file as the settings that PEFT would have for the same update.
+/// Reads the file as PEFT's settings for the same update.
 ///
 /// # Errors
-/// If the file is malformed, a value is out of range, or the folder holds no low-rank update.
+/// If the file is malformed, a value is out of range, or the folder has no low-rank update.
 pub(crate) fn read_config(path: &Path) -> Result<AdapterConfig> {
     let text = read_object(path, CONFIG_LIMIT)?;
-    let settings: Settings = parse(path, &text)?;
+    let settings: MlxConfig = parse(path, &text)?;
     let refuse = |key: &str, expected, found: String| {
         Err(Error::UnsupportedSetting {
             file: path.to_owned(),
@@ -50,7 +50,7 @@ pub(crate) fn read_config(path: &Path) -> Result<AdapterConfig> {
         "dora" => true,
         other => return refuse("fine_tune_type", "\"lora\" or \"dora\"", shown(other)),
     };
-    let Parameters {
+    let MlxLoraParameters {
         rank,
         scale,
         dropout,
@@ -67,7 +67,7 @@ pub(crate) fn read_config(path: &Path) -> Result<AdapterConfig> {
         use_dora,
         ..AdapterConfig::new(rank, scale * rank as f64)
     };
-    // Checks the rest as a file of PEFT's own is checked.
+    // The rest is checked like a file of PEFT's own.
     config.to_json(path)?;
     Ok(config)
 }

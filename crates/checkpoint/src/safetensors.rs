@@ -88,7 +88,7 @@ impl Safetensors {
     }
 }
 
-/// Writes a safetensors file in one step, one tensor after the other, the wider dtypes first so
+/// Writes a safetensors file in one step, one tensor after another, the wider dtypes first so
 /// that every tensor is aligned.
 ///
 /// # Errors
@@ -106,7 +106,7 @@ pub fn write_safetensors(
     })
 }
 
-/// Writes the header, then one tensor after the other.
+/// Writes the header, then one tensor after another.
 ///
 /// # Errors
 /// If the specs make no header, `produce` fails or returns another number of bytes than its

@@ -1,4 +1,4 @@
-//! A named tensor as a file has it: dtype, shape and bytes, without any arithmetic.
+//! A named tensor of a file: dtype, shape and bytes, without any arithmetic.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use crate::{DType, Error, Result};
 pub struct Tensor {
     /// The key in the file.
     pub name: Arc<str>,
-    /// The file it came from, for messages. `(memory)` if it came from none.
+    /// Its file, for messages. `(memory)` if it has none.
     pub file: Arc<Path>,
     /// The type of its elements.
     pub dtype: DType,
@@ -27,7 +27,7 @@ pub struct Tensor {
     pub bytes: Bytes,
 }
 
-/// What a file's header says about a tensor: everything but its bytes.
+/// A tensor in a file's header: everything except its bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
     /// The key in the file.

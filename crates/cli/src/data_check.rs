@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use data::{Corpus, Reading, Repeats, Sample, Survey, Tokenizer, Wanted};
+use data::{Corpus, ReadOptions, Repeats, RowFilter, Sample, Survey, Tokenizer};
 
 use crate::console::{Console, printable};
 use crate::open::{find, open_texts, token_cache};
@@ -111,11 +111,11 @@ fn open_corpus(
 ) -> anyhow::Result<Corpus> {
     let (cache, progress) = (token_cache(), console.progress(0, TOKENIZING));
     let progress = RefCell::new(progress);
-    let reading = Reading {
+    let reading = ReadOptions {
         tokenizer,
         max_length: args.max_length,
         vocab_size,
-        wanted: Wanted::Any,
+        filter: RowFilter::Any,
         cache: cache.as_deref(),
         progress: &|done, total| progress.borrow_mut().update_of(done / 1000, total / 1000),
     };

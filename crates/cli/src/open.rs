@@ -258,7 +258,8 @@ pub(crate) fn open_folder(model: &str) -> anyhow::Result<(Folder, String)> {
     } else {
         model.to_owned()
     };
-    Ok((train::open_folder(&path)?, name))
+    let folder = Folder::open(&path)?.with_companions(data::companions);
+    Ok((folder, name))
 }
 
 /// The folder or GGUF file of a model: a path, or `org/name` in the local Hugging Face cache.
@@ -281,14 +282,14 @@ pub(crate) fn is_gguf(path: &Path) -> bool {
 
 /// The tokenizer of a model, if it has one.
 pub(crate) fn open_tokenizer(folder: &Folder) -> anyhow::Result<Option<Tokenizer>> {
-    let files = train::tokenizer_of(folder)?;
+    let files = TokenizerFiles::of_model(folder.path(), folder.metadata())?;
     Ok(files.as_ref().map(Tokenizer::new).transpose()?)
 }
 
 /// The tokenizer and the architecture of a model, or of a folder that may have no weights yet: each if it is there.
 pub(crate) fn open_texts(path: &Path) -> anyhow::Result<(Option<Tokenizer>, Option<ModelConfig>)> {
     if path.is_file() {
-        let folder = train::open_folder(path)?;
+        let folder = Folder::open(path)?.with_companions(data::companions);
         let config = weights::read_config(&folder)?;
         return Ok((open_tokenizer(&folder)?, Some(config)));
     }

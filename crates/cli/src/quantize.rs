@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use ::eval::Divergence;
 use anyhow::{Context, anyhow, bail};
 use checkpoint::{Folder, GgufValue};
-use data::Sample;
+use data::{Sample, TokenizerFiles};
 use model::Compute;
 use model::export::WeightFormat;
 use model::export::gguf::write_gguf;
@@ -172,7 +172,10 @@ fn tokenizer_keys(
     pre: Option<&str>,
     console: &Console,
 ) -> anyhow::Result<Vec<(String, GgufValue)>> {
-    let keys: Vec<(String, Value)> = match (model.metadata(), train::tokenizer_of(model)?) {
+    let keys: Vec<(String, Value)> = match (
+        model.metadata(),
+        TokenizerFiles::of_model(model.path(), model.metadata())?,
+    ) {
         (Some(metadata), _) if pre.is_none() => {
             let keys = metadata
                 .iter()

@@ -265,13 +265,13 @@ fn plots(log: &Log) -> Vec<Plot> {
     let plots = [
         plot("Loss", "nats", Axes::Tight, loss),
         plot(
-            "What answers earn",
+            "Rewards of answers",
             "nats",
             Axes::Tight,
             log.lines(&rewards),
         ),
         plot(
-            "Share of pairs whose chosen answer earns more",
+            "Share of pairs in which the chosen answer has the larger reward",
             "",
             Axes::FromZero,
             log.lines(&accuracies),
@@ -310,7 +310,7 @@ fn expert_plots(log: &Log) -> [Plot; 3] {
             log.layers("experts", "dead"),
         ),
         plot(
-            "Share of expert picks that are not the base's",
+            "Share of routing choices that changed from the base",
             "",
             Axes::FromZero,
             log.layers("routing_drift", "drift"),

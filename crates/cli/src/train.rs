@@ -10,10 +10,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use burn::tensor::Device;
 use data::Corpus;
 use model::Compute;
 use model::lora::Adapted;
-use train::{Recipe, RunDir, Session, Surroundings};
+use train::{Recipe, RunDir, Session, SessionOptions};
 
 use self::signals::Signals;
 use self::watcher::Watcher;
@@ -91,7 +92,8 @@ pub(crate) const TOKENIZING: &str = "tokenizing (kB)";
 /// Opens what a recipe names, with progress while rows are tokenized.
 pub(crate) fn open_session(recipe: Recipe, console: &Console) -> anyhow::Result<Session> {
     let (progress, cache) = (RefCell::new(None), token_cache());
-    let surroundings = Surroundings {
+    let options = SessionOptions {
+        device: &Device::flex(),
         resolve: &|model| find(model).map_err(|error| train::Error::Resolve(format!("{error:#}"))),
         token_cache: cache.as_deref(),
         tokenizing: &|done, total| {
@@ -101,7 +103,7 @@ pub(crate) fn open_session(recipe: Recipe, console: &Console) -> anyhow::Result<
                 .update_of(done / 1000, total / 1000);
         },
     };
-    let session = Session::open_in(recipe, surroundings)?;
+    let session = Session::open_with(recipe, options)?;
     if let Some(progress) = progress.into_inner() {
         progress.finish();
     }

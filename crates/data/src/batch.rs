@@ -1,11 +1,11 @@
-//! Samples side by side, in the shape a model takes.
+//! Batches: rows of samples in the shape that a model takes.
 
 use crate::sample::Sample;
 
-/// What a target position holds when nothing is to be predicted there: PyTorch's `ignore_index`.
+/// The target of a position without a prediction: PyTorch's `ignore_index`.
 pub const IGNORE: i32 = -100;
 
-/// A rectangle of tokens and the targets they are to predict.
+/// A rectangle of tokens and their targets.
 ///
 /// # Shapes
 /// `input_ids` and `targets` are `[rows, cols]`, row-major; `cols` is the longest row's length.
@@ -13,41 +13,39 @@ pub const IGNORE: i32 = -100;
 pub struct Batch {
     /// Tokens, padded on the right.
     pub input_ids: Vec<i32>,
-    /// The token after the one in the same place of `input_ids` if it is trained, else [`IGNORE`].
-    /// So the last of a sample is always [`IGNORE`].
+    /// The next token if it is trained, else [`IGNORE`]. So the last of a sample is always [`IGNORE`].
     pub targets: Vec<i32>,
-    /// How many rows.
+    /// Number of rows.
     pub rows: usize,
-    /// Length of the longest.
+    /// Length of the longest row.
     pub cols: usize,
     /// Length of each row without its padding, `[rows]`.
     pub lengths: Vec<usize>,
-    /// Where the samples of each row begin: only 0 where rows are not packed.
+    /// The beginning of each sample in each row: only 0 if rows are not packed.
     pub starts: Vec<Vec<usize>>,
-    /// How many targets there are. Zero is possible: check before dividing by it.
+    /// Number of targets. Zero is possible: check before dividing by it.
     pub trained_tokens: usize,
-    /// UTF-8 bytes of text that the targets stand for.
+    /// UTF-8 bytes of the targets' text.
     pub trained_bytes: usize,
 }
 
 impl Batch {
-    /// Whether any row holds several samples.
+    /// Whether any row has several samples.
     pub fn is_packed(&self) -> bool {
         self.starts.iter().any(|starts| starts.len() > 1)
     }
 }
 
-/// Puts samples side by side, each a row.
+/// A batch with a row for each sample.
 ///
 /// # Panics
-/// If a token id is beyond `i32`, or a sample has not one mark per token. Samples that this crate
-/// reads are checked.
+/// If a token id is beyond `i32`, or a sample does not have one mark per token. Samples that this crate reads are checked.
 pub fn collate(samples: &[&Sample], pad_id: u32) -> Batch {
     let rows: Vec<&[&Sample]> = samples.iter().map(std::slice::from_ref).collect();
     collate_rows(&rows, pad_id)
 }
 
-/// Puts rows of samples side by side. The samples of a row follow each other; none may see another.
+/// A batch of rows of several samples each. No sample may see another.
 ///
 /// # Panics
 /// As [`collate`].

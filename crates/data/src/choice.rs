@@ -1,7 +1,7 @@
-//! Multiple-choice questions: a prompt, several continuations, one of them right.
+//! Multiple-choice questions: a prompt and several continuations, one of them right.
 
 use crate::error::{Error, Result};
-use crate::file::{Line, Lines, describe, parse_line};
+use crate::file::{JsonLine, JsonLines, describe, parse_line};
 use crate::row::{continuation, messages, render_prompt};
 use crate::sample::Sample;
 use crate::tokenizer::{Bos, Tokenizer};
@@ -15,21 +15,21 @@ use std::path::Path;
 pub struct ChoiceRow {
     /// A string, continued as it is; or a list of messages, rendered with the chat template.
     pub prompt: Value,
-    /// What may follow, spaces included.
+    /// The continuations, spaces included.
     pub choices: Vec<String>,
-    /// The right one, counted from 0.
+    /// The right choice, counted from 0.
     pub answer: usize,
 }
 
 /// A question in tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Choice {
-    /// For each choice, the prompt (not trained) and the choice (trained), without EOS. Too long
-    /// ones lose the beginning of their prompt, and say so in `truncated`.
+    /// For each choice, the prompt (not trained) and the choice (trained), without EOS. Samples that are too long lose the
+    /// beginning of their prompt, which sets `truncated`.
     pub samples: Vec<Sample>,
     /// UTF-8 bytes of each choice.
     pub choice_bytes: Vec<usize>,
-    /// The right one, counted from 0.
+    /// The right choice, counted from 0.
     pub answer: usize,
 }
 
@@ -37,19 +37,18 @@ pub struct Choice {
 ///
 /// # Errors
 /// If the file cannot be read, `max_length` is less than 2, or a row is malformed: fewer than two
-/// choices, an empty one, one that is too long, an answer that is none of them, or messages without
-/// a chat template.
+/// choices, an empty choice, a choice that is too long, an answer out of range, or messages without a chat template.
 pub fn choices(path: &Path, tokenizer: &Tokenizer, max_length: usize) -> Result<Vec<Choice>> {
     if max_length < 2 {
         return Err(Error::MaxLength(max_length));
     }
-    let read = |line: Result<Line>| {
-        let Line { number, text, .. } = line?;
+    let read = |line: Result<JsonLine>| {
+        let JsonLine { number, text, .. } = line?;
         let row = parse_line(&text).and_then(ChoiceRow::parse);
         row.and_then(|row| row.tokenize(tokenizer, max_length))
             .map_err(|problem| problem.at(path, number))
     };
-    Lines::open(path)?.map(read).collect()
+    JsonLines::open(path)?.map(read).collect()
 }
 
 impl ChoiceRow {
@@ -103,7 +102,7 @@ impl ChoiceRow {
                     max_length,
                 });
             }
-            Ok(marked.keep_end(max_length, tokenizer.bos_id()))
+            Ok(marked.last(max_length, tokenizer.bos_id()))
         };
         Ok(Choice {
             samples: self

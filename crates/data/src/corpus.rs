@@ -1,16 +1,15 @@
-//! The samples of one or more files, read from the disk when they are asked for.
+//! The samples of one or more files, read from the disk on demand.
 //!
-//! What is in memory is where each sample lies and how long it is, not its tokens: a data set may be
-//! larger than memory. Every row is read and tokenized once at the start, so that a broken one is
-//! found before training, and the tokens go into the [cache](crate::token_cache). Without a cache
-//! folder, a row is tokenized again whenever one of its samples is asked for.
+//! Memory holds the place and the length of each sample, not its tokens: a data set may be larger than memory. Every row is
+//! read and tokenized once at the start, so that a broken one is found before training, and the tokens go into the
+//! [cache](crate::token_cache). Without a cache folder, a row is tokenized again for each of its samples that is read.
 
+use crate::entry::{Counts, SampleEntry};
 use crate::error::{Error, Result};
 use crate::file::line_at;
-use crate::reader::{Reader, RowSamples, Wanted, note_ignored};
+use crate::reader::{RowFilter, RowReader, RowSamples, note_ignored};
 use crate::sample::Sample;
-use crate::split::Counts;
-use crate::token_cache::{CacheWriter, Key, TokenCache};
+use crate::token_cache::{CacheKey, CacheWriter, TokenCache};
 use crate::tokenizer::Tokenizer;
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -19,24 +18,24 @@ use std::sync::{Mutex, PoisonError};
 
 /// How files are read.
 #[derive(Clone, Copy)]
-pub struct Reading<'a> {
-    /// May be none if all rows are `input_ids`.
+pub struct ReadOptions<'a> {
+    /// May be `None` if all rows are `input_ids`.
     pub tokenizer: Option<&'a Tokenizer>,
     /// The longest sample, in tokens.
     pub max_length: usize,
-    /// The model's.
+    /// The model's vocabulary size.
     pub vocab_size: usize,
-    /// Which rows there may be.
-    pub wanted: Wanted,
+    /// The accepted rows.
+    pub filter: RowFilter,
     /// The folder of the token cache.
     pub cache: Option<&'a Path>,
-    /// Told how many bytes are tokenized, and how many there are; not if they are in the cache.
+    /// Receives how many bytes are tokenized, and how many there are. Not called for cached files.
     pub progress: &'a dyn Fn(u64, u64),
 }
 
-impl std::fmt::Debug for Reading<'_> {
+impl std::fmt::Debug for ReadOptions<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Reading")
+        f.debug_struct("ReadOptions")
             .field("max_length", &self.max_length)
             .field("vocab_size", &self.vocab_size)
             .field("cache", &self.cache)
@@ -47,44 +46,29 @@ impl std::fmt::Debug for Reading<'_> {
 /// The samples of files, one file after the other.
 #[derive(Debug)]
 pub struct Corpus {
-    files: Vec<Part>,
-    /// What was read, and what was lost.
+    files: Vec<CorpusFile>,
+    /// Counts over all files.
     pub counts: Counts,
-    /// Names of keys that rows have and nothing reads.
+    /// Names of unread keys of rows.
     pub ignored_keys: BTreeSet<String>,
-    /// Why tokens are not kept in the cache folder, if there is one and they are not.
+    /// Why tokens are not in the cache folder, if there is one and they are not.
     pub cache_problem: Option<String>,
 }
 
 /// One file.
 #[derive(Debug)]
-struct Part {
+struct CorpusFile {
     path: PathBuf,
-    entries: Vec<Entry>,
+    entries: Vec<SampleEntry>,
     counts: Counts,
     ignored_keys: BTreeSet<String>,
-    key: Key,
-    source: Source,
+    key: CacheKey,
+    source: TokenSource,
 }
 
-/// Where a sample lies, and what is known without reading it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
-    /// Of its tokens in the cache, or else of its row in the file.
-    pub(crate) offset: u64,
-    /// Of its tokens and marks.
-    pub(crate) fingerprint: u64,
-    pub(crate) tokens: u32,
-    pub(crate) trained_tokens: u32,
-    pub(crate) trained_bytes: u32,
-    /// Which of its row's samples it is.
-    pub(crate) piece: u32,
-    pub(crate) truncated: bool,
-}
-
-/// Where tokens come from.
+/// The source of tokens.
 #[derive(Debug)]
-enum Source {
+enum TokenSource {
     Cache(TokenCache),
     Rows {
         file: Mutex<File>,
@@ -95,12 +79,12 @@ enum Source {
 }
 
 impl Corpus {
-    /// Reads files as [`Split::open`](crate::Split::open) does, and remembers where the samples are.
+    /// Reads files as [`Split::open`](crate::Split::open) does, and remembers the places of the samples.
     ///
     /// # Errors
-    /// As [`Split::open`](crate::Split::open); a single file may train nothing, all together must
-    /// not. A cache that cannot be written is no error but noted in `cache_problem`.
-    pub fn open(paths: &[PathBuf], reading: Reading<'_>) -> Result<Self> {
+    /// As [`Split::open`](crate::Split::open), except that a single file may have no trained token if another has one. A cache
+    /// that cannot be written is not an error; the reason is in `cache_problem`.
+    pub fn open(paths: &[PathBuf], options: ReadOptions<'_>) -> Result<Self> {
         let size = |path: &PathBuf| path.metadata().map_or(0, |data| data.len());
         let total = paths.iter().map(size).sum();
         let mut corpus = Self {
@@ -111,15 +95,15 @@ impl Corpus {
         };
         let mut before = 0;
         for path in paths {
-            let tell = |bytes| (reading.progress)(before + bytes, total);
-            let (part, problem) = Part::open(path, reading, &tell)?;
-            corpus.counts.add(part.counts);
+            let tell = |bytes| (options.progress)(before + bytes, total);
+            let (file, problem) = CorpusFile::open(path, options, &tell)?;
+            corpus.counts.add(file.counts);
             note_ignored(
                 &mut corpus.ignored_keys,
-                part.ignored_keys.iter().cloned().collect(),
+                file.ignored_keys.iter().cloned().collect(),
             );
             corpus.cache_problem = corpus.cache_problem.or(problem);
-            corpus.files.push(part);
+            corpus.files.push(file);
             before += size(path);
         }
         if let (0, Some(path)) = (corpus.counts.trained_tokens, paths.first()) {
@@ -131,9 +115,9 @@ impl Corpus {
         Ok(corpus)
     }
 
-    /// How many samples there are.
+    /// Number of samples.
     pub fn len(&self) -> usize {
-        self.files.iter().map(|part| part.entries.len()).sum()
+        self.files.iter().map(|file| file.entries.len()).sum()
     }
 
     /// Whether there are none.
@@ -141,9 +125,9 @@ impl Corpus {
         self.len() == 0
     }
 
-    /// How many samples each file has.
-    pub fn parts(&self) -> Vec<usize> {
-        self.files.iter().map(|part| part.entries.len()).collect()
+    /// Number of samples in each file.
+    pub fn samples_per_file(&self) -> Vec<usize> {
+        self.files.iter().map(|file| file.entries.len()).collect()
     }
 
     /// The lengths of all samples, in tokens.
@@ -151,52 +135,50 @@ impl Corpus {
         self.entries().map(|entry| entry.tokens).collect()
     }
 
-    /// A number for every sample that is the same for samples of the same tokens and marks, and, but
-    /// for one chance in 2⁶⁴, for no others.
+    /// A hash of the tokens and marks of every sample. It differs for different samples, except with a chance of 2⁻⁶⁴.
     pub fn fingerprints(&self) -> impl Iterator<Item = u64> {
         self.entries().map(|entry| entry.fingerprint)
     }
 
-    /// A text that differs between data that differ: in rows, tokenizer, template or length.
+    /// A text that identifies the data: rows, tokenizer, template and maximum length.
     pub fn identity(&self) -> String {
-        Key::of_all(self.files.iter().map(|part| part.key)).to_string()
+        CacheKey::of_all(self.files.iter().map(|file| file.key)).to_string()
     }
 
     /// A sample, counted from 0 over all files.
     ///
     /// # Errors
-    /// If the file or the cache cannot be read any more, or was changed since it was opened.
+    /// If the file or the cache can no longer be read, or was changed since it was opened.
     ///
     /// # Panics
-    /// If there are not so many.
+    /// If `index` is out of range.
     pub fn sample(&self, index: usize) -> Result<Sample> {
         let mut index = index;
-        for part in &self.files {
-            match part.entries.get(index) {
-                Some(entry) => return part.sample(entry),
-                None => index -= part.entries.len(),
+        for file in &self.files {
+            match file.entries.get(index) {
+                Some(entry) => return file.sample(entry),
+                None => index -= file.entries.len(),
             }
         }
         panic!("{} samples more than there are", index + 1);
     }
 
-    fn entries(&self) -> impl Iterator<Item = &Entry> {
-        self.files.iter().flat_map(|part| &part.entries)
+    fn entries(&self) -> impl Iterator<Item = &SampleEntry> {
+        self.files.iter().flat_map(|file| &file.entries)
     }
 }
 
-impl Part {
-    /// Opens a file by its tokens in the cache, or reads it and puts them there; also says why that
-    /// did not work.
+impl CorpusFile {
+    /// Opens a file by its tokens in the cache, or reads it and puts them there. The second result says why that failed.
     fn open(
         path: &Path,
-        reading: Reading<'_>,
+        options: ReadOptions<'_>,
         tell: &dyn Fn(u64),
     ) -> Result<(Self, Option<String>)> {
-        let (max_length, vocab_size) = (reading.max_length, reading.vocab_size);
-        let reader = Reader::new(reading.tokenizer, max_length, vocab_size, reading.wanted)?;
-        let key = Key::of(path, &reader)?;
-        let cached = reading.cache.map(|folder| folder.join(key.file_name()));
+        let (max_length, vocab_size) = (options.max_length, options.vocab_size);
+        let reader = RowReader::new(options.tokenizer, max_length, vocab_size, options.filter)?;
+        let key = CacheKey::of(path, &reader)?;
+        let cached = options.cache.map(|folder| folder.join(key.file_name()));
         if let Some(cache) = cached
             .as_deref()
             .and_then(|file| TokenCache::open(file, key))
@@ -204,7 +186,7 @@ impl Part {
             return Ok((Self::cached(path, key, cache), None));
         }
 
-        let mut index = Index::default();
+        let mut index = FileIndex::default();
         let mut writer = cached.as_deref().map(CacheWriter::create);
         reader.read(path, |row| {
             index.add(&row);
@@ -230,13 +212,13 @@ impl Part {
             path: path.to_owned(),
             problem,
         })?;
-        let source = Source::Rows {
+        let source = TokenSource::Rows {
             file: Mutex::new(file),
-            tokenizer: reading.tokenizer.cloned().map(Box::new),
+            tokenizer: options.tokenizer.cloned().map(Box::new),
             max_length,
             vocab_size,
         };
-        let part = Self {
+        let opened = Self {
             path: path.to_owned(),
             entries: index.entries,
             counts: index.counts,
@@ -244,24 +226,24 @@ impl Part {
             key,
             source,
         };
-        Ok((part, problem))
+        Ok((opened, problem))
     }
 
-    fn cached(path: &Path, key: Key, mut cache: TokenCache) -> Self {
+    fn cached(path: &Path, key: CacheKey, mut cache: TokenCache) -> Self {
         Self {
             path: path.to_owned(),
             entries: std::mem::take(&mut cache.entries),
             counts: cache.counts,
             ignored_keys: std::mem::take(&mut cache.ignored_keys),
             key,
-            source: Source::Cache(cache),
+            source: TokenSource::Cache(cache),
         }
     }
 
-    fn sample(&self, entry: &Entry) -> Result<Sample> {
+    fn sample(&self, entry: &SampleEntry) -> Result<Sample> {
         match &self.source {
-            Source::Cache(cache) => cache.sample(entry),
-            Source::Rows {
+            TokenSource::Cache(cache) => cache.sample(entry),
+            TokenSource::Rows {
                 file,
                 tokenizer,
                 max_length,
@@ -273,8 +255,12 @@ impl Part {
                 let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
                 let line = line_at(&mut file, &self.path, entry.offset)?;
                 drop(file);
-                let reader =
-                    Reader::new(tokenizer.as_deref(), *max_length, *vocab_size, Wanted::Any)?;
+                let reader = RowReader::new(
+                    tokenizer.as_deref(),
+                    *max_length,
+                    *vocab_size,
+                    RowFilter::Any,
+                )?;
                 let (samples, _) = reader.row(&line).map_err(|_| changed())?;
                 let sample = samples.into_iter().nth(entry.piece as usize);
                 let same = |sample: &Sample| sample.fingerprint() == entry.fingerprint;
@@ -284,39 +270,24 @@ impl Part {
     }
 }
 
-/// What is noted of a file while it is read.
+/// The index of a file that is being read.
 #[derive(Default)]
-struct Index {
-    entries: Vec<Entry>,
+struct FileIndex {
+    entries: Vec<SampleEntry>,
     counts: Counts,
     ignored_keys: BTreeSet<String>,
 }
 
-impl Index {
+impl FileIndex {
     fn add(&mut self, row: &RowSamples) {
         self.counts.add_row(&row.samples);
         note_ignored(&mut self.ignored_keys, row.ignored.clone());
         let entries = row.samples.iter().zip(0..);
-        let entry = |(sample, piece)| Entry {
+        let entry = |(sample, piece)| SampleEntry {
             piece,
-            ..sample_entry(sample, row.offset)
+            ..SampleEntry::of(sample, row.offset)
         };
         self.entries.extend(entries.map(entry));
-    }
-}
-
-/// What is known of a sample that lies at `offset`.
-pub(crate) fn sample_entry(sample: &Sample, offset: u64) -> Entry {
-    // A row has at most 2²⁴ bytes.
-    let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-    Entry {
-        offset,
-        fingerprint: sample.fingerprint(),
-        tokens: number(sample.ids.len()),
-        trained_tokens: number(sample.trained_tokens()),
-        trained_bytes: number(sample.trained_bytes),
-        piece: 0,
-        truncated: sample.truncated,
     }
 }
 
@@ -332,15 +303,15 @@ mod tests {
 
     fn open(paths: &[PathBuf], cache: Option<&Path>, tokenized: &dyn Fn(u64, u64)) -> Corpus {
         let tokenizer = tokenizer(None, true);
-        let reading = Reading {
+        let options = ReadOptions {
             tokenizer: Some(&tokenizer),
             max_length: 4,
             vocab_size: 288,
-            wanted: Wanted::Samples,
+            filter: RowFilter::Samples,
             cache,
             progress: tokenized,
         };
-        Corpus::open(paths, reading).unwrap()
+        Corpus::open(paths, options).unwrap()
     }
 
     fn samples(corpus: &Corpus) -> Vec<Sample> {
@@ -368,7 +339,7 @@ mod tests {
             assert_eq!(corpus.cache_problem, None);
         }
         let two = open(&[path.clone(), path], Some(&cache), &|_, _| {});
-        assert_eq!((two.len(), two.parts()), (10, vec![5, 5]));
+        assert_eq!((two.len(), two.samples_per_file()), (10, vec![5, 5]));
         assert_eq!(two.sample(7).unwrap(), split.samples[2]);
         assert_eq!(two.counts.rows, 6);
     }

@@ -1,15 +1,14 @@
 //! The one error type of this crate.
 //!
-//! Every message is one sentence that names the file (and the line or row, where there is one),
-//! what was expected and what was found. Errors that happen inside a row know nothing of files;
-//! the reader of the file wraps them in [`Error::Row`].
+//! Every message is one sentence with the file (and the line or row, if there is one), the expected and the found. Errors
+//! inside a row know nothing of files; the reader of the file wraps them in [`Error::Row`].
 
 use std::path::{Path, PathBuf};
 
 /// A result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What can go wrong between a data file and a batch.
+/// An error between a data file and a batch.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system refused.
@@ -17,61 +16,61 @@ pub enum Error {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The operating system's error.
         problem: std::io::Error,
     },
 
-    /// A file is larger than anything legitimate.
+    /// A file is larger than any real one.
     #[error("{}: expected at most {limit_bytes} bytes, found more", path.display())]
     TooLarge {
         /// The file.
         path: PathBuf,
-        /// The largest size that is read.
+        /// Maximum size.
         limit_bytes: u64,
     },
 
-    /// A whole file (tokenizer, configuration, template, ids) is not what it should be.
+    /// A whole file (tokenizer, configuration, template, ids) is malformed.
     #[error("{}: {problem}", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What was expected and what was found.
+        /// The expected and the found.
         problem: String,
     },
 
-    /// A line of a JSON-lines file is not what it should be.
+    /// A line of a JSON-lines file is malformed.
     #[error("{}:{line}: {problem}", path.display())]
     Row {
         /// The file.
         path: PathBuf,
         /// The line, counted from 1.
         line: usize,
-        /// What is wrong with it.
+        /// The problem.
         problem: Box<Self>,
     },
 
     /// A value has the wrong shape.
     #[error("expected {expected}, found {found}")]
     Schema {
-        /// What is accepted.
+        /// The accepted values.
         expected: String,
-        /// What is there.
+        /// The value.
         found: String,
     },
 
-    /// A row holds text, but only token ids can be read without a tokenizer.
+    /// A row has text, but without a tokenizer only token ids can be read.
     #[error("expected a row of `input_ids` because no tokenizer is given, found text")]
     NoTokenizer,
 
-    /// A row holds messages, but the model has no template to render them with.
-    #[error("the row holds messages, but the model folder has no chat template")]
+    /// A row has messages, but the model has no chat template.
+    #[error("the row has messages, but the model has no chat template")]
     NoChatTemplate,
 
-    /// The chat template refused the messages, or is itself broken.
+    /// The chat template refused the messages, or is malformed.
     #[error("chat template: {0}")]
     Template(String),
 
-    /// What one assistant turn renders to cannot be told from the rest of the conversation.
+    /// The text of an assistant turn cannot be told from the rest of the conversation.
     #[error("chat template: cannot tell which text is that of assistant message {index}")]
     Turn {
         /// The message, counted from 0.
@@ -82,16 +81,16 @@ pub enum Error {
     #[error("tokenizer: {0}")]
     Tokenize(String),
 
-    /// A token the model has no embedding for.
+    /// A token without an embedding in the model.
     #[error("expected token ids below the vocabulary size {vocab_size}, found {id}")]
     Vocabulary {
         /// The token id.
         id: u32,
-        /// One more than the largest id the model has.
+        /// One more than the largest id of the model.
         vocab_size: usize,
     },
 
-    /// Sequences so short hold nothing to predict.
+    /// Sequences of one token have nothing to predict.
     #[error("expected a maximum length of at least 2 tokens, found {0}")]
     MaxLength(usize),
 
@@ -106,15 +105,15 @@ pub enum Error {
         max_length: usize,
     },
 
-    /// A file is no longer what was read first.
+    /// A file was changed after it was opened.
     #[error("{}: was changed while it was in use; start again", path.display())]
     Changed {
         /// The file.
         path: PathBuf,
     },
 
-    /// Tokens in the cache are not those that were put there.
-    #[error("{}: this file of the token cache is damaged; delete it, and it is made again", path.display())]
+    /// Tokens in the cache are not those that were written.
+    #[error("{}: this file of the token cache is damaged; delete it, and it will be made again", path.display())]
     TokenCache {
         /// The file.
         path: PathBuf,
@@ -125,7 +124,7 @@ pub enum Error {
     NothingTrained {
         /// The file.
         path: PathBuf,
-        /// How many rows it has.
+        /// Number of its rows.
         rows: usize,
     },
 }
@@ -145,7 +144,7 @@ impl Error {
         }
     }
 
-    /// Says on which line of which file this happened.
+    /// The error with its file and line.
     pub(crate) fn at(self, path: &Path, line: usize) -> Self {
         Self::Row {
             path: path.to_path_buf(),

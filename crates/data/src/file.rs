@@ -1,7 +1,6 @@
 //! Bounded reading: whole files, lines, and the JSON in them.
 //!
-//! Nothing here believes a file: sizes are bounded before memory is taken, and text is checked
-//! to be UTF-8.
+//! Files are untrusted: sizes are bounded before memory is allocated, and text must be UTF-8.
 
 use crate::error::{Error, Result};
 use serde_json::Value;
@@ -9,7 +8,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
-/// The longest line of a JSON-lines file. A row is one document; the longest known are books.
+/// Maximum length of a line of a JSON-lines file. A row is one document; the longest known are books.
 const MAX_LINE_BYTES: u64 = 16 << 20;
 
 /// Reads a text file of at most `limit_bytes`; `None` if there is no such file.
@@ -38,7 +37,7 @@ pub(crate) fn read_text(path: &Path, limit_bytes: u64) -> Result<Option<String>>
     Ok(Some(text))
 }
 
-/// [`read_text`] for a file that must be there.
+/// [`read_text`] for a file that must exist.
 pub(crate) fn require_text(path: &Path, limit_bytes: u64) -> Result<String> {
     read_text(path, limit_bytes)?.ok_or_else(|| Error::Read {
         path: path.to_path_buf(),
@@ -48,26 +47,26 @@ pub(crate) fn require_text(path: &Path, limit_bytes: u64) -> Result<String> {
 
 /// A line of a JSON-lines file that is not blank.
 #[derive(Debug)]
-pub(crate) struct Line {
+pub(crate) struct JsonLine {
     /// Counted from 1.
     pub(crate) number: usize,
-    /// Where it begins in the file.
+    /// The offset of its beginning.
     pub(crate) offset: u64,
-    /// Where the next one begins.
+    /// The offset of the next line.
     pub(crate) end: u64,
     /// Without white space around it.
     pub(crate) text: String,
 }
 
 /// The lines of a JSON-lines file. Blank lines are skipped, and so is a byte-order mark.
-pub(crate) struct Lines<'a> {
+pub(crate) struct JsonLines<'a> {
     path: &'a Path,
     reader: BufReader<File>,
     number: usize,
     offset: u64,
 }
 
-impl<'a> Lines<'a> {
+impl<'a> JsonLines<'a> {
     pub(crate) fn open(path: &'a Path) -> Result<Self> {
         let file = File::open(path).map_err(|problem| Error::Read {
             path: path.to_path_buf(),
@@ -81,7 +80,7 @@ impl<'a> Lines<'a> {
         })
     }
 
-    fn read(&mut self) -> Result<Option<Line>> {
+    fn read(&mut self) -> Result<Option<JsonLine>> {
         loop {
             let (number, offset) = (self.number + 1, self.offset);
             let bytes = bounded_line(&mut self.reader, self.path, Some(number))?;
@@ -93,7 +92,7 @@ impl<'a> Lines<'a> {
             let text =
                 text_of(bytes, offset).map_err(|problem: Error| problem.at(self.path, number))?;
             if !text.is_empty() {
-                return Ok(Some(Line {
+                return Ok(Some(JsonLine {
                     number,
                     offset,
                     end: self.offset,
@@ -104,8 +103,8 @@ impl<'a> Lines<'a> {
     }
 }
 
-impl Iterator for Lines<'_> {
-    type Item = Result<Line>;
+impl Iterator for JsonLines<'_> {
+    type Item = Result<JsonLine>;
 
     fn next(&mut self) -> Option<Self::Item> {
         self.read().transpose()
@@ -152,7 +151,7 @@ fn text_of(bytes: Vec<u8>, offset: u64) -> Result<String> {
     Ok(text.trim().to_owned())
 }
 
-/// Parses one line. serde_json's own "line 1" is dropped: the caller knows the real number.
+/// Parses one line, without serde_json's own "line 1": the caller knows the real number.
 pub(crate) fn parse_line(line: &str) -> Result<Value> {
     serde_json::from_str(line).map_err(|problem| {
         let place = format!(" at line {} column {}", problem.line(), problem.column());
@@ -165,7 +164,7 @@ pub(crate) fn parse_line(line: &str) -> Result<Value> {
     })
 }
 
-/// What a value is, for the "found" half of a message.
+/// The kind of a value, for the "found" half of a message.
 pub(crate) fn describe(value: &Value) -> String {
     match value {
         Value::Null => "null".to_owned(),
@@ -185,8 +184,8 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), bytes).unwrap();
         let name = file.path().display().to_string();
-        let lines = Lines::open(file.path()).unwrap();
-        let line = |line: Result<Line>| line.map(|line| (line.number, line.text));
+        let lines = JsonLines::open(file.path()).unwrap();
+        let line = |line: Result<JsonLine>| line.map(|line| (line.number, line.text));
         let found: Result<_> = lines.map(line).collect();
         found.map_err(|error| error.to_string().replace(&name, "FILE"))
     }
@@ -203,7 +202,7 @@ mod tests {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "\u{feff}é\r\n\n  bc \nlast").unwrap();
         let path = file.path().to_path_buf();
-        for line in Lines::open(&path).unwrap() {
+        for line in JsonLines::open(&path).unwrap() {
             let line = line.unwrap();
             assert_eq!(
                 line_at(file.as_file_mut(), &path, line.offset).unwrap(),
@@ -219,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn an_endless_line_is_refused_before_it_is_held() {
+    fn an_endless_line_is_refused_before_it_fills_memory() {
         let found = lines(&vec![b'x'; MAX_LINE_BYTES as usize + 1]).unwrap_err();
         assert_eq!(
             found,

@@ -1,4 +1,4 @@
-//! The token ids that a user hands to the program: `{"input_ids": [[…], …]}`.
+//! A file of token ids: `{"input_ids": [[…], …]}`.
 
 use crate::error::{Error, Result};
 use crate::file::{describe, require_text};

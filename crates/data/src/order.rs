@@ -1,13 +1,13 @@
-//! In which order samples are visited: a pure function of the seed and the position.
+//! The order in which samples are visited: a pure function of the seed and the position.
 //!
-//! The stream of samples is the concatenation of epochs, each a permutation of all samples, and
-//! micro-batch number `n` is the `n`-th piece of that stream (it may hold the end of one epoch and
-//! the beginning of the next). So a resumed run needs to know one number.
+//! The stream of samples is the concatenation of epochs, each a permutation of all samples, and micro-batch number `n` is the
+//! `n`-th piece of that stream (it may contain the end of one epoch and the beginning of the next). So a resumed run needs one
+//! number.
 //!
-//! The shuffle is ours, because a library may change its algorithm and with it every recorded run:
+//! The shuffle is our own, because a library may change its algorithm and with it every recorded run:
 //!
-//! - generator: ChaCha8, key = seed, epoch, and what is shuffled (0 for the samples of all folders, a
-//!   folder's number where they are weighted), each 8 bytes, little-endian, then 8 zero bytes; stream 0;
+//! - generator: ChaCha8, key = seed, epoch, and the shuffled set (0 for the samples of all folders, a folder's number if
+//!   folders are weighted), each 8 bytes, little-endian, then 8 zero bytes; stream 0;
 //! - Fisher-Yates from the end: for `i` = `n - 1` down to 1, swap `i` with a uniform `j` in `0..=i`;
 //! - uniform below `m`: draw `u64`s until one is below the largest multiple of `m` that fits, and
 //!   take it modulo `m`.
@@ -20,57 +20,57 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 pub enum Shuffle {
     /// Every epoch in its own order, drawn from the seed.
     Seeded,
-    /// Every epoch as the file has it.
+    /// Every epoch in the order of the file.
     FileOrder,
 }
 
-/// Batches among which those of similar length are sought: enough for little padding, few enough for
-/// every stretch of training to see all lengths.
+/// Batches in a group that is sorted by length: enough for little padding, few enough that every stretch of training sees all
+/// lengths.
 const BATCHES_PER_GROUP: usize = 50;
 
-/// What a permutation is drawn for; part of the generator's key.
+/// The shuffled sets besides folders, in the generator's key.
 const MIXTURE: u64 = u64::MAX;
 const GROUPS: u64 = u64::MAX - 1;
 
 /// The order of samples over all epochs.
 #[derive(Clone, Debug)]
-pub struct Order {
-    parts: Vec<Part>,
+pub struct SampleOrder {
+    components: Vec<MixtureComponent>,
     epoch_len: usize,
     seed: u64,
     shuffle: Shuffle,
-    groups: Option<Groups>,
-    /// The epoch asked for last, and its samples.
+    groups: Option<LengthGroups>,
+    /// The last epoch, and its samples.
     cached: Option<(u64, Vec<usize>)>,
 }
 
-/// Samples that are visited evenly among themselves.
+/// A set of samples that are visited equally often.
 #[derive(Clone, Debug)]
-struct Part {
-    /// The number of its first.
+struct MixtureComponent {
+    /// The number of its first sample.
     first: usize,
     n_samples: usize,
-    /// How many of them an epoch visits: less than all, or some several times.
+    /// Visits in an epoch: fewer than its samples, or more.
     visits: usize,
 }
 
-/// What is known of samples that are grouped by length.
+/// The lengths of samples, for grouping.
 #[derive(Clone, Debug)]
-struct Groups {
+struct LengthGroups {
     lengths: Vec<u32>,
     batch_size: usize,
 }
 
-impl Order {
+impl SampleOrder {
     /// The order of `n_samples` samples.
     pub fn new(n_samples: usize, seed: u64, shuffle: Shuffle) -> Self {
-        let all = Part {
+        let all = MixtureComponent {
             first: 0,
             n_samples,
             visits: n_samples,
         };
         Self {
-            parts: vec![all],
+            components: vec![all],
             epoch_len: n_samples,
             seed,
             shuffle,
@@ -79,56 +79,63 @@ impl Order {
         }
     }
 
-    /// The order of several parts, `sizes` samples each, of which an epoch holds shares proportional
-    /// to `weights`. An epoch is as long as all samples together: it visits a part with more than its
-    /// share of samples only in part, going on in the next epoch, and a small one repeatedly.
+    /// The order of a mixture of components with `sizes` samples each and shares proportional to `weights`. An epoch is as long
+    /// as all samples together: it visits only some samples of a component that is larger than its share and continues in the
+    /// next epoch, and visits a small component repeatedly.
     ///
     /// # Panics
-    /// If a weight is negative or none is positive, or there is not one for every part.
+    /// If a weight is negative, none is positive, or their number is not that of the components.
     pub fn mixed(sizes: &[usize], weights: &[f64], seed: u64, shuffle: Shuffle) -> Self {
-        assert_eq!(sizes.len(), weights.len(), "a weight for every part");
+        assert_eq!(sizes.len(), weights.len(), "a weight for every component");
         let mut order = Self::new(sizes.iter().sum(), seed, shuffle);
         let visits = shares(order.epoch_len, sizes, weights);
         let mut first = 0;
-        order.parts.clear();
+        order.components.clear();
         for (&n_samples, visits) in sizes.iter().zip(visits) {
-            order.parts.push(Part {
+            order.components.push(MixtureComponent {
                 first,
                 n_samples,
                 visits,
             });
             first += n_samples;
         }
-        order.epoch_len = order.parts.iter().map(|part| part.visits).sum();
+        order.epoch_len = order
+            .components
+            .iter()
+            .map(|component| component.visits)
+            .sum();
         order
     }
 
-    /// Lets every batch hold samples of similar lengths: among 50 batches at a time the samples are
-    /// sorted, and the batches shuffled. For shuffled orders only; `lengths` has one for every sample,
-    /// and [`Order::batch`] is then asked for this size alone.
+    /// Fills every batch with samples of similar lengths: the samples of 50 batches at a time are sorted, and the batches
+    /// shuffled. For shuffled orders only; `lengths` has one for every sample, and [`SampleOrder::batch`] must then be called
+    /// with this size.
     ///
     /// # Panics
-    /// If there are not as many lengths as samples.
+    /// If the number of lengths is not that of samples.
     pub fn grouped_by_length(mut self, lengths: Vec<u32>, batch_size: usize) -> Self {
-        let n_samples: usize = self.parts.iter().map(|part| part.n_samples).sum();
+        let n_samples: usize = self
+            .components
+            .iter()
+            .map(|component| component.n_samples)
+            .sum();
         assert_eq!(lengths.len(), n_samples, "a length for every sample");
-        self.groups = (self.shuffle == Shuffle::Seeded).then_some(Groups {
+        self.groups = (self.shuffle == Shuffle::Seeded).then_some(LengthGroups {
             lengths,
             batch_size: batch_size.max(1),
         });
         self
     }
 
-    /// How many samples an epoch visits.
+    /// Number of visits in an epoch.
     pub fn epoch_len(&self) -> usize {
         self.epoch_len
     }
 
-    /// The samples of micro-batch number `step_index`, counted from 0 over the whole run. Empty if
-    /// there are no samples.
+    /// The samples of micro-batch number `step_index`, counted from 0 over the whole run. Empty if there are no samples.
     ///
-    /// Depends on nothing but the arguments and how the order was made; only the permutation of
-    /// the latest epoch is kept, so calls in increasing order are cheap.
+    /// Depends on nothing except the arguments and the order's own; only the permutation of the latest epoch is cached, so
+    /// calls in increasing order are cheap.
     ///
     /// # Panics
     /// If `step_index * batch_size` is beyond 64 bits.
@@ -160,12 +167,12 @@ impl Order {
 
     /// The samples of an epoch.
     fn epoch(&self, epoch: u64) -> Vec<usize> {
-        let mut samples = match self.parts.as_slice() {
+        let mut samples = match self.components.as_slice() {
             [all] => self.visited(all, epoch, 0),
-            parts => {
+            components => {
                 let visited = (0..)
-                    .zip(parts)
-                    .map(|(i, part)| self.visited(part, epoch, i));
+                    .zip(components)
+                    .map(|(i, component)| self.visited(component, epoch, i));
                 self.mix(visited.collect(), epoch)
             }
         };
@@ -175,12 +182,12 @@ impl Order {
         samples
     }
 
-    /// What an epoch visits of a part: the next `visits` of the part's own stream.
-    fn visited(&self, part: &Part, epoch: u64, number: u64) -> Vec<usize> {
-        let n_samples = part.n_samples as u64;
-        let mut position = u128::from(epoch) * part.visits as u128;
-        let end = position + part.visits as u128;
-        let mut samples = Vec::with_capacity(part.visits);
+    /// An epoch's samples of a component: the next `visits` of the component's own stream.
+    fn visited(&self, component: &MixtureComponent, epoch: u64, number: u64) -> Vec<usize> {
+        let n_samples = component.n_samples as u64;
+        let mut position = u128::from(epoch) * component.visits as u128;
+        let end = position + component.visits as u128;
+        let mut samples = Vec::with_capacity(component.visits);
         while position < end {
             let (pass, within) = (
                 position / u128::from(n_samples),
@@ -191,17 +198,19 @@ impl Order {
             match self.shuffle {
                 Shuffle::FileOrder => samples.extend(within..within + take),
                 Shuffle::Seeded => {
-                    let order = permutation(part.n_samples, [self.seed, pass as u64, number]);
+                    let order = permutation(component.n_samples, [self.seed, pass as u64, number]);
                     samples.extend_from_slice(&order[within..within + take]);
                 }
             }
             position += take as u128;
         }
-        samples.iter_mut().for_each(|sample| *sample += part.first);
+        samples
+            .iter_mut()
+            .for_each(|sample| *sample += component.first);
         samples
     }
 
-    /// One list of the parts' samples: shuffled, or each part spread evenly.
+    /// One list of the components' samples: shuffled, or with each component spread evenly.
     fn mix(&self, visited: Vec<Vec<usize>>, epoch: u64) -> Vec<usize> {
         if self.shuffle == Shuffle::Seeded {
             let all = visited.concat();
@@ -214,15 +223,15 @@ impl Order {
             let placed = samples.into_iter().enumerate();
             spread.extend(placed.map(|(i, sample)| ((i as f64 + 0.5) / n, sample)));
         }
-        // Stable, so that parts stand in their order where they fall together.
+        // Stable, so that components keep their order at equal positions.
         spread.sort_by(|a, b| a.0.total_cmp(&b.0));
         spread.into_iter().map(|(_, sample)| sample).collect()
     }
 }
 
-impl Groups {
-    /// Sorts an epoch's samples by length among 50 batches at a time, and shuffles these batches.
-    /// A batch that began in the epoch before, and one that ends in the next, stay where they are.
+impl LengthGroups {
+    /// Sorts an epoch's samples by length in groups of 50 batches, and shuffles the batches of each group. A batch that began in
+    /// the previous epoch, and one that ends in the next, keep their places.
     fn sort(&self, samples: &mut [usize], seed: u64, epoch: u64) {
         let (size, epoch_len) = (self.batch_size, samples.len());
         let begun = (epoch % size as u64) as usize * (epoch_len % size) % size;
@@ -239,8 +248,8 @@ impl Groups {
     }
 }
 
-/// `total` in whole shares proportional to the weights, by largest remainders; nothing for a part
-/// without samples, and at least one for any other of positive weight.
+/// `total` in whole shares proportional to the weights, by largest remainders; nothing for a component without samples, and at
+/// least one for any other of positive weight.
 fn shares(total: usize, sizes: &[usize], weights: &[f64]) -> Vec<usize> {
     let weights: Vec<f64> = sizes
         .iter()
@@ -310,7 +319,7 @@ mod tests {
 
     #[test]
     fn every_epoch_visits_every_sample_once_in_its_own_order() {
-        let mut order = Order::new(10, 7, Shuffle::Seeded);
+        let mut order = SampleOrder::new(10, 7, Shuffle::Seeded);
         let epochs: Vec<Vec<usize>> = (0..3).map(|epoch| order.batch(epoch, 10)).collect();
         for epoch in &epochs {
             let mut sorted = epoch.clone();
@@ -319,7 +328,10 @@ mod tests {
         }
         assert_ne!(epochs[0], epochs[1]);
         assert_ne!(epochs[1], epochs[2]);
-        assert_ne!(epochs[0], Order::new(10, 8, Shuffle::Seeded).batch(0, 10));
+        assert_ne!(
+            epochs[0],
+            SampleOrder::new(10, 8, Shuffle::Seeded).batch(0, 10)
+        );
     }
 
     #[test]
@@ -327,11 +339,11 @@ mod tests {
         // A recorded run can be replayed only while this holds. The numbers are from a second
         // implementation of the algorithm described above, in another language.
         assert_eq!(
-            Order::new(10, 42, Shuffle::Seeded).batch(0, 10),
+            SampleOrder::new(10, 42, Shuffle::Seeded).batch(0, 10),
             FIRST_EPOCH
         );
         assert_eq!(
-            Order::new(10, 42, Shuffle::Seeded).batch(1, 10),
+            SampleOrder::new(10, 42, Shuffle::Seeded).batch(1, 10),
             SECOND_EPOCH
         );
     }
@@ -341,10 +353,10 @@ mod tests {
     #[test]
     fn a_resumed_run_continues_where_it_stopped() {
         for shuffle in [Shuffle::Seeded, Shuffle::FileOrder] {
-            let mut whole = Order::new(7, 3, shuffle);
+            let mut whole = SampleOrder::new(7, 3, shuffle);
             let stream: Vec<usize> = (0..12).flat_map(|step| whole.batch(step, 3)).collect();
             for step in [11, 0, 5, 2] {
-                let found = Order::new(7, 3, shuffle).batch(step, 3);
+                let found = SampleOrder::new(7, 3, shuffle).batch(step, 3);
                 assert_eq!(
                     found,
                     stream[step as usize * 3..][..3],
@@ -352,25 +364,29 @@ mod tests {
                 );
             }
             // The same stream in other batch sizes, larger than the data set too.
-            assert_eq!(Order::new(7, 3, shuffle).batch(1, 18), stream[18..]);
+            assert_eq!(SampleOrder::new(7, 3, shuffle).batch(1, 18), stream[18..]);
         }
     }
 
     #[test]
     fn file_order_is_the_order_of_the_file() {
-        let mut order = Order::new(3, 9, Shuffle::FileOrder);
+        let mut order = SampleOrder::new(3, 9, Shuffle::FileOrder);
         assert_eq!(
             [order.batch(0, 2), order.batch(1, 2), order.batch(2, 2)],
             [[0, 1], [2, 0], [1, 2]]
         );
-        assert!(Order::new(0, 9, Shuffle::Seeded).batch(4, 2).is_empty());
+        assert!(
+            SampleOrder::new(0, 9, Shuffle::Seeded)
+                .batch(4, 2)
+                .is_empty()
+        );
     }
 
     #[test]
-    fn weighted_parts_have_their_shares_and_are_visited_evenly() {
+    fn weighted_components_have_their_shares_and_are_visited_evenly() {
         for shuffle in [Shuffle::Seeded, Shuffle::FileOrder] {
-            // An epoch of 40: 10 of the first part's 30, and every one of the second's 10 three times.
-            let mut order = Order::mixed(&[30, 10], &[1.0, 3.0], 5, shuffle);
+            // An epoch of 40: 10 of the first component's 30, and each of the second's 10 three times.
+            let mut order = SampleOrder::mixed(&[30, 10], &[1.0, 3.0], 5, shuffle);
             assert_eq!(order.epoch_len(), 40);
             let visits: Vec<usize> = (0..3).flat_map(|epoch| order.batch(epoch, 40)).collect();
             let count = |visits: &[usize], sample| visits.iter().filter(|&&i| i == sample).count();
@@ -378,20 +394,20 @@ mod tests {
                 assert_eq!(epoch.iter().filter(|&&sample| sample < 30).count(), 10);
                 assert!((30..40).all(|sample| count(epoch, sample) == 3));
             }
-            // Three epochs go once through the large part.
+            // Three epochs go once through the large component.
             assert!(
                 (0..30).all(|sample| count(&visits, sample) == 1),
                 "{shuffle:?}"
             );
-            let mut resumed = Order::mixed(&[30, 10], &[1.0, 3.0], 5, shuffle);
+            let mut resumed = SampleOrder::mixed(&[30, 10], &[1.0, 3.0], 5, shuffle);
             assert_eq!(resumed.batch(11, 7), visits[77..84]);
         }
-        let mut order = Order::mixed(&[2, 4], &[1.0, 2.0], 0, Shuffle::FileOrder);
+        let mut order = SampleOrder::mixed(&[2, 4], &[1.0, 2.0], 0, Shuffle::FileOrder);
         assert_eq!(order.batch(0, 6), [2, 0, 3, 4, 1, 5]);
     }
 
     #[test]
-    fn shares_are_whole_and_no_weighted_part_is_left_out() {
+    fn shares_are_whole_and_no_weighted_component_is_left_out() {
         assert_eq!(shares(10, &[5, 5], &[1.0, 2.0]), [3, 7]);
         assert_eq!(shares(10, &[9, 1], &[1e9, 1e-9]), [10, 1]);
         assert_eq!(shares(10, &[10, 0], &[1.0, 1.0]), [10, 0]);
@@ -403,15 +419,16 @@ mod tests {
         let lengths: Vec<u32> = (0..1003)
             .map(|i: u32| i.wrapping_mul(2_654_435_761) % 512)
             .collect();
-        let grouped = || Order::new(1003, 3, Shuffle::Seeded).grouped_by_length(lengths.clone(), 4);
-        let padding = |order: &mut Order| -> u32 {
+        let grouped =
+            || SampleOrder::new(1003, 3, Shuffle::Seeded).grouped_by_length(lengths.clone(), 4);
+        let padding = |order: &mut SampleOrder| -> u32 {
             let of_batch = |batch: Vec<usize>| {
                 let longest = batch.iter().map(|&i| lengths[i]).max().unwrap_or(0);
                 batch.iter().map(|&i| longest - lengths[i]).sum::<u32>()
             };
             (0..1003).map(|step| of_batch(order.batch(step, 4))).sum()
         };
-        let mut plain = Order::new(1003, 3, Shuffle::Seeded);
+        let mut plain = SampleOrder::new(1003, 3, Shuffle::Seeded);
         assert!(padding(&mut grouped()) * 10 < padding(&mut plain));
         // 1003 is no multiple of 4: epochs begin inside of batches.
         let mut order = grouped();

@@ -1,16 +1,16 @@
-//! Which samples lie together in a row of a batch.
+//! Packing: which samples share a row of a batch.
 //!
-//! Packed by best fit, longest first: each sample goes into the fullest row that has room for it. The
-//! result depends on the lengths alone, so a resumed run packs as the first one did.
+//! Packing is by best fit, longest first: each sample goes into the fullest row that has room for it. The result depends on the
+//! lengths alone, so a resumed run packs alike.
 //!
 //! Source: D. S. Johnson, Near-optimal bin packing algorithms, 1973.
 
 use std::collections::BTreeMap;
 
-/// The rows that samples make.
+/// The rows of a packing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packing {
-    /// Samples of all rows, one row after the other; none where every row is one sample.
+    /// Samples of all rows, one row after another; empty if every row is one sample.
     samples: Vec<u32>,
     /// Where each row ends in `samples`.
     ends: Vec<usize>,
@@ -27,7 +27,7 @@ impl Packing {
         }
     }
 
-    /// Samples two by two.
+    /// Every two samples are a row.
     ///
     /// # Panics
     /// If there are more than 2³² samples.
@@ -40,10 +40,9 @@ impl Packing {
         }
     }
 
-    /// Rows of at most `capacity` tokens, for samples of these lengths. A longer sample is a row of
-    /// its own.
+    /// Rows of at most `capacity` tokens, for samples of these lengths. A longer sample has a row alone.
     ///
-    /// Samples keep their order in a row, and rows that of their first samples.
+    /// Samples keep their order in a row, and rows are in the order of their first samples.
     ///
     /// # Panics
     /// If there are more than 2³² samples.
@@ -87,7 +86,7 @@ impl Packing {
         }
     }
 
-    /// Puts the rows of more samples behind these; `earlier` samples come before them.
+    /// Appends the rows of more samples, which come after `earlier` samples.
     pub fn append(&mut self, more: &Self, earlier: usize) {
         let offset = u32::try_from(earlier).expect("samples are counted in 32 bits");
         let end = self.samples.len();
@@ -97,7 +96,7 @@ impl Packing {
         self.n_rows += more.n_rows;
     }
 
-    /// How many rows there are.
+    /// Number of rows.
     pub fn n_rows(&self) -> usize {
         self.n_rows
     }
@@ -105,7 +104,7 @@ impl Packing {
     /// The samples of a row.
     ///
     /// # Panics
-    /// If there are not so many rows.
+    /// If `row` is out of range.
     pub fn row(&self, row: usize) -> Vec<usize> {
         if self.samples.is_empty() {
             return vec![row];

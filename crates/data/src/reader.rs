@@ -1,7 +1,7 @@
-//! The rows of a file in tokens, one after the other, with a bounded part of the file in memory.
+//! The rows of a file in tokens, one after another, with a bounded part of the file in memory.
 
 use crate::error::{Error, Result};
-use crate::file::{Line, Lines, parse_line};
+use crate::file::{JsonLine, JsonLines, parse_line};
 use crate::row::{Limits, Row};
 use crate::sample::Sample;
 use crate::tokenizer::Tokenizer;
@@ -9,21 +9,21 @@ use rayon::prelude::*;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// As much of a file as is tokenized at once, on all threads.
+/// Bytes of a file that are tokenized at once, on all threads.
 const CHUNK_BYTES: usize = 4 << 20;
 
-/// Which rows a caller can use.
+/// The rows that a caller accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wanted {
-    /// Rows to learn from alone.
+pub enum RowFilter {
+    /// Rows of one sample, or several: not preferences.
     Samples,
-    /// Preference rows: each gives two samples, the chosen one first.
+    /// Preference rows: two samples each, the chosen one first.
     Pairs,
-    /// All.
+    /// All rows.
     Any,
 }
 
-/// Names of keys that nothing reads, as many as a person would look at: a file may have a new one in every row.
+/// Adds a row's unread keys to the names, up to a number that a person would look at: a file may have a new key in every row.
 pub(crate) fn note_ignored(names: &mut BTreeSet<String>, row: Vec<String>) {
     const MOST: usize = 32;
     for name in row {
@@ -35,32 +35,32 @@ pub(crate) fn note_ignored(names: &mut BTreeSet<String>, row: Vec<String>) {
 
 /// How rows become samples.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Reader<'a> {
+pub(crate) struct RowReader<'a> {
     pub(crate) tokenizer: Option<&'a Tokenizer>,
     pub(crate) limits: Limits,
-    pub(crate) wanted: Wanted,
+    pub(crate) filter: RowFilter,
 }
 
 /// A row in tokens.
 #[derive(Debug)]
 pub(crate) struct RowSamples {
-    /// Where its line begins in the file.
+    /// The offset of its line.
     pub(crate) offset: u64,
-    /// Where the line ends.
+    /// The offset of the line's end.
     pub(crate) end: u64,
     pub(crate) samples: Vec<Sample>,
-    /// Keys that nothing reads.
+    /// Unread keys.
     pub(crate) ignored: Vec<String>,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> RowReader<'a> {
     /// # Errors
     /// If `max_length` is less than 2.
     pub(crate) fn new(
         tokenizer: Option<&'a Tokenizer>,
         max_length: usize,
         vocab_size: usize,
-        wanted: Wanted,
+        filter: RowFilter,
     ) -> Result<Self> {
         if max_length < 2 {
             return Err(Error::MaxLength(max_length));
@@ -73,21 +73,20 @@ impl<'a> Reader<'a> {
         Ok(Self {
             tokenizer,
             limits,
-            wanted,
+            filter,
         })
     }
 
-    /// Hands over every row of a file in order.
+    /// Passes every row of a file to `take`, in order.
     ///
     /// # Errors
-    /// If the file cannot be read or a row is malformed (the first in the file is named), or what
-    /// `take` returns.
+    /// If the file cannot be read, a row is malformed (the first in the file is named), or `take` fails.
     pub(crate) fn read(
         &self,
         path: &Path,
         mut take: impl FnMut(RowSamples) -> Result<()>,
     ) -> Result<()> {
-        let mut lines = Lines::open(path)?;
+        let mut lines = JsonLines::open(path)?;
         loop {
             let (mut chunk, mut bytes, mut failed) = (Vec::new(), 0, None);
             while bytes < CHUNK_BYTES && failed.is_none() {
@@ -101,11 +100,11 @@ impl<'a> Reader<'a> {
                 }
             }
             let is_last = chunk.is_empty() || bytes < CHUNK_BYTES;
-            let read = |line: &Line| {
+            let read = |line: &JsonLine| {
                 let row = self.row(&line.text);
                 row.map_err(|problem| problem.at(path, line.number))
             };
-            // Collected before errors are looked at, so that the first in the file is the one reported.
+            // Collected before errors are checked, so that the first in the file is reported.
             let rows: Vec<Result<(Vec<Sample>, Vec<String>)>> =
                 chunk.par_iter().map(read).collect();
             for (line, row) in chunk.iter().zip(rows) {
@@ -125,19 +124,19 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// One line's samples, and the keys that nothing reads.
+    /// One line's samples, and its unread keys.
     pub(crate) fn row(&self, line: &str) -> Result<(Vec<Sample>, Vec<String>)> {
         let (row, ignored) = Row::parse(parse_line(line)?)?;
-        self.wanted.check(&row)?;
+        self.filter.check(&row)?;
         Ok((row.samples(self.tokenizer, self.limits)?, ignored))
     }
 }
 
-impl Wanted {
+impl RowFilter {
     fn check(self, row: &Row) -> Result<()> {
         match (self, row) {
             (Self::Samples, Row::Pair(_)) => Err(Error::schema(
-                "a row to learn from alone",
+                "a row of another kind",
                 "a preference row {chosen, rejected}, which `train.loss = \"dpo\"` learns from",
             )),
             (Self::Pairs, row) if !matches!(row, Row::Pair(_)) => Err(Error::schema(

@@ -1,7 +1,6 @@
-//! One sequence of tokens, with a mark on those the model learns to predict.
+//! One sequence of tokens, with a mark on each token that the model learns to predict.
 
 use crate::error::Result;
-use crate::token_cache::word;
 use crate::tokenizer::{Encoded, Special, Tokenizer};
 use sha2::{Digest, Sha256};
 use std::ops::Range;
@@ -15,10 +14,9 @@ pub struct Sample {
     pub ids: Vec<u32>,
     /// Whether token `i` is a target; as long as `ids`.
     pub trained: Vec<bool>,
-    /// UTF-8 bytes of text that the targets stand for. Special tokens count none, and rows of
-    /// `input_ids` have no text, so 0.
+    /// UTF-8 bytes of the targets' text. Special tokens have none, and neither have rows of `input_ids`.
     pub trained_bytes: usize,
-    /// Whether tokens were cut off to keep the maximum length.
+    /// Whether tokens were cut off because of the maximum length.
     pub truncated: bool,
 }
 
@@ -28,7 +26,7 @@ impl Sample {
         self.trained.iter().filter(|&&trained| trained).count()
     }
 
-    /// A number that tells its tokens and marks from others.
+    /// A hash of its tokens and marks.
     pub(crate) fn fingerprint(&self) -> u64 {
         let words = self.ids.iter().zip(&self.trained);
         let mut hash = Sha256::new();
@@ -38,8 +36,8 @@ impl Sample {
         u64::from_le_bytes(first)
     }
 
-    /// The sample for people: runs of text, each with whether it is trained. A run that begins or
-    /// ends inside a character shows `U+FFFD` there.
+    /// The sample for people: runs of text, and whether each is trained. A run that begins or ends inside a character shows
+    /// `U+FFFD` there.
     ///
     /// # Errors
     /// If the tokenizer's decoder fails.
@@ -55,20 +53,33 @@ impl Sample {
     }
 }
 
-/// A whole row in tokens, before it is cut to length.
+/// The bit that marks a trained token in a word.
+const TRAINED: u32 = 1 << 31;
+
+/// A token and its mark in one word, as the token cache stores it.
+pub(crate) fn word(id: u32, trained: bool) -> u32 {
+    if trained { id | TRAINED } else { id }
+}
+
+/// The token and the mark of a [`word`].
+pub(crate) fn id_and_mark(word: u32) -> (u32, bool) {
+    (word & !TRAINED, word & TRAINED != 0)
+}
+
+/// A whole row in tokens, before it is truncated.
 #[derive(Debug, Default)]
-pub(crate) struct Marked {
+pub(crate) struct MarkedTokens {
     pub(crate) ids: Vec<u32>,
     pub(crate) trained: Vec<bool>,
     /// Bytes of text that each token adds to those before it.
     pub(crate) text_bytes: Vec<usize>,
 }
 
-impl Marked {
+impl MarkedTokens {
     /// Marks every token that touches a trained span of the text.
     ///
-    /// A token may straddle the beginning of a span (`": "` + `"yes"` has a token `" yes"`); it is
-    /// trained, because the span cannot be written without it.
+    /// A token may straddle the beginning of a span (`": "` + `"yes"` has a token `" yes"`); it is trained, because the span
+    /// cannot be written without it.
     pub(crate) fn new(encoded: Encoded, spans: &[Range<usize>], tokenizer: &Tokenizer) -> Self {
         let mut covered = 0;
         let mut marked = Self {
@@ -89,7 +100,7 @@ impl Marked {
         marked
     }
 
-    /// Appends a trained end token, unless the row is written with one.
+    /// Appends a trained end token, unless the row already ends with one.
     pub(crate) fn end_with(&mut self, eos_id: Option<u32>) {
         if let Some(id) = eos_id
             && self.ids.last() != Some(&id)
@@ -100,13 +111,13 @@ impl Marked {
         }
     }
 
-    /// Keeps the first `max_length` tokens.
+    /// The first `max_length` tokens.
     pub(crate) fn truncate(&self, max_length: usize) -> Sample {
         self.slice(0..self.ids.len().min(max_length))
     }
 
-    /// Keeps the last `max_length` tokens, and a BOS if there is one.
-    pub(crate) fn keep_end(&self, max_length: usize, bos_id: Option<u32>) -> Sample {
+    /// The last `max_length` tokens, and a BOS if there is one.
+    pub(crate) fn last(&self, max_length: usize, bos_id: Option<u32>) -> Sample {
         let excess = self.ids.len().saturating_sub(max_length);
         let mut sample = self.slice(excess..self.ids.len());
         let first = self.ids.first().copied();
@@ -119,8 +130,8 @@ impl Marked {
         sample
     }
 
-    /// Cuts into consecutive pieces of at most `max_length` tokens. Each begins with the last token
-    /// of the piece before it, so that every token but the row's first is a target exactly once.
+    /// Consecutive pieces of at most `max_length` tokens. Each begins with the last token of the previous piece, so that every
+    /// token except the row's first is a target exactly once.
     pub(crate) fn chunks(&self, max_length: usize) -> Vec<Sample> {
         let step = max_length.saturating_sub(1).max(1);
         let last = self.ids.len().saturating_sub(1).max(1);
@@ -160,8 +171,8 @@ mod tests {
     use crate::tokenizer::Bos;
     use crate::tokenizer::tests::tokenizer;
 
-    fn counted(n: u32) -> Marked {
-        Marked {
+    fn counted(n: u32) -> MarkedTokens {
+        MarkedTokens {
             ids: (0..n).collect(),
             trained: vec![true; n as usize],
             text_bytes: vec![1; n as usize],
@@ -212,19 +223,19 @@ mod tests {
     }
 
     #[test]
-    fn truncation_says_so_and_counts_only_what_is_left() {
+    fn truncation_is_noted_and_counts_only_the_rest() {
         let short = counted(5).truncate(3);
         assert_eq!(
             (short.ids, short.trained_bytes, short.truncated),
             (vec![0, 1, 2], 2, true)
         );
         assert!(!counted(5).truncate(5).truncated);
-        let end = counted(5).keep_end(3, Some(0));
+        let end = counted(5).last(3, Some(0));
         assert_eq!(
             (end.ids, end.trained, end.truncated),
             (vec![0, 3, 4], vec![false, true, true], true)
         );
-        assert_eq!(counted(5).keep_end(3, None).ids, [2, 3, 4]);
+        assert_eq!(counted(5).last(3, None).ids, [2, 3, 4]);
     }
 
     #[test]
@@ -232,8 +243,8 @@ mod tests {
         let tokenizer = tokenizer(None, true);
         let text = "<｜begin▁of▁sentence｜>x🚀é<｜end▁of▁sentence｜>";
         let encoded = tokenizer.encode_with_ranges(text, Bos::Never).unwrap();
-        let sample =
-            Marked::new(encoded, std::slice::from_ref(&(0..text.len())), &tokenizer).truncate(99);
+        let sample = MarkedTokens::new(encoded, std::slice::from_ref(&(0..text.len())), &tokenizer)
+            .truncate(99);
         assert!(sample.ids.len() > 6);
         assert_eq!(sample.trained_bytes, "x🚀é".len());
         let spans = sample.spans(&tokenizer).unwrap();

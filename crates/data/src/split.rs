@@ -1,22 +1,22 @@
 //! A whole JSON-lines file as samples.
 
+use crate::entry::Counts;
 use crate::error::{Error, Result};
-use crate::reader::{Reader, Wanted, note_ignored};
-use crate::row::Pair;
+use crate::reader::{RowFilter, RowReader, note_ignored};
+use crate::row::PreferencePair;
 use crate::sample::Sample;
 use crate::tokenizer::Tokenizer;
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::path::Path;
 
 /// One file of a data folder (`train.jsonl`, `valid.jsonl`, `test.jsonl`), in memory.
 #[derive(Clone, Debug)]
 pub struct Split {
-    /// The samples in the order of the file. Long `text` rows give several.
+    /// The samples in the order of the file. A long `text` row becomes several.
     pub samples: Vec<Sample>,
-    /// What was read, and what was lost.
+    /// Counts over the file.
     pub counts: Counts,
-    /// Names of keys that rows have and nothing reads.
+    /// Names of unread keys of rows.
     pub ignored_keys: BTreeSet<String>,
 }
 
@@ -28,23 +28,23 @@ pub struct Pairs {
 }
 
 impl Pairs {
-    /// Reads a file whose rows are `chosen` and `rejected`, with `prompt` or both beginning with the
-    /// same messages or text; strings or lists of messages. What is trained, and the rest, is as for
-    /// [`Split::open`]: the answers, with their end token.
+    /// Reads a file of rows with `chosen` and `rejected`, strings or lists of messages. A row has a `prompt`, or both answers
+    /// begin with the same messages or text. The answers are trained, with their end token; the rest is as for
+    /// [`Split::open`].
     ///
     /// # Errors
-    /// As [`Split::open`]; also if a row is no pair.
+    /// As [`Split::open`]; also if a row is not a pair.
     pub fn open(
         path: &Path,
         tokenizer: Option<&Tokenizer>,
         max_length: usize,
         vocab_size: usize,
     ) -> Result<Self> {
-        let split = Split::read(path, tokenizer, max_length, vocab_size, Wanted::Pairs)?;
+        let split = Split::read(path, tokenizer, max_length, vocab_size, RowFilter::Pairs)?;
         Ok(Self { split })
     }
 
-    /// How many pairs there are.
+    /// Number of pairs.
     pub fn len(&self) -> usize {
         self.split.samples.len() / 2
     }
@@ -54,7 +54,7 @@ impl Pairs {
         self.len() == 0
     }
 
-    /// What was read, and what was lost; a pair counts as two samples.
+    /// Counts over the file; a pair counts as two samples.
     pub fn counts(&self) -> Counts {
         self.split.counts
     }
@@ -62,42 +62,23 @@ impl Pairs {
     /// A pair, counted from 0.
     ///
     /// # Errors
-    /// If the file cannot be read any more.
+    /// If the file can no longer be read.
     ///
     /// # Panics
-    /// If there are not so many.
-    pub fn pair(&self, index: usize) -> Result<Pair> {
+    /// If `index` is out of range.
+    pub fn pair(&self, index: usize) -> Result<PreferencePair> {
         let sample = |which: usize| self.split.samples[2 * index + which].clone();
-        Ok(Pair {
+        Ok(PreferencePair {
             chosen: sample(0),
             rejected: sample(1),
         })
     }
 }
 
-/// What a file holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Counts {
-    /// Rows, blank lines not counted.
-    pub rows: usize,
-    /// Tokens of all samples; a token on which a long text is cut counts in both pieces.
-    pub tokens: usize,
-    /// Tokens that are targets.
-    pub trained_tokens: usize,
-    /// UTF-8 bytes of text that the targets stand for.
-    pub trained_bytes: usize,
-    /// Rows that lost tokens to the maximum length.
-    pub truncated_rows: usize,
-    /// Samples without a single target. They are kept, so that another program's batches can be
-    /// replayed.
-    pub untrained_samples: usize,
-}
-
 impl Split {
     /// Reads a file.
     ///
-    /// Each line is one JSON object, and its keys say what it is:
+    /// Each line is one JSON object, and its keys say which kind of row it is:
     ///
     /// | row | tokens | trained |
     /// |---|---|---|
@@ -109,13 +90,12 @@ impl Split {
     /// | `conversations` of `from` and `value`, optional `system`, `tools` (ShareGPT) | the chat template's | all turns of the assistant, with their end token |
     /// | `input_ids`, optional `labels` | as given | where `labels` (in the place of the token, as in Hugging Face) is not −100 |
     ///
-    /// A BOS is put before `text` and `prompt` strings if the model was trained with one; the first
-    /// token of a sample is never trained. Rows other than `text` are truncated at the right.
+    /// `text` and `prompt` strings begin with a BOS if the model was trained with one. The first token of a sample is never
+    /// trained. Rows other than `text` are truncated at the right.
     ///
-    /// A turn with a thought (`reasoning_content`, or `<think>…</think>` in its content) that the
-    /// template drops is trained in a sample of its own, which ends with the thought and the turn.
-    /// A message with a `weight` of 0 is not trained. Other keys than these are not read; their
-    /// names are in `ignored_keys`.
+    /// A turn with a thought (`reasoning_content`, or `<think>…</think>` in its content) that the template drops is trained in a
+    /// separate sample that ends with the thought and the turn. A message with a `weight` of 0 is not trained. Other keys are
+    /// not read; their names are in `ignored_keys`.
     ///
     /// `tokenizer` may be `None` if all rows are `input_ids`. `vocab_size` is the model's.
     ///
@@ -128,7 +108,7 @@ impl Split {
         max_length: usize,
         vocab_size: usize,
     ) -> Result<Self> {
-        Self::read(path, tokenizer, max_length, vocab_size, Wanted::Samples)
+        Self::read(path, tokenizer, max_length, vocab_size, RowFilter::Samples)
     }
 
     fn read(
@@ -136,9 +116,9 @@ impl Split {
         tokenizer: Option<&Tokenizer>,
         max_length: usize,
         vocab_size: usize,
-        wanted: Wanted,
+        filter: RowFilter,
     ) -> Result<Self> {
-        let reader = Reader::new(tokenizer, max_length, vocab_size, wanted)?;
+        let reader = RowReader::new(tokenizer, max_length, vocab_size, filter)?;
         let mut split = Self {
             samples: Vec::new(),
             counts: Counts::default(),
@@ -157,31 +137,6 @@ impl Split {
             });
         }
         Ok(split)
-    }
-}
-
-impl Counts {
-    /// Counts one more row.
-    pub(crate) fn add_row(&mut self, samples: &[Sample]) {
-        let count = |holds: fn(&&Sample) -> bool| samples.iter().filter(holds).count();
-        self.add(Self {
-            rows: 1,
-            tokens: samples.iter().map(|sample| sample.ids.len()).sum(),
-            trained_tokens: samples.iter().map(Sample::trained_tokens).sum(),
-            trained_bytes: samples.iter().map(|sample| sample.trained_bytes).sum(),
-            truncated_rows: count(|sample| sample.truncated),
-            untrained_samples: count(|sample| sample.trained_tokens() == 0),
-        });
-    }
-
-    /// Adds what another file holds.
-    pub(crate) fn add(&mut self, more: Self) {
-        self.rows += more.rows;
-        self.tokens += more.tokens;
-        self.trained_tokens += more.trained_tokens;
-        self.trained_bytes += more.trained_bytes;
-        self.truncated_rows += more.truncated_rows;
-        self.untrained_samples += more.untrained_samples;
     }
 }
 

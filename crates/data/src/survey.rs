@@ -1,20 +1,19 @@
-//! What a person wants to know of data before training: how long samples are, and which are there
-//! more than once.
+//! A survey of data before training: the lengths of samples, and repeated samples.
 
 use crate::corpus::Corpus;
 use serde::Serialize;
 use std::collections::HashMap;
 
-/// What is known of one corpus among others.
+/// The survey of one corpus among others.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Survey {
-    /// How many samples it has.
+    /// Number of samples.
     pub samples: usize,
     /// Their lengths.
     pub lengths: Lengths,
-    /// Samples of the same tokens and marks as an earlier one of the same corpus.
+    /// Samples with the tokens and marks of an earlier one in the same corpus.
     pub repeated: Repeats,
-    /// The same for each of the corpora before it, in their order: samples that are there too.
+    /// Samples that also occur in each of the corpora before it, in their order.
     pub shared: Vec<Repeats>,
 }
 
@@ -35,17 +34,17 @@ pub struct Lengths {
     pub mean: f64,
 }
 
-/// Samples that are there already.
+/// Repeated samples.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Repeats {
-    /// How many.
+    /// Number of samples.
     pub samples: usize,
-    /// The first of them and the one it repeats, counted from 0.
+    /// The first of them and the sample that it repeats, counted from 0.
     pub first: Option<[usize; 2]>,
 }
 
 impl Survey {
-    /// Looks at corpora, each beside those before it.
+    /// Surveys corpora, each with those before it.
     pub fn of(corpora: &[&Corpus]) -> Vec<Self> {
         let mut seen: Vec<HashMap<u64, usize>> = Vec::new();
         let mut surveys = Vec::new();
@@ -102,8 +101,8 @@ impl Lengths {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::corpus::Reading;
-    use crate::reader::Wanted;
+    use crate::corpus::ReadOptions;
+    use crate::reader::RowFilter;
 
     fn corpus(rows: &[&[u32]]) -> Corpus {
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -111,15 +110,15 @@ mod tests {
             .iter()
             .map(|ids| format!("{{\"input_ids\": {ids:?}}}\n"));
         std::fs::write(file.path(), lines.collect::<String>()).unwrap();
-        let reading = Reading {
+        let options = ReadOptions {
             tokenizer: None,
             max_length: 9,
             vocab_size: 99,
-            wanted: Wanted::Any,
+            filter: RowFilter::Any,
             cache: None,
             progress: &|_, _| {},
         };
-        Corpus::open(&[file.path().to_owned()], reading).unwrap()
+        Corpus::open(&[file.path().to_owned()], options).unwrap()
     }
 
     #[test]

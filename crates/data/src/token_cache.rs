@@ -1,19 +1,17 @@
-//! A file's rows in tokens, kept for the next run.
+//! The token cache: a file's rows in tokens, for the next run.
 //!
-//! A cache file is named after what its content depends on: the rows, the tokenizer with its chat
-//! template, and the limits. So it is never out of date, and may be deleted at any time. It is
-//! written beside its place and renamed when it is whole.
+//! The name of a cache file is a hash of everything that its content depends on: the rows, the tokenizer with its chat
+//! template, and the limits. So it is never out of date, and may be deleted at any time. It is written to a temporary sibling
+//! and renamed when it is complete.
 //!
-//! Layout, little-endian: the magic; the samples' tokens as `u32`, bit 31 saying whether the token is
-//! trained; one record per sample (fingerprint `u64`, tokens, trained tokens, trained bytes and
-//! whether it was truncated, `u32` each); the rest as JSON; its length as `u64`; SHA-256 of records
-//! and JSON. A sample's tokens are checked against its fingerprint when they are read.
+//! Layout, little-endian: the magic; the samples' tokens as `u32`, with bit 31 for a trained token; one record per sample
+//! (fingerprint `u64`, tokens, trained tokens, trained bytes and whether it was truncated, `u32` each); the rest as JSON; its
+//! length as `u64`; SHA-256 of records and JSON. A sample's tokens are checked against its fingerprint when they are read.
 
-use crate::corpus::{Entry, sample_entry};
+use crate::entry::{Counts, SampleEntry};
 use crate::error::{Error, Result};
-use crate::reader::{Reader, RowSamples};
-use crate::sample::Sample;
-use crate::split::Counts;
+use crate::reader::{RowReader, RowSamples};
+use crate::sample::{Sample, id_and_mark, word};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
@@ -23,22 +21,21 @@ use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-/// Changes with the layout, and with what rows become.
+/// Changes with the layout, and with the samples that rows become.
 const MAGIC: &[u8; 16] = b"moeforge tokens1";
-const TRAINED: u32 = 1 << 31;
 const RECORD_BYTES: u64 = 24;
 const FOOTER_BYTES: u64 = 8 + 32;
 /// Counts, and names of keys.
 const MAX_JSON_BYTES: u64 = 16 << 20;
 
-/// What a file's tokens depend on, as one number of 256 bits.
+/// A hash of everything that a file's tokens depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Key([u8; 32]);
+pub(crate) struct CacheKey([u8; 32]);
 
-impl Key {
+impl CacheKey {
     /// # Errors
     /// If the file cannot be read.
-    pub(crate) fn of(path: &Path, reader: &Reader<'_>) -> Result<Self> {
+    pub(crate) fn of(path: &Path, reader: &RowReader<'_>) -> Result<Self> {
         let read = |problem| Error::Read {
             path: path.to_owned(),
             problem,
@@ -52,7 +49,7 @@ impl Key {
         );
         hash.update((reader.limits.max_length as u64).to_le_bytes());
         hash.update((reader.limits.vocab_size as u64).to_le_bytes());
-        hash.update([reader.wanted as u8]);
+        hash.update([reader.filter as u8]);
         let mut file = File::open(path).map_err(read)?;
         let mut buffer = vec![0; 1 << 20];
         loop {
@@ -75,16 +72,16 @@ impl Key {
     }
 }
 
-impl fmt::Display for Key {
+impl fmt::Display for CacheKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Half of it tells any two files apart.
+        // Half of it suffices to tell any two files apart.
         self.0[..16]
             .iter()
             .try_for_each(|byte| write!(f, "{byte:02x}"))
     }
 }
 
-/// What is known of a file besides its samples.
+/// The part of a cache file after its samples.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Summary {
@@ -99,14 +96,14 @@ struct Summary {
 pub(crate) struct TokenCache {
     path: PathBuf,
     file: Mutex<File>,
-    pub(crate) entries: Vec<Entry>,
+    pub(crate) entries: Vec<SampleEntry>,
     pub(crate) counts: Counts,
     pub(crate) ignored_keys: BTreeSet<String>,
 }
 
 impl TokenCache {
-    /// None if there is no such file or it is not what it should be: then it is made again.
-    pub(crate) fn open(path: &Path, key: Key) -> Option<Self> {
+    /// None if there is no such file or it is malformed: then it is made again.
+    pub(crate) fn open(path: &Path, key: CacheKey) -> Option<Self> {
         let mut file = File::open(path).ok()?;
         let size = file.metadata().ok()?.len();
         let mut magic = [0; 16];
@@ -158,8 +155,8 @@ impl TokenCache {
     }
 
     /// # Errors
-    /// If the file cannot be read, or the tokens are not those that were written.
-    pub(crate) fn sample(&self, entry: &Entry) -> Result<Sample> {
+    /// If the file cannot be read, or the tokens are not the written ones.
+    pub(crate) fn sample(&self, entry: &SampleEntry) -> Result<Sample> {
         let mut bytes = vec![0; 4 * entry.tokens as usize];
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         let read = file
@@ -173,8 +170,8 @@ impl TokenCache {
         let (words, _) = bytes.as_chunks::<4>();
         let words = words.iter().map(|bytes| u32::from_le_bytes(*bytes));
         let sample = Sample {
-            ids: words.clone().map(|word| word & !TRAINED).collect(),
-            trained: words.map(|word| word & TRAINED != 0).collect(),
+            ids: words.clone().map(|word| id_and_mark(word).0).collect(),
+            trained: words.map(|word| id_and_mark(word).1).collect(),
             trained_bytes: entry.trained_bytes as usize,
             truncated: entry.truncated,
         };
@@ -187,12 +184,7 @@ impl TokenCache {
     }
 }
 
-/// A token and its mark.
-pub(crate) fn word(id: u32, trained: bool) -> u32 {
-    if trained { id | TRAINED } else { id }
-}
-
-fn record(entry: &Entry) -> [u8; RECORD_BYTES as usize] {
+fn record(entry: &SampleEntry) -> [u8; RECORD_BYTES as usize] {
     let mut bytes = [0; RECORD_BYTES as usize];
     bytes[..8].copy_from_slice(&entry.fingerprint.to_le_bytes());
     let numbers = [
@@ -207,10 +199,10 @@ fn record(entry: &Entry) -> [u8; RECORD_BYTES as usize] {
     bytes
 }
 
-fn entry(record: &[u8; RECORD_BYTES as usize], offset: u64) -> Entry {
+fn entry(record: &[u8; RECORD_BYTES as usize], offset: u64) -> SampleEntry {
     let (words, _) = record.as_chunks::<4>();
     let word = |i: usize| u32::from_le_bytes(words[i]);
-    Entry {
+    SampleEntry {
         offset,
         fingerprint: u64::from(word(0)) | u64::from(word(1)) << 32,
         tokens: word(2),
@@ -230,13 +222,13 @@ pub(crate) struct CacheWriter {
     records: Vec<u8>,
 }
 
-/// A file that is removed unless it becomes whole.
+/// A file that is removed unless it is completed.
 #[derive(Debug)]
 struct Unfinished(PathBuf);
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
-        // After the rename there is none. If this fails, what stays is never read.
+        // After the rename there is none. If removing fails, the leftover is never read.
         let _ = std::fs::remove_file(&self.0);
     }
 }
@@ -261,14 +253,14 @@ impl CacheWriter {
             for (&id, &trained) in sample.ids.iter().zip(&sample.trained) {
                 self.file.write_all(&word(id, trained).to_le_bytes())?;
             }
-            self.records.extend(record(&sample_entry(sample, 0)));
+            self.records.extend(record(&SampleEntry::of(sample, 0)));
         }
         Ok(())
     }
 
     pub(crate) fn finish(
         mut self,
-        key: Key,
+        key: CacheKey,
         counts: &Counts,
         ignored_keys: &BTreeSet<String>,
     ) -> io::Result<()> {

@@ -1,44 +1,41 @@
-//! Which text of a rendered conversation the assistant says.
+//! The assistant's turns in a rendered conversation.
 //!
-//! A template is a program, so the text of a turn cannot be read off the messages. It is found by
-//! rendering variants of the conversation and comparing:
+//! A template is a program, so the text of a turn cannot be read off the messages. It is found by rendering variants of the
+//! conversation and comparing them:
 //!
-//! 1. the messages before the turn, with generation prompt, and those through it. If both are
-//!    prefixes of the whole, the turn is what the second has more: exactly what the model would
-//!    have to write;
+//! 1. the messages before the turn, with generation prompt, and those through it. If both are prefixes of the whole, the turn is
+//!    the difference: exactly the text that the model would have to write;
 //! 2. otherwise (templates that drop the thoughts of earlier turns, or whose generation prompt
 //!    opens a thought that past turns do not show), the whole conversation with the content of
-//!    this turn replaced by two different marks. What both have in common around the marks is
-//!    around the content too; the end token after it is the one a rendering that ends with the
-//!    mark has;
+//!    this turn replaced by two different marks. The common text around the marks is around the content too; the end token
+//!    after it is that of a rendering that ends with the mark;
 //! 3. otherwise (a tool call whose content the template does not print), the turn begins where
 //!    the two renderings of 1 part.
 //!
 //! If none of them fits, there is an error rather than a guess.
 //!
-//! A turn whose message has a thought (`reasoning_content`, or `<think>…</think>` in `content`) that
-//! the template drops is trained apart: in a text that ends with it, thought included, as the model
-//! has to write it there. So every turn is trained once, after the context it will be written in:
-//! earlier thoughts are as the template shows them.
+//! A turn with a thought (`reasoning_content`, or `<think>…</think>` in `content`) that the template drops is trained in a
+//! separate text that ends with the turn, thought included, as the model has to write it there. So every turn is trained once,
+//! after the context in which it will be written: earlier thoughts are as the template shows them.
 
-use crate::chat_template::{ChatTemplate, GenerationPrompt};
+use crate::common_prefix::common_prefix;
 use crate::error::{Error, Result};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{ChatTemplate, GenerationPrompt, Tokenizer};
 use serde_json::Value;
 use std::ops::Range;
 
-/// How much template text may differ between a mark and the real content (`<think>`, `</think>` and
-/// line ends in known templates). More means that the comparison went wrong.
+/// Maximum difference of template text between a mark and the real content (`<think>`, `</think>` and line ends in known
+/// templates). More means that the comparison failed.
 const MAX_WRAPPER_BYTES: usize = 64;
 
-/// What is around a thought in DeepSeek's and Qwen's texts.
+/// The tags around a thought in DeepSeek's and Qwen's texts.
 const THINK: &str = "<think>";
 const END_OF_THOUGHT: &str = "</think>";
 
-/// A text, and the ranges of it that are trained.
+/// A text and its trained ranges.
 pub(crate) type MarkedText = (String, Vec<Range<usize>>);
 
-/// Messages by number, and where in the text each is.
+/// Messages by number, with the range of each in the text.
 type Turns = Vec<(usize, Range<usize>)>;
 
 /// A conversation to render.
@@ -51,12 +48,11 @@ pub(crate) struct Conversation<'a> {
 }
 
 impl Conversation<'_> {
-    /// The texts in which the assistant's messages from number `first` on are trained: the whole
-    /// conversation, and one for each turn whose thought that lacks. A message with a `weight` of 0
-    /// is not trained.
+    /// The texts in which the assistant's messages from number `first` on are trained: the whole conversation, and one for each
+    /// turn with a thought that the whole lacks. A message with a `weight` of 0 is not trained.
     pub(crate) fn texts(&self, first: usize) -> Result<Vec<MarkedText>> {
         let (whole, turns) = self.assistant_turns(first)?;
-        let (mut kept, mut apart) = (Vec::new(), Vec::new());
+        let (mut together, mut apart) = (Vec::new(), Vec::new());
         for (index, turn) in turns {
             let message = &self.messages[index];
             if message["weight"].as_f64() == Some(0.0) {
@@ -66,17 +62,17 @@ impl Conversation<'_> {
                 Some(thought) if self.template.knows(END_OF_THOUGHT) => {
                     apart.push(self.with_thought(index, &whole[turn], thought)?);
                 }
-                _ => kept.push(turn),
+                _ => together.push(turn),
             }
         }
         // Without a single turn to train the row is still a sample, and counted as such.
-        if !kept.is_empty() || apart.is_empty() {
-            apart.insert(0, (whole, kept));
+        if !together.is_empty() || apart.is_empty() {
+            apart.insert(0, (whole, together));
         }
         Ok(apart)
     }
 
-    /// The conversation through a message, with the thought that is missing in `turn`.
+    /// The conversation through a message, with the thought that `turn` lacks.
     fn with_thought(&self, index: usize, turn: &str, thought: &str) -> Result<MarkedText> {
         // A template may show the thought of the last message.
         let through = Self {
@@ -90,8 +86,7 @@ impl Conversation<'_> {
             return Ok((text, vec![turn]));
         }
         let before = self.render(&self.messages[..index], GenerationPrompt::Think)?;
-        // R1's prompt opens the thought on a line of its own, V3.1's does not. Without either, the
-        // model has to open it.
+        // R1's prompt opens the thought on a separate line, V3.1's does not. Without either, the model has to open it.
         let (open, inline) = match before.trim_end().ends_with(THINK) {
             true => ("", before.ends_with(THINK)),
             false => ("<think>\n", false),
@@ -110,8 +105,7 @@ impl Conversation<'_> {
         Ok((text, vec![turn]))
     }
 
-    /// The text of the conversation, and the ranges of it that the assistant says in the messages
-    /// from number `first` on, with the number of each.
+    /// The text of the conversation, and the ranges of the assistant's messages from number `first` on, with the number of each.
     fn assistant_turns(&self, first: usize) -> Result<(String, Turns)> {
         let whole = self.render(self.messages, GenerationPrompt::Omit)?;
         let mut turns = Turns::new();
@@ -157,7 +151,7 @@ impl Conversation<'_> {
         Ok(parts.map(|(before, through)| common_prefix(before, through)..through.len()))
     }
 
-    /// Finds a turn by putting marks in the place of its content.
+    /// Finds a turn by replacing its content with marks.
     fn marked_turn(&self, whole: &str, index: usize) -> Option<Range<usize>> {
         // Private-use characters: no template and no data treats them specially.
         let (mark, other) = ("\u{e000}", "\u{e001}");
@@ -186,8 +180,7 @@ impl Conversation<'_> {
             .then_some(start..end + end_token.len())
     }
 
-    /// Leaves out the white space that some templates put after the end token: at generation the
-    /// model is stopped before it.
+    /// The turn without the white space that some templates put after the end token: generation stops before it.
     fn without_trailing_space(&self, whole: &str, turn: Range<usize>) -> Range<usize> {
         let text = whole[turn.clone()].trim_end();
         if self.tokenizer.ends_with_special(text) {
@@ -198,7 +191,7 @@ impl Conversation<'_> {
     }
 }
 
-/// What the assistant thought before a message, if it did.
+/// The thought before a message, if there is one.
 fn thought(message: &Value) -> Option<&str> {
     let apart = message["reasoning_content"].as_str();
     let within = || {
@@ -207,12 +200,6 @@ fn thought(message: &Value) -> Option<&str> {
     };
     let thought = apart.or_else(within)?.trim();
     (!thought.is_empty()).then_some(thought)
-}
-
-/// How many bytes two texts have in common at their beginning, in whole characters.
-pub(crate) fn common_prefix(a: &str, b: &str) -> usize {
-    let same = a.chars().zip(b.chars()).take_while(|(a, b)| a == b);
-    same.map(|(char, _)| char.len_utf8()).sum()
 }
 
 #[cfg(test)]

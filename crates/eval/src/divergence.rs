@@ -1,7 +1,7 @@
 //! How far the predictions of one model are from another's, and how far their routers' choices.
 
 use data::Sample;
-use model::{Compute, Model, moved_picks};
+use model::{Compute, Model, routing_drift};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -121,7 +121,7 @@ fn compare_picks(routing: &mut Vec<RoutingDivergence>, picks: &[Picks], base: &[
         let Some(base) = base.iter().find(is_same) else {
             continue;
         };
-        let moved = moved_picks(&picks.ids, &base.ids, picks.top_k) as f64;
+        let moved = routing_drift(&picks.ids, &base.ids, picks.top_k) as f64;
         match routing.iter_mut().find(|found| found.layer == picks.layer) {
             Some(found) => {
                 found.moved += moved;

@@ -1,5 +1,5 @@
-//! Speed of the FP8 codecs in GB of f32 values per second, beside that of copying them:
-//! `cargo bench -p moeforge-kernels --bench codecs`. Figures are the median of several runs, all cores at work.
+//! Speed of the FP8 codecs in GB of f32 values per second, compared with copying: `cargo bench -p moeforge-kernels
+//! --bench codecs`. Figures are the median of several runs on all cores.
 
 #![expect(clippy::print_stdout, reason = "a bench prints its figures")]
 

@@ -1,6 +1,6 @@
 //! The one error type of the crate.
 
-/// Why bytes cannot serve as a weight, or a name not as a format.
+/// A weight's bytes or shape are wrong, or a format's name is unknown.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
     /// The byte length does not fit the shape and format.
@@ -33,7 +33,7 @@ pub enum Error {
         /// Its value, as text.
         found: String,
     },
-    /// Two matrices are not the halves of one.
+    /// Two matrices are not the keys and values of one `kv_b_proj`.
     #[error(
         "expected the keys and values of {heads} heads of one rank, found matrices {keys:?} and {values:?}"
     )]
@@ -48,7 +48,7 @@ pub enum Error {
     /// No quantizer has this name.
     #[error("expected one of {}, found `{found}`", known.join(", "))]
     UnknownQuantizer {
-        /// The names there are.
+        /// The known names.
         known: Vec<String>,
         /// What was given.
         found: String,

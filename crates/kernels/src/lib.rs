@@ -17,31 +17,19 @@
 //!
 //! What this crate does not do: it knows no files, no model and no names.
 
-mod adamw;
-mod attention;
 mod backend;
-mod cross_entropy;
-mod dropout;
 mod error;
-mod exp;
-mod experts;
-pub mod fp8;
-mod ggml;
-mod matrix;
-mod product;
-mod quantizer;
-mod rms_norm;
-mod rope;
-mod route;
-mod row_norms;
-mod rows;
+mod formats;
+mod gemv;
+mod matmul;
+mod memory;
+mod ops;
+mod settings;
 mod simd;
-mod swiglu;
+#[cfg(test)]
+mod testing;
+mod threads;
 
-pub use adamw::AdamWStep;
-pub use attention::Segments;
-pub use attention::cached::CacheType;
-pub use backend::buffers::{RecyclingAllocator, map_large_blocks};
 pub use backend::cached::{KvBuffer, cached_attention, latent_attention};
 pub use backend::kept::saved_activation_bytes;
 pub use backend::linear::{
@@ -55,16 +43,18 @@ pub use backend::ops::{
     experts_frozen, experts_trained, moe_frozen, prefetch_experts, rms_norm, rms_norm_start, rope,
     sum_of_squares, swiglu,
 };
-pub use dropout::Dropout;
 pub use error::Error;
-pub use experts::{
+pub use formats::{
+    CacheType, FileAccess, Format, Fp8Blocks, Ggml, Matrix, Quantizer, SplitKvB, fp8,
+};
+pub use gemv::MAX_GEMV_ROWS;
+pub use memory::{RecyclingAllocator, map_large_blocks};
+pub use ops::adamw::AdamWStep;
+pub use ops::attention::Segments;
+pub use ops::dropout::Dropout;
+pub use ops::experts::{
     ExpertBank, ExpertCache, ExpertLora, ExpertTraffic, OffloadedLayer, SharedExperts,
 };
-pub use ggml::Ggml;
-pub use matrix::copies::FileAccess;
-pub use matrix::heads::SplitKvB;
-pub use matrix::{Format, Fp8Blocks, Matrix};
-pub use product::compute::Compute;
-pub use quantizer::Quantizer;
-pub use rope::RopeLayout;
-pub use route::{GroupScore, TopK};
+pub use ops::rope::RopeLayout;
+pub use ops::route::{GroupScore, TopK};
+pub use settings::{ActivationQuant, Compute, OperandRounding};

@@ -1,4 +1,5 @@
-//! The FP8 codecs and the blocks of ggml against the goldens of an independent implementation (`tests/goldens/codecs`), bit for bit.
+//! The FP8 codecs and ggml's blocks against goldens of an independent implementation (`tests/goldens/codecs`), bit for
+//! bit.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
@@ -139,7 +140,7 @@ fn values_encode_as_llama_cpp_encodes_them() {
     });
 }
 
-/// The same with columns of unequal importance, row by row.
+/// The same with an importance matrix, row by row.
 #[test]
 fn weighted_values_encode_as_llama_cpp_encodes_them() {
     with_file("ggml.safetensors", |goldens| {

@@ -1,4 +1,4 @@
-//! Products in FP8: what they compute, from operands that are rounded by the codec and multiplied by burn.
+//! Products in FP8 against burn's products of operands that are rounded by the codec.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
@@ -33,7 +33,7 @@ fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Tensor<D> {
     Tensor::from_data(TensorData::new(values, shape), &device())
 }
 
-/// A matrix as tiles of FP8 hold it.
+/// A matrix rounded to FP8 tiles.
 fn rounded(x: &Tensor<2>, tile: [usize; 2], kind: Scales) -> Tensor<2> {
     let [rows, cols] = x.dims();
     let tiles = encode_tiles(&values(x), [rows, cols], tile, kind);
@@ -75,7 +75,7 @@ fn linear_products_are_products_of_rounded_operands() {
             let grads = (y * direction.clone()).sum().backward();
             let dx = rounded(&direction, ROWS, kind).matmul(w_blocks);
             close(&x.grad(&grads).unwrap(), &dx, "gradient of x");
-            // What was kept has been rounded along its rows already.
+            // The saved input is already rounded along its rows.
             let x_columns = rounded(&x_rows, COLUMNS, kind);
             let dw = rounded(&direction, COLUMNS, kind)
                 .transpose()
@@ -154,7 +154,7 @@ const EXPERTS: usize = 3;
 const HIDDEN: usize = 140;
 const INNER: usize = 136;
 
-/// One expert per token, each with weight 1, in turns.
+/// One expert per token in turn, each with weight 1.
 fn turns(tokens: usize) -> Routing {
     let ids = (0..tokens)
         .map(|i| (i % EXPERTS) as i32)
@@ -181,8 +181,8 @@ fn of_expert(x: &Tensor<2>, expert: usize) -> Tensor<2> {
     x.clone().select(0, rows)
 }
 
-/// Experts are linear layers side by side: the same products, the same rounding. In the backward pass they read the
-/// products of gate and up as they were kept, in FP8, so gradients agree to that rounding.
+/// Experts equal separate linear layers: the same products, the same rounding. Their backward pass reads the saved
+/// products of gate and up in FP8, so gradients agree to that rounding.
 #[test]
 fn trained_experts_are_linear_layers_side_by_side() {
     let (tokens, compute) = (400, Compute::Fp8(Scales::F32));

@@ -73,11 +73,11 @@ pub struct RoutingRecord {
     pub routed: Routed,
 }
 
-/// How many of the experts that tokens picked, `top_k` each, others did not pick for the same tokens.
-pub fn moved_picks<T: PartialEq>(picks: &[T], others: &[T], top_k: usize) -> usize {
-    let tokens = picks.chunks(top_k).zip(others.chunks(top_k));
-    let moved = tokens.map(|(ids, others)| ids.iter().filter(|id| !others.contains(id)).count());
-    moved.sum()
+/// Number of routing choices, `top_k` for each token, that are not among the `others` for the same token.
+pub fn routing_drift<T: PartialEq>(choices: &[T], others: &[T], top_k: usize) -> usize {
+    let tokens = choices.chunks(top_k).zip(others.chunks(top_k));
+    let changed = tokens.map(|(ids, others)| ids.iter().filter(|id| !others.contains(id)).count());
+    changed.sum()
 }
 
 impl<'a> ForwardContext<'a> {

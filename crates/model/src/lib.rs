@@ -41,7 +41,7 @@ pub use adapter::AdapterWeights;
 pub use attention::{Attention, Gqa, Mla};
 pub use cache::Cache;
 pub use config::ModelConfig;
-pub use context::{ForwardContext, InputRecord, Observe, RoutingRecord, moved_picks};
+pub use context::{ForwardContext, InputRecord, Observe, RoutingRecord, routing_drift};
 pub use decoder::{
     Checkpointing, Cost, Decoder, DecoderLayer, Embedding, FeedForward, Model, Mtp, SharedHead,
     Trace, Traffic,

@@ -14,16 +14,19 @@ use std::ops::Range;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use model::{Model, RoutingRecord};
 
-/// Which tokens of a batch are no padding, `[tokens, 1]`, and which sequence each belongs to.
+use crate::routing::ExpertLoads;
+
+/// The tokens of a batch that are not padding, and the sequence of each.
 #[derive(Debug)]
-pub(crate) struct Valid {
+pub(crate) struct RealTokens {
+    /// 1 for a token, 0 for padding, `[tokens, 1]`.
     mask: Tensor<2>,
-    /// `[sequences, tokens]`: one part in its length for each token of a sequence.
+    /// `[sequences, tokens]`: one over the length of the sequence for each of its tokens.
     shares: Tensor<2>,
 }
 
-impl Valid {
-    /// For rows of some lengths padded to `cols`, in which sequences begin at `starts`.
+impl RealTokens {
+    /// Of rows of these lengths padded to `cols`, in which sequences begin at `starts`.
     pub(crate) fn new(
         starts: &[Vec<usize>],
         lengths: &[usize],
@@ -69,7 +72,7 @@ fn shares(sequences: &[Range<usize>], tokens: usize, device: &Device) -> Tensor<
 }
 
 /// `Σ_e f_e · P_e` of one layer, averaged over the batch's sequences; 1 for even load.
-pub(crate) fn balance_loss(record: &RoutingRecord, valid: &Valid) -> Tensor<1> {
+pub(crate) fn balance_loss(record: &RoutingRecord, valid: &RealTokens) -> Tensor<1> {
     let routed = &record.routed;
     let ([_, experts], [_, top_k]) = (routed.scores.dims(), routed.ids.dims());
     let share =
@@ -80,8 +83,8 @@ pub(crate) fn balance_loss(record: &RoutingRecord, valid: &Valid) -> Tensor<1> {
     (share.without_autodiff() * score).sum() / sequences as f32
 }
 
-/// Moves every correction bias by `speed` towards even load; `loads` are by layer and over the whole step.
-pub(crate) fn update_biases(model: &mut Model, loads: &[(usize, Vec<f64>)], speed: f64) {
+/// Moves every correction bias by `speed` towards even load. `loads` are sums over the whole step.
+pub(crate) fn update_biases(model: &mut Model, loads: &ExpertLoads, speed: f64) {
     for (layer_idx, bias) in model.correction_biases() {
         let Some((_, load)) = loads.iter().find(|(layer, _)| *layer == layer_idx) else {
             continue;
@@ -105,7 +108,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::fit::Picks;
+    use crate::routing::RoutingChoices;
     use model::{Compute, ForwardContext, Observe, Training, weights};
 
     #[test]
@@ -145,7 +148,7 @@ mod tests {
             let [rows, cols] = ids.dims();
             model.hidden(ids, &mut ctx);
 
-            let valid = Valid::new(&vec![vec![0]; rows], &vec![cols; rows], cols, &device);
+            let valid = RealTokens::new(&vec![vec![0]; rows], &vec![cols; rows], cols, &device);
             let mut loads = Vec::new();
             for record in &ctx.routing {
                 let expected = &golden["balance"][record.layer_idx.to_string()];
@@ -162,7 +165,7 @@ mod tests {
                     .map(|n| n.as_f64().unwrap())
                     .collect();
                 let lengths = vec![cols; rows];
-                let load = Picks::of(record, &lengths, cols).load(wanted.len());
+                let load = RoutingChoices::of(record, &lengths, cols).load(wanted.len());
                 assert_eq!(load, wanted, "{name}");
                 loads.push((record.layer_idx, load));
             }
@@ -187,23 +190,24 @@ mod tests {
     fn means_are_over_sequences_without_padding() {
         let device = Device::flex();
         let x = Tensor::<2>::from_floats([[1.], [3.], [9.], [4.], [6.], [9.]], &device);
-        let means =
-            |valid: &Valid| -> Vec<f32> { valid.mean(x.clone()).into_data().try_to_vec().unwrap() };
-        let valid = Valid::new(&[vec![0], vec![0]], &[2, 3], 3, &device);
+        let means = |valid: &RealTokens| -> Vec<f32> {
+            valid.mean(x.clone()).into_data().try_to_vec().unwrap()
+        };
+        let valid = RealTokens::new(&[vec![0], vec![0]], &[2, 3], 3, &device);
         let close = |found: Vec<f32>, expected: &[f32]| {
             assert_eq!(found.len(), expected.len());
             let near = |(f, e): (&f32, &f32)| (f - e).abs() < 1e-6 * e;
             assert!(found.iter().zip(expected).all(near), "{found:?}");
         };
         close(means(&valid), &[2.0, 19.0 / 3.0]);
-        let packed = Valid::new(&[vec![0], vec![0, 2]], &[2, 3], 3, &device);
+        let packed = RealTokens::new(&[vec![0], vec![0, 2]], &[2, 3], 3, &device);
         close(means(&packed), &[2.0, 5.0, 9.0]);
     }
 
     #[test]
     fn padding_has_no_load() {
         let device = Device::flex();
-        let valid = Valid::new(&[vec![0], vec![0]], &[3, 1], 3, &device);
+        let valid = RealTokens::new(&[vec![0], vec![0]], &[3, 1], 3, &device);
         let ids = Tensor::<2, Int>::from_ints([[0], [1], [1], [2], [0], [0]], &device);
         let chosen: Vec<f32> = valid
             .chosen(ids, 3)

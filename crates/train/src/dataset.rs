@@ -1,8 +1,10 @@
-//! The rows a run is trained on: where they are, how they are packed, and the order of its batches.
+//! The training rows of a run: their files, their packing, and the order of batches.
 
 use std::path::{Path, PathBuf};
 
-use data::{Batch, Corpus, Order, Packing, Reading, Sample, Shuffle, collate, collate_rows};
+use data::{
+    Batch, Corpus, Packing, ReadOptions, Sample, SampleOrder, Shuffle, collate, collate_rows,
+};
 use kernels::Segments;
 
 use crate::recipe::{Loss, Recipe};
@@ -14,9 +16,9 @@ pub struct Dataset {
     /// The samples.
     pub corpus: Corpus,
     packing: Packing,
-    order: Order,
+    order: SampleOrder,
     batch_size: usize,
-    /// Whether what is packed together are the two answers of a pair, which are rows of their own.
+    /// Whether a row of the packing is the two answers of a pair, which become two rows of the batch.
     is_paired: bool,
 }
 
@@ -25,7 +27,7 @@ impl Dataset {
     ///
     /// # Errors
     /// If no folder has one, a folder with a weight has none, or a file cannot be used.
-    pub(crate) fn open(recipe: &Recipe, reading: Reading<'_>) -> Result<Self> {
+    pub(crate) fn open(recipe: &Recipe, options: ReadOptions<'_>) -> Result<Self> {
         let files = files(recipe, "train.jsonl");
         let folders = || recipe.data.path.clone();
         if files.is_empty() {
@@ -36,29 +38,31 @@ impl Dataset {
             let folders = folders().into_iter().filter(lacks).collect();
             return Err(Error::NoTrainingData { folders });
         }
-        let corpus = Corpus::open(&files, reading)?;
+        let corpus = Corpus::open(&files, options)?;
         let shuffle = if recipe.train.shuffle {
             Shuffle::Seeded
         } else {
             Shuffle::FileOrder
         };
-        // Weighted folders have rows of their own, so that their shares can be kept.
-        let parts = match recipe.data.weights {
-            Some(_) => corpus.parts(),
+        // Weighted folders share no rows, so that each has exactly its share.
+        let counts = match recipe.data.weights {
+            Some(_) => corpus.samples_per_file(),
             None => vec![corpus.len()],
         };
         let is_paired = recipe.train.loss == Loss::Dpo;
         let lengths = corpus.lengths();
         let (mut packing, mut rows, mut first) = (Packing::none(0), Vec::new(), 0);
-        for part in parts {
-            let of_part = match recipe.data.packing {
-                _ if is_paired => Packing::pairs(part),
-                true => Packing::best_fit(&lengths[first..first + part], recipe.data.max_length),
-                false => Packing::none(part),
+        for n_samples in counts {
+            let folder = match recipe.data.packing {
+                _ if is_paired => Packing::pairs(n_samples),
+                true => {
+                    Packing::best_fit(&lengths[first..first + n_samples], recipe.data.max_length)
+                }
+                false => Packing::none(n_samples),
             };
-            rows.push(of_part.n_rows());
-            packing.append(&of_part, first);
-            first += part;
+            rows.push(folder.n_rows());
+            packing.append(&folder, first);
+            first += n_samples;
         }
         let (n_rows, seed) = (packing.n_rows(), recipe.train.seed);
         let mut order = match &recipe.data.weights {
@@ -70,9 +74,9 @@ impl Dataset {
                 {
                     return Err(Error::NoWeightedRows { folders: folders() });
                 }
-                Order::mixed(&rows, weights, seed, shuffle)
+                SampleOrder::mixed(&rows, weights, seed, shuffle)
             }
-            None => Order::new(n_rows, seed, shuffle),
+            None => SampleOrder::new(n_rows, seed, shuffle),
         };
         if recipe.data.group_by_length {
             order = order.grouped_by_length(lengths, recipe.train.batch_size);
@@ -86,7 +90,7 @@ impl Dataset {
         })
     }
 
-    /// How many rows the batches of an epoch hold: samples, packed rows of them, or pairs.
+    /// Rows in an epoch: samples, packed rows of samples, or pairs.
     pub fn rows(&self) -> usize {
         self.order.epoch_len()
     }
@@ -110,13 +114,13 @@ impl Dataset {
     }
 }
 
-/// Opens the `valid.jsonl` of a recipe's folders, one after the other; none if there are none.
-pub(crate) fn validation(recipe: &Recipe, reading: Reading<'_>) -> Result<Option<Corpus>> {
+/// Opens the `valid.jsonl` of every folder of a recipe; none if there are none.
+pub(crate) fn validation(recipe: &Recipe, options: ReadOptions<'_>) -> Result<Option<Corpus>> {
     let files = files(recipe, "valid.jsonl");
     if files.is_empty() {
         return Ok(None);
     }
-    Ok(Some(Corpus::open(&files, reading)?))
+    Ok(Some(Corpus::open(&files, options)?))
 }
 
 fn files(recipe: &Recipe, name: &str) -> Vec<PathBuf> {
@@ -125,7 +129,7 @@ fn files(recipe: &Recipe, name: &str) -> Vec<PathBuf> {
     files.filter(|file: &PathBuf| Path::exists(file)).collect()
 }
 
-/// What attention may not look across in a batch.
+/// The boundaries in a batch that attention does not cross.
 pub(crate) fn segments(batch: &Batch) -> Segments {
     if batch.is_packed() {
         Segments::packed(batch.starts.clone())

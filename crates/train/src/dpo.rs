@@ -1,8 +1,8 @@
-//! Direct preference optimization: two answers to each prompt, and a model that should come to prefer the better one.
+//! Direct preference optimization: the model learns to prefer the better of two answers to each prompt.
 //!
 //! `loss = −log σ(β · ((log π(c) − log π(r)) − (log π₀(c) − log π₀(r))))` with `π` the trained model, `π₀` the base
-//! without an adapter, and the log-probability of an answer the sum over its tokens. Label smoothing `ε` mixes in the loss of the
-//! opposite preference with weight `ε`, for labels that are wrong that often.
+//! without an adapter, and the log-probability of an answer the sum over its tokens. Label smoothing mixes in the loss of
+//! the opposite preference with weight `ε`, the assumed share of wrong labels.
 //!
 //! Source: arXiv:2305.18290, equation 7; label smoothing as in arXiv:2403.00409.
 
@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::recipe::DpoSection;
 
-/// What a model's answers earn: `β` times how much likelier they are than to the reference.
+/// The rewards of a model's answers: `β` times the difference of their log-probabilities from the reference's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Rewards {
     /// Mean over the chosen answers.
@@ -24,13 +24,13 @@ pub struct Rewards {
     /// Mean of the difference.
     #[serde(rename = "rewards/margins")]
     pub margin: f64,
-    /// Share of the pairs whose chosen answer earns more.
+    /// Share of the pairs in which the chosen answer has the larger reward.
     #[serde(rename = "rewards/accuracies")]
     pub accuracy: f64,
 }
 
 impl Rewards {
-    /// Each with its name in the metrics, which is TRL's.
+    /// The rewards with their names in the metrics, which are TRL's.
     pub(crate) fn named(&self) -> [(&'static str, f64); 4] {
         [
             ("rewards/chosen", self.chosen),
@@ -40,7 +40,7 @@ impl Rewards {
         ]
     }
 
-    /// Adds those of more pairs to a sum over pairs.
+    /// Adds the rewards of more pairs to a sum over pairs.
     pub(crate) fn add(&mut self, more: Self) {
         self.chosen += more.chosen;
         self.rejected += more.rejected;
@@ -70,7 +70,7 @@ pub(crate) fn log_probabilities(losses: Tensor<1>, rows: usize) -> Tensor<1> {
     -losses.reshape([rows, seq]).sum_dim(1).squeeze_dim::<1>(1)
 }
 
-/// The loss of every pair, and the sum of what they earn. Rows are pairs one after the other, the chosen answer first.
+/// The loss of every pair, and the sum of their rewards. Rows are pairs one after another, the chosen answer first.
 ///
 /// # Shapes
 /// - `policy`, `reference`: log-probabilities, `[2 · pairs]`
@@ -90,10 +90,10 @@ pub(crate) fn losses(
     let smoothing = settings.label_smoothing;
     let right = log_sigmoid(margins.clone()) * (1.0 - smoothing);
     let wrong = log_sigmoid(-margins) * smoothing;
-    (-(right + wrong), earned(rewards))
+    (-(right + wrong), sum_of_pairs(rewards))
 }
 
-fn earned(rewards: Tensor<2>) -> Rewards {
+fn sum_of_pairs(rewards: Tensor<2>) -> Rewards {
     let values: Vec<f64> = rewards.into_data().iter::<f32>().map(f64::from).collect();
     let mut sum = Rewards::default();
     for pair in values.chunks_exact(2) {
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_as_likely_as_its_tokens_together() {
+    fn the_log_probability_of_an_answer_is_the_sum_over_its_tokens() {
         let losses = Tensor::from_floats([0.0, 1.5, 2.0, 0.0, 0.25, 0.0], &Device::flex());
         let found: Vec<f32> = log_probabilities(losses, 2)
             .into_data()

@@ -1,4 +1,4 @@
-//! What can go wrong in a training run, with the evidence.
+//! Errors of a training run, with the evidence.
 //!
 //! A message is one sentence that stands alone: causes are part of it, not a chain below it.
 
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 /// A result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong, and where.
+/// An error of a training run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A model file.
@@ -21,11 +21,11 @@ pub enum Error {
     /// The operating system refused.
     #[error("cannot {act} `{}`: {cause}", path.display())]
     Io {
-        /// What was tried, as a verb.
+        /// The attempted act, as a verb.
         act: &'static str,
         /// The file or folder.
         path: PathBuf,
-        /// What the operating system said.
+        /// The operating system's error.
         cause: std::io::Error,
     },
 
@@ -38,19 +38,19 @@ pub enum Error {
         limit_bytes: u64,
     },
 
-    /// A recipe is no TOML.
+    /// A recipe is not TOML.
     #[error("{place}: {problem}")]
     Syntax {
         /// File and line.
         place: String,
-        /// What the parser said.
+        /// The parser's error.
         problem: String,
     },
 
-    /// An override is no assignment.
+    /// An override is not an assignment.
     #[error("--set: expected `section.key=value`, found `{found}`")]
     Override {
-        /// What was given, shortened.
+        /// The override, shortened.
         found: String,
     },
 
@@ -61,43 +61,43 @@ pub enum Error {
         place: String,
         /// The section or key.
         found: String,
-        /// What was probably meant, or what there is.
+        /// The probable meaning, or the names that exist.
         hint: String,
     },
 
     /// A setting has a wrong type or is out of range.
     #[error("{place}: {key}: expected {expected}, found {found}")]
     Setting {
-        /// File and line, the override, or the file if nobody wrote it.
+        /// File and line, the override, or the file for a default.
         place: String,
         /// `section.key`.
         key: String,
-        /// What is accepted.
+        /// The accepted values.
         expected: String,
-        /// What is there, shortened.
+        /// The value, shortened.
         found: String,
     },
 
-    /// A new run would go where something is already.
+    /// The directory of a new run is in use.
     #[error(
-        "`{}`: expected no such file or an empty folder, found {found}; to go on with a run, use `--resume`",
+        "`{}`: expected no such file or an empty folder, found {found}; to continue a run, use `--resume`",
         path.display()
     )]
     RunExists {
         /// The run directory.
         path: PathBuf,
-        /// What is there.
+        /// What exists there.
         found: &'static str,
     },
 
-    /// A folder to go on from was made by nothing here.
+    /// A folder is not a run directory.
     #[error("`{}`: expected a run directory with `recipe.toml`, found none", path.display())]
     NotARun {
         /// The folder.
         path: PathBuf,
     },
 
-    /// What a recipe chooses is not there to be trained.
+    /// No tensor is trained.
     #[error(
         "train: expected at least one tensor that is trained, found none; see train.unfrozen_parameters and train.router"
     )]
@@ -110,14 +110,14 @@ pub enum Error {
         path: PathBuf,
     },
 
-    /// A line of the metrics is not what it should be.
+    /// A line of the metrics is malformed.
     #[error("{}:{line}: expected an object with a `step`, found {problem}", path.display())]
     Metrics {
         /// The file.
         path: PathBuf,
         /// The line, counted from 1.
         line: usize,
-        /// What the parser said.
+        /// The parser's error.
         problem: String,
     },
 
@@ -126,41 +126,42 @@ pub enum Error {
     State {
         /// The file.
         path: PathBuf,
-        /// What the parser said, with line and column.
+        /// The parser's error, with line and column.
         cause: serde_json::Error,
     },
 
-    /// A tensor of the optimizer is of another type than it was saved with.
+    /// A tensor of the optimizer's state has another dtype than this run's.
     #[error("`{}`: tensor `{tensor}`: expected dtype {expected}, found {found}", path.display())]
     OptimizerDType {
         /// The file.
         path: PathBuf,
         /// The tensor.
         tensor: String,
-        /// The dtype of this run's.
+        /// This run's dtype.
         expected: checkpoint::DType,
-        /// Its dtype.
+        /// The file's dtype.
         found: checkpoint::DType,
     },
 
-    /// The adapter to go on from says that it was trained for a format that is not known.
+    /// The adapter to continue from was trained for an unknown format.
     #[error("`{}`: {cause}", path.join("moeforge.json").display())]
     TrainedFor {
         /// The adapter.
         path: PathBuf,
-        /// What is wrong with the name.
+        /// The problem with the name.
         cause: kernels::Error,
     },
 
-    /// A checkpoint's loss scale is not one that the run can have.
+    /// The loss scale of a checkpoint does not fit the run.
     #[error(
-        "`{}`: expected a loss scale of at most 2^{} in f16 and none elsewhere, found otherwise",
-        path.join("state.json").display(),
-        crate::loss_scale::LARGEST_EXPONENT
+        "`{}`: expected a loss scale of at most 2^{max_exponent} in f16 and none in other formats, found otherwise",
+        path.join("state.json").display()
     )]
     LossScale {
         /// The checkpoint.
         path: PathBuf,
+        /// The largest exponent of a scale.
+        max_exponent: u32,
     },
 
     /// The optimizer's state has a tensor that the run does not train.
@@ -171,11 +172,11 @@ pub enum Error {
     OptimizerExtra {
         /// The file.
         path: PathBuf,
-        /// How many the run has.
+        /// Tensors of the run.
         expected: usize,
-        /// How many the file has.
+        /// Tensors in the file.
         found: usize,
-        /// One that is too many.
+        /// One tensor too many.
         tensor: String,
     },
 
@@ -190,7 +191,7 @@ pub enum Error {
     /// No data folder has a training split.
     #[error("no `train.jsonl` in {}", listed(folders))]
     NoTrainingData {
-        /// The folders looked at.
+        /// The folders of the recipe.
         folders: Vec<PathBuf>,
     },
 
@@ -200,7 +201,7 @@ pub enum Error {
         listed(folders)
     )]
     NoWeightedRows {
-        /// The folders looked at.
+        /// The folders of the recipe.
         folders: Vec<PathBuf>,
     },
 
@@ -212,7 +213,7 @@ pub enum Error {
     NoValidationData {
         /// The setting.
         key: &'static str,
-        /// The folders looked at.
+        /// The folders of the recipe.
         folders: Vec<PathBuf>,
     },
 
@@ -227,10 +228,10 @@ pub enum Error {
         path: PathBuf,
     },
 
-    /// The loss went up again and again.
+    /// The loss diverged again after the last permitted rollback.
     #[error(
-        "step {step}: loss {loss:.4} after {smoothed:.4} on average, and the run went back {rollbacks} times already; \
-         `{}` is from before; try a lower `optimizer.learning_rate` or a tighter `optimizer.clip`",
+        "step {step}: loss {loss:.4} after {smoothed:.4} on average, and the run has already been rolled back {rollbacks} times; \
+         `{}` is from before the spike; try a lower `optimizer.learning_rate` or a tighter `optimizer.clip`",
         run.join(format!("checkpoint-{anchor}")).display()
     )]
     Diverged {
@@ -240,9 +241,9 @@ pub enum Error {
         step: u64,
         /// Its loss.
         loss: f64,
-        /// The average before it went up.
+        /// The average before the spike.
         smoothed: f64,
-        /// How often the run went back.
+        /// Rollbacks so far.
         rollbacks: u64,
         /// The step of the last good checkpoint.
         anchor: u64,
@@ -251,22 +252,22 @@ pub enum Error {
     /// A sample could not be generated.
     #[error("eval.prompts: \"{}\": {problem}", shown(prompt))]
     Sample {
-        /// What was to be continued.
+        /// The prompt.
         prompt: String,
         /// What went wrong.
         problem: String,
     },
 
-    /// A checkpoint was made by another recipe.
+    /// A checkpoint belongs to another recipe.
     #[error("`{}`: made by another recipe than the run directory's `recipe.toml`; start a new run", path.display())]
     OtherRecipe {
         /// The checkpoint.
         path: PathBuf,
     },
 
-    /// A checkpoint was made with other training rows.
+    /// A checkpoint belongs to other training rows.
     #[error(
-        "`{}`: made with other training rows, another tokenizer or another chat template than there are now; start a new run",
+        "`{}`: made with other training rows, or another tokenizer or chat template; start a new run",
         path.display()
     )]
     OtherData {
@@ -274,9 +275,9 @@ pub enum Error {
         path: PathBuf,
     },
 
-    /// The host was asked to stop by a signal, and the run did.
+    /// A signal asked the run to stop.
     #[error(
-        "stopped by {} after step {step}, which is saved; go on with `moeforge train --resume {}`",
+        "stopped by {} after step {step}, which is saved; continue with `moeforge train --resume {}`",
         signal_name(*.signal), run.display()
     )]
     Interrupted {
@@ -288,10 +289,10 @@ pub enum Error {
         signal: i32,
     },
 
-    /// The machine was about to run out of memory.
+    /// The machine is about to run out of memory.
     #[error(
         "stopped after step {step}, which is saved: the machine has {} MiB of memory left, less than {}; \
-         end other programs and go on with `moeforge train --resume {}`, or start a new run with a smaller \
+         close other programs and continue with `moeforge train --resume {}`, or start a new run with a smaller \
          `train.batch_size` or with `train.checkpointing = \"block\"`",
         available_bytes >> 20, limit_bytes >> 20, run.display()
     )]
@@ -300,7 +301,7 @@ pub enum Error {
         run: PathBuf,
         /// The step that was saved.
         step: u64,
-        /// What was left.
+        /// Bytes left.
         available_bytes: u64,
         /// Below this a run stops.
         limit_bytes: u64,
@@ -317,7 +318,7 @@ pub enum Error {
         loss: f64,
         /// The norm of its gradient.
         norm: f64,
-        /// What was the first to be so.
+        /// The first of them on the way from the weights to the gradients.
         first: String,
     },
 }
@@ -329,7 +330,7 @@ fn listed(folders: &[PathBuf]) -> String {
     names.collect::<Vec<_>>().join(", ")
 }
 
-/// A signal as people call it.
+/// The name of a signal.
 fn signal_name(signal: i32) -> String {
     match signal {
         2 => "SIGINT".into(),
@@ -338,14 +339,16 @@ fn signal_name(signal: i32) -> String {
     }
 }
 
-/// Makes an [`Error::Io`] of what the operating system said: `.map_err(io("read", path))`.
+/// Makes an [`Error::Io`] of an error of the operating system: `.map_err(io("read", path))`.
+// This and `shown` are in `checkpoint` too, for its own errors: a crate's errors are its own, and neither is worth a crate
+// below both.
 pub(crate) fn io(act: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
     let path = path.to_owned();
     move |cause| Error::Io { act, path, cause }
 }
 
-/// The beginning of a text from a file or the command line, fit for a message: without control
-/// characters, which could steer a terminal, and at most 80 characters.
+/// The beginning of a text from a file or the command line, fit for a message: without control characters, which could
+/// steer a terminal, and at most 80 characters.
 pub(crate) fn shown(text: &str) -> String {
     const LONGEST: usize = 80;
     let mut shown = String::new();

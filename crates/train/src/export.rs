@@ -1,4 +1,4 @@
-//! What a run leaves for others: an adapter, or a whole model.
+//! The result of a run: an adapter, or a whole model.
 
 use checkpoint::{Adapter, FolderWriter, Notes};
 use model::AdapterWeights;
@@ -9,8 +9,8 @@ use crate::recipe::{ExportDType, Method};
 use crate::run_dir::RunDir;
 use crate::session::Session;
 
-/// Writes `adapter/` or `model/` into the run directory. One that is there already, from a run that was killed after
-/// its last step, is complete, since folders appear whole.
+/// Writes `adapter/` or `model/` into the run directory. An existing one, of a run that was killed after its last step, is
+/// complete, since folders appear whole.
 pub(crate) fn result(session: &Session, run: &RunDir) -> Result<()> {
     let name = if session.recipe.train.method == Method::Lora {
         "adapter"
@@ -36,13 +36,13 @@ pub(crate) fn adapter_into(session: &Session, writer: &mut FolderWriter) -> Resu
     }
     let adapter = AdapterWeights::from_model(
         &session.model,
-        session.scaling,
+        session.update.scaling,
         session.recipe.lora.dropout as f32,
     );
     let (config, tensors) = adapter.files(&session.base.name)?;
     let notes = Notes {
         trained_for: session.quantizer.map(|quantizer| quantizer.to_string()),
-        experts_share: session.share.map(|share| share.name().into()),
+        experts_share: session.update.share.map(|share| share.name().into()),
     };
     Adapter::save_notes(writer, &notes)?;
     Ok(Adapter::save_into(writer, &config, &tensors)?)

@@ -1,12 +1,12 @@
-//! Training runs: the recipe, the learning rate, the run directory and what a checkpoint holds.
+//! Training runs: the recipe, the session, the training loop, the run directory and its checkpoints.
 //!
-//! A run is told everything by a [`Recipe`] and writes everything into a [`RunDir`]. It can be
-//! killed at any moment and resumed from its latest checkpoint, to the same bits: a checkpoint is
-//! whole or absent, and nothing that enters a result comes from a clock.
+//! A [`Recipe`] describes a run, a [`Session`] holds it in memory, and a [`RunDir`] holds everything that it writes. A run can
+//! be killed at any moment and resumed from its latest checkpoint, to the same bits: a checkpoint is whole or absent, and
+//! nothing that enters a result comes from a clock.
 //!
 //! ```no_run
 //! use std::path::Path;
-//! use moeforge_train::{Recipe, RunDir, Schedule, State};
+//! use moeforge_train::{Recipe, RunDir, RunState, Schedule};
 //!
 //! let recipe = Recipe::open(Path::new("recipe.toml"), &["train.steps=10".to_owned()])?;
 //! let run = RunDir::create(Path::new("runs/first"), &recipe)?;
@@ -17,47 +17,51 @@
 //!     metrics.append(step + 1, &serde_json::json!({ "learning_rate": learning_rate }))?;
 //! }
 //! if let Some((step, folder)) = run.latest()? {
-//!     assert_eq!(State::read(&folder)?.step, step);
+//!     assert_eq!(RunState::read(&folder)?.step, step);
 //! }
 //! # Ok::<(), moeforge_train::Error>(())
 //! ```
 
-mod balance;
-mod dataset;
-mod diagnosis;
-mod dpo;
 mod error;
-mod export;
-mod fit;
-mod loss_scale;
-mod optimizer;
-mod session;
-
 mod recipe;
-mod recipe_check;
-mod recipe_file;
-mod recipe_keys;
 mod schedule;
 
+mod dataset;
+mod loss_scale;
+mod optimizer;
+mod routing;
+
+mod balance;
+mod dpo;
+
+mod checkpoint_state;
 mod metrics;
 mod run_dir;
-mod state;
 
+mod checkpoints;
+mod events;
+mod export;
+mod fit;
+mod open;
+mod session;
+
+pub use self::checkpoint_state::{
+    BestValidation, RunState, Watchdog, read_optimizer, write_optimizer,
+};
 pub use self::dataset::Dataset;
 pub use self::dpo::Rewards;
 pub use self::error::{Error, Result};
-pub use self::fit::{
-    Census, Event, Host, LayerDrift, LayerLoad, Memory, RangeTest, RatePoint, Sample, StepReport,
-    TensorGradient, Watchdog, Zero, steepest,
-};
+pub use self::events::{Event, Host, Memory, SampledText, StepReport};
+pub use self::fit::{GradAudit, RangeTest, RatePoint, TensorGradient, ZeroGradient, steepest};
 pub use self::loss_scale::LossScale;
 pub use self::metrics::Metrics;
+pub use self::open::SessionOptions;
 pub use self::recipe::{
-    Checkpointing, Compute, DataSection, DpoSection, EvalSection, ExpertsShare, ExportDType,
-    LoraSection, Loss, Method, ModelSection, Moments, OptimizerSection, PrecisionSection, Recipe,
-    RouterTraining, ScheduleKind, ScheduleSection, TrainSection,
+    DataSection, DpoSection, EvalSection, ExportDType, LoraSection, Loss, Method, ModelSection,
+    Moments, OptimizerSection, PrecisionSection, Recipe, RouterTraining, ScheduleKind,
+    ScheduleSection, TrainSection,
 };
+pub use self::routing::{LayerDrift, LayerLoad};
 pub use self::run_dir::RunDir;
 pub use self::schedule::Schedule;
-pub use self::session::{Session, Surroundings, open_folder, tokenizer_of};
-pub use self::state::{Best, State, read_optimizer, write_optimizer};
+pub use self::session::Session;

@@ -1,16 +1,17 @@
 //! The dynamic scale of the loss in f16 training.
 //!
-//! Gradients are often smaller than f16 can hold, so the loss is multiplied before the backward pass and the gradients
+//! Gradients are often smaller than f16 can represent, so the loss is multiplied before the backward pass and the gradients
 //! are divided after it. The scale is a power of two, so neither rounds. It halves when a gradient overflows, and doubles
-//! after a number of steps without.
+//! after a number of steps without overflow.
 //!
 //! Source: Mixed precision training, arXiv:1710.03740, section 3.2.
 
+use model::Compute;
 use serde::{Deserialize, Serialize};
 
-use crate::recipe::{Compute, PrecisionSection};
+use crate::recipe::{MAX_LOSS_SCALE_EXPONENT, PrecisionSection};
 
-/// The scale and how long it has held. The state of a run that has one.
+/// The loss scale of a run in f16, and its age.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LossScale {
@@ -21,7 +22,7 @@ pub struct LossScale {
 }
 
 impl LossScale {
-    /// A recipe's scale at the start; none where the precision needs none.
+    /// A recipe's scale at the start; none if the precision needs none.
     pub(crate) fn new(precision: &PrecisionSection) -> Option<Self> {
         (precision.compute == Compute::F16).then(|| Self {
             exponent: precision.loss_scale.log2() as u32,
@@ -52,14 +53,11 @@ impl LossScale {
             };
         }
         Self {
-            exponent: (self.exponent + 1).min(LARGEST_EXPONENT),
+            exponent: (self.exponent + 1).min(MAX_LOSS_SCALE_EXPONENT),
             clean_steps: 0,
         }
     }
 }
-
-/// Beyond this a scaled loss may leave f32.
-pub(crate) const LARGEST_EXPONENT: u32 = 100;
 
 #[cfg(test)]
 mod tests {
@@ -82,7 +80,7 @@ mod tests {
         let none_left = (0..4).try_fold(start, |scale, _| scale.halved());
         assert_eq!(none_left, None);
         let largest = LossScale {
-            exponent: LARGEST_EXPONENT,
+            exponent: MAX_LOSS_SCALE_EXPONENT,
             clean_steps: 0,
         };
         assert_eq!(largest.after_clean_step(1), largest);

@@ -1,7 +1,7 @@
 //! AdamW over a model's trained tensors, by name.
 //!
-//! The moments are f32 or bf16 and the defaults are PyTorch's. Gradients of the micro-batches of a step are added up here
-//! first, so a step sees one gradient, whatever the number of micro-batches.
+//! The moments are f32 or bf16 and the defaults are PyTorch's. The gradients of a step's micro-batches are added up first,
+//! so that an update sees one gradient, whatever the number of micro-batches.
 
 use std::collections::BTreeMap;
 
@@ -41,15 +41,28 @@ impl Accumulated {
     }
 }
 
+/// The scalars of one update.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StepScalars {
+    /// The update's number, from 1.
+    pub(crate) number: u64,
+    /// The learning rate.
+    pub(crate) rate: f64,
+    /// The gradients' norm, without the loss scale.
+    pub(crate) norm: f64,
+    /// The gradients are larger by this factor.
+    pub(crate) loss_scale: f64,
+}
+
 /// The optimizer's settings and moments.
 #[derive(Debug)]
 pub(crate) struct AdamW {
     settings: OptimizerSection,
     /// First and second moment by parameter.
     pub(crate) moments: BTreeMap<String, [Tensor<1>; 2]>,
-    /// LoRA+: how many times the learning rate of the second factors is that of everything else.
+    /// LoRA+: the learning rate of the second factors over that of everything else.
     lora_b_ratio: f64,
-    /// What stochastic rounding of the moments is drawn from, if there is any.
+    /// The seed of the moments' stochastic rounding, if they are rounded so.
     noise_seed: Option<u64>,
 }
 
@@ -65,15 +78,19 @@ impl AdamW {
         }
     }
 
-    /// Update number `number`, from 1, at a learning rate; `norm` is the gradients' norm, and they are `loss_scale` times
-    /// too large.
+    /// Updates a model's trained tensors.
     pub(crate) fn step(
         &mut self,
         model: &mut Model,
         mut gradients: Accumulated,
-        rate: f64,
-        (number, norm, loss_scale): (u64, f64, f64),
+        scalars: StepScalars,
     ) {
+        let StepScalars {
+            number,
+            rate,
+            norm,
+            loss_scale,
+        } = scalars;
         let OptimizerSection {
             betas,
             eps,
@@ -106,7 +123,7 @@ impl AdamW {
             let is_lora_b = name.ends_with(".lora_b");
             let step = AdamWStep {
                 rate: rate * if is_lora_b { self.lora_b_ratio } else { 1.0 },
-                noise: self.noise_seed.map(|seed| mixed(seed, name, number)),
+                noise: self.noise_seed.map(|seed| noise_seed(seed, name, number)),
                 ..step
             };
             let (values, moments) = kernels::adamw(values, gradient, moments, step);
@@ -116,10 +133,8 @@ impl AdamW {
     }
 }
 
-/// A seed for one parameter in one update: FNV-1a of its name, so that it depends on nothing else.
-fn mixed(seed: u64, name: &str, number: u64) -> u64 {
+/// A seed for one parameter in one update, which depends on nothing else.
+fn noise_seed(seed: u64, name: &str, number: u64) -> u64 {
     let bytes = number.to_le_bytes().into_iter().chain(name.bytes());
-    bytes.fold(seed ^ 0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
+    checkpoint::fnv1a(seed, bytes)
 }

@@ -1,11 +1,10 @@
 //! A run directory: the resolved recipe, the metrics, and checkpoints that are whole or absent.
 //!
-//! A process may be killed at any moment. A checkpoint is written beside its place and renamed;
-//! one that is removed is renamed first. So what bears the name of a checkpoint is complete, and
-//! what a killed process left has a name that says so and is cleared away by the next. A lock,
-//! which ends with its process, keeps two runs from one directory.
+//! A process may be killed at any moment. A checkpoint is written to a temporary sibling and renamed; it is renamed before
+//! it is removed. So everything that has the name of a checkpoint is complete, and leftovers of a killed process have names
+//! that say so; the next process removes them. A lock, which ends with its process, keeps two runs from one directory.
 //!
-//! What is in a checkpoint is the business of the caller and of `state.rs`.
+//! The content of a checkpoint is the business of the caller and of `checkpoint_state.rs`.
 
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -15,13 +14,12 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::io;
-use crate::metrics::Metrics;
+use crate::metrics::{METRICS_NAME, Metrics};
 use crate::{Error, Recipe, Result};
 
 const RECIPE_NAME: &str = "recipe.toml";
-const METRICS_NAME: &str = "metrics.jsonl";
 const LOCK_NAME: &str = ".lock";
-/// What [`FolderWriter`] writes last: every file with its size.
+/// The last file that [`FolderWriter`] writes: the list of all files with their sizes.
 const MANIFEST_NAME: &str = "moeforge.manifest.json";
 
 /// A run directory that this process may write to.
@@ -36,7 +34,7 @@ impl RunDir {
     /// Starts a run: creates the directory and writes `recipe.toml`.
     ///
     /// # Errors
-    /// If `path` is a file or a folder that holds something, or cannot be written.
+    /// If `path` is a file or a folder that is not empty, or cannot be written.
     pub fn create(path: &Path, recipe: &Recipe) -> Result<Self> {
         let exists = |found| Error::RunExists {
             path: path.to_owned(),
@@ -46,13 +44,13 @@ impl RunDir {
             return Err(exists("a file"));
         }
         let is_used = |path| names(path).map(|names| !names.iter().all(|name| is_leftover(name)));
-        // Looked at before the lock, which would put a file into a folder of somebody else.
+        // Checked before locking, because the lock would put a file into a folder of somebody else.
         if path.exists() && is_used(path)? {
             return Err(exists("a folder that is not empty"));
         }
         fs::create_dir_all(path).map_err(io("create", path))?;
         let run = Self::lock(path)?;
-        // And again with it, because two processes may have come this far.
+        // Checked again under the lock, because two processes may have come this far.
         if is_used(path)? {
             return Err(exists("a folder that is not empty"));
         }
@@ -61,11 +59,10 @@ impl RunDir {
         Ok(run)
     }
 
-    /// Opens the directory of a run to go on with it, and clears away what a killed process left
-    /// half-written or half-removed.
+    /// Opens the directory of a run to continue it, and removes leftovers of a killed process.
     ///
     /// # Errors
-    /// If it is no run directory, another process is using it, or it cannot be written.
+    /// If it is not a run directory, another process is using it, or it cannot be written.
     pub fn open(path: &Path) -> Result<Self> {
         if !path.join(RECIPE_NAME).is_file() {
             return Err(Error::NotARun {
@@ -90,8 +87,8 @@ impl RunDir {
         Recipe::open(&self.path.join(RECIPE_NAME), &[])
     }
 
-    /// Opens `metrics.jsonl` for a run that goes on from the checkpoint of `last_step`, or from
-    /// its beginning if there is none. Lines that will be written again are cut off.
+    /// Opens `metrics.jsonl` for a run that continues from the checkpoint of `last_step`, or from its beginning if that is
+    /// none. Lines that will be written again are cut off.
     ///
     /// # Errors
     /// If the file cannot be written, or a line that should stay is malformed.
@@ -99,11 +96,11 @@ impl RunDir {
         Metrics::open(&self.path.join(METRICS_NAME), last_step)
     }
 
-    /// Writes the checkpoint of a step: `fill` writes its files, and then it gets its name. If
-    /// there is a complete one already, it stays and `fill` is not called.
+    /// Writes the checkpoint of a step: `fill` writes its files, and then it gets its name. A complete checkpoint of this
+    /// step stays as it is, and `fill` is not called.
     ///
     /// # Errors
-    /// What `fill` returns, or if writing fails; nothing is left behind then.
+    /// If `fill` fails, or writing fails; nothing is left behind then.
     pub fn save(
         &self,
         step: u64,
@@ -113,7 +110,7 @@ impl RunDir {
         if is_complete(&path) {
             return Ok(path);
         }
-        // A copy that somebody broke off, perhaps: no run can go on from it.
+        // Perhaps an interrupted copy: no run can continue from it.
         if path.exists() {
             self.remove(step)?;
         }
@@ -123,8 +120,7 @@ impl RunDir {
         Ok(path)
     }
 
-    /// The step and folder of the newest checkpoint, if there is one. Incomplete ones do not
-    /// count.
+    /// The step and folder of the newest complete checkpoint, if there is one.
     ///
     /// # Errors
     /// If the directory cannot be read.
@@ -133,15 +129,15 @@ impl RunDir {
         Ok(latest.map(|step| (step, self.checkpoint_path(step))))
     }
 
-    /// Removes all but the newest checkpoints and those of the steps `also`, and returns the steps
-    /// of those removed. The newest one stays even if `keep_last` is 0.
+    /// Removes all checkpoints except the newest and those of the steps `protected`, and returns the removed steps. The
+    /// newest one stays even if `keep_last` is 0.
     ///
     /// # Errors
     /// If the directory cannot be read or changed.
-    pub fn prune(&self, keep_last: usize, also: &[u64]) -> Result<Vec<u64>> {
+    pub fn prune(&self, keep_last: usize, protected: &[u64]) -> Result<Vec<u64>> {
         let mut steps = self.steps()?;
         steps.truncate(steps.len().saturating_sub(keep_last.max(1)));
-        steps.retain(|step| !also.contains(step));
+        steps.retain(|step| !protected.contains(step));
         for &step in &steps {
             self.remove(step)?;
         }
@@ -171,12 +167,12 @@ impl RunDir {
         Ok(steps)
     }
 
-    /// Where the checkpoint of a step is, or would be.
+    /// The path of the checkpoint of a step, whether it exists or not.
     pub(crate) fn checkpoint_path(&self, step: u64) -> PathBuf {
         self.path.join(format!("checkpoint-{step}"))
     }
 
-    /// Takes a checkpoint its name, then deletes it.
+    /// Renames a checkpoint, then deletes it.
     fn remove(&self, step: u64) -> Result<()> {
         let path = self.checkpoint_path(step);
         let removed = self.path.join(format!(".checkpoint-{step}.removed.tmp"));
@@ -202,7 +198,7 @@ impl RunDir {
                 path: path.to_owned(),
             });
         }
-        // Some network file systems have no locks: then the user has to take care.
+        // Some network file systems have no locks: users of those have to take care themselves.
         Ok(Self {
             path: path.to_owned(),
             _lock: lock,
@@ -210,8 +206,7 @@ impl RunDir {
     }
 }
 
-/// The names in a folder. One that is not UTF-8 is none of ours, and comes with marks for what
-/// could not be read.
+/// The names in a folder. A name that is not UTF-8 is not ours, and has replacement characters.
 fn names(path: &Path) -> Result<Vec<String>> {
     let entries = fs::read_dir(path).map_err(io("read", path))?;
     let names = entries.map(|entry| {
@@ -221,8 +216,7 @@ fn names(path: &Path) -> Result<Vec<String>> {
     names.collect()
 }
 
-/// Whether a name is one that a killed process leaves: the lock, or what it was writing or
-/// removing.
+/// Whether a name is that of a killed process's leftovers: the lock, or a file that was being written or removed.
 fn is_leftover(name: &str) -> bool {
     const STARTS: [&str; 7] = [
         ".checkpoint-",
@@ -237,26 +231,26 @@ fn is_leftover(name: &str) -> bool {
     name == LOCK_NAME || is_ours && name.ends_with(".tmp")
 }
 
-/// The step in a checkpoint's name, if it is one as written here: without sign or leading zeros.
+/// The step in a checkpoint's name, without sign or leading zeros; none if it is another name.
 fn step_of(name: &str) -> Option<u64> {
     let step: u64 = name.strip_prefix("checkpoint-")?.parse().ok()?;
     (name == format!("checkpoint-{step}")).then_some(step)
 }
 
-/// Whether a checkpoint has every file that its manifest lists, in its full size.
+/// Whether a checkpoint has every file of its manifest, in its full size.
 ///
-/// The program itself leaves none incomplete, but a copy may be, and a loss of power may have
-/// let a removal begin before its renaming.
+/// The program itself leaves no incomplete checkpoint, but a copy may be incomplete, and a loss of power may have let a
+/// removal begin before its renaming.
 fn is_complete(path: &Path) -> bool {
     #[derive(Deserialize)]
-    struct Manifest {
+    struct CheckpointManifest {
         files: serde_json::Map<String, Value>,
     }
 
     let Ok(text) = fs::read(path.join(MANIFEST_NAME)) else {
         return false;
     };
-    let Ok(manifest) = serde_json::from_slice::<Manifest>(&text) else {
+    let Ok(manifest) = serde_json::from_slice::<CheckpointManifest>(&text) else {
         return false;
     };
     manifest.files.iter().all(|(name, file)| {
@@ -265,7 +259,7 @@ fn is_complete(path: &Path) -> bool {
     })
 }
 
-/// Deletes a file or folder, if it is there. Links are not followed.
+/// Deletes a file or folder if it exists. Links are not followed.
 fn remove_entry(path: &Path) -> Result<()> {
     let Ok(metadata) = fs::symlink_metadata(path) else {
         return Ok(());
@@ -319,7 +313,7 @@ mod tests {
         drop(run);
         let error = RunDir::create(&path, &recipe()).unwrap_err().to_string();
         let expected = "expected no such file or an empty folder, found a folder that is not \
-                        empty; to go on with a run, use `--resume`";
+                        empty; to continue a run, use `--resume`";
         assert!(error.ends_with(expected), "{error}");
         let error = RunDir::create(&path.join("recipe.toml"), &recipe()).unwrap_err();
         assert!(matches!(

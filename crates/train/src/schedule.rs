@@ -12,7 +12,7 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// A schedule with this peak, which is the recipe's `optimizer.learning_rate`.
+    /// A schedule with this peak, the recipe's `optimizer.learning_rate`.
     pub fn new(peak: f64, section: &ScheduleSection) -> Self {
         Self {
             peak,

@@ -8,7 +8,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use data::{Batch, Packing, Sample, collate, collate_rows};
 use kernels::Segments;
 use model::{Compute, ForwardContext, Model, Training, weights};
-use moeforge_train::{Event, Recipe, RunDir, Session, StepReport, Surroundings};
+use moeforge_train::{Event, Recipe, RunDir, Session, SessionOptions, StepReport};
 
 /// f32 sums in another order, relative to the largest gradient of a parameter.
 const TOLERANCE: f32 = 1e-4;
@@ -144,12 +144,13 @@ impl Place {
     }
 
     fn open(&self, recipe: Recipe) -> Session {
-        let surroundings = Surroundings {
+        let options = SessionOptions {
+            device: &Device::flex(),
             resolve: &|model| Ok(model.into()),
             token_cache: Some(&self.path("cache")),
             tokenizing: &|_, _| {},
         };
-        Session::open_in(recipe, surroundings).unwrap()
+        Session::open_with(recipe, options).unwrap()
     }
 }
 
@@ -271,7 +272,7 @@ fn a_weighted_folder_without_rows_is_refused() {
     let place = Place::new();
     std::fs::remove_file(place.path("b/train.jsonl")).unwrap();
     let recipe = place.recipe("qwen2_distill", "weights = [1, 1]\n", "");
-    let problem = Session::open(recipe, &|model| Ok(model.into()))
+    let problem = Session::open(recipe, &Device::flex(), &|model| Ok(model.into()))
         .unwrap_err()
         .to_string();
     assert!(
@@ -285,7 +286,7 @@ fn weights_that_leave_no_row_are_refused() {
     let place = Place::new();
     std::fs::write(place.path("b/train.jsonl"), "").unwrap();
     let recipe = place.recipe("qwen2_distill", "weights = [0, 1]\n", "");
-    let problem = Session::open(recipe, &|model| Ok(model.into()))
+    let problem = Session::open(recipe, &Device::flex(), &|model| Ok(model.into()))
         .unwrap_err()
         .to_string();
     assert!(

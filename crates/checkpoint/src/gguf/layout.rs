@@ -1,6 +1,6 @@
-//! How a folder's tensors lie in a GGUF: under which names, which of them stacked, in which order of rows.
+//! The layout of a folder's tensors in a GGUF: their names, stacks, and order of rows.
 //!
-//! The way back from [`super::origin`], by the same tables.
+//! The reverse of [`super::origin`], with the same tables.
 //!
 //! Source: ggml-org/llama.cpp: conversion/{base,llama,deepseek}.py.
 
@@ -14,47 +14,47 @@ use super::writer::GgufValue;
 use super::{malformed, names, rope};
 use crate::Result;
 
-/// A tensor of a GGUF and what it is made of.
+/// A tensor of a GGUF and its sources.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GgufTensor {
-    /// Its name there.
+    /// Its name in the GGUF.
     pub name: String,
     /// Its shape, from the outermost dimension in.
     pub shape: Vec<usize>,
-    /// The folder's tensors in it: a layer's experts one after the other, else one.
+    /// The folder's tensors in it: a layer's experts one after another, else one.
     pub keys: Vec<String>,
-    /// Which of a source's rows it has, in which order.
-    pub rows: Rows,
+    /// The selection and the order of a source's rows.
+    pub rows: RowOrder,
 }
 
-/// Rows of a folder's tensor as a GGUF has them.
+/// The rows of a folder's tensor in a GGUF.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rows {
+pub enum RowOrder {
     /// All, in their order.
     Same,
-    /// All; of so many heads, the two halves row by row beside each other.
+    /// All; the two halves of every head interleaved row by row.
     Interleaved {
         /// Number of heads.
         heads: usize,
     },
-    /// Of every head its first rows, transposed: what rebuilds keys from a latent.
+    /// The first rows of every head, transposed: they rebuild keys from a latent.
     Keys {
         /// Number of heads.
         heads: usize,
-        /// Rows of a head that rebuild keys.
+        /// RowOrder of a head that rebuild keys.
         width: usize,
     },
-    /// Of every head its last rows: what rebuilds values.
+    /// The last rows of every head: they rebuild values.
     Values {
         /// Number of heads.
         heads: usize,
-        /// Rows of a head that rebuild values.
+        /// RowOrder of a head that rebuild values.
         width: usize,
     },
 }
 
-impl Rows {
-    /// Of a head of so many rows whose halves are interleaved, the row that stands at a place.
+impl RowOrder {
+    /// The row at a place of a head of `rows` rows with interleaved halves.
     pub fn interleaved(place: usize, rows: usize) -> usize {
         place % 2 * (rows / 2) + place / 2
     }
@@ -68,10 +68,10 @@ pub struct GgufLayout<'a> {
 }
 
 impl<'a> GgufLayout<'a> {
-    /// The layout of a model with this config, in the dialect that is published; `file` is for messages.
+    /// The layout of a model with this config, in the published dialect; `file` is for messages.
     ///
     /// # Errors
-    /// If no architecture of GGUF files is that of the model.
+    /// If GGUF files have no such architecture.
     pub fn of(file: &Path, config: &'a Value) -> Result<Self> {
         let family = config.get("model_type").and_then(Value::as_str);
         let architecture = settings::architecture(family.unwrap_or_default());
@@ -85,17 +85,17 @@ impl<'a> GgufLayout<'a> {
         })
     }
 
-    /// The metadata that says what the config does.
+    /// The metadata of the config.
     pub fn metadata(&self) -> Vec<(String, GgufValue)> {
         settings::metadata(self.config, self.architecture)
     }
 
-    /// A tensor that is made of the config: name and values.
+    /// A tensor that is computed from the config: name and values.
     pub fn made(&self) -> Option<(&'static str, Vec<f32>)> {
         Some((rope::DIVISORS, rope::divisors(self.config)?))
     }
 
-    /// The tensors that a folder's become, given as keys and shapes, those of a layer's experts in the order of experts.
+    /// The GGUF's tensors for a folder's tensors, given as keys and shapes; those of a layer's experts in the order of experts.
     pub fn tensors(&self, keys: &[(String, Vec<usize>)]) -> Vec<GgufTensor> {
         let mut tensors: Vec<GgufTensor> = Vec::new();
         let mut place_of: HashMap<String, usize> = HashMap::new();
@@ -110,7 +110,7 @@ impl<'a> GgufLayout<'a> {
                     None => {
                         place_of.insert(name.clone(), tensors.len());
                         let shape = [&[1], &shape[..]].concat();
-                        tensors.push(GgufTensor::new(name, shape, key, Rows::Same));
+                        tensors.push(GgufTensor::new(name, shape, key, RowOrder::Same));
                     }
                 }
             } else if let Some(module) = key.strip_suffix(".kv_b_proj.weight") {
@@ -127,14 +127,14 @@ impl<'a> GgufLayout<'a> {
         self.config.get(key).and_then(Value::as_u64).unwrap_or(0) as usize
     }
 
-    fn rows(&self, key: &str) -> Rows {
+    fn rows(&self, key: &str) -> RowOrder {
         let heads = match key {
-            _ if self.architecture.1 != Architecture::Llama => return Rows::Same,
+            _ if self.architecture.1 != Architecture::Llama => return RowOrder::Same,
             _ if key.ends_with(".q_proj.weight") => "num_attention_heads",
             _ if key.ends_with(".k_proj.weight") => "num_key_value_heads",
-            _ => return Rows::Same,
+            _ => return RowOrder::Same,
         };
-        Rows::Interleaved {
+        RowOrder::Interleaved {
             heads: self.count(heads),
         }
     }
@@ -147,8 +147,8 @@ impl<'a> GgufLayout<'a> {
             let name = names::name(&format!("{module}.{half}.weight"));
             GgufTensor::new(name, shape.to_vec(), key, rows)
         };
-        let keys = Rows::Keys { heads, width: nope };
-        let values = Rows::Values { heads, width: v };
+        let keys = RowOrder::Keys { heads, width: nope };
+        let values = RowOrder::Values { heads, width: v };
         [
             half("k_b_proj", [heads, rank, nope], keys),
             half("v_b_proj", [heads, v, rank], values),
@@ -157,7 +157,7 @@ impl<'a> GgufLayout<'a> {
 }
 
 impl GgufTensor {
-    fn new(name: String, shape: Vec<usize>, key: &str, rows: Rows) -> Self {
+    fn new(name: String, shape: Vec<usize>, key: &str, rows: RowOrder) -> Self {
         Self {
             name,
             shape,

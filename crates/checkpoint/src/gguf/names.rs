@@ -1,9 +1,9 @@
-//! Names of tensors: in a GGUF, and in the folder it was made from.
+//! Names of tensors: in a GGUF, and in the folder that it was converted from.
 //!
 //! Source: ggml-org/llama.cpp: gguf-py/gguf/{constants,tensor_mapping}.py.
 
-/// Names of a layer's parts: here, and in a Hugging Face folder. The halves of a `kv_b_proj` have names of the converter's
-/// own there.
+/// Names of a layer's parts: in a GGUF, and in a Hugging Face folder. The halves of a `kv_b_proj` have the converter's own names
+/// in the folder.
 const LAYER: [(&str, &str); 27] = [
     ("attn_norm", "input_layernorm"),
     ("attn_q", "self_attn.q_proj"),
@@ -42,7 +42,7 @@ const MODEL: [(&str, &str); 3] = [
     ("output_norm.weight", "model.norm.weight"),
     ("output.weight", "lm_head.weight"),
 ];
-/// A layer's experts, stacked, and the projections of an expert that follow one another in it.
+/// A layer's stacked experts, and the projections of an expert in the stack.
 const STACKED: [(&str, &[&str]); 4] = [
     ("ffn_gate_exps", &["gate_proj"]),
     ("ffn_up_exps", &["up_proj"]),
@@ -50,7 +50,7 @@ const STACKED: [(&str, &[&str]); 4] = [
     ("ffn_gate_up_exps", &["gate_proj", "up_proj"]),
 ];
 
-/// The name a tensor had in the folder. One that is not known keeps its own.
+/// The name of a tensor in the folder. An unknown name stays.
 pub(crate) fn key(name: &str) -> String {
     if let Some((_, key)) = MODEL.iter().find(|known| known.0 == name) {
         return (*key).to_owned();
@@ -67,7 +67,7 @@ pub(crate) fn key(name: &str) -> String {
     in_layer().unwrap_or_else(|| name.to_owned())
 }
 
-/// Of a layer's stacked experts, the number of the layer and the projections.
+/// The layer number and the projections of a layer's stacked experts.
 pub(crate) fn stacked(name: &str) -> Option<(u32, &'static [&'static str])> {
     let (layer, rest) = in_layer(name)?;
     let part = rest.strip_suffix(".weight")?;
@@ -80,7 +80,7 @@ pub(crate) fn expert(layer: u32, expert: usize, projection: &str) -> String {
     format!("model.layers.{layer}.mlp.experts.{expert}.{projection}.weight")
 }
 
-/// The name of a tensor of the folder. One that is not known keeps its own.
+/// The name of a folder's tensor in the GGUF. An unknown name stays.
 pub(crate) fn name(key: &str) -> String {
     if let Some((name, _)) = MODEL.iter().find(|known| known.1 == key) {
         return (*name).to_owned();
@@ -97,7 +97,7 @@ pub(crate) fn name(key: &str) -> String {
     in_layer().unwrap_or_else(|| key.to_owned())
 }
 
-/// The name of the stack that an expert's tensor is in, if it is an expert's.
+/// The name of the stack of an expert's tensor; none for other tensors.
 pub(crate) fn stack(key: &str) -> Option<String> {
     let (layer, rest) = layer_of(key)?;
     let rest = rest.strip_prefix("mlp.experts.")?.strip_suffix(".weight")?;

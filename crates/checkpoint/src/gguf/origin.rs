@@ -11,22 +11,22 @@ use super::settings::{self, Architecture};
 use super::{Gguf, malformed, names, rope};
 use crate::{Result, Tensor};
 
-/// No model has more experts in a layer: each of them becomes a tensor of its own.
+/// Maximum number of experts in a layer: each of them becomes a separate tensor.
 const MOST_EXPERTS: usize = 1 << 12;
 
-/// What a GGUF's tensors and metadata stand for.
+/// The folder of a GGUF: its configuration, and the changes of the conversion.
 #[derive(Clone, Debug)]
-pub(crate) struct Origin {
+pub(crate) struct GgufOrigin {
     /// A `config.json`.
     pub(crate) config: Value,
-    /// Heads of queries and of keys whose rows were reordered: in a llama's file, not in others. A deepseek2's are laid
-    /// out as published, pair beside pair.
+    /// Heads of queries and of keys whose rows were reordered: in a llama's file, not in others. A deepseek2's have the published
+    /// layout, interleaved.
     reordered: Option<[usize; 2]>,
 }
 
-impl Origin {
+impl GgufOrigin {
     /// # Errors
-    /// If the architecture is none that is read, or a setting is missing.
+    /// If the architecture is not supported, or a setting is missing.
     pub(crate) fn of(path: &Path, gguf: &Gguf) -> Result<Self> {
         let name = gguf.metadata.get("general.architecture");
         let name = name.and_then(Value::as_str).unwrap_or("nothing");
@@ -49,12 +49,12 @@ impl Origin {
         Ok(Self { config, reordered })
     }
 
-    /// A tensor under the name it had; of a layer's stacked experts, each one's matrices, which share the bytes.
+    /// A tensor under its name in the folder, or the matrices of each of a layer's stacked experts, which share the bytes.
     ///
     /// # Errors
     /// If stacked experts are not those of the config.
     pub(crate) fn parts(&self, mut tensor: Tensor) -> Result<Vec<Tensor>> {
-        // The config says what this one does.
+        // This tensor is part of the config.
         if &*tensor.name == rope::DIVISORS {
             return Ok(vec![]);
         }
@@ -68,7 +68,7 @@ impl Origin {
             shape.len() == 3
                 && shape[0] == experts
                 && shape[1].is_multiple_of(projections.len())
-                // Empty ones would make thousands of tensors of a description of some bytes.
+                // Empty ones would make thousands of tensors of a few bytes of description.
                 && shape[1..].iter().all(|size| *size > 0)
         };
         if !fits(&tensor.shape) || !(1..=MOST_EXPERTS).contains(&experts) {
@@ -94,10 +94,10 @@ impl Origin {
         Ok((0..experts * projections.len()).map(part).collect())
     }
 
-    /// A tensor with the order of rows that it had.
+    /// A tensor with the order of rows of the folder.
     ///
     /// # Errors
-    /// If its rows are no heads.
+    /// If its rows are not those of heads.
     pub(crate) fn restore(&self, tensor: Tensor) -> Result<Tensor> {
         let heads = self.reordered.and_then(|[queries, keys]| {
             let module = tensor.name.rsplit_once('.')?.0;
@@ -114,9 +114,8 @@ impl Origin {
     }
 }
 
-/// Puts the rows of every head back: a llama's converter lays the two halves of a head, which rotary positions turn
-/// against each other, row by row beside each other. The rows are copied: of a model's bytes the queries and keys are a
-/// tenth.
+/// Restores the rows of every head: a llama's converter interleaves the two halves of a head, which rope rotates against each
+/// other. The rows are copied: queries and keys are a tenth of a model's bytes.
 fn in_halves(tensor: Tensor, heads: usize) -> Result<Tensor> {
     let rows = tensor.shape.first().copied().unwrap_or(0);
     if heads == 0 || !rows.is_multiple_of(2 * heads) {

@@ -1,4 +1,4 @@
-//! Llama 3's stretched rotary positions: settings in a config, in a GGUF a tensor of what each frequency is divided by.
+//! Llama 3's scaled rope: settings in a config, and a tensor of the divisors of the frequencies in a GGUF.
 //!
 //! Source: ggml-org/llama.cpp: conversion/llama.py, `generate_extra_tensors`.
 
@@ -8,11 +8,11 @@ use serde_json::{Value, json};
 
 /// The tensor.
 pub(crate) const DIVISORS: &str = "rope_freqs.weight";
-/// How far divisors of one setting may be from those of a file, relative to them: f32 rounded a few times on the way.
+/// Relative tolerance for the divisors of a setting against those of a file: f32 was rounded a few times.
 const ROUNDING: f64 = 1e-5;
 
-/// Waves that turn more often than `high` times in the original context stay, those that turn less than `low` times are
-/// `factor` times as long, and between there is a ramp.
+/// Waves of more than `high` turns in the original context stay, waves of fewer than `low` turns become `factor` times as long,
+/// and there is a ramp between.
 #[derive(Clone, Copy, Debug)]
 struct Stretch {
     factor: f64,
@@ -21,13 +21,13 @@ struct Stretch {
     high: f64,
 }
 
-/// Turns per position of every frequency of a head of twice so many features.
+/// Turns per position of every frequency of a head with twice that number of features.
 fn turns(theta: f64, len: usize) -> impl Iterator<Item = f64> {
     (0..len).map(move |j| theta.powf(-(j as f64) / len as f64) / (2.0 * PI))
 }
 
 impl Stretch {
-    /// That of a config, if it has one.
+    /// The scaling of a config, if it has one.
     fn of(config: &Value) -> Option<Self> {
         let scaling = config.get("rope_scaling")?;
         let number = |key: &str| scaling.get(key)?.as_f64();
@@ -49,11 +49,11 @@ impl Stretch {
         }
     }
 
-    /// The one that has these divisors, if one has. Of the context and its two bounds a file says the ratios alone, and `low`
-    /// is 1 in every release.
+    /// The scaling with these divisors, if there is one. A file determines only the ratios of the context and its two bounds;
+    /// `low` is 1 in every release.
     fn with(theta: f64, divisors: &[f32]) -> Option<Self> {
         let factor = f64::from(divisors.iter().copied().fold(1f32, f32::max));
-        // Where on the ramp each frequency is that is between its ends.
+        // The place on the ramp of each frequency between its ends.
         let ramp =
             |divisor: &f32| (1.0 / f64::from(*divisor) - 1.0 / factor) / (1.0 - 1.0 / factor);
         let points = turns(theta, divisors.len()).zip(divisors.iter().map(ramp));
@@ -66,7 +66,7 @@ impl Stretch {
             }
             // One frequency on the ramp fits any bounds: those of every release.
             (Some(only), None) => ((1.0 + 3.0 * only.1) / only.0, 4.0),
-            // None: the ramp is between the last that stays and the first that is stretched in full.
+            // None: the ramp is between the last frequency that stays and the first that is fully scaled.
             (None, _) => {
                 let n_kept = divisors.iter().take_while(|d| **d == 1.0).count();
                 let ends = turns(theta, divisors.len()).skip(n_kept.saturating_sub(1));
@@ -75,7 +75,7 @@ impl Stretch {
                 (middle.log2().round().exp2(), 4.0)
             }
         };
-        // Rounded as people write them, where that fits as well.
+        // Rounded as people write them, if that fits too.
         let original = original.round();
         let found = [(high * 16.0).round() / 16.0, high].map(|high| Self {
             factor,
@@ -92,7 +92,7 @@ impl Stretch {
     }
 }
 
-/// What the frequencies of a model with this config are divided by, if it stretches them so.
+/// The divisors of the frequencies of a model with this config, if it scales them so.
 pub(crate) fn divisors(config: &Value) -> Option<Vec<f32>> {
     let stretch = Stretch::of(config)?;
     let count = |key: &str| config.get(key).and_then(Value::as_u64);
@@ -104,8 +104,8 @@ pub(crate) fn divisors(config: &Value) -> Option<Vec<f32>> {
     Some(turns.map(|turns| stretch.divisor(turns) as f32).collect())
 }
 
-/// The `rope_scaling` of a config whose frequencies are divided by these: nothing where none is; none where Llama 3's has no
-/// such.
+/// The `rope_scaling` of a config with these divisors: null if nothing is divided, none if Llama 3's scaling has no such
+/// divisors.
 pub(crate) fn scaling(theta: f64, divisors: &[f32]) -> Option<Value> {
     if divisors.iter().all(|divisor| *divisor == 1.0) {
         return Some(Value::Null);
@@ -134,7 +134,7 @@ mod tests {
         })
     }
 
-    /// Of Llama 3.1, 3.2, small ones with one frequency on the ramp and with none, and one with bounds of its own.
+    /// Llama 3.1, 3.2, small ones with one frequency on the ramp and with none, and one with other bounds.
     #[test]
     fn settings_come_back_from_divisors() {
         for config in [

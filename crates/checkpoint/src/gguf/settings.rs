@@ -1,4 +1,4 @@
-//! The settings of a model: in a GGUF's metadata, and in the `config.json` of the folder it was made from.
+//! The settings of a model: in a GGUF's metadata, and in the `config.json` of the folder that it was converted from.
 //!
 //! Source: ggml-org/llama.cpp: convert_hf_to_gguf.py, conversion/{base,deepseek}.py, src/models/deepseek2.cpp.
 
@@ -10,10 +10,10 @@ use super::writer::GgufValue;
 use super::{Gguf, decimal, malformed, rope};
 use crate::{Result, Tensor};
 
-/// An architecture that is read.
+/// A supported architecture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Architecture {
-    /// R1's Llama distills, and what else has that shape.
+    /// R1's Llama distills, and other models of that shape.
     Llama,
     /// R1's Qwen distills.
     Qwen2,
@@ -29,17 +29,17 @@ impl Architecture {
     ];
 }
 
-/// Whether a setting has to be there.
+/// Whether a setting is required.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Need {
     Required,
     Optional,
 }
 
-/// Keys of the metadata behind the architecture's name, and of a `config.json`.
-type Settings = [(&'static str, &'static str, Need)];
+/// Keys of the metadata after the architecture's name, and of a `config.json`.
+type KeyTable = [(&'static str, &'static str, Need)];
 
-const COMMON: &Settings = &[
+const COMMON: &KeyTable = &[
     ("embedding_length", "hidden_size", Need::Required),
     ("feed_forward_length", "intermediate_size", Need::Required),
     (BLOCKS, "num_hidden_layers", Need::Required),
@@ -55,7 +55,7 @@ const COMMON: &Settings = &[
     ),
     ("context_length", "max_position_embeddings", Need::Required),
 ];
-const GROUPED_QUERIES: &Settings = &[
+const GROUPED_QUERIES: &KeyTable = &[
     (
         "attention.head_count_kv",
         "num_key_value_heads",
@@ -63,7 +63,7 @@ const GROUPED_QUERIES: &Settings = &[
     ),
     ("attention.key_length", "head_dim", Need::Optional),
 ];
-const DEEPSEEK: &Settings = &[
+const DEEPSEEK: &KeyTable = &[
     ("attention.q_lora_rank", "q_lora_rank", Need::Optional),
     ("attention.kv_lora_rank", "kv_lora_rank", Need::Required),
     (ROPE_DIM, "qk_rope_head_dim", Need::Required),
@@ -90,7 +90,7 @@ const DEEPSEEK: &Settings = &[
     ("expert_group_used_count", "topk_group", Need::Optional),
     (MODULES, "num_nextn_predict_layers", Need::Optional),
 ];
-const ROPE_SCALING: &Settings = &[
+const ROPE_SCALING: &KeyTable = &[
     ("rope.scaling.factor", "factor", Need::Optional),
     (
         "rope.scaling.original_context_length",
@@ -100,17 +100,17 @@ const ROPE_SCALING: &Settings = &[
     ("rope.scaling.yarn_beta_fast", "beta_fast", Need::Optional),
     ("rope.scaling.yarn_beta_slow", "beta_slow", Need::Optional),
 ];
-/// Layers, with those for multi-token prediction, and how many of them are such.
+/// The number of layers with those for multi-token prediction, and the number of the latter.
 const BLOCKS: &str = "block_count";
 const MODULES: &str = "nextn_predict_layers";
 const ROPE_DIM: &str = "rope.dimension_count";
 const EXPERTS: &str = "expert_count";
-/// How a router makes scores, as a number.
+/// The scoring function of a router, as a number.
 const GATING: &str = "expert_gating_func";
 const SOFTMAX: u64 = 1;
 const SIGMOID: u64 = 2;
 /// A deepseek2's `mscale_all_dim`, times 0.1 for historical reasons. The converter drops `mscale`: the two are the same in
-/// every release, and llama.cpp computes as if they were.
+/// every release, and llama.cpp assumes it.
 const YARN_LOG_MULTIPLIER: &str = "rope.scaling.yarn_log_multiplier";
 const YARN_LOG_UNIT: f64 = 0.1;
 
@@ -124,7 +124,7 @@ pub(crate) fn architecture(family: &str) -> Option<(&'static str, Architecture)>
     known.find(|known| known.0 == name)
 }
 
-/// The metadata of a config in the dialect that is published; the way back from [`config`].
+/// The metadata of a config in the published dialect; the reverse of [`config`].
 pub(crate) fn metadata(
     config: &Value,
     (name, family): (&'static str, Architecture),
@@ -139,7 +139,7 @@ pub(crate) fn metadata(
     let value = |key: &str| config.get(key).and_then(GgufValue::of);
     let count = |key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(0);
     let counted = |n: u64| u32::try_from(n).ok().map(GgufValue::Count);
-    let theirs: &[&Settings] = match family {
+    let theirs: &[&KeyTable] = match family {
         Architecture::Llama | Architecture::Qwen2 => &[COMMON, GROUPED_QUERIES],
         Architecture::DeepSeek2 => &[COMMON, DEEPSEEK],
     };
@@ -160,7 +160,7 @@ pub(crate) fn metadata(
             set(ROPE_DIM, value("head_dim"));
         }
         Architecture::DeepSeek2 => {
-            // What a converted model computes with: one shared latent, beside it the part that is turned.
+            // The converted model's attention: one shared latent, and the part with rope.
             let (rank, rope) = (count("kv_lora_rank"), count("qk_rope_head_dim"));
             set("attention.head_count_kv", counted(1));
             set("attention.key_length", counted(rank + rope));
@@ -173,7 +173,7 @@ pub(crate) fn metadata(
         }
     }
     let scaling = config.get("rope_scaling").filter(|s| s.is_object());
-    // Llama 3's is a tensor.
+    // Llama 3's scaling is a tensor.
     let scaling = scaling.filter(|_| rope::divisors(config).is_none());
     let Some(scaling) = scaling else {
         return metadata;
@@ -192,17 +192,17 @@ pub(crate) fn metadata(
     metadata
 }
 
-/// What a file says, under its architecture's name.
+/// A file's metadata under its architecture's name.
 struct Said<'a> {
     path: &'a Path,
     gguf: &'a Gguf,
     architecture: &'static str,
 }
 
-/// A `config.json` of what a file says.
+/// The `config.json` of a file.
 ///
 /// # Errors
-/// If a setting is missing, or none that makes sense.
+/// If a setting is missing or makes no sense.
 pub(crate) fn config(
     path: &Path,
     gguf: &Gguf,
@@ -255,7 +255,7 @@ impl<'a> Said<'a> {
         malformed(self.path, problem)
     }
 
-    fn copy(&self, settings: &Settings, config: &mut Map<String, Value>) -> Result<()> {
+    fn copy(&self, settings: &KeyTable, config: &mut Map<String, Value>) -> Result<()> {
         for (key, name, need) in settings {
             match self.setting(key) {
                 Some(value) => _ = config.insert((*name).into(), value.clone()),
@@ -271,7 +271,7 @@ impl<'a> Said<'a> {
         self.malformed(format!("expected a key `{architecture}.{key}`, found none"))
     }
 
-    /// A whole number that has to be there.
+    /// A required whole number.
     fn count(&self, key: &str) -> Result<u64> {
         let value = self.setting(key).ok_or_else(|| self.lacks(key))?;
         value.as_u64().ok_or_else(|| {
@@ -283,7 +283,7 @@ impl<'a> Said<'a> {
         })
     }
 
-    /// The first of two settings, or the second where a file is older than the first.
+    /// The first of two settings, or the second in files that are older than the first.
     fn count_of(&self, key: &str, older: &str) -> Result<u64> {
         match self.setting(key) {
             Some(_) => self.count(key),
@@ -314,7 +314,7 @@ impl<'a> Said<'a> {
         Ok(())
     }
 
-    /// Rotary positions whose frequencies a tensor divides.
+    /// Rope whose frequencies a tensor divides.
     fn divided(
         &self,
         tensor: &Tensor,
@@ -357,11 +357,11 @@ impl<'a> Said<'a> {
         Ok(())
     }
 
-    /// What a deepseek2 has besides: its latent attention, its mixture, and which version it is.
+    /// The other settings of a deepseek2: latent attention, mixture of experts, and version.
     fn deepseek(&self, config: &mut Map<String, Value>) -> Result<()> {
         self.copy(DEEPSEEK, config)?;
         let mut set = |key: &str, value: Value| _ = config.insert(key.into(), value);
-        // Converted, keys and values of all heads are one shared latent; a head's own widths have keys of their own.
+        // In a converted model, keys and values of all heads are one shared latent; the widths of a head have other keys.
         let key_length = self.count_of("attention.key_length_mla", "attention.key_length")?;
         let rope_dim = self.count(ROPE_DIM)?;
         let Some(nope) = key_length.checked_sub(rope_dim) else {

@@ -305,7 +305,7 @@ fn a_gguf_opens_as_the_folder_it_was_made_from() {
     assert_eq!(model.shards()[0].0, "m.gguf");
 }
 
-/// Rows 0, 1, 2, 3 of a head are stored as 0, 2, 1, 3: first of the first half, first of the second.
+/// RowOrder 0, 1, 2, 3 of a head are stored as 0, 2, 1, 3: first of the first half, first of the second.
 #[test]
 fn the_rows_of_queries_and_keys_are_put_back() {
     let (_folder, path) = llama().write("m.gguf");

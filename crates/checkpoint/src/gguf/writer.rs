@@ -1,4 +1,4 @@
-//! Writes a GGUF whole or not at all: metadata and descriptions first, then the tensors' bytes as they come.
+//! Writes a GGUF whole or not at all: metadata and descriptions first, then the tensors' bytes as they arrive.
 //!
 //! A tensor may be larger than memory (a layer's stacked experts often are), so its bytes are taken in pieces. Everything
 //! goes into a temporary sibling of the output, which is renamed at the end; before that it can be opened and compared.
@@ -21,7 +21,7 @@ const VERSION: u32 = 3;
 /// Bytes that are collected before they are written.
 const BUFFER_BYTES: usize = 1 << 20;
 
-/// A value of a GGUF's metadata, in the type it is written in.
+/// A value of a GGUF's metadata, with its type in the file.
 #[derive(Clone, Debug, PartialEq)]
 pub enum GgufValue {
     /// A whole number.
@@ -57,7 +57,7 @@ impl GgufWriter {
     /// their shapes from the outermost dimension in. Missing folders are created.
     ///
     /// # Errors
-    /// If there is something at `out`, a dtype is none of a GGUF, or writing fails.
+    /// If `out` exists, GGUF files do not have a dtype, or writing fails.
     pub fn create(
         out: &Path,
         metadata: &[(String, GgufValue)],
@@ -160,7 +160,7 @@ impl GgufWriter {
     }
 }
 
-/// What follows so many bytes up to the next aligned place.
+/// The padding after this number of bytes.
 fn padding(len: usize) -> &'static [u8] {
     const ZEROS: [u8; DEFAULT_ALIGNMENT] = [0; DEFAULT_ALIGNMENT];
     &ZEROS[..len.next_multiple_of(DEFAULT_ALIGNMENT) - len]
@@ -251,7 +251,7 @@ impl GgufValue {
         }
     }
 
-    /// A value as it was read: what has no exact type here is none.
+    /// A value as it was read; none if it has no exact type here.
     pub fn of(value: &Value) -> Option<Self> {
         let integer = |value: &Value| i32::try_from(value.as_i64()?).ok();
         let number = |value: &Value| value.as_f64().map(|value| value as f32);

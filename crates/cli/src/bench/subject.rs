@@ -77,7 +77,7 @@ impl Subject {
         if asked == Compute::F32 {
             return Ok(asked);
         }
-        let folder = train::open_folder(path)?;
+        let folder = Folder::open(path)?;
         let mut bytes = [Compute::F32, Compute::Bf16, Compute::Int8].map(|compute| (0, compute));
         for name in folder.names() {
             let tensor = folder.stored(name)?;
@@ -121,7 +121,7 @@ impl Subject {
         device: &Device,
     ) -> anyhow::Result<Option<Mtp>> {
         match &self.weights {
-            Weights::Checkpoint(path) => guessing.module(&train::open_folder(path)?, device),
+            Weights::Checkpoint(path) => guessing.module(&Folder::open(path)?, device),
             Weights::Random(_) if !guessing.speculative => Ok(None),
             Weights::Random(_) => {
                 let module = weights::fresh_mtp(&self.config, seed, device)?;

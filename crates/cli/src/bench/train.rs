@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 use ::train::{Event, Loss, Recipe, Session, StepReport};
 use anyhow::Context;
+use burn::tensor::Device;
 use model::Compute;
 use serde_json::{Value, json};
 
@@ -165,14 +166,14 @@ fn measure(args: &Args, combination: Combination, console: &Console) -> anyhow::
     let recipe = recipe(args, combination, subject, &scratch)?;
     // Products in other formats are made of f32.
     let compute = match recipe.precision.compute {
-        ::train::Compute::Bf16 => Compute::Bf16,
+        Compute::Bf16 => Compute::Bf16,
         _ => Compute::F32,
     };
     let mut limits = product_speeds(compute, PRODUCTS);
     memory::forget_peak();
-    let mut session = Session::open(recipe, &|folder| Ok(folder.into()))?;
+    let mut session = Session::open(recipe, &Device::flex(), &|folder| Ok(folder.into()))?;
     let mut progress = console.progress(1 + args.reps, "steps");
-    let reports = session.trial(1 + args.reps, &mut |event: &Event| {
+    let reports = session.timed_steps(1 + args.reps, &mut |event: &Event| {
         if let Event::Step(report) = event {
             let speed = speed(report);
             progress.update(report.step, &format!("{batch} × {seq} {speed:.0} tokens/s"));
@@ -193,7 +194,7 @@ fn measure(args: &Args, combination: Combination, console: &Console) -> anyhow::
         "weights": if subject.is_random() { "random" } else { "checkpoint" },
         "seed": recipe.train.seed,
         "method": recipe.train.method,
-        "compute": recipe.precision.compute,
+        "compute": recipe.precision.compute_word(),
         "set": args.set,
         "threads": rayon::current_num_threads(),
         "reps": args.reps,

@@ -17,6 +17,7 @@ pub(super) struct Sampler {
     tokenizer: Tokenizer,
     config: GenerateConfig,
     compute: Compute,
+    device: Device,
     chat: bool,
 }
 
@@ -49,6 +50,7 @@ impl Sampler {
             tokenizer,
             config,
             compute: session.compute(),
+            device: session.device(),
             chat,
         }))
     }
@@ -60,7 +62,7 @@ impl Sampler {
             Some(template) => question(&self.tokenizer, template, prompt)?,
             None => self.tokenizer.encode(prompt, Bos::Add)?,
         };
-        let mut engine = Engine::new(model.clone(), self.compute, Device::flex());
+        let mut engine = Engine::new(model.clone(), self.compute, self.device.clone());
         let generation = engine.generate(&ids, &self.config, &mut |_| ControlFlow::Continue(()))?;
         Ok(self
             .tokenizer

@@ -1,7 +1,7 @@
 //! What a run shows on the terminal, and what it learns from the machine.
 
 use model::Model;
-use train::{Event, Host, Memory, Sample, Session, StepReport};
+use train::{Event, Host, Memory, SampledText, Session, StepReport};
 
 use super::memory;
 use super::samples::Sampler;
@@ -24,7 +24,7 @@ impl Host for Watcher {
     fn see(&mut self, event: &Event) {
         match event {
             Event::Step(report) => self.step(report),
-            Event::FirstGradient(census) => self.progress.line(&census.summary()),
+            Event::FirstGradient(audit) => self.progress.line(&audit.summary()),
             Event::Validated {
                 step,
                 loss,
@@ -33,17 +33,17 @@ impl Host for Watcher {
             } => {
                 let drift = drift.map_or_else(String::new, |drift| {
                     format!(
-                        ", {:.1} % of expert picks are not the base's",
+                        ", {:.1} % of routing changed",
                         100.0 * drift
                     )
                 });
                 let meaning = rewards.map_or_else(
                     || format!("perplexity {:.2}", loss.exp()),
-                    |earned| {
+                    |rewards| {
                         format!(
                             "margin {:.4}, {:.1} % of pairs in the right order",
-                            earned.margin,
-                            100.0 * earned.accuracy
+                            rewards.margin,
+                            100.0 * rewards.accuracy
                         )
                     },
                 );
@@ -52,7 +52,7 @@ impl Host for Watcher {
                 ));
             }
             Event::Overflowed { step, loss_scale } => self.progress.line(&format!(
-                "step {step}: gradients overflowed; taken again with a loss scale of {loss_scale}"
+                "step {step}: gradients overflowed; repeating with a loss scale of {loss_scale}"
             )),
             Event::RolledBack {
                 step,
@@ -60,17 +60,17 @@ impl Host for Watcher {
                 smoothed,
                 to,
             } => self.progress.line(&format!(
-                "step {step}: loss {loss:.4} after {smoothed:.4} on average; going back to step {to} and passing over \
-                 the batches that did it"
+                "step {step}: loss {loss:.4} after {smoothed:.4} on average; going back to step {to} and \
+                 skipping the batches of the spike"
             )),
             Event::Sampled { step, samples } => {
-                for Sample { prompt, text } in samples {
+                for SampledText { prompt, text } in samples {
                     let line = format!("step {step}: {prompt} → {text}");
                     self.progress.line(&console::printable(&line, &[]));
                 }
             }
-            Event::TookBest { step, loss } => self.progress.line(&format!(
-                "step {step} had the lowest validation loss, {loss:.4}, and is what is left"
+            Event::RestoredBest { step, loss } => self.progress.line(&format!(
+                "step {step} had the lowest validation loss, {loss:.4}, and is the result"
             )),
             Event::Saved { .. } => {}
         }

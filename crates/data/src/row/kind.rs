@@ -1,11 +1,11 @@
-//! Which kind of row a JSON object is: recognized from its keys.
+//! The kind of a row, recognized by its keys.
 
 use crate::error::{Error, Result};
 use serde_json::{Map, Value};
 
-/// The kinds of rows, by the keys that make them.
+/// The kinds of rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum RowKind {
     Text,
     Completion,
     Messages,
@@ -18,62 +18,62 @@ pub(crate) enum Kind {
 }
 
 /// The keys of a kind.
-struct Keys {
-    kind: Kind,
-    /// All of these make the kind.
+struct RowKeys {
+    kind: RowKind,
+    /// A row of this kind has all of these.
     required: &'static [&'static str],
-    /// These may be there.
+    /// A row may have these.
     optional: &'static [&'static str],
-    /// Keys of other kinds that published data sets have beside it, and that say the same again.
+    /// Keys of other kinds that published data sets have in such rows, with the same content again.
     repeated: &'static [&'static str],
 }
 
-const KINDS: [Keys; 7] = [
-    Keys {
-        kind: Kind::Text,
+const KINDS: [RowKeys; 7] = [
+    RowKeys {
+        kind: RowKind::Text,
         required: &["text"],
         optional: &[],
         repeated: &[],
     },
-    Keys {
-        kind: Kind::Completion,
+    RowKeys {
+        kind: RowKind::Completion,
         required: &["prompt", "completion"],
         optional: &["tools"],
         repeated: &[],
     },
-    Keys {
-        kind: Kind::Messages,
+    RowKeys {
+        kind: RowKind::Messages,
         required: &["messages"],
         optional: &["tools"],
         repeated: &[],
     },
-    Keys {
-        kind: Kind::Ids,
+    RowKeys {
+        kind: RowKind::Ids,
         required: &["input_ids"],
         optional: &["labels"],
         repeated: &[],
     },
-    Keys {
-        kind: Kind::Instruction,
+    RowKeys {
+        kind: RowKind::Instruction,
         required: &["instruction", "output"],
         optional: &["input", "system"],
         repeated: &["text"],
     },
-    Keys {
-        kind: Kind::Conversations,
+    RowKeys {
+        kind: RowKind::Conversations,
         required: &["conversations"],
         optional: &["system", "tools"],
         repeated: &[],
     },
-    Keys {
-        kind: Kind::Pair,
+    RowKeys {
+        kind: RowKind::Pair,
         required: &["chosen", "rejected"],
         optional: &["prompt", "tools"],
         repeated: &["messages"],
     },
 ];
 
-impl Keys {
+impl RowKeys {
     fn claims(&self, row: &Map<String, Value>) -> bool {
         self.required.iter().all(|key| row.contains_key(*key))
     }
@@ -83,13 +83,13 @@ impl Keys {
     }
 }
 
-impl Kind {
-    /// The kind of a row, which loses the keys that nothing reads; their names come back too.
+impl RowKind {
+    /// The kind of a row, and the names of its unread keys, which are removed.
     ///
-    /// A row that could be of two kinds is refused rather than guessed at.
+    /// A row that could be of two kinds is refused.
     pub(crate) fn of(row: &mut Map<String, Value>) -> Result<(Self, Vec<String>)> {
         let is_ours = |key: &str| KINDS.iter().any(|keys| keys.reads(key));
-        let unread = |keys: &Keys| {
+        let unread = |keys: &RowKeys| {
             let read = |key: &String| keys.reads(key);
             let names = row.keys().filter(|key| !read(key));
             names.cloned().collect::<Vec<_>>()
@@ -113,7 +113,7 @@ impl Kind {
     }
 }
 
-/// All kinds, for a message: `?` marks what may be left out.
+/// All kinds, for a message: `?` marks optional keys.
 fn accepted() -> String {
     let kinds = KINDS.iter().map(|keys| {
         let optional = keys.optional.iter().map(|key| format!("{key}?"));
@@ -134,29 +134,29 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn of(row: Value) -> Result<(Kind, Vec<String>), String> {
+    fn of(row: Value) -> Result<(RowKind, Vec<String>), String> {
         let Value::Object(mut row) = row else {
             panic!("a row is an object")
         };
-        Kind::of(&mut row).map_err(|problem| problem.to_string())
+        RowKind::of(&mut row).map_err(|problem| problem.to_string())
     }
 
     #[test]
-    fn rows_are_known_by_their_keys_and_what_nothing_reads_is_named() {
+    fn rows_are_known_by_their_keys_and_unread_keys_are_named() {
         let check = |row: Value, kind, ignored: &[&str]| {
             let ignored = ignored.iter().map(|key| (*key).to_owned()).collect();
             assert_eq!(of(row.clone()).unwrap(), (kind, ignored), "{row}");
         };
-        check(json!({"text": ""}), Kind::Text, &[]);
-        check(json!({"id": 1, "text": ""}), Kind::Text, &["id"]);
+        check(json!({"text": ""}), RowKind::Text, &[]);
+        check(json!({"id": 1, "text": ""}), RowKind::Text, &["id"]);
         let alpaca = json!({"instruction": "", "input": "", "output": "", "text": ""});
-        check(alpaca, Kind::Instruction, &["text"]);
+        check(alpaca, RowKind::Instruction, &["text"]);
         let rated =
             json!({"prompt": "", "chosen": [], "rejected": [], "messages": [], "score_chosen": 1});
-        check(rated, Kind::Pair, &["messages", "score_chosen"]);
+        check(rated, RowKind::Pair, &["messages", "score_chosen"]);
         check(
             json!({"conversations": [], "tools": ""}),
-            Kind::Conversations,
+            RowKind::Conversations,
             &[],
         );
     }

@@ -1,26 +1,26 @@
-//! Preference rows: two answers to one prompt, of which one was chosen.
+//! Preference rows: two answers to one prompt, a chosen and a rejected one.
 
+use crate::common_prefix::common_prefix;
 use crate::error::{Error, Result};
 use crate::row::{Row, messages, string};
 use crate::sample::Sample;
-use crate::turn::common_prefix;
 use serde_json::{Map, Value, json};
 
-/// A prompt with two answers, each a whole sequence whose answer is trained.
+/// A prompt with two answers, each a whole sequence in which the answer is trained.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Pair {
+pub struct PreferencePair {
     /// Prompt and the better answer.
     pub chosen: Sample,
     /// The same prompt and the worse answer.
     pub rejected: Sample,
 }
 
-/// The two rows of a preference row. The prompt is `prompt`, or what both answers begin with:
+/// The two rows of a preference row. The prompt is `prompt`, or the common beginning of both answers:
 ///
 /// - `prompt`, `chosen`, `rejected`: strings, joined as they are;
 /// - `prompt` a list of messages, the answers lists or strings;
-/// - `chosen` and `rejected` alone, each a whole conversation or text. A `prompt` string beside
-///   whole conversations only repeats their first message.
+/// - `chosen` and `rejected` alone, each a whole conversation or text. A `prompt` string in a row of whole conversations only
+///   repeats their first message.
 pub(crate) fn parse(row: &mut Map<String, Value>, tools: Option<Value>) -> Result<[Row; 2]> {
     let answers = ["chosen", "rejected"];
     let texts = answers.map(|key| row[key].is_string());
@@ -67,7 +67,7 @@ fn conversations(row: &mut Map<String, Value>, tools: Option<Value>) -> Result<[
         rejected.splice(0..0, prompt.iter().cloned());
     }
     let same = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b);
-    // Two equal answers teach nothing, but are answers still.
+    // Two equal answers teach nothing, but they are valid.
     let first = same.count().min(chosen.len() - 1);
     if first == 0 {
         return Err(Error::schema(

@@ -1,42 +1,39 @@
-//! What a tokenizer is made of: a model folder's files, or what a GGUF says, which can be written as
-//! such files.
+//! The files of a tokenizer: those of a model folder, or those that a GGUF's tokens can be written as.
 
-use super::gguf::GgufTokens;
-use crate::chat_template::{CONFIG, TEMPLATE};
+use super::config::{CONFIG, TEMPLATE, TOKENIZER, TokenizerConfig};
+use super::from_gguf::GgufTokens;
 use crate::error::{Error, Result};
 use crate::file::read_text;
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// The largest published `tokenizer.json` is a tenth of this.
+/// Ten times the largest published `tokenizer.json`.
 const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
 /// Templates are a few kilobytes and tokenizer configurations a few hundred at most.
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
-pub(crate) const TOKENIZER: &str = "tokenizer.json";
-
 /// `tokenizer.json`, and `tokenizer_config.json` and `chat_template.jinja` if there are any.
 #[derive(Clone, Debug)]
 pub struct TokenizerFiles {
-    origin: Origin,
+    provenance: Provenance,
     pub(crate) tokens: Tokens,
-    pub(crate) config: Option<String>,
+    config: Option<String>,
     pub(crate) chat_template: Option<String>,
 }
 
-/// What says which tokens there are.
+/// The source of the vocabulary.
 #[derive(Clone, Debug)]
 pub(crate) enum Tokens {
     /// A `tokenizer.json`.
     Text(String),
-    /// Those of a GGUF, which are seldom written.
+    /// The tokens of a GGUF, which are seldom written as JSON.
     Gguf(Arc<GgufTokens>),
 }
 
-/// Where the texts are from, for messages.
+/// The origin of the texts, for messages.
 #[derive(Clone, Debug)]
-enum Origin {
+enum Provenance {
     Folder(PathBuf),
     Gguf(PathBuf),
 }
@@ -45,11 +42,11 @@ impl TokenizerFiles {
     /// Reads the files of a model folder; `None` if it has no `tokenizer.json`.
     ///
     /// # Errors
-    /// If a file cannot be read, is far too large, or is no text. What the texts say is checked
-    /// by [`Tokenizer::new`](crate::Tokenizer::new).
+    /// If a file cannot be read, is far too large, or is not text. [`Tokenizer::new`](crate::Tokenizer::new) checks the
+    /// content.
     pub fn read(folder: &Path) -> Result<Option<Self>> {
         read_text(&folder.join(TOKENIZER), MAX_TOKENIZER_BYTES)?
-            .map(|tokenizer| Self::beside(folder, tokenizer))
+            .map(|tokenizer| Self::with_siblings(folder, tokenizer))
             .transpose()
     }
 
@@ -65,25 +62,24 @@ impl TokenizerFiles {
     }
 
     /// A `tokenizer.json` with the other files of its folder.
-    pub(crate) fn beside(folder: &Path, tokenizer: String) -> Result<Self> {
+    pub(crate) fn with_siblings(folder: &Path, tokenizer: String) -> Result<Self> {
         Ok(Self {
-            origin: Origin::Folder(folder.to_path_buf()),
+            provenance: Provenance::Folder(folder.to_path_buf()),
             tokens: Tokens::Text(tokenizer),
             config: read_text(&folder.join(CONFIG), MAX_CONFIG_BYTES)?,
             chat_template: read_text(&folder.join(TEMPLATE), MAX_CONFIG_BYTES)?,
         })
     }
 
-    /// What a GGUF says of its tokens. `path` is the GGUF's, for messages.
+    /// The tokenizer of a GGUF's tokens. `path` is the GGUF's, for messages.
     ///
     /// # Errors
-    /// If the tokens are of a kind not known here, or one with a role is none of them. The message
-    /// names the GGUF's key.
+    /// If the tokens are of an unknown kind, or one with a role is not in the vocabulary. The message names the GGUF's key.
     pub(crate) fn from_gguf(path: &Path, tokens: GgufTokens) -> Result<Self> {
         let config = tokens.config();
         let config = config.map_err(|problem| Error::malformed(path, problem))?;
         Ok(Self {
-            origin: Origin::Gguf(path.to_path_buf()),
+            provenance: Provenance::Gguf(path.to_path_buf()),
             tokens: Tokens::Gguf(Arc::new(tokens)),
             // People read this one.
             config: Some(format!("{config:#}\n")),
@@ -91,7 +87,7 @@ impl TokenizerFiles {
         })
     }
 
-    /// Names and texts, for a folder that is to have the same tokenizer.
+    /// Names and texts, for a folder with the same tokenizer.
     ///
     /// # Errors
     /// If the tokens of a GGUF contradict themselves.
@@ -105,6 +101,14 @@ impl TokenizerFiles {
             .collect())
     }
 
+    /// The parsed `tokenizer_config.json`; the default if there is none.
+    pub(super) fn config(&self) -> Result<TokenizerConfig> {
+        let Some(text) = &self.config else {
+            return Ok(TokenizerConfig::default());
+        };
+        serde_json::from_str(text).map_err(|problem| self.malformed(CONFIG, &problem.to_string()))
+    }
+
     /// The text of `tokenizer.json`.
     pub(super) fn tokenizer_json(&self) -> Result<Cow<'_, str>> {
         Ok(match &self.tokens {
@@ -113,17 +117,17 @@ impl TokenizerFiles {
         })
     }
 
-    /// An error about what a GGUF says of its tokens.
+    /// An error about contradictions in a GGUF's tokens.
     pub(super) fn contradicted(&self) -> impl FnOnce(String) -> Error {
-        let (Origin::Folder(path) | Origin::Gguf(path)) = &self.origin;
+        let (Provenance::Folder(path) | Provenance::Gguf(path)) = &self.provenance;
         |problem| Error::malformed(path, problem)
     }
 
-    /// Says in which file, or by which key of a GGUF, the problem came.
+    /// A problem with its place: the file, or the key of a GGUF.
     pub(crate) fn malformed(&self, name: &str, problem: &str) -> Error {
-        match &self.origin {
-            Origin::Folder(folder) => Error::malformed(&folder.join(name), problem),
-            Origin::Gguf(path) => {
+        match &self.provenance {
+            Provenance::Folder(folder) => Error::malformed(&folder.join(name), problem),
+            Provenance::Gguf(path) => {
                 let key = match name {
                     TOKENIZER => "tokenizer.ggml",
                     _ => "tokenizer.chat_template",

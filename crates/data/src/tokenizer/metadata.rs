@@ -1,25 +1,39 @@
-//! The metadata of a GGUF, as far as it is about tokens, with its types checked.
+//! The tokenizer keys of a GGUF's metadata, with their types checked.
 
 use super::files::TokenizerFiles;
-use super::gguf::GgufTokens;
+use super::from_gguf::GgufTokens;
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
 
 impl TokenizerFiles {
-    /// The tokenizer in a GGUF's metadata, numbers, texts and lists by their keys;
-    /// `None` if it has none. `path` is the GGUF's, for messages.
+    /// The tokenizer of a model: from the metadata of a GGUF, or from a folder if there is no metadata. `None` if the model
+    /// has no tokenizer.
     ///
     /// # Errors
-    /// If a key has a value of another type than it should, the tokens are of a kind not known here,
-    /// or one with a role is none of them. Whether they contradict themselves is checked by
-    /// [`Tokenizer::new`](crate::Tokenizer::new).
+    /// If a file cannot be read, or as [`TokenizerFiles::of_metadata`].
+    pub fn of_model(
+        path: &Path,
+        metadata: Option<&BTreeMap<String, Value>>,
+    ) -> Result<Option<Self>> {
+        match metadata {
+            Some(metadata) => Self::of_metadata(path, metadata),
+            None => Self::read(path),
+        }
+    }
+
+    /// The tokenizer in a GGUF's metadata: numbers, texts and lists by their keys. `None` if it has none. `path` is the
+    /// GGUF's, for messages.
+    ///
+    /// # Errors
+    /// If a key has a value of a wrong type, the tokens are of an unknown kind, or one with a role is not in the vocabulary.
+    /// [`Tokenizer::new`](crate::Tokenizer::new) checks whether they contradict each other.
     pub fn of_metadata(path: &Path, metadata: &BTreeMap<String, Value>) -> Result<Option<Self>> {
         if !metadata.contains_key("tokenizer.ggml.tokens") {
             return Ok(None);
         }
-        let keys = Keys { path, metadata };
+        let keys = GgufKeys { path, metadata };
         let tokens = GgufTokens {
             model: keys.text("model")?.unwrap_or_default(),
             pre: keys.text("pre")?,
@@ -46,12 +60,12 @@ fn text(value: &Value) -> Option<String> {
     value.as_str().map(str::to_owned)
 }
 
-struct Keys<'a> {
+struct GgufKeys<'a> {
     path: &'a Path,
     metadata: &'a BTreeMap<String, Value>,
 }
 
-impl Keys<'_> {
+impl GgufKeys<'_> {
     fn one<T>(
         &self,
         key: &str,

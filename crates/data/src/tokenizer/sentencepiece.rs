@@ -1,31 +1,31 @@
 //! SentencePiece BPE, as `tokenizer.json` has it.
 //!
-//! SentencePiece knows no merges: it joins the two neighbors whose joint text is the token with
-//! the highest score, the leftmost of equals, until no neighbors make a token. `tokenizer.json`
-//! wants a list of merges, the first to be done first. So each way to make a token of two others
-//! is a merge, and merges are in the order of the scores of what they make.
+//! SentencePiece has no merges: it joins the two neighbors that form the token with the highest score, the leftmost of equals,
+//! until no neighbors form a token. `tokenizer.json` has a list of merges in the order of their application. So each way to
+//! form a token from two others is a merge, and merges are ordered by the score of the token that they form.
 //!
-//! That is the same as long as scores are distinct, as those of trained vocabularies are. Several
-//! ways to make one token have one score; among them the order of ids decides, as in Hugging
-//! Face's own conversion.
+//! Both agree as long as scores are distinct, as in trained vocabularies. Several ways to form one token have one score; among
+//! them the order of ids decides, as in Hugging Face's own conversion.
 //!
 //! Source: ggml-org/llama.cpp: src/llama-vocab.cpp, `llm_tokenizer_spm_session`;
 //! huggingface/transformers: src/transformers/convert_slow_tokenizer.py, `generate_merges`.
 
-use super::gguf::{Bpe, GgufTokens, Kind, Scheme, Vocabulary};
+use super::json::{Bpe, BpeScheme, TokenKind, Vocabulary};
 use serde_json::{Value, json};
 
-/// What stands for a space.
+/// The character for a space.
 const SPACE: &str = "\u{2581}";
-/// The longest token whose halves are looked for: the search takes the square of its length.
-/// Trained ones have at most a few dozen bytes.
+/// The longest token that is split into halves: the search takes the square of its length. Trained tokens have at most a few
+/// dozen bytes.
 const MAX_TOKEN_BYTES: usize = 1024;
 
+/// The parts of a `tokenizer.json` with these tokens. `scores` has one for each token; `prefix` says whether a text gets a
+/// space before it.
 pub(super) fn scheme<'a>(
-    gguf: &GgufTokens,
     vocabulary: &'a Vocabulary<'_>,
-) -> Result<Scheme<'a>, String> {
-    let prefix = gguf.add_space_prefix.unwrap_or(true);
+    scores: &[f32],
+    prefix: bool,
+) -> Result<BpeScheme<'a>, String> {
     let replaced = |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
     let mut normalizers = vec![replaced(" ", SPACE)];
     let mut decoders = vec![
@@ -37,7 +37,7 @@ pub(super) fn scheme<'a>(
         normalizers.insert(0, json!({"type": "Prepend", "prepend": SPACE}));
         decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
     }
-    Ok(Scheme {
+    Ok(BpeScheme {
         normalizer: json!({"type": "Sequence", "normalizers": normalizers}),
         pre_tokenizer: Value::Null,
         decoder: json!({"type": "Sequence", "decoders": decoders}),
@@ -50,15 +50,15 @@ pub(super) fn scheme<'a>(
             byte_fallback: true,
             ignore_merges: false,
             vocab: vocabulary,
-            merges: merges(gguf, vocabulary)?,
+            merges: merges(vocabulary, scores)?,
         },
     })
 }
 
-/// The token for what no piece stands for. There may be none where every byte has a token.
+/// The token for text without a piece. There may be none if every byte has a token.
 fn unknown<'a>(vocabulary: &'a Vocabulary<'_>) -> Result<Option<&'a str>, String> {
     let mut tokens = vocabulary.tokens.iter();
-    let unknown = tokens.find(|(_, kind)| *kind == Kind::Unknown);
+    let unknown = tokens.find(|(_, kind)| *kind == TokenKind::Unknown);
     let byte = |byte: u8| format!("<0x{byte:02X}>");
     let missing = |byte: &String| !vocabulary.ids.contains_key(byte.as_str());
     match ((0..=u8::MAX).map(byte).find(missing), unknown) {
@@ -71,19 +71,19 @@ fn unknown<'a>(vocabulary: &'a Vocabulary<'_>) -> Result<Option<&'a str>, String
     }
 }
 
-/// Each way to make a token of two others, the highest score first.
+/// Each way to form a token from two others, the highest score first.
 fn merges<'a>(
-    gguf: &GgufTokens,
     vocabulary: &'a Vocabulary<'_>,
+    scores: &[f32],
 ) -> Result<Vec<(&'a str, &'a str)>, String> {
-    check_scores(&gguf.scores, vocabulary.tokens.len())?;
+    check_scores(scores, vocabulary.tokens.len())?;
     let piece = |text: &str| {
         let id = *vocabulary.ids.get(text)?;
-        (vocabulary.tokens[id as usize].1 == Kind::Piece).then_some(id)
+        (vocabulary.tokens[id as usize].1 == TokenKind::Piece).then_some(id)
     };
     let mut merges = Vec::new();
     for (id, (text, kind)) in vocabulary.tokens.iter().enumerate() {
-        if *kind != Kind::Piece {
+        if *kind != TokenKind::Piece {
             continue;
         }
         if text.len() > MAX_TOKEN_BYTES {
@@ -96,7 +96,7 @@ fn merges<'a>(
         for (end, _) in text.char_indices().skip(1) {
             let (left, right) = text.split_at(end);
             if let (Some(left_id), Some(right_id)) = (piece(left), piece(right)) {
-                merges.push((gguf.scores[id], id, left_id, right_id, (left, right)));
+                merges.push((scores[id], id, left_id, right_id, (left, right)));
             }
         }
     }

@@ -1,25 +1,24 @@
-//! How text is cut into words before bytes are merged, by the names that GGUF files have for it.
+//! Pre-tokenizers of byte-level BPE by their names in GGUF files: how text is split before bytes are merged.
 //!
-//! A name stands for rules that are applied one after another, each to the pieces the last one
-//! left; merges never cross a cut. Letters beyond ASCII are written as code points, because some
-//! of them look like others or are changed by editors.
+//! A name stands for rules that are applied one after another, each to the pieces of the previous one; merges never cross the
+//! edge of a piece. Letters beyond ASCII are written as code points, because some of them look like others or are changed by
+//! editors.
 //!
-//! Source: the `tokenizer.json` files of the models the names are of, and
-//! ggml-org/llama.cpp: src/llama-vocab.cpp, `llm_tokenizer_bpe`.
+//! Source: the `tokenizer.json` files of the models of these names, and ggml-org/llama.cpp: src/llama-vocab.cpp,
+//! `llm_tokenizer_bpe`.
 
 use serde_json::{Value, json};
 
-/// One way to cut text.
+/// One way to split text.
 pub(super) struct Splits {
     names: &'static [&'static str],
-    /// Regular expressions; a match is a piece, and so is what lies between two.
+    /// Regular expressions; a match is a piece, and so is the text between two matches.
     rules: &'static [&'static str],
-    /// Whether text is composed (Unicode NFC) first. llama.cpp leaves it as it is; the models
-    /// were trained on composed text.
+    /// Whether text is composed (Unicode NFC) first. llama.cpp does not; the models were trained on composed text.
     composes: bool,
-    /// Whether a piece that is a token as a whole stays whole, whatever the merges would do.
+    /// Whether a piece that is a token stays whole, whatever the merges would do.
     pub(super) ignore_merges: bool,
-    /// Whether a sequence begins with BOS where the file does not say.
+    /// Whether a sequence begins with BOS if the file does not say.
     pub(super) adds_bos: bool,
 }
 
@@ -33,7 +32,7 @@ const PLAIN: Splits = Splits {
 
 const KNOWN: &[Splits] = &[
     Splits {
-        // llama.cpp's own, for files of which the converter knew nothing better.
+        // llama.cpp's own, for files without a better name.
         names: &["default"],
         rules: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
         ..PLAIN
@@ -131,11 +130,11 @@ const CASED: &str = concat!(
 );
 
 impl Splits {
-    /// The way of a name (`tokenizer.ggml.pre`).
+    /// The pre-tokenizer of a name (`tokenizer.ggml.pre`).
     pub(super) fn of(name: Option<&str>) -> Result<&'static Self, String> {
         let names = KNOWN.iter().flat_map(|splits| splits.names);
         let known = || names.copied().collect::<Vec<_>>().join(", ");
-        // Without the name, ids would be wrong for many texts and nobody would see it.
+        // Without the name, ids would be wrong for many texts and nobody would notice.
         let Some(name) = name else {
             return Err(format!(
                 "`tokenizer.ggml.pre`: expected one of {}, found none; convert the model again, \
@@ -152,7 +151,7 @@ impl Splits {
         })
     }
 
-    /// All that are known.
+    /// All known pre-tokenizers.
     pub(super) fn all() -> impl Iterator<Item = &'static Self> {
         KNOWN.iter()
     }
@@ -169,7 +168,7 @@ impl Splits {
         }
     }
 
-    /// The cuts, and then every byte as a character of its own.
+    /// The rules, and then every byte as a character.
     pub(super) fn pre_tokenizer(&self) -> Value {
         let split = |rule: &&str| {
             json!({

@@ -11,15 +11,20 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend, TensorMetadata};
 
-use crate::adamw::AdamWStep;
+use crate::FakeQuantize;
 use crate::backend::cached::KvBufferPrimitive;
 use crate::backend::gradients::{ExpertsSaved, Gradients, LossSaved};
 use crate::backend::kept::{Form, Kept, remember, shared};
 use crate::backend::linear::{Absorbed, HeadRows, Update};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
-use crate::{
-    Compute, Dropout, ExpertBank, ExpertLora, FakeQuantize, Matrix, RopeLayout, Segments, TopK,
-};
+use crate::formats::Matrix;
+use crate::ops::adamw::AdamWStep;
+use crate::ops::attention::Segments;
+use crate::ops::dropout::Dropout;
+use crate::ops::experts::{ExpertBank, ExpertLora};
+use crate::ops::rope::RopeLayout;
+use crate::ops::route::TopK;
+use crate::settings::Compute;
 
 /// The loss against a frozen head without a low-rank update, whose gradient is made with it; and the log-sum-exps.
 fn cross_entropy_plain<B: Gradients, C: CheckpointStrategy>(

@@ -7,10 +7,10 @@ use burn::backend::{Backend, Dispatch, ExtensionType};
 use burn::tensor::kind::Basic;
 use burn::tensor::{DType, Int, Tensor};
 
-use crate::Segments;
-use crate::attention::cached::CacheType;
 use crate::backend::ops::{Kernels, attention};
-use crate::product::gemm::FEW_ROWS;
+use crate::formats::CacheType;
+use crate::gemv::MAX_GEMV_ROWS;
+use crate::ops::attention::Segments;
 
 /// Rows as a backend holds them.
 #[derive(Clone, Debug, ExtensionType)]
@@ -187,7 +187,7 @@ pub fn cached_attention(q: Tensor<4>, k: &KvBuffer, v: &KvBuffer, scale: f32) ->
         "{batch} sequences, {kv_seq} keys and {} values, {heads} heads over {kv_heads}",
         v.len()
     );
-    if seq > FEW_ROWS {
+    if seq > MAX_GEMV_ROWS {
         return attention(q, k.floats(), v.floats(), scale, &Segments::whole());
     }
     let (k, v) = (k.primitive(), v.primitive());
@@ -210,7 +210,7 @@ pub fn latent_attention(q: Tensor<4>, latents: &KvBuffer, v_dim: usize, scale: f
         batch == 1 && v_dim <= dim,
         "{batch} sequences, values of {v_dim} of {dim}"
     );
-    if seq > FEW_ROWS {
+    if seq > MAX_GEMV_ROWS {
         let keys = latents.floats();
         let values = keys.clone().slice([0..1, 0..latents.len(), 0..1, 0..v_dim]);
         return attention(q, keys, values, scale, &Segments::whole());

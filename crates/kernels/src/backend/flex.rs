@@ -24,27 +24,29 @@ use self::experts::{
     FactorValues, RoutingValues, StackValues, experts_forward, frozen_experts, mixture_forward,
 };
 use self::loss::loss_forward;
-use self::products::{folded, nt, nt_pair, nt_sum, scaled, trained};
+use self::products::{fake_quantized, nt, nt_pair, nt_sum, scaled, trained};
 use self::values::{ELEMENTS, Floats, floats, int_values, ints, owned, swiglu_of};
-use crate::adamw::{self, AdamWStep};
-use crate::attention::{Context, Segments};
 use crate::backend::cached::KvBufferPrimitive;
 use crate::backend::linear::{Absorbed, FakeQuantize, HeadRows, Update};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
 use crate::backend::plain;
-use crate::experts::serves_few;
-use crate::product::gemm::{self, FEW_ROWS};
-use crate::product::strided::{MatMut, Write};
-use crate::product::weights::Weights;
-use crate::{
-    Compute, Dropout, ExpertBank, ExpertLora, Matrix, RopeLayout, SharedExperts, TopK, rms_norm,
-    rope, route, row_norms,
-};
+use crate::formats::Matrix;
+use crate::gemv::MAX_GEMV_ROWS;
+use crate::matmul::{self, WeightOperand};
+use crate::memory::MatMut;
+use crate::ops::adamw::{self, AdamWStep};
+use crate::ops::attention::{KvInputs, Segments};
+use crate::ops::dropout::Dropout;
+use crate::ops::experts::{ExpertBank, ExpertLora, SharedExperts, serves_fused};
+use crate::ops::rope::{self, RopeLayout};
+use crate::ops::route::{self, TopK};
+use crate::ops::{rms_norm, row_norms};
+use crate::settings::{Accumulate, Compute};
 
 impl Kernels for Flex {
     fn linear_frozen(x: FlexTensor, w: Arc<Matrix>, compute: Compute) -> FlexTensor {
         let x = Floats::rounded(&x, compute.before_products());
-        nt(&x, Weights::frozen(&w, compute))
+        nt(&x, WeightOperand::frozen(&w, compute))
     }
 
     fn linear_frozen_pair(
@@ -54,7 +56,7 @@ impl Kernels for Flex {
         compute: Compute,
     ) -> (FlexTensor, FlexTensor) {
         let values = Floats::new(&x);
-        let weights = [&first, &second].map(|w| Weights::frozen(w, compute));
+        let weights = [&first, &second].map(|w| WeightOperand::frozen(w, compute));
         nt_pair(&values, weights).unwrap_or_else(|| {
             plain::linear_frozen_pair::<Self>(x, [first.clone(), second.clone()], compute)
         })
@@ -79,7 +81,7 @@ impl Kernels for Flex {
         let low = scaled(&nt(&values, trained(&a, Compute::F32)), update.scale);
         let x = Floats::rounded(&x, update.compute.before_products());
         let y = nt_sum(&[
-            (x.mat(), Weights::frozen(&w, update.compute)),
+            (x.mat(), WeightOperand::frozen(&w, update.compute)),
             (low.mat(), trained(&b, Compute::F32)),
         ]);
         (y, low.tensor().clone())
@@ -94,7 +96,7 @@ impl Kernels for Flex {
         compute: Compute,
     ) -> FlexTensor {
         let factors = [&a, &b].map(Floats::new);
-        let w = Weights::frozen(&w, compute).folded(folded(&factors, merge));
+        let w = WeightOperand::frozen(&w, compute).fake_quantized(fake_quantized(&factors, merge));
         nt(&Floats::rounded(&x, w.compute().before_products()), w)
     }
 
@@ -102,11 +104,11 @@ impl Kernels for Flex {
         let (u, b) = (Floats::new(&u), Floats::new(&b));
         y = owned(y);
         let [rows, cols] = y.layout().shape().dims();
-        gemm::nt(
+        matmul::nt(
             u.mat(),
             trained(&b, Compute::F32),
             MatMut::dense(y.storage_mut(), rows, cols),
-            Write::Add,
+            Accumulate::Add,
         );
         y
     }
@@ -116,7 +118,7 @@ impl Kernels for Flex {
         let [a, b] = factors.each_ref().map(Floats::mat);
         let update = (a.rows() > 0).then_some((a, b, scale));
         floats(
-            row_norms::row_norms(Weights::frozen(&w, Compute::F32), update),
+            row_norms::row_norms(WeightOperand::frozen(&w, Compute::F32), update),
             [w.rows()],
         )
     }
@@ -176,7 +178,7 @@ impl Kernels for Flex {
         segments: Segments,
     ) -> (FlexTensor, FlexTensor) {
         let (q, k, v) = (Floats::new(&q), Floats::new(&k), Floats::new(&v));
-        let context = Context {
+        let context = KvInputs {
             k: &k,
             v: &v,
             shared: &[],
@@ -193,7 +195,7 @@ impl Kernels for Flex {
         segments: Segments,
     ) -> (FlexTensor, FlexTensor) {
         let (q, kv, latents) = (Floats::new(&q), Floats::new(&kv), Floats::new(&latents));
-        let context = Context {
+        let context = KvInputs {
             k: &kv,
             v: &kv,
             shared: &latents,
@@ -259,7 +261,7 @@ impl Kernels for Flex {
 
     fn prefetch_experts(ids: FlexTensor, bank: Arc<ExpertBank>) -> FlexTensor {
         let experts = int_values(&ids).into_iter().map(|id| id as usize);
-        bank.expect(experts);
+        bank.prefetch(experts);
         ids
     }
 
@@ -292,8 +294,8 @@ impl Kernels for Flex {
             let copies = bank.resident(routing.slots());
             mixture_forward((&bank, &copies), (&routing, &values), &shared, compute)
         };
-        let is_few = values.dims::<2>()[0] <= FEW_ROWS;
-        let is_few = is_few && serves_few(&bank, &shared, compute);
+        let is_few = values.dims::<2>()[0] <= MAX_GEMV_ROWS;
+        let is_few = is_few && serves_fused(&bank, &shared, compute);
         is_few.then(at_once).flatten().unwrap_or_else(|| {
             plain::moe_frozen::<Self>(
                 x,
@@ -325,7 +327,7 @@ impl Kernels for Flex {
         w: Arc<Matrix>,
         compute: Compute,
     ) -> (FlexTensor, FlexTensor) {
-        let w = Weights::frozen(&w, compute);
+        let w = WeightOperand::frozen(&w, compute);
         loss_forward(&h, Some((&u, &b)), w, &targets, compute.before_products())
     }
 

@@ -7,7 +7,12 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 
 use crate::backend::kept::{Kept, shared};
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
-use crate::{Compute, ExpertBank, ExpertLora, FakeQuantize, Matrix, RopeLayout, Segments, Update};
+use crate::formats::Matrix;
+use crate::ops::attention::Segments;
+use crate::ops::experts::{ExpertBank, ExpertLora};
+use crate::ops::rope::RopeLayout;
+use crate::settings::Compute;
+use crate::{FakeQuantize, Update};
 
 /// What the operations on experts keep for their gradients.
 #[derive(Clone, Debug)]

@@ -12,8 +12,8 @@ use std::sync::{Arc, Weak};
 
 use burn::backend::autodiff::NodeId;
 
-use crate::Compute;
-use crate::fp8::Tiles;
+use crate::formats::fp8::Tiles;
+use crate::settings::Compute;
 
 /// What waits for the backward pass in place of a tensor. It counts towards [`saved_activation_bytes`] while it lives.
 #[derive(Debug)]

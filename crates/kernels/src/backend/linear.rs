@@ -5,8 +5,10 @@ use std::sync::Arc;
 use burn::backend::Dispatch;
 use burn::tensor::Tensor;
 
+use crate::KvBuffer;
 use crate::backend::ops::{Kernels, float};
-use crate::{Compute, KvBuffer, Matrix, Quantizer};
+use crate::formats::{Matrix, Quantizer};
+use crate::settings::Compute;
 
 /// Which rows of a weight belong to which head, and in which direction they are multiplied.
 ///

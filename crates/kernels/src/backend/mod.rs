@@ -1,7 +1,6 @@
 //! The operations as burn sees them: their signatures, the CPU backend, and autodiff.
 
 mod autodiff;
-pub(crate) mod buffers;
 pub(crate) mod cached;
 mod flex;
 pub(crate) mod gradients;

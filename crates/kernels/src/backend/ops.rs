@@ -13,11 +13,16 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, ExtensionType, backend_extension};
 use burn::tensor::{Int, Tensor};
 
-use crate::adamw::AdamWStep;
 use crate::backend::cached::KvBufferPrimitive;
 use crate::backend::linear::{Absorbed, FakeQuantize, HeadRows, Update};
 use crate::backend::plain;
-use crate::{Compute, ExpertBank, ExpertLora, Matrix, RopeLayout, Segments, SharedExperts, TopK};
+use crate::formats::Matrix;
+use crate::ops::adamw::AdamWStep;
+use crate::ops::attention::Segments;
+use crate::ops::experts::{ExpertBank, ExpertLora, SharedExperts};
+use crate::ops::rope::RopeLayout;
+use crate::ops::route::TopK;
+use crate::settings::Compute;
 
 /// Which expert serves which token, and with what weight.
 #[derive(Clone, Debug, ExtensionType)]

@@ -7,7 +7,9 @@ use burn::backend::TensorMetadata;
 use burn::backend::tensor::FloatTensor;
 
 use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive};
-use crate::{Compute, ExpertBank, ExpertLora, Matrix, SharedExperts};
+use crate::formats::Matrix;
+use crate::ops::experts::{ExpertBank, ExpertLora, SharedExperts};
+use crate::settings::Compute;
 
 /// See [`Kernels::linear_frozen_pair`].
 pub(super) fn linear_frozen_pair<B: Kernels>(

@@ -1,10 +1,10 @@
-//! Attention over what a cache holds, in every form, against attention over the numbers it stands for.
+//! Attention over a KV cache of every data type, against attention over the decoded values.
 
 use moeforge_kernels::latent_attention;
 
 use super::*;
 
-/// Rows in a cache of some form, appended piece by piece.
+/// Rows in a cache, appended in several steps.
 pub(super) fn held(cache_type: CacheType, rows: &Tensor<4>) -> KvBuffer {
     let [_, len, ..] = rows.dims();
     let mut held = KvBuffer::new(cache_type);
@@ -79,7 +79,7 @@ fn attention_over_held_keys_and_values_is_attention_over_their_numbers() {
     }
 }
 
-/// Checks that queries together get what each gets when what comes after it was not there, bit for bit.
+/// Checks that the result of each query has the bits it has without the queries after it.
 fn check_alone(
     q: &Tensor<4>,
     context: &[KvBuffer],

@@ -59,10 +59,10 @@ macro_rules! agree {
 }
 
 mod cached;
-mod merged;
+mod fake_quantized;
+mod fused;
 mod packed;
 mod parts;
-mod together;
 
 /// The same values in bf16, f16, f32 and FP8 bytes, as matrices.
 fn stored(w: &Tensor<2>) -> Vec<Matrix> {
@@ -291,7 +291,7 @@ fn rope_agrees() {
     let (x, angles) = (random([batch, seq, heads, dim]), random([seq, dim / 2]));
     let (cos, sin) = (angles.clone().cos(), angles.sin());
     let plain = |x: Tensor<4>, layout: RopeLayout| {
-        let pair = |i: usize| match pairs {
+        let pair = |i: usize| match layout {
             RopeLayout::Interleaved => x
                 .clone()
                 .reshape([batch, seq, heads, dim / 2, 2])
@@ -305,28 +305,28 @@ fn rope_agrees() {
         let table = |t: &Tensor<2>| t.clone().reshape([1, seq, 1, dim / 2]);
         let a = pair(0) * table(&cos) - pair(1) * table(&sin);
         let b = pair(0) * table(&sin) + pair(1) * table(&cos);
-        match pairs {
+        match layout {
             RopeLayout::Interleaved => {
                 Tensor::stack::<5>(vec![a, b], 4).reshape([batch, seq, heads, dim])
             }
             RopeLayout::HalfSplit => Tensor::cat(vec![a, b], 3),
         }
     };
-    for pairs in [RopeLayout::Interleaved, RopeLayout::HalfSplit] {
+    for layout in [RopeLayout::Interleaved, RopeLayout::HalfSplit] {
         agree!(
-            format!("rope {pairs:?}"),
+            format!("rope {layout:?}"),
             [x],
-            rope(x.clone(), cos.clone(), sin.clone(), pairs),
-            plain(x.clone(), pairs)
+            rope(x.clone(), cos.clone(), sin.clone(), layout),
+            plain(x.clone(), layout)
         );
         let all = random([batch, seq, heads, dim + 3]);
         let cut = |all: &Tensor<4>, range| all.clone().slice([0..batch, 0..seq, 0..heads, range]);
         agree!(
-            format!("rope of the last features {pairs:?}"),
+            format!("rope of the last features {layout:?}"),
             [all],
-            rope(all.clone(), cos.clone(), sin.clone(), pairs),
+            rope(all.clone(), cos.clone(), sin.clone(), layout),
             Tensor::cat(
-                vec![cut(&all, 0..3), plain(cut(&all, 3..dim + 3), pairs)],
+                vec![cut(&all, 0..3), plain(cut(&all, 3..dim + 3), layout)],
                 3
             )
         );

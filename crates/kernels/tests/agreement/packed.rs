@@ -1,4 +1,4 @@
-//! Attention over packed rows: each sequence as if it were alone.
+//! Attention over packed rows: each sequence has the result it has alone.
 
 use super::*;
 
@@ -9,7 +9,7 @@ fn starts() -> Vec<Vec<usize>> {
 
 const SEQ: usize = 140;
 
-/// What may be seen: `[2, 1, SEQ, SEQ]`, true where not.
+/// The attention mask `[2, 1, SEQ, SEQ]`, true for hidden positions.
 fn walls() -> Tensor<4, Bool> {
     let segment = |starts: &[usize], at: usize| starts.partition_point(|&start| start <= at);
     let hidden =

@@ -1,4 +1,4 @@
-//! What a layer's experts give in two calls, each with the slots of its own experts, and the norms of updated rows.
+//! A layer's experts in two calls, each with the slots of its own experts, and the norms of updated rows.
 
 use moeforge_kernels::row_norms;
 

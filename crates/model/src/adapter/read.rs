@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use checkpoint::{Adapter, Layout};
+use checkpoint::{Adapter, AdapterFormat};
 
 use super::{AdapterWeights, Fused, MAGNITUDE, PREFIX, Pair, fused_name};
 use crate::Error;
@@ -53,9 +53,9 @@ impl AdapterWeights {
             alpha: settings.lora_alpha,
             rank: settings.r,
         };
-        match adapter.layout {
-            Layout::Mlx => weights.read_mlx(adapter, config)?,
-            Layout::Peft => {
+        match adapter.format {
+            AdapterFormat::Mlx => weights.read_mlx(adapter, config)?,
+            AdapterFormat::Peft => {
                 for tensor in adapter.tensors() {
                     weights.read_update(adapter, tensor, &patterns, config)?;
                 }

@@ -5,7 +5,9 @@
 
 use std::path::Path;
 
-use checkpoint::{DType, Folder, GgufLayout, GgufTensor, GgufValue, GgufWriter, Rows, TensorSpec};
+use checkpoint::{
+    DType, Folder, GgufLayout, GgufTensor, GgufValue, GgufWriter, RowOrder, TensorSpec,
+};
 use kernels::fp8::Scales;
 use kernels::{Format, Ggml, Matrix, RopeLayout};
 use rayon::prelude::*;
@@ -76,7 +78,7 @@ pub fn write_gguf(
             };
             write_tensor(model, &config, (tensor, encoding), &mut writer)?;
             // Of two halves one counts.
-            if !matches!(tensor.rows, Rows::Keys { .. }) {
+            if !matches!(tensor.rows, RowOrder::Keys { .. }) {
                 step();
             }
         }
@@ -185,7 +187,7 @@ fn write_tensor(
             let bytes = vector.to_f32()?.into_iter().flat_map(f32::to_le_bytes);
             return Ok(writer.write(&bytes.collect::<Vec<_>>())?);
         }
-        (Rows::Keys { .. } | Rows::Values { .. }, _) => up_projection(config),
+        (RowOrder::Keys { .. } | RowOrder::Values { .. }, _) => up_projection(config),
         (_, [.., rows, cols]) => [*rows, *cols],
         (_, []) => [1, 1],
     };
@@ -212,39 +214,39 @@ fn up_projection(config: &ModelConfig) -> [usize; 2] {
     }
 }
 
-fn n_pieces(rows: Rows) -> usize {
+fn n_pieces(rows: RowOrder) -> usize {
     match rows {
-        Rows::Same => 1,
-        Rows::Interleaved { heads } | Rows::Keys { heads, .. } | Rows::Values { heads, .. } => {
-            heads
-        }
+        RowOrder::Same => 1,
+        RowOrder::Interleaved { heads }
+        | RowOrder::Keys { heads, .. }
+        | RowOrder::Values { heads, .. } => heads,
     }
 }
 
-/// Rows of a matrix as they follow one another in a GGUF: all, or those of a head. What is stored that way already is a
+/// RowOrder of a matrix as they follow one another in a GGUF: all, or those of a head. What is stored that way already is a
 /// view of it.
-fn piece(matrix: &Matrix, rows: Rows, head: usize) -> Matrix {
+fn piece(matrix: &Matrix, rows: RowOrder, head: usize) -> Matrix {
     let of_head = |heads: usize| {
         let per_head = matrix.rows() / heads;
         matrix.row_range(head * per_head..(head + 1) * per_head)
     };
     match (rows, matrix.split_kv_b()) {
-        (Rows::Same, _) => matrix.clone(),
-        (Rows::Interleaved { heads }, _) => {
+        (RowOrder::Same, _) => matrix.clone(),
+        (RowOrder::Interleaved { heads }, _) => {
             let head = of_head(heads);
             reordered(&head, [head.rows(), head.cols()], |place, col| {
-                Rows::interleaved(place, head.rows()) * head.cols() + col
+                RowOrder::interleaved(place, head.rows()) * head.cols() + col
             })
         }
-        (Rows::Keys { .. }, Some(halves)) => halves.keys(head),
-        (Rows::Keys { heads, width }, None) => {
+        (RowOrder::Keys { .. }, Some(halves)) => halves.keys(head),
+        (RowOrder::Keys { heads, width }, None) => {
             let keys = of_head(heads).row_range(0..width);
             reordered(&keys, [keys.cols(), width], |row, col| {
                 col * keys.cols() + row
             })
         }
-        (Rows::Values { .. }, Some(halves)) => halves.values(head),
-        (Rows::Values { heads, width }, None) => {
+        (RowOrder::Values { .. }, Some(halves)) => halves.values(head),
+        (RowOrder::Values { heads, width }, None) => {
             let head = of_head(heads);
             head.row_range(head.rows() - width..head.rows())
         }

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use checkpoint::{Folder, Gguf, GgufLayout, GgufTensor, Rows};
+use checkpoint::{Folder, Gguf, GgufLayout, GgufTensor, RowOrder};
 use kernels::{Compute, Direction, ExpertBank};
 
 use crate::Error;
@@ -352,12 +352,12 @@ impl Collected {
     fn take(&mut self, tensor: &GgufTensor) -> Vec<Sums> {
         let key = &tensor.keys[0];
         match tensor.rows {
-            Rows::Keys { .. } => self.sums.remove(&half(key, Direction::Transposed)),
-            Rows::Values { .. } => self.sums.remove(&half(key, Direction::Forward)),
-            Rows::Same | Rows::Interleaved { .. } if tensor.keys.len() == 1 => {
+            RowOrder::Keys { .. } => self.sums.remove(&half(key, Direction::Transposed)),
+            RowOrder::Values { .. } => self.sums.remove(&half(key, Direction::Forward)),
+            RowOrder::Same | RowOrder::Interleaved { .. } if tensor.keys.len() == 1 => {
                 self.sums.remove(key)
             }
-            Rows::Same | Rows::Interleaved { .. } => {
+            RowOrder::Same | RowOrder::Interleaved { .. } => {
                 let mut of_key = |key: &String| self.sums.remove(key)?.pop();
                 let sums = tensor
                     .keys
@@ -575,7 +575,7 @@ mod tests {
             name: name.into(),
             shape: shape.to_vec(),
             keys: vec!["k".into()],
-            rows: Rows::Same,
+            rows: RowOrder::Same,
         };
         let mut importance = Importance::default();
         let sums = Sums {

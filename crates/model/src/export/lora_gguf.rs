@@ -7,7 +7,9 @@
 
 use std::path::Path;
 
-use checkpoint::{DType, Folder, GgufLayout, GgufTensor, GgufValue, GgufWriter, Rows, TensorSpec};
+use checkpoint::{
+    DType, Folder, GgufLayout, GgufTensor, GgufValue, GgufWriter, RowOrder, TensorSpec,
+};
 
 use crate::Error;
 use crate::adapter::{AdapterWeights, Pair};
@@ -192,27 +194,27 @@ impl Factors {
     }
 
     /// Adds the factors of a source's rows as the tensor has them.
-    fn add(&mut self, pair: &Pair, rows: Rows, config: &ModelConfig) {
+    fn add(&mut self, pair: &Pair, rows: RowOrder, config: &ModelConfig) {
         let rank = pair.rank;
         let [_, out] = pair.widths();
         let row = |row: usize| &pair.b[row * rank..(row + 1) * rank];
         let per_head = out / config.num_attention_heads;
         match rows {
-            Rows::Same => {
+            RowOrder::Same => {
                 self.a.extend(&pair.a);
                 self.b.extend(&pair.b);
             }
-            Rows::Interleaved { heads } => {
+            RowOrder::Interleaved { heads } => {
                 self.a.extend(&pair.a);
                 let per_head = out / heads;
                 for place in 0..out {
                     let (head, place) = (place / per_head, place % per_head);
                     self.b
-                        .extend(row(head * per_head + Rows::interleaved(place, per_head)));
+                        .extend(row(head * per_head + RowOrder::interleaved(place, per_head)));
                 }
             }
             // Transposed: what was the second factor of a head's rows is the first.
-            Rows::Keys { heads, width } => {
+            RowOrder::Keys { heads, width } => {
                 for head in 0..heads {
                     let rows = head * per_head..head * per_head + width;
                     for i in 0..rank {
@@ -224,7 +226,7 @@ impl Factors {
                     }
                 }
             }
-            Rows::Values { heads, width } => {
+            RowOrder::Values { heads, width } => {
                 for head in 0..heads {
                     self.a.extend(&pair.a);
                     let end = (head + 1) * per_head;
@@ -380,7 +382,7 @@ mod tests {
         }
     }
 
-    /// Rows of queries lie as the base's do.
+    /// RowOrder of queries lie as the base's do.
     #[test]
     fn rows_of_a_llama_are_interleaved_and_ranks_are_padded() {
         let config = read_config(&Folder::open(&golden("llama_distill")).unwrap()).unwrap();
@@ -397,13 +399,13 @@ mod tests {
             b: vec![],
             shapes: [vec![], vec![]],
         };
-        factors.add(&pair(1, 8), Rows::Interleaved { heads: 2 }, &config);
+        factors.add(&pair(1, 8), RowOrder::Interleaved { heads: 2 }, &config);
         assert_eq!(factors.b, [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]);
         let stack = GgufTensor {
             name: "blk.0.ffn_up_exps.weight".into(),
             shape: vec![3, 2, 2],
             keys: vec![String::new(); 3],
-            rows: Rows::Same,
+            rows: RowOrder::Same,
         };
         let pairs = [Some(pair(1, 2)), None, Some(pair(2, 2))];
         let factors = Factors::of(&stack, &pairs, 1.0, &config);

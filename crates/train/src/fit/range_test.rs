@@ -1,23 +1,23 @@
 //! A learning-rate range test: the loss while the learning rate grows from step to step by the same factor.
 //!
-//! Too small a rate teaches nothing, too large a one blows the loss up, and between them it falls fastest. The test is a
-//! short training run that nobody keeps.
+//! Too small a rate teaches nothing, too large a rate blows the loss up, and the loss falls fastest between them. The test
+//! is a short training run that is not kept.
 //!
 //! Source: L. N. Smith, arXiv:1506.01186, section 3.3; the steepest descent of the smoothed loss as the suggestion is
 //! fast.ai's.
 
-use super::{Event, Host};
+use crate::events::{Event, Host};
 use crate::session::Session;
 use crate::{Error, Result};
 
-/// From which rate to which, and in how many steps.
+/// The range of learning rates, and the number of steps.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RangeTest {
     /// The first learning rate.
     pub from: f64,
-    /// The last one.
+    /// The last learning rate.
     pub to: f64,
-    /// How many there are.
+    /// Number of steps.
     pub steps: u64,
 }
 
@@ -32,7 +32,7 @@ pub struct RatePoint {
     pub smoothed: f64,
 }
 
-/// A loss so many times the lowest has blown up.
+/// A loss above the lowest by this factor has blown up.
 const BLOWN_UP: f64 = 4.0;
 
 impl RangeTest {
@@ -44,10 +44,11 @@ impl RangeTest {
 }
 
 impl Session {
-    /// Trains with growing rates until the loss blows up. The session is of no other use afterwards.
+    /// Trains with growing rates until the loss blows up. The session cannot train a run
+    /// afterwards.
     ///
     /// # Errors
-    /// If the first loss or gradient is not finite already.
+    /// If the first loss or gradient is already not finite.
     pub fn range_test(&mut self, test: RangeTest, host: &mut dyn Host) -> Result<Vec<RatePoint>> {
         let mut points: Vec<RatePoint> = Vec::new();
         let (mut lowest, calm) = (f64::INFINITY, self.recipe.train.loss.calm());
@@ -59,9 +60,9 @@ impl Session {
                 report => report?,
             };
             // An exponential average over about a twentieth of the steps, unbiased at the start.
-            let keep = 1.0 - (20.0 / test.steps as f64).clamp(0.05, 1.0);
-            average = keep * average + (1.0 - keep) * report.loss;
-            weights = keep * weights + (1.0 - keep);
+            let decay = 1.0 - (20.0 / test.steps as f64).clamp(0.05, 1.0);
+            average = decay * average + (1.0 - decay) * report.loss;
+            weights = decay * weights + (1.0 - decay);
             let (loss, smoothed) = (report.loss, average / weights);
             points.push(RatePoint {
                 rate,

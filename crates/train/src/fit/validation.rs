@@ -1,17 +1,18 @@
-//! The validation pass: the loss on rows that are not trained on, and how far the routing is from the reference's.
+//! The validation pass: the loss on rows that are not trained on, and the drift of the routing from the reference's.
 
 use burn::module::Module;
 use data::{Batch, collate};
 use model::{ForwardContext, Model, Observe};
 
-use super::experts::{self, Picks};
-use super::{Event, Host, hidden, losses};
+use super::forward::{hidden, losses};
 use crate::Result;
 use crate::dpo::Rewards;
+use crate::events::{Event, Host};
 use crate::metrics::journal::{Journal, Validation};
+use crate::routing::{self, RoutingChoices};
 use crate::session::Session;
 
-/// The batches whose picks are compared with the reference's. Its own are kept, two bytes each.
+/// The number of batches in which routing is compared with the reference's. Its choices stay in memory, two bytes each.
 const DRIFT_BATCHES: usize = 16;
 
 impl Session {
@@ -41,8 +42,8 @@ impl Session {
         if self.valid.is_none() {
             return Ok(None);
         }
-        let (model, device) = (self.model.clone().valid(), self.device.clone().inner());
-        let (mut sum, mut counted, mut picks) = (0.0, 0, Vec::new());
+        let (model, device) = (self.model.clone().valid(), self.device());
+        let (mut sum, mut counted, mut choices) = (0.0, 0, Vec::new());
         let mut rewards = None::<Rewards>;
         for (i, batch) in self.valid_batches().enumerate() {
             let batch = batch?;
@@ -51,21 +52,20 @@ impl Session {
                 ctx.observe = Observe::Routing;
             }
             let losses = losses(&model, &batch, &mut ctx, &device);
-            picks.extend(picks_of(&ctx, &batch));
-            let (losses, earned) = self.compared(losses, &batch);
+            choices.extend(choices_of(&ctx, &batch));
+            let (losses, batch_rewards) = self.compared(losses, &batch);
             sum += f64::from(losses.sum().into_scalar::<f32>());
             counted += self.counted(&batch);
-            if let Some(earned) = earned {
-                rewards.get_or_insert_default().add(earned);
+            if let Some(batch_rewards) = batch_rewards {
+                rewards.get_or_insert_default().add(batch_rewards);
             }
         }
-        let reference_picks = match (self.reference_picks.take(), &self.reference) {
-            (Some(known), _) => known,
-            (None, Some(reference)) if !picks.is_empty() => self.picks(reference)?,
-            _ => vec![],
-        };
-        let routing_drift = experts::drift(&picks, &reference_picks);
-        self.reference_picks = Some(reference_picks);
+        if !choices.is_empty() {
+            self.note_reference_choices()?;
+        }
+        let reference = self.reference.as_ref();
+        let reference_choices = reference.and_then(|reference| reference.choices.as_deref());
+        let routing_drift = routing::drift(&choices, reference_choices.unwrap_or_default());
         Ok(Some(Validation {
             valid_loss: sum / counted.max(1) as f64,
             rewards: rewards.map(|rewards| rewards.mean(counted)),
@@ -73,10 +73,22 @@ impl Session {
         }))
     }
 
-    /// What a model's routers pick in the first validation batches.
-    fn picks(&self, model: &Model) -> Result<Vec<Picks>> {
-        let device = self.device.clone().inner();
-        let mut picks = Vec::new();
+    /// Computes the reference's choices in the first validation pass.
+    fn note_reference_choices(&mut self) -> Result<()> {
+        let choices = match &self.reference {
+            Some(reference) if reference.choices.is_none() => self.choices(&reference.model)?,
+            _ => return Ok(()),
+        };
+        if let Some(reference) = &mut self.reference {
+            reference.choices = Some(choices);
+        }
+        Ok(())
+    }
+
+    /// The choices of a model's routers in the first validation batches.
+    fn choices(&self, model: &Model) -> Result<Vec<RoutingChoices>> {
+        let device = self.device();
+        let mut choices = Vec::new();
         for batch in self.valid_batches().take(DRIFT_BATCHES) {
             let batch = batch?;
             let mut ctx = ForwardContext {
@@ -84,16 +96,16 @@ impl Session {
                 ..ForwardContext::new(self.compute())
             };
             hidden(model, &batch, &mut ctx, &device);
-            picks.extend(picks_of(&ctx, &batch));
+            choices.extend(choices_of(&ctx, &batch));
         }
-        Ok(picks)
+        Ok(choices)
     }
 
-    /// What is measured of the validation split, in batches; none if there is no split.
+    /// The batches of the validation split to measure; none if there is no split.
     fn valid_batches(&self) -> impl Iterator<Item = Result<Batch>> {
         let eval = &self.recipe.eval;
         let limit = eval.max_batches.map_or(usize::MAX, |max| max as usize);
-        // Both answers of a pair are samples, one after the other.
+        // Both answers of a pair are samples, one after another.
         let per_row = if self.learns_preferences() { 2 } else { 1 };
         let size = eval.batch_size * per_row;
         let batches = self.valid.iter().flat_map(move |corpus| {
@@ -108,9 +120,9 @@ impl Session {
     }
 }
 
-fn picks_of(ctx: &ForwardContext<'_>, batch: &Batch) -> Vec<Picks> {
+fn choices_of(ctx: &ForwardContext<'_>, batch: &Batch) -> Vec<RoutingChoices> {
     let records = ctx.routing.iter();
     records
-        .map(|record| Picks::of(record, &batch.lengths, batch.cols))
+        .map(|record| RoutingChoices::of(record, &batch.lengths, batch.cols))
         .collect()
 }

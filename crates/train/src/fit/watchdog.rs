@@ -1,44 +1,26 @@
-//! Loss spikes: seen, rolled back from, and the batches they came with left out.
+//! The watchdog: detects loss spikes, rolls the run back, and skips the batches of the spike.
 //!
-//! A spike is a loss far over the average of those before it. Several in a row mean that the run has gone astray: it
-//! goes back to the last regular checkpoint before the first of them, and when it comes to their batches again it passes
-//! them over. That is bounded, and everything that decides is part of the state, so that a resumed run decides alike.
+//! A spike is a loss far above the average of those before it. Several in a row mean that the run has gone astray: it goes
+//! back to the last regular checkpoint before the first spike, and skips the spikes' batches when it comes to them again.
+//! The number of rollbacks is bounded, and everything that decides is part of the state, so that a resumed run decides
+//! alike.
 //!
 //! Source: going back and skipping batches is PaLM's remedy, arXiv:2204.02311, section 5.1.
 
-use serde::{Deserialize, Serialize};
-
-use super::{Event, Host};
+use crate::checkpoint_state::Watchdog;
+use crate::events::{Event, Host};
 use crate::metrics::journal::Journal;
 use crate::recipe::TrainSection;
 use crate::run_dir::RunDir;
 use crate::session::Session;
-use crate::state::exact;
 use crate::{Error, Result};
 
-/// Weight of a new loss in the average: it spans about 20 steps, and as many have to be seen before any is judged.
+/// Weight of a new loss in the average, which spans about 20 steps. No loss is a spike before the average has as many.
 const WEIGHT: f64 = 0.05;
 const WARMUP_STEPS: u64 = 20;
 
-/// What the watchdog remembers.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Watchdog {
-    /// Exponential average of the losses that were no spikes, in nats.
-    #[serde(with = "exact")]
-    smoothed: f64,
-    /// How many losses are in it.
-    steps: u64,
-    /// Spikes in a row, up to the last step.
-    spikes: u64,
-    /// The micro-batch with which they began.
-    first_batch: u64,
-    /// Micro-batches that are passed over, as half-open ranges: one for each time the run went back.
-    skipped: Vec<[u64; 2]>,
-}
-
 impl Watchdog {
-    /// Takes note of a step's loss, whose first micro-batch is given. Returns whether the run has gone astray.
+    /// Adds the loss of a step that began with micro-batch `first_batch`. Returns whether the run has gone astray.
     fn is_astray(&mut self, loss: f64, first_batch: u64, train: &TrainSection) -> bool {
         let is_high = loss > train.spike_factor * self.smoothed && loss > train.loss.calm();
         if self.steps >= WARMUP_STEPS && is_high {
@@ -55,7 +37,7 @@ impl Watchdog {
         false
     }
 
-    /// The micro-batch that is trained on when this one is next.
+    /// The first micro-batch from this one on that is not skipped.
     pub(super) fn next_batch(&self, mut batch: u64) -> u64 {
         // Ranges are in the order in which the run came to them.
         for [start, end] in &self.skipped {
@@ -68,20 +50,13 @@ impl Watchdog {
 }
 
 impl Session {
-    /// The regular checkpoint that the run would go back to, after its current step: the last one before the spikes. None
-    /// if nobody watches.
-    pub(super) fn anchor(&self) -> Option<u64> {
-        let train = &self.recipe.train;
-        let every = train.save_every.filter(|_| train.spike_factor > 0.0)?;
-        let calm_steps = self.state.step.saturating_sub(self.state.watchdog.spikes);
-        Some(calm_steps / every * every)
-    }
-
-    /// Looks at the loss of the step just made. Returns whether the run went back.
+    /// Checks the loss of the step just made. Returns whether the run went back.
     pub(super) fn roll_back_if_astray(
         &mut self,
-        (loss, first_batch): (f64, u64),
-        (run, journal): (&RunDir, &mut Journal),
+        loss: f64,
+        first_batch: u64,
+        run: &RunDir,
+        journal: &mut Journal,
         host: &mut dyn Host,
     ) -> Result<bool> {
         let train = &self.recipe.train;
@@ -99,7 +74,7 @@ impl Session {
             ..
         } = self.state.watchdog.clone();
         let rollbacks = skipped.len() as u64;
-        // What came after belongs to the spike; a run that is killed here goes back again.
+        // Later checkpoints belong to the spike; a run that is killed here goes back again.
         run.remove_after(anchor)?;
         if rollbacks >= max_rollbacks {
             return Err(Error::Diverged {
@@ -114,8 +89,8 @@ impl Session {
         skipped.push([self.state.watchdog.first_batch, self.state.micro_step]);
         self.load(&run.checkpoint_path(anchor))?;
         self.state.watchdog.skipped = skipped.clone();
-        *journal = Journal::open(run, Some(anchor))?;
-        journal.rollback(anchor + 1, step, [loss, smoothed], &skipped)?;
+        *journal = Journal::open(run.path(), Some(anchor))?;
+        journal.rollback(anchor + 1, step, loss, smoothed, &skipped)?;
         host.see(&Event::RolledBack {
             step,
             loss,

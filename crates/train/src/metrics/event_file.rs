@@ -1,9 +1,9 @@
-//! TensorBoard's event files: what its Python reader, and whatever else knows the format, can plot.
+//! TensorBoard's event files.
 //!
 //! A file is a sequence of TFRecords: length, masked CRC of the length, content, masked CRC of the content, all
-//! little-endian. The content is an `Event` of TensorFlow's protobuf schema, of which the few fields that are needed are
-//! written here by hand. Every process appends a file of its own. Records that a resumed run will write again are cut off
-//! the older files first, so that no step is there twice.
+//! little-endian. The content is an `Event` of TensorFlow's protobuf schema; this file writes the few fields that are
+//! needed by hand. Every process writes a file of its own. Records that a resumed run will write again are first cut off the
+//! older files, so that no step occurs twice.
 //!
 //! Source: tensorflow/tensorflow: tensorflow/core/lib/io/record_writer.cc, core/util/event.proto,
 //! core/framework/summary.proto.
@@ -21,9 +21,9 @@ const END: &str = ".moeforge";
 /// The longest record that is read back. Real ones have a few thousand bytes.
 const MAX_RECORD_BYTES: u64 = 1 << 24;
 
-/// What is told of a step under one tag.
+/// The value of one tag at one step.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Value {
+pub(crate) enum EventValue {
     /// A number.
     Scalar(f64),
     /// Counts, of which number `i` is drawn from `i` to `i + 1`.
@@ -32,7 +32,7 @@ pub(crate) enum Value {
     Text(String),
 }
 
-/// The event file of this process. It is there from the first event on.
+/// The event file of this process. The first event creates it.
 #[derive(Debug)]
 pub(crate) struct EventFile {
     path: PathBuf,
@@ -40,8 +40,7 @@ pub(crate) struct EventFile {
 }
 
 impl EventFile {
-    /// A new file after those that are in the folder, from which everything after `last_step` is cut off; all of it if
-    /// there is none.
+    /// A new file after those in the folder. Events after `last_step` are cut off those, or all of them if it is none.
     ///
     /// # Errors
     /// If a file cannot be read or written.
@@ -58,7 +57,7 @@ impl EventFile {
                 newest = newest.max(number);
             }
         }
-        // Readers take files in the order of their names, where others have seconds of a clock.
+        // Readers take files in the order of their names. Other programs put the seconds of a clock there.
         let name = format!("{START}{:010}{END}", newest.saturating_add(1));
         Ok(Self {
             path: folder.join(name),
@@ -66,11 +65,11 @@ impl EventFile {
         })
     }
 
-    /// Appends what is told of a step.
+    /// Appends the values of a step.
     ///
     /// # Errors
     /// If writing fails.
-    pub(crate) fn append(&mut self, step: u64, values: &[(String, Value)]) -> Result<()> {
+    pub(crate) fn append(&mut self, step: u64, values: &[(String, EventValue)]) -> Result<()> {
         let mut bytes = Vec::new();
         if self.file.is_none() {
             let options = OpenOptions::new()
@@ -89,14 +88,14 @@ impl EventFile {
         let mut event = event(step);
         event.bytes(5, &summary.0);
         record(&mut bytes, &event.0);
-        // One call, and no buffer of ours: a file that is killed here has the records or a part of them.
+        // One call and no buffer: a process that is killed here leaves the records or a part of them.
         let file = self.file.as_mut().map(|file| file.write_all(&bytes));
         file.unwrap_or(Ok(())).map_err(io("write", &self.path))
     }
 }
 
-/// Cuts off a file's events after a step, and what is no event. Returns whether anything is left; if not, neither is the
-/// file.
+/// Cuts off a file's events after a step, and bytes that are no event. Returns whether anything is left; if not, the file is
+/// removed.
 fn cut(path: &Path, last_step: Option<u64>) -> Result<bool> {
     let mut options = OpenOptions::new();
     let mut file = options
@@ -105,23 +104,25 @@ fn cut(path: &Path, last_step: Option<u64>) -> Result<bool> {
         .open(path)
         .map_err(io("open", path))?;
     let len = file.metadata().map_err(io("read", path))?.len();
-    let (mut kept_bytes, mut n_events) = (0, 0u64);
-    while let Some((step, end)) = next_step(&mut file, kept_bytes, len).map_err(io("read", path))? {
+    let (mut valid_bytes, mut n_events) = (0, 0u64);
+    while let Some((step, end)) =
+        next_step(&mut file, valid_bytes, len).map_err(io("read", path))?
+    {
         if last_step.is_none_or(|last| step > last) {
             break;
         }
-        (kept_bytes, n_events) = (end, n_events + 1);
+        (valid_bytes, n_events) = (end, n_events + 1);
     }
     // The first one has the version only.
     if n_events < 2 {
         fs::remove_file(path).map_err(io("remove", path))?;
         return Ok(false);
     }
-    file.set_len(kept_bytes).map_err(io("shorten", path))?;
+    file.set_len(valid_bytes).map_err(io("shorten", path))?;
     Ok(true)
 }
 
-/// The step of the event at a place in a file, and where it ends; none where there is no whole event.
+/// The step of the event at an offset of a file, and the offset of its end; none if there is no whole event.
 fn next_step(file: &mut File, start: u64, len: u64) -> std::io::Result<Option<(u64, u64)>> {
     const FRAME: u64 = 16;
     if len.saturating_sub(start) < FRAME {
@@ -144,7 +145,7 @@ fn next_step(file: &mut File, start: u64, len: u64) -> std::io::Result<Option<(u
     Ok(is_whole.then(|| (step_of(&content), start + FRAME + n_bytes)))
 }
 
-/// The step of an event as it is written here: after the time, or absent for 0.
+/// The step of an event that this file wrote: after the time, or absent for 0.
 fn step_of(event: &[u8]) -> u64 {
     const TIME: usize = 9;
     let Some((&key, rest)) = event.get(TIME..).and_then(<[u8]>::split_first) else {
@@ -165,7 +166,7 @@ fn step_of(event: &[u8]) -> u64 {
     step
 }
 
-impl Value {
+impl EventValue {
     /// A `Summary.Value`.
     fn message(&self, tag: &str) -> Message {
         let mut message = Message::default();
@@ -273,7 +274,7 @@ fn record(file: &mut Vec<u8>, content: &[u8]) {
     file.extend(masked_crc(content).to_le_bytes());
 }
 
-/// CRC-32C, turned and shifted, so that a checksum of data with checksums in it is not a special case.
+/// CRC-32C, rotated and shifted, so that a checksum of data that holds checksums is not a special case.
 fn masked_crc(bytes: &[u8]) -> u32 {
     crc32c(bytes).rotate_right(15).wrapping_add(0xA282_EAD8)
 }
@@ -325,7 +326,7 @@ mod tests {
         fields.find(|(found, _)| *found == number).unwrap().1
     }
 
-    /// The contents of a file's records, read without the writer's functions but for the checksum.
+    /// The contents of a file's records, read without the writer's functions except the checksum.
     fn records(path: &Path) -> Vec<Vec<u8>> {
         let bytes = fs::read(path).unwrap();
         let mut left = &bytes[..];
@@ -341,8 +342,8 @@ mod tests {
         records
     }
 
-    fn scalar(value: f64) -> [(String, Value); 1] {
-        [("train/loss".to_owned(), Value::Scalar(value))]
+    fn scalar(value: f64) -> [(String, EventValue); 1] {
+        [("train/loss".to_owned(), EventValue::Scalar(value))]
     }
 
     fn names(folder: &Path) -> Vec<String> {
@@ -368,10 +369,10 @@ mod tests {
         let mut events = EventFile::open(folder.path(), None).unwrap();
         assert!(names(folder.path()).is_empty());
         let mut values = scalar(1.5).to_vec();
-        values.push(("load".into(), Value::Histogram(vec![3, 0, 5])));
+        values.push(("load".into(), EventValue::Histogram(vec![3, 0, 5])));
         events.append(300, &values).unwrap();
         events
-            .append(301, &[("t".into(), Value::Text("hi".into()))])
+            .append(301, &[("t".into(), EventValue::Text("hi".into()))])
             .unwrap();
         let records = records(&events.path);
         assert_eq!(field(&records[0], 3), b"brain.Event:2");

@@ -1,16 +1,18 @@
-//! Everything a run writes down while it goes on: `metrics.jsonl`, and the same for TensorBoard beside it.
+//! The metrics of a run: `metrics.jsonl`, and event files for TensorBoard.
 //!
 //! Tags are those the field uses: `train/loss`, `eval/loss`, `perf/tokens_per_sec`, `moe/layer_03/load`.
+
+use std::path::Path;
 
 use serde::{Serialize, Serializer};
 use serde_json::json;
 
-use super::Metrics;
-use super::event_file::{EventFile, Value};
+use super::event_file::{EventFile, EventValue};
+use super::{METRICS_NAME, Metrics};
 use crate::Result;
 use crate::dpo::Rewards;
-use crate::fit::{LayerDrift, LayerLoad, Sample, StepReport};
-use crate::run_dir::RunDir;
+use crate::events::{SampledText, StepReport};
+use crate::routing::{LayerDrift, LayerLoad};
 
 /// The metrics of a run in both forms.
 #[derive(Debug)]
@@ -19,7 +21,7 @@ pub(crate) struct Journal {
     events: EventFile,
 }
 
-/// What a validation pass found.
+/// The results of a validation pass.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Validation {
     /// Mean nats per trained token, or per pair.
@@ -27,24 +29,25 @@ pub(crate) struct Validation {
     /// Means over the pairs, if preferences are learned.
     #[serde(flatten, serialize_with = "as_valid")]
     pub(crate) rewards: Option<Rewards>,
-    /// How far the expert picks are from the reference's.
+    /// The drift of the routing from the reference's.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) routing_drift: Vec<LayerDrift>,
 }
 
 impl Journal {
-    /// Of a run that goes on after a step, or from its beginning. What will be written again is cut off.
+    /// The journal of the run in a folder, continued after a step or from its beginning. Lines that will be written again
+    /// are cut off.
     ///
     /// # Errors
     /// If a file cannot be written, or a line that should stay is malformed.
-    pub(crate) fn open(run: &RunDir, last_step: Option<u64>) -> Result<Self> {
+    pub(crate) fn open(run: &Path, last_step: Option<u64>) -> Result<Self> {
         Ok(Self {
-            metrics: run.metrics(last_step)?,
-            events: EventFile::open(run.path(), last_step)?,
+            metrics: Metrics::open(&run.join(METRICS_NAME), last_step)?,
+            events: EventFile::open(run, last_step)?,
         })
     }
 
-    /// A step, and what the experts got since the last one that was written.
+    /// A step, and the load of the experts since the last line.
     pub(crate) fn step(
         &mut self,
         report: &StepReport,
@@ -79,9 +82,9 @@ impl Journal {
         }
         for layer in loads {
             let tag = |name| of_layer(layer.layer, name);
-            values.push((tag("load"), Value::Histogram(layer.load.clone())));
-            values.push((tag("load_entropy"), Value::Scalar(layer.entropy)));
-            values.push((tag("dead_experts"), Value::Scalar(layer.dead as f64)));
+            values.push((tag("load"), EventValue::Histogram(layer.load.clone())));
+            values.push((tag("load_entropy"), EventValue::Scalar(layer.entropy)));
+            values.push((tag("dead_experts"), EventValue::Scalar(layer.dead as f64)));
         }
         self.events.append(step, &values)
     }
@@ -94,7 +97,7 @@ impl Journal {
         for layer in &found.routing_drift {
             values.push((
                 of_layer(layer.layer, "routing_drift"),
-                Value::Scalar(layer.drift),
+                EventValue::Scalar(layer.drift),
             ));
         }
         self.events.append(step, &values)
@@ -105,7 +108,8 @@ impl Journal {
         &mut self,
         step: u64,
         from_step: u64,
-        [loss, smoothed_loss]: [f64; 2],
+        loss: f64,
+        smoothed_loss: f64,
         skipped_batches: &[[u64; 2]],
     ) -> Result<()> {
         let line = json!({"rolled_back": {
@@ -120,10 +124,10 @@ impl Journal {
             .append(step, &[scalar("train/rollbacks", n_rollbacks)])
     }
 
-    /// What the model writes after some prompts, after a step.
-    pub(crate) fn samples(&mut self, step: u64, samples: &[Sample]) -> Result<()> {
+    /// The continuations of the prompts after a step.
+    pub(crate) fn samples(&mut self, step: u64, samples: &[SampledText]) -> Result<()> {
         self.metrics.append(step, &json!({ "samples": samples }))?;
-        let text = |(i, sample): (usize, &Sample)| {
+        let text = |(i, sample): (usize, &SampledText)| {
             // Indented, so that Markdown shows it as it is.
             let lines = |text: &str| text.replace('\n', "\n    ");
             let text = format!(
@@ -131,15 +135,15 @@ impl Journal {
                 lines(&sample.prompt),
                 lines(&sample.text)
             );
-            (format!("samples/{i}"), Value::Text(text))
+            (format!("samples/{i}"), EventValue::Text(text))
         };
         let values: Vec<_> = samples.iter().enumerate().map(text).collect();
         self.events.append(step, &values)
     }
 }
 
-fn scalar(tag: &str, value: f64) -> (String, Value) {
-    (tag.to_owned(), Value::Scalar(value))
+fn scalar(tag: &str, value: f64) -> (String, EventValue) {
+    (tag.to_owned(), EventValue::Scalar(value))
 }
 
 /// With two digits, so that layers sort.
@@ -147,14 +151,14 @@ fn of_layer(layer: usize, name: &str) -> String {
     format!("moe/layer_{layer:02}/{name}")
 }
 
-/// What answers earn, under TRL's names.
-fn of_rewards(split: &str, rewards: &Rewards) -> [(String, Value); 4] {
+/// The rewards of answers, under TRL's names.
+fn of_rewards(split: &str, rewards: &Rewards) -> [(String, EventValue); 4] {
     rewards
         .named()
         .map(|(name, value)| scalar(&format!("{split}/{name}"), value))
 }
 
-/// The rewards of the validation split in a line of metrics, beside those of the training rows.
+/// The rewards of the validation split in a line of metrics.
 fn as_valid<S: Serializer>(
     rewards: &Option<Rewards>,
     serializer: S,

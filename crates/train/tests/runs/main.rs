@@ -11,6 +11,7 @@ mod watching;
 
 use std::path::{Path, PathBuf};
 
+use burn::tensor::Device;
 use checkpoint::Safetensors;
 use moeforge_train::{Event, Recipe, RunDir, Session};
 
@@ -84,7 +85,7 @@ fn losses(session: &mut Session, run: &RunDir) -> Vec<f64> {
 }
 
 fn open(recipe: Recipe) -> Session {
-    Session::open(recipe, &|model| Ok(model.into())).unwrap()
+    Session::open(recipe, &Device::flex(), &|model| Ok(model.into())).unwrap()
 }
 
 fn expected_curve(name: &str, key: &str) -> Vec<f64> {

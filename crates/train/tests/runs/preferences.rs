@@ -143,10 +143,10 @@ fn a_run_of_preferences_ends_when_the_validation_loss_rises_and_leaves_the_best(
 fn an_update_that_does_nothing_leaves_the_reference() {
     let place = Place::new("deepseek_v3");
     preferences(&place);
-    let some = "[lora]\ntarget = [\"mlp.experts.1\", \"mlp.experts.2\", \"self_attn\"]\n";
+    let subset = "[lora]\ntarget = [\"mlp.experts.1\", \"mlp.experts.2\", \"self_attn\"]\n";
     for settings in [
         "",
-        some,
+        subset,
         "[lora]\nuse_dora = true\nexclude = \"experts\"\n",
         "[lora]\nexperts_share = \"outer\"\n",
         "[lora]\nquantizer = \"gguf:q4_0\"\n",

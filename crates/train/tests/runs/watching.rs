@@ -1,11 +1,12 @@
 use std::path::Path;
 
-use moeforge_train::{Census, Error, Event, Host, Recipe, RunDir, State, Zero};
+use burn::tensor::Device;
+use moeforge_train::{Error, Event, GradAudit, Host, Recipe, RunDir, RunState, ZeroGradient};
 use serde_json::Value;
 
 use super::{Place, bytes, open};
 
-/// Remembers what it is told, and may ask to stop after a step.
+/// Records events, and may ask to stop after a step.
 #[derive(Default)]
 pub(super) struct Notes {
     stop_after: Option<u64>,
@@ -14,7 +15,7 @@ pub(super) struct Notes {
     losses: Vec<f64>,
     pub(super) valid: Vec<(u64, f64, Option<f64>)>,
     rollbacks: Vec<(u64, u64)>,
-    census: Option<Census>,
+    audit: Option<GradAudit>,
     pub(super) best: Option<u64>,
 }
 
@@ -41,8 +42,8 @@ impl Host for Notes {
             Event::RolledBack { step, to, .. } => {
                 self.rollbacks.push((*step, *to));
             }
-            Event::FirstGradient(census) => self.census = Some(census.clone()),
-            Event::TookBest { step, .. } => self.best = Some(*step),
+            Event::FirstGradient(audit) => self.audit = Some(audit.clone()),
+            Event::RestoredBest { step, .. } => self.best = Some(*step),
             _ => {}
         }
     }
@@ -82,7 +83,7 @@ pub(super) fn lines(run: &Path, key: &str) -> Vec<Value> {
 const SPIKING: &str = "[train]\nmethod = \"full\"\nsteps = 40\nbatch_size = 1\nshuffle = false\nsave_every = 4\n\
      log_every = 1\nspike_factor = 1.5\nspike_steps = 2\n";
 
-/// A recipe whose rows 29 to 32, of so many samples, are unlike those before.
+/// A recipe whose rows 29 to 32, of `samples_per_row` samples each, are unlike those before.
 fn spiking(place: &Place, samples_per_row: usize, set: &[&str]) -> Recipe {
     let [n, first, end] = [60, 29, 33].map(|row| row * samples_per_row);
     std::fs::write(place.path("train.jsonl"), rows(n, first..end)).unwrap();
@@ -92,12 +93,12 @@ fn spiking(place: &Place, samples_per_row: usize, set: &[&str]) -> Recipe {
 }
 
 #[test]
-fn a_run_that_goes_astray_goes_back_and_passes_over_the_batches() {
+fn a_run_that_goes_astray_goes_back_and_skips_the_batches() {
     goes_back(1, &[]);
 }
 
 #[test]
-fn a_packed_run_passes_over_packed_batches() {
+fn a_packed_run_skips_packed_batches() {
     goes_back(2, &["data.packing=true", "data.max_length=48"]);
 }
 
@@ -233,7 +234,9 @@ fn settings_that_need_validation_rows_say_so() {
         "[train]\neval_every = 1\n[eval]\npatience = 1\n",
     ] {
         let recipe = place.recipe("# deepseek_v3\n", settings);
-        let error = moeforge_train::Session::open(recipe, &|model| Ok(model.into())).unwrap_err();
+        let error =
+            moeforge_train::Session::open(recipe, &Device::flex(), &|model| Ok(model.into()))
+                .unwrap_err();
         assert!(error.to_string().contains("no `valid.jsonl` in"), "{error}");
     }
 }
@@ -263,35 +266,35 @@ fn loads_add_up_and_the_first_gradient_is_explained() {
     assert_eq!(found.len(), 3);
     // The checkpoint of step 3 holds what came after the line of step 2.
     let (_, folder) = run.latest().unwrap().unwrap();
-    assert!(State::read(&folder).unwrap().expert_loads.is_empty());
-    let state = State::read(&run.path().join("checkpoint-3")).unwrap();
+    assert!(RunState::read(&folder).unwrap().expert_loads.is_empty());
+    let state = RunState::read(&run.path().join("checkpoint-3")).unwrap();
     let sum: u64 = state.expert_loads.values().next().unwrap().iter().sum();
     assert_eq!(sum, tokens * top_k);
 
-    let census = notes.census.unwrap();
-    for tensor in &census.tensors {
+    let audit = notes.audit.unwrap();
+    for tensor in &audit.tensors {
         let is_first = tensor.name.ends_with("lora_a");
-        let expected = is_first.then_some(Zero::SecondFactorIsZero);
+        let expected = is_first.then_some(ZeroGradient::SecondFactorIsZero);
         assert_eq!(tensor.zero, expected, "{tensor:?}");
         assert_eq!(tensor.norm == 0.0, is_first);
     }
-    assert!(census.summary().contains("lora_b starts at zero"));
+    assert!(audit.summary().contains("lora_b starts at zero"));
     let written: Value =
         serde_json::from_slice(&std::fs::read(run.path().join("gradients.json")).unwrap()).unwrap();
     assert_eq!(
         written["tensors"].as_array().unwrap().len(),
-        census.tensors.len()
+        audit.tensors.len()
     );
 }
 
-/// The census of a run's first step.
-fn census(place: &Place, name: &str, settings: &str) -> Census {
+/// The gradient audit of a run's first step.
+fn audit(place: &Place, name: &str, settings: &str) -> GradAudit {
     let settings = format!("{settings}steps = 1\nbatch_size = 2\n");
     let recipe = place.recipe("# deepseek_v3\n", &settings);
     let run = RunDir::create(&place.path(name), &recipe).unwrap();
     let mut notes = Notes::default();
     fit(&recipe, &run, &mut notes).unwrap();
-    notes.census.unwrap()
+    notes.audit.unwrap()
 }
 
 #[test]
@@ -299,25 +302,25 @@ fn the_first_gradient_of_every_method_is_explained() {
     let place = Place::new("deepseek_v3");
     let dora = "[lora]\nuse_dora = true\nexclude = \"experts\"\n[train]\n";
     let shared = "[lora]\ntarget = \"experts\"\nexperts_share = \"outer\"\n[train]\n";
-    let some = "[lora]\ntarget = \"mlp.experts.3\"\n[train]\n";
+    let subset = "[lora]\ntarget = \"mlp.experts.3\"\n[train]\n";
     let full = "[train]\nmethod = \"full\"\nunfrozen_parameters = [\"mlp.experts.3\", \"norm\"]\n";
     let methods = [
         ("dora", dora, "lora_magnitude_vector"),
         ("shared", shared, "down_proj.lora_b"),
-        ("some", some, "up_proj.lora_b"),
+        ("subset", subset, "up_proj.lora_b"),
         ("full", full, "weights.trained.up_proj"),
     ];
     for (name, settings, reached) in methods {
-        let census = census(&place, name, settings);
+        let audit = audit(&place, name, settings);
         let mut has_gradient = false;
-        for tensor in &census.tensors {
+        for tensor in &audit.tensors {
             let is_first = tensor.name.ends_with("lora_a");
             assert_eq!(
-                tensor.zero == Some(Zero::SecondFactorIsZero),
+                tensor.zero == Some(ZeroGradient::SecondFactorIsZero),
                 is_first,
                 "{tensor:?}"
             );
-            let is_known = is_first || matches!(tensor.zero, None | Some(Zero::NoToken));
+            let is_known = is_first || matches!(tensor.zero, None | Some(ZeroGradient::NoToken));
             assert!(is_known, "{name}: {tensor:?}");
             has_gradient |= tensor.name.ends_with(reached) && tensor.norm > 0.0;
             let idle = &tensor.experts_without_token;
@@ -326,6 +329,6 @@ fn the_first_gradient_of_every_method_is_explained() {
                 "{tensor:?}"
             );
         }
-        assert!(has_gradient, "{name}: {census:?}");
+        assert!(has_gradient, "{name}: {audit:?}");
     }
 }

@@ -5,11 +5,11 @@ use burn_flex::FlexTensor;
 use super::cached::RowValues;
 use super::heads::{Rows, multiply_heads};
 use super::values::{Floats, floats};
-use crate::attention::few::{self, Sequence};
 use crate::backend::linear::{Absorbed, Direction, HeadRows};
-use crate::product::gemm::with_scratch;
-use crate::product::strided::{Mat, MatMut};
-use crate::{Compute, Matrix};
+use crate::formats::Matrix;
+use crate::memory::{Mat, MatMut, with_scratch};
+use crate::ops::attention::decode::{self, DecodeQueries};
+use crate::settings::Compute;
 
 /// q `[1, seq, heads, dim]` and latents `[kv_seq, 1, rank + rope]` → `[1, seq, heads, v_dim]`.
 pub(super) fn absorbed_attention(
@@ -41,7 +41,7 @@ pub(super) fn absorbed_attention(
         let rows = part(0, nope, Direction::Transposed);
         multiply_heads(keys, (w, rows), compute, &all);
 
-        few::forward(Sequence {
+        decode::forward(DecodeQueries {
             queries: Mat::dense(queries, seq * heads, width),
             seq,
             keys: latents.rows(),

@@ -3,20 +3,20 @@
 use burn_flex::FlexTensor;
 
 use super::values::{Floats, floats};
-use crate::attention::{self, Place, Segments};
+use crate::ops::attention::{self, HeadLayout, Segments};
 
 /// Keys and values in two tensors.
-pub(super) fn shape_apart(q: &Floats, k: &Floats, v: &Floats) -> attention::Shape {
+pub(super) fn shape_apart(q: &Floats, k: &Floats, v: &Floats) -> attention::AttentionShape {
     let ([batch, seq, heads, dim], [_, kv_seq, kv_heads, _], [.., v_dim]) =
         (q.dims::<4>(), k.dims::<4>(), v.dims::<4>());
-    attention::Shape {
+    attention::AttentionShape {
         batch,
         seq,
         kv_seq,
-        q: Place::whole(heads, dim),
-        k: Place::whole(kv_heads, dim),
-        v: Place::whole(kv_heads, v_dim),
-        shared: Place::whole(1, 0),
+        q: HeadLayout::whole(heads, dim),
+        k: HeadLayout::whole(kv_heads, dim),
+        v: HeadLayout::whole(kv_heads, v_dim),
+        shared: HeadLayout::whole(1, 0),
     }
 }
 
@@ -26,26 +26,26 @@ pub(super) fn shape_together(
     kv: &Floats,
     latents: &Floats,
     v_dim: usize,
-) -> attention::Shape {
+) -> attention::AttentionShape {
     let ([batch, seq, heads, dim], [_, kv_seq, _, width], [.., latent]) =
         (q.dims::<4>(), kv.dims::<4>(), latents.dims::<4>());
-    let (own, whole) = (width - v_dim, Place::whole(heads, width));
+    let (own, whole) = (width - v_dim, HeadLayout::whole(heads, width));
     let shared = dim - own;
-    attention::Shape {
+    attention::AttentionShape {
         batch,
         seq,
         kv_seq,
-        q: Place::whole(heads, dim),
-        k: Place { dim: own, ..whole },
-        v: Place {
+        q: HeadLayout::whole(heads, dim),
+        k: HeadLayout { dim: own, ..whole },
+        v: HeadLayout {
             start: own,
             dim: v_dim,
             ..whole
         },
-        shared: Place {
+        shared: HeadLayout {
             start: latent - shared,
             dim: shared,
-            ..Place::whole(1, latent)
+            ..HeadLayout::whole(1, latent)
         },
     }
 }
@@ -53,9 +53,9 @@ pub(super) fn shape_together(
 /// Output `[batch, seq, heads, v_dim]` and log-sum-exp `[batch, heads, seq]`.
 pub(super) fn attend(
     q: &Floats,
-    context: attention::Context<'_>,
+    context: attention::KvInputs<'_>,
     scale: f32,
-    shape: attention::Shape,
+    shape: attention::AttentionShape,
     segments: &Segments,
 ) -> (FlexTensor, FlexTensor) {
     let (out, lse) = attention::forward(q, context, scale, shape, segments);

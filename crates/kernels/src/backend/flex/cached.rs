@@ -8,11 +8,11 @@ use burn_flex::{FlexTensor, Layout};
 use rayon::prelude::*;
 
 use super::values::{Floats, floats};
-use crate::attention::cached::{CacheType, Rows, decode_blocks, encode_blocks};
-use crate::attention::few::{self, Sequence};
 use crate::backend::cached::KvBufferPrimitive;
-use crate::product::gemm::zeros;
-use crate::product::strided::Mat;
+use crate::formats::{CacheType, decode_q8_rows, encode_q8_rows};
+use crate::memory::{Mat, zeros};
+use crate::ops::attention::KvRows;
+use crate::ops::attention::decode::{self, DecodeQueries};
 
 /// Rows that are worth a task where many are rounded or decoded.
 const TASK_ROWS: usize = 64;
@@ -44,7 +44,7 @@ impl RowValues {
         }
     }
 
-    pub(super) fn rows(&self) -> Rows<'_> {
+    pub(super) fn rows(&self) -> KvRows<'_> {
         let ([len, heads, _], dtype) = (dims(&self.tensor), self.tensor.dtype());
         let form = match dtype {
             DType::F32 => CacheType::F32,
@@ -54,7 +54,7 @@ impl RowValues {
             other => panic!("a cache holds f32, f16, bf16 or bytes, not {other:?}"),
         };
         let Range { start, end } = self.range;
-        Rows {
+        KvRows {
             form,
             bytes: &self.tensor.bytes()[start * dtype.size()..end * dtype.size()],
             len,
@@ -74,12 +74,12 @@ pub(super) fn encode(x: &Floats) -> FlexTensor {
     let row_bytes = CacheType::Q8_0.row_bytes(width);
     let mut bytes = vec![0u8; len * heads * row_bytes];
     if len * heads <= TASK_ROWS {
-        encode_blocks(x, width, &mut bytes);
+        encode_q8_rows(x, width, &mut bytes);
     } else {
         let tasks = bytes.par_chunks_mut((TASK_ROWS * row_bytes).max(1));
         tasks
             .zip(x.par_chunks((TASK_ROWS * width).max(1)))
-            .for_each(|(bytes, x)| encode_blocks(x, width, bytes));
+            .for_each(|(bytes, x)| encode_q8_rows(x, width, bytes));
     }
     let layout = Layout::contiguous([len, heads, row_bytes].into());
     FlexTensor::new(Bytes::from_elems(bytes), layout, DType::U8)
@@ -88,7 +88,7 @@ pub(super) fn encode(x: &Floats) -> FlexTensor {
 /// Bytes of blocks → `[len, heads, width]`.
 pub(super) fn decode(rows: &RowValues) -> FlexTensor {
     let rows = rows.rows();
-    let Rows {
+    let KvRows {
         len, heads, width, ..
     } = rows;
     let mut out = zeros(len * heads * width);
@@ -96,7 +96,7 @@ pub(super) fn decode(rows: &RowValues) -> FlexTensor {
     let tasks = out.par_chunks_mut((TASK_ROWS * width).max(1));
     tasks
         .zip(rows.bytes.par_chunks((TASK_ROWS * row_bytes).max(1)))
-        .for_each(|(out, bytes)| decode_blocks(bytes, width, out));
+        .for_each(|(out, bytes)| decode_q8_rows(bytes, width, out));
     floats(out, [len, heads, width])
 }
 
@@ -109,7 +109,7 @@ pub(super) fn attend(
     scale: f32,
 ) -> FlexTensor {
     let [_, seq, heads, dim] = q.dims();
-    let out = few::forward(Sequence {
+    let out = decode::forward(DecodeQueries {
         queries: Mat::dense(q, seq * heads, dim),
         seq,
         keys: keys.rows(),

@@ -5,8 +5,11 @@ use burn_flex::FlexTensor;
 
 use super::values::{Floats, floats, int_values};
 use crate::backend::ops::{FactorsPrimitive, RoutingPrimitive, StacksPrimitive};
-use crate::experts::{self, Copied, Experts, Factors, Slots, Source};
-use crate::{Compute, ExpertBank, ExpertLora, SharedExperts};
+use crate::ops::experts::{
+    self, CachedExpert, ExpertBank, ExpertLora, ExpertOperands, RoutedExperts, SharedExperts,
+    Slots, StackedFactors,
+};
+use crate::settings::Compute;
 
 pub(super) struct RoutingValues {
     pub(super) weights: Floats,
@@ -48,13 +51,13 @@ impl FactorValues {
 }
 
 pub(super) fn frozen_experts<'a>(
-    (bank, copies): (&'a ExpertBank, &'a [Copied]),
+    (bank, copies): (&'a ExpertBank, &'a [CachedExpert]),
     factors: &'a FactorValues,
     lora: ExpertLora,
     compute: Compute,
-) -> Experts<'a> {
-    Experts {
-        factors: factors.0.each_ref().map(|[a, b]| Factors {
+) -> RoutedExperts<'a> {
+    RoutedExperts {
+        factors: factors.0.each_ref().map(|[a, b]| StackedFactors {
             a,
             b,
             rank: a.dims::<3>()[1],
@@ -66,12 +69,12 @@ pub(super) fn frozen_experts<'a>(
 
 /// Experts without updates.
 fn bare_experts<'a>(
-    (bank, copies): (&'a ExpertBank, &'a [Copied]),
+    (bank, copies): (&'a ExpertBank, &'a [CachedExpert]),
     compute: Compute,
-) -> Experts<'a> {
-    Experts {
-        weights: Source::Frozen(bank, copies),
-        factors: [Factors::default(); 3],
+) -> RoutedExperts<'a> {
+    RoutedExperts {
+        weights: ExpertOperands::Frozen(bank, copies),
+        factors: [StackedFactors::default(); 3],
         lora: ExpertLora::none(),
         compute,
         hidden: bank.gate[0].cols(),
@@ -87,11 +90,11 @@ impl StackValues {
         Self([&stacks.gate, &stacks.up, &stacks.down].map(Floats::new))
     }
 
-    pub(super) fn experts(&self, compute: Compute) -> Experts<'_> {
+    pub(super) fn experts(&self, compute: Compute) -> RoutedExperts<'_> {
         let [n_experts, inner, hidden] = self.0[0].dims();
-        Experts {
-            weights: Source::Trained(self.0.each_ref().map(|stack| &**stack)),
-            factors: [Factors::default(); 3],
+        RoutedExperts {
+            weights: ExpertOperands::Trained(self.0.each_ref().map(|stack| &**stack)),
+            factors: [StackedFactors::default(); 3],
             lora: ExpertLora::none(),
             compute,
             hidden,
@@ -102,7 +105,7 @@ impl StackValues {
 }
 
 pub(super) fn experts_forward(
-    experts: Experts<'_>,
+    experts: RoutedExperts<'_>,
     routing: &RoutingValues,
     x: &Floats,
 ) -> (FlexTensor, FlexTensor, FlexTensor) {
@@ -115,14 +118,14 @@ pub(super) fn experts_forward(
     )
 }
 
-/// The experts of a few tokens and those that every token has, at once; see [`experts::forward_few`].
+/// The experts of a few tokens and those that every token has, at once; see [`experts::forward_fused`].
 pub(super) fn mixture_forward(
-    bank: (&ExpertBank, &[Copied]),
+    bank: (&ExpertBank, &[CachedExpert]),
     (routing, x): (&RoutingValues, &Floats),
     shared: &SharedExperts,
     compute: Compute,
 ) -> Option<FlexTensor> {
     let experts = bare_experts(bank, compute);
-    let y = experts::forward_few(experts, routing.slots(), x, &routing.weights, shared)?;
+    let y = experts::forward_fused(experts, routing.slots(), x, &routing.weights, shared)?;
     Some(floats(y, x.dims::<2>()))
 }

@@ -12,27 +12,30 @@ use rayon::prelude::*;
 use super::attention::{shape_apart, shape_together};
 use super::experts::{FactorValues, RoutingValues, StackValues, frozen_experts};
 use super::loss::{TrainedTokens, loss_with_gradients};
-use super::products::{folded, nn, nn_sum, nt, scaled, trained};
+use super::products::{fake_quantized, nn, nn_sum, nt, scaled, trained};
 use super::rotate;
 use super::values::{ELEMENTS, Floats, floats, int_values, owned};
-use crate::attention::{self, ContextGrads, Segments};
 use crate::backend::gradients::{ExpertsSaved, Gradients, LossSaved};
 use crate::backend::kept::{Form, Kept};
 use crate::backend::linear::{FakeQuantize, Update};
 use crate::backend::ops::{FactorsPrimitive, StacksPrimitive};
-use crate::cross_entropy::{self, Row};
-use crate::experts::{self, InputGrads};
-use crate::fp8::encode_tiles;
-use crate::matrix::narrow_to_bf16;
-use crate::product::gemm;
-use crate::product::weights::Weights;
-use crate::{Compute, ExpertBank, ExpertLora, Matrix, RopeLayout, rms_norm, rope, swiglu};
+use crate::formats::Matrix;
+use crate::formats::fp8::encode_tiles;
+use crate::matmul::{self, WeightOperand};
+use crate::memory::zeros;
+use crate::ops::attention::{self, KvGrads, Segments};
+use crate::ops::experts::{self, ExpertBank, ExpertLora, InputGrads, SavedProducts};
+use crate::ops::loss::{self, TokenLoss};
+use crate::ops::rope::{self, RopeLayout};
+use crate::ops::{rms_norm, swiglu};
+use crate::settings::Compute;
+use crate::simd::narrow_to_bf16;
 
 impl Gradients for Flex {
     fn linear_frozen_dx(dy: FlexTensor, w: &Matrix, compute: Compute) -> FlexTensor {
         nn(
             &Floats::rounded(&dy, compute.before_products()),
-            Weights::frozen(w, compute),
+            WeightOperand::frozen(w, compute),
         )
     }
 
@@ -68,7 +71,7 @@ impl Gradients for Flex {
         let dx = want_x.then(|| {
             let dy = Floats::rounded(&dy, update.compute.before_products());
             nn_sum(&[
-                (dy.mat(), Weights::frozen(w, update.compute)),
+                (dy.mat(), WeightOperand::frozen(w, update.compute)),
                 (dlow.mat(), trained(&a, Compute::F32)),
             ])
         });
@@ -83,7 +86,8 @@ impl Gradients for Flex {
         want_x: bool,
     ) -> (Option<FlexTensor>, Option<[FlexTensor; 2]>) {
         let factors = factors.each_ref().map(Floats::new);
-        let weights = Weights::frozen(w, compute).folded(folded(&factors, merge));
+        let weights =
+            WeightOperand::frozen(w, compute).fake_quantized(fake_quantized(&factors, merge));
         let dx = want_x.then(|| nn(&Floats::rounded(&dy, compute.before_products()), weights));
         let grads = x.map(|x| {
             let ([a, b], x) = (&factors, Floats::kept(x));
@@ -169,19 +173,19 @@ impl Gradients for Flex {
     ) -> [FlexTensor; 3] {
         let dout = Floats::new(&dout);
         let [q, k, v, out, lse] = saved.each_ref().map(Floats::new);
-        let context = attention::Context {
+        let context = attention::KvInputs {
             k: &k,
             v: &v,
             shared: &[],
         };
-        let saved = attention::Saved {
+        let saved = attention::SavedAttention {
             q: &q,
             context,
             out: &out,
             lse: &lse,
         };
         let (mut dk, mut dv) = (vec![0.0; k.len()], vec![0.0; v.len()]);
-        let grads = ContextGrads::Apart {
+        let grads = KvGrads::Apart {
             dk: &mut dk,
             dv: &mut dv,
         };
@@ -199,20 +203,20 @@ impl Gradients for Flex {
     ) -> [FlexTensor; 3] {
         let dout = Floats::new(&dout);
         let [q, kv, latents, out, lse] = saved.each_ref().map(Floats::new);
-        let context = attention::Context {
+        let context = attention::KvInputs {
             k: &kv,
             v: &kv,
             shared: &latents,
         };
-        let saved = attention::Saved {
+        let saved = attention::SavedAttention {
             q: &q,
             context,
             out: &out,
             lse: &lse,
         };
         let shape = shape_together(&q, &kv, &latents, v_dim);
-        let (mut dkv, mut dlatents) = (gemm::zeros(kv.len()), gemm::zeros(latents.len()));
-        let grads = ContextGrads::Together {
+        let (mut dkv, mut dlatents) = (zeros(kv.len()), zeros(latents.len()));
+        let grads = KvGrads::Together {
             dkv: &mut dkv,
             dshared: &mut dlatents,
         };
@@ -271,7 +275,7 @@ impl Gradients for Flex {
         w: &Matrix,
         compute: Compute,
     ) -> [FlexTensor; 3] {
-        loss_with_gradients(&h, Weights::frozen(w, compute), &targets, compute)
+        loss_with_gradients(&h, WeightOperand::frozen(w, compute), &targets, compute)
     }
 
     fn scaled_rows(x: FlexTensor, factors: FlexTensor) -> FlexTensor {
@@ -295,11 +299,11 @@ impl Gradients for Flex {
         let tokens = TrainedTokens::new(&saved.h, Some(&u), &saved.targets, compute);
         let b = Floats::new(&b);
         let (head, rows) = (
-            tokens.head(Weights::frozen(w, compute), Some(&b)),
+            tokens.head(WeightOperand::frozen(w, compute), Some(&b)),
             loss_rows(&tokens, &dloss, &saved.lse),
         );
         let n = saved.h.layout().shape().as_slice()[0];
-        let grads = cross_entropy::backward(head, &rows, [false, want_b]);
+        let grads = loss::backward(head, &rows, [false, want_b]);
         [
             tokens.scatter(&grads.dh, tokens.hidden, n),
             tokens.scatter(&grads.du, tokens.rank, n),
@@ -320,7 +324,7 @@ impl Gradients for Flex {
             tokens.head(trained(&w, compute), None),
             loss_rows(&tokens, &dloss, &saved.lse),
         );
-        let grads = cross_entropy::backward(head, &rows, [want_w, false]);
+        let grads = loss::backward(head, &rows, [want_w, false]);
         let n = saved.h.layout().shape().as_slice()[0];
         [
             tokens.scatter(&grads.dh, tokens.hidden, n),
@@ -332,7 +336,7 @@ impl Gradients for Flex {
 /// `dyᵀ · x`, as `[out, in]`.
 fn tn(dy: &Floats, x: &Floats, compute: Compute) -> FlexTensor {
     let ([_, out], [_, width]) = (dy.dims::<2>(), x.dims::<2>());
-    let dw = gemm::new_tn(dy.mat(), x.mat(), compute);
+    let dw = matmul::new_tn(dy.mat(), x.mat(), compute);
     floats(dw, [out, width])
 }
 
@@ -359,10 +363,10 @@ fn narrowed<T: Element + Default + Send>(
     )
 }
 
-fn loss_rows(tokens: &TrainedTokens, dloss: &FlexTensor, lse: &FlexTensor) -> Vec<Row> {
+fn loss_rows(tokens: &TrainedTokens, dloss: &FlexTensor, lse: &FlexTensor) -> Vec<TokenLoss> {
     let (dloss, lse) = (Floats::new(dloss), Floats::new(lse));
     let rows = tokens.at.iter().zip(&tokens.targets);
-    rows.map(|(at, target)| Row {
+    rows.map(|(at, target)| TokenLoss {
         target: *target,
         lse: lse[*at],
         dloss: dloss[*at],
@@ -389,8 +393,8 @@ impl SavedValues {
         }
     }
 
-    fn saved(&self) -> experts::Saved<'_> {
-        experts::Saved {
+    fn saved(&self) -> SavedProducts<'_> {
+        SavedProducts {
             x: &self.x,
             weights: &self.routing.weights,
             gate: &self.gate,

@@ -6,12 +6,12 @@ use burn_flex::FlexTensor;
 
 use super::values::{Floats, floats};
 use crate::backend::linear::{Direction, HeadRows};
-use crate::product::gemm::{self, share};
-use crate::product::rows::{Product, multiply_all};
-use crate::product::strided::{Mat, MatMut, Write};
-use crate::product::weights::Weights;
-use crate::rows::{Input, MOST_ROWS, Packed};
-use crate::{Compute, Matrix};
+use crate::formats::Matrix;
+use crate::gemv::{GemvInput, GemvProduct, MAX_GEMV_ROWS, PackedWeight, multiply_all};
+use crate::matmul::{self, WeightOperand};
+use crate::memory::{Mat, MatMut};
+use crate::settings::{Accumulate, Compute};
+use crate::threads::parallel_for;
 
 /// Rows of every token's heads, `[tokens · heads, width]`, which lie `stride` values apart.
 #[derive(Clone, Copy)]
@@ -64,17 +64,17 @@ pub(super) fn multiply_heads(
     let (tokens, heads, out_width) = (all.rows(), x.heads, out_width(w, rows));
     let stride = all.cols() / heads.max(1);
     let cols = |head: usize| head * stride..head * stride + out_width;
-    let is_few = tokens <= MOST_ROWS;
+    let is_few = tokens <= MAX_GEMV_ROWS;
     let stored: Option<Vec<Matrix>> = is_few
         .then(|| (0..heads).map(|head| stored(w, head, rows)).collect())
         .flatten();
-    let packed: Option<Vec<Packed<'_>>> = stored.as_ref().and_then(|stored| {
-        let packed = |w| Packed::new(w, compute.over(w));
+    let packed: Option<Vec<PackedWeight<'_>>> = stored.as_ref().and_then(|stored| {
+        let packed = |w| PackedWeight::new(w, compute.over(w));
         stored.iter().map(packed).collect()
     });
     match packed {
         Some(packed) => multiply_rows(x, &packed, all, cols),
-        None => share(heads, |head| {
+        None => parallel_for(heads, |head| {
             // SAFETY: tasks write different columns.
             #[expect(unsafe_code, reason = "disjoint columns of one output")]
             let out = unsafe { all.part(0..tokens, cols(head)) };
@@ -101,24 +101,24 @@ fn stored(w: &Matrix, head: usize, rows: HeadRows) -> Option<Matrix> {
 /// A few tokens, on the stored bytes.
 fn multiply_rows(
     x: Rows<'_>,
-    packed: &[Packed<'_>],
+    packed: &[PackedWeight<'_>],
     all: &MatMut<'_>,
     cols: impl Fn(usize) -> Range<usize>,
 ) {
     let (tokens, heads) = (all.rows(), x.heads);
     let values = Mat::new(x.values, tokens * heads, x.width, x.stride);
-    let input = Input::new(values, packed);
+    let input = GemvInput::new(values, packed);
     let rows_of = |head: usize| (0..tokens).map(move |token| token * heads + head);
     let rows: Vec<Vec<usize>> = (0..heads).map(|head| rows_of(head).collect()).collect();
     let products = packed.iter().zip(&rows).enumerate();
-    let products = products.map(|(head, (weight, rows))| Product {
+    let products = products.map(|(head, (weight, rows))| GemvProduct {
         weight: *weight,
         input: &input,
         rows,
         // SAFETY: heads are different columns.
         #[expect(unsafe_code, reason = "disjoint columns of one output")]
         y: unsafe { all.part(0..tokens, cols(head)) },
-        write: Write::Replace,
+        accumulate: Accumulate::Replace,
     });
     multiply_all(&products.collect::<Vec<_>>(), |_, _, _| ());
 }
@@ -137,14 +137,14 @@ fn multiply(
         _ => Compute::F32,
     };
     if let Some(stored) = stored(w, head, rows) {
-        let weights = Weights::frozen(&stored, compute);
-        return gemm::nt(x, weights, out, Write::Replace);
+        let weights = WeightOperand::frozen(&stored, compute);
+        return matmul::nt(x, weights, out, Accumulate::Replace);
     }
     let start = head * (w.rows() / rows.heads) + rows.start;
     let part = w.row_range(start..start + rows.len);
-    let part = Weights::frozen(&part, compute);
+    let part = WeightOperand::frozen(&part, compute);
     match rows.direction {
-        Direction::Forward => gemm::nt(x, part, out, Write::Replace),
-        Direction::Transposed => gemm::nn(x, part, out, Write::Replace),
+        Direction::Forward => matmul::nt(x, part, out, Accumulate::Replace),
+        Direction::Transposed => matmul::nn(x, part, out, Accumulate::Replace),
     }
 }

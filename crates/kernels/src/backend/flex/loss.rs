@@ -3,10 +3,10 @@
 use burn_flex::FlexTensor;
 
 use super::values::{Floats, floats, int_values};
-use crate::Compute;
-use crate::cross_entropy::{self, Head};
-use crate::product::strided::Mat;
-use crate::product::weights::Weights;
+use crate::matmul::WeightOperand;
+use crate::memory::Mat;
+use crate::ops::loss::{self, OutputHead};
+use crate::settings::Compute;
 
 /// The tokens of a loss that have a target, gathered.
 pub(super) struct TrainedTokens {
@@ -27,7 +27,7 @@ impl TrainedTokens {
         compute: Compute,
     ) -> Self {
         let targets = int_values(targets);
-        let at = cross_entropy::trained(&targets);
+        let at = loss::trained(&targets);
         let (h, u) = (Floats::rounded(h, compute), u.map(Floats::new));
         let (hidden, rank) = (h.dims::<2>()[1], u.as_ref().map_or(0, |u| u.dims::<2>()[1]));
         let gather = |x: &[f32], width: usize| {
@@ -46,12 +46,16 @@ impl TrainedTokens {
         }
     }
 
-    pub(super) fn head<'a>(&'a self, w: Weights<'a>, b: Option<&'a Floats>) -> Head<'a> {
+    pub(super) fn head<'a>(
+        &'a self,
+        w: WeightOperand<'a>,
+        b: Option<&'a Floats>,
+    ) -> OutputHead<'a> {
         let n = self.at.len();
-        let b = b.map_or(Weights::trained(&[], 0, Compute::F32), |b| {
-            Weights::trained(b, self.rank, Compute::F32)
+        let b = b.map_or(WeightOperand::trained(&[], 0, Compute::F32), |b| {
+            WeightOperand::trained(b, self.rank, Compute::F32)
         });
-        Head {
+        OutputHead {
             h: Mat::dense(&self.h, n, self.hidden),
             w,
             u: Mat::dense(&self.u, n, self.rank),
@@ -59,7 +63,7 @@ impl TrainedTokens {
         }
     }
 
-    fn check(&self, w: Weights<'_>) {
+    fn check(&self, w: WeightOperand<'_>) {
         assert!(
             self.targets.iter().all(|t| *t < w.out_width()),
             "a target is not below {}",
@@ -93,27 +97,27 @@ impl TrainedTokens {
 pub(super) fn loss_forward(
     h: &FlexTensor,
     low_rank: Option<(&FlexTensor, &FlexTensor)>,
-    w: Weights<'_>,
+    w: WeightOperand<'_>,
     targets: &FlexTensor,
     compute: Compute,
 ) -> (FlexTensor, FlexTensor) {
     let tokens = TrainedTokens::new(h, low_rank.map(|(u, _)| u), targets, compute);
     let b = low_rank.map(|(_, b)| Floats::new(b));
     tokens.check(w);
-    let losses = cross_entropy::forward(tokens.head(w, b.as_ref()), &tokens.targets);
+    let losses = loss::forward(tokens.head(w, b.as_ref()), &tokens.targets);
     tokens.spread(losses, h)
 }
 
 /// Losses and log-sum-exps of a frozen head, and the losses' gradients by `h`.
 pub(super) fn loss_with_gradients(
     h: &FlexTensor,
-    w: Weights<'_>,
+    w: WeightOperand<'_>,
     targets: &FlexTensor,
     compute: Compute,
 ) -> [FlexTensor; 3] {
     let tokens = TrainedTokens::new(h, None, targets, compute);
     tokens.check(w);
-    let (losses, dh) = cross_entropy::forward_with_gradients(tokens.head(w, None), &tokens.targets);
+    let (losses, dh) = loss::forward_with_gradients(tokens.head(w, None), &tokens.targets);
     let (loss, lse) = tokens.spread(losses, h);
     let n_tokens = lse.layout().num_elements();
     let dh = tokens.scatter(&dh, tokens.hidden, n_tokens);

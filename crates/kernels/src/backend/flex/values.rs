@@ -11,11 +11,11 @@ use rayon::prelude::*;
 
 use crate::backend::kept::{Form, Kept};
 use crate::backend::ops::Kernels;
-use crate::fp8::Tiles;
-use crate::matrix::widen_bf16;
-use crate::product::gemm::zeros;
-use crate::product::strided::Mat;
-use crate::{Compute, swiglu};
+use crate::formats::fp8::Tiles;
+use crate::memory::{Mat, zeros};
+use crate::ops::swiglu;
+use crate::settings::Compute;
+use crate::simd::widen_bf16;
 
 /// A tensor's f32 values in row-major order: in place where they lie so, copied otherwise.
 pub(super) struct Floats {

@@ -1,0 +1,192 @@
+//! How a session is saved into a checkpoint and restored from one.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::{DType as FloatType, Tensor};
+use checkpoint::{DType, TensorSpec};
+use model::Parameter;
+
+use crate::checkpoint_state::{RunState, read_optimizer, write_optimizer};
+use crate::events::{Event, Host};
+use crate::recipe::MAX_LOSS_SCALE_EXPONENT;
+use crate::run_dir::RunDir;
+use crate::session::Session;
+use crate::{Error, Result, export};
+
+impl Session {
+    /// Continues from a run's latest checkpoint, if it has one; returns the checkpoint's step.
+    ///
+    /// # Errors
+    /// If the checkpoint is malformed or belongs to another recipe.
+    pub fn resume(&mut self, run: &RunDir) -> Result<Option<u64>> {
+        let Some((step, folder)) = run.latest()? else {
+            return Ok(None);
+        };
+        self.load(&folder)?;
+        Ok(Some(step))
+    }
+
+    /// Restores a checkpoint of this recipe and of these rows.
+    pub(crate) fn load(&mut self, folder: &Path) -> Result<()> {
+        let state = RunState::read(folder)?;
+        if state.recipe_hash != self.recipe.hash() {
+            return Err(Error::OtherRecipe {
+                path: folder.to_owned(),
+            });
+        }
+        if state.data_hash != self.state.data_hash {
+            return Err(Error::OtherData {
+                path: folder.to_owned(),
+            });
+        }
+        let fits = match state.loss_scale {
+            Some(scale) => {
+                self.state.loss_scale.is_some() && scale.exponent <= MAX_LOSS_SCALE_EXPONENT
+            }
+            None => self.state.loss_scale.is_none(),
+        };
+        if !fits {
+            return Err(Error::LossScale {
+                path: folder.to_owned(),
+                max_exponent: MAX_LOSS_SCALE_EXPONENT,
+            });
+        }
+        self.restore(folder)?;
+        self.state = state;
+        Ok(())
+    }
+
+    /// Restores a checkpoint's tensors: the model's and the optimizer's.
+    pub(crate) fn restore(&mut self, folder: &Path) -> Result<()> {
+        let specs = self.state_tensors();
+        let dtype = self.recipe.optimizer.moments().float();
+        let (mut parameters, mut moments, mut biases) = (BTreeMap::new(), Vec::new(), Vec::new());
+        let device = self.device();
+        read_optimizer(folder, &specs, |i, values| {
+            let tensor = Tensor::<1>::from_floats(values.as_slice(), &device);
+            match specs[i].name.split_once('/') {
+                Some(("parameter", name)) => _ = parameters.insert(name.to_owned(), tensor),
+                Some((kind @ ("moment1" | "moment2"), name)) => {
+                    moments.push((kind == "moment1", name.to_owned(), tensor.cast(dtype)))
+                }
+                _ => biases.push(values),
+            }
+            Ok(())
+        })?;
+        self.model
+            .map_parameters(&mut |name, values| parameters.remove(name).unwrap_or(values));
+        let zeros = || Tensor::<1>::zeros([0], &device);
+        for (first, name, tensor) in moments {
+            let pair = self
+                .optimizer
+                .moments
+                .entry(name)
+                .or_insert_with(|| [zeros(), zeros()]);
+            pair[usize::from(!first)] = tensor;
+        }
+        let device = self.device.clone();
+        for ((_, bias), values) in self.model.correction_biases().zip(biases) {
+            *bias = Tensor::from_floats(values.as_slice(), &device);
+        }
+        Ok(())
+    }
+
+    /// Saves a checkpoint, and removes those that are no longer needed.
+    pub(crate) fn save(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
+        let (specs, tensors) = (self.state_tensors(), self.state_values());
+        run.save(self.state.step, |writer| {
+            write_optimizer(writer, &specs, |i| {
+                Ok(tensors[i].clone().into_data().iter::<f32>().collect())
+            })?;
+            export::adapter_into(self, writer)?;
+            self.state.write(writer)
+        })?;
+        run.prune(self.recipe.train.keep_last, &self.protected(run)?)?;
+        host.see(&Event::Saved {
+            step: self.state.step,
+        });
+        Ok(())
+    }
+
+    /// The checkpoints that stay whatever their age: the one that a spike goes back to, and the best ones of this step and
+    /// of every step that a resumed run may start from.
+    fn protected(&self, run: &RunDir) -> Result<Vec<u64>> {
+        let train = &self.recipe.train;
+        let mut protected: Vec<u64> = self.anchor().into_iter().collect();
+        if train.keep_best {
+            let steps = run.steps()?;
+            let newest = steps.iter().rev().take(train.keep_last);
+            let starts: Vec<u64> = newest.chain(&protected).copied().collect();
+            protected.extend(self.state.best.map(|best| best.step));
+            for step in starts {
+                let state = RunState::read(&run.checkpoint_path(step))?;
+                protected.extend(state.best.map(|best| best.step));
+            }
+        }
+        Ok(protected)
+    }
+
+    /// The regular checkpoint that the run would go back to after its current step: the last one before the spikes. None
+    /// if the watchdog is off.
+    pub(crate) fn anchor(&self) -> Option<u64> {
+        let train = &self.recipe.train;
+        let every = train.save_every.filter(|_| train.spike_factor > 0.0)?;
+        let calm_steps = self.state.step.saturating_sub(self.state.watchdog.spikes);
+        Some(calm_steps / every * every)
+    }
+
+    /// The tensors of a checkpoint: parameters, their moments, the routers' biases.
+    fn state_tensors(&mut self) -> Vec<TensorSpec> {
+        let parameters = self.model.parameters();
+        let moments = self.recipe.optimizer.moments().dtype();
+        let kinds = [
+            ("parameter", DType::F32),
+            ("moment1", moments),
+            ("moment2", moments),
+        ];
+        let of_kind = |(kind, dtype): (&str, DType)| {
+            let specs = parameters.iter().map(|p| TensorSpec {
+                name: format!("{kind}/{}", p.name).as_str().into(),
+                dtype,
+                shape: vec![p.values.dims()[0]],
+            });
+            specs.collect::<Vec<_>>()
+        };
+        let mut specs = kinds.map(of_kind).concat();
+        let biases = self.model.correction_biases();
+        specs.extend(biases.map(|(layer_idx, bias)| TensorSpec {
+            name: format!("bias/{layer_idx}").as_str().into(),
+            dtype: DType::F32,
+            shape: bias.dims().to_vec(),
+        }));
+        specs
+    }
+
+    /// The values of [`Session::state_tensors`], in its order. A parameter without a gradient has moments of zero.
+    fn state_values(&mut self) -> Vec<Tensor<1>> {
+        let parameters = self.model.parameters();
+        let moments = &self.optimizer.moments;
+        let dtype = FloatType::from(self.recipe.optimizer.moments().float());
+        let moment = |which: usize| {
+            let of = move |p: &Parameter| moments.get(&p.name).map(|pair| pair[which].clone());
+            let zeros =
+                move |p: &Parameter| Tensor::zeros(p.values.dims(), (&p.values.device(), dtype));
+            parameters
+                .iter()
+                .map(move |p| of(p).unwrap_or_else(|| zeros(p)))
+        };
+        let mut values: Vec<Tensor<1>> = parameters
+            .iter()
+            .map(|p| p.values.clone())
+            .chain(moment(0))
+            .chain(moment(1))
+            .collect();
+        values.extend(
+            self.model
+                .correction_biases()
+                .map(|(_, bias)| bias.clone().inner()),
+        );
+        values
+    }
+}

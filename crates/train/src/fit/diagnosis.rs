@@ -1,0 +1,47 @@
+//! The origin of a number that is not finite.
+
+use burn::module::Module;
+use burn::tensor::Tensor;
+use data::Batch;
+use model::{ForwardContext, Observe};
+
+use super::forward::losses;
+use crate::optimizer::Accumulated;
+use crate::session::Session;
+
+impl Session {
+    /// The first tensor that is not finite on the way from the weights to the gradients: a trained weight, the residual
+    /// stream after a part of the model, the loss, or a gradient, starting with those next to the loss.
+    pub(crate) fn first_not_finite(&self, batches: &[Batch], gradients: &Accumulated) -> String {
+        let parameters = self.model.parameters();
+        let bad = parameters.iter().find(|p| !is_finite(p.values.clone()));
+        if let Some(parameter) = bad {
+            return format!("the weight `{}`", parameter.name);
+        }
+        let (model, device) = (self.model.clone().valid(), self.device());
+        for batch in batches {
+            let mut ctx = ForwardContext {
+                observe: Observe::Residuals,
+                ..ForwardContext::new(self.compute())
+            };
+            let losses = losses(&model, batch, &mut ctx, &device);
+            let mut sums = ctx.residuals.into_iter();
+            if let Some((path, _)) = sums.find(|(_, sum)| !is_finite(sum.clone().flatten(0, 1))) {
+                return format!("the residual stream after `{path}`");
+            }
+            if !is_finite(losses) {
+                return "the loss".into();
+            }
+        }
+        let named = parameters.iter().rev().map(|parameter| &parameter.name);
+        let mut bad = named.filter(|name| gradients.get(name).is_some_and(|g| !is_finite(g)));
+        match bad.next() {
+            Some(name) => format!("the gradient of `{name}`"),
+            None => "the sum of the gradients' squares".into(),
+        }
+    }
+}
+
+fn is_finite(values: Tensor<1>) -> bool {
+    values.is_finite().all().into_scalar::<bool>()
+}

@@ -1,0 +1,173 @@
+//! The training loop: update, validate, save, log.
+
+mod diagnosis;
+mod forward;
+pub(crate) mod grad_audit;
+mod range_test;
+mod step;
+mod timed_steps;
+mod validation;
+mod watchdog;
+
+use burn::module::Module;
+
+use crate::events::{Event, Host, Memory, SampledText, StepReport};
+use crate::metrics::journal::Journal;
+use crate::routing::LayerLoad;
+use crate::run_dir::RunDir;
+use crate::schedule::Schedule;
+use crate::session::Session;
+use crate::{Error, Result, export};
+
+pub use self::grad_audit::{GradAudit, TensorGradient, ZeroGradient};
+pub use self::range_test::{RangeTest, RatePoint, steepest};
+
+impl Session {
+    /// Trains to the end of the recipe. Writes metrics and checkpoints to `run`, and the result at the end: `adapter/` or
+    /// `model/`.
+    ///
+    /// # Errors
+    /// If a loss or gradient is not finite, or writing fails: the latest checkpoint stays. If the host asks to stop or
+    /// memory runs short: the last step is saved first.
+    pub fn fit(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
+        let resumed = (self.state.step > 0).then_some(self.state.step);
+        let mut journal = Journal::open(run.path(), resumed)?;
+        let policy = format!("{}\n", self.policy()?);
+        checkpoint::write_file(&run.path().join("precision.txt"), policy.as_bytes())?;
+        if resumed.is_none() {
+            self.sample(&mut journal, host)?;
+            // A spike before the first regular checkpoint goes back to this one.
+            if self.anchor().is_some() {
+                self.save(run, host)?;
+            }
+        }
+        // A finished run that is resumed has everything but, perhaps, its result.
+        if !self.is_over() {
+            self.train(run, &mut journal, host)?;
+            self.sample(&mut journal, host)?;
+            self.save(run, host)?;
+        }
+        self.restore_best(run, host)?;
+        export::result(self, run)
+    }
+
+    /// Makes the remaining steps, and validates after the last one.
+    fn train(&mut self, run: &RunDir, journal: &mut Journal, host: &mut dyn Host) -> Result<()> {
+        let (total, train) = (self.total_steps(), self.recipe.train.clone());
+        let schedule = Schedule::new(self.recipe.optimizer.learning_rate, &self.recipe.schedule);
+        let generate_every = self.recipe.eval.generate_every;
+        let due =
+            |every: Option<u64>, step: u64| every.is_some_and(|every| step.is_multiple_of(every));
+        while !self.is_over() {
+            let rate = schedule.rate(self.state.step, total);
+            let report = self.step(rate, Some(run), host)?;
+            let (step, loss) = (report.step, report.loss);
+            let first_batch = self.state.micro_step - train.accumulate as u64;
+            if self.roll_back_if_astray(loss, first_batch, run, journal, host)? {
+                continue;
+            }
+            if step.is_multiple_of(train.log_every) || step == total {
+                self.log(&report, journal, host)?;
+            }
+            host.see(&Event::Step(report));
+            let is_best = (due(train.eval_every, step) || step == total)
+                && self.validate(step, journal, host)?;
+            if self.is_over() {
+                break;
+            }
+            if due(generate_every, step) {
+                self.sample(journal, host)?;
+            }
+            if due(train.save_every, step) || is_best && train.keep_best {
+                self.save(run, host)?;
+            }
+            self.stop_if_asked(run, host)?;
+        }
+        Ok(())
+    }
+
+    /// Whether all steps are made, or the validation loss has stopped falling.
+    fn is_over(&self) -> bool {
+        let patience = self.recipe.eval.patience;
+        let is_spent = patience.is_some_and(|most| self.state.passes_since_best >= most);
+        is_spent || self.state.step >= self.total_steps()
+    }
+
+    /// Logs a step, with the experts' load since the last line.
+    fn log(
+        &mut self,
+        report: &StepReport,
+        journal: &mut Journal,
+        host: &mut dyn Host,
+    ) -> Result<()> {
+        let loads = std::mem::take(&mut self.state.expert_loads);
+        let loads = loads
+            .iter()
+            .map(|(layer, load)| LayerLoad::new(*layer, load));
+        let peak_bytes = host.memory().peak_bytes;
+        journal.step(report, &loads.collect::<Vec<_>>(), peak_bytes)
+    }
+
+    /// Lets the host continue the recipe's prompts.
+    fn sample(&self, journal: &mut Journal, host: &mut dyn Host) -> Result<()> {
+        let prompts = &self.recipe.eval.prompts;
+        if prompts.is_empty() {
+            return Ok(());
+        }
+        let (model, step) = (self.model.clone().valid(), self.state.step);
+        let sample = |prompt: &String| {
+            let text = host.generate(&model, prompt);
+            let text = text.map_err(|problem| Error::Sample {
+                prompt: prompt.clone(),
+                problem,
+            })?;
+            let prompt = prompt.clone();
+            Ok(SampledText { prompt, text })
+        };
+        let samples = prompts.iter().map(sample).collect::<Result<Vec<_>>>()?;
+        journal.samples(step, &samples)?;
+        host.see(&Event::Sampled { step, samples });
+        Ok(())
+    }
+
+    /// Restores the step with the lowest validation loss, if the recipe says so.
+    fn restore_best(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
+        let best = self.state.best.filter(|_| self.recipe.train.keep_best);
+        let Some(best) = best.filter(|best| best.step != self.state.step) else {
+            return Ok(());
+        };
+        let path = run.checkpoint_path(best.step);
+        if !run.steps()?.contains(&best.step) {
+            return Err(Error::NoBest { path });
+        }
+        self.restore(&path)?;
+        host.see(&Event::RestoredBest {
+            step: best.step,
+            loss: best.loss,
+        });
+        Ok(())
+    }
+
+    /// Saves and fails if the host asks to stop, or if memory runs short.
+    fn stop_if_asked(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
+        let (step, path) = (self.state.step, run.path().to_owned());
+        let error = if let Some(signal) = host.interrupted() {
+            Error::Interrupted {
+                run: path,
+                step,
+                signal,
+            }
+        } else if let Some(available_bytes) = host.memory().shortage() {
+            Error::LowMemory {
+                run: path,
+                step,
+                available_bytes,
+                limit_bytes: Memory::LEAST_AVAILABLE_BYTES,
+            }
+        } else {
+            return Ok(());
+        };
+        self.save(run, host)?;
+        Err(error)
+    }
+}

@@ -1,0 +1,276 @@
+//! One update: forward and backward of its micro-batches, then the optimizer.
+//!
+//! The loss is averaged over the trained tokens of the whole step: a step of four micro-batches has the gradient of one
+//! four times as large, however unevenly the tokens are spread over them. The loss of preferences is averaged over pairs.
+
+use std::time::Instant;
+
+use burn::tensor::Tensor;
+use data::Batch;
+use model::{ForwardContext, Observe, Trace};
+
+use super::forward::{ids, losses};
+use super::grad_audit::GradAudit;
+use crate::balance::{self, RealTokens};
+use crate::dataset::segments;
+use crate::dpo::{self, Rewards};
+use crate::events::{Event, Host, StepReport};
+use crate::loss_scale::LossScale;
+use crate::optimizer::{Accumulated, StepScalars};
+use crate::recipe::Loss;
+use crate::routing::{ExpertLoads, RoutingChoices, add_load};
+use crate::run_dir::RunDir;
+use crate::session::Session;
+use crate::{Error, Result};
+
+/// Sums over the micro-batches of a step.
+#[derive(Default)]
+struct StepSums {
+    gradients: Accumulated,
+    /// Over the trained tokens, or pairs.
+    loss: f64,
+    /// Over the pairs, if preferences are learned.
+    rewards: Option<Rewards>,
+    /// Over layers and micro-batches.
+    balance: f64,
+    loads: ExpertLoads,
+}
+
+/// The results of one micro-batch.
+struct MicroStep {
+    gradients: Vec<(String, Tensor<1>)>,
+    /// Sum over its trained tokens, or pairs.
+    loss: f64,
+    /// Sum over its pairs, if preferences are learned.
+    rewards: Option<Rewards>,
+    /// Sum over layers.
+    balance: f64,
+}
+
+impl Session {
+    /// One update at a learning rate. The gradient of a run's first update is audited.
+    pub(super) fn step(
+        &mut self,
+        rate: f64,
+        run: Option<&RunDir>,
+        host: &mut dyn Host,
+    ) -> Result<StepReport> {
+        let started = Instant::now();
+        self.state.micro_step = self.state.watchdog.next_batch(self.state.micro_step);
+        let batches = self.next_batches()?;
+        let trained_tokens: usize = batches.iter().map(|batch| batch.trained_tokens).sum();
+        let counted: usize = batches.iter().map(|batch| self.counted(batch)).sum();
+        let (sums, norm) = self.finite_sums(&batches, counted, host)?;
+        let (step, scale) = (self.state.step + 1, self.loss_scale());
+        if let (1, Some(run)) = (step, run) {
+            let audit = GradAudit::of(&self.model, &sums.gradients, &sums.loads);
+            audit.write(run.path())?;
+            host.see(&Event::FirstGradient(audit));
+        }
+        self.note_loads(&sums.loads);
+        let scalars = StepScalars {
+            number: step,
+            rate,
+            norm,
+            loss_scale: scale.unwrap_or(1.0),
+        };
+        self.optimizer
+            .step(&mut self.model, sums.gradients, scalars);
+        let train = &self.recipe.train;
+        if train.bias_update_speed > 0.0 {
+            balance::update_biases(&mut self.model, &sums.loads, train.bias_update_speed);
+        }
+        let interval = self.recipe.precision.loss_scale_growth_interval;
+        let grown = |scale: LossScale| scale.after_clean_step(interval);
+        self.state.loss_scale = self.state.loss_scale.map(grown);
+        self.state.micro_step += batches.len() as u64;
+        self.state.step = step;
+        self.state.trained_tokens += trained_tokens as u64;
+        Ok(StepReport {
+            step,
+            loss: sums.loss / counted.max(1) as f64,
+            rewards: sums.rewards.map(|rewards| rewards.mean(counted)),
+            learning_rate: rate,
+            grad_norm: norm,
+            tokens: batches.iter().flat_map(|batch| &batch.lengths).sum(),
+            trained_tokens,
+            balance_loss: (train.balance_loss > 0.0).then_some(sums.balance / batches.len() as f64),
+            loss_scale: scale,
+            saved_activation_bytes: kernels::saved_activation_bytes(),
+            seconds: started.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// The sums of a step and the norm of its gradient, all finite. If f16 gradients overflow, the same batches are
+    /// repeated with half the loss scale.
+    fn finite_sums(
+        &mut self,
+        batches: &[Batch],
+        counted: usize,
+        host: &mut dyn Host,
+    ) -> Result<(StepSums, f64)> {
+        loop {
+            let scale = self.loss_scale();
+            let sums = self.sums(batches, scale.unwrap_or(1.0) / counted.max(1) as f64);
+            let norm = sums.gradients.norm() / scale.unwrap_or(1.0);
+            if sums.loss.is_finite() && norm.is_finite() {
+                return Ok((sums, norm));
+            }
+            let step = self.state.step + 1;
+            let halved = self.state.loss_scale.and_then(LossScale::halved);
+            match halved {
+                Some(halved) if sums.loss.is_finite() => {
+                    self.state.loss_scale = Some(halved);
+                    host.see(&Event::Overflowed {
+                        step,
+                        loss_scale: halved.factor(),
+                    });
+                }
+                _ => {
+                    return Err(Error::NotFinite {
+                        step,
+                        loss: sums.loss / counted.max(1) as f64,
+                        norm,
+                        first: self.first_not_finite(batches, &sums.gradients),
+                    });
+                }
+            }
+        }
+    }
+
+    /// Forward and backward of a step's micro-batches. `share` is the weight of one token, or pair, in the loss that is
+    /// differentiated.
+    fn sums(&self, batches: &[Batch], share: f64) -> StepSums {
+        let mut sums = StepSums::default();
+        for (number, batch) in (self.state.micro_step..).zip(batches) {
+            let micro = self.micro_step(batch, number, share, &mut sums.loads);
+            sums.gradients.add(micro.gradients);
+            sums.loss += micro.loss;
+            sums.balance += micro.balance;
+            if let Some(rewards) = micro.rewards {
+                sums.rewards.get_or_insert_default().add(rewards);
+            }
+        }
+        sums
+    }
+
+    /// The factor of the loss before it is differentiated, if there is one.
+    fn loss_scale(&self) -> Option<f64> {
+        self.state.loss_scale.map(LossScale::factor)
+    }
+
+    fn next_batches(&mut self) -> Result<Vec<Batch>> {
+        let train = &self.recipe.train;
+        let numbers = self.state.micro_step..self.state.micro_step + train.accumulate as u64;
+        let batches = numbers.map(|number| self.train.batch(number, self.pad_id));
+        batches.collect()
+    }
+
+    /// Forward and backward of one micro-batch.
+    fn micro_step(
+        &self,
+        batch: &Batch,
+        number: u64,
+        share: f64,
+        loads: &mut ExpertLoads,
+    ) -> MicroStep {
+        let scale = self.loss_scale().unwrap_or(1.0);
+        let train = &self.recipe.train;
+        let mut ctx = ForwardContext {
+            dropout_seed: (self.recipe.lora.dropout > 0.0).then_some(train.seed ^ (number << 20)),
+            segments: segments(batch),
+            observe: Observe::Routing,
+            ..ForwardContext::new(self.compute())
+        };
+        let (mut loss, mut rewards, mut balance) = (0.0, None, 0.0);
+        let real_tokens = (train.balance_loss > 0.0)
+            .then(|| RealTokens::new(&batch.starts, &batch.lengths, batch.cols, &self.device));
+        let balance_share = scale * train.balance_loss / train.accumulate as f64;
+        let tensor = |values| ids(values, batch, &self.device);
+        let trace = Trace::new(
+            &self.model,
+            tensor(&batch.input_ids),
+            &mut ctx,
+            train.checkpointing,
+        );
+        let gradients = trace.backward(
+            &self.model,
+            &mut ctx,
+            |hidden, ctx| {
+                let losses = self.model.loss(hidden, tensor(&batch.targets), ctx);
+                let (losses, batch_rewards) = self.compared(losses, batch);
+                let sum = losses.sum();
+                (loss, rewards) = (scalar(&sum), batch_rewards);
+                sum * share as f32
+            },
+            |record| {
+                let term = balance::balance_loss(record, real_tokens.as_ref()?);
+                balance += scalar(&term);
+                Some(term * balance_share as f32)
+            },
+        );
+        for record in &ctx.routing {
+            let [_, experts] = record.routed.scores.dims();
+            let load = RoutingChoices::of(record, &batch.lengths, batch.cols).load(experts);
+            add_load(loads, record.layer_idx, load);
+        }
+        MicroStep {
+            gradients,
+            loss,
+            balance,
+            rewards,
+        }
+    }
+
+    /// The losses to minimize, and the sum of the answers' rewards if preferences are learned.
+    pub(super) fn compared(
+        &self,
+        losses: Tensor<1>,
+        batch: &Batch,
+    ) -> (Tensor<1>, Option<Rewards>) {
+        let reference = self
+            .reference
+            .as_ref()
+            .filter(|_| self.learns_preferences());
+        let Some(reference) = reference else {
+            return (losses, None);
+        };
+        let before = self::losses(
+            &reference.model,
+            batch,
+            &mut ForwardContext::new(self.compute()),
+            &self.device(),
+        );
+        let [policy, before] =
+            [losses, before].map(|losses| dpo::log_probabilities(losses, batch.rows));
+        let before = match policy.device().is_autodiff() {
+            true => Tensor::from_inner(before),
+            false => before,
+        };
+        let (losses, rewards) = dpo::losses(policy, before, &self.recipe.dpo);
+        (losses, Some(rewards))
+    }
+
+    /// The number of terms in a batch's loss: its targets, or its pairs.
+    pub(super) fn counted(&self, batch: &Batch) -> usize {
+        match self.recipe.train.loss {
+            Loss::Dpo => batch.rows / 2,
+            Loss::CrossEntropy => batch.trained_tokens,
+        }
+    }
+
+    /// Adds a step's loads to those since the last line of metrics.
+    fn note_loads(&mut self, loads: &ExpertLoads) {
+        for (layer, load) in loads {
+            let sums = self.state.expert_loads.entry(*layer).or_default();
+            sums.resize(load.len(), 0);
+            for (sum, n) in sums.iter_mut().zip(load) {
+                *sum = sum.saturating_add(*n as u64);
+            }
+        }
+    }
+}
+
+fn scalar(x: &Tensor<1>) -> f64 {
+    f64::from(x.clone().inner().into_scalar::<f32>())
+}

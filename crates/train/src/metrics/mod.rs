@@ -1,0 +1,187 @@
+//! `metrics.jsonl`: one JSON object per line, appended during a run.
+//!
+//! A line is written in one piece and without a buffer, so a killed run loses at most the line it was writing. A resumed run
+//! writes the lines after its checkpoint again, so they are cut off first. Nothing here reads a clock.
+
+pub(crate) mod event_file;
+pub(crate) mod journal;
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::io;
+use crate::{Error, Result};
+
+/// The file in a run directory.
+pub(crate) const METRICS_NAME: &str = "metrics.jsonl";
+
+/// Maximum length of a line that is read. Real ones have a few hundred bytes.
+const MAX_LINE_BYTES: u64 = 1 << 20;
+
+/// The metrics of a run, open for appending.
+#[derive(Debug)]
+pub struct Metrics {
+    path: PathBuf,
+    file: File,
+}
+
+#[derive(Serialize)]
+struct MetricsLine<'a, T> {
+    step: u64,
+    #[serde(flatten)]
+    values: &'a T,
+}
+
+#[derive(Deserialize)]
+struct StepOfLine {
+    step: u64,
+}
+
+impl Metrics {
+    /// Opens the file, creating it if need be, and cuts off everything that a run that continues from `last_step` will write
+    /// again: the first line with a larger step and everything after it, and an incomplete last line. Without `last_step` the
+    /// run starts from its beginning, and nothing stays.
+    ///
+    /// # Errors
+    /// If the file cannot be written, or a line that should stay is malformed.
+    pub(crate) fn open(path: &Path, last_step: Option<u64>) -> Result<Self> {
+        let mut options = OpenOptions::new();
+        let options = options.read(true).append(true).create(true);
+        let file = options.open(path).map_err(io("open", path))?;
+        let valid_bytes = match last_step {
+            Some(last_step) => valid_bytes(path, &file, last_step)?,
+            None => 0,
+        };
+        file.set_len(valid_bytes).map_err(io("shorten", path))?;
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+        })
+    }
+
+    /// Appends a line: `step`, then the fields of `values`, a struct or a map without a field of that name. A number that is
+    /// not finite becomes `null`.
+    ///
+    /// The lines of a step must be written before its checkpoint: a run that is resumed there does not write them again.
+    ///
+    /// # Errors
+    /// If writing fails.
+    ///
+    /// # Panics
+    /// If `values` is neither a struct nor a map.
+    pub fn append(&mut self, step: u64, values: &impl Serialize) -> Result<()> {
+        let line = MetricsLine { step, values };
+        let mut line = serde_json::to_string(&line).expect("metrics are a struct or a map");
+        line.push('\n');
+        // One call and no buffer: a process that is killed here leaves the line or a part of it.
+        self.file
+            .write_all(line.as_bytes())
+            .map_err(io("write", &self.path))
+    }
+}
+
+/// The number of bytes from the start that hold lines up to a step.
+fn valid_bytes(path: &Path, file: &File, last_step: u64) -> Result<u64> {
+    let mut reader = BufReader::new(file);
+    let mut valid_bytes = 0;
+    for number in 1.. {
+        let mut line = Vec::new();
+        (&mut reader)
+            .take(MAX_LINE_BYTES)
+            .read_until(b'\n', &mut line)
+            .map_err(io("read", path))?;
+        let is_last = reader.fill_buf().map_err(io("read", path))?.is_empty();
+        if is_last && line.last() != Some(&b'\n') {
+            // The end of the file, or the part of a line that was written.
+            break;
+        }
+        match serde_json::from_slice::<StepOfLine>(&line) {
+            Ok(StepOfLine { step }) if step > last_step => break,
+            Ok(_) => valid_bytes += line.len() as u64,
+            // After a loss of power the last line may have its length and not its content.
+            Err(_) if is_last => break,
+            Err(cause) => {
+                return Err(Error::Metrics {
+                    path: path.to_owned(),
+                    line: number,
+                    problem: cause.to_string(),
+                });
+            }
+        }
+    }
+    Ok(valid_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use serde_json::json;
+
+    use super::*;
+
+    #[derive(Serialize)]
+    struct Values {
+        loss: f64,
+        rate: Option<f64>,
+    }
+
+    #[test]
+    fn lines_are_there_as_soon_as_they_are_appended() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut metrics = Metrics::open(&path, None).unwrap();
+        let values = Values {
+            loss: 0.5,
+            rate: None,
+        };
+        metrics.append(1, &values).unwrap();
+        let first = "{\"step\":1,\"loss\":0.5,\"rate\":null}\n";
+        assert_eq!(fs::read_to_string(&path).unwrap(), first);
+        metrics.append(2, &json!({"loss": 0.25})).unwrap();
+        let both = format!("{first}{{\"step\":2,\"loss\":0.25}}\n");
+        assert_eq!(fs::read_to_string(&path).unwrap(), both);
+    }
+
+    #[test]
+    fn a_resumed_run_keeps_the_lines_up_to_its_step() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let whole = "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"eval\":1}\n{\"step\":4}\n";
+        let check = |text: &str, last_step, expected: &str| {
+            fs::write(&path, text).unwrap();
+            let mut metrics = Metrics::open(&path, last_step).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), expected, "{text:?}");
+            metrics.append(9, &json!({})).unwrap();
+            let appended = format!("{expected}{{\"step\":9}}\n");
+            assert_eq!(fs::read_to_string(&path).unwrap(), appended);
+        };
+        check(whole, Some(4), whole);
+        check(whole, Some(3), &whole[..42]);
+        check(whole, Some(2), &whole[..42]);
+        check(whole, Some(0), "");
+        check(whole, None, "");
+        check("", Some(3), "");
+        // Cut short in the middle of a line, before its end, and with lost content.
+        check(&whole[..48], Some(9), &whole[..42]);
+        check(whole.trim_end(), Some(9), &whole[..42]);
+        check("{\"step\":1}\n\0\0\0\0\n", Some(9), "{\"step\":1}\n");
+        check("{\"ste", Some(9), "");
+    }
+
+    #[test]
+    fn a_malformed_line_within_is_named_and_nothing_is_cut() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let text = "{\"step\":1}\n{\"loss\":1}\n{\"step\":3}\n";
+        fs::write(&path, text).unwrap();
+        let error = Metrics::open(&path, Some(3)).unwrap_err().to_string();
+        let expected =
+            ":2: expected an object with a `step`, found missing field `step` at line 1 column 10";
+        assert!(error.ends_with(expected), "{error}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), text);
+    }
+}

@@ -1,0 +1,305 @@
+//! Opens what a recipe names, as a session.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use burn::module::Module;
+use burn::tensor::{Device, FloatDType};
+use checkpoint::{Adapter, Folder};
+use data::{Corpus, ReadOptions, RowFilter, Tokenizer, TokenizerFiles};
+use kernels::Quantizer;
+use model::lora::{self, Adapted, LoraConfig, Scaling};
+use model::{AdapterWeights, Checkpointing, Model, ModelConfig, Training, weights};
+
+use crate::checkpoint_state::RunState;
+use crate::dataset::{self, Dataset};
+use crate::optimizer::AdamW;
+use crate::recipe::{Loss, Method, Recipe, RouterTraining};
+use crate::session::{Base, Reference, Session, UpdateForm};
+use crate::{Error, Result};
+
+/// How a session is opened, apart from its recipe.
+#[derive(Clone, Copy)]
+pub struct SessionOptions<'a> {
+    /// Where the model computes.
+    pub device: &'a Device,
+    /// Turns the recipe's model into a folder.
+    pub resolve: &'a dyn Fn(&str) -> Result<PathBuf>,
+    /// The folder in which tokenized rows are cached for the next run; none caches none.
+    pub token_cache: Option<&'a Path>,
+    /// Receives how many bytes of rows are tokenized, and how many there are.
+    pub tokenizing: &'a dyn Fn(u64, u64),
+}
+
+impl std::fmt::Debug for SessionOptions<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SessionOptions")
+            .field("device", &self.device)
+            .field("token_cache", &self.token_cache)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Session {
+    /// Opens what a recipe names, on a device. `resolve` turns the recipe's model into a folder.
+    ///
+    /// # Errors
+    /// If the model, the tokenizer, an adapter or a data file cannot be used.
+    pub fn open(
+        recipe: Recipe,
+        device: &Device,
+        resolve: &dyn Fn(&str) -> Result<PathBuf>,
+    ) -> Result<Self> {
+        let options = SessionOptions {
+            device,
+            resolve,
+            token_cache: None,
+            tokenizing: &|_, _| {},
+        };
+        Self::open_with(recipe, options)
+    }
+
+    /// [`Session::open`] with a token cache.
+    ///
+    /// # Errors
+    /// As [`Session::open`].
+    pub fn open_with(recipe: Recipe, options: SessionOptions<'_>) -> Result<Self> {
+        if recipe.train.checkpointing == Checkpointing::Block {
+            kernels::map_large_blocks();
+        }
+        let device = options.device.clone().autodiff();
+        let (mut model, base) = open_model(&recipe, options.resolve, &device)?;
+        let mut reference = open_reference(&recipe, &model, &base, options.device)?;
+        let (adapted, mut update) = adapt(&recipe, &mut model, &device)?;
+        if model.parameters().is_empty() {
+            return Err(Error::NothingTrained);
+        }
+        let quantizer = quantizer_of(&recipe)?;
+        if let Some(quantizer) = quantizer {
+            update.n_rounded = model.round_weights(quantizer, &mut |_| true)?;
+            if let Some(reference) = &mut reference {
+                reference.round_weights(quantizer, &mut |_| true)?;
+            }
+        }
+        if recipe.precision.round_start {
+            round_to_bf16(&mut model);
+        }
+        let tokenizer = base.tokenizer.as_ref().map(Tokenizer::new).transpose()?;
+        let reading = ReadOptions {
+            tokenizer: tokenizer.as_ref(),
+            max_length: recipe.data.max_length,
+            vocab_size: model.config.vocab_size,
+            filter: match recipe.train.loss {
+                Loss::CrossEntropy => RowFilter::Samples,
+                Loss::Dpo => RowFilter::Pairs,
+            },
+            cache: options.token_cache,
+            progress: options.tokenizing,
+        };
+        let train = Dataset::open(&recipe, reading)?;
+        let valid = dataset::validation(&recipe, reading)?;
+        expect_valid(&recipe, valid.as_ref())?;
+        Ok(Self {
+            optimizer: AdamW::new(&recipe),
+            state: RunState::start(&recipe, train.corpus.identity()),
+            pad_id: tokenizer
+                .and_then(|tokenizer| tokenizer.eos_id())
+                .filter(|id| (*id as usize) < model.config.vocab_size)
+                .unwrap_or(0),
+            reference: reference.map(|model| Reference {
+                model,
+                choices: None,
+            }),
+            recipe,
+            adapted,
+            quantizer,
+            train,
+            valid,
+            model,
+            update,
+            base,
+            device,
+        })
+    }
+}
+
+/// Refuses settings that need validation rows if there are none.
+fn expect_valid(recipe: &Recipe, valid: Option<&Corpus>) -> Result<()> {
+    let key = if recipe.train.keep_best {
+        "train.keep_best"
+    } else if recipe.eval.patience.is_some() {
+        "eval.patience"
+    } else {
+        return Ok(());
+    };
+    let missing = || Error::NoValidationData {
+        key,
+        folders: recipe.data.path.clone(),
+    };
+    valid.map(|_| ()).ok_or_else(missing)
+}
+
+/// Rounds the trained values to bf16.
+fn round_to_bf16(model: &mut Model) {
+    model.map_parameters(&mut |_, values| values.cast(FloatDType::BF16).cast(FloatDType::F32));
+}
+
+/// The model before anything is put on it. It takes no memory: an adapter's base shares its weights with the model, and
+/// trained weights are mapped from their file again.
+fn open_reference(
+    recipe: &Recipe,
+    model: &Model,
+    base: &Base,
+    device: &Device,
+) -> Result<Option<Model>> {
+    match (recipe.train.method, &base.folder) {
+        (Method::Lora, _) => Ok(Some(model.clone().valid())),
+        (Method::Full, Some(folder)) if recipe.train.loss == Loss::Dpo => {
+            Ok(Some(weights::load(folder, Training::Frozen, device)?))
+        }
+        (Method::Full, _) => Ok(None),
+    }
+}
+
+/// The format that the recipe's adapter is trained to be merged into.
+fn quantizer_of(recipe: &Recipe) -> Result<Option<Quantizer>> {
+    let (None, Some(folder)) = (recipe.lora.quantizer, &recipe.model.adapter) else {
+        return Ok(recipe.lora.quantizer);
+    };
+    let adapter = Adapter::open(folder)?;
+    let parsed = adapter
+        .notes
+        .trained_for
+        .as_deref()
+        .map(str::parse)
+        .transpose();
+    parsed.map_err(|cause| Error::TrainedFor {
+        path: folder.clone(),
+        cause,
+    })
+}
+
+/// Puts the recipe's low-rank updates on the model: fresh ones, or those of an adapter.
+fn adapt(
+    recipe: &Recipe,
+    model: &mut Model,
+    device: &Device,
+) -> Result<(Vec<Adapted>, UpdateForm)> {
+    let config = lora_config(recipe);
+    let form = |scaling, share| UpdateForm {
+        scaling,
+        share,
+        n_rounded: BTreeMap::new(),
+    };
+    match (recipe.train.method, &recipe.model.adapter) {
+        (Method::Full, _) => Ok((vec![], form(config.scaling, None))),
+        (Method::Lora, None) => {
+            let adapted = lora::attach(model, &config, device)?;
+            Ok((adapted, form(config.scaling, config.experts_share)))
+        }
+        (Method::Lora, Some(folder)) => {
+            let adapter = AdapterWeights::read(&Adapter::open(folder)?, &model.config)?
+                .with_dropout(recipe.lora.dropout as f32)?;
+            let adapted = adapter.attach(model, device)?;
+            Ok((adapted, form(adapter.scaling(), adapter.share())))
+        }
+    }
+}
+
+fn open_model(
+    recipe: &Recipe,
+    resolve: &dyn Fn(&str) -> Result<PathBuf>,
+    device: &Device,
+) -> Result<(Model, Base)> {
+    let tokenizer_folder = recipe.model.tokenizer.clone();
+    if let Some(path) = &recipe.model.path {
+        let folder = Folder::open(&resolve(path)?)?.with_companions(data::companions);
+        let model = weights::load(&folder, recipe.training(), device)?;
+        let tokenizer = match &tokenizer_folder {
+            Some(given) => TokenizerFiles::read(given)?,
+            None => TokenizerFiles::of_model(folder.path(), folder.metadata())?,
+        };
+        let base = Base {
+            config: folder.config().clone(),
+            tokenizer,
+            tokenizer_folder,
+            name: path.clone(),
+            folder: Some(folder),
+        };
+        return Ok((model, base));
+    }
+    let file = recipe.model.config.clone().unwrap_or_default();
+    let text = std::fs::read(&file).map_err(crate::error::io("read", &file))?;
+    let json: serde_json::Value = serde_json::from_slice(&text).map_err(|cause| Error::State {
+        path: file.clone(),
+        cause,
+    })?;
+    let config = ModelConfig::from_json(&json, &file)?;
+    let tokenizer = tokenizer_folder.as_deref().map(TokenizerFiles::open);
+    let model = weights::fresh(&config, recipe.training(), recipe.train.seed, device)?;
+    let base = Base {
+        folder: None,
+        config: json,
+        tokenizer: tokenizer.transpose()?,
+        tokenizer_folder,
+        name: file.display().to_string(),
+    };
+    Ok((model, base))
+}
+
+/// The recipe's adapter, with what `train.router` adds to its targets.
+fn lora_config(recipe: &Recipe) -> LoraConfig {
+    let lora = &recipe.lora;
+    let router = |training| (recipe.train.router == Some(training)).then(|| ROUTER.to_owned());
+    let with =
+        |patterns: &[String], more: Option<String>| patterns.iter().cloned().chain(more).collect();
+    LoraConfig {
+        target: with(&lora.target, router(RouterTraining::Trainable)),
+        exclude: with(&lora.exclude, router(RouterTraining::Frozen)),
+        rank: lora.rank,
+        alpha: lora.alpha,
+        scaling: if lora.use_rslora {
+            Scaling::RsLora
+        } else {
+            Scaling::Plain
+        },
+        rank_pattern: lora.rank_pattern.0.clone(),
+        alpha_pattern: lora.alpha_pattern.0.clone(),
+        dropout: lora.dropout as f32,
+        seed: recipe.train.seed,
+        use_dora: lora.use_dora,
+        experts_share: lora.experts_share,
+    }
+}
+
+/// The routers' weights, as a pattern.
+const ROUTER: &str = "mlp.gate";
+
+impl Recipe {
+    /// The part of the model's own weights that is trained.
+    fn training(&self) -> Training {
+        let train = &self.train;
+        if train.method == Method::Lora {
+            return Training::Frozen;
+        }
+        let (mut patterns, mut frozen) = (train.unfrozen_parameters.clone(), vec![]);
+        let all = patterns.is_empty();
+        if all {
+            patterns.push("*".into());
+        }
+        match train.router {
+            Some(RouterTraining::Frozen | RouterTraining::BiasOnly) => frozen.push(ROUTER.into()),
+            Some(RouterTraining::Trainable) if !all => patterns.push(ROUTER.into()),
+            _ => {}
+        }
+        if all && frozen.is_empty() {
+            return Training::Full;
+        }
+        Training::Chosen(patterns, frozen)
+    }
+
+    /// Whether some weights are trained and others are not.
+    pub(crate) fn is_partial(&self) -> bool {
+        matches!(self.training(), Training::Chosen(..))
+    }
+}
