@@ -33,9 +33,7 @@ const VALUES: &[(&str, &str)] = &[
 /// Second spellings of an option, and the one to write. The second may be a hidden alias.
 const SYNONYMS: [(&str, &str); 2] = [("batch-size", "batch"), ("read-ahead", "prefetch-experts")];
 /// Second spellings that still stand.
-const SPELLINGS: &[(&str, &str)] = &[
-    ("batch-size", TODAY),
-];
+const SPELLINGS: &[(&str, &str)] = &[("batch-size", TODAY)];
 
 #[test]
 fn options_are_documented_alike() {

@@ -93,9 +93,7 @@ const CIRCLES: &[(&str, &str)] = &[
 ];
 /// The crates whose code imports from rooms, never from the crate's root, so that every arrow is seen.
 const IMPORT_FROM_ROOMS: [&str; 1] = ["kernels"];
-const IMPORTS_FROM_ROOT: &[(&str, &str)] = &[
-    ("kernels", TODAY),
-];
+const IMPORTS_FROM_ROOT: &[(&str, &str)] = &[("kernels", TODAY)];
 
 #[test]
 fn rooms_name_only_the_rooms_before_them() {
