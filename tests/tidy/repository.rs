@@ -1,7 +1,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use super::{ROOT, bytes, files, folder, has, read, report, sources, text};
+use super::{ROOT, TODAY, bytes, files, folder, has, read, report, report_except, sources, text};
 
 /// Names that say nothing, for a file or a folder of source.
 const VAGUE_NAMES: [&str; 7] = [
@@ -15,6 +15,17 @@ const READMES: [&str; 5] = [
     "recipes/README.md",
     "datasets/README.md",
     "tests/README.md",
+];
+/// Bytes of the page that a visitor meets first.
+const LONGEST_FRONT_PAGE: usize = 8_192;
+/// Points of a crate in `crates/README.md`.
+const MOST_POINTS: usize = 8;
+/// Pages, and crates in `crates/README.md`, that are longer.
+const LONG_PAGES: &[(&str, &str)] = &[
+    ("README.md", TODAY),
+    ("kernels", TODAY),
+    ("model", TODAY),
+    ("train", TODAY),
 ];
 /// In bytes, except for the model that the quickstart starts from.
 const LARGEST_FILE: usize = 5_000_000;
@@ -72,6 +83,36 @@ fn folders_have_readmes() {
         &lacking
             .map(|readme| format!("{readme}: is missing; say what the folder is for"))
             .collect::<Vec<_>>(),
+    );
+}
+
+#[test]
+fn pages_are_read_at_one_sitting() {
+    let mut findings = Vec::new();
+    let size = bytes("README.md").len();
+    if size > LONGEST_FRONT_PAGE {
+        let finding = format!(
+            "README.md: {size} bytes, at most {LONGEST_FRONT_PAGE}; move figures and details to the pages of their folders"
+        );
+        findings.push(("README.md".to_owned(), finding));
+    }
+    for (name, count) in points_of_crates(&read("crates/README.md")) {
+        if count > MOST_POINTS {
+            let finding = format!(
+                "crates/README.md: {count} points on `{name}`, at most {MOST_POINTS}; move what concerns one file there"
+            );
+            findings.push((name, finding));
+        }
+    }
+    report_except(&findings, LONG_PAGES, "LONG_PAGES");
+}
+
+#[test]
+fn points_are_counted_by_crate() {
+    let page = "## A\n- no\n## The crates\n\n### k\nWords.\n- one\n  more of it\n- two\n\n### l\n- one\n\n## B\n- no\n";
+    assert_eq!(
+        points_of_crates(page),
+        [("k".to_owned(), 2), ("l".to_owned(), 1)]
     );
 }
 
@@ -163,6 +204,22 @@ fn links_lead_somewhere() {
         }
     }
     report(&findings);
+}
+
+/// How many points the architecture page has on each crate.
+fn points_of_crates(page: &str) -> Vec<(String, usize)> {
+    let chapter = page
+        .split_once("\n## The crates\n")
+        .map_or("", |(_, chapter)| chapter);
+    let chapter = chapter.split("\n## ").next().unwrap_or_default();
+    let count = |section: &str| {
+        let points = section.lines().filter(|line| line.starts_with("- "));
+        (
+            section.lines().next().unwrap_or_default().to_owned(),
+            points.count(),
+        )
+    };
+    chapter.split("\n### ").skip(1).map(count).collect()
 }
 
 /// The folders and recipes directly in a folder.

@@ -77,7 +77,7 @@ fn split_name(model: &str) -> Option<(&str, &str)> {
 /// The revision that the branch `main` was at when the model was downloaded.
 fn main_revision(repo: &Path) -> Option<String> {
     // A revision is a hash of 40 digits.
-    const LIMIT: u64 = 256;
+    const MAX_REF_BYTES: u64 = 256;
 
     let path = repo.join("refs/main");
     if !path.is_file() {
@@ -86,7 +86,7 @@ fn main_revision(repo: &Path) -> Option<String> {
     let mut text = String::new();
     File::open(path)
         .ok()?
-        .take(LIMIT)
+        .take(MAX_REF_BYTES)
         .read_to_string(&mut text)
         .ok()?;
     let revision = text.trim();

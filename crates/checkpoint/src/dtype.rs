@@ -68,7 +68,7 @@ pub enum DType {
 
 impl DType {
     /// The dtypes of safetensors files.
-    const PLAIN: [Self; 16] = [
+    const SAFETENSORS: [Self; 16] = [
         Self::F64,
         Self::F32,
         Self::F16,
@@ -180,7 +180,9 @@ impl DType {
 
     /// The dtype of that name in a safetensors header.
     pub(crate) fn from_name(name: &str) -> Option<Self> {
-        Self::PLAIN.into_iter().find(|dtype| dtype.name() == name)
+        Self::SAFETENSORS
+            .into_iter()
+            .find(|dtype| dtype.name() == name)
     }
 
     /// The dtype of that number in a GGUF file.
@@ -217,7 +219,7 @@ mod tests {
 
     #[test]
     fn every_dtype_agrees_with_the_safetensors_crate_in_name_and_size() {
-        for dtype in DType::PLAIN {
+        for dtype in DType::SAFETENSORS {
             let name = serde_json::Value::from(dtype.to_string());
             let theirs: ::safetensors::Dtype = serde_json::from_value(name).unwrap();
             assert_eq!(theirs.to_string(), dtype.to_string());

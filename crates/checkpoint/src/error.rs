@@ -352,16 +352,16 @@ pub(crate) fn io(
 /// The beginning of a string from a file, fit for a message: without control characters, which
 /// could steer a terminal, and at most 120 characters.
 pub(crate) fn shown(text: &str) -> String {
-    const LONGEST: usize = 120;
+    const MAX_SHOWN_NAME_CHARS: usize = 120;
     let mut shown = String::new();
-    for c in text.chars().take(LONGEST) {
+    for c in text.chars().take(MAX_SHOWN_NAME_CHARS) {
         if c.is_control() {
             shown.extend(c.escape_default());
         } else {
             shown.push(c);
         }
     }
-    if text.chars().nth(LONGEST).is_some() {
+    if text.chars().nth(MAX_SHOWN_NAME_CHARS).is_some() {
         shown.push('…');
     }
     shown

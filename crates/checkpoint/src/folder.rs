@@ -383,12 +383,12 @@ fn find_single(folder: &Path) -> Result<String> {
 
 /// The first few names, for a message.
 fn listed(mut names: Vec<String>) -> String {
-    const SHOWN: usize = 4;
+    const SHOWN_NAMES: usize = 4;
     names.sort();
-    let n_more = names.len().saturating_sub(SHOWN);
+    let n_more = names.len().saturating_sub(SHOWN_NAMES);
     let names: Vec<String> = names
         .iter()
-        .take(SHOWN)
+        .take(SHOWN_NAMES)
         .map(|name| format!("`{}`", shown(name)))
         .collect();
     match (names.is_empty(), n_more) {

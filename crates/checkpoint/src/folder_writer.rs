@@ -156,12 +156,12 @@ impl FolderWriter {
     /// # Errors
     /// If `from` cannot be read, the name was used before, or writing fails.
     pub fn copy_file(&mut self, from: &Path, name: &str) -> Result<()> {
-        const CHUNK_BYTES: usize = 1 << 20;
+        const COPY_CHUNK_BYTES: usize = 1 << 20;
 
         expect_file(from)?;
         let mut input = File::open(from).map_err(io("open", from))?;
         self.write(name, |output, path| {
-            let mut chunk = vec![0; CHUNK_BYTES];
+            let mut chunk = vec![0; COPY_CHUNK_BYTES];
             loop {
                 // Not `io::copy`: the error must say which of the two files it is about.
                 let n_bytes = input.read(&mut chunk).map_err(io("read", from))?;

@@ -1,6 +1,9 @@
 //! `eval`: scores of a model, and the difference to its baseline.
 
 pub(crate) mod compare;
+pub(crate) mod experts;
+pub(crate) mod logits;
+pub(crate) mod survival;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

@@ -6,12 +6,10 @@ mod console;
 mod data_check;
 mod device;
 mod eval;
-mod experts;
 mod find_lr;
 mod generate;
 mod host;
 mod inspect;
-mod logits;
 mod merge;
 mod open;
 mod plot;
@@ -20,7 +18,6 @@ mod quantize;
 mod quickstart;
 mod report;
 mod resume_check;
-mod survival;
 mod train;
 mod values;
 
@@ -77,14 +74,14 @@ enum Verb {
     ResumeCheck(resume_check::Args),
     Eval(eval::Args),
     Compare(eval::compare::Args),
-    Experts(experts::Args),
-    Logits(logits::Args),
+    Experts(eval::experts::Args),
+    Logits(eval::logits::Args),
     Generate(generate::Args),
     Chat(generate::chat::Args),
     Merge(merge::Args),
     ExportAdapter(merge::adapter::Args),
     Quantize(quantize::Args),
-    Survival(survival::Args),
+    Survival(eval::survival::Args),
     Precision(precision::Args),
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -123,14 +120,14 @@ fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
         Verb::ResumeCheck(args) => resume_check::run(&args, console),
         Verb::Eval(args) => eval::run(&args, console),
         Verb::Compare(args) => eval::compare::run(&args, console),
-        Verb::Experts(args) => experts::run(&args, console),
-        Verb::Logits(args) => logits::run(&args, console),
+        Verb::Experts(args) => eval::experts::run(&args, console),
+        Verb::Logits(args) => eval::logits::run(&args, console),
         Verb::Generate(args) => generate::run(&args, console),
         Verb::Chat(args) => generate::chat::run(&args, console),
         Verb::Merge(args) => merge::run(&args, console),
         Verb::ExportAdapter(args) => merge::adapter::run(&args, console),
         Verb::Quantize(args) => quantize::run(&args, console),
-        Verb::Survival(args) => survival::run(&args, console),
+        Verb::Survival(args) => eval::survival::run(&args, console),
         Verb::Precision(args) => precision::run(&args, console),
         Verb::Bench(bench) => bench::run(&bench, console),
     }

@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
 /// Maximum length of a line of a JSON-lines file. A row is one document; the longest known are books.
-const MAX_LINE_BYTES: u64 = 16 << 20;
+const MAX_ROW_BYTES: u64 = 16 << 20;
 
 /// Reads a text file of at most `limit_bytes`; `None` if there is no such file.
 pub(crate) fn read_text(path: &Path, limit_bytes: u64) -> Result<Option<String>> {
@@ -124,15 +124,15 @@ pub(crate) fn line_at(file: &mut File, path: &Path, offset: u64) -> Result<Strin
 /// The bytes through the next line end; none at the end of the file.
 fn bounded_line(reader: &mut impl BufRead, path: &Path, number: Option<usize>) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    let mut bounded = reader.take(MAX_LINE_BYTES + 1);
+    let mut bounded = reader.take(MAX_ROW_BYTES + 1);
     bounded
         .read_until(b'\n', &mut bytes)
         .map_err(|problem| Error::Read {
             path: path.to_path_buf(),
             problem,
         })?;
-    if bytes.len() as u64 > MAX_LINE_BYTES {
-        let expected = format!("a line of at most {MAX_LINE_BYTES} bytes");
+    if bytes.len() as u64 > MAX_ROW_BYTES {
+        let expected = format!("a line of at most {MAX_ROW_BYTES} bytes");
         let problem = Error::schema(expected, "a longer one");
         return Err(match number {
             Some(number) => problem.at(path, number),
@@ -219,7 +219,7 @@ mod tests {
 
     #[test]
     fn an_endless_line_is_refused_before_it_fills_memory() {
-        let found = lines(&vec![b'x'; MAX_LINE_BYTES as usize + 1]).unwrap_err();
+        let found = lines(&vec![b'x'; MAX_ROW_BYTES as usize + 1]).unwrap_err();
         assert_eq!(
             found,
             "FILE:1: expected a line of at most 16777216 bytes, found a longer one"

@@ -30,7 +30,7 @@ const BATCHES_PER_GROUP: usize = 50;
 
 /// The shuffled sets besides folders, in the generator's key.
 const MIXTURE: u64 = u64::MAX;
-const GROUPS: u64 = u64::MAX - 1;
+const LENGTH_GROUPS: u64 = u64::MAX - 1;
 
 /// The order of samples over all epochs.
 #[derive(Clone, Debug)]
@@ -236,7 +236,7 @@ impl LengthGroups {
         let (size, epoch_len) = (self.batch_size, samples.len());
         let begun = (epoch % size as u64) as usize * (epoch_len % size) % size;
         let rest = ((size - begun) % size).min(epoch_len);
-        let mut rng = generator([seed, epoch, GROUPS]);
+        let mut rng = generator([seed, epoch, LENGTH_GROUPS]);
         for group in samples[rest..].chunks_mut(size * BATCHES_PER_GROUP) {
             group.sort_by_key(|&sample| self.lengths[sample]);
             let n_batches = group.len() / size;

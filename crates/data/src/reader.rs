@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 /// Bytes of a file that are tokenized at once, on all threads.
-const CHUNK_BYTES: usize = 4 << 20;
+const TOKENIZED_CHUNK_BYTES: usize = 4 << 20;
 
 /// The rows that a caller accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,9 +25,9 @@ pub enum RowFilter {
 
 /// Adds a row's unread keys to the names, up to a number that a person would look at: a file may have a new key in every row.
 pub(crate) fn note_ignored(names: &mut BTreeSet<String>, row: Vec<String>) {
-    const MOST: usize = 32;
+    const MAX_IGNORED_KEYS: usize = 32;
     for name in row {
-        if names.len() < MOST {
+        if names.len() < MAX_IGNORED_KEYS {
             names.insert(name);
         }
     }
@@ -89,7 +89,7 @@ impl<'a> RowReader<'a> {
         let mut lines = JsonLines::open(path)?;
         loop {
             let (mut chunk, mut bytes, mut failed) = (Vec::new(), 0, None);
-            while bytes < CHUNK_BYTES && failed.is_none() {
+            while bytes < TOKENIZED_CHUNK_BYTES && failed.is_none() {
                 match lines.next() {
                     Some(Ok(line)) => {
                         bytes += line.text.len();
@@ -99,7 +99,7 @@ impl<'a> RowReader<'a> {
                     None => break,
                 }
             }
-            let is_last = chunk.is_empty() || bytes < CHUNK_BYTES;
+            let is_last = chunk.is_empty() || bytes < TOKENIZED_CHUNK_BYTES;
             let read = |line: &JsonLine| {
                 let row = self.row(&line.text);
                 row.map_err(|problem| problem.at(path, line.number))

@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 /// Changes with the layout, and with the samples that rows become.
-const MAGIC: &[u8; 16] = b"moeforge tokens1";
+const CACHE_MAGIC: &[u8; 16] = b"moeforge tokens1";
 const RECORD_BYTES: u64 = 24;
 const FOOTER_BYTES: u64 = 8 + 32;
 /// Counts, and names of keys.
@@ -41,7 +41,7 @@ impl CacheKey {
             problem,
         };
         let mut hash = Sha256::new();
-        hash.update(MAGIC);
+        hash.update(CACHE_MAGIC);
         hash.update(
             reader
                 .tokenizer
@@ -114,7 +114,7 @@ impl TokenCache {
         file.read_exact(&mut json_bytes).ok()?;
         file.read_exact(&mut expected).ok()?;
         let json_bytes = u64::from_le_bytes(json_bytes);
-        if &magic != MAGIC || json_bytes > MAX_JSON_BYTES {
+        if &magic != CACHE_MAGIC || json_bytes > MAX_JSON_BYTES {
             return None;
         }
         let json_start = footer.checked_sub(json_bytes)?;
@@ -132,7 +132,7 @@ impl TokenCache {
         let mut hash = Sha256::new();
         let mut reader = BufReader::new(&mut file);
         let mut entries = Vec::with_capacity(usize::try_from(summary.samples).ok()?);
-        let mut offset = MAGIC.len() as u64;
+        let mut offset = CACHE_MAGIC.len() as u64;
         for _ in 0..summary.samples {
             let mut record = [0; RECORD_BYTES as usize];
             reader.read_exact(&mut record).ok()?;
@@ -239,7 +239,7 @@ impl CacheWriter {
         let unfinished = path.with_extension(format!("{}.unfinished", std::process::id()));
         let mut file = BufWriter::new(File::create(&unfinished)?);
         let unfinished = Unfinished(unfinished);
-        file.write_all(MAGIC)?;
+        file.write_all(CACHE_MAGIC)?;
         Ok(Self {
             path: path.to_owned(),
             unfinished,

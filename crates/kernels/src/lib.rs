@@ -15,6 +15,11 @@
 //! assert_eq!(y.into_data().try_to_vec::<f32>().unwrap(), [1.0, 5.0]);
 //! ```
 //!
+//! The modules are rooms, and each names only those before it: `memory`, `threads`, `simd`, `settings`, `formats` (how
+//! weights and caches are stored), `gemv` (products that read stored bytes), `matmul` (all other products, and the plan
+//! that decides between both), `ops` (attention, experts, loss and the small operations), `backend` (burn's tensors in
+//! and out, and gradients).
+//!
 //! What this crate does not do: it knows no files, no model and no names.
 
 mod backend;
@@ -30,19 +35,25 @@ mod simd;
 mod testing;
 mod threads;
 
-pub use backend::cached::{KvBuffer, cached_attention, latent_attention};
-pub use backend::kept::saved_activation_bytes;
+pub use backend::attention::kv_buffer::KvBuffer;
+pub use backend::attention::{
+    absorbed_attention, attention, cached_attention, expanded_attention, latent_attention,
+};
+pub use backend::elementwise::{
+    dropout, embed_frozen, embed_trained, rms_norm, rms_norm_start, rope, swiglu,
+};
+pub use backend::experts::{
+    ExpertFactors, Routing, choose_experts, dispatch, experts_frozen, experts_trained, moe_frozen,
+    prefetch_experts,
+};
 pub use backend::linear::{
-    Absorbed, Direction, FakeQuantize, HeadRows, Update, absorbed_attention, heads_linear,
-    linear_add, linear_fake_quantized, linear_frozen, linear_frozen_pair, linear_trained,
-    linear_updated, row_norms,
+    heads_linear, linear_add, linear_fake_quantized, linear_frozen, linear_frozen_pair,
+    linear_trained, linear_updated, row_norms,
 };
-pub use backend::ops::{
-    ExpertFactors, Kernels, Routing, adamw, attention, choose_experts, cross_entropy_frozen,
-    cross_entropy_trained, dispatch, dropout, embed_frozen, embed_trained, expanded_attention,
-    experts_frozen, experts_trained, moe_frozen, prefetch_experts, rms_norm, rms_norm_start, rope,
-    sum_of_squares, swiglu,
-};
+pub use backend::loss::{cross_entropy_frozen, cross_entropy_trained};
+pub use backend::optimizer::{adamw, sum_of_squares};
+pub use backend::saved::saved_activation_bytes;
+pub use backend::traits::{Absorbed, Direction, FakeQuantize, HeadRows, Kernels, Update};
 pub use error::Error;
 pub use formats::{
     CacheType, FileAccess, Format, Fp8Blocks, Ggml, Matrix, Quantizer, SplitKvB, fp8,

@@ -246,15 +246,7 @@ fn frozen_experts_compute_what_trained_ones_do() {
     let stacks = [&gate.1, &up.1, &down.1].map(|dense| Tensor::stack::<3>(dense.clone(), 0));
     let expected = experts_trained(x.clone(), turns(tokens), stacks, compute);
     let bank = ExpertBank::new(gate.0, up.0, down.0);
-    let none = |out, inner| {
-        let zeros = |shape| Tensor::zeros(shape, &device());
-        [zeros([EXPERTS, 0, inner]), zeros([EXPERTS, out, 0])]
-    };
-    let factors = ExpertFactors {
-        gate: none(INNER, HIDDEN),
-        up: none(INNER, HIDDEN),
-        down: none(HIDDEN, INNER),
-    };
+    let factors = ExpertFactors::default();
     let lora = ExpertLora {
         scale: [0.0; 3],
         dropout: Dropout::OFF,

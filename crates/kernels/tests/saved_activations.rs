@@ -28,17 +28,21 @@ fn feed_forward(compute: Compute) -> (usize, Vec<Tensor<2>>) {
     let linear = |x: Tensor<2>, w: &Tensor<2>| linear_trained(x, w.clone(), compute, compute);
     let act = swiglu(linear(normed.clone(), &gate), linear(normed, &up), compute);
     let y = linear(act, &down);
-    let kept = saved_activation_bytes() - before;
+    let saved = saved_activation_bytes() - before;
     let grads = y.sum().backward();
     let grads = [x, gate, up, down].map(|x| x.grad(&grads).unwrap());
     saved_activation_bytes();
-    assert_eq!(saved_activation_bytes(), before, "all is let go");
-    (kept, grads.to_vec())
+    assert_eq!(
+        saved_activation_bytes(),
+        before,
+        "all saved activations are freed"
+    );
+    (saved, grads.to_vec())
 }
 
 /// One test, because the counter is global to the process.
 #[test]
-fn only_gate_and_up_wait_for_the_backward_pass_of_a_feed_forward_layer() {
+fn a_feed_forward_layer_saves_only_gate_and_up() {
     let numbers = 2 * TOKENS * WIDTH;
     let (f32_bytes, exact) = feed_forward(Compute::F32);
     assert_eq!(f32_bytes, 4 * numbers);

@@ -350,16 +350,16 @@ pub(crate) fn io(act: &'static str, path: &Path) -> impl FnOnce(std::io::Error) 
 /// The beginning of a text from a file or the command line, fit for a message: without control characters, which could
 /// steer a terminal, and at most 80 characters.
 pub(crate) fn shown(text: &str) -> String {
-    const LONGEST: usize = 80;
+    const MAX_SHOWN_CHARS: usize = 80;
     let mut shown = String::new();
-    for c in text.chars().take(LONGEST) {
+    for c in text.chars().take(MAX_SHOWN_CHARS) {
         if c.is_control() {
             shown.extend(c.escape_default());
         } else {
             shown.push(c);
         }
     }
-    if text.chars().nth(LONGEST).is_some() {
+    if text.chars().nth(MAX_SHOWN_CHARS).is_some() {
         shown.push('…');
     }
     shown

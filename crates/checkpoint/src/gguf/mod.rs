@@ -27,7 +27,7 @@ use crate::header::check_name;
 use crate::map::map;
 use crate::{Error, Result, Tensor, TensorSpec};
 
-const MAGIC: &[u8] = b"GGUF";
+const GGUF_MAGIC: &[u8] = b"GGUF";
 /// Supported versions, which do not differ in anything that is read here. The first had counts of 32 bits.
 const VERSIONS: [u32; 2] = [2, 3];
 const DEFAULT_ALIGNMENT: usize = 32;
@@ -125,7 +125,7 @@ type Parsed = (BTreeMap<String, Value>, Vec<Tensor>);
 
 fn parse(file: &Path, bytes: &Bytes) -> Result<Parsed> {
     let mut reader = GgufReader { file, bytes, at: 0 };
-    if reader.take(MAGIC.len(), "the magic number")? != MAGIC {
+    if reader.take(GGUF_MAGIC.len(), "the magic number")? != GGUF_MAGIC {
         return Err(malformed(
             file,
             "expected a file that begins with `GGUF`".into(),

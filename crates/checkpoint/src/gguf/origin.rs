@@ -12,7 +12,7 @@ use super::{Gguf, malformed, names, rope};
 use crate::{Result, Tensor};
 
 /// Maximum number of experts in a layer: each of them becomes a separate tensor.
-const MOST_EXPERTS: usize = 1 << 12;
+const MAX_STACKED_EXPERTS: usize = 1 << 12;
 
 /// The folder of a GGUF: its configuration, and the changes of the conversion.
 #[derive(Clone, Debug)]
@@ -71,10 +71,10 @@ impl GgufOrigin {
                 // Empty ones would make thousands of tensors of a few bytes of description.
                 && shape[1..].iter().all(|size| *size > 0)
         };
-        if !fits(&tensor.shape) || !(1..=MOST_EXPERTS).contains(&experts) {
+        if !fits(&tensor.shape) || !(1..=MAX_STACKED_EXPERTS).contains(&experts) {
             let (name, shape) = (&tensor.name, &tensor.shape);
             let problem = format!(
-                "tensor `{name}`: expected the matrices of {experts} experts (1 to {MOST_EXPERTS}), found shape {shape:?}"
+                "tensor `{name}`: expected the matrices of {experts} experts (1 to {MAX_STACKED_EXPERTS}), found shape {shape:?}"
             );
             return Err(malformed(&tensor.file, problem));
         }

@@ -77,7 +77,7 @@ const DEEPSEEK: &KeyTable = &[
         "moe_intermediate_size",
         Need::Required,
     ),
-    (EXPERTS, "n_routed_experts", Need::Optional),
+    (EXPERT_COUNT, "n_routed_experts", Need::Optional),
     ("expert_shared_count", "n_shared_experts", Need::Optional),
     ("expert_used_count", "num_experts_per_tok", Need::Optional),
     (
@@ -104,7 +104,7 @@ const ROPE_SCALING: &KeyTable = &[
 const BLOCKS: &str = "block_count";
 const MODULES: &str = "nextn_predict_layers";
 const ROPE_DIM: &str = "rope.dimension_count";
-const EXPERTS: &str = "expert_count";
+const EXPERT_COUNT: &str = "expert_count";
 /// The scoring function of a router, as a number.
 const GATING: &str = "expert_gating_func";
 const SOFTMAX: u64 = 1;
@@ -407,7 +407,7 @@ impl<'a> Said<'a> {
         let modules = modules.and_then(Value::as_u64).unwrap_or(0);
         let layers = self.count(BLOCKS)?;
         set("num_hidden_layers", layers.saturating_sub(modules).into());
-        if self.setting(EXPERTS).is_some_and(|n| *n == 0) {
+        if self.setting(EXPERT_COUNT).is_some_and(|n| *n == 0) {
             config.remove("n_routed_experts");
         }
         Ok(())

@@ -36,7 +36,7 @@ impl Draft {
     }
 
     pub(crate) fn bytes(&self) -> Vec<u8> {
-        let mut out = [MAGIC, &3u32.to_le_bytes()].concat();
+        let mut out = [GGUF_MAGIC, &3u32.to_le_bytes()].concat();
         out.extend((self.tensors.len() as u64).to_le_bytes());
         out.extend((self.metadata.len() as u64).to_le_bytes());
         for (key, kind, value) in &self.metadata {

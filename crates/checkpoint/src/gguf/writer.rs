@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use tempfile::TempPath;
 
-use super::{DEFAULT_ALIGNMENT, MAGIC, malformed};
+use super::{DEFAULT_ALIGNMENT, GGUF_MAGIC, malformed};
 use crate::error::io;
 use crate::file::{name_file, temporary_file};
 use crate::{Error, Result, TensorSpec};
@@ -168,7 +168,7 @@ fn padding(len: usize) -> &'static [u8] {
 
 /// Everything before the tensors' bytes.
 fn header(out: &Path, metadata: &[(String, GgufValue)], tensors: &[TensorSpec]) -> Result<Vec<u8>> {
-    let mut header = [MAGIC, &VERSION.to_le_bytes()].concat();
+    let mut header = [GGUF_MAGIC, &VERSION.to_le_bytes()].concat();
     header.extend((tensors.len() as u64).to_le_bytes());
     header.extend((metadata.len() as u64).to_le_bytes());
     for (key, value) in metadata {

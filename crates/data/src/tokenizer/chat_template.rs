@@ -11,7 +11,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
 
-const NAME: &str = "chat_template";
+const TEMPLATE_NAME: &str = "chat_template";
 
 /// Whether a rendering ends with the header of the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,7 +73,7 @@ impl ChatTemplate {
     fn new(source: &str, special_tokens: BTreeMap<&'static str, String>) -> Result<Self> {
         let mut environment = jinja_compat::environment();
         environment
-            .add_template_owned(NAME, without_generation_tags(source))
+            .add_template_owned(TEMPLATE_NAME, without_generation_tags(source))
             .map_err(template_error)?;
         Ok(Self {
             environment,
@@ -107,7 +107,7 @@ impl ChatTemplate {
     ) -> Result<String> {
         let template = self
             .environment
-            .get_template(NAME)
+            .get_template(TEMPLATE_NAME)
             .map_err(template_error)?;
         let mut context: BTreeMap<&str, TemplateValue> = self
             .special_tokens
@@ -132,13 +132,13 @@ impl ChatTemplate {
 
     /// Whether a text occurs in the template.
     pub(crate) fn knows(&self, text: &str) -> bool {
-        let template = self.environment.get_template(NAME);
+        let template = self.environment.get_template(TEMPLATE_NAME);
         template.is_ok_and(|template| template.source().contains(text))
     }
 
     /// The template and the tokens it may name: what renderings depend on.
     pub(crate) fn identity(&self) -> String {
-        let template = self.environment.get_template(NAME);
+        let template = self.environment.get_template(TEMPLATE_NAME);
         let source = template.map(|template| template.source().to_owned());
         format!("{source:?} {:?}", self.special_tokens)
     }

@@ -22,7 +22,7 @@ pub(super) struct Splits {
     pub(super) adds_bos: bool,
 }
 
-const PLAIN: Splits = Splits {
+const UNSPLIT: Splits = Splits {
     names: &[],
     rules: &[],
     composes: false,
@@ -35,30 +35,30 @@ const KNOWN: &[Splits] = &[
         // llama.cpp's own, for files without a better name.
         names: &["default"],
         rules: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
-        ..PLAIN
+        ..UNSPLIT
     },
     Splits {
         names: &["gpt-2"],
         rules: &[GPT2],
-        ..PLAIN
+        ..UNSPLIT
     },
     Splits {
         names: &["smollm"],
         rules: &[r"\p{N}", GPT2],
-        ..PLAIN
+        ..UNSPLIT
     },
     Splits {
         names: &["llama-bpe", "llama3", "llama-v3"],
         rules: &[LLAMA3],
         ignore_merges: true,
         adds_bos: true,
-        ..PLAIN
+        ..UNSPLIT
     },
     Splits {
         names: &["qwen2", "deepseek-r1-qwen"],
         rules: &[QWEN2],
         composes: true,
-        ..PLAIN
+        ..UNSPLIT
     },
     Splits {
         names: &["deepseek-llm"],
@@ -70,12 +70,12 @@ const KNOWN: &[Splits] = &[
             ASIAN,
             r"\p{N}+",
         ],
-        ..PLAIN
+        ..UNSPLIT
     },
     Splits {
         names: &["deepseek-coder"],
         rules: &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", ASIAN, r"\p{N}"],
-        ..PLAIN
+        ..UNSPLIT
     },
     Splits {
         names: &["deepseek-v3"],
@@ -84,7 +84,7 @@ const KNOWN: &[Splits] = &[
             r"[\x{4E00}-\x{9FA5}\x{3040}-\x{309F}\x{30A0}-\x{30FF}]+",
             DEEPSEEK_V3,
         ],
-        ..PLAIN
+        ..UNSPLIT
     },
 ];
 

@@ -1,47 +1,64 @@
-//! What the backward pass asks of a backend without autodiff, and what it hands over.
+//! The gradients of the operations: their signatures, what is saved for them, and how autodiff registers them.
 
 use std::sync::Arc;
 
+use burn::backend::Autodiff;
 use burn::backend::autodiff::NodeId;
+use burn::backend::autodiff::grads::Gradients as Grads;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 
-use crate::backend::kept::{Kept, shared};
-use crate::backend::ops::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
+use crate::backend::saved::{SavedActivation, shared};
+use crate::backend::traits::{
+    FactorsPrimitive, FakeQuantize, Kernels, RoutingPrimitive, StacksPrimitive, Update,
+};
 use crate::formats::Matrix;
 use crate::ops::attention::Segments;
 use crate::ops::experts::{ExpertBank, ExpertLora};
 use crate::ops::rope::RopeLayout;
 use crate::settings::Compute;
-use crate::{FakeQuantize, Update};
 
-/// What the operations on experts keep for their gradients.
+/// A tensor of a backend under autodiff, whatever the checkpointing strategy.
+pub(crate) type Tracked<B> = FloatTensor<Autodiff<B>>;
+
+/// The input of a linear layer with a low-rank update, saved if the factors need it, and the factors.
+#[derive(Clone, Debug)]
+pub(crate) struct UpdateSaved<F> {
+    pub(crate) x: Option<Arc<SavedActivation<F>>>,
+    pub(crate) factors: [F; 2],
+}
+
+/// What the operations on experts save.
 #[derive(Clone, Debug)]
 pub(crate) struct ExpertsSaved<B: Kernels> {
-    pub(crate) x: Arc<Kept<FloatTensor<B>>>,
+    pub(crate) x: Arc<SavedActivation<FloatTensor<B>>>,
     pub(crate) routing: RoutingPrimitive<B>,
-    pub(crate) gate: Arc<Kept<FloatTensor<B>>>,
-    pub(crate) up: Arc<Kept<FloatTensor<B>>>,
+    pub(crate) gate: Arc<SavedActivation<FloatTensor<B>>>,
+    pub(crate) up: Arc<SavedActivation<FloatTensor<B>>>,
+    /// Of the products and of the saved activations.
+    pub(crate) compute: Compute,
 }
 
 impl<B: Gradients> ExpertsSaved<B> {
-    /// Keeps the input, which has a node, and the products of gate and up.
+    /// Saves the input, the tensor of `node`, and the products of gate and up.
     pub(crate) fn new(
-        (node, x): (NodeId, FloatTensor<B>),
+        node: NodeId,
+        x: FloatTensor<B>,
         routing: RoutingPrimitive<B>,
         products: [FloatTensor<B>; 2],
         compute: Compute,
     ) -> Self {
-        let [gate, up] = products.map(|product| Arc::new(B::keep(product, compute)));
+        let [gate, up] = products.map(|product| Arc::new(B::save_for_backward(product, compute)));
         Self {
-            x: shared(node, compute, || B::keep(x, compute)),
+            x: shared(node, compute, || B::save_for_backward(x, compute)),
             routing,
             gate,
             up,
+            compute,
         }
     }
 }
 
-/// What the loss of a batch was made from, for its gradient.
+/// What the loss saves.
 #[derive(Clone, Debug)]
 pub(crate) struct LossSaved<F, I> {
     pub(crate) h: F,
@@ -49,8 +66,19 @@ pub(crate) struct LossSaved<F, I> {
     pub(crate) lse: F,
 }
 
+/// Gradients of `x` and of the two factors, each only if it is needed.
+pub(crate) type UpdateGrads<F> = (Option<F>, Option<[F; 2]>);
+
 /// The gradients of [`Kernels`], on a backend without autodiff. Argument order: output gradient, saved, settings.
 pub(crate) trait Gradients: Kernels {
+    /// Saves `x` for the backward pass in the precision of `compute`.
+    fn save_for_backward(
+        x: FloatTensor<Self>,
+        compute: Compute,
+    ) -> SavedActivation<FloatTensor<Self>>;
+
+    // Linear layers.
+
     fn linear_frozen_dx(dy: FloatTensor<Self>, w: &Matrix, compute: Compute) -> FloatTensor<Self>;
     fn linear_trained_dx(
         dy: FloatTensor<Self>,
@@ -59,27 +87,30 @@ pub(crate) trait Gradients: Kernels {
     ) -> FloatTensor<Self>;
     fn linear_dw(
         dy: FloatTensor<Self>,
-        x: &Kept<FloatTensor<Self>>,
+        x: &SavedActivation<FloatTensor<Self>>,
         compute: Compute,
     ) -> FloatTensor<Self>;
-    /// Gradients of x if it is wanted, and of `a` and `b` where x was kept for them; `saved` is x and `scale · x · aᵀ`.
+    /// `low` is `scale · x · aᵀ`. The factors have gradients if x was saved.
     fn linear_updated_grads(
         dy: FloatTensor<Self>,
-        saved: (Option<&Kept<FloatTensor<Self>>>, FloatTensor<Self>),
-        factors: [FloatTensor<Self>; 2],
-        settings: (&Matrix, Update),
+        saved: UpdateSaved<FloatTensor<Self>>,
+        low: FloatTensor<Self>,
+        w: &Matrix,
+        update: Update,
         want_x: bool,
-    ) -> (Option<FloatTensor<Self>>, Option<[FloatTensor<Self>; 2]>);
-    /// Gradients of x if it is wanted, and of `a` and `b` where x was kept for them.
-    fn linear_merged_grads(
+    ) -> UpdateGrads<FloatTensor<Self>>;
+    /// The factors have gradients if x was saved.
+    fn linear_fake_quantized_grads(
         dy: FloatTensor<Self>,
-        x: Option<&Kept<FloatTensor<Self>>>,
-        factors: [FloatTensor<Self>; 2],
-        settings: (&Matrix, FakeQuantize, Compute),
+        saved: UpdateSaved<FloatTensor<Self>>,
+        w: &Matrix,
+        merge: FakeQuantize,
+        compute: Compute,
         want_x: bool,
-    ) -> (Option<FloatTensor<Self>>, Option<[FloatTensor<Self>; 2]>);
-    /// `x` in the form in which it waits for the backward pass.
-    fn keep(x: FloatTensor<Self>, compute: Compute) -> Kept<FloatTensor<Self>>;
+    ) -> UpdateGrads<FloatTensor<Self>>;
+
+    // Elementwise operations, norms and embeddings.
+
     fn embed_dw(ids: IntTensor<Self>, dy: FloatTensor<Self>, vocab: usize) -> FloatTensor<Self>;
     fn rms_norm_grads(
         dy: FloatTensor<Self>,
@@ -92,11 +123,14 @@ pub(crate) trait Gradients: Kernels {
         angles: [FloatTensor<Self>; 2],
         layout: RopeLayout,
     ) -> FloatTensor<Self>;
-    /// `products` are gate and up; what of them is kept for nobody else may be written.
+    /// `products` are gate and up. They may be overwritten if no one else holds them.
     fn swiglu_grads(
         dy: FloatTensor<Self>,
-        products: [Arc<Kept<FloatTensor<Self>>>; 2],
+        products: [Arc<SavedActivation<FloatTensor<Self>>>; 2],
     ) -> [FloatTensor<Self>; 2];
+
+    // Attention.
+
     /// `saved` is q, k, v, the output and the log-sum-exp.
     fn attention_grads(
         dout: FloatTensor<Self>,
@@ -112,21 +146,27 @@ pub(crate) trait Gradients: Kernels {
         scale: f32,
         segments: &Segments,
     ) -> [FloatTensor<Self>; 3];
-    /// Gradients of x and the routing weights, and of the six factors if they are wanted.
+
+    // Experts.
+
+    /// Gradients of x and the routing weights, and of the six factors if `want_factors`.
     fn experts_frozen_grads(
         dy: FloatTensor<Self>,
         saved: ExpertsSaved<Self>,
         factors: &FactorsPrimitive<Self>,
-        settings: (&ExpertBank, ExpertLora, Compute),
-        wanted: bool,
+        bank: &ExpertBank,
+        lora: ExpertLora,
+        want_factors: bool,
     ) -> ([FloatTensor<Self>; 2], Option<[FloatTensor<Self>; 6]>);
     /// Gradients of x and the routing weights, and of the three stacks.
     fn experts_trained_grads(
         dy: FloatTensor<Self>,
         saved: ExpertsSaved<Self>,
         stacks: &StacksPrimitive<Self>,
-        compute: Compute,
     ) -> ([FloatTensor<Self>; 2], [FloatTensor<Self>; 3]);
+
+    // The loss.
+
     /// Losses and log-sum-exps of a frozen head without a low-rank update, and the losses' gradients by h.
     fn cross_entropy_with_gradients(
         h: FloatTensor<Self>,
@@ -141,7 +181,8 @@ pub(crate) trait Gradients: Kernels {
         dloss: FloatTensor<Self>,
         saved: LossSaved<FloatTensor<Self>, IntTensor<Self>>,
         low_rank: [FloatTensor<Self>; 2],
-        settings: (&Matrix, Compute),
+        w: &Matrix,
+        compute: Compute,
         want_b: bool,
     ) -> [FloatTensor<Self>; 3];
     /// Gradients of h and w.
@@ -153,3 +194,40 @@ pub(crate) trait Gradients: Kernels {
         want_w: bool,
     ) -> [FloatTensor<Self>; 2];
 }
+
+/// Registers the gradient of each tracked parent.
+pub(crate) fn register<B: Gradients>(
+    grads: &mut Grads,
+    parents: impl IntoIterator<Item = Option<NodeId>>,
+    values: impl IntoIterator<Item = FloatTensor<B>>,
+) {
+    for (parent, value) in parents.into_iter().zip(values) {
+        if let Some(parent) = parent {
+            grads.register::<B>(parent, value);
+        }
+    }
+}
+
+/// Declares a backward step: its name, number of inputs and saved state, and its body, a function of
+/// `(output gradient, input nodes, state, gradients)` on a backend `B`.
+macro_rules! backward_step {
+    ($name:ident, $n:literal, $state:ty, |$dy:ident, $parents:ident, $saved:pat_param, $grads:ident| $body:block) => {
+        #[derive(Debug)]
+        struct $name;
+
+        impl<B: Gradients> Backward<B, $n> for $name {
+            type State = $state;
+
+            fn backward(self, ops: Ops<Self::State, $n>, $grads: &mut Grads, _: &mut Checkpointer) {
+                let $dy = $grads.consume::<B>(&ops.node);
+                let ($parents, $saved) = (
+                    ops.parents.map(|parent| parent.map(|node| node.id)),
+                    ops.state,
+                );
+                $body
+            }
+        }
+    };
+}
+
+pub(crate) use backward_step;

@@ -3,7 +3,7 @@
 
 #![expect(
     unsafe_code,
-    reason = "vector instructions on pointers, behind the checks of features and of sizes in `rows`"
+    reason = "vector instructions on pointers, behind the checks of features and of sizes in `gemv`"
 )]
 
 use crate::formats::{DtypeRows, Q8_BLOCK, Q8_BLOCK_BYTES, RowDtype};

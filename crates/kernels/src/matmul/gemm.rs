@@ -1,6 +1,6 @@
 //! The serial product of two views: in f32, or with operands rounded to bf16.
 
-use super::packing::{self, Right, multiplies_pairs};
+use super::block_product::{Right, multiplies_pairs, product, product_bf16};
 use crate::memory::{Mat, MatMut, with_scratch};
 use crate::settings::Accumulate;
 use crate::simd::round_to_bf16;
@@ -25,7 +25,7 @@ pub(crate) fn gemm(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, accumula
     if k > 0 && n <= NARROW && a.strides()[0] == 1 {
         narrow(dst, a, b, scale, accumulate);
     } else if k > 0 {
-        packing::product(&dst, a, b, scale, accumulate);
+        product(&dst, a, b, scale, accumulate);
     } else if accumulate == Accumulate::Replace {
         let mut dst = dst;
         (0..m).for_each(|row| dst.row(row).fill(0.0));
@@ -50,7 +50,7 @@ pub(crate) fn gemm_bf16(
     if a.cols() == 0 || dst.rows() == 0 || dst.cols() == 0 {
         gemm(dst, a, b, 1.0, accumulate);
     } else if multiplies_pairs() {
-        packing::product_bf16(&dst, a, Right::Values(b), accumulate);
+        product_bf16(&dst, a, Right::Values(b), accumulate);
     } else {
         gemm_rounded(dst, a, b, is_bf16, accumulate);
     }
@@ -91,7 +91,7 @@ pub(crate) fn gemm_pairs(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, accumulate: Ac
         let nothing = Mat::dense(&[], 0, b.cols());
         return gemm(dst, a.block(0..a.rows(), 0..0), nothing, 1.0, accumulate);
     }
-    packing::product_bf16(&dst, a, Right::Pairs(b), accumulate);
+    product_bf16(&dst, a, Right::Pairs(b), accumulate);
 }
 
 /// Values along the sum that are rounded at once, without instructions for bf16.
@@ -119,7 +119,7 @@ fn narrow(mut dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, accumulate: A
     let (m, n) = (dst.rows(), dst.cols());
     with_scratch(m * n, |transposed| {
         let view = MatMut::dense(transposed, n, m);
-        packing::product(&view, b.t(), a.t(), scale, Accumulate::Replace);
+        product(&view, b.t(), a.t(), scale, Accumulate::Replace);
         for row in 0..m {
             for (col, dst) in dst.row(row).iter_mut().enumerate() {
                 let value = transposed[col * m + row];

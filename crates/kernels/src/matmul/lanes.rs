@@ -80,8 +80,8 @@ pub(super) trait Lanes: Copy {
 pub(super) const MAX_ROWS: usize = 6;
 pub(super) const WIDEST: usize = 64;
 
-/// Four values that the compiler turns into whatever the target has: NEON and SSE have four. With NEON the 24 sums of a tile,
-/// a row of b and the values stay in its 32 registers, and nothing is left to be written by hand.
+/// Four values that the compiler turns into whatever the target has: NEON and SSE have four. With NEON the 24 sums of a
+/// tile, a row of b and the values stay in its 32 registers, and nothing is left to be written by hand.
 #[derive(Clone, Copy)]
 pub(super) struct PortableLanes([f32; 4]);
 

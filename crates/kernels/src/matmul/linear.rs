@@ -1,10 +1,11 @@
 //! The products of a linear layer, over weights in any stored form, on all threads.
 //!
-//! There are three: `y = x · wᵀ` ([`nt`]), `dx = dy · w` ([`nn`]) and `dw = dyᵀ · x` ([`tn`]). The first two take the weight
-//! as a [`WeightOperand`], which is read in place or decoded and rounded tile by tile into scratch of the size of the
-//! second-level cache, so no converted copy of a weight ever exists. [`plan`] decides how each is made.
+//! There are three: `y = x · wᵀ` ([`nt`]), `dx = dy · w` ([`nn`]) and `dw = dyᵀ · x` ([`tn`]). The first two take the
+//! weight as a [`WeightOperand`], which is read in place or decoded and rounded tile by tile into scratch of the size
+//! of the second-level cache, so no converted copy of a weight ever exists. [`plan`] decides how each is made.
 //!
-//! Each row of a product over few rows has the bits it has alone, up to [`MAX_GEMV_ROWS`](crate::gemv::MAX_GEMV_ROWS) rows.
+//! Each row of a product over few rows has the bits it has alone, up to [`MAX_GEMV_ROWS`](crate::gemv::MAX_GEMV_ROWS)
+//! rows.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;

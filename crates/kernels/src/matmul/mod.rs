@@ -1,5 +1,6 @@
 //! Matrix products with weights in any stored form. [`plan`] decides the path of each.
 
+mod block_product;
 mod blocked;
 mod gemm;
 mod kernel_version;

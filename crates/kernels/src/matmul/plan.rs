@@ -1,7 +1,7 @@
 //! The path of each product of a linear layer: this is the only place that decides it.
 
+use super::block_product::multiplies_pairs;
 use super::operand::{LayerPass, WeightOperand};
-use super::packing::multiplies_pairs;
 use crate::gemv::{MAX_GEMV_ROWS, PackedWeight};
 use crate::memory::Mat;
 use crate::settings::Compute;
@@ -46,19 +46,19 @@ impl<'a> ProductPlan<'a> {
 
 /// The path of a product of `rows` rows of activations with a weight, which carries its settings.
 ///
-/// | weight                                         | compute         | up to [`MAX_GEMV_ROWS`] | more rows                     |
-/// |------------------------------------------------|-----------------|-------------------------|-------------------------------|
-/// | blocks of ggml's, by rows or interleaved       | int8            | `Int8Gemm`              | `Int8Gemm`                    |
-/// | f32, f16                                       | f32             | `Gemv`                  | `F32Gemm`                     |
-/// | bf16                                           | f32             | `Gemv`                  | `F32Gemm`                     |
-/// | bf16                                           | bf16            | `Gemv`                  | `Bf16PairsGemm` or `Bf16Gemm` |
-/// | trained f32                                    | int8            | `Int8Gemm`, as f32      | `Int8Gemm`, as f32            |
-/// | FP8; blocks of ggml's                          | f32             | `F32Rows`               | `F32Gemm`                     |
-/// | any other                                      | bf16            | `Bf16Rows`              | `Bf16Gemm`                    |
-/// | any                                            | f16             | `F32Rows`               | `F32Gemm`                     |
-/// | FP8                                            | FP8             | `F32Rows`               | `F32Gemm`                     |
-/// | rounded in blocks: FP8 of another, fake quantized | any          | `F32Gemm`, `Bf16Gemm`   | `F32Gemm`, `Bf16Gemm`         |
-/// | split `kv_b_proj`, whose keys are stored as columns | f32, bf16  | `F32Gemm`, `Bf16Gemm`   | `F32Gemm`, `Bf16Gemm`         |
+/// | weight                             | compute   | up to [`MAX_GEMV_ROWS`] | more rows                     |
+/// |------------------------------------|-----------|-------------------------|-------------------------------|
+/// | ggml's blocks, also interleaved    | int8      | `Int8Gemm`              | `Int8Gemm`                    |
+/// | trained f32                        | int8      | `Int8Gemm`, in f32      | `Int8Gemm`, in f32            |
+/// | f32, f16, bf16                     | f32       | `Gemv`                  | `F32Gemm`                     |
+/// | ggml's blocks, FP8                 | f32       | `F32Rows`               | `F32Gemm`                     |
+/// | bf16                               | bf16      | `Gemv`                  | `Bf16PairsGemm` or `Bf16Gemm` |
+/// | any other                          | bf16      | `Bf16Rows`              | `Bf16Gemm`                    |
+/// | any                                | f16       | `F32Rows`               | `F32Gemm`                     |
+/// | FP8                                | FP8       | `F32Rows`               | `F32Gemm`                     |
+/// | any other, rounded in blocks       | FP8       | `F32Gemm`               | `F32Gemm`                     |
+/// | fake quantized, in blocks          | any       | `F32Gemm`, `Bf16Gemm`   | `F32Gemm`, `Bf16Gemm`         |
+/// | split `kv_b_proj`                  | any       | `F32Gemm`, `Bf16Gemm`   | `F32Gemm`, `Bf16Gemm`         |
 ///
 /// Backward products never read stored bytes: `Gemv` becomes `F32Rows` or `Bf16Rows`, `Bf16PairsGemm` becomes
 /// `Bf16Gemm`, and `Int8Gemm` becomes `F32Rows` or `F32Gemm`. The compute column is the setting resolved for the weight

@@ -79,7 +79,8 @@ impl SimdWork for Decoding<'_> {
     unsafe fn run<I: Isa>(self) {
         let bytes = self.bytes.chunks(2 * LANES);
         for (bytes, out) in bytes.zip(self.out.chunks_mut(LANES)) {
-            // SAFETY: whole steps lie in both, and what is left is copied to where a whole step can be read and written.
+            // SAFETY: whole steps lie in both, and what is left is copied to where a whole step can be read and
+            // written.
             unsafe {
                 if bytes.len() == 2 * LANES && out.len() == LANES {
                     I::store(I::load_f16(bytes.as_ptr()), out.as_mut_ptr());

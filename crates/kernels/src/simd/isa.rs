@@ -6,7 +6,7 @@
 
 #![expect(
     unsafe_code,
-    reason = "vector instructions on pointers; `rows` checks sizes and features"
+    reason = "vector instructions on pointers; `gemv` checks sizes and features"
 )]
 
 use half::{bf16, f16};

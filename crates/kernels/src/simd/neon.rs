@@ -2,7 +2,7 @@
 
 #![expect(
     unsafe_code,
-    reason = "vector instructions on pointers; `rows` checks sizes and features"
+    reason = "vector instructions on pointers; `gemv` checks sizes and features"
 )]
 
 use std::arch::aarch64::*;
@@ -45,8 +45,8 @@ unsafe fn widened(low: uint16x8_t, high: uint16x8_t) -> [uint32x4_t; 4] {
     }
 }
 
-// SAFETY (all below): the caller's promises about pointers; the caller checked for dotprod. No closures here: instructions
-// in a closure would be calls.
+// SAFETY (all below): the caller's promises about pointers; the caller checked for dotprod. No closures here:
+// instructions in a closure would be calls.
 impl Isa for Neon {
     type Codes = [uint8x16_t; 4];
     type Ints = [int32x4_t; 4];

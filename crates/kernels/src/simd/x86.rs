@@ -2,7 +2,7 @@
 
 #![expect(
     unsafe_code,
-    reason = "vector instructions on pointers; `rows` checks sizes and features"
+    reason = "vector instructions on pointers; `gemv` checks sizes and features"
 )]
 
 use std::arch::x86_64::*;

@@ -143,7 +143,7 @@ impl SpinPool {
         }));
         let members = (0..n_members).filter_map(|i| {
             let is_asleep: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
-            let builder = thread::Builder::new().name(format!("team-{i}"));
+            let builder = thread::Builder::new().name(format!("spin-{i}"));
             // If a thread cannot be spawned, the others do its work.
             let handle = builder.spawn(move || state.serve(i + 1, is_asleep)).ok()?;
             Some(PoolThread {
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_team_that_slept_wakes() {
+    fn a_pool_that_slept_wakes() {
         spin_for(2, |_| {});
         thread::sleep(std::time::Duration::from_millis(20));
         let done = AtomicUsize::new(0);

@@ -80,7 +80,7 @@ fn a_merged_product_is_that_of_the_rounded_sum() {
                 linear_fake_quantized(
                     x.clone(),
                     &matrix,
-                    [a.clone(), b.clone()],
+                    Some([a.clone(), b.clone()]),
                     FakeQuantize { scale, quantizer },
                     Compute::F32
                 ),
@@ -89,13 +89,12 @@ fn a_merged_product_is_that_of_the_rounded_sum() {
                 )
             );
         }
-        let none = [[0, inner], [out, 0]].map(|shape| Tensor::zeros(shape, &device()));
         let matrix = Arc::new(Matrix::from_f32(out, inner, &values(&w)));
         let merge = FakeQuantize {
             scale: 1.0,
             quantizer,
         };
-        let y = linear_fake_quantized(x.clone(), &matrix, none, merge, Compute::F32);
+        let y = linear_fake_quantized(x.clone(), &matrix, None, merge, Compute::F32);
         let expected = x.matmul(rounded(&w, format).transpose());
         close(&y, &expected, &format!("{format} without update"));
     }
@@ -106,13 +105,12 @@ fn rounding_for_a_format_and_for_the_products_are_two_roundings() {
     let [tokens, out, inner] = [20, 150, 160];
     let (x, w) = (random([tokens, inner]), coarse([out, inner]));
     let matrix = Arc::new(Matrix::from_f32(out, inner, &values(&w)));
-    let none = || [[0, inner], [out, 0]].map(|shape| Tensor::zeros(shape, &device()));
     let merge = FakeQuantize {
         scale: 1.0,
         quantizer: "gguf:q4_0".parse().unwrap(),
     };
     for compute in [Compute::Bf16, Compute::F16, Compute::Fp8(Scales::F32)] {
-        let y = linear_fake_quantized(x.clone(), &matrix, none(), merge, compute);
+        let y = linear_fake_quantized(x.clone(), &matrix, None, merge, compute);
         let twice = Matrix::from_f32(out, inner, &values(&rounded(&w, "gguf:q4_0")));
         let expected = linear_frozen(x.clone(), &Arc::new(twice), compute);
         close(&y, &expected, &format!("{compute:?}"));
@@ -147,12 +145,6 @@ fn merged_experts_are_those_of_the_rounded_sums() {
             coarse([experts, rank, inner]),
             coarse([experts, hidden, rank]),
         );
-        let none = || {
-            [
-                Tensor::<3>::zeros([experts, 0, hidden], &device()),
-                Tensor::<3>::zeros([experts, inner, 0], &device()),
-            ]
-        };
         let (routing, one_hot) = routing(tokens, experts, top_k, weights.clone());
         let lora = ExpertLora {
             scale: [0.5, 0.0, 2.0],
@@ -181,9 +173,9 @@ fn merged_experts_are_those_of_the_rounded_sums() {
                 },
                 &bank,
                 ExpertFactors {
-                    gate: [ga.clone(), gb.clone()],
-                    up: none(),
-                    down: [da.clone(), db.clone()]
+                    gate: Some([ga.clone(), gb.clone()]),
+                    up: None,
+                    down: Some([da.clone(), db.clone()])
                 },
                 lora,
                 Compute::F32
@@ -239,7 +231,7 @@ fn updates_are_folded_onto_fp8_weights_and_fp8_alone_is_left_as_it_is() {
             linear_fake_quantized(
                 x.clone(),
                 &matrix,
-                [a.clone(), b.clone()],
+                Some([a.clone(), b.clone()]),
                 merge,
                 Compute::F32
             ),
@@ -247,8 +239,7 @@ fn updates_are_folded_onto_fp8_weights_and_fp8_alone_is_left_as_it_is() {
                 .matmul(straight_through(&w, b.clone().matmul(a.clone()) * 2.0, "fp8").transpose())
         );
         // The codes are what a merge copies: other scales would be as good, but not the same.
-        let none = [[0, inner], [out, 0]].map(|shape| Tensor::zeros(shape, &device()));
-        let y = linear_fake_quantized(x.clone(), &matrix, none, merge, Compute::F32);
+        let y = linear_fake_quantized(x.clone(), &matrix, None, merge, Compute::F32);
         let expected = linear_frozen(x.clone(), &matrix, Compute::F32);
         assert_eq!(values(&y), values(&expected));
     }

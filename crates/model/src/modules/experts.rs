@@ -11,7 +11,7 @@ use std::ops::RangeFrom;
 use std::sync::Arc;
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Int, Tensor};
 use kernels::{
     Compute, Dropout, ExpertBank, ExpertCache, ExpertFactors, ExpertLora, ExpertTraffic, Matrix,
     OffloadedLayer, Quantizer, SharedExperts,
@@ -366,36 +366,21 @@ impl Experts {
         ctx: &ForwardContext<'_>,
     ) -> Tensor<2> {
         let compute = ctx.compute_of(PrecisionClass::Experts);
-        let (factors, lora) = self.factors(bank, &x.device(), ctx);
+        let (factors, lora) = self.factors(bank, ctx);
         kernels::experts_frozen(x, routing, bank, factors, lora, compute)
     }
 
-    /// The updates of a bank's experts as the kernel takes them; the absent ones have rank 0.
-    fn factors(
-        &self,
-        bank: &ExpertBank,
-        device: &Device,
-        ctx: &ForwardContext<'_>,
-    ) -> (ExpertFactors, ExpertLora) {
-        let [experts, inner, hidden] = [bank.gate.len(), bank.gate[0].rows(), bank.gate[0].cols()];
-        let none = |[width_in, width_out]: [usize; 2]| {
-            let zeros = |shape| Tensor::zeros(shape, device);
-            (
-                [
-                    zeros([experts, 0, width_in]),
-                    zeros([experts, width_out, 0]),
-                ],
-                0.0,
-            )
-        };
-        let factors = |stacks: &FactorStacks| (stacks.per_expert(experts), stacks.scale);
+    /// The updates of a bank's experts as the kernel takes them.
+    fn factors(&self, bank: &ExpertBank, ctx: &ForwardContext<'_>) -> (ExpertFactors, ExpertLora) {
+        let [experts, inner] = [bank.gate.len(), bank.gate[0].rows()];
         let lora = self.lora.as_ref();
-        let pick = |of: fn(&ExpertsLora) -> &Option<FactorStacks>, widths| {
-            lora.and_then(|lora| of(lora).as_ref())
-                .map_or_else(|| none(widths), factors)
+        let pick = |of: fn(&ExpertsLora) -> &Option<FactorStacks>| {
+            let stacks = lora.and_then(|lora| of(lora).as_ref());
+            let factors = stacks.map(|stacks| stacks.per_expert(experts));
+            (factors, stacks.map_or(0.0, |stacks| stacks.scale))
         };
 
-        let (down, down_scale) = pick(|lora| &lora.down_proj, [inner, hidden]);
+        let (down, down_scale) = pick(|lora| &lora.down_proj);
         let ((gate, gate_scale), (up, up_scale)) =
             match lora.and_then(|lora| lora.gate_up_proj.as_ref()) {
                 Some(gate_up) => {
@@ -403,16 +388,13 @@ impl Experts {
                     let rank = a.dims()[1];
                     let half = |rows: std::ops::Range<usize>| {
                         (
-                            [a.clone(), b.clone().slice([0..experts, rows, 0..rank])],
+                            Some([a.clone(), b.clone().slice([0..experts, rows, 0..rank])]),
                             gate_up.scale,
                         )
                     };
                     (half(0..inner), half(inner..2 * inner))
                 }
-                None => (
-                    pick(|lora| &lora.gate_proj, [hidden, inner]),
-                    pick(|lora| &lora.up_proj, [hidden, inner]),
-                ),
+                None => (pick(|lora| &lora.gate_proj), pick(|lora| &lora.up_proj)),
             };
         let dropout = match (lora, ctx.dropout_seed) {
             (Some(lora), Some(seed)) => Dropout {

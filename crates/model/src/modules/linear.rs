@@ -242,7 +242,7 @@ impl Linear {
         let update = Update {
             scale: lora.scale,
             compute,
-            kept: ctx.compute,
+            saved_as: ctx.compute,
         };
         let factors = [lora.lora_a.val(), lora.lora_b.val()];
         kernels::linear_updated(x, &frozen.matrix, factors, update)
@@ -256,11 +256,9 @@ impl Linear {
         quantizer: Quantizer,
         compute: Compute,
     ) -> Tensor<2> {
-        let none = |shape: [usize; 2]| Tensor::zeros(shape, &x.device());
-        let (factors, scale) = match &self.lora {
-            Some(lora) => ([lora.lora_a.val(), lora.lora_b.val()], lora.scale),
-            None => ([none([0, w.cols()]), none([w.rows(), 0])], 0.0),
-        };
+        let lora = self.lora.as_ref();
+        let factors = lora.map(|lora| [lora.lora_a.val(), lora.lora_b.val()]);
+        let scale = lora.map_or(0.0, |lora| lora.scale);
         kernels::linear_fake_quantized(x, w, factors, FakeQuantize { scale, quantizer }, compute)
     }
 
@@ -359,13 +357,11 @@ impl Linear {
             }
             (Weight::Frozen(frozen), Some(lora)) => {
                 let low = lora.project(lora.dropped(hidden.clone(), ctx), ctx);
-                let low_rank = [low, lora.lora_b.val()];
+                let low_rank = Some([low, lora.lora_b.val()]);
                 kernels::cross_entropy_frozen(hidden, low_rank, &frozen.matrix, targets, compute)
             }
             (Weight::Frozen(frozen), None) => {
-                let none = [hidden.dims()[0], frozen.matrix.rows()]
-                    .map(|rows| Tensor::zeros([rows, 0], &hidden.device()));
-                kernels::cross_entropy_frozen(hidden, none, &frozen.matrix, targets, compute)
+                kernels::cross_entropy_frozen(hidden, None, &frozen.matrix, targets, compute)
             }
         }
     }

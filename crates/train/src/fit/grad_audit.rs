@@ -15,7 +15,7 @@ use crate::optimizer::Accumulated;
 use crate::routing::ExpertLoads;
 
 /// The file in the run directory.
-const NAME: &str = "gradients.json";
+const GRADIENTS_NAME: &str = "gradients.json";
 
 /// The first step's gradients, tensor by tensor.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -121,7 +121,7 @@ impl GradAudit {
     pub(crate) fn write(&self, run: &Path) -> Result<()> {
         let json = serde_json::to_string_pretty(self).expect("names and numbers are JSON");
         Ok(checkpoint::write_file(
-            &run.join(NAME),
+            &run.join(GRADIENTS_NAME),
             format!("{json}\n").as_bytes(),
         )?)
     }
@@ -155,7 +155,7 @@ impl GradAudit {
                 text += &format!("; {what}: {} (`{}`, …)", zeros(why).count(), first.name);
             }
         }
-        text + &format!("; see {NAME}")
+        text + &format!("; see {GRADIENTS_NAME}")
     }
 }
 

@@ -124,8 +124,8 @@ fn cut(path: &Path, last_step: Option<u64>) -> Result<bool> {
 
 /// The step of the event at an offset of a file, and the offset of its end; none if there is no whole event.
 fn next_step(file: &mut File, start: u64, len: u64) -> std::io::Result<Option<(u64, u64)>> {
-    const FRAME: u64 = 16;
-    if len.saturating_sub(start) < FRAME {
+    const FRAME_BYTES: u64 = 16;
+    if len.saturating_sub(start) < FRAME_BYTES {
         return Ok(None);
     }
     let mut head = [0; 12];
@@ -134,7 +134,7 @@ fn next_step(file: &mut File, start: u64, len: u64) -> std::io::Result<Option<(u
     let mut n_bytes = [0; 8];
     n_bytes.copy_from_slice(&head[..8]);
     let n_bytes = u64::from_le_bytes(n_bytes);
-    if n_bytes > MAX_RECORD_BYTES || n_bytes > len - start - FRAME {
+    if n_bytes > MAX_RECORD_BYTES || n_bytes > len - start - FRAME_BYTES {
         return Ok(None);
     }
     let mut content = vec![0; n_bytes as usize];
@@ -142,7 +142,7 @@ fn next_step(file: &mut File, start: u64, len: u64) -> std::io::Result<Option<(u
     let mut crc = [0; 4];
     file.read_exact(&mut crc)?;
     let is_whole = crc == masked_crc(&content).to_le_bytes();
-    Ok(is_whole.then(|| (step_of(&content), start + FRAME + n_bytes)))
+    Ok(is_whole.then(|| (step_of(&content), start + FRAME_BYTES + n_bytes)))
 }
 
 /// The step of an event that this file wrote: after the time, or absent for 0.

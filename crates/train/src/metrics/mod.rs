@@ -19,7 +19,7 @@ use crate::{Error, Result};
 pub(crate) const METRICS_NAME: &str = "metrics.jsonl";
 
 /// Maximum length of a line that is read. Real ones have a few hundred bytes.
-const MAX_LINE_BYTES: u64 = 1 << 20;
+const MAX_METRICS_LINE_BYTES: u64 = 1 << 20;
 
 /// The metrics of a run, open for appending.
 #[derive(Debug)]
@@ -90,7 +90,7 @@ fn valid_bytes(path: &Path, file: &File, last_step: u64) -> Result<u64> {
     for number in 1.. {
         let mut line = Vec::new();
         (&mut reader)
-            .take(MAX_LINE_BYTES)
+            .take(MAX_METRICS_LINE_BYTES)
             .read_until(b'\n', &mut line)
             .map_err(io("read", path))?;
         let is_last = reader.fill_buf().map_err(io("read", path))?.is_empty();

@@ -102,8 +102,8 @@ fn nearest<'a>(name: &str, candidates: &[&'a str]) -> Option<&'a str> {
     // Below it come words that share only a few letters; above it, every typo of one letter.
     const ALIKE: f64 = 0.8;
     // The longest name is half of this, and a megabyte would take its time.
-    const LONGEST: usize = 40;
-    if name.len() > LONGEST {
+    const MAX_KEY_BYTES: usize = 40;
+    if name.len() > MAX_KEY_BYTES {
         return None;
     }
     let scored = candidates

@@ -21,7 +21,7 @@ use model::adapt::Share;
 use model::{Checkpointing, Compute};
 use serde::{Deserialize, Serialize};
 
-use self::values::Words;
+use self::values::RecipeWords;
 
 pub use self::choices::{ExportDType, Loss, Method, Moments, RouterTraining, ScheduleKind};
 

@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer};
 use toml::Value;
 
 /// A type of another crate whose values have words in a recipe.
-pub(super) trait Words: Copy + PartialEq + 'static {
+pub(super) trait RecipeWords: Copy + PartialEq + 'static {
     /// Every word and its value.
     const WORDS: &'static [(&'static str, Self)];
 
@@ -32,7 +32,7 @@ pub(super) trait Words: Copy + PartialEq + 'static {
     }
 }
 
-impl Words for Compute {
+impl RecipeWords for Compute {
     // The scales of `fp8` are those of the model, which is not open yet: see `Session::compute`.
     const WORDS: &'static [(&'static str, Self)] = &[
         ("f32", Self::F32),
@@ -43,11 +43,11 @@ impl Words for Compute {
     ];
 }
 
-impl Words for Checkpointing {
+impl RecipeWords for Checkpointing {
     const WORDS: &'static [(&'static str, Self)] = &[("none", Self::None), ("block", Self::Block)];
 }
 
-impl Words for Share {
+impl RecipeWords for Share {
     const WORDS: &'static [(&'static str, Self)] =
         &[("A", Self::A), ("B", Self::B), ("outer", Self::Outer)];
 }
@@ -66,9 +66,9 @@ pub(super) mod word {
     use serde::ser::{Error as _, Serializer};
     use serde::{Deserialize, Deserializer};
 
-    use super::Words;
+    use super::RecipeWords;
 
-    pub(in crate::recipe) fn serialize<T: Words, S: Serializer>(
+    pub(in crate::recipe) fn serialize<T: RecipeWords, S: Serializer>(
         value: &T,
         serializer: S,
     ) -> Result<S::Ok, S::Error> {
@@ -76,7 +76,7 @@ pub(super) mod word {
         serializer.serialize_str(word.ok_or_else(|| S::Error::custom("no word of a recipe"))?)
     }
 
-    pub(in crate::recipe) fn deserialize<'de, T: Words, D: Deserializer<'de>>(
+    pub(in crate::recipe) fn deserialize<'de, T: RecipeWords, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<T, D::Error> {
         T::of_word(&String::deserialize(deserializer)?)
@@ -88,9 +88,9 @@ pub(super) mod optional_word {
     use serde::Deserializer;
     use serde::ser::Serializer;
 
-    use super::{Words, word};
+    use super::{RecipeWords, word};
 
-    pub(in crate::recipe) fn serialize<T: Words, S: Serializer>(
+    pub(in crate::recipe) fn serialize<T: RecipeWords, S: Serializer>(
         value: &Option<T>,
         serializer: S,
     ) -> Result<S::Ok, S::Error> {
@@ -100,7 +100,7 @@ pub(super) mod optional_word {
         }
     }
 
-    pub(in crate::recipe) fn deserialize<'de, T: Words, D: Deserializer<'de>>(
+    pub(in crate::recipe) fn deserialize<'de, T: RecipeWords, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<Option<T>, D::Error> {
         word::deserialize(deserializer).map(Some)

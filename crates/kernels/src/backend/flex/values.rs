@@ -2,29 +2,25 @@
 
 use std::ops::Range;
 
-use burn::backend::Flex;
 use burn::tensor::{Bytes, DType, Shape};
 use burn_flex::{FlexTensor, Layout};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-use crate::backend::kept::{Form, Kept};
-use crate::backend::ops::Kernels;
-use crate::formats::fp8::Tiles;
 use crate::memory::{Mat, zeros};
-use crate::ops::swiglu;
+use crate::ops::{rms_norm, swiglu};
 use crate::settings::Compute;
 use crate::simd::widen_bf16;
 
-/// A tensor's f32 values in row-major order: in place where they lie so, copied otherwise.
-pub(super) struct Floats {
+/// A tensor's f32 values in row-major order: in place if they are stored so, otherwise a copy.
+pub(crate) struct Floats {
     tensor: FlexTensor,
     range: Range<usize>,
 }
 
 impl Floats {
-    pub(super) fn new(tensor: &FlexTensor) -> Self {
+    pub(crate) fn new(tensor: &FlexTensor) -> Self {
         match tensor.dtype() {
             DType::F32 => Self::in_place(if tensor.is_contiguous() {
                 tensor.clone()
@@ -37,7 +33,7 @@ impl Floats {
         }
     }
 
-    /// Those of narrower numbers.
+    /// Widens bf16 or f16 values.
     fn widened<T: Sync>(
         tensor: &FlexTensor,
         storage: fn(&FlexTensor) -> &[T],
@@ -54,7 +50,7 @@ impl Floats {
     }
 
     /// A contiguous tensor may be a part of a larger buffer.
-    pub(super) fn in_place(tensor: FlexTensor) -> Self {
+    pub(crate) fn in_place(tensor: FlexTensor) -> Self {
         let start = tensor.layout().start_offset();
         Self {
             range: start..start + tensor.layout().num_elements(),
@@ -62,8 +58,8 @@ impl Floats {
         }
     }
 
-    /// The values as a product in `compute` sees them that sums over the last axis.
-    pub(super) fn rounded(tensor: &FlexTensor, compute: Compute) -> Self {
+    /// The values as rounded for a product in `compute` that sums over the last axis.
+    pub(crate) fn rounded(tensor: &FlexTensor, compute: Compute) -> Self {
         let values = Self::new(tensor);
         let are_rounded = match compute {
             Compute::F32 => true,
@@ -77,8 +73,8 @@ impl Floats {
         values.mapped(ROUNDED_ROWS, |rows, width| compute.round_rows(rows, width))
     }
 
-    /// The values as a product in `compute` sees them that sums over the first axis of two.
-    pub(super) fn rounded_columns(self, compute: Compute) -> Self {
+    /// The values as rounded for a product in `compute` that sums over the first of two axes.
+    pub(crate) fn rounded_columns(self, compute: Compute) -> Self {
         if compute == Compute::F32 {
             return self;
         }
@@ -87,8 +83,8 @@ impl Floats {
         })
     }
 
-    /// A copy, changed some rows at a time.
-    pub(super) fn mapped(&self, rows: usize, change: impl Fn(&mut [f32], usize) + Sync) -> Self {
+    /// A copy, changed in groups of `rows` rows.
+    pub(crate) fn mapped(&self, rows: usize, change: impl Fn(&mut [f32], usize) + Sync) -> Self {
         let shape = self.shape();
         let width = shape.as_slice().last().copied().unwrap_or(1).max(1);
         let mut values = vec![0.0; self.len()];
@@ -102,49 +98,20 @@ impl Floats {
         Self::in_place(floats(values, shape))
     }
 
-    /// What was kept for the backward pass, or what it remakes.
-    pub(super) fn kept(kept: &Kept<FlexTensor>) -> Self {
-        match kept.form() {
-            Form::Float(tensor) => Self::new(tensor),
-            Form::Fp8(tiles) => Self::decoded(tiles),
-            Form::Norm(x, weight, eps) => {
-                let y = <Flex as Kernels>::rms_norm(x.clone(), weight.clone(), *eps);
-                Self::in_place(y)
-            }
-            Form::Swiglu(products) => {
-                let [gate, up] = products.each_ref().map(|kept| Self::kept(kept));
-                Self::in_place(swiglu_of(&gate, &up))
-            }
-        }
-    }
-
-    pub(super) fn decoded(tiles: &Tiles) -> Self {
-        let [rows, cols] = tiles.dims();
-        let mut values = vec![0.0; rows * cols];
-        values
-            .par_chunks_mut((ROUNDED_ROWS * cols).max(1))
-            .enumerate()
-            .for_each(|(i, out)| {
-                let start = i * ROUNDED_ROWS;
-                tiles.decode(start..rows.min(start + ROUNDED_ROWS), out);
-            });
-        Self::in_place(floats(values, [rows, cols]))
-    }
-
-    pub(super) fn tensor(&self) -> &FlexTensor {
+    pub(crate) fn tensor(&self) -> &FlexTensor {
         &self.tensor
     }
 
-    pub(super) fn shape(&self) -> Shape {
+    pub(crate) fn shape(&self) -> Shape {
         self.tensor.layout().shape().clone()
     }
 
-    pub(super) fn dims<const D: usize>(&self) -> [usize; D] {
+    pub(crate) fn dims<const D: usize>(&self) -> [usize; D] {
         self.tensor.layout().shape().dims()
     }
 
-    /// As a matrix of rows of the last axis.
-    pub(super) fn mat(&self) -> Mat<'_> {
+    /// A matrix whose rows are along the last axis.
+    pub(crate) fn mat(&self) -> Mat<'_> {
         let [rows, cols] = self.dims();
         Mat::dense(self, rows, cols)
     }
@@ -158,17 +125,17 @@ impl std::ops::Deref for Floats {
     }
 }
 
-/// Rows per task where activations are rounded: whole tiles of FP8.
-pub(super) const ROUNDED_ROWS: usize = 128;
+/// Rows per task when activations are rounded: whole tiles of FP8.
+pub(crate) const ROUNDED_ROWS: usize = 128;
 
-/// A tensor whose storage is its values and nothing else, so that it can be written.
-pub(super) fn owned(x: FlexTensor) -> FlexTensor {
+/// A tensor whose storage holds only its values, so that it can be written.
+pub(crate) fn owned(x: FlexTensor) -> FlexTensor {
     let size = x.layout().num_elements() * x.dtype().size();
     let whole = x.is_contiguous() && x.bytes().len() == size;
     if whole { x } else { x.to_contiguous() }
 }
 
-pub(super) fn floats(values: Vec<f32>, shape: impl Into<Shape>) -> FlexTensor {
+pub(crate) fn floats(values: Vec<f32>, shape: impl Into<Shape>) -> FlexTensor {
     FlexTensor::new(
         Bytes::from_elems(values),
         Layout::contiguous(shape.into()),
@@ -176,7 +143,7 @@ pub(super) fn floats(values: Vec<f32>, shape: impl Into<Shape>) -> FlexTensor {
     )
 }
 
-pub(super) fn ints(values: Vec<i32>, shape: impl Into<Shape>) -> FlexTensor {
+pub(crate) fn ints(values: Vec<i32>, shape: impl Into<Shape>) -> FlexTensor {
     FlexTensor::new(
         Bytes::from_elems(values),
         Layout::contiguous(shape.into()),
@@ -185,7 +152,7 @@ pub(super) fn ints(values: Vec<i32>, shape: impl Into<Shape>) -> FlexTensor {
 }
 
 /// Integer values of either width; burn's default is i32 here, user data may come as i64.
-pub(super) fn int_values(tensor: &FlexTensor) -> Vec<i32> {
+pub(crate) fn int_values(tensor: &FlexTensor) -> Vec<i32> {
     let tensor = tensor.to_contiguous();
     match tensor.dtype() {
         DType::I32 => tensor.storage::<i32>().to_vec(),
@@ -195,12 +162,19 @@ pub(super) fn int_values(tensor: &FlexTensor) -> Vec<i32> {
 }
 
 /// Elements per task of a cheap elementwise operation.
-pub(super) const ELEMENTS: usize = 1 << 14;
+pub(crate) const ELEMENTS: usize = 1 << 14;
 
-pub(super) fn swiglu_of(gate: &Floats, up: &Floats) -> FlexTensor {
+/// SwiGLU of gate and up; see [`crate::swiglu`].
+pub(crate) fn swiglu_of(gate: &Floats, up: &Floats) -> FlexTensor {
     let mut out = zeros(gate.len());
     out.par_chunks_mut(ELEMENTS)
         .zip(gate.par_chunks(ELEMENTS).zip(up.par_chunks(ELEMENTS)))
         .for_each(|(out, (gate, up))| swiglu::forward(gate, up, out));
     floats(out, gate.dims::<2>())
+}
+
+/// RMS norm of the rows of `x`; see [`crate::rms_norm`].
+pub(crate) fn rms_norm_of(x: &Floats, weight: &Floats, eps: f32) -> FlexTensor {
+    let [rows, width] = x.dims();
+    floats(rms_norm::forward(x, width, weight, eps), [rows, width])
 }

@@ -4,7 +4,7 @@
 
 use super::BLOCK;
 use super::decode::IQ4_NL_CODEBOOK;
-use super::k_quants::extreme;
+use super::scale_search::extreme;
 
 /// How many scales are tried: the one that maps the value of the largest magnitude to an end of the codebook, and those
 /// that map it up to seven steps further in or out.

@@ -2,17 +2,19 @@
 //!
 //! The error of a weight enters a product multiplied by the input of its column, so it is weighted by that input's mean
 //! square, the column's importance. It is also weighted by the weight's own magnitude, because the few large weights of
-//! a row matter more than their squared errors say. The search over scales is that of `k_quants.rs` with these weights,
-//! also for the formats with blocks of 32; if groups share a scale of scales, that one is searched as well.
+//! a row matter more than their squared errors say. The search over scales is that of `scale_search.rs` with these
+//! weights, also for the formats with blocks of 32; if groups share a scale of scales, that one is searched as well.
 //!
 //! Source: ggml-org/llama.cpp: ggml/src/ggml-quants.c, `quantize_row_*_impl`, `make_qkx3_quants`, `make_qp_quants`.
 
 use super::codebook::codebook_codes;
-use super::encode::{f16_bytes, fifth_bits, pack_nibbles};
 use super::k_quants::{
-    GROUP, NOTHING, ROUNDS, STEP, Search, SuperBlockCodes, SuperBlockValues, nearest, q6_k_block,
-    scale_and_minimum, scale_of_signed, write_groups, write_q2_k, write_q3_k, write_q4_k,
-    write_q5_k,
+    GROUP, SuperBlockCodes, SuperBlockValues, q6_k_block, write_groups, write_q2_k, write_q3_k,
+    write_q4_k, write_q5_k,
+};
+use super::pack::{f16_bytes, fifth_bits, pack_nibbles};
+use super::scale_search::{
+    NOTHING, ROUNDS, STEP, Search, nearest, scale_and_minimum, scale_of_signed,
 };
 use super::{BLOCK, Ggml, SUPER_BLOCK};
 use crate::simd::multiversion;
@@ -22,8 +24,8 @@ impl Ggml {
     /// importance: their scales need no search.
     ///
     /// # Panics
-    /// If `out` are not the bytes of the blocks of the row, there is not one importance per value, or the format is only
-    /// read.
+    /// If `out` are not the bytes of the blocks of the row, there is not one importance per value, or the format is
+    /// only read.
     pub fn encode_weighted(self, row: &[f32], importance: &[f32], out: &mut [u8]) {
         assert_eq!(row.len(), importance.len(), "an importance for each column");
         let blocks = row.len() / self.block();

@@ -12,6 +12,8 @@ mod decode;
 mod encode;
 mod imatrix;
 mod k_quants;
+mod pack;
+mod scale_search;
 
 pub(crate) use self::decode::{IQ4_NL_CODEBOOK, MXFP4_DOUBLED, half_of_power};
 

@@ -90,7 +90,7 @@ impl Format {
             Self::Bf16 => "BF16",
             Self::Fp8(_) => "FP8",
             Self::Ggml(format) | Self::Interleaved(format) => format.name(),
-            Self::SplitKvB(_) => "halves",
+            Self::SplitKvB(_) => "split kv_b_proj",
         }
     }
 }
@@ -173,12 +173,12 @@ impl Matrix {
     /// # Errors
     /// If the shapes do not have `heads` heads of one rank.
     pub fn from_split_kv_b(keys: Self, values: Self, heads: usize) -> Result<Self, Error> {
-        let heads = SplitKvB::new(keys, values, heads)?;
+        let split = SplitKvB::new(keys, values, heads)?;
         Ok(Self {
-            rows: heads.rows(),
-            cols: heads.cols(),
+            rows: split.rows(),
+            cols: split.cols(),
             bytes: Bytes::new(),
-            format: Format::SplitKvB(heads),
+            format: Format::SplitKvB(split),
         })
     }
 
@@ -223,7 +223,7 @@ impl Matrix {
     /// Its keys and values, if it is a `kv_b_proj` in two parts.
     pub fn split_kv_b(&self) -> Option<&SplitKvB> {
         match &self.format {
-            Format::SplitKvB(heads) => Some(heads),
+            Format::SplitKvB(split) => Some(split),
             _ => None,
         }
     }
@@ -237,7 +237,7 @@ impl Matrix {
     pub fn size_bytes(&self) -> usize {
         let elsewhere = match &self.format {
             Format::Fp8(blocks) => blocks.scales.len() * 4,
-            Format::SplitKvB(heads) => heads.size_bytes(),
+            Format::SplitKvB(split) => split.size_bytes(),
             _ => 0,
         };
         self.bytes.len() + elsewhere
@@ -256,7 +256,7 @@ impl Matrix {
         let mut format = self.format.clone();
         match &mut format {
             Format::Fp8(blocks) => blocks.first_row += rows.start,
-            Format::SplitKvB(heads) => *heads = heads.starting_at(rows.start),
+            Format::SplitKvB(split) => *split = split.starting_at(rows.start),
             _ => {}
         }
         let bytes = self
@@ -300,8 +300,8 @@ impl Matrix {
             rows.end <= self.rows && cols.end <= self.cols,
             "tile {rows:?} × {cols:?} leaves the matrix"
         );
-        if let Format::SplitKvB(heads) = &self.format {
-            return heads.decode(rows, cols, out);
+        if let Format::SplitKvB(split) = &self.format {
+            return split.decode(rows, cols, out);
         }
         for (row, line) in rows.zip(out.chunks_exact_mut(cols.len().max(1))) {
             self.decode_row(row, cols.clone(), line);
@@ -333,7 +333,7 @@ impl Matrix {
                     decode_e4m3(&bytes[at.clone()], &mut out[at], scale);
                 }
             }
-            Format::SplitKvB(heads) => heads.decode(row..row + 1, cols, out),
+            Format::SplitKvB(split) => split.decode(row..row + 1, cols, out),
         }
     }
 

@@ -57,8 +57,8 @@ impl Matrix {
             Format::Ggml(_) | Format::F32 | Format::F16 | Format::Bf16 | Format::Fp8(_) => {
                 map(self)
             }
-            Format::SplitKvB(heads) => Self {
-                format: Format::SplitKvB(heads.map_stored(map)),
+            Format::SplitKvB(split) => Self {
+                format: Format::SplitKvB(split.map_stored(map)),
                 bytes: self.bytes.clone(),
                 ..*self
             },

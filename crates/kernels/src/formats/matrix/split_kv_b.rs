@@ -65,10 +65,10 @@ impl SplitKvB {
 
     /// Whether both parts are bf16.
     pub(crate) fn are_bf16(&self) -> bool {
-        let halves = [&self.keys, &self.values];
-        halves
+        let parts = [&self.keys, &self.values];
+        parts
             .iter()
-            .all(|half| matches!(half.format(), Format::Bf16))
+            .all(|part| matches!(part.format(), Format::Bf16))
     }
 
     /// The rows of a head that rebuild its keys, transposed: `[rank, nope]`, over the stored bytes.
@@ -132,11 +132,11 @@ impl SplitKvB {
         let mut row = start;
         while row < end {
             let (head, at) = (row / (nope + v), row % (nope + v));
-            let (half, start_of_half) = if at < nope { (nope, 0) } else { (v, nope) };
-            let at = at - start_of_half;
-            let n = (half - at).min(end - row);
+            let (part, start_of_part) = if at < nope { (nope, 0) } else { (v, nope) };
+            let at = at - start_of_part;
+            let n = (part - at).min(end - row);
             let out = &mut out[(row - start) * width..][..n * width];
-            if start_of_half == 0 {
+            if start_of_part == 0 {
                 self.decode_keys(head, at..at + n, cols.clone(), out);
             } else {
                 self.values
@@ -183,8 +183,8 @@ mod tests {
     use crate::formats::ggml::Ggml;
     use crate::testing::{every_block_format, every_format, noise};
 
-    /// Halves of three heads over the values of a whole: keys of width 5, values of width 4, rank 7.
-    fn halves(whole: &[f32]) -> [Matrix; 2] {
+    /// The parts of three heads over the values of a whole: keys of width 5, values of width 4, rank 7.
+    fn split(whole: &[f32]) -> [Matrix; 2] {
         let ([nope, v, rank, heads], mut keys, mut values) = ([5, 4, 7, 3], vec![], vec![]);
         for head in whole.chunks_exact((nope + v) * rank) {
             for col in 0..rank {
@@ -199,9 +199,9 @@ mod tests {
     }
 
     #[test]
-    fn halves_are_the_whole_they_were_made_from() {
+    fn the_parts_are_the_whole_they_were_cut_from() {
         let whole = noise(27 * 7, 1);
-        let [keys, values] = halves(&whole);
+        let [keys, values] = split(&whole);
         let size = keys.size_bytes() + values.size_bytes();
         let found = Matrix::from_split_kv_b(keys, values, 3).unwrap();
         assert_eq!((found.rows(), found.cols()), (27, 7));
@@ -228,9 +228,9 @@ mod tests {
         }
     }
 
-    /// Halves in formats of their own, with rows of more than one square and none that a square fills.
+    /// Parts in formats of their own, with rows of more than one square and none that a square fills.
     #[test]
-    fn quantized_halves_decode_as_they_do_alone() {
+    fn quantized_parts_decode_as_they_do_alone() {
         let (heads, rank, nope, v) = (2, 512, 96, 3);
         let bytes = vec![0x29; heads * rank * nope / 32 * 18];
         let format = Format::Ggml(Ggml::Q4_0);
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn halves_that_do_not_fit_are_refused() {
+    fn parts_that_do_not_fit_are_refused() {
         let matrix = |rows, cols| every_format(rows, cols, 3).remove(0);
         assert!(Matrix::from_split_kv_b(matrix(6, 4), matrix(8, 3), 2).is_ok());
         for (keys, values, heads) in [

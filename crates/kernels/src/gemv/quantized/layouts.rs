@@ -8,7 +8,7 @@
 
 #![expect(
     unsafe_code,
-    reason = "vector instructions on pointers; `rows` checks sizes and features"
+    reason = "vector instructions on pointers; `gemv` checks sizes and features"
 )]
 
 use crate::formats::{IQ4_NL_CODEBOOK, MXFP4_DOUBLED, ROWS, half_of_power};

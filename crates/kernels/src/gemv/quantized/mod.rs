@@ -7,7 +7,7 @@
 
 #![expect(
     unsafe_code,
-    reason = "vector instructions on pointers, behind the checks of features and of sizes in `rows`"
+    reason = "vector instructions on pointers, behind the checks of features and of sizes in `gemv`"
 )]
 
 mod layouts;

@@ -231,9 +231,7 @@ fn backward_group(pass: ExpertsBackward<'_>, group: Range<usize>, outputs: &mut 
         let (gate, up) = (&saved.gate[range.clone()], &saved.up[range]);
         swiglu::forward(gate, up, act.values());
         back_through_down(pass, piece, dgate.values());
-        let weights = places
-            .clone()
-            .map(|at| saved.weights[slots.order[at] as usize]);
+        let weights = places.map(|at| saved.weights[slots.order[at] as usize]);
         with_rounded_rows(act.values(), inner, experts.compute, |act| {
             weigh(dgate.values(), act, dweight.values(), weights);
         });

@@ -1,11 +1,12 @@
-//! Each head with its own rows of one weight.
+//! Products of each head with its own rows of one weight, on the CPU backend.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use burn_flex::FlexTensor;
 
-use super::values::{Floats, floats};
-use crate::backend::linear::{Direction, HeadRows};
+use crate::backend::flex::values::{Floats, floats};
+use crate::backend::traits::{Direction, HeadRows};
 use crate::formats::Matrix;
 use crate::gemv::{GemvInput, GemvProduct, MAX_GEMV_ROWS, PackedWeight, multiply_all};
 use crate::matmul::{self, WeightOperand};
@@ -13,17 +14,17 @@ use crate::memory::{Mat, MatMut};
 use crate::settings::{Accumulate, Compute};
 use crate::threads::parallel_for;
 
-/// Rows of every token's heads, `[tokens · heads, width]`, which lie `stride` values apart.
+/// Rows of every token's heads, `[tokens · heads, width]`, `stride` values apart.
 #[derive(Clone, Copy)]
-pub(super) struct Rows<'a> {
-    pub(super) values: &'a [f32],
-    pub(super) heads: usize,
-    pub(super) width: usize,
-    pub(super) stride: usize,
+pub(crate) struct HeadInputs<'a> {
+    pub(crate) values: &'a [f32],
+    pub(crate) heads: usize,
+    pub(crate) width: usize,
+    pub(crate) stride: usize,
 }
 
-impl<'a> Rows<'a> {
-    /// Those of one head, `[tokens, width]`.
+impl<'a> HeadInputs<'a> {
+    /// The rows of one head, `[tokens, width]`.
     fn of_head(&self, head: usize, tokens: usize) -> Mat<'a> {
         let values = &self.values[head * self.stride..];
         Mat::new(values, tokens, self.width, self.heads * self.stride)
@@ -31,22 +32,28 @@ impl<'a> Rows<'a> {
 }
 
 /// x `[tokens, heads, width]` → `[tokens, heads, out]`.
-pub(super) fn heads_linear(x: &Floats, w: &Matrix, rows: HeadRows, compute: Compute) -> FlexTensor {
+pub(crate) fn heads_linear(
+    x: FlexTensor,
+    w: Arc<Matrix>,
+    rows: HeadRows,
+    compute: Compute,
+) -> FlexTensor {
+    let x = Floats::new(&x);
     let [tokens, heads, width] = x.dims();
-    let out_width = out_width(w, rows);
+    let out_width = out_width(&w, rows);
     let mut out = vec![0.0; tokens * heads * out_width];
-    let x = Rows {
-        values: x,
+    let x = HeadInputs {
+        values: &x,
         heads,
         width,
         stride: width,
     };
     let all = MatMut::dense(&mut out, tokens, heads * out_width);
-    multiply_heads(x, (w, rows), compute, &all);
+    multiply_heads(x, &w, rows, compute, &all);
     floats(out, [tokens, heads, out_width])
 }
 
-/// Outputs of a head.
+/// Output width of a head.
 fn out_width(w: &Matrix, rows: HeadRows) -> usize {
     match rows.direction {
         Direction::Forward => rows.len,
@@ -54,10 +61,11 @@ fn out_width(w: &Matrix, rows: HeadRows) -> usize {
     }
 }
 
-/// Writes what each head makes at the start of its columns of `all`, `[tokens, heads · any width]`.
-pub(super) fn multiply_heads(
-    x: Rows<'_>,
-    (w, rows): (&Matrix, HeadRows),
+/// Writes each head's product to the start of its columns of `all`, `[tokens, heads · any width]`.
+pub(crate) fn multiply_heads(
+    x: HeadInputs<'_>,
+    w: &Matrix,
+    rows: HeadRows,
     compute: Compute,
     all: &MatMut<'_>,
 ) {
@@ -66,7 +74,7 @@ pub(super) fn multiply_heads(
     let cols = |head: usize| head * stride..head * stride + out_width;
     let is_few = tokens <= MAX_GEMV_ROWS;
     let stored: Option<Vec<Matrix>> = is_few
-        .then(|| (0..heads).map(|head| stored(w, head, rows)).collect())
+        .then(|| (0..heads).map(|head| stored_part(w, head, rows)).collect())
         .flatten();
     let packed: Option<Vec<PackedWeight<'_>>> = stored.as_ref().and_then(|stored| {
         let packed = |w| PackedWeight::new(w, compute.over(w));
@@ -78,13 +86,13 @@ pub(super) fn multiply_heads(
             // SAFETY: tasks write different columns.
             #[expect(unsafe_code, reason = "disjoint columns of one output")]
             let out = unsafe { all.part(0..tokens, cols(head)) };
-            multiply(x.of_head(head, tokens), (w, compute), head, rows, out);
+            multiply(x.of_head(head, tokens), w, rows, compute, head, out);
         }),
     }
 }
 
-/// A head's part of the weight, where it is stored the way round that the product reads it.
-fn stored(w: &Matrix, head: usize, rows: HeadRows) -> Option<Matrix> {
+/// A head's part of the weight, if it is stored in the direction in which the product reads it.
+fn stored_part(w: &Matrix, head: usize, rows: HeadRows) -> Option<Matrix> {
     let Some(halves) = w.split_kv_b() else {
         let start = head * (w.rows() / rows.heads) + rows.start;
         let is_forward = rows.direction == Direction::Forward;
@@ -98,9 +106,9 @@ fn stored(w: &Matrix, head: usize, rows: HeadRows) -> Option<Matrix> {
     }
 }
 
-/// A few tokens, on the stored bytes.
+/// The product of all heads for a few tokens, which reads the stored bytes.
 fn multiply_rows(
-    x: Rows<'_>,
+    x: HeadInputs<'_>,
     packed: &[PackedWeight<'_>],
     all: &MatMut<'_>,
     cols: impl Fn(usize) -> Range<usize>,
@@ -123,20 +131,21 @@ fn multiply_rows(
     multiply_all(&products.collect::<Vec<_>>(), |_, _, _| ());
 }
 
-/// One head.
+/// The product of one head.
 fn multiply(
     x: Mat<'_>,
-    (w, compute): (&Matrix, Compute),
-    head: usize,
+    w: &Matrix,
     rows: HeadRows,
+    compute: Compute,
+    head: usize,
     out: MatMut<'_>,
 ) {
-    // Nothing here rounds `x` for products that do not do it themselves.
+    // `x` is not rounded here, so only products that round their operands themselves keep `compute`.
     let compute = match compute.before_products() {
         Compute::F32 => compute,
         _ => Compute::F32,
     };
-    if let Some(stored) = stored(w, head, rows) {
+    if let Some(stored) = stored_part(w, head, rows) {
         let weights = WeightOperand::frozen(&stored, compute);
         return matmul::nt(x, weights, out, Accumulate::Replace);
     }

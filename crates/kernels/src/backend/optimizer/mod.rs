@@ -1,0 +1,50 @@
+//! The optimizer's update and the norm of its gradients.
+
+pub(crate) mod flex;
+
+use burn::backend::Dispatch;
+use burn::tensor::Tensor;
+
+use crate::backend::traits::Kernels;
+use crate::ops::adamw::AdamWStep;
+
+/// One AdamW update of flat tensors, in place if no one else holds them. The moments may be bf16. Has no gradient.
+///
+/// # Shapes
+/// - all `[n]`: parameter, gradient, first and second moment
+/// - returns: parameter, first and second moment
+///
+/// # Panics
+/// If the lengths differ.
+pub fn adamw(
+    p: Tensor<1>,
+    g: Tensor<1>,
+    [m, v]: [Tensor<1>; 2],
+    step: AdamWStep,
+) -> (Tensor<1>, [Tensor<1>; 2]) {
+    assert_eq!(
+        (p.dims(), p.dims(), p.dims()),
+        (g.dims(), m.dims(), v.dims()),
+        "parameter, gradient and moments"
+    );
+    let (p, m, v) = Dispatch::adamw_step(
+        p.into_dispatch(),
+        g.into_dispatch(),
+        m.into_dispatch(),
+        v.into_dispatch(),
+        step,
+    );
+    (
+        Tensor::from_dispatch(p),
+        [Tensor::from_dispatch(m), Tensor::from_dispatch(v)],
+    )
+}
+
+/// The sum of squares, in f64 and in an order that depends on the length alone.
+///
+/// # Shapes
+/// - `x`: `[n]`
+/// - returns: `[1]`
+pub fn sum_of_squares(x: Tensor<1>) -> Tensor<1> {
+    Tensor::from_dispatch(Dispatch::sum_of_squares_f32(x.into_dispatch()))
+}
