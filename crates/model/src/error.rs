@@ -95,7 +95,7 @@ pub enum Error {
     },
     /// A written model has other values than it should have.
     #[error(
-        "tensor `{tensor}` of the output: expected {expected}, found {found}; nothing was kept"
+        "tensor `{tensor}` of the output: expected {expected}, found {found}; no output was written"
     )]
     Unfaithful {
         /// Which tensor.

@@ -1,4 +1,4 @@
-//! Logits over a cache that rounds what it holds against those of the whole input, of the golden models.
+//! Logits of the golden models over caches of fewer bits, compared with logits of the whole input.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 #![expect(

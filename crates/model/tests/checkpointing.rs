@@ -18,7 +18,7 @@ use moeforge_model::{
 /// The bits of a loss and of all gradients, by name.
 type Bits = (Vec<u32>, BTreeMap<String, Vec<u32>>);
 
-/// Relative error where sums of f32 are made in another order.
+/// Relative error of f32 sums in another order.
 const SUMS: f32 = 1e-4;
 /// Where such sums are rounded to bf16, some fall on the other side: half the distance of neighbors.
 const ROUNDED_SUMS: f32 = 4e-3;
@@ -95,7 +95,7 @@ fn bits(values: Tensor<1>) -> Vec<u32> {
     values.into_iter().map(f32::to_bits).collect()
 }
 
-/// One graph from the embedding to the loss, differentiated at once.
+/// One graph from the embedding to the loss, differentiated as a whole.
 fn whole(model: &Model, ids: &Tensor<2, Int>, compute: Compute) -> BTreeMap<String, Vec<f32>> {
     let mut recorder = Recorder::of_routing();
     let mut ctx = ctx(compute, &mut recorder);

@@ -28,7 +28,7 @@ const MODELS: [&str; 6] = [
     "deepseek_v3_q8_0",
     "deepseek_v2_lite_bf16",
 ];
-/// Those with the up-projection of latent attention in halves.
+/// Those with a split up-projection of latent attention.
 const SPLIT: [&str; 2] = ["deepseek_v3_f32", "deepseek_v3_q8_0"];
 /// The bar for f32 logits that spread over about 10.
 const LOGITS: f32 = 2e-4;
@@ -84,7 +84,7 @@ fn logits_are_the_goldens() {
     }
 }
 
-/// Token by token, where attention runs over the latents with both halves as they are stored.
+/// Token by token, with absorbed attention over both stored parts of the up-projection.
 #[test]
 fn cached_logits_are_the_full_ones() {
     let device = Device::flex();
@@ -253,7 +253,7 @@ fn mix(scheme: &str, parts: &str) -> Mix {
     Mix::new(*scheme, parts).unwrap()
 }
 
-/// Experts of 24 columns, most of which no token is routed to, heads of 16, blocks of 32.
+/// Experts of 24 columns, most of them without tokens, heads of 16, blocks of 32.
 #[test]
 fn importance_of_columns_keeps_logits_closer() {
     let place = tempfile::tempdir().unwrap();

@@ -200,7 +200,7 @@ fn cached_decoding_gives_the_golden_tokens() {
                 .collect()
         };
         let (prompt, expected) = (list("prompt_ids"), list("new_tokens"));
-        // Prefill at once, and in two pieces: the second continues a cache with the expanded form, or, short, with the
+        // Prefill in one pass, and in two: the second continues a cache with the expanded form, or, short, with the
         // absorbed one.
         for pieces in [
             vec![&prompt[..]],

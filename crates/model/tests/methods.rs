@@ -126,7 +126,7 @@ fn logits_are_those_of_peft() {
             &format!("{name} {method}"),
         );
 
-        // Decoded one by one over a cache, where latent attention is absorbed.
+        // Decoded one by one over a cache, with absorbed latent attention.
         let [batch, seq] = ids.dims();
         let mut caches = vec![Cache::new(&model.config, CacheType::F32); batch];
         let prompt = ids.clone().slice([0..batch, 0..seq - positions]);
@@ -309,7 +309,7 @@ fn dora_on_fp8_has_the_gradients_of_dora_on_the_same_values() {
 
 #[test]
 fn gradients_of_dora_are_finite_differences() {
-    // With the norms of rows held still, as DoRA's gradient has them; a dense model, whose routing cannot jump.
+    // With constant norms of rows, as in DoRA's gradient; a dense model, because routing may jump.
     let device = Device::flex().autodiff();
     let ids = ids("qwen2_distill", &device);
     let mut model = open("qwen2_distill", &device);

@@ -1,4 +1,4 @@
-//! Models whose weights are read as they would be written, against models that were written.
+//! Fake-quantized models, compared with models that were written and read again.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 #![expect(clippy::print_stdout, reason = "the figures are worth reading")]
@@ -145,7 +145,7 @@ fn a_converted_model_is_the_same_model_in_another_format() {
     assert!(errors.fold(0.0, f64::max) > 0.01, "{report:?}");
     let fp8 = Folder::open(&out).unwrap();
 
-    // FP8 to FP8 copies every byte; FP8 to f32 and on to FP8 gives the same values again.
+    // FP8 to FP8 copies every byte; FP8 to f32 and on to FP8 has the same values again.
     let again = place.path().join("again");
     convert(&fp8, WeightFormat::Fp8, &again, &mut |_, _| {}).unwrap();
     let again = Folder::open(&again).unwrap();

@@ -93,7 +93,7 @@ impl Session {
     }
 
     /// Saves a checkpoint, and removes those that are no longer needed.
-    pub(crate) fn save(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
+    pub(crate) fn save(&self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
         let (specs, tensors) = (self.state_tensors(), self.state_values());
         run.save(self.state.step, |writer| {
             write_optimizer(writer, &specs, |i| {
@@ -137,7 +137,7 @@ impl Session {
     }
 
     /// The tensors of a checkpoint: parameters, their moments, the routers' biases.
-    fn state_tensors(&mut self) -> Vec<TensorSpec> {
+    fn state_tensors(&self) -> Vec<TensorSpec> {
         let parameters = self.model.parameters();
         let moments = self.recipe.optimizer.moments().dtype();
         let kinds = [
@@ -164,7 +164,7 @@ impl Session {
     }
 
     /// The values of [`Session::state_tensors`], in its order. A parameter without a gradient has moments of zero.
-    fn state_values(&mut self) -> Vec<Tensor<1>> {
+    fn state_values(&self) -> Vec<Tensor<1>> {
         let parameters = self.model.parameters();
         let moments = &self.optimizer.moments;
         let dtype = FloatType::from(self.recipe.optimizer.moments().float());

@@ -2,28 +2,16 @@
 
 use burn::tensor::Device;
 
-use super::fresh::LoraConfig;
+use super::lora_config::LoraConfig;
+use super::update::{AdaptedModule, ExpertUpdates, UpdateSite};
 use super::weights::AdapterWeights;
 use crate::Error;
 use crate::decoder::Model;
 use crate::decoder::visit::ModuleMut;
-use crate::modules::experts::{Experts, ExpertsLora};
+use crate::modules::experts::Experts;
 use crate::modules::linear::Weight;
 use crate::modules::lora::Lora;
 use crate::patterns::matches;
-
-/// An adapted module.
-#[derive(Clone, Debug, PartialEq)]
-pub struct AdaptedModule {
-    /// Path of the module, a layer's experts counted once per projection.
-    pub module: String,
-    /// Width of the bottleneck.
-    pub rank: usize,
-    /// Alpha.
-    pub alpha: f64,
-    /// Number of trained parameters.
-    pub parameters: usize,
-}
 
 /// Puts fresh updates on the modules that a config chooses; their effect is zero until they are trained.
 ///
@@ -53,24 +41,6 @@ pub(super) enum UpdateSource<'a> {
     Fresh(&'a LoraConfig),
     /// From a file.
     Stored(&'a AdapterWeights),
-}
-
-/// A module that may get an update.
-pub(super) struct UpdateSite<'a> {
-    /// Its path.
-    pub(super) path: &'a str,
-    /// Its number in the order of the forward pass, from 1.
-    pub(super) number: u64,
-    /// The device of the factors, which are trained if it tracks gradients.
-    pub(super) device: &'a Device,
-}
-
-/// The updates of a layer's experts.
-pub(super) struct ExpertUpdates {
-    pub(super) lora: ExpertsLora,
-    /// The experts that have updates; none means all.
-    pub(super) subset: Option<Vec<usize>>,
-    pub(super) adapted: Vec<AdaptedModule>,
 }
 
 impl UpdateSource<'_> {
@@ -158,21 +128,4 @@ fn last_names(modules: &[String]) -> String {
     names.sort_unstable();
     names.dedup();
     names.join(", ")
-}
-
-/// Refuses DoRA on modules that have none: PEFT has none for experts either, and the loss never has the head's outputs.
-pub(crate) fn check_dora(path: &str) -> Result<(), Error> {
-    let is_expert = path.contains(".experts");
-    if !is_expert && path != "lm_head" {
-        return Ok(());
-    }
-    let (what, pattern) = if is_expert {
-        ("routed experts", "experts")
-    } else {
-        ("the output head", "lm_head")
-    };
-    Err(Error::Unsupported(format!(
-        "`{path}`: DoRA is for linear layers, not for {what}; leave them out with \
-         `lora.exclude = [\"{pattern}\"]`, or set `lora.use_dora` to false"
-    )))
 }

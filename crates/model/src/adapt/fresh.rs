@@ -5,131 +5,15 @@ use burn::tensor::Device;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use super::attach::{AdaptedModule, ExpertUpdates, UpdateSite, check_dora};
+use super::lora_config::LoraConfig;
+use super::update::{AdaptedModule, ExpertUpdates, UpdateSite, check_dora};
 use crate::Error;
 use crate::keys::{PROJECTIONS, seed_for};
 use crate::modules::experts::{Experts, ExpertsLora, FactorStacks};
 use crate::modules::linear::Weight;
 use crate::modules::lora::{Dora, Lora, parameter};
-use crate::patterns::matches;
-
-/// Which modules get an update, and of what size.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LoraConfig {
-    /// Patterns of module paths; see [`matches()`].
-    pub target: Vec<String>,
-    /// Patterns of modules to leave out.
-    pub exclude: Vec<String>,
-    /// Width of the bottleneck.
-    pub rank: usize,
-    /// `scale = alpha / rank`, or `alpha / √rank` with `rslora`.
-    pub alpha: f64,
-    /// How alpha becomes a scale.
-    pub scaling: Scaling,
-    /// Ranks of modules that match a pattern; the first match counts.
-    pub rank_pattern: Vec<(String, usize)>,
-    /// Alphas of modules that match a pattern; the first match counts.
-    pub alpha_pattern: Vec<(String, f64)>,
-    /// Probability of dropping an input element.
-    pub dropout: f32,
-    /// Seed of the fresh factors.
-    pub seed: u64,
-    /// Whether the lengths of rows are trained too.
-    pub use_dora: bool,
-    /// Which factors the experts of a layer share.
-    pub experts_share: Option<Share>,
-}
-
-/// Which factors of their updates the experts of a layer share.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Share {
-    /// The first of every projection.
-    A,
-    /// The second of every projection.
-    B,
-    /// Those of the residual stream's width: the first of gate and up, the second of down.
-    Outer,
-}
-
-impl Share {
-    /// Its name in adapters.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::A => "A",
-            Self::B => "B",
-            Self::Outer => "outer",
-        }
-    }
-
-    /// The one with a name.
-    pub fn named(name: &str) -> Option<Self> {
-        let mut all = [Self::A, Self::B, Self::Outer].into_iter();
-        all.find(|share| share.name() == name)
-    }
-
-    /// Whether one projection's first and second factor are shared.
-    pub(crate) fn factors(self, projection: &str) -> [bool; 2] {
-        match self {
-            Self::A => [true, false],
-            Self::B => [false, true],
-            Self::Outer => [projection != "down_proj", projection == "down_proj"],
-        }
-    }
-}
-
-/// How alpha becomes a scale.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scaling {
-    /// `alpha / rank`.
-    Plain,
-    /// `alpha / √rank`, arXiv:2312.03732.
-    RsLora,
-}
-
-impl Scaling {
-    /// The multiplier of an update.
-    pub fn scale(self, alpha: f64, rank: usize) -> f32 {
-        match self {
-            Self::Plain => (alpha / rank as f64) as f32,
-            Self::RsLora => (alpha / (rank as f64).sqrt()) as f32,
-        }
-    }
-}
 
 impl LoraConfig {
-    fn rank_of(&self, module: &str) -> usize {
-        self.rank_pattern
-            .iter()
-            .find(|(pattern, _)| matches(pattern, module))
-            .map_or(self.rank, |(_, rank)| *rank)
-    }
-
-    fn alpha_of(&self, module: &str) -> f64 {
-        self.alpha_pattern
-            .iter()
-            .find(|(pattern, _)| matches(pattern, module))
-            .map_or(self.alpha, |(_, alpha)| *alpha)
-    }
-
-    fn adapts(&self, module: &str) -> bool {
-        self.target.iter().any(|pattern| matches(pattern, module))
-            && !self.exclude.iter().any(|pattern| matches(pattern, module))
-    }
-
-    /// The experts of a layer that the config adapts in a projection: all by the projection's path, or single ones by their own.
-    fn adapted_experts(&self, path: &str, projection: &str, n_experts: usize) -> Vec<usize> {
-        let all_experts = format!("{path}.{projection}");
-        let any = |patterns: &[String], module: &str| {
-            let mut patterns = patterns.iter();
-            patterns.any(|pattern| matches(pattern, &all_experts) || matches(pattern, module))
-        };
-        let is_adapted = |expert: &usize| {
-            let module = format!("{path}.{expert}.{projection}");
-            any(&self.target, &module) && !any(&self.exclude, &module)
-        };
-        (0..n_experts).filter(is_adapted).collect()
-    }
-
     /// The fresh update of a linear layer, if the config adapts it.
     pub(super) fn linear(
         &self,
@@ -176,7 +60,7 @@ impl LoraConfig {
         experts: &Experts,
     ) -> Result<Option<ExpertUpdates>, Error> {
         let [n_experts, inner, hidden] = experts.dims();
-        let Some((expert_ids, adapts)) = self.expert_ids(site.path, n_experts)? else {
+        let Some(by_projection) = self.expert_ids(site.path, n_experts)? else {
             return Ok(None);
         };
         if self.use_dora {
@@ -184,9 +68,10 @@ impl LoraConfig {
         }
         let mut adapted = Vec::new();
         let mut stacks = |index: usize, widths: [usize; 2]| {
-            adapts[index].then(|| {
+            let n = by_projection[index].len();
+            (n > 0).then(|| {
                 let path = format!("{}.{}", site.path, PROJECTIONS[index]);
-                let (stacks, module) = self.stacks(&path, expert_ids.len(), widths, site.device);
+                let (stacks, module) = self.stacks(&path, n, widths, site.device);
                 adapted.push(module);
                 stacks
             })
@@ -202,18 +87,13 @@ impl LoraConfig {
         };
         Ok(Some(ExpertUpdates {
             lora,
-            subset: Some(expert_ids),
+            subset: by_projection.into_iter().find(|ids| !ids.is_empty()),
             adapted,
         }))
     }
 
-    /// The adapted experts of a layer, the same for every projection that is adapted, and which projections are; none if none
-    /// are.
-    fn expert_ids(
-        &self,
-        path: &str,
-        n_experts: usize,
-    ) -> Result<Option<(Vec<usize>, [bool; 3])>, Error> {
+    /// The adapted experts of a layer, by projection: the same ones for every projection that is adapted; none if none are.
+    fn expert_ids(&self, path: &str, n_experts: usize) -> Result<Option<[Vec<usize>; 3]>, Error> {
         let by_projection =
             PROJECTIONS.map(|projection| self.adapted_experts(path, projection, n_experts));
         let mut adapted = by_projection.iter().filter(|ids| !ids.is_empty());
@@ -228,8 +108,7 @@ impl LoraConfig {
                 other.len()
             )));
         }
-        let adapts = [0, 1, 2].map(|index: usize| !by_projection[index].is_empty());
-        Ok(Some((expert_ids.clone(), adapts)))
+        Ok(Some(by_projection))
     }
 
     /// Fresh factors of one projection of `n` experts, of an input and an output width.

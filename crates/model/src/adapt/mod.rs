@@ -12,13 +12,16 @@
 
 mod attach;
 mod fresh;
+mod lora_config;
 mod mlx_read;
 mod peft_patterns;
 mod peft_read;
 mod peft_write;
 mod restore;
+mod update;
 mod weights;
 
-pub use self::attach::{AdaptedModule, attach};
-pub use self::fresh::{LoraConfig, Scaling, Share};
+pub use self::attach::attach;
+pub use self::lora_config::{LoraConfig, Scaling, Share};
+pub use self::update::AdaptedModule;
 pub use self::weights::{AdapterWeights, WeightUpdate};

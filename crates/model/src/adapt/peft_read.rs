@@ -5,9 +5,9 @@ use std::path::Path;
 
 use checkpoint::{Adapter, AdapterFormat};
 
-use super::attach::check_dora;
-use super::fresh::{Scaling, Share};
+use super::lora_config::{Scaling, Share};
 use super::peft_patterns::{PatternedSizes, PeftPatterns};
+use super::update::check_dora;
 use super::weights::{AdapterWeights, Fused, MAGNITUDE, PREFIX, WeightUpdate, fused_name};
 use crate::Error;
 use crate::config::ModelConfig;

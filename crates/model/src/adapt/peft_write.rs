@@ -7,7 +7,7 @@ use burn::module::Param;
 use burn::tensor::Tensor;
 use checkpoint::{AdapterConfig, DType};
 
-use super::fresh::Scaling;
+use super::lora_config::Scaling;
 use super::peft_patterns::most_common;
 use super::weights::{AdapterWeights, Fused, MAGNITUDE, PREFIX, WeightUpdate, fused_name};
 use crate::Error;

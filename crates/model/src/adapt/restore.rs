@@ -4,9 +4,8 @@ use std::collections::BTreeSet;
 
 use burn::tensor::Device;
 
-use super::attach::{
-    AdaptedModule, ExpertUpdates, UpdateSite, UpdateSource, attach_all, check_dora,
-};
+use super::attach::{UpdateSource, attach_all};
+use super::update::{AdaptedModule, ExpertUpdates, UpdateSite, check_dora};
 use super::weights::{AdapterWeights, Fused, WeightUpdate};
 use crate::Error;
 use crate::decoder::Model;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use super::fresh::{Scaling, Share};
+use super::lora_config::{Scaling, Share};
 use crate::Error;
 use crate::keys::PROJECTIONS;
 

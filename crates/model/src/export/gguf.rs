@@ -47,18 +47,13 @@ pub fn write_gguf(
     let layout = GgufLayout::of(&model.config_path(), &json)?;
     let tensors = layout.tensors(&keys);
     let type_of = |tensor: &GgufTensor| mix.type_of(tensor, &config);
+    let made = layout.made();
     let specs = tensors.iter().map(|tensor| TensorSpec {
         name: tensor.name.as_str().into(),
         dtype: type_of(tensor).dtype(),
         shape: tensor.shape.clone(),
     });
-    let made = layout.made();
-    let of_made = made.iter().map(|(name, values)| TensorSpec {
-        name: (*name).into(),
-        dtype: DType::F32,
-        shape: vec![values.len()],
-    });
-    let specs: Vec<TensorSpec> = specs.chain(of_made).collect();
+    let specs: Vec<TensorSpec> = specs.chain(made.as_ref().map(spec_of_made)).collect();
     let importance = mix.importance.as_ref();
     let weighted = importance.map_or(Ok(0), |importance| importance.check(&tensors))?;
     let mut metadata = layout.metadata();
@@ -102,6 +97,15 @@ pub fn write_gguf(
     report.bytes = specs.iter().map(bytes_of).sum();
     writer.finish()?;
     Ok(report)
+}
+
+/// The spec of a tensor that is made of the config.
+fn spec_of_made((name, values): &(&'static str, Vec<f32>)) -> TensorSpec {
+    TensorSpec {
+        name: (*name).into(),
+        dtype: DType::F32,
+        shape: vec![values.len()],
+    }
 }
 
 /// The keys and shapes to write. Removes modules for multi-token prediction from the config if the mix has none.
@@ -148,7 +152,7 @@ fn check_config(config: &ModelConfig) -> Result<(), Error> {
     let is_latent = matches!(config.attention, AttentionConfig::Mla(_));
     let problem = match (&config.rope.scaling, &config.moe) {
         (RopeScaling::Llama3 { .. }, _) if config.model_type != Family::Llama => {
-            "Llama 3's stretched rotary positions and is no llama"
+            "Llama 3's rotary scaling in another family"
         }
         (
             RopeScaling::Yarn {
@@ -161,12 +165,12 @@ fn check_config(config: &ModelConfig) -> Result<(), Error> {
         (_, Some(moe)) if moe.moe_layer_freq != 1 => "dense layers between mixtures",
         (_, None) if is_latent => "latent attention without experts",
         _ if is_latent && config.rope.layout == RopeLayout::HalfSplit => {
-            "rotary pairs in halves of a latent head"
+            "half-split rotary pairs in latent attention"
         }
         _ => return Ok(()),
     };
     Err(Error::Unsupported(format!(
-        "a GGUF cannot say that a model has {problem}"
+        "a GGUF cannot describe a model with {problem}"
     )))
 }
 

@@ -462,9 +462,8 @@ mod tests {
         tensors.iter().map(of).collect()
     }
 
-    #[test]
-    fn a_deepseek_gets_the_types_that_llama_cpp_gives_it() {
-        let [v3, _] = configs();
+    /// Tensors of every kind that a V3 has.
+    fn tensors_of_v3() -> [GgufTensor; 10] {
         let (keys, values) = (
             RowOrder::Keys {
                 heads: 128,
@@ -478,7 +477,7 @@ mod tests {
         let at = |layer: usize, name: &str| format!("model.layers.{layer}.{name}");
         let kv_b = at(3, "self_attn.kv_b_proj.weight");
         let [first, next] = [6, 7].map(|layer| at(layer, "mlp.experts.0.down_proj.weight"));
-        let tensors = [
+        [
             tensor(
                 "model.embed_tokens.weight",
                 &[129_280, 7168],
@@ -501,7 +500,13 @@ mod tests {
                 &[7168, 2048],
                 RowOrder::Same,
             ),
-        ];
+        ]
+    }
+
+    #[test]
+    fn a_deepseek_gets_the_types_that_llama_cpp_gives_it() {
+        let [v3, _] = configs();
+        let tensors = tensors_of_v3();
         let fixed = |of: [&'static str; 2], keys: &'static str, rest: [&'static str; 4]| {
             let [embed, head] = of;
             [&[embed, head, "f32", "f32", "f32", keys][..], &rest].concat()

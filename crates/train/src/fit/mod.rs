@@ -149,7 +149,7 @@ impl Session {
     }
 
     /// Saves and fails if the host asks to stop, or if memory runs short.
-    fn stop_if_asked(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
+    fn stop_if_asked(&self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
         let (step, path) = (self.state.step, run.path().to_owned());
         let error = if let Some(signal) = host.interrupted() {
             Error::Interrupted {
