@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::paths::{Origin, Paths, Written};
+use super::paths::{Origin, Paths};
 use super::tree::Crate;
 
 /// Renamings of renamings that are followed.

@@ -158,7 +158,7 @@ fn task_score(
 fn config(args: &Args) -> EvalConfig {
     EvalConfig {
         batch_size: args.batch,
-        compute: args.compute.compute(),
+        compute: args.compute.quant().into(),
     }
 }
 

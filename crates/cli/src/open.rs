@@ -121,7 +121,7 @@ impl Opened {
     ) -> anyhow::Result<Engine> {
         let mut engine = Engine::new(
             self.model.clone(),
-            args.compute.compute(),
+            args.compute.quant(),
             self.device.clone(),
         );
         engine.mtp = speculation.module(&self.folder, &self.device)?;

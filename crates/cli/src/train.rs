@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use data::Corpus;
-use model::Compute;
+use model::OperandRounding;
 use model::adapt::AdaptedModule;
 use train::{Recipe, RunDir, Session, SessionOptions};
 
@@ -202,7 +202,7 @@ fn describe(
             String::new()
         },
     ));
-    if session.compute() != Compute::F32 || session.quantizer.is_some() {
+    if session.compute() != OperandRounding::F32 || session.quantizer.is_some() {
         console.note(session.policy()?);
     }
     console.note(match resumed {

@@ -3,7 +3,7 @@
 use clap::ValueEnum;
 use model::export::WeightFormat;
 use model::export::mix::MixScheme;
-use model::{CacheType, Compute};
+use model::{ActivationQuant, CacheType};
 
 /// Help of `--compute`, whose default differs between verbs.
 pub(crate) const COMPUTE_HELP: &str = "\
@@ -24,10 +24,10 @@ pub(crate) enum ComputeValue {
 }
 
 impl ComputeValue {
-    pub(crate) fn compute(self) -> Compute {
+    pub(crate) fn quant(self) -> ActivationQuant {
         match self {
-            Self::F32 => Compute::F32,
-            Self::Int8 => Compute::Int8,
+            Self::F32 => ActivationQuant::None,
+            Self::Int8 => ActivationQuant::MatchWeight,
         }
     }
 

@@ -35,7 +35,7 @@ pub struct Engine {
     pub(crate) adapted_models: Vec<Model>,
     /// The module that drafts tokens for speculative decoding; none for one token per pass.
     pub mtp: Option<Mtp>,
-    /// What products round their operands to.
+    /// How products treat their operands: activations quantized, or the rounding of a training run.
     pub compute: Compute,
     /// Data type of the KV cache.
     pub cache: CacheType,
@@ -49,18 +49,18 @@ impl Engine {
     ///
     /// # Errors
     /// If the folder cannot be read or holds no supported model.
-    pub fn open(folder: &Path, compute: Compute, device: Device) -> Result<Self> {
+    pub fn open(folder: &Path, compute: impl Into<Compute>, device: Device) -> Result<Self> {
         let model = load::load(&Folder::open(folder)?, Training::Frozen, &device)?;
         Ok(Self::new(model, compute, device))
     }
 
     /// An engine without further adapters, speculative decoding or repacking.
-    pub fn new(model: Model, compute: Compute, device: Device) -> Self {
+    pub fn new(model: Model, compute: impl Into<Compute>, device: Device) -> Self {
         Self {
             model,
             adapted_models: Vec::new(),
             mtp: None,
-            compute,
+            compute: compute.into(),
             cache: CacheType::F32,
             device,
             schedule: RepackSchedule::default(),

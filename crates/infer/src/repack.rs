@@ -162,7 +162,7 @@ mod tests {
     /// A golden model in its stored format, for products in int8.
     fn engine(name: &str) -> Engine {
         let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/gguf");
-        Engine::open(&goldens.join(name), Compute::Int8, Device::flex()).unwrap()
+        Engine::open(&goldens.join(name), Compute::MatchWeight, Device::flex()).unwrap()
     }
 
     /// How many matrices have interleaved blocks, and how many have blocks.

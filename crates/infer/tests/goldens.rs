@@ -336,7 +336,7 @@ fn with_adapters(speculative: bool, compute: Compute) -> (Engine, Vec<Engine>) {
         attach(&mut engine.model, name);
     }
     // As a program does it.
-    if compute == Compute::Int8 {
+    if compute == Compute::MatchWeight {
         engine.plan_repack(usize::MAX);
         for engine in &mut alone {
             engine.plan_repack(usize::MAX);
@@ -365,7 +365,7 @@ fn a_sequence_with_its_adapter_gives_the_same_text_in_a_batch_of_several_adapter
     for (speculative, compute) in [
         (false, Compute::F32),
         (true, Compute::F32),
-        (false, Compute::Int8),
+        (false, Compute::MatchWeight),
     ] {
         let (engine, alone) = with_adapters(speculative, compute);
         let texts = prompts.iter().zip(numbers);

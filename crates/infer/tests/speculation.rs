@@ -265,7 +265,7 @@ fn in_blocks(matrix: &Matrix) -> Matrix {
 #[test]
 fn so_it_is_with_weights_in_blocks_and_products_in_int8() {
     for mut engine in [golden(), guided(0.15)] {
-        engine.compute = Compute::Int8;
+        engine.compute = Compute::MatchWeight;
         for (_, module) in engine.model.modules_mut() {
             match module {
                 ModuleMut::Linear(linear) => change(linear, &in_blocks),
@@ -297,7 +297,10 @@ fn so_it_is_with_weights_in_blocks_and_products_in_int8() {
 fn so_it_is_with_a_gguf_file() {
     let (place, folder) = (tempfile::tempdir().unwrap(), Folder::open(&path()).unwrap());
     let in_blocks = GgufType::Ggml(Ggml::Q8_0);
-    for (of, compute) in [(GgufType::F32, Compute::F32), (in_blocks, Compute::Int8)] {
+    for (of, compute) in [
+        (GgufType::F32, Compute::F32),
+        (in_blocks, Compute::MatchWeight),
+    ] {
         let mut mix = Mix::new(MixScheme::Plain(of), "").unwrap();
         let out = place.path().join(format!("{}.gguf", mix.scheme));
         mix.mtp = true;

@@ -17,7 +17,7 @@ pub enum Compute {
     Fp8(Scales),
     /// For inference: activations quantized to match each weight's format. Int8 in blocks of 32 for ggml's blocks, bf16
     /// for bf16, unrounded for all others.
-    Int8,
+    MatchWeight,
 }
 
 /// How training rounds the operands of products.
@@ -59,7 +59,7 @@ impl From<ActivationQuant> for Compute {
     fn from(quant: ActivationQuant) -> Self {
         match quant {
             ActivationQuant::None => Self::F32,
-            ActivationQuant::MatchWeight => Self::Int8,
+            ActivationQuant::MatchWeight => Self::MatchWeight,
         }
     }
 }

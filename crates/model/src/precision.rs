@@ -105,7 +105,7 @@ impl PrecisionClass {
         match self {
             _ if self.is_lowered() => compute,
             // Every token reads all of a head; in blocks that is few bytes.
-            Self::Head if compute == Compute::Int8 => compute,
+            Self::Head if compute == Compute::MatchWeight => compute,
             _ => Compute::F32,
         }
     }

@@ -16,7 +16,7 @@ fn described(compute: Compute) -> [&'static str; 3] {
         Compute::F32 => ["f32", "f32", "f32"],
         Compute::Bf16 => ["bf16", "f32", "bf16"],
         Compute::F16 => ["f16", "f32", "f16"],
-        Compute::Int8 => [
+        Compute::MatchWeight => [
             "int8 with blocks, bf16 with bf16, f32 otherwise",
             "f32",
             "f32",
@@ -43,7 +43,10 @@ impl Policy {
     ///
     /// # Errors
     /// If a header of the checkpoint cannot be read.
-    pub fn of_checkpoint(folder: &Folder, compute: Compute) -> Result<Self, checkpoint::Error> {
+    pub fn of_checkpoint(
+        folder: &Folder,
+        compute: impl Into<Compute>,
+    ) -> Result<Self, checkpoint::Error> {
         let mut stored: BTreeMap<PrecisionClass, BTreeSet<String>> = BTreeMap::new();
         for name in folder.names().filter(|name| !is_scale(name)) {
             let dtype = folder.stored(name)?.dtype.to_string();
@@ -53,20 +56,20 @@ impl Policy {
                 .insert(dtype);
         }
         Ok(Self {
-            compute,
+            compute: compute.into(),
             merged: String::new(),
             stored,
         })
     }
 
     /// The policy of a model that is fully trained.
-    pub fn trained(compute: Compute) -> Self {
+    pub fn trained(compute: impl Into<Compute>) -> Self {
         let trained = PrecisionClass::ALL
             .into_iter()
             .filter(|class| *class != PrecisionClass::Lora);
         let stored = trained.map(|class| (class, BTreeSet::from(["F32, trained".into()])));
         Self {
-            compute,
+            compute: compute.into(),
             merged: String::new(),
             stored: stored.collect(),
         }

@@ -6,7 +6,7 @@
 //!
 //! Source: Mixed precision training, arXiv:1710.03740, section 3.2.
 
-use model::Compute;
+use model::OperandRounding;
 use serde::{Deserialize, Serialize};
 
 use crate::recipe::{MAX_LOSS_SCALE_EXPONENT, PrecisionSection};
@@ -24,7 +24,7 @@ pub struct LossScale {
 impl LossScale {
     /// A recipe's scale at the start; none if the precision needs none.
     pub(crate) fn new(precision: &PrecisionSection) -> Option<Self> {
-        (precision.compute == Compute::F16).then(|| Self {
+        (precision.compute == OperandRounding::F16).then(|| Self {
             exponent: precision.loss_scale.log2() as u32,
             clean_steps: 0,
         })
@@ -90,7 +90,7 @@ mod tests {
     fn only_f16_has_one() {
         let mut precision = PrecisionSection::default();
         assert_eq!(LossScale::new(&precision), None);
-        precision.compute = Compute::F16;
+        precision.compute = OperandRounding::F16;
         precision.loss_scale = 1024.0;
         let scale = LossScale::new(&precision).unwrap();
         assert_eq!(scale.factor(), 1024.0);

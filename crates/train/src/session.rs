@@ -12,7 +12,7 @@ use kernels::Quantizer;
 use kernels::fp8::Scales;
 use model::Policy;
 use model::adapt::{AdaptedModule, Scaling, Share};
-use model::{Compute, Model};
+use model::{Model, OperandRounding};
 
 use crate::Result;
 use crate::checkpoint_state::RunState;
@@ -131,10 +131,10 @@ impl Session {
     }
 
     /// The format that operands of products are rounded to: the recipe's, FP8 with the model's own scales.
-    pub fn compute(&self) -> Compute {
+    pub fn compute(&self) -> OperandRounding {
         match self.recipe.precision.compute {
-            Compute::Fp8(Scales::One) => Compute::Fp8(Scales::One),
-            Compute::Fp8(_) => Compute::Fp8(self.model.config.fp8_scales),
+            OperandRounding::Fp8(Scales::One) => OperandRounding::Fp8(Scales::One),
+            OperandRounding::Fp8(_) => OperandRounding::Fp8(self.model.config.fp8_scales),
             other => other,
         }
     }

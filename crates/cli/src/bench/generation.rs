@@ -292,7 +292,7 @@ fn measure(
         memory,
     } = args.engine;
     let device = default_device();
-    let of_weights = subject.compute(compute.compute())?;
+    let of_weights = subject.compute(compute.quant())?;
     let peak = || match case.phase {
         Phase::Prefill => peak_flops(of_weights, &device, PEAK_RUNS),
         Phase::Decode(..) => peak_bandwidth(PEAK_RUNS),
@@ -302,7 +302,7 @@ fn measure(
     let started = Instant::now();
     let model = subject.load(args.adapter.as_deref(), SEED, &device, console)?;
     let mtp = subject.module(case.speculation(), SEED, &device)?;
-    let mut engine = Engine::new(model, compute.compute(), device.clone());
+    let mut engine = Engine::new(model, compute.quant(), device.clone());
     engine.mtp = mtp;
     engine.cache = cache.cache_type();
     memory.place(&mut engine, console);

@@ -28,7 +28,7 @@ pub(super) fn peak_flops(compute: Compute, device: &Device, runs: usize) -> Vec<
         .map(|i| (i % 97) as f32 / 97.0 - 0.5)
         .collect();
     let (matrix, compute) = match compute {
-        Compute::Bf16 | Compute::Int8 => (narrow(&values, compute), Compute::Int8),
+        Compute::Bf16 | Compute::MatchWeight => (narrow(&values, compute), Compute::MatchWeight),
         _ => (Matrix::from_f32(SIZE, SIZE, &values), Compute::F32),
     };
     let x = Tensor::<1>::from_floats(values.as_slice(), device).reshape([SIZE, SIZE]);
@@ -70,7 +70,7 @@ fn narrow(values: &[f32], compute: Compute) -> Matrix {
     };
     let matrix = Matrix::dense(SIZE, SIZE, format, bytes.into());
     let mut matrix = [matrix.expect("as many bytes as the format needs")];
-    Matrix::repack(&mut matrix, Compute::Int8, &mut |_| ());
+    Matrix::repack(&mut matrix, Compute::MatchWeight, &mut |_| ());
     let [matrix] = matrix;
     matrix
 }

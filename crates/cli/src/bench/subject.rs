@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use burn::tensor::Device;
 use checkpoint::{DType, Folder};
-use model::{Compute, Model, ModelConfig, Mtp, Training, load};
+use model::{ActivationQuant, Compute, Model, ModelConfig, Mtp, Training, load};
 use serde_json::Value;
 
 use crate::console::Console;
@@ -70,15 +70,16 @@ impl Subject {
     }
 
     /// The arithmetic of products with most of the weights, if activations are quantized as `requested`.
-    pub(super) fn compute(&self, requested: Compute) -> anyhow::Result<Compute> {
+    pub(super) fn compute(&self, requested: ActivationQuant) -> anyhow::Result<Compute> {
         let SubjectWeights::Checkpoint(path) = &self.weights else {
             return Ok(Compute::F32);
         };
-        if requested == Compute::F32 {
-            return Ok(requested);
+        if requested == ActivationQuant::None {
+            return Ok(Compute::F32);
         }
         let folder = Folder::open(path)?;
-        let mut bytes = [Compute::F32, Compute::Bf16, Compute::Int8].map(|compute| (0, compute));
+        let mut bytes =
+            [Compute::F32, Compute::Bf16, Compute::MatchWeight].map(|compute| (0, compute));
         for name in folder.names() {
             let tensor = folder.stored(name)?;
             let of_blocks = tensor.dtype.block() > 1;

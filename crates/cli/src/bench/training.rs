@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use ::train::{Event, Loss, Recipe, Session, StepReport};
 use anyhow::Context;
-use model::Compute;
+use model::{Compute, OperandRounding};
 use serde_json::{Value, json};
 
 use super::peak::peak_flops;
@@ -170,7 +170,7 @@ fn measure(args: &Args, case: TrainingCase, console: &Console) -> anyhow::Result
     let recipe = recipe(args, case, subject, &scratch)?;
     // Products in other formats are computed in f32.
     let compute = match recipe.precision.compute {
-        Compute::Bf16 => Compute::Bf16,
+        OperandRounding::Bf16 => Compute::Bf16,
         _ => Compute::F32,
     };
     let device = default_device();

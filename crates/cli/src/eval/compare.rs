@@ -72,7 +72,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let comparison = ModelPair {
         reference: &reference,
         model: &model,
-        compute: args.compute.compute(),
+        compute: args.compute.quant().into(),
     };
     let found = comparison.compare(&samples, &args.data, console)?;
     if args.json {

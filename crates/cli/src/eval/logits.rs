@@ -79,7 +79,7 @@ fn check(rows: &[Vec<u32>], args: &Args, opened: &Opened) -> anyhow::Result<()> 
 
 /// Logits of one row, `[seq, vocab]`. Rows are computed one by one, so that only one is held besides the result.
 fn row_logits(opened: &Opened, row: &[u32], args: &Args) -> Vec<f32> {
-    let (model, compute) = (&opened.model, args.compute.compute());
+    let (model, compute) = (&opened.model, args.compute.quant());
     let of_chunk = |chunk: &[u32], mut ctx: ForwardContext<'_>| -> Vec<f32> {
         let (seq, hidden_size) = (chunk.len(), model.config.hidden_size);
         let ids: Vec<i32> = chunk.iter().map(|id| *id as i32).collect(); // Below the vocabulary's size.

@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use burn::tensor::Device;
 use data::{Bos, Special, Tokenizer};
 use infer::{Engine, GenerateConfig, SampleConfig};
-use model::{Compute, Model};
+use model::{Model, OperandRounding};
 use train::{Recipe, Session};
 
 use crate::generate::question;
@@ -16,7 +16,7 @@ use crate::generate::question;
 pub(super) struct PromptSampler {
     tokenizer: Tokenizer,
     config: GenerateConfig,
-    compute: Compute,
+    rounding: OperandRounding,
     device: Device,
     chat: bool,
 }
@@ -49,7 +49,7 @@ impl PromptSampler {
         Ok(Some(Self {
             tokenizer,
             config,
-            compute: session.compute(),
+            rounding: session.compute(),
             device: session.device(),
             chat,
         }))
@@ -62,7 +62,7 @@ impl PromptSampler {
         } else {
             self.tokenizer.encode(prompt, Bos::Add)?
         };
-        let mut engine = Engine::new(model.clone(), self.compute, self.device.clone());
+        let mut engine = Engine::new(model.clone(), self.rounding, self.device.clone());
         let generation = engine.generate(&ids, &self.config, &mut |_| ControlFlow::Continue(()))?;
         Ok(self
             .tokenizer

@@ -67,7 +67,8 @@ fn fill(x: Mat<'_>, first: usize, width: usize, blocks: &mut [Int8Block]) {
         .for_each(|(row, blocks)| round(x.row(first + row), blocks));
 }
 
-/// Rounds the values of rows to those that [`Activations`] hold.
+/// Rounds the values of rows to those that [`Activations`] hold: the plain reference.
+#[cfg(test)]
 pub(crate) fn round_rows_to_int8(values: &mut [f32], width: usize) {
     let mut blocks = vec![Int8Block::default(); width.div_ceil(BLOCK)];
     for row in values.chunks_mut(width.max(1)) {

@@ -14,6 +14,7 @@ mod packed_weight;
 mod quantized;
 mod shared;
 
+#[cfg(test)]
 pub(crate) use self::activations::round_rows_to_int8;
 pub(crate) use self::kv_tile::KvTile;
 pub use self::packed_weight::MAX_GEMV_ROWS;

@@ -73,13 +73,13 @@ impl<'a> PackedWeight<'a> {
     /// `None` if products with this format and setting do not read the stored bytes.
     pub(crate) fn new(w: &'a Matrix, compute: Compute) -> Option<Self> {
         let kind = match (w.format(), compute) {
-            (Format::F32, Compute::F32 | Compute::Int8) => PackedKind::Dense(RowDtype::F32),
-            (Format::F16, Compute::F32 | Compute::Int8) => PackedKind::Dense(RowDtype::F16),
+            (Format::F32, Compute::F32 | Compute::MatchWeight) => PackedKind::Dense(RowDtype::F32),
+            (Format::F16, Compute::F32 | Compute::MatchWeight) => PackedKind::Dense(RowDtype::F16),
             (Format::Bf16, Compute::F32 | Compute::Bf16) => PackedKind::Dense(RowDtype::Bf16),
-            (Format::Ggml(format), Compute::Int8) if format.has_blocks() => {
+            (Format::Ggml(format), Compute::MatchWeight) if format.has_blocks() => {
                 PackedKind::Quantized(*format, BlockOrder::Rows)
             }
-            (Format::Interleaved(format), Compute::Int8) => {
+            (Format::Interleaved(format), Compute::MatchWeight) => {
                 PackedKind::Quantized(*format, BlockOrder::Interleaved)
             }
             _ => return None,
@@ -195,6 +195,7 @@ impl<'a> PackedWeight<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gemv::round_rows_to_int8;
     use crate::testing::{every_block_format, every_format, noise};
 
     /// Formats of 32 with an odd number of blocks in a row.
@@ -218,9 +219,9 @@ mod tests {
                 .into_iter()
                 .flat_map(|(rows, cols)| every_format(rows, cols, 2)),
         );
-        all.retain(|w| PackedWeight::new(w, Compute::Int8.over(w)).is_some());
+        all.retain(|w| PackedWeight::new(w, Compute::MatchWeight.for_weight(w)).is_some());
         let mut in_strips = all.clone();
-        Matrix::repack(&mut in_strips, Compute::Int8, &mut |_| ());
+        Matrix::repack(&mut in_strips, Compute::MatchWeight, &mut |_| ());
         in_strips.retain(|w| matches!(w.format(), Format::Interleaved(_)));
         assert!(in_strips.len() > 12);
         all.extend(in_strips);
@@ -228,7 +229,7 @@ mod tests {
     }
 
     fn product(w: &Matrix, x: &[f32], rows: &[usize], instructions: Instructions) -> Vec<f32> {
-        let packed = PackedWeight::new(w, Compute::Int8.over(w)).unwrap();
+        let packed = PackedWeight::new(w, Compute::MatchWeight.for_weight(w)).unwrap();
         let x = Mat::dense(x, x.len() / w.cols(), w.cols());
         let mut y = vec![f32::NAN; rows.len() * w.rows()];
         // In parts that are not whole strips.
@@ -249,7 +250,10 @@ mod tests {
             let (n, cols) = (11, w.cols());
             let (x, dense, name) = (noise(n * cols, 3), w.to_f32(), w.format().name());
             let mut rounded = x.clone();
-            Compute::Int8.over(&w).round_rows(&mut rounded, cols);
+            match Compute::MatchWeight.for_weight(&w) {
+                Compute::MatchWeight => round_rows_to_int8(&mut rounded, cols),
+                compute => compute.rounding().round_rows(&mut rounded, cols),
+            }
             let order = [3, 0, 10, 10, 1, 2, 4, 5, 6, 7, 8];
             for n_rows in 1..=order.len() {
                 let found = product(&w, &x, &order[..n_rows], Instructions::best());

@@ -496,7 +496,7 @@ mod tests {
                 let mut y = vec![f32::NAN; rows * w.rows()];
                 nt(
                     Mat::dense(x, rows, inner),
-                    WeightOperand::frozen(w, Compute::Int8),
+                    WeightOperand::frozen(w, Compute::MatchWeight),
                     MatMut::dense(&mut y, rows, w.rows()),
                     Accumulate::Replace,
                 );

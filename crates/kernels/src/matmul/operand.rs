@@ -10,7 +10,7 @@ use super::gemm::{gemm, gemm_bf16};
 use crate::formats::{Format, Matrix, Quantizer, fp8};
 use crate::gemv::PackedWeight;
 use crate::memory::{Mat, MatMut, with_scratch};
-use crate::settings::{Accumulate, Compute};
+use crate::settings::{Accumulate, Compute, OperandRounding};
 use crate::simd::dot;
 use crate::threads::tiles;
 
@@ -58,10 +58,10 @@ impl<'a> WeightOperand<'a> {
     /// A frozen matrix, read in place where it is f32.
     pub(crate) fn frozen(matrix: &'a Matrix, compute: Compute) -> Self {
         match matrix.as_f32() {
-            Some(values) => Self::trained(values, matrix.cols(), compute.over(matrix)),
+            Some(values) => Self::trained(values, matrix.cols(), compute.for_weight(matrix)),
             None => Self {
                 stored: OperandSource::Matrix(matrix),
-                compute: compute.over(matrix),
+                compute: compute.for_weight(matrix),
                 fake_quant: None,
             },
         }
@@ -149,7 +149,7 @@ impl<'a> WeightOperand<'a> {
     /// Whether the stored values are multiplied as they are.
     fn is_exact(&self) -> bool {
         let same = match (self.compute, self.stored) {
-            (Compute::F32 | Compute::Int8, _) => true,
+            (Compute::F32 | Compute::MatchWeight, _) => true,
             (Compute::Bf16, OperandSource::Matrix(matrix)) => {
                 matches!(matrix.format(), Format::Bf16)
             }
@@ -184,7 +184,7 @@ impl<'a> WeightOperand<'a> {
                 for col_tile in tiles(cols.clone(), size[1]) {
                     let tile = &mut scratch[..row_tile.len() * col_tile.len()];
                     self.read_for(
-                        self.compute.before_products(),
+                        self.compute.rounding_before_product(),
                         row_tile.clone(),
                         col_tile.clone(),
                         tile,
@@ -201,16 +201,22 @@ impl<'a> WeightOperand<'a> {
     /// # Panics
     /// If the weight is rounded in blocks and the tile does not start at the edge of one.
     pub(crate) fn read(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
-        let compute = if self.is_exact() {
-            Compute::F32
+        let rounding = if self.is_exact() {
+            OperandRounding::F32
         } else {
-            self.compute
+            self.compute.rounding()
         };
-        self.read_for(compute, rows, cols, out);
+        self.read_for(rounding, rows, cols, out);
     }
 
     /// [`Self::read`] with a rounding of its own.
-    fn read_for(&self, compute: Compute, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+    fn read_for(
+        &self,
+        rounding: OperandRounding,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        out: &mut [f32],
+    ) {
         if let Some(block) = self.block() {
             assert!(
                 rows.start.is_multiple_of(block[0]) && cols.start.is_multiple_of(block[1]),
@@ -236,9 +242,9 @@ impl<'a> WeightOperand<'a> {
             }
             quantizer.round(out, cols.len());
         }
-        match compute {
-            Compute::Fp8(_) if !self.is_rounded_in_blocks() => {}
-            compute => compute.round_weight(out, cols.len()),
+        match rounding {
+            OperandRounding::Fp8(_) if !self.is_rounded_in_blocks() => {}
+            rounding => rounding.round_weight(out, cols.len()),
         }
     }
 

@@ -62,11 +62,11 @@ impl<'a> ProductPlan<'a> {
 ///
 /// Backward products never read stored bytes: `Gemv` becomes `F32Rows` or `Bf16Rows`, `Bf16PairsGemm` becomes
 /// `Bf16Gemm`, and `Int8Gemm` becomes `F32Rows` or `F32Gemm`. The compute column is the setting resolved for the weight
-/// by [`Compute::over`]. `Bf16PairsGemm` needs the CPU's instructions for pairs and an even width.
+/// by [`Compute::for_weight`]. `Bf16PairsGemm` needs the CPU's instructions for pairs and an even width.
 pub(crate) fn plan<'a>(w: &WeightOperand<'a>, rows: usize, pass: LayerPass) -> ProductPlan<'a> {
     let (compute, is_forward) = (w.compute(), pass == LayerPass::Forward);
     let stored = is_forward.then(|| w.packed()).flatten();
-    if let (Compute::Int8, Some(packed)) = (compute, stored) {
+    if let (Compute::MatchWeight, Some(packed)) = (compute, stored) {
         return ProductPlan::Int8Gemm(packed);
     }
     let is_bf16 = compute == Compute::Bf16;

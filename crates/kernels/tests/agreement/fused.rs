@@ -39,8 +39,9 @@ fn a_pair_of_products_is_two_products() {
         let (first, second) = (Arc::new(first), Arc::new(second));
         for tokens in [1, 5, 8, 9, 70] {
             let x = random([tokens, 256]);
-            let pair = linear_frozen_pair(plainly(&x), [&first, &second], Compute::Int8);
-            let [y, z] = [&first, &second].map(|w| linear_frozen(x.clone(), w, Compute::Int8));
+            let pair = linear_frozen_pair(plainly(&x), [&first, &second], Compute::MatchWeight);
+            let [y, z] =
+                [&first, &second].map(|w| linear_frozen(x.clone(), w, Compute::MatchWeight));
             let what = format!("{} of {tokens}", first.format().name());
             same(&pair[0], &y, &what);
             same(&pair[1], &z, &what);
@@ -63,7 +64,7 @@ fn shared_experts_beside_routed_ones_are_added_to_them() {
             gate: pick(512, hidden).into(),
             up: pick(512, hidden).into(),
             down: pick(hidden, 512).into(),
-            compute: Compute::Int8,
+            compute: Compute::MatchWeight,
         };
         for tokens in [1, 3, 8, 9] {
             let (x, weights) = (random([tokens, hidden]), random([tokens, top_k]));
@@ -73,8 +74,14 @@ fn shared_experts_beside_routed_ones_are_added_to_them() {
                 order: Tensor::from_data(routing.order.to_data(), &Device::flex()),
                 offsets: Tensor::from_data(routing.offsets.to_data(), &Device::flex()),
             };
-            let found = moe_frozen(plainly(&x), at_once, &bank, shared.clone(), Compute::Int8);
-            let apart = moe_frozen(x, routing, &bank, shared.clone(), Compute::Int8);
+            let found = moe_frozen(
+                plainly(&x),
+                at_once,
+                &bank,
+                shared.clone(),
+                Compute::MatchWeight,
+            );
+            let apart = moe_frozen(x, routing, &bank, shared.clone(), Compute::MatchWeight);
             same(&found, &apart, &format!("kind {kind}, {tokens} tokens"));
         }
     }
@@ -105,7 +112,7 @@ fn absorbed_attention_is_its_three_steps() {
                 of(0..nope).reshape([seq, heads, nope]),
                 &w,
                 keys,
-                Compute::Int8,
+                Compute::MatchWeight,
             );
             let queries = vec![
                 q_latent.reshape([1, seq, heads, rank]),
@@ -113,14 +120,19 @@ fn absorbed_attention_is_its_three_steps() {
             ];
             let out = latent_attention(Tensor::cat(queries, 3), &latents, rank, 0.3);
             let values = part(nope, v_dim, Direction::Forward);
-            let expected = heads_linear(out.reshape([seq, heads, rank]), &w, values, Compute::Int8)
-                .reshape([1, seq, heads, v_dim]);
+            let expected = heads_linear(
+                out.reshape([seq, heads, rank]),
+                &w,
+                values,
+                Compute::MatchWeight,
+            )
+            .reshape([1, seq, heads, v_dim]);
             let absorbed = Absorbed {
                 nope,
                 v_dim,
                 scale: 0.3,
             };
-            let found = absorbed_attention(q, &latents, &w, absorbed, Compute::Int8);
+            let found = absorbed_attention(q, &latents, &w, absorbed, Compute::MatchWeight);
             same(&found, &expected, w.format().name());
         }
     }

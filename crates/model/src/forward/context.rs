@@ -41,9 +41,9 @@ pub(crate) enum KvSource<const N: usize> {
 
 impl<'a> ForwardContext<'a> {
     /// A pass over whole sequences without dropout.
-    pub fn new(compute: Compute) -> Self {
+    pub fn new(compute: impl Into<Compute>) -> Self {
         Self {
-            compute,
+            compute: compute.into(),
             dropout_seed: None,
             caches: Vec::new(),
             segments: Segments::whole(),
@@ -54,7 +54,10 @@ impl<'a> ForwardContext<'a> {
     }
 
     /// A pass that continues sequences: each row of its input belongs to one cache, whatever the lengths of the others.
-    pub fn cached(compute: Compute, caches: impl IntoIterator<Item = &'a mut Cache>) -> Self {
+    pub fn cached(
+        compute: impl Into<Compute>,
+        caches: impl IntoIterator<Item = &'a mut Cache>,
+    ) -> Self {
         Self {
             caches: caches.into_iter().collect(),
             ..Self::new(compute)
@@ -62,7 +65,7 @@ impl<'a> ForwardContext<'a> {
     }
 
     /// A pass over whole sequences without dropout that is recorded.
-    pub fn recorded(compute: Compute, recorder: &'a mut Recorder) -> Self {
+    pub fn recorded(compute: impl Into<Compute>, recorder: &'a mut Recorder) -> Self {
         Self {
             recorder: Some(recorder),
             ..Self::new(compute)

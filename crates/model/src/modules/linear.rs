@@ -145,7 +145,7 @@ impl Linear {
         match &self.weight {
             Weight::Frozen(frozen)
                 if class == PrecisionClass::Head
-                    && compute.over(&frozen.matrix) == Compute::Bf16 =>
+                    && compute.for_weight(&frozen.matrix) == Compute::Bf16 =>
             {
                 Compute::F32
             }

@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use checkpoint::OrderedMap;
 use kernels::Quantizer;
 use model::adapt::Share;
-use model::{Checkpointing, Compute};
+use model::{Checkpointing, OperandRounding};
 use serde::{Deserialize, Serialize};
 
 use self::values::RecipeWords;
@@ -173,7 +173,7 @@ pub struct PrecisionSection {
     /// The format that operands of products are rounded to and saved activations are kept in: `f32`, `bf16`, `f16`, `fp8`
     /// or `fp8-unscaled`. Sums are f32.
     #[serde(with = "values::word")]
-    pub compute: Compute,
+    pub compute: OperandRounding,
     /// Whether the trained values are rounded to bf16 before the first step: a disturbance as small as a rounding, which
     /// shows how much of a difference between two runs is chaos.
     pub round_start: bool,
@@ -187,7 +187,7 @@ impl Default for PrecisionSection {
     fn default() -> Self {
         Self {
             // Right everywhere, and CPUs have no faster way; bf16 is for saving memory.
-            compute: Compute::F32,
+            compute: OperandRounding::F32,
             round_start: false,
             // This and the next are PyTorch's: gradients around 1e-8 are in f16's range, and a scale that one odd batch
             // halved comes back.
@@ -470,7 +470,7 @@ impl Recipe {
     /// Fills in the defaults that depend on another key.
     pub(crate) fn resolve(&mut self) {
         let moments = match (self.train.method, self.precision.compute) {
-            (Method::Full, Compute::Fp8(_)) => Moments::Bf16,
+            (Method::Full, OperandRounding::Fp8(_)) => Moments::Bf16,
             _ => Moments::F32,
         };
         self.optimizer.moments.get_or_insert(moments);

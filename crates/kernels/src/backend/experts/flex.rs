@@ -49,7 +49,7 @@ pub(crate) fn experts_frozen(
     compute: Compute,
 ) -> (FlexTensor, FlexTensor, FlexTensor) {
     let factors = FactorValues::new(&factors);
-    let x = Floats::rounded(&x, compute.before_products());
+    let x = Floats::rounded(&x, compute.rounding_before_product());
     let routing = RoutingValues::new(&routing);
     let copies = bank.resident(routing.slots());
     let experts = frozen_experts(&bank, &copies, &factors, lora, compute);
@@ -69,7 +69,7 @@ pub(crate) fn experts_frozen_grads(
     let mut restored = SavedValues::new(&saved);
     // The factors' inputs are those that the forward pass multiplied; a recomputed x is not rounded yet.
     if want_factors && matches!(saved.x.form(), SavedForm::Norm(..) | SavedForm::Swiglu(_)) {
-        let compute = saved.compute.before_products();
+        let compute = saved.compute.rounding_before_product();
         restored.x = Floats::rounded(restored.x.tensor(), compute);
     }
     let (slots, saved) = (restored.routing.slots(), restored.saved());
@@ -118,7 +118,7 @@ pub(crate) fn experts_trained(
     compute: Compute,
 ) -> (FlexTensor, FlexTensor, FlexTensor) {
     let stacks = StackValues::new(&stacks);
-    let x = Floats::rounded(&x, compute.before_products());
+    let x = Floats::rounded(&x, compute.rounding_before_product());
     let routing = RoutingValues::new(&routing);
     experts_forward(stacks.experts(compute), &routing, &x)
 }

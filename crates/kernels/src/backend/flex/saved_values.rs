@@ -18,7 +18,7 @@ use crate::simd::narrow_to_bf16;
 pub(crate) fn save_for_backward(x: FlexTensor, compute: Compute) -> SavedActivation<FlexTensor> {
     let values = Floats::new(&x);
     let (form, bytes) = match compute {
-        Compute::F32 | Compute::Int8 => (SavedForm::Float(x), 4 * values.len()),
+        Compute::F32 | Compute::MatchWeight => (SavedForm::Float(x), 4 * values.len()),
         Compute::Bf16 => (
             SavedForm::Float(narrowed(&values, narrow_to_bf16, DType::BF16)),
             2 * values.len(),

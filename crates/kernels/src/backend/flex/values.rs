@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use crate::memory::{Mat, zeros};
 use crate::ops::{rms_norm, swiglu};
-use crate::settings::Compute;
+use crate::settings::OperandRounding;
 use crate::simd::widen_bf16;
 
 /// A tensor's f32 values in row-major order: in place if they are stored so, otherwise a copy.
@@ -58,28 +58,28 @@ impl Floats {
         }
     }
 
-    /// The values as rounded for a product in `compute` that sums over the last axis.
-    pub(crate) fn rounded(tensor: &FlexTensor, compute: Compute) -> Self {
+    /// The values, rounded for a product that sums over the last axis.
+    pub(crate) fn rounded(tensor: &FlexTensor, rounding: OperandRounding) -> Self {
         let values = Self::new(tensor);
-        let are_rounded = match compute {
-            Compute::F32 => true,
-            Compute::Bf16 => tensor.dtype() == DType::BF16,
-            Compute::F16 => tensor.dtype() == DType::F16,
-            Compute::Fp8(_) | Compute::Int8 => false,
+        let are_rounded = match rounding {
+            OperandRounding::F32 => true,
+            OperandRounding::Bf16 => tensor.dtype() == DType::BF16,
+            OperandRounding::F16 => tensor.dtype() == DType::F16,
+            OperandRounding::Fp8(_) => false,
         };
         if are_rounded {
             return values;
         }
-        values.mapped(ROUNDED_ROWS, |rows, width| compute.round_rows(rows, width))
+        values.mapped(ROUNDED_ROWS, |rows, width| rounding.round_rows(rows, width))
     }
 
-    /// The values as rounded for a product in `compute` that sums over the first of two axes.
-    pub(crate) fn rounded_columns(self, compute: Compute) -> Self {
-        if compute == Compute::F32 {
+    /// The values, rounded for a product that sums over the first of two axes.
+    pub(crate) fn rounded_columns(self, rounding: OperandRounding) -> Self {
+        if rounding == OperandRounding::F32 {
             return self;
         }
         self.mapped(ROUNDED_ROWS, |rows, width| {
-            compute.round_columns(rows, width)
+            rounding.round_columns(rows, width)
         })
     }
 

@@ -18,7 +18,7 @@ use crate::ops::row_norms;
 use crate::settings::{Accumulate, Compute};
 
 pub(crate) fn linear_frozen(x: FlexTensor, w: Arc<Matrix>, compute: Compute) -> FlexTensor {
-    let x = Floats::rounded(&x, compute.before_products());
+    let x = Floats::rounded(&x, compute.rounding_before_product());
     nt(&x, WeightOperand::frozen(&w, compute))
 }
 
@@ -43,7 +43,7 @@ pub(crate) fn linear_trained(
 ) -> FlexTensor {
     let w = Floats::new(&w);
     nt(
-        &Floats::rounded(&x, compute.before_products()),
+        &Floats::rounded(&x, compute.rounding_before_product()),
         trained(&w, compute),
     )
 }
@@ -57,7 +57,7 @@ pub(crate) fn linear_updated(
 ) -> (FlexTensor, FlexTensor) {
     let [values, a, b] = [&x, &a, &b].map(Floats::new);
     let low = scaled(&nt(&values, trained(&a, Compute::F32)), update.scale);
-    let x = Floats::rounded(&x, update.compute.before_products());
+    let x = Floats::rounded(&x, update.compute.rounding_before_product());
     let y = nt_sum(&[
         (x.mat(), WeightOperand::frozen(&w, update.compute)),
         (low.mat(), trained(&b, Compute::F32)),
@@ -75,7 +75,10 @@ pub(crate) fn linear_fake_quantized(
 ) -> FlexTensor {
     let factors = [&a, &b].map(Floats::new);
     let w = WeightOperand::frozen(&w, compute).fake_quantized(fake_quantized(&factors, merge));
-    nt(&Floats::rounded(&x, w.compute().before_products()), w)
+    nt(
+        &Floats::rounded(&x, w.compute().rounding_before_product()),
+        w,
+    )
 }
 
 pub(crate) fn linear_add(mut y: FlexTensor, u: FlexTensor, b: FlexTensor) -> FlexTensor {
@@ -103,7 +106,7 @@ pub(crate) fn row_norms(a: FlexTensor, b: FlexTensor, w: Arc<Matrix>, scale: f32
 
 pub(crate) fn linear_frozen_dx(dy: FlexTensor, w: &Matrix, compute: Compute) -> FlexTensor {
     nn(
-        &Floats::rounded(&dy, compute.before_products()),
+        &Floats::rounded(&dy, compute.rounding_before_product()),
         WeightOperand::frozen(w, compute),
     )
 }
@@ -111,7 +114,7 @@ pub(crate) fn linear_frozen_dx(dy: FlexTensor, w: &Matrix, compute: Compute) -> 
 pub(crate) fn linear_trained_dx(dy: FlexTensor, w: FlexTensor, compute: Compute) -> FlexTensor {
     let w = Floats::new(&w);
     nn(
-        &Floats::rounded(&dy, compute.before_products()),
+        &Floats::rounded(&dy, compute.rounding_before_product()),
         trained(&w, compute),
     )
 }
@@ -121,7 +124,7 @@ pub(crate) fn linear_dw(
     x: &SavedActivation<FlexTensor>,
     compute: Compute,
 ) -> FlexTensor {
-    let before = compute.before_products();
+    let before = compute.rounding_before_product();
     let dy = Floats::new(&dy).rounded_columns(before);
     tn(&dy, &saved_values(x).rounded_columns(before), compute)
 }
@@ -143,7 +146,7 @@ pub(crate) fn linear_updated_grads(
             .map(|(dy, x)| tn(dy, &x, Compute::F32))
     });
     let dx = want_x.then(|| {
-        let dy = Floats::rounded(&dy, update.compute.before_products());
+        let dy = Floats::rounded(&dy, update.compute.rounding_before_product());
         nn_sum(&[
             (dy.mat(), WeightOperand::frozen(w, update.compute)),
             (dlow.mat(), trained(&a, Compute::F32)),
@@ -162,7 +165,12 @@ pub(crate) fn linear_fake_quantized_grads(
 ) -> UpdateGrads<FlexTensor> {
     let factors = saved.factors.each_ref().map(Floats::new);
     let weights = WeightOperand::frozen(w, compute).fake_quantized(fake_quantized(&factors, merge));
-    let dx = want_x.then(|| nn(&Floats::rounded(&dy, compute.before_products()), weights));
+    let dx = want_x.then(|| {
+        nn(
+            &Floats::rounded(&dy, compute.rounding_before_product()),
+            weights,
+        )
+    });
     let grads = saved.x.as_deref().map(|x| {
         let ([a, b], x) = (&factors, saved_values(x));
         let dy = Floats::new(&dy);

@@ -11,7 +11,7 @@ use crate::formats::Matrix;
 use crate::gemv::{GemvInput, GemvProduct, MAX_GEMV_ROWS, PackedWeight, multiply_all};
 use crate::matmul::{self, WeightOperand};
 use crate::memory::{Mat, MatMut};
-use crate::settings::{Accumulate, Compute};
+use crate::settings::{Accumulate, Compute, OperandRounding};
 use crate::threads::parallel_for;
 
 /// Rows of every token's heads, `[tokens · heads, width]`, `stride` values apart.
@@ -77,7 +77,7 @@ pub(crate) fn multiply_heads(
         .then(|| (0..heads).map(|head| stored_part(w, head, rows)).collect())
         .flatten();
     let packed: Option<Vec<PackedWeight<'_>>> = stored.as_ref().and_then(|stored| {
-        let packed = |w| PackedWeight::new(w, compute.over(w));
+        let packed = |w| PackedWeight::new(w, compute.for_weight(w));
         stored.iter().map(packed).collect()
     });
     match packed {
@@ -141,8 +141,8 @@ fn multiply(
     out: MatMut<'_>,
 ) {
     // `x` is not rounded here, so only products that round their operands themselves keep `compute`.
-    let compute = match compute.before_products() {
-        Compute::F32 => compute,
+    let compute = match compute.rounding_before_product() {
+        OperandRounding::F32 => compute,
         _ => Compute::F32,
     };
     if let Some(stored) = stored_part(w, head, rows) {

@@ -12,7 +12,7 @@ use crate::formats::Matrix;
 use crate::matmul::WeightOperand;
 use crate::memory::Mat;
 use crate::ops::loss::{self, OutputHead, TokenLoss};
-use crate::settings::Compute;
+use crate::settings::{Compute, OperandRounding};
 
 pub(crate) fn cross_entropy_frozen(
     h: FlexTensor,
@@ -23,7 +23,13 @@ pub(crate) fn cross_entropy_frozen(
     compute: Compute,
 ) -> (FlexTensor, FlexTensor) {
     let w = WeightOperand::frozen(&w, compute);
-    loss_forward(&h, Some((&u, &b)), w, &targets, compute.before_products())
+    loss_forward(
+        &h,
+        Some((&u, &b)),
+        w,
+        &targets,
+        compute.rounding_before_product(),
+    )
 }
 
 pub(crate) fn cross_entropy_frozen_grads(
@@ -34,7 +40,7 @@ pub(crate) fn cross_entropy_frozen_grads(
     compute: Compute,
     want_b: bool,
 ) -> [FlexTensor; 3] {
-    let tokens = TrainedTokens::new(&saved.h, Some(&u), &saved.targets, compute);
+    let tokens = TrainedTokens::new(&saved.h, Some(&u), &saved.targets, compute.rounding());
     let b = Floats::new(&b);
     let (head, rows) = (
         tokens.head(WeightOperand::frozen(w, compute), Some(&b)),
@@ -81,7 +87,7 @@ pub(crate) fn cross_entropy_trained(
         None,
         trained(&w, compute),
         &targets,
-        compute.before_products(),
+        compute.rounding_before_product(),
     )
 }
 
@@ -92,7 +98,7 @@ pub(crate) fn cross_entropy_trained_grads(
     compute: Compute,
     want_w: bool,
 ) -> [FlexTensor; 2] {
-    let tokens = TrainedTokens::new(&saved.h, None, &saved.targets, compute);
+    let tokens = TrainedTokens::new(&saved.h, None, &saved.targets, compute.rounding());
     let w = Floats::new(&w);
     let (head, rows) = (
         tokens.head(trained(&w, compute), None),
@@ -118,10 +124,15 @@ struct TrainedTokens {
 }
 
 impl TrainedTokens {
-    fn new(h: &FlexTensor, u: Option<&FlexTensor>, targets: &FlexTensor, compute: Compute) -> Self {
+    fn new(
+        h: &FlexTensor,
+        u: Option<&FlexTensor>,
+        targets: &FlexTensor,
+        rounding: OperandRounding,
+    ) -> Self {
         let targets = int_values(targets);
         let at = loss::trained(&targets);
-        let (h, u) = (Floats::rounded(h, compute), u.map(Floats::new));
+        let (h, u) = (Floats::rounded(h, rounding), u.map(Floats::new));
         let (hidden, rank) = (h.dims::<2>()[1], u.as_ref().map_or(0, |u| u.dims::<2>()[1]));
         let gather = |x: &[f32], width: usize| {
             at.iter()
@@ -188,9 +199,9 @@ fn loss_forward(
     low_rank: Option<(&FlexTensor, &FlexTensor)>,
     w: WeightOperand<'_>,
     targets: &FlexTensor,
-    compute: Compute,
+    rounding: OperandRounding,
 ) -> (FlexTensor, FlexTensor) {
-    let tokens = TrainedTokens::new(h, low_rank.map(|(u, _)| u), targets, compute);
+    let tokens = TrainedTokens::new(h, low_rank.map(|(u, _)| u), targets, rounding);
     let b = low_rank.map(|(_, b)| Floats::new(b));
     tokens.check(w);
     let losses = loss::forward(tokens.head(w, b.as_ref()), &tokens.targets);
@@ -204,7 +215,7 @@ fn loss_with_gradients(
     targets: &FlexTensor,
     compute: Compute,
 ) -> [FlexTensor; 3] {
-    let tokens = TrainedTokens::new(h, None, targets, compute);
+    let tokens = TrainedTokens::new(h, None, targets, compute.rounding());
     tokens.check(w);
     let (losses, dh) = loss::forward_with_gradients(tokens.head(w, None), &tokens.targets);
     let (loss, lse) = tokens.spread(losses, h);

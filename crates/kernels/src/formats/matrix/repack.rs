@@ -68,7 +68,7 @@ impl Matrix {
 
     pub(super) fn repacked_format(&self, compute: Compute) -> Format {
         match self.format {
-            Format::Ggml(format) if compute == Compute::Int8 && format.has_blocks() => {
+            Format::Ggml(format) if compute == Compute::MatchWeight && format.has_blocks() => {
                 Format::Interleaved(format)
             }
             _ => self.format.clone(),
@@ -165,7 +165,7 @@ mod tests {
 
     #[test]
     fn what_is_laid_out_has_the_values_it_had() {
-        for compute in [Compute::Int8, Compute::F32] {
+        for compute in [Compute::MatchWeight, Compute::F32] {
             check_laid_out(compute);
         }
     }

@@ -312,7 +312,7 @@ mod tests {
                 dropout: Dropout::OFF,
                 quantizer: None,
             },
-            compute: Compute::Int8,
+            compute: Compute::MatchWeight,
             hidden,
             inner,
             n_experts: n,

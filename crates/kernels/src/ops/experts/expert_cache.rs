@@ -325,7 +325,7 @@ mod tests {
     }
 
     fn cache(experts: usize) -> Arc<ExpertCache> {
-        Arc::new(ExpertCache::new(experts * HELD, Compute::Int8, FILE))
+        Arc::new(ExpertCache::new(experts * HELD, Compute::MatchWeight, FILE))
     }
 
     /// The cached copies of a pass with these experts.
@@ -375,7 +375,7 @@ mod tests {
 
     #[test]
     fn a_budget_below_one_expert_holds_none() {
-        let cache = Arc::new(ExpertCache::new(10, Compute::Int8, FILE));
+        let cache = Arc::new(ExpertCache::new(10, Compute::MatchWeight, FILE));
         let bank = bank(&cache, 0);
         bank.prefetch([1].into_iter());
         assert!(copied(&bank, &[2, 3]).is_empty());
@@ -427,7 +427,7 @@ mod tests {
 
     #[test]
     fn every_format_is_copied_as_products_read_it() {
-        for compute in [Compute::Int8, Compute::F32] {
+        for compute in [Compute::MatchWeight, Compute::F32] {
             for number in 0..every_block_format(40).len() + 4 {
                 // Copied by several tasks, and with a strip that is not full.
                 let forms = |rows: usize, seed: u64| {
@@ -447,7 +447,7 @@ mod tests {
                     let is_strips = matches!(gate.format(), Format::Interleaved(_));
                     let has_blocks =
                         matches!(bank.gate[0].format(), Format::Ggml(f) if f.block() > 1);
-                    assert_eq!(is_strips, has_blocks && compute == Compute::Int8);
+                    assert_eq!(is_strips, has_blocks && compute == Compute::MatchWeight);
                 }
             }
         }

@@ -19,7 +19,7 @@ use super::routed::{DOWN, GATE, RoutedExperts, UP};
 use super::slots::{ExpertSlots, Slots};
 use crate::memory::{Mat, MatMut, with_scratch, zeros};
 use crate::ops::swiglu;
-use crate::settings::{Accumulate, Compute};
+use crate::settings::{Accumulate, OperandRounding};
 use crate::simd::dot;
 use crate::threads::parallel_for;
 
@@ -79,7 +79,10 @@ fn forward_group(
             experts.project(GATE, piece, xs, gate.values());
             experts.project(UP, piece, xs, up.values());
             swiglu::forward(gate.values(), up.values(), act);
-            experts.compute.before_products().round_rows(act, inner);
+            experts
+                .compute
+                .rounding_before_product()
+                .round_rows(act, inner);
             let act = Mat::dense(act, n, inner);
             experts.project(DOWN, piece, act, out.values());
         });
@@ -232,7 +235,7 @@ fn backward_group(pass: ExpertsBackward<'_>, group: Range<usize>, outputs: &mut 
         swiglu::forward(gate, up, act.values());
         back_through_down(pass, piece, dgate.values());
         let weights = places.map(|at| saved.weights[slots.order[at] as usize]);
-        with_rounded_rows(act.values(), inner, experts.compute, |act| {
+        with_rounded_rows(act.values(), inner, experts.compute.rounding(), |act| {
             weigh(dgate.values(), act, dweight.values(), weights);
         });
         dup.values().copy_from_slice(up);
@@ -242,7 +245,7 @@ fn backward_group(pass: ExpertsBackward<'_>, group: Range<usize>, outputs: &mut 
             (UP, dup, Accumulate::Add),
         ];
         for (projection, mut dy, accumulate) in gradients {
-            let before = experts.compute.before_products();
+            let before = experts.compute.rounding_before_product();
             with_rounded_rows(dy.values(), inner, before, |dy| {
                 let dy = Mat::dense(dy, n, inner);
                 experts.project_back(projection, piece, dy, dx.values(), accumulate);
@@ -257,7 +260,10 @@ fn back_through_down(pass: ExpertsBackward<'_>, piece: &ExpertSlots, dact: &mut 
     let (n, hidden) = (piece.places.len(), experts.hidden);
     with_scratch(n * hidden, |dys| {
         slots.gather(pass.dy, hidden, piece.places.clone(), dys);
-        experts.compute.before_products().round_rows(dys, hidden);
+        experts
+            .compute
+            .rounding_before_product()
+            .round_rows(dys, hidden);
         let dys = Mat::dense(dys, n, hidden);
         experts.project_back(DOWN, piece, dys, dact, Accumulate::Replace);
     });
@@ -267,15 +273,15 @@ fn back_through_down(pass: ExpertsBackward<'_>, piece: &ExpertSlots, dact: &mut 
 fn with_rounded_rows(
     values: &[f32],
     width: usize,
-    compute: Compute,
+    rounding: OperandRounding,
     use_them: impl FnOnce(&[f32]),
 ) {
-    if compute == Compute::F32 {
+    if rounding == OperandRounding::F32 {
         return use_them(values);
     }
     with_scratch(values.len(), |copy| {
         copy.copy_from_slice(values);
-        compute.round_rows(copy, width);
+        rounding.round_rows(copy, width);
         use_them(copy);
     });
 }
@@ -283,10 +289,10 @@ fn with_rounded_rows(
 /// Lends rounded copies of both operands of a product that sums along their columns.
 fn with_rounded_columns(
     [a, b]: [Mat<'_>; 2],
-    compute: Compute,
+    rounding: OperandRounding,
     use_them: impl FnOnce(Mat<'_>, Mat<'_>),
 ) {
-    if compute == Compute::F32 {
+    if rounding == OperandRounding::F32 {
         return use_them(a, b);
     }
     let n = a.rows();
@@ -295,7 +301,7 @@ fn with_rounded_columns(
         for (copy, source) in [(&mut *parts.0, a), (&mut *parts.1, b)] {
             let rows = copy.chunks_mut(source.cols().max(1)).enumerate();
             rows.for_each(|(row, copy)| copy.copy_from_slice(source.row(row)));
-            compute.round_columns(copy, source.cols());
+            rounding.round_columns(copy, source.cols());
         }
         let views = (
             Mat::dense(parts.0, n, a.cols()),
@@ -339,7 +345,7 @@ pub(crate) fn backward_trained(
             let mut dw = unsafe { outputs[projection].part(expert..expert + 1, 0..size) };
             group.with_operands(pass, projection, expert, |x, dy| {
                 let compute = experts.compute;
-                with_rounded_columns([x, dy], compute.before_products(), |x, dy| {
+                with_rounded_columns([x, dy], compute.rounding_before_product(), |x, dy| {
                     let dw = MatMut::dense(dw.values(), dy.cols(), x.cols());
                     compute.multiply(dw, dy.t(), x, Accumulate::Replace);
                 });
@@ -412,6 +418,7 @@ mod tests {
     use crate::ops::experts::forward;
     use crate::ops::experts::routed::{ExpertLora, ExpertOperands, StackedFactors};
     use crate::ops::route;
+    use crate::settings::Compute;
     use crate::testing::noise;
 
     /// The groups of experts depend on the number of threads; the result does not.

@@ -6,7 +6,7 @@ mod refused;
 use std::fs;
 use std::path::Path;
 
-use model::Compute;
+use model::OperandRounding;
 
 use super::*;
 use crate::Result;
@@ -80,7 +80,7 @@ fn the_resolved_recipe_reads_back_equal() {
     let expected = [("zeta", &5), ("experts.down_proj", &4), ("layers.3.*", &6)];
     assert_eq!(ranks, expected, "the order of the file is kept");
     assert_eq!(recipe.lora.alpha_pattern.0[0].1, 0.1 + 0.2);
-    assert_eq!(recipe.precision.compute, Compute::Bf16);
+    assert_eq!(recipe.precision.compute, OperandRounding::Bf16);
     assert_eq!(recipe.train.method, Method::Full);
     assert_eq!(recipe.lora.target, ["experts"]);
 }
@@ -110,7 +110,7 @@ fn overrides_replace_settings_and_their_rivals() {
     assert_eq!(recipe.lora.target, ["q_a_proj", "experts"]);
     assert_eq!(recipe.lora.rank_pattern.0, [("experts".to_owned(), 2)]);
     assert_eq!(recipe.data.path, [Path::new("2024-01-31")]);
-    assert_eq!(recipe.precision.compute, Compute::Bf16);
+    assert_eq!(recipe.precision.compute, OperandRounding::Bf16);
     assert!(!recipe.train.shuffle);
     assert_eq!(recipe.optimizer.learning_rate, 1.0);
 }
