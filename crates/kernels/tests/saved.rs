@@ -32,7 +32,11 @@ fn feed_forward(compute: Compute) -> (usize, Vec<Tensor<2>>) {
     let grads = y.sum().backward();
     let grads = [x, gate, up, down].map(|x| x.grad(&grads).unwrap());
     saved_activation_bytes();
-    assert_eq!(saved_activation_bytes(), before, "all saved activations are freed");
+    assert_eq!(
+        saved_activation_bytes(),
+        before,
+        "all saved activations are freed"
+    );
     (saved, grads.to_vec())
 }
 
