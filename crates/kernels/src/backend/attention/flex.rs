@@ -116,7 +116,8 @@ fn shape_apart(q: &Floats, k: &Floats, v: &Floats) -> AttentionShape {
     }
 }
 
-/// The shape of attention over keys and values of all heads in one tensor; the end of `latents` is the end of every key.
+/// The shape of attention over keys and values of all heads in one tensor. The end of `latents` is the end of every
+/// key.
 fn shape_together(q: &Floats, kv: &Floats, latents: &Floats, v_dim: usize) -> AttentionShape {
     let ([batch, seq, heads, dim], [_, kv_seq, _, width], [.., latent]) =
         (q.dims::<4>(), kv.dims::<4>(), latents.dims::<4>());

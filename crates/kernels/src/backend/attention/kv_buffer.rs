@@ -56,16 +56,16 @@ impl KvBuffer {
         self.len = at.end;
         self.storage = Some(match (self.cache_type, self.storage.take()) {
             (CacheType::Q8_0, stored) => {
-                let held = match stored {
-                    Some(KvStorage::Blocks(held, _)) => Some(held),
+                let memory = match stored {
+                    Some(KvStorage::Blocks(memory, _)) => Some(memory),
                     _ => None,
                 };
                 let blocks = Dispatch::encode_blocks(rows.into_dispatch());
-                KvStorage::Blocks(put(held, Tensor::from_dispatch(blocks), at), width)
+                KvStorage::Blocks(put(memory, Tensor::from_dispatch(blocks), at), width)
             }
             (cache_type, stored) => {
-                let held = match stored {
-                    Some(KvStorage::Numbers(held)) => Some(held),
+                let memory = match stored {
+                    Some(KvStorage::Numbers(memory)) => Some(memory),
                     _ => None,
                 };
                 let rows = match cache_type {
@@ -73,7 +73,7 @@ impl KvBuffer {
                     CacheType::Bf16 => rows.cast(DType::BF16),
                     _ => rows,
                 };
-                KvStorage::Numbers(put(held, rows, at))
+                KvStorage::Numbers(put(memory, rows, at))
             }
         });
     }
@@ -97,8 +97,8 @@ impl KvBuffer {
     pub(crate) fn dims(&self) -> [usize; 3] {
         match &self.storage {
             None => [0; 3],
-            Some(KvStorage::Numbers(held)) => [self.len, held.dims()[1], held.dims()[2]],
-            Some(KvStorage::Blocks(held, width)) => [self.len, held.dims()[1], *width],
+            Some(KvStorage::Numbers(memory)) => [self.len, memory.dims()[1], memory.dims()[2]],
+            Some(KvStorage::Blocks(memory, width)) => [self.len, memory.dims()[1], *width],
         }
     }
 
@@ -109,7 +109,9 @@ impl KvBuffer {
     pub fn floats(&self) -> Tensor<4> {
         let [len, heads, width] = self.dims();
         let numbers = match self.primitive() {
-            KvBufferPrimitive::Numbers(held) => Tensor::<3>::from_dispatch(held).cast(DType::F32),
+            KvBufferPrimitive::Numbers(memory) => {
+                Tensor::<3>::from_dispatch(memory).cast(DType::F32)
+            }
             blocks @ KvBufferPrimitive::Blocks(..) => {
                 Tensor::from_dispatch(Dispatch::decode_blocks(blocks))
             }
@@ -120,11 +122,11 @@ impl KvBuffer {
     /// The rows, without the memory for more.
     pub(crate) fn primitive(&self) -> KvBufferPrimitive<Dispatch> {
         match self.storage.clone().expect("rows that were appended") {
-            KvStorage::Numbers(held) => {
-                KvBufferPrimitive::Numbers(held.slice(0..self.len).into_dispatch())
+            KvStorage::Numbers(memory) => {
+                KvBufferPrimitive::Numbers(memory.slice(0..self.len).into_dispatch())
             }
-            KvStorage::Blocks(held, width) => {
-                KvBufferPrimitive::Blocks(held.slice(0..self.len).into_dispatch(), width)
+            KvStorage::Blocks(memory, width) => {
+                KvBufferPrimitive::Blocks(memory.slice(0..self.len).into_dispatch(), width)
             }
         }
     }
@@ -140,9 +142,13 @@ impl KvBuffer {
 }
 
 /// Writes new rows into the memory for them, which grows if it is too small.
-fn put<K: Basic>(held: Option<Tensor<3, K>>, rows: Tensor<3, K>, at: Range<usize>) -> Tensor<3, K> {
-    let held = match held {
-        Some(held) if held.dims()[0] >= at.end => held,
+fn put<K: Basic>(
+    memory: Option<Tensor<3, K>>,
+    rows: Tensor<3, K>,
+    at: Range<usize>,
+) -> Tensor<3, K> {
+    let memory = match memory {
+        Some(memory) if memory.dims()[0] >= at.end => memory,
         old => {
             let [_, heads, width] = rows.dims();
             let capacity = (at.end + GROWTH).max(2 * at.start);
@@ -153,5 +159,5 @@ fn put<K: Basic>(held: Option<Tensor<3, K>>, rows: Tensor<3, K>, at: Range<usize
             }
         }
     };
-    held.slice_assign(at, rows)
+    memory.slice_assign(at, rows)
 }

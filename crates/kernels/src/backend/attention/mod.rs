@@ -25,7 +25,8 @@ use crate::settings::Compute;
 /// - returns: `[batch, seq, heads, v_dim]`
 ///
 /// # Panics
-/// If the sizes do not fit, `kv_heads` does not divide `heads`, `kv_seq < seq`, or there are segments and `kv_seq ≠ seq`.
+/// If the sizes do not fit, `kv_heads` does not divide `heads`, `kv_seq < seq`, or there are segments and
+/// `kv_seq ≠ seq`.
 pub fn attention(
     q: Tensor<4>,
     k: Tensor<4>,

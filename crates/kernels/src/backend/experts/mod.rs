@@ -49,8 +49,8 @@ pub fn dispatch(ids: Tensor<2, Int>, experts: usize) -> (Tensor<1, Int>, Tensor<
     (Tensor::from_dispatch(order), Tensor::from_dispatch(offsets))
 }
 
-/// Prefetches experts that the next pass through a bank will probably choose, if they are not in its cache. Affects only
-/// when they are read from their file.
+/// Prefetches experts that the next pass through a bank will probably choose, if they are not in its cache. Affects
+/// only when they are read from their file.
 ///
 /// # Shapes
 /// - `ids`: `[tokens, experts]`, the most probable of a token first
@@ -72,8 +72,8 @@ pub struct Routing {
     pub offsets: Tensor<1, Int>,
 }
 
-/// Low-rank factors of a layer's experts, `a [experts, rank, in]` and `b [experts, out, rank]` of each projection with an
-/// update.
+/// Low-rank factors of a layer's experts, `a [experts, rank, in]` and `b [experts, out, rank]` of each projection with
+/// an update.
 #[derive(Clone, Debug, Default)]
 pub struct ExpertFactors {
     /// Factors of the gate projection.
@@ -134,7 +134,8 @@ pub fn moe_frozen(
 /// The weighted sum of every token's experts, with trained weights.
 ///
 /// # Shapes
-/// - `x`: `[tokens, hidden_size]`; `gate`, `up`: `[experts, inner, hidden_size]`, `down`: `[experts, hidden_size, inner]`
+/// - `x`: `[tokens, hidden_size]`
+/// - `gate`, `up`: `[experts, inner, hidden_size]`, `down`: `[experts, hidden_size, inner]`
 /// - returns: `[tokens, hidden_size]`
 ///
 /// # Panics

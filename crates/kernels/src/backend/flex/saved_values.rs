@@ -24,7 +24,7 @@ pub(crate) fn save_for_backward(x: FlexTensor, compute: Compute) -> SavedActivat
             2 * values.len(),
         ),
         Compute::F16 => (
-            // Gate and up were not rounded to f16 for a product and may exceed its range: they must not become infinite.
+            // Gate and up were not rounded to f16 for a product and may exceed its range, but must not become infinite.
             SavedForm::Float(narrowed(&values, saturated, DType::F16)),
             2 * values.len(),
         ),

@@ -171,7 +171,7 @@ impl TrainedTokens {
         );
     }
 
-    /// Losses and log-sum-exps of the whole batch `h`, 0 where there is no target.
+    /// Losses and log-sum-exps of the whole batch `h`, 0 for a token without a target.
     fn spread(&self, losses: Vec<(f32, f32)>, h: &FlexTensor) -> (FlexTensor, FlexTensor) {
         let n = h.layout().shape().as_slice()[0];
         let (mut loss, mut lse) = (vec![0.0; n], vec![0.0; n]);
