@@ -1,9 +1,11 @@
-//! TensorBoard's event files: what its Python reader, and whatever else knows the format, can plot.
+//! TensorBoard's event files, written by hand.
 //!
 //! A file is a sequence of TFRecords: length, masked CRC of the length, content, masked CRC of the content, all
-//! little-endian. The content is an `Event` of TensorFlow's protobuf schema, of which the few fields that are needed are
-//! written here by hand. Every process appends a file of its own. Records that a resumed run will write again are cut off
-//! the older files first, so that no step is there twice.
+//! little-endian. The content is an `Event` of TensorFlow's protobuf schema, with the few fields that we need. Every
+//! process writes a file of its own. A resumed run first cuts off the records that it will write again, so that no step
+//! is there twice.
+//!
+//! What the `tensorboard` package reads from such files is a golden; `journal/tensorboard.rs` tests against it.
 //!
 //! Source: tensorflow/tensorflow: tensorflow/core/lib/io/record_writer.cc, core/util/event.proto,
 //! core/framework/summary.proto.
@@ -21,12 +23,12 @@ const END: &str = ".moeforge";
 /// The longest record that is read back. Real ones have a few thousand bytes.
 const MAX_RECORD_BYTES: u64 = 1 << 24;
 
-/// What is told of a step under one tag.
+/// What a step has under one tag.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Value {
     /// A number.
     Scalar(f64),
-    /// Counts, of which number `i` is drawn from `i` to `i + 1`.
+    /// Counts: the bar of number `i` reaches from `i` to `i + 1`.
     Histogram(Vec<u64>),
     /// Markdown.
     Text(String),
@@ -37,11 +39,12 @@ pub(crate) enum Value {
 pub(crate) struct EventFile {
     path: PathBuf,
     file: Option<File>,
+    /// The wall time of the next event, in seconds. Tests set another clock, so that files are equal to the byte.
+    pub(super) wall_time: fn() -> f64,
 }
 
 impl EventFile {
-    /// A new file after those that are in the folder, from which everything after `last_step` is cut off; all of it if
-    /// there is none.
+    /// A new file after those in the folder. They lose everything after `last_step`, or everything if it is `None`.
     ///
     /// # Errors
     /// If a file cannot be read or written.
@@ -63,10 +66,11 @@ impl EventFile {
         Ok(Self {
             path: folder.join(name),
             file: None,
+            wall_time: seconds_since_1970,
         })
     }
 
-    /// Appends what is told of a step.
+    /// Appends the values of a step.
     ///
     /// # Errors
     /// If writing fails.
@@ -78,7 +82,7 @@ impl EventFile {
                 .create_new(true)
                 .open(&self.path);
             self.file = Some(options.map_err(io("create", &self.path))?);
-            let mut version = event(0);
+            let mut version = event(0, (self.wall_time)());
             version.bytes(3, b"brain.Event:2");
             record(&mut bytes, &version.0);
         }
@@ -86,7 +90,7 @@ impl EventFile {
         for (tag, value) in values {
             summary.bytes(1, &value.message(tag).0);
         }
-        let mut event = event(step);
+        let mut event = event(step, (self.wall_time)());
         event.bytes(5, &summary.0);
         record(&mut bytes, &event.0);
         // One call, and no buffer of ours: a file that is killed here has the records or a part of them.
@@ -95,8 +99,8 @@ impl EventFile {
     }
 }
 
-/// Cuts off a file's events after a step, and what is no event. Returns whether anything is left; if not, neither is the
-/// file.
+/// Cuts off a file's events after a step, and what is not an event. Returns whether anything is left; if not, the file
+/// is removed.
 fn cut(path: &Path, last_step: Option<u64>) -> Result<bool> {
     let mut options = OpenOptions::new();
     let mut file = options
@@ -121,7 +125,7 @@ fn cut(path: &Path, last_step: Option<u64>) -> Result<bool> {
     Ok(true)
 }
 
-/// The step of the event at a place in a file, and where it ends; none where there is no whole event.
+/// The step of the event at a place in a file, and where it ends; `None` if there is no whole event.
 fn next_step(file: &mut File, start: u64, len: u64) -> std::io::Result<Option<(u64, u64)>> {
     const FRAME: u64 = 16;
     if len.saturating_sub(start) < FRAME {
@@ -144,7 +148,7 @@ fn next_step(file: &mut File, start: u64, len: u64) -> std::io::Result<Option<(u
     Ok(is_whole.then(|| (step_of(&content), start + FRAME + n_bytes)))
 }
 
-/// The step of an event as it is written here: after the time, or absent for 0.
+/// The step of an event as this file writes it: after the time, or absent for 0.
 fn step_of(event: &[u8]) -> u64 {
     const TIME: usize = 9;
     let Some((&key, rest)) = event.get(TIME..).and_then(<[u8]>::split_first) else {
@@ -198,9 +202,13 @@ fn histogram(counts: &[u64]) -> Message {
             .zip(0u32..)
             .map(|(n, i)| (*n as f64, f64::from(i) + 0.5))
     };
+    // TensorBoard leaves out empty bars at both ends and draws the next ones from the least to the largest value.
+    let first = counts.iter().position(|n| *n > 0).unwrap_or(0);
+    let last = counts.iter().rposition(|n| *n > 0);
+    let end = last.map_or(counts.len(), |last| last + 1);
     let mut message = Message::default();
-    message.double(1, 0.0);
-    message.double(2, counts.len() as f64);
+    message.double(1, first as f64);
+    message.double(2, end as f64);
     message.double(3, middles().map(|(n, _)| n).sum());
     message.double(4, middles().map(|(n, x)| n * x).sum());
     message.double(5, middles().map(|(n, x)| n * x * x).sum());
@@ -209,11 +217,16 @@ fn histogram(counts: &[u64]) -> Message {
     message
 }
 
-/// An `Event` without content.
-fn event(step: u64) -> Message {
+/// The time of the system's clock; 0 if it is before 1970.
+fn seconds_since_1970() -> f64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0.0, |time| time.as_secs_f64())
+}
+
+/// An `Event` without content.
+fn event(step: u64, wall_time: f64) -> Message {
     let mut event = Message::default();
-    event.double(1, now.map_or(0.0, |time| time.as_secs_f64()));
+    event.double(1, wall_time);
     if step > 0 {
         event.varint(2, step);
     }
@@ -273,7 +286,7 @@ fn record(file: &mut Vec<u8>, content: &[u8]) {
     file.extend(masked_crc(content).to_le_bytes());
 }
 
-/// CRC-32C, turned and shifted, so that a checksum of data with checksums in it is not a special case.
+/// CRC-32C, rotated and shifted, so that a checksum of data with checksums in it is not a special case.
 fn masked_crc(bytes: &[u8]) -> u32 {
     crc32c(bytes).rotate_right(15).wrapping_add(0xA282_EAD8)
 }
@@ -325,7 +338,7 @@ mod tests {
         fields.find(|(found, _)| *found == number).unwrap().1
     }
 
-    /// The contents of a file's records, read without the writer's functions but for the checksum.
+    /// The contents of a file's records, read without the writer's functions except the checksum.
     fn records(path: &Path) -> Vec<Vec<u8>> {
         let bytes = fs::read(path).unwrap();
         let mut left = &bytes[..];

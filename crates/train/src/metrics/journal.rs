@@ -1,6 +1,9 @@
-//! Everything a run writes down while it goes on: `metrics.jsonl`, and the same for TensorBoard beside it.
+//! Everything a run logs: `metrics.jsonl`, and event files for TensorBoard.
 //!
 //! Tags are those the field uses: `train/loss`, `eval/loss`, `perf/tokens_per_sec`, `moe/layer_03/load`.
+
+#[cfg(test)]
+mod tensorboard;
 
 use serde::{Serialize, Serializer};
 use serde_json::json;
