@@ -31,9 +31,6 @@ mod tree;
 use std::path::Path;
 use std::process::Command;
 
-/// Why an exception is listed that the rooms of the redesign make needless.
-const TODAY: &str = "stood there before the rule";
-
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 fn report(findings: &[String]) {

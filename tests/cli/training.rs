@@ -216,7 +216,7 @@ fn a_run_is_reported_with_its_samples_on_a_page_of_its_own() {
     let page = std::fs::read_to_string(place.path().join("run/report.html")).unwrap();
     for words in [
         "<svg",
-        ">Loss, nats<",
+        ">Loss<",
         "Sample: What is &lt;b&gt;?",
         "use_rslora = true",
     ] {

@@ -9,9 +9,9 @@ pub(super) fn circles(n_files: usize, edges: &[Edge]) -> Vec<Vec<usize>> {
         .map(|file| reached(file, n_files, edges))
         .collect();
     let mut circles: Vec<Vec<usize>> = Vec::new();
-    for file in 0..n_files {
+    for (file, from_here) in reached.iter().enumerate() {
         let circle: Vec<_> = (0..n_files)
-            .filter(|&other| reached[file][other] && reached[other][file])
+            .filter(|&other| from_here[other] && reached[other][file])
             .collect();
         // A circle is found once, from its first file.
         if circle.first() == Some(&file) && circle.len() > 1 {

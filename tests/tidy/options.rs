@@ -3,37 +3,39 @@
 use std::collections::BTreeMap;
 
 use super::items::source_text;
+use super::report_except;
 use super::tree::{Crate, File, made_up, repository};
-use super::{TODAY, report_except};
 
 /// Options whose documentation differs from verb to verb.
 const HELP: &[(&str, &str)] = &[
     ("adapter", "attached, merged, measured or trained on"),
-    ("batch", TODAY),
-    ("cache", TODAY),
-    ("compute", TODAY),
+    ("batch", "per pass, per step, or decoded together"),
+    (
+        "cache",
+        "`logits` reads as `generate` does only if it is given",
+    ),
     ("data", "every verb reads other files of the folder"),
     ("ids", "continued, or only read"),
     ("json", "every verb prints something else"),
-    ("max-length", TODAY),
+    (
+        "max-length",
+        "of a model's context or of two, or of rows without a model",
+    ),
     ("max-samples", "scored, looked at or compared on"),
-    ("max-tokens", TODAY),
+    ("max-tokens", "of a text, or of an answer"),
     ("out", "every verb writes something else"),
     ("reps", "runs of a prompt, or steps"),
     ("seed", "of tokens, or of moments to kill at"),
     ("seq", "of a prompt, or of a training step"),
-    ("set", TODAY),
+    ("set", "an override is measured, tried or trained with"),
     ("to", "a format, or the end of a range"),
 ];
 /// Options whose values have several types.
-const VALUES: &[(&str, &str)] = &[
-    ("max-tokens", TODAY),
-    ("to", "a format, or the end of a range"),
-];
+const VALUES: &[(&str, &str)] = &[("to", "a format, or the end of a range")];
 /// Second spellings of an option, and the one to write. The second may be a hidden alias.
 const SYNONYMS: [(&str, &str); 2] = [("batch-size", "batch"), ("read-ahead", "prefetch-experts")];
 /// Second spellings that still stand.
-const SPELLINGS: &[(&str, &str)] = &[("batch-size", TODAY)];
+const SPELLINGS: &[(&str, &str)] = &[];
 
 #[test]
 fn options_are_documented_alike() {

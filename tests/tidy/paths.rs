@@ -72,7 +72,7 @@ impl Paths {
 
     /// The imports of one `use`, of which `outer` is read already.
     fn import(&mut self, tree: &syn::UseTree, outer: &[Ident], is_reexport: bool) {
-        let join = |last: &Ident| [outer, &[last.clone()]].concat();
+        let join = |last: &Ident| [outer, std::slice::from_ref(last)].concat();
         match tree {
             syn::UseTree::Path(path) => self.import(&path.tree, &join(&path.ident), is_reexport),
             syn::UseTree::Group(group) => {

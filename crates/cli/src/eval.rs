@@ -34,8 +34,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "MODEL|none")]
     pub(crate) baseline: Option<String>,
     /// Sequences per batch.
-    #[arg(long, alias = "batch-size", value_name = "N", default_value_t = 8)]
-    pub(crate) batch: usize,
+    #[arg(long, alias = "batch-size", value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=1 << 10))]
+    pub(crate) batch: u64,
     /// Maximum sequence length, in tokens; at most the model's context length.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     pub(crate) max_length: usize,
@@ -157,7 +157,7 @@ fn task_score(
 
 fn config(args: &Args) -> EvalConfig {
     EvalConfig {
-        batch_size: args.batch,
+        batch_size: args.batch as usize,
         compute: args.compute.quant().into(),
     }
 }

@@ -52,7 +52,7 @@ pub(crate) struct Args {
     chat: bool,
     /// Maximum number of new tokens.
     #[arg(long, value_name = "N", default_value_t = 128)]
-    max_tokens: usize,
+    max_tokens: u64,
     /// Print JSON: an object per prompt, in a list if there are several.
     #[arg(long)]
     json: bool,
@@ -143,7 +143,7 @@ fn start(
     console: &Console,
 ) -> anyhow::Result<Vec<Completion>> {
     let config = GenerateConfig {
-        max_tokens: args.max_tokens,
+        max_tokens: args.max_tokens as usize,
         sample: args.sampling.config(&opened.folder)?,
         stop_ids: args.sampling.stop_ids(opened)?,
         logprobs: args.logprobs,
@@ -185,12 +185,12 @@ fn generate_batch(
     console: &Console,
 ) -> anyhow::Result<Vec<Completed>> {
     let mut n_tokens = vec![0; completions.len()];
-    let total = completions.len() * args.max_tokens;
+    let total = completions.len() * args.max_tokens as usize;
     let mut progress = console.progress(total as u64, "tokens");
     let on_step = &mut |output: StepOutput<'_>| {
         n_tokens[output.number] = match output.completion.finish_reason() {
             // A text that ended early does not use the rest of its tokens.
-            Some(_) => args.max_tokens,
+            Some(_) => args.max_tokens as usize,
             None => output.completion.sequence().token_ids().len(),
         };
         progress.update(n_tokens.iter().sum::<usize>() as u64, "");

@@ -6,18 +6,15 @@ mod console;
 mod data_check;
 mod device;
 mod eval;
-mod find_lr;
 mod generate;
 mod host;
 mod inspect;
 mod merge;
 mod open;
 mod plot;
-mod precision;
 mod quantize;
 mod quickstart;
 mod report;
-mod resume_check;
 mod train;
 mod values;
 
@@ -68,10 +65,10 @@ enum Verb {
     #[command(subcommand)]
     Data(data_check::Data),
     Train(train::Args),
-    FindLr(find_lr::Args),
+    FindLr(train::find_lr::Args),
     /// Write an HTML page of a run: curves, expert load, samples, recipe.
     Report(report::Args),
-    ResumeCheck(resume_check::Args),
+    ResumeCheck(train::resume_check::Args),
     Eval(eval::Args),
     Compare(eval::compare::Args),
     Experts(eval::experts::Args),
@@ -82,7 +79,7 @@ enum Verb {
     ExportAdapter(merge::adapter::Args),
     Quantize(quantize::Args),
     Survival(eval::survival::Args),
-    Precision(precision::Args),
+    Precision(train::precision::Args),
     #[command(subcommand)]
     Bench(bench::Bench),
 }
@@ -115,9 +112,9 @@ fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
         Verb::Inspect(args) => inspect::run(&args, console),
         Verb::Data(data_check::Data::Check(args)) => data_check::run(&args, console),
         Verb::Train(args) => train::run(&args, console),
-        Verb::FindLr(args) => find_lr::run(&args, console),
+        Verb::FindLr(args) => train::find_lr::run(&args, console),
         Verb::Report(args) => report::run(&args, console),
-        Verb::ResumeCheck(args) => resume_check::run(&args, console),
+        Verb::ResumeCheck(args) => train::resume_check::run(&args, console),
         Verb::Eval(args) => eval::run(&args, console),
         Verb::Compare(args) => eval::compare::run(&args, console),
         Verb::Experts(args) => eval::experts::run(&args, console),
@@ -128,7 +125,7 @@ fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
         Verb::ExportAdapter(args) => merge::adapter::run(&args, console),
         Verb::Quantize(args) => quantize::run(&args, console),
         Verb::Survival(args) => eval::survival::run(&args, console),
-        Verb::Precision(args) => precision::run(&args, console),
+        Verb::Precision(args) => train::precision::run(&args, console),
         Verb::Bench(bench) => bench::run(&bench, console),
     }
 }

@@ -19,7 +19,7 @@ use serde_json::Value;
 use self::importance::ImportanceArgs;
 use crate::console::Console;
 use crate::device::default_device;
-use crate::eval::compare::{self, MAX_LENGTH, ModelPair, RowLimits};
+use crate::eval::compare::{self, MAX_COMPARED_LENGTH, ModelPair, RowLimits};
 use crate::merge::ConversionReport;
 use crate::open::{listed, open_folder, open_model, open_tokenizer};
 use crate::values::OutputFormat;
@@ -184,7 +184,7 @@ fn samples(args: &Args, data: &Path, model: &Folder) -> anyhow::Result<Vec<Sampl
     let (config, tokenizer) = (read_config(model)?, open_tokenizer(model)?);
     let limits = RowLimits {
         max_samples: args.max_samples,
-        max_length: MAX_LENGTH,
+        max_length: MAX_COMPARED_LENGTH,
     };
     compare::samples(data, tokenizer.as_ref(), &config, limits)
 }

@@ -3,7 +3,8 @@
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
 use serde_json::Value;
@@ -32,8 +33,14 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         );
     }
     let recipe = Recipe::open(&recipe, &[])?;
-    let log = Log::read(&args.run.join("metrics.jsonl"))?;
-    let page = page(&args.run, &recipe, &log);
+    let metrics = args.run.join("metrics.jsonl");
+    let log = Log::read(&metrics)?;
+    let origin = Origin {
+        run: name_of(&args.run),
+        last_step: utc(fs::metadata(&metrics)?.modified()?),
+        machine: machine(),
+    };
+    let page = page(&args.run, &origin, &recipe, &log);
     let out = args
         .out
         .clone()
@@ -41,6 +48,15 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     checkpoint::write_file(&out, page.as_bytes())?;
     console.result(out.display());
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the title of the page says.
+struct Origin {
+    run: String,
+    /// When the run's last step was logged.
+    last_step: String,
+    /// The machine that makes the page: a run does not record its own.
+    machine: String,
 }
 
 /// The lines of a run's metrics.
@@ -85,8 +101,8 @@ impl Log {
             .collect()
     }
 
-    /// One line for each layer, of what the objects in a list under `list` say; of many layers the least, the mean and the
-    /// most.
+    /// One line for each layer, of a number of the objects in a list. If there are many layers: the least, the mean and
+    /// the most.
     fn layers(&self, list: &str, key: &str) -> Vec<Line> {
         let mut lines: Vec<(u64, Line)> = Vec::new();
         for line in &self.0 {
@@ -149,31 +165,33 @@ fn summed_up(lines: &[Line]) -> Vec<Line> {
     ]
 }
 
-/// An exponential average over a tenth of the points, at most about 20, and over fewer at the start.
+/// An exponential moving average over a tenth of the points, at most about 20. Its bias towards the start is corrected
+/// as in Adam: the weights of the points seen so far add up to 1.
 fn smoothed(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    let span = (points.len() as f64 / 10.0).clamp(1.0, 20.0);
-    let mut average = 0.0;
-    let follow = |(i, (x, y)): (usize, &(f64, f64))| {
-        average += (y - average) / span.min(i as f64 + 1.0);
+    let weight = 1.0 / (points.len() as f64 / 10.0).clamp(1.0, 20.0);
+    let (mut average, mut weights) = (0.0, 0.0);
+    let follow = |(x, y): &(f64, f64)| {
+        weights = (1.0 - weight) * weights + weight;
+        average += (y - average) * weight / weights;
         (*x, average)
     };
-    points.iter().enumerate().map(follow).collect()
+    points.iter().map(follow).collect()
 }
 
-const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1180px;margin:2em auto;padding:0 1.5em}\
+const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1180px;margin:2em auto;padding:0 1em}\
     h1{font-size:1.5em;margin:0}h2{font-size:1.1em;margin:2em 0 .5em;border-bottom:1px solid #ddd}\
-    .sub{color:#666;margin:.2em 0 1.5em}.facts{display:flex;flex-wrap:wrap;gap:.8em}\
+    h1,h2,p,td{overflow-wrap:anywhere}\
+    .sub{color:#666;margin:.2em 0}.facts{display:flex;flex-wrap:wrap;gap:.8em;margin-top:1.5em}\
     .fact{border:1px solid #ddd;border-radius:8px;padding:.6em 1em;min-width:8em}\
     .fact b{display:block;font-size:1.25em}.fact span{color:#666;font-size:.85em}\
-    .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(480px,1fr));gap:1em}\
-    .plots svg{width:100%;height:auto;border:1px solid #eee;border-radius:8px}\
-    .map svg{width:100%;max-width:760px;height:auto;border:1px solid #eee;border-radius:8px}\
+    .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:1em}\
+    .plots svg,.map svg{box-sizing:border-box;width:100%;max-width:640px;height:auto;border:1px solid #eee;\
+    border-radius:8px}\
     pre{background:#f6f6f4;border-radius:8px;padding:1em;overflow-x:auto;font-size:13px;line-height:1.4}\
     table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;padding:.35em .8em .35em 0;\
     border-bottom:1px solid #eee}td{white-space:pre-wrap}td:first-child{white-space:nowrap;color:#666}";
 
-fn page(run: &Path, recipe: &Recipe, log: &Log) -> String {
-    let name = escaped(&name_of(run));
+fn page(run: &Path, origin: &Origin, recipe: &Recipe, log: &Log) -> String {
     let base = recipe.model.path.clone().or_else(|| {
         let config = recipe.model.config.as_ref()?;
         Some(format!("fresh weights of {}", config.display()))
@@ -184,13 +202,7 @@ fn page(run: &Path, recipe: &Recipe, log: &Log) -> String {
         .iter()
         .map(|path| path.display().to_string())
         .collect();
-    let mut page = format!(
-        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>{name}</title>\
-         <meta name=\"viewport\" content=\"width=device-width\"><style>{STYLE}</style></head><body>\n\
-         <h1>{name}</h1><p class=\"sub\">{} on {}</p>\n",
-        escaped(&base.unwrap_or_default()),
-        escaped(&data.join(", "))
-    );
+    let mut page = header(origin, &base.unwrap_or_default(), &data.join(", "));
     page += &facts(log);
     page += "<h2>Curves</h2><div class=\"plots\">";
     for plot in plots(log) {
@@ -210,7 +222,70 @@ fn page(run: &Path, recipe: &Recipe, log: &Log) -> String {
     page + "</body></html>\n"
 }
 
-/// The numbers one looks for first.
+/// The head of the page, and its title: the run, its model and data, its date, the program's version and the machine.
+fn header(origin: &Origin, base: &str, data: &str) -> String {
+    let program = concat!("moeforge ", env!("CARGO_PKG_VERSION"));
+    let [run, date, machine] =
+        [&origin.run, &origin.last_step, &origin.machine].map(|text| escaped(text));
+    format!(
+        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
+         <title>{run} · {date} · {program} · {machine}</title>\
+         <meta name=\"viewport\" content=\"width=device-width\"><style>{STYLE}</style></head><body>\n\
+         <h1>{run}</h1><p class=\"sub\">{} on {}</p>\n\
+         <p class=\"sub\">last step {date} · page by {program} on {machine}</p>\n",
+        escaped(base),
+        escaped(data)
+    )
+}
+
+/// A moment to the minute, in UTC.
+fn utc(time: SystemTime) -> String {
+    let seconds = time
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |time| time.as_secs());
+    let [days, minutes] = [seconds / 86_400, seconds % 86_400 / 60];
+    // Years that begin in March have their leap day at the end; 400 of them have 146,097 days. From H. Hinnant,
+    // chrono-Compatible Low-Level Date Algorithms, `civil_from_days`.
+    let days = days + 719_468;
+    let day_of_era = days % 146_097;
+    let year = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year + year / 4 - year / 100);
+    let month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month + 2) / 5 + 1;
+    let (month, is_next_year) = if month < 10 {
+        (month + 3, 0)
+    } else {
+        (month - 9, 1)
+    };
+    let year = days / 146_097 * 400 + year + is_next_year;
+    format!(
+        "{year}-{month:02}-{day:02} {:02}:{:02} UTC",
+        minutes / 60,
+        minutes % 60
+    )
+}
+
+/// This machine: its processor as the system calls it, how many of them, and the system.
+fn machine() -> String {
+    let linux = fs::read_to_string("/proc/cpuinfo").ok();
+    let linux = linux.as_deref().and_then(|text| {
+        let line = text.lines().find(|line| line.starts_with("model name"))?;
+        Some(line.split_once(':')?.1.trim().to_owned())
+    });
+    let mac = || {
+        let words = ["-n", "machdep.cpu.brand_string"];
+        let output = Command::new("sysctl").args(words).output().ok()?;
+        let name = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+        (!name.is_empty()).then_some(name)
+    };
+    let name = linux.or_else(mac);
+    let name = name.unwrap_or_else(|| std::env::consts::ARCH.to_owned());
+    let n = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let unit = if n == 1 { "CPU" } else { "CPUs" };
+    format!("{name}, {n} {unit}, {}", std::env::consts::OS)
+}
+
+/// The numbers that a reader looks for first.
 fn facts(log: &Log) -> String {
     let (losses, valid) = (log.numbers("loss"), log.numbers("valid_loss"));
     let best = valid.iter().min_by(|a, b| a.1.total_cmp(&b.1));
@@ -264,27 +339,22 @@ fn plots(log: &Log) -> Vec<Plot> {
     ];
     let plots = [
         plot("Loss", "nats", Axes::Tight, loss),
+        plot("Rewards", "nats", Axes::Tight, log.lines(&rewards)),
         plot(
-            "Rewards of answers",
-            "nats",
-            Axes::Tight,
-            log.lines(&rewards),
-        ),
-        plot(
-            "Share of pairs in which the chosen answer has the larger reward",
-            "",
+            "Accuracy: share of pairs with a higher reward for the chosen answer",
+            "share",
             Axes::FromZero,
             log.lines(&accuracies),
         ),
         plot(
             "Learning rate",
-            "",
+            "learning rate",
             Axes::FromZero,
             one(log.numbers("learning_rate")),
         ),
         plot(
             "Gradient norm, before clipping",
-            "",
+            "norm",
             Axes::FromZero,
             one(log.numbers("grad_norm")),
         ),
@@ -298,20 +368,20 @@ fn plots(log: &Log) -> Vec<Plot> {
 fn expert_plots(log: &Log) -> [Plot; 3] {
     [
         plot(
-            "Evenness of the experts' load (entropy, 1 is even)",
-            "",
+            "Entropy of the experts' load; 1 is even",
+            "entropy",
             Axes::Tight,
             log.layers("experts", "entropy"),
         ),
         plot(
             "Experts without a token",
-            "",
+            "experts",
             Axes::FromZero,
             log.layers("experts", "dead"),
         ),
         plot(
-            "Share of routing choices that changed from the base",
-            "",
+            "Routing drift: share of expert choices that differ from the base's",
+            "share",
             Axes::FromZero,
             log.layers("routing_drift", "drift"),
         ),
@@ -346,7 +416,7 @@ fn experts(log: &Log) -> String {
     let layers = line["experts"].as_array().into_iter().flatten();
     let map = Heatmap {
         title: format!(
-            "Load at step {}: white is none, the darkest blue three times an even share or more",
+            "Load of the experts at step {}: from none (white) to three times an even share or more",
             line["step"]
         ),
         x: "expert".into(),
@@ -429,15 +499,64 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_smoothed_line_starts_at_its_first_point_and_follows_the_mean() {
-        let points: Vec<_> = (0..1000)
-            .map(|i| (f64::from(i), f64::from(i % 2)))
-            .collect();
+    fn smoothing_is_unbiased_from_the_first_point_on() {
+        let line =
+            |y: fn(i32) -> f64| -> Vec<_> { (0..1000).map(|i| (f64::from(i), y(i))).collect() };
+        let constant = line(|_| 2.7);
+        assert_eq!(smoothed(&constant), constant);
+        // After the second point both count, the later one slightly more.
+        let points = line(|i| f64::from(i % 2));
         let found = smoothed(&points);
-        assert_eq!(found[..2], [(0.0, 0.0), (1.0, 0.5)]);
+        assert_eq!(found[0], (0.0, 0.0));
+        assert!((found[1].1 - 1.0 / 1.95).abs() < 1e-12, "{:?}", found[1]);
         assert!((found[999].1 - 0.5).abs() < 0.05);
         assert_eq!(smoothed(&points[..4]), points[..4]);
         assert!(smoothed(&[]).is_empty());
+    }
+
+    #[test]
+    fn the_title_has_run_date_version_and_machine() {
+        let origin = Origin {
+            run: "a <run>".into(),
+            last_step: utc(UNIX_EPOCH + std::time::Duration::from_secs(1_764_352_590)),
+            machine: "CPU, 2 CPUs".into(),
+        };
+        let html = header(&origin, "base", "data");
+        let version = env!("CARGO_PKG_VERSION");
+        let title = format!(
+            "<title>a &lt;run&gt; · 2025-11-28 17:56 UTC · moeforge {version} · CPU, 2 CPUs</title>"
+        );
+        assert!(html.contains(&title), "{html}");
+        let seen = &html[html.find("<body>").unwrap()..];
+        for words in [
+            "a &lt;run&gt;",
+            "2025-11-28",
+            version,
+            "CPU, 2 CPUs",
+            "base on data",
+        ] {
+            assert!(seen.contains(words), "`{words}` is not in {seen}");
+        }
+        assert!(machine().contains(" CPU"), "{}", machine());
+    }
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        let day = |days: u64| {
+            utc(UNIX_EPOCH + std::time::Duration::from_secs(86_400 * days))[..10].to_owned()
+        };
+        let days = [0, 58, 59, 10_956, 11_015, 11_016, 20_454, 20_453];
+        let dates = [
+            "1970-01-01",
+            "1970-02-28",
+            "1970-03-01",
+            "1999-12-31",
+            "2000-02-28",
+            "2000-02-29",
+            "2026-01-01",
+            "2025-12-31",
+        ];
+        assert_eq!(days.map(day), dates);
     }
 
     #[test]

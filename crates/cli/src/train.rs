@@ -1,5 +1,8 @@
 //! `moeforge train`: trains a recipe, or resumes a run.
 
+pub(crate) mod find_lr;
+pub(crate) mod precision;
+pub(crate) mod resume_check;
 mod samples;
 mod signals;
 mod watcher;

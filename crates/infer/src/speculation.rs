@@ -11,21 +11,19 @@
 //! Source: DeepSeek-V3, arXiv:2412.19437, sections 2.2 and 5.4.3.
 
 use burn::tensor::{Int, Tensor, TensorData};
+use kernels::MAX_GEMV_ROWS;
 use model::{ForwardContext, Mtp};
 
 use crate::engine::Engine;
 use crate::sampler::argmax;
 use crate::sequence::{Sequence, batch_by};
 
-/// Up to this many rows, a product computes each row with the same bits as alone.
-const MAX_ROWS: usize = 8;
-
 impl Engine {
     /// Drafts a token for each sequence that is about to decode, if all of them and their drafts fit the rows of one
     /// pass that computes each as if it were alone.
     pub(crate) fn draft(&self, sequences: &mut [&mut Sequence]) {
         let Some(mtp) = &self.mtp else { return };
-        if 2 * sequences.len() > MAX_ROWS {
+        if 2 * sequences.len() > MAX_GEMV_ROWS {
             return;
         }
         let wanting = sequences.iter_mut().filter(|s| s.wants_draft());

@@ -151,17 +151,17 @@ fn frozen_weights_are_rounded_unless_they_are_fp8() {
     }
 }
 
-const EXPERTS: usize = 3;
+const N_EXPERTS: usize = 3;
 const HIDDEN: usize = 140;
 const INNER: usize = 136;
 
 /// One expert per token in turn, each with weight 1.
 fn turns(tokens: usize) -> Routing {
     let ids = (0..tokens)
-        .map(|i| (i % EXPERTS) as i32)
+        .map(|i| (i % N_EXPERTS) as i32)
         .collect::<Vec<_>>();
     let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [tokens, 1]), &device());
-    let (order, offsets) = dispatch(ids, EXPERTS);
+    let (order, offsets) = dispatch(ids, N_EXPERTS);
     let weights = Tensor::ones([tokens, 1], &device());
     Routing {
         weights,
@@ -174,7 +174,7 @@ fn turns(tokens: usize) -> Routing {
 fn of_expert(x: &Tensor<2>, expert: usize) -> Tensor<2> {
     let [tokens, _] = x.dims();
     let rows: Vec<i32> = (expert..tokens)
-        .step_by(EXPERTS)
+        .step_by(N_EXPERTS)
         .map(|i| i as i32)
         .collect();
     let n = rows.len();
@@ -189,7 +189,7 @@ fn trained_experts_are_linear_layers_side_by_side() {
     let (tokens, compute) = (400, Compute::Fp8(Scales::F32));
     let x = random([tokens, HIDDEN]).require_grad();
     let stack = |out, inner| {
-        (random([EXPERTS, out, inner]) * 0.1)
+        (random([N_EXPERTS, out, inner]) * 0.1)
             .detach()
             .require_grad()
     };
@@ -201,7 +201,7 @@ fn trained_experts_are_linear_layers_side_by_side() {
     let y = experts_trained(x.clone(), turns(tokens), stacks.clone(), compute);
     let direction = random([tokens, HIDDEN]);
     let found = (y.clone() * direction.clone()).sum().backward();
-    for expert in 0..EXPERTS {
+    for expert in 0..N_EXPERTS {
         let one = |stack: &Tensor<3>| {
             let [_, out, inner] = stack.dims();
             let one = stack.clone().detach().narrow(0, expert, 1);
@@ -234,7 +234,7 @@ fn frozen_experts_compute_what_trained_ones_do() {
     let (tokens, compute) = (50, Compute::Fp8(Scales::PowerOfTwo));
     let x = random([tokens, HIDDEN]);
     let bank = |out, inner| {
-        (0..EXPERTS)
+        (0..N_EXPERTS)
             .map(|_| bf16(out, inner))
             .unzip::<_, _, Vec<_>, Vec<_>>()
     };

@@ -108,7 +108,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::routing::RoutingChoices;
+    use crate::routing::BatchChoices;
     use model::{Compute, ForwardContext, Recorder, Training, load};
 
     #[test]
@@ -163,7 +163,7 @@ mod tests {
                     .map(|n| n.as_f64().unwrap())
                     .collect();
                 let lengths = vec![cols; rows];
-                let load = RoutingChoices::of(record, &lengths, cols).load(wanted.len());
+                let load = BatchChoices::of(record, &lengths, cols).load(wanted.len());
                 assert_eq!(load, wanted, "{name}");
                 loads.push((record.layer_idx, load));
             }

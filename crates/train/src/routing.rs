@@ -48,13 +48,13 @@ impl LayerLoad {
 
 /// The experts chosen for the tokens of a batch without padding: `top_k` for each token.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct RoutingChoices {
+pub(crate) struct BatchChoices {
     layer: usize,
     top_k: usize,
     ids: Vec<u16>,
 }
 
-impl RoutingChoices {
+impl BatchChoices {
     /// Of one layer, for a batch of rows of these lengths padded to `cols`. Waits for the device.
     pub(crate) fn of(record: &RoutingRecord, lengths: &[usize], cols: usize) -> Self {
         Self::new(record.layer_idx, record.routed.ids.clone(), lengths, cols)
@@ -96,7 +96,7 @@ pub(crate) fn add_load(loads: &mut ExpertLoads, layer_idx: usize, load: Vec<f64>
 }
 
 /// The drift of every layer over some batches. The choices of both models are in the same order.
-pub(crate) fn drift(choices: &[RoutingChoices], reference: &[RoutingChoices]) -> Vec<LayerDrift> {
+pub(crate) fn drift(choices: &[BatchChoices], reference: &[BatchChoices]) -> Vec<LayerDrift> {
     struct Count {
         layer: usize,
         changed: usize,
@@ -153,7 +153,7 @@ mod tests {
         // Two rows of lengths 2 and 1, padded to 2; two choices per token.
         let choices = |layer, ids: [i32; 8]| {
             let ids = Tensor::from_data(TensorData::new(ids.to_vec(), [4, 2]), &device);
-            RoutingChoices::new(layer, ids, &[2, 1], 2)
+            BatchChoices::new(layer, ids, &[2, 1], 2)
         };
         let base = [choices(1, [0, 1, 2, 3, 4, 5, 6, 7]), choices(2, [0; 8])];
         let changed = [choices(1, [1, 0, 2, 9, 8, 9, 1, 1]), choices(2, [0; 8])];

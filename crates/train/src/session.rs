@@ -19,7 +19,7 @@ use crate::checkpoint_state::RunState;
 use crate::dataset::Dataset;
 use crate::optimizer::AdamW;
 use crate::recipe::{Loss, Method, Recipe};
-use crate::routing::RoutingChoices;
+use crate::routing::BatchChoices;
 
 /// Everything that a run needs in memory.
 #[derive(Debug)]
@@ -62,7 +62,7 @@ pub(crate) struct UpdateForm {
 pub(crate) struct Reference {
     pub(crate) model: Model,
     /// The choices of its routers on the validation rows, once they are known.
-    pub(crate) choices: Option<Vec<RoutingChoices>>,
+    pub(crate) choices: Option<Vec<BatchChoices>>,
 }
 
 /// The origin of the model, for the files that are written with its weights.

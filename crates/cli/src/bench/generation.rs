@@ -128,7 +128,7 @@ const PREFILL_COLUMNS: [Column; 9] = [
     Column("of peak GFLOP/s", 15, |result| {
         fraction_of(result, "peak_flops_per_second")
     }),
-    EXPERTS,
+    EXPERT_HITS,
 ];
 
 const DECODE_COLUMNS: [Column; 11] = [
@@ -149,7 +149,7 @@ const DECODE_COLUMNS: [Column; 11] = [
         let rate = result["acceptance_rate"].as_f64();
         rate.map_or_else(|| "-".into(), |share| format!("{:.1} %", 100.0 * share))
     }),
-    EXPERTS,
+    EXPERT_HITS,
 ];
 
 const TOKENS_PER_SECOND: Column = Column("tokens/s", 8, |result| {
@@ -164,7 +164,7 @@ const FIRST_TOKEN: Column = Column("first token s", 13, |result| {
     seconds(&result["first_token_seconds"])
 });
 
-const EXPERTS: Column = Column("expert cache hits", 17, |result| {
+const EXPERT_HITS: Column = Column("expert cache hits", 17, |result| {
     let count = |key: &str| result["expert_cache"][key].as_f64();
     match (count("hits"), count("misses")) {
         (Some(hits), Some(misses)) => format!("{:.1} %", 100.0 * hits / (hits + misses).max(1.0)),

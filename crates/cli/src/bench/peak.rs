@@ -17,7 +17,7 @@ const SIZE: usize = 2048;
 const NUMBERS: usize = 16 << 20;
 
 /// Numbers that a thread reads at a time: 1 MiB.
-const CHUNK: usize = 128 << 10;
+const READ_CHUNK: usize = 128 << 10;
 
 /// Times a linear layer of 2048 × 2048 weights on 2048 tokens with all threads, `runs` times after a warm-up. Weights
 /// and products are in bf16, in q8_0 blocks and int8, or else in f32.
@@ -84,7 +84,7 @@ fn narrow(values: &[f32], compute: Compute) -> Matrix {
 pub(super) fn peak_bandwidth(runs: usize) -> Vec<f64> {
     let numbers: Vec<u64> = (0..NUMBERS as u64).collect();
     let buffers = [numbers.clone(), numbers];
-    let [left, right] = [&buffers[0], &buffers[1]].map(|numbers| numbers.par_chunks(CHUNK));
+    let [left, right] = [&buffers[0], &buffers[1]].map(|numbers| numbers.par_chunks(READ_CHUNK));
     let speed = || {
         let started = Instant::now();
         let are_equal = left.clone().zip(right.clone()).all(|(l, r)| l == r);

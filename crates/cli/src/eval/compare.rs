@@ -34,7 +34,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_samples: usize,
     /// Maximum sequence length, in tokens; at most the models' context length.
-    #[arg(long, value_name = "N", default_value_t = MAX_LENGTH)]
+    #[arg(long, value_name = "N", default_value_t = MAX_COMPARED_LENGTH)]
     max_length: usize,
     // The reference is computed in f32.
     #[arg(long, value_enum, default_value_t = ComputeValue::F32, help = COMPUTE_HELP)]
@@ -45,7 +45,7 @@ pub(crate) struct Args {
 }
 
 /// Default maximum of a sequence's tokens. A row of logits per token is held.
-pub(crate) const MAX_LENGTH: usize = 256;
+pub(crate) const MAX_COMPARED_LENGTH: usize = 256;
 
 /// The rows that models are compared on.
 pub(crate) struct RowLimits {

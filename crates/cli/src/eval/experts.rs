@@ -32,8 +32,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 128)]
     max_samples: usize,
     /// Sequences per batch.
-    #[arg(long, alias = "batch-size", value_name = "N", default_value_t = 8)]
-    batch: usize,
+    #[arg(long, alias = "batch-size", value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=1 << 10))]
+    batch: u64,
     /// Maximum sequence length, in tokens; at most the model's context length.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     max_length: usize,
@@ -97,7 +97,7 @@ fn loads(opened: &Opened, args: &Args, console: &Console) -> anyhow::Result<Vec<
     split.samples.truncate(args.max_samples.max(1));
     let mut progress = console.progress(split.samples.len() as u64, "samples");
     let config = EvalConfig {
-        batch_size: args.batch,
+        batch_size: args.batch as usize,
         compute: Compute::F32,
     };
     let tell = &mut |done, _| progress.update(done as u64, &opened.name);

@@ -9,12 +9,12 @@ use crate::console::Console;
 use crate::open::attach;
 
 /// Stands for no adapter.
-const NONE: &str = "-";
+const NO_ADAPTER: &str = "-";
 
 /// The adapter of all prompts, if there is only one.
 pub(super) fn only(paths: &[PathBuf]) -> Option<PathBuf> {
     match paths {
-        [path] if path != Path::new(NONE) => Some(path.clone()),
+        [path] if path != Path::new(NO_ADAPTER) => Some(path.clone()),
         _ => None,
     }
 }
@@ -31,7 +31,7 @@ pub(super) fn add(
     }
     if paths.len() != n_prompts {
         bail!(
-            "--adapter: expected one for all prompts, or one for each of the {n_prompts} (`{NONE}` for none), found {}",
+            "--adapter: expected one for all prompts, or one for each of the {n_prompts} (`{NO_ADAPTER}` for none), found {}",
             paths.len()
         );
     }
@@ -39,7 +39,7 @@ pub(super) fn add(
     for path in paths.iter().map(PathBuf::as_path) {
         let known = added.iter().position(|added| *added == path);
         indices.push(match known {
-            _ if path == Path::new(NONE) => None,
+            _ if path == Path::new(NO_ADAPTER) => None,
             Some(index) => Some(index),
             None => {
                 let device = engine.device.clone();

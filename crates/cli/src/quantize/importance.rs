@@ -12,7 +12,7 @@ use crate::device::default_device;
 use crate::open::open_model;
 
 /// Maximum length of a calibration sequence, in tokens: all inputs of a mixture layer are held together.
-const MAX_LENGTH: usize = 512;
+const MAX_CALIBRATION_LENGTH: usize = 512;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ImportanceArgs {
@@ -75,7 +75,7 @@ impl ImportanceArgs {
             true => data.join("train.jsonl"),
             false => data.to_owned(),
         };
-        let length = MAX_LENGTH.min(config.max_position_embeddings);
+        let length = MAX_CALIBRATION_LENGTH.min(config.max_position_embeddings);
         let split = Split::open(
             &file,
             opened.tokenizer.as_deref(),

@@ -74,7 +74,7 @@ fn f16_at(bytes: &[u8]) -> f32 {
 }
 
 /// Independent partial sums of a dot product: enough to hide the latency of an addition.
-const LANES: usize = 32;
+const DOT_LANES: usize = 32;
 
 /// Sums `value(chunk) × x` over chunks of `SIZE` bytes, in a fixed order of lanes.
 #[inline(always)]
@@ -83,8 +83,11 @@ fn dot_with<const SIZE: usize, const FMA: bool>(
     x: &[f32],
     value: impl Fn(&[u8]) -> f32,
 ) -> f32 {
-    let mut lanes = [0f32; LANES];
-    let (mut codes, mut xs) = (bytes.chunks_exact(SIZE * LANES), x.chunks_exact(LANES));
+    let mut lanes = [0f32; DOT_LANES];
+    let (mut codes, mut xs) = (
+        bytes.chunks_exact(SIZE * DOT_LANES),
+        x.chunks_exact(DOT_LANES),
+    );
     for (codes, xs) in codes.by_ref().zip(xs.by_ref()) {
         for (lane, (code, x)) in lanes.iter_mut().zip(codes.chunks_exact(SIZE).zip(xs)) {
             *lane = if FMA {
@@ -143,12 +146,12 @@ multiversion! {
 multiversion! {
     /// The product of values that fill whole lanes with a vector.
     fn dot_values<FMA>(values: &[f32], x: &[f32]) -> f32 {
-        let mut lanes = [0f32; LANES];
+        let mut lanes = [0f32; DOT_LANES];
         let add = |lane: &mut f32, value: f32, x: f32| {
             *lane = if FMA { value.mul_add(x, *lane) } else { value * x + *lane };
         };
         // Rows of blocks fill whole lanes.
-        for (values, xs) in values.chunks_exact(LANES).zip(x.chunks_exact(LANES)) {
+        for (values, xs) in values.chunks_exact(DOT_LANES).zip(x.chunks_exact(DOT_LANES)) {
             for (lane, (value, x)) in lanes.iter_mut().zip(values.iter().zip(xs)) {
                 add(lane, *value, *x);
             }

@@ -13,7 +13,7 @@ pub(crate) const ROWS: usize = 16;
 /// Bytes of a line of the cache.
 pub(crate) const LINE: usize = 64;
 /// The fields of missing rows.
-const NOTHING: [u8; 128] = [0; 128];
+const ZEROS: [u8; 128] = [0; 128];
 
 /// A field of a block.
 #[derive(Clone, Copy, Debug)]
@@ -120,7 +120,7 @@ pub(crate) fn fill(format: Ggml, rows: &[u8], row_bytes: usize, strip: &mut [u8]
             let (words, after) = left.split_at_mut(ROWS * field.bytes);
             let from = std::array::from_fn(|row| match row < n {
                 true => &rows[row * row_bytes + i * block + field.at..][..field.bytes],
-                false => &NOTHING[..field.bytes],
+                false => &ZEROS[..field.bytes],
             });
             match field.cut {
                 Cut::Bytes => spread::<1>(from, words, |word| word),

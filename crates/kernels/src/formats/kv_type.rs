@@ -50,7 +50,7 @@ impl CacheType {
 }
 
 /// The largest code.
-const MOST: f32 = 127.0;
+const Q8_MAX: f32 = 127.0;
 
 multiversion! {
     /// Quantizes rows of numbers to blocks. A block with a value that is not finite becomes NaN, so that it does not go
@@ -77,7 +77,7 @@ fn encode_block(values: &[f32; Q8_BLOCK], bytes: &mut [u8; Q8_BLOCK_BYTES]) {
     let largest = values.iter().fold(0.0, |m, v| larger(m, v.abs()));
     let are_finite = values.iter().fold(true, |all, v| all & v.is_finite());
     let scale = if are_finite {
-        bf16::from_f32(largest / MOST)
+        bf16::from_f32(largest / Q8_MAX)
     } else {
         bf16::NAN
     };
@@ -85,7 +85,7 @@ fn encode_block(values: &[f32; Q8_BLOCK], bytes: &mut [u8; Q8_BLOCK_BYTES]) {
     let step = scale.to_f32();
     for (byte, value) in bytes[2..].iter_mut().zip(values) {
         // 0 / 0 is the code 0 too.
-        let code = (value / step).round_ties_even().clamp(-MOST, MOST);
+        let code = (value / step).round_ties_even().clamp(-Q8_MAX, Q8_MAX);
         *byte = code as i8 as u8;
     }
 }
@@ -119,7 +119,7 @@ mod tests {
     use crate::testing::noise;
 
     /// Half a step, which its rounding to bf16 may have made larger.
-    const HALF_A_STEP: f32 = 0.5 * (1.0 + 1.0 / 512.0) / MOST;
+    const HALF_A_STEP: f32 = 0.5 * (1.0 + 1.0 / 512.0) / Q8_MAX;
 
     /// Numbers of very different sizes, row by row.
     fn sample(rows: usize, width: usize) -> Vec<f32> {

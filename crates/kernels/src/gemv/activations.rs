@@ -6,17 +6,17 @@ use crate::memory::Mat;
 use crate::simd::multiversion;
 
 /// Values of a block.
-pub(crate) const BLOCK: usize = 32;
+pub(crate) const INT8_BLOCK: usize = 32;
 /// The largest code.
-const MOST: f32 = 127.0;
+const INT8_MAX: f32 = 127.0;
 /// Values per task.
-const TASK: usize = 1 << 15;
+const TASK_VALUES: usize = 1 << 15;
 
 /// 32 codes, and the sums that products need. A value is `scale · code`.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C, align(64))]
 pub(super) struct Int8Block {
-    pub(super) codes: [i8; BLOCK],
+    pub(super) codes: [i8; INT8_BLOCK],
     pub(super) scale: f32,
     /// The negative sum of the codes, which a weight's bias is multiplied with.
     pub(super) start: i32,
@@ -38,9 +38,9 @@ pub(crate) struct Activations {
 impl Activations {
     /// Quantizes rows of whole blocks. A block with a value that is not finite becomes NaN.
     pub(crate) fn new(x: Mat<'_>) -> Self {
-        let width = x.cols() / BLOCK;
+        let width = x.cols() / INT8_BLOCK;
         let mut blocks = vec![Int8Block::default(); x.rows() * width];
-        let rows = (TASK / x.cols().max(1)).max(1);
+        let rows = (TASK_VALUES / x.cols().max(1)).max(1);
         if x.rows() > rows {
             let tasks = blocks.par_chunks_mut((rows * width).max(1)).enumerate();
             tasks.for_each(|(task, blocks)| fill(x, task * rows, width, blocks));
@@ -52,7 +52,7 @@ impl Activations {
 
     /// Values of a row.
     pub(super) fn width(&self) -> usize {
-        self.width * BLOCK
+        self.width * INT8_BLOCK
     }
 
     pub(super) fn row(&self, row: usize) -> &[Int8Block] {
@@ -70,10 +70,10 @@ fn fill(x: Mat<'_>, first: usize, width: usize, blocks: &mut [Int8Block]) {
 /// Rounds the values of rows to those that [`Activations`] hold: the plain reference.
 #[cfg(test)]
 pub(crate) fn round_rows_to_int8(values: &mut [f32], width: usize) {
-    let mut blocks = vec![Int8Block::default(); width.div_ceil(BLOCK)];
+    let mut blocks = vec![Int8Block::default(); width.div_ceil(INT8_BLOCK)];
     for row in values.chunks_mut(width.max(1)) {
         round(row, &mut blocks);
-        for (values, block) in row.chunks_mut(BLOCK).zip(&blocks) {
+        for (values, block) in row.chunks_mut(INT8_BLOCK).zip(&blocks) {
             for (value, code) in values.iter_mut().zip(block.codes) {
                 *value = f32::from(code) * block.scale;
             }
@@ -85,11 +85,11 @@ multiversion! {
     /// Quantizes a row, padded with zeros.
     fn round<FMA>(values: &[f32], blocks: &mut [Int8Block]) {
         let _ = FMA;
-        for (values, block) in values.chunks(BLOCK).zip(blocks) {
+        for (values, block) in values.chunks(INT8_BLOCK).zip(blocks) {
             match values.as_array() {
                 Some(values) => *block = Int8Block::new(values),
                 None => {
-                    let mut whole = [0.0; BLOCK];
+                    let mut whole = [0.0; INT8_BLOCK];
                     whole[..values.len()].copy_from_slice(values);
                     *block = Int8Block::new(&whole);
                 }
@@ -100,20 +100,20 @@ multiversion! {
 
 impl Int8Block {
     #[inline(always)]
-    fn new(values: &[f32; BLOCK]) -> Self {
+    fn new(values: &[f32; INT8_BLOCK]) -> Self {
         let largest = largest(values);
-        let (mut scale, mut inverse) = (largest / MOST, MOST / largest);
+        let (mut scale, mut inverse) = (largest / INT8_MAX, INT8_MAX / largest);
         if !inverse.is_finite() {
             // Zeros, values too small for an inverse, or NaN.
             scale = if largest < 1.0 { 0.0 } else { f32::NAN };
             inverse = 0.0;
         }
-        let mut codes = [0; BLOCK];
+        let mut codes = [0; INT8_BLOCK];
         for (code, value) in codes.iter_mut().zip(values) {
             *code = rounded(value * inverse);
         }
         let sum = |half: &[i8]| half.iter().map(|code| i32::from(*code)).sum::<i32>();
-        let [low, high] = [sum(&codes[..BLOCK / 2]), sum(&codes[BLOCK / 2..])];
+        let [low, high] = [sum(&codes[..INT8_BLOCK / 2]), sum(&codes[INT8_BLOCK / 2..])];
         Self {
             codes,
             scale,
@@ -127,7 +127,7 @@ impl Int8Block {
 
 /// The largest magnitude; an infinity or NaN counts as largest.
 #[inline(always)]
-fn largest(values: &[f32; BLOCK]) -> f32 {
+fn largest(values: &[f32; INT8_BLOCK]) -> f32 {
     let bits = values.iter().map(|value| value.abs().to_bits());
     f32::from_bits(bits.fold(0, u32::max))
 }
@@ -152,14 +152,14 @@ mod tests {
         let mut rounded = values.clone();
         round_rows_to_int8(&mut rounded, 77);
         for row in 0..3 {
-            for block in (0..77).step_by(BLOCK) {
-                let range = row * 77 + block..row * 77 + (block + BLOCK).min(77);
+            for block in (0..77).step_by(INT8_BLOCK) {
+                let range = row * 77 + block..row * 77 + (block + INT8_BLOCK).min(77);
                 let most = values[range.clone()]
                     .iter()
                     .fold(0f32, |most, v| most.max(v.abs()));
                 for i in range {
                     let error = (values[i] - rounded[i]).abs();
-                    assert!(error <= most / MOST * 0.5001, "{i}: {error} of {most}");
+                    assert!(error <= most / INT8_MAX * 0.5001, "{i}: {error} of {most}");
                 }
             }
         }

@@ -28,7 +28,7 @@ use crate::memory::{Mat, MatMut, with_scratch};
 use crate::settings::Accumulate;
 
 /// Rows (of words) and columns of the right operand per block: its panels take half of a second-level cache of 1 MiB.
-const BLOCK: [usize; 2] = [512, 256];
+const PANEL_BLOCK: [usize; 2] = [512, 256];
 /// The columns of a block if the left operand has at most [`NARROW_BLOCK_ROWS`] rows: they gain less from panels than
 /// is lost by what panels push out of the cache.
 const NARROW_BLOCK: usize = 128;
@@ -91,7 +91,7 @@ fn product_in(
 ) {
     let depth = version.depth();
     let (block, transposed) = if depth == 1 && a.strides()[1] == 1 {
-        let [deep, wide] = BLOCK;
+        let [deep, wide] = PANEL_BLOCK;
         let is_narrow = a.rows() < NARROW_BLOCK_ROWS;
         ([deep, if is_narrow { NARROW_BLOCK } else { wide }], 0)
     } else {
@@ -408,8 +408,8 @@ mod tests {
         let [m, n, k] = [29, 77, 300];
         let (a, b) = (noise(m * k, 1), noise(k * n, 2));
         let one_by_one = |i: usize, j: usize| {
-            (0..k).step_by(BLOCK[0]).fold(0f32, |before, first| {
-                let sum = (first..k.min(first + BLOCK[0]))
+            (0..k).step_by(PANEL_BLOCK[0]).fold(0f32, |before, first| {
+                let sum = (first..k.min(first + PANEL_BLOCK[0]))
                     .fold(0f32, |sum, p| a[i * k + p].mul_add(b[p * n + j], sum));
                 sum.mul_add(0.75, before)
             })

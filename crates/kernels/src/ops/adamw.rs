@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use crate::simd::{multiversion, sum};
 
 /// Elements per task, and per partial sum.
-const TASK: usize = 1 << 14;
+const TASK_ELEMENTS: usize = 1 << 14;
 
 /// The scalars of one update.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -98,11 +98,14 @@ pub(crate) fn update<M: Moment>(
     );
     let (beta1, beta2) = (beta1 as f32, beta2 as f32);
     let parts = p
-        .par_chunks_mut(TASK)
-        .zip(g.par_chunks(TASK))
-        .zip(m.par_chunks_mut(TASK).zip(v.par_chunks_mut(TASK)));
+        .par_chunks_mut(TASK_ELEMENTS)
+        .zip(g.par_chunks(TASK_ELEMENTS))
+        .zip(
+            m.par_chunks_mut(TASK_ELEMENTS)
+                .zip(v.par_chunks_mut(TASK_ELEMENTS)),
+        );
     parts.enumerate().for_each(|(part, ((p, g), (m, v)))| {
-        let elements = (part * TASK) as u64..;
+        let elements = (part * TASK_ELEMENTS) as u64..;
         for (((p, g), (m, v)), element) in
             p.iter_mut().zip(g).zip(m.iter_mut().zip(v)).zip(elements)
         {
@@ -119,7 +122,7 @@ pub(crate) fn update<M: Moment>(
 
 /// The sum of squares in f64, in parts of fixed size.
 pub(crate) fn sum_of_squares(x: &[f32]) -> f64 {
-    let parts: Vec<f64> = x.par_chunks(TASK).map(squares).collect();
+    let parts: Vec<f64> = x.par_chunks(TASK_ELEMENTS).map(squares).collect();
     parts.iter().sum()
 }
 

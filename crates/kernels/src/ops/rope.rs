@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use crate::memory::zeros;
 
 /// Rows per task: those of a decoding step are one.
-const TASK_ROWS: usize = 16;
+const ROTATED_TASK_ROWS: usize = 16;
 
 /// Which two features of a head are rotated together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,11 +41,11 @@ pub(crate) fn rotate(
     let mut y = zeros(x.len());
     let width = (heads * dim).max(1);
     let tasks = y
-        .par_chunks_mut(width * TASK_ROWS)
-        .zip(x.par_chunks(width * TASK_ROWS));
+        .par_chunks_mut(width * ROTATED_TASK_ROWS)
+        .zip(x.par_chunks(width * ROTATED_TASK_ROWS));
     tasks.enumerate().for_each(|(task, (y, x))| {
         let rows = y.chunks_mut(width).zip(x.chunks(width));
-        for (row, (y, x)) in (task * TASK_ROWS..).zip(rows) {
+        for (row, (y, x)) in (task * ROTATED_TASK_ROWS..).zip(rows) {
             let position = row % seq;
             let (cos, sin) = (
                 &cos[position * half..][..half],

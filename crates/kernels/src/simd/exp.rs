@@ -44,15 +44,15 @@ pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
 }
 
 /// Accumulators of a sum or a maximum, so that its order does not depend on the instruction set.
-const LANES: usize = 32;
+const EXP_LANES: usize = 32;
 
 multiversion! {
     /// The largest value, or −∞.
     fn max<FMA>(values: &[f32]) -> f32 {
         let _ = FMA;
         let larger = |a: f32, b: f32| if a < b { b } else { a };
-        let mut lanes = [f32::NEG_INFINITY; LANES];
-        for part in values.chunks(LANES) {
+        let mut lanes = [f32::NEG_INFINITY; EXP_LANES];
+        for part in values.chunks(EXP_LANES) {
             lanes.iter_mut().zip(part).for_each(|(lane, v)| *lane = larger(*lane, *v));
         }
         lanes.into_iter().fold(f32::NEG_INFINITY, larger)
@@ -62,8 +62,8 @@ multiversion! {
 multiversion! {
     /// `v = exp(v − shift)` in place; returns the sum.
     fn exp_shifted<FMA>(values: &mut [f32], shift: f32) -> f32 {
-        let mut lanes = [0f32; LANES];
-        let mut parts = values.chunks_exact_mut(LANES);
+        let mut lanes = [0f32; EXP_LANES];
+        let mut parts = values.chunks_exact_mut(EXP_LANES);
         for part in parts.by_ref() {
             for (lane, v) in lanes.iter_mut().zip(part) {
                 *v = exp::<FMA>(*v - shift);

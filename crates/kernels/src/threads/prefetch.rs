@@ -4,9 +4,9 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The most bytes to prefetch: half of a usual second-level cache.
-const MOST: usize = 1 << 19;
+const MAX_BYTES_AHEAD: usize = 1 << 19;
 /// Bytes per call: a thread looks for work after each.
-const STEP: usize = 1 << 10;
+const BYTES_PER_CALL: usize = 1 << 10;
 /// Bytes of a line of the cache.
 const LINE: usize = 64;
 
@@ -22,7 +22,8 @@ impl PrefetchWindow {
     pub(super) fn start_at(&self, first: *const u8) {
         // The address is only prefetched, never read.
         let first = first.addr();
-        self.end.store(first.wrapping_add(MOST), Ordering::Relaxed);
+        self.end
+            .store(first.wrapping_add(MAX_BYTES_AHEAD), Ordering::Relaxed);
         self.next.store(first, Ordering::Relaxed);
     }
 
@@ -32,8 +33,8 @@ impl PrefetchWindow {
         if self.next.load(Ordering::Relaxed) >= end {
             return false;
         }
-        let first = self.next.fetch_add(STEP, Ordering::Relaxed);
-        for at in (0..STEP).step_by(LINE) {
+        let first = self.next.fetch_add(BYTES_PER_CALL, Ordering::Relaxed);
+        for at in (0..BYTES_PER_CALL).step_by(LINE) {
             prefetch_line(first.wrapping_add(at));
         }
         true

@@ -13,8 +13,8 @@ use crate::config::ModelConfig;
 
 const A: &str = ".lora_a";
 const B: &str = ".lora_b";
-const MAGNITUDE: &str = ".m";
-const EXPERTS: &str = ".switch_mlp.";
+const MLX_MAGNITUDE: &str = ".m";
+const SWITCH_EXPERTS: &str = ".switch_mlp.";
 
 impl AdapterWeights {
     /// Reads all updates of an adapter that mlx-lm wrote.
@@ -24,7 +24,7 @@ impl AdapterWeights {
         config: &ModelConfig,
     ) -> Result<(), Error> {
         for tensor in adapter.tensors() {
-            let suffixes = [A, B, MAGNITUDE];
+            let suffixes = [A, B, MLX_MAGNITUDE];
             let parts = suffixes
                 .iter()
                 .find_map(|s| Some((tensor.name.strip_suffix(s)?, *s)));
@@ -42,7 +42,7 @@ impl AdapterWeights {
                 continue;
             }
             let b = adapter.tensor(&format!("{path}{B}"))?;
-            match path.split_once(EXPERTS) {
+            match path.split_once(SWITCH_EXPERTS) {
                 Some((layer, projection)) => {
                     let owner = format!("{layer}.experts");
                     self.read_mlx_experts(adapter, [tensor, &b], &owner, projection, config)?;
@@ -68,7 +68,7 @@ impl AdapterWeights {
             return Err(self.wrong(a, expected, format!("ranks {a_rank} and {b_rank}")));
         }
         let magnitude = if adapter.config.use_dora {
-            let tensor = adapter.tensor(&format!("{path}{MAGNITUDE}"))?;
+            let tensor = adapter.tensor(&format!("{path}{MLX_MAGNITUDE}"))?;
             tensor.expect_shape(&[out])?;
             Some(tensor.to_f32()?)
         } else {

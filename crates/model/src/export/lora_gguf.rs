@@ -18,7 +18,7 @@ use crate::keys::keys;
 use crate::load::read_config;
 
 /// Tensors of a deepseek2 whose updates llama.cpp does not apply.
-const IGNORED: [&str; 7] = [
+const WITHOUT_EFFECT: [&str; 7] = [
     "attn_q.",
     "attn_q_a.",
     "attn_q_b.",
@@ -71,10 +71,10 @@ pub fn write_lora_gguf(
     let alpha = pairs().map(|pair| pair.scale * pair.rank as f32);
     let alpha = alpha.clone().find(|alpha| *alpha != 0.0).unwrap_or(1.0);
     let factors = tensors.iter().map(|(tensor, pairs)| {
-        let factors = StackedFactors::of(tensor, pairs, alpha, &config);
+        let factors = GgufFactors::of(tensor, pairs, alpha, &config);
         (tensor.name.as_str(), factors)
     });
-    let factors: Vec<(&str, StackedFactors)> = factors.collect();
+    let factors: Vec<(&str, GgufFactors)> = factors.collect();
     let specs: Vec<TensorSpec> = factors.iter().flat_map(|f| f.1.specs(f.0)).collect();
     let mut writer = GgufWriter::create(out, &metadata(model, &layout, alpha), &specs)?;
     let mut bytes = 0;
@@ -114,7 +114,10 @@ fn is_ignored(name: &str, config: &ModelConfig) -> bool {
         .and_then(|rest| rest.split_once('.'));
     let part = part.map_or(name, |(_, part)| part);
     let is_latent = matches!(config.attention, AttentionConfig::Mla(_));
-    is_latent && IGNORED.iter().any(|ignored| part.starts_with(ignored))
+    is_latent
+        && WITHOUT_EFFECT
+            .iter()
+            .any(|ignored| part.starts_with(ignored))
 }
 
 /// The updated tensors of the base, each with the updates of its sources.
@@ -159,13 +162,13 @@ fn updated(
 }
 
 /// The factors of one tensor of the base: values, and shapes from the outermost dimension in.
-struct StackedFactors {
+struct GgufFactors {
     a: Vec<f32>,
     b: Vec<f32>,
     shapes: [Vec<usize>; 2],
 }
 
-impl StackedFactors {
+impl GgufFactors {
     /// If experts have updates of several ranks, or none, the largest rank holds for all, and missing values are 0.
     fn of(
         tensor: &GgufTensor,
@@ -393,7 +396,7 @@ mod tests {
             scale: 0.5,
             magnitude: None,
         };
-        let mut factors = StackedFactors {
+        let mut factors = GgufFactors {
             a: vec![],
             b: vec![],
             shapes: [vec![], vec![]],
@@ -407,7 +410,7 @@ mod tests {
             rows: RowOrder::Same,
         };
         let pairs = [Some(pair(1, 2)), None, Some(pair(2, 2))];
-        let factors = StackedFactors::of(&stack, &pairs, 1.0, &config);
+        let factors = GgufFactors::of(&stack, &pairs, 1.0, &config);
         assert_eq!(factors.shapes, [vec![3, 2, 2], vec![3, 2, 2]]);
         // Of the first: the factor is 0.5 · 2 / 1.
         assert_eq!(factors.a[..4], [1.0, 1.0, 0.0, 0.0]);

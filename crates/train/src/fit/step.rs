@@ -18,7 +18,7 @@ use crate::events::{Event, Host, StepReport};
 use crate::loss_scale::LossScale;
 use crate::optimizer::{Accumulated, StepScalars};
 use crate::recipe::Loss;
-use crate::routing::{ExpertLoads, RoutingChoices, add_load};
+use crate::routing::{BatchChoices, ExpertLoads, add_load};
 use crate::run_dir::RunDir;
 use crate::session::Session;
 use crate::{Error, Result};
@@ -211,7 +211,7 @@ impl Session {
         );
         for record in &recorder.routing {
             let [_, experts] = record.routed.scores.dims();
-            let load = RoutingChoices::of(record, &batch.lengths, batch.cols).load(experts);
+            let load = BatchChoices::of(record, &batch.lengths, batch.cols).load(experts);
             add_load(loads, record.layer_idx, load);
         }
         MicroStep {

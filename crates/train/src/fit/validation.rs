@@ -9,7 +9,7 @@ use crate::Result;
 use crate::dpo::Rewards;
 use crate::events::{Event, Host};
 use crate::metrics::journal::{Journal, Validation};
-use crate::routing::{self, RoutingChoices};
+use crate::routing::{self, BatchChoices};
 use crate::session::Session;
 
 /// The number of batches in which routing is compared with the reference's. Its choices stay in memory, two bytes each.
@@ -87,7 +87,7 @@ impl Session {
     }
 
     /// The choices of a model's routers in the first validation batches.
-    fn choices(&self, model: &Model) -> Result<Vec<RoutingChoices>> {
+    fn choices(&self, model: &Model) -> Result<Vec<BatchChoices>> {
         let device = self.device();
         let mut choices = Vec::new();
         for batch in self.valid_batches().take(DRIFT_BATCHES) {
@@ -119,9 +119,9 @@ impl Session {
     }
 }
 
-fn choices_of(recorder: &Recorder, batch: &Batch) -> Vec<RoutingChoices> {
+fn choices_of(recorder: &Recorder, batch: &Batch) -> Vec<BatchChoices> {
     let records = recorder.routing.iter();
     records
-        .map(|record| RoutingChoices::of(record, &batch.lengths, batch.cols))
+        .map(|record| BatchChoices::of(record, &batch.lengths, batch.cols))
         .collect()
 }

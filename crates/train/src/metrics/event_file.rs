@@ -5,6 +5,8 @@
 //! needed by hand. Every process writes a file of its own. Records that a resumed run will write again are first cut off the
 //! older files, so that no step occurs twice.
 //!
+//! What the `tensorboard` package reads from such files is a golden; `journal/tensorboard.rs` tests against it.
+//!
 //! Source: tensorflow/tensorflow: tensorflow/core/lib/io/record_writer.cc, core/util/event.proto,
 //! core/framework/summary.proto.
 
@@ -26,7 +28,7 @@ const MAX_RECORD_BYTES: u64 = 1 << 24;
 pub(crate) enum EventValue {
     /// A number.
     Scalar(f64),
-    /// Counts, of which number `i` is drawn from `i` to `i + 1`.
+    /// Counts: the bar of number `i` reaches from `i` to `i + 1`.
     Histogram(Vec<u64>),
     /// Markdown.
     Text(String),
@@ -37,6 +39,8 @@ pub(crate) enum EventValue {
 pub(crate) struct EventFile {
     path: PathBuf,
     file: Option<File>,
+    /// The wall time of the next event, in seconds. Tests set another clock, so that files are equal to the byte.
+    pub(super) wall_time: fn() -> f64,
 }
 
 impl EventFile {
@@ -62,6 +66,7 @@ impl EventFile {
         Ok(Self {
             path: folder.join(name),
             file: None,
+            wall_time: seconds_since_1970,
         })
     }
 
@@ -77,7 +82,7 @@ impl EventFile {
                 .create_new(true)
                 .open(&self.path);
             self.file = Some(options.map_err(io("create", &self.path))?);
-            let mut version = event(0);
+            let mut version = event(0, (self.wall_time)());
             version.bytes(3, b"brain.Event:2");
             record(&mut bytes, &version.0);
         }
@@ -85,7 +90,7 @@ impl EventFile {
         for (tag, value) in values {
             summary.bytes(1, &value.message(tag).0);
         }
-        let mut event = event(step);
+        let mut event = event(step, (self.wall_time)());
         event.bytes(5, &summary.0);
         record(&mut bytes, &event.0);
         // One call and no buffer: a process that is killed here leaves the records or a part of them.
@@ -199,9 +204,13 @@ fn histogram(counts: &[u64]) -> Message {
             .zip(0u32..)
             .map(|(n, i)| (*n as f64, f64::from(i) + 0.5))
     };
+    // TensorBoard leaves out empty bars at both ends and draws the next ones from the least to the largest value.
+    let first = counts.iter().position(|n| *n > 0).unwrap_or(0);
+    let last = counts.iter().rposition(|n| *n > 0);
+    let end = last.map_or(counts.len(), |last| last + 1);
     let mut message = Message::default();
-    message.double(1, 0.0);
-    message.double(2, counts.len() as f64);
+    message.double(1, first as f64);
+    message.double(2, end as f64);
     message.double(3, middles().map(|(n, _)| n).sum());
     message.double(4, middles().map(|(n, x)| n * x).sum());
     message.double(5, middles().map(|(n, x)| n * x * x).sum());
@@ -210,11 +219,16 @@ fn histogram(counts: &[u64]) -> Message {
     message
 }
 
-/// An `Event` without content.
-fn event(step: u64) -> Message {
+/// The time of the system's clock; 0 if it is before 1970.
+fn seconds_since_1970() -> f64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0.0, |time| time.as_secs_f64())
+}
+
+/// An `Event` without content.
+fn event(step: u64, wall_time: f64) -> Message {
     let mut event = Message::default();
-    event.double(1, now.map_or(0.0, |time| time.as_secs_f64()));
+    event.double(1, wall_time);
     if step > 0 {
         event.varint(2, step);
     }

@@ -2,6 +2,9 @@
 //!
 //! Tags are those the field uses: `train/loss`, `eval/loss`, `perf/tokens_per_sec`, `moe/layer_03/load`.
 
+#[cfg(test)]
+mod tensorboard;
+
 use std::path::Path;
 
 use serde::{Serialize, Serializer};

@@ -20,9 +20,9 @@ const FLOOR: f32 = 1e-4;
 /// The tile of a weight.
 pub(crate) const BLOCK: [usize; 2] = [128, 128];
 /// Values of an activation that share a scale.
-const GROUP: usize = 128;
+const TILE_GROUP: usize = 128;
 /// Rows per task, if tiles are lower than that.
-const TASK_ROWS: usize = 64;
+const ROUNDED_TASK_ROWS: usize = 64;
 
 impl Scales {
     fn of(self, largest: f32) -> f32 {
@@ -99,7 +99,7 @@ pub fn encode_tiles(
     let mut scales = vec![0.0; rows.div_ceil(tile[0]) * stride];
     if cols > 0 {
         // A task is whole bands of tiles.
-        let bands = TASK_ROWS.div_ceil(tile[0]);
+        let bands = ROUNDED_TASK_ROWS.div_ceil(tile[0]);
         codes
             .par_chunks_mut(bands * tile[0] * cols)
             .zip(scales.par_chunks_mut(bands * stride))
@@ -122,7 +122,7 @@ pub fn encode_tiles(
 /// Rounds rows of `width` values to E4M3 in tiles of 1 × 128, in place; serial.
 pub(crate) fn round_rows(values: &mut [f32], width: usize, kind: Scales) {
     for row in values.chunks_mut(width.max(1)) {
-        for part in row.chunks_mut(GROUP) {
+        for part in row.chunks_mut(TILE_GROUP) {
             round_scaled(part, kind.of(largest_magnitude(part, 0.0)));
         }
     }
@@ -131,7 +131,7 @@ pub(crate) fn round_rows(values: &mut [f32], width: usize, kind: Scales) {
 /// Rounds rows of `width` values to E4M3 in tiles of 128 × 1, in place; serial.
 pub(crate) fn round_columns(values: &mut [f32], width: usize, kind: Scales) {
     with_scratch(width, |scales| {
-        for band in values.chunks_mut((GROUP * width).max(1)) {
+        for band in values.chunks_mut((TILE_GROUP * width).max(1)) {
             scales.fill(0.0);
             band.chunks(width).for_each(|row| larger_each(row, scales));
             scales.iter_mut().for_each(|scale| *scale = kind.of(*scale));

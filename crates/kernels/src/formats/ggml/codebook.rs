@@ -2,8 +2,8 @@
 //!
 //! Source: ggml-org/llama.cpp: ggml/src/ggml-quants.c, `quantize_row_iq4_nl_impl`. Sums are in its order.
 
-use super::BLOCK;
-use super::decode::IQ4_NL_CODEBOOK;
+use super::GGML_BLOCK;
+use super::dequantize::IQ4_NL_CODEBOOK;
 use super::scale_search::extreme;
 
 /// How many scales are tried: the one that maps the value of the largest magnitude to an end of the codebook, and those
@@ -23,10 +23,13 @@ const BORDERS: [f32; 15] = {
 
 /// The scale and the codes of a block, with weighted errors.
 #[inline(always)]
-pub(super) fn codebook_codes(x: &[f32; BLOCK], weights: &[f32; BLOCK]) -> (f32, [f32; BLOCK]) {
+pub(super) fn codebook_codes(
+    x: &[f32; GGML_BLOCK],
+    weights: &[f32; GGML_BLOCK],
+) -> (f32, [f32; GGML_BLOCK]) {
     let scale = extreme(x).map_or(0.0, |most| searched(x, weights, most));
     let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-    let mut codes = [0.0; BLOCK];
+    let mut codes = [0.0; GGML_BLOCK];
     for border in BORDERS {
         for (code, x) in codes.iter_mut().zip(x) {
             *code += if inverse * x >= border { 1.0 } else { 0.0 };
@@ -37,7 +40,7 @@ pub(super) fn codebook_codes(x: &[f32; BLOCK], weights: &[f32; BLOCK]) -> (f32, 
 
 /// The scale with the smallest error; `most` is the value of the largest magnitude.
 #[inline(always)]
-fn searched(x: &[f32; BLOCK], weights: &[f32; BLOCK], most: f32) -> f32 {
+fn searched(x: &[f32; GGML_BLOCK], weights: &[f32; GGML_BLOCK], most: f32) -> f32 {
     let end = f32::from(IQ4_NL_CODEBOOK[0]);
     let inverses: [f32; TRIES] = std::array::from_fn(|i| match i {
         0 => 1.0 / (most / -end),

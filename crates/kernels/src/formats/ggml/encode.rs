@@ -7,7 +7,7 @@
 
 use super::codebook::codebook_codes;
 use super::pack::{each, f16_bytes, f16_of, fifth_bits, pack_nibbles};
-use super::{BLOCK, Ggml, k_quants};
+use super::{GGML_BLOCK, Ggml, k_quants};
 use crate::simd::{multiversion, round_to_f16};
 
 impl Ggml {
@@ -82,7 +82,7 @@ fn inverse(d: f32) -> f32 {
 
 /// The largest magnitude becomes ±127. Returns the scale.
 #[inline(always)]
-fn signed_codes(block: &mut [f32; BLOCK]) -> f32 {
+fn signed_codes(block: &mut [f32; GGML_BLOCK]) -> f32 {
     let largest = block
         .iter()
         .fold(0f32, |a, v| if v.abs() > a { v.abs() } else { a });
@@ -94,7 +94,7 @@ fn signed_codes(block: &mut [f32; BLOCK]) -> f32 {
 
 /// The value of the largest magnitude becomes code 0, and 0 becomes code `half`. Returns the scale.
 #[inline(always)]
-fn scaled_codes(block: &mut [f32; BLOCK], half: f32) -> f32 {
+fn scaled_codes(block: &mut [f32; GGML_BLOCK], half: f32) -> f32 {
     let most = block
         .iter()
         .fold(0f32, |a, v| if v.abs() > a { v.abs() } else { a });
@@ -115,7 +115,7 @@ fn scaled_codes(block: &mut [f32; BLOCK], half: f32) -> f32 {
 
 /// The smallest value becomes code 0, the largest code `steps`. Returns the scale and the smallest value.
 #[inline(always)]
-fn codes_between(block: &mut [f32; BLOCK], steps: f32) -> (f32, f32) {
+fn codes_between(block: &mut [f32; GGML_BLOCK], steps: f32) -> (f32, f32) {
     let least = block
         .iter()
         .fold(f32::INFINITY, |a, v| if *v < a { *v } else { a });
@@ -172,7 +172,7 @@ multiversion! {
 multiversion! {
     fn q8_0<FMA>(values: &[f32], out: &mut [u8]) {
         let _ = FMA;
-        each::<BLOCK, 34>(values, out, |block, bytes| {
+        each::<GGML_BLOCK, 34>(values, out, |block, bytes| {
             let mut codes = *block;
             let d = signed_codes(&mut codes);
             bytes[..2].copy_from_slice(&f16_bytes(d));
@@ -184,7 +184,7 @@ multiversion! {
 multiversion! {
     fn q4_0<FMA>(values: &[f32], out: &mut [u8]) {
         let _ = FMA;
-        each::<BLOCK, 18>(values, out, |block, bytes| {
+        each::<GGML_BLOCK, 18>(values, out, |block, bytes| {
             let mut codes = *block;
             let d = scaled_codes(&mut codes, 8.0);
             bytes[..2].copy_from_slice(&f16_bytes(d));
@@ -196,7 +196,7 @@ multiversion! {
 multiversion! {
     fn q5_0<FMA>(values: &[f32], out: &mut [u8]) {
         let _ = FMA;
-        each::<BLOCK, 22>(values, out, |block, bytes| {
+        each::<GGML_BLOCK, 22>(values, out, |block, bytes| {
             let mut codes = *block;
             let d = scaled_codes(&mut codes, 16.0);
             bytes[..2].copy_from_slice(&f16_bytes(d));
@@ -209,7 +209,7 @@ multiversion! {
 multiversion! {
     fn q4_1<FMA>(values: &[f32], out: &mut [u8]) {
         let _ = FMA;
-        each::<BLOCK, 20>(values, out, |block, bytes| {
+        each::<GGML_BLOCK, 20>(values, out, |block, bytes| {
             let mut codes = *block;
             let (d, least) = codes_between(&mut codes, 15.0);
             bytes[..2].copy_from_slice(&f16_bytes(d));
@@ -222,7 +222,7 @@ multiversion! {
 multiversion! {
     fn q5_1<FMA>(values: &[f32], out: &mut [u8]) {
         let _ = FMA;
-        each::<BLOCK, 24>(values, out, |block, bytes| {
+        each::<GGML_BLOCK, 24>(values, out, |block, bytes| {
             let mut codes = *block;
             let (d, least) = codes_between(&mut codes, 31.0);
             bytes[..2].copy_from_slice(&f16_bytes(d));
@@ -237,7 +237,7 @@ multiversion! {
     /// Errors of large values weigh more.
     fn iq4_nl<FMA>(values: &[f32], out: &mut [u8]) {
         let _ = FMA;
-        each::<BLOCK, 18>(values, out, |block, bytes| {
+        each::<GGML_BLOCK, 18>(values, out, |block, bytes| {
             let (d, codes) = codebook_codes(block, &block.map(|v| v * v));
             bytes[..2].copy_from_slice(&f16_bytes(d));
             pack_nibbles(&codes, &mut bytes[2..]);

@@ -14,9 +14,9 @@ use super::k_quants::{
 };
 use super::pack::{f16_bytes, fifth_bits, pack_nibbles};
 use super::scale_search::{
-    NOTHING, ROUNDS, STEP, Search, nearest, scale_and_minimum, scale_of_signed,
+    NEGLIGIBLE, ROUNDS, SCALE_STEP, Search, nearest, scale_and_minimum, scale_of_signed,
 };
-use super::{BLOCK, Ggml, SUPER_BLOCK};
+use super::{GGML_BLOCK, Ggml, SUPER_BLOCK};
 use crate::simd::multiversion;
 
 impl Ggml {
@@ -86,7 +86,7 @@ fn search(most: f32) -> Search {
     Search {
         most,
         from: -0.9,
-        step: STEP / 2.0,
+        step: SCALE_STEP / 2.0,
         tries: 36,
         absolute: false,
     }
@@ -94,16 +94,24 @@ fn search(most: f32) -> Search {
 
 /// The scale of a block whose code `half` is 0, and its codes.
 #[inline(always)]
-fn scaled_codes(x: &[f32; BLOCK], weights: &[f32; BLOCK], half: f32) -> (f32, [f32; BLOCK]) {
-    let mut codes = [0; BLOCK];
+fn scaled_codes(
+    x: &[f32; GGML_BLOCK],
+    weights: &[f32; GGML_BLOCK],
+    half: f32,
+) -> (f32, [f32; GGML_BLOCK]) {
+    let mut codes = [0; GGML_BLOCK];
     let d = scale_of_signed(x, weights, half, &mut codes);
     (d, codes.map(f32::from))
 }
 
 /// The scale and the smallest value of a block, and its codes.
 #[inline(always)]
-fn codes_between(x: &[f32; BLOCK], weights: &[f32; BLOCK], most: f32) -> ([f32; 2], [f32; BLOCK]) {
-    let mut codes = [0; BLOCK];
+fn codes_between(
+    x: &[f32; GGML_BLOCK],
+    weights: &[f32; GGML_BLOCK],
+    most: f32,
+) -> ([f32; 2], [f32; GGML_BLOCK]) {
+    let mut codes = [0; GGML_BLOCK];
     let [d, minimum] = scale_and_minimum(x, weights, &mut codes, &search(most));
     ([d, -minimum], codes.map(f32::from))
 }
@@ -166,7 +174,7 @@ fn common_scale<const G: usize>(
     most: f32,
 ) -> (f32, [u8; G]) {
     let largest = values.iter().fold(0f32, |most, value| most.max(*value));
-    if largest < NOTHING {
+    if largest < NEGLIGIBLE {
         return (0.0, [0; G]);
     }
     let codes = |inverse: f32| values.map(|value| nearest(inverse * value).min(most));
@@ -181,7 +189,7 @@ fn common_scale<const G: usize>(
     let mut chosen = most / largest;
     let mut least = error(chosen);
     for step in (-4..=4).filter(|step| *step != 0) {
-        let tried = (STEP * step as f32 + most) / largest;
+        let tried = (SCALE_STEP * step as f32 + most) / largest;
         let found = error(tried);
         if found < least {
             (least, chosen) = (found, tried);
@@ -264,7 +272,7 @@ multiversion! {
     fn q4_0<FMA>(row: &[f32], importance: &[f32], out: &mut [u8]) {
         let _ = FMA;
         let usual = mean_square(row);
-        each::<BLOCK, 18>(row, importance, out, |x, importance, bytes| {
+        each::<GGML_BLOCK, 18>(row, importance, out, |x, importance, bytes| {
             let (d, codes) = scaled_codes(x, &weights(x, importance, usual), 8.0);
             bytes[..2].copy_from_slice(&f16_bytes(d));
             pack_nibbles(&codes, &mut bytes[2..]);
@@ -276,7 +284,7 @@ multiversion! {
     fn q5_0<FMA>(row: &[f32], importance: &[f32], out: &mut [u8]) {
         let _ = FMA;
         let usual = mean_square(row);
-        each::<BLOCK, 22>(row, importance, out, |x, importance, bytes| {
+        each::<GGML_BLOCK, 22>(row, importance, out, |x, importance, bytes| {
             let (d, codes) = scaled_codes(x, &weights(x, importance, usual), 16.0);
             bytes[..2].copy_from_slice(&f16_bytes(d));
             bytes[2..6].copy_from_slice(&fifth_bits(&codes));
@@ -289,7 +297,7 @@ multiversion! {
     fn q4_1<FMA>(row: &[f32], importance: &[f32], out: &mut [u8]) {
         let _ = FMA;
         let usual = mean_square(row);
-        each::<BLOCK, 20>(row, importance, out, |x, importance, bytes| {
+        each::<GGML_BLOCK, 20>(row, importance, out, |x, importance, bytes| {
             let ([d, least], codes) = codes_between(x, &weights(x, importance, usual), 15.0);
             bytes[..2].copy_from_slice(&f16_bytes(d));
             bytes[2..4].copy_from_slice(&f16_bytes(least));
@@ -302,7 +310,7 @@ multiversion! {
     fn q5_1<FMA>(row: &[f32], importance: &[f32], out: &mut [u8]) {
         let _ = FMA;
         let usual = mean_square(row);
-        each::<BLOCK, 24>(row, importance, out, |x, importance, bytes| {
+        each::<GGML_BLOCK, 24>(row, importance, out, |x, importance, bytes| {
             let ([d, least], codes) = codes_between(x, &weights(x, importance, usual), 31.0);
             bytes[..2].copy_from_slice(&f16_bytes(d));
             bytes[2..4].copy_from_slice(&f16_bytes(least));
@@ -315,7 +323,7 @@ multiversion! {
 multiversion! {
     fn iq4_nl<FMA>(row: &[f32], importance: &[f32], out: &mut [u8]) {
         let _ = FMA;
-        each::<BLOCK, 18>(row, importance, out, |x, importance, bytes| {
+        each::<GGML_BLOCK, 18>(row, importance, out, |x, importance, bytes| {
             let (d, codes) = codebook_codes(x, &weights(x, importance, 2.0 * mean_square(x)));
             bytes[..2].copy_from_slice(&f16_bytes(d));
             pack_nibbles(&codes, &mut bytes[2..]);
@@ -433,7 +441,7 @@ mod tests {
     fn importance_has_no_unit_and_blocks_without_values_stay() {
         let (mut row, importance) = (noise(COLS, 9), importance());
         row[..SUPER_BLOCK].fill(0.0);
-        row[SUPER_BLOCK..SUPER_BLOCK + BLOCK].fill(1e-30);
+        row[SUPER_BLOCK..SUPER_BLOCK + GGML_BLOCK].fill(1e-30);
         let scaled: Vec<f32> = importance.iter().map(|w| w * 1024.0).collect();
         for format in Ggml::WRITTEN {
             let decoded = through(format, &row, Some(&importance));

@@ -9,10 +9,11 @@
 //! write.
 
 use super::SUPER_BLOCK;
-use super::decode::six_bits;
+use super::dequantize::six_bits;
 use super::pack::{each, f16_bytes, f16_of};
 use super::scale_search::{
-    NOTHING, STEP, Search, largest, nearest, scale_and_minimum, scale_of_few, scale_of_signed,
+    NEGLIGIBLE, SCALE_STEP, Search, largest, nearest, scale_and_minimum, scale_of_few,
+    scale_of_signed,
 };
 use crate::simd::multiversion;
 
@@ -50,7 +51,7 @@ fn q2_k_block(x: &SuperBlockValues, out: &mut [u8; 84]) {
     const SEARCH: Search = Search {
         most: 3.0,
         from: -0.5,
-        step: STEP,
+        step: SCALE_STEP,
         tries: 15,
         absolute: true,
     };
@@ -225,7 +226,7 @@ fn q4_k_block(x: &SuperBlockValues, out: &mut [u8; 144]) {
     const SEARCH: Search = Search {
         most: 15.0,
         from: -1.0,
-        step: STEP,
+        step: SCALE_STEP,
         tries: 20,
         absolute: false,
     };
@@ -244,7 +245,7 @@ fn q5_k_block(x: &SuperBlockValues, out: &mut [u8; 176]) {
     const SEARCH: Search = Search {
         most: 31.0,
         from: -0.5,
-        step: STEP,
+        step: SCALE_STEP,
         tries: 15,
         absolute: false,
     };
@@ -273,7 +274,7 @@ pub(super) fn q6_k_block(x: &SuperBlockValues, weights: &SuperBlockValues, out: 
         *scale = scale_of_signed(&x[at.clone()], &weights[at], HALF, codes);
     }
     let most = largest(&scales);
-    if most.abs() < NOTHING {
+    if most.abs() < NEGLIGIBLE {
         return out.fill(0);
     }
     let inverse = -128.0 / most;

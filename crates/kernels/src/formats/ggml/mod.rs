@@ -8,17 +8,17 @@
 //! odd widths: src/llama-quant.cpp.
 
 mod codebook;
-mod decode;
+mod dequantize;
 mod encode;
 mod imatrix;
 mod k_quants;
 mod pack;
 mod scale_search;
 
-pub(crate) use self::decode::{IQ4_NL_CODEBOOK, MXFP4_DOUBLED, half_of_power};
+pub(crate) use self::dequantize::{IQ4_NL_CODEBOOK, MXFP4_DOUBLED, half_of_power};
 
 /// Values of a block of the older formats.
-const BLOCK: usize = 32;
+const GGML_BLOCK: usize = 32;
 /// Values of a block of the k-quants.
 const SUPER_BLOCK: usize = 256;
 
@@ -95,8 +95,8 @@ impl Ggml {
     pub fn block(self) -> usize {
         match self {
             Self::F16 => 1,
-            Self::Q8_0 | Self::Q5_0 | Self::Q5_1 | Self::Q4_0 | Self::Q4_1 => BLOCK,
-            Self::Iq4Nl | Self::MxFp4 => BLOCK,
+            Self::Q8_0 | Self::Q5_0 | Self::Q5_1 | Self::Q4_0 | Self::Q4_1 => GGML_BLOCK,
+            Self::Iq4Nl | Self::MxFp4 => GGML_BLOCK,
             Self::Q6K | Self::Q5K | Self::Q4K | Self::Q3K | Self::Q2K => SUPER_BLOCK,
         }
     }

@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::BLOCK;
+use super::GGML_BLOCK;
 
 /// A value rounded to f16.
 #[inline(always)]
@@ -33,8 +33,8 @@ pub(super) fn each<const N: usize, const BYTES: usize>(
 
 /// Packs the low four bits of 32 codes: the first 16 into the low halves of 16 bytes, the others into the high halves.
 #[inline(always)]
-pub(super) fn pack_nibbles(codes: &[f32; BLOCK], out: &mut [u8]) {
-    let (low, high) = codes.split_at(BLOCK / 2);
+pub(super) fn pack_nibbles(codes: &[f32; GGML_BLOCK], out: &mut [u8]) {
+    let (low, high) = codes.split_at(GGML_BLOCK / 2);
     for (byte, (low, high)) in out.iter_mut().zip(low.iter().zip(high)) {
         *byte = *low as u8 & 15 | (*high as u8 & 15) << 4;
     }
@@ -42,7 +42,7 @@ pub(super) fn pack_nibbles(codes: &[f32; BLOCK], out: &mut [u8]) {
 
 /// The fifth bits of 32 codes.
 #[inline(always)]
-pub(super) fn fifth_bits(codes: &[f32; BLOCK]) -> [u8; 4] {
+pub(super) fn fifth_bits(codes: &[f32; GGML_BLOCK]) -> [u8; 4] {
     let bits = (0..).zip(codes);
     let bits = bits.fold(0u32, |bits, (i, code)| bits | (*code as u32 >> 4 & 1) << i);
     bits.to_le_bytes()

@@ -4,7 +4,7 @@
 //! order of sums is theirs.
 
 /// Values below this are zeros.
-pub(super) const NOTHING: f32 = 1e-15;
+pub(super) const NEGLIGIBLE: f32 = 1e-15;
 
 /// The nearest integer, ties to even.
 #[inline(always)]
@@ -24,7 +24,7 @@ pub(super) struct Search {
     pub(super) absolute: bool,
 }
 
-pub(super) const STEP: f32 = 0.1;
+pub(super) const SCALE_STEP: f32 = 0.1;
 
 /// The scale and minimum of a group with `value ≈ scale · code − minimum`; fills its codes.
 #[inline(always)]
@@ -99,7 +99,7 @@ pub(super) fn extreme(x: &[f32]) -> Option<f32> {
     let most = x
         .iter()
         .fold(0f32, |most, x| if x.abs() > most.abs() { *x } else { most });
-    (most.abs() >= NOTHING).then_some(most)
+    (most.abs() >= NEGLIGIBLE).then_some(most)
 }
 
 /// The scale of a group with `value ≈ scale · (code − half)` under weighted errors; fills its codes.
@@ -122,7 +122,7 @@ pub(super) fn scale_of_signed(x: &[f32], weights: &[f32], half: f32, codes: &mut
     let mut scale = if sum_l2 == 0.0 { 0.0 } else { sum_lx / sum_l2 };
     let mut best = scale * sum_lx;
     for step in (-9..=9).filter(|step| *step != 0) {
-        let inverse = -(half + STEP * step as f32) / most;
+        let inverse = -(half + SCALE_STEP * step as f32) / most;
         let (sum_lx, sum_l2) = sums(inverse);
         if sum_l2 > 0.0 && sum_lx * sum_lx > best * sum_l2 {
             scale = sum_lx / sum_l2;

@@ -14,7 +14,7 @@ use crate::settings::Compute;
 use crate::threads::spin_for;
 
 /// Bytes per task.
-const TASK: usize = 1 << 16;
+const TASK_BYTES: usize = 1 << 16;
 
 /// How to read the file that the matrices are mapped from.
 #[derive(Clone, Copy, Debug)]
@@ -75,7 +75,9 @@ impl Copies {
             let (own, after) = left.split_at_mut(matrix.repacked_lines(compute));
             let own = &mut own[..matrix.repacked_bytes(compute)];
             let row_bytes = matrix.row_bytes();
-            let n_rows = (TASK / row_bytes.max(1)).max(1).next_multiple_of(ROWS);
+            let n_rows = (TASK_BYTES / row_bytes.max(1))
+                .max(1)
+                .next_multiple_of(ROWS);
             let size = (n_rows * row_bytes).max(1);
             let pairs = matrix.bytes.chunks(size).zip(own.chunks_mut(size));
             parts.extend(pairs.map(|(rows, to)| RepackTask {

@@ -3,7 +3,7 @@
 //! A value is `scale · (code − bias) + offset`. The bias is a power of two and the same for all codes of a format; it
 //! is multiplied with the sums of the activations in integers, before the scale. Formats with minima have offsets.
 //!
-//! Source: ggml-org/llama.cpp: ggml/src/ggml-common.h (the layouts). `formats/ggml/decode.rs` decodes them one by one,
+//! Source: ggml-org/llama.cpp: ggml/src/ggml-common.h (the layouts). `formats/ggml/dequantize.rs` decodes them one by one,
 //! and `formats/interleaved.rs` describes a unit.
 
 #![expect(

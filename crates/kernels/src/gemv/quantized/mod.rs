@@ -17,7 +17,7 @@ use std::ops::Range;
 
 use self::layouts::UnitLayout;
 use crate::formats::{Ggml, ROWS, fill};
-use crate::gemv::activations::{Activations, BLOCK, Int8Block};
+use crate::gemv::activations::{Activations, INT8_BLOCK, Int8Block};
 use crate::memory::{MatMut, with_byte_scratch};
 use crate::settings::Accumulate;
 use crate::simd::{FOUR, Instructions, Isa, SimdWork};
@@ -236,7 +236,7 @@ unsafe fn add_group<I: Isa, F: UnitLayout, const N: usize>(
 ) {
     let bytes = F::BYTES * ROWS / F::GROUPS;
     I::prefetch(unit.wrapping_add(AHEAD + group * bytes), bytes);
-    let per_block = BLOCK / F::GROUP;
+    let per_block = INT8_BLOCK / F::GROUP;
     let (block, part) = ((first + group) / per_block, (first + group) % per_block);
     // SAFETY: the caller's promise.
     unsafe {

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use train::{Event, RangeTest, RatePoint, Recipe, steepest};
 
 use crate::console::{Console, USAGE, WithCode};
-use crate::plot::{Axes, Line, Plot};
+use crate::plot::{Axes, Line, Mark, Plot};
 use crate::train::{open_session, usage, with_code};
 
 /// Find a learning rate with a short run of growing rates.
@@ -99,14 +99,11 @@ fn plot(points: &[RatePoint], suggestion: Option<f64>) -> Plot {
         points: points.iter().map(|point| (point.rate, y(point))).collect(),
     };
     Plot {
-        title: suggestion.map_or_else(
-            || "Loss while the learning rate grows".into(),
-            |rate| format!("Loss while the learning rate grows: falls fastest at {rate:.1e}"),
-        ),
-        x: "learning rate".into(),
-        y: "nats".into(),
+        title: "Loss while the learning rate grows".into(),
+        x: "learning rate, logarithmic".into(),
+        y: "loss, nats".into(),
         lines: vec![line("smoothed", |p| p.smoothed), line("step", |p| p.loss)],
-        mark: None,
+        mark: suggestion.map(|rate| Mark::X(rate, format!("suggestion: {rate:.1e}"))),
         axes: Axes::LogX,
     }
 }
@@ -117,4 +114,34 @@ fn to_json(points: &[RatePoint], suggestion: Option<f64>) -> Value {
         "suggestion": suggestion,
         "steps": points.iter().map(point).collect::<Vec<_>>(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_suggestion_is_marked_and_the_axes_are_named() {
+        let point = |rate, loss| RatePoint {
+            rate,
+            loss,
+            smoothed: loss,
+        };
+        let points = [point(1e-4, 5.0), point(1e-3, 4.0), point(1e-2, 3.5)];
+        let svg = plot(&points, Some(1e-3)).to_svg();
+        // The line has its middle point where the mark is.
+        let line = svg
+            .lines()
+            .find(|line| line.contains("#0072b2\" stroke-w"))
+            .unwrap();
+        let mark = svg.lines().find(|line| line.contains("5 4")).unwrap();
+        assert!(
+            line.contains(" 271.0,") && mark.matches("271.0,").count() == 2,
+            "{svg}"
+        );
+        for words in ["suggestion: 1.0e-3", ">learning rate", ">loss, nats"] {
+            assert!(svg.contains(words), "`{words}` is not in {svg}");
+        }
+        assert!(!plot(&points, None).to_svg().contains("suggestion"));
+    }
 }

@@ -14,7 +14,7 @@ use serde_json::Value;
 use train::{Recipe, RunDir};
 
 use crate::console::{Console, USAGE, WithCode, resident_bytes};
-use crate::plot::{Axes, Line, Plot};
+use crate::plot::{Axes, Line, Mark, Plot};
 use crate::train::usage;
 
 /// Compare training in f32, bf16 and FP8: losses step by step, speed and memory.
@@ -187,11 +187,11 @@ fn plot(report: &CurveReport) -> Plot {
     });
     let first = &report.runs[0].curve.name;
     Plot {
-        title: format!("Difference of the smoothed loss to {first}'s"),
+        title: format!("Relative difference of the smoothed loss to that of {first}"),
         x: "step".into(),
-        y: "%".into(),
+        y: "difference, %".into(),
         lines: lines.collect(),
-        mark: Some((0.25, "0.25 %, DeepSeek-V3's".into())),
+        mark: Some(Mark::Y(0.25, "0.25 %, DeepSeek-V3's bound".into())),
         axes: Axes::FromZero,
     }
 }

@@ -4,7 +4,7 @@
 
 use half::f16;
 
-use super::{BLOCK, Ggml, SUPER_BLOCK};
+use super::{GGML_BLOCK, Ggml, SUPER_BLOCK};
 use crate::simd::{decode_f16, multiversion};
 
 /// Values of half a super-block. The k-quants of 2, 3 and 6 bits store each half separately.
@@ -82,11 +82,11 @@ fn each<const BYTES: usize, const N: usize>(
 
 /// The low halves of 16 bytes are the first 16 values, the high halves the others.
 #[inline(always)]
-fn nibbles(codes: &[u8], values: &mut [f32; BLOCK], value: impl Fn(usize, u8) -> f32) {
-    let (low, high) = values.split_at_mut(BLOCK / 2);
+fn nibbles(codes: &[u8], values: &mut [f32; GGML_BLOCK], value: impl Fn(usize, u8) -> f32) {
+    let (low, high) = values.split_at_mut(GGML_BLOCK / 2);
     for (i, (code, (low, high))) in codes.iter().zip(low.iter_mut().zip(high)).enumerate() {
         *low = value(i, code & 15);
-        *high = value(i + BLOCK / 2, code >> 4);
+        *high = value(i + GGML_BLOCK / 2, code >> 4);
     }
 }
 
@@ -94,7 +94,7 @@ multiversion! {
     /// Scale; 32 signed codes.
     fn q8_0<FMA>(bytes: &[u8], out: &mut [f32]) {
         let _ = FMA;
-        each::<34, BLOCK>(bytes, out, |block, values| {
+        each::<34, GGML_BLOCK>(bytes, out, |block, values| {
             let d = half_at(block, 0);
             for (value, code) in values.iter_mut().zip(&block[2..]) {
                 *value = f32::from(*code as i8) * d;
@@ -107,7 +107,7 @@ multiversion! {
     /// Scale; codes that are 8 too large.
     fn q4_0<FMA>(bytes: &[u8], out: &mut [f32]) {
         let _ = FMA;
-        each::<18, BLOCK>(bytes, out, |block, values| {
+        each::<18, GGML_BLOCK>(bytes, out, |block, values| {
             let d = half_at(block, 0);
             nibbles(&block[2..], values, |_, code| (f32::from(code) - 8.0) * d);
         });
@@ -118,7 +118,7 @@ multiversion! {
     /// Scale, minimum; codes.
     fn q4_1<FMA>(bytes: &[u8], out: &mut [f32]) {
         let _ = FMA;
-        each::<20, BLOCK>(bytes, out, |block, values| {
+        each::<20, GGML_BLOCK>(bytes, out, |block, values| {
             let (d, min) = (half_at(block, 0), half_at(block, 2));
             nibbles(&block[4..], values, |_, code| f32::from(code) * d + min);
         });
@@ -140,7 +140,7 @@ multiversion! {
     /// Scale; fifth bits; codes that are 16 too large.
     fn q5_0<FMA>(bytes: &[u8], out: &mut [f32]) {
         let _ = FMA;
-        each::<22, BLOCK>(bytes, out, |block, values| {
+        each::<22, GGML_BLOCK>(bytes, out, |block, values| {
             let (d, bits) = (half_at(block, 0), fifth_bits(block, 2));
             nibbles(&block[6..], values, |i, code| (f32::from(code) + fifth_bit(bits, i) - 16.0) * d);
         });
@@ -151,7 +151,7 @@ multiversion! {
     /// Scale, minimum; fifth bits; codes.
     fn q5_1<FMA>(bytes: &[u8], out: &mut [f32]) {
         let _ = FMA;
-        each::<24, BLOCK>(bytes, out, |block, values| {
+        each::<24, GGML_BLOCK>(bytes, out, |block, values| {
             let (d, min, bits) = (half_at(block, 0), half_at(block, 2), fifth_bits(block, 4));
             nibbles(&block[8..], values, |i, code| (f32::from(code) + fifth_bit(bits, i)) * d + min);
         });
@@ -226,7 +226,7 @@ multiversion! {
         let _ = FMA;
         each::<144, SUPER_BLOCK>(bytes, out, |block, values| {
             let (d, min) = (half_at(block, 0), half_at(block, 2));
-            for (group, values) in values.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
+            for (group, values) in values.as_chunks_mut::<GGML_BLOCK>().0.iter_mut().enumerate() {
                 let (scale, least) = six_bits(&block[4..16], group);
                 let (d, min, shift) = (d * scale, min * least, group % 2 * 4);
                 for (value, code) in values.iter_mut().zip(&block[16 + group / 2 * 32..]) {
@@ -243,7 +243,7 @@ multiversion! {
         let _ = FMA;
         each::<176, SUPER_BLOCK>(bytes, out, |block, values| {
             let (d, min) = (half_at(block, 0), half_at(block, 2));
-            for (group, values) in values.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
+            for (group, values) in values.as_chunks_mut::<GGML_BLOCK>().0.iter_mut().enumerate() {
                 let (scale, least) = six_bits(&block[4..16], group);
                 let (d, min, shift) = (d * scale, min * least, group % 2 * 4);
                 let codes = block[48 + group / 2 * 32..].iter().zip(&block[16..48]);
@@ -289,7 +289,7 @@ multiversion! {
     /// Scale; codes.
     fn iq4_nl<FMA>(bytes: &[u8], out: &mut [f32]) {
         let _ = FMA;
-        each::<18, BLOCK>(bytes, out, |block, values| {
+        each::<18, GGML_BLOCK>(bytes, out, |block, values| {
             let d = half_at(block, 0);
             nibbles(&block[2..], values, |_, code| d * f32::from(IQ4_NL_CODEBOOK[usize::from(code)]));
         });
@@ -300,7 +300,7 @@ multiversion! {
     /// Exponent; codes.
     fn mxfp4<FMA>(bytes: &[u8], out: &mut [f32]) {
         let _ = FMA;
-        each::<17, BLOCK>(bytes, out, |block, values| {
+        each::<17, GGML_BLOCK>(bytes, out, |block, values| {
             let d = half_of_power(block[0]);
             nibbles(&block[1..], values, |_, code| d * f32::from(MXFP4_DOUBLED[usize::from(code)]));
         });
