@@ -1,8 +1,8 @@
 //! The operations as burn sees them: their public functions, their gradients and their CPU implementation.
 //!
 //! [`traits`] has the signatures. Each family is a folder with the public functions (`mod.rs`), what autodiff saves
-//! and registers (`autodiff.rs`) and the CPU implementation (`flex.rs`). `autodiff` and `flex` implement the traits by
-//! handing each operation to its family.
+//! and registers (`autodiff.rs`, if there is a gradient) and the CPU implementation (`flex.rs`). `autodiff` and `flex`
+//! implement the traits by handing each operation to its family.
 
 pub(crate) mod attention;
 mod autodiff;

@@ -1,4 +1,4 @@
-//! The forms of attention: latent, and grouped queries.
+//! The kinds of attention: latent, and grouped queries.
 
 mod form;
 mod gqa;
@@ -9,7 +9,7 @@ use burn::module::Module;
 pub use gqa::Gqa;
 pub use mla::Mla;
 
-/// The forms of attention.
+/// The kinds of attention.
 #[expect(
     clippy::large_enum_variant,
     reason = "tensor handles; there are as many as layers, and burn derives no boxed variants"
