@@ -29,7 +29,7 @@ static ALLOCATOR: kernels::RecyclingAllocator = kernels::RecyclingAllocator::new
 
 const AFTER_HELP: &str = "\
 Exit codes: 0 success; 1 error; 2 wrong usage or recipe; 4 a check found a difference; 5 too little memory; 6 a loss or \
-gradient is not finite; 7 a run stopped early, with a checkpoint; 130 Ctrl-C.
+gradient is not finite; 7 the loss diverged too often; 130 or 143 stopped by Ctrl-C or SIGTERM.
 
 Environment: HF_HOME, the Hugging Face cache; XDG_CACHE_HOME, the cache of tokenized rows; NO_COLOR, for output without \
 colors.";

@@ -23,7 +23,7 @@ use crate::console::{Console, NO_MEMORY, NOT_FINITE, STOPPED, USAGE, WithCode, p
 use crate::device::default_device;
 use crate::open::{find, token_cache};
 
-/// Train with a recipe: pretraining, full fine-tuning or LoRA.
+/// Train with a recipe: pretraining, full fine-tuning, LoRA, DoRA or DPO.
 ///
 /// Ctrl-C finishes the step, saves a checkpoint and exits with code 130; a second Ctrl-C stops at once. Other exit
 /// codes: 2 for a wrong recipe, 5 for too little memory and 6 for a loss or gradient that is not finite; the last
