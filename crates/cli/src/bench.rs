@@ -13,7 +13,7 @@ use std::process::ExitCode;
 
 use crate::console::Console;
 
-/// Measure training, prefill and decoding speed, and its share of the machine's peak.
+/// Benchmark training, prefill and decoding: speed, and its share of the machine's peak.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Bench {
     Train(training::Args),

@@ -20,13 +20,13 @@ pub(crate) enum Data {
 
 /// Check every row, count tokens and duplicates, and show the first samples with trained tokens marked.
 ///
-/// Trained text is green on a terminal, and in «quotes» elsewhere.
+/// Trained text is green on a terminal and in «quotes» elsewhere.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Data folder with one or more of `train.jsonl`, `valid.jsonl`, `test.jsonl`.
     pub(crate) dir: PathBuf,
-    /// Model whose tokenizer and chat template to use: Hugging Face folder, GGUF file, or `org/name` in the local
-    /// Hugging Face cache.
+    /// Model that provides the tokenizer and the chat template: Hugging Face folder, GGUF file, or `org/name` in the
+    /// local Hugging Face cache.
     #[arg(long)]
     pub(crate) model: String,
     /// Maximum sequence length, in tokens.
@@ -35,7 +35,7 @@ pub(crate) struct Args {
     /// Number of samples to show per file.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub(crate) rows: usize,
-    /// Print JSON instead of a table, without samples.
+    /// Print JSON instead of a table and samples.
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -18,8 +18,8 @@ use crate::values::{COMPUTE_HELP, ComputeValue};
 
 /// Evaluate a model: loss, perplexity, bits per byte, multiple choice.
 ///
-/// With a baseline, both models are scored against the right answers and the scores are compared; `compare` instead
-/// measures how far the predictions of one model are from another's, whatever the right answer is.
+/// With a baseline, both models are scored on the same data and their scores are compared. To measure how much the
+/// predictions of two models differ, use `compare`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -30,7 +30,8 @@ pub(crate) struct Args {
     /// Multiple-choice files with rows `{prompt, choices, answer}`, for accuracy.
     #[arg(long, value_name = "FILE,…", value_delimiter = ',')]
     pub(crate) tasks: Vec<PathBuf>,
-    /// Baseline model to score too, or `none`. Default: with --adapter, the model without it; else none.
+    /// Baseline model to compare with, or `none`. Default: the model without its adapter if --adapter is given, else
+    /// `none`.
     #[arg(long, value_name = "MODEL|none")]
     pub(crate) baseline: Option<String>,
     /// Sequences per batch.
@@ -39,12 +40,12 @@ pub(crate) struct Args {
     /// Maximum sequence length, in tokens; at most the model's context length.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     pub(crate) max_length: usize,
-    /// Maximum number of samples, and of questions per task.
+    /// Maximum number of samples, and of questions per task. Default: all.
     #[arg(long, value_name = "N")]
     pub(crate) max_samples: Option<usize>,
     #[arg(long, value_enum, default_value_t = ComputeValue::F32, help = COMPUTE_HELP)]
     pub(crate) compute: ComputeValue,
-    /// Folder to write `report.json` and `report.txt` to.
+    /// Output folder for `report.json` and `report.txt`. Default: no files are written.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
     /// Print JSON instead of a table.
@@ -140,7 +141,7 @@ fn task_score(
     let truncated = samples.clone().filter(|sample| sample.truncated).count();
     if truncated > 0 {
         console.note(format_args!(
-            "{}: {truncated} prompts lose their beginning to fit {max_length} tokens",
+            "{}: {truncated} prompts are truncated at their start to fit {max_length} tokens",
             file.display()
         ));
     }

@@ -22,23 +22,23 @@ use crate::console::{Console, Progress, printable};
 use crate::device;
 use crate::open::{EngineArgs, ModelArgs, Opened, SpeculationArgs, cache_object, cache_summary};
 
-/// Continue prompts.
+/// Generate text that continues one or more prompts.
 ///
-/// The text of one prompt is printed as it is generated. Several prompts are decoded together, and their texts are
-/// printed under their prompts.
+/// The text of a single prompt is printed as it is generated. Several prompts are decoded together, and each text is
+/// printed under its prompt.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Model: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.
     model: String,
     /// LoRA adapter to apply: PEFT folder. Repeat to give each prompt its own adapter; `-` means none.
     ///
-    /// Sequences with the same adapter are batched. Results equal single-sequence runs.
+    /// Sequences with the same adapter are decoded together. Each text is the same as if its prompt ran alone.
     #[arg(long, value_name = "DIR")]
     adapter: Vec<PathBuf>,
     /// Device to compute on. This build has one: `cpu`.
     #[arg(long, value_name = "DEVICE", default_value = device::CPU, value_parser = device::parse)]
     device: Device,
-    /// Prompt to continue. May be repeated; answers are then labeled with their prompts.
+    /// Prompt to continue. May be repeated; each text is then labeled with its prompt.
     #[arg(long, value_name = "TEXT", required_unless_present = "ids")]
     prompt: Vec<String>,
     /// Prompts as token ids: JSON file `{"input_ids": [[…], …]}`.
@@ -47,16 +47,16 @@ pub(crate) struct Args {
     /// Maximum number of sequences decoded together.
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=1 << 10))]
     batch: u64,
-    /// Send each prompt as a user message, using the chat template.
+    /// Format each prompt as a user message, with the chat template.
     #[arg(long, conflicts_with = "ids")]
     chat: bool,
-    /// Maximum number of new tokens.
+    /// Maximum number of new tokens per prompt.
     #[arg(long, value_name = "N", default_value_t = 128)]
     max_tokens: u64,
-    /// Print JSON: an object per prompt, in a list if there are several.
+    /// Print JSON instead of text: one object, or a list with one object per prompt if there are several.
     #[arg(long)]
     json: bool,
-    /// With --json: log-probabilities of every new token and of the N most likely tokens in its place.
+    /// Log-probabilities of every new token, and of the N most likely tokens at its position. Needs --json.
     #[arg(long, value_name = "N", requires = "json")]
     logprobs: Option<usize>,
     #[command(flatten)]

@@ -31,8 +31,8 @@ const AFTER_HELP: &str = "\
 Exit codes: 0 success; 1 error; 2 wrong usage or recipe; 4 a check found a difference; 5 too little memory; 6 a loss or \
 gradient is not finite; 7 the loss diverged too often; 130 or 143 stopped by Ctrl-C or SIGTERM.
 
-Environment: HF_HOME, the Hugging Face cache; XDG_CACHE_HOME, the cache of tokenized rows; NO_COLOR, for output without \
-colors.";
+Environment variables: HF_HOME locates the Hugging Face cache; XDG_CACHE_HOME locates the cache of tokenized rows; \
+NO_COLOR turns colors off.";
 
 /// Fine-tune, evaluate, quantize and run DeepSeek mixture-of-experts models on your own machine.
 #[derive(Debug, Parser)]
@@ -51,7 +51,7 @@ struct Cli {
     /// Print details: opened models, unused tensors, memory.
     #[arg(short, long, global = true, conflicts_with = "quiet")]
     verbose: bool,
-    /// Number of worker threads. Default: one per core.
+    /// Number of worker threads. Default: one per logical CPU.
     #[arg(long, global = true, value_name = "N")]
     threads: Option<usize>,
 }
@@ -59,14 +59,14 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     // The help of a verb is the doc comment of its arguments, unless it has one here.
-    /// Run the full pipeline on the bundled model and data.
+    /// Run the full pipeline on the bundled model and data: evaluate, train, merge, quantize, generate.
     Quickstart(quickstart::Args),
     Inspect(inspect::Args),
     #[command(subcommand)]
     Data(data_check::Data),
     Train(train::Args),
     FindLr(train::find_lr::Args),
-    /// Write an HTML page of a run: curves, expert load, samples, recipe.
+    /// Write an HTML report of a run: curves, expert load, samples, recipe.
     Report(report::Args),
     ResumeCheck(train::resume_check::Args),
     Eval(eval::Args),

@@ -27,13 +27,13 @@ pub(crate) struct Args {
     /// LoRA adapter: PEFT folder.
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
-    /// Folder to write the merged model to: new or empty.
+    /// Output folder for the merged model, new or empty.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Weight format of the merged model.
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t = FolderFormat::Bf16)]
     dtype: FolderFormat,
-    /// Print the report as JSON.
+    /// Print JSON instead of a summary.
     #[arg(long)]
     json: bool,
 }

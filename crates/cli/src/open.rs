@@ -50,9 +50,10 @@ pub(crate) struct EngineArgs {
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, clap::Args)]
 #[command(next_help_heading = "Speed and memory")]
 pub(crate) struct SpeculationArgs {
-    /// Speculative decoding with the model's MTP layer: output is unchanged, speed depends on the acceptance rate.
+    /// Speculative decoding with the model's MTP layer. The output stays the same; the speed depends on the acceptance
+    /// rate.
     ///
-    /// The layer (multi-token prediction, DeepSeek V3) drafts the token after the next, and the model verifies the
+    /// The MTP layer (multi-token prediction, DeepSeek V3) drafts the token after the next one. The model verifies the
     /// draft in the same pass, for up to 4 sequences at a time. Text, log-probabilities and random draws are the same,
     /// bit for bit.
     #[arg(long)]

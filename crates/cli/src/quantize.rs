@@ -31,20 +31,20 @@ use crate::values::OutputFormat;
 pub(crate) struct Args {
     /// Model: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.
     model: String,
-    /// Weight format. Folders: hf:fp8, hf:bf16, hf:f32. GGUF files: gguf:f32, gguf:bf16, gguf:f16, gguf:q8_0,
-    /// gguf:q6_k, gguf:q5_k_m, gguf:q4_k_m, gguf:q4_0, …; a wrong name lists all.
+    /// Weight format. Hugging Face folders: hf:fp8, hf:bf16, hf:f32. GGUF files: gguf:f32, gguf:bf16, gguf:f16,
+    /// gguf:q8_0, gguf:q6_k, gguf:q5_k_m, gguf:q4_k_m, gguf:q4_0, … An unknown name prints the full list.
     #[arg(long, value_name = "FORMAT", value_parser = OutputFormat::parse)]
     to: OutputFormat,
-    /// Folder to write, new or empty; or GGUF file to write, which must not exist.
+    /// Output: a folder, new or empty, or a GGUF file, which must not exist.
     #[arg(long, value_name = "PATH")]
     out: PathBuf,
-    /// Folder with `test.jsonl`, to compare the predictions of the new model with the old one's.
+    /// Folder with `test.jsonl`, for comparing the predictions of the source and the result.
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
     /// Maximum number of samples of --data.
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_samples: usize,
-    /// Print JSON, with the error of every matrix.
+    /// Print JSON instead of a summary, with the error of every matrix.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -63,10 +63,10 @@ struct GgufArgs {
         hide_default_value = true
     )]
     mix: String,
-    /// llama.cpp's name of the pre-tokenizer, if it is not recognized.
+    /// Pre-tokenizer name for llama.cpp, if the model's pre-tokenizer is not recognized.
     #[arg(long, value_name = "NAME")]
     pre: Option<String>,
-    /// Keep the MTP layer, for speculative decoding. Older versions of llama.cpp refuse such files.
+    /// Keep the MTP layer, for speculative decoding. Older versions of llama.cpp reject such files.
     #[arg(long)]
     mtp: bool,
     #[command(flatten)]
@@ -165,7 +165,7 @@ fn tokenizer_keys(
         (_, Some(files)) => files.to_metadata(read_config(model)?.vocab_size, pre)?,
         (_, None) => {
             console.note(format_args!(
-                "no tokenizer: llama.cpp will not load the file"
+                "no tokenizer found: llama.cpp will not load the file"
             ));
             vec![]
         }

@@ -11,7 +11,8 @@ use crate::console::Console;
 /// Runs eval, train, eval, merge, quantize and generate on the bundled model and data, and prints each command.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Output folder, which must not exist. Default: runs/quickstart, or the next of runs/quickstart-2, -3, … that is free.
+    /// Output folder, which must not exist. Default: runs/quickstart, or the first of runs/quickstart-2, -3, … that
+    /// does not exist.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
@@ -98,7 +99,7 @@ impl Place {
                 [&["eval", BASE][..], &score].concat(),
             ),
             (
-                "Train a LoRA adapter on the same facts, asked in other words.",
+                "Train a LoRA adapter on the same facts, in different words.",
                 vec!["train", RECIPE, "--out", &self.run],
             ),
             (

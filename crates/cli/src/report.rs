@@ -17,9 +17,9 @@ use crate::plot::{Axes, Heatmap, Line, Plot};
 /// Writes a run's page. The run may still be going on.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The run directory.
+    /// Run directory, as `train` writes it.
     run: PathBuf,
-    /// The page; default: `report.html` in the run directory.
+    /// HTML file to write. Default: `report.html` in the run directory.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 }
@@ -483,7 +483,7 @@ fn rollbacks(log: &Log) -> String {
         return html;
     }
     format!(
-        "<h2>Spikes that the run went back from</h2><table><tr><th>steps</th><th>why</th></tr>{html}</table>\n"
+        "<h2>Rollbacks after loss spikes</h2><table><tr><th>steps</th><th>why</th></tr>{html}</table>\n"
     )
 }
 

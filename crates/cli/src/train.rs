@@ -25,9 +25,9 @@ use crate::open::{find, token_cache};
 
 /// Train with a recipe: pretraining, full fine-tuning, LoRA, DoRA or DPO.
 ///
-/// Ctrl-C finishes the step, saves a checkpoint and exits with code 130; a second Ctrl-C stops at once. Other exit
-/// codes: 2 for a wrong recipe, 5 for too little memory and 6 for a loss or gradient that is not finite; the last
-/// checkpoint stays.
+/// Ctrl-C finishes the step, saves a checkpoint and exits with code 130. A second Ctrl-C stops at once. Other exit
+/// codes: 2 wrong recipe; 5 too little memory; 6 a loss or gradient is not finite; 7 the loss diverged. The last
+/// checkpoint is kept.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Recipe: TOML file. Not needed with --resume.
@@ -70,7 +70,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         "adapter"
     };
     console.detail(format_args!(
-        "saved activations: at most {:.1} MiB, inputs of linear layers, SwiGLU and experts",
+        "saved activations: at most {:.1} MiB (inputs of linear layers, SwiGLU and experts)",
         saved_activation_bytes as f64 / f64::from(1 << 20)
     ));
     console.memory();
@@ -139,7 +139,7 @@ pub(crate) fn note_reading(corpus: &Corpus, console: &Console) {
     }
     if let Some(problem) = &corpus.cache_problem {
         console.note(format_args!(
-            "tokens are not cached for the next run: {problem}"
+            "tokenized rows are not cached for the next run: {problem}"
         ));
     }
 }
@@ -190,7 +190,7 @@ fn describe(
         session.trained_parameters(),
         counts.rows,
         if session.recipe.data.packing {
-            format!(", packed into {}", session.train.rows())
+            format!(", packed into {} sequences", session.train.rows())
         } else {
             String::new()
         },

@@ -18,8 +18,8 @@ pub(crate) const CACHE_HELP: &str = "KV-cache data type";
 pub(crate) enum ComputeValue {
     /// No quantization.
     F32,
-    /// Match each weight's format: int8 for ggml blocks, bf16 for bf16 except the output head, none for f32, f16 and
-    /// FP8.
+    /// Quantization by weight format: int8 for ggml blocks; bf16 for bf16, except in the output head; none for f32, f16
+    /// and FP8.
     Int8,
 }
 
@@ -45,12 +45,11 @@ impl ComputeValue {
 pub(crate) enum CacheValue {
     /// Exact.
     F32,
-    /// Half the memory of f32. Values above 65,504, which are rare in practice, overflow and end the text with an
-    /// error.
+    /// Half the memory of f32. Values above 65,504 overflow and end the text with an error; they are rare in practice.
     F16,
-    /// Half the memory of f32, with its range and 8 significant bits.
+    /// Half the memory of f32, with the same range and 8 significant bits.
     Bf16,
-    /// About a quarter of the memory of f32: 8 bits per value, and a scale per 32 values.
+    /// About a quarter of the memory of f32: 8 bits per value, and one scale per 32 values.
     #[value(name = "q8_0")]
     Q8_0,
 }
@@ -75,7 +74,7 @@ pub(crate) enum FolderFormat {
     /// All weights in f32.
     #[value(name = "hf:f32", alias = "f32")]
     F32,
-    /// Block FP8 for attention and experts, as DeepSeek publishes it; bf16 for all other weights.
+    /// FP8 in blocks for attention and experts, as in DeepSeek's own checkpoints; bf16 for all other weights.
     #[value(name = "hf:fp8", alias = "fp8")]
     Fp8,
 }

@@ -49,8 +49,8 @@ struct Args {
 
 /// Time prefill of synthetic prompts, for all combinations of batch size and length.
 ///
-/// Measures tokens per second, memory, the time to open the model and to the first token, and the share of the
-/// machine's peak FLOP/s. With --memory-budget also the hits of the expert cache.
+/// Measures tokens per second, memory, the time to open the model, the time to the first token, and the share of the
+/// machine's peak FLOP/s. With --memory-budget, also measures expert cache hits.
 #[derive(Debug, clap::Args)]
 pub(crate) struct PrefillArgs {
     /// Tokens per prompt; several comma-separated values are measured in turn.
@@ -63,12 +63,12 @@ pub(crate) struct PrefillArgs {
 
 /// Time token-by-token decoding, for all combinations of batch size and prompt length.
 ///
-/// Measures tokens per second, memory, the time to open the model and to the first token, and the share of the
-/// machine's peak memory bandwidth. With --memory-budget also the hits of the expert cache, with --speculative the
+/// Measures tokens per second, memory, the time to open the model, the time to the first token, and the share of the
+/// machine's peak memory bandwidth. With --memory-budget, also measures expert cache hits; with --speculative, the
 /// acceptance rate.
 #[derive(Debug, clap::Args)]
 pub(crate) struct DecodeArgs {
-    /// Tokens of the prompt; several comma-separated values are measured in turn.
+    /// Tokens per prompt; several comma-separated values are measured in turn.
     #[arg(long, value_name = "S", value_delimiter = ',', default_value = "1",
           value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     seq: Vec<u64>,

@@ -53,7 +53,7 @@ impl Subject {
         };
         if experts.is_some() {
             bail!(
-                "--experts: expected a model without weights, which then get random values, found those of `{}`",
+                "--experts: expected a model without weights, because the option needs random ones; found weights in `{}`",
                 path.display()
             );
         }

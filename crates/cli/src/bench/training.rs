@@ -27,8 +27,8 @@ use crate::train::{usage, with_code};
 
 /// Time training steps on synthetic tokens, for all combinations of batch size, length and number of experts.
 ///
-/// Measures tokens per second, memory, and the share of the machine's peak FLOP/s. Default: LoRA of rank 8 on all
-/// linear layers and experts, in f32.
+/// Measures tokens per second, memory, and the share of the machine's peak FLOP/s. The default method is LoRA of rank 8
+/// on all linear layers and experts, in f32.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Model: Hugging Face folder, or `org/name` in the local Hugging Face cache. A folder with a `config.json` and no
@@ -45,8 +45,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "S", value_delimiter = ',', default_value = "256",
           value_parser = clap::value_parser!(u64).range(2..=1 << 20))]
     seq: Vec<u64>,
-    /// For random weights: routed experts per layer, instead of the config's number; several comma-separated values are
-    /// measured in turn.
+    /// Routed experts per layer, for random weights only; several comma-separated values are measured in turn. Default:
+    /// the config's number.
     #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..))]
     experts: Vec<u64>,
     /// Timed steps, after a warm-up step.

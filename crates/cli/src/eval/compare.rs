@@ -16,13 +16,14 @@ use crate::values::{COMPUTE_HELP, ComputeValue};
 /// Compare the predictions and the expert routing of two models.
 ///
 /// KL is the mean Kullback-Leibler divergence of the model's predictions from the reference's, in nats per target.
-/// "Routing changed" is the share of a layer's expert choices that the reference does not make for the same token.
-/// `compare` measures how close two models are; to compare their scores on the right answers, use `eval --baseline`.
+/// "Routing changed" is the share of a layer's expert choices that the reference does not make for the same token. The
+/// reference computes in f32; --compute applies to the model only. To compare two models by their scores, use `eval
+/// --baseline`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Reference: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.
+    /// Reference model: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.
     reference: String,
-    /// Model to compare with it. May be the same one with an adapter.
+    /// Model to compare with the reference. May be the reference itself, with an adapter.
     model: String,
     /// LoRA adapter to apply to the model: PEFT folder.
     #[arg(long, value_name = "DIR")]

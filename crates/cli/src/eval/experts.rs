@@ -13,22 +13,22 @@ use serde_json::json;
 use crate::console::{Console, finite};
 use crate::open::{ModelArgs, Opened};
 
-/// Measure which experts a task uses, and print the part of a recipe that trains only those (ESFT).
+/// Measure which experts a task uses, and print a recipe section that trains only those (ESFT).
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// Data of the task: folder with `train.jsonl`.
+    /// Task data: folder with `train.jsonl`.
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
-    /// Minimum total load of the chosen experts of a layer, from 0 to 1: per layer, the fewest experts that reach it
+    /// Minimum total load of the chosen experts in each layer, above 0 and at most 1. The fewest experts that reach it
     /// are chosen.
     #[arg(long, alias = "share", value_name = "P", default_value_t = 0.2)]
     min_load: f64,
     /// Measure of an expert's load.
     #[arg(long, alias = "by", value_enum, default_value_t = LoadValue::Tokens)]
     load: LoadValue,
-    /// Maximum number of samples; a few dozen of the maximum length are enough.
+    /// Maximum number of samples. A few dozen samples of maximum length are enough.
     #[arg(long, value_name = "N", default_value_t = 128)]
     max_samples: usize,
     /// Sequences per batch.

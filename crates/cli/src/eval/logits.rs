@@ -14,7 +14,7 @@ use crate::console::Console;
 use crate::open::{ModelArgs, Opened};
 use crate::values::{COMPUTE_HELP, CacheValue, ComputeValue};
 
-/// Write the logits of given token ids to a file, to compare implementations.
+/// Write the logits of token ids to a file, for comparing implementations.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -22,13 +22,13 @@ pub(crate) struct Args {
     /// Token ids: JSON file `{"input_ids": [[…], …]}` with rows of equal length.
     #[arg(long, value_name = "FILE.json")]
     pub(crate) ids: PathBuf,
-    /// File to write, with one tensor `logits`: F32, `[batch, seq, vocab]`.
+    /// Safetensors file to write, with one tensor `logits`: F32, `[batch, seq, vocab]`.
     #[arg(long, value_name = "FILE.safetensors")]
     pub(crate) out: PathBuf,
     #[arg(long, value_enum, default_value_t = ComputeValue::F32, help = COMPUTE_HELP)]
     pub(crate) compute: ComputeValue,
-    /// KV-cache data type. With it, each row is read as `generate` does: 512 tokens at a time, through a KV cache.
-    /// Without it, each row is read in one pass.
+    /// KV-cache data type. Each row is then read through a KV cache, 512 tokens at a time, as `generate` reads a
+    /// prompt. Default: no cache; each row is read in one pass.
     #[arg(long, value_enum, value_name = "TYPE")]
     pub(crate) cache: Option<CacheValue>,
 }

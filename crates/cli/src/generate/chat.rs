@@ -15,21 +15,21 @@ use super::{PrefillProgress, summary};
 use crate::console::Console;
 use crate::open::{EngineArgs, ModelArgs, SpeculationArgs};
 
-/// Chat with a model in its chat template.
+/// Chat with a model, using its chat template.
 ///
-/// Each line of stdin is a message. `/clear` starts over, `/quit` ends, and Ctrl-C stops an answer. The model reads
-/// each message once: earlier turns stay in the KV cache.
+/// Each line of stdin is a message. `/clear` starts a new conversation, `/quit` or Ctrl-D ends the chat, and Ctrl-C
+/// stops an answer. The model reads each message once: earlier turns stay in the KV cache.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// System message.
+    /// System message. Default: none.
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     /// Turn on reasoning, if the chat template has a switch for it.
     #[arg(long)]
     think: bool,
-    /// Maximum number of new tokens per answer. Default: what the context length leaves.
+    /// Maximum number of new tokens per answer. Default: the rest of the context length.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     max_tokens: Option<u64>,
     #[command(flatten)]
@@ -65,7 +65,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let interrupted = listen()?;
     let is_typed = std::io::stdin().is_terminal();
     if is_typed {
-        console.note("/clear starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer");
+        console.note("/clear starts a new conversation, /quit or Ctrl-D ends the chat, Ctrl-C stops an answer");
     }
     while let Some(line) = next_line(&mut chat.engine, is_typed, console)? {
         match line.trim() {

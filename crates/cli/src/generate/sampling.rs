@@ -10,36 +10,36 @@ use crate::open::Opened;
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Sampling")]
 pub(crate) struct SamplingArgs {
-    /// Sampling temperature; 0 always chooses the most likely token. Default: from generation_config.json if it
-    /// samples, else 0.
+    /// Sampling temperature; 0 always chooses the most likely token. Default: from generation_config.json if it sets
+    /// `do_sample`, else 0.
     #[arg(long, value_name = "T")]
     temperature: Option<f32>,
-    /// Top-k sampling: keep the K most likely tokens; 0 keeps all. Default: from generation_config.json if it samples,
-    /// else 0.
+    /// Top-k sampling: keep the K most likely tokens; 0 keeps all. Default: from generation_config.json if it sets
+    /// `do_sample`, else 0.
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
-    /// Nucleus sampling: keep the smallest set of tokens with this total probability. Default: from
-    /// generation_config.json if it samples, else 1.
+    /// Top-p (nucleus) sampling: keep the fewest tokens whose total probability reaches P; 1 keeps all. Default: from
+    /// generation_config.json if it sets `do_sample`, else 1.
     #[arg(long, value_name = "P")]
     top_p: Option<f32>,
-    /// Min-p sampling: keep tokens with at least this share of the highest probability. Default: from
-    /// generation_config.json if it samples, else 0.
+    /// Min-p sampling: keep tokens with at least P times the highest probability; 0 keeps all. Default: from
+    /// generation_config.json if it sets `do_sample`, else 0.
     #[arg(long, value_name = "P")]
     min_p: Option<f32>,
-    /// Repetition penalty for tokens of the prompt and the text; 1 has no effect. Default: from generation_config.json,
-    /// else 1.
+    /// Repetition penalty for tokens of the prompt and of the generated text; 1 has no effect. Default: from
+    /// generation_config.json, else 1.
     #[arg(long, value_name = "R")]
     repetition_penalty: Option<f32>,
-    /// Apply the repetition penalty to the last N tokens only; 0 means all.
+    /// Window of the repetition penalty, in tokens: only the last N count; 0 means all.
     #[arg(long, value_name = "N", default_value_t = 0)]
     repetition_window: usize,
-    /// Random seed.
+    /// Random seed for sampling.
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
     /// Stop string: the text ends before it. May be repeated.
     #[arg(long, value_name = "TEXT")]
     pub(crate) stop: Vec<String>,
-    /// Continue after end-of-text tokens.
+    /// Continue generating after an end-of-text token.
     #[arg(long)]
     ignore_eos: bool,
 }

@@ -20,14 +20,14 @@ pub(crate) struct Args {
     /// LoRA adapter: PEFT folder.
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
-    /// GGUF file to write; must not exist.
+    /// GGUF file to write, which must not exist.
     #[arg(long, value_name = "FILE.gguf")]
     out: PathBuf,
-    /// Also write updates that llama.cpp ignores at run time (of DeepSeek's attention inputs and output head), for
-    /// tools that merge the file.
+    /// Keep updates that llama.cpp ignores at run time, for tools that merge the file. They belong to DeepSeek's
+    /// attention inputs and output head.
     #[arg(long)]
     keep_ignored: bool,
-    /// Print the report as JSON.
+    /// Print JSON instead of a summary.
     #[arg(long)]
     json: bool,
 }

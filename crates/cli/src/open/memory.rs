@@ -10,11 +10,12 @@ use crate::host;
 // Memory of weights.
 #[derive(Debug, Default, Clone, Copy, clap::Args)]
 pub(crate) struct MemoryArgs {
-    /// Memory budget for weights, in GiB. Default: three quarters of free memory. If the weights need more, experts are
-    /// read from disk and recently used ones are cached.
+    /// Memory budget for weights, in GiB. If the weights need more, experts are read from disk, and recently used
+    /// experts are cached. Default: three quarters of free memory.
     #[arg(long, value_name = "GIB", value_parser = gib)]
     pub(crate) memory_budget: Option<u64>,
-    /// Experts to prefetch per layer from the predicted routing; 0 turns prefetching off. Default: half of top-k.
+    /// Number of experts to prefetch from disk per layer, by predicted routing; 0 turns prefetching off. Default: half
+    /// the experts that a token uses.
     #[arg(long, value_name = "N", alias = "read-ahead")]
     pub(crate) prefetch_experts: Option<usize>,
 }
@@ -67,7 +68,7 @@ impl MemoryArgs {
         let warn = |wanted: usize| {
             if wanted > free {
                 console.note(format_args!(
-                    "weights need {:.2} GiB of memory and {:.2} GiB are free: the system may end this program",
+                    "weights need {:.2} GiB of memory, but only {:.2} GiB are free: the system may kill this program",
                     in_gib(wanted),
                     in_gib(free)
                 ));
@@ -92,14 +93,14 @@ impl MemoryArgs {
                 engine.plan_repack(copied);
             }
             console.note(format_args!(
-                "weights of {needed:.2} GiB, budget of {found:.2} GiB: the weights beyond it are read from disk for every token, which is slow"
+                "weights of {needed:.2} GiB exceed the memory budget of {found:.2} GiB: the excess is read from disk for every token, which is slow"
             ));
             return;
         }
         warn(budget);
         engine.cache_experts(budget - common, self.prefetch_experts);
         console.note(format_args!(
-            "weights of {needed:.2} GiB, budget of {found:.2} GiB: recently used experts are cached ({:.2} GiB), others are read from disk",
+            "weights of {needed:.2} GiB exceed the memory budget of {found:.2} GiB: recently used experts are cached ({:.2} GiB), others are read from disk",
             in_gib(budget - common)
         ));
     }
@@ -124,7 +125,7 @@ pub(crate) fn cache_summary(traffic: ExpertTraffic) -> String {
         traffic.prefetched + traffic.wasted_prefetches,
     );
     format!(
-        "experts: {} of {chosen} found in the cache ({:.1} %), {:.0} MiB cached; of the others {} prefetched ({:.1} %), {:.0} MiB read; {} of {prefetches} prefetches wasted ({:.0} MiB)",
+        "expert cache: {} of {chosen} hits ({:.1} %), {:.0} MiB cached; {} misses prefetched ({:.1} %), {:.0} MiB read; {} of {prefetches} prefetches wasted ({:.0} MiB)",
         traffic.hits,
         share(traffic.hits, chosen),
         mib(traffic.held_bytes as u64),

@@ -25,7 +25,7 @@ pub(crate) struct ImportanceArgs {
     /// Maximum number of calibration samples.
     #[arg(long, value_name = "N", default_value_t = 128)]
     imatrix_samples: usize,
-    /// Importance matrix: GGUF file of llama.cpp's `llama-imatrix`.
+    /// Importance matrix: GGUF file written by llama.cpp's `llama-imatrix`.
     #[arg(long, value_name = "FILE", conflicts_with = "imatrix_data")]
     imatrix: Option<PathBuf>,
 }
@@ -50,9 +50,11 @@ impl ImportanceArgs {
         };
         let experts = match (importance.rare_experts, importance.experts) {
             (_, 0) => String::new(),
-            (0, of) => format!("; all {of} experts got enough of them"),
+            (0, of) => format!("; all {of} experts received enough of them"),
             (rare, of) => {
-                format!("; {rare} of {of} experts got too few, and are averaged with their layer")
+                format!(
+                    "; {rare} of {of} experts received too few, and are averaged with their layer"
+                )
             }
         };
         console.note(format_args!(

@@ -10,9 +10,9 @@ use crate::console::{Console, USAGE, WithCode};
 use crate::plot::{Axes, Line, Mark, Plot};
 use crate::train::{open_session, usage, with_code};
 
-/// Find a learning rate with a short run of growing rates.
+/// Find a learning rate: a short run raises it step by step until the loss diverges.
 ///
-/// The rate grows until the loss diverges. Prints a suggestion and writes a plot; no run is saved.
+/// Prints a suggestion and writes a plot. No run is saved.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Recipe: TOML file.
@@ -23,16 +23,16 @@ pub(crate) struct Args {
     /// First learning rate.
     #[arg(long, value_name = "RATE", default_value_t = 1e-6)]
     from: f64,
-    /// Last learning rate, unless the loss diverges before.
+    /// Last learning rate. The run ends earlier if the loss diverges.
     #[arg(long, value_name = "RATE", default_value_t = 1.0)]
     to: f64,
     /// Number of steps from the first to the last rate.
     #[arg(long, value_name = "N", default_value_t = 100)]
     steps: u64,
-    /// Plot to write.
+    /// Plot of the loss: SVG file to write.
     #[arg(long, value_name = "FILE.svg", default_value = "find-lr.svg")]
     out: PathBuf,
-    /// Print JSON, with every step.
+    /// Print JSON with every step, instead of the suggestion alone.
     #[arg(long)]
     json: bool,
 }
@@ -59,7 +59,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     console.note(format_args!(
-        "{}: {} steps up to {:.1e}; the recipe has {in_recipe:.1e}",
+        "{}: {} steps, learning rates up to {:.1e}; the recipe's is {in_recipe:.1e}",
         args.out.display(),
         points.len(),
         points.last().map_or(args.from, |point| point.rate)

@@ -28,10 +28,10 @@ pub(crate) struct Args {
     /// Folder for the runs, `report.json`, `report.txt` and `loss_error.svg`. Existing runs are resumed.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Weight of a new step in the exponential average of losses.
+    /// Weight of the newest step in the exponential moving average of losses, above 0 and at most 1.
     #[arg(long, value_name = "A", default_value_t = 0.02)]
     smoothing: f64,
-    /// Number of first steps to exclude.
+    /// Number of initial steps to exclude from the loss comparison.
     #[arg(long, value_name = "N", default_value_t = 100)]
     skip: usize,
     /// Control run: also train in FP8 without scales.
@@ -55,7 +55,7 @@ const RUNS: [(&str, &[&str]); 5] = [
     ("fp8, unscaled", &["precision.compute=fp8-unscaled"]),
 ];
 
-const NOTE: &str = "\nsaved: inputs of linear layers, SwiGLU and experts, saved for the backward pass\n\
+const NOTE: &str = "\nsaved: activations for the backward pass (inputs of linear layers, SwiGLU and experts)\n\
      peak: memory without mapped files\nFP8 is simulated: exact values, f32 arithmetic";
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {

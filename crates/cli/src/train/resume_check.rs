@@ -20,11 +20,12 @@ use crate::train::{new_run, usage};
 
 /// Check that killed-and-resumed training equals an uninterrupted run, bit for bit.
 ///
-/// A run is killed at random moments and resumed each time. Weights, optimizer, state and metrics are then compared.
+/// A run is killed at random moments and resumed each time. The final weights, optimizer, state and metrics are then
+/// compared.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Recipe: TOML file. Use a small one, as it is trained several times. With frequent checkpoints
-    /// (`train.save_every`), more kills land in one.
+    /// Recipe: TOML file. Choose a short run, because it is trained several times. With frequent checkpoints
+    /// (`train.save_every`), more kills hit the saving of a checkpoint.
     recipe: PathBuf,
     /// Recipe setting to override, as section.key=value. May be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
@@ -32,10 +33,10 @@ pub(crate) struct Args {
     /// Number of kills.
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
     kills: u64,
-    /// Random seed of the moments.
+    /// Random seed for the moments of the kills.
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
-    /// Folder for the runs. Default: a new folder in runs/. Killed runs without a difference are removed.
+    /// Folder for the runs. Default: a new folder in runs/. Killed runs that show no difference are removed.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Print JSON instead of a summary.
@@ -189,7 +190,7 @@ impl Tally {
 
     fn to_text(&self, out: &Path) -> String {
         let mut text = format!(
-            "kills: {}, in {} run(s); {} while a checkpoint was written or removed, {} before there was a run directory",
+            "kills: {}, in {} run(s); {} while a checkpoint was written or removed, {} before the run directory existed",
             self.kills, self.rounds, self.while_saving, self.before_start
         );
         if self.differences.is_empty() {
