@@ -8,8 +8,7 @@ use super::isa::{Isa, Portable};
 #[cfg(target_arch = "aarch64")]
 use super::neon::Neon;
 #[cfg(target_arch = "x86_64")]
-use super::x86::Avx2;
-use super::x86::Avx512;
+use super::x86::{Avx2, Avx512};
 
 /// An instruction set that the CPU has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
