@@ -90,7 +90,7 @@ impl Format {
             Self::Bf16 => "BF16",
             Self::Fp8(_) => "FP8",
             Self::Ggml(format) | Self::Interleaved(format) => format.name(),
-            Self::SplitKvB(_) => "split kv_b_proj",
+            Self::SplitKvB(_) => "split kv_b",
         }
     }
 }
