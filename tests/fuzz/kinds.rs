@@ -11,7 +11,7 @@ use data::{Bos, Special, Tokenizer, TokenizerFiles};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// What a kind of file is called, what lies beside it, and what reads it. Where that finds an error, all is well: what it
+/// What a kind of file is called, what lies next to it, and what reads it. Where that finds an error, all is well: what it
 /// must not do is panic, hang, or take much more memory than there are bytes.
 #[derive(Clone, Copy)]
 pub(crate) struct Kind {

@@ -213,7 +213,7 @@ pub enum Error {
     NoTensor {
         /// The file or folder.
         path: PathBuf,
-        /// The name asked for.
+        /// The requested name.
         tensor: String,
     },
 
@@ -272,7 +272,7 @@ pub enum Error {
 
     /// A folder has several weight files and no index.
     #[error(
-        "`{folder}`: expected `model.safetensors.index.json` beside several `.safetensors` files, found only {found}"
+        "`{folder}`: expected `model.safetensors.index.json` next to several `.safetensors` files, found only {found}"
     )]
     NoIndex {
         /// The folder.
@@ -284,7 +284,7 @@ pub enum Error {
     /// A model is neither a path nor in the local Hugging Face cache.
     #[error("model `{model}`: no such file or folder, {cache}")]
     ModelNotFound {
-        /// The model as asked for.
+        /// The model as it was requested.
         model: String,
         /// What the look into the cache gave, with a cure.
         cache: String,

@@ -448,9 +448,7 @@ pub(crate) fn weight_of_scale(key: &str) -> &str {
 
 /// A seed for what has this name, so that its random values do not depend on what else there is: FNV-1a of the name.
 pub fn seed_for(seed: u64, name: &str) -> u64 {
-    seed ^ name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
+    seed ^ checkpoint::fnv1a(0, name.bytes())
 }
 
 #[cfg(test)]

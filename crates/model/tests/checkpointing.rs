@@ -204,6 +204,7 @@ fn a_replayed_choice_is_taken_as_it_is() {
             ..ForwardContext::recorded(Compute::F32, &mut recorder)
         };
         model.hidden(ids.clone(), &mut ctx);
+        assert!(ctx.replay.is_none(), "one layer takes it");
         recorder.routing[0].routed.ids.clone()
     };
     let own = run(None);

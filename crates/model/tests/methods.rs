@@ -308,6 +308,26 @@ fn dora_on_fp8_has_the_gradients_of_dora_on_the_same_values() {
 }
 
 #[test]
+fn fresh_updates_join_those_of_other_modules() {
+    let device = Device::flex();
+    let mut model = open("qwen2_distill", &device);
+    for target in ["q_proj", "o_proj"] {
+        let config = LoraConfig {
+            target: vec![target.into()],
+            ..config()
+        };
+        adapt::attach(&mut model, &config, &device).unwrap();
+    }
+    for (path, module) in model.modules_mut() {
+        let ModuleMut::Linear(linear) = module else {
+            continue;
+        };
+        let is_target = path.ends_with("q_proj") || path.ends_with("o_proj");
+        assert_eq!(linear.lora.is_some(), is_target, "{path}");
+    }
+}
+
+#[test]
 fn gradients_of_dora_are_finite_differences() {
     // With constant norms of rows, as in DoRA's gradient; a dense model, because routing may jump.
     let device = Device::flex().autodiff();

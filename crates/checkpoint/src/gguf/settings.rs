@@ -328,7 +328,7 @@ impl<'a> Said<'a> {
         if let Some(kind) = kind {
             let kind = crate::error::shown(&kind.to_string());
             return Err(wrong(format!(
-                "no `rope.scaling.type` beside it, found {kind}"
+                "no `rope.scaling.type` with it, found {kind}"
             )));
         }
         let divisors = tensor.to_f32()?;

@@ -324,7 +324,7 @@ mod tests {
         };
         let (a, b) = (view(&a, m, k, transposed[0]), view(&b, k, n, transposed[1]));
         let product = |version| {
-            // Wider than the product, to see what is written beside it.
+            // Wider than the product, so that a write past its edge is seen.
             let mut dst = vec![0.5; m * (n + 3)];
             let view = MatMut::new(&mut dst, m, n, n + 3);
             product_in(version, &view, a, Right::Values(b), 0.75, accumulate);

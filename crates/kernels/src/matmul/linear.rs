@@ -475,7 +475,7 @@ mod tests {
         );
     }
 
-    /// A bf16 weight, its bytes moved by so many from where a word could begin.
+    /// A bf16 weight, its bytes `moved` from where a word could begin.
     fn bf16_weight(rows: usize, cols: usize, moved: usize) -> Matrix {
         let values = noise(rows * cols, 7);
         let mut bytes = vec![0; 4 + moved + 2 * values.len()];

@@ -82,9 +82,13 @@ pub(super) fn attach_all(
         };
         match module {
             ModuleMut::Linear(linear) => {
-                let update = source.linear(&site, &linear.weight)?.unzip();
-                linear.lora = update.0;
-                adapted.extend(update.1);
+                if let Some((lora, module)) = source.linear(&site, &linear.weight)? {
+                    linear.lora = Some(lora);
+                    adapted.push(module);
+                } else if matches!(source, UpdateSource::Stored(_)) {
+                    // A stored adapter is all that a model has; fresh updates join those of other modules.
+                    linear.lora = None;
+                }
             }
             ModuleMut::Experts(experts) => {
                 if let Some(updates) = source.experts(&site, experts)? {

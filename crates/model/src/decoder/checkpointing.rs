@@ -189,7 +189,6 @@ impl Run {
                 ctx.replay = chosen.map(Tensor::from_inner);
                 let layer = &model.model.layers[layer_idx];
                 let y = layer.forward(x.clone(), dims, ctx, layer_idx);
-                ctx.replay = None;
                 (x, y)
             }
         }

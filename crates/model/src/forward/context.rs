@@ -22,7 +22,7 @@ pub struct ForwardContext<'a> {
     pub caches: Vec<&'a mut Cache>,
     /// The sequences that packed rows hold. None sees another, and each counts its positions from 0. They exclude caches.
     pub segments: Segments,
-    /// The experts that mixture layers take instead of choosing, `[tokens, top_k]`. It is for a layer that runs again.
+    /// The experts of the next mixture layer, `[tokens, top_k]`, chosen when it ran before. The layer takes them out.
     pub replay: Option<Tensor<2, Int>>,
     /// Rotary tables of the input's positions; filled by the decoder.
     pub rotary: Option<RotaryTable>,

@@ -36,7 +36,7 @@ impl Moe {
         layer_idx: usize,
     ) -> Tensor<2> {
         let logits = self.gate.forward_as(PrecisionClass::Router, x.clone(), ctx);
-        let routed = self.router.route(logits.clone(), ctx.replay.clone());
+        let routed = self.router.route(logits.clone(), ctx.replay.take());
         ctx.record_routing(|| RoutingRecord {
             layer_idx,
             logits,

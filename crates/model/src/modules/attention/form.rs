@@ -4,7 +4,7 @@ use crate::forward::context::ForwardContext;
 use crate::modules::linear::Linear;
 
 /// Most new positions of a sequence that attend in the absorbed form. Each has the bits it has in a pass of its own.
-const MAX_DECODE_QUERIES: usize = 8;
+const MAX_DECODE_QUERIES: usize = kernels::MAX_GEMV_ROWS;
 
 /// How latent attention meets `kv_b_proj`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
