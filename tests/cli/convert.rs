@@ -118,6 +118,8 @@ fn models_are_converted_and_what_survives_of_an_adapter_is_measured() {
     assert_eq!(fp8["formats"][0], fp8["formats"][1]);
     let wrong = moeforge(&[&survival[..], &["--to", "gguf:q9"]].concat());
     refused(&wrong, 2, &["gguf:q4_0", "gguf:q9"]);
+    let wrong = moeforge(&[&survival[..], &["--to", "hf:fp9"]].concat());
+    refused(&wrong, 2, &["of gguf:f16", "hf:fp8", "found `hf:fp9`"]);
 
     let merged = ["old", "new"].map(|name| place.path().join(name).to_string_lossy().into_owned());
     for (out, dtype) in merged.iter().zip(["fp8", "hf:fp8"]) {

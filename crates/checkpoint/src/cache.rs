@@ -32,7 +32,7 @@ pub fn resolve(model: &str, hf_home: Option<&Path>) -> Result<PathBuf> {
 /// Looks into the cache; an error is the end of the sentence "no such file or folder, …".
 fn look_up(model: &str, hf_home: Option<&Path>) -> Result<PathBuf, String> {
     let Some((org, name)) = split_name(model) else {
-        return Err("and it is no `org/name` to look up in the Hugging Face cache".to_owned());
+        return Err("and not an `org/name` in the Hugging Face cache".to_owned());
     };
     let Some(hf_home) = hf_home else {
         return Err("and no Hugging Face cache to look it up in; set `HF_HOME`".to_owned());

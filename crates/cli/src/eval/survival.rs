@@ -9,7 +9,7 @@ use data::Split;
 use model::AdapterWeights;
 use model::Quantizer;
 
-use crate::console::{Console, USAGE, WithCode, finite};
+use crate::console::{Console, USAGE, WithCode, finite, printable};
 use crate::device::default_device;
 use crate::open::open_model;
 
@@ -92,14 +92,33 @@ fn quantizers(names: &[String]) -> anyhow::Result<Vec<Quantizer>> {
     if names.is_empty() {
         return Ok(Quantizer::all());
     }
-    let parsed = names.iter().map(|name| {
-        let format = name.strip_prefix("hf:").unwrap_or(name);
-        format.parse().map_err(|error| {
+    let known: Vec<_> = Quantizer::all()
+        .into_iter()
+        .map(|quantizer| (option_name(quantizer), quantizer))
+        .collect();
+    let find = |name: &String| {
+        // As it was written before `quantize --to` and this option had one spelling.
+        let name = if name == "fp8" { "hf:fp8" } else { name };
+        let found = known.iter().find(|known| known.0 == name);
+        found.map(|known| known.1).ok_or_else(|| {
+            let names: Vec<_> = known.iter().map(|known| known.0.as_str()).collect();
+            let names = names.join(", ");
             anyhow::Error::new(WithCode {
                 code: USAGE,
-                message: format!("--to: {error}"),
+                message: format!(
+                    "--to: expected one of {names}, found `{}`",
+                    printable(name, &[])
+                ),
             })
         })
-    });
-    parsed.collect()
+    };
+    names.iter().map(find).collect()
+}
+
+/// The name of a format as `quantize --to` spells it.
+fn option_name(quantizer: Quantizer) -> String {
+    match quantizer {
+        Quantizer::Fp8(_) => "hf:fp8".to_owned(),
+        Quantizer::Gguf(_) => quantizer.to_string(),
+    }
 }
