@@ -159,7 +159,7 @@ mod tests {
             "org/",
             "o rg/name",
         ] {
-            check(no_name, &["a"], "it is no `org/name`");
+            check(no_name, &["a"], "not an `org/name`");
         }
         let error = resolve("org/name", None).unwrap_err().to_string();
         assert!(error.ends_with("set `HF_HOME`"), "{error}");
