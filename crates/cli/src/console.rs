@@ -219,7 +219,7 @@ pub(crate) const NO_MEMORY: u8 = 5;
 /// A loss or gradient became infinite or not a number.
 pub(crate) const NOT_FINITE: u8 = 6;
 /// The loss of a run diverged too often; its checkpoint stays.
-pub(crate) const STOPPED: u8 = 7;
+pub(crate) const DIVERGED: u8 = 7;
 
 /// A measurement, or its error: a loss that is not finite has an exit code of its own.
 pub(crate) fn finite<T>(found: ::eval::Result<T>, of: &dyn Display) -> anyhow::Result<T> {

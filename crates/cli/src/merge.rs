@@ -19,7 +19,8 @@ use crate::values::FolderFormat;
 
 /// Merge an adapter into its base model.
 ///
-/// The model is merged shard by shard, and the result is checked against base plus adapter.
+/// The model is merged shard by shard, and the result is checked against base plus adapter. If the check
+/// fails, nothing is written and the exit code is 4.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Base model: Hugging Face folder, or `org/name` in the local Hugging Face cache.

@@ -53,8 +53,9 @@ pub(crate) struct SpeculationArgs {
     /// Speculative decoding with the model's MTP layer. The output stays the same; the speed depends on the acceptance
     /// rate.
     ///
-    /// The MTP layer (multi-token prediction, DeepSeek V3) drafts the token after the next one. The model verifies the
-    /// draft in the same pass, for up to 4 sequences at a time. Text, log-probabilities and random draws are the same,
+    /// The MTP layer (multi-token prediction, DeepSeek V3) drafts the token after the next one. The model then reads
+    /// the next token and the draft in one pass, and keeps the draft only if it would have chosen that token. It does so
+    /// for up to 4 sequences at a time. Text, log-probabilities and random draws are the same,
     /// bit for bit.
     #[arg(long)]
     pub(crate) speculative: bool,

@@ -26,7 +26,8 @@ use crate::values::OutputFormat;
 
 /// Write a model in another weight format.
 ///
-/// The model is converted tensor by tensor, and the result is checked against the source.
+/// The model is converted tensor by tensor, and the result is checked against the source. If the check fails,
+/// nothing is written and the exit code is 4.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Model: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.
@@ -44,7 +45,7 @@ pub(crate) struct Args {
     /// Maximum number of samples of --data.
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_samples: usize,
-    /// Print JSON instead of a summary, with the error of every matrix.
+    /// Print JSON with the error of every matrix, instead of a summary.
     #[arg(long)]
     json: bool,
     #[command(flatten)]

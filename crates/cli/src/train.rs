@@ -19,15 +19,15 @@ use train::{Recipe, RunDir, Session, SessionOptions};
 
 use self::signals::Signals;
 use self::watcher::Watcher;
-use crate::console::{Console, NO_MEMORY, NOT_FINITE, STOPPED, USAGE, WithCode, printable};
+use crate::console::{Console, DIVERGED, NO_MEMORY, NOT_FINITE, USAGE, WithCode, printable};
 use crate::device::default_device;
 use crate::open::{find, token_cache};
 
 /// Train with a recipe: pretraining, full fine-tuning, LoRA, DoRA or DPO.
 ///
-/// Ctrl-C finishes the step, saves a checkpoint and exits with code 130. A second Ctrl-C stops at once. Other exit
-/// codes: 2 wrong recipe; 5 too little memory; 6 a loss or gradient is not finite; 7 the loss diverged. The last
-/// checkpoint is kept.
+/// Ctrl-C or SIGTERM finishes the step, saves a checkpoint and exits with code 130 or 143; a second one stops at once.
+/// Other exit codes: 1 an error; 2 wrong usage or recipe; 5 too little memory, after saving a checkpoint; 6 a loss or
+/// gradient is not finite; 7 the loss diverged too often. Checkpoints that were saved before are always kept.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Recipe: TOML file. Not needed with --resume.
@@ -83,7 +83,7 @@ pub(crate) fn with_code(error: train::Error) -> anyhow::Error {
     let code = match error {
         train::Error::NotFinite { .. } => NOT_FINITE,
         train::Error::LowMemory { .. } => NO_MEMORY,
-        train::Error::Diverged { .. } => STOPPED,
+        train::Error::Diverged { .. } => DIVERGED,
         // The code that shells use.
         train::Error::Interrupted { signal, .. } => (128 + signal) as u8,
         other => return other.into(),

@@ -18,8 +18,8 @@ pub(crate) const CACHE_HELP: &str = "KV-cache data type";
 pub(crate) enum ComputeValue {
     /// No quantization.
     F32,
-    /// Quantization by weight format: int8 for ggml blocks; bf16 for bf16, except in the output head; none for f32, f16
-    /// and FP8.
+    /// Quantization that depends on the weight's format: int8 for GGUF blocks; bf16 for bf16 weights, except in the
+    /// output head; none for f32, f16 and FP8 weights.
     Int8,
 }
 

@@ -15,9 +15,9 @@ use crate::values::{COMPUTE_HELP, ComputeValue};
 
 /// Compare the predictions and the expert routing of two models.
 ///
-/// KL is the mean Kullback-Leibler divergence of the model's predictions from the reference's, in nats per target.
-/// "Routing changed" is the share of a layer's expert choices that the reference does not make for the same token. The
-/// reference computes in f32; --compute applies to the model only. To compare two models by their scores, use `eval
+/// KL is the mean Kullback-Leibler divergence KL(reference ‖ model) of the predictions, in nats per target.
+/// "Routing changed" is, of the experts that the model chooses in a layer, the share that the reference does not choose
+/// for the same token. The reference computes in f32; --compute applies to the model only. To compare two models by their scores, use `eval
 /// --baseline`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {

@@ -37,7 +37,7 @@ pub(crate) struct Args {
     /// Maximum sequence length, in tokens; at most the model's context length.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     max_length: usize,
-    /// Print JSON instead of a table, with the load of every expert.
+    /// Print JSON with the load of every expert, instead of a table.
     #[arg(long)]
     json: bool,
 }

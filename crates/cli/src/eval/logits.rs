@@ -27,7 +27,7 @@ pub(crate) struct Args {
     pub(crate) out: PathBuf,
     #[arg(long, value_enum, default_value_t = ComputeValue::F32, help = COMPUTE_HELP)]
     pub(crate) compute: ComputeValue,
-    /// KV-cache data type. Each row is then read through a KV cache, 512 tokens at a time, as `generate` reads a
+    /// KV-cache data type. With it, each row is read through a KV cache, 512 tokens at a time, as `generate` reads a
     /// prompt. Default: no cache; each row is read in one pass.
     #[arg(long, value_enum, value_name = "TYPE")]
     pub(crate) cache: Option<CacheValue>,

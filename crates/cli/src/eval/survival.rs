@@ -13,12 +13,13 @@ use crate::console::{Console, USAGE, WithCode, finite, printable};
 use crate::device::default_device;
 use crate::open::open_model;
 
-/// Measure merge loss: how much of an adapter's effect survives a merge into quantized weights.
+/// Measure how much of an adapter's effect survives a merge into quantized weights.
 ///
 /// No model is written. All attention, feed-forward and expert weights are quantized, including those without an
-/// adapter; embedding, router and output head are not. The effect e is the change that the adapter makes to the logits,
-/// as it was trained. The deviation d is the difference between the quantized merge and the model as trained. The share
-/// kept is 1 − ‖d‖² / ‖e‖². The gain is the reduction of the loss by the adapter.
+/// adapter; embedding, router and output head are not. The effect e is the difference between the logits with the
+/// adapter, not merged, and those of the base model. The deviation d is the difference between the logits of the
+/// quantized merge and those with the adapter, not merged. The share kept is 1 − ‖d‖² / ‖e‖². The gain is how much the
+/// adapter lowers the loss.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Base model: Hugging Face folder, or `org/name` in the local Hugging Face cache.
@@ -35,13 +36,13 @@ pub(crate) struct Args {
     /// Maximum number of samples.
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_samples: usize,
-    /// Number of samples for also measuring each module alone; 0 turns this off. Default: 4 with --to, else 0.
+    /// Number of samples on which each module is also measured alone; 0 turns this off. Default: 4 with --to, else 0.
     #[arg(long, value_name = "N")]
     module_samples: Option<usize>,
     /// Maximum sequence length, in tokens; at most the model's context length.
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_length: usize,
-    /// Print JSON instead of a table, with every module.
+    /// Print JSON with every module, instead of a table.
     #[arg(long)]
     json: bool,
 }

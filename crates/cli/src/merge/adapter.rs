@@ -23,8 +23,8 @@ pub(crate) struct Args {
     /// GGUF file to write, which must not exist.
     #[arg(long, value_name = "FILE.gguf")]
     out: PathBuf,
-    /// Keep updates that llama.cpp ignores at run time, for tools that merge the file. They belong to DeepSeek's
-    /// attention inputs and output head.
+    /// Keep the updates that llama.cpp ignores at run time, for tools that merge the file: in DeepSeek models, those of
+    /// the output head and of all attention projections except `o_proj`.
     #[arg(long)]
     keep_ignored: bool,
     /// Print JSON instead of a summary.
