@@ -6,6 +6,7 @@ mod bench;
 mod convert;
 mod generation;
 mod gguf;
+mod keys;
 
 mod quickstart;
 mod training;

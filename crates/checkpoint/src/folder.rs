@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::error::{io, shown};
 use crate::gguf::origin::GgufOrigin;
-use crate::gguf::{Gguf, malformed};
+use crate::gguf::{Gguf, malformed, settings};
 use crate::json::{self, CONFIG_LIMIT, INDEX_LIMIT};
 use crate::{Error, OrderedMap, Result, Safetensors, Tensor};
 
@@ -101,18 +101,20 @@ impl Folder {
     fn open_gguf(path: &Path) -> Result<Self> {
         let gguf = Gguf::open(path)?;
         let origin = GgufOrigin::of(path, &gguf)?;
+        let zeros = origin.absent_biases(path, &gguf)?;
         let mut folder = Self {
             path: path.to_owned(),
             config: origin.config.clone(),
-            generation_config: None,
+            generation_config: settings::generation_config(&gguf.metadata),
             shards: Vec::new(),
             place_of: BTreeMap::new(),
             unindexed: Vec::new(),
             gguf: Some((gguf.metadata, origin.clone())),
             companions: None,
         };
-        for (file, stored) in gguf.files {
-            let mut tensors = Vec::new();
+        let (n_files, mut zeros) = (gguf.files.len(), zeros);
+        for (n, (file, stored)) in gguf.files.into_iter().enumerate() {
+            let mut tensors = std::mem::take(&mut zeros);
             for tensor in stored {
                 tensors.extend(origin.parts(tensor)?);
                 if folder.place_of.len() + tensors.len() > MOST_TENSORS {
@@ -128,16 +130,18 @@ impl Folder {
                         first: folder
                             .shards
                             .get(first)
-                            .map_or_else(|| file.clone(), |shard| path.with_file_name(&shard.name)),
+                            .and_then(|shard| shard.tensors.first())
+                            .map_or_else(|| file.clone(), |tensor| tensor.file.to_path_buf()),
                         second: file,
                     });
                 }
             }
-            let name = file.file_name().unwrap_or_default().to_string_lossy();
-            folder.shards.push(Shard {
-                name: name.into_owned(),
-                tensors,
-            });
+            // The name of what a folder has in its place.
+            let name = match n_files {
+                1 => SINGLE_NAME.to_owned(),
+                _ => format!("model-{:05}-of-{n_files:05}.safetensors", n + 1),
+            };
+            folder.shards.push(Shard { name, tensors });
         }
         Ok(folder)
     }
@@ -158,6 +162,11 @@ impl Folder {
     /// The metadata of a GGUF: numbers, texts, and lists of them, by their keys. None for a folder.
     pub fn metadata(&self) -> Option<&BTreeMap<String, Value>> {
         self.gguf.as_ref().map(|gguf| &gguf.0)
+    }
+
+    /// The keys of a GGUF's metadata that nothing here knows, those of its tokenizer left out.
+    pub fn unknown_metadata(&self) -> &[String] {
+        self.gguf.as_ref().map_or(&[], |gguf| &gguf.1.unknown)
     }
 
     /// Sets the function that makes a GGUF's companions: the tokenizer's files, for exports.
@@ -185,7 +194,7 @@ impl Folder {
         &self.config
     }
 
-    /// The content of `generation_config.json`, an object, if there is one.
+    /// The content of `generation_config.json`, an object, if there is one; of a GGUF, its recommended sampling.
     pub fn generation_config(&self) -> Option<&Value> {
         self.generation_config.as_ref()
     }

@@ -11,7 +11,7 @@ use model::{Cache, CacheType, Compute, ModelConfig, keys::keys};
 use serde_json::{Value, json};
 
 use crate::console::Console;
-use crate::open::{listed, open_folder};
+use crate::open::{listed, note_keys, open_folder};
 
 /// Show a model's architecture, sizes, tensors, weight formats, and KV-cache bytes per token.
 #[derive(Debug, clap::Args)]
@@ -43,6 +43,7 @@ struct DtypeTotal {
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (folder, name) = open_folder(&args.model)?;
+    note_keys(&folder, console)?;
     let config = load::read_config(&folder)?;
     let audit = load::audit(&folder)?;
     if args.json {

@@ -14,7 +14,7 @@ use model::load::read_config;
 use serde_json::json;
 
 use crate::console::{Console, MISMATCH, WithCode};
-use crate::open::{note_format, open_folder};
+use crate::open::{note_format, note_keys, open_folder};
 use crate::values::FolderFormat;
 
 /// Merge an adapter into its base model.
@@ -41,6 +41,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (base, _) = open_folder(&args.model)?;
+    note_keys(&base, console)?;
     let adapter = Adapter::open(&args.adapter)?;
     note_format(&adapter, &args.adapter, console);
     let adapter = AdapterWeights::read(&adapter, &read_config(&base)?)?;
@@ -99,6 +100,8 @@ impl<'a> ConversionReport<'a> {
             bytes,
             weighted,
             largest_error,
+            types,
+            replaced,
             ..
         } = &self.written;
         let errors = errors.iter().map(|(name, error)| json!([name, error]));
@@ -107,6 +110,8 @@ impl<'a> ConversionReport<'a> {
             "tensors": tensors,
             "adapted": adapted,
             "imatrix_tensors": weighted,
+            "types": types.iter().map(|(name, n)| json!([name, n])).collect::<Vec<_>>(),
+            "replaced_types": replaced.iter().map(|(of, by, n)| json!([of, by, n])).collect::<Vec<_>>(),
             "bytes": bytes,
             "largest_error": largest_error,
             "relative_errors": errors.collect::<Vec<_>>(),
@@ -128,6 +133,16 @@ impl<'a> ConversionReport<'a> {
             self.written.tensors,
             self.written.bytes as f64 / f64::from(1 << 20),
         );
+        let types = self.written.types.iter();
+        let types: Vec<String> = types.map(|(name, n)| format!("{n} {name}")).collect();
+        if !types.is_empty() {
+            text += &format!("\nmatrices by type: {}", types.join(", "));
+        }
+        for (wanted, found, n) in &self.written.replaced {
+            text += &format!(
+                "\n{n} of them in {found} in place of {wanted}: their rows are not whole blocks of it"
+            );
+        }
         if self.written.weighted > 0 {
             let n = self.written.weighted;
             text += &format!("\nquantized with an importance matrix: {n} tensors");

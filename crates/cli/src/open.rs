@@ -1,5 +1,6 @@
 //! Opening a model by what a user typed.
 
+mod keys;
 mod memory;
 
 use std::fs::File;
@@ -16,6 +17,7 @@ use model::AdapterWeights;
 use model::{Model, ModelConfig, Mtp, Training, load};
 use serde_json::Value;
 
+pub(crate) use self::keys::{note_differences, note_keys};
 pub(crate) use self::memory::{MemoryArgs, cache_object, cache_summary, repack};
 use crate::console::Console;
 use crate::device;
@@ -79,8 +81,10 @@ pub(crate) struct Opened {
     pub(crate) folder: Folder,
     /// Frozen, with its adapter if it has one.
     pub(crate) model: Model,
-    /// None if the folder has no `tokenizer.json`.
+    /// None if the folder has no `tokenizer.json`, or if there is a problem with a GGUF's.
     pub(crate) tokenizer: Option<Arc<Tokenizer>>,
+    /// Why a GGUF's tokenizer cannot be used. Token ids can.
+    tokenizer_problem: Option<String>,
     /// The name of the folder, and of the adapter.
     pub(crate) name: String,
     pub(crate) device: Device,
@@ -96,6 +100,9 @@ impl ModelArgs {
 impl Opened {
     /// The tokenizer, for a verb that needs one.
     pub(crate) fn expect_tokenizer(&self) -> anyhow::Result<&Arc<Tokenizer>> {
+        if let Some(problem) = &self.tokenizer_problem {
+            bail!("{problem}");
+        }
         let path = self.folder.path().display();
         let tokenizer = self.tokenizer.as_ref();
         tokenizer.with_context(|| format!("{path}: expected a tokenizer, found none"))
@@ -141,14 +148,23 @@ pub(crate) fn open_model(
     console: &Console,
 ) -> anyhow::Result<Opened> {
     let (folder, mut name) = open_folder(model)?;
+    note_keys(&folder, console)?;
     note_unused(&folder, console)?;
     let mut model = load::load(&folder, Training::Frozen, device)?;
     if let Some(path) = adapter {
         attach(&mut model, path, device, console)?;
         name = format!("{name} + {}", name_of(path));
     }
+    let (tokenizer, tokenizer_problem) = match open_tokenizer(&folder) {
+        Err(problem) if folder.metadata().is_some() => {
+            console.note(format_args!("{problem:#}; only token ids can be read"));
+            (None, Some(format!("{problem:#}")))
+        }
+        tokenizer => (tokenizer?.map(Arc::new), None),
+    };
     Ok(Opened {
-        tokenizer: open_tokenizer(&folder)?.map(Arc::new),
+        tokenizer,
+        tokenizer_problem,
         folder,
         model,
         name,

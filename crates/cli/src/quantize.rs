@@ -21,7 +21,7 @@ use crate::console::Console;
 use crate::device::default_device;
 use crate::eval::compare::{self, MAX_COMPARED_LENGTH, ModelPair, RowLimits};
 use crate::merge::ConversionReport;
-use crate::open::{listed, open_folder, open_model, open_tokenizer};
+use crate::open::{listed, note_differences, note_keys, open_folder, open_model, open_tokenizer};
 use crate::values::OutputFormat;
 
 /// Write a model in another weight format.
@@ -82,6 +82,7 @@ impl GgufArgs {
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (model, _) = open_folder(&args.model)?;
+    note_keys(&model, console)?;
     // The rows are opened first: a conversion may take long.
     let samples = match &args.data {
         Some(data) => samples(args, data, &model)?,
@@ -126,6 +127,9 @@ fn write(
     let mut mix = Mix::new(scheme, &gguf.mix).map_err(|problem| anyhow!("`--mix`: {problem}"))?;
     let tokenizer = tokenizer_keys(model, gguf.pre.as_deref(), console)?;
     mix.mtp = gguf.mtp;
+    if model.metadata().is_none() {
+        note_differences(&model, console)?;
+    }
     let Audit { mtp, unknown, .. } = audit(model)?;
     if !unknown.is_empty() {
         console.note(format_args!("left out: {}", listed(&unknown)));
@@ -146,31 +150,37 @@ fn write(
     Ok(written)
 }
 
+/// The key with the name of the pre-tokenizer.
+const PRE: &str = "tokenizer.ggml.pre";
+
 /// The tokenizer's keys of a GGUF file: those of the source, if it is one too.
 fn tokenizer_keys(
     model: &Folder,
     pre: Option<&str>,
     console: &Console,
 ) -> anyhow::Result<Vec<(String, GgufValue)>> {
-    let keys: Vec<(String, Value)> = match (
-        model.metadata(),
-        TokenizerFiles::of_model(model.path(), model.metadata())?,
-    ) {
-        (Some(metadata), _) if pre.is_none() => {
+    let keys: Vec<(String, Value)> = match model.metadata() {
+        Some(metadata) => {
             let keys = metadata
                 .iter()
-                .map(|(key, value)| (key.clone(), value.clone()));
-            keys.filter(|(key, _)| key.starts_with("tokenizer."))
-                .collect()
+                .filter(|(key, _)| key.starts_with("tokenizer."));
+            let mut keys: Vec<_> = keys.map(|(key, v)| (key.clone(), v.clone())).collect();
+            if let (Some(pre), false) = (pre, keys.is_empty()) {
+                keys.retain(|(key, _)| key != PRE);
+                keys.push((PRE.into(), pre.into()));
+            }
+            keys
         }
-        (_, Some(files)) => files.to_metadata(read_config(model)?.vocab_size, pre)?,
-        (_, None) => {
-            console.note(format_args!(
-                "no tokenizer found: llama.cpp will not load the file"
-            ));
-            vec![]
-        }
+        None => match TokenizerFiles::read(model.path())? {
+            Some(files) => files.to_metadata(read_config(model)?.vocab_size, pre)?,
+            None => vec![],
+        },
     };
+    if keys.is_empty() {
+        console.note(format_args!(
+            "no tokenizer found: llama.cpp will not load the file"
+        ));
+    }
     let value = |(key, value): (String, Value)| {
         let value = GgufValue::of(&value);
         let value =

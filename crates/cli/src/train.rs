@@ -21,7 +21,7 @@ use self::signals::Signals;
 use self::watcher::Watcher;
 use crate::console::{Console, DIVERGED, NO_MEMORY, NOT_FINITE, USAGE, WithCode, printable};
 use crate::device::default_device;
-use crate::open::{find, token_cache};
+use crate::open::{find, note_keys, token_cache};
 
 /// Train with a recipe: pretraining, full fine-tuning, LoRA, DoRA or DPO.
 ///
@@ -112,6 +112,9 @@ pub(crate) fn open_session(recipe: Recipe, console: &Console) -> anyhow::Result<
     let session = Session::open_with(recipe, options)?;
     if let Some(progress) = progress.into_inner() {
         progress.finish();
+    }
+    if let Some(base) = session.base_folder() {
+        note_keys(base, console)?;
     }
     let corpora = [Some(&session.train.corpus), session.valid.as_ref()];
     for corpus in corpora.into_iter().flatten() {

@@ -56,4 +56,5 @@ pub use split::{Pairs, Split};
 pub use survey::{Lengths, Repeats, Survey};
 pub use tokenizer::{
     Bos, ChatTemplate, DecodeStream, GenerationPrompt, Special, Tokenizer, TokenizerFiles,
+    unknown_metadata,
 };

@@ -44,6 +44,69 @@ pub fn end_of_text_ids(folder: &Folder, tokenizer_eos: Option<u32>) -> Result<Ve
     Ok(ids)
 }
 
+/// The keys that are read here.
+const READ: [&str; 7] = [
+    "do_sample",
+    "eos_token_id",
+    "min_p",
+    "repetition_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+];
+/// Keys that change no text: what made the file, how other programs run, limits that the caller sets.
+const HARMLESS: [&str; 17] = [
+    "_from_model_config",
+    "assistant_confidence_threshold",
+    "bos_token_id",
+    "cache_implementation",
+    "decoder_start_token_id",
+    "is_assistant",
+    "max_length",
+    "max_new_tokens",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "pad_token_id",
+    "transformers_version",
+    "use_cache",
+];
+/// Keys that would change it, with the values that do not.
+const NEUTRAL: [(&str, f64); 11] = [
+    ("diversity_penalty", 0.0),
+    ("encoder_no_repeat_ngram_size", 0.0),
+    ("encoder_repetition_penalty", 1.0),
+    ("epsilon_cutoff", 0.0),
+    ("eta_cutoff", 0.0),
+    ("length_penalty", 1.0),
+    ("min_length", 0.0),
+    ("no_repeat_ngram_size", 0.0),
+    ("num_beam_groups", 1.0),
+    ("num_beams", 1.0),
+    ("typical_p", 1.0),
+];
+
+/// The keys of `generation_config.json` that are neither obeyed nor known to change nothing, with their values.
+pub fn unknown_generation_keys(folder: &Folder) -> Vec<(&str, &Value)> {
+    let config = folder.generation_config().and_then(Value::as_object);
+    let is_known = |key: &str, value: &Value| {
+        let neutral = NEUTRAL.iter().find(|known| known.0 == key);
+        let is_off = value.is_null() || *value == Value::Bool(false);
+        is_off
+            || READ.contains(&key)
+            || HARMLESS.contains(&key)
+            || neutral.is_some_and(|(_, neutral)| value.as_f64() == Some(*neutral))
+    };
+    let entries = config.into_iter().flatten();
+    let entries = entries.map(|(key, value)| (key.as_str(), value));
+    entries
+        .filter(|(key, value)| !is_known(key, value))
+        .collect()
+}
+
 /// The sampling that `generation_config.json` recommends; greedy if it recommends none.
 ///
 /// # Errors
@@ -56,7 +119,10 @@ pub fn recommended_sampling(folder: &Folder) -> Result<SampleConfig> {
 }
 
 fn sampling(config: &Value, file: &Path) -> Result<SampleConfig> {
-    let given = |key: &str| config.get(key).filter(|value| !value.is_null());
+    let given = |key: &str| {
+        debug_assert!(READ.contains(&key), "`{key}` is not in READ");
+        config.get(key).filter(|value| !value.is_null())
+    };
     let problem = |key: &'static str, expected, found: &Value| Error::GenerationConfig {
         file: file.to_owned(),
         key,

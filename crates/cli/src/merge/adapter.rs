@@ -10,7 +10,7 @@ use model::load::read_config;
 use serde_json::json;
 
 use crate::console::Console;
-use crate::open::{listed, note_format, open_folder};
+use crate::open::{listed, note_format, note_keys, open_folder};
 
 /// Write an adapter as a GGUF file for llama.cpp's `--lora`.
 #[derive(Debug, clap::Args)]
@@ -34,6 +34,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (base, _) = open_folder(&args.model)?;
+    note_keys(&base, console)?;
     let adapter = Adapter::open(&args.adapter)?;
     note_format(&adapter, &args.adapter, console);
     let adapter = AdapterWeights::read(&adapter, &read_config(&base)?)?;

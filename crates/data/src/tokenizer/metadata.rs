@@ -7,6 +7,52 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
 
+/// The keys that are read here or by those who generate.
+const KNOWN: [&str; 18] = [
+    "tokenizer.chat_template",
+    "tokenizer.ggml.add_bos_token",
+    "tokenizer.ggml.add_eos_token",
+    "tokenizer.ggml.add_space_prefix",
+    "tokenizer.ggml.bos_token_id",
+    "tokenizer.ggml.eom_token_id",
+    "tokenizer.ggml.eos_token_id",
+    "tokenizer.ggml.eot_token_id",
+    "tokenizer.ggml.merges",
+    "tokenizer.ggml.model",
+    "tokenizer.ggml.padding_token_id",
+    "tokenizer.ggml.pre",
+    "tokenizer.ggml.scores",
+    "tokenizer.ggml.token_type",
+    "tokenizer.ggml.tokens",
+    "tokenizer.ggml.unknown_token_id",
+    "tokenizer.huggingface.json",
+    "tokenizer.rwkv.world",
+];
+/// Keys that change nothing in texts and chats: of classifiers, of filling in the middle, of other kinds of tokenizers.
+const HARMLESS: [&str; 13] = [
+    "tokenizer.ggml.fim_mid_token_id",
+    "tokenizer.ggml.fim_pad_token_id",
+    "tokenizer.ggml.fim_pre_token_id",
+    "tokenizer.ggml.fim_rep_token_id",
+    "tokenizer.ggml.fim_sep_token_id",
+    "tokenizer.ggml.fim_suf_token_id",
+    "tokenizer.ggml.mask_token_id",
+    "tokenizer.ggml.middle_token_id",
+    "tokenizer.ggml.prefix_token_id",
+    "tokenizer.ggml.seperator_token_id",
+    "tokenizer.ggml.suffix_token_id",
+    "tokenizer.ggml.token_type_count",
+    "tokenizer.ggml.cls_token_id",
+];
+
+/// The keys about tokens in a GGUF's metadata that nothing here knows.
+pub fn unknown_metadata(metadata: &BTreeMap<String, Value>) -> Vec<&str> {
+    let keys = metadata.keys().map(String::as_str);
+    let of_tokens = keys.filter(|key| key.starts_with("tokenizer."));
+    let known = |key: &&str| KNOWN.contains(key) || HARMLESS.contains(key);
+    of_tokens.filter(|key| !known(key)).collect()
+}
+
 impl TokenizerFiles {
     /// The tokenizer of a model: from the metadata of a GGUF, or from a folder if there is no metadata. `None` if the model
     /// has no tokenizer.
@@ -72,6 +118,7 @@ impl GgufKeys<'_> {
         expected: &str,
         read: impl Fn(&Value) -> Option<T>,
     ) -> Result<Option<T>> {
+        debug_assert!(KNOWN.contains(&key), "`{key}` is not in KNOWN");
         let Some(value) = self.metadata.get(key) else {
             return Ok(None);
         };

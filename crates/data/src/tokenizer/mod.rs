@@ -18,6 +18,7 @@ mod to_gguf;
 pub use chat_template::{ChatTemplate, GenerationPrompt};
 pub use decode_stream::DecodeStream;
 pub use files::TokenizerFiles;
+pub use metadata::unknown_metadata;
 
 use crate::error::{Error, Result};
 use config::{CONFIG, TOKENIZER};

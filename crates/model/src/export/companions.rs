@@ -14,6 +14,9 @@ pub fn copy_companions(model: &Folder, writer: &mut FolderWriter) -> Result<(), 
     if model.metadata().is_none() {
         return copy_texts(model.path(), writer);
     }
+    if let Some(config) = model.generation_config() {
+        writer.write_json("generation_config.json", config)?;
+    }
     for (name, text) in model.companions()? {
         writer.write_bytes(&name, text.as_bytes())?;
     }

@@ -36,6 +36,10 @@ pub struct MergeReport {
     pub bytes: u64,
     /// Tensors of a GGUF that were rounded by an importance matrix.
     pub weighted: usize,
+    /// The types of a GGUF's matrices, and how many have each; the most frequent first.
+    pub types: Vec<(String, usize)>,
+    /// Types that do not fit the width of rows, the types in their place, and how many matrices of a GGUF it concerns.
+    pub replaced: Vec<(String, String, usize)>,
     /// Largest error of the check, relative to the sum of the magnitudes of a row. None for a GGUF: such a sum does not bound the
     /// rounding of its blocks.
     pub largest_error: Option<f32>,

@@ -10,7 +10,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
-use super::stored::{read_config, read_matrix};
+use super::stored::{check_tied, read_config, read_matrix};
 use crate::Error;
 use crate::config::{AttentionConfig, GqaConfig, MlaConfig, ModelConfig, MoeConfig};
 use crate::decoder::{Decoder, DecoderLayer, Embedding, FeedForward, Model};
@@ -79,6 +79,7 @@ impl Training {
 /// pattern chooses nothing.
 pub fn load(folder: &Folder, training: Training, device: &Device) -> Result<Model, Error> {
     let config = read_config(folder)?;
+    check_tied(folder, &config)?;
     training.check(&config)?;
     Builder {
         source: WeightSource::Folder(folder),
@@ -181,25 +182,14 @@ impl Builder<'_> {
     }
 
     fn gqa(&self, layer_idx: usize, gqa: &GqaConfig) -> Result<Gqa, Error> {
-        let biased = |module| {
-            let mut linear = self.linear(layer_idx, module)?;
-            let bias = ParamKey {
-                part: ParamPart::Bias,
-                ..ParamKey::weight(layer_idx, module)
-            };
-            if let Some(&[len]) = bias.shape(self.config).as_deref() {
-                linear.bias = Some(self.vector(&bias.to_string(), len, 0.0)?);
-            }
-            Ok::<_, Error>(linear)
-        };
         Ok(Gqa {
-            q_proj: biased(Module::Q)?,
-            k_proj: biased(Module::K)?,
-            v_proj: biased(Module::V)?,
+            q_proj: self.linear(layer_idx, Module::Q)?,
+            k_proj: self.linear(layer_idx, Module::K)?,
+            v_proj: self.linear(layer_idx, Module::V)?,
             o_proj: self.linear(layer_idx, Module::O)?,
             config: gqa.clone(),
             heads: self.config.num_attention_heads,
-            softmax_scale: self.config.rope.softmax_scale(gqa.head_dim),
+            softmax_scale: (gqa.head_dim as f64).powf(-0.5) as f32,
             layout: self.config.rope.layout,
         })
     }
@@ -352,12 +342,22 @@ impl Builder<'_> {
         read_matrix(folder, &key.to_string(), self.shape(key), block)
     }
 
+    /// A linear layer, with its bias if a model of this config has one.
     pub(super) fn linear(
         &self,
         layer: impl Into<Option<usize>>,
         module: Module,
     ) -> Result<Linear, Error> {
-        Ok(Linear::new(self.weight(ParamKey::weight(layer, module))?))
+        let weight = ParamKey::weight(layer, module);
+        let mut linear = Linear::new(self.weight(weight)?);
+        let bias = ParamKey {
+            part: ParamPart::Bias,
+            ..weight
+        };
+        if let Some(&[len]) = bias.shape(self.config).as_deref() {
+            linear.bias = Some(self.vector(&bias.to_string(), len, 0.0)?);
+        }
+        Ok(linear)
     }
 
     /// A linear layer, if a model of this config has it.

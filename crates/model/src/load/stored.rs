@@ -179,6 +179,56 @@ pub fn read_config(folder: &Folder) -> Result<ModelConfig, Error> {
     Ok(config)
 }
 
+/// The keys of a checkpoint's config, or of a GGUF's metadata, that are neither obeyed nor known to change nothing, with their
+/// values. Those of a GGUF's tokenizer are left out.
+///
+/// # Errors
+/// If the config is not one we compute.
+pub fn unknown_keys(folder: &Folder) -> Result<Vec<(String, serde_json::Value)>, Error> {
+    match folder.metadata() {
+        Some(metadata) => {
+            let keys = folder.unknown_metadata().iter();
+            let value = |key: &String| metadata.get(key).cloned().unwrap_or_default();
+            Ok(keys.map(|key| (key.clone(), value(key))).collect())
+        }
+        None => ModelConfig::unknown_keys(folder.config(), &folder.config_path()),
+    }
+}
+
+/// Refuses a checkpoint that ties its head to the embedding and has another head too: transformers 4 and 5 read it differently.
+///
+/// # Errors
+/// If there is such a head.
+pub(super) fn check_tied(folder: &Folder, config: &ModelConfig) -> Result<(), Error> {
+    /// Bytes to compare, at places spread over both.
+    const SAMPLE: usize = 4096;
+    const SAMPLES: usize = 64;
+    let [head, embedding] =
+        [Module::Head, Module::Embedding].map(|module| ParamKey::weight(None, module).to_string());
+    if !config.tie_word_embeddings || !folder.contains(&head) {
+        return Ok(());
+    }
+    let [head, embedding] = [folder.stored(&head)?, folder.stored(&embedding)?];
+    let len = head.bytes.len();
+    let mut starts = (0..SAMPLES).map(|i| len / SAMPLES * i);
+    let is_same = |start: usize| {
+        let range = start..(start + SAMPLE).min(len);
+        head.bytes.get(range.clone()) == embedding.bytes.get(range)
+    };
+    if (head.dtype, &head.shape) == (embedding.dtype, &embedding.shape) && starts.all(is_same) {
+        return Ok(());
+    }
+    Err(Error::Config {
+        file: folder.config_path(),
+        key: "tie_word_embeddings".into(),
+        expected: format!(
+            "false beside the tensor `{}`, which is not the embedding",
+            head.name
+        ),
+        found: "true".into(),
+    })
+}
+
 /// Whether the block scales of a checkpoint are stored as powers of two; false if it has none.
 pub(crate) fn has_e8m0_scales(folder: &Folder) -> Result<bool, Error> {
     match folder.names().find(|name| is_scale(name)) {
