@@ -8,6 +8,7 @@ mod generation;
 mod gguf;
 
 mod quickstart;
+mod tensors;
 mod training;
 
 use std::path::{Path, PathBuf};

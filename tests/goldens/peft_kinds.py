@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 OUT = HERE / "peft_kinds"
 POSITIONS = 2
 UPDATES = 3
+TOKENS = [277, 3, 301]
 KINDS = {
     "head": {"target_modules": ["o_proj", "lm_head"]},
     "embedding": {"target_modules": ["o_proj", "embed_tokens"]},
@@ -27,7 +28,7 @@ KINDS = {
     "saved_embedding": {"target_modules": ["o_proj"], "modules_to_save": ["embed_tokens"]},
     "saved_head": {"target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
     "saved_norms": {"target_modules": ["o_proj"], "modules_to_save": ["norm"]},
-    "tokens": {"target_modules": ["o_proj"], "trainable_token_indices": [7, 3, 300]},
+    "tokens": {"target_modules": ["o_proj"], "trainable_token_indices": TOKENS},
 }
 CASES = [(base, kind) for base in ["qwen2_distill", "tied"] for kind in KINDS]
 CASES += [("qwen2_distill", "stored_base"), ("deepseek_v3", "embedding"), ("deepseek_v3", "saved_norms")]

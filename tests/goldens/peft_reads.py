@@ -39,6 +39,8 @@ MIXTURE_CASES = {
     "dora_experts": ('use_dora = true\nexclude = ["experts"]', False),
     "dora_attention": ('use_dora = true\nexclude = ["mlp"]', True),
     "single_experts": ('target = ["layers.1.mlp.experts.0", "layers.1.mlp.experts.2"]', False),
+    "fused": ("adapter_peft", True),
+    "fused_rslora": ("adapter_rslora", True),
     "half": ('target = ["experts.gate_proj", "experts.down_proj"]', False),
 }
 DENSE_CASES = {
@@ -46,15 +48,18 @@ DENSE_CASES = {
     "dora": ("use_dora = true", True),
     "whole": ('target = ["all-linear", "embed_tokens", "lm_head"]', True),
 }
-CHECKED_IN = {"default", "rslora", "ranks", "no_experts", "whole", "dora_experts", "single_experts"}
+CHECKED_IN = {"default", "fused", "fused_rslora", "rslora", "ranks", "no_experts", "whole", "dora_experts", "single_experts"}
 
 
 def trained(binary, base, lora, place):
+    """An adapter of three steps: a fresh one, or one of the golden's own in PEFT's stacked form, trained further."""
+    start = f'adapter = "{HERE / base / lora}"' if lora.startswith("adapter_") else ""
+    lora = f"[lora]\n{'' if start else 'rank = 2'}\n{'' if start else 'alpha = 6.0'}\n{'' if start else lora}\n"
     rows = place / "train.jsonl"
     rows.write_text("".join(json.dumps({"input_ids": list(range(at + 3, at + 19))}) + "\n" for at in range(8)))
     recipe = place / "recipe.toml"
     recipe.write_text(
-        f'[model]\npath = "{HERE / base}"\n[data]\npath = "{place}"\n[lora]\nrank = 2\nalpha = 6.0\n{lora}\n'
+        f'[model]\npath = "{HERE / base}"\n{start}\n[data]\npath = "{place}"\n{lora}'
         "[optimizer]\nlearning_rate = 3e-2\n[train]\nsteps = 3\nbatch_size = 4\n")
     done = subprocess.run([binary, "train", recipe, "--out", place / "run"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -103,7 +108,8 @@ def check(binary, base, case, lora, readable):
 
 
 OUT.mkdir(exist_ok=True)
-found = [check(sys.argv[1], base, case, *settings) for base in MIXTURES for case, settings in MIXTURE_CASES.items()]
+found = [check(sys.argv[1], base, case, *settings) for base in MIXTURES for case, settings in MIXTURE_CASES.items()
+         if not settings[0].startswith("adapter_") or (HERE / base / settings[0]).exists()]
 found += [check(sys.argv[1], base, case, *settings)
           for base in ["qwen2_distill", "llama_distill"] for case, settings in DENSE_CASES.items()]
 logits = {name: theirs[:, -POSITIONS:].contiguous() for _, name, theirs in found

@@ -140,11 +140,10 @@ impl AdapterConfig {
             settings.insert(key.to_owned(), value);
         }
         settings.retain(|_, value| !value.is_null());
-        let config: Self =
-            serde_json::from_value(settings.into()).map_err(|cause| Error::Json {
-                path: path.to_owned(),
-                cause,
-            })?;
+        let config: Self = match serde_json::from_value(settings.clone().into()) {
+            Ok(config) => config,
+            Err(cause) => return Err(mistyped(path, &settings, cause)),
+        };
         config.check_ranges(path)?;
         Ok(config)
     }
@@ -266,6 +265,32 @@ fn check_settings(path: &Path, settings: &OrderedMap<Value>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The error of settings that are none of PEFT's, with the one at fault: what is read into a struct has no names any more.
+fn mistyped(
+    path: &Path,
+    settings: &serde_json::Map<String, Value>,
+    cause: serde_json::Error,
+) -> Error {
+    let stands_alone = |(key, value): &(&String, &Value)| {
+        let others = serde_json::to_value(AdapterConfig::new(1, 1.0));
+        let mut alone = others.unwrap_or_default();
+        alone[key.as_str()] = (*value).clone();
+        serde_json::from_value::<AdapterConfig>(alone).is_err()
+    };
+    match settings.iter().find(stands_alone) {
+        Some((key, value)) => Error::UnsupportedSetting {
+            file: path.to_owned(),
+            key: shown(key),
+            expected: "a value of the type that PEFT writes",
+            found: shown(&value.to_string()),
+        },
+        None => Error::Json {
+            path: path.to_owned(),
+            cause,
+        },
+    }
 }
 
 /// Whether a setting has an empty value.
@@ -447,7 +472,7 @@ mod tests {
             ),
             (
                 r#"{"peft_type": "LORA", "r": -1, "lora_alpha": 8}"#,
-                "invalid value: integer `-1`",
+                "unsupported `r`: expected a value of the type that PEFT writes, found -1",
             ),
             (
                 r#"{"peft_type": "LORA", "r": 0, "lora_alpha": 8}"#,

@@ -109,18 +109,24 @@ impl<'a> PeftTargets<'a> {
     }
 
     fn chooses_module(&self, path: &str) -> bool {
-        let layers = self.config.layers_to_transform.as_ref();
-        let is_in_layer = layers.is_none_or(|layers| {
-            let layer = layer_of(path);
-            layers.is_empty() || layer.is_some_and(|layer| layers.contains(&layer))
-        });
-        let chooses = |pattern: &ModulePattern<'_>| pattern.chooses(path);
         // Excluded is what a list or an expression names; `Any` would be everything.
         let is_excluded = match &self.excluded {
             None | Some(ModulePattern::Any) => false,
             Some(pattern) => pattern.chooses(path),
         };
-        is_in_layer && !is_excluded && self.modules.as_ref().is_some_and(chooses)
+        let layers = self
+            .config
+            .layers_to_transform
+            .as_deref()
+            .unwrap_or_default();
+        let is_in_layer = || layer_of(path).is_some_and(|layer| layers.contains(&layer));
+        match &self.modules {
+            _ if is_excluded => false,
+            // A whole path stands whatever its layer.
+            Some(ModulePattern::Ends(ends)) if ends.iter().any(|end| end == path) => true,
+            Some(pattern) => (layers.is_empty() || is_in_layer()) && pattern.chooses(path),
+            None => false,
+        }
     }
 }
 

@@ -118,7 +118,11 @@ impl AdapterWeights {
                 format!("{ids:?}"),
             ));
         }
-        tensor.expect_shape(&[ids.len(), config.hidden_size])?;
+        let shape = [ids.len(), config.hidden_size];
+        if tensor.shape != shape {
+            let expected = format!("{shape:?}, a row for each of `trainable_token_indices`");
+            return Err(self.wrong(tensor, expected, format!("{:?}", tensor.shape)));
+        }
         let values = self.values(tensor)?;
         self.tokens = Some(TokenRows { ids, values });
         Ok(())
