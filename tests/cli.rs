@@ -9,6 +9,7 @@ mod gguf;
 mod keys;
 
 mod quickstart;
+mod tensors;
 mod training;
 
 use std::path::{Path, PathBuf};

@@ -49,6 +49,9 @@ pub struct Notes {
     /// expects that.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub experts_share: Option<String>,
+    /// What PEFT does not read, and why.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unread_by_peft: Option<String>,
 }
 
 impl Adapter {
@@ -79,10 +82,12 @@ impl Adapter {
             let Notes {
                 trained_for,
                 experts_share,
+                unread_by_peft,
             } = parse(&notes, &text)?;
             Notes {
                 trained_for: trained_for.as_deref().map(shown),
                 experts_share: experts_share.as_deref().map(shown),
+                unread_by_peft: unread_by_peft.as_deref().map(shown),
             }
         } else {
             Notes::default()
@@ -93,6 +98,11 @@ impl Adapter {
             notes,
             file,
         })
+    }
+
+    /// The file with its tensors, for messages.
+    pub fn path(&self) -> &Path {
+        self.file.path()
     }
 
     /// The tensors under their full keys (`base_model.model.….lora_A.weight` of PEFT), in the order
@@ -229,12 +239,9 @@ mod tests {
     fn an_unsupported_setting_is_not_saved_and_leaves_nothing() {
         let parent = tempfile::tempdir().unwrap();
         let mut config = AdapterConfig::new(1, 1.0);
-        config.modules_to_save = Some(vec!["lm_head".into()]);
+        config.bias = "all".into();
         let error = Adapter::save(&parent.path().join("x"), &config, &[]).unwrap_err();
-        assert!(
-            error.to_string().contains("unsupported `modules_to_save`"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("unsupported `bias`"), "{error}");
         assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0);
     }
 }

@@ -217,6 +217,20 @@ pub enum Error {
         tensor: String,
     },
 
+    /// A folder has a tensor under the name that it has inside a wrapper.
+    #[error(
+        "`{path}`: no tensor `{tensor}`, found `{found}`, its name inside a wrapper; save the model without the wrapper, \
+         or rename its tensors"
+    )]
+    WrappedTensor {
+        /// The folder.
+        path: PathBuf,
+        /// The requested name.
+        tensor: String,
+        /// The name that there is.
+        found: String,
+    },
+
     /// Two files of one model hold a tensor of the same name.
     #[error("tensor `{tensor}`: expected in one file, found in `{first}` and in `{second}`")]
     DuplicateTensor {

@@ -229,10 +229,20 @@ impl Folder {
         let place = self.place_of.get(name);
         place
             .map(|[shard, i]| &self.shards[*shard].tensors[*i])
-            .ok_or_else(|| Error::NoTensor {
-                path: self.path.clone(),
-                tensor: name.to_owned(),
-            })
+            .ok_or_else(|| self.absent(name))
+    }
+
+    /// The error of a tensor that there is not, or not under that name.
+    fn absent(&self, name: &str) -> Error {
+        let (path, tensor) = (self.path.clone(), name.to_owned());
+        match self.names().find(|found| is_wrapped(found, name)) {
+            Some(found) => Error::WrappedTensor {
+                path,
+                tensor,
+                found: shown(found),
+            },
+            None => Error::NoTensor { path, tensor },
+        }
     }
 
     /// The shards, sorted by file name: the file name, and the names of its tensors in the order
@@ -390,6 +400,26 @@ fn find_single(folder: &Path) -> Result<String> {
     })
 }
 
+/// Whether two names are of the same tensor, inside of a wrapper and outside: of a compiled or a distributed model, of one with
+/// an adapter on it, of one that sees and reads.
+fn is_wrapped(found: &str, name: &str) -> bool {
+    const WRAPPERS: [&str; 8] = [
+        "model",
+        "language_model",
+        "text_model",
+        "_orig_mod",
+        "module",
+        "base_model",
+        "base_layer",
+        "original_module",
+    ];
+    let parts = |name: &str| {
+        let parts = name.split('.').filter(|part| !WRAPPERS.contains(part));
+        parts.map(str::to_owned).collect::<Vec<_>>()
+    };
+    parts(found) == parts(name)
+}
+
 /// The first few names, for a message.
 fn listed(mut names: Vec<String>) -> String {
     const SHOWN_NAMES: usize = 4;
@@ -508,6 +538,40 @@ mod tests {
         assert_eq!(model.tensor_bytes(), 4);
         let error = model.tensor("extra").unwrap_err().to_string();
         assert!(error.ends_with("no tensor `extra`"), "{error}");
+    }
+
+    #[test]
+    fn a_name_inside_a_wrapper_is_told() {
+        let wanted = "model.layers.0.self_attn.q_proj.weight";
+        for (found, is_told) in [
+            (
+                "language_model.model.layers.0.self_attn.q_proj.weight",
+                true,
+            ),
+            (
+                "model.language_model.layers.0.self_attn.q_proj.weight",
+                true,
+            ),
+            ("_orig_mod.model.layers.0.self_attn.q_proj.weight", true),
+            (
+                "module._orig_mod.model.layers.0.self_attn.q_proj.weight",
+                true,
+            ),
+            ("layers.0.self_attn.q_proj.weight", true),
+            (
+                "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight",
+                true,
+            ),
+            ("model.layers.1.self_attn.q_proj.weight", false),
+            ("model.layers.0.self_attn.q_proj.qweight", false),
+        ] {
+            let model = folder(None, &[("model.safetensors", &[found])]);
+            let model = Folder::open(model.path()).unwrap();
+            let error = model.tensor(wanted).unwrap_err().to_string();
+            assert!(error.contains(&format!("no tensor `{wanted}`")), "{error}");
+            let told = error.contains(&format!("found `{found}`, its name inside a wrapper"));
+            assert_eq!(told, is_told, "{error}");
+        }
     }
 
     #[test]

@@ -50,7 +50,7 @@ mod adapter_config;
 mod ordered_map;
 
 pub use self::adapter::{Adapter, AdapterFormat, Notes};
-pub use self::adapter_config::{AdapterConfig, TargetModules};
+pub use self::adapter_config::{AdapterConfig, TargetModules, TrainableTokens};
 pub use self::advice::{advise_dontneed, advise_willneed};
 pub use self::cache::resolve;
 pub use self::dtype::DType;

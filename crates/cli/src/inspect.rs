@@ -132,6 +132,8 @@ fn object(
         "tensor_bytes": folder.tensor_bytes(),
         "mtp_tensors": audit.mtp.len(),
         "unknown_tensors": audit.unknown,
+        "missing_tensors": audit.missing,
+        "problem": problem(folder, config),
         "unindexed_tensors": unindexed,
         "precision": Policy::of_checkpoint(folder, Compute::F32)?.to_json(),
     });
@@ -236,11 +238,23 @@ fn rows(
     if !audit.unknown.is_empty() {
         rows.push(("unknown", listed(&audit.unknown)));
     }
+    if !audit.missing.is_empty() {
+        rows.push(("missing", listed(&audit.missing)));
+    }
+    if let Some(problem) = problem(folder, config) {
+        rows.push(("cannot run", problem));
+    }
     if !folder.unindexed().is_empty() {
         let names = folder.unindexed().iter().map(|t| t.name.to_string());
         rows.push(("unindexed", listed(&names.collect::<Vec<_>>())));
     }
     Ok(rows)
+}
+
+/// Why the tensors are not those of a model of this config, if they are not.
+fn problem(folder: &Folder, config: &ModelConfig) -> Option<String> {
+    let complete = load::expect_complete(folder, config);
+    complete.err().map(|error| error.to_string())
 }
 
 /// KV-cache bytes per token, by data type.

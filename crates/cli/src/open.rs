@@ -179,9 +179,7 @@ pub(crate) fn attach(
     device: &Device,
     console: &Console,
 ) -> anyhow::Result<()> {
-    let adapter = checkpoint::Adapter::open(path)?;
-    note_format(&adapter, path, console);
-    let adapted = AdapterWeights::read(&adapter, &model.config)?.attach(model, device)?;
+    let adapted = read_adapter(path, &model.config, console)?.attach(model, device)?;
     let parameters: usize = adapted.iter().map(|module| module.parameters).sum();
     console.detail(format_args!(
         "{}: {} modules adapted, {parameters} parameters",
@@ -191,8 +189,26 @@ pub(crate) fn attach(
     Ok(())
 }
 
+/// Reads an adapter for a model, and notes what is unusual about it.
+pub(crate) fn read_adapter(
+    path: &Path,
+    config: &ModelConfig,
+    console: &Console,
+) -> anyhow::Result<AdapterWeights> {
+    let adapter = checkpoint::Adapter::open(path)?;
+    note_format(&adapter, path, console);
+    let weights = AdapterWeights::read(&adapter, config)?;
+    if weights.is_zero() {
+        console.note(format_args!(
+            "{}: all updates are zero: the adapter changes nothing",
+            path.display()
+        ));
+    }
+    Ok(weights)
+}
+
 /// Notes that an adapter was trained for weights that are rounded after a merge: applied to the base, it differs.
-pub(crate) fn note_format(adapter: &checkpoint::Adapter, path: &Path, console: &Console) {
+fn note_format(adapter: &checkpoint::Adapter, path: &Path, console: &Console) {
     if let Some(format) = &adapter.notes.trained_for {
         console.note(format_args!(
             "{}: trained to be merged and quantized to {format}; see `moeforge survival`",

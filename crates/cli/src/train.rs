@@ -187,6 +187,9 @@ fn describe(
     if !session.adapted.is_empty() {
         console.note(adapted_table(&session.adapted));
     }
+    if let Some(unread) = session.unread_by_peft() {
+        console.note(unread);
+    }
     let (counts, samples) = (session.train.corpus.counts, session.train.corpus.len());
     console.note(format_args!(
         "{} trained parameters; {samples} samples of {} rows{}, {} tokens, {} targets{}",
@@ -254,10 +257,12 @@ fn adapted_table(adapted: &[AdaptedModule]) -> String {
         .max("module".len());
     let mut table = format!("{:width$}  layers  rank  alpha  parameters", "module");
     for (kind, n, first, parameters) in &kinds {
-        table += &format!(
-            "\n{kind:width$}  {n:6}  {:4}  {:5}  {parameters:10}",
-            first.rank, first.alpha
-        );
+        // A whole weight has neither.
+        let [rank, alpha] = match first.rank {
+            0 => ["-".into(), "-".into()],
+            rank => [rank.to_string(), first.alpha.to_string()],
+        };
+        table += &format!("\n{kind:width$}  {n:6}  {rank:>4}  {alpha:>5}  {parameters:10}");
     }
     table
 }

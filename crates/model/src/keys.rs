@@ -110,11 +110,16 @@ const EXPERTS: &str = "mlp.experts";
 /// Names of the projections of a feed-forward layer.
 pub(crate) const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 
+/// The path of the token embedding.
+pub(crate) const EMBEDDING: &str = "model.embed_tokens";
+/// The path of the output head.
+pub(crate) const HEAD: &str = "lm_head";
+
 /// The names of modules outside of layers.
 const OUTSIDE: [(Module, &str); 3] = [
-    (Module::Embedding, "model.embed_tokens"),
+    (Module::Embedding, EMBEDDING),
     (Module::FinalNorm, "model.norm"),
-    (Module::Head, "lm_head"),
+    (Module::Head, HEAD),
 ];
 
 /// The names of modules inside a layer, except for feed-forward projections.

@@ -34,18 +34,31 @@ pub(crate) fn adapter_into(session: &Session, writer: &mut FolderWriter) -> Resu
     if session.recipe.train.method == Method::Full {
         return Ok(());
     }
-    let adapter = AdapterWeights::from_model(
-        &session.model,
-        session.update.scaling,
-        session.recipe.lora.dropout as f32,
-    );
+    let adapter = updates(session);
     let (config, tensors) = adapter.files(&session.base.name)?;
     let notes = Notes {
         trained_for: session.quantizer.map(|quantizer| quantizer.to_string()),
         experts_share: session.update.share.map(|share| share.name().into()),
+        unread_by_peft: adapter.unread_by_peft(),
     };
     Adapter::save_notes(writer, &notes)?;
     Ok(Adapter::save_into(writer, &config, &tensors)?)
+}
+
+/// The updates on the model.
+fn updates(session: &Session) -> AdapterWeights {
+    let dropout = session.recipe.lora.dropout as f32;
+    AdapterWeights::from_model(&session.model, session.update.scaling, dropout)
+}
+
+impl Session {
+    /// What PEFT will not read of the run's adapter, and why; none if it reads all of it rightly, or there is no adapter.
+    pub fn unread_by_peft(&self) -> Option<String> {
+        match self.recipe.train.method {
+            Method::Lora => updates(self).unread_by_peft(),
+            Method::Full => None,
+        }
+    }
 }
 
 /// Writes a Hugging Face folder.

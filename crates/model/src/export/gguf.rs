@@ -12,14 +12,15 @@ use kernels::fp8::Scales;
 use kernels::{Format, Ggml, Matrix, RopeLayout};
 use rayon::prelude::*;
 
+use super::faithful::relative_error;
 use super::gguf_types::{TypesInUse, size_label};
 use super::importance::Importance;
-use super::merge::{MergeReport, relative_error};
+use super::merge::MergeReport;
 use super::mix::{GgufType, Mix};
 use crate::Error;
 use crate::config::{AttentionConfig, Family, ModelConfig, RopeScaling};
 use crate::keys::{ParamKey, keys};
-use crate::load::{mtp_keys, read_config, read_matrix, read_tensor};
+use crate::load::{expect_complete, mtp_keys, read_config, read_matrix, read_tensor};
 
 /// Values to encode at a time.
 const PIECE: usize = 1 << 20;
@@ -42,6 +43,7 @@ pub fn write_gguf(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<MergeReport, Error> {
     let mut config = read_config(model)?;
+    expect_complete(model, &config)?;
     let keys = written_keys(model, mix, &mut config)?;
     check_config(&config)?;
     let json = config.to_json();

@@ -2,6 +2,7 @@
 
 mod companions;
 mod convert;
+mod faithful;
 pub mod gguf;
 mod gguf_types;
 mod hf_fp8;

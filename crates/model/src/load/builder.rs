@@ -10,10 +10,11 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
+use super::audit::expect_own_names;
 use super::stored::{check_tied, read_config, read_matrix};
 use crate::Error;
 use crate::config::{AttentionConfig, GqaConfig, MlaConfig, ModelConfig, MoeConfig};
-use crate::decoder::{Decoder, DecoderLayer, Embedding, FeedForward, Model};
+use crate::decoder::{Decoder, DecoderLayer, Embedding, FeedForward, Model, ReplacedWeights};
 use crate::keys::{Module, ParamKey, ParamPart, Projection, keys, seed_for};
 use crate::modules::attention::{Attention, Gqa, Mla};
 use crate::modules::experts::{
@@ -80,6 +81,7 @@ impl Training {
 pub fn load(folder: &Folder, training: Training, device: &Device) -> Result<Model, Error> {
     let config = read_config(folder)?;
     check_tied(folder, &config)?;
+    expect_own_names(folder, &config)?;
     training.check(&config)?;
     Builder {
         source: WeightSource::Folder(folder),
@@ -133,12 +135,14 @@ impl Builder<'_> {
             model: Decoder {
                 embed_tokens: Embedding {
                     weight: self.weight(ParamKey::weight(None, Module::Embedding))?,
+                    lora: None,
                 },
                 layers: layers.collect::<Result<_, _>>()?,
                 norm: self.norm(None, Module::FinalNorm)?,
             },
             lm_head: self.optional_linear(None, Module::Head)?,
             config: self.config.clone(),
+            replaced: ReplacedWeights::default(),
         })
     }
 
@@ -437,7 +441,7 @@ fn expert_key(layer_idx: usize, expert: usize, projection: Projection) -> ParamK
 }
 
 /// Normal values of a given deviation, a function of the seed and the key (Box and Muller's method).
-fn normal(seed: u64, key: &str, n: usize, deviation: f32) -> Vec<f32> {
+pub(crate) fn normal(seed: u64, key: &str, n: usize, deviation: f32) -> Vec<f32> {
     let mut random = ChaCha8Rng::seed_from_u64(seed_for(seed, key));
     let mut open = || (f64::from(random.next_u32()) + 0.5) / 2f64.powi(32);
     let mut values = Vec::with_capacity(n + 1);

@@ -8,7 +8,8 @@ mod builder;
 mod mtp_weights;
 mod stored;
 
-pub use self::audit::{Audit, audit};
+pub use self::audit::{Audit, audit, expect_complete};
+pub(crate) use self::builder::normal;
 pub use self::builder::{Training, fresh, load};
 pub(crate) use self::mtp_weights::mtp_keys;
 pub use self::mtp_weights::{fresh_mtp, load_mtp};

@@ -75,7 +75,7 @@ fn unfit(tensor: &checkpoint::Tensor, cause: kernels::Error) -> Error {
 
 /// The tensors of a split `kv_b_proj`, if a checkpoint has these instead: keys `[heads, rank, nope]`, values
 /// `[heads, v, rank]`.
-fn split_kv_b(folder: &Folder, key: &str) -> Option<[String; 2]> {
+pub(super) fn split_kv_b(folder: &Folder, key: &str) -> Option<[String; 2]> {
     let whole = ParamKey::parse(key).filter(|key| key.module == Module::KvB)?;
     let parts = [Module::KvBKeys, Module::KvBValues];
     let parts = parts.map(|module| whole.with_module(module).to_string());
@@ -171,6 +171,7 @@ fn ggml(dtype: DType) -> Option<Ggml> {
 /// # Errors
 /// If the config is not one we compute.
 pub fn read_config(folder: &Folder) -> Result<ModelConfig, Error> {
+    refuse_mlx(folder)?;
     let mut config = ModelConfig::from_json(folder.config(), &folder.config_path())?;
     // A config may not mention its scales, but their dtype does.
     if has_e8m0_scales(folder)? {
@@ -200,22 +201,15 @@ pub fn unknown_keys(folder: &Folder) -> Result<Vec<(String, serde_json::Value)>,
 /// # Errors
 /// If there is such a head.
 pub(super) fn check_tied(folder: &Folder, config: &ModelConfig) -> Result<(), Error> {
-    /// Bytes to compare, at places spread over both.
-    const SAMPLE: usize = 4096;
-    const SAMPLES: usize = 64;
     let [head, embedding] =
         [Module::Head, Module::Embedding].map(|module| ParamKey::weight(None, module).to_string());
     if !config.tie_word_embeddings || !folder.contains(&head) {
         return Ok(());
     }
     let [head, embedding] = [folder.stored(&head)?, folder.stored(&embedding)?];
-    let len = head.bytes.len();
-    let mut starts = (0..SAMPLES).map(|i| len / SAMPLES * i);
-    let is_same = |start: usize| {
-        let range = start..(start + SAMPLE).min(len);
-        head.bytes.get(range.clone()) == embedding.bytes.get(range)
-    };
-    if (head.dtype, &head.shape) == (embedding.dtype, &embedding.shape) && starts.all(is_same) {
+    if (head.dtype, &head.shape, &head.bytes)
+        == (embedding.dtype, &embedding.shape, &embedding.bytes)
+    {
         return Ok(());
     }
     Err(Error::Config {
@@ -227,6 +221,37 @@ pub(super) fn check_tied(folder: &Folder, config: &ModelConfig) -> Result<(), Er
         ),
         found: "true".into(),
     })
+}
+
+/// Refuses weights in MLX's own quantization: integers in U32, with scales and biases beside them, which no format here
+/// holds as they are.
+fn refuse_mlx(folder: &Folder) -> Result<(), Error> {
+    let settings = folder.config().get("quantization");
+    let setting = |key| settings.and_then(|settings| settings.get(key)?.as_u64());
+    let packed = |name: &&str| {
+        let weight = name
+            .strip_suffix(".scales")
+            .map(|module| format!("{module}.weight"));
+        let weight = weight.and_then(|weight| folder.stored(&weight).ok());
+        weight.is_some_and(|weight| weight.dtype == DType::U32)
+    };
+    let tensor = folder.names().find(packed);
+    if tensor.is_none() && setting("group_size").is_none() {
+        return Ok(());
+    }
+    let [bits, group] = ["bits", "group_size"].map(|key| {
+        let shown = setting(key).map(|value| value.to_string());
+        shown.unwrap_or_else(|| "an unknown number".into())
+    });
+    let place = match tensor {
+        Some(name) => format!("tensor `{name}`"),
+        None => "`quantization`".into(),
+    };
+    Err(Error::Unsupported(format!(
+        "{}: {place}: the model is MLX-quantized ({bits} bits, groups of {group}), which is not supported; take the original \
+         model, or write one with `mlx_lm.convert --dequantize`",
+        folder.config_path().display()
+    )))
 }
 
 /// Whether the block scales of a checkpoint are stored as powers of two; false if it has none.
