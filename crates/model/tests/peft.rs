@@ -15,7 +15,7 @@ use moeforge_model::export::{WeightFormat, merge};
 use moeforge_model::{AdapterWeights, Compute, ForwardContext, Model, Training, load};
 
 /// Error of logits, of the largest.
-const LOGITS: f32 = 2e-5;
+const RELATIVE: f32 = 2e-5;
 /// Relative error of gradient norms: f32 backward passes in another order.
 const NORMS: f64 = 1e-3;
 /// Relative error of a loss, after updates too.
@@ -116,7 +116,7 @@ fn assert_logits(found: &[f32], expected: &[f32], what: &str) {
         |pairs: &mut dyn Iterator<Item = f32>| pairs.fold(0f32, |max, v| max.max(v.abs()));
     let size = largest(&mut expected.iter().copied());
     let off = largest(&mut found.iter().zip(expected).map(|(f, e)| f - e)) / size;
-    assert!(off <= LOGITS, "{what}: off by {off:.1e}");
+    assert!(off <= RELATIVE, "{what}: off by {off:.1e}");
 }
 
 fn attached(base: &Folder, adapter: &Path, device: &Device) -> (Model, AdapterWeights) {

@@ -19,7 +19,7 @@ use super::weights::{AdapterWeights, WeightUpdate, fused_name};
 use crate::keys::{EMBEDDING, PROJECTIONS};
 
 /// What the paths of routed experts contain.
-const EXPERTS: &str = ".experts.";
+const OF_EXPERT: &str = ".experts.";
 
 impl AdapterWeights {
     /// The adapter's settings.
@@ -83,7 +83,7 @@ impl AdapterWeights {
 
     /// Whether PEFT has to be told of a module as a parameter: it would take its name for the experts'.
     fn is_parameter(&self, path: &str) -> bool {
-        let is_named_alike = PROJECTIONS.contains(&last_name(path)) && !path.contains(EXPERTS);
+        let is_named_alike = PROJECTIONS.contains(&last_name(path)) && !path.contains(OF_EXPERT);
         self.has_experts && is_named_alike && self.linear.contains_key(path)
     }
 
@@ -121,7 +121,7 @@ impl AdapterWeights {
     fn stacked_experts(&self) -> BTreeMap<String, StackedExperts<'_>> {
         let mut stacks: BTreeMap<String, StackedExperts<'_>> = BTreeMap::new();
         for (path, update) in &self.linear {
-            let Some((layer, rest)) = path.split_once(EXPERTS) else {
+            let Some((layer, rest)) = path.split_once(OF_EXPERT) else {
                 continue;
             };
             let stack = stacks.entry(format!("{layer}.experts")).or_default();

@@ -58,8 +58,7 @@ impl AdapterWeights {
     /// Adds whole weights, and the update or the rows of the embedding.
     fn add_whole(&mut self, model: &Model) {
         for key in &model.replaced.keys {
-            if let Some((shape, values)) = model.weight_values(key) {
-                let new = Replacement { shape, values };
+            if let Some(new) = weight_values(model, key) {
                 self.replaced.insert(key.clone(), new);
             }
         }
@@ -238,6 +237,41 @@ impl AdapterWeights {
             _ => key.to_owned(),
         }
     }
+}
+
+/// The shape and the values of a weight that an adapter replaced.
+fn weight_values(model: &Model, key: &str) -> Option<Replacement> {
+    let mut trained = model.parameters().into_iter();
+    if let Some(found) = trained.find(|found| found.name == key) {
+        return Some(Replacement {
+            shape: found.shape,
+            values: flat(found.values),
+        });
+    }
+    let path = key.strip_suffix(".weight")?;
+    let of_matrix = |weight: &Weight| {
+        Some(Replacement {
+            shape: weight.dims().to_vec(),
+            values: weight.frozen()?.to_f32(),
+        })
+    };
+    if path == EMBEDDING {
+        return of_matrix(&model.model.embed_tokens.weight);
+    }
+    let linear = |(found, module): (String, ModuleRef<'_>)| match module {
+        ModuleRef::Linear(linear) if found == path => of_matrix(&linear.weight),
+        ModuleRef::Linear(_) | ModuleRef::Experts(_) => None,
+    };
+    if let Some(found) = model.modules().into_iter().find_map(linear) {
+        return Some(found);
+    }
+    let mut model = model.clone();
+    let mut norms = model.norms_mut().into_iter();
+    let norm = norms.find(|(found, _)| found == key)?.1.weight.val();
+    Some(Replacement {
+        shape: norm.dims().to_vec(),
+        values: flat(norm),
+    })
 }
 
 pub(super) fn last_name(path: &str) -> &str {

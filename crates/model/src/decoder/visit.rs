@@ -8,7 +8,7 @@ use super::{DecoderLayer, FeedForward, Model};
 use crate::keys::{EMBEDDING, HEAD, Module, PROJECTIONS, ParamKey};
 use crate::modules::attention::Attention;
 use crate::modules::experts::Experts;
-use crate::modules::linear::{Linear, Weight};
+use crate::modules::linear::Linear;
 use crate::modules::norm::Norm;
 
 /// A module that holds weights, to read it.
@@ -114,40 +114,6 @@ impl Model {
             }
         }
         norms
-    }
-
-    /// The shape and the values of a weight that an adapter replaced.
-    pub(crate) fn weight_values(&self, key: &str) -> Option<(Vec<usize>, Vec<f32>)> {
-        if let Some(found) = self
-            .parameters()
-            .into_iter()
-            .find(|found| found.name == key)
-        {
-            let values = found.values.into_data().iter::<f32>().collect();
-            return Some((found.shape, values));
-        }
-        let path = key.strip_suffix(".weight")?;
-        let of_matrix = |weight: &Weight| {
-            let values = weight.frozen()?.to_f32();
-            Some((weight.dims().to_vec(), values))
-        };
-        if path == EMBEDDING {
-            return of_matrix(&self.model.embed_tokens.weight);
-        }
-        let linear = |(found, module): (String, ModuleRef<'_>)| match module {
-            ModuleRef::Linear(linear) if found == path => of_matrix(&linear.weight),
-            ModuleRef::Linear(_) | ModuleRef::Experts(_) => None,
-        };
-        if let Some(found) = self.modules().into_iter().find_map(linear) {
-            return Some(found);
-        }
-        let mut model = self.clone();
-        let mut norms = model.norms_mut().into_iter();
-        let values = norms.find(|(found, _)| found == key)?.1.weight.val();
-        Some((
-            values.dims().to_vec(),
-            values.into_data().iter::<f32>().collect(),
-        ))
     }
 
     /// The paths of all projections of single experts, `….experts.7.down_proj`.

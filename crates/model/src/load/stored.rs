@@ -232,6 +232,7 @@ fn refuse_mlx(folder: &Folder) -> Result<(), Error> {
         let weight = name
             .strip_suffix(".scales")
             .map(|module| format!("{module}.weight"));
+        let weight = weight.filter(|weight| folder.contains(weight));
         let weight = weight.and_then(|weight| folder.stored(&weight).ok());
         weight.is_some_and(|weight| weight.dtype == DType::U32)
     };
