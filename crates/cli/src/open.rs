@@ -233,6 +233,21 @@ pub(crate) fn open_texts(path: &Path) -> anyhow::Result<(Option<Tokenizer>, Opti
     Ok((tokenizer, read_config(path)?))
 }
 
+/// The tokens that end a text of a model that may have no weights yet.
+pub(crate) fn end_ids(path: &Path, tokenizer: Option<&Tokenizer>) -> anyhow::Result<Vec<u32>> {
+    let mut ids = tokenizer.map_or(&[][..], Tokenizer::end_ids).to_vec();
+    for name in ["config.json", "generation_config.json"] {
+        let config = path.join(name);
+        if path.is_dir() && checkpoint::is_present(&config)? {
+            let value = &read_json(&config)?["eos_token_id"];
+            ids.extend(data::eos_token_ids(value).unwrap_or_default());
+        }
+    }
+    ids.sort_unstable();
+    ids.dedup();
+    Ok(ids)
+}
+
 /// The architecture in a folder; none without a `config.json`.
 fn read_config(folder: &Path) -> anyhow::Result<Option<ModelConfig>> {
     let path = folder.join("config.json");
