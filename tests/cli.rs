@@ -4,6 +4,7 @@
 
 mod bench;
 mod convert;
+mod files;
 mod generation;
 mod gguf;
 mod keys;

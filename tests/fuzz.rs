@@ -14,7 +14,7 @@ use std::path::Path;
 
 use kinds::Place;
 use memory::with_peak;
-use mutation::{Dice, mutated};
+use mutation::{Dice, mutated, mutated_json};
 
 /// Memory that reading a file may take, however small it is.
 const ANY_FILE: usize = 64 << 10;
@@ -32,10 +32,15 @@ fn check(name: &str, rounds: u64, any_file: usize) {
     let valid = fs::read(place.path()).unwrap();
     let files = fs::read_dir(place.path().parent().unwrap()).unwrap();
     let sizes = files.map(|file| file.unwrap().metadata().unwrap().len() as usize);
+    let is_json = place
+        .path()
+        .extension()
+        .is_some_and(|ending| ending == "json");
     let beside = sizes.sum::<usize>() - valid.len();
     for round in 0..rounds {
         let bytes = match round {
             0 => valid.clone(),
+            _ if is_json && round % 2 == 0 => mutated_json(&valid, &mut Dice::new(round)),
             _ => mutated(&valid, &mut Dice::new(round)),
         };
         place.put(&bytes);
@@ -80,6 +85,11 @@ fn indices() {
 #[test]
 fn tokenizers() {
     check("tokenizer", SLOW_ROUNDS, ANY_PATTERNS);
+}
+
+#[test]
+fn steps_of_tokenizers() {
+    check("tokenizer_steps", SLOW_ROUNDS, ANY_PATTERNS);
 }
 
 #[test]

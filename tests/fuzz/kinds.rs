@@ -47,6 +47,12 @@ const TOKENIZER: Kind = Kind {
     write: write_tokenizer,
     read: read_tokenizer,
 };
+/// With every kind of step.
+const TOKENIZER_STEPS: Kind = Kind {
+    file: "tokenizer.json",
+    write: write_tokenizer_steps,
+    read: read_tokenizer,
+};
 const TOKENIZER_CONFIG: Kind = Kind {
     file: "tokenizer_config.json",
     ..TOKENIZER
@@ -67,12 +73,13 @@ const MLX_ADAPTER: Kind = Kind {
 };
 
 /// All of them, by the names of libFuzzer's targets.
-pub(crate) const ALL: [(&str, Kind); 9] = [
+pub(crate) const ALL: [(&str, Kind); 10] = [
     ("gguf", GGUF),
     ("safetensors", SAFETENSORS),
     ("config", CONFIG),
     ("index", INDEX),
     ("tokenizer", TOKENIZER),
+    ("tokenizer_steps", TOKENIZER_STEPS),
     ("tokenizer_config", TOKENIZER_CONFIG),
     ("adapter", ADAPTER),
     ("adapter_notes", ADAPTER_NOTES),
@@ -155,6 +162,62 @@ fn write_tokenizer(folder: &Path) {
     fs::write(folder.join("tokenizer.json"), tokenizer).unwrap();
     let config = include_str!("../goldens/deepseek_v2_lite/tokenizer_config.json");
     fs::write(folder.join("tokenizer_config.json"), config).unwrap();
+}
+
+/// Steps that no real tokenizer has together.
+fn write_tokenizer_steps(folder: &Path) {
+    let replace = |pattern: Value, content: &str| json!({"type": "Replace", "pattern": pattern, "content": content});
+    let split = |pattern: Value, behavior: &str| json!({"type": "Split", "pattern": pattern, "behavior": behavior, "invert": false});
+    let bytes = json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
+    let space = json!({"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "first", "split": true});
+    let normalizers = json!([
+        {"type": "Bert", "clean_text": true, "handle_chinese_chars": true, "strip_accents": null, "lowercase": false},
+        {"type": "NFKD"}, {"type": "NFC"}, {"type": "Lowercase"}, {"type": "Nmt"}, {"type": "StripAccents"},
+        {"type": "Strip", "strip_left": true, "strip_right": true}, {"type": "Prepend", "prepend": "\u{2581}"},
+        replace(json!({"String": " "}), "\u{2581}"), replace(json!({"Regex": "a(?!b)"}), "b"), {"type": "ByteLevel"},
+        {"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAABhAGIA"},
+    ]);
+    let pre_tokenizers = json!([
+        {"type": "BertPreTokenizer"}, {"type": "Whitespace"}, {"type": "WhitespaceSplit"}, {"type": "UnicodeScripts"},
+        {"type": "CharDelimiterSplit", "delimiter": "x"}, {"type": "Punctuation", "behavior": "Isolated"},
+        {"type": "Digits", "individual_digits": true}, {"type": "FixedLength", "length": 5},
+        split(json!({"Regex": "\\s+(?!\\S)|\\p{L}+"}), "Isolated"), split(json!({"String": "e"}), "MergedWithPrevious"),
+        space.clone(), bytes.clone(),
+    ]);
+    let decoders = json!([
+        replace(json!({"String": "\u{2581}"}), " "), {"type": "ByteFallback"}, {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0}, {"type": "BPEDecoder", "suffix": "</w>"},
+        {"type": "WordPiece", "prefix": "##", "cleanup": true}, space, bytes.clone(),
+        {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": true},
+    ]);
+    let template = json!({
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    });
+    let added = |id: u32, content: &str, special: bool| {
+        json!({
+            "id": id, "content": content, "single_word": !special, "lstrip": !special, "rstrip": !special,
+            "normalized": !special, "special": special,
+        })
+    };
+    let tokenizer = json!({
+        "version": "1.0",
+        "truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+        "padding": {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"},
+        "added_tokens": [added(0, "<s>", true), added(1, "of", false)],
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
+        "post_processor": {"type": "Sequence", "processors": [template, bytes]},
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": "<s>", "continuing_subword_prefix": null, "end_of_word_suffix": null,
+            "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+            "vocab": {"<s>": 0, "of": 1, "a": 2, "b": 3, "ab": 4, "<0x0A>": 5}, "merges": [["a", "b"]],
+        },
+    });
+    fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
 }
 
 /// A config of the smallest mixture of experts.

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::shown;
+use crate::file::is_present;
 use crate::json::{CONFIG_LIMIT, parse, read_object};
 use crate::mlx_adapter;
 use crate::{AdapterConfig, Error, FolderWriter, Result, Safetensors, Tensor, TensorSpec};
@@ -61,7 +62,8 @@ impl Adapter {
     /// If a file is absent or malformed, or a setting is unsupported.
     pub fn open(folder: &Path) -> Result<Self> {
         let weights = folder.join(WEIGHTS_NAME);
-        if !weights.exists() && folder.join(MLX_WEIGHTS_NAME).exists() {
+        let has_weights = is_present(&weights)?;
+        if !has_weights && is_present(&folder.join(MLX_WEIGHTS_NAME))? {
             return Ok(Self {
                 config: mlx_adapter::read_config(&folder.join(CONFIG_NAME))?,
                 format: AdapterFormat::Mlx,
@@ -70,14 +72,14 @@ impl Adapter {
             });
         }
         let config = AdapterConfig::open(&folder.join(CONFIG_NAME))?;
-        if !weights.exists() && folder.join(PICKLED_NAME).exists() {
+        if !has_weights && is_present(&folder.join(PICKLED_NAME))? {
             return Err(Error::AdapterPickled {
                 folder: folder.to_owned(),
             });
         }
         let file = Safetensors::open(&weights)?;
         let notes = folder.join(NOTES_NAME);
-        let notes = if notes.exists() {
+        let notes = if is_present(&notes)? {
             let text = read_object(&notes, CONFIG_LIMIT)?;
             let Notes {
                 trained_for,

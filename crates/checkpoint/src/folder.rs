@@ -12,6 +12,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::{io, shown};
+use crate::file::is_present;
 use crate::gguf::origin::GgufOrigin;
 use crate::gguf::{Gguf, malformed, settings};
 use crate::json::{self, CONFIG_LIMIT, INDEX_LIMIT};
@@ -74,7 +75,7 @@ impl Folder {
         }
         let config = read_json(&path.join("config.json"))?;
         let generation_config = path.join("generation_config.json");
-        let generation_config = if generation_config.exists() {
+        let generation_config = if is_present(&generation_config)? {
             Some(read_json(&generation_config)?)
         } else {
             None
@@ -90,7 +91,7 @@ impl Folder {
             companions: None,
         };
         let index = path.join(INDEX_NAME);
-        if index.exists() {
+        if is_present(&index)? {
             folder.open_indexed(&index)?;
         } else {
             folder.open_single(find_single(path)?)?;
@@ -349,7 +350,7 @@ fn open_shard(index_path: &Path, name: &str, tensor: &str) -> Result<Safetensors
         });
     }
     let file = index_path.with_file_name(name);
-    if !file.exists() {
+    if !is_present(&file)? {
         return Err(Error::ShardAbsent {
             index: index_path.to_owned(),
             tensor: shown(tensor),
@@ -421,7 +422,7 @@ fn is_wrapped(found: &str, name: &str) -> bool {
 }
 
 /// The first few names, for a message.
-fn listed(mut names: Vec<String>) -> String {
+pub(crate) fn listed(mut names: Vec<String>) -> String {
     const SHOWN_NAMES: usize = 4;
     names.sort();
     let n_more = names.len().saturating_sub(SHOWN_NAMES);

@@ -1,7 +1,7 @@
 //! Output: results to stdout, everything else to stderr; plain lines if stderr is not a terminal.
 
 use std::fmt::Display;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -43,16 +43,16 @@ impl Console {
         }
     }
 
-    /// A line of a result. A closed pipe, such as that of `head`, ends the program quietly.
+    /// A line of a result. A closed pipe ends the program quietly.
     pub(crate) fn result(&self, text: impl Display) {
         self.stream(format_args!("{text}\n"));
     }
 
-    /// A piece of a result, shown at once.
+    /// A piece of a result, shown at once. If it cannot be written, as on a full disk, the program ends with an error.
     pub(crate) fn stream(&self, text: impl Display) {
         let mut out = std::io::stdout().lock();
-        if write!(out, "{text}").and_then(|()| out.flush()).is_err() {
-            std::process::exit(0);
+        if let Err(problem) = write!(out, "{text}").and_then(|()| out.flush()) {
+            std::process::exit(unwritten(&problem));
         }
     }
 
@@ -169,6 +169,18 @@ impl Progress {
     pub(crate) fn finish(self) {
         self.bar.finish_and_clear();
     }
+}
+
+/// The exit code if the standard output cannot be written. Nobody reads a closed pipe, such as that of `head`: that is no error.
+pub(crate) fn unwritten(problem: &std::io::Error) -> i32 {
+    if problem.kind() == ErrorKind::BrokenPipe {
+        return 0;
+    }
+    let _ = writeln!(
+        std::io::stderr(),
+        "error: cannot write the standard output: {problem}"
+    );
+    1
 }
 
 /// A text of a model or a file without control characters, which could steer a terminal, except those in `kept`.

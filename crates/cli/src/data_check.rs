@@ -9,8 +9,8 @@ use anyhow::{Context, bail};
 use data::{Corpus, ReadOptions, Repeats, RowFilter, Sample, Survey, Tokenizer};
 
 use crate::console::{Console, printable};
-use crate::open::{find, open_texts, token_cache};
-use crate::train::{TOKENIZING, note_reading};
+use crate::open::{end_ids, find, open_texts, token_cache};
+use crate::train::{TOKENIZING, note_endless, note_reading};
 
 /// Check training data and show it as the model sees it.
 #[derive(Debug, clap::Subcommand)]
@@ -53,6 +53,13 @@ const LAYOUT: [char; 2] = ['\n', '\t'];
 const FILES: [&str; 3] = ["train.jsonl", "valid.jsonl", "test.jsonl"];
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
+    if args.dir.is_file() {
+        let file = args.dir.display();
+        bail!(
+            "{file}: expected a folder with {}, found a file; give its folder",
+            FILES.join(", ")
+        );
+    }
     let folder = find(&args.model)?;
     let (tokenizer, config) = open_texts(&folder)?;
     let vocab_size = match config {
@@ -65,16 +72,22 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
                 format!("{folder}: expected config.json or tokenizer.json, found neither")
             })?,
     };
-    let present = |file: &&str| args.dir.join(file).exists();
-    let files: Vec<&str> = FILES.into_iter().filter(present).collect();
+    let mut files = Vec::new();
+    for file in FILES {
+        if checkpoint::is_present(&args.dir.join(file))? {
+            files.push(file);
+        }
+    }
     if files.is_empty() {
         let (dir, names) = (args.dir.display(), FILES.join(", "));
         bail!("{dir}: expected one of {names}, found none");
     }
 
+    let end_ids = end_ids(&folder, tokenizer.as_ref())?;
     let mut corpora = Vec::new();
     for file in &files {
         let corpus = open_corpus(args, file, tokenizer.as_ref(), vocab_size, console)?;
+        note_endless(&corpus, file, &end_ids, console)?;
         corpora.push(corpus);
     }
     let surveys = Survey::of(&corpora.iter().collect::<Vec<_>>());

@@ -54,6 +54,11 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
+    for name in ["report.json", "report.txt"] {
+        args.out
+            .iter()
+            .try_for_each(|out| checkpoint::expect_absent(&out.join(name)))?;
+    }
     let mut scores = Vec::new();
     for (model, adapter) in models(args) {
         let opened = open_model(model, adapter, &args.model.device, console)?;

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use ::eval::Divergence;
 use anyhow::{Context, anyhow, bail};
 use checkpoint::{Folder, GgufValue};
-use data::{Sample, TokenizerFiles};
+use data::{GgufEnds, Sample, Tokenizer, TokenizerFiles};
 use model::Compute;
 use model::export::gguf::write_gguf;
 use model::export::mix::Mix;
@@ -17,7 +17,7 @@ use model::load::{Audit, audit, read_config};
 use serde_json::Value;
 
 use self::importance::ImportanceArgs;
-use crate::console::Console;
+use crate::console::{Console, printable};
 use crate::device::default_device;
 use crate::eval::compare::{self, MAX_COMPARED_LENGTH, ModelPair, RowLimits};
 use crate::merge::ConversionReport;
@@ -172,7 +172,11 @@ fn tokenizer_keys(
             keys
         }
         None => match TokenizerFiles::read(model.path())? {
-            Some(files) => files.to_metadata(read_config(model)?.vocab_size, pre)?,
+            Some(files) => {
+                let mut keys = files.to_metadata(read_config(model)?.vocab_size, pre)?;
+                keys.extend(end_keys(model, &files, console)?);
+                keys
+            }
             None => vec![],
         },
     };
@@ -188,6 +192,28 @@ fn tokenizer_keys(
         Ok((key, value))
     };
     keys.into_iter().map(value).collect()
+}
+
+/// The keys of the ends of a text that have no key yet. Notes those that a GGUF file has no key for.
+fn end_keys(
+    model: &Folder,
+    files: &TokenizerFiles,
+    console: &Console,
+) -> anyhow::Result<Vec<(String, Value)>> {
+    let tokenizer = Tokenizer::new(files)?;
+    let ends = infer::end_of_text(model, Some(&tokenizer))?;
+    ends.notes.iter().for_each(|note| console.note(note));
+    let GgufEnds { keys, lost } = tokenizer.gguf_ends(&ends.ids);
+    if !lost.is_empty() {
+        let lost = lost
+            .iter()
+            .map(|(id, text)| format!("{id} ({})", printable(text, &[])));
+        console.note(format_args!(
+            "tokens that end a text, and for which a GGUF file has no key: {}; texts of the file do not end with them",
+            lost.collect::<Vec<_>>().join(", ")
+        ));
+    }
+    Ok(keys)
 }
 
 /// The rows that both models are compared on.

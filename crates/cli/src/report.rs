@@ -32,6 +32,10 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
             args.run.display()
         );
     }
+    // The page in the run is this program's own, and is made again as the run goes on.
+    if let Some(out) = &args.out {
+        checkpoint::expect_absent(out)?;
+    }
     let recipe = Recipe::open(&recipe, &[])?;
     let metrics = args.run.join("metrics.jsonl");
     let log = Log::read(&metrics)?;

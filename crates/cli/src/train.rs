@@ -120,7 +120,45 @@ pub(crate) fn open_session(recipe: Recipe, console: &Console) -> anyhow::Result<
     for corpus in corpora.into_iter().flatten() {
         note_reading(corpus, console);
     }
+    note_endless(
+        &session.train.corpus,
+        "train.jsonl",
+        &end_ids(&session)?,
+        console,
+    )?;
     Ok(session)
+}
+
+/// The tokens that end a text of a session's model.
+fn end_ids(session: &Session) -> anyhow::Result<Vec<u32>> {
+    let mut ids = session.end_ids.clone();
+    if let Some(base) = session.base_folder() {
+        ids.extend(infer::end_of_text(base, None)?.ids);
+    }
+    ids.sort_unstable();
+    ids.dedup();
+    Ok(ids)
+}
+
+/// Warns of samples that do not teach the model to end a text.
+pub(crate) fn note_endless(
+    corpus: &Corpus,
+    file: &str,
+    end_ids: &[u32],
+    console: &Console,
+) -> anyhow::Result<()> {
+    let Some(samples) = corpus.endless_samples(end_ids)? else {
+        return Ok(());
+    };
+    let cure = if end_ids.is_empty() {
+        "the model names no such token; give `eos_token` in tokenizer_config.json".to_owned()
+    } else {
+        format!("these are {end_ids:?}; let rows or the chat template end with one")
+    };
+    console.note(format_args!(
+        "warning: {file}: none of {samples} samples trains a token that ends a text, so a model does not learn to end one: {cure}"
+    ));
+    Ok(())
 }
 
 /// Notes what was ignored in the data.

@@ -20,6 +20,24 @@ pub enum Error {
         problem: std::io::Error,
     },
 
+    /// A file, or a folder that it should be in, is a link to nothing.
+    #[error("{}: cannot read: `{}` is a link to `{}`, which does not exist", path.display(), link.display(), target.display())]
+    BrokenLink {
+        /// The file.
+        path: PathBuf,
+        /// The link: the file, or a folder of it.
+        link: PathBuf,
+        /// Where the link leads.
+        target: PathBuf,
+    },
+
+    /// A repository was copied without its large files.
+    #[error("{}: this is a git-lfs pointer, not the file itself; run `git lfs pull` in its repository, or download the file again", path.display())]
+    LfsPointer {
+        /// The file.
+        path: PathBuf,
+    },
+
     /// A file is larger than any real one.
     #[error("{}: expected at most {limit_bytes} bytes, found more", path.display())]
     TooLarge {

@@ -5,11 +5,70 @@
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
-use std::path::Path;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
 
 /// Maximum length of a line of a JSON-lines file. A row is one document; the longest known are books.
 const MAX_ROW_BYTES: u64 = 16 << 20;
+
+/// Opens a file of data or of a tokenizer.
+///
+/// # Errors
+/// If it cannot be opened, or is what git-lfs puts in place of a large file.
+pub(crate) fn open(path: &Path) -> Result<File> {
+    const POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
+
+    let read = |problem| Error::Read {
+        path: path.to_path_buf(),
+        problem,
+    };
+    let mut file = File::open(path).map_err(|problem| match broken_link(path, &problem) {
+        Some([link, target]) => Error::BrokenLink {
+            path: path.to_path_buf(),
+            link,
+            target,
+        },
+        None => read(problem),
+    })?;
+    let mut start = Vec::new();
+    file.by_ref()
+        .take(POINTER.len() as u64)
+        .read_to_end(&mut start)
+        .map_err(read)?;
+    if start == POINTER {
+        return Err(Error::LfsPointer {
+            path: path.to_path_buf(),
+        });
+    }
+    file.rewind().map_err(read)?;
+    Ok(file)
+}
+
+/// [`open`] for a file that may be absent.
+///
+/// # Errors
+/// As there; a link to nothing is not absent.
+pub(crate) fn open_optional(path: &Path) -> Result<Option<File>> {
+    match open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(Error::Read { problem, .. }) if problem.kind() == ErrorKind::NotFound => Ok(None),
+        Err(problem) => Err(problem),
+    }
+}
+
+/// The link that leads to nothing, and where it leads, if that is why nothing was found at a path.
+// This is in `checkpoint` too: neither crate knows the other.
+fn broken_link(path: &Path, problem: &std::io::Error) -> Option<[PathBuf; 2]> {
+    if problem.kind() != ErrorKind::NotFound {
+        return None;
+    }
+    // The first part of the path that is there.
+    let link = path
+        .ancestors()
+        .find(|path| path.symlink_metadata().is_ok())?;
+    let target = link.read_link().ok()?;
+    (!link.exists()).then(|| [link.to_owned(), target])
+}
 
 /// Reads a text file of at most `limit_bytes`; `None` if there is no such file.
 pub(crate) fn read_text(path: &Path, limit_bytes: u64) -> Result<Option<String>> {
@@ -17,10 +76,8 @@ pub(crate) fn read_text(path: &Path, limit_bytes: u64) -> Result<Option<String>>
         path: path.to_path_buf(),
         problem,
     };
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(problem) if problem.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(problem) => return Err(read(problem)),
+    let Some(file) = open_optional(path)? else {
+        return Ok(None);
     };
     let mut bytes = Vec::new();
     file.take(limit_bytes + 1)
@@ -41,7 +98,7 @@ pub(crate) fn read_text(path: &Path, limit_bytes: u64) -> Result<Option<String>>
 pub(crate) fn require_text(path: &Path, limit_bytes: u64) -> Result<String> {
     read_text(path, limit_bytes)?.ok_or_else(|| Error::Read {
         path: path.to_path_buf(),
-        problem: std::io::ErrorKind::NotFound.into(),
+        problem: ErrorKind::NotFound.into(),
     })
 }
 
@@ -68,13 +125,9 @@ pub(crate) struct JsonLines<'a> {
 
 impl<'a> JsonLines<'a> {
     pub(crate) fn open(path: &'a Path) -> Result<Self> {
-        let file = File::open(path).map_err(|problem| Error::Read {
-            path: path.to_path_buf(),
-            problem,
-        })?;
         Ok(Self {
             path,
-            reader: BufReader::new(file),
+            reader: BufReader::new(open(path)?),
             number: 0,
             offset: 0,
         })
@@ -244,5 +297,37 @@ mod tests {
             require_text(file.path(), 4),
             Err(Error::TooLarge { limit_bytes: 4, .. })
         ));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_to_nothing_is_not_an_absent_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::os::unix::fs::symlink("gone", at("broken")).unwrap();
+        assert_eq!(read_text(&at("none"), 9).unwrap(), None);
+        for name in ["broken", "broken/inside"] {
+            let problem = read_text(&at(name), 9).unwrap_err().to_string();
+            assert!(
+                problem.ends_with("broken` is a link to `gone`, which does not exist"),
+                "{problem}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_pointer_of_git_lfs_is_called_that() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n";
+        std::fs::write(file.path(), pointer).unwrap();
+        for problem in [
+            read_text(file.path(), 1 << 10).map(drop).unwrap_err(),
+            JsonLines::open(file.path()).map(drop).unwrap_err(),
+        ] {
+            assert!(
+                problem.to_string().contains(": this is a git-lfs pointer"),
+                "{problem}"
+            );
+        }
     }
 }

@@ -24,6 +24,7 @@ mod turn;
 
 mod choice;
 mod corpus;
+mod endings;
 mod entry;
 mod file;
 mod ids;
@@ -55,6 +56,6 @@ pub use sample::Sample;
 pub use split::{Pairs, Split};
 pub use survey::{Lengths, Repeats, Survey};
 pub use tokenizer::{
-    Bos, ChatTemplate, DecodeStream, GenerationPrompt, Special, Tokenizer, TokenizerFiles,
-    unknown_metadata,
+    Bos, ChatTemplate, DecodeStream, GenerationPrompt, GgufEnds, Special, Tokenizer,
+    TokenizerFiles, eos_token_ids, unknown_metadata,
 };

@@ -1,6 +1,6 @@
 //! The training rows of a run: their files, their packing, and the order of batches.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use data::{
     Batch, Corpus, Packing, ReadOptions, Sample, SampleOrder, Shuffle, collate, collate_rows,
@@ -28,7 +28,7 @@ impl Dataset {
     /// # Errors
     /// If no folder has one, a folder with a weight has none, or a file cannot be used.
     pub(crate) fn open(recipe: &Recipe, options: ReadOptions<'_>) -> Result<Self> {
-        let files = files(recipe, "train.jsonl");
+        let files = files(recipe, "train.jsonl")?;
         let folders = || recipe.data.path.clone();
         if files.is_empty() {
             return Err(Error::NoTrainingData { folders: folders() });
@@ -116,17 +116,22 @@ impl Dataset {
 
 /// Opens the `valid.jsonl` of every folder of a recipe; none if there are none.
 pub(crate) fn validation(recipe: &Recipe, options: ReadOptions<'_>) -> Result<Option<Corpus>> {
-    let files = files(recipe, "valid.jsonl");
+    let files = files(recipe, "valid.jsonl")?;
     if files.is_empty() {
         return Ok(None);
     }
     Ok(Some(Corpus::open(&files, options)?))
 }
 
-fn files(recipe: &Recipe, name: &str) -> Vec<PathBuf> {
-    let folders = recipe.data.path.iter();
-    let files = folders.map(|folder| folder.join(name));
-    files.filter(|file: &PathBuf| Path::exists(file)).collect()
+fn files(recipe: &Recipe, name: &str) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for folder in &recipe.data.path {
+        let file = folder.join(name);
+        if checkpoint::is_present(&file)? {
+            files.push(file);
+        }
+    }
+    Ok(files)
 }
 
 /// The boundaries in a batch that attention does not cross.

@@ -344,7 +344,16 @@ fn signal_name(signal: i32) -> String {
 // below both.
 pub(crate) fn io(act: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
     let path = path.to_owned();
-    move |cause| Error::Io { act, path, cause }
+    move |cause| match checkpoint::broken_link(&path, &cause) {
+        Some([link, target]) => checkpoint::Error::BrokenLink {
+            act,
+            path,
+            link,
+            target,
+        }
+        .into(),
+        None => Error::Io { act, path, cause },
+    }
 }
 
 /// The beginning of a text from a file or the command line, fit for a message: without control characters, which could

@@ -96,6 +96,7 @@ impl Session {
             cache: options.token_cache,
             progress: options.tokenizing,
         };
+        let end_ids = tokenizer.as_ref().map(|known| known.end_ids().to_vec());
         let train = Dataset::open(&recipe, reading)?;
         let valid = dataset::validation(&recipe, reading)?;
         expect_valid(&recipe, valid.as_ref())?;
@@ -115,6 +116,7 @@ impl Session {
             quantizer,
             train,
             valid,
+            end_ids: end_ids.unwrap_or_default(),
             model,
             update,
             base,

@@ -34,6 +34,8 @@ pub struct Session {
     pub train: Dataset,
     /// Validation samples, if there are any.
     pub valid: Option<Corpus>,
+    /// Tokens that end a text, as far as the tokenizer says.
+    pub end_ids: Vec<u32>,
     pub(crate) model: Model,
     pub(crate) update: UpdateForm,
     pub(crate) reference: Option<Reference>,

@@ -1,9 +1,10 @@
 //! The files of a tokenizer: those of a model folder, or those that a GGUF's tokens can be written as.
 
-use super::config::{CONFIG, TEMPLATE, TOKENIZER, TokenizerConfig};
+use super::config::{CONFIG, SPECIAL_TOKENS, TEMPLATE, TOKENIZER, TokenizerConfig};
 use super::from_gguf::GgufTokens;
 use crate::error::{Error, Result};
 use crate::file::read_text;
+use serde::de::DeserializeOwned;
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,12 +14,13 @@ const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
 /// Templates are a few kilobytes and tokenizer configurations a few hundred at most.
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
-/// `tokenizer.json`, and `tokenizer_config.json` and `chat_template.jinja` if there are any.
+/// `tokenizer.json`, and `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja` if there are any.
 #[derive(Clone, Debug)]
 pub struct TokenizerFiles {
     provenance: Provenance,
     pub(crate) tokens: Tokens,
     config: Option<String>,
+    special_tokens: Option<String>,
     pub(crate) chat_template: Option<String>,
 }
 
@@ -67,6 +69,7 @@ impl TokenizerFiles {
             provenance: Provenance::Folder(folder.to_path_buf()),
             tokens: Tokens::Text(tokenizer),
             config: read_text(&folder.join(CONFIG), MAX_CONFIG_BYTES)?,
+            special_tokens: read_text(&folder.join(SPECIAL_TOKENS), MAX_CONFIG_BYTES)?,
             chat_template: read_text(&folder.join(TEMPLATE), MAX_CONFIG_BYTES)?,
         })
     }
@@ -83,6 +86,7 @@ impl TokenizerFiles {
             tokens: Tokens::Gguf(Arc::new(tokens)),
             // People read this one.
             config: Some(format!("{config:#}\n")),
+            special_tokens: None,
             chat_template: None,
         })
     }
@@ -92,7 +96,11 @@ impl TokenizerFiles {
     /// # Errors
     /// If the tokens of a GGUF contradict themselves.
     pub fn files(&self) -> Result<Vec<(&'static str, Cow<'_, str>)>> {
-        let optional = [(CONFIG, &self.config), (TEMPLATE, &self.chat_template)];
+        let optional = [
+            (CONFIG, &self.config),
+            (SPECIAL_TOKENS, &self.special_tokens),
+            (TEMPLATE, &self.chat_template),
+        ];
         let optional = optional
             .into_iter()
             .filter_map(|(name, text)| Some((name, Cow::Borrowed(text.as_deref()?))));
@@ -101,12 +109,34 @@ impl TokenizerFiles {
             .collect())
     }
 
-    /// The parsed `tokenizer_config.json`; the default if there is none.
+    /// The parsed `tokenizer_config.json`, the default if there is none, with the tokens of `special_tokens_map.json`.
     pub(super) fn config(&self) -> Result<TokenizerConfig> {
-        let Some(text) = &self.config else {
-            return Ok(TokenizerConfig::default());
+        let config: TokenizerConfig = self.parsed(CONFIG, self.config.as_deref())?;
+        let special_tokens = self.parsed(SPECIAL_TOKENS, self.special_tokens.as_deref())?;
+        Ok(config.with_special_tokens(special_tokens))
+    }
+
+    fn parsed<T: DeserializeOwned + Default>(&self, name: &str, text: Option<&str>) -> Result<T> {
+        let Some(text) = text else {
+            return Ok(T::default());
         };
-        serde_json::from_str(text).map_err(|problem| self.malformed(CONFIG, &problem.to_string()))
+        serde_json::from_str(text).map_err(|problem| self.malformed(name, &problem.to_string()))
+    }
+
+    /// The ends of a text that these files name; see [`Tokenizer::end_ids`](crate::Tokenizer::end_ids).
+    pub(crate) fn gguf_ends(&self) -> Vec<u32> {
+        match &self.tokens {
+            Tokens::Gguf(tokens) => super::ends::known_ends(self, tokens.eos),
+            Tokens::Text(_) => vec![],
+        }
+    }
+
+    /// The folder of the files; none for those of a GGUF.
+    pub(super) fn folder(&self) -> Option<&Path> {
+        match &self.provenance {
+            Provenance::Folder(folder) => Some(folder),
+            Provenance::Gguf(_) => None,
+        }
     }
 
     /// The text of `tokenizer.json`.

@@ -91,6 +91,8 @@ impl TokenizerFiles {
             merges: keys.list("merges", "texts", text)?,
             bos: keys.id("bos_token_id")?,
             eos: keys.id("eos_token_id")?,
+            eot: keys.id("eot_token_id")?,
+            eom: keys.id("eom_token_id")?,
             unknown: keys.id("unknown_token_id")?,
             padding: keys.id("padding_token_id")?,
             add_bos: keys.flag("add_bos_token")?,

@@ -40,16 +40,21 @@ pub fn copy_texts(folder: &Path, writer: &mut FolderWriter) -> Result<(), Error>
     })?;
     let mut names: Vec<String> = entries
         .flatten()
-        .filter(|entry| entry.path().is_file())
         .filter_map(|entry| entry.file_name().into_string().ok())
         .collect();
     names.sort_unstable();
     for name in names {
+        let path = folder.join(&name);
         let wanted = name
             .rsplit_once('.')
             .is_some_and(|(_, ending)| WANTED.contains(&ending));
-        if wanted && !MADE_ANEW.contains(&name.as_str()) {
-            writer.copy_file(&folder.join(&name), &name)?;
+        // A link to nothing is not left out: its file would be missed.
+        if wanted
+            && !MADE_ANEW.contains(&name.as_str())
+            && checkpoint::is_present(&path)?
+            && path.is_file()
+        {
+            writer.copy_file(&path, &name)?;
         }
     }
     Ok(())
