@@ -8,6 +8,7 @@ mod generation;
 mod gguf;
 
 mod quickstart;
+mod resuming;
 mod training;
 
 use std::path::{Path, PathBuf};
