@@ -173,12 +173,15 @@ def preferences(family, reference, smoothing):
     model = adapted(family, "lora")
     before = copies(model)
     tokenizer = AutoTokenizer.from_pretrained(HERE / family)
+    # transformers leaves out the token that `add_bos_token` asks for.
+    assert tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id
+    begun = [pair | {"prompt": tokenizer.bos_token + pair["prompt"]} for pair in pairs()]
     with tempfile.TemporaryDirectory() as place:
         args = arguments(DPOConfig, place, per_device_train_batch_size=3, beta=BETA,
                          loss_type=["robust"] if smoothing else ["sigmoid"])
         trainer = recording(DPOTrainer)(
             model=model, ref_model=base(family) if reference == "base" else None, args=args,
-            train_dataset=Dataset.from_list(pairs()), processing_class=tokenizer)
+            train_dataset=Dataset.from_list(begun), processing_class=tokenizer)
         # Robust DPO is ((1 - e) * loss - e * loss of the opposite) / (1 - 2e): with this e it is the conservative loss,
         # (1 - smoothing) * loss + smoothing * loss of the opposite, which TRL has no name for.
         trainer.label_smoothing = -smoothing / (1 - 2 * smoothing)

@@ -20,10 +20,10 @@ const FAMILIES: [&str; 4] = [
 /// Relative error of a loss: f32 rounding, grown by up to five updates.
 const LOSS: f64 = 2e-5;
 /// Of a gradient's norm.
-const NORM: f64 = 1e-4;
+const NORM: f64 = 5e-5;
 /// Of the norm of a tensor's change: an update has the size of the learning rate however small the gradient, so that
 /// gradients near zero move weights by their rounding.
-const CHANGE: f64 = 2e-3;
+const CHANGE: f64 = 1e-4;
 
 fn read(name: &str) -> Value {
     let text = std::fs::read_to_string(goldens::path("training").join(name)).unwrap();
