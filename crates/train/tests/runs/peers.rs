@@ -336,7 +336,7 @@ fn a_thousand_updates_are_torchs() {
             // A rounding of f32 per update, a thousand of which are as often up as down; values that pass through 0 keep
             // those of their larger past.
             let all = [
-                (&p, "p", 1e-5),
+                (&p, "p", 5e-6),
                 (&moments[0], "m", 1e-6),
                 (&moments[1], "v", 1e-6),
             ];
