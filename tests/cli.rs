@@ -10,6 +10,7 @@ mod gguf;
 mod keys;
 
 mod quickstart;
+mod resuming;
 mod tensors;
 mod training;
 

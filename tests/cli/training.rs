@@ -334,6 +334,7 @@ fn a_full_disk_is_one_sentence_and_leaves_nothing() {
             "events.out.tfevents.0000000001.moeforge",
             "gradients.json",
             "metrics.jsonl",
+            "origin.json",
             "precision.txt",
             "recipe.toml"
         ]

@@ -136,6 +136,20 @@ impl Adapter {
         writer.finish()
     }
 
+    /// Copies the files of an adapter, and nothing else of its folder, which may be a checkpoint.
+    ///
+    /// # Errors
+    /// If a file cannot be read or written.
+    pub fn copy_into(folder: &Path, writer: &mut FolderWriter) -> Result<()> {
+        for name in [CONFIG_NAME, WEIGHTS_NAME, MLX_WEIGHTS_NAME, NOTES_NAME] {
+            let path = folder.join(name);
+            if path.exists() {
+                writer.copy_file(&path, name)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Writes an adapter's notes, if there are any.
     ///
     /// # Errors

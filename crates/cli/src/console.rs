@@ -5,7 +5,7 @@ use std::io::{ErrorKind, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// How much is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,26 +102,16 @@ impl Console {
         } else {
             ProgressDrawTarget::hidden()
         };
-        let bar = ProgressBar::with_draw_target(Some(total), target);
-        if let Ok(style) = ProgressStyle::with_template(
-            "{msg} [{bar:24}] {pos}/{len} {elapsed} elapsed, {eta} left",
-        ) {
-            bar.set_style(style.progress_chars("=> "));
-        }
-        bar.set_message(what);
-        Progress {
-            bar,
-            what,
-            lines: visible && !terminal,
-            started: Instant::now(),
-            last_line: None,
-        }
+        Progress::new(MultiProgress::with_draw_target(target), total, what)
+            .lines(visible && !terminal)
     }
 }
 
 /// A progress bar, or plain lines now and then.
 #[derive(Debug)]
 pub(crate) struct Progress {
+    /// The bars on the terminal, one below the other.
+    bars: MultiProgress,
     bar: ProgressBar,
     what: &'static str,
     lines: bool,
@@ -130,6 +120,33 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
+    fn new(bars: MultiProgress, total: u64, what: &'static str) -> Self {
+        let bar = bars.add(ProgressBar::new(total));
+        if let Ok(style) = ProgressStyle::with_template(
+            "{msg} [{bar:24}] {pos}/{len} {elapsed} elapsed, {eta} left",
+        ) {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        bar.set_message(what);
+        Self {
+            bars,
+            bar,
+            what,
+            lines: false,
+            started: Instant::now(),
+            last_line: None,
+        }
+    }
+
+    fn lines(self, lines: bool) -> Self {
+        Self { lines, ..self }
+    }
+
+    /// Progress of a part of the work, in a bar below this one.
+    pub(crate) fn part(&self, total: u64, what: &'static str) -> Self {
+        Self::new(self.bars.clone(), total, what).lines(self.lines)
+    }
+
     /// Sets the position and the total.
     pub(crate) fn update_of(&mut self, position: u64, total: u64) {
         self.bar.set_length(total);

@@ -135,7 +135,7 @@ fn open_corpus(
     let corpus = Corpus::open(&[args.dir.join(file)], reading);
     progress.into_inner().finish();
     let corpus = corpus?;
-    note_reading(&corpus, console);
+    note_reading(file, &corpus, console);
     Ok(corpus)
 }
 

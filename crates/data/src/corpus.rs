@@ -47,8 +47,11 @@ impl std::fmt::Debug for ReadOptions<'_> {
 #[derive(Debug)]
 pub struct Corpus {
     files: Vec<CorpusFile>,
-    /// Counts over all files.
+    /// Counts over all files, of the samples that stay and of all rows.
     pub counts: Counts,
+    /// Number of samples that are left out because they, or the other answer of their pair, have no target. None are if
+    /// all rows are accepted.
+    pub left_out: usize,
     /// Names of unread keys of rows.
     pub ignored_keys: BTreeSet<String>,
     /// Why tokens are not in the cache folder, if there is one and they are not.
@@ -61,6 +64,7 @@ struct CorpusFile {
     path: PathBuf,
     entries: Vec<SampleEntry>,
     counts: Counts,
+    left_out: usize,
     ignored_keys: BTreeSet<String>,
     key: CacheKey,
     source: TokenSource,
@@ -90,14 +94,17 @@ impl Corpus {
         let mut corpus = Self {
             files: Vec::new(),
             counts: Counts::default(),
+            left_out: 0,
             ignored_keys: BTreeSet::new(),
             cache_problem: None,
         };
         let mut before = 0;
         for path in paths {
             let tell = |bytes| (options.progress)(before + bytes, total);
-            let (file, problem) = CorpusFile::open(path, options, &tell)?;
+            let (mut file, problem) = CorpusFile::open(path, options, &tell)?;
+            file.leave_out_untrained(options.filter);
             corpus.counts.add(file.counts);
+            corpus.left_out += file.left_out;
             note_ignored(
                 &mut corpus.ignored_keys,
                 file.ignored_keys.iter().cloned().collect(),
@@ -140,9 +147,13 @@ impl Corpus {
         self.entries().map(|entry| entry.fingerprint)
     }
 
-    /// A text that identifies the data: rows, tokenizer, template and maximum length.
+    /// A text that identifies the data: rows, tokenizer, template and maximum length, and whether samples are left out.
     pub fn identity(&self) -> String {
-        CacheKey::of_all(self.files.iter().map(|file| file.key)).to_string()
+        let all = CacheKey::of_all(self.files.iter().map(|file| file.key)).to_string();
+        match self.left_out {
+            0 => all,
+            left_out => format!("{all}-{left_out}"),
+        }
     }
 
     /// A sample, counted from 0 over all files.
@@ -222,6 +233,7 @@ impl CorpusFile {
             path: path.to_owned(),
             entries: index.entries,
             counts: index.counts,
+            left_out: 0,
             ignored_keys: index.ignored_keys,
             key,
             source,
@@ -234,9 +246,29 @@ impl CorpusFile {
             path: path.to_owned(),
             entries: std::mem::take(&mut cache.entries),
             counts: cache.counts,
+            left_out: 0,
             ignored_keys: std::mem::take(&mut cache.ignored_keys),
             key,
             source: TokenSource::Cache(cache),
+        }
+    }
+
+    /// Leaves out samples without a target, and pairs with an answer that has none: they teach nothing, and a batch of
+    /// them has no loss.
+    fn leave_out_untrained(&mut self, filter: RowFilter) {
+        let size = match filter {
+            RowFilter::Samples => 1,
+            RowFilter::Pairs => 2,
+            RowFilter::Any => return,
+        };
+        let is_trained =
+            |unit: &&[SampleEntry]| unit.iter().all(|sample| sample.trained_tokens > 0);
+        let kept = self.entries.chunks(size).filter(is_trained);
+        let kept: Vec<SampleEntry> = kept.flatten().copied().collect();
+        self.left_out = self.entries.len() - kept.len();
+        if self.left_out > 0 {
+            self.counts.recount(&kept);
+            self.entries = kept;
         }
     }
 
@@ -332,16 +364,49 @@ mod tests {
         let cache = folder.path().join("cache");
         for cache in [None, Some(cache.as_path()), Some(&cache)] {
             let corpus = open(std::slice::from_ref(&path), cache, &|_, _| {});
-            assert_eq!(samples(&corpus), split.samples);
-            assert_eq!(corpus.counts, split.counts);
+            // The last row is cut before its only target.
+            let (kept, left_out) = split.samples.split_at(4);
+            assert_eq!((samples(&corpus).as_slice(), corpus.left_out), (kept, 1));
+            let counts = Counts {
+                tokens: split.counts.tokens - left_out[0].ids.len(),
+                ..split.counts
+            };
+            assert_eq!(corpus.counts, counts);
             assert_eq!(corpus.ignored_keys, BTreeSet::from(["id".to_owned()]));
-            assert_eq!(corpus.lengths(), [4, 4, 3, 4, 4]);
+            assert_eq!(corpus.lengths(), [4, 4, 3, 4]);
             assert_eq!(corpus.cache_problem, None);
         }
         let two = open(&[path.clone(), path], Some(&cache), &|_, _| {});
-        assert_eq!((two.len(), two.samples_per_file()), (10, vec![5, 5]));
-        assert_eq!(two.sample(7).unwrap(), split.samples[2]);
+        assert_eq!((two.len(), two.samples_per_file()), (8, vec![4, 4]));
+        assert_eq!(two.sample(6).unwrap(), split.samples[2]);
         assert_eq!(two.counts.rows, 6);
+    }
+
+    #[test]
+    fn a_pair_goes_with_either_answer_and_all_rows_stay_where_they_are_looked_at() {
+        let folder = tempfile::tempdir().unwrap();
+        // Four tokens hold the whole of the second pair, and none of the first one's answers.
+        let rows = "{\"prompt\": \"qzxjkv\", \"chosen\": \"w\", \"rejected\": \"q\"}\n\
+                    {\"prompt\": \"q\", \"chosen\": \"w\", \"rejected\": \"z\"}\n";
+        let path = file(folder.path(), "train.jsonl", rows);
+        let tokenizer = tokenizer(None, true);
+        let open = |filter| {
+            let options = ReadOptions {
+                tokenizer: Some(&tokenizer),
+                max_length: 4,
+                vocab_size: 288,
+                filter,
+                cache: None,
+                progress: &|_, _| {},
+            };
+            Corpus::open(std::slice::from_ref(&path), options).unwrap()
+        };
+        let (all, pairs) = (open(RowFilter::Any), open(RowFilter::Pairs));
+        assert_eq!((all.len(), all.left_out), (4, 0));
+        assert_eq!((pairs.len(), pairs.left_out), (2, 2));
+        assert_eq!(samples(&pairs), samples(&all)[2..]);
+        assert_eq!(pairs.counts.rows, 2);
+        assert_ne!(pairs.identity(), all.identity());
     }
 
     #[test]
@@ -417,7 +482,8 @@ mod tests {
             &|_, _| {},
         );
         assert!(corpus.cache_problem.is_some());
-        assert_eq!(corpus.sample(4).unwrap().ids, [9, 8, 7, 6]);
+        let (first, last) = (corpus.sample(0).unwrap(), corpus.sample(3).unwrap());
+        assert_ne!(first, last);
         file(folder.path(), "train.jsonl", &ROWS.replace("qz", "zq"));
         let problem = corpus.sample(0).unwrap_err().to_string();
         assert!(problem.contains("changed while it was in use"), "{problem}");

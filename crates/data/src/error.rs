@@ -100,7 +100,10 @@ pub enum Error {
     Tokenize(String),
 
     /// A token without an embedding in the model.
-    #[error("expected token ids below the vocabulary size {vocab_size}, found {id}")]
+    #[error(
+        "expected token ids below the vocabulary size {vocab_size}, found {id}; the model has no embedding for it: use \
+         the model's own tokenizer, or a model whose embedding was enlarged for this one"
+    )]
     Vocabulary {
         /// The token id.
         id: u32,
@@ -138,7 +141,11 @@ pub enum Error {
     },
 
     /// No token of a whole split is a target.
-    #[error("{}: no token to train on in {rows} rows", path.display())]
+    #[error(
+        "{}: no token to train on in {rows} rows; each is masked, or cut before its first trained token by the maximum \
+         length (`data.max_length`)",
+        path.display()
+    )]
     NothingTrained {
         /// The file.
         path: PathBuf,

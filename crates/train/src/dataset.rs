@@ -67,12 +67,11 @@ impl Dataset {
         let (n_rows, seed) = (packing.n_rows(), recipe.train.seed);
         let mut order = match &recipe.data.weights {
             Some(weights) => {
-                let counts = rows.iter().zip(weights);
-                if !counts
-                    .clone()
-                    .any(|(rows, weight)| *rows > 0 && *weight > 0.0)
-                {
-                    return Err(Error::NoWeightedRows { folders: folders() });
+                let parts = folders().into_iter().zip(rows.iter().zip(weights));
+                let idle = parts.filter(|(_, (rows, weight))| **rows == 0 && **weight > 0.0);
+                let folders: Vec<PathBuf> = idle.map(|(folder, _)| folder).collect();
+                if !folders.is_empty() {
+                    return Err(Error::NoWeightedRows { folders });
                 }
                 SampleOrder::mixed(&rows, weights, seed, shuffle)
             }

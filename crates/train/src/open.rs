@@ -13,8 +13,9 @@ use model::{AdapterWeights, Checkpointing, Model, ModelConfig, Training, load};
 
 use crate::checkpoint_state::RunState;
 use crate::dataset::{self, Dataset};
+use crate::identity;
 use crate::optimizer::AdamW;
-use crate::recipe::{Loss, Method, Recipe, RouterTraining};
+use crate::recipe::{DpoReference, Loss, Method, Recipe, RouterTraining, SPARED};
 use crate::session::{Base, Reference, Session, UpdateForm};
 use crate::{Error, Result};
 
@@ -25,6 +26,8 @@ pub struct SessionOptions<'a> {
     pub device: &'a Device,
     /// Turns the recipe's model into a folder.
     pub resolve: &'a dyn Fn(&str) -> Result<PathBuf>,
+    /// The name of the base in an adapter; none is `model.path`. A run that was moved has another path and the same name.
+    pub base_name: Option<&'a str>,
     /// The folder in which tokenized rows are cached for the next run; none caches none.
     pub token_cache: Option<&'a Path>,
     /// Receives how many bytes of rows are tokenized, and how many there are.
@@ -53,6 +56,7 @@ impl Session {
         let options = SessionOptions {
             device,
             resolve,
+            base_name: None,
             token_cache: None,
             tokenizing: &|_, _| {},
         };
@@ -68,8 +72,12 @@ impl Session {
             kernels::map_large_blocks();
         }
         let device = options.device.clone().autodiff();
-        let (mut model, base) = open_model(&recipe, options.resolve, &device)?;
+        let (mut model, mut base) = open_model(&recipe, options.resolve, &device)?;
+        if let Some(name) = options.base_name {
+            base.name = name.to_owned();
+        }
         let mut reference = open_reference(&recipe, &model, &base, options.device)?;
+        let mut start = open_start(&recipe, reference.as_ref(), options.device)?;
         let (adapted, mut update) = adapt(&recipe, &mut model, &device)?;
         if model.parameters().is_empty() {
             return Err(Error::NothingTrained);
@@ -77,13 +85,15 @@ impl Session {
         let quantizer = quantizer_of(&recipe)?;
         if let Some(quantizer) = quantizer {
             update.n_rounded = model.fake_quantize(quantizer, &mut |_| true)?;
-            if let Some(reference) = &mut reference {
-                reference.fake_quantize(quantizer, &mut |_| true)?;
+            for other in [&mut reference, &mut start].into_iter().flatten() {
+                other.fake_quantize(quantizer, &mut |_| true)?;
             }
         }
         if recipe.precision.round_start {
             round_to_bf16(&mut model);
+            start.iter_mut().for_each(round_to_bf16);
         }
+        expect_spared(&recipe, &model)?;
         let tokenizer = base.tokenizer.as_ref().map(Tokenizer::new).transpose()?;
         let reading = ReadOptions {
             tokenizer: tokenizer.as_ref(),
@@ -102,7 +112,8 @@ impl Session {
         expect_valid(&recipe, valid.as_ref())?;
         Ok(Self {
             optimizer: AdamW::new(&recipe),
-            state: RunState::start(&recipe, train.corpus.identity()),
+            state: RunState::start(&recipe, identity::of_base(&base)?, train.corpus.identity()),
+            tokenizer_size: tokenizer.as_ref().map(Tokenizer::vocab_size),
             pad_id: tokenizer
                 .and_then(|tokenizer| tokenizer.eos_id())
                 .filter(|id| (*id as usize) < model.config.vocab_size)
@@ -111,6 +122,7 @@ impl Session {
                 model,
                 choices: None,
             }),
+            start,
             recipe,
             adapted,
             quantizer,
@@ -141,6 +153,25 @@ fn expect_valid(recipe: &Recipe, valid: Option<&Corpus>) -> Result<()> {
     valid.map(|_| ()).ok_or_else(missing)
 }
 
+/// Refuses a pattern of `optimizer.no_decay` that spares nothing, unless it is one of the defaults.
+fn expect_spared(recipe: &Recipe, model: &Model) -> Result<()> {
+    let parameters = model.parameters();
+    let spares = |pattern: &str| parameters.iter().any(|p| model::matches(pattern, &p.name));
+    let patterns = recipe.optimizer.no_decay.iter();
+    let mut idle =
+        patterns.filter(|pattern| !SPARED.contains(&pattern.as_str()) && !spares(pattern));
+    match idle.next() {
+        None => Ok(()),
+        Some(pattern) => Err(Error::NothingSpared {
+            pattern: pattern.clone(),
+            example: parameters
+                .first()
+                .map(|p| p.name.clone())
+                .unwrap_or_default(),
+        }),
+    }
+}
+
 /// Rounds the trained values to bf16.
 fn round_to_bf16(model: &mut Model) {
     model.map_parameters(&mut |_, values| values.cast(FloatDType::BF16).cast(FloatDType::F32));
@@ -161,6 +192,20 @@ fn open_reference(
         }
         (Method::Full, _) => Ok(None),
     }
+}
+
+/// The frozen model that preferences are learned relative to, if it is the base with the adapter that training starts
+/// from. It shares the base's weights and takes the memory of another adapter.
+fn open_start(recipe: &Recipe, base: Option<&Model>, device: &Device) -> Result<Option<Model>> {
+    let is_wanted = recipe.train.loss == Loss::Dpo
+        && recipe.dpo.reference == DpoReference::Start
+        && recipe.model.adapter.is_some();
+    let Some(base) = base.filter(|_| is_wanted) else {
+        return Ok(None);
+    };
+    let mut start = base.clone();
+    adapt(recipe, &mut start, device)?;
+    Ok(Some(start))
 }
 
 /// The format that the recipe's adapter is trained to be merged into.

@@ -1,7 +1,7 @@
 //! The progress of a run on the terminal, and the machine's state for the run.
 
 use model::Model;
-use train::{Event, Host, Memory, SampledText, Session, StepReport};
+use train::{Event, Host, Memory, SampledText, Session, StepReport, ValidationProgress};
 
 use super::samples::PromptSampler;
 use super::signals::Signals;
@@ -12,6 +12,8 @@ use crate::host;
 #[derive(Debug)]
 pub(super) struct Watcher {
     progress: Progress,
+    /// Of the validation pass under way.
+    validation: Option<Progress>,
     signals: Signals,
     sampler: Option<PromptSampler>,
     smoothed: Option<f64>,
@@ -25,12 +27,16 @@ impl Host for Watcher {
         match event {
             Event::Step(report) => self.step(report),
             Event::FirstGradient(audit) => self.progress.line(&audit.summary()),
+            Event::Validating(done) => self.validating(done),
             Event::Validated {
                 step,
                 loss,
                 rewards,
                 drift,
             } => {
+                if let Some(progress) = self.validation.take() {
+                    progress.finish();
+                }
                 let drift = drift.map_or_else(String::new, |drift| {
                     format!(
                         ", {:.1} % of expert choices differ from the base's",
@@ -72,6 +78,10 @@ impl Host for Watcher {
             Event::RestoredBest { step, loss } => self.progress.line(&format!(
                 "the result is step {step}, which had the lowest validation loss, {loss:.4}"
             )),
+            Event::SetAside { step, path } => self.progress.line(&format!(
+                "the result of step {step} is now {}; this run makes a new one",
+                path.display()
+            )),
             Event::Saved { .. } => {}
         }
     }
@@ -99,6 +109,7 @@ impl Watcher {
     ) -> anyhow::Result<Self> {
         Ok(Self {
             progress: console.progress(session.total_steps(), "training"),
+            validation: None,
             signals,
             sampler: PromptSampler::new(session)?,
             smoothed: None,
@@ -110,8 +121,19 @@ impl Watcher {
 
     /// Removes the progress bar. Returns the maximum bytes of saved activations.
     pub(super) fn finish(self) -> usize {
+        if let Some(progress) = self.validation {
+            progress.finish();
+        }
         self.progress.finish();
         self.saved_activation_bytes
+    }
+
+    fn validating(&mut self, done: &ValidationProgress) {
+        let training = &self.progress;
+        let start = || training.part(done.total, "validating");
+        let rate = done.tokens as f64 / done.seconds.max(1e-9);
+        let progress = self.validation.get_or_insert_with(start);
+        progress.update(done.batches, &format!("{rate:.0} tokens/s"));
     }
 
     fn step(&mut self, report: &StepReport) {

@@ -337,6 +337,21 @@ impl ModelConfig {
             .is_some_and(|moe| moe.is_moe_layer(layer_idx))
     }
 
+    /// The positions that the model was made for: `max_position_embeddings`, or the length that its rotary frequencies are
+    /// stretched to where that is more.
+    pub fn positions(&self) -> usize {
+        let stretched = match self.rope.scaling {
+            RopeScaling::Yarn {
+                factor, original, ..
+            }
+            | RopeScaling::Llama3 {
+                factor, original, ..
+            } => (factor * original) as usize,
+            _ => 0,
+        };
+        self.max_position_embeddings.max(stretched)
+    }
+
     /// Width of the part of a head that is rotated by its position.
     pub fn rope_dim(&self) -> usize {
         match &self.attention {

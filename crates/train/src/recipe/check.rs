@@ -320,7 +320,9 @@ impl Recipe {
         let excludes = lora.exclude.iter().map(|text| ("lora.exclude", text));
         let unfrozen = self.train.unfrozen_parameters.iter();
         let unfrozen = unfrozen.map(|text| ("train.unfrozen_parameters", text));
-        for (key, text) in targets.chain(excludes).chain(unfrozen) {
+        let spared = self.optimizer.no_decay.iter();
+        let spared = spared.map(|text| ("optimizer.no_decay", text));
+        for (key, text) in targets.chain(excludes).chain(unfrozen).chain(spared) {
             require(!text.is_empty(), key, "no empty pattern", "one")?;
         }
         for (pattern, &rank) in lora.rank_pattern.iter() {

@@ -162,13 +162,3 @@ fn the_number_of_steps_is_given_or_follows_from_the_rows() {
     check(None, Some(0.001), 1, 1);
     check(None, None, 12, 1);
 }
-
-#[test]
-fn the_hash_is_that_of_the_text_and_changes_with_a_setting() {
-    let mut recipe = Recipe::default();
-    let before = recipe.hash();
-    assert_eq!(before.len(), 16);
-    assert_eq!(before, Recipe::default().hash());
-    recipe.optimizer.eps = 1.000_000_000_000_000_2e-8;
-    assert_ne!(before, recipe.hash());
-}
