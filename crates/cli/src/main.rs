@@ -15,6 +15,7 @@ mod plot;
 mod quantize;
 mod quickstart;
 mod report;
+mod rows;
 mod train;
 mod values;
 

@@ -19,9 +19,10 @@ use train::{Recipe, RunDir, Session, SessionOptions};
 
 use self::signals::Signals;
 use self::watcher::Watcher;
-use crate::console::{Console, NO_MEMORY, NOT_FINITE, STOPPED, USAGE, WithCode, printable};
+use crate::console::{Console, NO_MEMORY, NOT_FINITE, STOPPED, USAGE, WithCode};
 use crate::device::default_device;
 use crate::open::{find, token_cache};
+use crate::rows::{note_ignored, note_unused};
 
 /// Train with a recipe: pretraining, full fine-tuning, LoRA, DoRA or DPO.
 ///
@@ -113,6 +114,7 @@ pub(crate) fn open_session(recipe: Recipe, console: &Console) -> anyhow::Result<
     if let Some(progress) = progress.into_inner() {
         progress.finish();
     }
+    note_unused(&session.train.unused_files, console);
     let corpora = [Some(&session.train.corpus), session.valid.as_ref()];
     for corpus in corpora.into_iter().flatten() {
         note_reading(corpus, console);
@@ -122,14 +124,7 @@ pub(crate) fn open_session(recipe: Recipe, console: &Console) -> anyhow::Result<
 
 /// Notes what was ignored in the data.
 pub(crate) fn note_reading(corpus: &Corpus, console: &Console) {
-    if !corpus.ignored_keys.is_empty() {
-        let names: Vec<String> = corpus
-            .ignored_keys
-            .iter()
-            .map(|key| printable(key, &[]))
-            .collect();
-        console.note(format_args!("ignored keys in rows: {}", names.join(", ")));
-    }
+    note_ignored(&corpus.ignored_keys, console);
     let (counts, samples) = (corpus.counts, corpus.len());
     if counts.untrained_samples > 0 {
         console.note(format_args!(
