@@ -22,6 +22,8 @@ const ANY_FILE: usize = 64 << 10;
 const ANY_PATTERNS: usize = 64 << 20;
 /// Memory for each byte: one of a list in a GGUF becomes a value of 32, in a list that doubles as it grows.
 const PER_BYTE: usize = 100;
+/// The same for rows. One of 16 MiB, which a few bytes of a table may repeat, takes that as values of JSON.
+const ANY_ROWS: usize = 512 << 20;
 const ROUNDS: u64 = 2000;
 /// Of files that take a while to read.
 const SLOW_ROUNDS: u64 = 500;
@@ -95,6 +97,16 @@ fn steps_of_tokenizers() {
 #[test]
 fn tokenizer_configs() {
     check("tokenizer_config", SLOW_ROUNDS, ANY_PATTERNS);
+}
+
+#[test]
+fn rows() {
+    for name in ["json_lines", "json_list", "csv"] {
+        check(name, ROUNDS, ANY_FILE);
+    }
+    for name in ["gzip", "zstd", "parquet", "parquet_delta"] {
+        check(name, ROUNDS, ANY_ROWS);
+    }
 }
 
 #[test]

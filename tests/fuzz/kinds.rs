@@ -7,7 +7,7 @@ use checkpoint::{
     Adapter, DType, Folder, GgufLayout, GgufValue, GgufWriter, Tensor, TensorSpec,
     write_safetensors,
 };
-use data::{Bos, Special, Tokenizer, TokenizerFiles};
+use data::{Bos, DataFolder, Special, Split, SplitName, Tokenizer, TokenizerFiles};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -72,8 +72,75 @@ const MLX_ADAPTER: Kind = Kind {
     read: read_adapter,
 };
 
+const JSON_LINES: Kind = Kind {
+    file: "train.jsonl",
+    write: |folder| write_rows(folder, "train.jsonl", IDS),
+    read: read_rows,
+};
+const JSON_LIST: Kind = Kind {
+    file: "train.json",
+    write: |folder| write_rows(folder, "train.json", &json_list()),
+    read: read_rows,
+};
+const CSV: Kind = Kind {
+    file: "train.csv",
+    write: |folder| write_rows(folder, "train.csv", CSV_ROWS),
+    read: read_rows,
+};
+const GZIP: Kind = Kind {
+    file: "train.jsonl.gz",
+    write: |folder| {
+        write_rows(
+            folder,
+            "train.jsonl.gz",
+            include_bytes!("../goldens/tables/ids.jsonl.gz"),
+        )
+    },
+    read: read_rows,
+};
+const ZSTD: Kind = Kind {
+    file: "train.jsonl.zst",
+    write: |folder| {
+        write_rows(
+            folder,
+            "train.jsonl.zst",
+            include_bytes!("../goldens/tables/ids.jsonl.zst"),
+        )
+    },
+    read: read_rows,
+};
+const PARQUET: Kind = Kind {
+    file: "train.parquet",
+    write: |folder| {
+        write_rows(
+            folder,
+            "train.parquet",
+            include_bytes!("../goldens/tables/nested.parquet"),
+        )
+    },
+    read: read_rows,
+};
+/// The encodings that pyarrow does not choose by itself.
+const PARQUET_DELTA: Kind = Kind {
+    write: |folder| {
+        write_rows(
+            folder,
+            "train.parquet",
+            include_bytes!("../goldens/tables/delta.parquet"),
+        )
+    },
+    ..PARQUET
+};
+
 /// All of them, by the names of libFuzzer's targets.
-pub(crate) const ALL: [(&str, Kind); 10] = [
+pub(crate) const ALL: [(&str, Kind); 17] = [
+    ("json_lines", JSON_LINES),
+    ("json_list", JSON_LIST),
+    ("csv", CSV),
+    ("gzip", GZIP),
+    ("zstd", ZSTD),
+    ("parquet", PARQUET),
+    ("parquet_delta", PARQUET_DELTA),
     ("gguf", GGUF),
     ("safetensors", SAFETENSORS),
     ("config", CONFIG),
@@ -130,6 +197,28 @@ fn read_model(path: &Path) -> Option<()> {
         tokenize(&Tokenizer::new(&files).ok()?);
     }
     Some(())
+}
+
+const IDS: &[u8] = include_bytes!("../goldens/tables/ids.jsonl");
+const CSV_ROWS: &[u8] = b"input_ids,labels,\"a \"\"b\"\"\"\r\n\"[1, 2, 3]\",\"[-100, 2, 3]\",x\r\n\"[4,5]\",,\"y\nz\"\n";
+
+fn json_list() -> Vec<u8> {
+    let rows = String::from_utf8_lossy(IDS).trim_end().replace('\n', ",\n");
+    format!("{{\"data\": [{rows}]}}").into_bytes()
+}
+
+fn write_rows(folder: &Path, name: &str, rows: &[u8]) {
+    fs::write(folder.join(name), rows).unwrap();
+}
+
+/// Reads a training split of tokens, which need no tokenizer.
+fn read_rows(folder: &Path) -> Option<()> {
+    let data = DataFolder::open(folder).ok()?;
+    let [file] = data.files(SplitName::Train) else {
+        return None;
+    };
+    let split = Split::open(file, None, 16, 1000).ok()?;
+    (split.samples.len() > 1).then_some(())
 }
 
 fn read_tokenizer(folder: &Path) -> Option<()> {

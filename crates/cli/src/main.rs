@@ -16,6 +16,7 @@ mod plot;
 mod quantize;
 mod quickstart;
 mod report;
+mod rows;
 mod train;
 mod values;
 

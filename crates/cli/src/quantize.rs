@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use ::eval::Divergence;
 use anyhow::{Context, anyhow, bail};
 use checkpoint::{Folder, GgufValue};
-use data::{GgufEnds, Sample, Tokenizer, TokenizerFiles};
+use data::{GgufEnds, Sample, SplitName, Tokenizer, TokenizerFiles};
 use model::Compute;
 use model::export::gguf::write_gguf;
 use model::export::mix::Mix;
@@ -22,6 +22,7 @@ use crate::device::default_device;
 use crate::eval::compare::{self, MAX_COMPARED_LENGTH, ModelPair, RowLimits};
 use crate::merge::ConversionReport;
 use crate::open::{listed, note_differences, note_keys, open_folder, open_model, open_tokenizer};
+use crate::rows::{ColumnArgs, SplitRows};
 use crate::values::OutputFormat;
 
 /// Write a model in another weight format.
@@ -39,9 +40,12 @@ pub(crate) struct Args {
     /// Output: a folder, new or empty, or a GGUF file, which must not exist.
     #[arg(long, value_name = "PATH")]
     out: PathBuf,
-    /// Folder with `test.jsonl`, for comparing the predictions of the source and the result.
+    /// Folder with a test split (`test.jsonl`, `.csv`, `.parquet`, …), or a file of rows, for comparing the predictions
+    /// of the source and the result.
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
+    #[command(flatten)]
+    columns: ColumnArgs,
     /// Maximum number of samples of --data.
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_samples: usize,
@@ -85,7 +89,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     note_keys(&model, console)?;
     // The rows are opened first: a conversion may take long.
     let samples = match &args.data {
-        Some(data) => samples(args, data, &model)?,
+        Some(data) => samples(args, data, &model, console)?,
         None => vec![],
     };
     let mut report = ConversionReport::new(write(args, &model, console)?, &args.out)?;
@@ -140,8 +144,8 @@ fn write(
             listed(&mtp)
         ));
     }
-    let importance = &gguf.importance;
-    mix.importance = importance.importance(&args.model, model, console)?;
+    let (importance, columns) = (&gguf.importance, &args.columns.columns);
+    mix.importance = importance.importance(&args.model, model, columns, console)?;
     let mut progress = console.progress(0, "converting");
     let written = write_gguf(model, &mix, tokenizer, &args.out, &mut |done, total| {
         progress.update_of(done as u64, total as u64)
@@ -217,13 +221,24 @@ fn end_keys(
 }
 
 /// The rows that both models are compared on.
-fn samples(args: &Args, data: &Path, model: &Folder) -> anyhow::Result<Vec<Sample>> {
+fn samples(
+    args: &Args,
+    data: &Path,
+    model: &Folder,
+    console: &Console,
+) -> anyhow::Result<Vec<Sample>> {
     let (config, tokenizer) = (read_config(model)?, open_tokenizer(model)?);
     let limits = RowLimits {
         max_samples: args.max_samples,
         max_length: MAX_COMPARED_LENGTH,
     };
-    compare::samples(data, tokenizer.as_ref(), &config, limits)
+    let rows = SplitRows {
+        path: data,
+        split: SplitName::Test,
+        columns: &args.columns.columns,
+        console,
+    };
+    compare::samples(rows, tokenizer.as_ref(), &config, limits)
 }
 
 /// The divergence of the new model's predictions from the old one's.

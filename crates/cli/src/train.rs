@@ -19,9 +19,10 @@ use train::{Recipe, RunDir, Schedule, Session, SessionOptions};
 
 use self::signals::Signals;
 use self::watcher::Watcher;
-use crate::console::{Console, DIVERGED, NO_MEMORY, NOT_FINITE, USAGE, WithCode, printable};
+use crate::console::{Console, DIVERGED, NO_MEMORY, NOT_FINITE, USAGE, WithCode};
 use crate::device::default_device;
 use crate::open::{find, note_keys, token_cache};
+use crate::rows::{note_ignored, note_unused};
 
 /// Train with a recipe: pretraining, full fine-tuning, LoRA, DoRA or DPO.
 ///
@@ -193,6 +194,7 @@ fn open_named(
     if let Some(progress) = progress.into_inner() {
         progress.finish();
     }
+    note_unused(&session.train.unused_files, console);
     if let Some(base) = session.base_folder() {
         note_keys(base, console)?;
     }
@@ -246,14 +248,7 @@ pub(crate) fn note_endless(
 
 /// Notes what was ignored in the data, which has a name.
 pub(crate) fn note_reading(what: &str, corpus: &Corpus, console: &Console) {
-    if !corpus.ignored_keys.is_empty() {
-        let names: Vec<String> = corpus
-            .ignored_keys
-            .iter()
-            .map(|key| printable(key, &[]))
-            .collect();
-        console.note(format_args!("ignored keys in rows: {}", names.join(", ")));
-    }
+    note_ignored(&corpus.ignored_keys, console);
     let (untrained, left_out) = (corpus.counts.untrained_samples, corpus.left_out);
     if untrained > 0 {
         let samples = corpus.len() + left_out;

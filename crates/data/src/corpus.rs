@@ -2,46 +2,24 @@
 //!
 //! Memory holds the place and the length of each sample, not its tokens: a data set may be larger than memory. Every row is
 //! read and tokenized once at the start, so that a broken one is found before training, and the tokens go into the
-//! [cache](crate::token_cache). Without a cache folder, a row is tokenized again for each of its samples that is read.
+//! [cache](crate::token_cache). Without a cache folder, a row is tokenized again for each of its samples that is read; rows of
+//! files without lines are then kept in a temporary file, because nothing else says where one begins.
 
+use crate::columns::Columns;
 use crate::entry::{Counts, SampleEntry};
 use crate::error::{Error, Result};
 use crate::file::line_at;
-use crate::reader::{RowFilter, RowReader, RowSamples, note_ignored};
+use crate::reader::{IgnoredKeys, ReadOptions, RowFilter, RowReader, RowSamples, note_ignored};
+use crate::row::Limits;
 use crate::sample::Sample;
+use crate::table::Format;
 use crate::token_cache::{CacheKey, CacheWriter, TokenCache};
 use crate::tokenizer::Tokenizer;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-
-/// How files are read.
-#[derive(Clone, Copy)]
-pub struct ReadOptions<'a> {
-    /// May be `None` if all rows are `input_ids`.
-    pub tokenizer: Option<&'a Tokenizer>,
-    /// The longest sample, in tokens.
-    pub max_length: usize,
-    /// The model's vocabulary size.
-    pub vocab_size: usize,
-    /// The accepted rows.
-    pub filter: RowFilter,
-    /// The folder of the token cache.
-    pub cache: Option<&'a Path>,
-    /// Receives how many bytes are tokenized, and how many there are. Not called for cached files.
-    pub progress: &'a dyn Fn(u64, u64),
-}
-
-impl std::fmt::Debug for ReadOptions<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ReadOptions")
-            .field("max_length", &self.max_length)
-            .field("vocab_size", &self.vocab_size)
-            .field("cache", &self.cache)
-            .finish_non_exhaustive()
-    }
-}
 
 /// The samples of files, one file after the other.
 #[derive(Debug)]
@@ -52,8 +30,8 @@ pub struct Corpus {
     /// Number of samples that are left out because they, or the other answer of their pair, have no target. None are if
     /// all rows are accepted.
     pub left_out: usize,
-    /// Names of unread keys of rows.
-    pub ignored_keys: BTreeSet<String>,
+    /// Unread keys of rows, each with the number of rows that have it.
+    pub ignored_keys: BTreeMap<String, usize>,
     /// Why tokens are not in the cache folder, if there is one and they are not.
     pub cache_problem: Option<String>,
 }
@@ -65,7 +43,7 @@ struct CorpusFile {
     entries: Vec<SampleEntry>,
     counts: Counts,
     left_out: usize,
-    ignored_keys: BTreeSet<String>,
+    ignored_keys: IgnoredKeys,
     key: CacheKey,
     source: TokenSource,
 }
@@ -75,10 +53,11 @@ struct CorpusFile {
 enum TokenSource {
     Cache(TokenCache),
     Rows {
+        /// Lines: the file itself, or a temporary one.
         file: Mutex<File>,
         tokenizer: Option<Box<Tokenizer>>,
-        max_length: usize,
-        vocab_size: usize,
+        limits: Limits,
+        columns: Columns,
     },
 }
 
@@ -95,7 +74,7 @@ impl Corpus {
             files: Vec::new(),
             counts: Counts::default(),
             left_out: 0,
-            ignored_keys: BTreeSet::new(),
+            ignored_keys: IgnoredKeys::new(),
             cache_problem: None,
         };
         let mut before = 0;
@@ -105,10 +84,7 @@ impl Corpus {
             file.leave_out_untrained(options.filter);
             corpus.counts.add(file.counts);
             corpus.left_out += file.left_out;
-            note_ignored(
-                &mut corpus.ignored_keys,
-                file.ignored_keys.iter().cloned().collect(),
-            );
+            note_ignored(&mut corpus.ignored_keys, file.ignored_keys.clone());
             corpus.cache_problem = corpus.cache_problem.or(problem);
             corpus.files.push(file);
             before += size(path);
@@ -186,8 +162,7 @@ impl CorpusFile {
         options: ReadOptions<'_>,
         tell: &dyn Fn(u64),
     ) -> Result<(Self, Option<String>)> {
-        let (max_length, vocab_size) = (options.max_length, options.vocab_size);
-        let reader = RowReader::new(options.tokenizer, max_length, vocab_size, options.filter)?;
+        let reader = RowReader::new(&options)?;
         let key = CacheKey::of(path, &reader)?;
         let cached = options.cache.map(|folder| folder.join(key.file_name()));
         if let Some(cache) = cached
@@ -199,14 +174,20 @@ impl CorpusFile {
 
         let mut index = FileIndex::default();
         let mut writer = cached.as_deref().map(CacheWriter::create);
-        reader.read(path, |row| {
-            index.add(&row);
+        let is_lines = Format::of(path)?.is_lines();
+        let is_cached = matches!(writer, Some(Ok(_)));
+        let mut spool = (!is_lines && !is_cached).then(Spool::new).transpose()?;
+        reader.read(path, |mut row| {
+            tell(row.text.end);
+            if let Some(spool) = &mut spool {
+                row.text.offset = spool.add(&row.text.text)?;
+            }
             if let Some(Ok(open)) = &mut writer
                 && let Err(problem) = open.add(&row)
             {
                 writer = Some(Err(problem));
             }
-            tell(row.end);
+            index.add(&row);
             Ok(())
         })?;
         let finish = |writer: CacheWriter| writer.finish(key, &index.counts, &index.ignored_keys);
@@ -219,15 +200,24 @@ impl CorpusFile {
             (Some(Err(problem)), Some(file)) => Some(format!("{}: {problem}", file.display())),
             _ => None,
         };
-        let file = File::open(path).map_err(|problem| Error::Read {
+        if !is_lines && spool.is_none() {
+            // The cache failed on the way, and nobody knows where the rows are.
+            let options = ReadOptions {
+                cache: None,
+                ..options
+            };
+            return Ok((Self::open(path, options, tell)?.0, problem));
+        }
+        let file = spool.map_or_else(|| File::open(path), |spool| Ok(spool.file));
+        let file = file.map_err(|problem| Error::Read {
             path: path.to_owned(),
             problem,
         })?;
         let source = TokenSource::Rows {
             file: Mutex::new(file),
             tokenizer: options.tokenizer.cloned().map(Box::new),
-            max_length,
-            vocab_size,
+            limits: reader.limits,
+            columns: options.columns.clone(),
         };
         let opened = Self {
             path: path.to_owned(),
@@ -278,8 +268,8 @@ impl CorpusFile {
             TokenSource::Rows {
                 file,
                 tokenizer,
-                max_length,
-                vocab_size,
+                limits,
+                columns,
             } => {
                 let changed = || Error::Changed {
                     path: self.path.clone(),
@@ -287,12 +277,12 @@ impl CorpusFile {
                 let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
                 let line = line_at(&mut file, &self.path, entry.offset)?;
                 drop(file);
-                let reader = RowReader::new(
-                    tokenizer.as_deref(),
-                    *max_length,
-                    *vocab_size,
-                    RowFilter::Any,
-                )?;
+                let reader = RowReader {
+                    tokenizer: tokenizer.as_deref(),
+                    limits: *limits,
+                    filter: RowFilter::Any,
+                    columns,
+                };
                 let (samples, _) = reader.row(&line).map_err(|_| changed())?;
                 let sample = samples.into_iter().nth(entry.piece as usize);
                 let same = |sample: &Sample| sample.fingerprint() == entry.fingerprint;
@@ -302,22 +292,55 @@ impl CorpusFile {
     }
 }
 
+/// A temporary file of lines. It has no name, and is gone when it is closed.
+struct Spool {
+    file: File,
+    bytes: u64,
+}
+
+impl Spool {
+    fn new() -> Result<Self> {
+        let file = tempfile::tempfile().map_err(Self::failed)?;
+        Ok(Self { file, bytes: 0 })
+    }
+
+    /// Appends a row; returns its offset.
+    fn add(&mut self, row: &str) -> Result<u64> {
+        let offset = self.bytes;
+        // JSON as it was written may stand on several lines, and white space between its parts is all that can break them.
+        let line = format!("{}\n", row.replace(['\n', '\r'], " "));
+        self.file.write_all(line.as_bytes()).map_err(Self::failed)?;
+        self.bytes += line.len() as u64;
+        Ok(offset)
+    }
+
+    fn failed(problem: std::io::Error) -> Error {
+        Error::Read {
+            path: std::env::temp_dir(),
+            problem,
+        }
+    }
+}
+
 /// The index of a file that is being read.
 #[derive(Default)]
 struct FileIndex {
     entries: Vec<SampleEntry>,
     counts: Counts,
-    ignored_keys: BTreeSet<String>,
+    ignored_keys: IgnoredKeys,
 }
 
 impl FileIndex {
     fn add(&mut self, row: &RowSamples) {
         self.counts.add_row(&row.samples);
-        note_ignored(&mut self.ignored_keys, row.ignored.clone());
+        note_ignored(
+            &mut self.ignored_keys,
+            row.ignored.iter().map(|key| (key.clone(), 1)),
+        );
         let entries = row.samples.iter().zip(0..);
         let entry = |(sample, piece)| SampleEntry {
             piece,
-            ..SampleEntry::of(sample, row.offset)
+            ..SampleEntry::of(sample, row.text.offset)
         };
         self.entries.extend(entries.map(entry));
     }
@@ -340,6 +363,7 @@ mod tests {
             max_length: 4,
             vocab_size: 288,
             filter: RowFilter::Samples,
+            columns: &Columns::default(),
             cache,
             progress: tokenized,
         };
@@ -372,7 +396,10 @@ mod tests {
                 ..split.counts
             };
             assert_eq!(corpus.counts, counts);
-            assert_eq!(corpus.ignored_keys, BTreeSet::from(["id".to_owned()]));
+            assert_eq!(
+                corpus.ignored_keys,
+                IgnoredKeys::from([("id".to_owned(), 1)])
+            );
             assert_eq!(corpus.lengths(), [4, 4, 3, 4]);
             assert_eq!(corpus.cache_problem, None);
         }

@@ -42,6 +42,7 @@ mod tests {
             max_length: 9,
             vocab_size: 10,
             filter: RowFilter::Any,
+            columns: &Columns::default(),
             cache: None,
             progress: &|_, _| {},
         };

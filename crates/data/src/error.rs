@@ -56,13 +56,13 @@ pub enum Error {
         problem: String,
     },
 
-    /// A line of a JSON-lines file is malformed.
-    #[error("{}:{line}: {problem}", path.display())]
+    /// A row of a file is malformed.
+    #[error("{}{place}: {problem}", path.display())]
     Row {
         /// The file.
         path: PathBuf,
-        /// The line, counted from 1.
-        line: usize,
+        /// The place in it.
+        place: Place,
         /// The problem.
         problem: Box<Self>,
     },
@@ -154,6 +154,24 @@ pub enum Error {
     },
 }
 
+/// The place of a row in its file, counted from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A line of text.
+    Line(usize),
+    /// A row of a table that has no lines.
+    Row(usize),
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Line(number) => write!(f, ":{number}"),
+            Self::Row(number) => write!(f, ", row {number}"),
+        }
+    }
+}
+
 impl Error {
     pub(crate) fn malformed(path: &Path, problem: impl Into<String>) -> Self {
         Self::Malformed {
@@ -169,11 +187,11 @@ impl Error {
         }
     }
 
-    /// The error with its file and line.
-    pub(crate) fn at(self, path: &Path, line: usize) -> Self {
+    /// The error with its file and place.
+    pub(crate) fn at(self, path: &Path, place: Place) -> Self {
         Self::Row {
             path: path.to_path_buf(),
-            line,
+            place,
             problem: Box::new(self),
         }
     }

@@ -2,14 +2,14 @@
 //!
 //! Files are untrusted: sizes are bounded before memory is allocated, and text must be UTF-8.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Place, Result};
 use serde_json::Value;
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-/// Maximum length of a line of a JSON-lines file. A row is one document; the longest known are books.
-const MAX_ROW_BYTES: u64 = 16 << 20;
+/// Maximum length of a row as JSON. A row is one document; the longest known are books.
+pub(crate) const MAX_ROW_BYTES: u64 = 16 << 20;
 
 /// Opens a file of data or of a tokenizer.
 ///
@@ -102,65 +102,57 @@ pub(crate) fn require_text(path: &Path, limit_bytes: u64) -> Result<String> {
     })
 }
 
-/// A line of a JSON-lines file that is not blank.
+/// A row as JSON text: a line of a JSON-lines file that is not blank, or what a row of another table becomes.
 #[derive(Debug)]
-pub(crate) struct JsonLine {
-    /// Counted from 1.
-    pub(crate) number: usize,
-    /// The offset of its beginning.
+pub(crate) struct RowText {
+    pub(crate) place: Place,
+    /// The offset of its beginning in a file of lines; 0 in others.
     pub(crate) offset: u64,
-    /// The offset of the next line.
+    /// How many bytes of the file are read.
     pub(crate) end: u64,
     /// Without white space around it.
     pub(crate) text: String,
 }
 
-/// The lines of a JSON-lines file. Blank lines are skipped, and so is a byte-order mark.
-pub(crate) struct JsonLines<'a> {
-    path: &'a Path,
-    reader: BufReader<File>,
+/// The lines of JSON-lines text. Blank lines are skipped, and so is a byte-order mark.
+#[derive(Debug)]
+pub(crate) struct JsonLines<R> {
+    path: PathBuf,
+    reader: R,
     number: usize,
     offset: u64,
 }
 
-impl<'a> JsonLines<'a> {
-    pub(crate) fn open(path: &'a Path) -> Result<Self> {
-        Ok(Self {
-            path,
-            reader: BufReader::new(open(path)?),
+impl<R: BufRead> JsonLines<R> {
+    pub(crate) fn new(path: &Path, reader: R) -> Self {
+        Self {
+            path: path.to_path_buf(),
+            reader,
             number: 0,
             offset: 0,
-        })
+        }
     }
 
-    fn read(&mut self) -> Result<Option<JsonLine>> {
+    pub(crate) fn read(&mut self) -> Result<Option<RowText>> {
         loop {
-            let (number, offset) = (self.number + 1, self.offset);
-            let bytes = bounded_line(&mut self.reader, self.path, Some(number))?;
+            let (place, offset) = (Place::Line(self.number + 1), self.offset);
+            let bytes = bounded_line(&mut self.reader, &self.path, Some(place))?;
             if bytes.is_empty() {
                 return Ok(None);
             }
-            self.number = number;
+            self.number += 1;
             self.offset += bytes.len() as u64;
             let text =
-                text_of(bytes, offset).map_err(|problem: Error| problem.at(self.path, number))?;
+                text_of(bytes, offset).map_err(|problem: Error| problem.at(&self.path, place))?;
             if !text.is_empty() {
-                return Ok(Some(JsonLine {
-                    number,
+                return Ok(Some(RowText {
+                    place,
                     offset,
                     end: self.offset,
                     text,
                 }));
             }
         }
-    }
-}
-
-impl Iterator for JsonLines<'_> {
-    type Item = Result<JsonLine>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        self.read().transpose()
     }
 }
 
@@ -175,7 +167,7 @@ pub(crate) fn line_at(file: &mut File, path: &Path, offset: u64) -> Result<Strin
 }
 
 /// The bytes through the next line end; none at the end of the file.
-fn bounded_line(reader: &mut impl BufRead, path: &Path, number: Option<usize>) -> Result<Vec<u8>> {
+fn bounded_line(reader: &mut impl BufRead, path: &Path, place: Option<Place>) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let mut bounded = reader.take(MAX_ROW_BYTES + 1);
     bounded
@@ -187,8 +179,8 @@ fn bounded_line(reader: &mut impl BufRead, path: &Path, number: Option<usize>) -
     if bytes.len() as u64 > MAX_ROW_BYTES {
         let expected = format!("a line of at most {MAX_ROW_BYTES} bytes");
         let problem = Error::schema(expected, "a longer one");
-        return Err(match number {
-            Some(number) => problem.at(path, number),
+        return Err(match place {
+            Some(place) => problem.at(path, place),
             None => problem,
         });
     }
@@ -233,20 +225,20 @@ pub(crate) fn describe(value: &Value) -> String {
 mod tests {
     use super::*;
 
-    fn lines(bytes: &[u8]) -> Result<Vec<(usize, String)>, String> {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), bytes).unwrap();
-        let name = file.path().display().to_string();
-        let lines = JsonLines::open(file.path()).unwrap();
-        let line = |line: Result<JsonLine>| line.map(|line| (line.number, line.text));
-        let found: Result<_> = lines.map(line).collect();
-        found.map_err(|error| error.to_string().replace(&name, "FILE"))
+    fn lines(bytes: &[u8]) -> Result<Vec<(Place, String)>, String> {
+        let mut lines = JsonLines::new(Path::new("FILE"), bytes);
+        let line = |line: Result<RowText>| line.map(|line| (line.place, line.text));
+        let found: Result<_> = std::iter::from_fn(|| lines.read().transpose())
+            .map(line)
+            .collect();
+        found.map_err(|error| error.to_string())
     }
 
     #[test]
     fn line_numbers_survive_blank_lines_and_windows_endings() {
         let found = lines(b"\xEF\xBB\xBFa\r\n\r\n  \n b\nc").unwrap();
-        let expected = [(1, "a"), (4, "b"), (5, "c")].map(|(n, text)| (n, text.to_owned()));
+        let expected =
+            [(1, "a"), (4, "b"), (5, "c")].map(|(n, text)| (Place::Line(n), text.to_owned()));
         assert_eq!(found, expected);
     }
 
@@ -255,8 +247,8 @@ mod tests {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "\u{feff}é\r\n\n  bc \nlast").unwrap();
         let path = file.path().to_path_buf();
-        for line in JsonLines::open(&path).unwrap() {
-            let line = line.unwrap();
+        let mut lines = JsonLines::new(&path, BufReader::new(File::open(&path).unwrap()));
+        while let Some(line) = lines.read().unwrap() {
             assert_eq!(
                 line_at(file.as_file_mut(), &path, line.offset).unwrap(),
                 line.text
@@ -322,7 +314,7 @@ mod tests {
         std::fs::write(file.path(), pointer).unwrap();
         for problem in [
             read_text(file.path(), 1 << 10).map(drop).unwrap_err(),
-            JsonLines::open(file.path()).map(drop).unwrap_err(),
+            open(file.path()).map(drop).unwrap_err(),
         ] {
             assert!(
                 problem.to_string().contains(": this is a git-lfs pointer"),

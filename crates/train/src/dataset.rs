@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use data::{
-    Batch, Corpus, Packing, ReadOptions, Sample, SampleOrder, Shuffle, collate, collate_rows,
+    Batch, Corpus, DataFolder, Packing, ReadOptions, Sample, SampleOrder, Shuffle, SplitName,
+    collate, collate_rows,
 };
 use kernels::Segments;
 
@@ -15,6 +16,8 @@ use crate::{Error, Result};
 pub struct Dataset {
     /// The samples.
     pub corpus: Corpus,
+    /// Files in the recipe's folders that belong to no split.
+    pub unused_files: Vec<PathBuf>,
     packing: Packing,
     order: SampleOrder,
     batch_size: usize,
@@ -23,22 +26,30 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// Opens the `train.jsonl` of a recipe's folders.
+    /// Opens the training splits of a recipe's folders.
     ///
     /// # Errors
     /// If no folder has one, a folder with a weight has none, or a file cannot be used.
     pub(crate) fn open(recipe: &Recipe, options: ReadOptions<'_>) -> Result<Self> {
-        let files = files(recipe, "train.jsonl")?;
+        let data = folders(recipe)?;
+        let files: Vec<&[PathBuf]> = data
+            .iter()
+            .map(|folder| folder.files(SplitName::Train))
+            .collect();
         let folders = || recipe.data.path.clone();
-        if files.is_empty() {
+        let lacking = files.iter().filter(|files| files.is_empty()).count();
+        if lacking == files.len() {
             return Err(Error::NoTrainingData { folders: folders() });
         }
-        if recipe.data.weights.is_some() && files.len() < recipe.data.path.len() {
-            let lacks = |folder: &PathBuf| !folder.join("train.jsonl").exists();
-            let folders = folders().into_iter().filter(lacks).collect();
+        if recipe.data.weights.is_some() && lacking > 0 {
+            let lacks = folders()
+                .into_iter()
+                .zip(&files)
+                .filter(|(_, files)| files.is_empty());
+            let folders = lacks.map(|(folder, _)| folder).collect();
             return Err(Error::NoTrainingData { folders });
         }
-        let corpus = Corpus::open(&files, options)?;
+        let corpus = Corpus::open(&files.concat(), options)?;
         let shuffle = if recipe.train.shuffle {
             Shuffle::Seeded
         } else {
@@ -46,7 +57,12 @@ impl Dataset {
         };
         // Weighted folders share no rows, so that each has exactly its share.
         let counts = match recipe.data.weights {
-            Some(_) => corpus.samples_per_file(),
+            Some(_) => {
+                let mut samples = corpus.samples_per_file().into_iter();
+                let of_folder =
+                    |files: &&[PathBuf]| samples.by_ref().take(files.len()).sum::<usize>();
+                files.iter().map(of_folder).collect()
+            }
             None => vec![corpus.len()],
         };
         let is_paired = recipe.train.loss == Loss::Dpo;
@@ -82,6 +98,7 @@ impl Dataset {
         }
         Ok(Self {
             corpus,
+            unused_files: data.iter().flat_map(DataFolder::unused).cloned().collect(),
             packing,
             order,
             batch_size: recipe.train.batch_size,
@@ -113,24 +130,22 @@ impl Dataset {
     }
 }
 
-/// Opens the `valid.jsonl` of every folder of a recipe; none if there are none.
+/// Opens the validation split of every folder of a recipe; none if there are none.
 pub(crate) fn validation(recipe: &Recipe, options: ReadOptions<'_>) -> Result<Option<Corpus>> {
-    let files = files(recipe, "valid.jsonl")?;
+    let data = folders(recipe)?;
+    let files = data
+        .iter()
+        .map(|folder| folder.files(SplitName::Validation));
+    let files: Vec<PathBuf> = files.flatten().cloned().collect();
     if files.is_empty() {
         return Ok(None);
     }
     Ok(Some(Corpus::open(&files, options)?))
 }
 
-fn files(recipe: &Recipe, name: &str) -> Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    for folder in &recipe.data.path {
-        let file = folder.join(name);
-        if checkpoint::is_present(&file)? {
-            files.push(file);
-        }
-    }
-    Ok(files)
+fn folders(recipe: &Recipe) -> data::Result<Vec<DataFolder>> {
+    let paths = recipe.data.path.iter();
+    paths.map(|path| DataFolder::open(path)).collect()
 }
 
 /// The boundaries in a batch that attention does not cross.

@@ -202,7 +202,10 @@ pub enum Error {
     Resolve(String),
 
     /// No data folder has a training split.
-    #[error("no `train.jsonl` in {}", listed(folders))]
+    #[error(
+        "no training split (`train.jsonl`, `.json`, `.csv` or `.parquet`) in {}",
+        listed(folders)
+    )]
     NoTrainingData {
         /// The folders of the recipe.
         folders: Vec<PathBuf>,
@@ -220,7 +223,7 @@ pub enum Error {
 
     /// No data folder has a validation split, and a setting needs one.
     #[error(
-        "`{key}` needs validation rows: no `valid.jsonl` in {}",
+        "`{key}` needs validation rows: no `validation.jsonl`, `valid.jsonl`, `val.jsonl` or the like in {}",
         listed(folders)
     )]
     NoValidationData {

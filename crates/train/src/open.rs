@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use burn::module::Module;
 use burn::tensor::{Device, FloatDType};
 use checkpoint::{Adapter, Folder};
-use data::{Corpus, ReadOptions, RowFilter, Tokenizer, TokenizerFiles};
+use data::{Columns, Corpus, ReadOptions, RowFilter, Tokenizer, TokenizerFiles};
 use kernels::Quantizer;
 use model::adapt::{self, AdaptedModule, LoraConfig, Scaling};
 use model::{AdapterWeights, Checkpointing, Model, ModelConfig, Training, load};
@@ -95,6 +95,9 @@ impl Session {
         }
         expect_spared(&recipe, &model)?;
         let tokenizer = base.tokenizer.as_ref().map(Tokenizer::new).transpose()?;
+        let columns = recipe.data.columns.iter();
+        let columns = columns.map(|(key, column)| (key.to_owned(), column.clone()));
+        let columns = Columns::new(columns)?;
         let reading = ReadOptions {
             tokenizer: tokenizer.as_ref(),
             max_length: recipe.data.max_length,
@@ -103,6 +106,7 @@ impl Session {
                 Loss::CrossEntropy => RowFilter::Samples,
                 Loss::Dpo => RowFilter::Pairs,
             },
+            columns: &columns,
             cache: options.token_cache,
             progress: options.tokenizing,
         };

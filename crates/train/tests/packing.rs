@@ -274,7 +274,7 @@ fn a_weighted_folder_without_rows_is_refused() {
         .unwrap_err()
         .to_string();
     assert!(
-        problem.starts_with("no `train.jsonl` in ") && problem.contains("/b`"),
+        problem.starts_with("no training split (`train.jsonl`, ") && problem.contains("/b`"),
         "{problem}"
     );
 }

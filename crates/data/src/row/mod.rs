@@ -1,5 +1,6 @@
 //! The rows of a data file: their kinds, and the trained tokens of each.
 
+use crate::columns::Columns;
 use crate::error::{Error, Result};
 use crate::file::describe;
 use crate::sample::{MarkedTokens, Sample};
@@ -13,10 +14,14 @@ mod alpaca_sharegpt;
 mod kind;
 mod pair;
 
+pub(crate) use kind::found_keys;
 pub use pair::PreferencePair;
 
 /// The label of a token that is not trained: PyTorch's `ignore_index`.
 const NOT_TRAINED: i64 = -100;
+
+/// The keys that tables without lists, CSV above all, have as the JSON text of one.
+const LISTS: [&str; 4] = ["messages", "conversations", "input_ids", "labels"];
 
 /// The limits of samples.
 #[derive(Clone, Copy, Debug)]
@@ -48,11 +53,14 @@ pub(crate) enum Row {
 
 impl Row {
     /// Recognizes a row by its keys. Also returns the unread keys.
-    pub(crate) fn parse(value: Value) -> Result<(Self, Vec<String>)> {
+    pub(crate) fn parse(value: Value, columns: &Columns) -> Result<(Self, Vec<String>)> {
         let Value::Object(mut row) = value else {
             return Err(Error::schema("a JSON object", describe(&value)));
         };
-        let (kind, ignored) = RowKind::of(&mut row)?;
+        let mut ignored = columns.rename(&mut row)?;
+        let (kind, unread) = RowKind::of(&mut row, columns.keys())?;
+        ignored.extend(unread);
+        LISTS.iter().for_each(|key| unquote(&mut row, key));
         let tools = tools(row.remove("tools"))?;
         let parsed = match kind {
             RowKind::Text => Self::Text(string(&mut row, "text")?),
@@ -229,6 +237,22 @@ pub(crate) fn render_prompt(messages: &[Value], template: Option<&ChatTemplate>)
         .render(messages, None, GenerationPrompt::Add)
 }
 
+/// Every key that some kind of row reads.
+pub(crate) fn row_keys() -> impl Iterator<Item = &'static str> {
+    RowKind::keys()
+}
+
+/// Replaces the JSON text of a list by the list.
+fn unquote(row: &mut Map<String, Value>, key: &str) {
+    if let Some(value) = row.get_mut(key)
+        && let Some(list @ Value::Array(_)) = value
+            .as_str()
+            .and_then(|text| serde_json::from_str(text).ok())
+    {
+        *value = list;
+    }
+}
+
 /// A {prompt, completion} row: two strings, or messages and the assistant's answer to them.
 fn completion(mut row: Map<String, Value>, tools: Option<Value>) -> Result<Row> {
     if row["prompt"].is_string() {
@@ -379,10 +403,14 @@ mod tests {
     const BOS: &str = "<｜begin▁of▁sentence｜>";
     const EOS: &str = "<｜end▁of▁sentence｜>";
 
+    fn parse(row: Value) -> Result<(Row, Vec<String>)> {
+        Row::parse(row, &Columns::default())
+    }
+
     /// The spans of a row, `[…]` around trained ones, BOS and EOS shortened.
     fn shown(row: Value, add_bos: bool) -> String {
         let tokenizer = tokenizer(Some(CHAT), add_bos);
-        let samples = Row::parse(row)
+        let samples = parse(row)
             .unwrap()
             .0
             .samples(Some(&tokenizer), LIMITS)
@@ -457,12 +485,47 @@ mod tests {
     }
 
     #[test]
+    fn lists_may_be_json_texts() {
+        let list = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]);
+        for messages in [list.clone(), list.to_string().into()] {
+            assert_eq!(
+                shown(json!({"messages": messages}), true),
+                "<s><｜User｜>a<｜Assistant｜>[b</s>]"
+            );
+        }
+        let (row, _) = parse(json!({"input_ids": "[5, 6]", "labels": "[-100, 6]"})).unwrap();
+        let expected = json!({"input_ids": [5, 6], "labels": [-100, 6]});
+        assert_eq!(row, parse(expected).unwrap().0);
+        // Python's own form of a list is not JSON.
+        let problem = parse(json!({"messages": "[{'role': 'user'}]"})).unwrap_err();
+        assert!(
+            problem
+                .to_string()
+                .ends_with("in `messages`, found a string"),
+            "{problem}"
+        );
+    }
+
+    #[test]
+    fn columns_choose_the_kind() {
+        let names = [("prompt", "question"), ("completion", "answer")];
+        let names = names.map(|(key, column)| (key.to_owned(), column.to_owned()));
+        let columns = Columns::new(names).unwrap();
+        let row = json!({"question": "1+1=", "answer": "2", "messages": [], "id": 1});
+        let (row, mut ignored) = Row::parse(row, &columns).unwrap();
+        ignored.sort();
+        let (prompt, completion) = ("1+1=".to_owned(), "2".to_owned());
+        assert_eq!(row, Row::Completion { prompt, completion });
+        assert_eq!(ignored, ["id", "messages"]);
+    }
+
+    #[test]
     fn labels_are_those_of_hugging_face() {
         let row = json!({"input_ids": [5, 6, 7, 8], "labels": [5, -100, 7, 8]});
-        let samples = Row::parse(row).unwrap().0.samples(None, LIMITS).unwrap();
+        let samples = parse(row).unwrap().0.samples(None, LIMITS).unwrap();
         // The label of the first token trains nothing: nothing predicts it.
         assert_eq!(samples[0].trained, [false, false, true, true]);
-        let samples = Row::parse(json!({"input_ids": [5, 6]}))
+        let samples = parse(json!({"input_ids": [5, 6]}))
             .unwrap()
             .0
             .samples(None, LIMITS)
@@ -475,8 +538,7 @@ mod tests {
 
     fn refused(row: Value, expected: &str) {
         let tokenizer = tokenizer(None, true);
-        let samples =
-            Row::parse(row.clone()).and_then(|(row, _)| row.samples(Some(&tokenizer), LIMITS));
+        let samples = parse(row.clone()).and_then(|(row, _)| row.samples(Some(&tokenizer), LIMITS));
         let problem = samples.unwrap_err().to_string();
         assert!(problem.contains(expected), "{row}: {problem}");
     }
@@ -561,7 +623,7 @@ mod tests {
             ..LIMITS
         };
         let samples = |row| {
-            Row::parse(row)
+            parse(row)
                 .unwrap()
                 .0
                 .samples(Some(&tokenizer), limits)
@@ -606,7 +668,7 @@ mod tests {
             max_length: 999,
             ..LIMITS
         };
-        let (row, _) = Row::parse(row).unwrap();
+        let (row, _) = parse(row).unwrap();
         let samples = row.samples(Some(&tokenizer), limits).unwrap();
         let trained = |sample: &Sample| -> String {
             let spans = sample.spans(&tokenizer).unwrap().into_iter();

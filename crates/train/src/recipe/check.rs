@@ -3,6 +3,8 @@
 use std::fmt::Display;
 use std::path::Path;
 
+use data::Columns;
+
 use crate::Recipe;
 use crate::recipe::{MAX_LOSS_SCALE_EXPONENT, RouterTraining};
 
@@ -216,6 +218,12 @@ impl Recipe {
             let expected = "finite numbers of at least 0, not all 0";
             let holds = valid && weights.iter().any(|weight| *weight > 0.0);
             require(holds, "data.weights", expected, "others")?;
+        }
+        for (key, column) in data.columns.iter() {
+            let named = Columns::new([(key.to_owned(), column.clone())]);
+            if let Err(data::Error::Schema { expected, found }) = named {
+                return Err(problem(&format!("data.columns.{key}"), &expected, &found));
+            }
         }
         if data.group_by_length {
             let expected = "false, because `data.packing` leaves no padding";

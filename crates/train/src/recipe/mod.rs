@@ -76,12 +76,14 @@ pub struct ModelSection {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataSection {
-    /// Folders with `train.jsonl` and `valid.jsonl`. A recipe may give one as a plain string.
+    /// Folders with a training split and perhaps a validation split. A recipe may give one as a plain string.
     #[serde(deserialize_with = "values::one_or_more_paths")]
     pub path: Vec<PathBuf>,
     /// Each folder's share of the samples. Without it, an epoch visits every sample once.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weights: Option<Vec<f64>>,
+    /// Keys of rows with the names of the columns that have them, where these differ.
+    pub columns: OrderedMap<String>,
     /// Maximum length of a row in tokens; longer rows are truncated.
     pub max_length: usize,
     /// Whether several samples share a row of `max_length` tokens instead of being padded. No sample sees another.
@@ -95,6 +97,7 @@ impl Default for DataSection {
         Self {
             path: Vec::new(),
             weights: None,
+            columns: OrderedMap::default(),
             // Holds a question with its answer or a page of text. Attention and activations grow with it, and a machine
             // with little memory should be able to start.
             max_length: 1024,

@@ -10,6 +10,8 @@ mod preferences;
 mod resuming;
 /// Runs that are asked to stop, or have to.
 mod stops;
+/// Runs on other files than JSON lines.
+mod tables;
 /// What a run looks at while it goes on, and what it does about it.
 mod watching;
 

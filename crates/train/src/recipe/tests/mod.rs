@@ -116,6 +116,38 @@ fn overrides_replace_settings_and_their_rivals() {
 }
 
 #[test]
+fn entries_of_tables_are_overridden_one_by_one() {
+    let text = format!("{LEAST}columns = {{ prompt = \"q\", completion = \"a\" }}\n");
+    let overrides = [
+        "data.columns.prompt=question",
+        "data.columns.text = x.y",
+        "lora.rank_pattern.layers.0.*=4",
+    ];
+    let recipe = open(&text, &overrides).unwrap();
+    let names = recipe
+        .data
+        .columns
+        .iter()
+        .map(|(key, column)| (key, column.as_str()));
+    let expected = [("prompt", "question"), ("completion", "a"), ("text", "x.y")];
+    assert_eq!(names.collect::<Vec<_>>(), expected);
+    assert_eq!(recipe.lora.rank_pattern.0, [("layers.0.*".to_owned(), 4)]);
+    let problem = open(&text, &["data.columns.promt=question"]).unwrap_err();
+    assert!(
+        problem.starts_with(
+            "--set data.columns.promt=question: data.columns.promt: expected keys of rows ("
+        ),
+        "{problem}"
+    );
+    assert!(
+        problem.ends_with("found `promt`; did you mean `prompt`?"),
+        "{problem}"
+    );
+    let problem = open(LEAST, &["data.columns.prompt=7"]).unwrap_err();
+    assert!(problem.contains("data.columns: expected "), "{problem}");
+}
+
+#[test]
 fn paths_with_dots_are_relative_to_the_recipe_and_others_are_not() {
     let folder = tempfile::tempdir().unwrap();
     fs::create_dir(folder.path().join("recipes")).unwrap();
