@@ -132,7 +132,7 @@ fn write(
     let tokenizer = tokenizer_keys(model, gguf.pre.as_deref(), console)?;
     mix.mtp = gguf.mtp;
     if model.metadata().is_none() {
-        note_differences(&model, console)?;
+        note_differences(model, console)?;
     }
     let Audit { mtp, unknown, .. } = audit(model)?;
     if !unknown.is_empty() {

@@ -67,17 +67,14 @@ impl Case {
 
     fn config(&self) -> Value {
         let mut config = published(&self.golden, &self.file);
-        let (keys, last) = match self.path.split_last() {
-            Some((last, keys)) => (keys, last),
-            None => {
-                for (key, value) in &self.patch {
-                    match value.as_str() {
-                        Some("absent") => _ = config.as_object_mut().unwrap().remove(key),
-                        _ => config[key] = value.clone(),
-                    }
+        let Some((last, keys)) = self.path.split_last() else {
+            for (key, value) in &self.patch {
+                match value.as_str() {
+                    Some("absent") => _ = config.as_object_mut().unwrap().remove(key),
+                    _ => config[key] = value.clone(),
                 }
-                return config;
             }
+            return config;
         };
         let holder = keys
             .iter()
@@ -227,6 +224,10 @@ impl Reference {
 }
 
 #[test]
+#[expect(
+    clippy::print_stdout,
+    reason = "the table of outcomes, for --no-capture"
+)]
 fn every_key_is_obeyed_refused_or_named() {
     let reference = Reference::open();
     let mut table: BTreeMap<(&str, &str), BTreeMap<Outcome, usize>> = BTreeMap::new();

@@ -271,6 +271,11 @@ fn changes(value: &Value) -> Vec<(&'static str, Option<Value>)> {
 }
 
 #[test]
+#[expect(
+    clippy::print_stdout,
+    reason = "the table of outcomes, for --no-capture"
+)]
+#[expect(clippy::too_many_lines, reason = "the outcomes in their order")]
 fn every_key_of_a_gguf_is_obeyed_refused_or_named() {
     let without = |config: &mut Value| config["rope_scaling"] = Value::Null;
     let yarn = |config: &mut Value| {

@@ -94,8 +94,8 @@ fn check_full_attention(keys: &Fields<'_>) -> Result<(), Error> {
 struct MixtureDefaults {
     n_shared_experts: usize,
     first_k_dense_replace: usize,
-    n_group: usize,
-    topk_group: usize,
+    n_group: Option<usize>,
+    topk_group: Option<usize>,
     norm_topk_prob: bool,
     routed_scaling_factor: f64,
 }
@@ -103,16 +103,16 @@ struct MixtureDefaults {
 const V2_DEFAULTS: MixtureDefaults = MixtureDefaults {
     n_shared_experts: 2,
     first_k_dense_replace: 0,
-    n_group: 1,
-    topk_group: 1,
+    n_group: None,
+    topk_group: None,
     norm_topk_prob: false,
     routed_scaling_factor: 1.0,
 };
 const V3_DEFAULTS: MixtureDefaults = MixtureDefaults {
     n_shared_experts: 1,
     first_k_dense_replace: 3,
-    n_group: 8,
-    topk_group: 4,
+    n_group: Some(8),
+    topk_group: Some(4),
     norm_topk_prob: true,
     routed_scaling_factor: 2.5,
 };
@@ -122,11 +122,14 @@ pub(super) fn moe(keys: &Fields<'_>, family: Family) -> Result<MoeConfig, Error>
     let absent = if v3 { V3_DEFAULTS } else { V2_DEFAULTS };
     let (scoring, group_score) = scoring(keys, v3)?;
     let grouped = v3 || keys.text_or("topk_method", "greedy")? != "greedy";
-    let groups = |key: &str, absent| match keys.count_or(key, absent)? {
-        _ if !grouped => Ok(1),
-        // Null is not absent, and no number of groups.
-        _ if keys.mentions(key) && !keys.has(key) => Err(keys.wrong(key, "a whole number above 0")),
-        count => Ok(count.max(1)),
+    let groups = |key: &str, absent: Option<usize>| {
+        let absent = absent.filter(|_| !keys.mentions(key));
+        match (grouped, keys.get(key), absent) {
+            // Groups have no effect.
+            (false, ..) => Ok(1),
+            (true, None, Some(absent)) => Ok(absent),
+            (true, ..) => keys.size(key),
+        }
     };
     let config = MoeConfig {
         n_routed_experts: keys.size("n_routed_experts")?,

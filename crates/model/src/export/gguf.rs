@@ -60,19 +60,9 @@ pub fn write_gguf(
     let specs: Vec<TensorSpec> = specs.chain(made.as_ref().map(spec_of_made)).collect();
     let importance = mix.importance.as_ref();
     let weighted = importance.map_or(Ok(0), |importance| importance.check(&tensors))?;
-    let mut metadata = layout.metadata();
-    metadata.extend(about(
-        model,
-        types.file_type(mix.scheme),
-        size_label(&tensors),
-    ));
-    metadata.extend(
-        model
-            .generation_config()
-            .map_or(vec![], GgufLayout::sampling),
-    );
-    metadata.extend(carried(model, &metadata));
-    metadata.extend(tokenizer);
+    let about = about(model, types.file_type(mix.scheme), size_label(&tensors));
+    let metadata = layout.metadata().into_iter().chain(about).chain(tokenizer);
+    let metadata: Vec<_> = metadata.collect();
     let mut writer = GgufWriter::create(out, &metadata, &specs)?;
     let (mut done, total) = (0, 2 * keys.len());
     let mut step = || {
@@ -108,8 +98,7 @@ pub fn write_gguf(
     let mut report = expected.check(&written, &mut step)?;
     report.tensors = specs.len();
     report.weighted = weighted;
-    report.types = types.counts;
-    report.replaced = types.replaced;
+    (report.types, report.replaced) = (types.counts, types.replaced);
     report.bytes = specs.iter().map(bytes_of).sum();
     writer.finish()?;
     Ok(report)
@@ -154,9 +143,13 @@ fn about(model: &Folder, file_type: u32, size_label: String) -> Vec<(String, Ggu
             GgufValue::Count(QUANTIZATION_VERSION),
         ),
     ];
-    entries
+    let mut about = entries
         .map(|(key, value)| (format!("general.{key}"), value))
-        .to_vec()
+        .to_vec();
+    let sampling = model.generation_config().map(GgufLayout::sampling);
+    about.extend(sampling.unwrap_or_default());
+    about.extend(carried(model, &about));
+    about
 }
 
 /// What a source that is a GGUF says about itself, its origin and its license.
@@ -164,7 +157,8 @@ fn carried(model: &Folder, written: &[(String, GgufValue)]) -> Vec<(String, Gguf
     let entries = model.metadata().into_iter().flatten();
     let entries = entries.filter(|(key, _)| {
         let is_written = written.iter().any(|(known, _)| known == *key);
-        key.starts_with("general.") && *key != "general.alignment" && !is_written
+        let is_made = matches!(key.as_str(), "general.alignment" | "general.architecture");
+        key.starts_with("general.") && !is_made && !is_written
     });
     let entries = entries.filter_map(|(key, value)| Some((key.clone(), GgufValue::of(value)?)));
     entries.collect()

@@ -25,6 +25,13 @@ pub(crate) fn generation_config(metadata: &BTreeMap<String, Value>) -> Option<Va
     Some(Value::Object(config))
 }
 
+/// Whether a value is the one of this JSON text; 1 and 1.0 are the same.
+fn is_value(found: &Value, text: &str) -> bool {
+    let value = serde_json::from_str::<Value>(text).unwrap_or_default();
+    let numbers = found.as_f64().zip(value.as_f64());
+    numbers.map_or(*found == value, |(found, value)| found == value)
+}
+
 /// A file's metadata under its architecture's name.
 struct Said<'a> {
     path: &'a Path,
@@ -126,7 +133,7 @@ impl<'a> Said<'a> {
         ] {
             self.asked.borrow_mut().insert(key.into());
             match self.gguf.metadata.get(key) {
-                Some(found) if found.to_string() != expected => {
+                Some(found) if !is_value(found, expected) => {
                     let found = crate::error::shown(&found.to_string());
                     let problem = format!("key `{key}`: expected {expected}, found {found}");
                     return Err(self.malformed(problem));
@@ -139,11 +146,7 @@ impl<'a> Said<'a> {
 
     /// Refuses all but some values, written as in JSON.
     fn check(&self, key: &str, found: &Value, values: &[&str]) -> Result<()> {
-        let is = |value: &&str| match (found.as_f64(), value.parse::<f64>()) {
-            (Some(found), Ok(value)) => found == value,
-            _ => found.to_string() == **value,
-        };
-        if values.iter().any(|value| is(value)) {
+        if values.iter().any(|value| is_value(found, value)) {
             return Ok(());
         }
         Err(self.wrong(key, &values.join(" or ")))

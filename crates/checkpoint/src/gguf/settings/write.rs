@@ -74,31 +74,35 @@ pub(crate) fn metadata(
             set(GATING, counted(if is_sigmoid { SIGMOID } else { SOFTMAX }));
         }
     }
+    for (key, value) in rotary_scaling(config, family) {
+        set(key, value);
+    }
+    metadata
+}
+
+/// The settings of rotary scaling, as keys after the architecture's name. Llama 3's is a tensor.
+fn rotary_scaling(config: &Value, family: Architecture) -> Vec<(&'static str, Option<GgufValue>)> {
     let scaling = config.get("rope_scaling").filter(|s| s.is_object());
-    // Llama 3's scaling is a tensor.
-    let scaling = scaling.filter(|_| rope::divisors(config).is_none());
-    let Some(scaling) = scaling else {
-        return metadata;
+    let Some(scaling) = scaling.filter(|_| rope::divisors(config).is_none()) else {
+        return vec![];
     };
-    set(
-        "rope.scaling.type",
-        scaling.get("rope_type").and_then(GgufValue::of),
-    );
+    let kind = scaling.get("rope_type").and_then(GgufValue::of);
+    let mut keys = vec![("rope.scaling.type", kind)];
     let is_latent = family == Architecture::DeepSeek2;
     let attention_factor = rope::attention_factor(scaling).filter(|_| !is_latent);
     for (key, name, kind, _) in ROPE_SCALING {
         let value = scaling.get(name).filter(|_| *name != "attention_factor");
-        set(key, value.and_then(|value| of_kind(value, *kind)));
+        keys.push((key, value.and_then(|value| of_kind(value, *kind))));
     }
     let ratio = attention_factor.zip(rope::own_attention_factor(scaling));
     let ratio = ratio.map(|(found, own)| (found / own) as f32);
     let ratio = ratio.filter(|ratio| *ratio != 1.0);
-    set(ATTENTION_FACTOR, ratio.map(GgufValue::Number));
+    keys.push((ATTENTION_FACTOR, ratio.map(GgufValue::Number)));
     let mscale = scaling.get("mscale_all_dim").and_then(Value::as_f64);
     let mscale = mscale.filter(|mscale| *mscale != 0.0 && is_latent);
     let multiplier = mscale.map(|mscale| GgufValue::Number((YARN_LOG_UNIT * mscale) as f32));
-    set(YARN_LOG_MULTIPLIER, multiplier);
-    metadata
+    keys.push((YARN_LOG_MULTIPLIER, multiplier));
+    keys
 }
 
 /// A value with the type that readers of its key expect.
