@@ -197,8 +197,9 @@ impl AdapterWeights {
             |module: &&String| replaced(module) && !matches!(module.as_str(), EMBEDDING | HEAD);
         let mut twice = self.linear.keys().find(is_both).map(String::as_str);
         if self.tokens.is_some() {
-            let with_rows = [EMBEDDING, HEAD].into_iter();
-            twice = twice.or(with_rows.into_iter().find(|m| updated(m) || replaced(m)));
+            let mut with_rows = [EMBEDDING, HEAD].into_iter();
+            let found = with_rows.find(|module| updated(module) || replaced(module));
+            twice = twice.or(found);
         }
         match twice {
             None => Ok(()),
@@ -214,8 +215,8 @@ impl AdapterWeights {
     pub(super) fn expect_named(&self, targets: &PeftTargets<'_>) -> Result<(), Error> {
         let fused = self.fused.keys();
         let fused = fused.map(|(owner, fused)| fused_name(owner, *fused));
-        let stray = self.linear.keys().cloned().chain(fused);
-        match stray.into_iter().find(|path| !targets.choose(path)) {
+        let mut paths = self.linear.keys().cloned().chain(fused);
+        match paths.find(|path| !targets.choose(path)) {
             None => Ok(()),
             Some(module) => Err(self.unfit(
                 &module,
