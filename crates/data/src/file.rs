@@ -11,6 +11,16 @@ use std::path::{Path, PathBuf};
 /// Maximum length of a row as JSON. A row is one document; the longest known are books.
 pub(crate) const MAX_ROW_BYTES: u64 = 16 << 20;
 
+/// Unpacked bytes for each byte of a packed file or page. Text is packed to a tenth, rarely to a hundredth.
+pub(crate) const UNPACKED_PER_BYTE: u64 = 200;
+
+/// A column of a table whose type has no form in a row, and a word for the type.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct UnreadColumn {
+    pub(crate) name: String,
+    pub(crate) found: String,
+}
+
 /// Reads a text file of at most `limit_bytes`; `None` if there is no such file.
 pub(crate) fn read_text(path: &Path, limit_bytes: u64) -> Result<Option<String>> {
     let read = |problem| Error::Read {

@@ -221,6 +221,20 @@ fn kinds_do_not_depend_on_names_where_bytes_tell_them() {
     );
 }
 
+/// Files that were found by mutation, and that an earlier version did not survive.
+#[test]
+fn broken_files_are_refused() {
+    let files = fs::read_dir(goldens().join("broken")).unwrap();
+    for file in files.map(|file| file.unwrap().path()) {
+        let problem = rows(&file).unwrap_err();
+        assert!(
+            problem.contains("expected "),
+            "{}: {problem}",
+            file.display()
+        );
+    }
+}
+
 #[test]
 fn bombs_are_refused_at_the_stated_limit() {
     let lines = "{}\n".repeat(50 << 20);
