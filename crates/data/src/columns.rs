@@ -52,7 +52,7 @@ impl Columns {
     }
 
     /// The named keys of rows.
-    pub(crate) fn keys(&self) -> impl Iterator<Item = &str> + Clone {
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(|(key, _)| key.as_str())
     }
 

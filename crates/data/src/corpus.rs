@@ -208,13 +208,8 @@ impl CorpusFile {
             };
             return Ok((Self::open(path, options, tell)?.0, problem));
         }
-        let file = spool.map_or_else(|| File::open(path), |spool| Ok(spool.file));
-        let file = file.map_err(|problem| Error::Read {
-            path: path.to_owned(),
-            problem,
-        })?;
         let source = TokenSource::Rows {
-            file: Mutex::new(file),
+            file: Mutex::new(Spool::file(spool, path)?),
             tokenizer: options.tokenizer.cloned().map(Box::new),
             limits: reader.limits,
             columns: options.columns.clone(),
@@ -302,6 +297,15 @@ impl Spool {
     fn new() -> Result<Self> {
         let file = tempfile::tempfile().map_err(Self::failed)?;
         Ok(Self { file, bytes: 0 })
+    }
+
+    /// The file of lines to read a row from: the temporary one, or else the one at `path`.
+    fn file(spool: Option<Self>, path: &Path) -> Result<File> {
+        let file = spool.map_or_else(|| File::open(path), |spool| Ok(spool.file));
+        file.map_err(|problem| Error::Read {
+            path: path.to_owned(),
+            problem,
+        })
     }
 
     /// Appends a row; returns its offset.

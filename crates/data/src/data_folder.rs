@@ -76,6 +76,9 @@ struct Candidate {
     files: Vec<PathBuf>,
 }
 
+/// A file, and its numbers if it is a shard.
+type Part = (PathBuf, Option<Shard>);
+
 #[derive(Default)]
 struct Scan {
     candidates: Vec<Candidate>,
@@ -142,8 +145,7 @@ impl Scan {
     fn of(folder: &Path) -> Result<Self> {
         let mut scan = Self::default();
         // By name, type and whether they are shards.
-        let mut groups: BTreeMap<(&str, String, bool), Vec<(PathBuf, Option<Shard>)>> =
-            BTreeMap::new();
+        let mut groups: BTreeMap<(&str, String, bool), Vec<Part>> = BTreeMap::new();
         for path in entries(folder)? {
             let name = file_name(&path);
             if path.is_dir() {

@@ -70,6 +70,16 @@ fn broken_link(path: &Path, problem: &std::io::Error) -> Option<[PathBuf; 2]> {
     (!link.exists()).then(|| [link.to_owned(), target])
 }
 
+/// Unpacked bytes for each byte of a packed file or page. Text is packed to a tenth, rarely to a hundredth.
+pub(crate) const UNPACKED_PER_BYTE: u64 = 200;
+
+/// A column of a table whose type has no form in a row, and a word for the type.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct UnreadColumn {
+    pub(crate) name: String,
+    pub(crate) found: String,
+}
+
 /// Reads a text file of at most `limit_bytes`; `None` if there is no such file.
 pub(crate) fn read_text(path: &Path, limit_bytes: u64) -> Result<Option<String>> {
     let read = |problem| Error::Read {

@@ -2,10 +2,10 @@
 
 use crate::columns::Columns;
 use crate::error::{Error, Result};
-use crate::file::{RowText, parse_line};
+use crate::file::{RowText, UnreadColumn, parse_line};
 use crate::row::{Limits, Row, row_keys};
 use crate::sample::Sample;
-use crate::table::{Table, UnreadColumn};
+use crate::table::Table;
 use crate::tokenizer::Tokenizer;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
@@ -181,7 +181,12 @@ impl<'a> RowReader<'a> {
 
     /// One line's samples, and its unread keys.
     pub(crate) fn row(&self, line: &str) -> Result<(Vec<Sample>, Vec<String>)> {
-        let (row, ignored) = Row::parse(parse_line(line)?, self.columns)?;
+        let mut value = parse_line(line)?;
+        let renamed = value.as_object_mut().map(|row| self.columns.rename(row));
+        let mut ignored = renamed.transpose()?.unwrap_or_default();
+        let named: Vec<&str> = self.columns.keys().collect();
+        let (row, unread) = Row::parse(value, &named)?;
+        ignored.extend(unread);
         self.filter.check(&row)?;
         Ok((row.samples(self.tokenizer, self.limits)?, ignored))
     }

@@ -32,23 +32,7 @@ impl Dataset {
     /// If no folder has one, a folder with a weight has none, or a file cannot be used.
     pub(crate) fn open(recipe: &Recipe, options: ReadOptions<'_>) -> Result<Self> {
         let data = folders(recipe)?;
-        let files: Vec<&[PathBuf]> = data
-            .iter()
-            .map(|folder| folder.files(SplitName::Train))
-            .collect();
-        let folders = || recipe.data.path.clone();
-        let lacking = files.iter().filter(|files| files.is_empty()).count();
-        if lacking == files.len() {
-            return Err(Error::NoTrainingData { folders: folders() });
-        }
-        if recipe.data.weights.is_some() && lacking > 0 {
-            let lacks = folders()
-                .into_iter()
-                .zip(&files)
-                .filter(|(_, files)| files.is_empty());
-            let folders = lacks.map(|(folder, _)| folder).collect();
-            return Err(Error::NoTrainingData { folders });
-        }
+        let files = training_files(recipe, &data)?;
         let corpus = Corpus::open(&files.concat(), options)?;
         let shuffle = if recipe.train.shuffle {
             Shuffle::Seeded
@@ -57,12 +41,7 @@ impl Dataset {
         };
         // Weighted folders share no rows, so that each has exactly its share.
         let counts = match recipe.data.weights {
-            Some(_) => {
-                let mut samples = corpus.samples_per_file().into_iter();
-                let of_folder =
-                    |files: &&[PathBuf]| samples.by_ref().take(files.len()).sum::<usize>();
-                files.iter().map(of_folder).collect()
-            }
+            Some(_) => samples_per_folder(&corpus, &files),
             None => vec![corpus.len()],
         };
         let is_paired = recipe.train.loss == Loss::Dpo;
@@ -83,7 +62,12 @@ impl Dataset {
         let (n_rows, seed) = (packing.n_rows(), recipe.train.seed);
         let mut order = match &recipe.data.weights {
             Some(weights) => {
-                let parts = folders().into_iter().zip(rows.iter().zip(weights));
+                let parts = recipe
+                    .data
+                    .path
+                    .iter()
+                    .cloned()
+                    .zip(rows.iter().zip(weights));
                 let idle = parts.filter(|(_, (rows, weight))| **rows == 0 && **weight > 0.0);
                 let folders: Vec<PathBuf> = idle.map(|(folder, _)| folder).collect();
                 if !folders.is_empty() {
@@ -141,6 +125,26 @@ pub(crate) fn validation(recipe: &Recipe, options: ReadOptions<'_>) -> Result<Op
         return Ok(None);
     }
     Ok(Some(Corpus::open(&files, options)?))
+}
+
+/// The files of each folder's training split.
+fn training_files<'a>(recipe: &Recipe, data: &'a [DataFolder]) -> Result<Vec<&'a [PathBuf]>> {
+    let files = data.iter().map(|folder| folder.files(SplitName::Train));
+    let files: Vec<&[PathBuf]> = files.collect();
+    let paths = recipe.data.path.iter().zip(&files);
+    let lacking = paths.filter(|(_, files)| files.is_empty());
+    let folders: Vec<PathBuf> = lacking.map(|(path, _)| path.clone()).collect();
+    let all_needed = recipe.data.weights.is_some();
+    if folders.len() == files.len() || (all_needed && !folders.is_empty()) {
+        return Err(Error::NoTrainingData { folders });
+    }
+    Ok(files)
+}
+
+fn samples_per_folder(corpus: &Corpus, files: &[&[PathBuf]]) -> Vec<usize> {
+    let mut samples = corpus.samples_per_file().into_iter();
+    let of_folder = |files: &&[PathBuf]| samples.by_ref().take(files.len()).sum();
+    files.iter().map(of_folder).collect()
 }
 
 fn folders(recipe: &Recipe) -> data::Result<Vec<DataFolder>> {

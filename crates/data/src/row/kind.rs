@@ -157,12 +157,9 @@ impl RowKind {
     ///
     /// # Errors
     /// If the row could be of two kinds, is of none, or has an unread key that would change what is learned from it.
-    pub(crate) fn of<'a>(
-        row: &mut Map<String, Value>,
-        named: impl Iterator<Item = &'a str> + Clone,
-    ) -> Result<(Self, Vec<String>)> {
+    pub(crate) fn of(row: &mut Map<String, Value>, named: &[&str]) -> Result<(Self, Vec<String>)> {
         row.retain(|_, value| !value.is_null());
-        let claims = |keys: &&RowKeys| keys.claims(row) && named.clone().all(|key| keys.reads(key));
+        let claims = |keys: &&RowKeys| keys.claims(row) && named.iter().all(|key| keys.reads(key));
         let claiming: Vec<&RowKeys> = KINDS.iter().filter(claims).collect();
         let is_covered = |keys: &RowKeys| {
             let others = claiming.iter().filter(|other| other.kind != keys.kind);
@@ -264,7 +261,7 @@ mod tests {
         let Value::Object(mut row) = row else {
             panic!("a row is an object")
         };
-        RowKind::of(&mut row, std::iter::empty()).map_err(|problem| problem.to_string())
+        RowKind::of(&mut row, &[]).map_err(|problem| problem.to_string())
     }
 
     #[test]
@@ -342,7 +339,7 @@ mod tests {
              (`data.columns = { prompt = \"prompt\" }` chooses the first), found the keys {completion, messages, prompt}"
         );
         let mut row = both.as_object().unwrap().clone();
-        let (kind, ignored) = RowKind::of(&mut row, ["messages"].into_iter()).unwrap();
+        let (kind, ignored) = RowKind::of(&mut row, &["messages"]).unwrap();
         assert_eq!(kind, RowKind::Messages);
         assert_eq!(ignored, ["prompt", "completion"]);
         let problem = of(json!({"messages": [], "conversations": []})).unwrap_err();

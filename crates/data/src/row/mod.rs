@@ -1,6 +1,5 @@
 //! The rows of a data file: their kinds, and the trained tokens of each.
 
-use crate::columns::Columns;
 use crate::error::{Error, Result};
 use crate::file::describe;
 use crate::sample::{MarkedTokens, Sample};
@@ -52,14 +51,12 @@ pub(crate) enum Row {
 }
 
 impl Row {
-    /// Recognizes a row by its keys. Also returns the unread keys.
-    pub(crate) fn parse(value: Value, columns: &Columns) -> Result<(Self, Vec<String>)> {
+    /// Recognizes a row by its keys, those that the caller named above all. Also returns the unread keys.
+    pub(crate) fn parse(value: Value, named: &[&str]) -> Result<(Self, Vec<String>)> {
         let Value::Object(mut row) = value else {
             return Err(Error::schema("a JSON object", describe(&value)));
         };
-        let mut ignored = columns.rename(&mut row)?;
-        let (kind, unread) = RowKind::of(&mut row, columns.keys())?;
-        ignored.extend(unread);
+        let (kind, ignored) = RowKind::of(&mut row, named)?;
         LISTS.iter().for_each(|key| unquote(&mut row, key));
         let tools = tools(row.remove("tools"))?;
         let parsed = match kind {
@@ -404,7 +401,7 @@ mod tests {
     const EOS: &str = "<｜end▁of▁sentence｜>";
 
     fn parse(row: Value) -> Result<(Row, Vec<String>)> {
-        Row::parse(row, &Columns::default())
+        Row::parse(row, &[])
     }
 
     /// The spans of a row, `[…]` around trained ones, BOS and EOS shortened.
@@ -507,12 +504,9 @@ mod tests {
     }
 
     #[test]
-    fn columns_choose_the_kind() {
-        let names = [("prompt", "question"), ("completion", "answer")];
-        let names = names.map(|(key, column)| (key.to_owned(), column.to_owned()));
-        let columns = Columns::new(names).unwrap();
-        let row = json!({"question": "1+1=", "answer": "2", "messages": [], "id": 1});
-        let (row, mut ignored) = Row::parse(row, &columns).unwrap();
+    fn named_keys_choose_the_kind() {
+        let row = json!({"prompt": "1+1=", "completion": "2", "messages": [], "id": 1});
+        let (row, mut ignored) = Row::parse(row, &["prompt", "completion"]).unwrap();
         ignored.sort();
         let (prompt, completion) = ("1+1=".to_owned(), "2".to_owned());
         assert_eq!(row, Row::Completion { prompt, completion });

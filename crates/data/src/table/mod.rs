@@ -10,7 +10,7 @@ mod packed;
 mod parquet;
 
 use crate::error::{Error, Result};
-use crate::file::{JsonLines, RowText};
+use crate::file::{JsonLines, RowText, UNPACKED_PER_BYTE, UnreadColumn};
 use csv::Csv;
 use json_list::JsonList;
 use packed::{Counted, Unpacked};
@@ -22,8 +22,6 @@ use std::rc::Rc;
 
 /// Bytes that any file may unpack to, however small it is.
 const UNPACKED_BYTES: u64 = 64 << 20;
-/// Unpacked bytes for each byte of a file. Text is packed to a tenth, rarely to a hundredth.
-const UNPACKED_PER_BYTE: u64 = 200;
 /// Bytes that tell what a file is.
 const HEAD_BYTES: u64 = 256;
 
@@ -124,13 +122,6 @@ pub(crate) fn file_type(path: &Path) -> Option<String> {
         .find_map(|end| name.strip_suffix(end))
         .unwrap_or(&name);
     name.rsplit_once('.').map(|(_, end)| end.to_owned())
-}
-
-/// A column whose type has no form in a row, and a word for the type.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct UnreadColumn {
-    pub(crate) name: String,
-    pub(crate) found: String,
 }
 
 /// A file, open at a row.

@@ -207,7 +207,7 @@ fn kinds_do_not_depend_on_names_where_bytes_tell_them() {
     same("a.json", b"{\"a\": 1}\n", row.clone());
     same("a.json", b"\n [{\"a\": 1}]", row.clone());
     same("a.jsonl", &gzip(b"{\"a\": 1}\n"), row.clone());
-    same("a.JSON.gz", &gzip(b"[{\"a\": 1}]"), row.clone());
+    same("a.JSON.gz", &gzip(b"[{\"a\": 1}]"), row);
     same(
         "a.csv.gz",
         &gzip(b"a,b\n1,\n"),
@@ -219,6 +219,20 @@ fn kinds_do_not_depend_on_names_where_bytes_tell_them() {
         &parquet,
         rows(&goldens().join("chats.jsonl")).unwrap().into(),
     );
+}
+
+/// Files that were found by mutation, and that an earlier version did not survive.
+#[test]
+fn broken_files_are_refused() {
+    let files = fs::read_dir(goldens().join("broken")).unwrap();
+    for file in files.map(|file| file.unwrap().path()) {
+        let problem = rows(&file).unwrap_err();
+        assert!(
+            problem.contains("expected "),
+            "{}: {problem}",
+            file.display()
+        );
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ use super::encodings::{Hybrid, Value, Values, plain, take, take_u32};
 use super::schema::Leaf;
 use super::thrift::Thrift;
 use crate::error::{Error, Result};
+use crate::file::UNPACKED_PER_BYTE;
 use bytes::Bytes;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -194,7 +195,9 @@ impl Column {
             page_header(self.offset, source)?.ok_or_else(|| malformed("a page header"))?;
         let sizes = header.size(2).zip(header.size(3));
         let (unpacked, packed) = sizes.ok_or_else(|| malformed("a page header"))?;
-        let most = ANY_PAGE_BYTES + packed.saturating_mul(super::super::UNPACKED_PER_BYTE);
+        let most = packed
+            .saturating_mul(UNPACKED_PER_BYTE)
+            .saturating_add(ANY_PAGE_BYTES);
         if unpacked > most.min(MAX_PAGE_BYTES) {
             let expected = format!(
                 "a page of column `{}` of at most {} bytes",

@@ -14,9 +14,8 @@ mod encodings;
 mod schema;
 mod thrift;
 
-use super::UnreadColumn;
 use crate::error::{Error, Place, Result};
-use crate::file::{MAX_ROW_BYTES, RowText};
+use crate::file::{MAX_ROW_BYTES, RowText, UnreadColumn};
 use column::{Column, Source};
 use encodings::Value;
 use schema::{Field, Node, Repeated, Schema};

@@ -2,8 +2,8 @@
 //!
 //! Source: apache/parquet-format: LogicalTypes.md, with its rules for lists of older writers.
 
-use super::super::UnreadColumn;
 use super::thrift::Thrift;
+use crate::file::UnreadColumn;
 use std::ops::Range;
 
 const MAX_DEPTH: u32 = 64;
