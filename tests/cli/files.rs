@@ -288,7 +288,11 @@ fn numbers_that_make_no_sense_are_refused_by_option() {
         ("--top-k", "-5", &["--top-k", "`-5`"]),
         ("--batch", "-2", &["--batch", "`-2`"]),
         ("--threads", "-1", &["--threads", "`-1`"]),
-        ("--threads", "100000", &["--threads", "at most", "found 100000"]),
+        (
+            "--threads",
+            "100000",
+            &["--threads", "at most", "found 100000"],
+        ),
         ("--memory-budget", "-3", &["--memory-budget", "-3"]),
     ] {
         let found = moeforge(&[&generate[..], &[option, value]].concat());
