@@ -260,23 +260,22 @@ fn write_tokenizer_steps(folder: &Path) {
     let bytes = json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
     let space = json!({"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "first", "split": true});
     let normalizers = json!([
-        {"type": "Bert", "clean_text": true, "handle_chinese_chars": true, "strip_accents": null, "lowercase": false},
+        {"type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true, "strip_accents": null, "lowercase": false},
         {"type": "NFKD"}, {"type": "NFC"}, {"type": "Lowercase"}, {"type": "Nmt"}, {"type": "StripAccents"},
         {"type": "Strip", "strip_left": true, "strip_right": true}, {"type": "Prepend", "prepend": "\u{2581}"},
         replace(json!({"String": " "}), "\u{2581}"), replace(json!({"Regex": "a(?!b)"}), "b"), {"type": "ByteLevel"},
-        {"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAABhAGIA"},
     ]);
     let pre_tokenizers = json!([
         {"type": "BertPreTokenizer"}, {"type": "Whitespace"}, {"type": "WhitespaceSplit"}, {"type": "UnicodeScripts"},
         {"type": "CharDelimiterSplit", "delimiter": "x"}, {"type": "Punctuation", "behavior": "Isolated"},
         {"type": "Digits", "individual_digits": true}, {"type": "FixedLength", "length": 5},
         split(json!({"Regex": "\\s+(?!\\S)|\\p{L}+"}), "Isolated"), split(json!({"String": "e"}), "MergedWithPrevious"),
-        space.clone(), bytes.clone(),
+        space, bytes,
     ]);
     let decoders = json!([
         replace(json!({"String": "\u{2581}"}), " "), {"type": "ByteFallback"}, {"type": "Fuse"},
         {"type": "Strip", "content": " ", "start": 1, "stop": 0}, {"type": "BPEDecoder", "suffix": "</w>"},
-        {"type": "WordPiece", "prefix": "##", "cleanup": true}, space, bytes.clone(),
+        {"type": "WordPiece", "prefix": "##", "cleanup": true}, space, bytes,
         {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": true},
     ]);
     let template = json!({

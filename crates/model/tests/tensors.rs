@@ -1,7 +1,7 @@
 //! Every tensor of every golden and adapter, dropped, renamed, doubled, transposed and retyped, under `logits`, `merge` and
 //! `quantize`: the result is right, or the refusal names the tensor. There is no third outcome.
 //!
-//! `cargo nextest run -p moeforge-model --test tensors --no-capture` prints the tables.
+//! `cargo nextest run --workspace --test tensors --no-capture` prints the tables.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 

@@ -93,6 +93,16 @@ pub(super) fn known_ends(files: &TokenizerFiles, eos: Option<u32>) -> Vec<u32> {
     ids
 }
 
+impl TokenizerFiles {
+    /// The ends of a text that a GGUF's metadata name; see [`Tokenizer::end_ids`]. None for a folder's files.
+    pub(crate) fn gguf_ends(&self) -> Vec<u32> {
+        match &self.tokens {
+            Tokens::Gguf(tokens) => known_ends(self, tokens.eos),
+            Tokens::Text(_) => vec![],
+        }
+    }
+}
+
 /// The tokens that llama.cpp knows as ends.
 fn ends_by_text(gguf: &GgufTokens) -> Vec<u32> {
     let named = (0..)

@@ -123,14 +123,6 @@ impl TokenizerFiles {
         serde_json::from_str(text).map_err(|problem| self.malformed(name, &problem.to_string()))
     }
 
-    /// The ends of a text that these files name; see [`Tokenizer::end_ids`](crate::Tokenizer::end_ids).
-    pub(crate) fn gguf_ends(&self) -> Vec<u32> {
-        match &self.tokens {
-            Tokens::Gguf(tokens) => super::ends::known_ends(self, tokens.eos),
-            Tokens::Text(_) => vec![],
-        }
-    }
-
     /// The folder of the files; none for those of a GGUF.
     pub(super) fn folder(&self) -> Option<&Path> {
         match &self.provenance {

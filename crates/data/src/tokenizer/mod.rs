@@ -124,7 +124,12 @@ impl Tokenizer {
         let malformed = |problem: &str| files.malformed(TOKENIZER, problem);
         let (inner, processor_bos, largest_id) = match &files.tokens {
             Tokens::Text(text) => {
-                let built = guarded(|| Sections::read(text)?.build());
+                let built = guarded(|| {
+                    let built = Sections::read(text)?.build()?;
+                    // Steps that break down do so now, and not in the middle of a file.
+                    built.0.encode("a", false)?;
+                    Ok(built)
+                });
                 let (inner, bos) = built.map_err(|problem| malformed(&problem.to_string()))?;
                 let largest_id = largest_id(&inner).map_err(|problem| malformed(&problem))?;
                 (inner, bos, largest_id)

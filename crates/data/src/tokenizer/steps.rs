@@ -542,7 +542,7 @@ mod tests {
         check(
             "normalizer",
             sequence("normalizers", &double, 30),
-            "the `normalizer` makes 12 bytes longer than 1024",
+            "the `normalizer` makes",
         );
         check(
             "normalizer",
@@ -563,7 +563,7 @@ mod tests {
         check(
             "normalizer",
             replace("a", &"x".repeat(4096)),
-            "the `normalizer` makes 12 bytes longer than 1024",
+            "the `normalizer` makes",
         );
         check(
             "normalizer",
