@@ -427,6 +427,7 @@ mod tests {
                 max_length: 4,
                 vocab_size: 288,
                 filter,
+                columns: &Columns::default(),
                 cache: None,
                 progress: &|_, _| {},
             };

@@ -27,7 +27,7 @@ impl Corpus {
 
 #[cfg(test)]
 mod tests {
-    use crate::{Corpus, ReadOptions, RowFilter};
+    use crate::{Columns, Corpus, ReadOptions, RowFilter};
 
     #[test]
     fn samples_without_a_trained_end_are_counted() {

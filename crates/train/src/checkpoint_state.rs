@@ -51,7 +51,6 @@ pub struct RunState {
     pub data_hash: String,
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
 fn is_false(holds: &bool) -> bool {
     !holds
 }

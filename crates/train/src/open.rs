@@ -84,10 +84,8 @@ impl Session {
         }
         let quantizer = quantizer_of(&recipe)?;
         if let Some(quantizer) = quantizer {
-            update.n_rounded = model.fake_quantize(quantizer, &mut |_| true)?;
-            for other in [&mut reference, &mut start].into_iter().flatten() {
-                other.fake_quantize(quantizer, &mut |_| true)?;
-            }
+            let others = [&mut reference, &mut start];
+            update.n_rounded = fake_quantize(quantizer, &mut model, others)?;
         }
         if recipe.precision.round_start {
             round_to_bf16(&mut model);
@@ -102,10 +100,7 @@ impl Session {
             tokenizer: tokenizer.as_ref(),
             max_length: recipe.data.max_length,
             vocab_size: model.config.vocab_size,
-            filter: match recipe.train.loss {
-                Loss::CrossEntropy => RowFilter::Samples,
-                Loss::Dpo => RowFilter::Pairs,
-            },
+            filter: filter_of(recipe.train.loss),
             columns: &columns,
             cache: options.token_cache,
             progress: options.tokenizing,
@@ -139,6 +134,26 @@ impl Session {
             device,
         })
     }
+}
+
+/// The rows that a loss can learn from.
+fn filter_of(loss: Loss) -> RowFilter {
+    match loss {
+        Loss::CrossEntropy => RowFilter::Samples,
+        Loss::Dpo => RowFilter::Pairs,
+    }
+}
+
+/// Rounds the model, and what it is compared with, to the format that the recipe's adapter is trained for.
+fn fake_quantize(
+    quantizer: Quantizer,
+    model: &mut Model,
+    others: [&mut Option<Model>; 2],
+) -> Result<BTreeMap<String, usize>> {
+    for other in others.into_iter().flatten() {
+        other.fake_quantize(quantizer, &mut |_| true)?;
+    }
+    Ok(model.fake_quantize(quantizer, &mut |_| true)?)
 }
 
 /// Refuses settings that need validation rows if there are none.

@@ -1,7 +1,7 @@
 //! The progress of a run on the terminal, and the machine's state for the run.
 
 use model::Model;
-use train::{Event, Host, Memory, SampledText, Session, StepReport, ValidationProgress};
+use train::{Event, Host, Memory, Rewards, SampledText, Session, StepReport, ValidationProgress};
 
 use super::samples::PromptSampler;
 use super::signals::Signals;
@@ -43,16 +43,7 @@ impl Host for Watcher {
                         100.0 * drift
                     )
                 });
-                let meaning = rewards.map_or_else(
-                    || format!("perplexity {:.2}", loss.exp()),
-                    |rewards| {
-                        format!(
-                            "reward margin {:.4}, {:.1} % of pairs ranked correctly",
-                            rewards.margin,
-                            100.0 * rewards.accuracy
-                        )
-                    },
-                );
+                let meaning = meaning_of(*loss, *rewards);
                 self.progress.line(&format!(
                     "step {step}: validation loss {loss:.4}, {meaning}{drift}"
                 ));
@@ -157,6 +148,18 @@ impl Watcher {
             ),
         );
     }
+}
+
+/// What a validation loss says to a person.
+fn meaning_of(loss: f64, rewards: Option<Rewards>) -> String {
+    let Some(rewards) = rewards else {
+        return format!("perplexity {:.2}", loss.exp());
+    };
+    format!(
+        "reward margin {:.4}, {:.1} % of pairs ranked correctly",
+        rewards.margin,
+        100.0 * rewards.accuracy
+    )
 }
 
 /// The program's memory besides mapped files, for the progress line; empty if the operating system does not tell.
