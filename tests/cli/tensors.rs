@@ -23,10 +23,12 @@ fn path(name: &str) -> String {
     golden(name).to_string_lossy().into_owned()
 }
 
-#[test]
-fn an_incomplete_base_is_refused_by_every_verb_that_rewrites_it() {
-    type Rewrite = fn(Tensor) -> Option<Tensor>;
-    let cases: [(&str, Rewrite, &[&str]); 4] = [
+/// A change of a model's tensors: none in place of one drops it.
+type Rewrite = fn(Tensor) -> Option<Tensor>;
+
+/// Changes that make a base incomplete, with words of the refusal.
+fn damages() -> [(&'static str, Rewrite, &'static [&'static str]); 4] {
+    [
         (
             "deepseek_v2_lite",
             |t| (!t.name.contains("layers.1.mlp.experts.3.up_proj")).then_some(t),
@@ -56,8 +58,12 @@ fn an_incomplete_base_is_refused_by_every_verb_that_rewrites_it() {
             },
             &["q_proj.weight", "base_layer"],
         ),
-    ];
-    for (name, change, words) in cases {
+    ]
+}
+
+#[test]
+fn an_incomplete_base_is_refused_by_every_verb_that_rewrites_it() {
+    for (name, change, words) in damages() {
         let place = tempfile::tempdir().unwrap();
         let model = changed(name, place.path(), change);
         let [adapter, out] = ["adapter", "out"].map(|name| place.path().join(name));

@@ -232,6 +232,13 @@ fn rows(
         let DtypeTotal { count, bytes } = stored;
         rows.push(("tensors", format!("{count} {dtype}, {bytes} bytes")));
     }
+    rows.extend(notable(folder, config, audit));
+    Ok(rows)
+}
+
+/// Tensors that are more or less than the config's.
+fn notable(folder: &Folder, config: &ModelConfig, audit: &Audit) -> Vec<(&'static str, String)> {
+    let mut rows = vec![];
     if !audit.mtp.is_empty() {
         rows.push(("MTP layer", listed(&audit.mtp)));
     }
@@ -248,7 +255,7 @@ fn rows(
         let names = folder.unindexed().iter().map(|t| t.name.to_string());
         rows.push(("unindexed", listed(&names.collect::<Vec<_>>())));
     }
-    Ok(rows)
+    rows
 }
 
 /// Why the tensors are not those of a model of this config, if they are not.

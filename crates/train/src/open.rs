@@ -93,9 +93,7 @@ impl Session {
         }
         expect_spared(&recipe, &model)?;
         let tokenizer = base.tokenizer.as_ref().map(Tokenizer::new).transpose()?;
-        let columns = recipe.data.columns.iter();
-        let columns = columns.map(|(key, column)| (key.to_owned(), column.clone()));
-        let columns = Columns::new(columns)?;
+        let columns = columns_of(&recipe)?;
         let reading = ReadOptions {
             tokenizer: tokenizer.as_ref(),
             max_length: recipe.data.max_length,
@@ -113,10 +111,7 @@ impl Session {
             optimizer: AdamW::new(&recipe),
             state: RunState::start(&recipe, identity::of_base(&base)?, train.corpus.identity()),
             tokenizer_size: tokenizer.as_ref().map(Tokenizer::vocab_size),
-            pad_id: tokenizer
-                .and_then(|tokenizer| tokenizer.eos_id())
-                .filter(|id| (*id as usize) < model.config.vocab_size)
-                .unwrap_or(0),
+            pad_id: pad_id(tokenizer.as_ref(), model.config.vocab_size),
             reference: reference.map(|model| Reference {
                 model,
                 choices: None,
@@ -134,6 +129,21 @@ impl Session {
             device,
         })
     }
+}
+
+/// The names that the recipe gives to columns.
+fn columns_of(recipe: &Recipe) -> Result<Columns> {
+    let columns = recipe.data.columns.iter();
+    let columns = columns.map(|(key, column)| (key.to_owned(), column.clone()));
+    Ok(Columns::new(columns)?)
+}
+
+/// The token that fills up rows: that which ends a text, if the model has it.
+fn pad_id(tokenizer: Option<&Tokenizer>, vocab_size: usize) -> u32 {
+    tokenizer
+        .and_then(Tokenizer::eos_id)
+        .filter(|id| (*id as usize) < vocab_size)
+        .unwrap_or(0)
 }
 
 /// The rows that a loss can learn from.

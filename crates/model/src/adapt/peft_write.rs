@@ -161,29 +161,7 @@ impl AdapterWeights {
     pub fn files(&self, base: &str) -> Result<(AdapterConfig, Vec<checkpoint::Tensor>), Error> {
         let mut tensors = Vec::new();
         for (path, pair) in &self.linear {
-            let [width, out] = pair.widths();
-            if path == EMBEDDING {
-                let [a, b] = [transposed(&pair.b, out), transposed(&pair.a, pair.rank)];
-                let name = format!("{PREFIX}{path}{EMBEDDING_A}");
-                tensors.push(tensor(&name, [pair.rank, out], &a)?);
-                let name = format!("{PREFIX}{path}{EMBEDDING_B}");
-                tensors.push(tensor(&name, [width, pair.rank], &b)?);
-                continue;
-            }
-            tensors.push(tensor(
-                &format!("{PREFIX}{path}.lora_A.weight"),
-                [pair.rank, width],
-                &pair.a,
-            )?);
-            tensors.push(tensor(
-                &format!("{PREFIX}{path}.lora_B.weight"),
-                [out, pair.rank],
-                &pair.b,
-            )?);
-            if let Some(magnitude) = &pair.magnitude {
-                let name = format!("{PREFIX}{path}{MAGNITUDE}");
-                tensors.push(tensor(&name, [out], magnitude)?);
-            }
+            tensors.extend(pair_tensors(path, pair)?);
         }
         for ((owner, fused), pairs) in &self.fused {
             let inner =
@@ -193,24 +171,7 @@ impl AdapterWeights {
             } else {
                 format!("{PREFIX}{owner}")
             };
-            let (experts, rank, [width, out]) = (pairs.len(), pairs[0].rank, pairs[0].widths());
-            let a: Vec<f32> = pairs.iter().flat_map(|pair| &pair.a).copied().collect();
-            let b: Vec<f32> = (0..out * rank * experts)
-                .map(|i| {
-                    let (row, col) = (i / (rank * experts), i % (rank * experts));
-                    pairs[col % experts].b[row * rank + col / experts]
-                })
-                .collect();
-            tensors.push(tensor(
-                &format!("{path}.lora_A.weight"),
-                [experts * rank, width],
-                &a,
-            )?);
-            tensors.push(tensor(
-                &format!("{path}.lora_B.weight"),
-                [out, rank * experts],
-                &b,
-            )?);
+            tensors.extend(fused_tensors(&path, pairs)?);
         }
         for (key, new) in &self.replaced {
             tensors.push(values(
@@ -237,6 +198,54 @@ impl AdapterWeights {
             _ => key.to_owned(),
         }
     }
+}
+
+/// The tensors of a module's update.
+fn pair_tensors(path: &str, pair: &WeightUpdate) -> Result<Vec<checkpoint::Tensor>, Error> {
+    let ([width, out], rank) = (pair.widths(), pair.rank);
+    let named = |end: &str, shape: [usize; 2], values: &[f32]| {
+        tensor(&format!("{PREFIX}{path}{end}"), shape, values)
+    };
+    if path == EMBEDDING {
+        // PEFT's factors are those of the transposed weight.
+        let [a, b] = [transposed(&pair.b, out), transposed(&pair.a, rank)];
+        return Ok(vec![
+            named(EMBEDDING_A, [rank, out], &a)?,
+            named(EMBEDDING_B, [width, rank], &b)?,
+        ]);
+    }
+    let mut tensors = vec![
+        named(".lora_A.weight", [rank, width], &pair.a)?,
+        named(".lora_B.weight", [out, rank], &pair.b)?,
+    ];
+    if let Some(magnitude) = &pair.magnitude {
+        tensors.push(tensor(
+            &format!("{PREFIX}{path}{MAGNITUDE}"),
+            [out],
+            magnitude,
+        )?);
+    }
+    Ok(tensors)
+}
+
+/// The tensors of a layer's experts, stacked as PEFT has them: `lora_A` by expert, `lora_B` by rank.
+fn fused_tensors(path: &str, pairs: &[WeightUpdate]) -> Result<[checkpoint::Tensor; 2], Error> {
+    let (experts, rank, [width, out]) = (pairs.len(), pairs[0].rank, pairs[0].widths());
+    let a: Vec<f32> = pairs.iter().flat_map(|pair| &pair.a).copied().collect();
+    let b: Vec<f32> = (0..out * rank * experts)
+        .map(|i| {
+            let (row, col) = (i / (rank * experts), i % (rank * experts));
+            pairs[col % experts].b[row * rank + col / experts]
+        })
+        .collect();
+    Ok([
+        tensor(
+            &format!("{path}.lora_A.weight"),
+            [experts * rank, width],
+            &a,
+        )?,
+        tensor(&format!("{path}.lora_B.weight"), [out, rank * experts], &b)?,
+    ])
 }
 
 /// The shape and the values of a weight that an adapter replaced.
