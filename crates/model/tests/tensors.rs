@@ -4,6 +4,10 @@
 //! `cargo nextest run --workspace --test tensors --no-capture` prints the tables.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
+#![expect(
+    clippy::print_stdout,
+    reason = "the tables of outcomes, for --no-capture"
+)]
 
 #[path = "../../../tests/goldens/paths.rs"]
 mod goldens;

@@ -332,21 +332,24 @@ fn the_biases_of_a_llama_are_read_and_absent_ones_are_zeros() {
     assert_eq!(values("v_proj"), [0.0; 4]);
 }
 
-/// What llama.cpp computes with is read or refused, what changes nothing is passed over, the rest is named.
-#[test]
-fn every_key_of_the_metadata_has_a_place() {
-    let set = |key: &str, kind: u32, value: Vec<u8>| {
-        let mut draft = llama();
-        draft.set(key, kind, value);
-        draft
-    };
-    let number = |n: f32| n.to_le_bytes().to_vec();
-    let count = |n: u32| n.to_le_bytes().to_vec();
-    for (key, kind, value, expected) in [
+/// A key, the number of its type, its value, and what the refusal says.
+type RefusedKey = (&'static str, u32, Vec<u8>, &'static str);
+
+fn float(n: f32) -> Vec<u8> {
+    n.to_le_bytes().to_vec()
+}
+
+fn count(n: u32) -> Vec<u8> {
+    n.to_le_bytes().to_vec()
+}
+
+/// Values of keys that are read, and that no model here has.
+fn refused_keys() -> Vec<RefusedKey> {
+    vec![
         (
             "llama.logit_scale",
             6,
-            number(0.5),
+            float(0.5),
             "expected 0 or 1, found 0.5",
         ),
         (
@@ -399,11 +402,22 @@ fn every_key_of_the_metadata_has_a_place() {
             count(1),
             "expected 2, found 1",
         ),
-    ] {
-        let draft = set(key, kind, value);
+    ]
+}
+
+#[test]
+fn keys_that_cannot_be_obeyed_are_refused() {
+    for (key, kind, value, expected) in refused_keys() {
+        let mut draft = llama();
+        draft.set(key, kind, value);
         refuse(&draft, &format!("`{key}`: "));
         refuse(&draft, expected);
     }
+}
+
+/// What changes nothing is passed over, the rest is named.
+#[test]
+fn keys_without_a_meaning_are_named() {
     let mut draft = llama();
     for (key, value) in [
         ("general.name", "x"),
@@ -416,7 +430,7 @@ fn every_key_of_the_metadata_has_a_place() {
     ] {
         draft.set(key, 8, text(value));
     }
-    draft.set("general.sampling.temp", 6, number(0.5));
+    draft.set("general.sampling.temp", 6, float(0.5));
     draft.set("general.sampling.top_k", 5, count(20));
     let (_folder, path) = draft.write("m.gguf");
     let model = Folder::open(&path).unwrap();
