@@ -43,6 +43,7 @@ LIMITS = ["deepseek_v2_lite", "deepseek_v2_group", "v3_other_ramp", "v3_other_fa
 """Models that llama.cpp computes otherwise or cannot open, whoever wrote the file. There it is enough if moeforge refuses to write
 the file, or names llama.cpp when it writes or opens it."""
 OUT = GOLDENS / "peers"
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 TOP, POSITIONS = 5, 7
 TEXT = words(1500)
 
@@ -51,7 +52,7 @@ class Table:
     """Lines of the table, and what goes into the golden."""
 
     def __init__(self):
-        self.lines, self.kept, self.rows, self.failed = 0, [], {}, 0
+        self.lines, self.kept, self.rows, self.adapters, self.failed = 0, [], {}, {}, 0
 
     def line(self, verdict, *cells):
         print(f"{verdict:5} " + "  ".join(cells), flush=True)
@@ -135,7 +136,14 @@ def adapters(table, outputs, family, there):
         adapter = lambda: outputs.adapter(*settings)
         # PEFT puts the adapter on the base in f32, of which an FP8 base is decoded exactly.
         read = lambda: (readers.peft_adapter(outputs.folder("f32"), adapter(), outputs.ids),
-                        ours(outputs, outputs.base, "--adapter", adapter()), EXACT, None)
+                        ours(outputs, outputs.base, "--adapter", adapter()), EXACT, keep(adapter()))
+
+        def keep(folder):
+            if settings:
+                return None
+            table.adapters[family] = {name: (folder / name).read_bytes() for name in ADAPTER_FILES}
+            return {"ids": outputs.ids, "compute": "f32", "trained": f"{family}_adapter"}
+
         said = (lambda: "PEFT" in outputs.said[adapter().parent]) if settings in MIXTURES else None
         if "peft" in there:
             table.compare("PEFT", {"family": family, "train": " ".join(settings) or "all-linear"}, read, said)
@@ -246,6 +254,16 @@ def programs():
 
 
 def write(there, table):
+    """The golden: what was read, and the adapters that PEFT read."""
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir()
+    for name in [kept["trained"] for kept in table.kept if "trained" in kept]:
+        family, folder = name.removesuffix("_adapter"), OUT / name
+        folder.mkdir()
+        config, tensors = table.adapters[family].values()
+        config = json.loads(config) | {"base_model_name_or_path": family}
+        (folder / ADAPTER_FILES[0]).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / ADAPTER_FILES[1]).write_bytes(tensors)
     lines = lambda values: ",\n".join(values)
     rows = lines(f"{json.dumps(name)}: {json.dumps(ids)}" for name, ids in table.rows.items())
     read = lines(json.dumps(kept) for kept in table.kept)
@@ -272,7 +290,6 @@ def main():
     shutil.rmtree(place)
     print(f"{table.lines - table.failed} of {table.lines}")
     if arguments.write:
-        OUT.mkdir(exist_ok=True)
         write(there, table)
     sys.exit(table.failed > 0)
 
