@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
 mod bench;
+mod cards;
 mod convert;
 mod generation;
 mod gguf;

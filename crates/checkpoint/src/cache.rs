@@ -29,6 +29,31 @@ pub fn resolve(model: &str, hf_home: Option<&Path>) -> Result<PathBuf> {
     })
 }
 
+/// A model on the Hub.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Published {
+    /// `org/name`.
+    pub(crate) repo: String,
+    /// The commit that was downloaded.
+    pub(crate) revision: String,
+}
+
+/// The published model that a folder or file of the cache is a copy of; none for any other path.
+pub(crate) fn published(path: &Path) -> Option<Published> {
+    // A file in a snapshot is a link, and leads out of it; its folder is not.
+    let folder = if path.is_dir() { path } else { path.parent()? };
+    let whole = fs::canonicalize(folder).ok()?;
+    let parts: Vec<&str> = whole.iter().filter_map(|part| part.to_str()).collect();
+    let at = parts
+        .windows(3)
+        .rev()
+        .find(|parts| parts[1] == "snapshots")?;
+    let repo = at[0].strip_prefix("models--")?.replacen("--", "/", 1);
+    split_name(&repo)?;
+    let revision = at[2].to_owned();
+    Some(Published { repo, revision })
+}
+
 /// Looks into the cache; an error is the end of the sentence "no such file or folder, …".
 fn look_up(model: &str, hf_home: Option<&Path>) -> Result<PathBuf, String> {
     let Some((org, name)) = split_name(model) else {
@@ -163,6 +188,34 @@ mod tests {
         }
         let error = resolve("org/name", None).unwrap_err().to_string();
         assert!(error.ends_with("set `HF_HOME`"), "{error}");
+    }
+
+    #[test]
+    fn what_lies_in_a_snapshot_is_published_and_nothing_else() {
+        let (home, snapshots) = cache(&["0a1b"], None);
+        let file = snapshots.join("0a1b/model.gguf");
+        fs::write(home.path().join("blob"), b"").unwrap();
+        #[cfg(unix)]
+        std::os::unix::fs::symlink(home.path().join("blob"), &file).unwrap();
+        #[cfg(not(unix))]
+        fs::write(&file, b"").unwrap();
+        let expected = Published {
+            repo: "org/name".into(),
+            revision: "0a1b".into(),
+        };
+        for path in [&snapshots.join("0a1b"), &file] {
+            assert_eq!(
+                published(path),
+                Some(expected.clone()),
+                "{}",
+                path.display()
+            );
+        }
+        let other = home.path().join("hub/models--a b--c/snapshots/1");
+        fs::create_dir_all(&other).unwrap();
+        for path in [home.path(), &snapshots, &other, Path::new("absent/x")] {
+            assert_eq!(published(path), None, "{}", path.display());
+        }
     }
 
     #[test]

@@ -1,18 +1,21 @@
 //! `moeforge merge`: merges an adapter into its base model.
 
 pub(crate) mod adapter;
+mod card;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use ::eval::Divergence;
 use checkpoint::Adapter;
+use clap::ValueEnum;
 use model::AdapterWeights;
 use model::PrecisionClass;
 use model::export::{MergeReport, merge};
 use model::load::read_config;
 use serde_json::json;
 
+use self::card::Merged;
 use crate::console::{Console, MISMATCH, WithCode};
 use crate::open::{note_format, open_folder};
 use crate::values::FolderFormat;
@@ -42,14 +45,24 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (base, _) = open_folder(&args.model)?;
     let adapter = Adapter::open(&args.adapter)?;
     note_format(&adapter, &args.adapter, console);
-    let adapter = AdapterWeights::read(&adapter, &read_config(&base)?)?;
+    let weights = AdapterWeights::read(&adapter, &read_config(&base)?)?;
     let dtype = args.dtype.weight_format();
     let mut progress = console.progress(0, "merging");
-    let merged = merge(&base, &adapter, dtype, &args.out, &mut |done, total| {
+    let merged = merge(&base, &weights, dtype, &args.out, &mut |done, total| {
         progress.update_of(done as u64, total as u64)
     });
     progress.finish();
-    ConversionReport::new(merged, &args.out)?.print(args.json, console);
+    let report = ConversionReport::new(merged, &args.out)?;
+    let format = args.dtype.to_possible_value();
+    let merged = Merged {
+        base: &base,
+        adapter: &adapter,
+        adapter_path: &args.adapter,
+        format: format.as_ref().map_or("", |format| format.get_name()),
+        report: &report.written,
+    };
+    merged.write_card(&args.out)?;
+    report.print(args.json, console);
     Ok(ExitCode::SUCCESS)
 }
 

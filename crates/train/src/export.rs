@@ -1,13 +1,13 @@
 //! The result of a run: an adapter, or a whole model.
 
-use checkpoint::{Adapter, FolderWriter, Notes};
+use checkpoint::{Adapter, AdapterConfig, CARD_NAME, FolderWriter, Notes};
 use model::AdapterWeights;
 use model::export::{self, WeightFormat};
 
-use crate::Result;
 use crate::recipe::{ExportDType, Method};
 use crate::run_dir::RunDir;
 use crate::session::Session;
+use crate::{Result, model_card};
 
 /// Writes `adapter/` or `model/` into the run directory. An existing one, of a run that was killed after its last step, is
 /// complete, since folders appear whole.
@@ -23,17 +23,30 @@ pub(crate) fn result(session: &Session, run: &RunDir) -> Result<()> {
     }
     let mut writer = FolderWriter::create(&path)?;
     match session.recipe.train.method {
-        Method::Lora => adapter_into(session, &mut writer)?,
-        Method::Full => model_into(session, &mut writer)?,
+        Method::Lora => {
+            let (config, notes) = adapter_files(session, &mut writer)?;
+            let card = model_card::of_adapter(session, run, &config, &notes);
+            writer.write_bytes(CARD_NAME, card.as_bytes())?;
+        }
+        Method::Full => {
+            model_into(session, &mut writer)?;
+            let card = model_card::of_model(session, run);
+            writer.write_bytes(CARD_NAME, card.as_bytes())?;
+        }
     }
     Ok(writer.finish()?)
 }
 
 /// Writes the adapter's files into a folder; nothing for full training.
 pub(crate) fn adapter_into(session: &Session, writer: &mut FolderWriter) -> Result<()> {
-    if session.recipe.train.method == Method::Full {
-        return Ok(());
+    if session.recipe.train.method == Method::Lora {
+        adapter_files(session, writer)?;
     }
+    Ok(())
+}
+
+/// Writes the adapter's files; returns what they say.
+fn adapter_files(session: &Session, writer: &mut FolderWriter) -> Result<(AdapterConfig, Notes)> {
     let adapter = AdapterWeights::from_model(
         &session.model,
         session.update.scaling,
@@ -45,7 +58,8 @@ pub(crate) fn adapter_into(session: &Session, writer: &mut FolderWriter) -> Resu
         experts_share: session.update.share.map(|share| share.name().into()),
     };
     Adapter::save_notes(writer, &notes)?;
-    Ok(Adapter::save_into(writer, &config, &tensors)?)
+    Adapter::save_into(writer, &config, &tensors)?;
+    Ok((config, notes))
 }
 
 /// Writes a Hugging Face folder.

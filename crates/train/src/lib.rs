@@ -42,6 +42,7 @@ mod checkpoints;
 mod events;
 mod export;
 mod fit;
+mod model_card;
 mod open;
 mod session;
 
@@ -55,6 +56,7 @@ pub use self::events::{Event, Host, Memory, SampledText, StepReport};
 pub use self::fit::{GradAudit, RangeTest, RatePoint, TensorGradient, ZeroGradient, steepest};
 pub use self::loss_scale::LossScale;
 pub use self::metrics::Metrics;
+pub use self::model_card::RunRecord;
 pub use self::open::SessionOptions;
 pub use self::recipe::{
     DataSection, DpoSection, EvalSection, ExportDType, LoraSection, Loss, Method, ModelSection,
