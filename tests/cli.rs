@@ -7,6 +7,7 @@ mod cards;
 mod convert;
 mod generation;
 mod gguf;
+mod peers;
 
 mod quickstart;
 mod training;
