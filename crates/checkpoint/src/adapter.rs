@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::shown;
-use crate::file::is_present;
+use crate::file::{is_present, sha256};
 use crate::json::{CONFIG_LIMIT, parse, read_object};
 use crate::mlx_adapter;
 use crate::{AdapterConfig, Error, FolderWriter, Result, Safetensors, Tensor, TensorSpec};
@@ -124,6 +124,14 @@ impl Adapter {
     /// If there is none.
     pub fn tensor(&self, key: &str) -> Result<Tensor> {
         self.file.tensor(key)
+    }
+
+    /// The SHA-256 of the file of its tensors, in hexadecimal.
+    ///
+    /// # Errors
+    /// If the file can no longer be read.
+    pub fn sha256(&self) -> Result<String> {
+        sha256(self.file.path())
     }
 
     /// Writes an adapter's folder whole or not at all.

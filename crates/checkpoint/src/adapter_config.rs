@@ -26,6 +26,9 @@ pub struct AdapterConfig {
     /// The base model's folder or name, as the author wrote it.
     #[serde(default)]
     pub base_model_name_or_path: Option<String>,
+    /// The base's revision on the Hub, if it is not the main one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
     /// The rank of modules that `rank_pattern` does not match.
     pub r: usize,
     /// The numerator of the scaling, for modules that `alpha_pattern` does not match.
@@ -103,6 +106,7 @@ impl AdapterConfig {
             peft_type: "LORA".to_owned(),
             task_type: Some("CAUSAL_LM".to_owned()),
             base_model_name_or_path: None,
+            revision: None,
             r,
             lora_alpha,
             lora_dropout: 0.0,
@@ -198,6 +202,7 @@ impl AdapterConfig {
 const ACCEPTED: [&str; 25] = [
     "task_type",
     "base_model_name_or_path",
+    "revision",
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -218,7 +223,6 @@ const ACCEPTED: [&str; 25] = [
     "megatron_core",
     "peft_version",
     "qalora_group_size",
-    "revision",
     "runtime_config",
     // Meaningless without `init_lora_weights` to match, which is checked.
     "corda_config",
@@ -365,7 +369,7 @@ mod tests {
     #[test]
     fn settings_that_matter_are_read() {
         let config = read_with(
-            r#""use_rslora": true, "use_dora": true, "lora_dropout": 0.1, "target_modules": "all-linear",
+            r#""revision": "v2", "use_rslora": true, "use_dora": true, "lora_dropout": 0.1, "target_modules": "all-linear",
                "rank_pattern": {"z.*": 2, "a": 1}, "alpha_pattern": {"a": 0.5},
                "target_parameters": ["mlp.experts.down_proj"], "exclude_modules": ["q_proj"],
                "layers_to_transform": 3, "init_lora_weights": "gaussian", "inference_mode": null,
@@ -373,6 +377,7 @@ mod tests {
         );
         let expected = AdapterConfig {
             task_type: None,
+            revision: Some("v2".into()),
             use_rslora: true,
             use_dora: true,
             lora_dropout: 0.1,
@@ -456,7 +461,7 @@ mod tests {
     fn settings_without_effect_are_passed_over() {
         read_with(
             r#""use_dora": false, "modules_to_save": [], "bias": "none", "loftq_config": {},
-               "peft_version": "0.99", "megatron_core": "megatron.core", "revision": "main",
+               "peft_version": "0.99", "megatron_core": "megatron.core",
                "not_yet_invented": null, "auto_mapping": {"base_model_class": "X"},
                "runtime_config": {"ephemeral_gpu_offload": false}, "qalora_group_size": 16"#,
         )

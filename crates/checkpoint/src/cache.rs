@@ -42,6 +42,37 @@ struct CacheName<'a> {
     file: Option<&'a str>,
 }
 
+/// A model on the Hub.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Published {
+    /// `org/name`.
+    pub(crate) repo: String,
+    /// The commit that was downloaded.
+    pub(crate) revision: String,
+}
+
+/// The published model that a folder or file of the cache is a copy of; none for any other path.
+pub(crate) fn published(path: &Path) -> Option<Published> {
+    // A file in a snapshot is a link, and leads out of it; its folder is not.
+    let folder = if path.is_dir() { path } else { path.parent()? };
+    let whole = fs::canonicalize(folder).ok()?;
+    let parts: Vec<&str> = whole.iter().filter_map(|part| part.to_str()).collect();
+    let at = parts
+        .windows(3)
+        .rev()
+        .find(|parts| parts[1] == "snapshots")?;
+    let repo = at[0].strip_prefix("models--")?.replacen("--", "/", 1);
+    repo_and_revision(&repo).filter(|found| found.0 == repo)?;
+    let revision = at[2].to_owned();
+    Some(Published { repo, revision })
+}
+
+/// The `org/name` and the revision in a name, if it could be that of a published model.
+pub fn repo_and_revision(name: &str) -> Option<(String, Option<&str>)> {
+    let found = split_name(name)?;
+    Some((format!("{}/{}", found.org, found.name), found.revision))
+}
+
 /// Looks into the cache; an error is the end of the sentence "no such file or folder, …".
 fn look_up(model: &str, hub: Option<&Path>) -> Result<PathBuf, String> {
     let Some(found) = split_name(model) else {
@@ -291,6 +322,55 @@ mod tests {
         }
         let error = resolve("org/name", None).unwrap_err().to_string();
         assert!(error.ends_with("set `HF_HOME`"), "{error}");
+    }
+
+    #[test]
+    fn what_lies_in_a_snapshot_is_published_and_nothing_else() {
+        let (home, snapshots) = cache(&["0a1b"], None);
+        let file = snapshots.join("0a1b/model.gguf");
+        fs::write(home.path().join("blob"), b"").unwrap();
+        #[cfg(unix)]
+        std::os::unix::fs::symlink(home.path().join("blob"), &file).unwrap();
+        #[cfg(not(unix))]
+        fs::write(&file, b"").unwrap();
+        let expected = Published {
+            repo: "org/name".into(),
+            revision: "0a1b".into(),
+        };
+        for path in [&snapshots.join("0a1b"), &file] {
+            assert_eq!(
+                published(path),
+                Some(expected.clone()),
+                "{}",
+                path.display()
+            );
+        }
+        let others = ["models--a b--c/snapshots/1", "models--a--b@c/snapshots/1"];
+        let [other, revised] = others.map(|name| home.path().join("hub").join(name));
+        for path in [&other, &revised] {
+            fs::create_dir_all(path).unwrap();
+        }
+        let absent = Path::new("absent/x");
+        for path in [home.path(), &snapshots, &other, &revised, absent] {
+            assert_eq!(published(path), None, "{}", path.display());
+        }
+    }
+
+    #[test]
+    fn a_name_has_a_repository_and_perhaps_a_revision() {
+        for (name, expected) in [
+            ("org/name", Some(None)),
+            ("org/name:F16/m.gguf", Some(None)),
+            ("org/name@refs/pr/1", Some(Some("refs/pr/1"))),
+            ("org/name@v1:Q8_0", Some(Some("v1"))),
+            ("name", None),
+            ("/org/name", None),
+            ("./name", None),
+            ("a/b/c", None),
+        ] {
+            let expected = expected.map(|revision| ("org/name".to_owned(), revision));
+            assert_eq!(repo_and_revision(name), expected, "{name}");
+        }
     }
 
     #[test]

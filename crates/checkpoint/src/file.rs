@@ -2,9 +2,10 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Metadata};
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
 
+use sha2::{Digest, Sha256};
 use tempfile::{NamedTempFile, TempDir, TempPath};
 
 use crate::error::{broken_link, io};
@@ -18,6 +19,25 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     write_atomically(path, |file, temporary| {
         file.write_all(bytes).map_err(io("write", temporary))
     })
+}
+
+/// The SHA-256 of a file, in hexadecimal.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn sha256(path: &Path) -> Result<String> {
+    const CHUNK_BYTES: usize = 1 << 20;
+
+    let mut file = File::open(path).map_err(io("open", path))?;
+    let (mut hash, mut chunk) = (Sha256::new(), vec![0; CHUNK_BYTES]);
+    loop {
+        let n_bytes = file.read(&mut chunk).map_err(io("read", path))?;
+        if n_bytes == 0 {
+            let hash = hash.finalize();
+            return Ok(hash.iter().map(|byte| format!("{byte:02x}")).collect());
+        }
+        hash.update(&chunk[..n_bytes]);
+    }
 }
 
 /// Lets `write` fill a temporary sibling of `path`, and renames it if all went well.

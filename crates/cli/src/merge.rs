@@ -1,16 +1,21 @@
 //! `moeforge merge`: merges an adapter into its base model.
 
 pub(crate) mod adapter;
+mod card;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use ::eval::Divergence;
+use checkpoint::Folder;
+use clap::ValueEnum;
+use clap::builder::PossibleValue;
 use model::PrecisionClass;
 use model::export::{MergeReport, merge};
 use model::load::{audit, read_config};
 use serde_json::json;
 
+use self::card::Merged;
 use crate::console::{Console, MISMATCH, WithCode};
 use crate::open::{listed, note_keys, open_folder, read_adapter};
 use crate::values::FolderFormat;
@@ -41,7 +46,29 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (base, _) = open_folder(&args.model)?;
     note_keys(&base, console)?;
-    let adapter = read_adapter(&args.adapter, &read_config(&base)?, console)?;
+    let weights = read_adapter(&args.adapter, &read_config(&base)?, console)?;
+    note_tensors(&base, console)?;
+    let dtype = args.dtype.map(FolderFormat::weight_format);
+    let mut progress = console.progress(0, "merging");
+    let merged = merge(&base, &weights, dtype, &args.out, &mut |done, total| {
+        progress.update_of(done as u64, total as u64)
+    });
+    progress.finish();
+    let report = ConversionReport::new(merged, &args.out)?;
+    let format = args.dtype.as_ref().and_then(ValueEnum::to_possible_value);
+    let merged = Merged {
+        base: &base,
+        adapter: &args.adapter,
+        format: format.as_ref().map(PossibleValue::get_name),
+        report: &report.written,
+    };
+    merged.write_card(&args.out)?;
+    report.print(args.json, console);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Notes the tensors of the base that are left out, and those that are no part of the model.
+fn note_tensors(base: &Folder, console: &Console) -> anyhow::Result<()> {
     let unindexed = base.unindexed().iter();
     let unindexed: Vec<String> = unindexed.map(|tensor| tensor.name.to_string()).collect();
     if !unindexed.is_empty() {
@@ -50,21 +77,14 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
             listed(&unindexed)
         ));
     }
-    let unknown = audit(&base)?.unknown;
+    let unknown = audit(base)?.unknown;
     if !unknown.is_empty() {
         console.note(format_args!(
             "no part of the model, and carried along: {}",
             listed(&unknown)
         ));
     }
-    let dtype = args.dtype.map(FolderFormat::weight_format);
-    let mut progress = console.progress(0, "merging");
-    let merged = merge(&base, &adapter, dtype, &args.out, &mut |done, total| {
-        progress.update_of(done as u64, total as u64)
-    });
-    progress.finish();
-    ConversionReport::new(merged, &args.out)?.print(args.json, console);
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// The result of a merge or a conversion.

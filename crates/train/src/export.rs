@@ -1,15 +1,15 @@
 //! The result of a run: an adapter, or a whole model.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use checkpoint::{Adapter, FolderWriter, Notes};
+use checkpoint::{Adapter, AdapterConfig, CARD_NAME, FolderWriter, Notes};
 use model::AdapterWeights;
 use model::export::{self, WeightFormat};
 
-use crate::Result;
 use crate::recipe::{ExportDType, Method};
 use crate::run_dir::RunDir;
 use crate::session::Session;
+use crate::{Result, model_card};
 
 /// The name of a run's result.
 fn result_name(session: &Session) -> &'static str {
@@ -42,26 +42,50 @@ pub(crate) fn result(session: &Session, run: &RunDir) -> Result<()> {
     }
     let mut writer = FolderWriter::create(&path)?;
     match session.recipe.train.method {
-        Method::Lora => adapter_into(session, &mut writer)?,
-        Method::Full => model_into(session, &mut writer)?,
+        Method::Lora => {
+            let (config, notes) = adapter_files(session, &mut writer)?;
+            let card = model_card::of_adapter(session, run, &config, &notes);
+            writer.write_bytes(CARD_NAME, card.as_bytes())?;
+        }
+        Method::Full => {
+            model_into(session, &mut writer)?;
+            let card = model_card::of_model(session, run);
+            writer.write_bytes(CARD_NAME, card.as_bytes())?;
+        }
     }
     Ok(writer.finish()?)
 }
 
 /// Writes the adapter's files into a folder; nothing for full training.
 pub(crate) fn adapter_into(session: &Session, writer: &mut FolderWriter) -> Result<()> {
-    if session.recipe.train.method == Method::Full {
-        return Ok(());
+    if session.recipe.train.method == Method::Lora {
+        adapter_files(session, writer)?;
     }
+    Ok(())
+}
+
+/// Writes the adapter's files; returns what they say.
+fn adapter_files(session: &Session, writer: &mut FolderWriter) -> Result<(AdapterConfig, Notes)> {
     let adapter = updates(session);
-    let (config, tensors) = adapter.files(&session.base.name)?;
+    let (base, revision) = base_name(&session.base.name);
+    let (mut config, tensors) = adapter.files(&base)?;
+    config.revision = revision;
     let notes = Notes {
         trained_for: session.quantizer.map(|quantizer| quantizer.to_string()),
         experts_share: session.update.share.map(|share| share.name().into()),
         unread_by_peft: adapter.unread_by_peft(),
     };
     Adapter::save_notes(writer, &notes)?;
-    Ok(Adapter::save_into(writer, &config, &tensors)?)
+    Adapter::save_into(writer, &config, &tensors)?;
+    Ok((config, notes))
+}
+
+/// The name of the base as PEFT looks it up, and its revision: both are one name in a recipe.
+fn base_name(name: &str) -> (String, Option<String>) {
+    match checkpoint::repo_and_revision(name) {
+        Some((repo, Some(revision))) if !Path::new(name).exists() => (repo, Some(revision.into())),
+        _ => (name.into(), None),
+    }
 }
 
 /// The updates on the model.

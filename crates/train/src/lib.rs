@@ -44,6 +44,7 @@ mod events;
 mod export;
 mod fit;
 mod identity;
+mod model_card;
 mod open;
 mod session;
 mod warnings;
@@ -58,6 +59,7 @@ pub use self::events::{Event, Host, Memory, SampledText, StepReport, ValidationP
 pub use self::fit::{GradAudit, RangeTest, RatePoint, TensorGradient, ZeroGradient, steepest};
 pub use self::loss_scale::LossScale;
 pub use self::metrics::Metrics;
+pub use self::model_card::RunRecord;
 pub use self::open::SessionOptions;
 pub use self::recipe::{
     DataSection, DpoReference, DpoSection, EvalSection, ExportDType, LoraSection, Loss, Method,

@@ -97,7 +97,7 @@ impl RunOrigin {
             match self.find(Path::new(&*path), run) {
                 Some(place) => *path = place.to_string_lossy().into_owned(),
                 // A name in Hugging Face's cache, unless it cannot be one.
-                None if is_name(path) => {}
+                None if checkpoint::repo_and_revision(path).is_some() => {}
                 None => _ = expect("model.path", Path::new(&*path))?,
             }
         }
@@ -121,13 +121,6 @@ impl RunOrigin {
         }
         Ok(found)
     }
-}
-
-/// Whether a model may be one of Hugging Face's: `org/name`.
-fn is_name(model: &str) -> bool {
-    let mut parts = model.split('/');
-    let is_part = |part: &str| !part.is_empty() && !part.starts_with('.');
-    parts.by_ref().take(2).filter(|part| is_part(part)).count() == 2 && parts.next().is_none()
 }
 
 /// The way from one folder to a path: `..` for each folder that they do not share.
@@ -172,19 +165,5 @@ mod tests {
         assert_eq!(places, expected.map(PathBuf::from));
         let places = origin.places(Path::new("/old/data"), Path::new("/new/x/runs/a"));
         assert_eq!(places, ["/old/data", "/new/data"].map(PathBuf::from));
-    }
-
-    #[test]
-    fn only_two_plain_parts_may_be_a_name() {
-        for (model, expected) in [
-            ("org/name", true),
-            ("org/name:file.gguf", true),
-            ("name", false),
-            ("/org/name", false),
-            ("./name", false),
-            ("a/b/c", false),
-        ] {
-            assert_eq!(is_name(model), expected, "{model}");
-        }
     }
 }

@@ -18,7 +18,7 @@ use crate::metrics::{LastLine, METRICS_NAME, Metrics};
 use crate::origin::RunOrigin;
 use crate::{Error, Recipe, Result};
 
-const RECIPE_NAME: &str = "recipe.toml";
+pub(crate) const RECIPE_NAME: &str = "recipe.toml";
 const LOCK_NAME: &str = ".lock";
 /// The end of the name of a checkpoint that is about to replace another.
 const REPLACEMENT_END: &str = ".new";
@@ -294,6 +294,38 @@ impl RunDir {
             _lock: lock,
         })
     }
+}
+
+/// The checkpoint of the run directory around an adapter's folder that has the same tensors: itself, or the newest. None for an
+/// adapter elsewhere.
+pub(crate) fn checkpoint_of(adapter: &Path) -> Option<PathBuf> {
+    let adapter = fs::canonicalize(adapter).ok()?;
+    let run = adapter.parent()?;
+    if !run.join(RECIPE_NAME).is_file() {
+        return None;
+    }
+    let tensors = digest_of_tensors(&adapter)?;
+    let mut steps: Vec<u64> = names(run)
+        .ok()?
+        .iter()
+        .filter_map(|name| step_of(name))
+        .collect();
+    steps.sort_unstable();
+    let paths = steps
+        .iter()
+        .map(|step| run.join(format!("checkpoint-{step}")));
+    let is_same = |path: &PathBuf| digest_of_tensors(path).as_ref() == Some(&tensors);
+    let mut same = paths.filter(|path| is_same(path) && is_complete(path));
+    let last = same.next_back()?;
+    Some(same.find(|path| *path == adapter).unwrap_or(last))
+}
+
+/// The hash of an adapter's tensors, in its folder's manifest.
+fn digest_of_tensors(folder: &Path) -> Option<String> {
+    let manifest: Value =
+        serde_json::from_slice(&fs::read(folder.join(MANIFEST_NAME)).ok()?).ok()?;
+    let digest = &manifest["files"]["adapter_model.safetensors"]["sha256"];
+    Some(digest.as_str()?.to_owned())
 }
 
 /// The names in a folder. A name that is not UTF-8 is not ours, and has replacement characters.

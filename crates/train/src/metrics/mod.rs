@@ -6,6 +6,7 @@
 pub(crate) mod event_file;
 pub(crate) mod journal;
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
@@ -113,6 +114,43 @@ impl Metrics {
         self.file
             .write_all(line.as_bytes())
             .map_err(io("write", &self.path))
+    }
+}
+
+/// The training loss and the validation loss of a step, where they were logged.
+pub(crate) type LoggedLosses = BTreeMap<u64, [Option<f64>; 2]>;
+
+/// The losses in a run's metrics, up to a step. Of a step that a run went back over, the later ones.
+///
+/// # Errors
+/// If the file cannot be read.
+pub(crate) fn logged_losses(path: &Path, last_step: u64) -> Result<LoggedLosses> {
+    #[derive(Deserialize)]
+    struct Line {
+        step: u64,
+        loss: Option<f64>,
+        valid_loss: Option<f64>,
+    }
+
+    let mut reader = BufReader::new(File::open(path).map_err(io("open", path))?);
+    let mut losses = LoggedLosses::new();
+    loop {
+        let mut line = Vec::new();
+        (&mut reader)
+            .take(MAX_METRICS_LINE_BYTES)
+            .read_until(b'\n', &mut line)
+            .map_err(io("read", path))?;
+        if line.is_empty() {
+            return Ok(losses);
+        }
+        let Ok(line) = serde_json::from_slice::<Line>(&line) else {
+            continue;
+        };
+        if line.step <= last_step && (line.loss.is_some() || line.valid_loss.is_some()) {
+            let [trained, valid] = losses.entry(line.step).or_default();
+            *trained = line.loss.or(*trained);
+            *valid = line.valid_loss.or(*valid);
+        }
     }
 }
 
@@ -238,5 +276,18 @@ mod tests {
             ":2: expected an object with a `step`, found missing field `step` at line 1 column 10";
         assert!(error.ends_with(expected), "{error}");
         assert_eq!(fs::read_to_string(&path).unwrap(), text);
+    }
+
+    #[test]
+    fn losses_are_the_latest_of_each_step_up_to_the_last() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(METRICS_NAME);
+        let lines = "{\"step\":1,\"loss\":3.0}\n{\"step\":2,\"loss\":2.0}\n{\"step\":2,\"valid_loss\":2.5}\n\
+                     {\"step\":2,\"rolled_back\":{\"loss\":9.0}}\n{\"step\":2,\"loss\":1.0}\nno line\n\
+                     {\"step\":3,\"samples\":[]}\n{\"step\":4,\"loss\":0.5}\n{\"step\":4,\"lo";
+        fs::write(&path, lines).unwrap();
+        let expected = [(1, [Some(3.0), None]), (2, [Some(1.0), Some(2.5)])];
+        assert_eq!(logged_losses(&path, 3).unwrap(), expected.into());
+        assert_eq!(logged_losses(&path, 4).unwrap()[&4], [Some(0.5), None]);
     }
 }
