@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{golden, moeforge};
+use super::{command, golden, moeforge};
 
 fn ran(words: &[&str]) {
     let output = moeforge(words);
@@ -36,10 +36,9 @@ fn cached(place: &Path, model: &str) -> String {
     snapshot.to_string_lossy().into_owned()
 }
 
-/// Trains a golden model of the cache in two runs; returns the base and their folders.
-fn trained(place: &Path) -> (String, [String; 2]) {
+/// A recipe beside its rows; returns its path.
+fn recipe(place: &Path, model: &str) -> String {
     let path = |name: &str| place.join(name).to_string_lossy().into_owned();
-    let base = cached(place, "qwen2_distill");
     let rows: String = (0..8)
         .map(|i| format!("{{\"prompt\": \"the {i} and\", \"completion\": \" the end\"}}\n"))
         .collect();
@@ -47,13 +46,20 @@ fn trained(place: &Path) -> (String, [String; 2]) {
         std::fs::write(path(split), &rows).unwrap();
     }
     let recipe = format!(
-        "model.path = {base:?}\ndata.path = {place:?}\nlora.rank = 2\noptimizer.learning_rate = 0.02\n\
+        "model.path = {model:?}\ndata.path = {place:?}\nlora.rank = 2\noptimizer.learning_rate = 0.02\n\
          train.steps = 6\ntrain.eval_every = 2\ntrain.save_every = 2\ntrain.keep_best = true\n"
     );
     std::fs::write(path("recipe.toml"), recipe).unwrap();
-    let runs = ["run", "again"].map(path);
+    path("recipe.toml")
+}
+
+/// Trains a golden model of the cache in two runs; returns the base and their folders.
+fn trained(place: &Path) -> (String, [String; 2]) {
+    let base = cached(place, "qwen2_distill");
+    let recipe = recipe(place, &base);
+    let runs = ["run", "again"].map(|name| place.join(name).to_string_lossy().into_owned());
     for run in &runs {
-        ran(&["train", &path("recipe.toml"), "--out", run]);
+        ran(&["train", &recipe, "--out", run]);
     }
     (base, runs)
 }
@@ -101,6 +107,11 @@ fn a_run_and_its_merge_say_what_was_done_and_measured() {
 
     let training = section(&text, "Training");
     expect_measured(training, &run);
+    let digest = checkpoint::sha256(Path::new(&path("train.jsonl"))).unwrap();
+    assert!(
+        training.contains(&format!("| `train.jsonl` | `{digest}` |")),
+        "{training}"
+    );
     assert!(training.contains("\nlearning_rate = 0.02\n"), "{training}");
     assert!(!text.contains(&*place.path().to_string_lossy()), "{text}");
 
@@ -128,6 +139,36 @@ fn a_run_and_its_merge_say_what_was_done_and_measured() {
         section(&text, "Adapter").contains("`elsewhere`; SHA-256"),
         "{text}"
     );
+}
+
+#[test]
+fn a_base_that_was_named_with_its_revision_is_named_as_others_look_it_up() {
+    let place = tempfile::tempdir().unwrap();
+    let path = |name: &str| place.path().join(name).to_string_lossy().into_owned();
+    cached(place.path(), "qwen2_distill");
+    let [run, out] = ["run", "merged"].map(path);
+    let (name, adapter) = ("acme/tiny-v2@0123abcd", format!("{run}/adapter"));
+    let recipe = recipe(place.path(), name);
+    let verbs: [&[&str]; 2] = [
+        &["train", &recipe, "--out", &run],
+        &["merge", name, "--adapter", &adapter, "--out", &out],
+    ];
+    for words in verbs {
+        let output = command(words).env("HF_HUB_CACHE", path("hub")).output();
+        let output = output.unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{words:?}: {errors}");
+    }
+    let config = std::fs::read(format!("{adapter}/adapter_config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+    assert_eq!(config["base_model_name_or_path"], "acme/tiny-v2");
+    assert_eq!(config["revision"], "0123abcd");
+    for folder in [&adapter, &out] {
+        let text = card(folder);
+        assert!(text.contains("\nbase_model: acme/tiny-v2\n"), "{text}");
+        let link = "[`acme/tiny-v2`](https://huggingface.co/acme/tiny-v2) at revision `0123abcd`.";
+        assert!(section(&text, "Base").contains(link), "{text}");
+    }
 }
 
 #[test]

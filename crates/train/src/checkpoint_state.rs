@@ -9,6 +9,7 @@ use std::path::Path;
 use checkpoint::{DType, FolderWriter, Safetensors, TensorSpec};
 use serde::{Deserialize, Serialize};
 
+use crate::dataset::{DataFile, Dataset};
 use crate::loss_scale::LossScale;
 use crate::{Error, Recipe, Result};
 
@@ -49,6 +50,9 @@ pub struct RunState {
     pub model_hash: String,
     /// [`data::Corpus::identity`] of the run's training rows.
     pub data_hash: String,
+    /// The files of the training rows.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub data_files: Vec<DataFile>,
 }
 
 fn is_false(holds: &bool) -> bool {
@@ -84,9 +88,8 @@ pub struct Watchdog {
 }
 
 impl RunState {
-    /// Before the first step of a recipe on a base of this identity and training rows with this
-    /// [`data::Corpus::identity`].
-    pub(crate) fn start(recipe: &Recipe, model_hash: String, data_hash: String) -> Self {
+    /// Before the first step of a recipe on a base of this identity and these training rows.
+    pub(crate) fn start(recipe: &Recipe, model_hash: String, data: &Dataset) -> Self {
         Self {
             step: 0,
             micro_step: 0,
@@ -99,7 +102,8 @@ impl RunState {
             watchdog: Watchdog::default(),
             settings: recipe.kept_settings(),
             model_hash,
-            data_hash,
+            data_hash: data.corpus.identity(),
+            data_files: data.files.clone(),
         }
     }
 
@@ -256,6 +260,10 @@ mod tests {
             settings: "\"lora.rank\" = 8\n".to_owned(),
             model_hash: "0123456789abcdef".to_owned(),
             data_hash: "fedcba9876543210".to_owned(),
+            data_files: vec![DataFile {
+                name: "train.jsonl".to_owned(),
+                sha256: "0f".repeat(32),
+            }],
         }
     }
 

@@ -1,21 +1,44 @@
 //! The training rows of a run: their files, their packing, and the order of batches.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use data::{
     Batch, Corpus, DataFolder, Packing, ReadOptions, Sample, SampleOrder, Shuffle, SplitName,
     collate, collate_rows,
 };
 use kernels::Segments;
+use serde::{Deserialize, Serialize};
 
 use crate::recipe::{Loss, Recipe};
 use crate::{Error, Result};
+
+/// A file of training rows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataFile {
+    /// The last name of its path.
+    pub name: String,
+    /// The SHA-256 of its bytes, in hexadecimal.
+    pub sha256: String,
+}
+
+impl DataFile {
+    fn of(path: &Path) -> Result<Self> {
+        let name = path.file_name().unwrap_or_default();
+        Ok(Self {
+            name: name.to_string_lossy().into_owned(),
+            sha256: checkpoint::sha256(path)?,
+        })
+    }
+}
 
 /// The training rows, and batches of them by number.
 #[derive(Debug)]
 pub struct Dataset {
     /// The samples.
     pub corpus: Corpus,
+    /// Their files, in order.
+    pub(crate) files: Vec<DataFile>,
     /// Files in the recipe's folders that belong to no split.
     pub unused_files: Vec<PathBuf>,
     packing: Packing,
@@ -33,7 +56,8 @@ impl Dataset {
     pub(crate) fn open(recipe: &Recipe, options: ReadOptions<'_>) -> Result<Self> {
         let data = folders(recipe)?;
         let files = training_files(recipe, &data)?;
-        let corpus = Corpus::open(&files.concat(), options)?;
+        let paths = files.concat();
+        let corpus = Corpus::open(&paths, options)?;
         let shuffle = if recipe.train.shuffle {
             Shuffle::Seeded
         } else {
@@ -80,8 +104,10 @@ impl Dataset {
         if recipe.data.group_by_length {
             order = order.grouped_by_length(lengths, recipe.train.batch_size);
         }
+        let files = paths.iter().map(|path| DataFile::of(path));
         Ok(Self {
             corpus,
+            files: files.collect::<Result<_>>()?,
             unused_files: data.iter().flat_map(DataFolder::unused).cloned().collect(),
             packing,
             order,

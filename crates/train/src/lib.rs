@@ -52,7 +52,7 @@ mod warnings;
 pub use self::checkpoint_state::{
     BestValidation, RunState, Watchdog, read_optimizer, write_optimizer,
 };
-pub use self::dataset::Dataset;
+pub use self::dataset::{DataFile, Dataset};
 pub use self::dpo::Rewards;
 pub use self::error::{Error, Result};
 pub use self::events::{Event, Host, Memory, SampledText, StepReport, ValidationProgress};

@@ -59,13 +59,27 @@ impl RunRecord {
             row("steps", state.step.to_string()),
             row("trained tokens", state.trained_tokens.to_string()),
             row(
-                "hash of the training rows, the tokenizer, its template and `data.max_length`",
+                "hash of the training files and of how they are read: tokenizer, template, columns, `data.max_length`",
                 code(&state.data_hash),
             ),
         ]);
+        self.describe_data(card);
         self.describe_losses(card);
         card.paragraph("The recipe, with absolute paths cut to their last names:");
         card.file("toml", &without_places(&self.recipe).to_toml());
+    }
+
+    /// The files of the training rows.
+    fn describe_data(&self, card: &mut ModelCard) {
+        let files = &self.state.data_files;
+        if files.is_empty() {
+            return;
+        }
+        let head = ["training file", "SHA-256"].map(str::to_owned).to_vec();
+        let files = files
+            .iter()
+            .map(|file| vec![code(&file.name), code(&file.sha256)]);
+        card.table(&std::iter::once(head).chain(files).collect::<Vec<_>>());
     }
 
     /// The first and the last of the losses of both kinds.

@@ -109,7 +109,7 @@ impl Session {
         expect_valid(&recipe, valid.as_ref())?;
         Ok(Self {
             optimizer: AdamW::new(&recipe),
-            state: RunState::start(&recipe, identity::of_base(&base)?, train.corpus.identity()),
+            state: RunState::start(&recipe, identity::of_base(&base)?, &train),
             tokenizer_size: tokenizer.as_ref().map(Tokenizer::vocab_size),
             pad_id: pad_id(tokenizer.as_ref(), model.config.vocab_size),
             reference: reference.map(|model| Reference {
