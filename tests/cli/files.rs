@@ -309,11 +309,7 @@ fn numbers_that_make_no_sense_are_refused_by_option() {
     }
     let file = golden("qwen2_distill/config.json");
     let found = moeforge(&["data", "check", &text(&file), "--model", &model]);
-    refused(
-        &found,
-        1,
-        &["config.json", "expected a folder", "found a file"],
-    );
+    refused(&found, 1, &["config.json", "expected a JSON object"]);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::file::line_at;
 use crate::reader::{IgnoredKeys, ReadOptions, RowFilter, RowReader, RowSamples, note_ignored};
 use crate::row::Limits;
 use crate::sample::Sample;
-use crate::table::Format;
+use crate::table::FileFormat;
 use crate::token_cache::{CacheKey, CacheWriter, TokenCache};
 use crate::tokenizer::Tokenizer;
 use std::collections::BTreeMap;
@@ -174,7 +174,7 @@ impl CorpusFile {
 
         let mut index = FileIndex::default();
         let mut writer = cached.as_deref().map(CacheWriter::create);
-        let is_lines = Format::of(path)?.is_lines();
+        let is_lines = FileFormat::of(path)?.is_lines();
         let is_cached = matches!(writer, Some(Ok(_)));
         let mut spool = (!is_lines && !is_cached).then(Spool::new).transpose()?;
         reader.read(path, |mut row| {

@@ -60,9 +60,9 @@ pub struct DataFolder {
 }
 
 /// The types of files with rows, Arrow's to be refused by name.
-const TYPES: [&str; 7] = ["jsonl", "ndjson", "json", "csv", "tsv", "parquet", "arrow"];
+const ROW_FILES: [&str; 7] = ["jsonl", "ndjson", "json", "csv", "tsv", "parquet", "arrow"];
 /// What other programs write beside rows.
-const DESCRIPTIONS: [&str; 4] = [
+const DESCRIPTION_FILES: [&str; 4] = [
     "dataset_info.json",
     "dataset_infos.json",
     "dataset_dict.json",
@@ -71,17 +71,17 @@ const DESCRIPTIONS: [&str; 4] = [
 
 /// Files that may be a split.
 #[derive(Clone, Debug)]
-struct Candidate {
+struct SplitCandidate {
     split: SplitName,
     files: Vec<PathBuf>,
 }
 
 /// A file, and its numbers if it is a shard.
-type Part = (PathBuf, Option<Shard>);
+type Part = (PathBuf, Option<ShardNumber>);
 
 #[derive(Default)]
 struct Scan {
-    candidates: Vec<Candidate>,
+    candidates: Vec<SplitCandidate>,
     unused: Vec<PathBuf>,
     /// Folders that may be the configurations of a data set.
     others: Vec<PathBuf>,
@@ -165,11 +165,11 @@ impl Scan {
             }
         }
         for ((name, ..), files) in groups {
-            let shards: Vec<Shard> = files.iter().filter_map(|(_, shard)| *shard).collect();
+            let shards: Vec<ShardNumber> = files.iter().filter_map(|(_, shard)| *shard).collect();
             complete(&files[0].0, &shards)?;
             if let Some(split) = SplitName::of(name) {
                 let files = files.into_iter().map(|(path, _)| path).collect();
-                scan.candidates.push(Candidate { split, files });
+                scan.candidates.push(SplitCandidate { split, files });
             }
         }
         Ok(scan)
@@ -192,7 +192,7 @@ impl Scan {
             }
             if let Some(first) = files.first() {
                 complete(first, &shards)?;
-                self.candidates.push(Candidate { split, files });
+                self.candidates.push(SplitCandidate { split, files });
             }
         } else if name == "data" {
             let inner = Self::of(&path)?;
@@ -256,14 +256,14 @@ fn is_description(name: &str) -> bool {
         || ["README", "LICENSE"]
             .iter()
             .any(|start| name.starts_with(start))
-        || DESCRIPTIONS.contains(&name)
+        || DESCRIPTION_FILES.contains(&name)
         || ends.iter().any(|end| name.ends_with(end))
 }
 
 /// The name of a file with rows without its types, and these.
 fn stem_and_type(path: &Path) -> Option<(&str, &str)> {
     let kind = file_type(path)?;
-    if !TYPES.contains(&kind.as_str()) {
+    if !ROW_FILES.contains(&kind.as_str()) {
         return None;
     }
     let name = path.file_name()?.to_str()?;
@@ -273,13 +273,13 @@ fn stem_and_type(path: &Path) -> Option<(&str, &str)> {
 
 /// A numbered part of a split, and the number of parts if the name says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Shard {
+struct ShardNumber {
     number: usize,
     of: Option<usize>,
 }
 
 /// A split's name, alone or before the numbers of a shard.
-fn parse(stem: &str) -> Option<(&'static str, Option<Shard>)> {
+fn parse(stem: &str) -> Option<(&'static str, Option<ShardNumber>)> {
     let mut names = SplitName::ALL
         .into_iter()
         .flat_map(SplitName::names)
@@ -291,14 +291,14 @@ fn parse(stem: &str) -> Option<(&'static str, Option<Shard>)> {
 }
 
 /// The numbers at the end of any name.
-fn shard_of(stem: &str) -> Option<Shard> {
+fn shard_of(stem: &str) -> Option<ShardNumber> {
     let at = stem.rfind("-of-")?;
     let before = stem[..at].rfind(['-', '_', '.']).map_or(0, |at| at + 1);
     shard(&stem[before..])
 }
 
 /// `00000-of-00002`, perhaps with a hash behind, or a number alone.
-fn shard(text: &str) -> Option<Shard> {
+fn shard(text: &str) -> Option<ShardNumber> {
     let digits = |text: &str| {
         let all = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
         all.then(|| text.parse().ok()).flatten()
@@ -310,14 +310,14 @@ fn shard(text: &str) -> Option<Shard> {
         }
         None => (text, None),
     };
-    Some(Shard {
+    Some(ShardNumber {
         number: digits(number)?,
         of,
     })
 }
 
 /// Refuses shards of which one is missing.
-fn complete(first: &Path, shards: &[Shard]) -> Result<()> {
+fn complete(first: &Path, shards: &[ShardNumber]) -> Result<()> {
     let totals: BTreeSet<usize> = shards.iter().filter_map(|shard| shard.of).collect();
     let Some(&total) = totals.first() else {
         return Ok(());

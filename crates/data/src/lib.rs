@@ -23,7 +23,6 @@ mod tokenizer;
 mod turn;
 
 mod choice;
-mod choice_row;
 mod columns;
 mod corpus;
 mod data_folder;

@@ -12,7 +12,7 @@ use crate::entry::{Counts, SampleEntry};
 use crate::error::{Error, Result};
 use crate::reader::{IgnoredKeys, RowReader, RowSamples};
 use crate::sample::{Sample, id_and_mark, word};
-use crate::table::Format;
+use crate::table::FileFormat;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fmt;
@@ -51,7 +51,7 @@ impl CacheKey {
         hash.update((reader.limits.vocab_size as u64).to_le_bytes());
         hash.update([reader.filter as u8]);
         // What the same bytes would be under another name, and columns under other ones.
-        let format = Format::of(path)?;
+        let format = FileFormat::of(path)?;
         if !(format.is_lines() && reader.columns.is_empty()) {
             hash.update(format!("{format:?} {:?}\n", reader.columns));
         }

@@ -81,7 +81,7 @@ const READ: [&str; 7] = [
     "top_p",
 ];
 /// Keys that change no text: what made the file, how other programs run, limits that the caller sets.
-const HARMLESS: [&str; 17] = [
+const HARMLESS_SAMPLING: [&str; 17] = [
     "_from_model_config",
     "assistant_confidence_threshold",
     "bos_token_id",
@@ -101,7 +101,7 @@ const HARMLESS: [&str; 17] = [
     "use_cache",
 ];
 /// Keys that would change it, with the values that do not.
-const NEUTRAL: [(&str, f64); 11] = [
+const NEUTRAL_SAMPLING: [(&str, f64); 11] = [
     ("diversity_penalty", 0.0),
     ("encoder_no_repeat_ngram_size", 0.0),
     ("encoder_repetition_penalty", 1.0),
@@ -119,11 +119,11 @@ const NEUTRAL: [(&str, f64); 11] = [
 pub fn unknown_generation_keys(folder: &Folder) -> Vec<(&str, &Value)> {
     let config = folder.generation_config().and_then(Value::as_object);
     let is_known = |key: &str, value: &Value| {
-        let neutral = NEUTRAL.iter().find(|known| known.0 == key);
+        let neutral = NEUTRAL_SAMPLING.iter().find(|known| known.0 == key);
         let is_off = value.is_null() || *value == Value::Bool(false);
         is_off
             || READ.contains(&key)
-            || HARMLESS.contains(&key)
+            || HARMLESS_SAMPLING.contains(&key)
             || neutral.is_some_and(|(_, neutral)| value.as_f64() == Some(*neutral))
     };
     let entries = config.into_iter().flatten();

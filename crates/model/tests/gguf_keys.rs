@@ -186,7 +186,14 @@ fn same(config: &Value, key: &str, value: Option<&Value>) -> Option<Value> {
         let holder = path
             .iter()
             .fold(&mut config, |holder, key| &mut holder[*key]);
-        *holder = value;
+        let before = std::mem::replace(holder, value);
+        let attention = config["rope_scaling"]["attention_factor"].as_f64();
+        if let ("rope.scaling.factor", Some(attention)) = (key, attention) {
+            // A GGUF's factor of the attention is relative to that which follows from the scaling factor.
+            let own = |factor: &Value| factor.as_f64().map(|factor| 0.1 * factor.ln() + 1.0);
+            let ratio = own(&config["rope_scaling"]["factor"])? / own(&before)?;
+            config["rope_scaling"]["attention_factor"] = json!(attention * ratio);
+        }
         return Some(config);
     }
     let factor = config["rope_scaling"]["factor"].as_f64();

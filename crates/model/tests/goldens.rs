@@ -12,8 +12,7 @@ mod goldens;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Adapter, DType, Folder, Safetensors};
 use moeforge_model::adapt::{self, LoraConfig, Scaling};
-use moeforge_model::export::WeightFormat;
-use moeforge_model::export::merge;
+use moeforge_model::export::{WeightFormat, merge};
 use moeforge_model::{
     AdapterWeights, Cache, CacheType, Compute, ForwardContext, Model, ModuleMut, Mtp, Recorder,
     Training, keys, load,

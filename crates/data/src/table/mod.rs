@@ -32,9 +32,9 @@ fn unpacked_limit(file_bytes: u64) -> u64 {
 
 /// How the rows of a file are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Format {
+pub(crate) struct FileFormat {
     layout: Layout,
-    packing: Packing,
+    packing: Compression,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,18 +49,14 @@ enum Layout {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Packing {
+enum Compression {
     None,
     Gzip,
     Zstd,
 }
 
 /// First bytes of files without rows that could be read, with what they are and what helps.
-const OTHERS: [(&[u8], &str); 6] = [
-    (
-        b"version https://git-lfs",
-        "a git-lfs pointer, which `git lfs pull` replaces by the file",
-    ),
+const OTHERS: [(&[u8], &str); 5] = [
     (b"ARROW1", ARROW),
     (b"\xFF\xFF\xFF\xFF", ARROW),
     (b"PK\x03\x04", "a zip archive; unpack it first"),
@@ -70,7 +66,7 @@ const OTHERS: [(&[u8], &str); 6] = [
 const ARROW: &str =
     "an Arrow file; write the rows as Parquet, with `to_parquet` of the `datasets` package";
 
-impl Format {
+impl FileFormat {
     /// # Errors
     /// If the file cannot be read or has no rows that could be.
     pub(crate) fn of(path: &Path) -> Result<Self> {
@@ -88,9 +84,9 @@ impl Format {
             ));
         }
         let packing = match head.as_slice() {
-            [0x1F, 0x8B, ..] => Packing::Gzip,
-            [0x28, 0xB5, 0x2F, 0xFD, ..] => Packing::Zstd,
-            _ => Packing::None,
+            [0x1F, 0x8B, ..] => Compression::Gzip,
+            [0x28, 0xB5, 0x2F, 0xFD, ..] => Compression::Zstd,
+            _ => Compression::None,
         };
         let layout = match file_type(path).as_deref() {
             Some("parquet") => Layout::Parquet,
@@ -107,7 +103,7 @@ impl Format {
     pub(crate) fn is_lines(self) -> bool {
         let lines = Self {
             layout: Layout::Lines,
-            packing: Packing::None,
+            packing: Compression::None,
         };
         self == lines
     }
@@ -131,12 +127,12 @@ pub(crate) struct Table {
     bytes_read: Rc<Cell<u64>>,
 }
 
-type Input = BufReader<std::io::Chain<Cursor<Vec<u8>>, Box<dyn Read>>>;
+type FileInput = BufReader<std::io::Chain<Cursor<Vec<u8>>, Box<dyn Read>>>;
 
 enum Rows {
-    Lines(JsonLines<Input>),
-    List(JsonList<Input>),
-    Csv(Csv<Input>),
+    Lines(JsonLines<FileInput>),
+    List(JsonList<FileInput>),
+    Csv(Csv<FileInput>),
     Parquet(Box<Parquet>),
 }
 
@@ -144,7 +140,7 @@ impl Table {
     /// # Errors
     /// If the file cannot be read or its beginning is malformed.
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        let format = Format::of(path)?;
+        let format = FileFormat::of(path)?;
         let read = |problem| Error::Read {
             path: path.to_path_buf(),
             problem,
@@ -152,7 +148,7 @@ impl Table {
         let file = crate::file::open(path)?;
         let limit = unpacked_limit(file.metadata().map_err(read)?.len());
         let bytes_read = Rc::new(Cell::new(0));
-        if format.layout == Layout::Parquet && format.packing == Packing::None {
+        if format.layout == Layout::Parquet && format.packing == Compression::None {
             let rows = Parquet::open(path, file, limit)?;
             return Ok(Self {
                 rows: Rows::Parquet(Box::new(rows)),
@@ -162,9 +158,9 @@ impl Table {
         }
         let counted = BufReader::new(Counted::new(file, &bytes_read));
         let mut unpacked: Box<dyn Read> = match format.packing {
-            Packing::None => Box::new(counted),
-            Packing::Gzip => Box::new(Unpacked::gzip(counted, limit)),
-            Packing::Zstd => Box::new(Unpacked::zstd(counted, limit)),
+            Compression::None => Box::new(counted),
+            Compression::Gzip => Box::new(Unpacked::gzip(counted, limit)),
+            Compression::Zstd => Box::new(Unpacked::zstd(counted, limit)),
         };
         let mut head = Vec::new();
         let mut first = unpacked.by_ref().take(HEAD_BYTES);

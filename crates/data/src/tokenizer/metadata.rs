@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// The keys that are read here or by those who generate.
-const KNOWN: [&str; 18] = [
+const KNOWN_METADATA: [&str; 18] = [
     "tokenizer.chat_template",
     "tokenizer.ggml.add_bos_token",
     "tokenizer.ggml.add_eos_token",
@@ -29,7 +29,7 @@ const KNOWN: [&str; 18] = [
     "tokenizer.rwkv.world",
 ];
 /// Keys that change nothing in texts and chats: of classifiers, of filling in the middle, of other kinds of tokenizers.
-const HARMLESS: [&str; 13] = [
+const HARMLESS_METADATA: [&str; 13] = [
     "tokenizer.ggml.fim_mid_token_id",
     "tokenizer.ggml.fim_pad_token_id",
     "tokenizer.ggml.fim_pre_token_id",
@@ -49,7 +49,7 @@ const HARMLESS: [&str; 13] = [
 pub fn unknown_metadata(metadata: &BTreeMap<String, Value>) -> Vec<&str> {
     let keys = metadata.keys().map(String::as_str);
     let of_tokens = keys.filter(|key| key.starts_with("tokenizer."));
-    let known = |key: &&str| KNOWN.contains(key) || HARMLESS.contains(key);
+    let known = |key: &&str| KNOWN_METADATA.contains(key) || HARMLESS_METADATA.contains(key);
     of_tokens.filter(|key| !known(key)).collect()
 }
 
@@ -120,7 +120,10 @@ impl GgufKeys<'_> {
         expected: &str,
         read: impl Fn(&Value) -> Option<T>,
     ) -> Result<Option<T>> {
-        debug_assert!(KNOWN.contains(&key), "`{key}` is not in KNOWN");
+        debug_assert!(
+            KNOWN_METADATA.contains(&key),
+            "`{key}` is not in KNOWN_METADATA"
+        );
         let Some(value) = self.metadata.get(key) else {
             return Ok(None);
         };

@@ -50,7 +50,7 @@ pub(super) struct Steps<T>(Vec<T>);
 /// A step that changes a text before it is split.
 #[derive(Clone, Debug)]
 pub(super) enum NormalizeStep {
-    Replace(Replacement),
+    Replace(TextReplacement),
     Other(NormalizerWrapper),
 }
 
@@ -68,13 +68,13 @@ pub(super) enum SplitStep {
 /// A step that turns tokens into text.
 #[derive(Clone, Debug)]
 pub(super) enum DecodeStep {
-    Replace(Replacement),
+    Replace(TextReplacement),
     Other(DecoderWrapper),
 }
 
 /// What matches a pattern becomes another text.
 #[derive(Clone, Debug)]
-pub(super) struct Replacement {
+pub(super) struct TextReplacement {
     pattern: Arc<SysRegex>,
     content: String,
 }
@@ -111,7 +111,7 @@ fn normalizers(step: &NormalizerWrapper) -> Option<&[NormalizerWrapper]> {
 impl NormalizeStep {
     fn new(step: &NormalizerWrapper) -> Result<Self> {
         match step {
-            NormalizerWrapper::Replace(step) => Ok(Self::Replace(Replacement::new(
+            NormalizerWrapper::Replace(step) => Ok(Self::Replace(TextReplacement::new(
                 &serde_json::to_value(step)?,
             )?)),
             NormalizerWrapper::Precompiled(map) => {
@@ -228,7 +228,7 @@ impl PreTokenizer for Steps<SplitStep> {
             };
             let budget =
                 &*budget.get_or_insert_with(|| Budget::new("pre_tokenizer", bytes_of(text)));
-            let search = Search { pattern, budget };
+            let search = PatternSearch { pattern, budget };
             text.split(|_, piece| match is_inverted {
                 true => piece.split(Invert(&search), *behavior),
                 false => piece.split(&search, *behavior),
@@ -256,7 +256,7 @@ impl Steps<DecodeStep> {
             flatten(&root, &decoders, &mut |step| {
                 steps.push(match step {
                     DecoderWrapper::Replace(step) => {
-                        DecodeStep::Replace(Replacement::new(&serde_json::to_value(step)?)?)
+                        DecodeStep::Replace(TextReplacement::new(&serde_json::to_value(step)?)?)
                     }
                     _ => DecodeStep::Other(step.clone()),
                 });
@@ -293,7 +293,7 @@ impl Decoder for Steps<DecodeStep> {
     }
 }
 
-impl Replacement {
+impl TextReplacement {
     fn new(step: &Value) -> Result<Self> {
         let content = step["content"].as_str().unwrap_or_default().to_owned();
         Ok(Self {
@@ -322,7 +322,7 @@ impl Replacement {
     /// The matches, if what replaces them is not too long.
     fn find(&self, text: &str, budget: &Budget) -> Result<Vec<(Offsets, bool)>> {
         let pattern = &*self.pattern;
-        let found = (&Search { pattern, budget }).find_matches(text)?;
+        let found = (&PatternSearch { pattern, budget }).find_matches(text)?;
         let matches = found.iter().filter(|part| part.1).count();
         budget.check_length(matches.saturating_mul(self.content.len()))?;
         Ok(found)
@@ -389,12 +389,12 @@ impl Budget {
 }
 
 /// A pattern, and the budget of its searches.
-struct Search<'a> {
+struct PatternSearch<'a> {
     pattern: &'a SysRegex,
     budget: &'a Budget,
 }
 
-impl Pattern for &Search<'_> {
+impl Pattern for &PatternSearch<'_> {
     /// As the library finds them.
     fn find_matches(&self, text: &str) -> Result<Vec<(Offsets, bool)>> {
         if text.is_empty() {

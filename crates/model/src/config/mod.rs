@@ -10,7 +10,7 @@
 
 mod fields;
 mod read;
-mod rope;
+mod rope_scaling;
 mod table;
 mod write;
 
@@ -22,7 +22,7 @@ use serde_json::Value;
 
 use self::fields::{Asked, Fields};
 use self::read::{fp8, gqa, mla, moe};
-use self::rope::rope;
+use self::rope_scaling::rope;
 use crate::Error;
 
 /// Everything the forward pass needs to know of a model.

@@ -14,7 +14,7 @@ use super::fields::Fields;
 use crate::Error;
 
 /// Keys of any model that change nothing in what it computes.
-const DESCRIPTIONS: &[&str] = &[
+const DESCRIPTION_KEYS: &[&str] = &[
     // What made the file, and for which class.
     "_name_or_path",
     "_attn_implementation",
@@ -166,5 +166,5 @@ pub(super) fn harmless(family: Family) -> [&'static [&'static str]; 3] {
         Family::Qwen2 => OF_QWEN2,
         Family::Llama => &[],
     };
-    [DESCRIPTIONS, of_family, OF_QUANTIZATION]
+    [DESCRIPTION_KEYS, of_family, OF_QUANTIZATION]
 }

@@ -3,8 +3,11 @@
 use std::path::Path;
 
 use checkpoint::{Folder, FolderWriter};
+use serde_json::Value;
 
 use crate::Error;
+
+const GENERATION: &str = "generation_config.json";
 
 /// Copies all small files of a model, or makes them from a GGUF.
 ///
@@ -14,11 +17,18 @@ pub fn copy_companions(model: &Folder, writer: &mut FolderWriter) -> Result<(), 
     if model.metadata().is_none() {
         return copy_texts(model.path(), writer);
     }
-    if let Some(config) = model.generation_config() {
-        writer.write_json("generation_config.json", config)?;
-    }
+    // Recommended sampling and the ends of a text are in one file.
+    let mut generation = model.generation_config().cloned();
     for (name, text) in model.companions()? {
-        writer.write_bytes(&name, text.as_bytes())?;
+        let more = (name == GENERATION).then(|| serde_json::from_str::<Value>(&text));
+        match (more, &mut generation) {
+            (Some(Ok(Value::Object(more))), Some(Value::Object(config))) => config.extend(more),
+            (Some(Ok(more)), generation) => *generation = Some(more),
+            _ => writer.write_bytes(&name, text.as_bytes())?,
+        }
+    }
+    if let Some(config) = generation {
+        writer.write_json(GENERATION, &config)?;
     }
     Ok(())
 }

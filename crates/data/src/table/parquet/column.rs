@@ -74,14 +74,14 @@ impl Source {
 
 /// The levels of a value, or of a null.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Levels {
+pub(super) struct ValueLevels {
     pub(super) def: u32,
     pub(super) rep: u32,
 }
 
 /// A column, open at a value.
 #[derive(Debug)]
-pub(super) struct Column {
+pub(super) struct ParquetColumn {
     leaf: Leaf,
     codec: Codec,
     /// The place of the next page.
@@ -91,7 +91,7 @@ pub(super) struct Column {
     dictionary: Option<Rc<Vec<Value>>>,
     page: Option<Page>,
     /// The levels of the next value, if they are read.
-    levels: Option<Levels>,
+    levels: Option<ValueLevels>,
 }
 
 /// A page, open at a value.
@@ -103,7 +103,7 @@ struct Page {
     values: Values,
 }
 
-impl Column {
+impl ParquetColumn {
     /// From the metadata of a column chunk.
     pub(super) fn new(leaf: &Leaf, chunk: &Thrift) -> Result<Self> {
         let expected = || format!("metadata of column `{}`", leaf.name);
@@ -137,7 +137,7 @@ impl Column {
     }
 
     /// The levels of the next value; none at the end of the row group.
-    pub(super) fn peek(&mut self, source: &mut Source) -> Result<Option<Levels>> {
+    pub(super) fn peek(&mut self, source: &mut Source) -> Result<Option<ValueLevels>> {
         if self.levels.is_some() {
             return Ok(self.levels);
         }
@@ -151,10 +151,11 @@ impl Column {
         let levels = page.and_then(|page| {
             page.left -= 1;
             let (rep, def) = (page.rep.next()?, page.def.next()?);
-            Some(Levels { def, rep })
+            Some(ValueLevels { def, rep })
         });
-        let fits =
-            |levels: &Levels| levels.def <= self.leaf.max_def && levels.rep <= self.leaf.max_rep;
+        let fits = |levels: &ValueLevels| {
+            levels.def <= self.leaf.max_def && levels.rep <= self.leaf.max_rep
+        };
         self.levels = Some(
             levels
                 .filter(fits)

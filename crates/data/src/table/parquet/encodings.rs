@@ -55,11 +55,11 @@ fn bits(bytes: &[u8], place: usize, width: u32) -> u64 {
 pub(super) struct Hybrid {
     bytes: Bytes,
     width: u32,
-    run: Run,
+    run: CodeRun,
 }
 
 #[derive(Clone, Debug)]
-enum Run {
+enum CodeRun {
     Repeated {
         value: u32,
         left: u64,
@@ -74,7 +74,7 @@ enum Run {
 impl Hybrid {
     /// None if numbers have more than 32 bits.
     pub(super) fn new(bytes: Bytes, width: u32) -> Option<Self> {
-        let run = Run::Repeated { value: 0, left: 0 };
+        let run = CodeRun::Repeated { value: 0, left: 0 };
         (width <= 32).then_some(Self { bytes, width, run })
     }
 
@@ -84,7 +84,7 @@ impl Hybrid {
         Self {
             bytes: Bytes::new(),
             width: 1,
-            run: Run::Packed {
+            run: CodeRun::Packed {
                 bytes,
                 place: 0,
                 left,
@@ -95,11 +95,11 @@ impl Hybrid {
     pub(super) fn next(&mut self) -> Option<u32> {
         loop {
             match &mut self.run {
-                Run::Repeated { value, left } if *left > 0 => {
+                CodeRun::Repeated { value, left } if *left > 0 => {
                     *left -= 1;
                     return Some(*value);
                 }
-                Run::Packed { bytes, place, left } if *left > 0 => {
+                CodeRun::Packed { bytes, place, left } if *left > 0 => {
                     let value = bits(bytes, *place, self.width);
                     *left -= 1;
                     *place += self.width as usize;
@@ -110,11 +110,11 @@ impl Hybrid {
         }
     }
 
-    fn next_run(&mut self) -> Option<Run> {
+    fn next_run(&mut self) -> Option<CodeRun> {
         let header = take_varint(&mut self.bytes)?;
         if header & 1 == 0 {
             let value = take(&mut self.bytes, self.width.div_ceil(8) as usize)?;
-            return Some(Run::Repeated {
+            return Some(CodeRun::Repeated {
                 value: bits(&value, 0, self.width) as u32,
                 left: header >> 1,
             });
@@ -123,7 +123,7 @@ impl Hybrid {
         let size = groups.checked_mul(u64::from(self.width))?;
         // Some writers leave out the padding of the last group.
         let size = usize::try_from(size).ok()?.min(self.bytes.len());
-        Some(Run::Packed {
+        Some(CodeRun::Packed {
             bytes: take(&mut self.bytes, size)?,
             place: 0,
             left: groups.checked_mul(8)?,

@@ -16,9 +16,9 @@ mod thrift;
 
 use crate::error::{Error, Place, Result};
 use crate::file::{MAX_ROW_BYTES, RowText, UnreadColumn};
-use column::{Column, Source};
+use column::{ParquetColumn, Source};
 use encodings::Value;
-use schema::{Field, Node, Repeated, Schema};
+use schema::{Node, ParquetField, Repeated, Schema};
 use std::fs::File;
 use std::path::Path;
 use thrift::Thrift;
@@ -39,7 +39,7 @@ pub(super) struct Parquet {
     /// The row groups that are read.
     next_group: usize,
     /// Columns of the row group that is read, those without a form in rows left out.
-    columns: Vec<Option<Column>>,
+    columns: Vec<Option<ParquetColumn>>,
     rows_left: u64,
     /// Rows read, of how many.
     number: usize,
@@ -136,7 +136,7 @@ impl Parquet {
             };
             let columns = self.schema.leaves.iter().zip(&group.columns);
             let columns = columns.map(|(leaf, chunk)| match leaf.physical {
-                Ok(_) => Column::new(leaf, chunk).map(Some),
+                Ok(_) => ParquetColumn::new(leaf, chunk).map(Some),
                 Err(_) => Ok(None),
             });
             self.columns = columns.collect::<Result<_>>()?;
@@ -185,13 +185,13 @@ fn metadata(source: &mut Source) -> Result<Thrift> {
 
 /// A row that is being written.
 struct RowWriter<'a> {
-    columns: &'a mut [Option<Column>],
+    columns: &'a mut [Option<ParquetColumn>],
     source: &'a mut Source,
     out: Vec<u8>,
 }
 
 impl RowWriter<'_> {
-    fn object(&mut self, fields: &[Field]) -> Result<()> {
+    fn object(&mut self, fields: &[ParquetField]) -> Result<()> {
         self.put(b"{")?;
         for (index, field) in fields.iter().enumerate() {
             if index > 0 {
@@ -204,7 +204,7 @@ impl RowWriter<'_> {
         self.put(b"}")
     }
 
-    fn field(&mut self, field: &Field) -> Result<()> {
+    fn field(&mut self, field: &ParquetField) -> Result<()> {
         if self.level(field)?.def < field.def {
             self.skip(field)?;
             return self.put(b"null");
@@ -228,9 +228,9 @@ impl RowWriter<'_> {
     /// The elements of a list, each written by `write`.
     fn elements(
         &mut self,
-        field: &Field,
+        field: &ParquetField,
         list: &Repeated,
-        write: fn(&mut Self, &Field) -> Result<()>,
+        write: fn(&mut Self, &ParquetField) -> Result<()>,
     ) -> Result<()> {
         if self.level(field)?.def < list.def {
             return self.skip(field);
@@ -246,7 +246,7 @@ impl RowWriter<'_> {
     }
 
     /// A key and its value.
-    fn entry(&mut self, entry: &Field) -> Result<()> {
+    fn entry(&mut self, entry: &ParquetField) -> Result<()> {
         let Node::Object(fields) = &entry.node else {
             return Err(Error::schema("keys and values in a map", "others"));
         };
@@ -269,7 +269,7 @@ impl RowWriter<'_> {
         self.field(value)
     }
 
-    fn value(&mut self, field: &Field) -> Result<()> {
+    fn value(&mut self, field: &ParquetField) -> Result<()> {
         let (column, source) = self.column(field.leaves.start)?;
         let value = column.take(source)?;
         let is_unsigned = column.leaf().is_unsigned;
@@ -304,7 +304,7 @@ impl RowWriter<'_> {
         self.put(text.as_bytes())
     }
 
-    fn level(&mut self, field: &Field) -> Result<column::Levels> {
+    fn level(&mut self, field: &ParquetField) -> Result<column::ValueLevels> {
         let (column, source) = self.column(field.leaves.start)?;
         let levels = column.peek(source)?;
         let name = &column.leaf().name;
@@ -314,7 +314,7 @@ impl RowWriter<'_> {
     }
 
     /// Passes over a null or an empty list in all columns below.
-    fn skip(&mut self, field: &Field) -> Result<()> {
+    fn skip(&mut self, field: &ParquetField) -> Result<()> {
         for leaf in field.leaves.clone() {
             let (column, source) = self.column(leaf)?;
             column.take(source)?;
@@ -322,7 +322,7 @@ impl RowWriter<'_> {
         Ok(())
     }
 
-    fn column(&mut self, leaf: usize) -> Result<(&mut Column, &mut Source)> {
+    fn column(&mut self, leaf: usize) -> Result<(&mut ParquetColumn, &mut Source)> {
         let column = self.columns.get_mut(leaf).and_then(Option::as_mut);
         let column =
             column.ok_or_else(|| Error::schema("columns of values", "a group without any"))?;

@@ -46,7 +46,7 @@ pub(super) struct Leaf {
 
 /// A field of a row or of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Field {
+pub(super) struct ParquetField {
     pub(super) name: String,
     pub(super) node: Node,
     /// The definition level from which on it is not null.
@@ -58,7 +58,7 @@ pub(super) struct Field {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Node {
     Value,
-    Object(Vec<Field>),
+    Object(Vec<ParquetField>),
     List(Repeated),
     /// Lists of keys and values.
     Map(Repeated),
@@ -67,7 +67,7 @@ pub(super) enum Node {
 /// The elements of a list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Repeated {
-    pub(super) element: Box<Field>,
+    pub(super) element: Box<ParquetField>,
     /// The definition level from which on there is an element.
     pub(super) def: u32,
     /// The repetition level of all elements but the first.
@@ -77,7 +77,7 @@ pub(super) struct Repeated {
 /// All columns.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Schema {
-    pub(super) fields: Vec<Field>,
+    pub(super) fields: Vec<ParquetField>,
     pub(super) leaves: Vec<Leaf>,
     pub(super) unread: Vec<UnreadColumn>,
 }
@@ -86,7 +86,7 @@ impl Schema {
     /// From the elements of the metadata, parents before children. None if they are malformed.
     pub(super) fn new(elements: &[Thrift]) -> Option<Self> {
         let (root, rest) = elements.split_first()?;
-        let mut builder = Builder {
+        let mut builder = SchemaBuilder {
             elements: rest,
             leaves: Vec::new(),
         };
@@ -96,7 +96,7 @@ impl Schema {
             leaves: Vec::new(),
             unread: Vec::new(),
         };
-        for field in builder.fields(n, Levels::default())? {
+        for field in builder.fields(n, MaxLevels::default())? {
             let mut leaves = builder.leaves[field.leaves.clone()].iter();
             match leaves.find_map(|leaf| leaf.physical.err()) {
                 Some(found) => schema.unread.push(UnreadColumn {
@@ -113,19 +113,19 @@ impl Schema {
 
 /// The levels above a field.
 #[derive(Clone, Copy, Default)]
-struct Levels {
+struct MaxLevels {
     def: u32,
     rep: u32,
     depth: u32,
 }
 
-struct Builder<'a> {
+struct SchemaBuilder<'a> {
     elements: &'a [Thrift],
     leaves: Vec<Leaf>,
 }
 
-impl<'a> Builder<'a> {
-    fn fields(&mut self, n: usize, above: Levels) -> Option<Vec<Field>> {
+impl<'a> SchemaBuilder<'a> {
+    fn fields(&mut self, n: usize, above: MaxLevels) -> Option<Vec<ParquetField>> {
         if n > self.elements.len() {
             return None;
         }
@@ -133,10 +133,10 @@ impl<'a> Builder<'a> {
     }
 
     /// The next element, with what repeats it.
-    fn field(&mut self, above: Levels) -> Option<Field> {
+    fn field(&mut self, above: MaxLevels) -> Option<ParquetField> {
         let (element, rest) = self.elements.split_first()?;
         self.elements = rest;
-        let mut levels = Levels {
+        let mut levels = MaxLevels {
             depth: above.depth + 1,
             ..above
         };
@@ -149,14 +149,14 @@ impl<'a> Builder<'a> {
     }
 
     /// A repeated element outside of a list: it is a list that cannot be null.
-    fn repeated(&mut self, element: &'a Thrift, above: Levels) -> Option<Field> {
-        let levels = Levels {
+    fn repeated(&mut self, element: &'a Thrift, above: MaxLevels) -> Option<ParquetField> {
+        let levels = MaxLevels {
             def: above.def + 1,
             rep: above.rep + 1,
             depth: above.depth + 1,
         };
         let inner = self.node(element, levels)?;
-        Some(Field {
+        Some(ParquetField {
             name: inner.name.clone(),
             def: above.def,
             leaves: inner.leaves.clone(),
@@ -169,7 +169,7 @@ impl<'a> Builder<'a> {
     }
 
     /// A field whose own levels are counted.
-    fn node(&mut self, element: &'a Thrift, levels: Levels) -> Option<Field> {
+    fn node(&mut self, element: &'a Thrift, levels: MaxLevels) -> Option<ParquetField> {
         let name = element.text(4)?.to_owned();
         if levels.depth > MAX_DEPTH || self.leaves.len() >= MAX_COLUMNS {
             return None;
@@ -191,7 +191,7 @@ impl<'a> Builder<'a> {
             Some(1) if is_a(&[1, 2], 2) => Node::Map(self.elements_of("", levels)?),
             Some(n) => Node::Object(self.fields(usize::try_from(n).ok()?, levels)?),
         };
-        Some(Field {
+        Some(ParquetField {
             name,
             node,
             def: levels.def,
@@ -200,14 +200,14 @@ impl<'a> Builder<'a> {
     }
 
     /// The repeated element in an annotated list.
-    fn elements_of(&mut self, list: &str, above: Levels) -> Option<Repeated> {
+    fn elements_of(&mut self, list: &str, above: MaxLevels) -> Option<Repeated> {
         let (element, rest) = self.elements.split_first()?;
         let (name, children) = (element.text(4)?, element.size(5).unwrap_or(0));
         if element.number(3) != Some(2) {
             return None;
         }
         self.elements = rest;
-        let levels = Levels {
+        let levels = MaxLevels {
             def: above.def + 1,
             rep: above.rep + 1,
             depth: above.depth + 1,
@@ -226,7 +226,7 @@ impl<'a> Builder<'a> {
     }
 }
 
-fn leaf(element: &Thrift, name: &str, levels: Levels) -> Option<Leaf> {
+fn leaf(element: &Thrift, name: &str, levels: MaxLevels) -> Option<Leaf> {
     let converted = element.number(6);
     let logical = match element.field(10) {
         Some(Thrift::Struct(fields)) => fields.first(),

@@ -3,7 +3,7 @@
 //! Source: apache/thrift: doc/specs/thrift-compact-protocol.md.
 
 /// Structs and lists inside each other; Parquet has fewer than ten.
-const MAX_DEPTH: usize = 24;
+const MAX_NESTING: usize = 24;
 
 /// A value. Numbers of all widths are one kind.
 #[derive(Clone, Debug, PartialEq)]
@@ -107,7 +107,7 @@ impl Reader<'_> {
     }
 
     fn value(&mut self, kind: u8, depth: usize) -> Option<Thrift> {
-        if depth > MAX_DEPTH {
+        if depth > MAX_NESTING {
             return None;
         }
         Some(match kind {

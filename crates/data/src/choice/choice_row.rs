@@ -22,7 +22,7 @@ pub(crate) struct ChoiceRow {
     pub(crate) answer: usize,
 }
 
-const QUESTIONS: [&str; 6] = [
+const QUESTION_KEYS: [&str; 6] = [
     "prompt",
     "question",
     "question_stem",
@@ -30,8 +30,8 @@ const QUESTIONS: [&str; 6] = [
     "ctx",
     "goal",
 ];
-const LISTS: [&str; 3] = ["choices", "options", "endings"];
-const ANSWERS: [&str; 6] = [
+const CHOICE_LISTS: [&str; 3] = ["choices", "options", "endings"];
+const ANSWER_KEYS: [&str; 6] = [
     "answer",
     "answerKey",
     "answer_idx",
@@ -43,7 +43,7 @@ const LETTERS: [&str; 10] = ["A", "B", "C", "D", "E", "F", "G", "H", "I", "J"];
 const SOLUTIONS: [&str; 2] = ["sol1", "sol2"];
 
 /// What a question's row may have besides: where it comes from, and why the answer is right.
-const HARMLESS: [&str; 32] = [
+const ORIGIN_KEYS: [&str; 32] = [
     "id",
     "_id",
     "idx",
@@ -93,11 +93,11 @@ impl ChoiceRow {
         columns.rename(&mut row)?;
         row.retain(|_, value| !value.is_null());
         let is_named = |key: &str| columns.keys().any(|named| named == key);
-        let (question, mut prompt) = one_of(&mut row, &QUESTIONS, "a question", &is_named)?;
+        let (question, mut prompt) = one_of(&mut row, &QUESTION_KEYS, "a question", &is_named)?;
         let (list, Choices { mut texts, labels }) = choices(&mut row, &is_named)?;
         check_texts(list, &texts)?;
         let answer = answer(&mut row, &texts, &labels, &is_named)?;
-        row.retain(|key, _| !HARMLESS.contains(&key.as_str()));
+        row.retain(|key, _| !ORIGIN_KEYS.contains(&key.as_str()));
         if !row.is_empty() {
             let expected = "a question, its choices and its answer alone (`data.columns` names them; a text that the \
                 question is about belongs to it)";
@@ -172,7 +172,7 @@ fn choices(
             .iter()
             .take_while(|key| row.contains_key(**key))
             .count();
-        let has_list = LISTS.iter().any(|key| row.contains_key(*key));
+        let has_list = CHOICE_LISTS.iter().any(|key| row.contains_key(*key));
         if present >= 2 && !has_list {
             let texts = columns[..present]
                 .iter()
@@ -185,7 +185,7 @@ fn choices(
             return Ok((columns[0], choices));
         }
     }
-    let (key, mut value) = one_of(row, &LISTS, "choices", is_named)?;
+    let (key, mut value) = one_of(row, &CHOICE_LISTS, "choices", is_named)?;
     // A cell of a table without lists has the JSON text of one.
     if let Some(list @ (Value::Array(_) | Value::Object(_))) = value
         .as_str()
@@ -271,12 +271,12 @@ fn answer(
     labels: &[String],
     is_named: &dyn Fn(&str) -> bool,
 ) -> Result<usize> {
-    let present: Vec<&str> = ANSWERS
+    let present: Vec<&str> = ANSWER_KEYS
         .into_iter()
         .filter(|key| row.contains_key(*key))
         .collect();
     if present.len() < 2 || present.iter().any(|key| is_named(key)) {
-        let (key, value) = one_of(row, &ANSWERS, "an answer", is_named)?;
+        let (key, value) = one_of(row, &ANSWER_KEYS, "an answer", is_named)?;
         return index(key, &value, choices, labels);
     }
     let mut found = None;

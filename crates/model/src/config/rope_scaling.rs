@@ -24,7 +24,7 @@ enum RopeType {
     Llama3,
 }
 
-const TYPES: [(&str, RopeType); 4] = [
+const ROPE_TYPES: [(&str, RopeType); 4] = [
     ("default", RopeType::Plain),
     ("linear", RopeType::Linear),
     ("yarn", RopeType::Yarn),
@@ -110,8 +110,8 @@ fn scaling(keys: &Fields<'_>, object: &Fields<'_>, family: Family) -> Result<Rop
         (Some(new), Some(old)) if new != old => {
             return Err(object.wrong("type", &format!("{new}, as `rope_type` says")));
         }
-        (Some(_), _) => object.one_of("rope_type", &TYPES)?,
-        (None, Some(_)) => object.one_of("type", &TYPES)?,
+        (Some(_), _) => object.one_of("rope_type", &ROPE_TYPES)?,
+        (None, Some(_)) => object.one_of("type", &ROPE_TYPES)?,
     };
     object.without_effect(&["rope_type", "type"]);
     let is_latent = matches!(family, Family::DeepseekV2 | Family::DeepseekV3);

@@ -1,6 +1,7 @@
 //! Multiple-choice questions: a prompt and several continuations, one of them right.
 
-use crate::choice_row::ChoiceRow;
+mod choice_row;
+
 use crate::columns::Columns;
 use crate::error::{Error, Result};
 use crate::file::{RowText, parse_line};
@@ -8,6 +9,7 @@ use crate::row::{continuation, messages, render_prompt};
 use crate::sample::Sample;
 use crate::table::Table;
 use crate::tokenizer::{Bos, Tokenizer};
+use choice_row::ChoiceRow;
 use serde_json::Value;
 use std::path::Path;
 
