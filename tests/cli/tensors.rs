@@ -27,8 +27,20 @@ fn path(name: &str) -> String {
 type Rewrite = fn(Tensor) -> Option<Tensor>;
 
 /// Changes that make a base incomplete, with words of the refusal.
-fn damages() -> [(&'static str, Rewrite, &'static [&'static str]); 4] {
+fn damages() -> [(&'static str, Rewrite, &'static [&'static str]); 5] {
     [
+        (
+            "deepseek_v2_lite",
+            |t| {
+                let bias = "mlp.gate.e_score_correction_bias";
+                let name = t.name.replace("post_attention_layernorm.weight", bias);
+                Some(Tensor {
+                    name: name.into(),
+                    ..t
+                })
+            },
+            &["e_score_correction_bias", "softmax"],
+        ),
         (
             "deepseek_v2_lite",
             |t| (!t.name.contains("layers.1.mlp.experts.3.up_proj")).then_some(t),

@@ -74,8 +74,8 @@ pub fn expect_complete(folder: &Folder, config: &ModelConfig) -> Result<(), Erro
     Ok(())
 }
 
-/// Refuses tensors that would change the result and that no key of a model names: an adapter that was never merged, and a
-/// head beside an embedding that serves as one.
+/// Refuses tensors that would change the result and that no key of a model names: an adapter that was never merged, a bias
+/// of a router that has none, and a head beside an embedding that serves as one.
 pub(super) fn expect_own_names(folder: &Folder, config: &ModelConfig) -> Result<(), Error> {
     const UPDATES: [&str; 3] = [".lora_A.", ".lora_B.", ".lora_magnitude_vector"];
     let is_update = |name: &&str| UPDATES.iter().any(|part| name.contains(part));
@@ -84,6 +84,17 @@ pub(super) fn expect_own_names(folder: &Folder, config: &ModelConfig) -> Result<
         return Err(Error::Unsupported(format!(
             "{place}: tensor `{name}`: expected a model, found one with an adapter that was never merged; take the base, and the \
              adapter with `--adapter`"
+        )));
+    }
+    let has_bias = config
+        .moe
+        .as_ref()
+        .is_none_or(|moe| moe.has_correction_bias);
+    let is_bias = |name: &&str| name.ends_with(".gate.e_score_correction_bias");
+    if let Some(name) = folder.names().find(|name| !has_bias && is_bias(name)) {
+        return Err(Error::Unsupported(format!(
+            "{place}: tensor `{name}`: expected no such bias, because the router's scores are those of softmax; models with it \
+             have sigmoid: set `scoring_func` in config.json, or convert the model to a GGUF with `expert_gating_func` 2"
         )));
     }
     let [head, embedding] = [HEAD, EMBEDDING].map(|module| format!("{module}.weight"));

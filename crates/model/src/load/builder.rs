@@ -11,7 +11,7 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
 use super::audit::expect_own_names;
-use super::stored::{check_tied, read_config, read_matrix};
+use super::stored::{read_config, read_matrix};
 use crate::Error;
 use crate::config::{AttentionConfig, GqaConfig, MlaConfig, ModelConfig, MoeConfig};
 use crate::decoder::{Decoder, DecoderLayer, Embedding, FeedForward, Model, ReplacedWeights};
@@ -80,7 +80,6 @@ impl Training {
 /// pattern chooses nothing.
 pub fn load(folder: &Folder, training: Training, device: &Device) -> Result<Model, Error> {
     let config = read_config(folder)?;
-    check_tied(folder, &config)?;
     expect_own_names(folder, &config)?;
     training.check(&config)?;
     Builder {

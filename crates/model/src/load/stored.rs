@@ -196,33 +196,6 @@ pub fn unknown_keys(folder: &Folder) -> Result<Vec<(String, serde_json::Value)>,
     }
 }
 
-/// Refuses a checkpoint that ties its head to the embedding and has another head too: transformers 4 and 5 read it differently.
-///
-/// # Errors
-/// If there is such a head.
-pub(super) fn check_tied(folder: &Folder, config: &ModelConfig) -> Result<(), Error> {
-    let [head, embedding] =
-        [Module::Head, Module::Embedding].map(|module| ParamKey::weight(None, module).to_string());
-    if !config.tie_word_embeddings || !folder.contains(&head) {
-        return Ok(());
-    }
-    let [head, embedding] = [folder.stored(&head)?, folder.stored(&embedding)?];
-    if (head.dtype, &head.shape, &head.bytes)
-        == (embedding.dtype, &embedding.shape, &embedding.bytes)
-    {
-        return Ok(());
-    }
-    Err(Error::Config {
-        file: folder.config_path(),
-        key: "tie_word_embeddings".into(),
-        expected: format!(
-            "false beside the tensor `{}`, which is not the embedding",
-            head.name
-        ),
-        found: "true".into(),
-    })
-}
-
 /// Refuses weights in MLX's own quantization: integers in U32, with scales and biases beside them, which no format here
 /// holds as they are.
 fn refuse_mlx(folder: &Folder) -> Result<(), Error> {
