@@ -126,7 +126,7 @@ pub(crate) type LoggedLosses = BTreeMap<u64, [Option<f64>; 2]>;
 /// If the file cannot be read.
 pub(crate) fn logged_losses(path: &Path, last_step: u64) -> Result<LoggedLosses> {
     #[derive(Deserialize)]
-    struct Line {
+    struct LossLine {
         step: u64,
         loss: Option<f64>,
         valid_loss: Option<f64>,
@@ -143,7 +143,7 @@ pub(crate) fn logged_losses(path: &Path, last_step: u64) -> Result<LoggedLosses>
         if line.is_empty() {
             return Ok(losses);
         }
-        let Ok(line) = serde_json::from_slice::<Line>(&line) else {
+        let Ok(line) = serde_json::from_slice::<LossLine>(&line) else {
             continue;
         };
         if line.step <= last_step && (line.loss.is_some() || line.valid_loss.is_some()) {
