@@ -17,7 +17,7 @@ use model::{Model, ModelConfig, Mtp, Training, load};
 use serde_json::Value;
 
 pub(crate) use self::memory::{MemoryArgs, cache_object, cache_summary, repack};
-use crate::console::Console;
+use crate::console::{Console, printable};
 use crate::device;
 use crate::values::{CACHE_HELP, COMPUTE_HELP, CacheValue, ComputeValue};
 
@@ -146,8 +146,17 @@ pub(crate) fn open_model(
         attach(&mut model, path, device, console)?;
         name = format!("{name} + {}", name_of(path));
     }
+    let tokenizer = open_tokenizer(&folder)?;
+    let unread = tokenizer.as_ref().map(Tokenizer::unread_keys);
+    if let Some(keys @ [_, ..]) = unread {
+        let keys: Vec<String> = keys.iter().map(|key| printable(key, &[])).collect();
+        console.note(format_args!(
+            "tokenizer_config.json: unknown keys, not read: {}",
+            keys.join(", ")
+        ));
+    }
     Ok(Opened {
-        tokenizer: open_tokenizer(&folder)?.map(Arc::new),
+        tokenizer: tokenizer.map(Arc::new),
         folder,
         model,
         name,

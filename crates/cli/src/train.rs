@@ -120,7 +120,7 @@ pub(crate) fn open_session(recipe: Recipe, console: &Console) -> anyhow::Result<
     Ok(session)
 }
 
-/// Notes what was ignored in the data.
+/// Notes what was ignored in the data, and what is not as the rows have it.
 pub(crate) fn note_reading(corpus: &Corpus, console: &Console) {
     if !corpus.ignored_keys.is_empty() {
         let names: Vec<String> = corpus
@@ -129,6 +129,9 @@ pub(crate) fn note_reading(corpus: &Corpus, console: &Console) {
             .map(|key| printable(key, &[]))
             .collect();
         console.note(format_args!("ignored keys in rows: {}", names.join(", ")));
+    }
+    for note in &corpus.notes {
+        console.note(format_args!("{}", printable(note, &[])));
     }
     let (counts, samples) = (corpus.counts, corpus.len());
     if counts.untrained_samples > 0 {

@@ -51,6 +51,8 @@ pub struct Corpus {
     pub counts: Counts,
     /// Names of unread keys of rows.
     pub ignored_keys: BTreeSet<String>,
+    /// Sentences on what of the rows is not as it is written, such as a role that the chat template does not know.
+    pub notes: BTreeSet<String>,
     /// Why tokens are not in the cache folder, if there is one and they are not.
     pub cache_problem: Option<String>,
 }
@@ -62,6 +64,7 @@ struct CorpusFile {
     entries: Vec<SampleEntry>,
     counts: Counts,
     ignored_keys: BTreeSet<String>,
+    notes: BTreeSet<String>,
     key: CacheKey,
     source: TokenSource,
 }
@@ -91,17 +94,21 @@ impl Corpus {
             files: Vec::new(),
             counts: Counts::default(),
             ignored_keys: BTreeSet::new(),
+            notes: BTreeSet::new(),
             cache_problem: None,
         };
+        let unread = options.tokenizer.map(Tokenizer::unread_keys);
+        for key in unread.unwrap_or_default() {
+            let note = format!("tokenizer_config.json: the key `{key}` is not known, and not read");
+            corpus.notes.insert(note);
+        }
         let mut before = 0;
         for path in paths {
             let tell = |bytes| (options.progress)(before + bytes, total);
             let (file, problem) = CorpusFile::open(path, options, &tell)?;
             corpus.counts.add(file.counts);
-            note_ignored(
-                &mut corpus.ignored_keys,
-                file.ignored_keys.iter().cloned().collect(),
-            );
+            note_ignored(&mut corpus.ignored_keys, file.ignored_keys.iter().cloned());
+            note_ignored(&mut corpus.notes, file.notes.iter().cloned());
             corpus.cache_problem = corpus.cache_problem.or(problem);
             corpus.files.push(file);
             before += size(path);
@@ -198,7 +205,9 @@ impl CorpusFile {
             tell(row.end);
             Ok(())
         })?;
-        let finish = |writer: CacheWriter| writer.finish(key, &index.counts, &index.ignored_keys);
+        let finish = |writer: CacheWriter| {
+            writer.finish(key, &index.counts, [&index.ignored_keys, &index.notes])
+        };
         let finished = writer.map(|writer| writer.and_then(finish));
         let problem = match (finished, cached) {
             (Some(Ok(())), Some(file)) => match TokenCache::open(&file, key) {
@@ -223,6 +232,7 @@ impl CorpusFile {
             entries: index.entries,
             counts: index.counts,
             ignored_keys: index.ignored_keys,
+            notes: index.notes,
             key,
             source,
         };
@@ -235,6 +245,7 @@ impl CorpusFile {
             entries: std::mem::take(&mut cache.entries),
             counts: cache.counts,
             ignored_keys: std::mem::take(&mut cache.ignored_keys),
+            notes: std::mem::take(&mut cache.notes),
             key,
             source: TokenSource::Cache(cache),
         }
@@ -261,7 +272,7 @@ impl CorpusFile {
                     *vocab_size,
                     RowFilter::Any,
                 )?;
-                let (samples, _) = reader.row(&line).map_err(|_| changed())?;
+                let (samples, ..) = reader.row(&line).map_err(|_| changed())?;
                 let sample = samples.into_iter().nth(entry.piece as usize);
                 let same = |sample: &Sample| sample.fingerprint() == entry.fingerprint;
                 sample.filter(same).ok_or_else(changed)
@@ -276,12 +287,14 @@ struct FileIndex {
     entries: Vec<SampleEntry>,
     counts: Counts,
     ignored_keys: BTreeSet<String>,
+    notes: BTreeSet<String>,
 }
 
 impl FileIndex {
     fn add(&mut self, row: &RowSamples) {
         self.counts.add_row(&row.samples);
-        note_ignored(&mut self.ignored_keys, row.ignored.clone());
+        note_ignored(&mut self.ignored_keys, row.ignored.iter().cloned());
+        note_ignored(&mut self.notes, row.notes.iter().cloned());
         let entries = row.samples.iter().zip(0..);
         let entry = |(sample, piece)| SampleEntry {
             piece,

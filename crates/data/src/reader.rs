@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::file::{JsonLine, JsonLines, parse_line};
+use crate::notes::RowNotes;
 use crate::row::{Limits, Row};
 use crate::sample::Sample;
 use crate::tokenizer::Tokenizer;
@@ -24,7 +25,7 @@ pub enum RowFilter {
 }
 
 /// Adds a row's unread keys to the names, up to a number that a person would look at: a file may have a new key in every row.
-pub(crate) fn note_ignored(names: &mut BTreeSet<String>, row: Vec<String>) {
+pub(crate) fn note_ignored(names: &mut BTreeSet<String>, row: impl IntoIterator<Item = String>) {
     const MAX_IGNORED_KEYS: usize = 32;
     for name in row {
         if names.len() < MAX_IGNORED_KEYS {
@@ -51,6 +52,8 @@ pub(crate) struct RowSamples {
     pub(crate) samples: Vec<Sample>,
     /// Unread keys.
     pub(crate) ignored: Vec<String>,
+    /// What of the row is not as it is written.
+    pub(crate) notes: RowNotes,
 }
 
 impl<'a> RowReader<'a> {
@@ -105,15 +108,16 @@ impl<'a> RowReader<'a> {
                 row.map_err(|problem| problem.at(path, line.number))
             };
             // Collected before errors are checked, so that the first in the file is reported.
-            let rows: Vec<Result<(Vec<Sample>, Vec<String>)>> =
+            let rows: Vec<Result<(Vec<Sample>, Vec<String>, RowNotes)>> =
                 chunk.par_iter().map(read).collect();
             for (line, row) in chunk.iter().zip(rows) {
-                let (samples, ignored) = row?;
+                let (samples, ignored, notes) = row?;
                 take(RowSamples {
                     offset: line.offset,
                     end: line.end,
                     samples,
                     ignored,
+                    notes,
                 })?;
             }
             match failed {
@@ -124,11 +128,13 @@ impl<'a> RowReader<'a> {
         }
     }
 
-    /// One line's samples, and its unread keys.
-    pub(crate) fn row(&self, line: &str) -> Result<(Vec<Sample>, Vec<String>)> {
+    /// One line's samples, its unread keys, and what of it is not as it is written.
+    pub(crate) fn row(&self, line: &str) -> Result<(Vec<Sample>, Vec<String>, RowNotes)> {
         let (row, ignored) = Row::parse(parse_line(line)?)?;
         self.filter.check(&row)?;
-        Ok((row.samples(self.tokenizer, self.limits)?, ignored))
+        let mut notes = RowNotes::new();
+        let samples = row.samples(self.tokenizer, self.limits, &mut notes)?;
+        Ok((samples, ignored, notes))
     }
 }
 

@@ -22,10 +22,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 /// Changes with the layout, and with the samples that rows become.
-const CACHE_MAGIC: &[u8; 16] = b"moeforge tokens1";
+const CACHE_MAGIC: &[u8; 16] = b"moeforge tokens2";
 const RECORD_BYTES: u64 = 24;
 const FOOTER_BYTES: u64 = 8 + 32;
-/// Counts, and names of keys.
+/// Counts, names of keys, and notes.
 const MAX_JSON_BYTES: u64 = 16 << 20;
 
 /// A hash of everything that a file's tokens depend on.
@@ -89,6 +89,7 @@ struct Summary {
     samples: u64,
     counts: Counts,
     ignored_keys: BTreeSet<String>,
+    notes: BTreeSet<String>,
 }
 
 /// A cache file, open.
@@ -99,6 +100,7 @@ pub(crate) struct TokenCache {
     pub(crate) entries: Vec<SampleEntry>,
     pub(crate) counts: Counts,
     pub(crate) ignored_keys: BTreeSet<String>,
+    pub(crate) notes: BTreeSet<String>,
 }
 
 impl TokenCache {
@@ -151,6 +153,7 @@ impl TokenCache {
             entries,
             counts: summary.counts,
             ignored_keys: summary.ignored_keys,
+            notes: summary.notes,
         })
     }
 
@@ -262,13 +265,14 @@ impl CacheWriter {
         mut self,
         key: CacheKey,
         counts: &Counts,
-        ignored_keys: &BTreeSet<String>,
+        [ignored_keys, notes]: [&BTreeSet<String>; 2],
     ) -> io::Result<()> {
         let summary = Summary {
             key: key.0,
             samples: self.records.len() as u64 / RECORD_BYTES,
             counts: *counts,
             ignored_keys: ignored_keys.clone(),
+            notes: notes.clone(),
         };
         let json = serde_json::to_vec(&summary)?;
         let hash = Sha256::new()

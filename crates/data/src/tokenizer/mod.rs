@@ -8,13 +8,13 @@ mod config;
 mod decode_stream;
 mod files;
 mod from_gguf;
-mod jinja_compat;
 mod json;
 mod metadata;
 mod sentencepiece;
 mod splits;
 mod to_gguf;
 
+pub(crate) use chat_template::THOUGHTS;
 pub use chat_template::{ChatTemplate, GenerationPrompt};
 pub use decode_stream::DecodeStream;
 pub use files::TokenizerFiles;
@@ -61,6 +61,7 @@ pub struct Tokenizer {
     vocab_size: usize,
     special_ids: HashSet<u32>,
     chat_template: Option<ChatTemplate>,
+    unread_keys: Vec<String>,
     identity: Identity,
 }
 
@@ -175,6 +176,7 @@ impl Tokenizer {
             vocab_size: largest_id.map_or(0, |id| id as usize + 1),
             special_ids,
             chat_template,
+            unread_keys: config.unread(),
             identity: Identity::new(&files.tokens, rest),
             inner,
         })
@@ -239,6 +241,11 @@ impl Tokenizer {
     /// The model's chat template, if it has one.
     pub fn chat_template(&self) -> Option<&ChatTemplate> {
         self.chat_template.as_ref()
+    }
+
+    /// Keys of `tokenizer_config.json` that are neither read nor known to change nothing.
+    pub fn unread_keys(&self) -> &[String] {
+        &self.unread_keys
     }
 
     /// SHA-256 of everything that ids and renderings depend on.
@@ -317,6 +324,9 @@ fn make_plain(inner: &mut tokenizers::Tokenizer) -> tokenizers::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod meaning;
 
 #[cfg(test)]
 pub(crate) mod tests {

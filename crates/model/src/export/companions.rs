@@ -6,6 +6,9 @@ use checkpoint::{Folder, FolderWriter};
 
 use crate::Error;
 
+/// The folder of chat templates that have names.
+const TEMPLATES: &str = "additional_chat_templates";
+
 /// Copies all small files of a model, or makes them from a GGUF.
 ///
 /// # Errors
@@ -20,7 +23,7 @@ pub fn copy_companions(model: &Folder, writer: &mut FolderWriter) -> Result<(), 
     Ok(())
 }
 
-/// Copies every small file of a folder, except for those that an export makes anew.
+/// Copies every small file of a folder, except for those that an export makes anew, and the chat templates in a folder of it.
 ///
 /// # Errors
 /// If the folder cannot be read, or a file cannot be copied.
@@ -31,6 +34,28 @@ pub fn copy_texts(folder: &Path, writer: &mut FolderWriter) -> Result<(), Error>
         "model.safetensors.index.json",
         "moeforge.manifest.json",
     ];
+    for name in files_of(folder)? {
+        let wanted = name
+            .rsplit_once('.')
+            .is_some_and(|(_, ending)| WANTED.contains(&ending));
+        if wanted && !MADE_ANEW.contains(&name.as_str()) {
+            writer.copy_file(&folder.join(&name), &name)?;
+        }
+    }
+    let templates = folder.join(TEMPLATES);
+    if !templates.is_dir() {
+        return Ok(());
+    }
+    for name in files_of(&templates)? {
+        if name.ends_with(".jinja") {
+            writer.copy_file(&templates.join(&name), &format!("{TEMPLATES}/{name}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// The names of the files in a folder, sorted.
+fn files_of(folder: &Path) -> Result<Vec<String>, Error> {
     let entries = std::fs::read_dir(folder).map_err(|cause| Error::Read {
         file: folder.into(),
         cause,
@@ -41,13 +66,5 @@ pub fn copy_texts(folder: &Path, writer: &mut FolderWriter) -> Result<(), Error>
         .filter_map(|entry| entry.file_name().into_string().ok())
         .collect();
     names.sort_unstable();
-    for name in names {
-        let wanted = name
-            .rsplit_once('.')
-            .is_some_and(|(_, ending)| WANTED.contains(&ending));
-        if wanted && !MADE_ANEW.contains(&name.as_str()) {
-            writer.copy_file(&folder.join(&name), &name)?;
-        }
-    }
-    Ok(())
+    Ok(names)
 }
