@@ -4,10 +4,14 @@
 
 mod bench;
 mod convert;
+mod files;
 mod generation;
 mod gguf;
+mod keys;
 
 mod quickstart;
+mod resuming;
+mod tensors;
 mod training;
 
 use std::path::{Path, PathBuf};

@@ -50,12 +50,12 @@ mod adapter_config;
 mod ordered_map;
 
 pub use self::adapter::{Adapter, AdapterFormat, Notes};
-pub use self::adapter_config::{AdapterConfig, TargetModules};
+pub use self::adapter_config::{AdapterConfig, TargetModules, TrainableTokens};
 pub use self::advice::{advise_dontneed, advise_willneed};
 pub use self::cache::resolve;
 pub use self::dtype::DType;
-pub use self::error::{Error, Result};
-pub use self::file::write_file;
+pub use self::error::{Error, Result, broken_link};
+pub use self::file::{expect_absent, is_present, write_file};
 pub use self::fnv::fnv1a;
 pub use self::folder::{Companions, Folder};
 pub use self::folder_writer::FolderWriter;

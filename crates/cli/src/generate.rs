@@ -30,7 +30,7 @@ use crate::open::{EngineArgs, ModelArgs, Opened, SpeculationArgs, cache_object, 
 pub(crate) struct Args {
     /// Model: Hugging Face folder, GGUF file, or `org/name` in the local Hugging Face cache.
     model: String,
-    /// LoRA adapter to apply: PEFT folder. Repeat to give each prompt its own adapter; `-` means none.
+    /// LoRA adapter to apply to all prompts: PEFT folder. Or one per prompt, in the same order; `-` means none.
     ///
     /// Sequences with the same adapter are decoded together. Each text is the same as if its prompt ran alone.
     #[arg(long, value_name = "DIR")]
@@ -56,7 +56,7 @@ pub(crate) struct Args {
     /// Print JSON instead of text: one object, or a list with one object per prompt if there are several.
     #[arg(long)]
     json: bool,
-    /// Log-probabilities of every new token, and of the N most likely tokens at its position. Needs --json.
+    /// Print the log-probability of every new token, and those of the N most likely tokens at its position. Needs --json.
     #[arg(long, value_name = "N", requires = "json")]
     logprobs: Option<usize>,
     #[command(flatten)]
@@ -145,7 +145,7 @@ fn start(
     let config = GenerateConfig {
         max_tokens: args.max_tokens as usize,
         sample: args.sampling.config(&opened.folder)?,
-        stop_ids: args.sampling.stop_ids(opened)?,
+        stop_ids: args.sampling.stop_ids(opened, console)?,
         logprobs: args.logprobs,
     };
     let adapters = adapters::add(&args.adapter, prompts.len(), engine, console)?;

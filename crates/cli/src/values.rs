@@ -18,8 +18,8 @@ pub(crate) const CACHE_HELP: &str = "KV-cache data type";
 pub(crate) enum ComputeValue {
     /// No quantization.
     F32,
-    /// Quantization by weight format: int8 for ggml blocks; bf16 for bf16, except in the output head; none for f32, f16
-    /// and FP8.
+    /// Quantization that depends on the weight's format: int8 for GGUF blocks; bf16 for bf16 weights, except in the
+    /// output head; none for f32, f16 and FP8 weights.
     Int8,
 }
 
@@ -71,6 +71,9 @@ pub(crate) enum FolderFormat {
     /// All weights in bf16.
     #[value(name = "hf:bf16", alias = "bf16")]
     Bf16,
+    /// All weights in f16. Values above 65,504 are refused.
+    #[value(name = "hf:f16", alias = "f16")]
+    F16,
     /// All weights in f32.
     #[value(name = "hf:f32", alias = "f32")]
     F32,
@@ -83,6 +86,7 @@ impl FolderFormat {
     pub(crate) fn weight_format(self) -> WeightFormat {
         match self {
             Self::Bf16 => WeightFormat::Bf16,
+            Self::F16 => WeightFormat::F16,
             Self::F32 => WeightFormat::F32,
             Self::Fp8 => WeightFormat::Fp8,
         }

@@ -1,25 +1,15 @@
 //! Multiple-choice questions: a prompt and several continuations, one of them right.
 
+use crate::choice_row::ChoiceRow;
+use crate::columns::Columns;
 use crate::error::{Error, Result};
-use crate::file::{JsonLine, JsonLines, describe, parse_line};
+use crate::file::{RowText, parse_line};
 use crate::row::{continuation, messages, render_prompt};
 use crate::sample::Sample;
+use crate::table::Table;
 use crate::tokenizer::{Bos, Tokenizer};
-use serde::Deserialize;
 use serde_json::Value;
 use std::path::Path;
-
-/// A line of a multiple-choice file.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ChoiceRow {
-    /// A string, continued as it is; or a list of messages, rendered with the chat template.
-    pub prompt: Value,
-    /// The continuations, spaces included.
-    pub choices: Vec<String>,
-    /// The right choice, counted from 0.
-    pub answer: usize,
-}
 
 /// A question in tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,54 +23,30 @@ pub struct Choice {
     pub answer: usize,
 }
 
-/// Reads a JSON-lines file of [`ChoiceRow`]s.
+/// Reads a file of multiple-choice rows: a prompt, choices, and which of them is right.
 ///
 /// # Errors
-/// If the file cannot be read, `max_length` is less than 2, or a row is malformed: fewer than two
-/// choices, an empty choice, a choice that is too long, an answer out of range, or messages without a chat template.
-pub fn choices(path: &Path, tokenizer: &Tokenizer, max_length: usize) -> Result<Vec<Choice>> {
+/// If the file cannot be read, `max_length` is less than 2, or a row is malformed: no known keys, fewer than two
+/// choices, an empty choice, a choice that is too long, an answer that is none of them, or messages without a chat template.
+pub fn choices(
+    path: &Path,
+    tokenizer: &Tokenizer,
+    columns: &Columns,
+    max_length: usize,
+) -> Result<Vec<Choice>> {
     if max_length < 2 {
         return Err(Error::MaxLength(max_length));
     }
-    let read = |line: Result<JsonLine>| {
-        let JsonLine { number, text, .. } = line?;
-        let row = parse_line(&text).and_then(ChoiceRow::parse);
+    let read = |line: Result<RowText>| {
+        let RowText { place, text, .. } = line?;
+        let row = parse_line(&text).and_then(|value| ChoiceRow::parse(value, columns));
         row.and_then(|row| row.tokenize(tokenizer, max_length))
-            .map_err(|problem| problem.at(path, number))
+            .map_err(|problem| problem.at(path, place))
     };
-    JsonLines::open(path)?.map(read).collect()
+    Table::open(path)?.map(read).collect()
 }
 
 impl ChoiceRow {
-    fn parse(value: Value) -> Result<Self> {
-        if !value.is_object() {
-            return Err(Error::schema("a JSON object", describe(&value)));
-        }
-        let row: Self = serde_json::from_value(value).map_err(|problem| {
-            Error::schema("a row {prompt, choices, answer}", problem.to_string())
-        })?;
-        if row.choices.len() < 2 {
-            return Err(Error::schema(
-                "at least two `choices`",
-                row.choices.len().to_string(),
-            ));
-        }
-        if row.answer >= row.choices.len() {
-            let expected = format!(
-                "`answer` to be the index of one of {} choices",
-                row.choices.len()
-            );
-            return Err(Error::schema(expected, row.answer.to_string()));
-        }
-        if let Some(index) = row.choices.iter().position(String::is_empty) {
-            return Err(Error::schema(
-                format!("text in `choices[{index}]`"),
-                "an empty string",
-            ));
-        }
-        Ok(row)
-    }
-
     fn tokenize(&self, tokenizer: &Tokenizer, max_length: usize) -> Result<Choice> {
         let (prompt, bos) = match &self.prompt {
             Value::String(prompt) => (prompt.clone(), Bos::Add),
@@ -130,7 +96,7 @@ mod tests {
         std::fs::write(&path, format!("\n{row}\n")).unwrap();
         let tokenizer = tokenizer(Some(CHAT), true);
         let place = folder.path().display().to_string();
-        let questions = choices(&path, &tokenizer, max_length)
+        let questions = choices(&path, &tokenizer, &Columns::none(), max_length)
             .map_err(|p| p.to_string().replace(&place, "DIR"))?;
         Ok(questions[0]
             .samples
@@ -183,15 +149,11 @@ mod tests {
         check("[]", "expected a JSON object, found a list");
         check(
             r#"{"prompt": "a", "choices": ["b", "c"]}"#,
-            "missing field `answer`",
+            "an answer in `answer`, `answerKey`, `answer_idx`, `answer_index`, `gold` or `label`, found the keys {}",
         );
         check(
             r#"{"prompt": "a", "choices": ["b", "c"], "answer": -1}"#,
-            "expected a row {prompt, choices, answer}",
-        );
-        check(
-            r#"{"prompt": "a", "choices": ["b", "c"], "answer": 2}"#,
-            "the index of one of 2 choices, found 2",
+            "`answer` to be one of 2 choices, by its number from 0, letter or text, found -1",
         );
         check(
             r#"{"prompt": "a", "choices": ["b"], "answer": 0}"#,

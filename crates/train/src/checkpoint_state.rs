@@ -37,13 +37,22 @@ pub struct RunState {
     /// Validation passes since then.
     #[serde(default)]
     pub passes_since_best: u64,
+    /// Whether the validation pass after this step was interrupted: the run goes on with it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub validation_due: bool,
     /// The watchdog's memory.
     #[serde(default)]
     pub watchdog: Watchdog,
-    /// [`Recipe::hash`](crate::Recipe::hash) of the run's recipe.
-    pub recipe_hash: String,
+    /// The settings of the recipe that a run keeps, as TOML.
+    pub settings: String,
+    /// The identity of the run's base.
+    pub model_hash: String,
     /// [`data::Corpus::identity`] of the run's training rows.
     pub data_hash: String,
+}
+
+fn is_false(holds: &bool) -> bool {
+    !holds
 }
 
 /// A validation pass with the lowest loss.
@@ -75,8 +84,9 @@ pub struct Watchdog {
 }
 
 impl RunState {
-    /// Before the first step of a recipe on training rows with this [`data::Corpus::identity`].
-    pub(crate) fn start(recipe: &Recipe, data_hash: String) -> Self {
+    /// Before the first step of a recipe on a base of this identity and training rows with this
+    /// [`data::Corpus::identity`].
+    pub(crate) fn start(recipe: &Recipe, model_hash: String, data_hash: String) -> Self {
         Self {
             step: 0,
             micro_step: 0,
@@ -85,8 +95,10 @@ impl RunState {
             expert_loads: BTreeMap::new(),
             best: None,
             passes_since_best: 0,
+            validation_due: false,
             watchdog: Watchdog::default(),
-            recipe_hash: recipe.hash(),
+            settings: recipe.kept_settings(),
+            model_hash,
             data_hash,
         }
     }
@@ -239,8 +251,10 @@ mod tests {
                 loss: 1.0 / 3.0,
             }),
             passes_since_best: 1,
+            validation_due: true,
             watchdog: Watchdog::default(),
-            recipe_hash: "0123456789abcdef".to_owned(),
+            settings: "\"lora.rank\" = 8\n".to_owned(),
+            model_hash: "0123456789abcdef".to_owned(),
             data_hash: "fedcba9876543210".to_owned(),
         }
     }

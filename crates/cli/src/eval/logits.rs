@@ -27,13 +27,14 @@ pub(crate) struct Args {
     pub(crate) out: PathBuf,
     #[arg(long, value_enum, default_value_t = ComputeValue::F32, help = COMPUTE_HELP)]
     pub(crate) compute: ComputeValue,
-    /// KV-cache data type. Each row is then read through a KV cache, 512 tokens at a time, as `generate` reads a
+    /// KV-cache data type. With it, each row is read through a KV cache, 512 tokens at a time, as `generate` reads a
     /// prompt. Default: no cache; each row is read in one pass.
     #[arg(long, value_enum, value_name = "TYPE")]
     pub(crate) cache: Option<CacheValue>,
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
+    checkpoint::expect_absent(&args.out)?;
     let rows = data::read_ids(&args.ids)?;
     let opened = args.model.open(console)?;
     let config = &opened.model.config;

@@ -5,20 +5,22 @@ use std::process::ExitCode;
 
 use ::eval::{SurvivalConfig, SurvivalModels, survival};
 use anyhow::Context;
-use data::Split;
+use data::SplitName;
 use model::AdapterWeights;
 use model::Quantizer;
 
 use crate::console::{Console, USAGE, WithCode, finite, printable};
 use crate::device::default_device;
 use crate::open::open_model;
+use crate::rows::{ColumnArgs, SplitRows};
 
-/// Measure merge loss: how much of an adapter's effect survives a merge into quantized weights.
+/// Measure how much of an adapter's effect survives a merge into quantized weights.
 ///
 /// No model is written. All attention, feed-forward and expert weights are quantized, including those without an
-/// adapter; embedding, router and output head are not. The effect e is the change that the adapter makes to the logits,
-/// as it was trained. The deviation d is the difference between the quantized merge and the model as trained. The share
-/// kept is 1 − ‖d‖² / ‖e‖². The gain is the reduction of the loss by the adapter.
+/// adapter; embedding, router and output head are not. The effect e is the difference between the logits with the
+/// adapter, not merged, and those of the base model. The deviation d is the difference between the logits of the
+/// quantized merge and those with the adapter, not merged. The share kept is 1 − ‖d‖² / ‖e‖². The gain is how much the
+/// adapter lowers the loss.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Base model: Hugging Face folder, or `org/name` in the local Hugging Face cache.
@@ -26,22 +28,24 @@ pub(crate) struct Args {
     /// LoRA adapter: PEFT folder.
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
-    /// Folder with `test.jsonl`.
+    /// Folder with a test split (`test.jsonl`, `.csv`, `.parquet`, …), or a file of rows.
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
+    #[command(flatten)]
+    columns: ColumnArgs,
     /// Weight formats: hf:fp8, gguf:q8_0, gguf:q4_0, gguf:q4_k, … Default: all.
     #[arg(long, value_name = "FORMAT,…", value_delimiter = ',')]
     to: Vec<String>,
     /// Maximum number of samples.
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_samples: usize,
-    /// Number of samples for also measuring each module alone; 0 turns this off. Default: 4 with --to, else 0.
+    /// Number of samples on which each module is also measured alone; 0 turns this off. Default: 4 with --to, else 0.
     #[arg(long, value_name = "N")]
     module_samples: Option<usize>,
     /// Maximum sequence length, in tokens; at most the model's context length.
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_length: usize,
-    /// Print JSON instead of a table, with every module.
+    /// Print JSON with every module, instead of a table.
     #[arg(long)]
     json: bool,
 }
@@ -58,9 +62,14 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     AdapterWeights::read(&adapter, &base.model.config)?.attach(&mut adapted, &base.device)?;
 
     let limit = base.model.config.max_position_embeddings;
-    let file = args.data.join("test.jsonl");
     let (length, vocab_size) = (args.max_length.min(limit), base.model.config.vocab_size);
-    let mut split = Split::open(&file, base.tokenizer.as_deref(), length, vocab_size)?;
+    let rows = SplitRows {
+        path: &args.data,
+        split: SplitName::Test,
+        columns: &args.columns.columns,
+        console,
+    };
+    let mut split = rows.read(base.tokenizer.as_deref(), length, vocab_size)?;
     split.samples.truncate(args.max_samples);
     let config = SurvivalConfig {
         quantizers,
@@ -78,7 +87,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         progress.update_of(done as u64, total as u64)
     });
     progress.finish();
-    let report = finite(found, &file.display())?;
+    let report = finite(found, &args.data.display())?;
     if args.json {
         console.result(format_args!("{:#}", report.to_json()));
     } else {

@@ -20,12 +20,13 @@ use crate::train::{new_run, usage};
 
 /// Check that killed-and-resumed training equals an uninterrupted run, bit for bit.
 ///
-/// A run is killed at random moments and resumed each time. The final weights, optimizer, state and metrics are then
-/// compared.
+/// A run is killed at random moments and resumed after each kill, until it finishes. If kills are left, another run
+/// starts. The final weights, optimizer, state and metrics are then compared with those of an uninterrupted run; if they
+/// differ, the exit code is 4.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Recipe: TOML file. Choose a short run, because it is trained several times. With frequent checkpoints
-    /// (`train.save_every`), more kills hit the saving of a checkpoint.
+    /// Recipe: TOML file. Choose a short run, because it is trained several times. Save checkpoints often
+    /// (`train.save_every`), so that some kills come while one is written.
     recipe: PathBuf,
     /// Recipe setting to override, as section.key=value. May be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]

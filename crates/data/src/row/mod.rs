@@ -1,7 +1,7 @@
 //! The rows of a data file: their kinds, and the trained tokens of each.
 
 use crate::error::{Error, Result};
-use crate::file::describe;
+use crate::file::{describe, parse_line};
 use crate::notes::RowNotes;
 use crate::sample::{MarkedTokens, Sample};
 use crate::tokenizer::{Bos, ChatTemplate, GenerationPrompt, Tokenizer};
@@ -16,11 +16,21 @@ mod kind;
 mod message;
 mod pair;
 
+pub(crate) use kind::found_keys;
 pub(crate) use message::messages;
 pub use pair::PreferencePair;
 
 /// The label of a token that is not trained: PyTorch's `ignore_index`.
 const NOT_TRAINED: i64 = -100;
+
+/// The keys that tables without lists, CSV above all, have as the JSON text of one.
+const LISTS: [&str; 5] = [
+    "messages",
+    "conversations",
+    "history",
+    "input_ids",
+    "labels",
+];
 
 /// The limits of samples.
 #[derive(Clone, Copy, Debug)]
@@ -51,12 +61,13 @@ pub(crate) enum Row {
 }
 
 impl Row {
-    /// Recognizes a row by its keys. Also returns the unread keys.
-    pub(crate) fn parse(value: Value) -> Result<(Self, Vec<String>)> {
+    /// Recognizes a row by its keys, those that the caller named above all. Also returns the unread keys.
+    pub(crate) fn parse(value: Value, named: &[&str]) -> Result<(Self, Vec<String>)> {
         let Value::Object(mut row) = value else {
             return Err(Error::schema("a JSON object", describe(&value)));
         };
-        let (kind, ignored) = RowKind::of(&mut row)?;
+        let (kind, ignored) = RowKind::of(&mut row, named)?;
+        LISTS.iter().for_each(|key| unquote(&mut row, key));
         let mut tools = message::tools(row.remove("tools"))?;
         let parsed = match kind {
             RowKind::Text => Self::Text(string(&mut row, "text")?),
@@ -103,7 +114,7 @@ impl Row {
     /// The row in tokens within the limits: several samples for a long text or a conversation with thoughts that the template
     /// drops, two for a pair, otherwise one.
     ///
-    /// RowNotes say what of the row is not as it is written.
+    /// `notes` say what of the row is not as it is written.
     pub(crate) fn samples(
         &self,
         tokenizer: Option<&Tokenizer>,
@@ -238,6 +249,20 @@ pub(crate) fn render_prompt(messages: &[Value], template: Option<&ChatTemplate>)
     template.render(&messages, None, GenerationPrompt::Add)
 }
 
+/// Every key that some kind of row reads.
+pub(crate) fn row_keys() -> impl Iterator<Item = &'static str> {
+    RowKind::keys()
+}
+
+/// Replaces the JSON text of a list by the list.
+fn unquote(row: &mut Map<String, Value>, key: &str) {
+    if let Some(value) = row.get_mut(key)
+        && let Some(list @ Value::Array(_)) = value.as_str().and_then(|text| parse_line(text).ok())
+    {
+        *value = list;
+    }
+}
+
 /// A {prompt, completion} row: two strings, or messages and the assistant's answer to them.
 fn completion(mut row: Map<String, Value>, tools: Option<Value>) -> Result<Row> {
     if row["prompt"].is_string() {
@@ -337,10 +362,14 @@ mod tests {
     const BOS: &str = "<｜begin▁of▁sentence｜>";
     const EOS: &str = "<｜end▁of▁sentence｜>";
 
+    fn parse(row: Value) -> Result<(Row, Vec<String>)> {
+        Row::parse(row, &[])
+    }
+
     /// The spans of a row, `[…]` around trained ones, BOS and EOS shortened.
     fn shown(row: Value, add_bos: bool) -> String {
         let tokenizer = tokenizer(Some(CHAT), add_bos);
-        let samples = Row::parse(row)
+        let samples = parse(row)
             .unwrap()
             .0
             .samples(Some(&tokenizer), LIMITS, &mut RowNotes::new())
@@ -415,16 +444,48 @@ mod tests {
     }
 
     #[test]
+    fn lists_may_be_json_texts() {
+        let list = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]);
+        for messages in [list.clone(), list.to_string().into()] {
+            assert_eq!(
+                shown(json!({"messages": messages}), true),
+                "<s><｜User｜>a<｜Assistant｜>[b</s>]"
+            );
+        }
+        let (row, _) = parse(json!({"input_ids": "[5, 6]", "labels": "[-100, 6]"})).unwrap();
+        let expected = json!({"input_ids": [5, 6], "labels": [-100, 6]});
+        assert_eq!(row, parse(expected).unwrap().0);
+        // Python's own form of a list is not JSON.
+        let problem = parse(json!({"messages": "[{'role': 'user'}]"})).unwrap_err();
+        assert!(
+            problem
+                .to_string()
+                .ends_with("in `messages`, found a string"),
+            "{problem}"
+        );
+    }
+
+    #[test]
+    fn named_keys_choose_the_kind() {
+        let row = json!({"prompt": "1+1=", "completion": "2", "messages": [], "id": 1});
+        let (row, mut ignored) = Row::parse(row, &["prompt", "completion"]).unwrap();
+        ignored.sort();
+        let (prompt, completion) = ("1+1=".to_owned(), "2".to_owned());
+        assert_eq!(row, Row::Completion { prompt, completion });
+        assert_eq!(ignored, ["id", "messages"]);
+    }
+
+    #[test]
     fn labels_are_those_of_hugging_face() {
         let row = json!({"input_ids": [5, 6, 7, 8], "labels": [5, -100, 7, 8]});
-        let samples = Row::parse(row)
+        let samples = parse(row)
             .unwrap()
             .0
             .samples(None, LIMITS, &mut RowNotes::new())
             .unwrap();
         // The label of the first token trains nothing: nothing predicts it.
         assert_eq!(samples[0].trained, [false, false, true, true]);
-        let samples = Row::parse(json!({"input_ids": [5, 6]}))
+        let samples = parse(json!({"input_ids": [5, 6]}))
             .unwrap()
             .0
             .samples(None, LIMITS, &mut RowNotes::new())
@@ -437,7 +498,7 @@ mod tests {
 
     fn refused(row: Value, expected: &str) {
         let tokenizer = tokenizer(None, true);
-        let samples = Row::parse(row.clone())
+        let samples = parse(row.clone())
             .and_then(|(row, _)| row.samples(Some(&tokenizer), LIMITS, &mut RowNotes::new()));
         let problem = samples.unwrap_err().to_string();
         assert!(problem.contains(expected), "{row}: {problem}");
@@ -525,7 +586,7 @@ mod tests {
             ..LIMITS
         };
         let samples = |row| {
-            Row::parse(row)
+            parse(row)
                 .unwrap()
                 .0
                 .samples(Some(&tokenizer), limits, &mut RowNotes::new())
@@ -570,7 +631,7 @@ mod tests {
             max_length: 999,
             ..LIMITS
         };
-        let (row, _) = Row::parse(row).unwrap();
+        let (row, _) = parse(row).unwrap();
         let samples = row
             .samples(Some(&tokenizer), limits, &mut RowNotes::new())
             .unwrap();

@@ -1,6 +1,7 @@
 //! The names of a tokenizer's files, `tokenizer_config.json`, and the numbers of token types in GGUF files.
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 
@@ -11,6 +12,8 @@ pub(super) const DEFAULT: &str = "default";
 pub(crate) const TEMPLATE: &str = "chat_template.jinja";
 /// The folder of templates with other names, each in a file of its name.
 pub(crate) const TEMPLATES: &str = "additional_chat_templates";
+/// Special tokens in folders that older programs wrote.
+pub(crate) const SPECIAL_TOKENS: &str = "special_tokens_map.json";
 
 /// The numbers of token types in GGUF files.
 pub(super) mod token_type {
@@ -24,9 +27,8 @@ pub(super) mod token_type {
 
 /// Keys of `tokenizer_config.json` that change no id and no text here: those of `tokenizer.json` again, limits of Python's
 /// interface, and names of classes and files.
-const HARMLESS: [&str; 37] = [
+const HARMLESS: [&str; 36] = [
     "__type",
-    "added_tokens_decoder",
     "additional_special_tokens",
     "auto_map",
     "backend",
@@ -85,8 +87,25 @@ pub(super) struct TokenizerConfig {
     sep_token: Option<TokenField>,
     mask_token: Option<TokenField>,
     pub(super) chat_template: Option<TemplateField>,
+    added_tokens_decoder: Option<IgnoredAny>,
+    /// The names of tokens that `special_tokens_map.json` gave.
+    #[serde(skip)]
+    mapped: Vec<&'static str>,
+    /// The other keys.
     #[serde(flatten)]
     rest: Map<String, Value>,
+}
+
+/// `special_tokens_map.json`.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct SpecialTokensMap {
+    bos_token: Option<TokenField>,
+    eos_token: Option<TokenField>,
+    pad_token: Option<TokenField>,
+    unk_token: Option<TokenField>,
+    cls_token: Option<TokenField>,
+    sep_token: Option<TokenField>,
+    mask_token: Option<TokenField>,
 }
 
 /// A special token: its text, or an `AddedToken` object.
@@ -117,6 +136,41 @@ pub(super) struct NamedTemplate {
 }
 
 impl TokenizerConfig {
+    /// The config with the special tokens of a `special_tokens_map.json`. As in transformers, these count first if the config
+    /// has no `added_tokens_decoder`.
+    pub(super) fn with_special_tokens(mut self, map: SpecialTokensMap) -> Self {
+        let is_first = self.added_tokens_decoder.is_none();
+        for (name, mine, theirs) in [
+            ("bos_token", &mut self.bos_token, map.bos_token),
+            ("eos_token", &mut self.eos_token, map.eos_token),
+            ("pad_token", &mut self.pad_token, map.pad_token),
+            ("unk_token", &mut self.unk_token, map.unk_token),
+            ("cls_token", &mut self.cls_token, map.cls_token),
+            ("sep_token", &mut self.sep_token, map.sep_token),
+            ("mask_token", &mut self.mask_token, map.mask_token),
+        ] {
+            if let Some(theirs) = theirs
+                && (is_first || mine.is_none())
+            {
+                *mine = Some(theirs);
+                self.mapped.push(name);
+            }
+        }
+        self
+    }
+
+    pub(super) fn set_eos_token(&mut self, text: String) {
+        self.eos_token = Some(TokenField::Text(text));
+    }
+
+    /// The file that a special token is from.
+    pub(super) fn file_of(&self, name: &str) -> &'static str {
+        match self.mapped.contains(&name) {
+            true => SPECIAL_TOKENS,
+            false => CONFIG,
+        }
+    }
+
     pub(super) fn bos_token(&self) -> Option<&str> {
         self.bos_token.as_ref().map(TokenField::text)
     }

@@ -1,9 +1,10 @@
 //! The files of a tokenizer: those of a model folder, or those that a GGUF's tokens can be written as.
 
-use super::config::{CONFIG, TEMPLATE, TEMPLATES, TOKENIZER, TokenizerConfig};
+use super::config::{CONFIG, SPECIAL_TOKENS, TEMPLATE, TEMPLATES, TOKENIZER, TokenizerConfig};
 use super::from_gguf::GgufTokens;
 use crate::error::{Error, Result};
 use crate::file::read_text;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -16,12 +17,13 @@ const MAX_CONFIG_BYTES: u64 = 16 << 20;
 /// Published models have at most three templates.
 const MAX_TEMPLATES: usize = 16;
 
-/// `tokenizer.json`, and `tokenizer_config.json` and `chat_template.jinja` if there are any.
+/// `tokenizer.json`, and `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja` if there are any.
 #[derive(Clone, Debug)]
 pub struct TokenizerFiles {
     provenance: Provenance,
     pub(crate) tokens: Tokens,
     config: Option<String>,
+    special_tokens: Option<String>,
     pub(crate) chat_template: Option<String>,
     /// Those of the folder `additional_chat_templates`: paths within the model's folder, and texts.
     pub(super) additional_templates: Vec<(String, String)>,
@@ -72,6 +74,7 @@ impl TokenizerFiles {
             provenance: Provenance::Folder(folder.to_path_buf()),
             tokens: Tokens::Text(tokenizer),
             config: read_text(&folder.join(CONFIG), MAX_CONFIG_BYTES)?,
+            special_tokens: read_text(&folder.join(SPECIAL_TOKENS), MAX_CONFIG_BYTES)?,
             chat_template: read_text(&folder.join(TEMPLATE), MAX_CONFIG_BYTES)?,
             additional_templates: additional_templates(folder)?,
         })
@@ -89,6 +92,7 @@ impl TokenizerFiles {
             tokens: Tokens::Gguf(Arc::new(tokens)),
             // People read this one.
             config: Some(format!("{config:#}\n")),
+            special_tokens: None,
             chat_template: None,
             additional_templates: Vec::new(),
         })
@@ -99,7 +103,11 @@ impl TokenizerFiles {
     /// # Errors
     /// If the tokens of a GGUF contradict themselves.
     pub fn files(&self) -> Result<Vec<(&str, Cow<'_, str>)>> {
-        let optional = [(CONFIG, &self.config), (TEMPLATE, &self.chat_template)];
+        let optional = [
+            (CONFIG, &self.config),
+            (SPECIAL_TOKENS, &self.special_tokens),
+            (TEMPLATE, &self.chat_template),
+        ];
         let optional = optional
             .into_iter()
             .filter_map(|(name, text)| Some((name, Cow::Borrowed(text.as_deref()?))));
@@ -111,16 +119,30 @@ impl TokenizerFiles {
             .collect())
     }
 
-    /// The parsed `tokenizer_config.json`; the default if there is none.
+    /// The parsed `tokenizer_config.json`, the default if there is none, with the tokens of `special_tokens_map.json`.
     pub(super) fn config(&self) -> Result<TokenizerConfig> {
-        let Some(text) = &self.config else {
-            return Ok(TokenizerConfig::default());
+        let config: TokenizerConfig = self.parsed(CONFIG, self.config.as_deref())?;
+        let special_tokens = self.parsed(SPECIAL_TOKENS, self.special_tokens.as_deref())?;
+        Ok(config.with_special_tokens(special_tokens))
+    }
+
+    fn parsed<T: DeserializeOwned + Default>(&self, name: &str, text: Option<&str>) -> Result<T> {
+        let Some(text) = text else {
+            return Ok(T::default());
         };
         serde_json::from_str(text).map_err(|problem| {
             // The reader of a whole file does not say which key is at fault.
-            let of_key = serde_json::from_str(text).ok().and_then(key_at_fault);
-            self.malformed(CONFIG, &of_key.unwrap_or_else(|| problem.to_string()))
+            let of_key = serde_json::from_str(text).ok().and_then(key_at_fault::<T>);
+            self.malformed(name, &of_key.unwrap_or_else(|| problem.to_string()))
         })
+    }
+
+    /// The folder of the files; none for those of a GGUF.
+    pub(super) fn folder(&self) -> Option<&Path> {
+        match &self.provenance {
+            Provenance::Folder(folder) => Some(folder),
+            Provenance::Gguf(_) => None,
+        }
     }
 
     /// The text of `tokenizer.json`.
@@ -153,10 +175,10 @@ impl TokenizerFiles {
 }
 
 /// The problem of the first key that cannot be read.
-fn key_at_fault(config: Map<String, Value>) -> Option<String> {
+fn key_at_fault<T: DeserializeOwned>(config: Map<String, Value>) -> Option<String> {
     config.into_iter().find_map(|(key, value)| {
         let alone = Value::Object(Map::from_iter([(key.clone(), value)]));
-        let problem = serde_json::from_value::<TokenizerConfig>(alone).err()?;
+        let problem = serde_json::from_value::<T>(alone).err()?;
         Some(format!("`{key}`: {problem}"))
     })
 }

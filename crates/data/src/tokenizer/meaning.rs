@@ -1,6 +1,7 @@
 //! What each key of `tokenizer_config.json` means: dropped, renamed, retyped or changed, it changes ids, text or the keys of a GGUF,
 //! or is refused, or named, or is known to be harmless. There is no other outcome.
 
+use super::config::CONFIG;
 use super::tests::folder;
 use super::*;
 use crate::row::messages;
@@ -87,7 +88,7 @@ fn every_key_of_a_tokenizer_config_is_obeyed_refused_or_named() {
     };
     let named = json!([
         {"name": "default", "template": template("d")}, {"name": "tool_use", "template": template("t")}]);
-    let text = require(&super::tests::goldens().join(CONFIG));
+    let text = require(&tests::goldens().join(CONFIG));
     let golden: Value = serde_json::from_str(&text).unwrap();
     let harmless = [
         "clean_up_tokenization_spaces",

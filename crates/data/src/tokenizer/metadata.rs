@@ -8,6 +8,60 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
 
+/// The keys that are read here or by those who generate.
+const KNOWN: [&str; 19] = [
+    "tokenizer.chat_template",
+    "tokenizer.chat_templates",
+    "tokenizer.ggml.add_bos_token",
+    "tokenizer.ggml.add_eos_token",
+    "tokenizer.ggml.add_space_prefix",
+    "tokenizer.ggml.bos_token_id",
+    "tokenizer.ggml.eom_token_id",
+    "tokenizer.ggml.eos_token_id",
+    "tokenizer.ggml.eot_token_id",
+    "tokenizer.ggml.merges",
+    "tokenizer.ggml.model",
+    "tokenizer.ggml.padding_token_id",
+    "tokenizer.ggml.pre",
+    "tokenizer.ggml.scores",
+    "tokenizer.ggml.token_type",
+    "tokenizer.ggml.tokens",
+    "tokenizer.ggml.unknown_token_id",
+    "tokenizer.huggingface.json",
+    "tokenizer.rwkv.world",
+];
+/// The start of the keys of templates with names.
+const NAMED_TEMPLATE: &str = "tokenizer.chat_template.";
+/// Keys that change nothing in texts and chats: of classifiers, of filling in the middle, of other kinds of tokenizers.
+const HARMLESS: [&str; 13] = [
+    "tokenizer.ggml.fim_mid_token_id",
+    "tokenizer.ggml.fim_pad_token_id",
+    "tokenizer.ggml.fim_pre_token_id",
+    "tokenizer.ggml.fim_rep_token_id",
+    "tokenizer.ggml.fim_sep_token_id",
+    "tokenizer.ggml.fim_suf_token_id",
+    "tokenizer.ggml.mask_token_id",
+    "tokenizer.ggml.middle_token_id",
+    "tokenizer.ggml.prefix_token_id",
+    "tokenizer.ggml.seperator_token_id",
+    "tokenizer.ggml.suffix_token_id",
+    "tokenizer.ggml.token_type_count",
+    "tokenizer.ggml.cls_token_id",
+];
+
+/// The keys about tokens in a GGUF's metadata that nothing here knows.
+pub fn unknown_metadata(metadata: &BTreeMap<String, Value>) -> Vec<&str> {
+    let keys = metadata.keys().map(String::as_str);
+    let of_tokens = keys.filter(|key| key.starts_with("tokenizer."));
+    of_tokens
+        .filter(|key| !is_known(key) && !HARMLESS.contains(key))
+        .collect()
+}
+
+fn is_known(key: &str) -> bool {
+    KNOWN.contains(&key) || key.starts_with(NAMED_TEMPLATE)
+}
+
 impl TokenizerFiles {
     /// The tokenizer of a model: from the metadata of a GGUF, or from a folder if there is no metadata. `None` if the model
     /// has no tokenizer.
@@ -46,6 +100,8 @@ impl TokenizerFiles {
             merges: keys.list("merges", "texts", text)?,
             bos: keys.id("bos_token_id")?,
             eos: keys.id("eos_token_id")?,
+            eot: keys.id("eot_token_id")?,
+            eom: keys.id("eom_token_id")?,
             unknown: keys.id("unknown_token_id")?,
             padding: keys.id("padding_token_id")?,
             add_bos: keys.flag("add_bos_token")?,
@@ -73,6 +129,7 @@ impl GgufKeys<'_> {
         expected: &str,
         read: impl Fn(&Value) -> Option<T>,
     ) -> Result<Option<T>> {
+        debug_assert!(is_known(key), "`{key}` is not in KNOWN");
         let Some(value) = self.metadata.get(key) else {
             return Ok(None);
         };
@@ -85,12 +142,9 @@ impl GgufKeys<'_> {
     fn chat_templates(&self) -> Result<Vec<(String, String)>> {
         let mut found = Vec::new();
         for key in self.metadata.keys() {
-            let name = match key.strip_prefix("tokenizer.chat_template") {
-                Some("") => DEFAULT,
-                Some(rest) => match rest.strip_prefix('.') {
-                    Some(name) => name,
-                    None => continue,
-                },
+            let name = match key.strip_prefix(NAMED_TEMPLATE) {
+                Some(name) => name,
+                None if key == "tokenizer.chat_template" => DEFAULT,
                 None => continue,
             };
             if let Some(template) = self.one(key, "a text", text)? {

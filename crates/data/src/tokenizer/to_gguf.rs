@@ -6,18 +6,17 @@
 //!
 //! Source: ggml-org/llama.cpp: conversion/base.py, `get_vocab_base` and `_set_vocab_gpt2`; gguf-py/gguf/vocab.py.
 
+use super::assembly::guarded;
 use super::chat_template;
 use super::config::{DEFAULT, TOKENIZER, TokenizerConfig, token_type};
-use super::json::guarded;
 use super::splits::Splits;
+use super::steps::Steps;
 use super::{Tokenizer, TokenizerFiles};
 use crate::error::Result;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::HashMap;
-use tokenizers::{
-    OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, PreTokenizerWrapper,
-};
+use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
 
 /// The parts of a `tokenizer.json` that become keys.
 #[derive(Deserialize)]
@@ -276,8 +275,7 @@ const SAMPLE: &str = concat!(
 fn pieces(pre_tokenizer: &Value) -> Result<Vec<usize>, String> {
     let cut = || -> tokenizers::Result<Vec<usize>> {
         let mut text = PreTokenizedString::from(SAMPLE);
-        if !pre_tokenizer.is_null() {
-            let rules: PreTokenizerWrapper = serde_json::from_value(pre_tokenizer.clone())?;
+        if let Some(rules) = Steps::pre_tokenizer(pre_tokenizer.clone())? {
             rules.pre_tokenize(&mut text)?;
         }
         let splits = text.get_splits(OffsetReferential::Original, OffsetType::Byte);

@@ -10,7 +10,7 @@
 //!    this turn replaced by two different marks. The common text around the marks is around the content too; the end token
 //!    after it is that of a rendering that ends with the mark;
 //! 3. otherwise (a tool call whose content the template does not print), the turn begins where
-//!    the two renderings of 1 part.
+//!    the two renderings of step 1 start to differ.
 //!
 //! If none of them fits, there is an error rather than a guess.
 //!

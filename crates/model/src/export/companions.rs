@@ -17,6 +17,9 @@ pub fn copy_companions(model: &Folder, writer: &mut FolderWriter) -> Result<(), 
     if model.metadata().is_none() {
         return copy_texts(model.path(), writer);
     }
+    if let Some(config) = model.generation_config() {
+        writer.write_json("generation_config.json", config)?;
+    }
     for (name, text) in model.companions()? {
         writer.write_bytes(&name, text.as_bytes())?;
     }
@@ -35,11 +38,17 @@ pub fn copy_texts(folder: &Path, writer: &mut FolderWriter) -> Result<(), Error>
         "moeforge.manifest.json",
     ];
     for name in files_of(folder)? {
+        let path = folder.join(&name);
         let wanted = name
             .rsplit_once('.')
             .is_some_and(|(_, ending)| WANTED.contains(&ending));
-        if wanted && !MADE_ANEW.contains(&name.as_str()) {
-            writer.copy_file(&folder.join(&name), &name)?;
+        // A link to nothing is not left out: its file would be missed.
+        if wanted
+            && !MADE_ANEW.contains(&name.as_str())
+            && checkpoint::is_present(&path)?
+            && path.is_file()
+        {
+            writer.copy_file(&path, &name)?;
         }
     }
     let templates = folder.join(TEMPLATES);
@@ -47,8 +56,9 @@ pub fn copy_texts(folder: &Path, writer: &mut FolderWriter) -> Result<(), Error>
         return Ok(());
     }
     for name in files_of(&templates)? {
-        if name.ends_with(".jinja") {
-            writer.copy_file(&templates.join(&name), &format!("{TEMPLATES}/{name}"))?;
+        let path = templates.join(&name);
+        if name.ends_with(".jinja") && checkpoint::is_present(&path)? && path.is_file() {
+            writer.copy_file(&path, &format!("{TEMPLATES}/{name}"))?;
         }
     }
     Ok(())
@@ -62,7 +72,6 @@ fn files_of(folder: &Path) -> Result<Vec<String>, Error> {
     })?;
     let mut names: Vec<String> = entries
         .flatten()
-        .filter(|entry| entry.path().is_file())
         .filter_map(|entry| entry.file_name().into_string().ok())
         .collect();
     names.sort_unstable();

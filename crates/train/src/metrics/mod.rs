@@ -10,7 +10,8 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::io;
 use crate::{Error, Result};
@@ -38,21 +39,53 @@ struct MetricsLine<'a, T> {
 #[derive(Deserialize)]
 struct StepOfLine {
     step: u64,
+    /// Whether the line is about a validation pass.
+    #[serde(default, rename = "valid_loss", deserialize_with = "is_there")]
+    is_validation: bool,
+}
+
+/// Whether a key is there, even with the `null` of a number that is not finite.
+fn is_there<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    IgnoredAny::deserialize(deserializer).map(|_| true)
+}
+
+/// The last line that stays when a run is resumed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LastLine {
+    /// The step of the checkpoint.
+    pub(crate) step: u64,
+    /// Whether the step's validation pass is made again, with all that follows.
+    pub(crate) validation_due: bool,
+}
+
+impl LastLine {
+    /// The last line of a step.
+    pub(crate) fn of_step(step: u64) -> Self {
+        Self {
+            step,
+            validation_due: false,
+        }
+    }
+
+    /// Whether a line of a step stays.
+    fn keeps(self, step: u64, is_validation: bool) -> bool {
+        step < self.step || step == self.step && !(self.validation_due && is_validation)
+    }
 }
 
 impl Metrics {
-    /// Opens the file, creating it if need be, and cuts off everything that a run that continues from `last_step` will write
-    /// again: the first line with a larger step and everything after it, and an incomplete last line. Without `last_step` the
-    /// run starts from its beginning, and nothing stays.
+    /// Opens the file, creating it if need be, and cuts off everything that a run that continues after `last` will write
+    /// again: the first line after that and everything that follows, and an incomplete last line. Without `last` the run
+    /// starts from its beginning, and nothing stays.
     ///
     /// # Errors
     /// If the file cannot be written, or a line that should stay is malformed.
-    pub(crate) fn open(path: &Path, last_step: Option<u64>) -> Result<Self> {
+    pub(crate) fn open(path: &Path, last: Option<LastLine>) -> Result<Self> {
         let mut options = OpenOptions::new();
         let options = options.read(true).append(true).create(true);
         let file = options.open(path).map_err(io("open", path))?;
-        let valid_bytes = match last_step {
-            Some(last_step) => valid_bytes(path, &file, last_step)?,
+        let valid_bytes = match last {
+            Some(last) => valid_bytes(path, &file, last)?,
             None => 0,
         };
         file.set_len(valid_bytes).map_err(io("shorten", path))?;
@@ -83,8 +116,8 @@ impl Metrics {
     }
 }
 
-/// The number of bytes from the start that hold lines up to a step.
-fn valid_bytes(path: &Path, file: &File, last_step: u64) -> Result<u64> {
+/// The number of bytes from the start that hold lines up to the last one that stays.
+fn valid_bytes(path: &Path, file: &File, last: LastLine) -> Result<u64> {
     let mut reader = BufReader::new(file);
     let mut valid_bytes = 0;
     for number in 1.. {
@@ -99,7 +132,7 @@ fn valid_bytes(path: &Path, file: &File, last_step: u64) -> Result<u64> {
             break;
         }
         match serde_json::from_slice::<StepOfLine>(&line) {
-            Ok(StepOfLine { step }) if step > last_step => break,
+            Ok(line) if !last.keeps(line.step, line.is_validation) => break,
             Ok(_) => valid_bytes += line.len() as u64,
             // After a loss of power the last line may have its length and not its content.
             Err(_) if is_last => break,
@@ -151,9 +184,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
         let whole = "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"eval\":1}\n{\"step\":4}\n";
-        let check = |text: &str, last_step, expected: &str| {
+        let check = |text: &str, last_step: Option<u64>, expected: &str| {
             fs::write(&path, text).unwrap();
-            let mut metrics = Metrics::open(&path, last_step).unwrap();
+            let last = last_step.map(LastLine::of_step);
+            let mut metrics = Metrics::open(&path, last).unwrap();
             assert_eq!(fs::read_to_string(&path).unwrap(), expected, "{text:?}");
             metrics.append(9, &json!({})).unwrap();
             let appended = format!("{expected}{{\"step\":9}}\n");
@@ -173,12 +207,33 @@ mod tests {
     }
 
     #[test]
+    fn a_validation_pass_that_is_made_again_is_cut_off_with_all_that_follows() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let kept =
+            "{\"step\":2,\"valid_loss\":1}\n{\"step\":4,\"loss\":1}\n{\"step\":4,\"experts\":[]}\n";
+        let rest = "{\"step\":4,\"valid_loss\":null}\n{\"step\":4,\"samples\":[]}\n";
+        for (validation_due, expected) in
+            [(true, kept.to_owned()), (false, format!("{kept}{rest}"))]
+        {
+            fs::write(&path, format!("{kept}{rest}")).unwrap();
+            let last = LastLine {
+                step: 4,
+                validation_due,
+            };
+            Metrics::open(&path, Some(last)).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), expected);
+        }
+    }
+
+    #[test]
     fn a_malformed_line_within_is_named_and_nothing_is_cut() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
         let text = "{\"step\":1}\n{\"loss\":1}\n{\"step\":3}\n";
         fs::write(&path, text).unwrap();
-        let error = Metrics::open(&path, Some(3)).unwrap_err().to_string();
+        let last = Some(LastLine::of_step(3));
+        let error = Metrics::open(&path, last).unwrap_err().to_string();
         let expected =
             ":2: expected an object with a `step`, found missing field `step` at line 1 column 10";
         assert!(error.ends_with(expected), "{error}");

@@ -2,10 +2,16 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
+/// Training held against other programs.
+mod peers;
 /// Learning from preferences.
 mod preferences;
+/// Runs that go on in another process.
+mod resuming;
 /// Runs that are asked to stop, or have to.
 mod stops;
+/// Runs on other files than JSON lines.
+mod tables;
 /// What a run looks at while it goes on, and what it does about it.
 mod watching;
 
