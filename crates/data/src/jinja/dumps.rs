@@ -48,7 +48,7 @@ struct JsonWriter<'a> {
 impl JsonWriter<'_> {
     fn value(&mut self, value: &Value, level: usize) -> Result<()> {
         match value {
-            Value::Str(text) => self.string(text),
+            Value::Str(text) | Value::Markup(text) => self.string(text),
             Value::Seq(seq) if matches!(seq.kind, SeqKind::List | SeqKind::Tuple) => {
                 self.out.push('[');
                 for (index, item) in seq.items.iter().enumerate() {
@@ -66,7 +66,7 @@ impl JsonWriter<'_> {
                 for (index, (key, value)) in entries.iter().enumerate() {
                     self.between(index, level + 1)?;
                     match key {
-                        Value::Str(text) => self.string(text),
+                        Value::Str(text) | Value::Markup(text) => self.string(text),
                         Value::None | Value::Bool(_) | Value::Int(_) | Value::Float(_) => {
                             let text = scalar(key).unwrap_or_default();
                             self.string(&text);

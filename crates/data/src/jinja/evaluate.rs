@@ -177,7 +177,7 @@ impl<'t> Renderer<'t> {
     pub(super) fn item(&self, value: &Value, index: &Value) -> Result<Value> {
         let found = operators::item(value, index, &self.budget)?;
         match (&found, index) {
-            (Value::Undefined(_), Value::Str(name)) => {
+            (Value::Undefined(_), Value::Str(name) | Value::Markup(name)) => {
                 methods::attribute(value, name, &self.budget)
             }
             _ => Ok(found),

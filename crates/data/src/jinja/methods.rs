@@ -3,7 +3,7 @@
 use super::arguments::CallValues;
 use super::budget::Budget;
 use super::value::{Callable, Dict, Loop, Seq, SeqKind, Value};
-use super::{Error, Result, strings};
+use super::{Error, Result, markup, strings};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -26,7 +26,7 @@ const UNSAFE_METHODS: [&str; 11] = [
 
 pub(super) fn is_method(value: &Value, name: &str) -> bool {
     match value {
-        Value::Str(_) => strings::is_method(name),
+        Value::Str(_) | Value::Markup(_) => strings::is_method(name),
         Value::Seq(seq) => match seq.kind {
             SeqKind::List => {
                 SEQ_METHODS.contains(&name) || name == "copy" || UNSAFE_METHODS.contains(&name)
@@ -102,6 +102,7 @@ pub(super) fn call(
 ) -> Result<Value> {
     match value {
         Value::Str(text) => strings::call(text, name, values, budget),
+        Value::Markup(text) => markup::call(text, name, values, budget),
         Value::Seq(seq) => sequence(seq, name, values, budget),
         Value::Dict(dict) => dictionary(value, dict, name, values),
         Value::Float(number) => {

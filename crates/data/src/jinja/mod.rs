@@ -19,6 +19,7 @@ mod filters;
 mod format;
 mod functions;
 mod lexer;
+mod markup;
 mod methods;
 mod numbers;
 mod operators;

@@ -3,6 +3,7 @@
 use super::ast::{Operator, Relation};
 use super::budget::Budget;
 use super::format::percent;
+use super::markup;
 use super::value::{Seq, SeqKind, Value};
 use super::{Error, Result};
 use std::cmp::Ordering;
@@ -32,6 +33,9 @@ pub(super) fn arithmetic(
     budget: &Budget,
 ) -> Result<Value> {
     match (operator, a, b) {
+        (_, Value::Markup(_), _) | (_, _, Value::Markup(_)) => {
+            markup::arithmetic(operator, a, b, budget)
+        }
         (Operator::Add, Value::Str(a), Value::Str(b)) => {
             budget.text(a.len() + b.len())?;
             Ok(Value::str([&**a, &**b].concat()))
@@ -185,12 +189,12 @@ pub(super) fn compare(comparison: Relation, a: &Value, b: &Value, budget: &Budge
 
 /// `item in container`
 pub(super) fn contains(container: &Value, item: &Value, budget: &Budget) -> Result<bool> {
+    if let (Some(text), Some(part)) = (container.as_str(), item.as_str()) {
+        budget.copy(text.len() / 64)?;
+        return Ok(text.contains(part));
+    }
     match (container, item) {
-        (Value::Str(text), Value::Str(part)) => {
-            budget.copy(text.len() / 64)?;
-            Ok(text.contains(&**part))
-        }
-        (Value::Str(_), other) => Err(undefined(other).unwrap_or_else(|| {
+        (Value::Str(_) | Value::Markup(_), other) => Err(undefined(other).unwrap_or_else(|| {
             Error::new(format!(
                 "'in <string>' requires string as left operand, not {}",
                 other.kind()
@@ -220,6 +224,9 @@ pub(super) fn item(value: &Value, index: &Value, budget: &Budget) -> Result<Valu
         return Err(problem);
     }
     let found = match (value, index) {
+        (Value::Markup(_), index) => {
+            return item(&value.unmarked(), index, budget).map(|char| char.marked());
+        }
         (Value::Dict(dict), key) => dict.get(key).cloned(),
         (Value::Seq(seq), index) => {
             let place = place(index, seq.items.len());
@@ -277,6 +284,7 @@ pub(super) fn slice(value: &Value, bounds: &[Option<Value>; 3], budget: &Budget)
         };
     }
     match value {
+        Value::Markup(_) => slice(&value.unmarked(), bounds, budget).map(|part| part.marked()),
         Value::Str(text) => {
             budget.copy(text.len() / 8)?;
             budget.text(text.len())?;

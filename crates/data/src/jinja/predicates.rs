@@ -15,6 +15,12 @@ pub(super) fn holds(
     value: &Value,
     values: CallValues,
 ) -> Result<bool> {
+    if let Value::Markup(_) = value {
+        return match name {
+            "escaped" => Ok(true),
+            _ => holds(budget, name, &value.unmarked(), values),
+        };
+    }
     if let Some(comparison) = comparison(name) {
         let [other] = values.require(name, ["other"])?;
         return compare(comparison, value, &other, budget);

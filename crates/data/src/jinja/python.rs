@@ -14,7 +14,7 @@ pub(crate) fn is_space(char: char) -> bool {
 pub(crate) fn text_of(value: &Value, budget: &Budget) -> Result<String> {
     let mut out = String::new();
     match value {
-        Value::Str(text) => out.push_str(text),
+        Value::Str(text) | Value::Markup(text) => out.push_str(text),
         Value::Undefined(_) => {}
         other => write_repr(&mut out, other)?,
     }
@@ -41,6 +41,11 @@ fn write_repr(out: &mut String, value: &Value) -> Result<()> {
         Value::Huge(number) => out.push_str(number),
         Value::Float(number) => out.push_str(&float_text(*number)),
         Value::Str(text) => write_quoted(out, text),
+        Value::Markup(text) => {
+            out.push_str("Markup(");
+            write_quoted(out, text);
+            out.push(')');
+        }
         Value::Seq(seq) => write_seq(out, seq)?,
         Value::Dict(dict) => {
             out.push('{');

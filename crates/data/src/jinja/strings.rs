@@ -424,15 +424,15 @@ pub(super) fn padded(
 fn join(separator: &str, elements: &Value, budget: &Budget) -> Result<Value> {
     let mut out = String::new();
     for (index, element) in elements.elements(budget)?.iter().enumerate() {
-        let Value::Str(element) = element else {
+        let Some(text) = element.as_str() else {
             return Err(Error::new(format!(
                 "sequence item {index}: expected str instance, {} found",
                 element.kind()
             )));
         };
-        budget.text(separator.len() + element.len())?;
+        budget.text(separator.len() + text.len())?;
         out.push_str(if index == 0 { "" } else { separator });
-        out.push_str(element);
+        out.push_str(text);
     }
     Ok(Value::str(out))
 }

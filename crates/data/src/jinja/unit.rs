@@ -142,5 +142,5 @@ fn renderings_are_those_of_hugging_face() {
             pairs += 1;
         }
     }
-    assert_eq!(pairs, 100);
+    assert_eq!(pairs, 120);
 }

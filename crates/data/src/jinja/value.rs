@@ -27,6 +27,8 @@ pub(crate) enum Value {
     Huge(Arc<str>),
     Float(f64),
     Str(Arc<str>),
+    /// A text that is not escaped again.
+    Markup(Arc<str>),
     Seq(Rc<Seq>),
     Dict(Rc<Dict>),
     /// What `map` and other filters give: read once, without a length.
@@ -167,7 +169,7 @@ impl Value {
             Self::Bool(flag) => *flag,
             Self::Int(number) => *number != 0,
             Self::Float(number) => *number != 0.0,
-            Self::Str(text) => !text.is_empty(),
+            Self::Str(text) | Self::Markup(text) => !text.is_empty(),
             Self::Seq(seq) => !seq.items.is_empty(),
             Self::Dict(dict) => !dict.entries.is_empty(),
             Self::Loop(_)
@@ -187,6 +189,7 @@ impl Value {
             Self::Int(_) | Self::Huge(_) => "int",
             Self::Float(_) => "float",
             Self::Str(_) => "str",
+            Self::Markup(_) => "Markup",
             Self::Seq(seq) => match seq.kind {
                 SeqKind::List => "list",
                 SeqKind::Tuple => "tuple",
@@ -205,7 +208,7 @@ impl Value {
     pub(crate) fn elements(&self, budget: &Budget) -> Result<Vec<Self>> {
         let found: Vec<Self> = match self {
             Self::Undefined(_) => Vec::new(),
-            Self::Str(text) => {
+            Self::Str(text) | Self::Markup(text) => {
                 let mut buffer = [0; 4];
                 text.chars()
                     .map(|char| Self::str(&*char.encode_utf8(&mut buffer)))
@@ -229,7 +232,7 @@ impl Value {
     pub(crate) fn length(&self) -> Result<usize> {
         Ok(match self {
             Self::Undefined(_) => 0,
-            Self::Str(text) => text.chars().count(),
+            Self::Str(text) | Self::Markup(text) => text.chars().count(),
             Self::Seq(seq) => seq.items.len(),
             Self::Dict(dict) => dict.entries.len(),
             Self::Loop(state) => state.items.len(),
@@ -261,7 +264,7 @@ impl Value {
 
     pub(crate) fn as_str(&self) -> Option<&str> {
         match self {
-            Self::Str(text) => Some(text),
+            Self::Str(text) | Self::Markup(text) => Some(text),
             _ => None,
         }
     }
@@ -284,8 +287,10 @@ impl Value {
 
     /// The order of two values, if Python has one.
     pub(crate) fn order(&self, other: &Self) -> Option<Ordering> {
+        if let (Some(a), Some(b)) = (self.as_str(), other.as_str()) {
+            return Some(a.cmp(b));
+        }
         match (self, other) {
-            (Self::Str(a), Self::Str(b)) => Some(a.cmp(b)),
             (Self::Seq(a), Self::Seq(b)) if a.kind == b.kind => {
                 let unequal = a.items.iter().zip(&b.items).find(|(a, b)| a != b);
                 match unequal {
@@ -332,7 +337,8 @@ impl PartialEq for Value {
     fn eq(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Undefined(_), Self::Undefined(_)) | (Self::None, Self::None) => true,
-            (Self::Str(a), Self::Str(b)) | (Self::Huge(a), Self::Huge(b)) => a == b,
+            (Self::Str(a) | Self::Markup(a), Self::Str(b) | Self::Markup(b))
+            | (Self::Huge(a), Self::Huge(b)) => a == b,
             (Self::Seq(a), Self::Seq(b)) => a.kind == b.kind && a.items == b.items,
             (Self::Dict(a), Self::Dict(b)) => {
                 a.entries.len() == b.entries.len()
@@ -366,7 +372,7 @@ impl Dict {
             match dict.place(&key) {
                 Some(place) => dict.entries[place].1 = value,
                 None => {
-                    if let (true, Value::Str(name)) = (indexed, &key) {
+                    if let (true, Value::Str(name) | Value::Markup(name)) = (indexed, &key) {
                         dict.index.insert(name.clone(), dict.entries.len());
                     }
                     dict.entries.push((key, value));
@@ -378,7 +384,9 @@ impl Dict {
 
     fn place(&self, key: &Value) -> Option<usize> {
         match key {
-            Value::Str(name) if !self.index.is_empty() => self.index.get(name).copied(),
+            Value::Str(name) | Value::Markup(name) if !self.index.is_empty() => {
+                self.index.get(name).copied()
+            }
             key => self.entries.iter().position(|(found, _)| found == key),
         }
     }

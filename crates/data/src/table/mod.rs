@@ -56,11 +56,7 @@ enum Packing {
 }
 
 /// First bytes of files without rows that could be read, with what they are and what helps.
-const OTHERS: [(&[u8], &str); 6] = [
-    (
-        b"version https://git-lfs",
-        "a git-lfs pointer, which `git lfs pull` replaces by the file",
-    ),
+const OTHERS: [(&[u8], &str); 5] = [
     (b"ARROW1", ARROW),
     (b"\xFF\xFF\xFF\xFF", ARROW),
     (b"PK\x03\x04", "a zip archive; unpack it first"),

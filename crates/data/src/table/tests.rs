@@ -164,7 +164,7 @@ fn files_of_other_kinds_are_called_by_their_names() {
     check(
         "a.parquet",
         pointer,
-        "expected rows, found a git-lfs pointer",
+        "DIR/a.parquet: this is a git-lfs pointer",
     );
     check(
         "a.jsonl.xz",

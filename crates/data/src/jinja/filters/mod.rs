@@ -9,10 +9,49 @@ use crate::jinja::format::{percent, rounded};
 use crate::jinja::python::{is_space, text_of};
 use crate::jinja::render::Renderer;
 use crate::jinja::value::Value;
-use crate::jinja::{Error, Result, methods, strings};
+use crate::jinja::{Error, Result, markup, methods, strings};
+use std::cmp::Ordering;
 
 /// `value | name(values)`
 pub(super) fn apply(
+    renderer: &mut Renderer<'_>,
+    name: &str,
+    value: Value,
+    values: CallValues,
+) -> Result<Value> {
+    match (name, &value) {
+        ("safe" | "e" | "escape" | "forceescape", _) => {
+            mark(name, &value, values, &renderer.budget)
+        }
+        ("d" | "default", _) => or_default(value, values),
+        (_, Value::Markup(_)) if markup::ESCAPING_FILTERS.contains(&name) => {
+            Err(markup::unsupported(name))
+        }
+        (_, Value::Markup(_)) => {
+            let made = of_unmarked(renderer, name, value.unmarked(), values)?;
+            Ok(match markup::MARKING_FILTERS.contains(&name) {
+                true => made.marked(),
+                false => made,
+            })
+        }
+        _ => of_unmarked(renderer, name, value, values),
+    }
+}
+
+/// The text of a value, marked as safe, by all filters but `safe` after it is made so.
+fn mark(name: &str, value: &Value, values: CallValues, budget: &Budget) -> Result<Value> {
+    let [] = values.bind(name, [])?;
+    let text = text_of(value, budget)?;
+    let made = match (name, value) {
+        ("safe", _) | ("e" | "escape", Value::Markup(_)) => text,
+        _ => markup::escaped(&text),
+    };
+    budget.text(made.len())?;
+    Ok(Value::Markup(made.into()))
+}
+
+/// A filter of anything but a text that is marked as safe.
+fn of_unmarked(
     renderer: &mut Renderer<'_>,
     name: &str,
     value: Value,
@@ -23,7 +62,6 @@ pub(super) fn apply(
     }
     let budget = &renderer.budget;
     match name {
-        "d" | "default" => or_default(value, values),
         "attr" => {
             let [name] = values.require(name, ["name"])?;
             let name = str_of(&name)?;
@@ -113,12 +151,11 @@ fn texts(name: &str, text: &str, values: CallValues, budget: &Budget) -> Result<
         _ => {
             let [] = values.bind(name, [])?;
             match name {
-                "string" | "safe" => text.to_owned(),
+                "string" => text.to_owned(),
                 "upper" => text.to_uppercase(),
                 "lower" => text.to_lowercase(),
                 "capitalize" => strings::capitalized(text),
                 "title" => title(text),
-                "e" | "escape" | "forceescape" => escaped(text),
                 "wordcount" => {
                     let is_word = |char: char| char.is_alphanumeric() || char == '_';
                     let words = text
@@ -185,12 +222,21 @@ fn int(value: &Value, values: CallValues) -> Result<Value> {
         Value::Huge(_) => return Ok(value.clone()),
         other => other.as_int().map(Value::Int),
     };
-    let whole = whole.or_else(|| {
-        let number = float(value).ok()??.trunc();
-        // Beyond 2^53 a float is a whole number, and up to 2^126 it fits.
-        (number.abs() < 2f64.powi(126)).then_some(Value::Int(number as i128))
-    });
+    if matches!(value, Value::Float(number) if number.is_infinite()) {
+        return Err(Error::new("cannot convert float infinity to integer"));
+    }
+    let whole = match whole {
+        None => float(value)?
+            .filter(|number| number.is_finite())
+            .map(whole_of),
+        whole => whole,
+    };
     Ok(whole.or(default).unwrap_or(Value::Int(0)))
+}
+
+/// The whole part of a number, with every digit.
+fn whole_of(number: f64) -> Value {
+    Value::number(&format!("{:.0}", number.trunc()))
 }
 
 fn integer_in(text: &str, base: u32) -> Option<Value> {
@@ -241,9 +287,11 @@ fn round(value: &Value, values: CallValues) -> Result<Value> {
     let precision = i32::try_from(precision.clamp(-308, 308)).unwrap_or(0);
     let number = match (value, method) {
         // Python rounds integers to integers.
-        (Value::Int(_) | Value::Bool(_), "common") if precision >= 0 => {
-            return Ok(Value::Int(int_or(Some(value), 0)?));
+        (Value::Int(_) | Value::Bool(_), "common") => {
+            return rounded_integer(int_or(Some(value), 0)?, precision);
         }
+        (Value::Huge(_), "common") if precision >= 0 => return Ok(value.clone()),
+        (Value::Huge(_), "common") => return Err(Error::new(HUGE_ROUNDED)),
         (other, _) => other.as_float().ok_or_else(|| {
             Error::new(format!("cannot round a value of type '{}'", other.kind()))
         })?,
@@ -255,6 +303,24 @@ fn round(value: &Value, values: CallValues) -> Result<Value> {
         "floor" => (number * scale).floor() / scale,
         _ => return Err(Error::new("method must be common, ceil or floor")),
     }))
+}
+
+const HUGE_ROUNDED: &str = "cannot round integers of more than 127 bits";
+
+/// `round(number, precision)`: to the even one of two that are as near.
+fn rounded_integer(number: i128, precision: i32) -> Result<Value> {
+    let Some(scale) = 10_i128.checked_pow(precision.min(0).unsigned_abs()) else {
+        return Ok(Value::Int(0));
+    };
+    let rest = number.rem_euclid(scale);
+    let below = number.div_euclid(scale);
+    let rounds_up = match rest.cmp(&(scale - rest)) {
+        Ordering::Equal => below % 2 != 0,
+        order => order.is_gt(),
+    };
+    let rounded = (below + i128::from(rounds_up)).checked_mul(scale);
+    let rounded = rounded.ok_or_else(|| Error::new(HUGE_ROUNDED))?;
+    Ok(Value::Int(rounded))
 }
 
 fn indent(value: &Value, values: CallValues, budget: &Budget) -> Result<Value> {
@@ -294,21 +360,6 @@ fn title(text: &str) -> String {
             false => out.extend(char.to_lowercase()),
         }
         begins = is_space(char) || matches!(char, '-' | '(' | '{' | '[' | '<');
-    }
-    out
-}
-
-fn escaped(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for char in text.chars() {
-        match char {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '\'' => out.push_str("&#39;"),
-            '"' => out.push_str("&#34;"),
-            char => out.push(char),
-        }
     }
     out
 }

@@ -127,6 +127,10 @@ fn follow(renderer: &Renderer<'_>, value: &Value, path: &Value) -> Result<Value>
 }
 
 fn map(renderer: &mut Renderer<'_>, value: &Value, mut values: CallValues) -> Result<Value> {
+    // Nothing is looked at before there is an element: none and 0 have no elements either.
+    if !value.is_true() {
+        return Ok(Value::iter_of([]));
+    }
     let elements = value.elements(&renderer.budget)?;
     let mut mapped = Vec::with_capacity(elements.len());
     if values.positional.is_empty() {
@@ -164,6 +168,9 @@ fn select(
     value: &Value,
     mut values: CallValues,
 ) -> Result<Value> {
+    if !value.is_true() {
+        return Ok(Value::iter_of([]));
+    }
     let (wanted, by_attribute) = (name.starts_with("select"), name.ends_with("attr"));
     let attribute = match (by_attribute, values.positional.is_empty()) {
         (true, true) => return Err(Error::new("Missing parameter for attribute name")),
@@ -228,7 +235,9 @@ fn sort_key(
     case_sensitive: bool,
 ) -> Result<Value> {
     let lower = |value: Value| match &value {
-        Value::Str(text) if !case_sensitive => Value::str(text.to_lowercase()),
+        Value::Str(text) | Value::Markup(text) if !case_sensitive => {
+            Value::str(text.to_lowercase())
+        }
         _ => value,
     };
     match attribute {
@@ -403,7 +412,9 @@ fn sorted_entries(value: &Value, values: CallValues, budget: &Budget) -> Result<
     let mut keyed = Vec::new();
     for (key, value) in &dict.entries {
         let by = match if by_value { value } else { key } {
-            Value::Str(text) if !is_set(case.as_ref()) => Value::str(text.to_lowercase()),
+            Value::Str(text) | Value::Markup(text) if !is_set(case.as_ref()) => {
+                Value::str(text.to_lowercase())
+            }
             other => other.clone(),
         };
         keyed.push((by, Value::tuple(vec![key.clone(), value.clone()])?));
