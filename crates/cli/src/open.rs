@@ -162,7 +162,9 @@ pub(crate) fn open_model(
         }
         tokenizer => (tokenizer?.map(Arc::new), None),
     };
-    let unread = tokenizer.iter().flat_map(|tokenizer| tokenizer.unread_keys());
+    let unread = tokenizer
+        .iter()
+        .flat_map(|tokenizer| tokenizer.unread_keys());
     let unread: Vec<String> = unread.map(|key| printable(key, &[])).collect();
     if !unread.is_empty() {
         console.note(format_args!(

@@ -227,17 +227,7 @@ impl CorpusFile {
             limits: reader.limits,
             columns: options.columns.clone(),
         };
-        let opened = Self {
-            path: path.to_owned(),
-            entries: index.entries,
-            counts: index.counts,
-            left_out: 0,
-            ignored_keys: index.ignored_keys,
-            notes: index.notes,
-            key,
-            source,
-        };
-        Ok((opened, problem))
+        Ok((index.into_file(path, key, source), problem))
     }
 
     fn cached(path: &Path, key: CacheKey, mut cache: TokenCache) -> Self {
@@ -351,6 +341,19 @@ struct FileIndex {
 }
 
 impl FileIndex {
+    fn into_file(self, path: &Path, key: CacheKey, source: TokenSource) -> CorpusFile {
+        CorpusFile {
+            path: path.to_owned(),
+            entries: self.entries,
+            counts: self.counts,
+            left_out: 0,
+            ignored_keys: self.ignored_keys,
+            notes: self.notes,
+            key,
+            source,
+        }
+    }
+
     fn add(&mut self, row: &RowSamples) {
         self.counts.add_row(&row.samples);
         note_ignored(

@@ -95,6 +95,9 @@ pub(crate) struct RowSamples {
     pub(crate) notes: RowNotes,
 }
 
+/// A row's samples, its unread keys, and what of it is not as it is written.
+type ReadRow = (Vec<Sample>, Vec<String>, RowNotes);
+
 impl<'a> RowReader<'a> {
     /// # Errors
     /// If `max_length` is less than 2.
@@ -144,8 +147,7 @@ impl<'a> RowReader<'a> {
                 row.map_err(|problem| problem.at(path, line.place))
             };
             // Collected before errors are checked, so that the first in the file is reported.
-            let rows: Vec<Result<(Vec<Sample>, Vec<String>, RowNotes)>> =
-                chunk.par_iter().map(read).collect();
+            let rows: Vec<Result<ReadRow>> = chunk.par_iter().map(read).collect();
             for (text, row) in chunk.into_iter().zip(rows) {
                 let (samples, mut ignored, notes) = row?;
                 ignored.extend(unread.iter().cloned());
@@ -184,7 +186,7 @@ impl<'a> RowReader<'a> {
     }
 
     /// One line's samples, its unread keys, and what of it is not as it is written.
-    pub(crate) fn row(&self, line: &str) -> Result<(Vec<Sample>, Vec<String>, RowNotes)> {
+    pub(crate) fn row(&self, line: &str) -> Result<ReadRow> {
         let mut value = parse_line(line)?;
         let renamed = value.as_object_mut().map(|row| self.columns.rename(row));
         let mut ignored = renamed.transpose()?.unwrap_or_default();

@@ -238,14 +238,13 @@ pub(super) fn item(value: &Value, index: &Value, budget: &Budget) -> Result<Valu
                 true => place(index, text.len()),
                 false => place(index, text.chars().count()),
             };
-            let char = place.and_then(|place| match text.is_ascii() {
+            place.and_then(|place| match text.is_ascii() {
                 true => text.get(place..=place).map(Value::str),
                 false => text
                     .chars()
                     .nth(place)
                     .map(|char| Value::str(char.to_string())),
-            });
-            char
+            })
         }
         _ => None,
     };

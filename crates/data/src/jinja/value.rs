@@ -16,6 +16,9 @@ const MAX_NESTED_VALUES: u16 = 256;
 /// Dictionaries with more keys have an index.
 const MAX_SCANNED_KEYS: usize = 8;
 
+/// The fields of a namespace, in the order in which they were set.
+pub(crate) type Fields = RefCell<Vec<(Arc<str>, Value)>>;
+
 #[derive(Clone, Debug)]
 pub(crate) enum Value {
     /// A name without a value, or a key or index that is not there.
@@ -33,7 +36,7 @@ pub(crate) enum Value {
     Dict(Rc<Dict>),
     /// What `map` and other filters give: read once, without a length.
     Iter(Rc<RefCell<VecDeque<Self>>>),
-    Namespace(Rc<RefCell<Vec<(Arc<str>, Self)>>>),
+    Namespace(Rc<Fields>),
     Loop(Rc<Loop>),
     Callable(Rc<Callable>),
 }
@@ -360,8 +363,10 @@ impl PartialEq for Value {
 
 impl Dict {
     pub(crate) fn new(entries: Vec<(Value, Value)>) -> Result<Self> {
-        let mut dict = Self::default();
-        dict.depth = deeper(entries.iter().flat_map(|(key, value)| [key, value]))?;
+        let mut dict = Self {
+            depth: deeper(entries.iter().flat_map(|(key, value)| [key, value]))?,
+            ..Self::default()
+        };
         let indexed = entries.len() > MAX_SCANNED_KEYS;
         for (key, value) in entries {
             if matches!(key, Value::Dict(_) | Value::Iter(_))

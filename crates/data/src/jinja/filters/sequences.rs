@@ -163,7 +163,7 @@ fn map(renderer: &mut Renderer<'_>, value: &Value, mut values: CallValues) -> Re
 }
 
 fn select(
-    renderer: &mut Renderer<'_>,
+    renderer: &Renderer<'_>,
     name: &str,
     value: &Value,
     mut values: CallValues,
