@@ -171,6 +171,7 @@ impl Checked<'_> {
             "counts": self.corpus.counts,
             "survey": self.survey,
             "ignored_keys": self.corpus.ignored_keys,
+            "notes": self.corpus.notes,
         })
     }
 }

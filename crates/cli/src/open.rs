@@ -19,7 +19,7 @@ use serde_json::Value;
 
 pub(crate) use self::keys::{note_differences, note_keys};
 pub(crate) use self::memory::{MemoryArgs, cache_object, cache_summary, repack};
-use crate::console::Console;
+use crate::console::{Console, printable};
 use crate::device;
 use crate::values::{CACHE_HELP, COMPUTE_HELP, CacheValue, ComputeValue};
 
@@ -162,6 +162,16 @@ pub(crate) fn open_model(
         }
         tokenizer => (tokenizer?.map(Arc::new), None),
     };
+    let unread = tokenizer
+        .iter()
+        .flat_map(|tokenizer| tokenizer.unread_keys());
+    let unread: Vec<String> = unread.map(|key| printable(key, &[])).collect();
+    if !unread.is_empty() {
+        console.note(format_args!(
+            "tokenizer_config.json: unknown keys, not read: {}",
+            unread.join(", ")
+        ));
+    }
     Ok(Opened {
         tokenizer,
         tokenizer_problem,

@@ -1,6 +1,6 @@
 //! Rows that a verb measures a model on, and what is noted about rows that are read.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::bail;
@@ -64,6 +64,7 @@ impl SplitRows<'_> {
         };
         let split = Split::of(&files, options)?;
         note_ignored(&split.ignored_keys, self.console);
+        note_changed(&split.notes, self.console);
         Ok(split)
     }
 }
@@ -97,6 +98,13 @@ pub(crate) fn note_ignored(keys: &BTreeMap<String, usize>, console: &Console) {
     });
     let names: Vec<String> = names.collect();
     console.note(format_args!("ignored keys in rows: {}", names.join(", ")));
+}
+
+/// Notes what of the rows is not as they have it.
+pub(crate) fn note_changed(notes: &BTreeSet<String>, console: &Console) {
+    for note in notes {
+        console.note(format_args!("{}", printable(note, &[])));
+    }
 }
 
 /// Notes files of data folders that belong to no split.

@@ -22,7 +22,7 @@ use self::watcher::Watcher;
 use crate::console::{Console, DIVERGED, NO_MEMORY, NOT_FINITE, USAGE, WithCode};
 use crate::device::default_device;
 use crate::open::{find, note_keys, token_cache};
-use crate::rows::{note_ignored, note_unused};
+use crate::rows::{note_changed, note_ignored, note_unused};
 
 /// Train with a recipe: pretraining, full fine-tuning, LoRA, DoRA or DPO.
 ///
@@ -246,9 +246,10 @@ pub(crate) fn note_endless(
     Ok(())
 }
 
-/// Notes what was ignored in the data, which has a name.
+/// Notes what was ignored in the data, which has a name, and what is not as the rows have it.
 pub(crate) fn note_reading(what: &str, corpus: &Corpus, console: &Console) {
     note_ignored(&corpus.ignored_keys, console);
+    note_changed(&corpus.notes, console);
     let (untrained, left_out) = (corpus.counts.untrained_samples, corpus.left_out);
     if untrained > 0 {
         let samples = corpus.len() + left_out;

@@ -9,13 +9,14 @@ use crate::columns::Columns;
 use crate::entry::{Counts, SampleEntry};
 use crate::error::{Error, Result};
 use crate::file::line_at;
+use crate::notes::{RowNotes, add_notes};
 use crate::reader::{IgnoredKeys, ReadOptions, RowFilter, RowReader, RowSamples, note_ignored};
 use crate::row::Limits;
 use crate::sample::Sample;
 use crate::table::FileFormat;
 use crate::token_cache::{CacheKey, CacheWriter, TokenCache};
 use crate::tokenizer::Tokenizer;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -32,6 +33,8 @@ pub struct Corpus {
     pub left_out: usize,
     /// Unread keys of rows, each with the number of rows that have it.
     pub ignored_keys: BTreeMap<String, usize>,
+    /// Sentences on what of the rows is not as it is written, such as a role that the chat template does not know.
+    pub notes: BTreeSet<String>,
     /// Why tokens are not in the cache folder, if there is one and they are not.
     pub cache_problem: Option<String>,
 }
@@ -44,6 +47,7 @@ struct CorpusFile {
     counts: Counts,
     left_out: usize,
     ignored_keys: IgnoredKeys,
+    notes: RowNotes,
     key: CacheKey,
     source: TokenSource,
 }
@@ -75,8 +79,14 @@ impl Corpus {
             counts: Counts::default(),
             left_out: 0,
             ignored_keys: IgnoredKeys::new(),
+            notes: RowNotes::new(),
             cache_problem: None,
         };
+        let unread = options.tokenizer.map(Tokenizer::unread_keys);
+        for key in unread.unwrap_or_default() {
+            let note = format!("tokenizer_config.json: the key `{key}` is not known, and not read");
+            corpus.notes.insert(note);
+        }
         let mut before = 0;
         for path in paths {
             let tell = |bytes| (options.progress)(before + bytes, total);
@@ -85,6 +95,7 @@ impl Corpus {
             corpus.counts.add(file.counts);
             corpus.left_out += file.left_out;
             note_ignored(&mut corpus.ignored_keys, file.ignored_keys.clone());
+            add_notes(&mut corpus.notes, &file.notes);
             corpus.cache_problem = corpus.cache_problem.or(problem);
             corpus.files.push(file);
             before += size(path);
@@ -190,7 +201,9 @@ impl CorpusFile {
             index.add(&row);
             Ok(())
         })?;
-        let finish = |writer: CacheWriter| writer.finish(key, &index.counts, &index.ignored_keys);
+        let finish = |writer: CacheWriter| {
+            writer.finish(key, &index.counts, &index.ignored_keys, &index.notes)
+        };
         let finished = writer.map(|writer| writer.and_then(finish));
         let problem = match (finished, cached) {
             (Some(Ok(())), Some(file)) => match TokenCache::open(&file, key) {
@@ -214,16 +227,7 @@ impl CorpusFile {
             limits: reader.limits,
             columns: options.columns.clone(),
         };
-        let opened = Self {
-            path: path.to_owned(),
-            entries: index.entries,
-            counts: index.counts,
-            left_out: 0,
-            ignored_keys: index.ignored_keys,
-            key,
-            source,
-        };
-        Ok((opened, problem))
+        Ok((index.into_file(path, key, source), problem))
     }
 
     fn cached(path: &Path, key: CacheKey, mut cache: TokenCache) -> Self {
@@ -233,6 +237,7 @@ impl CorpusFile {
             counts: cache.counts,
             left_out: 0,
             ignored_keys: std::mem::take(&mut cache.ignored_keys),
+            notes: std::mem::take(&mut cache.notes),
             key,
             source: TokenSource::Cache(cache),
         }
@@ -278,7 +283,7 @@ impl CorpusFile {
                     filter: RowFilter::Any,
                     columns,
                 };
-                let (samples, _) = reader.row(&line).map_err(|_| changed())?;
+                let (samples, ..) = reader.row(&line).map_err(|_| changed())?;
                 let sample = samples.into_iter().nth(entry.piece as usize);
                 let same = |sample: &Sample| sample.fingerprint() == entry.fingerprint;
                 sample.filter(same).ok_or_else(changed)
@@ -332,15 +337,30 @@ struct FileIndex {
     entries: Vec<SampleEntry>,
     counts: Counts,
     ignored_keys: IgnoredKeys,
+    notes: RowNotes,
 }
 
 impl FileIndex {
+    fn into_file(self, path: &Path, key: CacheKey, source: TokenSource) -> CorpusFile {
+        CorpusFile {
+            path: path.to_owned(),
+            entries: self.entries,
+            counts: self.counts,
+            left_out: 0,
+            ignored_keys: self.ignored_keys,
+            notes: self.notes,
+            key,
+            source,
+        }
+    }
+
     fn add(&mut self, row: &RowSamples) {
         self.counts.add_row(&row.samples);
         note_ignored(
             &mut self.ignored_keys,
             row.ignored.iter().map(|key| (key.clone(), 1)),
         );
+        add_notes(&mut self.notes, &row.notes);
         let entries = row.samples.iter().zip(0..);
         let entry = |(sample, piece)| SampleEntry {
             piece,

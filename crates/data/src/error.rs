@@ -95,6 +95,19 @@ pub enum Error {
         index: usize,
     },
 
+    /// The chat template shows a part of a conversation nowhere.
+    #[error(
+        "the chat template leaves out {part} of message {index} (role `{role}`): remove it from the row, or give the model a template that shows it"
+    )]
+    LeftOut {
+        /// The key within the message.
+        part: String,
+        /// The message, counted from 0.
+        index: usize,
+        /// Its role.
+        role: String,
+    },
+
     /// The tokenizer failed on a text or on ids.
     #[error("tokenizer: {0}")]
     Tokenize(String),

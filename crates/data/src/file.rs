@@ -3,7 +3,9 @@
 //! Files are untrusted: sizes are bounded before memory is allocated, and text must be UTF-8.
 
 use crate::error::{Error, Place, Result};
+use crate::jinja::keep_exact;
 use serde_json::Value;
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -206,9 +208,14 @@ fn text_of(bytes: Vec<u8>, offset: u64) -> Result<String> {
     Ok(text.trim().to_owned())
 }
 
-/// Parses one line, without serde_json's own "line 1": the caller knows the real number.
+/// Parses one line, without serde_json's own "line 1": the caller knows the real number. Long numbers keep their digits.
 pub(crate) fn parse_line(line: &str) -> Result<Value> {
-    serde_json::from_str(line).map_err(|problem| {
+    let parsed = match keep_exact(line) {
+        Cow::Borrowed(_) => serde_json::from_str(line),
+        // A problem has its column in the line as it is.
+        Cow::Owned(kept) => serde_json::from_str(&kept).or_else(|_| serde_json::from_str(line)),
+    };
+    parsed.map_err(|problem| {
         let place = format!(" at line {} column {}", problem.line(), problem.column());
         let text = problem.to_string();
         let text = text.strip_suffix(&place).unwrap_or(&text);

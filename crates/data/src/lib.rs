@@ -19,6 +19,8 @@
 
 mod common_prefix;
 mod companions;
+mod jinja;
+mod notes;
 mod tokenizer;
 mod turn;
 

@@ -3,6 +3,7 @@
 use crate::columns::Columns;
 use crate::error::{Error, Result};
 use crate::file::{RowText, UnreadColumn, parse_line};
+use crate::notes::RowNotes;
 use crate::row::{Limits, Row, row_keys};
 use crate::sample::Sample;
 use crate::table::Table;
@@ -90,7 +91,12 @@ pub(crate) struct RowSamples {
     pub(crate) samples: Vec<Sample>,
     /// Unread keys.
     pub(crate) ignored: Vec<String>,
+    /// What of the row is not as it is written.
+    pub(crate) notes: RowNotes,
 }
+
+/// A row's samples, its unread keys, and what of it is not as it is written.
+type ReadRow = (Vec<Sample>, Vec<String>, RowNotes);
 
 impl<'a> RowReader<'a> {
     /// # Errors
@@ -141,15 +147,15 @@ impl<'a> RowReader<'a> {
                 row.map_err(|problem| problem.at(path, line.place))
             };
             // Collected before errors are checked, so that the first in the file is reported.
-            let rows: Vec<Result<(Vec<Sample>, Vec<String>)>> =
-                chunk.par_iter().map(read).collect();
+            let rows: Vec<Result<ReadRow>> = chunk.par_iter().map(read).collect();
             for (text, row) in chunk.into_iter().zip(rows) {
-                let (samples, mut ignored) = row?;
+                let (samples, mut ignored, notes) = row?;
                 ignored.extend(unread.iter().cloned());
                 take(RowSamples {
                     text,
                     samples,
                     ignored,
+                    notes,
                 })?;
             }
             match failed {
@@ -179,8 +185,8 @@ impl<'a> RowReader<'a> {
         Ok(columns.iter().map(|column| column.name.clone()).collect())
     }
 
-    /// One line's samples, and its unread keys.
-    pub(crate) fn row(&self, line: &str) -> Result<(Vec<Sample>, Vec<String>)> {
+    /// One line's samples, its unread keys, and what of it is not as it is written.
+    pub(crate) fn row(&self, line: &str) -> Result<ReadRow> {
         let mut value = parse_line(line)?;
         let renamed = value.as_object_mut().map(|row| self.columns.rename(row));
         let mut ignored = renamed.transpose()?.unwrap_or_default();
@@ -188,7 +194,9 @@ impl<'a> RowReader<'a> {
         let (row, unread) = Row::parse(value, &named)?;
         ignored.extend(unread);
         self.filter.check(&row)?;
-        Ok((row.samples(self.tokenizer, self.limits)?, ignored))
+        let mut notes = RowNotes::new();
+        let samples = row.samples(self.tokenizer, self.limits, &mut notes)?;
+        Ok((samples, ignored, notes))
     }
 }
 

@@ -3,11 +3,12 @@
 use crate::columns::Columns;
 use crate::entry::Counts;
 use crate::error::{Error, Result};
+use crate::notes::add_notes;
 use crate::reader::{ReadOptions, RowFilter, RowReader, note_ignored};
 use crate::row::PreferencePair;
 use crate::sample::Sample;
 use crate::tokenizer::Tokenizer;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// A split of a data folder, in memory.
@@ -19,6 +20,8 @@ pub struct Split {
     pub counts: Counts,
     /// Unread keys of rows, each with the number of rows that have it.
     pub ignored_keys: BTreeMap<String, usize>,
+    /// Sentences on what of the rows is not as it is written, such as a role that the chat template does not know.
+    pub notes: BTreeSet<String>,
 }
 
 /// A file of preference rows, in memory.
@@ -127,11 +130,13 @@ impl Split {
             samples: Vec::new(),
             counts: Counts::default(),
             ignored_keys: BTreeMap::new(),
+            notes: BTreeSet::new(),
         };
         for path in paths {
             reader.read(path, |row| {
                 split.counts.add_row(&row.samples);
                 split.samples.extend(row.samples);
+                add_notes(&mut split.notes, &row.notes);
                 note_ignored(
                     &mut split.ignored_keys,
                     row.ignored.into_iter().map(|key| (key, 1)),

@@ -10,6 +10,7 @@
 
 use crate::entry::{Counts, SampleEntry};
 use crate::error::{Error, Result};
+use crate::notes::RowNotes;
 use crate::reader::{IgnoredKeys, RowReader, RowSamples};
 use crate::sample::{Sample, id_and_mark, word};
 use crate::table::FileFormat;
@@ -22,10 +23,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 /// Changes with the layout, and with the samples that rows become.
-const CACHE_MAGIC: &[u8; 16] = b"moeforge tokens2";
+const CACHE_MAGIC: &[u8; 16] = b"moeforge tokens3";
 const RECORD_BYTES: u64 = 24;
 const FOOTER_BYTES: u64 = 8 + 32;
-/// Counts, and names of keys.
+/// Counts, names of keys, and notes.
 const MAX_JSON_BYTES: u64 = 16 << 20;
 
 /// A hash of everything that a file's tokens depend on.
@@ -94,6 +95,7 @@ struct Summary {
     samples: u64,
     counts: Counts,
     ignored_keys: IgnoredKeys,
+    notes: RowNotes,
 }
 
 /// A cache file, open.
@@ -104,6 +106,7 @@ pub(crate) struct TokenCache {
     pub(crate) entries: Vec<SampleEntry>,
     pub(crate) counts: Counts,
     pub(crate) ignored_keys: IgnoredKeys,
+    pub(crate) notes: RowNotes,
 }
 
 impl TokenCache {
@@ -156,6 +159,7 @@ impl TokenCache {
             entries,
             counts: summary.counts,
             ignored_keys: summary.ignored_keys,
+            notes: summary.notes,
         })
     }
 
@@ -268,12 +272,14 @@ impl CacheWriter {
         key: CacheKey,
         counts: &Counts,
         ignored_keys: &IgnoredKeys,
+        notes: &RowNotes,
     ) -> io::Result<()> {
         let summary = Summary {
             key: key.0,
             samples: self.records.len() as u64 / RECORD_BYTES,
             counts: *counts,
             ignored_keys: ignored_keys.clone(),
+            notes: notes.clone(),
         };
         let json = serde_json::to_vec(&summary)?;
         let hash = Sha256::new()

@@ -60,7 +60,7 @@ const KINDS: [RowKeys; 7] = [
     RowKeys {
         kind: RowKind::Instruction,
         required: &["instruction", "output"],
-        optional: &["input", "system"],
+        optional: &["input", "system", "history", "tools"],
         repeated: &["text"],
     },
     RowKeys {

@@ -1,7 +1,8 @@
 //! The rows of a data file: their kinds, and the trained tokens of each.
 
 use crate::error::{Error, Result};
-use crate::file::describe;
+use crate::file::{describe, parse_line};
+use crate::notes::RowNotes;
 use crate::sample::{MarkedTokens, Sample};
 use crate::tokenizer::{Bos, ChatTemplate, GenerationPrompt, Tokenizer};
 use crate::turn::Conversation;
@@ -10,17 +11,26 @@ use serde_json::{Map, Value};
 use std::ops::Range;
 
 mod alpaca_sharegpt;
+mod call;
 mod kind;
+mod message;
 mod pair;
 
 pub(crate) use kind::found_keys;
+pub(crate) use message::messages;
 pub use pair::PreferencePair;
 
 /// The label of a token that is not trained: PyTorch's `ignore_index`.
 const NOT_TRAINED: i64 = -100;
 
 /// The keys that tables without lists, CSV above all, have as the JSON text of one.
-const LISTS: [&str; 4] = ["messages", "conversations", "input_ids", "labels"];
+const LISTS: [&str; 5] = [
+    "messages",
+    "conversations",
+    "history",
+    "input_ids",
+    "labels",
+];
 
 /// The limits of samples.
 #[derive(Clone, Copy, Debug)]
@@ -58,7 +68,7 @@ impl Row {
         };
         let (kind, ignored) = RowKind::of(&mut row, named)?;
         LISTS.iter().for_each(|key| unquote(&mut row, key));
-        let tools = tools(row.remove("tools"))?;
+        let mut tools = message::tools(row.remove("tools"))?;
         let parsed = match kind {
             RowKind::Text => Self::Text(string(&mut row, "text")?),
             RowKind::Completion => completion(row, tools)?,
@@ -70,6 +80,7 @@ impl Row {
                 Self::conversation(alpaca_sharegpt::instruction(&mut row)?, tools, 0)?
             }
             RowKind::Conversations => {
+                tools.iter_mut().for_each(message::as_functions);
                 let list = Value::Array(alpaca_sharegpt::conversations(&mut row)?);
                 Self::conversation(messages("conversations", Some(list))?, tools, 0)?
             }
@@ -102,17 +113,20 @@ impl Row {
 
     /// The row in tokens within the limits: several samples for a long text or a conversation with thoughts that the template
     /// drops, two for a pair, otherwise one.
+    ///
+    /// `notes` say what of the row is not as it is written.
     pub(crate) fn samples(
         &self,
         tokenizer: Option<&Tokenizer>,
         limits: Limits,
+        notes: &mut RowNotes,
     ) -> Result<Vec<Sample>> {
         if let Self::Pair(answers) = self {
             let answers = answers.iter().map(|row| {
-                let mut samples = row.samples(tokenizer, limits)?;
+                let mut samples = row.samples(tokenizer, limits, notes)?;
                 // An answer is one sample: of turns that need separate texts, the last one was chosen.
                 if let (Some(last), true) = (row.last_turn(), samples.len() > 1) {
-                    samples = last.samples(tokenizer, limits)?;
+                    samples = last.samples(tokenizer, limits, notes)?;
                 }
                 samples
                     .pop()
@@ -126,7 +140,7 @@ impl Row {
                 trained: trained.clone(),
                 text_bytes: vec![0; ids.len()],
             }],
-            _ => self.tokenize(tokenizer.ok_or(Error::NoTokenizer)?)?,
+            _ => self.tokenize(tokenizer.ok_or(Error::NoTokenizer)?, notes)?,
         };
         let mut samples = Vec::new();
         for marked in &pieces {
@@ -157,7 +171,7 @@ impl Row {
         })
     }
 
-    fn tokenize(&self, tokenizer: &Tokenizer) -> Result<Vec<MarkedTokens>> {
+    fn tokenize(&self, tokenizer: &Tokenizer, notes: &mut RowNotes) -> Result<Vec<MarkedTokens>> {
         match self {
             Self::Text(text) => {
                 let encoded = tokenizer.encode_with_ranges(text, Bos::Add)?;
@@ -177,6 +191,7 @@ impl Row {
                 first,
             } => {
                 let template = tokenizer.chat_template().ok_or(Error::NoChatTemplate)?;
+                let messages = &template.prepare(messages, tools.as_ref(), notes)?;
                 let conversation = Conversation {
                     tokenizer,
                     template,
@@ -187,7 +202,7 @@ impl Row {
                     let encoded = tokenizer.encode_with_ranges(&text, Bos::Never)?;
                     Ok(MarkedTokens::new(encoded, &turns, tokenizer))
                 };
-                let texts = conversation.texts(*first)?;
+                let texts = conversation.texts(*first, notes)?;
                 texts.into_iter().map(encode).collect()
             }
             Self::Ids { .. } | Self::Pair(_) => Ok(Vec::new()),
@@ -229,9 +244,9 @@ pub(crate) fn continuation(
 
 /// Messages ready to be answered, as text.
 pub(crate) fn render_prompt(messages: &[Value], template: Option<&ChatTemplate>) -> Result<String> {
-    template
-        .ok_or(Error::NoChatTemplate)?
-        .render(messages, None, GenerationPrompt::Add)
+    let template = template.ok_or(Error::NoChatTemplate)?;
+    let messages = template.prepare(messages, None, &mut RowNotes::new())?;
+    template.render(&messages, None, GenerationPrompt::Add)
 }
 
 /// Every key that some kind of row reads.
@@ -242,9 +257,7 @@ pub(crate) fn row_keys() -> impl Iterator<Item = &'static str> {
 /// Replaces the JSON text of a list by the list.
 fn unquote(row: &mut Map<String, Value>, key: &str) {
     if let Some(value) = row.get_mut(key)
-        && let Some(list @ Value::Array(_)) = value
-            .as_str()
-            .and_then(|text| serde_json::from_str(text).ok())
+        && let Some(list @ Value::Array(_)) = value.as_str().and_then(|text| parse_line(text).ok())
     {
         *value = list;
     }
@@ -265,57 +278,6 @@ fn completion(mut row: Map<String, Value>, tools: Option<Value>) -> Result<Row> 
         completion => all.extend(messages("completion", completion)?),
     }
     Row::conversation(all, tools, first)
-}
-
-/// A list of messages, each an object with a role.
-pub(crate) fn messages(key: &str, value: Option<Value>) -> Result<Vec<Value>> {
-    let mut list = match value.unwrap_or_default() {
-        Value::Array(list) if !list.is_empty() => list,
-        Value::Array(_) => {
-            return Err(Error::schema(
-                format!("messages in `{key}`"),
-                "an empty list",
-            ));
-        }
-        other => {
-            return Err(Error::schema(
-                format!("a list of messages in `{key}`"),
-                describe(&other),
-            ));
-        }
-    };
-    for (index, message) in list.iter().enumerate() {
-        if !message["role"].is_string() {
-            let expected = format!("`{key}[{index}]` to be an object with a string `role`");
-            let found = match message.get("role") {
-                Some(role) => format!("`role` {}", describe(role)),
-                None if message.is_object() => "no `role`".to_owned(),
-                None => describe(message),
-            };
-            return Err(Error::schema(expected, found));
-        }
-    }
-    // Columns of a table are null if a message has no such key, and templates test for the key.
-    for message in list.iter_mut().filter_map(Value::as_object_mut) {
-        message.retain(|key, value| key == "content" || !value.is_null());
-    }
-    Ok(list)
-}
-
-/// Descriptions of tools: a list, or (in some data sets) the JSON text of a list.
-fn tools(value: Option<Value>) -> Result<Option<Value>> {
-    let value = match value {
-        Some(Value::String(text)) => serde_json::from_str(&text).unwrap_or(Value::String(text)),
-        value => value.unwrap_or_default(),
-    };
-    match value {
-        Value::Null => Ok(None),
-        Value::Array(_) => Ok(Some(value)),
-        other => Err(Error::schema(
-            "a list of tools in `tools`",
-            describe(&other),
-        )),
-    }
 }
 
 fn pretokenized(row: &mut Map<String, Value>) -> Result<Row> {
@@ -410,7 +372,7 @@ mod tests {
         let samples = parse(row)
             .unwrap()
             .0
-            .samples(Some(&tokenizer), LIMITS)
+            .samples(Some(&tokenizer), LIMITS, &mut RowNotes::new())
             .unwrap();
         let [sample] = samples.as_slice() else {
             panic!("{samples:?}")
@@ -516,13 +478,17 @@ mod tests {
     #[test]
     fn labels_are_those_of_hugging_face() {
         let row = json!({"input_ids": [5, 6, 7, 8], "labels": [5, -100, 7, 8]});
-        let samples = parse(row).unwrap().0.samples(None, LIMITS).unwrap();
+        let samples = parse(row)
+            .unwrap()
+            .0
+            .samples(None, LIMITS, &mut RowNotes::new())
+            .unwrap();
         // The label of the first token trains nothing: nothing predicts it.
         assert_eq!(samples[0].trained, [false, false, true, true]);
         let samples = parse(json!({"input_ids": [5, 6]}))
             .unwrap()
             .0
-            .samples(None, LIMITS)
+            .samples(None, LIMITS, &mut RowNotes::new())
             .unwrap();
         assert_eq!(
             (&samples[0].trained[..], samples[0].trained_bytes),
@@ -532,7 +498,8 @@ mod tests {
 
     fn refused(row: Value, expected: &str) {
         let tokenizer = tokenizer(None, true);
-        let samples = parse(row.clone()).and_then(|(row, _)| row.samples(Some(&tokenizer), LIMITS));
+        let samples = parse(row.clone())
+            .and_then(|(row, _)| row.samples(Some(&tokenizer), LIMITS, &mut RowNotes::new()));
         let problem = samples.unwrap_err().to_string();
         assert!(problem.contains(expected), "{row}: {problem}");
     }
@@ -605,7 +572,9 @@ mod tests {
             row,
             "expected `labels[1]` to be -100 or `input_ids[1]` = 2, found 3",
         );
-        let problem = Row::Text("a".to_owned()).samples(None, LIMITS).unwrap_err();
+        let problem = Row::Text("a".to_owned())
+            .samples(None, LIMITS, &mut RowNotes::new())
+            .unwrap_err();
         assert!(matches!(problem, Error::NoTokenizer));
     }
 
@@ -620,7 +589,7 @@ mod tests {
             parse(row)
                 .unwrap()
                 .0
-                .samples(Some(&tokenizer), limits)
+                .samples(Some(&tokenizer), limits, &mut RowNotes::new())
                 .unwrap()
         };
         let pieces = samples(json!({"text": "qzxjkvw"}));
@@ -663,7 +632,9 @@ mod tests {
             ..LIMITS
         };
         let (row, _) = parse(row).unwrap();
-        let samples = row.samples(Some(&tokenizer), limits).unwrap();
+        let samples = row
+            .samples(Some(&tokenizer), limits, &mut RowNotes::new())
+            .unwrap();
         let trained = |sample: &Sample| -> String {
             let spans = sample.spans(&tokenizer).unwrap().into_iter();
             spans

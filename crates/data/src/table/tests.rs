@@ -161,7 +161,11 @@ fn files_of_other_kinds_are_called_by_their_names() {
         "DIR/a.arrow: expected rows, found an Arrow file; write the rows as Parquet",
     );
     let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n";
-    check("a.parquet", pointer, "this is a git-lfs pointer");
+    check(
+        "a.parquet",
+        pointer,
+        "DIR/a.parquet: this is a git-lfs pointer",
+    );
     check(
         "a.jsonl.xz",
         b"\xFD7zXZ\0rest",

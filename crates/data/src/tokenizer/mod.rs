@@ -11,7 +11,6 @@ mod decode_stream;
 mod ends;
 mod files;
 mod from_gguf;
-mod jinja_compat;
 mod json;
 mod metadata;
 mod sentencepiece;
@@ -19,6 +18,7 @@ mod splits;
 mod steps;
 mod to_gguf;
 
+pub(crate) use chat_template::THOUGHTS;
 pub use chat_template::{ChatTemplate, GenerationPrompt};
 pub use decode_stream::DecodeStream;
 pub use ends::{GgufEnds, eos_token_ids};
@@ -68,6 +68,7 @@ pub struct Tokenizer {
     vocab_size: usize,
     special_ids: HashSet<u32>,
     chat_template: Option<ChatTemplate>,
+    unread_keys: Vec<String>,
     identity: Identity,
 }
 
@@ -196,6 +197,7 @@ impl Tokenizer {
             vocab_size: largest_id.map_or(0, |id| id as usize + 1),
             special_ids,
             chat_template,
+            unread_keys: config.unread(),
             identity: Identity::new(&files.tokens, rest),
             inner,
         })
@@ -268,6 +270,11 @@ impl Tokenizer {
         self.chat_template.as_ref()
     }
 
+    /// Keys of `tokenizer_config.json` that are neither read nor known to change nothing.
+    pub fn unread_keys(&self) -> &[String] {
+        &self.unread_keys
+    }
+
     /// SHA-256 of everything that ids and renderings depend on.
     pub(crate) fn identity(&self) -> &[u8; 32] {
         self.identity.hash()
@@ -330,6 +337,9 @@ fn largest_id(inner: &BoundedTokenizer) -> Result<Option<u32>, String> {
         _ => Ok(vocab.into_values().max()),
     }
 }
+
+#[cfg(test)]
+mod meaning;
 
 #[cfg(test)]
 pub(crate) mod tests {

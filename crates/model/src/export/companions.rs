@@ -9,6 +9,9 @@ use crate::Error;
 
 const GENERATION: &str = "generation_config.json";
 
+/// The folder of chat templates that have names.
+const TEMPLATES: &str = "additional_chat_templates";
+
 /// Copies all small files of a model, or makes them from a GGUF.
 ///
 /// # Errors
@@ -33,7 +36,7 @@ pub fn copy_companions(model: &Folder, writer: &mut FolderWriter) -> Result<(), 
     Ok(())
 }
 
-/// Copies every small file of a folder, except for those that an export makes anew.
+/// Copies every small file of a folder, except for those that an export makes anew, and the chat templates in a folder of it.
 ///
 /// # Errors
 /// If the folder cannot be read, or a file cannot be copied.
@@ -44,16 +47,7 @@ pub fn copy_texts(folder: &Path, writer: &mut FolderWriter) -> Result<(), Error>
         "model.safetensors.index.json",
         "moeforge.manifest.json",
     ];
-    let entries = std::fs::read_dir(folder).map_err(|cause| Error::Read {
-        file: folder.into(),
-        cause,
-    })?;
-    let mut names: Vec<String> = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .collect();
-    names.sort_unstable();
-    for name in names {
+    for name in files_of(folder)? {
         let path = folder.join(&name);
         let wanted = name
             .rsplit_once('.')
@@ -67,5 +61,29 @@ pub fn copy_texts(folder: &Path, writer: &mut FolderWriter) -> Result<(), Error>
             writer.copy_file(&path, &name)?;
         }
     }
+    let templates = folder.join(TEMPLATES);
+    if !templates.is_dir() {
+        return Ok(());
+    }
+    for name in files_of(&templates)? {
+        let path = templates.join(&name);
+        if name.ends_with(".jinja") && checkpoint::is_present(&path)? && path.is_file() {
+            writer.copy_file(&path, &format!("{TEMPLATES}/{name}"))?;
+        }
+    }
     Ok(())
+}
+
+/// The names of the files in a folder, sorted.
+fn files_of(folder: &Path) -> Result<Vec<String>, Error> {
+    let entries = std::fs::read_dir(folder).map_err(|cause| Error::Read {
+        file: folder.into(),
+        cause,
+    })?;
+    let mut names: Vec<String> = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
+    names.sort_unstable();
+    Ok(names)
 }

@@ -8,7 +8,7 @@
 //! Source: ggml-org/llama.cpp: src/llama-vocab.cpp, for the meaning of the keys and their defaults.
 
 use super::assembly::{BoundedTokenizer, MOST_TOKEN_BYTES, guarded};
-use super::config::token_type;
+use super::config::{DEFAULT, token_type};
 use super::json::{Bpe, BpeScheme, TokenKind, TokenizerFile, Vocabulary};
 use super::sentencepiece;
 use super::splits::Splits;
@@ -56,8 +56,8 @@ pub(crate) struct GgufTokens {
     pub(crate) add_eos: Option<bool>,
     /// `tokenizer.ggml.add_space_prefix`. True by default for `llama`; `gpt2` has no prefix.
     pub(crate) add_space_prefix: Option<bool>,
-    /// `tokenizer.chat_template`: a Jinja template.
-    pub(crate) chat_template: Option<String>,
+    /// `tokenizer.chat_template`: a Jinja template; and those of `tokenizer.chat_template.NAME`, with their names.
+    pub(crate) chat_templates: Vec<(String, String)>,
 }
 
 /// The tokens with a role, for templates and tools.
@@ -90,7 +90,18 @@ impl GgufTokens {
 
     /// `tokenizer_config.json`.
     pub(super) fn config(&self) -> Result<Value, String> {
-        Ok(self.roles()?.config(self.chat_template.as_deref()))
+        Ok(self.roles()?.config(self.chat_templates()))
+    }
+
+    /// `chat_template` of `tokenizer_config.json`: one template, or a list of named ones.
+    fn chat_templates(&self) -> Option<Value> {
+        let named =
+            |(name, template): &(String, String)| json!({"name": name, "template": template});
+        match self.chat_templates.as_slice() {
+            [] => None,
+            [(name, template)] if name == DEFAULT => Some(template.as_str().into()),
+            all => Some(all.iter().map(named).collect()),
+        }
     }
 
     /// Lends the parts of a `tokenizer.json`.
@@ -250,7 +261,7 @@ impl Roles<'_> {
     }
 
     /// `tokenizer_config.json`.
-    fn config(&self, chat_template: Option<&str>) -> Value {
+    fn config(&self, chat_template: Option<Value>) -> Value {
         let mut config = json!({
             "add_bos_token": self.add_bos,
             "add_eos_token": self.add_eos,
@@ -262,12 +273,14 @@ impl Roles<'_> {
             ("eos_token", self.eos.as_deref()),
             ("unk_token", self.unknown.as_deref()),
             ("pad_token", self.padding.as_deref()),
-            ("chat_template", chat_template),
         ];
         for (key, text) in texts {
             if let Some(text) = text {
                 config[key] = text.into();
             }
+        }
+        if let Some(template) = chat_template {
+            config["chat_template"] = template;
         }
         config
     }

@@ -183,7 +183,10 @@ fn a_gguf_gives_the_ids_of_the_tokenizer_it_was_made_from() {
 fn a_folder_with_its_files_has_the_same_tokenizer() {
     let mut gguf = deepseek_v3();
     gguf.add_eos = Some(true);
-    gguf.chat_template = Some("{{ bos_token }}{{ messages[0].content }}{{ pad_token }}".into());
+    gguf.chat_templates = vec![(
+        DEFAULT.into(),
+        "{{ bos_token }}{{ messages[0].content }}{{ pad_token }}".into(),
+    )];
     let files = files(&gguf).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let texts = files.files().unwrap();
@@ -273,7 +276,7 @@ fn malformed_kinds_are_named() {
         &format!("{known} none; convert the model again"),
     );
     check(
-        |gguf| gguf.chat_template = Some("{% if %}".into()),
+        |gguf| gguf.chat_templates = vec![(DEFAULT.into(), "{% if %}".into())],
         "chat_template`: ",
     );
 }

@@ -17,9 +17,13 @@
 //! A turn with a thought (`reasoning_content`, or `<think>…</think>` in `content`) that the template drops is trained in a
 //! separate text that ends with the turn, thought included, as the model has to write it there. So every turn is trained once,
 //! after the context in which it will be written: earlier thoughts are as the template shows them.
+//! What else the template leaves out of a conversation ends in an error (`coverage.rs`).
+
+mod coverage;
 
 use crate::common_prefix::common_prefix;
 use crate::error::{Error, Result};
+use crate::notes::RowNotes;
 use crate::tokenizer::{ChatTemplate, GenerationPrompt, Tokenizer};
 use serde_json::Value;
 use std::ops::Range;
@@ -47,23 +51,38 @@ pub(crate) struct Conversation<'a> {
     pub(crate) tools: Option<&'a Value>,
 }
 
-impl Conversation<'_> {
+impl<'a> Conversation<'a> {
     /// The texts in which the assistant's messages from number `first` on are trained: the whole conversation, and one for each
     /// turn with a thought that the whole lacks. A message with a `weight` of 0 is not trained.
-    pub(crate) fn texts(&self, first: usize) -> Result<Vec<MarkedText>> {
-        let (whole, turns) = self.assistant_turns(first)?;
+    ///
+    /// # Errors
+    /// If the template leaves out a part of the conversation, other than a thought of an earlier turn, or the turns cannot be
+    /// told apart.
+    pub(crate) fn texts(&self, first: usize, notes: &mut RowNotes) -> Result<Vec<MarkedText>> {
+        let whole = self.whole()?;
+        coverage::check(*self, &whole, notes)?;
+        let turns = self.assistant_turns(&whole, first)?;
         let (mut together, mut apart) = (Vec::new(), Vec::new());
         for (index, turn) in turns {
             let message = &self.messages[index];
-            if message["weight"].as_f64() == Some(0.0) {
-                continue;
-            }
-            match thought(message).filter(|thought| !whole[turn.clone()].contains(thought)) {
-                Some(thought) if self.template.knows(END_OF_THOUGHT) => {
+            let dropped = thought(message).filter(|thought| !whole[turn.clone()].contains(thought));
+            let is_trained = message["weight"].as_f64() != Some(0.0);
+            match dropped {
+                Some(thought) if is_trained => {
                     apart.push(self.with_thought(index, &whole[turn], thought)?);
+                    notes.insert(
+                        "the chat template leaves out thoughts of earlier turns: each is trained in a text of its own".into(),
+                    );
                 }
-                _ => together.push(turn),
+                Some(_) => self.note_untrained(index, notes)?,
+                None if is_trained => together.push(turn),
+                None => {}
             }
+        }
+        for index in (0..first).filter(|&index| {
+            thought(&self.messages[index]).is_some_and(|thought| !whole.contains(thought))
+        }) {
+            self.note_untrained(index, notes)?;
         }
         // Without a single turn to train the row is still a sample, and counted as such.
         if !together.is_empty() || apart.is_empty() {
@@ -72,18 +91,46 @@ impl Conversation<'_> {
         Ok(apart)
     }
 
+    /// The same with other messages.
+    pub(crate) fn with<'b>(&self, messages: &'b [Value]) -> Conversation<'b>
+    where
+        'a: 'b,
+    {
+        Conversation { messages, ..*self }
+    }
+
+    /// RowNotes the thought of an untrained turn that the template drops, as it does in use.
+    fn note_untrained(&self, index: usize, notes: &mut RowNotes) -> Result<()> {
+        if !self.template.shows_thoughts(self.tools) && !self.template.knows(END_OF_THOUGHT) {
+            return Err(self.no_thought(index));
+        }
+        notes.insert(
+            "the chat template leaves out thoughts of earlier turns that are not trained".into(),
+        );
+        Ok(())
+    }
+
+    fn no_thought(&self, index: usize) -> Error {
+        Error::LeftOut {
+            part: "the thought".into(),
+            index,
+            role: "assistant".into(),
+        }
+    }
+
     /// The conversation through a message, with the thought that `turn` lacks.
     fn with_thought(&self, index: usize, turn: &str, thought: &str) -> Result<MarkedText> {
         // A template may show the thought of the last message.
-        let through = Self {
-            messages: &self.messages[..=index],
-            ..*self
-        };
-        if let Ok((text, mut turns)) = through.assistant_turns(index)
+        let through = self.with(&self.messages[..=index]);
+        if let Ok(text) = through.whole()
+            && let Ok(mut turns) = through.assistant_turns(&text, index)
             && let Some((_, turn)) = turns.pop()
             && text[turn.clone()].contains(thought)
         {
             return Ok((text, vec![turn]));
+        }
+        if !self.template.knows(END_OF_THOUGHT) {
+            return Err(self.no_thought(index));
         }
         let before = self.render(&self.messages[..index], GenerationPrompt::Think)?;
         // R1's prompt opens the thought on a separate line, V3.1's does not. Without either, the model has to open it.
@@ -105,9 +152,13 @@ impl Conversation<'_> {
         Ok((text, vec![turn]))
     }
 
-    /// The text of the conversation, and the ranges of the assistant's messages from number `first` on, with the number of each.
-    fn assistant_turns(&self, first: usize) -> Result<(String, Turns)> {
-        let whole = self.render(self.messages, GenerationPrompt::Omit)?;
+    /// The text of the conversation.
+    pub(crate) fn whole(&self) -> Result<String> {
+        self.render(self.messages, GenerationPrompt::Omit)
+    }
+
+    /// The ranges of the assistant's messages from number `first` on in the conversation's text, with the number of each.
+    fn assistant_turns(&self, whole: &str, first: usize) -> Result<Turns> {
         let mut turns = Turns::new();
         for (index, message) in self.messages.iter().enumerate().skip(first) {
             if message["role"] != "assistant" {
@@ -115,12 +166,12 @@ impl Conversation<'_> {
             }
             let floor = turns.last().map_or(0, |(_, turn)| turn.end);
             let turn = self
-                .turn(&whole, index)?
+                .turn(whole, index)?
                 .filter(|turn| turn.start >= floor && turn.start <= turn.end);
-            let turn = self.without_trailing_space(&whole, turn.ok_or(Error::Turn { index })?);
+            let turn = self.without_trailing_space(whole, turn.ok_or(Error::Turn { index })?);
             turns.push((index, turn));
         }
-        Ok((whole, turns))
+        Ok(turns)
     }
 
     fn render(&self, messages: &[Value], generation_prompt: GenerationPrompt) -> Result<String> {
@@ -209,7 +260,7 @@ mod tests {
     use serde_json::json;
 
     const DEEPSEEK: &str =
-        include_str!("../../../tests/goldens/tokenizer_v3/tokenizer_config.json");
+        include_str!("../../../../tests/goldens/tokenizer_v3/tokenizer_config.json");
 
     fn deepseek() -> String {
         let config: Value = serde_json::from_str(DEEPSEEK).unwrap();
@@ -230,17 +281,22 @@ mod tests {
     /// The trained texts, and the whole texts that they are in.
     fn texts(template: &str, messages: &Value) -> Result<Vec<(Vec<String>, String)>> {
         let tokenizer = tokenizer(Some(template), true);
+        let template = tokenizer.chat_template().unwrap();
+        let mut notes = RowNotes::new();
+        let messages = crate::row::messages("messages", Some(messages.clone()))?;
+        let messages = template.prepare(&messages, None, &mut notes)?;
         let conversation = Conversation {
             tokenizer: &tokenizer,
-            template: tokenizer.chat_template().unwrap(),
-            messages: messages.as_array().unwrap(),
+            template,
+            messages: &messages,
             tools: None,
         };
         let cut = |(text, turns): MarkedText| {
             let turns = turns.into_iter().map(|turn| text[turn].to_owned());
             (turns.collect(), text)
         };
-        Ok(conversation.texts(0)?.into_iter().map(cut).collect())
+        let texts = conversation.texts(0, &mut notes)?;
+        Ok(texts.into_iter().map(cut).collect())
     }
 
     fn turns(template: &str, messages: &Value) -> Result<Vec<String>> {
@@ -346,11 +402,17 @@ mod tests {
                 ),
             ],
         );
-        // A template that knows of no thoughts shows what the content holds, and nothing else.
-        let opened = OPENED.replace("</think>", "");
+        // A template that knows of no thoughts shows what the content holds; what it cannot show is refused.
+        let problem = turns(OPENED, &chat).unwrap_err().to_string();
+        assert!(
+            problem.contains("leaves out the thought of message 3"),
+            "{problem}"
+        );
+        let mut within = chat;
+        within[3] = json!({"role": "assistant", "content": "D"});
         check(
-            &opened,
-            &chat,
+            OPENED,
+            &within,
             &[
                 "<think>x</think>B<｜end▁of▁sentence｜>",
                 "D<｜end▁of▁sentence｜>",
@@ -415,8 +477,7 @@ mod tests {
         let scrambled =
             "{{ messages|length }}{% for m in messages %}{{ m.content|upper }}{% endfor %}";
         let chat = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]);
-        let counted =
-            "{{ messages|length }}{% for m in messages %}{{ m.content|length }}{% endfor %}";
+        let counted = "{{ messages|length }}{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}";
         assert!(matches!(
             turns(counted, &chat),
             Err(Error::Turn { index: 1 })
