@@ -80,7 +80,7 @@ pub(super) enum Expr {
     /// From left to right.
     Arithmetic(Box<Self>, Vec<(Operator, Self)>),
     /// Each with its right neighbor.
-    Compare(Box<Self>, Vec<(Relation, Self)>),
+    Compare(Box<Self>, Vec<(Comparator, Self)>),
     If(Box<Conditional>),
     Postfix(Box<Self>, Vec<Step>),
 }
@@ -126,7 +126,7 @@ pub(super) enum Operator {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Relation {
+pub(super) enum Comparator {
     Equal,
     NotEqual,
     Less,

@@ -1,6 +1,6 @@
 //! Python's operators, indices and slices.
 
-use super::ast::{Operator, Relation};
+use super::ast::{Comparator, Operator};
 use super::budget::Budget;
 use super::format::percent;
 use super::markup;
@@ -167,7 +167,12 @@ pub(super) fn negate(value: &Value) -> Result<Value> {
     }
 }
 
-pub(super) fn compare(comparison: Relation, a: &Value, b: &Value, budget: &Budget) -> Result<bool> {
+pub(super) fn compare(
+    comparison: Comparator,
+    a: &Value,
+    b: &Value,
+    budget: &Budget,
+) -> Result<bool> {
     let order = |symbol: &str| {
         let nan = || matches!((a.as_float(), b.as_float()), (Some(_), Some(_)));
         match a.order(b) {
@@ -176,14 +181,14 @@ pub(super) fn compare(comparison: Relation, a: &Value, b: &Value, budget: &Budge
         }
     };
     Ok(match comparison {
-        Relation::Equal => a == b,
-        Relation::NotEqual => a != b,
-        Relation::Less => order("<")? == Some(Ordering::Less),
-        Relation::LessEqual => order("<=")?.is_some_and(Ordering::is_le),
-        Relation::Greater => order(">")? == Some(Ordering::Greater),
-        Relation::GreaterEqual => order(">=")?.is_some_and(Ordering::is_ge),
-        Relation::In => contains(b, a, budget)?,
-        Relation::NotIn => !contains(b, a, budget)?,
+        Comparator::Equal => a == b,
+        Comparator::NotEqual => a != b,
+        Comparator::Less => order("<")? == Some(Ordering::Less),
+        Comparator::LessEqual => order("<=")?.is_some_and(Ordering::is_le),
+        Comparator::Greater => order(">")? == Some(Ordering::Greater),
+        Comparator::GreaterEqual => order(">=")?.is_some_and(Ordering::is_ge),
+        Comparator::In => contains(b, a, budget)?,
+        Comparator::NotIn => !contains(b, a, budget)?,
     })
 }
 

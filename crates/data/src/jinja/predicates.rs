@@ -1,7 +1,7 @@
 //! Jinja's tests: what may follow `is`.
 
 use super::arguments::CallValues;
-use super::ast::Relation;
+use super::ast::Comparator;
 use super::budget::Budget;
 use super::operators::{compare, contains};
 use super::python::{is_cased, text_of};
@@ -106,21 +106,21 @@ fn is_kind(name: &str, value: &Value) -> Result<bool> {
     })
 }
 
-fn comparison(name: &str) -> Option<Relation> {
+fn comparison(name: &str) -> Option<Comparator> {
     Some(match name {
-        "eq" | "equalto" => Relation::Equal,
-        "ne" => Relation::NotEqual,
-        "lt" | "lessthan" => Relation::Less,
-        "le" => Relation::LessEqual,
-        "gt" | "greaterthan" => Relation::Greater,
-        "ge" => Relation::GreaterEqual,
+        "eq" | "equalto" => Comparator::Equal,
+        "ne" => Comparator::NotEqual,
+        "lt" | "lessthan" => Comparator::Less,
+        "le" => Comparator::LessEqual,
+        "gt" | "greaterthan" => Comparator::Greater,
+        "ge" => Comparator::GreaterEqual,
         // In `select("==", 1)`.
-        "==" => Relation::Equal,
-        "!=" => Relation::NotEqual,
-        "<" => Relation::Less,
-        "<=" => Relation::LessEqual,
-        ">" => Relation::Greater,
-        ">=" => Relation::GreaterEqual,
+        "==" => Comparator::Equal,
+        "!=" => Comparator::NotEqual,
+        "<" => Comparator::Less,
+        "<=" => Comparator::LessEqual,
+        ">" => Comparator::Greater,
+        ">=" => Comparator::GreaterEqual,
         _ => return None,
     })
 }

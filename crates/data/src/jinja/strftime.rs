@@ -28,7 +28,7 @@ const WEEKDAYS: [&str; 7] = [
 ];
 
 /// A moment, taken apart.
-struct Moment {
+struct LocalTime {
     year: u64,
     month: u64,
     day: u64,
@@ -48,10 +48,10 @@ pub(super) fn now(format: &str) -> Result<String> {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_err(|problem| Error::new(problem.to_string()))?;
-    strftime(&Moment::of(now.as_secs(), now.subsec_micros()), format)
+    strftime(&LocalTime::of(now.as_secs(), now.subsec_micros()), format)
 }
 
-impl Moment {
+impl LocalTime {
     fn of(unix_secs: u64, micros: u32) -> Self {
         let (days, secs) = (unix_secs / 86_400, unix_secs % 86_400);
         let (year, month, day) = civil_date(days);
@@ -82,7 +82,7 @@ impl Moment {
 }
 
 /// A date by a format, with glibc's flags: `-` for no padding, `_` for spaces, `0` for zeros, `^` for capitals.
-fn strftime(moment: &Moment, format: &str) -> Result<String> {
+fn strftime(moment: &LocalTime, format: &str) -> Result<String> {
     let mut out = String::new();
     let mut chars = format.chars().peekable();
     while let Some(char) = chars.next() {
@@ -115,7 +115,7 @@ fn strftime(moment: &Moment, format: &str) -> Result<String> {
 }
 
 /// The number of a directive, its width, and its padding.
-fn number(moment: &Moment, directive: char) -> Option<(u64, usize, char)> {
+fn number(moment: &LocalTime, directive: char) -> Option<(u64, usize, char)> {
     let hour_of_12 = (moment.hour + 11) % 12 + 1;
     let from_monday = (moment.weekday + 6) % 7;
     let week_of = |weekday: u64| (moment.day_of_year + 6 - weekday) / 7;
@@ -147,7 +147,7 @@ fn number(moment: &Moment, directive: char) -> Option<(u64, usize, char)> {
 }
 
 /// The text of a directive that is no number.
-fn words(moment: &Moment, directive: Option<char>) -> Result<String> {
+fn words(moment: &LocalTime, directive: Option<char>) -> Result<String> {
     let month = MONTHS[(moment.month - 1) as usize % 12];
     let weekday = WEEKDAYS[moment.weekday as usize % 7];
     let half = if moment.hour < 12 { "AM" } else { "PM" };
@@ -208,7 +208,7 @@ mod tests {
         let check = |secs, expected: &str| {
             assert_eq!(
                 strftime(
-                    &Moment::of(secs, 0),
+                    &LocalTime::of(secs, 0),
                     "%a %A %e %d %b %B %m %y %Y %H:%M:%S %I%p %F %%"
                 )
                 .unwrap(),
@@ -232,7 +232,10 @@ mod tests {
     #[test]
     fn flags_and_weeks_are_those_of_glibc() {
         let check = |secs, format: &str, expected: &str| {
-            assert_eq!(strftime(&Moment::of(secs, 42), format).unwrap(), expected);
+            assert_eq!(
+                strftime(&LocalTime::of(secs, 42), format).unwrap(),
+                expected
+            );
         };
         check(
             0,
@@ -245,7 +248,7 @@ mod tests {
             "060 08 09 09 2024 12 pm\n02/29/24",
         );
         check(1_609_459_200, "%G-W%V %U %W", "2020-W53 00 00");
-        assert!(strftime(&Moment::of(0, 0), "%Q").is_err());
-        assert!(strftime(&Moment::of(0, 0), "%").is_err());
+        assert!(strftime(&LocalTime::of(0, 0), "%Q").is_err());
+        assert!(strftime(&LocalTime::of(0, 0), "%").is_err());
     }
 }

@@ -27,7 +27,7 @@ pub(super) mod token_type {
 
 /// Keys of `tokenizer_config.json` that change no id and no text here: those of `tokenizer.json` again, limits of Python's
 /// interface, and names of classes and files.
-const HARMLESS: [&str; 36] = [
+const HARMLESS_KEYS: [&str; 36] = [
     "__type",
     "additional_special_tokens",
     "auto_map",
@@ -195,7 +195,7 @@ impl TokenizerConfig {
         };
         let unknown = |(key, value): &(&String, &Value)| {
             let off = HARMLESS_IF_OFF.contains(&key.as_str()) && is_off(value);
-            !HARMLESS.contains(&key.as_str()) && !off
+            !HARMLESS_KEYS.contains(&key.as_str()) && !off
         };
         let unread = self.rest.iter().filter(unknown);
         unread.map(|(key, _)| key.clone()).collect()

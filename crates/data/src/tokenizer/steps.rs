@@ -135,7 +135,7 @@ impl Normalizer for Steps<NormalizeStep> {
     /// # Panics
     /// With [`Exceeded`] if the text becomes too long: the library does not look at errors of normalizers.
     fn normalize(&self, text: &mut NormalizedString) -> Result<()> {
-        let budget = Budget::new("normalizer", text.get().len());
+        let budget = SearchBudget::new("normalizer", text.get().len());
         for step in &self.0 {
             let done = match step {
                 NormalizeStep::Replace(step) => step.replace(text, &budget),
@@ -227,7 +227,7 @@ impl PreTokenizer for Steps<SplitStep> {
                 continue;
             };
             let budget =
-                &*budget.get_or_insert_with(|| Budget::new("pre_tokenizer", bytes_of(text)));
+                &*budget.get_or_insert_with(|| SearchBudget::new("pre_tokenizer", bytes_of(text)));
             let search = PatternSearch { pattern, budget };
             text.split(|_, piece| match is_inverted {
                 true => piece.split(Invert(&search), *behavior),
@@ -278,7 +278,7 @@ fn decoders(step: &DecoderWrapper) -> Option<&[DecoderWrapper]> {
 impl Decoder for Steps<DecodeStep> {
     fn decode_chain(&self, mut tokens: Vec<String>) -> Result<Vec<String>> {
         let length = |tokens: &[String]| tokens.iter().map(String::len).sum::<usize>();
-        let budget = Budget::new("decoder", length(&tokens));
+        let budget = SearchBudget::new("decoder", length(&tokens));
         for step in &self.0 {
             tokens = match step {
                 DecodeStep::Replace(step) => {
@@ -302,13 +302,13 @@ impl TextReplacement {
         })
     }
 
-    fn replace(&self, text: &mut NormalizedString, budget: &Budget) -> Result<()> {
+    fn replace(&self, text: &mut NormalizedString, budget: &SearchBudget) -> Result<()> {
         let found = self.find(text.get(), budget)?;
         text.replace(Found(found), &self.content)
     }
 
     /// As the library's decoder does it.
-    fn replaced(&self, text: &str, budget: &Budget) -> Result<String> {
+    fn replaced(&self, text: &str, budget: &SearchBudget) -> Result<String> {
         let mut replaced = String::new();
         for ((start, end), is_match) in self.find(text, budget)? {
             replaced.push_str(match is_match {
@@ -320,7 +320,7 @@ impl TextReplacement {
     }
 
     /// The matches, if what replaces them is not too long.
-    fn find(&self, text: &str, budget: &Budget) -> Result<Vec<(Offsets, bool)>> {
+    fn find(&self, text: &str, budget: &SearchBudget) -> Result<Vec<(Offsets, bool)>> {
         let pattern = &*self.pattern;
         let found = (&PatternSearch { pattern, budget }).find_matches(text)?;
         let matches = found.iter().filter(|part| part.1).count();
@@ -339,7 +339,7 @@ impl Pattern for Found {
 }
 
 /// What the steps may do with one text.
-struct Budget {
+struct SearchBudget {
     section: &'static str,
     /// Bytes of the text at the beginning.
     length: usize,
@@ -347,7 +347,7 @@ struct Budget {
     matches: Cell<u32>,
 }
 
-impl Budget {
+impl SearchBudget {
     fn new(section: &'static str, length: usize) -> Self {
         Self {
             section,
@@ -391,7 +391,7 @@ impl Budget {
 /// A pattern, and the budget of its searches.
 struct PatternSearch<'a> {
     pattern: &'a SysRegex,
-    budget: &'a Budget,
+    budget: &'a SearchBudget,
 }
 
 impl Pattern for &PatternSearch<'_> {

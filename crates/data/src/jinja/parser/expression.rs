@@ -3,7 +3,7 @@
 
 use super::Parser;
 use crate::jinja::Result;
-use crate::jinja::ast::{Arguments, Conditional, Expr, Operator, Relation, Step};
+use crate::jinja::ast::{Arguments, Comparator, Conditional, Expr, Operator, Step};
 use crate::jinja::lexer::Token;
 use std::sync::Arc;
 
@@ -100,25 +100,25 @@ impl Parser {
         })
     }
 
-    fn comparison_operator(&mut self) -> Option<Relation> {
+    fn comparison_operator(&mut self) -> Option<Comparator> {
         let symbols = [
-            ("==", Relation::Equal),
-            ("!=", Relation::NotEqual),
-            ("<", Relation::Less),
-            ("<=", Relation::LessEqual),
-            (">", Relation::Greater),
-            (">=", Relation::GreaterEqual),
+            ("==", Comparator::Equal),
+            ("!=", Comparator::NotEqual),
+            ("<", Comparator::Less),
+            ("<=", Comparator::LessEqual),
+            (">", Comparator::Greater),
+            (">=", Comparator::GreaterEqual),
         ];
         let found = symbols.into_iter().find(|(symbol, _)| self.take(symbol));
         if let Some((_, comparison)) = found {
             return Some(comparison);
         }
         if self.take_name("in") {
-            return Some(Relation::In);
+            return Some(Comparator::In);
         }
         let after = self.tokens.get(self.at + 1).map(|(token, _)| token);
         let not_in = matches!(after, Some(Token::Name(name)) if name == "in");
-        (not_in && self.take_name("not") && self.take_name("in")).then_some(Relation::NotIn)
+        (not_in && self.take_name("not") && self.take_name("in")).then_some(Comparator::NotIn)
     }
 
     fn sum(&mut self) -> Result<Expr> {
