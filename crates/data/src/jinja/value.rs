@@ -17,7 +17,7 @@ const MAX_NESTED_VALUES: u16 = 256;
 const MAX_SCANNED_KEYS: usize = 8;
 
 /// The fields of a namespace, in the order in which they were set.
-pub(crate) type NamespaceFields = RefCell<Vec<(Arc<str>, Value)>>;
+pub(crate) type NamespaceCells = RefCell<Vec<(Arc<str>, Value)>>;
 
 #[derive(Clone, Debug)]
 pub(crate) enum Value {
@@ -36,7 +36,7 @@ pub(crate) enum Value {
     Dict(Rc<Dict>),
     /// What `map` and other filters give: read once, without a length.
     Iter(Rc<RefCell<VecDeque<Self>>>),
-    Namespace(Rc<NamespaceFields>),
+    Namespace(Rc<NamespaceCells>),
     Loop(Rc<Loop>),
     Callable(Rc<Callable>),
 }
