@@ -5,7 +5,7 @@
 //! the forward pass needs, already checked: code below it does not look at the file again. Versions of the family
 //! differ in the values here and in nothing else.
 //!
-//! A key that is read is obeyed, one of [`table`] changes nothing or is refused, and any other is unknown:
+//! A key that is read is obeyed, one of `table.rs` changes nothing or is refused, and any other is unknown:
 //! [`ModelConfig::unknown_keys`]. What an absent key means is what it means in transformers.
 
 mod fields;
