@@ -1,7 +1,7 @@
 //! A column of a row group, page by page: levels and values, one at a time.
 
 use super::codec::Codec;
-use super::encodings::{Hybrid, Value, Values, plain, take, take_u32};
+use super::encodings::{Hybrid, ParquetValue, Values, plain, take, take_u32};
 use super::schema::Leaf;
 use super::thrift::Thrift;
 use crate::error::{Error, Result};
@@ -88,7 +88,7 @@ pub(super) struct ParquetColumn {
     offset: u64,
     /// Values in pages that are not read yet.
     left: u64,
-    dictionary: Option<Rc<Vec<Value>>>,
+    dictionary: Option<Rc<Vec<ParquetValue>>>,
     page: Option<Page>,
     /// The levels of the next value, if they are read.
     levels: Option<ValueLevels>,
@@ -165,7 +165,7 @@ impl ParquetColumn {
     }
 
     /// The next value; none if it is null.
-    pub(super) fn take(&mut self, source: &mut Source) -> Result<Option<Value>> {
+    pub(super) fn take(&mut self, source: &mut Source) -> Result<Option<ParquetValue>> {
         let levels = self.peek(source)?;
         self.levels = None;
         let def = levels

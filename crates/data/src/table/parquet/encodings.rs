@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 /// A value that is not null.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) enum Value {
+pub(super) enum ParquetValue {
     Bool(bool),
     Int(i64),
     Float(f32),
@@ -225,7 +225,7 @@ impl Delta {
 pub(super) enum Values {
     Plain(Bytes, Physical),
     Bools(Hybrid),
-    Dictionary(Hybrid, Rc<Vec<Value>>),
+    Dictionary(Hybrid, Rc<Vec<ParquetValue>>),
     Delta(Delta, Physical),
     Lengths(Delta, Bytes),
     /// Lengths of what is taken from the last value, and of what is new; the new bytes; the last value.
@@ -243,7 +243,7 @@ impl Values {
         encoding: i64,
         mut bytes: Bytes,
         physical: Physical,
-        dictionary: Option<&Rc<Vec<Value>>>,
+        dictionary: Option<&Rc<Vec<ParquetValue>>>,
     ) -> Option<Self> {
         Some(match (encoding, physical) {
             (0, Physical::Bool) => Self::Bools(Hybrid::packed(bytes)),
@@ -273,16 +273,18 @@ impl Values {
         })
     }
 
-    pub(super) fn next(&mut self) -> Option<Value> {
+    pub(super) fn next(&mut self) -> Option<ParquetValue> {
         Some(match self {
             Self::Plain(bytes, physical) => plain(bytes, *physical)?,
-            Self::Bools(bits) => Value::Bool(bits.next()? != 0),
+            Self::Bools(bits) => ParquetValue::Bool(bits.next()? != 0),
             Self::Dictionary(indices, values) => values.get(indices.next()? as usize)?.clone(),
-            Self::Delta(numbers, Physical::Int32) => Value::Int(i64::from(numbers.next()? as i32)),
-            Self::Delta(numbers, _) => Value::Int(numbers.next()?),
+            Self::Delta(numbers, Physical::Int32) => {
+                ParquetValue::Int(i64::from(numbers.next()? as i32))
+            }
+            Self::Delta(numbers, _) => ParquetValue::Int(numbers.next()?),
             Self::Lengths(lengths, bytes) => {
                 let length = usize::try_from(lengths.next()?).ok()?;
-                Value::Bytes(take(bytes, length)?)
+                ParquetValue::Bytes(take(bytes, length)?)
             }
             Self::Prefixes(prefixes, lengths, bytes, last) => {
                 let kept = usize::try_from(prefixes.next()?).ok()?;
@@ -292,7 +294,7 @@ impl Values {
                 }
                 last.truncate(kept);
                 last.extend_from_slice(&new);
-                Value::Bytes(Bytes::copy_from_slice(last))
+                ParquetValue::Bytes(Bytes::copy_from_slice(last))
             }
             Self::Split(bytes, physical, index) => {
                 let size = physical.size()?;
@@ -307,16 +309,16 @@ impl Values {
 }
 
 /// The next of values that stand one after another.
-pub(super) fn plain(bytes: &mut Bytes, physical: Physical) -> Option<Value> {
+pub(super) fn plain(bytes: &mut Bytes, physical: Physical) -> Option<ParquetValue> {
     Some(match physical {
         Physical::Bool => return None,
-        Physical::Int32 => Value::Int(i64::from(i32::from_le_bytes(array(bytes)?))),
-        Physical::Int64 => Value::Int(i64::from_le_bytes(array(bytes)?)),
-        Physical::Float => Value::Float(f32::from_le_bytes(array(bytes)?)),
-        Physical::Double => Value::Double(f64::from_le_bytes(array(bytes)?)),
+        Physical::Int32 => ParquetValue::Int(i64::from(i32::from_le_bytes(array(bytes)?))),
+        Physical::Int64 => ParquetValue::Int(i64::from_le_bytes(array(bytes)?)),
+        Physical::Float => ParquetValue::Float(f32::from_le_bytes(array(bytes)?)),
+        Physical::Double => ParquetValue::Double(f64::from_le_bytes(array(bytes)?)),
         Physical::Bytes => {
             let length = take_u32(bytes)?;
-            Value::Bytes(take(bytes, length)?)
+            ParquetValue::Bytes(take(bytes, length)?)
         }
     })
 }
@@ -329,25 +331,30 @@ fn array<const N: usize>(bytes: &mut Bytes) -> Option<[u8; N]> {
 mod tests {
     use super::*;
 
-    fn all(mut values: Values) -> Vec<Value> {
+    fn all(mut values: Values) -> Vec<ParquetValue> {
         std::iter::from_fn(|| values.next()).collect()
     }
 
-    fn values(encoding: i64, bytes: &[u8], physical: Physical) -> Option<Vec<Value>> {
-        let dictionary = Rc::new(vec![Value::Int(7), Value::Int(9)]);
+    fn values(encoding: i64, bytes: &[u8], physical: Physical) -> Option<Vec<ParquetValue>> {
+        let dictionary = Rc::new(vec![ParquetValue::Int(7), ParquetValue::Int(9)]);
         let bytes = Bytes::copy_from_slice(bytes);
         Values::new(encoding, bytes, physical, Some(&dictionary)).map(all)
     }
 
-    fn ints(numbers: &[i64]) -> Option<Vec<Value>> {
-        Some(numbers.iter().map(|&number| Value::Int(number)).collect())
+    fn ints(numbers: &[i64]) -> Option<Vec<ParquetValue>> {
+        Some(
+            numbers
+                .iter()
+                .map(|&number| ParquetValue::Int(number))
+                .collect(),
+        )
     }
 
-    fn texts(texts: &[&'static str]) -> Option<Vec<Value>> {
+    fn texts(texts: &[&'static str]) -> Option<Vec<ParquetValue>> {
         Some(
             texts
                 .iter()
-                .map(|text| Value::Bytes(Bytes::from(*text)))
+                .map(|text| ParquetValue::Bytes(Bytes::from(*text)))
                 .collect(),
         )
     }
@@ -368,11 +375,11 @@ mod tests {
         assert_eq!(values(2, &[0, 4], Physical::Int64), ints(&[7, 7]));
         assert_eq!(values(8, &[2, 4, 3], Physical::Int64), ints(&[]));
         assert_eq!(values(8, &[33, 2, 0], Physical::Int64), None);
-        let bits = [true, false, true].map(Value::Bool);
+        let bits = [true, false, true].map(ParquetValue::Bool);
         assert_eq!(values(0, &[0b101], Physical::Bool).unwrap()[..3], bits);
         assert_eq!(
             values(3, &[2, 0, 0, 0, 6, 1], Physical::Bool).unwrap(),
-            [true; 3].map(Value::Bool)
+            [true; 3].map(ParquetValue::Bool)
         );
     }
 
@@ -422,7 +429,7 @@ mod tests {
     fn split_bytes_are_put_together() {
         let [a, b] = [1.5_f32, -2.0].map(f32::to_le_bytes);
         let bytes: Vec<u8> = (0..4).flat_map(|i| [a[i], b[i]]).collect();
-        let expected = [1.5, -2.0].map(Value::Float);
+        let expected = [1.5, -2.0].map(ParquetValue::Float);
         assert_eq!(values(9, &bytes, Physical::Float).unwrap(), expected);
         assert_eq!(values(9, &bytes, Physical::Bytes), None);
         assert_eq!(values(4, &bytes, Physical::Int32), None);

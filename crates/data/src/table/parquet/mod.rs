@@ -17,7 +17,7 @@ mod thrift;
 use crate::error::{Error, Place, Result};
 use crate::file::{MAX_ROW_BYTES, RowText, UnreadColumn};
 use column::{ParquetColumn, Source};
-use encodings::Value;
+use encodings::ParquetValue;
 use schema::{Node, ParquetField, Repeated, Schema};
 use std::fs::File;
 use std::path::Path;
@@ -275,8 +275,8 @@ impl RowWriter<'_> {
         let is_unsigned = column.leaf().is_unsigned;
         let text = match value {
             None => "null".to_owned(),
-            Some(Value::Bool(value)) => value.to_string(),
-            Some(Value::Int(value)) if is_unsigned => {
+            Some(ParquetValue::Bool(value)) => value.to_string(),
+            Some(ParquetValue::Int(value)) if is_unsigned => {
                 let is_short = column.leaf().physical == Ok(schema::Physical::Int32);
                 let value = value as u64;
                 let value = if is_short {
@@ -286,11 +286,11 @@ impl RowWriter<'_> {
                 };
                 value.to_string()
             }
-            Some(Value::Int(value)) => value.to_string(),
+            Some(ParquetValue::Int(value)) => value.to_string(),
             // Numbers that are not finite become null, as tables write missing ones.
-            Some(Value::Float(value)) => serde_json::to_string(&value).unwrap_or_default(),
-            Some(Value::Double(value)) => serde_json::to_string(&value).unwrap_or_default(),
-            Some(Value::Bytes(bytes)) => {
+            Some(ParquetValue::Float(value)) => serde_json::to_string(&value).unwrap_or_default(),
+            Some(ParquetValue::Double(value)) => serde_json::to_string(&value).unwrap_or_default(),
+            Some(ParquetValue::Bytes(bytes)) => {
                 let text = std::str::from_utf8(&bytes);
                 let other = |_| {
                     Error::schema(
