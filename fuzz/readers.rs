@@ -2,9 +2,14 @@
 
 #[path = "../tests/fuzz/kinds.rs"]
 mod kinds;
+#[path = "../tests/fuzz/mutation.rs"]
+mod mutation;
 
 use std::fs;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// Where files of one kind are put and read.
 pub struct Reader(kinds::Place);
@@ -23,6 +28,51 @@ impl Reader {
         self.0.put(bytes);
         let _ = self.0.read();
     }
+}
+
+/// The names of all kinds.
+pub fn names() -> Vec<&'static str> {
+    kinds::ALL.iter().map(|kind| kind.0).collect()
+}
+
+/// What a number of mutated files did to their reader.
+#[derive(Debug, Default)]
+pub struct Rounds {
+    /// Files that were read without an error.
+    pub valid: u64,
+    /// Seeds of files at which the reader panicked.
+    pub panics: Vec<u64>,
+    /// The longest time of a file, and its seed.
+    pub longest: (Duration, u64),
+}
+
+/// Reads files of a kind that were changed as `tests/fuzz.rs` does it, one for each seed.
+///
+/// # Panics
+/// If there is no such kind.
+pub fn rounds(name: &str, seeds: Range<u64>) -> Rounds {
+    let place = kinds::Place::new(name);
+    let valid = fs::read(place.path()).unwrap();
+    let is_json = place
+        .path()
+        .extension()
+        .is_some_and(|ending| ending == "json");
+    let mut rounds = Rounds::default();
+    for seed in seeds {
+        let mut dice = mutation::Dice::new(seed);
+        let bytes = match is_json && seed % 2 == 0 {
+            true => mutation::mutated_json(&valid, &mut dice),
+            false => mutation::mutated(&valid, &mut dice),
+        };
+        place.put(&bytes);
+        let started = Instant::now();
+        match catch_unwind(AssertUnwindSafe(|| place.read())) {
+            Ok(is_valid) => rounds.valid += u64::from(is_valid),
+            Err(_) => rounds.panics.push(seed),
+        }
+        rounds.longest = rounds.longest.max((started.elapsed(), seed));
+    }
+    rounds
 }
 
 /// Writes a valid file of each kind into a folder of its name.

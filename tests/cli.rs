@@ -3,11 +3,17 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
 mod bench;
+mod cards;
 mod convert;
+mod files;
 mod generation;
 mod gguf;
+mod keys;
+mod peers;
 
 mod quickstart;
+mod resuming;
+mod tensors;
 mod training;
 
 use std::path::{Path, PathBuf};

@@ -68,6 +68,61 @@ fn forty_rows() -> String {
         .collect()
 }
 
+/// What `data check` prints for a folder or a file, and whether it succeeds.
+fn checked(data: &Path, options: &[&str]) -> (bool, String) {
+    let (data, model) = (data.to_string_lossy(), golden("deepseek_v2_lite"));
+    let model = model.to_string_lossy();
+    let words = ["data", "check", &data, "--model", &model];
+    let words = [&words[..], options].concat();
+    let output = moeforge(&words);
+    let text = [output.stdout, output.stderr].concat();
+    (
+        output.status.success(),
+        String::from_utf8_lossy(&text).into_owned(),
+    )
+}
+
+#[test]
+fn tables_are_checked_as_folders_and_files() {
+    let place = tempfile::tempdir().unwrap();
+    let write = |file: &str, text: &str| std::fs::write(place.path().join(file), text).unwrap();
+    write("train.csv", "question,answer,source\n1+1=,2,web\n2+2=,4,\n");
+    write(
+        "val.json",
+        "[{\"prompt\": \"3+3=\", \"completion\": \"6\", \"text\": null}]",
+    );
+    write("notes.csv", "");
+    let (is_ok, text) = checked(place.path(), &[]);
+    assert!(
+        !is_ok && text.contains("train.csv:2: expected one of the rows"),
+        "{text}"
+    );
+    assert!(
+        text.contains(
+            "`data.columns = { prompt = \"question\", completion = \"answer\" }` reads them"
+        ),
+        "{text}"
+    );
+    std::fs::remove_file(place.path().join("val.json")).unwrap();
+    let columns = ["--columns", "prompt=question,completion=answer"];
+    for data in [place.path().to_owned(), place.path().join("train.csv")] {
+        let (is_ok, text) = checked(&data, &columns);
+        assert!(is_ok && text.contains("2+2=«4"), "{text}");
+        assert!(
+            text.contains("ignored keys in rows: source (1 row)"),
+            "{text}"
+        );
+        assert_eq!(text.contains("notes.csv"), data.is_dir(), "{text}");
+    }
+    write("train.parquet", "");
+    let (is_ok, text) = checked(place.path(), &columns);
+    assert!(
+        !is_ok
+            && text.contains("expected one training split, found `train.csv` and `train.parquet`"),
+        "{text}"
+    );
+}
+
 #[test]
 fn data_is_checked_counted_and_shown() {
     let place = tempfile::tempdir().unwrap();
@@ -327,17 +382,9 @@ fn a_full_disk_is_one_sentence_and_leaves_nothing() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     names.sort_unstable();
-    assert_eq!(
-        names,
-        [
-            ".lock",
-            "events.out.tfevents.0000000001.moeforge",
-            "gradients.json",
-            "metrics.jsonl",
-            "precision.txt",
-            "recipe.toml"
-        ]
-    );
+    let expected = ".lock events.out.tfevents.0000000001.moeforge gradients.json metrics.jsonl origin.json \
+                    precision.txt recipe.toml";
+    assert_eq!(names.join(" "), expected);
     let resumed = moeforge(&["train", "--resume", &run]);
     assert!(resumed.status.success());
 }

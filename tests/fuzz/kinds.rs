@@ -7,7 +7,7 @@ use checkpoint::{
     Adapter, DType, Folder, GgufLayout, GgufValue, GgufWriter, Tensor, TensorSpec,
     write_safetensors,
 };
-use data::{Bos, Special, Tokenizer, TokenizerFiles};
+use data::{Bos, DataFolder, Special, Split, SplitName, Tokenizer, TokenizerFiles};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -47,6 +47,12 @@ const TOKENIZER: Kind = Kind {
     write: write_tokenizer,
     read: read_tokenizer,
 };
+/// With every kind of step.
+const TOKENIZER_STEPS: Kind = Kind {
+    file: "tokenizer.json",
+    write: write_tokenizer_steps,
+    read: read_tokenizer,
+};
 const TOKENIZER_CONFIG: Kind = Kind {
     file: "tokenizer_config.json",
     ..TOKENIZER
@@ -66,13 +72,81 @@ const MLX_ADAPTER: Kind = Kind {
     read: read_adapter,
 };
 
+const JSON_LINES: Kind = Kind {
+    file: "train.jsonl",
+    write: |folder| write_rows(folder, "train.jsonl", IDS),
+    read: read_rows,
+};
+const JSON_LIST: Kind = Kind {
+    file: "train.json",
+    write: |folder| write_rows(folder, "train.json", &json_list()),
+    read: read_rows,
+};
+const CSV: Kind = Kind {
+    file: "train.csv",
+    write: |folder| write_rows(folder, "train.csv", CSV_ROWS),
+    read: read_rows,
+};
+const GZIP: Kind = Kind {
+    file: "train.jsonl.gz",
+    write: |folder| {
+        write_rows(
+            folder,
+            "train.jsonl.gz",
+            include_bytes!("../goldens/tables/ids.jsonl.gz"),
+        )
+    },
+    read: read_rows,
+};
+const ZSTD: Kind = Kind {
+    file: "train.jsonl.zst",
+    write: |folder| {
+        write_rows(
+            folder,
+            "train.jsonl.zst",
+            include_bytes!("../goldens/tables/ids.jsonl.zst"),
+        )
+    },
+    read: read_rows,
+};
+const PARQUET: Kind = Kind {
+    file: "train.parquet",
+    write: |folder| {
+        write_rows(
+            folder,
+            "train.parquet",
+            include_bytes!("../goldens/tables/nested.parquet"),
+        )
+    },
+    read: read_rows,
+};
+/// The encodings that pyarrow does not choose by itself.
+const PARQUET_DELTA: Kind = Kind {
+    write: |folder| {
+        write_rows(
+            folder,
+            "train.parquet",
+            include_bytes!("../goldens/tables/delta.parquet"),
+        )
+    },
+    ..PARQUET
+};
+
 /// All of them, by the names of libFuzzer's targets.
-pub(crate) const ALL: [(&str, Kind); 9] = [
+pub(crate) const ALL: [(&str, Kind); 17] = [
+    ("json_lines", JSON_LINES),
+    ("json_list", JSON_LIST),
+    ("csv", CSV),
+    ("gzip", GZIP),
+    ("zstd", ZSTD),
+    ("parquet", PARQUET),
+    ("parquet_delta", PARQUET_DELTA),
     ("gguf", GGUF),
     ("safetensors", SAFETENSORS),
     ("config", CONFIG),
     ("index", INDEX),
     ("tokenizer", TOKENIZER),
+    ("tokenizer_steps", TOKENIZER_STEPS),
     ("tokenizer_config", TOKENIZER_CONFIG),
     ("adapter", ADAPTER),
     ("adapter_notes", ADAPTER_NOTES),
@@ -125,6 +199,28 @@ fn read_model(path: &Path) -> Option<()> {
     Some(())
 }
 
+const IDS: &[u8] = include_bytes!("../goldens/tables/ids.jsonl");
+const CSV_ROWS: &[u8] = b"input_ids,labels,\"a \"\"b\"\"\"\r\n\"[1, 2, 3]\",\"[-100, 2, 3]\",x\r\n\"[4,5]\",,\"y\nz\"\n";
+
+fn json_list() -> Vec<u8> {
+    let rows = String::from_utf8_lossy(IDS).trim_end().replace('\n', ",\n");
+    format!("{{\"data\": [{rows}]}}").into_bytes()
+}
+
+fn write_rows(folder: &Path, name: &str, rows: &[u8]) {
+    fs::write(folder.join(name), rows).unwrap();
+}
+
+/// Reads a training split of tokens, which need no tokenizer.
+fn read_rows(folder: &Path) -> Option<()> {
+    let data = DataFolder::open(folder).ok()?;
+    let [file] = data.files(SplitName::Train) else {
+        return None;
+    };
+    let split = Split::open(file, None, 16, 1000).ok()?;
+    (split.samples.len() > 1).then_some(())
+}
+
 fn read_tokenizer(folder: &Path) -> Option<()> {
     tokenize(&Tokenizer::open(folder).ok()?);
     Some(())
@@ -155,6 +251,61 @@ fn write_tokenizer(folder: &Path) {
     fs::write(folder.join("tokenizer.json"), tokenizer).unwrap();
     let config = include_str!("../goldens/deepseek_v2_lite/tokenizer_config.json");
     fs::write(folder.join("tokenizer_config.json"), config).unwrap();
+}
+
+/// Steps that no real tokenizer has together.
+fn write_tokenizer_steps(folder: &Path) {
+    let replace = |pattern: Value, content: &str| json!({"type": "Replace", "pattern": pattern, "content": content});
+    let split = |pattern: Value, behavior: &str| json!({"type": "Split", "pattern": pattern, "behavior": behavior, "invert": false});
+    let bytes = json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
+    let space = json!({"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "first", "split": true});
+    let normalizers = json!([
+        {"type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true, "strip_accents": null, "lowercase": false},
+        {"type": "NFKD"}, {"type": "NFC"}, {"type": "Lowercase"}, {"type": "Nmt"}, {"type": "StripAccents"},
+        {"type": "Strip", "strip_left": true, "strip_right": true}, {"type": "Prepend", "prepend": "\u{2581}"},
+        replace(json!({"String": " "}), "\u{2581}"), replace(json!({"Regex": "a(?!b)"}), "b"), {"type": "ByteLevel"},
+    ]);
+    let pre_tokenizers = json!([
+        {"type": "BertPreTokenizer"}, {"type": "Whitespace"}, {"type": "WhitespaceSplit"}, {"type": "UnicodeScripts"},
+        {"type": "CharDelimiterSplit", "delimiter": "x"}, {"type": "Punctuation", "behavior": "Isolated"},
+        {"type": "Digits", "individual_digits": true}, {"type": "FixedLength", "length": 5},
+        split(json!({"Regex": "\\s+(?!\\S)|\\p{L}+"}), "Isolated"), split(json!({"String": "e"}), "MergedWithPrevious"),
+        space, bytes,
+    ]);
+    let decoders = json!([
+        replace(json!({"String": "\u{2581}"}), " "), {"type": "ByteFallback"}, {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0}, {"type": "BPEDecoder", "suffix": "</w>"},
+        {"type": "WordPiece", "prefix": "##", "cleanup": true}, space, bytes,
+        {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": true},
+    ]);
+    let template = json!({
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    });
+    let added = |id: u32, content: &str, special: bool| {
+        json!({
+            "id": id, "content": content, "single_word": !special, "lstrip": !special, "rstrip": !special,
+            "normalized": !special, "special": special,
+        })
+    };
+    let tokenizer = json!({
+        "version": "1.0",
+        "truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+        "padding": {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"},
+        "added_tokens": [added(0, "<s>", true), added(1, "of", false)],
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
+        "post_processor": {"type": "Sequence", "processors": [template, bytes]},
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": "<s>", "continuing_subword_prefix": null, "end_of_word_suffix": null,
+            "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+            "vocab": {"<s>": 0, "of": 1, "a": 2, "b": 3, "ab": 4, "<0x0A>": 5}, "merges": [["a", "b"]],
+        },
+    });
+    fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
 }
 
 /// A config of the smallest mixture of experts.

@@ -1,10 +1,13 @@
-//! What happens to a file: bits flip, parts vanish, repeat or come from elsewhere, numbers become extreme.
+//! What happens to a file: bits flip, parts vanish, repeat or come from elsewhere, numbers become extreme. What happens to JSON
+//! leaves it JSON, and so comes further: values change, repeat, move and nest.
+
+use serde_json::Value;
 
 /// SplitMix64: the same changes on every machine.
-pub(super) struct Dice(u64);
+pub(crate) struct Dice(u64);
 
 impl Dice {
-    pub(super) fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self(seed)
     }
 
@@ -66,7 +69,7 @@ const LONGEST_PART: usize = 100;
 const MOST_COPIES: usize = 64;
 
 /// A file that was changed in a few places.
-pub(super) fn mutated(valid: &[u8], dice: &mut Dice) -> Vec<u8> {
+pub(crate) fn mutated(valid: &[u8], dice: &mut Dice) -> Vec<u8> {
     let mut bytes = valid.to_vec();
     for _ in 0..=dice.below(MOST_CHANGES) {
         change(&mut bytes, valid, dice);
@@ -105,6 +108,60 @@ fn change(bytes: &mut Vec<u8>, valid: &[u8], dice: &mut Dice) {
             let number = number_from(bytes, at);
             bytes.splice(number, text.bytes());
         }
+    }
+}
+
+/// A JSON file of which a few values were changed; the file as it is if it is no JSON.
+pub(crate) fn mutated_json(valid: &[u8], dice: &mut Dice) -> Vec<u8> {
+    let Ok(valid) = serde_json::from_slice::<Value>(valid) else {
+        return valid.to_vec();
+    };
+    let mut json = valid.clone();
+    for _ in 0..=dice.below(MOST_CHANGES) {
+        let other = one_value(&mut valid.clone(), dice).clone();
+        change_value(one_value(&mut json, dice), other, dice);
+    }
+    json.to_string().into_bytes()
+}
+
+/// A value somewhere in a tree. Large objects, such as vocabularies, are not preferred to small ones.
+fn one_value<'a>(json: &'a mut Value, dice: &mut Dice) -> &'a mut Value {
+    let len = match json {
+        Value::Array(list) => list.len(),
+        Value::Object(fields) => fields.len(),
+        _ => 0,
+    };
+    if len == 0 || dice.below(5) == 0 {
+        return json;
+    }
+    let at = dice.below(len);
+    let inner = match json {
+        Value::Array(list) => list.get_mut(at),
+        Value::Object(fields) => fields.values_mut().nth(at),
+        _ => None,
+    };
+    // There are as many as were counted.
+    one_value(inner.unwrap(), dice)
+}
+
+fn change_value(value: &mut Value, other: Value, dice: &mut Dice) {
+    let copies = 1 + dice.below(MOST_COPIES);
+    match (dice.below(6), &mut *value) {
+        (0, Value::Array(list)) if !list.is_empty() => {
+            let at = dice.below(list.len());
+            let part = vec![list[at].clone(); copies];
+            list.splice(at..at, part);
+        }
+        (1, Value::Array(list)) if !list.is_empty() => drop(list.remove(dice.below(list.len()))),
+        (1, Value::Object(fields)) if !fields.is_empty() => {
+            let key = fields.keys().nth(dice.below(fields.len())).cloned();
+            fields.remove(&key.unwrap());
+        }
+        (2, Value::String(text)) => *text = text.repeat(copies),
+        (2, Value::Number(_)) => *value = NUMBERS[dice.below(NUMBERS.len())].into(),
+        (3, _) => *value = serde_json::from_str(dice.one(&TEXTS)).unwrap_or(Value::Null),
+        (4, _) => *value = Value::Array(vec![value.clone(); copies.min(40)]),
+        _ => *value = other,
     }
 }
 

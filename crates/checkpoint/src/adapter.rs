@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::shown;
+use crate::file::{is_present, sha256};
 use crate::json::{CONFIG_LIMIT, parse, read_object};
 use crate::mlx_adapter;
 use crate::{AdapterConfig, Error, FolderWriter, Result, Safetensors, Tensor, TensorSpec};
@@ -49,6 +50,9 @@ pub struct Notes {
     /// expects that.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub experts_share: Option<String>,
+    /// What PEFT does not read, and why.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unread_by_peft: Option<String>,
 }
 
 impl Adapter {
@@ -58,7 +62,8 @@ impl Adapter {
     /// If a file is absent or malformed, or a setting is unsupported.
     pub fn open(folder: &Path) -> Result<Self> {
         let weights = folder.join(WEIGHTS_NAME);
-        if !weights.exists() && folder.join(MLX_WEIGHTS_NAME).exists() {
+        let has_weights = is_present(&weights)?;
+        if !has_weights && is_present(&folder.join(MLX_WEIGHTS_NAME))? {
             return Ok(Self {
                 config: mlx_adapter::read_config(&folder.join(CONFIG_NAME))?,
                 format: AdapterFormat::Mlx,
@@ -67,22 +72,24 @@ impl Adapter {
             });
         }
         let config = AdapterConfig::open(&folder.join(CONFIG_NAME))?;
-        if !weights.exists() && folder.join(PICKLED_NAME).exists() {
+        if !has_weights && is_present(&folder.join(PICKLED_NAME))? {
             return Err(Error::AdapterPickled {
                 folder: folder.to_owned(),
             });
         }
         let file = Safetensors::open(&weights)?;
         let notes = folder.join(NOTES_NAME);
-        let notes = if notes.exists() {
+        let notes = if is_present(&notes)? {
             let text = read_object(&notes, CONFIG_LIMIT)?;
             let Notes {
                 trained_for,
                 experts_share,
+                unread_by_peft,
             } = parse(&notes, &text)?;
             Notes {
                 trained_for: trained_for.as_deref().map(shown),
                 experts_share: experts_share.as_deref().map(shown),
+                unread_by_peft: unread_by_peft.as_deref().map(shown),
             }
         } else {
             Notes::default()
@@ -93,6 +100,11 @@ impl Adapter {
             notes,
             file,
         })
+    }
+
+    /// The file with its tensors, for messages.
+    pub fn path(&self) -> &Path {
+        self.file.path()
     }
 
     /// The tensors under their full keys (`base_model.model.….lora_A.weight` of PEFT), in the order
@@ -114,6 +126,14 @@ impl Adapter {
         self.file.tensor(key)
     }
 
+    /// The SHA-256 of the file of its tensors, in hexadecimal.
+    ///
+    /// # Errors
+    /// If the file can no longer be read.
+    pub fn sha256(&self) -> Result<String> {
+        sha256(self.file.path())
+    }
+
     /// Writes an adapter's folder whole or not at all.
     ///
     /// # Errors
@@ -122,6 +142,20 @@ impl Adapter {
         let mut writer = FolderWriter::create(folder)?;
         Self::save_into(&mut writer, config, tensors)?;
         writer.finish()
+    }
+
+    /// Copies the files of an adapter, and nothing else of its folder, which may be a checkpoint.
+    ///
+    /// # Errors
+    /// If a file cannot be read or written.
+    pub fn copy_into(folder: &Path, writer: &mut FolderWriter) -> Result<()> {
+        for name in [CONFIG_NAME, WEIGHTS_NAME, MLX_WEIGHTS_NAME, NOTES_NAME] {
+            let path = folder.join(name);
+            if path.exists() {
+                writer.copy_file(&path, name)?;
+            }
+        }
+        Ok(())
     }
 
     /// Writes an adapter's notes, if there are any.
@@ -229,12 +263,9 @@ mod tests {
     fn an_unsupported_setting_is_not_saved_and_leaves_nothing() {
         let parent = tempfile::tempdir().unwrap();
         let mut config = AdapterConfig::new(1, 1.0);
-        config.modules_to_save = Some(vec!["lm_head".into()]);
+        config.bias = "all".into();
         let error = Adapter::save(&parent.path().join("x"), &config, &[]).unwrap_err();
-        assert!(
-            error.to_string().contains("unsupported `modules_to_save`"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("unsupported `bias`"), "{error}");
         assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0);
     }
 }

@@ -26,6 +26,9 @@ pub struct AdapterConfig {
     /// The base model's folder or name, as the author wrote it.
     #[serde(default)]
     pub base_model_name_or_path: Option<String>,
+    /// The base's revision on the Hub, if it is not the main one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
     /// The rank of modules that `rank_pattern` does not match.
     pub r: usize,
     /// The numerator of the scaling, for modules that `alpha_pattern` does not match.
@@ -62,8 +65,12 @@ pub struct AdapterConfig {
     pub bias: String,
     /// Whether the base's weights are `[in, out]`: always false.
     pub fan_in_fan_out: bool,
-    /// Modules stored whole: always none.
+    /// Modules that are trained and stored whole, by the last parts of their names.
+    #[serde(default)]
     pub modules_to_save: Option<Vec<String>>,
+    /// The tokens whose rows of the embedding are trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trainable_token_indices: Option<TrainableTokens>,
     /// The initialization of the adapter: a bool or a name. Only those that do not change the base are accepted.
     #[serde(default)]
     pub init_lora_weights: Value,
@@ -82,6 +89,16 @@ pub enum TargetModules {
     Regex(String),
 }
 
+/// Tokens whose rows are trained.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TrainableTokens {
+    /// Of the embedding.
+    OfEmbedding(Vec<usize>),
+    /// Of modules, by the last parts of their names.
+    ByModule(OrderedMap<Vec<usize>>),
+}
+
 impl AdapterConfig {
     /// A plain LoRA adapter of this rank and alpha that targets nothing yet.
     pub fn new(r: usize, lora_alpha: f64) -> Self {
@@ -89,6 +106,7 @@ impl AdapterConfig {
             peft_type: "LORA".to_owned(),
             task_type: Some("CAUSAL_LM".to_owned()),
             base_model_name_or_path: None,
+            revision: None,
             r,
             lora_alpha,
             lora_dropout: 0.0,
@@ -103,6 +121,7 @@ impl AdapterConfig {
             bias: "none".to_owned(),
             fan_in_fan_out: false,
             modules_to_save: None,
+            trainable_token_indices: None,
             init_lora_weights: Value::Bool(true),
             inference_mode: true,
         }
@@ -121,16 +140,14 @@ impl AdapterConfig {
         for (key, value) in [
             ("bias", Value::from("none")),
             ("fan_in_fan_out", Value::from(false)),
-            ("modules_to_save", Value::Null),
         ] {
             settings.insert(key.to_owned(), value);
         }
         settings.retain(|_, value| !value.is_null());
-        let config: Self =
-            serde_json::from_value(settings.into()).map_err(|cause| Error::Json {
-                path: path.to_owned(),
-                cause,
-            })?;
+        let config: Self = match serde_json::from_value(settings.clone().into()) {
+            Ok(config) => config,
+            Err(cause) => return Err(mistyped(path, &settings, cause)),
+        };
         config.check_ranges(path)?;
         Ok(config)
     }
@@ -182,9 +199,10 @@ impl AdapterConfig {
 }
 
 /// Settings that are read, or that do not change the values of a trained adapter.
-const ACCEPTED: [&str; 23] = [
+const ACCEPTED: [&str; 25] = [
     "task_type",
     "base_model_name_or_path",
+    "revision",
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -196,6 +214,8 @@ const ACCEPTED: [&str; 23] = [
     "target_parameters",
     "exclude_modules",
     "layers_to_transform",
+    "modules_to_save",
+    "trainable_token_indices",
     "inference_mode",
     // The following have no effect.
     "auto_mapping",
@@ -203,7 +223,6 @@ const ACCEPTED: [&str; 23] = [
     "megatron_core",
     "peft_version",
     "qalora_group_size",
-    "revision",
     "runtime_config",
     // Meaningless without `init_lora_weights` to match, which is checked.
     "corda_config",
@@ -250,6 +269,32 @@ fn check_settings(path: &Path, settings: &OrderedMap<Value>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The error of settings that are none of PEFT's, with the one at fault: what is read into a struct has no names any more.
+fn mistyped(
+    path: &Path,
+    settings: &serde_json::Map<String, Value>,
+    cause: serde_json::Error,
+) -> Error {
+    let stands_alone = |(key, value): &(&String, &Value)| {
+        let others = serde_json::to_value(AdapterConfig::new(1, 1.0));
+        let mut alone = others.unwrap_or_default();
+        alone[key.as_str()] = (*value).clone();
+        serde_json::from_value::<AdapterConfig>(alone).is_err()
+    };
+    match settings.iter().find(stands_alone) {
+        Some((key, value)) => Error::UnsupportedSetting {
+            file: path.to_owned(),
+            key: shown(key),
+            expected: "a value of the type that PEFT writes",
+            found: shown(&value.to_string()),
+        },
+        None => Error::Json {
+            path: path.to_owned(),
+            cause,
+        },
+    }
 }
 
 /// Whether a setting has an empty value.
@@ -324,13 +369,15 @@ mod tests {
     #[test]
     fn settings_that_matter_are_read() {
         let config = read_with(
-            r#""use_rslora": true, "use_dora": true, "lora_dropout": 0.1, "target_modules": "all-linear",
+            r#""revision": "v2", "use_rslora": true, "use_dora": true, "lora_dropout": 0.1, "target_modules": "all-linear",
                "rank_pattern": {"z.*": 2, "a": 1}, "alpha_pattern": {"a": 0.5},
                "target_parameters": ["mlp.experts.down_proj"], "exclude_modules": ["q_proj"],
-               "layers_to_transform": 3, "init_lora_weights": "gaussian", "inference_mode": null"#,
+               "layers_to_transform": 3, "init_lora_weights": "gaussian", "inference_mode": null,
+               "modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [7, 3]}"#,
         );
         let expected = AdapterConfig {
             task_type: None,
+            revision: Some("v2".into()),
             use_rslora: true,
             use_dora: true,
             lora_dropout: 0.1,
@@ -340,6 +387,11 @@ mod tests {
             target_parameters: Some(vec!["mlp.experts.down_proj".into()]),
             exclude_modules: Some(TargetModules::List(vec!["q_proj".into()])),
             layers_to_transform: Some(vec![3]),
+            modules_to_save: Some(vec!["lm_head".into()]),
+            trainable_token_indices: Some(TrainableTokens::ByModule(OrderedMap(vec![(
+                "embed_tokens".into(),
+                vec![7, 3],
+            )]))),
             init_lora_weights: "gaussian".into(),
             inference_mode: false,
             ..AdapterConfig::new(4, 8.0)
@@ -354,21 +406,11 @@ mod tests {
         (r#""fan_in_fan_out": true"#, "fan_in_fan_out", "true"),
         (r#""bias": "all""#, "bias", r#""all""#),
         (
-            r#""modules_to_save": ["lm_head"]"#,
-            "modules_to_save",
-            r#"["lm_head"]"#,
-        ),
-        (
             r#""layer_replication": [[0, 4]]"#,
             "layer_replication",
             "[[0,4]]",
         ),
         (r#""layers_pattern": "h""#, "layers_pattern", r#""h""#),
-        (
-            r#""trainable_token_indices": [1]"#,
-            "trainable_token_indices",
-            "[1]",
-        ),
         (
             r#""alora_invocation_tokens": [1, 2]"#,
             "alora_invocation_tokens",
@@ -419,7 +461,7 @@ mod tests {
     fn settings_without_effect_are_passed_over() {
         read_with(
             r#""use_dora": false, "modules_to_save": [], "bias": "none", "loftq_config": {},
-               "peft_version": "0.99", "megatron_core": "megatron.core", "revision": "main",
+               "peft_version": "0.99", "megatron_core": "megatron.core",
                "not_yet_invented": null, "auto_mapping": {"base_model_class": "X"},
                "runtime_config": {"ephemeral_gpu_offload": false}, "qalora_group_size": 16"#,
         )
@@ -435,7 +477,7 @@ mod tests {
             ),
             (
                 r#"{"peft_type": "LORA", "r": -1, "lora_alpha": 8}"#,
-                "invalid value: integer `-1`",
+                "unsupported `r`: expected a value of the type that PEFT writes, found -1",
             ),
             (
                 r#"{"peft_type": "LORA", "r": 0, "lora_alpha": 8}"#,

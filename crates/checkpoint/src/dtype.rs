@@ -111,6 +111,26 @@ impl DType {
         (39, Self::MxFp4),
     ];
 
+    /// ggml's other types by their numbers, for messages.
+    const OTHER_GGML: [(u32, &str); 16] = [
+        (9, "Q8_1"),
+        (15, "Q8_K"),
+        (16, "IQ2_XXS"),
+        (17, "IQ2_XS"),
+        (18, "IQ3_XXS"),
+        (19, "IQ1_S"),
+        (21, "IQ3_S"),
+        (22, "IQ2_S"),
+        (23, "IQ4_XS"),
+        (29, "IQ1_M"),
+        (34, "TQ1_0"),
+        (35, "TQ2_0"),
+        (31, "Q4_0_4_4"),
+        (32, "Q4_0_4_8"),
+        (33, "Q4_0_8_8"),
+        (40, "NVFP4"),
+    ];
+
     /// Elements in a block: 1, except for ggml's blocks.
     // `kernels` has these sizes too, with its decoders. No arrow leads between the two crates; `model`, which sees both, has a
     // test that holds them together: `tests/ggml_blocks.rs`.
@@ -189,6 +209,15 @@ impl DType {
     pub(crate) fn from_ggml(number: u32) -> Option<Self> {
         let known = Self::GGML.into_iter().find(|known| known.0 == number);
         known.map(|(_, dtype)| dtype)
+    }
+
+    /// The name of a type of GGUF files that is no dtype here.
+    pub(crate) fn other_ggml(number: u32) -> String {
+        let known = Self::OTHER_GGML.iter().find(|known| known.0 == number);
+        match known {
+            Some((_, name)) => (*name).to_owned(),
+            None => format!("ggml type {number}"),
+        }
     }
 
     /// The number in a GGUF file, if such files have it.

@@ -2,7 +2,8 @@
 //!
 //! A message is one sentence that stands alone: causes are part of it, not a chain below it.
 
-use std::path::PathBuf;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 
 use crate::DType;
 
@@ -21,6 +22,31 @@ pub enum Error {
         path: PathBuf,
         /// What the operating system said.
         cause: std::io::Error,
+    },
+
+    /// A file, or a folder that it should be in, is a link to nothing.
+    #[error(
+        "cannot {act} `{path}`: {} is a link to `{target}`, which does not exist",
+        shown_link(path, link)
+    )]
+    BrokenLink {
+        /// What was tried, as a verb.
+        act: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The link: the path, or a folder of it.
+        link: PathBuf,
+        /// Where the link leads.
+        target: PathBuf,
+    },
+
+    /// A repository was copied without its large files.
+    #[error(
+        "`{path}`: this is a git-lfs pointer, not the file itself; run `git lfs pull` in its repository, or download the file again"
+    )]
+    LfsPointer {
+        /// The file.
+        path: PathBuf,
     },
 
     /// The companion files of a GGUF cannot be made of its metadata.
@@ -217,6 +243,20 @@ pub enum Error {
         tensor: String,
     },
 
+    /// A folder has a tensor under the name that it has inside a wrapper.
+    #[error(
+        "`{path}`: no tensor `{tensor}`, found `{found}`, its name inside a wrapper; save the model without the wrapper, \
+         or rename its tensors"
+    )]
+    WrappedTensor {
+        /// The folder.
+        path: PathBuf,
+        /// The requested name.
+        tensor: String,
+        /// The name that there is.
+        found: String,
+    },
+
     /// Two files of one model hold a tensor of the same name.
     #[error("tensor `{tensor}`: expected in one file, found in `{first}` and in `{second}`")]
     DuplicateTensor {
@@ -290,7 +330,7 @@ pub enum Error {
         cache: String,
     },
 
-    /// An output folder is not empty.
+    /// An output is there already.
     #[error("`{path}`: expected no such file or an empty folder, found {found}")]
     OutputExists {
         /// The output.
@@ -341,12 +381,40 @@ pub enum Error {
 
 /// Makes an [`Error::Io`] of an error of the operating system: `.map_err(io("read", path))`.
 // This and `shown` are in `train` too, for its own errors: a crate's errors are its own.
-pub(crate) fn io(
-    act: &'static str,
-    path: &std::path::Path,
-) -> impl FnOnce(std::io::Error) -> Error {
+pub(crate) fn io(act: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
     let path = path.to_owned();
-    move |cause| Error::Io { act, path, cause }
+    move |cause| match broken_link(&path, &cause) {
+        Some([link, target]) => Error::BrokenLink {
+            act,
+            path,
+            link,
+            target,
+        },
+        None => Error::Io { act, path, cause },
+    }
+}
+
+/// The link that leads to nothing, and where it leads, if that is why nothing was found at a path: the path itself, or a folder
+/// that it is in.
+// This is in `data` too: neither crate knows the other.
+pub fn broken_link(path: &Path, cause: &std::io::Error) -> Option<[PathBuf; 2]> {
+    if cause.kind() != ErrorKind::NotFound {
+        return None;
+    }
+    // The first part of the path that is there.
+    let link = path
+        .ancestors()
+        .find(|path| path.symlink_metadata().is_ok())?;
+    let target = link.read_link().ok()?;
+    (!link.exists()).then(|| [link.to_owned(), target])
+}
+
+/// A link as the subject of a sentence on a path.
+fn shown_link(path: &Path, link: &Path) -> String {
+    match path == link {
+        true => "it".to_owned(),
+        false => format!("`{}`", link.display()),
+    }
 }
 
 /// The beginning of a string from a file, fit for a message: without control characters, which

@@ -2,12 +2,13 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Metadata};
-use std::io::Write;
+use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
 
+use sha2::{Digest, Sha256};
 use tempfile::{NamedTempFile, TempDir, TempPath};
 
-use crate::error::io;
+use crate::error::{broken_link, io};
 use crate::{Error, Result};
 
 /// Writes a file in one step: afterwards `path` has either its old content or all of the new.
@@ -18,6 +19,25 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     write_atomically(path, |file, temporary| {
         file.write_all(bytes).map_err(io("write", temporary))
     })
+}
+
+/// The SHA-256 of a file, in hexadecimal.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn sha256(path: &Path) -> Result<String> {
+    const CHUNK_BYTES: usize = 1 << 20;
+
+    let mut file = File::open(path).map_err(io("open", path))?;
+    let (mut hash, mut chunk) = (Sha256::new(), vec![0; CHUNK_BYTES]);
+    loop {
+        let n_bytes = file.read(&mut chunk).map_err(io("read", path))?;
+        if n_bytes == 0 {
+            let hash = hash.finalize();
+            return Ok(hash.iter().map(|byte| format!("{byte:02x}")).collect());
+        }
+        hash.update(&chunk[..n_bytes]);
+    }
 }
 
 /// Lets `write` fill a temporary sibling of `path`, and renames it if all went well.
@@ -111,6 +131,51 @@ pub(crate) fn sync_folder(path: &Path) -> Result<()> {
     folder.sync_all().map_err(io("flush", path))
 }
 
+/// Whether there is something at a path.
+///
+/// # Errors
+/// If it is a link to nothing, or cannot be looked at: a file that is hidden so is not absent.
+pub fn is_present(path: &Path) -> Result<bool> {
+    match fs::metadata(path) {
+        Ok(_) => Ok(true),
+        Err(cause) => match (cause.kind(), broken_link(path, &cause)) {
+            (ErrorKind::NotFound, None) | (ErrorKind::NotADirectory, _) => Ok(false),
+            _ => Err(io("read", path)(cause)),
+        },
+    }
+}
+
+/// Checks that nothing is at a path where a file will be written.
+///
+/// # Errors
+/// If there is something, a link to nothing included.
+pub fn expect_absent(path: &Path) -> Result<()> {
+    match fs::symlink_metadata(path) {
+        Err(_) => Ok(()),
+        Ok(metadata) => Err(Error::OutputExists {
+            path: path.to_owned(),
+            found: if metadata.is_dir() {
+                "a folder"
+            } else {
+                "a file"
+            },
+        }),
+    }
+}
+
+/// Checks that bytes, the first of a file or all, are not what git-lfs puts in place of a large file.
+///
+/// # Errors
+/// If they are.
+pub(crate) fn expect_no_pointer(path: &Path, bytes: &[u8]) -> Result<()> {
+    match bytes.starts_with(b"version https://git-lfs.github.com/spec/") {
+        true => Err(Error::LfsPointer {
+            path: path.to_owned(),
+        }),
+        false => Ok(()),
+    }
+}
+
 /// Checks that a path is a regular file. Opening a pipe would wait for its other end.
 pub(crate) fn expect_file(path: &Path) -> Result<Metadata> {
     let metadata = fs::metadata(path).map_err(io("read", path))?;
@@ -137,8 +202,6 @@ fn parent(path: &Path) -> &Path {
 
 #[cfg(test)]
 mod tests {
-    use std::io::ErrorKind;
-
     use super::*;
 
     #[test]
@@ -175,5 +238,57 @@ mod tests {
                 .ends_with("expected a file, found a folder"),
             "{error}"
         );
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn absent_is_told_from_a_link_to_nothing() {
+        use std::os::unix::fs::symlink;
+
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::write(at("file"), b"").unwrap();
+        symlink("file", at("good")).unwrap();
+        symlink("gone", at("broken")).unwrap();
+        for (name, expected) in [("file", true), ("good", true), ("none", false)] {
+            assert_eq!(is_present(&at(name)).unwrap(), expected, "{name}");
+        }
+        assert!(!is_present(&at("file/inside")).unwrap());
+        assert!(!is_present(&at("none/inside")).unwrap());
+        let problem = is_present(&at("broken")).unwrap_err().to_string();
+        assert!(
+            problem.ends_with("broken`: it is a link to `gone`, which does not exist"),
+            "{problem}"
+        );
+        let problem = expect_file(&at("broken/inside")).unwrap_err().to_string();
+        assert!(problem.contains("inside`: `"), "{problem}");
+        assert!(
+            problem.ends_with("broken` is a link to `gone`, which does not exist"),
+            "{problem}"
+        );
+        assert!(expect_absent(&at("none")).is_ok());
+        for name in ["file", "good", "broken"] {
+            assert!(expect_absent(&at(name)).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_pointer_of_git_lfs_is_called_that() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n";
+        fs::write(&path, pointer).unwrap();
+        let read = [
+            crate::Safetensors::open(&path).map(drop),
+            crate::Gguf::open(&path).map(drop),
+            crate::json::read_object(&path, 1 << 10).map(drop),
+        ];
+        for found in read {
+            let problem = found.unwrap_err().to_string();
+            assert!(
+                problem.contains("model.safetensors`: this is a git-lfs pointer"),
+                "{problem}"
+            );
+        }
     }
 }

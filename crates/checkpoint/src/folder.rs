@@ -12,8 +12,9 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::{io, shown};
+use crate::file::is_present;
 use crate::gguf::origin::GgufOrigin;
-use crate::gguf::{Gguf, malformed};
+use crate::gguf::{Gguf, malformed, settings};
 use crate::json::{self, CONFIG_LIMIT, INDEX_LIMIT};
 use crate::{Error, OrderedMap, Result, Safetensors, Tensor};
 
@@ -74,7 +75,7 @@ impl Folder {
         }
         let config = read_json(&path.join("config.json"))?;
         let generation_config = path.join("generation_config.json");
-        let generation_config = if generation_config.exists() {
+        let generation_config = if is_present(&generation_config)? {
             Some(read_json(&generation_config)?)
         } else {
             None
@@ -90,7 +91,7 @@ impl Folder {
             companions: None,
         };
         let index = path.join(INDEX_NAME);
-        if index.exists() {
+        if is_present(&index)? {
             folder.open_indexed(&index)?;
         } else {
             folder.open_single(find_single(path)?)?;
@@ -101,18 +102,20 @@ impl Folder {
     fn open_gguf(path: &Path) -> Result<Self> {
         let gguf = Gguf::open(path)?;
         let origin = GgufOrigin::of(path, &gguf)?;
+        let zeros = origin.absent_biases(path, &gguf)?;
         let mut folder = Self {
             path: path.to_owned(),
             config: origin.config.clone(),
-            generation_config: None,
+            generation_config: settings::generation_config(&gguf.metadata),
             shards: Vec::new(),
             place_of: BTreeMap::new(),
             unindexed: Vec::new(),
             gguf: Some((gguf.metadata, origin.clone())),
             companions: None,
         };
-        for (file, stored) in gguf.files {
-            let mut tensors = Vec::new();
+        let (n_files, mut zeros) = (gguf.files.len(), zeros);
+        for (n, (file, stored)) in gguf.files.into_iter().enumerate() {
+            let mut tensors = std::mem::take(&mut zeros);
             for tensor in stored {
                 tensors.extend(origin.parts(tensor)?);
                 if folder.place_of.len() + tensors.len() > MOST_TENSORS {
@@ -128,16 +131,18 @@ impl Folder {
                         first: folder
                             .shards
                             .get(first)
-                            .map_or_else(|| file.clone(), |shard| path.with_file_name(&shard.name)),
+                            .and_then(|shard| shard.tensors.first())
+                            .map_or_else(|| file.clone(), |tensor| tensor.file.to_path_buf()),
                         second: file,
                     });
                 }
             }
-            let name = file.file_name().unwrap_or_default().to_string_lossy();
-            folder.shards.push(Shard {
-                name: name.into_owned(),
-                tensors,
-            });
+            // The name of what a folder has in its place.
+            let name = match n_files {
+                1 => SINGLE_NAME.to_owned(),
+                _ => format!("model-{:05}-of-{n_files:05}.safetensors", n + 1),
+            };
+            folder.shards.push(Shard { name, tensors });
         }
         Ok(folder)
     }
@@ -158,6 +163,11 @@ impl Folder {
     /// The metadata of a GGUF: numbers, texts, and lists of them, by their keys. None for a folder.
     pub fn metadata(&self) -> Option<&BTreeMap<String, Value>> {
         self.gguf.as_ref().map(|gguf| &gguf.0)
+    }
+
+    /// The keys of a GGUF's metadata that nothing here knows, those of its tokenizer left out.
+    pub fn unknown_metadata(&self) -> &[String] {
+        self.gguf.as_ref().map_or(&[], |gguf| &gguf.1.unknown)
     }
 
     /// Sets the function that makes a GGUF's companions: the tokenizer's files, for exports.
@@ -185,7 +195,7 @@ impl Folder {
         &self.config
     }
 
-    /// The content of `generation_config.json`, an object, if there is one.
+    /// The content of `generation_config.json`, an object, if there is one; of a GGUF, its recommended sampling.
     pub fn generation_config(&self) -> Option<&Value> {
         self.generation_config.as_ref()
     }
@@ -220,10 +230,20 @@ impl Folder {
         let place = self.place_of.get(name);
         place
             .map(|[shard, i]| &self.shards[*shard].tensors[*i])
-            .ok_or_else(|| Error::NoTensor {
-                path: self.path.clone(),
-                tensor: name.to_owned(),
-            })
+            .ok_or_else(|| self.absent(name))
+    }
+
+    /// The error of a tensor that there is not, or not under that name.
+    fn absent(&self, name: &str) -> Error {
+        let (path, tensor) = (self.path.clone(), name.to_owned());
+        match self.names().find(|found| is_wrapped(found, name)) {
+            Some(found) => Error::WrappedTensor {
+                path,
+                tensor,
+                found: shown(found),
+            },
+            None => Error::NoTensor { path, tensor },
+        }
     }
 
     /// The shards, sorted by file name: the file name, and the names of its tensors in the order
@@ -330,7 +350,7 @@ fn open_shard(index_path: &Path, name: &str, tensor: &str) -> Result<Safetensors
         });
     }
     let file = index_path.with_file_name(name);
-    if !file.exists() {
+    if !is_present(&file)? {
         return Err(Error::ShardAbsent {
             index: index_path.to_owned(),
             tensor: shown(tensor),
@@ -381,8 +401,28 @@ fn find_single(folder: &Path) -> Result<String> {
     })
 }
 
+/// Whether two names are of the same tensor, inside of a wrapper and outside: of a compiled or a distributed model, of one with
+/// an adapter on it, of one that sees and reads.
+fn is_wrapped(found: &str, name: &str) -> bool {
+    const WRAPPERS: [&str; 8] = [
+        "model",
+        "language_model",
+        "text_model",
+        "_orig_mod",
+        "module",
+        "base_model",
+        "base_layer",
+        "original_module",
+    ];
+    let parts = |name: &str| {
+        let parts = name.split('.').filter(|part| !WRAPPERS.contains(part));
+        parts.map(str::to_owned).collect::<Vec<_>>()
+    };
+    parts(found) == parts(name)
+}
+
 /// The first few names, for a message.
-fn listed(mut names: Vec<String>) -> String {
+pub(crate) fn listed(mut names: Vec<String>) -> String {
     const SHOWN_NAMES: usize = 4;
     names.sort();
     let n_more = names.len().saturating_sub(SHOWN_NAMES);
@@ -499,6 +539,40 @@ mod tests {
         assert_eq!(model.tensor_bytes(), 4);
         let error = model.tensor("extra").unwrap_err().to_string();
         assert!(error.ends_with("no tensor `extra`"), "{error}");
+    }
+
+    #[test]
+    fn a_name_inside_a_wrapper_is_told() {
+        let wanted = "model.layers.0.self_attn.q_proj.weight";
+        for (found, is_told) in [
+            (
+                "language_model.model.layers.0.self_attn.q_proj.weight",
+                true,
+            ),
+            (
+                "model.language_model.layers.0.self_attn.q_proj.weight",
+                true,
+            ),
+            ("_orig_mod.model.layers.0.self_attn.q_proj.weight", true),
+            (
+                "module._orig_mod.model.layers.0.self_attn.q_proj.weight",
+                true,
+            ),
+            ("layers.0.self_attn.q_proj.weight", true),
+            (
+                "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight",
+                true,
+            ),
+            ("model.layers.1.self_attn.q_proj.weight", false),
+            ("model.layers.0.self_attn.q_proj.qweight", false),
+        ] {
+            let model = folder(None, &[("model.safetensors", &[found])]);
+            let model = Folder::open(model.path()).unwrap();
+            let error = model.tensor(wanted).unwrap_err().to_string();
+            assert!(error.contains(&format!("no tensor `{wanted}`")), "{error}");
+            let told = error.contains(&format!("found `{found}`, its name inside a wrapper"));
+            assert_eq!(told, is_told, "{error}");
+        }
     }
 
     #[test]

@@ -141,7 +141,7 @@ impl FolderWriter {
         self.write_bytes(name, format!("{value:#}\n").as_bytes())
     }
 
-    /// Writes a file.
+    /// Writes a file; `FOLDER/FILE` goes into a folder of its own.
     ///
     /// # Errors
     /// If the name was used before, or writing fails.
@@ -193,7 +193,12 @@ impl FolderWriter {
         name: &str,
         fill: impl FnOnce(&mut HashingFile, &Path) -> Result<()>,
     ) -> Result<()> {
-        if !is_plain_file_name(name) {
+        // A folder within the folder is as deep as models go.
+        let (within, file) = match name.split_once('/') {
+            Some((within, file)) => (Some(within), file),
+            None => (None, name),
+        };
+        if !is_plain_file_name(file) || !within.is_none_or(is_plain_file_name) {
             return Err(Error::FileName {
                 place: self.output.clone(),
                 found: shown(name),
@@ -202,6 +207,10 @@ impl FolderWriter {
         let path = self.path().join(name);
         if self.files.contains_key(name) {
             return Err(Error::WrittenTwice { path });
+        }
+        if let Some(within) = within {
+            let folder = self.path().join(within);
+            fs::create_dir_all(&folder).map_err(io("create", &folder))?;
         }
         let mut output = HashingFile {
             file: File::create(&path).map_err(io("create", &path))?,
@@ -216,7 +225,10 @@ impl FolderWriter {
             sha256: hash.iter().map(|byte| format!("{byte:02x}")).collect(),
         };
         self.files.insert(name.to_owned(), digest);
-        Ok(())
+        match within {
+            Some(within) => sync_folder(&self.path().join(within)),
+            None => Ok(()),
+        }
     }
 }
 
@@ -282,6 +294,8 @@ mod tests {
         writer
             .copy_file(&writer.path().join("x.safetensors"), "copy")
             .unwrap();
+        writer.write_bytes("within/a", b"1").unwrap();
+        writer.write_bytes("within/b", b"2").unwrap();
         assert!(
             Folder::open(writer.path()).unwrap().contains("c"),
             "readable before the end"
@@ -299,7 +313,8 @@ mod tests {
             |name| -> Value { serde_json::from_slice(&fs::read(out.join(name)).unwrap()).unwrap() };
         assert_eq!(read(INDEX_NAME)["metadata"]["total_size"], 12);
         let files = &read(MANIFEST_NAME)["files"];
-        assert_eq!(files.as_object().unwrap().len(), 5);
+        assert_eq!(files.as_object().unwrap().len(), 7);
+        assert_eq!(fs::read(out.join("within/b")).unwrap(), b"2");
         assert_eq!(files["copy"], files["x.safetensors"]);
         // printf '{\n  "b": 1,\n  "a": 2\n}\n' | sha256sum
         let expected = "dd6841067dcb55a636629b56cb45722d09c6a354f92a5b54183cea3b61b9a1e9";
@@ -365,6 +380,12 @@ mod tests {
             &|writer| writer.write_bytes("../x", b""),
             "expected a plain file name, found `../x`",
         );
+        for name in ["/x", "a/b/c", "a/", "a/..", "../a"] {
+            check(
+                &|writer| writer.write_bytes(name, b""),
+                &format!("expected a plain file name, found `{name}`"),
+            );
+        }
         check(
             &|writer| writer.copy_file(Path::new("absent"), "x"),
             "cannot read `absent`",

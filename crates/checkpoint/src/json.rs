@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::de::DeserializeOwned;
 
 use crate::error::{io, shown};
-use crate::file::expect_file;
+use crate::file::{expect_file, expect_no_pointer};
 use crate::{Error, Result};
 
 /// The longest configuration file, in bytes. Real ones have a few thousand.
@@ -39,6 +39,7 @@ pub(crate) fn read_object(path: &Path, limit: u64) -> Result<Vec<u8>> {
     if text.len() as u64 > limit {
         return Err(too_long(text.len() as u64));
     }
+    expect_no_pointer(path, &text)?;
     if text.trim_ascii_start().first() != Some(&b'{') {
         let start = &text[..text.len().min(20)];
         return Err(Error::NotAnObject {

@@ -47,15 +47,16 @@ mod folder_writer;
 
 mod adapter;
 mod adapter_config;
+mod model_card;
 mod ordered_map;
 
 pub use self::adapter::{Adapter, AdapterFormat, Notes};
-pub use self::adapter_config::{AdapterConfig, TargetModules};
+pub use self::adapter_config::{AdapterConfig, TargetModules, TrainableTokens};
 pub use self::advice::{advise_dontneed, advise_willneed};
-pub use self::cache::resolve;
+pub use self::cache::{repo_and_revision, resolve};
 pub use self::dtype::DType;
-pub use self::error::{Error, Result};
-pub use self::file::write_file;
+pub use self::error::{Error, Result, broken_link};
+pub use self::file::{expect_absent, is_present, sha256, write_file};
 pub use self::fnv::fnv1a;
 pub use self::folder::{Companions, Folder};
 pub use self::folder_writer::FolderWriter;
@@ -63,6 +64,7 @@ pub use self::gguf::Gguf;
 pub use self::gguf::layout::{GgufLayout, GgufTensor, RowOrder};
 pub use self::gguf::writer::{GgufValue, GgufWriter};
 pub use self::map::read;
+pub use self::model_card::{CARD_NAME, ModelCard, Relation, code, model_label};
 pub use self::ordered_map::OrderedMap;
 pub use self::safetensors::{Safetensors, write_safetensors};
 pub use self::tensor::{Tensor, TensorSpec};

@@ -20,7 +20,7 @@ use memmap2::Mmap;
 
 use crate::Result;
 use crate::error::io;
-use crate::file::expect_file;
+use crate::file::{expect_file, expect_no_pointer};
 
 /// All maps, to tell the bytes of a file from others.
 static MAPS: Mutex<Vec<Weak<Mapped>>> = Mutex::new(Vec::new());
@@ -55,6 +55,7 @@ pub(crate) fn map(path: &Path) -> Result<Bytes> {
     // What remains is another program that changes the file while it is mapped; that hazard is
     // accepted and documented above.
     let map = unsafe { Mmap::map(&file) }.map_err(io("map", path))?;
+    expect_no_pointer(path, &map)?;
     let map = Arc::new(Mapped { map, file });
     let mut maps = MAPS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     maps.retain(|map| map.strong_count() > 0);

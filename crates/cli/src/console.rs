@@ -1,11 +1,11 @@
 //! Output: results to stdout, everything else to stderr; plain lines if stderr is not a terminal.
 
 use std::fmt::Display;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// How much is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,16 +43,16 @@ impl Console {
         }
     }
 
-    /// A line of a result. A closed pipe, such as that of `head`, ends the program quietly.
+    /// A line of a result. A closed pipe ends the program quietly.
     pub(crate) fn result(&self, text: impl Display) {
         self.stream(format_args!("{text}\n"));
     }
 
-    /// A piece of a result, shown at once.
+    /// A piece of a result, shown at once. If it cannot be written, as on a full disk, the program ends with an error.
     pub(crate) fn stream(&self, text: impl Display) {
         let mut out = std::io::stdout().lock();
-        if write!(out, "{text}").and_then(|()| out.flush()).is_err() {
-            std::process::exit(0);
+        if let Err(problem) = write!(out, "{text}").and_then(|()| out.flush()) {
+            std::process::exit(unwritten(&problem));
         }
     }
 
@@ -102,26 +102,16 @@ impl Console {
         } else {
             ProgressDrawTarget::hidden()
         };
-        let bar = ProgressBar::with_draw_target(Some(total), target);
-        if let Ok(style) = ProgressStyle::with_template(
-            "{msg} [{bar:24}] {pos}/{len} {elapsed} elapsed, {eta} left",
-        ) {
-            bar.set_style(style.progress_chars("=> "));
-        }
-        bar.set_message(what);
-        Progress {
-            bar,
-            what,
-            lines: visible && !terminal,
-            started: Instant::now(),
-            last_line: None,
-        }
+        Progress::new(MultiProgress::with_draw_target(target), total, what)
+            .lines(visible && !terminal)
     }
 }
 
 /// A progress bar, or plain lines now and then.
 #[derive(Debug)]
 pub(crate) struct Progress {
+    /// The bars on the terminal, one below the other.
+    bars: MultiProgress,
     bar: ProgressBar,
     what: &'static str,
     lines: bool,
@@ -130,6 +120,33 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
+    fn new(bars: MultiProgress, total: u64, what: &'static str) -> Self {
+        let bar = bars.add(ProgressBar::new(total));
+        if let Ok(style) = ProgressStyle::with_template(
+            "{msg} [{bar:24}] {pos}/{len} {elapsed} elapsed, {eta} left",
+        ) {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        bar.set_message(what);
+        Self {
+            bars,
+            bar,
+            what,
+            lines: false,
+            started: Instant::now(),
+            last_line: None,
+        }
+    }
+
+    fn lines(self, lines: bool) -> Self {
+        Self { lines, ..self }
+    }
+
+    /// Progress of a part of the work, in a bar below this one.
+    pub(crate) fn part(&self, total: u64, what: &'static str) -> Self {
+        Self::new(self.bars.clone(), total, what).lines(self.lines)
+    }
+
     /// Sets the position and the total.
     pub(crate) fn update_of(&mut self, position: u64, total: u64) {
         self.bar.set_length(total);
@@ -169,6 +186,18 @@ impl Progress {
     pub(crate) fn finish(self) {
         self.bar.finish_and_clear();
     }
+}
+
+/// The exit code if the standard output cannot be written. Nobody reads a closed pipe, such as that of `head`: that is no error.
+pub(crate) fn unwritten(problem: &std::io::Error) -> i32 {
+    if problem.kind() == ErrorKind::BrokenPipe {
+        return 0;
+    }
+    let _ = writeln!(
+        std::io::stderr(),
+        "error: cannot write the standard output: {problem}"
+    );
+    1
 }
 
 /// A text of a model or a file without control characters, which could steer a terminal, except those in `kept`.

@@ -2,15 +2,18 @@
 
 use std::cell::RefCell;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use data::{Corpus, ReadOptions, Repeats, RowFilter, Sample, Survey, Tokenizer};
+use data::{
+    Corpus, DataFolder, ReadOptions, Repeats, RowFilter, Sample, SplitName, Survey, Tokenizer,
+};
 
 use crate::console::{Console, printable};
-use crate::open::{find, open_texts, token_cache};
-use crate::train::{TOKENIZING, note_reading};
+use crate::open::{end_ids, find, open_texts, token_cache};
+use crate::rows::{ColumnArgs, note_unused};
+use crate::train::{TOKENIZING, note_endless, note_reading};
 
 /// Check training data and show it as the model sees it.
 #[derive(Debug, clap::Subcommand)]
@@ -23,12 +26,15 @@ pub(crate) enum Data {
 /// Trained text is green on a terminal and in «quotes» elsewhere.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Data folder with one or more of `train.jsonl`, `valid.jsonl`, `test.jsonl`.
+    /// Data folder with a training, validation or test split (`train.jsonl`, `validation.csv`, `test.parquet`, …), or a file
+    /// of rows.
     pub(crate) dir: PathBuf,
     /// Model that provides the tokenizer and the chat template: Hugging Face folder, GGUF file, or `org/name` in the
     /// local Hugging Face cache.
     #[arg(long)]
     pub(crate) model: String,
+    #[command(flatten)]
+    pub(crate) columns: ColumnArgs,
     /// Maximum sequence length, in tokens.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     pub(crate) max_length: usize,
@@ -50,8 +56,6 @@ enum Marks {
 /// Control characters that are shown as they are.
 const LAYOUT: [char; 2] = ['\n', '\t'];
 
-const FILES: [&str; 3] = ["train.jsonl", "valid.jsonl", "test.jsonl"];
-
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let folder = find(&args.model)?;
     let (tokenizer, config) = open_texts(&folder)?;
@@ -65,16 +69,28 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
                 format!("{folder}: expected config.json or tokenizer.json, found neither")
             })?,
     };
-    let present = |file: &&str| args.dir.join(file).exists();
-    let files: Vec<&str> = FILES.into_iter().filter(present).collect();
-    if files.is_empty() {
-        let (dir, names) = (args.dir.display(), FILES.join(", "));
-        bail!("{dir}: expected one of {names}, found none");
+    let data = DataFolder::open(&args.dir)?;
+    note_unused(data.unused(), console);
+    let splits = SplitName::ALL.map(|split| data.files(split));
+    let splits: Vec<&[PathBuf]> = splits
+        .into_iter()
+        .filter(|files| !files.is_empty())
+        .collect();
+    if splits.is_empty() {
+        let names = SplitName::ALL.map(|split| split.names().join(", "));
+        let (dir, names) = (args.dir.display(), names.join(", "));
+        bail!(
+            "{dir}: expected .jsonl, .json, .csv or .parquet files of one of the names {names}, found none"
+        );
     }
 
+    let end_ids = end_ids(&folder, tokenizer.as_ref())?;
+    let files: Vec<String> = splits.iter().map(|files| name(files, &args.dir)).collect();
     let mut corpora = Vec::new();
-    for file in &files {
-        let corpus = open_corpus(args, file, tokenizer.as_ref(), vocab_size, console)?;
+    for (files, name) in splits.into_iter().zip(&files) {
+        let corpus = open_corpus(args, files, tokenizer.as_ref(), vocab_size, console)?;
+        note_reading(name, &corpus, console);
+        note_endless(&corpus, name, &end_ids, console)?;
         corpora.push(corpus);
     }
     let surveys = Survey::of(&corpora.iter().collect::<Vec<_>>());
@@ -102,9 +118,25 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// The name of a split's only file in the folder, or of the first with the number of the others.
+fn name(files: &[PathBuf], dir: &Path) -> String {
+    let first = &files[0];
+    let name = first.strip_prefix(dir).unwrap_or(first);
+    // A file in place of a folder.
+    let name = if name.as_os_str().is_empty() {
+        first.as_path()
+    } else {
+        name
+    };
+    match files.len() {
+        1 => name.display().to_string(),
+        n => format!("{} and {} more", name.display(), n - 1),
+    }
+}
+
 fn open_corpus(
     args: &Args,
-    file: &str,
+    files: &[PathBuf],
     tokenizer: Option<&Tokenizer>,
     vocab_size: usize,
     console: &Console,
@@ -116,14 +148,13 @@ fn open_corpus(
         max_length: args.max_length,
         vocab_size,
         filter: RowFilter::Any,
+        columns: &args.columns.columns,
         cache: cache.as_deref(),
         progress: &|done, total| progress.borrow_mut().update_of(done / 1000, total / 1000),
     };
-    let corpus = Corpus::open(&[args.dir.join(file)], reading);
+    let corpus = Corpus::open(files, reading);
     progress.into_inner().finish();
-    let corpus = corpus?;
-    note_reading(&corpus, console);
-    Ok(corpus)
+    Ok(corpus?)
 }
 
 /// A file and its survey.
@@ -140,6 +171,7 @@ impl Checked<'_> {
             "counts": self.corpus.counts,
             "survey": self.survey,
             "ignored_keys": self.corpus.ignored_keys,
+            "notes": self.corpus.notes,
         })
     }
 }

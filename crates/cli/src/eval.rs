@@ -10,10 +10,11 @@ use std::process::ExitCode;
 
 use ::eval::{EvalConfig, EvalReport, ModelScores, TaskScore, TextScore};
 use anyhow::Context;
-use data::Split;
+use data::SplitName;
 
 use crate::console::{Console, Progress, finite};
 use crate::open::{ModelArgs, Opened, open_model};
+use crate::rows::{ColumnArgs, SplitRows};
 use crate::values::{COMPUTE_HELP, ComputeValue};
 
 /// Evaluate a model: loss, perplexity, bits per byte, multiple choice.
@@ -24,12 +25,15 @@ use crate::values::{COMPUTE_HELP, ComputeValue};
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
-    /// Folder with `test.jsonl`, for loss, perplexity and bits per byte.
+    /// Folder with a test split (`test.jsonl`, `.csv`, `.parquet`, …), or a file of rows, for loss, perplexity and bits
+    /// per byte.
     #[arg(long, value_name = "DIR", required_unless_present = "tasks")]
     pub(crate) data: Option<PathBuf>,
-    /// Multiple-choice files with rows `{prompt, choices, answer}`, for accuracy.
+    /// Multiple-choice files with rows `{prompt, choices, answer}` or in the form of published tasks, for accuracy.
     #[arg(long, value_name = "FILE,…", value_delimiter = ',')]
     pub(crate) tasks: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) columns: ColumnArgs,
     /// Baseline model to compare with, or `none`. Default: the model without its adapter if --adapter is given, else
     /// `none`.
     #[arg(long, value_name = "MODEL|none")]
@@ -54,6 +58,11 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
+    for name in ["report.json", "report.txt"] {
+        args.out
+            .iter()
+            .try_for_each(|out| checkpoint::expect_absent(&out.join(name)))?;
+    }
     let mut scores = Vec::new();
     for (model, adapter) in models(args) {
         let opened = open_model(model, adapter, &args.model.device, console)?;
@@ -86,10 +95,8 @@ fn models(args: &Args) -> Vec<(&str, Option<&Path>)> {
 fn score(opened: &Opened, args: &Args, console: &Console) -> anyhow::Result<ModelScores> {
     let limit = opened.model.config.max_position_embeddings;
     let max_length = args.max_length.min(limit);
-    let text = args.data.as_ref().map(|folder| {
-        let file = folder.join("test.jsonl");
-        text_score(opened, &file, max_length, args, console)
-    });
+    let text = args.data.as_ref();
+    let text = text.map(|data| text_score(opened, data, max_length, args, console));
     let mut tasks = Vec::new();
     for file in &args.tasks {
         tasks.push(task_score(opened, file, max_length, args, console)?);
@@ -109,7 +116,13 @@ fn text_score(
     console: &Console,
 ) -> anyhow::Result<TextScore> {
     let vocab_size = opened.model.config.vocab_size;
-    let mut split = Split::open(file, opened.tokenizer.as_deref(), max_length, vocab_size)?;
+    let rows = SplitRows {
+        path: file,
+        split: SplitName::Test,
+        columns: &args.columns.columns,
+        console,
+    };
+    let mut split = rows.read(opened.tokenizer.as_deref(), max_length, vocab_size)?;
     if split.counts.truncated_rows > 0 {
         console.note(format_args!(
             "{}: {} of {} rows are truncated to {max_length} tokens",
@@ -135,7 +148,12 @@ fn task_score(
     args: &Args,
     console: &Console,
 ) -> anyhow::Result<TaskScore> {
-    let mut questions = data::choices(file, opened.expect_tokenizer()?, max_length)?;
+    let mut questions = data::choices(
+        file,
+        opened.expect_tokenizer()?,
+        &args.columns.columns,
+        max_length,
+    )?;
     questions.truncate(args.max_samples.unwrap_or(usize::MAX));
     let samples = questions.iter().flat_map(|question| &question.samples);
     let truncated = samples.clone().filter(|sample| sample.truncated).count();

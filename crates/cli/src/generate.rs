@@ -145,7 +145,7 @@ fn start(
     let config = GenerateConfig {
         max_tokens: args.max_tokens as usize,
         sample: args.sampling.config(&opened.folder)?,
-        stop_ids: args.sampling.stop_ids(opened)?,
+        stop_ids: args.sampling.stop_ids(opened, console)?,
         logprobs: args.logprobs,
     };
     let adapters = adapters::add(&args.adapter, prompts.len(), engine, console)?;

@@ -11,7 +11,7 @@ use model::{Cache, CacheType, Compute, ModelConfig, keys::keys};
 use serde_json::{Value, json};
 
 use crate::console::Console;
-use crate::open::{listed, open_folder};
+use crate::open::{listed, note_keys, open_folder};
 
 /// Show a model's architecture, sizes, tensors, weight formats, and KV-cache bytes per token.
 #[derive(Debug, clap::Args)]
@@ -43,6 +43,7 @@ struct DtypeTotal {
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (folder, name) = open_folder(&args.model)?;
+    note_keys(&folder, console)?;
     let config = load::read_config(&folder)?;
     let audit = load::audit(&folder)?;
     if args.json {
@@ -131,6 +132,8 @@ fn object(
         "tensor_bytes": folder.tensor_bytes(),
         "mtp_tensors": audit.mtp.len(),
         "unknown_tensors": audit.unknown,
+        "missing_tensors": audit.missing,
+        "problem": problem(folder, config),
         "unindexed_tensors": unindexed,
         "precision": Policy::of_checkpoint(folder, Compute::F32)?.to_json(),
     });
@@ -229,17 +232,36 @@ fn rows(
         let DtypeTotal { count, bytes } = stored;
         rows.push(("tensors", format!("{count} {dtype}, {bytes} bytes")));
     }
+    rows.extend(notable(folder, config, audit));
+    Ok(rows)
+}
+
+/// Tensors that are more or less than the config's.
+fn notable(folder: &Folder, config: &ModelConfig, audit: &Audit) -> Vec<(&'static str, String)> {
+    let mut rows = vec![];
     if !audit.mtp.is_empty() {
         rows.push(("MTP layer", listed(&audit.mtp)));
     }
     if !audit.unknown.is_empty() {
         rows.push(("unknown", listed(&audit.unknown)));
     }
+    if !audit.missing.is_empty() {
+        rows.push(("missing", listed(&audit.missing)));
+    }
+    if let Some(problem) = problem(folder, config) {
+        rows.push(("cannot run", problem));
+    }
     if !folder.unindexed().is_empty() {
         let names = folder.unindexed().iter().map(|t| t.name.to_string());
         rows.push(("unindexed", listed(&names.collect::<Vec<_>>())));
     }
-    Ok(rows)
+    rows
+}
+
+/// Why the tensors are not those of a model of this config, if they are not.
+fn problem(folder: &Folder, config: &ModelConfig) -> Option<String> {
+    let complete = load::expect_complete(folder, config);
+    complete.err().map(|error| error.to_string())
 }
 
 /// KV-cache bytes per token, by data type.

@@ -1,6 +1,7 @@
 //! The command line, with one file per verb. Only this crate prints, shows progress, reads the environment and chooses
 //! exit codes.
 
+mod arguments;
 mod bench;
 mod console;
 mod data_check;
@@ -15,6 +16,7 @@ mod plot;
 mod quantize;
 mod quickstart;
 mod report;
+mod rows;
 mod train;
 mod values;
 
@@ -22,7 +24,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::console::Console;
+use crate::console::{Console, USAGE, WithCode};
 
 #[global_allocator]
 static ALLOCATOR: kernels::RecyclingAllocator = kernels::RecyclingAllocator::new();
@@ -31,8 +33,11 @@ const AFTER_HELP: &str = "\
 Exit codes: 0 success; 1 error; 2 wrong usage or recipe; 4 a check found a difference; 5 too little memory; 6 a loss or \
 gradient is not finite; 7 the loss diverged too often; 130 or 143 stopped by Ctrl-C or SIGTERM.
 
-Environment variables: HF_HOME locates the Hugging Face cache; XDG_CACHE_HOME locates the cache of tokenized rows; \
+Environment variables: HF_HUB_CACHE or HF_HOME locates the Hugging Face cache; XDG_CACHE_HOME locates the cache of tokenized rows; \
 NO_COLOR turns colors off.";
+
+/// Threads for each logical CPU that still make sense, if only to measure. They wait for each other, and each has a stack.
+const MOST_THREADS_PER_CPU: usize = 16;
 
 /// Fine-tune, evaluate, quantize and run DeepSeek mixture-of-experts models on your own machine.
 #[derive(Debug, Parser)]
@@ -85,7 +90,7 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli: Cli = arguments::parse();
     let console = Console::new(cli.quiet, cli.verbose);
     let (verb, threads) = (cli.verb, cli.threads.unwrap_or(0));
     // The program runs on one of the pool's workers, from which the kernels' parallel loops start at once. A thread
@@ -93,9 +98,10 @@ fn main() -> ExitCode {
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
         .stack_size(8 << 20);
-    let result = match pool.build_global() {
-        Ok(()) => rayon::scope(|_| run(verb, &console)),
-        Err(error) => Err(error.into()),
+    let result = match expect_threads(threads).map(|()| pool.build_global()) {
+        Ok(Ok(())) => rayon::scope(|_| run(verb, &console)),
+        Ok(Err(error)) => Err(error.into()),
+        Err(error) => Err(error),
     };
     match result {
         Ok(code) => code,
@@ -104,6 +110,20 @@ fn main() -> ExitCode {
             console::exit_code(&error)
         }
     }
+}
+
+fn expect_threads(threads: usize) -> anyhow::Result<()> {
+    let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get());
+    let most = MOST_THREADS_PER_CPU * cpus;
+    if threads <= most {
+        return Ok(());
+    }
+    Err(anyhow::Error::new(WithCode {
+        code: USAGE,
+        message: format!(
+            "`--threads`: expected at most {most}, {MOST_THREADS_PER_CPU} for each logical CPU, found {threads}"
+        ),
+    }))
 }
 
 fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {

@@ -1,5 +1,6 @@
 //! Opening a model by what a user typed.
 
+mod keys;
 mod memory;
 
 use std::fs::File;
@@ -16,8 +17,9 @@ use model::AdapterWeights;
 use model::{Model, ModelConfig, Mtp, Training, load};
 use serde_json::Value;
 
+pub(crate) use self::keys::{note_differences, note_keys};
 pub(crate) use self::memory::{MemoryArgs, cache_object, cache_summary, repack};
-use crate::console::Console;
+use crate::console::{Console, printable};
 use crate::device;
 use crate::values::{CACHE_HELP, COMPUTE_HELP, CacheValue, ComputeValue};
 
@@ -79,8 +81,10 @@ pub(crate) struct Opened {
     pub(crate) folder: Folder,
     /// Frozen, with its adapter if it has one.
     pub(crate) model: Model,
-    /// None if the folder has no `tokenizer.json`.
+    /// None if the folder has no `tokenizer.json`, or if there is a problem with a GGUF's.
     pub(crate) tokenizer: Option<Arc<Tokenizer>>,
+    /// Why a GGUF's tokenizer cannot be used. Token ids can.
+    tokenizer_problem: Option<String>,
     /// The name of the folder, and of the adapter.
     pub(crate) name: String,
     pub(crate) device: Device,
@@ -96,6 +100,9 @@ impl ModelArgs {
 impl Opened {
     /// The tokenizer, for a verb that needs one.
     pub(crate) fn expect_tokenizer(&self) -> anyhow::Result<&Arc<Tokenizer>> {
+        if let Some(problem) = &self.tokenizer_problem {
+            bail!("{problem}");
+        }
         let path = self.folder.path().display();
         let tokenizer = self.tokenizer.as_ref();
         tokenizer.with_context(|| format!("{path}: expected a tokenizer, found none"))
@@ -141,14 +148,33 @@ pub(crate) fn open_model(
     console: &Console,
 ) -> anyhow::Result<Opened> {
     let (folder, mut name) = open_folder(model)?;
+    note_keys(&folder, console)?;
     note_unused(&folder, console)?;
     let mut model = load::load(&folder, Training::Frozen, device)?;
     if let Some(path) = adapter {
         attach(&mut model, path, device, console)?;
         name = format!("{name} + {}", name_of(path));
     }
+    let (tokenizer, tokenizer_problem) = match open_tokenizer(&folder) {
+        Err(problem) if folder.metadata().is_some() => {
+            console.note(format_args!("{problem:#}; only token ids can be read"));
+            (None, Some(format!("{problem:#}")))
+        }
+        tokenizer => (tokenizer?.map(Arc::new), None),
+    };
+    let unread = tokenizer
+        .iter()
+        .flat_map(|tokenizer| tokenizer.unread_keys());
+    let unread: Vec<String> = unread.map(|key| printable(key, &[])).collect();
+    if !unread.is_empty() {
+        console.note(format_args!(
+            "tokenizer_config.json: unknown keys, not read: {}",
+            unread.join(", ")
+        ));
+    }
     Ok(Opened {
-        tokenizer: open_tokenizer(&folder)?.map(Arc::new),
+        tokenizer,
+        tokenizer_problem,
         folder,
         model,
         name,
@@ -163,9 +189,7 @@ pub(crate) fn attach(
     device: &Device,
     console: &Console,
 ) -> anyhow::Result<()> {
-    let adapter = checkpoint::Adapter::open(path)?;
-    note_format(&adapter, path, console);
-    let adapted = AdapterWeights::read(&adapter, &model.config)?.attach(model, device)?;
+    let adapted = read_adapter(path, &model.config, console)?.attach(model, device)?;
     let parameters: usize = adapted.iter().map(|module| module.parameters).sum();
     console.detail(format_args!(
         "{}: {} modules adapted, {parameters} parameters",
@@ -175,8 +199,26 @@ pub(crate) fn attach(
     Ok(())
 }
 
+/// Reads an adapter for a model, and notes what is unusual about it.
+pub(crate) fn read_adapter(
+    path: &Path,
+    config: &ModelConfig,
+    console: &Console,
+) -> anyhow::Result<AdapterWeights> {
+    let adapter = checkpoint::Adapter::open(path)?;
+    note_format(&adapter, path, console);
+    let weights = AdapterWeights::read(&adapter, config)?;
+    if weights.is_zero() {
+        console.note(format_args!(
+            "{}: all updates are zero: the adapter changes nothing",
+            path.display()
+        ));
+    }
+    Ok(weights)
+}
+
 /// Notes that an adapter was trained for weights that are rounded after a merge: applied to the base, it differs.
-pub(crate) fn note_format(adapter: &checkpoint::Adapter, path: &Path, console: &Console) {
+fn note_format(adapter: &checkpoint::Adapter, path: &Path, console: &Console) {
     if let Some(format) = &adapter.notes.trained_for {
         console.note(format_args!(
             "{}: trained to be merged and quantized to {format}; see `moeforge survival`",
@@ -199,7 +241,7 @@ pub(crate) fn open_folder(model: &str) -> anyhow::Result<(Folder, String)> {
 
 /// The folder or GGUF file of a model: a path, or `org/name` in the local Hugging Face cache.
 pub(crate) fn find(model: &str) -> anyhow::Result<PathBuf> {
-    let path = checkpoint::resolve(model, hf_home().as_deref())?;
+    let path = checkpoint::resolve(model, hub_cache().as_deref())?;
     if path.is_file() && !is_gguf(&path) {
         bail!(
             "`{}`: expected the folder of a model or a `.gguf` file, found another file",
@@ -234,10 +276,25 @@ pub(crate) fn open_texts(path: &Path) -> anyhow::Result<(Option<Tokenizer>, Opti
     Ok((tokenizer, read_config(path)?))
 }
 
+/// The tokens that end a text of a model that may have no weights yet.
+pub(crate) fn end_ids(path: &Path, tokenizer: Option<&Tokenizer>) -> anyhow::Result<Vec<u32>> {
+    let mut ids = tokenizer.map_or(&[][..], Tokenizer::end_ids).to_vec();
+    for name in ["config.json", "generation_config.json"] {
+        let config = path.join(name);
+        if path.is_dir() && checkpoint::is_present(&config)? {
+            let value = &read_json(&config)?["eos_token_id"];
+            ids.extend(data::eos_token_ids(value).unwrap_or_default());
+        }
+    }
+    ids.sort_unstable();
+    ids.dedup();
+    Ok(ids)
+}
+
 /// The architecture in a folder; none without a `config.json`.
 fn read_config(folder: &Path) -> anyhow::Result<Option<ModelConfig>> {
     let path = folder.join("config.json");
-    if !path.exists() {
+    if !checkpoint::is_present(&path)? {
         return Ok(None);
     }
     Ok(Some(ModelConfig::from_json(&read_json(&path)?, &path)?))
@@ -257,11 +314,30 @@ pub(crate) fn read_json(path: &Path) -> anyhow::Result<Value> {
     serde_json::from_slice(&text).with_context(reading)
 }
 
-/// `HF_HOME`, or the default of Hugging Face's tools.
-fn hf_home() -> Option<PathBuf> {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
-    let default = || Some(PathBuf::from(set("HOME")?).join(".cache/huggingface"));
-    set("HF_HOME").map(PathBuf::from).or_else(default)
+/// Hugging Face's cache of models: as its own tools find it.
+///
+/// Source: huggingface/huggingface_hub: src/huggingface_hub/constants.py.
+fn hub_cache() -> Option<PathBuf> {
+    let set = |name| {
+        let value = std::env::var_os(name).filter(|value| !value.is_empty())?;
+        Some(at_home(Path::new(&value)))
+    };
+    let home = || {
+        set("HF_HOME")
+            .or_else(|| Some(set("XDG_CACHE_HOME")?.join("huggingface")))
+            .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/huggingface")))
+    };
+    set("HF_HUB_CACHE")
+        .or_else(|| set("HUGGINGFACE_HUB_CACHE"))
+        .or_else(|| Some(home()?.join("hub")))
+}
+
+/// A path whose beginning `~` is the user's home.
+fn at_home(path: &Path) -> PathBuf {
+    match (path.strip_prefix("~"), std::env::var_os("HOME")) {
+        (Ok(rest), Some(home)) => Path::new(&home).join(rest),
+        _ => path.to_owned(),
+    }
 }
 
 /// The folder of tokenized rows: in `XDG_CACHE_HOME`, or in `.cache` at home.
@@ -272,14 +348,22 @@ pub(crate) fn token_cache() -> Option<PathBuf> {
     Some(folder.join("moeforge/tokens"))
 }
 
-/// The last name of a path.
+/// The name of what is at a path: the last of the path, or `org/name` for a snapshot in Hugging Face's cache. A file in the cache
+/// is a link, and what it leads to has a number for a name.
 pub(crate) fn name_of(path: &Path) -> String {
-    let whole = path.canonicalize();
-    let name = whole.as_deref().unwrap_or(path).file_name();
-    name.map_or_else(
-        || path.display().to_string(),
-        |name| name.to_string_lossy().into_owned(),
-    )
+    let whole = match path.file_name() {
+        Some(_) => path.to_owned(),
+        None => path.canonicalize().unwrap_or_else(|_| path.to_owned()),
+    };
+    let mut parts = whole.iter().rev().map(|part| part.to_string_lossy());
+    let (last, parent, repo) = (parts.next(), parts.next(), parts.next());
+    let published = repo
+        .as_deref()
+        .filter(|_| parent.as_deref() == Some("snapshots"));
+    if let Some(name) = published.and_then(|repo| repo.strip_prefix("models--")) {
+        return name.replacen("--", "/", 1);
+    }
+    last.map_or_else(|| path.display().to_string(), |name| name.into_owned())
 }
 
 fn note_unused(folder: &Folder, console: &Console) -> anyhow::Result<()> {

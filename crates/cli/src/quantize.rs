@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use ::eval::Divergence;
 use anyhow::{Context, anyhow, bail};
 use checkpoint::{Folder, GgufValue};
-use data::{Sample, TokenizerFiles};
+use data::{GgufEnds, Sample, SplitName, Tokenizer, TokenizerFiles};
 use model::Compute;
 use model::export::gguf::write_gguf;
 use model::export::mix::Mix;
@@ -17,11 +17,12 @@ use model::load::{Audit, audit, read_config};
 use serde_json::Value;
 
 use self::importance::ImportanceArgs;
-use crate::console::Console;
+use crate::console::{Console, printable};
 use crate::device::default_device;
 use crate::eval::compare::{self, MAX_COMPARED_LENGTH, ModelPair, RowLimits};
 use crate::merge::ConversionReport;
-use crate::open::{listed, open_folder, open_model, open_tokenizer};
+use crate::open::{listed, note_differences, note_keys, open_folder, open_model, open_tokenizer};
+use crate::rows::{ColumnArgs, SplitRows};
 use crate::values::OutputFormat;
 
 /// Write a model in another weight format.
@@ -39,9 +40,12 @@ pub(crate) struct Args {
     /// Output: a folder, new or empty, or a GGUF file, which must not exist.
     #[arg(long, value_name = "PATH")]
     out: PathBuf,
-    /// Folder with `test.jsonl`, for comparing the predictions of the source and the result.
+    /// Folder with a test split (`test.jsonl`, `.csv`, `.parquet`, …), or a file of rows, for comparing the predictions
+    /// of the source and the result.
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
+    #[command(flatten)]
+    columns: ColumnArgs,
     /// Maximum number of samples of --data.
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_samples: usize,
@@ -82,9 +86,10 @@ impl GgufArgs {
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (model, _) = open_folder(&args.model)?;
+    note_keys(&model, console)?;
     // The rows are opened first: a conversion may take long.
     let samples = match &args.data {
-        Some(data) => samples(args, data, &model)?,
+        Some(data) => samples(args, data, &model, console)?,
         None => vec![],
     };
     let mut report = ConversionReport::new(write(args, &model, console)?, &args.out)?;
@@ -126,6 +131,9 @@ fn write(
     let mut mix = Mix::new(scheme, &gguf.mix).map_err(|problem| anyhow!("`--mix`: {problem}"))?;
     let tokenizer = tokenizer_keys(model, gguf.pre.as_deref(), console)?;
     mix.mtp = gguf.mtp;
+    if model.metadata().is_none() {
+        note_differences(model, console)?;
+    }
     let Audit { mtp, unknown, .. } = audit(model)?;
     if !unknown.is_empty() {
         console.note(format_args!("left out: {}", listed(&unknown)));
@@ -136,8 +144,8 @@ fn write(
             listed(&mtp)
         ));
     }
-    let importance = &gguf.importance;
-    mix.importance = importance.importance(&args.model, model, console)?;
+    let (importance, columns) = (&gguf.importance, &args.columns.columns);
+    mix.importance = importance.importance(&args.model, model, columns, console)?;
     let mut progress = console.progress(0, "converting");
     let written = write_gguf(model, &mix, tokenizer, &args.out, &mut |done, total| {
         progress.update_of(done as u64, total as u64)
@@ -146,31 +154,41 @@ fn write(
     Ok(written)
 }
 
+/// The key with the name of the pre-tokenizer.
+const PRE: &str = "tokenizer.ggml.pre";
+
 /// The tokenizer's keys of a GGUF file: those of the source, if it is one too.
 fn tokenizer_keys(
     model: &Folder,
     pre: Option<&str>,
     console: &Console,
 ) -> anyhow::Result<Vec<(String, GgufValue)>> {
-    let keys: Vec<(String, Value)> = match (
-        model.metadata(),
-        TokenizerFiles::of_model(model.path(), model.metadata())?,
-    ) {
-        (Some(metadata), _) if pre.is_none() => {
+    let keys: Vec<(String, Value)> = match model.metadata() {
+        Some(metadata) => {
             let keys = metadata
                 .iter()
-                .map(|(key, value)| (key.clone(), value.clone()));
-            keys.filter(|(key, _)| key.starts_with("tokenizer."))
-                .collect()
+                .filter(|(key, _)| key.starts_with("tokenizer."));
+            let mut keys: Vec<_> = keys.map(|(key, v)| (key.clone(), v.clone())).collect();
+            if let (Some(pre), false) = (pre, keys.is_empty()) {
+                keys.retain(|(key, _)| key != PRE);
+                keys.push((PRE.into(), pre.into()));
+            }
+            keys
         }
-        (_, Some(files)) => files.to_metadata(read_config(model)?.vocab_size, pre)?,
-        (_, None) => {
-            console.note(format_args!(
-                "no tokenizer found: llama.cpp will not load the file"
-            ));
-            vec![]
-        }
+        None => match TokenizerFiles::read(model.path())? {
+            Some(files) => {
+                let mut keys = files.to_metadata(read_config(model)?.vocab_size, pre)?;
+                keys.extend(end_keys(model, &files, console)?);
+                keys
+            }
+            None => vec![],
+        },
     };
+    if keys.is_empty() {
+        console.note(format_args!(
+            "no tokenizer found: llama.cpp will not load the file"
+        ));
+    }
     let value = |(key, value): (String, Value)| {
         let value = GgufValue::of(&value);
         let value =
@@ -180,14 +198,47 @@ fn tokenizer_keys(
     keys.into_iter().map(value).collect()
 }
 
+/// The keys of the ends of a text that have no key yet. Notes those that a GGUF file has no key for.
+fn end_keys(
+    model: &Folder,
+    files: &TokenizerFiles,
+    console: &Console,
+) -> anyhow::Result<Vec<(String, Value)>> {
+    let tokenizer = Tokenizer::new(files)?;
+    let ends = infer::end_of_text(model, Some(&tokenizer))?;
+    ends.notes.iter().for_each(|note| console.note(note));
+    let GgufEnds { keys, lost } = tokenizer.gguf_ends(&ends.ids);
+    if !lost.is_empty() {
+        let lost = lost
+            .iter()
+            .map(|(id, text)| format!("{id} ({})", printable(text, &[])));
+        console.note(format_args!(
+            "tokens that end a text, and for which a GGUF file has no key: {}; texts of the file do not end with them",
+            lost.collect::<Vec<_>>().join(", ")
+        ));
+    }
+    Ok(keys)
+}
+
 /// The rows that both models are compared on.
-fn samples(args: &Args, data: &Path, model: &Folder) -> anyhow::Result<Vec<Sample>> {
+fn samples(
+    args: &Args,
+    data: &Path,
+    model: &Folder,
+    console: &Console,
+) -> anyhow::Result<Vec<Sample>> {
     let (config, tokenizer) = (read_config(model)?, open_tokenizer(model)?);
     let limits = RowLimits {
         max_samples: args.max_samples,
         max_length: MAX_COMPARED_LENGTH,
     };
-    compare::samples(data, tokenizer.as_ref(), &config, limits)
+    let rows = SplitRows {
+        path: data,
+        split: SplitName::Test,
+        columns: &args.columns.columns,
+        console,
+    };
+    compare::samples(rows, tokenizer.as_ref(), &config, limits)
 }
 
 /// The divergence of the new model's predictions from the old one's.

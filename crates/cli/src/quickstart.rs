@@ -34,7 +34,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         None => fresh(Path::new(OUT)),
     };
     console.note(format_args!("Writing to {}.", out.display()));
-    let place = Place::new(&out);
+    let place = Workplace::new(&out);
     let steps = place.steps();
     for (number, (what, words)) in (1..).zip(&steps) {
         console.note(format_args!(
@@ -69,14 +69,14 @@ fn fresh(path: &Path) -> PathBuf {
 }
 
 /// Where the verbs write.
-struct Place {
+struct Workplace {
     run: String,
     adapter: String,
     merged: String,
     gguf: String,
 }
 
-impl Place {
+impl Workplace {
     fn new(out: &Path) -> Self {
         let at = |name: &str| out.join(name).to_string_lossy().into_owned();
         Self {

@@ -32,6 +32,10 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
             args.run.display()
         );
     }
+    // The page in the run is this program's own, and is made again as the run goes on.
+    if let Some(out) = &args.out {
+        checkpoint::expect_absent(out)?;
+    }
     let recipe = Recipe::open(&recipe, &[])?;
     let metrics = args.run.join("metrics.jsonl");
     let log = Log::read(&metrics)?;
@@ -204,6 +208,7 @@ fn page(run: &Path, origin: &Origin, recipe: &Recipe, log: &Log) -> String {
         .collect();
     let mut page = header(origin, &base.unwrap_or_default(), &data.join(", "));
     page += &facts(log);
+    page += &splits(log);
     page += "<h2>Curves</h2><div class=\"plots\">";
     for plot in plots(log) {
         page += &plot.to_svg();
@@ -316,6 +321,27 @@ fn facts(log: &Log) -> String {
         |(name, value)| format!("<div class=\"fact\"><b>{value}</b><span>{name}</span></div>");
     let facts: String = facts.into_iter().map(fact).collect();
     format!("<div class=\"facts\">{facts}</div>\n")
+}
+
+/// The sizes of the splits, and what was left out of them.
+fn splits(log: &Log) -> String {
+    let splits = log.last("data").and_then(|line| line["data"].as_object());
+    let sentence = |(name, split): (&String, &Value)| {
+        let number = |key: &str| split[key].as_u64().unwrap_or(0);
+        let left_out = match number("left_out") {
+            0 => String::new(),
+            n => format!("; {n} samples left out, with nothing in them to train on"),
+        };
+        format!(
+            "<p class=\"sub\">{}: {} samples of {} rows, {} tokens, {} targets{left_out}</p>\n",
+            escaped(name),
+            number("samples"),
+            number("rows"),
+            number("tokens"),
+            number("trained_tokens")
+        )
+    };
+    splits.into_iter().flatten().map(sentence).collect()
 }
 
 fn plots(log: &Log) -> Vec<Plot> {

@@ -15,13 +15,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use data::Corpus;
 use model::OperandRounding;
 use model::adapt::AdaptedModule;
-use train::{Recipe, RunDir, Session, SessionOptions};
+use train::{Recipe, RunDir, Schedule, Session, SessionOptions};
 
 use self::signals::Signals;
 use self::watcher::Watcher;
-use crate::console::{Console, DIVERGED, NO_MEMORY, NOT_FINITE, USAGE, WithCode, printable};
+use crate::console::{Console, DIVERGED, NO_MEMORY, NOT_FINITE, USAGE, WithCode};
 use crate::device::default_device;
-use crate::open::{find, token_cache};
+use crate::open::{find, note_keys, token_cache};
+use crate::rows::{note_changed, note_ignored, note_unused};
 
 /// Train with a recipe: pretraining, full fine-tuning, LoRA, DoRA or DPO.
 ///
@@ -33,33 +34,24 @@ pub(crate) struct Args {
     /// Recipe: TOML file. Not needed with --resume.
     #[arg(required_unless_present = "resume")]
     recipe: Option<PathBuf>,
-    /// Recipe setting to override, as section.key=value. May be repeated.
-    #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with = "resume")]
+    /// Recipe setting to override, as section.key=value. May be repeated. With --resume: the length of the run, its
+    /// learning rates, paths of files that were moved, and what is logged, measured and kept.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Run directory to create. Default: a new folder in runs/.
     #[arg(long, value_name = "RUN", conflicts_with = "resume")]
     out: Option<PathBuf>,
-    /// Run directory to resume from its latest checkpoint.
+    /// Run directory to resume from its latest checkpoint. A finished run goes on with --set train.steps=N.
     #[arg(long, value_name = "RUN", conflicts_with = "recipe")]
     resume: Option<PathBuf>,
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
-    let (recipe, old_run) = open_recipe(args)?;
-    let mut session = open_session(recipe, console)?;
-    let mut watcher = Watcher::new(&session, Signals::listen()?, console)?;
-    // The run directory is created last, so that a run that cannot start leaves none.
-    let (run, resumed) = match old_run {
-        Some(run) => {
-            let step = session.resume(&run)?;
-            (run, step)
-        }
-        None => {
-            let path = new_run(args.out.as_deref(), args.recipe.as_deref(), "");
-            (RunDir::create(&path, &session.recipe)?, None)
-        }
+    let (run, mut session) = match &args.resume {
+        Some(path) => resumed(path, &args.set, console)?,
+        None => started(args, console)?,
     };
-    describe(&session, resumed, run.path(), console)?;
+    let mut watcher = Watcher::new(&session, Signals::listen()?, console)?;
 
     let fitted = session.fit(&run, &mut watcher);
     let saved_activation_bytes = watcher.finish();
@@ -76,6 +68,85 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     console.memory();
     console.result(run.path().join(result).display());
     Ok(ExitCode::SUCCESS)
+}
+
+/// A new run of a recipe, with its session.
+fn started(args: &Args, console: &Console) -> anyhow::Result<(RunDir, Session)> {
+    let path = args.recipe.as_deref().unwrap_or(Path::new(""));
+    let recipe = Recipe::open(path, &args.set).map_err(usage)?;
+    let session = open_session(recipe, console)?;
+    describe(&session, console)?;
+    // The run directory is created last, so that a run that cannot start leaves none.
+    let path = new_run(args.out.as_deref(), args.recipe.as_deref(), "");
+    let run = RunDir::create(&path, &session.recipe)?;
+    let (path, steps) = (run.path().display(), session.total_steps());
+    console.note(format_args!("{path}: {steps} steps"));
+    Ok((run, session))
+}
+
+/// An existing run, perhaps with other settings, and its session as of the latest checkpoint.
+fn resumed(
+    path: &Path,
+    settings: &[String],
+    console: &Console,
+) -> anyhow::Result<(RunDir, Session)> {
+    let run = RunDir::open(path)?;
+    let before = run.recipe().map_err(usage)?;
+    let recipe = run.changed_recipe(settings).map_err(usage)?;
+    let found = run.locate(&recipe)?;
+    let mut session = open_named(found, recipe.model.path.as_deref(), console)?;
+    let step = session.resume(&run)?;
+    describe(&session, console)?;
+    if recipe != before {
+        run.replace_recipe(&recipe)?;
+    }
+    let ends = [&before, &session.recipe].map(|recipe| recipe.total_steps(session.train.rows()));
+    console.note(progress_of(&session, &run, step, ends));
+    if let Some(text) = new_rates([&before, &recipe], ends, session.steps_done()) {
+        console.note(text);
+    }
+    Ok((run, session))
+}
+
+/// Where a resumed run goes on, and whether its end has moved.
+fn progress_of(session: &Session, run: &RunDir, step: Option<u64>, ends: [u64; 2]) -> String {
+    let (path, [before, now]) = (run.path().display(), ends);
+    let step = step.unwrap_or(0);
+    let moved = if before == now {
+        String::new()
+    } else {
+        format!(", which ended at {before} before")
+    };
+    if !session.is_finished() {
+        return format!("{path}: resuming after step {step} of {now}{moved}");
+    }
+    let cure = if step < now {
+        "the validation loss stopped falling: `--set eval.patience=N` lets it go on"
+    } else {
+        "`--set train.steps=N` lets it go on"
+    };
+    format!("{path}: finished after step {step} of {now}{moved}; {cure}")
+}
+
+/// The learning rates of a run that goes on by another schedule, or to another end; none if nothing differs. Given the
+/// recipes and the ends, before and now, and the steps that are made.
+fn new_rates(recipes: [&Recipe; 2], ends: [u64; 2], step: u64) -> Option<String> {
+    let of = |recipe: &Recipe| (recipe.schedule.clone(), recipe.optimizer.learning_rate);
+    let is_same = of(recipes[0]) == of(recipes[1]) && ends[0] == ends[1];
+    if is_same || step == 0 || step >= ends[1] {
+        return None;
+    }
+    let [before, now] =
+        recipes.map(|recipe| Schedule::new(recipe.optimizer.learning_rate, &recipe.schedule));
+    let last = ends[1];
+    Some(format!(
+        "learning rate: {:.2e} in step {step}, by the schedule until then; {:.2e} in step {}, and {:.2e} in step {last}, \
+         where the schedule ends now",
+        before.rate(step - 1, ends[0]),
+        now.rate(step, last),
+        step + 1,
+        now.rate(last - 1, last),
+    ))
 }
 
 /// The exit code of a run that did not finish.
@@ -97,10 +168,20 @@ pub(crate) const TOKENIZING: &str = "tokenizing (kB)";
 
 /// Opens the session of a recipe, with a progress bar for tokenizing.
 pub(crate) fn open_session(recipe: Recipe, console: &Console) -> anyhow::Result<Session> {
+    open_named(recipe, None, console)
+}
+
+/// [`open_session`] with the name of the base in an adapter, if it is not the recipe's path.
+fn open_named(
+    recipe: Recipe,
+    base_name: Option<&str>,
+    console: &Console,
+) -> anyhow::Result<Session> {
     let (progress, cache) = (RefCell::new(None), token_cache());
     let options = SessionOptions {
         device: &default_device(),
         resolve: &|model| find(model).map_err(|error| train::Error::Resolve(format!("{error:#}"))),
+        base_name,
         token_cache: cache.as_deref(),
         tokenizing: &|done, total| {
             let mut progress = progress.borrow_mut();
@@ -113,28 +194,72 @@ pub(crate) fn open_session(recipe: Recipe, console: &Console) -> anyhow::Result<
     if let Some(progress) = progress.into_inner() {
         progress.finish();
     }
-    let corpora = [Some(&session.train.corpus), session.valid.as_ref()];
-    for corpus in corpora.into_iter().flatten() {
-        note_reading(corpus, console);
+    note_unused(&session.train.unused_files, console);
+    if let Some(base) = session.base_folder() {
+        note_keys(base, console)?;
     }
+    note_reading("training rows", &session.train.corpus, console);
+    if let Some(corpus) = &session.valid {
+        note_reading("validation rows", corpus, console);
+    }
+    for warning in session.warnings() {
+        console.note(format_args!("warning: {warning}"));
+    }
+    note_endless(
+        &session.train.corpus,
+        "training rows",
+        &end_ids(&session)?,
+        console,
+    )?;
     Ok(session)
 }
 
-/// Notes what was ignored in the data.
-pub(crate) fn note_reading(corpus: &Corpus, console: &Console) {
-    if !corpus.ignored_keys.is_empty() {
-        let names: Vec<String> = corpus
-            .ignored_keys
-            .iter()
-            .map(|key| printable(key, &[]))
-            .collect();
-        console.note(format_args!("ignored keys in rows: {}", names.join(", ")));
+/// The tokens that end a text of a session's model.
+fn end_ids(session: &Session) -> anyhow::Result<Vec<u32>> {
+    let mut ids = session.end_ids.clone();
+    if let Some(base) = session.base_folder() {
+        ids.extend(infer::end_of_text(base, None)?.ids);
     }
-    let (counts, samples) = (corpus.counts, corpus.len());
-    if counts.untrained_samples > 0 {
+    ids.sort_unstable();
+    ids.dedup();
+    Ok(ids)
+}
+
+/// Warns of samples that do not teach the model to end a text.
+pub(crate) fn note_endless(
+    corpus: &Corpus,
+    file: &str,
+    end_ids: &[u32],
+    console: &Console,
+) -> anyhow::Result<()> {
+    let Some(samples) = corpus.endless_samples(end_ids)? else {
+        return Ok(());
+    };
+    let cure = if end_ids.is_empty() {
+        "the model names no such token; give `eos_token` in tokenizer_config.json".to_owned()
+    } else {
+        format!("these are {end_ids:?}; let rows or the chat template end with one")
+    };
+    console.note(format_args!(
+        "warning: {file}: none of {samples} samples trains a token that ends a text, so a model does not learn to end one: {cure}"
+    ));
+    Ok(())
+}
+
+/// Notes what was ignored in the data, which has a name, and what is not as the rows have it.
+pub(crate) fn note_reading(what: &str, corpus: &Corpus, console: &Console) {
+    note_ignored(&corpus.ignored_keys, console);
+    note_changed(&corpus.notes, console);
+    let (untrained, left_out) = (corpus.counts.untrained_samples, corpus.left_out);
+    if untrained > 0 {
+        let samples = corpus.len() + left_out;
+        let pairs = match left_out > untrained {
+            true => format!(", {left_out} with the other answers of their pairs"),
+            false => String::new(),
+        };
         console.note(format_args!(
-            "{} of {samples} samples have no trained token",
-            counts.untrained_samples
+            "{what}: {untrained} of {samples} samples have nothing to train on, because it is masked or beyond the maximum \
+             length: training leaves them out{pairs}"
         ));
     }
     if let Some(problem) = &corpus.cache_problem {
@@ -142,16 +267,6 @@ pub(crate) fn note_reading(corpus: &Corpus, console: &Console) {
             "tokenized rows are not cached for the next run: {problem}"
         ));
     }
-}
-
-/// The recipe, and the run directory if a run is resumed.
-fn open_recipe(args: &Args) -> anyhow::Result<(Recipe, Option<RunDir>)> {
-    if let Some(path) = &args.resume {
-        let run = RunDir::open(path)?;
-        return Ok((run.recipe().map_err(usage)?, Some(run)));
-    }
-    let path = args.recipe.as_deref().unwrap_or(Path::new(""));
-    Ok((Recipe::open(path, &args.set).map_err(usage)?, None))
 }
 
 /// A wrong recipe, with the exit code of wrong usage.
@@ -175,14 +290,13 @@ pub(crate) fn new_run(out: Option<&Path>, recipe: Option<&Path>, purpose: &str) 
     )
 }
 
-fn describe(
-    session: &Session,
-    resumed: Option<u64>,
-    run: &Path,
-    console: &Console,
-) -> anyhow::Result<()> {
+/// What a session trains, on which samples.
+fn describe(session: &Session, console: &Console) -> anyhow::Result<()> {
     if !session.adapted.is_empty() {
         console.note(adapted_table(&session.adapted));
+    }
+    if let Some(unread) = session.unread_by_peft() {
+        console.note(unread);
     }
     let (counts, samples) = (session.train.corpus.counts, session.train.corpus.len());
     console.note(format_args!(
@@ -208,14 +322,6 @@ fn describe(
     if session.compute() != OperandRounding::F32 || session.quantizer.is_some() {
         console.note(session.policy()?);
     }
-    console.note(match resumed {
-        Some(step) => format!(
-            "{}: resuming after step {step} of {}",
-            run.display(),
-            session.total_steps()
-        ),
-        None => format!("{}: {} steps", run.display(), session.total_steps()),
-    });
     Ok(())
 }
 
@@ -251,10 +357,12 @@ fn adapted_table(adapted: &[AdaptedModule]) -> String {
         .max("module".len());
     let mut table = format!("{:width$}  layers  rank  alpha  parameters", "module");
     for (kind, n, first, parameters) in &kinds {
-        table += &format!(
-            "\n{kind:width$}  {n:6}  {:4}  {:5}  {parameters:10}",
-            first.rank, first.alpha
-        );
+        // A whole weight has neither.
+        let [rank, alpha] = match first.rank {
+            0 => ["-".into(), "-".into()],
+            rank => [rank.to_string(), first.alpha.to_string()],
+        };
+        table += &format!("\n{kind:width$}  {n:6}  {rank:>4}  {alpha:>5}  {parameters:10}");
     }
     table
 }

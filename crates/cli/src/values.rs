@@ -71,6 +71,9 @@ pub(crate) enum FolderFormat {
     /// All weights in bf16.
     #[value(name = "hf:bf16", alias = "bf16")]
     Bf16,
+    /// All weights in f16. Values above 65,504 are refused.
+    #[value(name = "hf:f16", alias = "f16")]
+    F16,
     /// All weights in f32.
     #[value(name = "hf:f32", alias = "f32")]
     F32,
@@ -83,6 +86,7 @@ impl FolderFormat {
     pub(crate) fn weight_format(self) -> WeightFormat {
         match self {
             Self::Bf16 => WeightFormat::Bf16,
+            Self::F16 => WeightFormat::F16,
             Self::F32 => WeightFormat::F32,
             Self::Fp8 => WeightFormat::Fp8,
         }

@@ -1,7 +1,7 @@
-//! A GGUF's tokenizer as the files that stand with a folder's weights.
+//! A GGUF's tokenizer, and its ends of a text, as the files that stand with a folder's weights.
 
 use crate::tokenizer::TokenizerFiles;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::Path;
@@ -21,7 +21,14 @@ pub fn companions(
         return Ok(Vec::new());
     };
     let files = tokenizer.files()?.into_iter();
-    Ok(files
+    let mut files: Vec<_> = files
         .map(|(name, text)| (name.to_owned(), text.into_owned()))
-        .collect())
+        .collect();
+    // The config of the folder has one end.
+    let ends = tokenizer.gguf_ends();
+    if ends.len() > 1 {
+        let config = json!({ "eos_token_id": ends });
+        files.push(("generation_config.json".to_owned(), format!("{config:#}\n")));
+    }
+    Ok(files)
 }

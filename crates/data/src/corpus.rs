@@ -2,55 +2,39 @@
 //!
 //! Memory holds the place and the length of each sample, not its tokens: a data set may be larger than memory. Every row is
 //! read and tokenized once at the start, so that a broken one is found before training, and the tokens go into the
-//! [cache](crate::token_cache). Without a cache folder, a row is tokenized again for each of its samples that is read.
+//! [cache](crate::token_cache). Without a cache folder, a row is tokenized again for each of its samples that is read; rows of
+//! files without lines are then kept in a temporary file, because nothing else says where one begins.
 
+use crate::columns::Columns;
 use crate::entry::{Counts, SampleEntry};
 use crate::error::{Error, Result};
 use crate::file::line_at;
-use crate::reader::{RowFilter, RowReader, RowSamples, note_ignored};
+use crate::notes::{RowNotes, add_notes};
+use crate::reader::{IgnoredKeys, ReadOptions, RowFilter, RowReader, RowSamples, note_ignored};
+use crate::row::Limits;
 use crate::sample::Sample;
+use crate::table::FileFormat;
 use crate::token_cache::{CacheKey, CacheWriter, TokenCache};
 use crate::tokenizer::Tokenizer;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-
-/// How files are read.
-#[derive(Clone, Copy)]
-pub struct ReadOptions<'a> {
-    /// May be `None` if all rows are `input_ids`.
-    pub tokenizer: Option<&'a Tokenizer>,
-    /// The longest sample, in tokens.
-    pub max_length: usize,
-    /// The model's vocabulary size.
-    pub vocab_size: usize,
-    /// The accepted rows.
-    pub filter: RowFilter,
-    /// The folder of the token cache.
-    pub cache: Option<&'a Path>,
-    /// Receives how many bytes are tokenized, and how many there are. Not called for cached files.
-    pub progress: &'a dyn Fn(u64, u64),
-}
-
-impl std::fmt::Debug for ReadOptions<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ReadOptions")
-            .field("max_length", &self.max_length)
-            .field("vocab_size", &self.vocab_size)
-            .field("cache", &self.cache)
-            .finish_non_exhaustive()
-    }
-}
 
 /// The samples of files, one file after the other.
 #[derive(Debug)]
 pub struct Corpus {
     files: Vec<CorpusFile>,
-    /// Counts over all files.
+    /// Counts over all files, of the samples that stay and of all rows.
     pub counts: Counts,
-    /// Names of unread keys of rows.
-    pub ignored_keys: BTreeSet<String>,
+    /// Number of samples that are left out because they, or the other answer of their pair, have no target. None are if
+    /// all rows are accepted.
+    pub left_out: usize,
+    /// Unread keys of rows, each with the number of rows that have it.
+    pub ignored_keys: BTreeMap<String, usize>,
+    /// Sentences on what of the rows is not as it is written, such as a role that the chat template does not know.
+    pub notes: BTreeSet<String>,
     /// Why tokens are not in the cache folder, if there is one and they are not.
     pub cache_problem: Option<String>,
 }
@@ -61,7 +45,9 @@ struct CorpusFile {
     path: PathBuf,
     entries: Vec<SampleEntry>,
     counts: Counts,
-    ignored_keys: BTreeSet<String>,
+    left_out: usize,
+    ignored_keys: IgnoredKeys,
+    notes: RowNotes,
     key: CacheKey,
     source: TokenSource,
 }
@@ -71,10 +57,11 @@ struct CorpusFile {
 enum TokenSource {
     Cache(TokenCache),
     Rows {
+        /// Lines: the file itself, or a temporary one.
         file: Mutex<File>,
         tokenizer: Option<Box<Tokenizer>>,
-        max_length: usize,
-        vocab_size: usize,
+        limits: Limits,
+        columns: Columns,
     },
 }
 
@@ -90,18 +77,25 @@ impl Corpus {
         let mut corpus = Self {
             files: Vec::new(),
             counts: Counts::default(),
-            ignored_keys: BTreeSet::new(),
+            left_out: 0,
+            ignored_keys: IgnoredKeys::new(),
+            notes: RowNotes::new(),
             cache_problem: None,
         };
+        let unread = options.tokenizer.map(Tokenizer::unread_keys);
+        for key in unread.unwrap_or_default() {
+            let note = format!("tokenizer_config.json: the key `{key}` is not known, and not read");
+            corpus.notes.insert(note);
+        }
         let mut before = 0;
         for path in paths {
             let tell = |bytes| (options.progress)(before + bytes, total);
-            let (file, problem) = CorpusFile::open(path, options, &tell)?;
+            let (mut file, problem) = CorpusFile::open(path, options, &tell)?;
+            file.leave_out_untrained(options.filter);
             corpus.counts.add(file.counts);
-            note_ignored(
-                &mut corpus.ignored_keys,
-                file.ignored_keys.iter().cloned().collect(),
-            );
+            corpus.left_out += file.left_out;
+            note_ignored(&mut corpus.ignored_keys, file.ignored_keys.clone());
+            add_notes(&mut corpus.notes, &file.notes);
             corpus.cache_problem = corpus.cache_problem.or(problem);
             corpus.files.push(file);
             before += size(path);
@@ -140,9 +134,13 @@ impl Corpus {
         self.entries().map(|entry| entry.fingerprint)
     }
 
-    /// A text that identifies the data: rows, tokenizer, template and maximum length.
+    /// A text that identifies the data: rows, tokenizer, template and maximum length, and whether samples are left out.
     pub fn identity(&self) -> String {
-        CacheKey::of_all(self.files.iter().map(|file| file.key)).to_string()
+        let all = CacheKey::of_all(self.files.iter().map(|file| file.key)).to_string();
+        match self.left_out {
+            0 => all,
+            left_out => format!("{all}-{left_out}"),
+        }
     }
 
     /// A sample, counted from 0 over all files.
@@ -175,8 +173,7 @@ impl CorpusFile {
         options: ReadOptions<'_>,
         tell: &dyn Fn(u64),
     ) -> Result<(Self, Option<String>)> {
-        let (max_length, vocab_size) = (options.max_length, options.vocab_size);
-        let reader = RowReader::new(options.tokenizer, max_length, vocab_size, options.filter)?;
+        let reader = RowReader::new(&options)?;
         let key = CacheKey::of(path, &reader)?;
         let cached = options.cache.map(|folder| folder.join(key.file_name()));
         if let Some(cache) = cached
@@ -188,17 +185,25 @@ impl CorpusFile {
 
         let mut index = FileIndex::default();
         let mut writer = cached.as_deref().map(CacheWriter::create);
-        reader.read(path, |row| {
-            index.add(&row);
+        let is_lines = FileFormat::of(path)?.is_lines();
+        let is_cached = matches!(writer, Some(Ok(_)));
+        let mut spool = (!is_lines && !is_cached).then(Spool::new).transpose()?;
+        reader.read(path, |mut row| {
+            tell(row.text.end);
+            if let Some(spool) = &mut spool {
+                row.text.offset = spool.add(&row.text.text)?;
+            }
             if let Some(Ok(open)) = &mut writer
                 && let Err(problem) = open.add(&row)
             {
                 writer = Some(Err(problem));
             }
-            tell(row.end);
+            index.add(&row);
             Ok(())
         })?;
-        let finish = |writer: CacheWriter| writer.finish(key, &index.counts, &index.ignored_keys);
+        let finish = |writer: CacheWriter| {
+            writer.finish(key, &index.counts, &index.ignored_keys, &index.notes)
+        };
         let finished = writer.map(|writer| writer.and_then(finish));
         let problem = match (finished, cached) {
             (Some(Ok(())), Some(file)) => match TokenCache::open(&file, key) {
@@ -208,25 +213,21 @@ impl CorpusFile {
             (Some(Err(problem)), Some(file)) => Some(format!("{}: {problem}", file.display())),
             _ => None,
         };
-        let file = File::open(path).map_err(|problem| Error::Read {
-            path: path.to_owned(),
-            problem,
-        })?;
+        if !is_lines && spool.is_none() {
+            // The cache failed on the way, and nobody knows where the rows are.
+            let options = ReadOptions {
+                cache: None,
+                ..options
+            };
+            return Ok((Self::open(path, options, tell)?.0, problem));
+        }
         let source = TokenSource::Rows {
-            file: Mutex::new(file),
+            file: Mutex::new(Spool::file(spool, path)?),
             tokenizer: options.tokenizer.cloned().map(Box::new),
-            max_length,
-            vocab_size,
+            limits: reader.limits,
+            columns: options.columns.clone(),
         };
-        let opened = Self {
-            path: path.to_owned(),
-            entries: index.entries,
-            counts: index.counts,
-            ignored_keys: index.ignored_keys,
-            key,
-            source,
-        };
-        Ok((opened, problem))
+        Ok((index.into_file(path, key, source), problem))
     }
 
     fn cached(path: &Path, key: CacheKey, mut cache: TokenCache) -> Self {
@@ -234,9 +235,30 @@ impl CorpusFile {
             path: path.to_owned(),
             entries: std::mem::take(&mut cache.entries),
             counts: cache.counts,
+            left_out: 0,
             ignored_keys: std::mem::take(&mut cache.ignored_keys),
+            notes: std::mem::take(&mut cache.notes),
             key,
             source: TokenSource::Cache(cache),
+        }
+    }
+
+    /// Leaves out samples without a target, and pairs with an answer that has none: they teach nothing, and a batch of
+    /// them has no loss.
+    fn leave_out_untrained(&mut self, filter: RowFilter) {
+        let size = match filter {
+            RowFilter::Samples => 1,
+            RowFilter::Pairs => 2,
+            RowFilter::Any => return,
+        };
+        let is_trained =
+            |unit: &&[SampleEntry]| unit.iter().all(|sample| sample.trained_tokens > 0);
+        let kept = self.entries.chunks(size).filter(is_trained);
+        let kept: Vec<SampleEntry> = kept.flatten().copied().collect();
+        self.left_out = self.entries.len() - kept.len();
+        if self.left_out > 0 {
+            self.counts.recount(&kept);
+            self.entries = kept;
         }
     }
 
@@ -246,8 +268,8 @@ impl CorpusFile {
             TokenSource::Rows {
                 file,
                 tokenizer,
-                max_length,
-                vocab_size,
+                limits,
+                columns,
             } => {
                 let changed = || Error::Changed {
                     path: self.path.clone(),
@@ -255,17 +277,56 @@ impl CorpusFile {
                 let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
                 let line = line_at(&mut file, &self.path, entry.offset)?;
                 drop(file);
-                let reader = RowReader::new(
-                    tokenizer.as_deref(),
-                    *max_length,
-                    *vocab_size,
-                    RowFilter::Any,
-                )?;
-                let (samples, _) = reader.row(&line).map_err(|_| changed())?;
+                let reader = RowReader {
+                    tokenizer: tokenizer.as_deref(),
+                    limits: *limits,
+                    filter: RowFilter::Any,
+                    columns,
+                };
+                let (samples, ..) = reader.row(&line).map_err(|_| changed())?;
                 let sample = samples.into_iter().nth(entry.piece as usize);
                 let same = |sample: &Sample| sample.fingerprint() == entry.fingerprint;
                 sample.filter(same).ok_or_else(changed)
             }
+        }
+    }
+}
+
+/// A temporary file of lines. It has no name, and is gone when it is closed.
+struct Spool {
+    file: File,
+    bytes: u64,
+}
+
+impl Spool {
+    fn new() -> Result<Self> {
+        let file = tempfile::tempfile().map_err(Self::failed)?;
+        Ok(Self { file, bytes: 0 })
+    }
+
+    /// The file of lines to read a row from: the temporary one, or else the one at `path`.
+    fn file(spool: Option<Self>, path: &Path) -> Result<File> {
+        let file = spool.map_or_else(|| File::open(path), |spool| Ok(spool.file));
+        file.map_err(|problem| Error::Read {
+            path: path.to_owned(),
+            problem,
+        })
+    }
+
+    /// Appends a row; returns its offset.
+    fn add(&mut self, row: &str) -> Result<u64> {
+        let offset = self.bytes;
+        // JSON as it was written may stand on several lines, and white space between its parts is all that can break them.
+        let line = format!("{}\n", row.replace(['\n', '\r'], " "));
+        self.file.write_all(line.as_bytes()).map_err(Self::failed)?;
+        self.bytes += line.len() as u64;
+        Ok(offset)
+    }
+
+    fn failed(problem: std::io::Error) -> Error {
+        Error::Read {
+            path: std::env::temp_dir(),
+            problem,
         }
     }
 }
@@ -275,17 +336,35 @@ impl CorpusFile {
 struct FileIndex {
     entries: Vec<SampleEntry>,
     counts: Counts,
-    ignored_keys: BTreeSet<String>,
+    ignored_keys: IgnoredKeys,
+    notes: RowNotes,
 }
 
 impl FileIndex {
+    fn into_file(self, path: &Path, key: CacheKey, source: TokenSource) -> CorpusFile {
+        CorpusFile {
+            path: path.to_owned(),
+            entries: self.entries,
+            counts: self.counts,
+            left_out: 0,
+            ignored_keys: self.ignored_keys,
+            notes: self.notes,
+            key,
+            source,
+        }
+    }
+
     fn add(&mut self, row: &RowSamples) {
         self.counts.add_row(&row.samples);
-        note_ignored(&mut self.ignored_keys, row.ignored.clone());
+        note_ignored(
+            &mut self.ignored_keys,
+            row.ignored.iter().map(|key| (key.clone(), 1)),
+        );
+        add_notes(&mut self.notes, &row.notes);
         let entries = row.samples.iter().zip(0..);
         let entry = |(sample, piece)| SampleEntry {
             piece,
-            ..SampleEntry::of(sample, row.offset)
+            ..SampleEntry::of(sample, row.text.offset)
         };
         self.entries.extend(entries.map(entry));
     }
@@ -308,6 +387,7 @@ mod tests {
             max_length: 4,
             vocab_size: 288,
             filter: RowFilter::Samples,
+            columns: &Columns::default(),
             cache,
             progress: tokenized,
         };
@@ -332,16 +412,53 @@ mod tests {
         let cache = folder.path().join("cache");
         for cache in [None, Some(cache.as_path()), Some(&cache)] {
             let corpus = open(std::slice::from_ref(&path), cache, &|_, _| {});
-            assert_eq!(samples(&corpus), split.samples);
-            assert_eq!(corpus.counts, split.counts);
-            assert_eq!(corpus.ignored_keys, BTreeSet::from(["id".to_owned()]));
-            assert_eq!(corpus.lengths(), [4, 4, 3, 4, 4]);
+            // The last row is cut before its only target.
+            let (kept, left_out) = split.samples.split_at(4);
+            assert_eq!((samples(&corpus).as_slice(), corpus.left_out), (kept, 1));
+            let counts = Counts {
+                tokens: split.counts.tokens - left_out[0].ids.len(),
+                ..split.counts
+            };
+            assert_eq!(corpus.counts, counts);
+            assert_eq!(
+                corpus.ignored_keys,
+                IgnoredKeys::from([("id".to_owned(), 1)])
+            );
+            assert_eq!(corpus.lengths(), [4, 4, 3, 4]);
             assert_eq!(corpus.cache_problem, None);
         }
         let two = open(&[path.clone(), path], Some(&cache), &|_, _| {});
-        assert_eq!((two.len(), two.samples_per_file()), (10, vec![5, 5]));
-        assert_eq!(two.sample(7).unwrap(), split.samples[2]);
+        assert_eq!((two.len(), two.samples_per_file()), (8, vec![4, 4]));
+        assert_eq!(two.sample(6).unwrap(), split.samples[2]);
         assert_eq!(two.counts.rows, 6);
+    }
+
+    #[test]
+    fn a_pair_goes_with_either_answer_and_all_rows_stay_where_they_are_looked_at() {
+        let folder = tempfile::tempdir().unwrap();
+        // Four tokens hold the whole of the second pair, and none of the first one's answers.
+        let rows = "{\"prompt\": \"qzxjkv\", \"chosen\": \"w\", \"rejected\": \"q\"}\n\
+                    {\"prompt\": \"q\", \"chosen\": \"w\", \"rejected\": \"z\"}\n";
+        let path = file(folder.path(), "train.jsonl", rows);
+        let tokenizer = tokenizer(None, true);
+        let open = |filter| {
+            let options = ReadOptions {
+                tokenizer: Some(&tokenizer),
+                max_length: 4,
+                vocab_size: 288,
+                filter,
+                columns: &Columns::default(),
+                cache: None,
+                progress: &|_, _| {},
+            };
+            Corpus::open(std::slice::from_ref(&path), options).unwrap()
+        };
+        let (all, pairs) = (open(RowFilter::Any), open(RowFilter::Pairs));
+        assert_eq!((all.len(), all.left_out), (4, 0));
+        assert_eq!((pairs.len(), pairs.left_out), (2, 2));
+        assert_eq!(samples(&pairs), samples(&all)[2..]);
+        assert_eq!(pairs.counts.rows, 2);
+        assert_ne!(pairs.identity(), all.identity());
     }
 
     #[test]
@@ -417,7 +534,8 @@ mod tests {
             &|_, _| {},
         );
         assert!(corpus.cache_problem.is_some());
-        assert_eq!(corpus.sample(4).unwrap().ids, [9, 8, 7, 6]);
+        let (first, last) = (corpus.sample(0).unwrap(), corpus.sample(3).unwrap());
+        assert_ne!(first, last);
         file(folder.path(), "train.jsonl", &ROWS.replace("qz", "zq"));
         let problem = corpus.sample(0).unwrap_err().to_string();
         assert!(problem.contains("changed while it was in use"), "{problem}");

@@ -32,7 +32,7 @@ pub struct Counts {
     pub trained_bytes: usize,
     /// Rows that lost tokens to the maximum length.
     pub truncated_rows: usize,
-    /// Samples without a target. They stay, so that another program's batches can be replayed.
+    /// Samples without a target.
     pub untrained_samples: usize,
 }
 
@@ -65,6 +65,15 @@ impl Counts {
             truncated_rows: count(|sample| sample.truncated),
             untrained_samples: count(|sample| sample.trained_tokens() == 0),
         });
+    }
+
+    /// Counts the tokens of these samples alone. Rows, and samples without a target, stay counted.
+    pub(crate) fn recount(&mut self, samples: &[SampleEntry]) {
+        let sum =
+            |of: fn(&SampleEntry) -> u32| samples.iter().map(|sample| of(sample) as usize).sum();
+        self.tokens = sum(|sample| sample.tokens);
+        self.trained_tokens = sum(|sample| sample.trained_tokens);
+        self.trained_bytes = sum(|sample| sample.trained_bytes);
     }
 
     /// Adds the counts of another file.

@@ -20,6 +20,24 @@ pub enum Error {
         problem: std::io::Error,
     },
 
+    /// A file, or a folder that it should be in, is a link to nothing.
+    #[error("{}: cannot read: `{}` is a link to `{}`, which does not exist", path.display(), link.display(), target.display())]
+    BrokenLink {
+        /// The file.
+        path: PathBuf,
+        /// The link: the file, or a folder of it.
+        link: PathBuf,
+        /// Where the link leads.
+        target: PathBuf,
+    },
+
+    /// A repository was copied without its large files.
+    #[error("{}: this is a git-lfs pointer, not the file itself; run `git lfs pull` in its repository, or download the file again", path.display())]
+    LfsPointer {
+        /// The file.
+        path: PathBuf,
+    },
+
     /// A file is larger than any real one.
     #[error("{}: expected at most {limit_bytes} bytes, found more", path.display())]
     TooLarge {
@@ -38,13 +56,13 @@ pub enum Error {
         problem: String,
     },
 
-    /// A line of a JSON-lines file is malformed.
-    #[error("{}:{line}: {problem}", path.display())]
+    /// A row of a file is malformed.
+    #[error("{}{place}: {problem}", path.display())]
     Row {
         /// The file.
         path: PathBuf,
-        /// The line, counted from 1.
-        line: usize,
+        /// The place in it.
+        place: Place,
         /// The problem.
         problem: Box<Self>,
     },
@@ -77,12 +95,28 @@ pub enum Error {
         index: usize,
     },
 
+    /// The chat template shows a part of a conversation nowhere.
+    #[error(
+        "the chat template leaves out {part} of message {index} (role `{role}`): remove it from the row, or give the model a template that shows it"
+    )]
+    LeftOut {
+        /// The key within the message.
+        part: String,
+        /// The message, counted from 0.
+        index: usize,
+        /// Its role.
+        role: String,
+    },
+
     /// The tokenizer failed on a text or on ids.
     #[error("tokenizer: {0}")]
     Tokenize(String),
 
     /// A token without an embedding in the model.
-    #[error("expected token ids below the vocabulary size {vocab_size}, found {id}")]
+    #[error(
+        "expected token ids below the vocabulary size {vocab_size}, found {id}; the model has no embedding for it: use \
+         the model's own tokenizer, or a model whose embedding was enlarged for this one"
+    )]
     Vocabulary {
         /// The token id.
         id: u32,
@@ -120,13 +154,35 @@ pub enum Error {
     },
 
     /// No token of a whole split is a target.
-    #[error("{}: no token to train on in {rows} rows", path.display())]
+    #[error(
+        "{}: no token to train on in {rows} rows; each is masked, or cut before its first trained token by the maximum \
+         length (`data.max_length`)",
+        path.display()
+    )]
     NothingTrained {
         /// The file.
         path: PathBuf,
         /// Number of its rows.
         rows: usize,
     },
+}
+
+/// The place of a row in its file, counted from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A line of text.
+    Line(usize),
+    /// A row of a table that has no lines.
+    Row(usize),
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Line(number) => write!(f, ":{number}"),
+            Self::Row(number) => write!(f, ", row {number}"),
+        }
+    }
 }
 
 impl Error {
@@ -144,11 +200,11 @@ impl Error {
         }
     }
 
-    /// The error with its file and line.
-    pub(crate) fn at(self, path: &Path, line: usize) -> Self {
+    /// The error with its file and place.
+    pub(crate) fn at(self, path: &Path, place: Place) -> Self {
         Self::Row {
             path: path.to_path_buf(),
-            line,
+            place,
             problem: Box::new(self),
         }
     }

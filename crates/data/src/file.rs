@@ -2,14 +2,85 @@
 //!
 //! Files are untrusted: sizes are bounded before memory is allocated, and text must be UTF-8.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Place, Result};
+use crate::jinja::keep_exact;
 use serde_json::Value;
+use std::borrow::Cow;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
-use std::path::Path;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
 
-/// Maximum length of a line of a JSON-lines file. A row is one document; the longest known are books.
-const MAX_ROW_BYTES: u64 = 16 << 20;
+/// Maximum length of a row as JSON. A row is one document; the longest known are books.
+pub(crate) const MAX_ROW_BYTES: u64 = 16 << 20;
+
+/// Opens a file of data or of a tokenizer.
+///
+/// # Errors
+/// If it cannot be opened, or is what git-lfs puts in place of a large file.
+pub(crate) fn open(path: &Path) -> Result<File> {
+    const POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
+
+    let read = |problem| Error::Read {
+        path: path.to_path_buf(),
+        problem,
+    };
+    let mut file = File::open(path).map_err(|problem| match broken_link(path, &problem) {
+        Some([link, target]) => Error::BrokenLink {
+            path: path.to_path_buf(),
+            link,
+            target,
+        },
+        None => read(problem),
+    })?;
+    let mut start = Vec::new();
+    file.by_ref()
+        .take(POINTER.len() as u64)
+        .read_to_end(&mut start)
+        .map_err(read)?;
+    if start == POINTER {
+        return Err(Error::LfsPointer {
+            path: path.to_path_buf(),
+        });
+    }
+    file.rewind().map_err(read)?;
+    Ok(file)
+}
+
+/// [`open`] for a file that may be absent.
+///
+/// # Errors
+/// As there; a link to nothing is not absent.
+pub(crate) fn open_optional(path: &Path) -> Result<Option<File>> {
+    match open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(Error::Read { problem, .. }) if problem.kind() == ErrorKind::NotFound => Ok(None),
+        Err(problem) => Err(problem),
+    }
+}
+
+/// The link that leads to nothing, and where it leads, if that is why nothing was found at a path.
+// This is in `checkpoint` too: neither crate knows the other.
+fn broken_link(path: &Path, problem: &std::io::Error) -> Option<[PathBuf; 2]> {
+    if problem.kind() != ErrorKind::NotFound {
+        return None;
+    }
+    // The first part of the path that is there.
+    let link = path
+        .ancestors()
+        .find(|path| path.symlink_metadata().is_ok())?;
+    let target = link.read_link().ok()?;
+    (!link.exists()).then(|| [link.to_owned(), target])
+}
+
+/// Unpacked bytes for each byte of a packed file or page. Text is packed to a tenth, rarely to a hundredth.
+pub(crate) const UNPACKED_PER_BYTE: u64 = 200;
+
+/// A column of a table whose type has no form in a row, and a word for the type.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct UnreadColumn {
+    pub(crate) name: String,
+    pub(crate) found: String,
+}
 
 /// Reads a text file of at most `limit_bytes`; `None` if there is no such file.
 pub(crate) fn read_text(path: &Path, limit_bytes: u64) -> Result<Option<String>> {
@@ -17,10 +88,8 @@ pub(crate) fn read_text(path: &Path, limit_bytes: u64) -> Result<Option<String>>
         path: path.to_path_buf(),
         problem,
     };
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(problem) if problem.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(problem) => return Err(read(problem)),
+    let Some(file) = open_optional(path)? else {
+        return Ok(None);
     };
     let mut bytes = Vec::new();
     file.take(limit_bytes + 1)
@@ -41,73 +110,61 @@ pub(crate) fn read_text(path: &Path, limit_bytes: u64) -> Result<Option<String>>
 pub(crate) fn require_text(path: &Path, limit_bytes: u64) -> Result<String> {
     read_text(path, limit_bytes)?.ok_or_else(|| Error::Read {
         path: path.to_path_buf(),
-        problem: std::io::ErrorKind::NotFound.into(),
+        problem: ErrorKind::NotFound.into(),
     })
 }
 
-/// A line of a JSON-lines file that is not blank.
+/// A row as JSON text: a line of a JSON-lines file that is not blank, or what a row of another table becomes.
 #[derive(Debug)]
-pub(crate) struct JsonLine {
-    /// Counted from 1.
-    pub(crate) number: usize,
-    /// The offset of its beginning.
+pub(crate) struct RowText {
+    pub(crate) place: Place,
+    /// The offset of its beginning in a file of lines; 0 in others.
     pub(crate) offset: u64,
-    /// The offset of the next line.
+    /// How many bytes of the file are read.
     pub(crate) end: u64,
     /// Without white space around it.
     pub(crate) text: String,
 }
 
-/// The lines of a JSON-lines file. Blank lines are skipped, and so is a byte-order mark.
-pub(crate) struct JsonLines<'a> {
-    path: &'a Path,
-    reader: BufReader<File>,
+/// The lines of JSON-lines text. Blank lines are skipped, and so is a byte-order mark.
+#[derive(Debug)]
+pub(crate) struct JsonLines<R> {
+    path: PathBuf,
+    reader: R,
     number: usize,
     offset: u64,
 }
 
-impl<'a> JsonLines<'a> {
-    pub(crate) fn open(path: &'a Path) -> Result<Self> {
-        let file = File::open(path).map_err(|problem| Error::Read {
+impl<R: BufRead> JsonLines<R> {
+    pub(crate) fn new(path: &Path, reader: R) -> Self {
+        Self {
             path: path.to_path_buf(),
-            problem,
-        })?;
-        Ok(Self {
-            path,
-            reader: BufReader::new(file),
+            reader,
             number: 0,
             offset: 0,
-        })
+        }
     }
 
-    fn read(&mut self) -> Result<Option<JsonLine>> {
+    pub(crate) fn read(&mut self) -> Result<Option<RowText>> {
         loop {
-            let (number, offset) = (self.number + 1, self.offset);
-            let bytes = bounded_line(&mut self.reader, self.path, Some(number))?;
+            let (place, offset) = (Place::Line(self.number + 1), self.offset);
+            let bytes = bounded_line(&mut self.reader, &self.path, Some(place))?;
             if bytes.is_empty() {
                 return Ok(None);
             }
-            self.number = number;
+            self.number += 1;
             self.offset += bytes.len() as u64;
             let text =
-                text_of(bytes, offset).map_err(|problem: Error| problem.at(self.path, number))?;
+                text_of(bytes, offset).map_err(|problem: Error| problem.at(&self.path, place))?;
             if !text.is_empty() {
-                return Ok(Some(JsonLine {
-                    number,
+                return Ok(Some(RowText {
+                    place,
                     offset,
                     end: self.offset,
                     text,
                 }));
             }
         }
-    }
-}
-
-impl Iterator for JsonLines<'_> {
-    type Item = Result<JsonLine>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        self.read().transpose()
     }
 }
 
@@ -122,7 +179,7 @@ pub(crate) fn line_at(file: &mut File, path: &Path, offset: u64) -> Result<Strin
 }
 
 /// The bytes through the next line end; none at the end of the file.
-fn bounded_line(reader: &mut impl BufRead, path: &Path, number: Option<usize>) -> Result<Vec<u8>> {
+fn bounded_line(reader: &mut impl BufRead, path: &Path, place: Option<Place>) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let mut bounded = reader.take(MAX_ROW_BYTES + 1);
     bounded
@@ -134,8 +191,8 @@ fn bounded_line(reader: &mut impl BufRead, path: &Path, number: Option<usize>) -
     if bytes.len() as u64 > MAX_ROW_BYTES {
         let expected = format!("a line of at most {MAX_ROW_BYTES} bytes");
         let problem = Error::schema(expected, "a longer one");
-        return Err(match number {
-            Some(number) => problem.at(path, number),
+        return Err(match place {
+            Some(place) => problem.at(path, place),
             None => problem,
         });
     }
@@ -151,9 +208,14 @@ fn text_of(bytes: Vec<u8>, offset: u64) -> Result<String> {
     Ok(text.trim().to_owned())
 }
 
-/// Parses one line, without serde_json's own "line 1": the caller knows the real number.
+/// Parses one line, without serde_json's own "line 1": the caller knows the real number. Long numbers keep their digits.
 pub(crate) fn parse_line(line: &str) -> Result<Value> {
-    serde_json::from_str(line).map_err(|problem| {
+    let parsed = match keep_exact(line) {
+        Cow::Borrowed(_) => serde_json::from_str(line),
+        // A problem has its column in the line as it is.
+        Cow::Owned(kept) => serde_json::from_str(&kept).or_else(|_| serde_json::from_str(line)),
+    };
+    parsed.map_err(|problem| {
         let place = format!(" at line {} column {}", problem.line(), problem.column());
         let text = problem.to_string();
         let text = text.strip_suffix(&place).unwrap_or(&text);
@@ -180,20 +242,20 @@ pub(crate) fn describe(value: &Value) -> String {
 mod tests {
     use super::*;
 
-    fn lines(bytes: &[u8]) -> Result<Vec<(usize, String)>, String> {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), bytes).unwrap();
-        let name = file.path().display().to_string();
-        let lines = JsonLines::open(file.path()).unwrap();
-        let line = |line: Result<JsonLine>| line.map(|line| (line.number, line.text));
-        let found: Result<_> = lines.map(line).collect();
-        found.map_err(|error| error.to_string().replace(&name, "FILE"))
+    fn lines(bytes: &[u8]) -> Result<Vec<(Place, String)>, String> {
+        let mut lines = JsonLines::new(Path::new("FILE"), bytes);
+        let line = |line: Result<RowText>| line.map(|line| (line.place, line.text));
+        let found: Result<_> = std::iter::from_fn(|| lines.read().transpose())
+            .map(line)
+            .collect();
+        found.map_err(|error| error.to_string())
     }
 
     #[test]
     fn line_numbers_survive_blank_lines_and_windows_endings() {
         let found = lines(b"\xEF\xBB\xBFa\r\n\r\n  \n b\nc").unwrap();
-        let expected = [(1, "a"), (4, "b"), (5, "c")].map(|(n, text)| (n, text.to_owned()));
+        let expected =
+            [(1, "a"), (4, "b"), (5, "c")].map(|(n, text)| (Place::Line(n), text.to_owned()));
         assert_eq!(found, expected);
     }
 
@@ -202,8 +264,8 @@ mod tests {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "\u{feff}é\r\n\n  bc \nlast").unwrap();
         let path = file.path().to_path_buf();
-        for line in JsonLines::open(&path).unwrap() {
-            let line = line.unwrap();
+        let mut lines = JsonLines::new(&path, BufReader::new(File::open(&path).unwrap()));
+        while let Some(line) = lines.read().unwrap() {
             assert_eq!(
                 line_at(file.as_file_mut(), &path, line.offset).unwrap(),
                 line.text
@@ -244,5 +306,37 @@ mod tests {
             require_text(file.path(), 4),
             Err(Error::TooLarge { limit_bytes: 4, .. })
         ));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_to_nothing_is_not_an_absent_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::os::unix::fs::symlink("gone", at("broken")).unwrap();
+        assert_eq!(read_text(&at("none"), 9).unwrap(), None);
+        for name in ["broken", "broken/inside"] {
+            let problem = read_text(&at(name), 9).unwrap_err().to_string();
+            assert!(
+                problem.ends_with("broken` is a link to `gone`, which does not exist"),
+                "{problem}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_pointer_of_git_lfs_is_called_that() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n";
+        std::fs::write(file.path(), pointer).unwrap();
+        for problem in [
+            read_text(file.path(), 1 << 10).map(drop).unwrap_err(),
+            open(file.path()).map(drop).unwrap_err(),
+        ] {
+            assert!(
+                problem.to_string().contains(": this is a git-lfs pointer"),
+                "{problem}"
+            );
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! From rows of text to masked token batches.
 //!
-//! Reads a model's tokenizer and chat template and a user's JSON-lines files, marks the trained tokens, and makes batches in an
+//! Reads a model's tokenizer and chat template and a user's tables, marks the trained tokens, and makes batches in an
 //! order that depends on a seed and a position alone. Knows nothing of tensors and devices. Every file is untrusted.
 //!
 //! # Example
@@ -19,11 +19,16 @@
 
 mod common_prefix;
 mod companions;
+mod jinja;
+mod notes;
 mod tokenizer;
 mod turn;
 
 mod choice;
+mod columns;
 mod corpus;
+mod data_folder;
+mod endings;
 mod entry;
 mod file;
 mod ids;
@@ -32,6 +37,7 @@ mod row;
 mod sample;
 mod split;
 mod survey;
+mod table;
 mod token_cache;
 
 mod batch;
@@ -41,19 +47,22 @@ mod packing;
 mod error;
 
 pub use batch::{Batch, IGNORE, collate, collate_rows};
-pub use choice::{Choice, ChoiceRow, choices};
+pub use choice::{Choice, choices};
+pub use columns::Columns;
 pub use companions::companions;
-pub use corpus::{Corpus, ReadOptions};
+pub use corpus::Corpus;
+pub use data_folder::{DataFolder, SplitName};
 pub use entry::Counts;
-pub use error::{Error, Result};
+pub use error::{Error, Place, Result};
 pub use ids::read_ids;
 pub use order::{SampleOrder, Shuffle};
 pub use packing::Packing;
-pub use reader::RowFilter;
+pub use reader::{ReadOptions, RowFilter};
 pub use row::PreferencePair;
 pub use sample::Sample;
 pub use split::{Pairs, Split};
 pub use survey::{Lengths, Repeats, Survey};
 pub use tokenizer::{
-    Bos, ChatTemplate, DecodeStream, GenerationPrompt, Special, Tokenizer, TokenizerFiles,
+    Bos, ChatTemplate, DecodeStream, GenerationPrompt, GgufEnds, Special, Tokenizer,
+    TokenizerFiles, eos_token_ids, unknown_metadata,
 };

@@ -1,12 +1,15 @@
 //! The rows of a file in tokens, one after another, with a bounded part of the file in memory.
 
+use crate::columns::Columns;
 use crate::error::{Error, Result};
-use crate::file::{JsonLine, JsonLines, parse_line};
-use crate::row::{Limits, Row};
+use crate::file::{RowText, UnreadColumn, parse_line};
+use crate::notes::RowNotes;
+use crate::row::{Limits, Row, row_keys};
 use crate::sample::Sample;
+use crate::table::Table;
 use crate::tokenizer::Tokenizer;
 use rayon::prelude::*;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Bytes of a file that are tokenized at once, on all threads.
@@ -23,12 +26,50 @@ pub enum RowFilter {
     Any,
 }
 
-/// Adds a row's unread keys to the names, up to a number that a person would look at: a file may have a new key in every row.
-pub(crate) fn note_ignored(names: &mut BTreeSet<String>, row: Vec<String>) {
+/// How files are read.
+#[derive(Clone, Copy)]
+pub struct ReadOptions<'a> {
+    /// May be `None` if all rows are `input_ids`.
+    pub tokenizer: Option<&'a Tokenizer>,
+    /// The longest sample, in tokens.
+    pub max_length: usize,
+    /// The model's vocabulary size.
+    pub vocab_size: usize,
+    /// The accepted rows.
+    pub filter: RowFilter,
+    /// The columns that are called otherwise than the keys of rows.
+    pub columns: &'a Columns,
+    /// The folder of the token cache.
+    pub cache: Option<&'a Path>,
+    /// Receives how many bytes are tokenized, and how many there are. Not called for cached files.
+    pub progress: &'a dyn Fn(u64, u64),
+}
+
+impl std::fmt::Debug for ReadOptions<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ReadOptions")
+            .field("max_length", &self.max_length)
+            .field("vocab_size", &self.vocab_size)
+            .field("columns", &self.columns)
+            .field("cache", &self.cache)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Unread keys, each with the number of rows that have it.
+pub(crate) type IgnoredKeys = BTreeMap<String, usize>;
+
+/// Adds unread keys, up to a number that a person would look at: a file may have a new key in every row.
+pub(crate) fn note_ignored(
+    names: &mut IgnoredKeys,
+    more: impl IntoIterator<Item = (String, usize)>,
+) {
     const MAX_IGNORED_KEYS: usize = 32;
-    for name in row {
-        if names.len() < MAX_IGNORED_KEYS {
-            names.insert(name);
+    for (name, rows) in more {
+        if let Some(known) = names.get_mut(&name) {
+            *known += rows;
+        } else if names.len() < MAX_IGNORED_KEYS {
+            names.insert(name, rows);
         }
     }
 }
@@ -39,41 +80,41 @@ pub(crate) struct RowReader<'a> {
     pub(crate) tokenizer: Option<&'a Tokenizer>,
     pub(crate) limits: Limits,
     pub(crate) filter: RowFilter,
+    pub(crate) columns: &'a Columns,
 }
 
 /// A row in tokens.
 #[derive(Debug)]
 pub(crate) struct RowSamples {
-    /// The offset of its line.
-    pub(crate) offset: u64,
-    /// The offset of the line's end.
-    pub(crate) end: u64,
+    /// The row itself.
+    pub(crate) text: RowText,
     pub(crate) samples: Vec<Sample>,
     /// Unread keys.
     pub(crate) ignored: Vec<String>,
+    /// What of the row is not as it is written.
+    pub(crate) notes: RowNotes,
 }
+
+/// A row's samples, its unread keys, and what of it is not as it is written.
+type ReadRow = (Vec<Sample>, Vec<String>, RowNotes);
 
 impl<'a> RowReader<'a> {
     /// # Errors
     /// If `max_length` is less than 2.
-    pub(crate) fn new(
-        tokenizer: Option<&'a Tokenizer>,
-        max_length: usize,
-        vocab_size: usize,
-        filter: RowFilter,
-    ) -> Result<Self> {
-        if max_length < 2 {
-            return Err(Error::MaxLength(max_length));
+    pub(crate) fn new(options: &ReadOptions<'a>) -> Result<Self> {
+        if options.max_length < 2 {
+            return Err(Error::MaxLength(options.max_length));
         }
         let limits = Limits {
-            max_length,
+            max_length: options.max_length,
             // Batches hold ids as `i32`.
-            vocab_size: vocab_size.min(i32::MAX as usize),
+            vocab_size: options.vocab_size.min(i32::MAX as usize),
         };
         Ok(Self {
-            tokenizer,
+            tokenizer: options.tokenizer,
             limits,
-            filter,
+            filter: options.filter,
+            columns: options.columns,
         })
     }
 
@@ -86,7 +127,8 @@ impl<'a> RowReader<'a> {
         path: &Path,
         mut take: impl FnMut(RowSamples) -> Result<()>,
     ) -> Result<()> {
-        let mut lines = JsonLines::open(path)?;
+        let mut lines = Table::open(path)?;
+        let unread = self.unread_columns(path, lines.unread_columns())?;
         loop {
             let (mut chunk, mut bytes, mut failed) = (Vec::new(), 0, None);
             while bytes < TOKENIZED_CHUNK_BYTES && failed.is_none() {
@@ -100,20 +142,20 @@ impl<'a> RowReader<'a> {
                 }
             }
             let is_last = chunk.is_empty() || bytes < TOKENIZED_CHUNK_BYTES;
-            let read = |line: &JsonLine| {
+            let read = |line: &RowText| {
                 let row = self.row(&line.text);
-                row.map_err(|problem| problem.at(path, line.number))
+                row.map_err(|problem| problem.at(path, line.place))
             };
             // Collected before errors are checked, so that the first in the file is reported.
-            let rows: Vec<Result<(Vec<Sample>, Vec<String>)>> =
-                chunk.par_iter().map(read).collect();
-            for (line, row) in chunk.iter().zip(rows) {
-                let (samples, ignored) = row?;
+            let rows: Vec<Result<ReadRow>> = chunk.par_iter().map(read).collect();
+            for (text, row) in chunk.into_iter().zip(rows) {
+                let (samples, mut ignored, notes) = row?;
+                ignored.extend(unread.iter().cloned());
                 take(RowSamples {
-                    offset: line.offset,
-                    end: line.end,
+                    text,
                     samples,
                     ignored,
+                    notes,
                 })?;
             }
             match failed {
@@ -124,11 +166,37 @@ impl<'a> RowReader<'a> {
         }
     }
 
-    /// One line's samples, and its unread keys.
-    pub(crate) fn row(&self, line: &str) -> Result<(Vec<Sample>, Vec<String>)> {
-        let (row, ignored) = Row::parse(parse_line(line)?)?;
+    /// The names of columns that rows lack because their type has no form in JSON.
+    ///
+    /// # Errors
+    /// If a row would read one of them.
+    fn unread_columns(&self, path: &Path, columns: &[UnreadColumn]) -> Result<Vec<String>> {
+        for column in columns {
+            let outer = |name: &str| {
+                name == column.name || name.split('.').next() == Some(column.name.as_str())
+            };
+            if row_keys().any(|key| key == column.name) || self.columns.names().any(outer) {
+                let UnreadColumn { name, found } = column;
+                let problem =
+                    format!("expected text, numbers or lists in column `{name}`, found {found}");
+                return Err(Error::malformed(path, problem));
+            }
+        }
+        Ok(columns.iter().map(|column| column.name.clone()).collect())
+    }
+
+    /// One line's samples, its unread keys, and what of it is not as it is written.
+    pub(crate) fn row(&self, line: &str) -> Result<ReadRow> {
+        let mut value = parse_line(line)?;
+        let renamed = value.as_object_mut().map(|row| self.columns.rename(row));
+        let mut ignored = renamed.transpose()?.unwrap_or_default();
+        let named: Vec<&str> = self.columns.keys().collect();
+        let (row, unread) = Row::parse(value, &named)?;
+        ignored.extend(unread);
         self.filter.check(&row)?;
-        Ok((row.samples(self.tokenizer, self.limits)?, ignored))
+        let mut notes = RowNotes::new();
+        let samples = row.samples(self.tokenizer, self.limits, &mut notes)?;
+        Ok((samples, ignored, notes))
     }
 }
 

@@ -1,23 +1,27 @@
-//! A whole JSON-lines file as samples.
+//! Whole files as samples, in memory.
 
+use crate::columns::Columns;
 use crate::entry::Counts;
 use crate::error::{Error, Result};
-use crate::reader::{RowFilter, RowReader, note_ignored};
+use crate::notes::add_notes;
+use crate::reader::{ReadOptions, RowFilter, RowReader, note_ignored};
 use crate::row::PreferencePair;
 use crate::sample::Sample;
 use crate::tokenizer::Tokenizer;
-use std::collections::BTreeSet;
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
-/// One file of a data folder (`train.jsonl`, `valid.jsonl`, `test.jsonl`), in memory.
+/// A split of a data folder, in memory.
 #[derive(Clone, Debug)]
 pub struct Split {
     /// The samples in the order of the file. A long `text` row becomes several.
     pub samples: Vec<Sample>,
     /// Counts over the file.
     pub counts: Counts,
-    /// Names of unread keys of rows.
-    pub ignored_keys: BTreeSet<String>,
+    /// Unread keys of rows, each with the number of rows that have it.
+    pub ignored_keys: BTreeMap<String, usize>,
+    /// Sentences on what of the rows is not as it is written, such as a role that the chat template does not know.
+    pub notes: BTreeSet<String>,
 }
 
 /// A file of preference rows, in memory.
@@ -40,7 +44,11 @@ impl Pairs {
         max_length: usize,
         vocab_size: usize,
     ) -> Result<Self> {
-        let split = Split::read(path, tokenizer, max_length, vocab_size, RowFilter::Pairs)?;
+        let options = ReadOptions {
+            filter: RowFilter::Pairs,
+            ..whole(tokenizer, max_length, vocab_size)
+        };
+        let split = Split::of(&[path.to_path_buf()], options)?;
         Ok(Self { split })
     }
 
@@ -108,35 +116,55 @@ impl Split {
         max_length: usize,
         vocab_size: usize,
     ) -> Result<Self> {
-        Self::read(path, tokenizer, max_length, vocab_size, RowFilter::Samples)
+        let options = whole(tokenizer, max_length, vocab_size);
+        Self::of(&[path.to_path_buf()], options)
     }
 
-    fn read(
-        path: &Path,
-        tokenizer: Option<&Tokenizer>,
-        max_length: usize,
-        vocab_size: usize,
-        filter: RowFilter,
-    ) -> Result<Self> {
-        let reader = RowReader::new(tokenizer, max_length, vocab_size, filter)?;
+    /// Reads files one after the other. Caches nothing and tells no progress.
+    ///
+    /// # Errors
+    /// As [`Split::open`].
+    pub fn of(paths: &[PathBuf], options: ReadOptions<'_>) -> Result<Self> {
+        let reader = RowReader::new(&options)?;
         let mut split = Self {
             samples: Vec::new(),
             counts: Counts::default(),
-            ignored_keys: BTreeSet::new(),
+            ignored_keys: BTreeMap::new(),
+            notes: BTreeSet::new(),
         };
-        reader.read(path, |row| {
-            split.counts.add_row(&row.samples);
-            split.samples.extend(row.samples);
-            note_ignored(&mut split.ignored_keys, row.ignored);
-            Ok(())
-        })?;
-        if split.counts.trained_tokens == 0 {
+        for path in paths {
+            reader.read(path, |row| {
+                split.counts.add_row(&row.samples);
+                split.samples.extend(row.samples);
+                add_notes(&mut split.notes, &row.notes);
+                note_ignored(
+                    &mut split.ignored_keys,
+                    row.ignored.into_iter().map(|key| (key, 1)),
+                );
+                Ok(())
+            })?;
+        }
+        if let (0, Some(path)) = (split.counts.trained_tokens, paths.first()) {
             return Err(Error::NothingTrained {
-                path: path.to_path_buf(),
+                path: path.clone(),
                 rows: split.counts.rows,
             });
         }
         Ok(split)
+    }
+}
+
+/// Options for reading a file as it is.
+fn whole(tokenizer: Option<&Tokenizer>, max_length: usize, vocab_size: usize) -> ReadOptions<'_> {
+    const NO_NAMES: &Columns = &Columns::none();
+    ReadOptions {
+        tokenizer,
+        max_length,
+        vocab_size,
+        filter: RowFilter::Samples,
+        columns: NO_NAMES,
+        cache: None,
+        progress: &|_, _| {},
     }
 }
 
@@ -184,7 +212,7 @@ mod tests {
             problem.starts_with("DIR/train.jsonl:3: expected one of the rows {text}, "),
             "{problem}"
         );
-        assert!(problem.ends_with("found the keys {txt}"), "{problem}");
+        assert!(problem.contains("found the keys {txt}; "), "{problem}");
     }
 
     /// The texts of both answers, `[…]` around what is trained.
@@ -268,10 +296,14 @@ mod tests {
 
     #[test]
     fn a_file_that_trains_nothing_is_refused() {
-        let nothing = "DIR/train.jsonl: no token to train on in ";
-        assert_eq!(open("", 8).unwrap_err(), format!("{nothing}0 rows"));
         let masked = "{\"input_ids\": [5, 6], \"labels\": [5, -100]}";
-        assert_eq!(open(masked, 8).unwrap_err(), format!("{nothing}1 rows"));
+        for (rows, n) in [("", 0), (masked, 1)] {
+            let problem = open(rows, 8).unwrap_err();
+            let expected = format!(
+                "DIR/train.jsonl: no token to train on in {n} rows; each is masked, or cut"
+            );
+            assert!(problem.starts_with(&expected), "{problem}");
+        }
         assert!(
             open("{\"text\": \"a\"}", 1)
                 .unwrap_err()

@@ -101,8 +101,8 @@ impl Lengths {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::corpus::ReadOptions;
-    use crate::reader::RowFilter;
+    use crate::columns::Columns;
+    use crate::reader::{ReadOptions, RowFilter};
 
     fn corpus(rows: &[&[u32]]) -> Corpus {
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -115,6 +115,7 @@ mod tests {
             max_length: 9,
             vocab_size: 99,
             filter: RowFilter::Any,
+            columns: &Columns::default(),
             cache: None,
             progress: &|_, _| {},
         };

@@ -1,7 +1,7 @@
 //! The token cache: a file's rows in tokens, for the next run.
 //!
-//! The name of a cache file is a hash of everything that its content depends on: the rows, the tokenizer with its chat
-//! template, and the limits. So it is never out of date, and may be deleted at any time. It is written to a temporary sibling
+//! The name of a cache file is a hash of everything that its content depends on: the rows, the names of columns, the
+//! tokenizer with its chat template, and the limits. So it is never out of date, and may be deleted at any time. It is written to a temporary sibling
 //! and renamed when it is complete.
 //!
 //! Layout, little-endian: the magic; the samples' tokens as `u32`, with bit 31 for a trained token; one record per sample
@@ -10,11 +10,12 @@
 
 use crate::entry::{Counts, SampleEntry};
 use crate::error::{Error, Result};
-use crate::reader::{RowReader, RowSamples};
+use crate::notes::RowNotes;
+use crate::reader::{IgnoredKeys, RowReader, RowSamples};
 use crate::sample::{Sample, id_and_mark, word};
+use crate::table::FileFormat;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
@@ -22,10 +23,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 /// Changes with the layout, and with the samples that rows become.
-const CACHE_MAGIC: &[u8; 16] = b"moeforge tokens1";
+const CACHE_MAGIC: &[u8; 16] = b"moeforge tokens3";
 const RECORD_BYTES: u64 = 24;
 const FOOTER_BYTES: u64 = 8 + 32;
-/// Counts, and names of keys.
+/// Counts, names of keys, and notes.
 const MAX_JSON_BYTES: u64 = 16 << 20;
 
 /// A hash of everything that a file's tokens depend on.
@@ -50,6 +51,11 @@ impl CacheKey {
         hash.update((reader.limits.max_length as u64).to_le_bytes());
         hash.update((reader.limits.vocab_size as u64).to_le_bytes());
         hash.update([reader.filter as u8]);
+        // What the same bytes would be under another name, and columns under other ones.
+        let format = FileFormat::of(path)?;
+        if !(format.is_lines() && reader.columns.is_empty()) {
+            hash.update(format!("{format:?} {:?}\n", reader.columns));
+        }
         let mut file = File::open(path).map_err(read)?;
         let mut buffer = vec![0; 1 << 20];
         loop {
@@ -88,7 +94,8 @@ struct Summary {
     key: [u8; 32],
     samples: u64,
     counts: Counts,
-    ignored_keys: BTreeSet<String>,
+    ignored_keys: IgnoredKeys,
+    notes: RowNotes,
 }
 
 /// A cache file, open.
@@ -98,7 +105,8 @@ pub(crate) struct TokenCache {
     file: Mutex<File>,
     pub(crate) entries: Vec<SampleEntry>,
     pub(crate) counts: Counts,
-    pub(crate) ignored_keys: BTreeSet<String>,
+    pub(crate) ignored_keys: IgnoredKeys,
+    pub(crate) notes: RowNotes,
 }
 
 impl TokenCache {
@@ -151,6 +159,7 @@ impl TokenCache {
             entries,
             counts: summary.counts,
             ignored_keys: summary.ignored_keys,
+            notes: summary.notes,
         })
     }
 
@@ -262,13 +271,15 @@ impl CacheWriter {
         mut self,
         key: CacheKey,
         counts: &Counts,
-        ignored_keys: &BTreeSet<String>,
+        ignored_keys: &IgnoredKeys,
+        notes: &RowNotes,
     ) -> io::Result<()> {
         let summary = Summary {
             key: key.0,
             samples: self.records.len() as u64 / RECORD_BYTES,
             counts: *counts,
             ignored_keys: ignored_keys.clone(),
+            notes: notes.clone(),
         };
         let json = serde_json::to_vec(&summary)?;
         let hash = Sha256::new()

@@ -41,7 +41,9 @@ pub use chat_history::{ChatHistory, chat_prompt, message};
 pub use completion::{Completed, Completion, CompletionQueue, StepOutput};
 pub use engine::{CHUNK, Engine};
 pub use error::{Error, Result};
-pub use generation_config::{end_of_text_ids, recommended_sampling};
+pub use generation_config::{
+    EndOfText, end_of_text, recommended_sampling, unknown_generation_keys,
+};
 pub use sample_config::SampleConfig;
 pub use sampler::Sampler;
 pub use sequence::{FinishReason, GenerateConfig, Generation, KvPrefix, Logprobs, Sequence};

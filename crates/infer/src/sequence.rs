@@ -15,7 +15,7 @@ pub struct GenerateConfig {
     pub max_tokens: usize,
     /// How each token is sampled.
     pub sample: SampleConfig,
-    /// Tokens that end the text; see [`crate::end_of_text_ids`].
+    /// Tokens that end the text; see [`crate::end_of_text`].
     pub stop_ids: Vec<u32>,
     /// Record the log-probability of every new token, and of this many most likely tokens in its place.
     pub logprobs: Option<usize>,

@@ -9,12 +9,13 @@ use std::ops::ControlFlow;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Adapter, Folder};
+use data::Tokenizer;
 use model::{AdapterWeights, Cache, CacheType, Compute, ForwardContext, Model, load};
 use moeforge_infer::{
     Engine, Error, FinishReason, GenerateConfig, Generation, KvPrefix, SampleConfig, Sampler,
-    Sequence, end_of_text_ids,
+    Sequence, end_of_text,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const ALL: [&str; 7] = [
     "deepseek_v2_lite",
@@ -194,9 +195,63 @@ fn prompts_that_cannot_be_continued_are_refused() {
 
 #[test]
 fn every_file_says_where_text_ends() {
-    let folder = Folder::open(&goldens::path("deepseek_v3")).unwrap();
-    assert_eq!(end_of_text_ids(&folder, None).unwrap(), [1]);
-    assert_eq!(end_of_text_ids(&folder, Some(7)).unwrap(), [1, 7]);
+    let copy = |config: Option<Value>, generation: Option<Value>| {
+        let folder = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(goldens::path("qwen2_distill")).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_file() {
+                std::fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+            }
+        }
+        for (name, ids) in [
+            ("config.json", config),
+            ("generation_config.json", generation),
+        ] {
+            let path = folder.path().join(name);
+            let mut json: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+            match ids {
+                Some(ids) => json["eos_token_id"] = ids,
+                None => _ = json.as_object_mut().unwrap().remove("eos_token_id"),
+            }
+            std::fs::write(path, json.to_string()).unwrap();
+        }
+        folder
+    };
+    let check = |config: Value, generation: Option<Value>, expected: &[u32], notes: &[&str]| {
+        let folder = copy(Some(config), generation);
+        let opened = Folder::open(folder.path()).unwrap();
+        let tokenizer = Tokenizer::open(folder.path()).unwrap();
+        let found = end_of_text(&opened, Some(&tokenizer)).unwrap();
+        assert_eq!(found.ids, expected);
+        assert_eq!(found.notes.len(), notes.len(), "{:?}", found.notes);
+        for (note, part) in found.notes.iter().zip(notes) {
+            assert!(note.contains(part), "{note}");
+        }
+    };
+    // The tokenizer ends texts with 1.
+    check(json!(1), Some(json!([1, 102])), &[1, 102], &[]);
+    check(json!([1, 102]), Some(json!(null)), &[1, 102], &[]);
+    check(json!(null), None, &[1], &[]);
+    check(
+        json!(7),
+        Some(json!([8, 9])),
+        &[1, 7, 8, 9],
+        &["has [7], `generation_config.json` does not"],
+    );
+    check(
+        json!([7, 320]),
+        Some(json!([7, 320])),
+        &[1, 7],
+        &["below the vocabulary size 320, found [320]"],
+    );
+
+    let folder = copy(Some(json!("end")), None);
+    let opened = Folder::open(folder.path()).unwrap();
+    let problem = end_of_text(&opened, None).unwrap_err().to_string();
+    assert!(
+        problem.contains("config.json") && problem.contains("\"end\""),
+        "{problem}"
+    );
 }
 
 /// Prompts of different lengths, one of a single token.

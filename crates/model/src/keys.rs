@@ -110,11 +110,16 @@ const EXPERTS: &str = "mlp.experts";
 /// Names of the projections of a feed-forward layer.
 pub(crate) const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 
+/// The path of the token embedding.
+pub(crate) const EMBEDDING: &str = "model.embed_tokens";
+/// The path of the output head.
+pub(crate) const HEAD: &str = "lm_head";
+
 /// The names of modules outside of layers.
 const OUTSIDE: [(Module, &str); 3] = [
-    (Module::Embedding, "model.embed_tokens"),
+    (Module::Embedding, EMBEDDING),
     (Module::FinalNorm, "model.norm"),
-    (Module::Head, "lm_head"),
+    (Module::Head, HEAD),
 ];
 
 /// The names of modules inside a layer, except for feed-forward projections.
@@ -180,9 +185,16 @@ impl ParamKey {
         let exists = match self.part {
             ParamPart::Weight => return Some(weight),
             ParamPart::Bias => {
-                let has_bias =
-                    matches!(&config.attention, AttentionConfig::Gqa(gqa) if gqa.qkv_bias);
-                has_bias && matches!(self.module, Module::Q | Module::K | Module::V)
+                let gqa = match &config.attention {
+                    AttentionConfig::Gqa(gqa) => Some(gqa),
+                    AttentionConfig::Mla(_) => None,
+                };
+                match self.module {
+                    Module::Q | Module::K | Module::V => gqa.is_some_and(|gqa| gqa.qkv_bias),
+                    Module::O => gqa.is_some_and(|gqa| gqa.o_bias),
+                    Module::Mlp(_) => config.mlp_bias,
+                    _ => false,
+                }
             }
             ParamPart::CorrectionBias => {
                 let has_bias = config.moe.as_ref().is_some_and(|m| m.has_correction_bias);
@@ -377,7 +389,7 @@ pub(crate) fn layer_keys(
     layer_idx: usize,
 ) -> impl Iterator<Item = (String, Vec<usize>)> {
     /// What comes before the feed-forward part, in the order in which files are written.
-    const ATTENTION: [(Module, ParamPart); 16] = [
+    const ATTENTION: [(Module, ParamPart); 17] = [
         (Module::InputNorm, ParamPart::Weight),
         (Module::PostAttentionNorm, ParamPart::Weight),
         (Module::Q, ParamPart::Weight),
@@ -393,6 +405,7 @@ pub(crate) fn layer_keys(
         (Module::K, ParamPart::Bias),
         (Module::V, ParamPart::Bias),
         (Module::O, ParamPart::Weight),
+        (Module::O, ParamPart::Bias),
         (Module::Router, ParamPart::Weight),
     ];
     let experts = config.moe.as_ref().map_or(0, |moe| moe.n_routed_experts);
@@ -400,14 +413,14 @@ pub(crate) fn layer_keys(
         let of_expert = Projection::ALL.map(|projection| Module::Expert(expert, projection));
         of_expert.map(|module| (module, ParamPart::Weight))
     });
-    let weights =
-        |of: fn(Projection) -> Module| Projection::ALL.map(|p| (of(p), ParamPart::Weight));
+    let parts_of = |of: fn(Projection) -> Module, part| Projection::ALL.map(|p| (of(p), part));
     let parts = ATTENTION
         .into_iter()
         .chain([(Module::Router, ParamPart::CorrectionBias)])
-        .chain(weights(Module::Mlp))
+        .chain(parts_of(Module::Mlp, ParamPart::Weight))
+        .chain(parts_of(Module::Mlp, ParamPart::Bias))
         .chain(experts)
-        .chain(weights(Module::SharedExperts));
+        .chain(parts_of(Module::SharedExperts, ParamPart::Weight));
     parts.filter_map(move |(module, part)| {
         let layer = Some(layer_idx);
         with_shape(

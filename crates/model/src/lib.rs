@@ -47,7 +47,7 @@ pub use decoder::cost::{Cost, Traffic};
 pub use decoder::mtp::{Mtp, SharedHead};
 pub use decoder::parameters::Parameter;
 pub use decoder::visit::{ModuleMut, ModuleRef};
-pub use decoder::{Decoder, DecoderLayer, Embedding, FeedForward, Model};
+pub use decoder::{Decoder, DecoderLayer, Embedding, FeedForward, Model, ReplacedWeights};
 pub use error::Error;
 pub use forward::cache::Cache;
 pub use forward::context::ForwardContext;

@@ -4,11 +4,11 @@
 ///
 /// A pattern is some consecutive components of the path (`q_a_proj`, `mlp.down_proj`, `experts`, `layers.3`), with `*`
 /// for anything within one component. `all-linear` chooses every linear layer and expert except the router and the
-/// output head.
+/// output head, and not the embedding.
 pub fn matches(pattern: &str, module: &str) -> bool {
     let parts: Vec<&str> = module.split('.').collect();
     if pattern == "all-linear" {
-        return !matches!(parts.last(), Some(&"gate" | &"lm_head"));
+        return !matches!(parts.last(), Some(&"gate" | &"lm_head" | &"embed_tokens"));
     }
     let wanted: Vec<&str> = pattern.split('.').collect();
     parts.windows(wanted.len()).any(|run| {
@@ -51,6 +51,7 @@ mod tests {
             ("gate", "model.layers.3.mlp.shared_experts.gate_proj", false),
             ("all-linear", "model.layers.3.mlp.gate", false),
             ("all-linear", "lm_head", false),
+            ("all-linear", "model.embed_tokens", false),
             ("all-linear", expert, true),
         ] {
             assert_eq!(matches(pattern, module), expected, "{pattern} on {module}");

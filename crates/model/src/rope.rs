@@ -63,18 +63,25 @@ impl RopeConfig {
         let plain = |j: usize| self.theta.powf(-2.0 * j as f64 / dim as f64);
         let stretched = |j: usize| match self.scaling {
             RopeScaling::Plain => plain(j),
+            RopeScaling::Linear { factor } => plain(j) / factor,
             RopeScaling::Yarn {
                 factor,
                 original,
                 beta_fast,
                 beta_slow,
+                truncate,
                 ..
             } => {
                 let rotations = |n: f64| {
                     dim as f64 * (original / (2.0 * PI * n)).ln() / (2.0 * self.theta.ln())
                 };
-                let low = rotations(beta_fast).floor().max(0.0);
-                let mut high = rotations(beta_slow).ceil().min(dim as f64 - 1.0);
+                let [low, high] = [rotations(beta_fast), rotations(beta_slow)];
+                let [low, high] = if truncate {
+                    [low.floor(), high.ceil()]
+                } else {
+                    [low, high]
+                };
+                let (low, mut high) = (low.max(0.0), high.min(dim as f64 - 1.0));
                 if low == high {
                     high += 0.001;
                 }
@@ -100,8 +107,12 @@ impl RopeConfig {
     }
 
     /// The factor of cosines and sines; 1 in all releases.
-    fn amplitude(&self) -> f64 {
+    pub(crate) fn amplitude(&self) -> f64 {
         match self.scaling {
+            RopeScaling::Yarn {
+                attention_factor: Some(factor),
+                ..
+            } => factor,
             RopeScaling::Yarn {
                 factor,
                 mscale,
@@ -111,11 +122,12 @@ impl RopeConfig {
                 temperature(factor, mscale) / temperature(factor, mscale_all_dim)
             }
             RopeScaling::Yarn { factor, .. } => temperature(factor, 1.0),
-            RopeScaling::Plain | RopeScaling::Llama3 { .. } => 1.0,
+            RopeScaling::Plain | RopeScaling::Linear { .. } | RopeScaling::Llama3 { .. } => 1.0,
         }
     }
 
-    /// The factor of the scores: `dim^-½`, times YaRN's temperature squared.
+    /// The factor of the scores of latent attention: `dim^-½`, times YaRN's temperature squared. Grouped queries have no such
+    /// temperature.
     pub fn softmax_scale(&self, dim: usize) -> f32 {
         let squared = match self.scaling {
             RopeScaling::Yarn {
@@ -150,6 +162,8 @@ mod tests {
             beta_slow: 1.0,
             mscale: 1.0,
             mscale_all_dim: 1.0,
+            attention_factor: None,
+            truncate: true,
         };
         let rope = RopeConfig {
             theta: 10_000.0,

@@ -9,6 +9,7 @@ use std::path::Path;
 use checkpoint::{DType, FolderWriter, Safetensors, TensorSpec};
 use serde::{Deserialize, Serialize};
 
+use crate::dataset::{DataFile, Dataset};
 use crate::loss_scale::LossScale;
 use crate::{Error, Recipe, Result};
 
@@ -37,13 +38,25 @@ pub struct RunState {
     /// Validation passes since then.
     #[serde(default)]
     pub passes_since_best: u64,
+    /// Whether the validation pass after this step was interrupted: the run goes on with it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub validation_due: bool,
     /// The watchdog's memory.
     #[serde(default)]
     pub watchdog: Watchdog,
-    /// [`Recipe::hash`](crate::Recipe::hash) of the run's recipe.
-    pub recipe_hash: String,
+    /// The settings of the recipe that a run keeps, as TOML.
+    pub settings: String,
+    /// The identity of the run's base.
+    pub model_hash: String,
     /// [`data::Corpus::identity`] of the run's training rows.
     pub data_hash: String,
+    /// The files of the training rows.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub data_files: Vec<DataFile>,
+}
+
+fn is_false(holds: &bool) -> bool {
+    !holds
 }
 
 /// A validation pass with the lowest loss.
@@ -75,8 +88,8 @@ pub struct Watchdog {
 }
 
 impl RunState {
-    /// Before the first step of a recipe on training rows with this [`data::Corpus::identity`].
-    pub(crate) fn start(recipe: &Recipe, data_hash: String) -> Self {
+    /// Before the first step of a recipe on a base of this identity and these training rows.
+    pub(crate) fn start(recipe: &Recipe, model_hash: String, data: &Dataset) -> Self {
         Self {
             step: 0,
             micro_step: 0,
@@ -85,9 +98,12 @@ impl RunState {
             expert_loads: BTreeMap::new(),
             best: None,
             passes_since_best: 0,
+            validation_due: false,
             watchdog: Watchdog::default(),
-            recipe_hash: recipe.hash(),
-            data_hash,
+            settings: recipe.kept_settings(),
+            model_hash,
+            data_hash: data.corpus.identity(),
+            data_files: data.files.clone(),
         }
     }
 
@@ -239,9 +255,15 @@ mod tests {
                 loss: 1.0 / 3.0,
             }),
             passes_since_best: 1,
+            validation_due: true,
             watchdog: Watchdog::default(),
-            recipe_hash: "0123456789abcdef".to_owned(),
+            settings: "\"lora.rank\" = 8\n".to_owned(),
+            model_hash: "0123456789abcdef".to_owned(),
             data_hash: "fedcba9876543210".to_owned(),
+            data_files: vec![DataFile {
+                name: "train.jsonl".to_owned(),
+                sha256: "0f".repeat(32),
+            }],
         }
     }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::{DType as FloatType, Tensor};
-use checkpoint::{DType, TensorSpec};
+use checkpoint::{DType, FolderWriter, TensorSpec};
 use model::Parameter;
 
 use crate::checkpoint_state::{RunState, read_optimizer, write_optimizer};
@@ -18,21 +18,42 @@ impl Session {
     /// Continues from a run's latest checkpoint, if it has one; returns the checkpoint's step.
     ///
     /// # Errors
-    /// If the checkpoint is malformed or belongs to another recipe.
+    /// If the checkpoint is malformed, or belongs to another recipe, other rows or another base, or if the recipe now ends
+    /// before it.
     pub fn resume(&mut self, run: &RunDir) -> Result<Option<u64>> {
         let Some((step, folder)) = run.latest()? else {
             return Ok(None);
         };
         self.load(&folder)?;
+        let total = self.total_steps();
+        if total < step {
+            return Err(Error::PastEnd {
+                run: run.path().to_owned(),
+                step,
+                total,
+            });
+        }
         Ok(Some(step))
     }
 
     /// Restores a checkpoint of this recipe and of these rows.
     pub(crate) fn load(&mut self, folder: &Path) -> Result<()> {
         let state = RunState::read(folder)?;
-        if state.recipe_hash != self.recipe.hash() {
-            return Err(Error::OtherRecipe {
+        let changes = self.recipe.changes_from(&state.settings);
+        let changes = changes.map_err(|cause| Error::Settings {
+            path: folder.to_owned(),
+            cause,
+        })?;
+        if !changes.is_empty() {
+            return Err(Error::OtherSettings {
                 path: folder.to_owned(),
+                changes,
+            });
+        }
+        if state.model_hash != self.state.model_hash {
+            return Err(Error::OtherModel {
+                path: folder.to_owned(),
+                model: self.base.name.clone(),
             });
         }
         if state.data_hash != self.state.data_hash {
@@ -95,18 +116,32 @@ impl Session {
     /// Saves a checkpoint, and removes those that are no longer needed.
     pub(crate) fn save(&self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
         let (specs, tensors) = (self.state_tensors(), self.state_values());
-        run.save(self.state.step, |writer| {
+        let fill = |writer: &mut FolderWriter| {
             write_optimizer(writer, &specs, |i| {
                 Ok(tensors[i].clone().into_data().iter::<f32>().collect())
             })?;
             export::adapter_into(self, writer)?;
             self.state.write(writer)
-        })?;
+        };
+        if self.is_outdated(run)? {
+            run.replace(self.state.step, fill)?;
+        } else {
+            run.save(self.state.step, fill)?;
+        }
         run.prune(self.recipe.train.keep_last, &self.protected(run)?)?;
         host.see(&Event::Saved {
             step: self.state.step,
         });
         Ok(())
+    }
+
+    /// Whether the step's checkpoint is from before its validation pass, which is made now.
+    fn is_outdated(&self, run: &RunDir) -> Result<bool> {
+        let step = self.state.step;
+        if self.state.validation_due || !run.steps()?.contains(&step) {
+            return Ok(false);
+        }
+        Ok(RunState::read(&run.checkpoint_path(step))?.validation_due)
     }
 
     /// The checkpoints that stay whatever their age: the one that a spike goes back to, and the best ones of this step and

@@ -3,18 +3,44 @@
 use std::path::{Path, PathBuf};
 
 use data::{
-    Batch, Corpus, Packing, ReadOptions, Sample, SampleOrder, Shuffle, collate, collate_rows,
+    Batch, Corpus, DataFolder, Packing, ReadOptions, Sample, SampleOrder, Shuffle, SplitName,
+    collate, collate_rows,
 };
 use kernels::Segments;
+use serde::{Deserialize, Serialize};
 
 use crate::recipe::{Loss, Recipe};
 use crate::{Error, Result};
+
+/// A file of training rows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataFile {
+    /// The last name of its path.
+    pub name: String,
+    /// The SHA-256 of its bytes, in hexadecimal.
+    pub sha256: String,
+}
+
+impl DataFile {
+    fn of(path: &Path) -> Result<Self> {
+        let name = path.file_name().unwrap_or_default();
+        Ok(Self {
+            name: name.to_string_lossy().into_owned(),
+            sha256: checkpoint::sha256(path)?,
+        })
+    }
+}
 
 /// The training rows, and batches of them by number.
 #[derive(Debug)]
 pub struct Dataset {
     /// The samples.
     pub corpus: Corpus,
+    /// Their files, in order.
+    pub(crate) files: Vec<DataFile>,
+    /// Files in the recipe's folders that belong to no split.
+    pub unused_files: Vec<PathBuf>,
     packing: Packing,
     order: SampleOrder,
     batch_size: usize,
@@ -23,22 +49,15 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// Opens the `train.jsonl` of a recipe's folders.
+    /// Opens the training splits of a recipe's folders.
     ///
     /// # Errors
     /// If no folder has one, a folder with a weight has none, or a file cannot be used.
     pub(crate) fn open(recipe: &Recipe, options: ReadOptions<'_>) -> Result<Self> {
-        let files = files(recipe, "train.jsonl");
-        let folders = || recipe.data.path.clone();
-        if files.is_empty() {
-            return Err(Error::NoTrainingData { folders: folders() });
-        }
-        if recipe.data.weights.is_some() && files.len() < recipe.data.path.len() {
-            let lacks = |folder: &PathBuf| !folder.join("train.jsonl").exists();
-            let folders = folders().into_iter().filter(lacks).collect();
-            return Err(Error::NoTrainingData { folders });
-        }
-        let corpus = Corpus::open(&files, options)?;
+        let data = folders(recipe)?;
+        let files = training_files(recipe, &data)?;
+        let paths = files.concat();
+        let corpus = Corpus::open(&paths, options)?;
         let shuffle = if recipe.train.shuffle {
             Shuffle::Seeded
         } else {
@@ -46,7 +65,7 @@ impl Dataset {
         };
         // Weighted folders share no rows, so that each has exactly its share.
         let counts = match recipe.data.weights {
-            Some(_) => corpus.samples_per_file(),
+            Some(_) => samples_per_folder(&corpus, &files),
             None => vec![corpus.len()],
         };
         let is_paired = recipe.train.loss == Loss::Dpo;
@@ -67,12 +86,16 @@ impl Dataset {
         let (n_rows, seed) = (packing.n_rows(), recipe.train.seed);
         let mut order = match &recipe.data.weights {
             Some(weights) => {
-                let counts = rows.iter().zip(weights);
-                if !counts
-                    .clone()
-                    .any(|(rows, weight)| *rows > 0 && *weight > 0.0)
-                {
-                    return Err(Error::NoWeightedRows { folders: folders() });
+                let parts = recipe
+                    .data
+                    .path
+                    .iter()
+                    .cloned()
+                    .zip(rows.iter().zip(weights));
+                let idle = parts.filter(|(_, (rows, weight))| **rows == 0 && **weight > 0.0);
+                let folders: Vec<PathBuf> = idle.map(|(folder, _)| folder).collect();
+                if !folders.is_empty() {
+                    return Err(Error::NoWeightedRows { folders });
                 }
                 SampleOrder::mixed(&rows, weights, seed, shuffle)
             }
@@ -81,8 +104,11 @@ impl Dataset {
         if recipe.data.group_by_length {
             order = order.grouped_by_length(lengths, recipe.train.batch_size);
         }
+        let files = paths.iter().map(|path| DataFile::of(path));
         Ok(Self {
             corpus,
+            files: files.collect::<Result<_>>()?,
+            unused_files: data.iter().flat_map(DataFolder::unused).cloned().collect(),
             packing,
             order,
             batch_size: recipe.train.batch_size,
@@ -114,19 +140,42 @@ impl Dataset {
     }
 }
 
-/// Opens the `valid.jsonl` of every folder of a recipe; none if there are none.
+/// Opens the validation split of every folder of a recipe; none if there are none.
 pub(crate) fn validation(recipe: &Recipe, options: ReadOptions<'_>) -> Result<Option<Corpus>> {
-    let files = files(recipe, "valid.jsonl");
+    let data = folders(recipe)?;
+    let files = data
+        .iter()
+        .map(|folder| folder.files(SplitName::Validation));
+    let files: Vec<PathBuf> = files.flatten().cloned().collect();
     if files.is_empty() {
         return Ok(None);
     }
     Ok(Some(Corpus::open(&files, options)?))
 }
 
-fn files(recipe: &Recipe, name: &str) -> Vec<PathBuf> {
-    let folders = recipe.data.path.iter();
-    let files = folders.map(|folder| folder.join(name));
-    files.filter(|file: &PathBuf| Path::exists(file)).collect()
+/// The files of each folder's training split.
+fn training_files<'a>(recipe: &Recipe, data: &'a [DataFolder]) -> Result<Vec<&'a [PathBuf]>> {
+    let files = data.iter().map(|folder| folder.files(SplitName::Train));
+    let files: Vec<&[PathBuf]> = files.collect();
+    let paths = recipe.data.path.iter().zip(&files);
+    let lacking = paths.filter(|(_, files)| files.is_empty());
+    let folders: Vec<PathBuf> = lacking.map(|(path, _)| path.clone()).collect();
+    let all_needed = recipe.data.weights.is_some();
+    if folders.len() == files.len() || (all_needed && !folders.is_empty()) {
+        return Err(Error::NoTrainingData { folders });
+    }
+    Ok(files)
+}
+
+fn samples_per_folder(corpus: &Corpus, files: &[&[PathBuf]]) -> Vec<usize> {
+    let mut samples = corpus.samples_per_file().into_iter();
+    let of_folder = |files: &&[PathBuf]| samples.by_ref().take(files.len()).sum();
+    files.iter().map(of_folder).collect()
+}
+
+fn folders(recipe: &Recipe) -> data::Result<Vec<DataFolder>> {
+    let paths = recipe.data.path.iter();
+    paths.map(|path| DataFolder::open(path)).collect()
 }
 
 /// The boundaries in a batch that attention does not cross.

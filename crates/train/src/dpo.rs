@@ -1,10 +1,12 @@
 //! Direct preference optimization: the model learns to prefer the better of two answers to each prompt.
 //!
-//! `loss = −log σ(β · ((log π(c) − log π(r)) − (log π₀(c) − log π₀(r))))` with `π` the trained model, `π₀` the base
-//! without an adapter, and the log-probability of an answer the sum over its tokens. Label smoothing mixes in the loss of
-//! the opposite preference with weight `ε`, the assumed share of wrong labels.
+//! `loss = −log σ(β · ((log π(c) − log π(r)) − (log π₀(c) − log π₀(r))))` with `π` the trained model, `π₀` the reference,
+//! and the log-probability of an answer the sum over its tokens. Label smoothing mixes in the loss of the opposite
+//! preference with weight `ε`, the assumed share of wrong labels: `(1 − ε) · loss + ε · loss of the opposite`.
 //!
-//! Source: arXiv:2305.18290, equation 7; label smoothing as in arXiv:2403.00409.
+//! Source: arXiv:2305.18290, equation 7. The smoothed loss is conservative DPO: E. Mitchell, *A note on DPO with noisy
+//! preferences & relationship to IPO*, 2023. It is not the unbiased loss of robust DPO (arXiv:2403.00409), TRL's `robust`,
+//! which subtracts the second term and divides by `1 − 2ε`.
 
 use burn::tensor::Tensor;
 use burn::tensor::activation::log_sigmoid;
@@ -119,6 +121,7 @@ mod tests {
         DpoSection {
             beta: 0.25,
             label_smoothing,
+            ..DpoSection::default()
         }
     }
 
@@ -131,7 +134,7 @@ mod tests {
         (losses.into_data().try_to_vec().unwrap(), rewards)
     }
 
-    /// TRL's formula, by hand in f64: `-logsigmoid(β·δ)·(1 − ε) − logsigmoid(−β·δ)·ε`.
+    /// The formula, by hand in f64: `-logsigmoid(β·δ)·(1 − ε) − logsigmoid(−β·δ)·ε`.
     fn by_hand(smoothing: f64) -> Vec<f64> {
         let log_sigmoid = |x: f64| -(-x).exp().ln_1p();
         let margin = |i: usize| f64::from(POLICY[2 * i] - POLICY[2 * i + 1]);

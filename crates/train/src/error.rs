@@ -103,6 +103,19 @@ pub enum Error {
     )]
     NothingTrained,
 
+    /// A pattern of `optimizer.no_decay` matches no trained tensor.
+    #[error(
+        "optimizer.no_decay: expected patterns that match a trained tensor, such as `{example}`, found `{}`, which \
+         matches none",
+        shown(pattern)
+    )]
+    NothingSpared {
+        /// The pattern.
+        pattern: String,
+        /// The name of a trained tensor.
+        example: String,
+    },
+
     /// Another process trains in this run directory.
     #[error("`{}`: another process is using this run directory", path.display())]
     RunInUse {
@@ -189,25 +202,28 @@ pub enum Error {
     Resolve(String),
 
     /// No data folder has a training split.
-    #[error("no `train.jsonl` in {}", listed(folders))]
+    #[error(
+        "no training split (`train.jsonl`, `.json`, `.csv` or `.parquet`) in {}",
+        listed(folders)
+    )]
     NoTrainingData {
         /// The folders of the recipe.
         folders: Vec<PathBuf>,
     },
 
-    /// No data folder with a weight has a row.
+    /// A data folder with a weight has no row to train on.
     #[error(
-        "`data.weights`: expected a row in a folder of positive weight, found none in {}",
+        "`data.weights`: expected a row to train on in every folder of positive weight, found none in {}",
         listed(folders)
     )]
     NoWeightedRows {
-        /// The folders of the recipe.
+        /// Those folders.
         folders: Vec<PathBuf>,
     },
 
     /// No data folder has a validation split, and a setting needs one.
     #[error(
-        "`{key}` needs validation rows: no `valid.jsonl` in {}",
+        "`{key}` needs validation rows: no `validation.jsonl`, `valid.jsonl`, `val.jsonl` or the like in {}",
         listed(folders)
     )]
     NoValidationData {
@@ -258,11 +274,72 @@ pub enum Error {
         problem: String,
     },
 
-    /// A checkpoint belongs to another recipe.
-    #[error("`{}`: made by another recipe than the run directory's `recipe.toml`; start a new run", path.display())]
-    OtherRecipe {
+    /// A setting that a run keeps was changed.
+    #[error(
+        "`{}`: settings that cannot change while a run goes on: {}; give {} back, or start a new run, which may \
+         continue from this one's adapter (`model.adapter`) or model",
+        path.display(), changes.join("; "), if changes.len() == 1 { "its old value" } else { "their old values" }
+    )]
+    OtherSettings {
+        /// The run directory, or the checkpoint.
+        path: PathBuf,
+        /// What was changed.
+        changes: Vec<String>,
+    },
+
+    /// The settings in a checkpoint do not parse.
+    #[error("`{}`: `settings`: {}", path.join("state.json").display(), shown(cause.message()))]
+    Settings {
         /// The checkpoint.
         path: PathBuf,
+        /// The parser's error.
+        cause: toml::de::Error,
+    },
+
+    /// A checkpoint belongs to another base.
+    #[error(
+        "`{}`: trained on another model than `{model}` is now; give the place of the right one with \
+         `--set model.path=…`, or start a new run",
+        path.display()
+    )]
+    OtherModel {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The name of the model.
+        model: String,
+    },
+
+    /// A run has come further than its recipe goes.
+    #[error(
+        "`{}`: expected at least {step} steps, because the run has made as many, found {total}; see train.steps and \
+         train.epochs",
+        run.display()
+    )]
+    PastEnd {
+        /// The run directory.
+        run: PathBuf,
+        /// Steps made.
+        step: u64,
+        /// Steps of the recipe.
+        total: u64,
+    },
+
+    /// A file or folder of a run's recipe is gone.
+    #[error(
+        "`{}`: {key}: `{}` was found in none of {}; {}",
+        run.join("recipe.toml").display(), path.display(), listed(places),
+        // The adapter cannot be another, and the run has a copy of it but for the moment in which it begins.
+        if *key == "model.adapter" { "put it back".to_owned() } else { format!("give its new place with `--set {key}=…`") }
+    )]
+    Lost {
+        /// The run directory.
+        run: PathBuf,
+        /// The setting.
+        key: &'static str,
+        /// Its value.
+        path: PathBuf,
+        /// Where it was looked for.
+        places: Vec<PathBuf>,
     },
 
     /// A checkpoint belongs to other training rows.
@@ -344,7 +421,16 @@ fn signal_name(signal: i32) -> String {
 // below both.
 pub(crate) fn io(act: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
     let path = path.to_owned();
-    move |cause| Error::Io { act, path, cause }
+    move |cause| match checkpoint::broken_link(&path, &cause) {
+        Some([link, target]) => checkpoint::Error::BrokenLink {
+            act,
+            path,
+            link,
+            target,
+        }
+        .into(),
+        None => Error::Io { act, path, cause },
+    }
 }
 
 /// The beginning of a text from a file or the command line, fit for a message: without control characters, which could

@@ -1,5 +1,7 @@
 //! The interface between a run and the program around it: events that the run reports, and questions that it asks.
 
+use std::path::PathBuf;
+
 use model::Model;
 use serde::Serialize;
 
@@ -13,6 +15,8 @@ pub enum Event {
     Step(StepReport),
     /// The gradient of the first step was audited.
     FirstGradient(GradAudit),
+    /// A batch of a validation pass was measured.
+    Validating(ValidationProgress),
     /// The validation loss was measured.
     Validated {
         /// After which step.
@@ -56,11 +60,31 @@ pub enum Event {
         /// That loss.
         loss: f64,
     },
+    /// A finished run goes on, and its result has another name.
+    SetAside {
+        /// The step of the result.
+        step: u64,
+        /// Its new path.
+        path: PathBuf,
+    },
     /// A checkpoint was written.
     Saved {
         /// After which step.
         step: u64,
     },
+}
+
+/// How far a validation pass is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ValidationProgress {
+    /// Batches measured, of the trained model and of the reference for its routing.
+    pub batches: u64,
+    /// Batches of the whole pass.
+    pub total: u64,
+    /// Tokens measured, without padding.
+    pub tokens: u64,
+    /// Seconds since the pass began.
+    pub seconds: f64,
 }
 
 /// A prompt and the model's continuation.
@@ -108,12 +132,13 @@ pub trait Host {
     /// Receives an event.
     fn see(&mut self, event: &Event);
 
-    /// The number of a signal that asks the run to save and stop. The run calls this after every step.
+    /// The number of a signal that asks the run to save and stop. The run calls this after every step, and before every
+    /// batch of a validation pass.
     fn interrupted(&mut self) -> Option<i32> {
         None
     }
 
-    /// The memory of the machine and of the program. The run calls this after every step.
+    /// The memory of the machine and of the program. The run calls this when it calls [`Host::interrupted`].
     fn memory(&mut self) -> Memory {
         Memory::default()
     }

@@ -1,51 +1,107 @@
 //! The result of a run: an adapter, or a whole model.
 
-use checkpoint::{Adapter, FolderWriter, Notes};
+use std::path::{Path, PathBuf};
+
+use checkpoint::{Adapter, AdapterConfig, CARD_NAME, FolderWriter, Notes};
 use model::AdapterWeights;
 use model::export::{self, WeightFormat};
 
-use crate::Result;
 use crate::recipe::{ExportDType, Method};
 use crate::run_dir::RunDir;
 use crate::session::Session;
+use crate::{Result, model_card};
+
+/// The name of a run's result.
+fn result_name(session: &Session) -> &'static str {
+    match session.recipe.train.method {
+        Method::Lora => "adapter",
+        Method::Full => "model",
+    }
+}
+
+/// Names an existing result after the step that it was made in, for a run that goes on. Returns its new path.
+pub(crate) fn set_aside(session: &Session, run: &RunDir, step: u64) -> Result<Option<PathBuf>> {
+    let name = result_name(session);
+    let (path, aside) = (
+        run.path().join(name),
+        run.path().join(format!("{name}-{step}")),
+    );
+    if !path.exists() {
+        return Ok(None);
+    }
+    std::fs::rename(&path, &aside).map_err(crate::error::io("rename", &path))?;
+    Ok(Some(aside))
+}
 
 /// Writes `adapter/` or `model/` into the run directory. An existing one, of a run that was killed after its last step, is
-/// complete, since folders appear whole.
+/// complete, since folders appear whole, and it is this run's, since one that goes on sets it aside.
 pub(crate) fn result(session: &Session, run: &RunDir) -> Result<()> {
-    let name = if session.recipe.train.method == Method::Lora {
-        "adapter"
-    } else {
-        "model"
-    };
-    let path = run.path().join(name);
+    let path = run.path().join(result_name(session));
     if path.exists() {
         return Ok(());
     }
     let mut writer = FolderWriter::create(&path)?;
     match session.recipe.train.method {
-        Method::Lora => adapter_into(session, &mut writer)?,
-        Method::Full => model_into(session, &mut writer)?,
+        Method::Lora => {
+            let (config, notes) = adapter_files(session, &mut writer)?;
+            let card = model_card::of_adapter(session, run, &config, &notes);
+            writer.write_bytes(CARD_NAME, card.as_bytes())?;
+        }
+        Method::Full => {
+            model_into(session, &mut writer)?;
+            let card = model_card::of_model(session, run);
+            writer.write_bytes(CARD_NAME, card.as_bytes())?;
+        }
     }
     Ok(writer.finish()?)
 }
 
 /// Writes the adapter's files into a folder; nothing for full training.
 pub(crate) fn adapter_into(session: &Session, writer: &mut FolderWriter) -> Result<()> {
-    if session.recipe.train.method == Method::Full {
-        return Ok(());
+    if session.recipe.train.method == Method::Lora {
+        adapter_files(session, writer)?;
     }
-    let adapter = AdapterWeights::from_model(
-        &session.model,
-        session.update.scaling,
-        session.recipe.lora.dropout as f32,
-    );
-    let (config, tensors) = adapter.files(&session.base.name)?;
+    Ok(())
+}
+
+/// Writes the adapter's files; returns what they say.
+fn adapter_files(session: &Session, writer: &mut FolderWriter) -> Result<(AdapterConfig, Notes)> {
+    let adapter = updates(session);
+    let (base, revision) = base_name(&session.base.name);
+    let (mut config, tensors) = adapter.files(&base)?;
+    config.revision = revision;
     let notes = Notes {
         trained_for: session.quantizer.map(|quantizer| quantizer.to_string()),
         experts_share: session.update.share.map(|share| share.name().into()),
+        unread_by_peft: adapter.unread_by_peft(),
     };
     Adapter::save_notes(writer, &notes)?;
-    Ok(Adapter::save_into(writer, &config, &tensors)?)
+    Adapter::save_into(writer, &config, &tensors)?;
+    Ok((config, notes))
+}
+
+/// The name of the base as PEFT looks it up, and its revision: both are one name in a recipe.
+fn base_name(name: &str) -> (String, Option<String>) {
+    match checkpoint::repo_and_revision(name) {
+        Some((repo, Some(revision))) if !Path::new(name).exists() => (repo, Some(revision.into())),
+        _ => (name.into(), None),
+    }
+}
+
+/// The updates on the model.
+fn updates(session: &Session) -> AdapterWeights {
+    let dropout = session.recipe.lora.dropout as f32;
+    AdapterWeights::from_model(&session.model, session.update.scaling, dropout)
+}
+
+impl Session {
+    /// What PEFT will not read of the run's adapter, and why; none if it reads all of it rightly, or there is no adapter.
+    pub fn unread_by_peft(&self) -> Option<String> {
+        match self.recipe.train.method {
+            Method::Lora => updates(self).unread_by_peft(),
+            Method::Full => None,
+        }
+    }
 }
 
 /// Writes a Hugging Face folder.

@@ -36,30 +36,35 @@ mod dpo;
 
 mod checkpoint_state;
 mod metrics;
+mod origin;
 mod run_dir;
 
 mod checkpoints;
 mod events;
 mod export;
 mod fit;
+mod identity;
+mod model_card;
 mod open;
 mod session;
+mod warnings;
 
 pub use self::checkpoint_state::{
     BestValidation, RunState, Watchdog, read_optimizer, write_optimizer,
 };
-pub use self::dataset::Dataset;
+pub use self::dataset::{DataFile, Dataset};
 pub use self::dpo::Rewards;
 pub use self::error::{Error, Result};
-pub use self::events::{Event, Host, Memory, SampledText, StepReport};
+pub use self::events::{Event, Host, Memory, SampledText, StepReport, ValidationProgress};
 pub use self::fit::{GradAudit, RangeTest, RatePoint, TensorGradient, ZeroGradient, steepest};
 pub use self::loss_scale::LossScale;
 pub use self::metrics::Metrics;
+pub use self::model_card::RunRecord;
 pub use self::open::SessionOptions;
 pub use self::recipe::{
-    DataSection, DpoSection, EvalSection, ExportDType, LoraSection, Loss, Method, ModelSection,
-    Moments, OptimizerSection, PrecisionSection, Recipe, RouterTraining, ScheduleKind,
-    ScheduleSection, TrainSection,
+    DataSection, DpoReference, DpoSection, EvalSection, ExportDType, LoraSection, Loss, Method,
+    ModelSection, Moments, OptimizerSection, PrecisionSection, Recipe, RouterTraining,
+    ScheduleKind, ScheduleSection, TrainSection,
 };
 pub use self::routing::{LayerDrift, LayerLoad};
 pub use self::run_dir::RunDir;

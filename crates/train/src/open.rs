@@ -6,15 +6,16 @@ use std::path::{Path, PathBuf};
 use burn::module::Module;
 use burn::tensor::{Device, FloatDType};
 use checkpoint::{Adapter, Folder};
-use data::{Corpus, ReadOptions, RowFilter, Tokenizer, TokenizerFiles};
+use data::{Columns, Corpus, ReadOptions, RowFilter, Tokenizer, TokenizerFiles};
 use kernels::Quantizer;
 use model::adapt::{self, AdaptedModule, LoraConfig, Scaling};
 use model::{AdapterWeights, Checkpointing, Model, ModelConfig, Training, load};
 
 use crate::checkpoint_state::RunState;
 use crate::dataset::{self, Dataset};
+use crate::identity;
 use crate::optimizer::AdamW;
-use crate::recipe::{Loss, Method, Recipe, RouterTraining};
+use crate::recipe::{DpoReference, Loss, Method, Recipe, RouterTraining, SPARED};
 use crate::session::{Base, Reference, Session, UpdateForm};
 use crate::{Error, Result};
 
@@ -25,6 +26,8 @@ pub struct SessionOptions<'a> {
     pub device: &'a Device,
     /// Turns the recipe's model into a folder.
     pub resolve: &'a dyn Fn(&str) -> Result<PathBuf>,
+    /// The name of the base in an adapter; none is `model.path`. A run that was moved has another path and the same name.
+    pub base_name: Option<&'a str>,
     /// The folder in which tokenized rows are cached for the next run; none caches none.
     pub token_cache: Option<&'a Path>,
     /// Receives how many bytes of rows are tokenized, and how many there are.
@@ -53,6 +56,7 @@ impl Session {
         let options = SessionOptions {
             device,
             resolve,
+            base_name: None,
             token_cache: None,
             tokenizing: &|_, _| {},
         };
@@ -68,59 +72,98 @@ impl Session {
             kernels::map_large_blocks();
         }
         let device = options.device.clone().autodiff();
-        let (mut model, base) = open_model(&recipe, options.resolve, &device)?;
+        let (mut model, mut base) = open_model(&recipe, options.resolve, &device)?;
+        if let Some(name) = options.base_name {
+            base.name = name.to_owned();
+        }
         let mut reference = open_reference(&recipe, &model, &base, options.device)?;
+        let mut start = open_start(&recipe, reference.as_ref(), options.device)?;
         let (adapted, mut update) = adapt(&recipe, &mut model, &device)?;
         if model.parameters().is_empty() {
             return Err(Error::NothingTrained);
         }
         let quantizer = quantizer_of(&recipe)?;
         if let Some(quantizer) = quantizer {
-            update.n_rounded = model.fake_quantize(quantizer, &mut |_| true)?;
-            if let Some(reference) = &mut reference {
-                reference.fake_quantize(quantizer, &mut |_| true)?;
-            }
+            let others = [&mut reference, &mut start];
+            update.n_rounded = fake_quantize(quantizer, &mut model, others)?;
         }
         if recipe.precision.round_start {
             round_to_bf16(&mut model);
+            start.iter_mut().for_each(round_to_bf16);
         }
+        expect_spared(&recipe, &model)?;
         let tokenizer = base.tokenizer.as_ref().map(Tokenizer::new).transpose()?;
+        let columns = columns_of(&recipe)?;
         let reading = ReadOptions {
             tokenizer: tokenizer.as_ref(),
             max_length: recipe.data.max_length,
             vocab_size: model.config.vocab_size,
-            filter: match recipe.train.loss {
-                Loss::CrossEntropy => RowFilter::Samples,
-                Loss::Dpo => RowFilter::Pairs,
-            },
+            filter: filter_of(recipe.train.loss),
+            columns: &columns,
             cache: options.token_cache,
             progress: options.tokenizing,
         };
+        let end_ids = tokenizer.as_ref().map(|known| known.end_ids().to_vec());
         let train = Dataset::open(&recipe, reading)?;
         let valid = dataset::validation(&recipe, reading)?;
         expect_valid(&recipe, valid.as_ref())?;
         Ok(Self {
             optimizer: AdamW::new(&recipe),
-            state: RunState::start(&recipe, train.corpus.identity()),
-            pad_id: tokenizer
-                .and_then(|tokenizer| tokenizer.eos_id())
-                .filter(|id| (*id as usize) < model.config.vocab_size)
-                .unwrap_or(0),
+            state: RunState::start(&recipe, identity::of_base(&base)?, &train),
+            tokenizer_size: tokenizer.as_ref().map(Tokenizer::vocab_size),
+            pad_id: pad_id(tokenizer.as_ref(), model.config.vocab_size),
             reference: reference.map(|model| Reference {
                 model,
                 choices: None,
             }),
+            start,
             recipe,
             adapted,
             quantizer,
             train,
             valid,
+            end_ids: end_ids.unwrap_or_default(),
             model,
             update,
             base,
             device,
         })
     }
+}
+
+/// The names that the recipe gives to columns.
+fn columns_of(recipe: &Recipe) -> Result<Columns> {
+    let columns = recipe.data.columns.iter();
+    let columns = columns.map(|(key, column)| (key.to_owned(), column.clone()));
+    Ok(Columns::new(columns)?)
+}
+
+/// The token that fills up rows: that which ends a text, if the model has it.
+fn pad_id(tokenizer: Option<&Tokenizer>, vocab_size: usize) -> u32 {
+    tokenizer
+        .and_then(Tokenizer::eos_id)
+        .filter(|id| (*id as usize) < vocab_size)
+        .unwrap_or(0)
+}
+
+/// The rows that a loss can learn from.
+fn filter_of(loss: Loss) -> RowFilter {
+    match loss {
+        Loss::CrossEntropy => RowFilter::Samples,
+        Loss::Dpo => RowFilter::Pairs,
+    }
+}
+
+/// Rounds the model, and what it is compared with, to the format that the recipe's adapter is trained for.
+fn fake_quantize(
+    quantizer: Quantizer,
+    model: &mut Model,
+    others: [&mut Option<Model>; 2],
+) -> Result<BTreeMap<String, usize>> {
+    for other in others.into_iter().flatten() {
+        other.fake_quantize(quantizer, &mut |_| true)?;
+    }
+    Ok(model.fake_quantize(quantizer, &mut |_| true)?)
 }
 
 /// Refuses settings that need validation rows if there are none.
@@ -137,6 +180,25 @@ fn expect_valid(recipe: &Recipe, valid: Option<&Corpus>) -> Result<()> {
         folders: recipe.data.path.clone(),
     };
     valid.map(|_| ()).ok_or_else(missing)
+}
+
+/// Refuses a pattern of `optimizer.no_decay` that spares nothing, unless it is one of the defaults.
+fn expect_spared(recipe: &Recipe, model: &Model) -> Result<()> {
+    let parameters = model.parameters();
+    let spares = |pattern: &str| parameters.iter().any(|p| model::matches(pattern, &p.name));
+    let patterns = recipe.optimizer.no_decay.iter();
+    let mut idle =
+        patterns.filter(|pattern| !SPARED.contains(&pattern.as_str()) && !spares(pattern));
+    match idle.next() {
+        None => Ok(()),
+        Some(pattern) => Err(Error::NothingSpared {
+            pattern: pattern.clone(),
+            example: parameters
+                .first()
+                .map(|p| p.name.clone())
+                .unwrap_or_default(),
+        }),
+    }
 }
 
 /// Rounds the trained values to bf16.
@@ -159,6 +221,20 @@ fn open_reference(
         }
         (Method::Full, _) => Ok(None),
     }
+}
+
+/// The frozen model that preferences are learned relative to, if it is the base with the adapter that training starts
+/// from. It shares the base's weights and takes the memory of another adapter.
+fn open_start(recipe: &Recipe, base: Option<&Model>, device: &Device) -> Result<Option<Model>> {
+    let is_wanted = recipe.train.loss == Loss::Dpo
+        && recipe.dpo.reference == DpoReference::Start
+        && recipe.model.adapter.is_some();
+    let Some(base) = base.filter(|_| is_wanted) else {
+        return Ok(None);
+    };
+    let mut start = base.clone();
+    adapt(recipe, &mut start, device)?;
+    Ok(Some(start))
 }
 
 /// The format that the recipe's adapter is trained to be merged into.

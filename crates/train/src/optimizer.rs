@@ -66,6 +66,9 @@ pub(crate) struct AdamW {
     noise_seed: Option<u64>,
 }
 
+/// Added to the norm before the gradient is clipped by it, as PyTorch's `clip_grad_norm_` does.
+const CLIP_EPS: f64 = 1e-6;
+
 impl AdamW {
     pub(crate) fn new(recipe: &Recipe) -> Self {
         let (settings, seed) = (&recipe.optimizer, recipe.train.seed);
@@ -98,8 +101,8 @@ impl AdamW {
             clip,
             ..
         } = self.settings;
-        let clipped = if clip > 0.0 && norm > clip {
-            clip / norm
+        let clipped = if clip > 0.0 {
+            (clip / (norm + CLIP_EPS)).min(1.0)
         } else {
             1.0
         };
@@ -123,6 +126,11 @@ impl AdamW {
             let is_lora_b = name.ends_with(".lora_b");
             let step = AdamWStep {
                 rate: rate * if is_lora_b { self.lora_b_ratio } else { 1.0 },
+                weight_decay: if self.settings.decays(name) {
+                    weight_decay
+                } else {
+                    0.0
+                },
                 noise: self.noise_seed.map(|seed| noise_seed(seed, name, number)),
                 ..step
             };

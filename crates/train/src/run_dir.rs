@@ -9,16 +9,21 @@
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
-use checkpoint::FolderWriter;
+use checkpoint::{Adapter, FolderWriter};
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::io;
-use crate::metrics::{METRICS_NAME, Metrics};
+use crate::metrics::{LastLine, METRICS_NAME, Metrics};
+use crate::origin::RunOrigin;
 use crate::{Error, Recipe, Result};
 
-const RECIPE_NAME: &str = "recipe.toml";
+pub(crate) const RECIPE_NAME: &str = "recipe.toml";
 const LOCK_NAME: &str = ".lock";
+/// The end of the name of a checkpoint that is about to replace another.
+const REPLACEMENT_END: &str = ".new";
+/// The copy of the adapter that the run began with: the run needs it when it is resumed, wherever the original is.
+const START_NAME: &str = "start";
 /// The last file that [`FolderWriter`] writes: the list of all files with their sizes.
 const MANIFEST_NAME: &str = "moeforge.manifest.json";
 
@@ -31,7 +36,8 @@ pub struct RunDir {
 }
 
 impl RunDir {
-    /// Starts a run: creates the directory and writes `recipe.toml`.
+    /// Starts a run: creates the directory and writes `recipe.toml`, where it began, and a copy of the adapter that it
+    /// begins with.
     ///
     /// # Errors
     /// If `path` is a file or a folder that is not empty, or cannot be written.
@@ -56,6 +62,12 @@ impl RunDir {
         }
         run.clear_leftovers()?;
         checkpoint::write_file(&path.join(RECIPE_NAME), recipe.to_toml().as_bytes())?;
+        RunOrigin::here(path)?.write(path)?;
+        if let Some(adapter) = &recipe.model.adapter {
+            let mut writer = FolderWriter::create(&path.join(START_NAME))?;
+            Adapter::copy_into(adapter, &mut writer)?;
+            writer.finish()?;
+        }
         Ok(run)
     }
 
@@ -87,13 +99,51 @@ impl RunDir {
         Recipe::open(&self.path.join(RECIPE_NAME), &[])
     }
 
+    /// The run's recipe with some settings replaced, as [`Recipe::open`] does. A path among them that exists is made
+    /// absolute, so that it means the same in every folder.
+    ///
+    /// # Errors
+    /// If a setting is refused, or may not change during a run.
+    pub fn changed_recipe(&self, overrides: &[String]) -> Result<Recipe> {
+        let mut recipe = Recipe::open(&self.path.join(RECIPE_NAME), overrides)?;
+        let before = self.recipe()?;
+        let changes = recipe.refused_changes(&before);
+        if !changes.is_empty() {
+            return Err(Error::OtherSettings {
+                path: self.path.clone(),
+                changes,
+            });
+        }
+        recipe.make_absolute(&before)?;
+        Ok(recipe)
+    }
+
+    /// Replaces the run's recipe, so that whoever resumes it goes on with this one.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn replace_recipe(&self, recipe: &Recipe) -> Result<()> {
+        let path = self.path.join(RECIPE_NAME);
+        Ok(checkpoint::write_file(&path, recipe.to_toml().as_bytes())?)
+    }
+
+    /// The recipe of this run with its paths as they are now, if the run or what it needs was moved.
+    ///
+    /// # Errors
+    /// If a file or folder is nowhere; the message lists the places.
+    pub fn locate(&self, recipe: &Recipe) -> Result<Recipe> {
+        let start = Some(self.path.join(START_NAME)).filter(|start| start.exists());
+        RunOrigin::read(&self.path)?.locate(recipe, &self.path, start)
+    }
+
     /// Opens `metrics.jsonl` for a run that continues from the checkpoint of `last_step`, or from its beginning if that is
     /// none. Lines that will be written again are cut off.
     ///
     /// # Errors
     /// If the file cannot be written, or a line that should stay is malformed.
     pub fn metrics(&self, last_step: Option<u64>) -> Result<Metrics> {
-        Metrics::open(&self.path.join(METRICS_NAME), last_step)
+        let last = last_step.map(LastLine::of_step);
+        Metrics::open(&self.path.join(METRICS_NAME), last)
     }
 
     /// Writes the checkpoint of a step: `fill` writes its files, and then it gets its name. A complete checkpoint of this
@@ -118,6 +168,25 @@ impl RunDir {
         fill(&mut writer)?;
         writer.finish()?;
         Ok(path)
+    }
+
+    /// Writes a checkpoint in the place of one of the same step. If the process is killed meanwhile, one of the two stays.
+    ///
+    /// # Errors
+    /// As [`RunDir::save`].
+    pub(crate) fn replace(
+        &self,
+        step: u64,
+        fill: impl FnOnce(&mut FolderWriter) -> Result<()>,
+    ) -> Result<()> {
+        let replacement = self.replacement_path(step);
+        remove_entry(&replacement)?;
+        let mut writer = FolderWriter::create(&replacement)?;
+        fill(&mut writer)?;
+        writer.finish()?;
+        self.remove(step)?;
+        let path = self.checkpoint_path(step);
+        fs::rename(&replacement, &path).map_err(io("rename", &replacement))
     }
 
     /// The step and folder of the newest complete checkpoint, if there is one.
@@ -172,6 +241,12 @@ impl RunDir {
         self.path.join(format!("checkpoint-{step}"))
     }
 
+    /// The name of a checkpoint that is about to replace one.
+    fn replacement_path(&self, step: u64) -> PathBuf {
+        self.path
+            .join(format!("checkpoint-{step}{REPLACEMENT_END}"))
+    }
+
     /// Renames a checkpoint, then deletes it.
     fn remove(&self, step: u64) -> Result<()> {
         let path = self.checkpoint_path(step);
@@ -182,9 +257,24 @@ impl RunDir {
     }
 
     fn clear_leftovers(&self) -> Result<()> {
+        self.finish_replacing()?;
         for name in names(&self.path)? {
             if is_leftover(&name) && name != LOCK_NAME {
                 remove_entry(&self.path.join(name))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Names the checkpoints whose predecessors a killed process had removed already.
+    fn finish_replacing(&self) -> Result<()> {
+        for name in names(&self.path)? {
+            let Some(step) = replaced_step(&name) else {
+                continue;
+            };
+            let (replacement, path) = (self.replacement_path(step), self.checkpoint_path(step));
+            if !path.exists() && is_complete(&replacement) {
+                fs::rename(&replacement, &path).map_err(io("rename", &replacement))?;
             }
         }
         Ok(())
@@ -206,6 +296,38 @@ impl RunDir {
     }
 }
 
+/// The checkpoint of the run directory around an adapter's folder that has the same tensors: itself, or the newest. None for an
+/// adapter elsewhere.
+pub(crate) fn checkpoint_of(adapter: &Path) -> Option<PathBuf> {
+    let adapter = fs::canonicalize(adapter).ok()?;
+    let run = adapter.parent()?;
+    if !run.join(RECIPE_NAME).is_file() {
+        return None;
+    }
+    let tensors = digest_of_tensors(&adapter)?;
+    let mut steps: Vec<u64> = names(run)
+        .ok()?
+        .iter()
+        .filter_map(|name| step_of(name))
+        .collect();
+    steps.sort_unstable();
+    let paths = steps
+        .iter()
+        .map(|step| run.join(format!("checkpoint-{step}")));
+    let is_same = |path: &PathBuf| digest_of_tensors(path).as_ref() == Some(&tensors);
+    let mut same = paths.filter(|path| is_same(path) && is_complete(path));
+    let last = same.next_back()?;
+    Some(same.find(|path| *path == adapter).unwrap_or(last))
+}
+
+/// The hash of an adapter's tensors, in its folder's manifest.
+fn digest_of_tensors(folder: &Path) -> Option<String> {
+    let manifest: Value =
+        serde_json::from_slice(&fs::read(folder.join(MANIFEST_NAME)).ok()?).ok()?;
+    let digest = &manifest["files"]["adapter_model.safetensors"]["sha256"];
+    Some(digest.as_str()?.to_owned())
+}
+
 /// The names in a folder. A name that is not UTF-8 is not ours, and has replacement characters.
 fn names(path: &Path) -> Result<Vec<String>> {
     let entries = fs::read_dir(path).map_err(io("read", path))?;
@@ -216,10 +338,13 @@ fn names(path: &Path) -> Result<Vec<String>> {
     names.collect()
 }
 
-/// Whether a name is that of a killed process's leftovers: the lock, or a file that was being written or removed.
+/// Whether a name is that of a killed process's leftovers: the lock, a file that was being written or removed, or a
+/// checkpoint that was to replace another.
 fn is_leftover(name: &str) -> bool {
-    const STARTS: [&str; 7] = [
+    const STARTS: [&str; 9] = [
         ".checkpoint-",
+        ".origin.json.",
+        ".start.",
         ".recipe.toml.",
         ".precision.txt.",
         ".gradients.json.",
@@ -228,7 +353,12 @@ fn is_leftover(name: &str) -> bool {
         ".model.",
     ];
     let is_ours = STARTS.iter().any(|start| name.starts_with(start));
-    name == LOCK_NAME || is_ours && name.ends_with(".tmp")
+    name == LOCK_NAME || is_ours && name.ends_with(".tmp") || replaced_step(name).is_some()
+}
+
+/// The step of a checkpoint that is about to replace another, from its name.
+fn replaced_step(name: &str) -> Option<u64> {
+    step_of(name.strip_suffix(REPLACEMENT_END)?)
 }
 
 /// The step in a checkpoint's name, without sign or leading zeros; none if it is another name.
@@ -332,7 +462,10 @@ mod tests {
         fs::write(folder.path().join(".lock"), b"").unwrap();
         fs::write(folder.path().join(".recipe.toml.12-0.tmp"), b"half").unwrap();
         drop(RunDir::create(folder.path(), &recipe()).unwrap());
-        assert_eq!(sorted_names(folder.path()), [".lock", "recipe.toml"]);
+        assert_eq!(
+            sorted_names(folder.path()),
+            [".lock", "origin.json", "recipe.toml"]
+        );
 
         let foreign = tempfile::tempdir().unwrap();
         fs::write(foreign.path().join("mine"), b"").unwrap();
@@ -383,9 +516,41 @@ mod tests {
             })
         });
         assert!(matches!(error, Err(Error::RunInUse { .. })));
-        assert_eq!(sorted_names(folder.path()), [".lock", "recipe.toml"]);
+        assert_eq!(
+            sorted_names(folder.path()),
+            [".lock", "origin.json", "recipe.toml"]
+        );
         run.save(5, fill).unwrap();
         run.save(5, |_| panic!("not called")).unwrap();
+    }
+
+    #[test]
+    fn a_replaced_checkpoint_is_the_old_one_or_the_new_one_wherever_the_process_is_killed() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), &recipe()).unwrap();
+        let content = |run: &RunDir| fs::read(run.checkpoint_path(3).join("x")).unwrap();
+        let new = |writer: &mut FolderWriter| Ok(writer.write_bytes("x", b"new")?);
+        run.save(3, fill).unwrap();
+        run.replace(3, new).unwrap();
+        assert_eq!(content(&run), b"new");
+        assert_eq!(run.steps().unwrap(), [3]);
+
+        // Killed before the old one was removed, and after that.
+        let replacement = run.replacement_path(3);
+        copy(&run.checkpoint_path(3), &replacement);
+        run.remove(3).unwrap();
+        run.save(3, fill).unwrap();
+        drop(run);
+        let run = RunDir::open(folder.path()).unwrap();
+        assert_eq!(content(&run), b"0123456789");
+        assert!(!replacement.exists());
+        let mut writer = FolderWriter::create(&replacement).unwrap();
+        new(&mut writer).unwrap();
+        writer.finish().unwrap();
+        run.remove(3).unwrap();
+        drop(run);
+        let run = RunDir::open(folder.path()).unwrap();
+        assert_eq!(content(&run), b"new");
     }
 
     #[test]
@@ -399,7 +564,7 @@ mod tests {
         assert_eq!(run.prune(2, &[5, 7]).unwrap(), [1]);
         assert_eq!(run.prune(2, &[]).unwrap(), [5]);
         assert_eq!(run.prune(0, &[]).unwrap(), [10]);
-        let expected = [".lock", "checkpoint-20", "recipe.toml"];
+        let expected = [".lock", "checkpoint-20", "origin.json", "recipe.toml"];
         assert_eq!(sorted_names(folder.path()), expected);
     }
 
@@ -417,7 +582,13 @@ mod tests {
         }
         fs::write(folder.path().join(".notes.tmp"), b"mine").unwrap();
         let run = RunDir::open(folder.path()).unwrap();
-        let expected = [".lock", ".notes.tmp", "checkpoint-1", "recipe.toml"];
+        let expected = [
+            ".lock",
+            ".notes.tmp",
+            "checkpoint-1",
+            "origin.json",
+            "recipe.toml",
+        ];
         assert_eq!(sorted_names(folder.path()), expected);
         assert_eq!(run.latest().unwrap(), Some((1, run.checkpoint_path(1))));
     }

@@ -34,15 +34,21 @@ pub struct Session {
     pub train: Dataset,
     /// Validation samples, if there are any.
     pub valid: Option<Corpus>,
+    /// Tokens that end a text, as far as the tokenizer says.
+    pub end_ids: Vec<u32>,
     pub(crate) model: Model,
     pub(crate) update: UpdateForm,
     pub(crate) reference: Option<Reference>,
+    /// The model as training started, if preferences are learned relative to it and it is not the base.
+    pub(crate) start: Option<Model>,
     pub(crate) optimizer: AdamW,
     pub(crate) state: RunState,
     pub(crate) base: Base,
     /// Where the model computes, with gradients.
     pub(crate) device: Device,
     pub(crate) pad_id: u32,
+    /// One more than the largest id of the tokenizer, if there is one.
+    pub(crate) tokenizer_size: Option<usize>,
 }
 
 /// The form of the low-rank updates, for the adapter's files and the precision policy.
@@ -56,8 +62,8 @@ pub(crate) struct UpdateForm {
     pub(crate) n_rounded: BTreeMap<String, usize>,
 }
 
-/// The base without an adapter and without gradients: preferences and routing are compared with it. There is none for
-/// full training on next tokens.
+/// The base without an adapter and without gradients: routing is compared with it, and preferences are unless they have
+/// a start to be compared with. There is none for full training on next tokens.
 #[derive(Debug)]
 pub(crate) struct Reference {
     pub(crate) model: Model,
@@ -83,6 +89,11 @@ impl Session {
     /// Optimizer updates made so far.
     pub fn steps_done(&self) -> u64 {
         self.state.step
+    }
+
+    /// Whether there is nothing left to train or to measure.
+    pub fn is_finished(&self) -> bool {
+        !self.is_unfinished()
     }
 
     /// Optimizer updates of the whole run.

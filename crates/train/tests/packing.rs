@@ -142,6 +142,7 @@ impl Place {
 
     fn open(&self, recipe: Recipe) -> Session {
         let options = SessionOptions {
+            base_name: None,
             device: &Device::flex(),
             resolve: &|model| Ok(model.into()),
             token_cache: Some(&self.path("cache")),
@@ -273,7 +274,7 @@ fn a_weighted_folder_without_rows_is_refused() {
         .unwrap_err()
         .to_string();
     assert!(
-        problem.starts_with("no `train.jsonl` in ") && problem.contains("/b`"),
+        problem.starts_with("no training split (`train.jsonl`, ") && problem.contains("/b`"),
         "{problem}"
     );
 }
@@ -287,7 +288,9 @@ fn weights_that_leave_no_row_are_refused() {
         .unwrap_err()
         .to_string();
     assert!(
-        problem.starts_with("`data.weights`: expected a row in a folder of positive weight"),
+        problem.starts_with(
+            "`data.weights`: expected a row to train on in every folder of positive weight"
+        ),
         "{problem}"
     );
 }

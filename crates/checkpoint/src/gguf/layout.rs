@@ -90,6 +90,11 @@ impl<'a> GgufLayout<'a> {
         settings::metadata(self.config, self.architecture)
     }
 
+    /// The metadata of the sampling that a `generation_config.json` recommends.
+    pub fn sampling(generation_config: &Value) -> Vec<(String, GgufValue)> {
+        settings::sampling(generation_config)
+    }
+
     /// A tensor that is computed from the config: name and values.
     pub fn made(&self) -> Option<(&'static str, Vec<f32>)> {
         Some((rope::DIVISORS, rope::divisors(self.config)?))
@@ -128,10 +133,11 @@ impl<'a> GgufLayout<'a> {
     }
 
     fn rows(&self, key: &str) -> RowOrder {
-        let heads = match key {
+        let module = key.rsplit_once('.').map_or(key, |(module, _)| module);
+        let heads = match module {
             _ if self.architecture.1 != Architecture::Llama => return RowOrder::Same,
-            _ if key.ends_with(".q_proj.weight") => "num_attention_heads",
-            _ if key.ends_with(".k_proj.weight") => "num_key_value_heads",
+            _ if module.ends_with(".q_proj") => "num_attention_heads",
+            _ if module.ends_with(".k_proj") => "num_key_value_heads",
             _ => return RowOrder::Same,
         };
         RowOrder::Interleaved {

@@ -11,7 +11,7 @@ pub(crate) mod layout;
 mod names;
 pub(crate) mod origin;
 mod rope;
-mod settings;
+pub(crate) mod settings;
 pub(crate) mod writer;
 
 use std::collections::BTreeMap;
@@ -349,7 +349,7 @@ impl<'a> GgufReader<'a> {
         let dtype = DType::from_ggml(kind).ok_or_else(|| Error::UnknownDType {
             file: self.file.to_owned(),
             tensor: name.to_owned(),
-            found: format!("ggml type {kind}"),
+            found: DType::other_ggml(kind),
         })?;
         let spec = TensorSpec {
             name: name.into(),

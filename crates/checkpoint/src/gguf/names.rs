@@ -37,7 +37,11 @@ const LAYER: [(&str, &str); 27] = [
 /// The end of the up-projection's name, which a GGUF splits.
 pub(crate) const KV_B: &str = ".kv_b_proj.weight";
 /// A router's bias: the only tensor whose kind is not the last word of both its names.
-const ROUTER_BIAS: (&str, &str) = ("exp_probs_b.bias", "mlp.gate.e_score_correction_bias");
+pub(crate) const ROUTER_BIAS: (&str, &str) =
+    ("exp_probs_b.bias", "mlp.gate.e_score_correction_bias");
+/// A llama's modules that may have a bias or not.
+pub(crate) const ATTENTION_BIASES: [&str; 4] = ["attn_q", "attn_k", "attn_v", "attn_output"];
+pub(crate) const FEED_FORWARD_BIASES: [&str; 3] = ["ffn_gate", "ffn_up", "ffn_down"];
 /// Names outside the layers.
 const MODEL: [(&str, &str); 3] = [
     ("token_embd.weight", "model.embed_tokens.weight"),
@@ -67,6 +71,12 @@ pub(crate) fn key(name: &str) -> String {
         Some(format!("model.layers.{layer}.{key}.{kind}"))
     };
     in_layer().unwrap_or_else(|| name.to_owned())
+}
+
+/// Whether a tensor is the bias of one of a layer's modules.
+pub(crate) fn is_bias_of(name: &str, parts: &[&str]) -> bool {
+    let part = in_layer(name).and_then(|(_, rest)| rest.strip_suffix(".bias"));
+    part.is_some_and(|part| parts.contains(&part))
 }
 
 /// The layer number and the projections of a layer's stacked experts.

@@ -2,6 +2,7 @@
 //!
 //! Source: ggml-org/llama.cpp: convert_hf_to_gguf.py and conversion/.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use bytes::{Bytes, BytesMut};
@@ -9,7 +10,7 @@ use serde_json::Value;
 
 use super::settings::{self, Architecture};
 use super::{Gguf, malformed, names, rope};
-use crate::{Result, Tensor};
+use crate::{DType, Result, Tensor};
 
 /// Maximum number of experts in a layer: each of them becomes a separate tensor.
 const MAX_STACKED_EXPERTS: usize = 1 << 12;
@@ -22,6 +23,8 @@ pub(crate) struct GgufOrigin {
     /// Heads of queries and of keys whose rows were reordered: in a llama's file, not in others. A deepseek2's have the published
     /// layout, interleaved.
     reordered: Option<[usize; 2]>,
+    /// Keys of the metadata that nothing here knows.
+    pub(crate) unknown: Vec<String>,
 }
 
 impl GgufOrigin {
@@ -38,7 +41,7 @@ impl GgufOrigin {
                 format!("key `general.architecture`: expected one of {known}, found {name}");
             return Err(malformed(path, problem));
         };
-        let config = settings::config(path, gguf, (name, architecture))?;
+        let (config, unknown) = settings::config(path, gguf, (name, architecture))?;
         let heads = |key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(0) as usize;
         let n_heads = heads("num_attention_heads");
         let n_kv_heads = match heads("num_key_value_heads") {
@@ -46,7 +49,53 @@ impl GgufOrigin {
             n => n,
         };
         let reordered = (architecture == Architecture::Llama).then_some([n_heads, n_kv_heads]);
-        Ok(Self { config, reordered })
+        Ok(Self {
+            config,
+            reordered,
+            unknown,
+        })
+    }
+
+    /// The biases that a folder of the config has and the file has not, as zeros: a file may have one of a single module.
+    ///
+    /// # Errors
+    /// If a size is no size.
+    pub(crate) fn absent_biases(&self, path: &Path, gguf: &Gguf) -> Result<Vec<Tensor>> {
+        let flag = |key: &str| self.config.get(key) == Some(&Value::Bool(true));
+        let of_attention: &[_] = &names::ATTENTION_BIASES;
+        let kinds = [
+            (flag("attention_bias"), of_attention),
+            (flag("mlp_bias"), &names::FEED_FORWARD_BIASES),
+        ];
+        let parts: Vec<&str> = kinds
+            .into_iter()
+            .filter(|kind| kind.0)
+            .flat_map(|kind| kind.1)
+            .copied()
+            .collect();
+        if parts.is_empty() {
+            return Ok(vec![]);
+        }
+        let weights = gguf.tensors().filter_map(|tensor| {
+            let module = tensor.name.strip_suffix(".weight")?;
+            let bias = format!("{module}.bias");
+            // A shape may say more rows than the file has bytes.
+            let len = tensor.shape.first().copied().unwrap_or(0);
+            let is_whole = len.saturating_mul(4) <= tensor.bytes.len();
+            (is_whole && names::is_bias_of(&bias, &parts)).then_some((bias, tensor))
+        });
+        let found: BTreeSet<&str> = gguf.tensors().map(|tensor| &*tensor.name).collect();
+        let absent = weights.filter(|(bias, _)| !found.contains(bias.as_str()));
+        let zeros = absent.map(|(bias, weight)| {
+            let len = weight.shape.first().copied().unwrap_or(0);
+            let bytes = Bytes::from(vec![0; 4 * len]);
+            let tensor = Tensor::new(&names::key(&bias), DType::F32, &[len], bytes)?;
+            Ok(Tensor {
+                file: path.into(),
+                ..tensor
+            })
+        });
+        zeros.collect()
     }
 
     /// A tensor under its name in the folder, or the matrices of each of a layer's stacked experts, which share the bytes.

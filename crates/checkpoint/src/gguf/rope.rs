@@ -49,46 +49,96 @@ impl Stretch {
         }
     }
 
-    /// The scaling with these divisors, if there is one. A file determines only the ratios of the context and its two bounds;
-    /// `low` is 1 in every release.
+    /// The scaling with these divisors, if there is one. A file determines only the ratios of the context and its two bounds:
+    /// of the scalings that fit, it is the one with the plainest numbers.
     fn with(theta: f64, divisors: &[f32]) -> Option<Self> {
+        /// Lower bounds to try. It is 1 in every release.
+        const LOWS: [f64; 7] = [1.0, 2.0, 4.0, 0.5, 1.5, 0.25, 3.0];
         let factor = f64::from(divisors.iter().copied().fold(1f32, f32::max));
+        let fits = |found: &Self| {
+            let pairs = turns(theta, divisors.len()).zip(divisors);
+            let mut misses = pairs
+                .map(|(turns, divisor)| (found.divisor(turns) / f64::from(*divisor) - 1.0).abs());
+            found.high > found.low && misses.all(|miss| miss < ROUNDING)
+        };
+        let ramps = Self::ramps(theta, factor, divisors);
+        let with_low = |low: f64| {
+            ramps.iter().flat_map(move |(original, high)| {
+                let rounded = (high * low * 16.0).round() / 16.0;
+                [rounded, high * low].map(|high| Self {
+                    factor,
+                    original: (original * low).round(),
+                    low,
+                    high,
+                })
+            })
+        };
+        let exact = ramps.iter().map(|(original, high)| Self {
+            factor,
+            original: *original,
+            low: 1.0,
+            high: *high,
+        });
+        let plain = LOWS.into_iter().flat_map(with_low);
+        plain.chain(exact).find(fits)
+    }
+
+    /// Contexts and upper bounds that may fit, for a lower bound of 1.
+    fn ramps(theta: f64, factor: f64, divisors: &[f32]) -> Vec<(f64, f64)> {
+        /// Upper bounds to try. It is 4 in every release.
+        const HIGHS: [f64; 8] = [4.0, 2.0, 8.0, 3.0, 1.5, 16.0, 1.25, 1.0625];
         // The place on the ramp of each frequency between its ends.
         let ramp =
             |divisor: &f32| (1.0 / f64::from(*divisor) - 1.0 / factor) / (1.0 - 1.0 / factor);
         let points = turns(theta, divisors.len()).zip(divisors.iter().map(ramp));
         let mut points = points.filter(|(_, ramp)| *ramp > 1e-4 && *ramp < 1.0 - 1e-4);
-        let (original, high) = match (points.next(), points.last()) {
+        match (points.next(), points.last()) {
             (Some(first), Some(last)) => {
                 let slope = (first.1 - last.1) / (first.0 - last.0);
                 let below = slope * first.0 - first.1;
-                (slope / below, 1.0 + 1.0 / below)
+                vec![(slope / below, 1.0 + 1.0 / below)]
             }
-            // One frequency on the ramp fits any bounds: those of every release.
-            (Some(only), None) => ((1.0 + 3.0 * only.1) / only.0, 4.0),
-            // None: the ramp is between the last frequency that stays and the first that is fully scaled.
+            (Some((turns, ramp)), None) => {
+                let with = |high| ((1.0 + (high - 1.0) * ramp) / turns, high);
+                HIGHS.map(with).to_vec()
+            }
+            // The ramp is between the last frequency that stays and the first that is fully scaled.
             (None, _) => {
                 let n_kept = divisors.iter().take_while(|d| **d == 1.0).count();
-                let ends = turns(theta, divisors.len()).skip(n_kept.saturating_sub(1));
-                let ends: Vec<f64> = ends.take(2).collect();
-                let middle = (4.0 / (ends.first()? * ends.get(1)?)).sqrt();
-                (middle.log2().round().exp2(), 4.0)
+                let mut ends = turns(theta, divisors.len()).skip(n_kept.saturating_sub(1));
+                let (Some(kept), Some(scaled)) = (ends.next(), ends.next()) else {
+                    return vec![];
+                };
+                let middle = (4.0 / (kept * scaled)).sqrt().log2().round().exp2();
+                vec![(middle, 4.0), (1.0 / scaled, kept / scaled)]
             }
-        };
-        // Rounded as people write them, if that fits too.
-        let original = original.round();
-        let found = [(high * 16.0).round() / 16.0, high].map(|high| Self {
-            factor,
-            original,
-            low: 1.0,
-            high,
-        });
-        found.into_iter().find(|found| {
-            let pairs = turns(theta, divisors.len()).zip(divisors);
-            let mut misses = pairs
-                .map(|(turns, divisor)| (found.divisor(turns) / f64::from(*divisor) - 1.0).abs());
-            found.high > found.low && misses.all(|miss| miss < ROUNDING)
-        })
+        }
+    }
+}
+
+/// YaRN's own factor of cosines and sines.
+pub(crate) fn own_attention_factor(scaling: &Value) -> Option<f64> {
+    Some(temperature(scaling.get("factor")?.as_f64()?, 1.0))
+}
+
+/// The factor of cosines and sines that a YaRN in a config has in place of its own.
+pub(crate) fn attention_factor(scaling: &Value) -> Option<f64> {
+    let number = |key: &str| scaling.get(key)?.as_f64();
+    let by_mscale = || {
+        let [numerator, denominator] = ["mscale", "mscale_all_dim"].map(number);
+        let factor = number("factor")?;
+        let [numerator, denominator] = [numerator?, denominator?];
+        (numerator != 0.0 && denominator != 0.0)
+            .then(|| temperature(factor, numerator) / temperature(factor, denominator))
+    };
+    number("attention_factor").or_else(by_mscale)
+}
+
+fn temperature(factor: f64, mscale: f64) -> f64 {
+    if factor <= 1.0 {
+        1.0
+    } else {
+        0.1 * mscale * factor.ln() + 1.0
     }
 }
 
@@ -114,10 +164,19 @@ pub(crate) fn scaling(theta: f64, divisors: &[f32]) -> Option<Value> {
     Some(json!({
         "rope_type": "llama3",
         "factor": stretch.factor,
-        "original_max_position_embeddings": stretch.original as u64,
+        "original_max_position_embeddings": length(stretch.original),
         "low_freq_factor": stretch.low,
         "high_freq_factor": stretch.high,
     }))
+}
+
+/// A length as people write it: whole, unless it is not.
+fn length(length: f64) -> Value {
+    if length.fract() == 0.0 {
+        json!(length as u64)
+    } else {
+        json!(length)
+    }
 }
 
 #[cfg(test)]
@@ -156,6 +215,37 @@ mod tests {
         ] {
             assert_eq!(scaling(1e4, &other), None);
         }
+    }
+
+    /// Bounds of any size: the settings that come back divide every frequency alike.
+    #[test]
+    fn any_bounds_come_back_as_settings_of_the_same_effect() {
+        let lows = [0.5, 1.0, 1.5, 2.0, 2.7, 4.0];
+        let ratios = [1.1, 1.5, 2.0, 4.0, 7.3];
+        let shapes = [(500_000.0, 128), (500_000.0, 16), (10_000.0, 64), (1e6, 8)];
+        let mut cases = 0;
+        for (low, ratio) in lows.into_iter().flat_map(|low| ratios.map(|r| (low, r))) {
+            for (theta, width) in shapes {
+                for original in [64, 1000, 8192] {
+                    let mut config = config(8.0, original, low * ratio, theta, width);
+                    config["rope_scaling"]["low_freq_factor"] = low.into();
+                    let expected = divisors(&config).unwrap();
+                    let Some(found) = scaling(theta, &expected) else {
+                        panic!("{config}: {expected:?}");
+                    };
+                    if found.is_null() {
+                        continue;
+                    }
+                    cases += 1;
+                    config["rope_scaling"] = found;
+                    let found = divisors(&config).unwrap();
+                    for (found, expected) in found.iter().zip(&expected) {
+                        assert!((found / expected - 1.0).abs() < 2e-5, "{config}");
+                    }
+                }
+            }
+        }
+        assert!(cases > 300, "{cases}");
     }
 
     /// The formula of llama.cpp's converter, computed in Python for Llama 3.1.

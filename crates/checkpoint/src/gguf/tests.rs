@@ -155,6 +155,7 @@ fn a_deepseek_opens_with_its_config_and_an_experts_tensors_each() {
         "qk_rope_head_dim": 2, "v_head_dim": 4, "first_k_dense_replace": 0, "moe_intermediate_size": 3,
         "n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 1, "norm_topk_prob": false,
         "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+        "n_group": 1, "topk_group": 1, "architectures": ["DeepseekV3ForCausalLM"],
         "rope_scaling": {
             "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 16,
             "mscale": 0.707, "mscale_all_dim": 0.707,
@@ -187,6 +188,13 @@ fn an_older_deepseek_is_a_v2() {
     draft
         .metadata
         .retain(|entry| !older.iter().any(|word| entry.0.contains(word)));
+    refuse(
+        &draft,
+        "expected 2 (sigmoid) beside the tensor `blk.0.exp_probs_b.bias`",
+    );
+    draft
+        .tensors
+        .retain(|tensor| !tensor.0.contains("exp_probs"));
     let (_folder, path) = draft.write("m.gguf");
     let config = Folder::open(&path).unwrap().config().clone();
     assert_eq!(config["model_type"], "deepseek_v2");
@@ -280,7 +288,7 @@ fn a_gguf_opens_as_the_folder_it_was_made_from() {
             "model_type": "llama", "hidden_act": "silu", "hidden_size": 4, "intermediate_size": 6,
             "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,
             "rms_norm_eps": 1e-5, "max_position_embeddings": 64, "vocab_size": 5, "tie_word_embeddings": true,
-            "rope_theta": 1e5, "eos_token_id": 2,
+            "rope_theta": 1e5, "eos_token_id": 2, "architectures": ["LlamaForCausalLM"],
         })
     );
     assert_eq!(model.config_path(), path);
@@ -302,7 +310,173 @@ fn a_gguf_opens_as_the_folder_it_was_made_from() {
         (DType::F16, &[4, 6][..])
     );
     assert_eq!(model.metadata().unwrap()["llama.block_count"], 1);
-    assert_eq!(model.shards()[0].0, "m.gguf");
+    assert_eq!(model.shards()[0].0, "model.safetensors");
+}
+
+/// A bias of one module of one layer is enough: llama.cpp takes the others for zero.
+#[test]
+fn the_biases_of_a_llama_are_read_and_absent_ones_are_zeros() {
+    let mut draft = llama();
+    let bias = f32s(&[0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]);
+    draft.tensor("blk.0.attn_q.bias", &[8], 0, bias);
+    let (_folder, path) = draft.write("m.gguf");
+    let model = Folder::open(&path).unwrap();
+    assert_eq!(model.config()["attention_bias"], true);
+    assert!(model.config().get("mlp_bias").is_none());
+    let values = |module: &str| {
+        let name = format!("model.layers.0.self_attn.{module}.bias");
+        model.tensor(&name).unwrap().to_f32().unwrap()
+    };
+    assert_eq!(values("q_proj"), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]);
+    assert_eq!(values("k_proj"), [0.0; 4]);
+    assert_eq!(values("v_proj"), [0.0; 4]);
+}
+
+/// A key, the number of its type, its value, and what the refusal says.
+type RefusedKey = (&'static str, u32, Vec<u8>, &'static str);
+
+fn float(n: f32) -> Vec<u8> {
+    n.to_le_bytes().to_vec()
+}
+
+fn count(n: u32) -> Vec<u8> {
+    n.to_le_bytes().to_vec()
+}
+
+/// Values of keys that are read, and that no model here has.
+fn refused_keys() -> Vec<RefusedKey> {
+    vec![
+        (
+            "llama.logit_scale",
+            6,
+            float(0.5),
+            "expected 0 or 1, found 0.5",
+        ),
+        (
+            "llama.attention.causal",
+            7,
+            vec![0],
+            "expected true, found false",
+        ),
+        ("llama.expert_count", 4, count(8), "expected 0, found 8"),
+        (
+            "llama.attention.sliding_window",
+            4,
+            count(16),
+            "expected 0, found 16",
+        ),
+        (
+            "llama.rope.dimension_count",
+            4,
+            count(2),
+            "expected 4, found 2",
+        ),
+        (
+            "llama.attention.value_length",
+            4,
+            count(2),
+            "expected 4, found 2",
+        ),
+        ("llama.vocab_size", 4, count(6), "expected 5, found 6"),
+        (
+            "llama.rope.freq_base",
+            8,
+            text("x"),
+            "expected a number, found",
+        ),
+        (
+            "llama.rope.scaling.type",
+            8,
+            text("longrope"),
+            "none, linear or yarn",
+        ),
+        (
+            "general.type",
+            8,
+            text("adapter"),
+            "expected \"model\", found",
+        ),
+        (
+            "general.quantization_version",
+            4,
+            count(1),
+            "expected 2, found 1",
+        ),
+    ]
+}
+
+#[test]
+fn keys_that_cannot_be_obeyed_are_refused() {
+    for (key, kind, value, expected) in refused_keys() {
+        let mut draft = llama();
+        draft.set(key, kind, value);
+        refuse(&draft, &format!("`{key}`: "));
+        refuse(&draft, expected);
+    }
+}
+
+/// What changes nothing is passed over, the rest is named.
+#[test]
+fn keys_without_a_meaning_are_named() {
+    let mut draft = llama();
+    for (key, value) in [
+        ("general.name", "x"),
+        ("general.base_model.0.name", "x"),
+        ("general.license.link", "x"),
+        ("llama.novelty", "x"),
+        ("quantize.imatrix.file", "x"),
+        ("someone.note", "x"),
+        ("tokenizer.ggml.novelty", "x"),
+    ] {
+        draft.set(key, 8, text(value));
+    }
+    draft.set("general.sampling.temp", 6, float(0.5));
+    draft.set("general.sampling.top_k", 5, count(20));
+    let (_folder, path) = draft.write("m.gguf");
+    let model = Folder::open(&path).unwrap();
+    assert_eq!(model.unknown_metadata(), ["llama.novelty", "someone.note"]);
+    let expected = serde_json::json!({"temperature": 0.5, "top_k": 20, "do_sample": true});
+    assert_eq!(model.generation_config(), Some(&expected));
+}
+
+#[test]
+fn rotary_scaling_of_every_type_is_read() {
+    let scaling = |entries: &[(&str, u32, Vec<u8>)]| {
+        let mut draft = llama();
+        for (key, kind, value) in entries {
+            draft.set(&format!("llama.rope.{key}"), *kind, value.clone());
+        }
+        let (_folder, path) = draft.write("m.gguf");
+        Folder::open(&path)
+            .unwrap()
+            .config()
+            .get("rope_scaling")
+            .cloned()
+    };
+    let number = |n: f32| n.to_le_bytes().to_vec();
+    let linear = serde_json::json!({"rope_type": "linear", "factor": 4.0});
+    // Without a type it is linear, as is the older key.
+    assert_eq!(
+        scaling(&[("scaling.factor", 6, number(4.0))]).unwrap(),
+        linear
+    );
+    assert_eq!(
+        scaling(&[("scale_linear", 6, number(4.0))]).unwrap(),
+        linear
+    );
+    let none = ("scaling.type", 8, text("none"));
+    assert_eq!(scaling(&[none, ("scaling.factor", 6, number(4.0))]), None);
+    let yarn = ("scaling.type", 8, text("yarn"));
+    let found = scaling(&[
+        yarn,
+        ("scaling.factor", 6, number(4.0)),
+        ("scaling.attn_factor", 6, number(2.0)),
+        ("scaling.yarn_beta_fast", 6, number(8.0)),
+    ])
+    .unwrap();
+    let factor = found["attention_factor"].as_f64().unwrap();
+    assert!((factor - 2.0 * (0.1 * 4f64.ln() + 1.0)).abs() < 1e-6);
+    assert_eq!(found["beta_fast"], 8.0);
 }
 
 /// RowOrder 0, 1, 2, 3 of a head are stored as 0, 2, 1, 3: first of the first half, first of the second.

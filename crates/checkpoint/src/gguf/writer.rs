@@ -5,7 +5,7 @@
 //!
 //! Source: ggml-org/ggml: docs/gguf.md.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ use tempfile::TempPath;
 
 use super::{DEFAULT_ALIGNMENT, GGUF_MAGIC, malformed};
 use crate::error::io;
-use crate::file::{name_file, temporary_file};
+use crate::file::{expect_absent, name_file, temporary_file};
 use crate::{Error, Result, TensorSpec};
 
 const VERSION: u32 = 3;
@@ -63,12 +63,7 @@ impl GgufWriter {
         metadata: &[(String, GgufValue)],
         tensors: &[TensorSpec],
     ) -> Result<Self> {
-        if fs::symlink_metadata(out).is_ok() {
-            return Err(Error::OutputExists {
-                path: out.to_owned(),
-                found: if out.is_dir() { "a folder" } else { "a file" },
-            });
-        }
+        expect_absent(out)?;
         let header = header(out, metadata, tensors)?;
         let (file, temporary) = temporary_file(out)?.into_parts();
         let sizes = tensors
@@ -276,6 +271,7 @@ impl GgufValue {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::sync::Arc;
 
     use super::*;

@@ -4,13 +4,14 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use ::eval::{Divergence, divergence};
-use data::{Sample, Split, Tokenizer};
+use data::{Sample, SplitName, Tokenizer};
 use model::{Compute, ModelConfig};
 use serde_json::json;
 
 use crate::console::{Console, finite};
 use crate::device::default_device;
 use crate::open::{Opened, open_model};
+use crate::rows::{ColumnArgs, SplitRows};
 use crate::values::{COMPUTE_HELP, ComputeValue};
 
 /// Compare the predictions and the expert routing of two models.
@@ -28,9 +29,11 @@ pub(crate) struct Args {
     /// LoRA adapter to apply to the model: PEFT folder.
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
-    /// Folder with `test.jsonl`.
+    /// Folder with a test split (`test.jsonl`, `.csv`, `.parquet`, …), or a file of rows.
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
+    #[command(flatten)]
+    columns: ColumnArgs,
     /// Maximum number of samples.
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_samples: usize,
@@ -64,8 +67,14 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
             .max_length
             .min(model.model.config.max_position_embeddings),
     };
+    let rows = SplitRows {
+        path: &args.data,
+        split: SplitName::Test,
+        columns: &args.columns.columns,
+        console,
+    };
     let samples = samples(
-        &args.data,
+        rows,
         reference.tokenizer.as_deref(),
         &reference.model.config,
         limits,
@@ -92,16 +101,15 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The first samples of `test.jsonl`.
+/// The first samples of a split.
 pub(crate) fn samples(
-    data: &Path,
+    rows: SplitRows<'_>,
     tokenizer: Option<&Tokenizer>,
     config: &ModelConfig,
     limits: RowLimits,
 ) -> anyhow::Result<Vec<Sample>> {
     let length = limits.max_length.min(config.max_position_embeddings);
-    let file = data.join("test.jsonl");
-    let mut split = Split::open(&file, tokenizer, length, config.vocab_size)?;
+    let mut split = rows.read(tokenizer, length, config.vocab_size)?;
     split.samples.truncate(limits.max_samples);
     Ok(split.samples)
 }

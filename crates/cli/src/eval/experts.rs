@@ -6,21 +6,24 @@ use std::process::ExitCode;
 use ::eval::{ChosenExperts, EvalConfig, ExpertLoad, choose, expert_loads};
 use anyhow::bail;
 use clap::ValueEnum;
-use data::Split;
+use data::SplitName;
 use model::Compute;
 use serde_json::json;
 
 use crate::console::{Console, finite};
 use crate::open::{ModelArgs, Opened};
+use crate::rows::{ColumnArgs, SplitRows};
 
 /// Measure which experts a task uses, and print a recipe section that trains only those (ESFT).
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// Task data: folder with `train.jsonl`.
+    /// Task data: folder with a training split (`train.jsonl`, `.csv`, `.parquet`, …), or a file of rows.
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
+    #[command(flatten)]
+    columns: ColumnArgs,
     /// Minimum total load of the chosen experts in each layer, above 0 and at most 1. The fewest experts that reach it
     /// are chosen.
     #[arg(long, alias = "share", value_name = "P", default_value_t = 0.2)]
@@ -91,9 +94,14 @@ fn loads(opened: &Opened, args: &Args, console: &Console) -> anyhow::Result<Vec<
             opened.name
         );
     }
-    let (file, vocab_size) = (args.data.join("train.jsonl"), config.vocab_size);
+    let rows = SplitRows {
+        path: &args.data,
+        split: SplitName::Train,
+        columns: &args.columns.columns,
+        console,
+    };
     let max_length = args.max_length.min(config.max_position_embeddings);
-    let mut split = Split::open(&file, opened.tokenizer.as_deref(), max_length, vocab_size)?;
+    let mut split = rows.read(opened.tokenizer.as_deref(), max_length, config.vocab_size)?;
     split.samples.truncate(args.max_samples.max(1));
     let mut progress = console.progress(split.samples.len() as u64, "samples");
     let config = EvalConfig {
@@ -103,7 +111,10 @@ fn loads(opened: &Opened, args: &Args, console: &Console) -> anyhow::Result<Vec<
     let tell = &mut |done, _| progress.update(done as u64, &opened.name);
     let found = expert_loads(&opened.model, &split.samples, &config, tell);
     progress.finish();
-    finite(found, &format_args!("{}: {}", opened.name, file.display()))
+    finite(
+        found,
+        &format_args!("{}: {}", opened.name, args.data.display()),
+    )
 }
 
 fn shares(load: &ExpertLoad, by: LoadValue) -> &[f64] {

@@ -34,6 +34,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
+    checkpoint::expect_absent(&args.out)?;
     let rows = data::read_ids(&args.ids)?;
     let opened = args.model.open(console)?;
     let config = &opened.model.config;

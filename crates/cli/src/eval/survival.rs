@@ -5,13 +5,14 @@ use std::process::ExitCode;
 
 use ::eval::{SurvivalConfig, SurvivalModels, survival};
 use anyhow::Context;
-use data::Split;
+use data::SplitName;
 use model::AdapterWeights;
 use model::Quantizer;
 
 use crate::console::{Console, USAGE, WithCode, finite, printable};
 use crate::device::default_device;
 use crate::open::open_model;
+use crate::rows::{ColumnArgs, SplitRows};
 
 /// Measure how much of an adapter's effect survives a merge into quantized weights.
 ///
@@ -27,9 +28,11 @@ pub(crate) struct Args {
     /// LoRA adapter: PEFT folder.
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
-    /// Folder with `test.jsonl`.
+    /// Folder with a test split (`test.jsonl`, `.csv`, `.parquet`, …), or a file of rows.
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
+    #[command(flatten)]
+    columns: ColumnArgs,
     /// Weight formats: hf:fp8, gguf:q8_0, gguf:q4_0, gguf:q4_k, … Default: all.
     #[arg(long, value_name = "FORMAT,…", value_delimiter = ',')]
     to: Vec<String>,
@@ -59,9 +62,14 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     AdapterWeights::read(&adapter, &base.model.config)?.attach(&mut adapted, &base.device)?;
 
     let limit = base.model.config.max_position_embeddings;
-    let file = args.data.join("test.jsonl");
     let (length, vocab_size) = (args.max_length.min(limit), base.model.config.vocab_size);
-    let mut split = Split::open(&file, base.tokenizer.as_deref(), length, vocab_size)?;
+    let rows = SplitRows {
+        path: &args.data,
+        split: SplitName::Test,
+        columns: &args.columns.columns,
+        console,
+    };
+    let mut split = rows.read(base.tokenizer.as_deref(), length, vocab_size)?;
     split.samples.truncate(args.max_samples);
     let config = SurvivalConfig {
         quantizers,
@@ -79,7 +87,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         progress.update_of(done as u64, total as u64)
     });
     progress.finish();
-    let report = finite(found, &file.display())?;
+    let report = finite(found, &args.data.display())?;
     if args.json {
         console.result(format_args!("{:#}", report.to_json()));
     } else {

@@ -12,13 +12,13 @@ use signal_hook::consts::SIGINT;
 
 use super::sampling::SamplingArgs;
 use super::{PrefillProgress, summary};
-use crate::console::Console;
+use crate::console::{Console, printable};
 use crate::open::{EngineArgs, ModelArgs, SpeculationArgs};
 
 /// Chat with a model, using its chat template.
 ///
-/// Each line of stdin is a message. `/clear` starts a new conversation, `/quit` or Ctrl-D ends the chat, and Ctrl-C
-/// stops an answer. The model reads each message once: earlier turns stay in the KV cache.
+/// Each line of stdin is a message, or a command: `/help` lists them. `//text` is the message `/text`. Ctrl-D ends the
+/// chat, and Ctrl-C stops an answer. The model reads each message once: earlier turns stay in the KV cache.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -40,6 +40,38 @@ pub(crate) struct Args {
     speculation: SpeculationArgs,
 }
 
+const COMMANDS: &str = "\
+/clear   start a new conversation
+/help    list commands
+/quit    end the chat, as /exit and Ctrl-D do
+//text   send the message /text
+Ctrl-C   stop an answer";
+
+/// A line of input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Input<'a> {
+    Nothing,
+    Message(&'a str),
+    Clear,
+    Help,
+    Quit,
+    Unknown(&'a str),
+}
+
+impl<'a> Input<'a> {
+    fn of(line: &'a str) -> Self {
+        match line {
+            "" => Self::Nothing,
+            "/clear" => Self::Clear,
+            "/help" | "/?" => Self::Help,
+            "/quit" | "/exit" => Self::Quit,
+            _ if line.starts_with("//") => Self::Message(&line[1..]),
+            _ if line.starts_with('/') => Self::Unknown(line),
+            _ => Self::Message(line),
+        }
+    }
+}
+
 /// Maximum length of a line of input, in bytes.
 const LONGEST_LINE: u64 = 1 << 20;
 
@@ -57,7 +89,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         config: GenerateConfig {
             max_tokens: args.max_tokens.map_or(usize::MAX, |n| n as usize),
             sample: args.sampling.config(&opened.folder)?,
-            stop_ids: args.sampling.stop_ids(&opened)?,
+            stop_ids: args.sampling.stop_ids(&opened, console)?,
             logprobs: None,
         },
         stop_strings: &args.sampling.stop,
@@ -65,14 +97,26 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let interrupted = listen()?;
     let is_typed = std::io::stdin().is_terminal();
     if is_typed {
-        console.note("/clear starts a new conversation, /quit or Ctrl-D ends the chat, Ctrl-C stops an answer");
+        console.note("/help lists commands, /quit or Ctrl-D ends the chat, Ctrl-C stops an answer");
     }
     while let Some(line) = next_line(&mut chat.engine, is_typed, console)? {
-        match line.trim() {
-            "" => {}
-            "/quit" => break,
-            "/clear" => chat.history.clear(),
-            message => {
+        match Input::of(line.trim()) {
+            Input::Nothing => {}
+            Input::Quit => break,
+            Input::Clear => chat.history.clear(),
+            Input::Help => console.note(COMMANDS),
+            // A model would answer it as a message, and nobody would see why.
+            Input::Unknown(command) => {
+                let problem = format!(
+                    "expected a command that /help lists, found `{}`; // in place of / makes it a message",
+                    printable(command, &[])
+                );
+                if !is_typed {
+                    bail!("stdin: {problem}");
+                }
+                console.note(problem);
+            }
+            Input::Message(message) => {
                 interrupted.store(false, Ordering::Relaxed);
                 let answered = chat.answer(message, &interrupted, console);
                 interrupted.store(true, Ordering::Relaxed);
@@ -167,5 +211,29 @@ impl Chat<'_> {
             );
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_are_told_from_messages() {
+        for (line, expected) in [
+            ("", Input::Nothing),
+            ("hello /help", Input::Message("hello /help")),
+            ("/help", Input::Help),
+            ("/?", Input::Help),
+            ("/exit", Input::Quit),
+            ("/clear", Input::Clear),
+            ("/clear all", Input::Unknown("/clear all")),
+            ("/usr/bin", Input::Unknown("/usr/bin")),
+            ("/", Input::Unknown("/")),
+            ("//usr/bin", Input::Message("/usr/bin")),
+            ("// comment", Input::Message("/ comment")),
+        ] {
+            assert_eq!(Input::of(line), expected, "{line}");
+        }
     }
 }

@@ -1,9 +1,9 @@
 //! How tokens are chosen: as the command line says, else as the model's publisher recommends.
 
 use checkpoint::Folder;
-use data::Tokenizer;
 use infer::{SampleConfig, recommended_sampling};
 
+use crate::console::Console;
 use crate::open::Opened;
 
 // How each token is chosen, and what ends a text.
@@ -68,11 +68,12 @@ impl SamplingArgs {
     ///
     /// # Errors
     /// If a file of the model names one that is not a token id.
-    pub(crate) fn stop_ids(&self, opened: &Opened) -> anyhow::Result<Vec<u32>> {
+    pub(crate) fn stop_ids(&self, opened: &Opened, console: &Console) -> anyhow::Result<Vec<u32>> {
         if self.ignore_eos {
             return Ok(vec![]);
         }
-        let eos = opened.tokenizer.as_deref().and_then(Tokenizer::eos_id);
-        Ok(infer::end_of_text_ids(&opened.folder, eos)?)
+        let ends = infer::end_of_text(&opened.folder, opened.tokenizer.as_deref())?;
+        ends.notes.iter().for_each(|note| console.note(note));
+        Ok(ends.ids)
     }
 }

@@ -3,14 +3,12 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use checkpoint::Adapter;
-use model::AdapterWeights;
 use model::export::lora_gguf::write_lora_gguf;
 use model::load::read_config;
 use serde_json::json;
 
 use crate::console::Console;
-use crate::open::{listed, note_format, open_folder};
+use crate::open::{listed, note_keys, open_folder, read_adapter};
 
 /// Write an adapter as a GGUF file for llama.cpp's `--lora`.
 #[derive(Debug, clap::Args)]
@@ -34,9 +32,8 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (base, _) = open_folder(&args.model)?;
-    let adapter = Adapter::open(&args.adapter)?;
-    note_format(&adapter, &args.adapter, console);
-    let adapter = AdapterWeights::read(&adapter, &read_config(&base)?)?;
+    note_keys(&base, console)?;
+    let adapter = read_adapter(&args.adapter, &read_config(&base)?, console)?;
     let written = write_lora_gguf(&base, &adapter, args.keep_ignored, &args.out)?;
     if !written.ignored.is_empty() {
         console.note(format_args!(
@@ -48,14 +45,16 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         console.result(json!({
             "out": args.out,
             "tensors": written.tensors,
+            "adapter_tensors": adapter.n_tensors(),
             "bytes": written.bytes,
             "ignored": written.ignored,
         }));
     } else {
         console.result(format_args!(
-            "{}: updates of {} tensors, {:.1} MiB",
+            "{}: updates of {} tensors, of the adapter's {} tensors, {:.1} MiB",
             args.out.display(),
             written.tensors,
+            adapter.n_tensors(),
             written.bytes as f64 / f64::from(1 << 20)
         ));
     }

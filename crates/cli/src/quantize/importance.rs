@@ -1,22 +1,24 @@
 //! `quantize --imatrix-data`, `--imatrix`: the importance matrix of a model.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use ::model::export::importance::Importance;
 use anyhow::bail;
 use checkpoint::Folder;
-use data::Split;
+use data::{Columns, SplitName};
 
 use crate::console::Console;
 use crate::device::default_device;
 use crate::open::open_model;
+use crate::rows::SplitRows;
 
 /// Maximum length of a calibration sequence, in tokens: all inputs of a mixture layer are held together.
 const MAX_CALIBRATION_LENGTH: usize = 512;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ImportanceArgs {
-    /// Calibration data for an importance matrix: folder with `train.jsonl`, or a file of such rows.
+    /// Calibration data for an importance matrix: folder with a training split (`train.jsonl`, `.csv`,
+    /// `.parquet`, …), or a file of rows.
     ///
     /// The squared inputs of every weight column are measured, expert by expert. Quantization then rounds the columns
     /// with the largest inputs most precisely.
@@ -41,11 +43,20 @@ impl ImportanceArgs {
         &self,
         model: &str,
         folder: &Folder,
+        columns: &Columns,
         console: &Console,
     ) -> anyhow::Result<Option<Importance>> {
         let importance = match (&self.imatrix, &self.imatrix_data) {
             (Some(file), _) => Importance::read(file)?,
-            (None, Some(data)) => self.measure(data, model, folder, console)?,
+            (None, Some(data)) => {
+                let rows = SplitRows {
+                    path: data,
+                    split: SplitName::Train,
+                    columns,
+                    console,
+                };
+                self.measure(rows, model, folder)?
+            }
             (None, None) => return Ok(None),
         };
         let experts = match (importance.rare_experts, importance.experts) {
@@ -66,24 +77,16 @@ impl ImportanceArgs {
 
     fn measure(
         &self,
-        data: &Path,
+        rows: SplitRows<'_>,
         model: &str,
         folder: &Folder,
-        console: &Console,
     ) -> anyhow::Result<Importance> {
+        let console = rows.console;
         let opened = open_model(model, None, &default_device(), console)?;
         let config = &opened.model.config;
-        let file = match data.is_dir() {
-            true => data.join("train.jsonl"),
-            false => data.to_owned(),
-        };
         let length = MAX_CALIBRATION_LENGTH.min(config.max_position_embeddings);
-        let split = Split::open(
-            &file,
-            opened.tokenizer.as_deref(),
-            length,
-            config.vocab_size,
-        )?;
+        let tokenizer = opened.tokenizer.as_deref();
+        let split = rows.read(tokenizer, length, config.vocab_size)?;
         let samples = split.samples.iter().take(self.imatrix_samples);
         let rows: Vec<&[u32]> = samples.map(|sample| sample.ids.as_slice()).collect();
         if rows.is_empty() {

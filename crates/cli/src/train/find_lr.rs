@@ -39,6 +39,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let test = range(args)?;
+    checkpoint::expect_absent(&args.out)?;
     let recipe = Recipe::open(&args.recipe, &args.set).map_err(usage)?;
     let in_recipe = recipe.optimizer.learning_rate;
     let mut session = open_session(recipe, console)?;

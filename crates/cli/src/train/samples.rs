@@ -9,6 +9,7 @@ use infer::{Engine, GenerateConfig, SampleConfig};
 use model::{Model, OperandRounding};
 use train::{Recipe, Session};
 
+use super::end_ids;
 use crate::generate::question;
 
 /// Continues prompts as the recipe says, always with the most likely token, so that samples of different steps compare.
@@ -34,11 +35,7 @@ impl PromptSampler {
         if eval.chat && tokenizer.chat_template().is_none() {
             bail!("`eval.chat`: expected a tokenizer with a chat template, found none");
         }
-        let eos = tokenizer.eos_id();
-        let stop_ids = match session.base_folder() {
-            Some(base) => infer::end_of_text_ids(base, eos)?,
-            None => eos.into_iter().collect(),
-        };
+        let stop_ids = end_ids(session)?;
         let config = GenerateConfig {
             max_tokens: eval.max_new_tokens,
             sample: SampleConfig::greedy(),

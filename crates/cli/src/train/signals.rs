@@ -46,7 +46,7 @@ impl Signals {
                 let mut stderr = std::io::stderr();
                 let _ = writeln!(
                     stderr,
-                    "\nfinishing the step and saving a checkpoint; press Ctrl-C again to stop at once"
+                    "\nfinishing the step, or the batch of a validation pass, and saving a checkpoint; press Ctrl-C again to stop at once"
                 );
             }
         };

@@ -1,7 +1,7 @@
 //! The progress of a run on the terminal, and the machine's state for the run.
 
 use model::Model;
-use train::{Event, Host, Memory, SampledText, Session, StepReport};
+use train::{Event, Host, Memory, Rewards, SampledText, Session, StepReport, ValidationProgress};
 
 use super::samples::PromptSampler;
 use super::signals::Signals;
@@ -12,6 +12,8 @@ use crate::host;
 #[derive(Debug)]
 pub(super) struct Watcher {
     progress: Progress,
+    /// Of the validation pass under way.
+    validation: Option<Progress>,
     signals: Signals,
     sampler: Option<PromptSampler>,
     smoothed: Option<f64>,
@@ -25,28 +27,23 @@ impl Host for Watcher {
         match event {
             Event::Step(report) => self.step(report),
             Event::FirstGradient(audit) => self.progress.line(&audit.summary()),
+            Event::Validating(done) => self.validating(done),
             Event::Validated {
                 step,
                 loss,
                 rewards,
                 drift,
             } => {
+                if let Some(progress) = self.validation.take() {
+                    progress.finish();
+                }
                 let drift = drift.map_or_else(String::new, |drift| {
                     format!(
                         ", {:.1} % of expert choices differ from the base's",
                         100.0 * drift
                     )
                 });
-                let meaning = rewards.map_or_else(
-                    || format!("perplexity {:.2}", loss.exp()),
-                    |rewards| {
-                        format!(
-                            "reward margin {:.4}, {:.1} % of pairs ranked correctly",
-                            rewards.margin,
-                            100.0 * rewards.accuracy
-                        )
-                    },
-                );
+                let meaning = meaning_of(*loss, *rewards);
                 self.progress.line(&format!(
                     "step {step}: validation loss {loss:.4}, {meaning}{drift}"
                 ));
@@ -71,6 +68,10 @@ impl Host for Watcher {
             }
             Event::RestoredBest { step, loss } => self.progress.line(&format!(
                 "the result is step {step}, which had the lowest validation loss, {loss:.4}"
+            )),
+            Event::SetAside { step, path } => self.progress.line(&format!(
+                "the result of step {step} is now {}; this run makes a new one",
+                path.display()
             )),
             Event::Saved { .. } => {}
         }
@@ -99,6 +100,7 @@ impl Watcher {
     ) -> anyhow::Result<Self> {
         Ok(Self {
             progress: console.progress(session.total_steps(), "training"),
+            validation: None,
             signals,
             sampler: PromptSampler::new(session)?,
             smoothed: None,
@@ -110,8 +112,19 @@ impl Watcher {
 
     /// Removes the progress bar. Returns the maximum bytes of saved activations.
     pub(super) fn finish(self) -> usize {
+        if let Some(progress) = self.validation {
+            progress.finish();
+        }
         self.progress.finish();
         self.saved_activation_bytes
+    }
+
+    fn validating(&mut self, done: &ValidationProgress) {
+        let training = &self.progress;
+        let start = || training.part(done.total, "validating");
+        let rate = done.tokens as f64 / done.seconds.max(1e-9);
+        let progress = self.validation.get_or_insert_with(start);
+        progress.update(done.batches, &format!("{rate:.0} tokens/s"));
     }
 
     fn step(&mut self, report: &StepReport) {
@@ -135,6 +148,18 @@ impl Watcher {
             ),
         );
     }
+}
+
+/// What a validation loss says to a person.
+fn meaning_of(loss: f64, rewards: Option<Rewards>) -> String {
+    let Some(rewards) = rewards else {
+        return format!("perplexity {:.2}", loss.exp());
+    };
+    format!(
+        "reward margin {:.4}, {:.1} % of pairs ranked correctly",
+        rewards.margin,
+        100.0 * rewards.accuracy
+    )
 }
 
 /// The program's memory besides mapped files, for the progress line; empty if the operating system does not tell.

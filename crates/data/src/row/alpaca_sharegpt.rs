@@ -1,9 +1,11 @@
 //! Alpaca and ShareGPT rows, turned into messages.
 //!
-//! - Alpaca: `instruction` with an optional `input` below it, and `output`; optional `system`.
+//! - Alpaca: `instruction` with an optional `input` below it, and `output`; optional `system`, and earlier turns in `history`, a
+//!   list of pairs of texts, whose answers are trained too.
 //! - ShareGPT: `conversations` of `from` and `value`; optional `system` and `tools`. Entries with `role` and `content` are
 //!   messages already.
 
+use super::call;
 use crate::error::{Error, Result};
 use crate::file::describe;
 use crate::row::{optional_string, string};
@@ -17,6 +19,7 @@ pub(crate) fn instruction(row: &mut Map<String, Value>) -> Result<Vec<Value>> {
         _ => instruction,
     };
     let mut messages = system(row)?;
+    messages.extend(history(row.remove("history"))?);
     messages.push(json!({"role": "user", "content": user}));
     messages.push(json!({"role": "assistant", "content": output}));
     Ok(messages)
@@ -46,8 +49,32 @@ fn system(row: &mut Map<String, Value>) -> Result<Vec<Value>> {
     Ok(text.map(message).into_iter().collect())
 }
 
-/// One entry of a conversation.
-fn message(index: usize, entry: Value) -> Result<Value> {
+/// The turns before the instruction.
+fn history(value: Option<Value>) -> Result<Vec<Value>> {
+    let pairs = match value.unwrap_or_default() {
+        Value::Null => Vec::new(),
+        Value::Array(pairs) => pairs,
+        other => {
+            let expected = "a list of pairs [instruction, answer] in `history`";
+            return Err(Error::schema(expected, describe(&other)));
+        }
+    };
+    let mut messages = Vec::with_capacity(2 * pairs.len());
+    for (index, pair) in pairs.into_iter().enumerate() {
+        let texts = pair.as_array().map(|pair| pair.iter().map(Value::as_str));
+        let texts: Option<Vec<&str>> = texts.and_then(Iterator::collect);
+        let Some([user, answer]) = texts.as_deref() else {
+            let expected = format!("a pair of texts in `history[{index}]`");
+            return Err(Error::schema(expected, describe(&pair)));
+        };
+        messages.push(json!({"role": "user", "content": user}));
+        messages.push(json!({"role": "assistant", "content": answer}));
+    }
+    Ok(messages)
+}
+
+/// One entry of a conversation. What it has beside `from` and `value`, such as a flag or a thought, it has as a message, too.
+fn message(index: usize, mut entry: Value) -> Result<Value> {
     if entry["role"].is_string() {
         return Ok(entry);
     }
@@ -60,35 +87,31 @@ fn message(index: usize, entry: Value) -> Result<Value> {
         "human" | "user" => "user",
         "gpt" | "assistant" | "chatgpt" | "bing" | "bard" | "model" => "assistant",
         "system" => "system",
+        "developer" => "developer",
         "tool" | "observation" | "function_response" => "tool",
-        "function_call" => return function_call(index, value),
+        "function_call" | "tool_call" => {
+            let calls = call::list(&format!("conversations[{index}].value"), value.into())?;
+            entry["tool_calls"] = calls.into();
+            entry["value"] = Value::Null;
+            "assistant"
+        }
         other => {
             let expected = format!(
-                "`conversations[{index}].from` to be human, gpt, system, tool, observation or function_call"
+                "`conversations[{index}].from` to be human, gpt, system, developer, tool, observation or function_call"
             );
             return Err(Error::schema(expected, format!("`{other}`")));
         }
     };
-    let mut message = json!({"role": role, "content": value});
-    // Some programs mark turns that should not be trained with a weight of 0.
-    if let Some(weight) = entry.get("weight") {
-        message["weight"] = weight.clone();
+    let mut message = json!({"role": role, "content": entry["value"].take()});
+    let rest = entry
+        .as_object_mut()
+        .map(std::mem::take)
+        .into_iter()
+        .flatten();
+    for (key, value) in rest.filter(|(key, _)| key != "from" && key != "value") {
+        message[key] = value;
     }
     Ok(message)
-}
-
-/// A call written as the JSON text of `name` and `arguments`.
-fn function_call(index: usize, value: &str) -> Result<Value> {
-    let call: Value = serde_json::from_str(value).unwrap_or_default();
-    let Some(name) = call["name"].as_str() else {
-        let expected = format!(
-            "`conversations[{index}].value` to be the JSON text of a call {{name, arguments}}"
-        );
-        return Err(Error::schema(expected, "other text"));
-    };
-    let function = json!({"name": name, "arguments": call["arguments"]});
-    let call = json!({"type": "function", "function": function});
-    Ok(json!({"role": "assistant", "content": null, "tool_calls": [call]}))
 }
 
 #[cfg(test)]
@@ -129,6 +152,48 @@ mod tests {
             json!({"role": "user", "content": "C"}),
         ];
         assert_eq!(conversations(&mut object(row)).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_turn_may_have_several_calls() {
+        let calls = json!([{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": "{}"}]);
+        let row = json!({"conversations": [{"from": "tool_call", "value": calls.to_string(), "train": false}]});
+        let function = |call: &Value| json!({"type": "function", "function": call});
+        let calls: Vec<Value> = calls.as_array().unwrap().iter().map(function).collect();
+        let expected =
+            json!({"role": "assistant", "content": null, "tool_calls": calls, "train": false});
+        assert_eq!(conversations(&mut object(row)).unwrap(), [expected]);
+    }
+
+    #[test]
+    fn earlier_turns_stand_before_the_instruction() {
+        let row = |history: Value| json!({"instruction": "I", "output": "O", "system": "S", "history": history});
+        let texts = |row: Value| -> Result<Vec<String>, String> {
+            let messages = instruction(&mut object(row)).map_err(|problem| problem.to_string())?;
+            let text = |m: Value| format!("{} {}", m["role"], m["content"]).replace('"', "");
+            Ok(messages.into_iter().map(text).collect())
+        };
+        let found = texts(row(json!([["a", "b"], ["c", "d"]]))).unwrap();
+        let expected = [
+            "system S",
+            "user a",
+            "assistant b",
+            "user c",
+            "assistant d",
+            "user I",
+            "assistant O",
+        ];
+        assert_eq!(found, expected);
+        assert_eq!(texts(row(json!(null))).unwrap().len(), 3);
+        assert_eq!(texts(row(json!([]))).unwrap().len(), 3);
+        for (history, place) in [
+            (json!("a"), "`history`"),
+            (json!([["a"]]), "`history[0]`"),
+            (json!([["a", "b"], [1, "b"]]), "`history[1]`"),
+        ] {
+            let problem = texts(row(history)).unwrap_err();
+            assert!(problem.contains(place), "{problem}");
+        }
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The rows of a data file: their kinds, and the trained tokens of each.
 
 use crate::error::{Error, Result};
-use crate::file::describe;
+use crate::file::{describe, parse_line};
+use crate::notes::RowNotes;
 use crate::sample::{MarkedTokens, Sample};
 use crate::tokenizer::{Bos, ChatTemplate, GenerationPrompt, Tokenizer};
 use crate::turn::Conversation;
@@ -10,13 +11,26 @@ use serde_json::{Map, Value};
 use std::ops::Range;
 
 mod alpaca_sharegpt;
+mod call;
 mod kind;
+mod message;
 mod pair;
 
+pub(crate) use kind::found_keys;
+pub(crate) use message::messages;
 pub use pair::PreferencePair;
 
 /// The label of a token that is not trained: PyTorch's `ignore_index`.
 const NOT_TRAINED: i64 = -100;
+
+/// The keys that tables without lists, CSV above all, have as the JSON text of one.
+const LISTS: [&str; 5] = [
+    "messages",
+    "conversations",
+    "history",
+    "input_ids",
+    "labels",
+];
 
 /// The limits of samples.
 #[derive(Clone, Copy, Debug)]
@@ -47,13 +61,14 @@ pub(crate) enum Row {
 }
 
 impl Row {
-    /// Recognizes a row by its keys. Also returns the unread keys.
-    pub(crate) fn parse(value: Value) -> Result<(Self, Vec<String>)> {
+    /// Recognizes a row by its keys, those that the caller named above all. Also returns the unread keys.
+    pub(crate) fn parse(value: Value, named: &[&str]) -> Result<(Self, Vec<String>)> {
         let Value::Object(mut row) = value else {
             return Err(Error::schema("a JSON object", describe(&value)));
         };
-        let (kind, ignored) = RowKind::of(&mut row)?;
-        let tools = tools(row.remove("tools"))?;
+        let (kind, ignored) = RowKind::of(&mut row, named)?;
+        LISTS.iter().for_each(|key| unquote(&mut row, key));
+        let mut tools = message::tools(row.remove("tools"))?;
         let parsed = match kind {
             RowKind::Text => Self::Text(string(&mut row, "text")?),
             RowKind::Completion => completion(row, tools)?,
@@ -65,6 +80,7 @@ impl Row {
                 Self::conversation(alpaca_sharegpt::instruction(&mut row)?, tools, 0)?
             }
             RowKind::Conversations => {
+                tools.iter_mut().for_each(message::as_functions);
                 let list = Value::Array(alpaca_sharegpt::conversations(&mut row)?);
                 Self::conversation(messages("conversations", Some(list))?, tools, 0)?
             }
@@ -97,17 +113,20 @@ impl Row {
 
     /// The row in tokens within the limits: several samples for a long text or a conversation with thoughts that the template
     /// drops, two for a pair, otherwise one.
+    ///
+    /// `notes` say what of the row is not as it is written.
     pub(crate) fn samples(
         &self,
         tokenizer: Option<&Tokenizer>,
         limits: Limits,
+        notes: &mut RowNotes,
     ) -> Result<Vec<Sample>> {
         if let Self::Pair(answers) = self {
             let answers = answers.iter().map(|row| {
-                let mut samples = row.samples(tokenizer, limits)?;
+                let mut samples = row.samples(tokenizer, limits, notes)?;
                 // An answer is one sample: of turns that need separate texts, the last one was chosen.
                 if let (Some(last), true) = (row.last_turn(), samples.len() > 1) {
-                    samples = last.samples(tokenizer, limits)?;
+                    samples = last.samples(tokenizer, limits, notes)?;
                 }
                 samples
                     .pop()
@@ -121,7 +140,7 @@ impl Row {
                 trained: trained.clone(),
                 text_bytes: vec![0; ids.len()],
             }],
-            _ => self.tokenize(tokenizer.ok_or(Error::NoTokenizer)?)?,
+            _ => self.tokenize(tokenizer.ok_or(Error::NoTokenizer)?, notes)?,
         };
         let mut samples = Vec::new();
         for marked in &pieces {
@@ -152,7 +171,7 @@ impl Row {
         })
     }
 
-    fn tokenize(&self, tokenizer: &Tokenizer) -> Result<Vec<MarkedTokens>> {
+    fn tokenize(&self, tokenizer: &Tokenizer, notes: &mut RowNotes) -> Result<Vec<MarkedTokens>> {
         match self {
             Self::Text(text) => {
                 let encoded = tokenizer.encode_with_ranges(text, Bos::Add)?;
@@ -172,6 +191,7 @@ impl Row {
                 first,
             } => {
                 let template = tokenizer.chat_template().ok_or(Error::NoChatTemplate)?;
+                let messages = &template.prepare(messages, tools.as_ref(), notes)?;
                 let conversation = Conversation {
                     tokenizer,
                     template,
@@ -182,7 +202,7 @@ impl Row {
                     let encoded = tokenizer.encode_with_ranges(&text, Bos::Never)?;
                     Ok(MarkedTokens::new(encoded, &turns, tokenizer))
                 };
-                let texts = conversation.texts(*first)?;
+                let texts = conversation.texts(*first, notes)?;
                 texts.into_iter().map(encode).collect()
             }
             Self::Ids { .. } | Self::Pair(_) => Ok(Vec::new()),
@@ -224,9 +244,23 @@ pub(crate) fn continuation(
 
 /// Messages ready to be answered, as text.
 pub(crate) fn render_prompt(messages: &[Value], template: Option<&ChatTemplate>) -> Result<String> {
-    template
-        .ok_or(Error::NoChatTemplate)?
-        .render(messages, None, GenerationPrompt::Add)
+    let template = template.ok_or(Error::NoChatTemplate)?;
+    let messages = template.prepare(messages, None, &mut RowNotes::new())?;
+    template.render(&messages, None, GenerationPrompt::Add)
+}
+
+/// Every key that some kind of row reads.
+pub(crate) fn row_keys() -> impl Iterator<Item = &'static str> {
+    RowKind::keys()
+}
+
+/// Replaces the JSON text of a list by the list.
+fn unquote(row: &mut Map<String, Value>, key: &str) {
+    if let Some(value) = row.get_mut(key)
+        && let Some(list @ Value::Array(_)) = value.as_str().and_then(|text| parse_line(text).ok())
+    {
+        *value = list;
+    }
 }
 
 /// A {prompt, completion} row: two strings, or messages and the assistant's answer to them.
@@ -244,57 +278,6 @@ fn completion(mut row: Map<String, Value>, tools: Option<Value>) -> Result<Row> 
         completion => all.extend(messages("completion", completion)?),
     }
     Row::conversation(all, tools, first)
-}
-
-/// A list of messages, each an object with a role.
-pub(crate) fn messages(key: &str, value: Option<Value>) -> Result<Vec<Value>> {
-    let mut list = match value.unwrap_or_default() {
-        Value::Array(list) if !list.is_empty() => list,
-        Value::Array(_) => {
-            return Err(Error::schema(
-                format!("messages in `{key}`"),
-                "an empty list",
-            ));
-        }
-        other => {
-            return Err(Error::schema(
-                format!("a list of messages in `{key}`"),
-                describe(&other),
-            ));
-        }
-    };
-    for (index, message) in list.iter().enumerate() {
-        if !message["role"].is_string() {
-            let expected = format!("`{key}[{index}]` to be an object with a string `role`");
-            let found = match message.get("role") {
-                Some(role) => format!("`role` {}", describe(role)),
-                None if message.is_object() => "no `role`".to_owned(),
-                None => describe(message),
-            };
-            return Err(Error::schema(expected, found));
-        }
-    }
-    // Columns of a table are null if a message has no such key, and templates test for the key.
-    for message in list.iter_mut().filter_map(Value::as_object_mut) {
-        message.retain(|key, value| key == "content" || !value.is_null());
-    }
-    Ok(list)
-}
-
-/// Descriptions of tools: a list, or (in some data sets) the JSON text of a list.
-fn tools(value: Option<Value>) -> Result<Option<Value>> {
-    let value = match value {
-        Some(Value::String(text)) => serde_json::from_str(&text).unwrap_or(Value::String(text)),
-        value => value.unwrap_or_default(),
-    };
-    match value {
-        Value::Null => Ok(None),
-        Value::Array(_) => Ok(Some(value)),
-        other => Err(Error::schema(
-            "a list of tools in `tools`",
-            describe(&other),
-        )),
-    }
 }
 
 fn pretokenized(row: &mut Map<String, Value>) -> Result<Row> {
@@ -379,13 +362,17 @@ mod tests {
     const BOS: &str = "<｜begin▁of▁sentence｜>";
     const EOS: &str = "<｜end▁of▁sentence｜>";
 
+    fn parse(row: Value) -> Result<(Row, Vec<String>)> {
+        Row::parse(row, &[])
+    }
+
     /// The spans of a row, `[…]` around trained ones, BOS and EOS shortened.
     fn shown(row: Value, add_bos: bool) -> String {
         let tokenizer = tokenizer(Some(CHAT), add_bos);
-        let samples = Row::parse(row)
+        let samples = parse(row)
             .unwrap()
             .0
-            .samples(Some(&tokenizer), LIMITS)
+            .samples(Some(&tokenizer), LIMITS, &mut RowNotes::new())
             .unwrap();
         let [sample] = samples.as_slice() else {
             panic!("{samples:?}")
@@ -457,15 +444,51 @@ mod tests {
     }
 
     #[test]
+    fn lists_may_be_json_texts() {
+        let list = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]);
+        for messages in [list.clone(), list.to_string().into()] {
+            assert_eq!(
+                shown(json!({"messages": messages}), true),
+                "<s><｜User｜>a<｜Assistant｜>[b</s>]"
+            );
+        }
+        let (row, _) = parse(json!({"input_ids": "[5, 6]", "labels": "[-100, 6]"})).unwrap();
+        let expected = json!({"input_ids": [5, 6], "labels": [-100, 6]});
+        assert_eq!(row, parse(expected).unwrap().0);
+        // Python's own form of a list is not JSON.
+        let problem = parse(json!({"messages": "[{'role': 'user'}]"})).unwrap_err();
+        assert!(
+            problem
+                .to_string()
+                .ends_with("in `messages`, found a string"),
+            "{problem}"
+        );
+    }
+
+    #[test]
+    fn named_keys_choose_the_kind() {
+        let row = json!({"prompt": "1+1=", "completion": "2", "messages": [], "id": 1});
+        let (row, mut ignored) = Row::parse(row, &["prompt", "completion"]).unwrap();
+        ignored.sort();
+        let (prompt, completion) = ("1+1=".to_owned(), "2".to_owned());
+        assert_eq!(row, Row::Completion { prompt, completion });
+        assert_eq!(ignored, ["id", "messages"]);
+    }
+
+    #[test]
     fn labels_are_those_of_hugging_face() {
         let row = json!({"input_ids": [5, 6, 7, 8], "labels": [5, -100, 7, 8]});
-        let samples = Row::parse(row).unwrap().0.samples(None, LIMITS).unwrap();
-        // The label of the first token trains nothing: nothing predicts it.
-        assert_eq!(samples[0].trained, [false, false, true, true]);
-        let samples = Row::parse(json!({"input_ids": [5, 6]}))
+        let samples = parse(row)
             .unwrap()
             .0
-            .samples(None, LIMITS)
+            .samples(None, LIMITS, &mut RowNotes::new())
+            .unwrap();
+        // The label of the first token trains nothing: nothing predicts it.
+        assert_eq!(samples[0].trained, [false, false, true, true]);
+        let samples = parse(json!({"input_ids": [5, 6]}))
+            .unwrap()
+            .0
+            .samples(None, LIMITS, &mut RowNotes::new())
             .unwrap();
         assert_eq!(
             (&samples[0].trained[..], samples[0].trained_bytes),
@@ -475,8 +498,8 @@ mod tests {
 
     fn refused(row: Value, expected: &str) {
         let tokenizer = tokenizer(None, true);
-        let samples =
-            Row::parse(row.clone()).and_then(|(row, _)| row.samples(Some(&tokenizer), LIMITS));
+        let samples = parse(row.clone())
+            .and_then(|(row, _)| row.samples(Some(&tokenizer), LIMITS, &mut RowNotes::new()));
         let problem = samples.unwrap_err().to_string();
         assert!(problem.contains(expected), "{row}: {problem}");
     }
@@ -549,7 +572,9 @@ mod tests {
             row,
             "expected `labels[1]` to be -100 or `input_ids[1]` = 2, found 3",
         );
-        let problem = Row::Text("a".to_owned()).samples(None, LIMITS).unwrap_err();
+        let problem = Row::Text("a".to_owned())
+            .samples(None, LIMITS, &mut RowNotes::new())
+            .unwrap_err();
         assert!(matches!(problem, Error::NoTokenizer));
     }
 
@@ -561,10 +586,10 @@ mod tests {
             ..LIMITS
         };
         let samples = |row| {
-            Row::parse(row)
+            parse(row)
                 .unwrap()
                 .0
-                .samples(Some(&tokenizer), limits)
+                .samples(Some(&tokenizer), limits, &mut RowNotes::new())
                 .unwrap()
         };
         let pieces = samples(json!({"text": "qzxjkvw"}));
@@ -606,8 +631,10 @@ mod tests {
             max_length: 999,
             ..LIMITS
         };
-        let (row, _) = Row::parse(row).unwrap();
-        let samples = row.samples(Some(&tokenizer), limits).unwrap();
+        let (row, _) = parse(row).unwrap();
+        let samples = row
+            .samples(Some(&tokenizer), limits, &mut RowNotes::new())
+            .unwrap();
         let trained = |sample: &Sample| -> String {
             let spans = sample.spans(&tokenizer).unwrap().into_iter();
             spans

@@ -1,9 +1,11 @@
 //! The files of a tokenizer: those of a model folder, or those that a GGUF's tokens can be written as.
 
-use super::config::{CONFIG, TEMPLATE, TOKENIZER, TokenizerConfig};
+use super::config::{CONFIG, SPECIAL_TOKENS, TEMPLATE, TEMPLATES, TOKENIZER, TokenizerConfig};
 use super::from_gguf::GgufTokens;
 use crate::error::{Error, Result};
 use crate::file::read_text;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,14 +14,19 @@ use std::sync::Arc;
 const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
 /// Templates are a few kilobytes and tokenizer configurations a few hundred at most.
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
+/// Published models have at most three templates.
+const MAX_TEMPLATES: usize = 16;
 
-/// `tokenizer.json`, and `tokenizer_config.json` and `chat_template.jinja` if there are any.
+/// `tokenizer.json`, and `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja` if there are any.
 #[derive(Clone, Debug)]
 pub struct TokenizerFiles {
     provenance: Provenance,
     pub(crate) tokens: Tokens,
     config: Option<String>,
+    special_tokens: Option<String>,
     pub(crate) chat_template: Option<String>,
+    /// Those of the folder `additional_chat_templates`: paths within the model's folder, and texts.
+    pub(super) additional_templates: Vec<(String, String)>,
 }
 
 /// The source of the vocabulary.
@@ -67,7 +74,9 @@ impl TokenizerFiles {
             provenance: Provenance::Folder(folder.to_path_buf()),
             tokens: Tokens::Text(tokenizer),
             config: read_text(&folder.join(CONFIG), MAX_CONFIG_BYTES)?,
+            special_tokens: read_text(&folder.join(SPECIAL_TOKENS), MAX_CONFIG_BYTES)?,
             chat_template: read_text(&folder.join(TEMPLATE), MAX_CONFIG_BYTES)?,
+            additional_templates: additional_templates(folder)?,
         })
     }
 
@@ -83,7 +92,9 @@ impl TokenizerFiles {
             tokens: Tokens::Gguf(Arc::new(tokens)),
             // People read this one.
             config: Some(format!("{config:#}\n")),
+            special_tokens: None,
             chat_template: None,
+            additional_templates: Vec::new(),
         })
     }
 
@@ -91,22 +102,47 @@ impl TokenizerFiles {
     ///
     /// # Errors
     /// If the tokens of a GGUF contradict themselves.
-    pub fn files(&self) -> Result<Vec<(&'static str, Cow<'_, str>)>> {
-        let optional = [(CONFIG, &self.config), (TEMPLATE, &self.chat_template)];
+    pub fn files(&self) -> Result<Vec<(&str, Cow<'_, str>)>> {
+        let optional = [
+            (CONFIG, &self.config),
+            (SPECIAL_TOKENS, &self.special_tokens),
+            (TEMPLATE, &self.chat_template),
+        ];
         let optional = optional
             .into_iter()
             .filter_map(|(name, text)| Some((name, Cow::Borrowed(text.as_deref()?))));
+        let additional = self.additional_templates.iter();
+        let additional = additional.map(|(name, text)| (name.as_str(), Cow::Borrowed(&**text)));
         Ok(std::iter::once((TOKENIZER, self.tokenizer_json()?))
             .chain(optional)
+            .chain(additional)
             .collect())
     }
 
-    /// The parsed `tokenizer_config.json`; the default if there is none.
+    /// The parsed `tokenizer_config.json`, the default if there is none, with the tokens of `special_tokens_map.json`.
     pub(super) fn config(&self) -> Result<TokenizerConfig> {
-        let Some(text) = &self.config else {
-            return Ok(TokenizerConfig::default());
+        let config: TokenizerConfig = self.parsed(CONFIG, self.config.as_deref())?;
+        let special_tokens = self.parsed(SPECIAL_TOKENS, self.special_tokens.as_deref())?;
+        Ok(config.with_special_tokens(special_tokens))
+    }
+
+    fn parsed<T: DeserializeOwned + Default>(&self, name: &str, text: Option<&str>) -> Result<T> {
+        let Some(text) = text else {
+            return Ok(T::default());
         };
-        serde_json::from_str(text).map_err(|problem| self.malformed(CONFIG, &problem.to_string()))
+        serde_json::from_str(text).map_err(|problem| {
+            // The reader of a whole file does not say which key is at fault.
+            let of_key = serde_json::from_str(text).ok().and_then(key_at_fault::<T>);
+            self.malformed(name, &of_key.unwrap_or_else(|| problem.to_string()))
+        })
+    }
+
+    /// The folder of the files; none for those of a GGUF.
+    pub(super) fn folder(&self) -> Option<&Path> {
+        match &self.provenance {
+            Provenance::Folder(folder) => Some(folder),
+            Provenance::Gguf(_) => None,
+        }
     }
 
     /// The text of `tokenizer.json`.
@@ -136,4 +172,43 @@ impl TokenizerFiles {
             }
         }
     }
+}
+
+/// The problem of the first key that cannot be read.
+fn key_at_fault<T: DeserializeOwned>(config: Map<String, Value>) -> Option<String> {
+    config.into_iter().find_map(|(key, value)| {
+        let alone = Value::Object(Map::from_iter([(key.clone(), value)]));
+        let problem = serde_json::from_value::<T>(alone).err()?;
+        Some(format!("`{key}`: {problem}"))
+    })
+}
+
+/// The templates in the folder for those with a name, sorted.
+fn additional_templates(folder: &Path) -> Result<Vec<(String, String)>> {
+    let path = folder.join(TEMPLATES);
+    let read = |problem| Error::Read {
+        path: path.clone(),
+        problem,
+    };
+    let entries = match std::fs::read_dir(&path) {
+        Ok(entries) => entries,
+        Err(problem) if problem.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(problem) => return Err(read(problem)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(read)?.file_name();
+        let Some(name) = name.to_str().filter(|name| name.ends_with(".jinja")) else {
+            continue;
+        };
+        if found.len() == MAX_TEMPLATES {
+            let problem = format!("expected at most {MAX_TEMPLATES} templates, found more");
+            return Err(Error::malformed(&path, problem));
+        }
+        if let Some(text) = read_text(&path.join(name), MAX_CONFIG_BYTES)? {
+            found.push((format!("{TEMPLATES}/{name}"), text));
+        }
+    }
+    found.sort();
+    Ok(found)
 }

@@ -1,11 +1,10 @@
 //! The `tokenizer.json` that a GGUF's tokens are written as, and the tokenizer that it describes.
 
-use serde::de::DeserializeOwned;
+use super::assembly::{BoundedTokenizer, Sections};
 use serde::{Serialize, Serializer};
 use serde_json::Value;
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use tokenizers::AddedToken;
 use tokenizers::models::bpe::{BPE, Vocab};
 
@@ -90,22 +89,16 @@ impl Serialize for Vocabulary<'_> {
 
 impl TokenizerFile<'_> {
     /// The tokenizer that it describes.
-    pub(super) fn build(self) -> tokenizers::Result<tokenizers::Tokenizer> {
-        let mut tokenizer = tokenizers::Tokenizer::new(self.model.build()?);
-        tokenizer.with_normalizer(part::<tokenizers::NormalizerWrapper>(self.normalizer)?);
-        tokenizer.with_pre_tokenizer(part::<tokenizers::PreTokenizerWrapper>(self.pre_tokenizer)?);
-        tokenizer.with_post_processor(part::<tokenizers::PostProcessorWrapper>(
-            self.post_processor,
-        )?);
-        tokenizer.with_decoder(part::<tokenizers::DecoderWrapper>(self.decoder)?);
-        let added: Vec<AddedToken> = self.added_tokens.iter().map(AddedEntry::token).collect();
-        tokenizer.add_tokens(&added);
-        Ok(tokenizer)
+    pub(super) fn build(self) -> tokenizers::Result<BoundedTokenizer> {
+        let sections = Sections {
+            added_tokens: self.added_tokens.iter().map(AddedEntry::token).collect(),
+            normalizer: self.normalizer,
+            pre_tokenizer: self.pre_tokenizer,
+            decoder: self.decoder,
+            ..Sections::default()
+        };
+        sections.build_with(self.model.build()?.into())
     }
-}
-
-fn part<T: DeserializeOwned>(json: Value) -> serde_json::Result<Option<T>> {
-    serde_json::from_value(json)
 }
 
 impl Bpe<'_> {
@@ -159,12 +152,4 @@ impl Vocabulary<'_> {
         }
         added
     }
-}
-
-/// Runs the tokenizers library on untrusted content. It panics on some malformed files (an unreadable character map, pieces of
-/// length 0, a decoder without a suffix); here these are errors of the file.
-pub(super) fn guarded<T>(act: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
-    // Nothing that a panic could have left half done is used again: the caller gets the error.
-    catch_unwind(AssertUnwindSafe(act))
-        .unwrap_or_else(|_| Err("the tokenizers library broke down on this file".into()))
 }

@@ -1,11 +1,66 @@
 //! The tokenizer keys of a GGUF's metadata, with their types checked.
 
+use super::config::DEFAULT;
 use super::files::TokenizerFiles;
 use super::from_gguf::GgufTokens;
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
+
+/// The keys that are read here or by those who generate.
+const KNOWN_METADATA: [&str; 19] = [
+    "tokenizer.chat_template",
+    "tokenizer.chat_templates",
+    "tokenizer.ggml.add_bos_token",
+    "tokenizer.ggml.add_eos_token",
+    "tokenizer.ggml.add_space_prefix",
+    "tokenizer.ggml.bos_token_id",
+    "tokenizer.ggml.eom_token_id",
+    "tokenizer.ggml.eos_token_id",
+    "tokenizer.ggml.eot_token_id",
+    "tokenizer.ggml.merges",
+    "tokenizer.ggml.model",
+    "tokenizer.ggml.padding_token_id",
+    "tokenizer.ggml.pre",
+    "tokenizer.ggml.scores",
+    "tokenizer.ggml.token_type",
+    "tokenizer.ggml.tokens",
+    "tokenizer.ggml.unknown_token_id",
+    "tokenizer.huggingface.json",
+    "tokenizer.rwkv.world",
+];
+/// The start of the keys of templates with names.
+const NAMED_TEMPLATE: &str = "tokenizer.chat_template.";
+/// Keys that change nothing in texts and chats: of classifiers, of filling in the middle, of other kinds of tokenizers.
+const HARMLESS_METADATA: [&str; 13] = [
+    "tokenizer.ggml.fim_mid_token_id",
+    "tokenizer.ggml.fim_pad_token_id",
+    "tokenizer.ggml.fim_pre_token_id",
+    "tokenizer.ggml.fim_rep_token_id",
+    "tokenizer.ggml.fim_sep_token_id",
+    "tokenizer.ggml.fim_suf_token_id",
+    "tokenizer.ggml.mask_token_id",
+    "tokenizer.ggml.middle_token_id",
+    "tokenizer.ggml.prefix_token_id",
+    "tokenizer.ggml.seperator_token_id",
+    "tokenizer.ggml.suffix_token_id",
+    "tokenizer.ggml.token_type_count",
+    "tokenizer.ggml.cls_token_id",
+];
+
+/// The keys about tokens in a GGUF's metadata that nothing here knows.
+pub fn unknown_metadata(metadata: &BTreeMap<String, Value>) -> Vec<&str> {
+    let keys = metadata.keys().map(String::as_str);
+    let of_tokens = keys.filter(|key| key.starts_with("tokenizer."));
+    of_tokens
+        .filter(|key| !is_known(key) && !HARMLESS_METADATA.contains(key))
+        .collect()
+}
+
+fn is_known(key: &str) -> bool {
+    KNOWN_METADATA.contains(&key) || key.starts_with(NAMED_TEMPLATE)
+}
 
 impl TokenizerFiles {
     /// The tokenizer of a model: from the metadata of a GGUF, or from a folder if there is no metadata. `None` if the model
@@ -45,12 +100,14 @@ impl TokenizerFiles {
             merges: keys.list("merges", "texts", text)?,
             bos: keys.id("bos_token_id")?,
             eos: keys.id("eos_token_id")?,
+            eot: keys.id("eot_token_id")?,
+            eom: keys.id("eom_token_id")?,
             unknown: keys.id("unknown_token_id")?,
             padding: keys.id("padding_token_id")?,
             add_bos: keys.flag("add_bos_token")?,
             add_eos: keys.flag("add_eos_token")?,
             add_space_prefix: keys.flag("add_space_prefix")?,
-            chat_template: keys.one("tokenizer.chat_template", "a text", text)?,
+            chat_templates: keys.chat_templates()?,
         };
         Self::from_gguf(path, tokens).map(Some)
     }
@@ -72,12 +129,29 @@ impl GgufKeys<'_> {
         expected: &str,
         read: impl Fn(&Value) -> Option<T>,
     ) -> Result<Option<T>> {
+        debug_assert!(is_known(key), "`{key}` is not in KNOWN_METADATA");
         let Some(value) = self.metadata.get(key) else {
             return Ok(None);
         };
         let value = read(value);
         let wrong = || Error::malformed(self.path, format!("`{key}`: expected {expected}"));
         value.map(Some).ok_or_else(wrong)
+    }
+
+    /// The templates by their names. The list of names that such files have, too, says nothing more.
+    fn chat_templates(&self) -> Result<Vec<(String, String)>> {
+        let mut found = Vec::new();
+        for key in self.metadata.keys() {
+            let name = match key.strip_prefix(NAMED_TEMPLATE) {
+                Some(name) => name,
+                None if key == "tokenizer.chat_template" => DEFAULT,
+                None => continue,
+            };
+            if let Some(template) = self.one(key, "a text", text)? {
+                found.push((name.to_owned(), template));
+            }
+        }
+        Ok(found)
     }
 
     fn text(&self, name: &str) -> Result<Option<String>> {
@@ -116,7 +190,7 @@ impl GgufKeys<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Bos, Tokenizer};
+    use crate::{Bos, GenerationPrompt, Tokenizer};
     use serde_json::json;
 
     fn metadata(change: impl FnOnce(&mut Value)) -> BTreeMap<String, Value> {
@@ -145,6 +219,34 @@ mod tests {
         assert_eq!(tokenizer.encode("aab<|end|>", Bos::Add).unwrap(), [1, 3, 0]);
         assert_eq!(tokenizer.eos_id(), Some(0));
         assert!(tokenizer.chat_template().is_some());
+    }
+
+    #[test]
+    fn templates_with_names_are_read_and_written() {
+        let named = metadata(|json| {
+            json["tokenizer.chat_template"] = "d".into();
+            json["tokenizer.chat_template.tool_use"] = "t".into();
+            json["tokenizer.chat_templates"] = json!(["tool_use"]);
+        });
+        let files = open(&named).unwrap().unwrap();
+        let tokenizer = Tokenizer::new(&files).unwrap();
+        let template = tokenizer.chat_template().unwrap();
+        let tools = json!([{"name": "f"}]);
+        let rendered = [None, Some(&tools)]
+            .map(|tools| template.render(&[], tools, GenerationPrompt::Omit).unwrap());
+        assert_eq!(rendered, ["d", "t"]);
+        let config: Value = serde_json::from_str(&files.files().unwrap()[1].1).unwrap();
+        let both =
+            json!([{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]);
+        assert_eq!(config["chat_template"], both);
+        let keys = files.to_metadata(4, Some("smollm")).unwrap();
+        let templates = keys
+            .into_iter()
+            .filter(|(key, _)| key.contains("chat_template"));
+        let named = named
+            .into_iter()
+            .filter(|(key, _)| key.contains("chat_template"));
+        assert_eq!(templates.collect::<BTreeMap<_, _>>(), named.collect());
     }
 
     #[test]
@@ -177,6 +279,7 @@ mod tests {
                 "true or false",
             ),
             ("tokenizer.chat_template", json!(["x"]), "a text"),
+            ("tokenizer.chat_template.rag", json!(1), "a text"),
         ] {
             let error = open(&metadata(|json| json[key] = value)).unwrap_err();
             let error = error.to_string();

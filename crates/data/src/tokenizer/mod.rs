@@ -3,34 +3,40 @@
 //! The file's post-processor (which adds BOS behind the caller's back), its truncation, padding and dropout are read once and
 //! then switched off: this crate decides about BOS and length itself, and the same text always has the same ids.
 
+mod assembly;
+mod charsmap;
 mod chat_template;
 mod config;
 mod decode_stream;
+mod ends;
 mod files;
 mod from_gguf;
-mod jinja_compat;
 mod json;
 mod metadata;
 mod sentencepiece;
 mod splits;
+mod steps;
 mod to_gguf;
 
+pub(crate) use chat_template::THOUGHTS;
 pub use chat_template::{ChatTemplate, GenerationPrompt};
 pub use decode_stream::DecodeStream;
+pub use ends::{GgufEnds, eos_token_ids};
 pub use files::TokenizerFiles;
+pub use metadata::unknown_metadata;
 
 use crate::error::{Error, Result};
-use config::{CONFIG, TOKENIZER};
+use assembly::{BoundedTokenizer, MOST_TOKEN_BYTES, Sections, guarded};
+use config::TOKENIZER;
+use ends::{eos_of_configs, known_ends};
 use files::Tokens;
 use from_gguf::GgufTokens;
-use json::guarded;
 use sha2::{Digest, Sha256};
 use std::collections::HashSet;
 use std::fmt;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
-use tokenizers::{ModelWrapper, PostProcessorWrapper};
 
 /// Whether a text gets the token that begins a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,13 +60,15 @@ pub enum Special {
 /// The tokenizer of a model.
 #[derive(Clone)]
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: BoundedTokenizer,
     bos_id: Option<u32>,
     eos_id: Option<u32>,
+    end_ids: Vec<u32>,
     adds_bos: bool,
     vocab_size: usize,
     special_ids: HashSet<u32>,
     chat_template: Option<ChatTemplate>,
+    unread_keys: Vec<String>,
     identity: Identity,
 }
 
@@ -114,45 +122,58 @@ impl Tokenizer {
     /// If a file is malformed, or the configuration names a BOS or EOS token that is not in the
     /// vocabulary.
     pub fn new(files: &TokenizerFiles) -> Result<Self> {
-        let inner = match &files.tokens {
-            Tokens::Text(text) => guarded(|| tokenizers::Tokenizer::from_bytes(text))
-                .map_err(|problem| files.malformed(TOKENIZER, &problem.to_string()))?,
-            Tokens::Gguf(tokens) => tokens.build().map_err(files.contradicted())?,
-        };
-        let largest_id = match &files.tokens {
-            Tokens::Text(_) => inner.get_vocab(true).into_values().max(),
-            Tokens::Gguf(tokens) => tokens.largest_id(),
+        let malformed = |problem: &str| files.malformed(TOKENIZER, problem);
+        let (inner, processor_bos, largest_id) = match &files.tokens {
+            Tokens::Text(text) => {
+                let built = guarded(|| {
+                    let built = Sections::read(text)?.build()?;
+                    // Steps that break down do so now, and not in the middle of a file.
+                    built.0.encode("a", false)?;
+                    Ok(built)
+                });
+                let (inner, bos) = built.map_err(|problem| malformed(&problem.to_string()))?;
+                let largest_id = largest_id(&inner).map_err(|problem| malformed(&problem))?;
+                (inner, bos, largest_id)
+            }
+            Tokens::Gguf(tokens) => {
+                let inner = tokens.build().map_err(files.contradicted())?;
+                // The metadata say what begins a sequence.
+                (inner, None, tokens.largest_id())
+            }
         };
         if let Some(id) = largest_id.filter(|&id| i32::try_from(id).is_err()) {
-            let problem = format!("expected token ids below 2^31, found {id}");
-            return Err(files.malformed(TOKENIZER, &problem));
+            return Err(malformed(&format!(
+                "expected token ids below 2^31, found {id}"
+            )));
         }
-        Self::from_parts(inner, largest_id, files)
+        Self::from_parts(inner, processor_bos, largest_id, files)
     }
 
-    /// A tokenizer that adds nothing by itself.
     fn from_parts(
-        mut inner: tokenizers::Tokenizer,
+        inner: BoundedTokenizer,
+        processor_bos: Option<u32>,
         largest_id: Option<u32>,
         files: &TokenizerFiles,
     ) -> Result<Self> {
-        let plain = || {
-            let processor_bos = bos_of_post_processor(&inner)?;
-            make_plain(&mut inner)?;
-            Ok(processor_bos)
-        };
-        let processor_bos =
-            guarded(plain).map_err(|problem| files.malformed(TOKENIZER, &problem.to_string()))?;
-        let config = files.config()?;
-        let known = |token: Option<&str>| match token {
+        let mut config = files.config()?;
+        let known = |name: &str, token: Option<&str>| match token {
             None => Ok(None),
             Some(text) => inner.token_to_id(text).map(Some).ok_or_else(|| {
-                let problem = format!("expected a token of the vocabulary, found `{text}`");
-                files.malformed(CONFIG, &problem)
+                let problem =
+                    format!("`{name}`: expected a token of the vocabulary, found `{text}`");
+                files.malformed(config.file_of(name), &problem)
             }),
         };
-        let bos_id = known(config.bos_token())?.or(processor_bos);
-        let eos_id = known(config.eos_token())?;
+        let bos_id = known("bos_token", config.bos_token())?.or(processor_bos);
+        let mut eos_id = known("eos_token", config.eos_token())?;
+        if eos_id.is_none()
+            && let Some(id) = eos_of_configs(files)?
+            && let Some(text) = inner.id_to_token(id)
+        {
+            eos_id = Some(id);
+            // Templates name it.
+            config.set_eos_token(text);
+        }
         let special = inner
             .get_added_tokens_decoder()
             .into_iter()
@@ -171,10 +192,12 @@ impl Tokenizer {
         Ok(Self {
             bos_id,
             eos_id,
+            end_ids: known_ends(files, eos_id),
             adds_bos,
             vocab_size: largest_id.map_or(0, |id| id as usize + 1),
             special_ids,
             chat_template,
+            unread_keys: config.unread(),
             identity: Identity::new(&files.tokens, rest),
             inner,
         })
@@ -221,9 +244,15 @@ impl Tokenizer {
         self.bos_id
     }
 
-    /// The token that ends a sequence.
+    /// The token that samples end with.
     pub fn eos_id(&self) -> Option<u32> {
         self.eos_id
+    }
+
+    /// The tokens that end a text, as far as the tokenizer's files or a GGUF's metadata say; a model's configs may name more.
+    /// Sorted, each once.
+    pub fn end_ids(&self) -> &[u32] {
+        &self.end_ids
     }
 
     /// One more than the largest token id. The model's own `vocab_size` is often larger.
@@ -239,6 +268,11 @@ impl Tokenizer {
     /// The model's chat template, if it has one.
     pub fn chat_template(&self) -> Option<&ChatTemplate> {
         self.chat_template.as_ref()
+    }
+
+    /// Keys of `tokenizer_config.json` that are neither read nor known to change nothing.
+    pub fn unread_keys(&self) -> &[String] {
+        &self.unread_keys
     }
 
     /// SHA-256 of everything that ids and renderings depend on.
@@ -293,35 +327,25 @@ fn tokenize_error(problem: tokenizers::Error) -> Error {
     Error::Tokenize(problem.to_string())
 }
 
-/// The token that the post-processor puts before a text, if there is one.
-fn bos_of_post_processor(inner: &tokenizers::Tokenizer) -> tokenizers::Result<Option<u32>> {
-    let bare = inner.encode("a", false)?;
-    let processed = inner.encode("a", true)?;
-    Ok(match processed.get_ids() {
-        [bos, rest @ ..] if rest.starts_with(bare.get_ids()) && !bare.is_empty() => Some(*bos),
-        _ => None,
-    })
+/// The largest id of a vocabulary, whose tokens must not be longer than any real ones.
+fn largest_id(inner: &BoundedTokenizer) -> Result<Option<u32>, String> {
+    let vocab = inner.get_vocab(true);
+    match vocab.keys().map(String::len).max() {
+        Some(bytes) if bytes > MOST_TOKEN_BYTES => Err(format!(
+            "expected tokens of at most {MOST_TOKEN_BYTES} bytes, found one of {bytes}"
+        )),
+        _ => Ok(vocab.into_values().max()),
+    }
 }
 
-/// Switches off everything that would add, drop or vary tokens, or move their offsets.
-fn make_plain(inner: &mut tokenizers::Tokenizer) -> tokenizers::Result<()> {
-    inner.with_post_processor(None::<PostProcessorWrapper>);
-    inner.with_padding(None);
-    inner.with_truncation(None)?;
-    if let ModelWrapper::BPE(bpe) = inner.get_model()
-        && bpe.dropout.is_some()
-    {
-        let mut plain = bpe.clone();
-        plain.dropout = None;
-        inner.with_model(plain);
-    }
-    Ok(())
-}
+#[cfg(test)]
+mod meaning;
 
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
     use crate::file::require_text;
+    use config::CONFIG;
     use serde_json::{Value, json};
     use std::path::PathBuf;
 
@@ -495,7 +519,7 @@ pub(crate) mod tests {
         );
         check(
             |_, config| config["eos_token"] = json!("<eos>"),
-            "tokenizer_config.json: expected a token of the vocabulary, found `<eos>`",
+            "tokenizer_config.json: `eos_token`: expected a token of the vocabulary, found `<eos>`",
         );
         check(
             |file, _| file["pre_tokenizer"] = json!({"type": "FixedLength", "length": 0}),

@@ -6,18 +6,17 @@
 //!
 //! Source: ggml-org/llama.cpp: conversion/base.py, `get_vocab_base` and `_set_vocab_gpt2`; gguf-py/gguf/vocab.py.
 
-use super::chat_template::ChatTemplate;
-use super::config::{TOKENIZER, token_type};
-use super::json::guarded;
+use super::assembly::guarded;
+use super::chat_template;
+use super::config::{DEFAULT, TOKENIZER, TokenizerConfig, token_type};
 use super::splits::Splits;
+use super::steps::Steps;
 use super::{Tokenizer, TokenizerFiles};
 use crate::error::Result;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::HashMap;
-use tokenizers::{
-    OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, PreTokenizerWrapper,
-};
+use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
 
 /// The parts of a `tokenizer.json` that become keys.
 #[derive(Deserialize)]
@@ -135,12 +134,32 @@ impl TokenizerFiles {
         set("ggml.add_bos_token", adds_bos.into());
         let adds_eos = config.add_eos_token.unwrap_or(false) && tokenizer.eos_id().is_some();
         set("ggml.add_eos_token", adds_eos.into());
-        if let Some((_, template)) = ChatTemplate::source(self, &config) {
-            set("chat_template", template.into());
-        }
+        keys.extend(chat_templates(self, &config));
         let named = |(key, value)| (format!("tokenizer.{key}"), value);
         Ok(keys.into_iter().map(named).collect())
     }
+}
+
+/// The keys of the templates: the default one's, and for others one by name each and the list of their names.
+fn chat_templates(files: &TokenizerFiles, config: &TokenizerConfig) -> Vec<(String, Value)> {
+    let mut keys = Vec::new();
+    let mut names: Vec<String> = Vec::new();
+    for (name, template, _) in chat_template::sources(files, config) {
+        if name == DEFAULT {
+            keys.push(("chat_template".to_owned(), template.into()));
+            continue;
+        }
+        // As in keys of metadata: letters and digits.
+        let name = name.replace(|char: char| !char.is_ascii_alphanumeric(), "_");
+        if !name.is_empty() && !names.contains(&name) {
+            keys.push((format!("chat_template.{name}"), template.into()));
+            names.push(name);
+        }
+    }
+    if !names.is_empty() {
+        keys.push(("chat_templates".to_owned(), json!(names)));
+    }
+    keys
 }
 
 impl TokenizerJson {
@@ -256,8 +275,7 @@ const SAMPLE: &str = concat!(
 fn pieces(pre_tokenizer: &Value) -> Result<Vec<usize>, String> {
     let cut = || -> tokenizers::Result<Vec<usize>> {
         let mut text = PreTokenizedString::from(SAMPLE);
-        if !pre_tokenizer.is_null() {
-            let rules: PreTokenizerWrapper = serde_json::from_value(pre_tokenizer.clone())?;
+        if let Some(rules) = Steps::pre_tokenizer(pre_tokenizer.clone())? {
             rules.pre_tokenize(&mut text)?;
         }
         let splits = text.get_splits(OffsetReferential::Original, OffsetType::Byte);

@@ -1,7 +1,8 @@
 //! The AdamW update, and the sum that gradient clipping needs.
 //!
 //! Source: Decoupled weight decay regularization, arXiv:1711.05101, algorithm 2, with the order of operations of
-//! PyTorch's `torch.optim.AdamW`: decay first, epsilon outside the square root and after its bias correction.
+//! PyTorch's `torch.optim.AdamW`: decay first, epsilon outside the square root and after its bias correction. Its scalars are
+//! f64, and each is rounded to f32 once: `1 - beta` of a beta that is rounded already would be wrong by up to 1e-4.
 
 use half::bf16;
 use rayon::prelude::*;
@@ -86,7 +87,7 @@ pub(crate) fn update<M: Moment>(
     step: AdamWStep,
 ) {
     let [beta1, beta2] = step.betas;
-    let correction = |beta: f64| 1.0 - beta.powi(step.number.min(i32::MAX as u64) as i32);
+    let correction = |beta: f64| 1.0 - beta.powf(step.number as f64);
     let (size, root) = (
         (step.rate / correction(beta1)) as f32,
         correction(beta2).sqrt() as f32,
@@ -96,7 +97,9 @@ pub(crate) fn update<M: Moment>(
         step.eps as f32,
         step.gradient_scale as f32,
     );
-    let (beta1, beta2) = (beta1 as f32, beta2 as f32);
+    let (first_share, second_keep, second_share) =
+        ((1.0 - beta1) as f32, beta2 as f32, (1.0 - beta2) as f32);
+    let is_slow = first_share < 0.5;
     let parts = p
         .par_chunks_mut(TASK_ELEMENTS)
         .zip(g.par_chunks(TASK_ELEMENTS))
@@ -110,8 +113,13 @@ pub(crate) fn update<M: Moment>(
             p.iter_mut().zip(g).zip(m.iter_mut().zip(v)).zip(elements)
         {
             let g = g * scale;
-            let first = beta1 * m.to_f32() + (1.0 - beta1) * g;
-            let second = beta2 * v.to_f32() + (1.0 - beta2) * g * g;
+            let change = g - m.to_f32();
+            // PyTorch's `lerp`, which is exact at the end that is nearer.
+            let first = match is_slow {
+                true => m.to_f32() + first_share * change,
+                false => g - (1.0 - first_share) * change,
+            };
+            let second = second_keep * v.to_f32() + second_share * g * g;
             *p = *p * keep - size * first / (second.sqrt() / root + eps);
             let noise = step.noise.map(|seed| random_bits(seed, element));
             *m = M::from_f32(first, noise);

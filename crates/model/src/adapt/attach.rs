@@ -8,8 +8,9 @@ use super::weights::AdapterWeights;
 use crate::Error;
 use crate::decoder::Model;
 use crate::decoder::visit::ModuleMut;
+use crate::keys::{EMBEDDING, HEAD};
 use crate::modules::experts::Experts;
-use crate::modules::linear::Weight;
+use crate::modules::linear::{Linear, Weight};
 use crate::modules::lora::Lora;
 use crate::patterns::matches;
 
@@ -55,6 +56,26 @@ impl UpdateSource<'_> {
         }
     }
 
+    /// The update of the embedding.
+    fn embedding(
+        self,
+        site: &UpdateSite<'_>,
+        weight: &Weight,
+    ) -> Result<Option<(Lora, AdaptedModule)>, Error> {
+        match self {
+            Self::Fresh(config) => config.embedding(site, weight),
+            Self::Stored(weights) => weights.linear(site, weight),
+        }
+    }
+
+    /// Whether it changes the output head.
+    fn changes_head(self) -> bool {
+        match self {
+            Self::Fresh(config) => config.adapts(HEAD),
+            Self::Stored(weights) => weights.unties(),
+        }
+    }
+
     fn experts(
         self,
         site: &UpdateSite<'_>,
@@ -74,6 +95,22 @@ pub(super) fn attach_all(
     device: &Device,
 ) -> Result<Vec<AdaptedModule>, Error> {
     let mut adapted = Vec::new();
+    let embedding = &mut model.model.embed_tokens;
+    if model.lm_head.is_none() && source.changes_head() {
+        // The head is what the embedding was, and its own from here on.
+        model.lm_head = Some(Linear::new(embedding.weight.clone()));
+    }
+    let site = UpdateSite {
+        path: EMBEDDING,
+        number: 0,
+        device,
+    };
+    if let Some((lora, module)) = source.embedding(&site, &embedding.weight)? {
+        embedding.lora = Some(lora);
+        adapted.push(module);
+    } else if matches!(source, UpdateSource::Stored(_)) {
+        embedding.lora = None;
+    }
     for (number, (path, module)) in (1..).zip(model.modules_mut()) {
         let site = UpdateSite {
             path: &path,

@@ -9,6 +9,7 @@ use super::lora_config::LoraConfig;
 use super::update::{AdaptedModule, ExpertUpdates, UpdateSite, check_dora};
 use crate::Error;
 use crate::keys::{PROJECTIONS, seed_for};
+use crate::load::normal;
 use crate::modules::experts::{Experts, ExpertsLora, FactorStacks};
 use crate::modules::linear::Weight;
 use crate::modules::lora::{Dora, Lora, parameter};
@@ -51,6 +52,21 @@ impl LoraConfig {
             parameters: rank * (width + out) + if self.use_dora { out } else { 0 },
         };
         Ok(Some((lora, adapted)))
+    }
+
+    /// The fresh update of the embedding, if the config adapts it: as PEFT makes it, normal by hidden width, zero by token.
+    pub(super) fn embedding(
+        &self,
+        site: &UpdateSite<'_>,
+        weight: &Weight,
+    ) -> Result<Option<(Lora, AdaptedModule)>, Error> {
+        let update = self.linear(site, weight)?;
+        Ok(update.map(|(lora, module)| {
+            let [rank, width] = lora.lora_a.val().dims();
+            let a = normal(self.seed, site.path, rank * width, 1.0);
+            let lora_a = parameter(a, [rank, width], site.device);
+            (Lora { lora_a, ..lora }, module)
+        }))
     }
 
     /// The fresh updates of a layer's experts, if the config adapts any.

@@ -83,6 +83,15 @@ impl Scaling {
             Self::RsLora => (alpha / (rank as f64).sqrt()) as f32,
         }
     }
+
+    /// The alpha with which an update of another rank has the same multiplier.
+    pub(super) fn alpha(self, alpha: f64, [rank, other]: [usize; 2]) -> f64 {
+        let ratio = other as f64 / rank as f64;
+        match self {
+            Self::Plain => alpha * ratio,
+            Self::RsLora => alpha * ratio.sqrt(),
+        }
+    }
 }
 
 impl LoraConfig {

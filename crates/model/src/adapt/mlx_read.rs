@@ -7,6 +7,7 @@
 
 use checkpoint::{Adapter, Tensor};
 
+use super::peft_whole::transposed;
 use super::weights::{AdapterWeights, WeightUpdate};
 use crate::Error;
 use crate::config::ModelConfig;
@@ -70,11 +71,11 @@ impl AdapterWeights {
         let magnitude = if adapter.config.use_dora {
             let tensor = adapter.tensor(&format!("{path}{MLX_MAGNITUDE}"))?;
             tensor.expect_shape(&[out])?;
-            Some(tensor.to_f32()?)
+            Some(self.values(&tensor)?)
         } else {
             None
         };
-        let (a, b) = (a.to_f32()?, b.to_f32()?);
+        let (a, b) = (self.values(a)?, self.values(b)?);
         let pair = self.mlx_pair(adapter, transposed(&a, width), transposed(&b, rank));
         self.linear
             .insert(path.into(), WeightUpdate { magnitude, ..pair });
@@ -99,7 +100,7 @@ impl AdapterWeights {
             let found = format!("{n} and {b_n} experts, ranks {a_rank} and {b_rank}");
             return Err(self.wrong(a, expected, found));
         }
-        let (a, b) = (a.to_f32()?, b.to_f32()?);
+        let (a, b) = (self.values(a)?, self.values(b)?);
         for expert in 0..experts {
             let part = |values: &[f32]| {
                 let size = values.len() / experts;
@@ -123,12 +124,4 @@ impl AdapterWeights {
             magnitude: None,
         }
     }
-}
-
-/// The transpose of a matrix of some rows.
-fn transposed(values: &[f32], rows: usize) -> Vec<f32> {
-    let cols = values.len() / rows.max(1);
-    (0..values.len())
-        .map(|i| values[i % rows * cols + i / rows])
-        .collect()
 }

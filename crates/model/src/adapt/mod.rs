@@ -14,14 +14,17 @@ mod attach;
 mod fresh;
 mod lora_config;
 mod mlx_read;
+mod peft_config;
 mod peft_patterns;
 mod peft_read;
+mod peft_whole;
 mod peft_write;
 mod restore;
 mod update;
 mod weights;
+mod whole;
 
 pub use self::attach::attach;
 pub use self::lora_config::{LoraConfig, Scaling, Share};
 pub use self::update::AdaptedModule;
-pub use self::weights::{AdapterWeights, WeightUpdate};
+pub use self::weights::{AdapterWeights, Replacement, TokenRows, WeightUpdate};

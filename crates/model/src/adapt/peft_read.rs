@@ -1,12 +1,11 @@
 //! From PEFT's tensors to updates.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use checkpoint::{Adapter, AdapterFormat};
 
 use super::lora_config::{Scaling, Share};
-use super::peft_patterns::{PatternedSizes, PeftPatterns};
+use super::peft_patterns::{PatternedSizes, PeftPatterns, PeftTargets};
 use super::update::check_dora;
 use super::weights::{AdapterWeights, Fused, MAGNITUDE, PREFIX, WeightUpdate, fused_name};
 use crate::Error;
@@ -24,21 +23,13 @@ impl AdapterWeights {
         } else {
             Scaling::Plain
         };
-        let source = adapter
-            .tensors()
-            .first()
-            .map(|tensor| tensor.file.to_path_buf())
-            .unwrap_or_default();
+        let source = adapter.path().to_path_buf();
         let mut weights = Self {
-            linear: BTreeMap::new(),
-            fused: BTreeMap::new(),
-            scaling,
-            dropout: settings.lora_dropout as f32,
+            n_tensors: adapter.tensors().len(),
             share: share_of(adapter, &source)?,
-            source,
-            others: vec![],
+            ..Self::empty(scaling, settings.lora_dropout as f32, source)
         };
-        let patterns = PatternedSizes {
+        let sizes = PatternedSizes {
             alphas: PeftPatterns::new(
                 settings
                     .alpha_pattern
@@ -57,12 +48,19 @@ impl AdapterWeights {
         match adapter.format {
             AdapterFormat::Mlx => weights.read_mlx(adapter, config)?,
             AdapterFormat::Peft => {
+                let source = PeftSource {
+                    adapter,
+                    sizes,
+                    config,
+                };
                 for tensor in adapter.tensors() {
-                    weights.read_update(adapter, tensor, &patterns, config)?;
+                    weights.read_update(&source, tensor)?;
                 }
+                weights.expect_named(&PeftTargets::of(settings))?;
+                weights.expect_saved(&source)?;
             }
         }
-        if weights.linear.is_empty() && weights.fused.is_empty() {
+        if weights.changed_keys().is_empty() {
             return Err(weights.unfit("lora_A", "at least one update".into(), "none".into()));
         }
         Ok(weights)
@@ -71,14 +69,20 @@ impl AdapterWeights {
     /// Reads the update that starts with a `lora_A`.
     fn read_update(
         &mut self,
-        adapter: &Adapter,
+        source: &PeftSource<'_>,
         a: &checkpoint::Tensor,
-        settings: &PatternedSizes,
-        config: &ModelConfig,
     ) -> Result<(), Error> {
+        let PeftSource {
+            adapter,
+            sizes: settings,
+            config,
+        } = source;
         let key = a.name.strip_prefix(PREFIX);
         let Some(path) = key.and_then(|key| key.strip_suffix(".lora_A.weight")) else {
-            return self.check_partner(adapter, a);
+            return match key {
+                Some(key) if !is_partner(key) => self.read_whole(source, a, key),
+                _ => self.check_partner(adapter, a),
+            };
         };
         let b = adapter.tensor(&format!("{PREFIX}{path}.lora_B.weight"))?;
         let owner = path.strip_suffix(".base_layer").unwrap_or(path);
@@ -116,7 +120,22 @@ impl AdapterWeights {
         let tensor = adapter.tensor(&format!("{PREFIX}{path}{MAGNITUDE}"))?;
         let [_, out] = pair.widths();
         tensor.expect_shape(&[out])?;
-        Ok(tensor.to_f32()?)
+        self.values(&tensor)
+    }
+
+    /// A tensor's values.
+    ///
+    /// # Errors
+    /// If one is not finite, or they are no floats.
+    pub(super) fn values(&self, tensor: &checkpoint::Tensor) -> Result<Vec<f32>, Error> {
+        let values = tensor.to_f32()?;
+        match values.iter().position(|value| !value.is_finite()) {
+            None => Ok(values),
+            Some(place) => {
+                let found = format!("{} at place {place}", values[place]);
+                Err(self.wrong(tensor, "finite numbers".into(), found))
+            }
+        }
     }
 
     /// Everything that is no `lora_A` must be the `lora_B` of one, or DoRA's part of it.
@@ -156,8 +175,8 @@ impl AdapterWeights {
     fn pair(&self, [a, b]: [&checkpoint::Tensor; 2], alpha: f64) -> Result<WeightUpdate, Error> {
         match (a.shape.as_slice(), b.shape.as_slice()) {
             (&[rank, _], &[_, b_rank]) if rank == b_rank && rank > 0 => Ok(WeightUpdate {
-                a: a.to_f32()?,
-                b: b.to_f32()?,
+                a: self.values(a)?,
+                b: self.values(b)?,
                 rank,
                 alpha,
                 scale: self.scaling.scale(alpha, rank),
@@ -173,7 +192,7 @@ impl AdapterWeights {
 
     /// Refuses a tensor with another rank than its config says: another number of experts, or other patterns, could otherwise
     /// pass for another scale.
-    fn check_rank(
+    pub(super) fn check_rank(
         &self,
         tensor: &checkpoint::Tensor,
         pair: &WeightUpdate,
@@ -264,7 +283,7 @@ impl AdapterWeights {
         if out != expected {
             return Err(self.wrong(b, format!("{expected} rows"), out.to_string()));
         }
-        let (rank, a_values, b_values) = (rows / experts, a.to_f32()?, b.to_f32()?);
+        let (rank, a_values, b_values) = (rows / experts, self.values(a)?, self.values(b)?);
         let per_expert = a_values.len() / experts;
         let pair = |expert: usize| WeightUpdate {
             a: a_values[expert * per_expert..(expert + 1) * per_expert].to_vec(),
@@ -278,6 +297,18 @@ impl AdapterWeights {
         };
         Ok((0..experts).map(pair).collect())
     }
+}
+
+/// An adapter's file, its settings, and the model that it is read for.
+pub(super) struct PeftSource<'a> {
+    pub(super) adapter: &'a Adapter,
+    pub(super) sizes: PatternedSizes,
+    pub(super) config: &'a ModelConfig,
+}
+
+/// Whether a key is one of an update that starts with a `lora_A`.
+fn is_partner(key: &str) -> bool {
+    key.ends_with(".lora_B.weight") || key.ends_with(MAGNITUDE)
 }
 
 /// Which factors the experts share, as an adapter's notes have it.

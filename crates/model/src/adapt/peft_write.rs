@@ -1,6 +1,5 @@
 //! From a model's updates to PEFT's tensors.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use burn::module::Param;
@@ -8,27 +7,26 @@ use burn::tensor::Tensor;
 use checkpoint::{AdapterConfig, DType};
 
 use super::lora_config::Scaling;
-use super::peft_patterns::most_common;
-use super::weights::{AdapterWeights, Fused, MAGNITUDE, PREFIX, WeightUpdate, fused_name};
+use super::peft_whole::{EMBEDDING_A, EMBEDDING_B, TOKEN_ROWS, transposed};
+use super::weights::{
+    AdapterWeights, Fused, MAGNITUDE, PREFIX, Replacement, TokenRows, WeightUpdate,
+};
 use crate::Error;
 use crate::decoder::Model;
 use crate::decoder::visit::ModuleRef;
-use crate::keys::PROJECTIONS;
+use crate::keys::{EMBEDDING, PROJECTIONS};
 use crate::modules::experts::{ExpertsLora, FactorStacks};
+use crate::modules::linear::Weight;
 use crate::modules::lora::{Dora, Lora};
 
 impl AdapterWeights {
     /// The updates on a model, as an adapter.
     pub fn from_model(model: &Model, scaling: Scaling, dropout: f32) -> Self {
         let mut weights = Self {
-            linear: BTreeMap::new(),
-            fused: BTreeMap::new(),
-            scaling,
-            dropout,
-            share: None,
-            source: PathBuf::new(),
-            others: vec![],
+            has_experts: model.config.moe.is_some(),
+            ..Self::empty(scaling, dropout, PathBuf::new())
         };
+        weights.add_whole(model);
         let mut plain = Vec::new();
         for (path, module) in model.modules() {
             match module {
@@ -55,6 +53,36 @@ impl AdapterWeights {
         };
         weights.others = plain.into_iter().filter(shares_last_name).collect();
         weights
+    }
+
+    /// Adds whole weights, and the update or the rows of the embedding.
+    fn add_whole(&mut self, model: &Model) {
+        for key in &model.replaced.keys {
+            if let Some(new) = weight_values(model, key) {
+                self.replaced.insert(key.clone(), new);
+            }
+        }
+        let (embedding, ids) = (&model.model.embed_tokens, &model.replaced.tokens);
+        match &embedding.lora {
+            Some(lora) if ids.is_empty() => self.add_linear(EMBEDDING.into(), lora),
+            _ if ids.is_empty() => {}
+            update => {
+                let [_, width] = embedding.weight.dims();
+                let mut values = vec![0.0; ids.len() * width];
+                if let Weight::Frozen(frozen) = &embedding.weight {
+                    for (id, row) in ids.iter().zip(values.chunks_mut(width)) {
+                        frozen.matrix.decode(*id..*id + 1, 0..width, row);
+                    }
+                }
+                if let Some(lora) = update {
+                    let differences = flat(lora.lora_a.val());
+                    let pairs = values.iter_mut().zip(differences);
+                    pairs.for_each(|(value, difference)| *value += difference);
+                }
+                let ids = ids.clone();
+                self.tokens = Some(TokenRows { ids, values });
+            }
+        }
     }
 
     /// Adds the update of a linear layer.
@@ -133,21 +161,7 @@ impl AdapterWeights {
     pub fn files(&self, base: &str) -> Result<(AdapterConfig, Vec<checkpoint::Tensor>), Error> {
         let mut tensors = Vec::new();
         for (path, pair) in &self.linear {
-            let [width, out] = pair.widths();
-            tensors.push(tensor(
-                &format!("{PREFIX}{path}.lora_A.weight"),
-                [pair.rank, width],
-                &pair.a,
-            )?);
-            tensors.push(tensor(
-                &format!("{PREFIX}{path}.lora_B.weight"),
-                [out, pair.rank],
-                &pair.b,
-            )?);
-            if let Some(magnitude) = &pair.magnitude {
-                let name = format!("{PREFIX}{path}{MAGNITUDE}");
-                tensors.push(tensor(&name, [out], magnitude)?);
-            }
+            tensors.extend(pair_tensors(path, pair)?);
         }
         for ((owner, fused), pairs) in &self.fused {
             let inner =
@@ -157,77 +171,119 @@ impl AdapterWeights {
             } else {
                 format!("{PREFIX}{owner}")
             };
-            let (experts, rank, [width, out]) = (pairs.len(), pairs[0].rank, pairs[0].widths());
-            let a: Vec<f32> = pairs.iter().flat_map(|pair| &pair.a).copied().collect();
-            let b: Vec<f32> = (0..out * rank * experts)
-                .map(|i| {
-                    let (row, col) = (i / (rank * experts), i % (rank * experts));
-                    pairs[col % experts].b[row * rank + col / experts]
-                })
-                .collect();
-            tensors.push(tensor(
-                &format!("{path}.lora_A.weight"),
-                [experts * rank, width],
-                &a,
+            tensors.extend(fused_tensors(&path, pairs)?);
+        }
+        for (key, new) in &self.replaced {
+            tensors.push(values(
+                &format!("{PREFIX}{}", self.saved_name(key)),
+                &new.shape,
+                &new.values,
             )?);
+        }
+        if let Some(rows) = &self.tokens {
+            let shape = [rows.ids.len(), rows.values.len() / rows.ids.len().max(1)];
             tensors.push(tensor(
-                &format!("{path}.lora_B.weight"),
-                [out, rank * experts],
-                &b,
+                &format!("{PREFIX}{EMBEDDING}{TOKEN_ROWS}"),
+                shape,
+                &rows.values,
             )?);
         }
         Ok((self.config(base), tensors))
     }
 
-    fn config(&self, base: &str) -> AdapterConfig {
-        let named = self.linear.iter().map(|(path, pair)| (path.clone(), pair));
-        let fused = self
-            .fused
-            .iter()
-            .map(|((owner, fused), pairs)| (fused_name(owner, *fused), &pairs[0]));
-        let all: Vec<(String, &WeightUpdate)> = named.chain(fused).collect();
-        let rank = most_common(all.iter().map(|(_, pair)| pair.rank)).unwrap_or(1);
-        let alpha = most_common(all.iter().map(|(_, pair)| pair.alpha.to_bits()))
-            .map_or(1.0, f64::from_bits);
-        let mut config = AdapterConfig::new(rank, alpha);
-        config.base_model_name_or_path = Some(base.into());
-        config.lora_dropout = f64::from(self.dropout);
-        config.use_rslora = self.scaling == Scaling::RsLora;
-        config.use_dora = all.iter().any(|(_, pair)| pair.magnitude.is_some());
-        config.rank_pattern = all
-            .iter()
-            .filter(|(_, pair)| pair.rank != rank)
-            .map(|(name, pair)| (regex::escape(name), pair.rank))
-            .collect();
-        config.alpha_pattern = all
-            .iter()
-            .filter(|(_, pair)| pair.alpha != alpha)
-            .map(|(name, pair)| (regex::escape(name), pair.alpha))
-            .collect();
-        let mut names: Vec<String> = self
-            .linear
-            .keys()
-            .map(|path| last_name(path).into())
-            .collect();
-        names.sort_unstable();
-        names.dedup();
-        if !self.others.is_empty() {
-            names = self.linear.keys().cloned().collect();
+    /// PEFT's name for a whole weight: another one under an update.
+    fn saved_name(&self, key: &str) -> String {
+        match key.strip_suffix(".weight") {
+            Some(path) if self.linear.contains_key(path) => format!("{path}.base_layer.weight"),
+            _ => key.to_owned(),
         }
-        config.target_modules = Some(checkpoint::TargetModules::List(names));
-        let mut parameters: Vec<String> = self
-            .fused
-            .keys()
-            .map(|(_, fused)| fused.parameter().into())
-            .collect();
-        parameters.sort_unstable();
-        parameters.dedup();
-        config.target_parameters = (!parameters.is_empty()).then_some(parameters);
-        config
     }
 }
 
-fn last_name(path: &str) -> &str {
+/// The tensors of a module's update.
+fn pair_tensors(path: &str, pair: &WeightUpdate) -> Result<Vec<checkpoint::Tensor>, Error> {
+    let ([width, out], rank) = (pair.widths(), pair.rank);
+    let named = |end: &str, shape: [usize; 2], values: &[f32]| {
+        tensor(&format!("{PREFIX}{path}{end}"), shape, values)
+    };
+    if path == EMBEDDING {
+        // PEFT's factors are those of the transposed weight.
+        let [a, b] = [transposed(&pair.b, out), transposed(&pair.a, rank)];
+        return Ok(vec![
+            named(EMBEDDING_A, [rank, out], &a)?,
+            named(EMBEDDING_B, [width, rank], &b)?,
+        ]);
+    }
+    let mut tensors = vec![
+        named(".lora_A.weight", [rank, width], &pair.a)?,
+        named(".lora_B.weight", [out, rank], &pair.b)?,
+    ];
+    if let Some(magnitude) = &pair.magnitude {
+        tensors.push(tensor(
+            &format!("{PREFIX}{path}{MAGNITUDE}"),
+            [out],
+            magnitude,
+        )?);
+    }
+    Ok(tensors)
+}
+
+/// The tensors of a layer's experts, stacked as PEFT has them: `lora_A` by expert, `lora_B` by rank.
+fn fused_tensors(path: &str, pairs: &[WeightUpdate]) -> Result<[checkpoint::Tensor; 2], Error> {
+    let (experts, rank, [width, out]) = (pairs.len(), pairs[0].rank, pairs[0].widths());
+    let a: Vec<f32> = pairs.iter().flat_map(|pair| &pair.a).copied().collect();
+    let b: Vec<f32> = (0..out * rank * experts)
+        .map(|i| {
+            let (row, col) = (i / (rank * experts), i % (rank * experts));
+            pairs[col % experts].b[row * rank + col / experts]
+        })
+        .collect();
+    Ok([
+        tensor(
+            &format!("{path}.lora_A.weight"),
+            [experts * rank, width],
+            &a,
+        )?,
+        tensor(&format!("{path}.lora_B.weight"), [out, rank * experts], &b)?,
+    ])
+}
+
+/// The shape and the values of a weight that an adapter replaced.
+fn weight_values(model: &Model, key: &str) -> Option<Replacement> {
+    let mut trained = model.parameters().into_iter();
+    if let Some(found) = trained.find(|found| found.name == key) {
+        return Some(Replacement {
+            shape: found.shape,
+            values: flat(found.values),
+        });
+    }
+    let path = key.strip_suffix(".weight")?;
+    let of_matrix = |weight: &Weight| {
+        Some(Replacement {
+            shape: weight.dims().to_vec(),
+            values: weight.frozen()?.to_f32(),
+        })
+    };
+    if path == EMBEDDING {
+        return of_matrix(&model.model.embed_tokens.weight);
+    }
+    let linear = |(found, module): (String, ModuleRef<'_>)| match module {
+        ModuleRef::Linear(linear) if found == path => of_matrix(&linear.weight),
+        ModuleRef::Linear(_) | ModuleRef::Experts(_) => None,
+    };
+    if let Some(found) = model.modules().into_iter().find_map(linear) {
+        return Some(found);
+    }
+    let mut model = model.clone();
+    let mut norms = model.norms_mut().into_iter();
+    let norm = norms.find(|(found, _)| found == key)?.1.weight.val();
+    Some(Replacement {
+        shape: norm.dims().to_vec(),
+        values: flat(norm),
+    })
+}
+
+pub(super) fn last_name(path: &str) -> &str {
     path.rsplit('.').next().unwrap_or(path)
 }
 
@@ -238,8 +294,13 @@ fn flat<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 fn tensor<const D: usize>(
     name: &str,
     shape: [usize; D],
-    values: &[f32],
+    numbers: &[f32],
 ) -> Result<checkpoint::Tensor, Error> {
+    values(name, &shape, numbers)
+}
+
+/// A tensor of any number of axes.
+fn values(name: &str, shape: &[usize], values: &[f32]) -> Result<checkpoint::Tensor, Error> {
     let bytes: Vec<u8> = values
         .iter()
         .flat_map(|value| value.to_le_bytes())
@@ -247,7 +308,7 @@ fn tensor<const D: usize>(
     Ok(checkpoint::Tensor::new(
         name,
         DType::F32,
-        &shape,
+        shape,
         bytes.into(),
     )?)
 }

@@ -10,7 +10,7 @@ use super::weights::{AdapterWeights, Fused, WeightUpdate};
 use crate::Error;
 use crate::decoder::Model;
 use crate::decoder::visit::ModuleRef;
-use crate::keys::PROJECTIONS;
+use crate::keys::{EMBEDDING, PROJECTIONS};
 use crate::modules::experts::{Experts, ExpertsLora, FactorStacks};
 use crate::modules::linear::Weight;
 use crate::modules::lora::{Dora, Lora, parameter};
@@ -21,8 +21,12 @@ impl AdapterWeights {
     /// # Errors
     /// If a module is not the model's, or an update has other widths than its weight.
     pub fn attach(&self, model: &mut Model, device: &Device) -> Result<Vec<AdaptedModule>, Error> {
-        let adapted = attach_all(model, UpdateSource::Stored(self), device)?;
+        self.expect_fit(&model.config)?;
+        // Updates first: they part a tied head from its embedding.
+        let mut adapted = attach_all(model, UpdateSource::Stored(self), device)?;
+        adapted.extend(self.replace(model, device)?);
         let mut rest: BTreeSet<String> = self.modules().into_iter().collect();
+        rest.remove(EMBEDDING);
         for (path, module) in model.modules() {
             match module {
                 ModuleRef::Linear(_) => _ = rest.remove(&path),
@@ -43,23 +47,6 @@ impl AdapterWeights {
         }
     }
 
-    fn check_widths(
-        &self,
-        module: &str,
-        update: &WeightUpdate,
-        [out, width]: [usize; 2],
-    ) -> Result<(), Error> {
-        if update.widths() == [width, out] {
-            return Ok(());
-        }
-        let [found_in, found_out] = update.widths();
-        Err(self.unfit(
-            module,
-            format!("an update of [{out}, {width}]"),
-            format!("one of [{found_out}, {found_in}]"),
-        ))
-    }
-
     /// The update of a linear layer, if the adapter has one.
     pub(super) fn linear(
         &self,
@@ -71,7 +58,7 @@ impl AdapterWeights {
             return Ok(None);
         };
         let dims = weight.dims();
-        self.check_widths(path, update, dims)?;
+        self.expect_widths(path, update.widths(), dims)?;
         let mut lora = Lora {
             lora_a: parameter(update.a.clone(), [update.rank, dims[1]], device),
             lora_b: parameter(update.b.clone(), [dims[0], update.rank], device),
@@ -158,7 +145,7 @@ impl AdapterWeights {
     ) -> Result<FactorStacks, Error> {
         let first = updates[0];
         for update in updates {
-            self.check_widths(module, update, [out, width])?;
+            self.expect_widths(module, update.widths(), [out, width])?;
             if update.magnitude.is_some() {
                 check_dora(module)?;
             }

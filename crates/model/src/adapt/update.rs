@@ -3,6 +3,7 @@
 use burn::tensor::Device;
 
 use crate::Error;
+use crate::keys::{EMBEDDING, HEAD};
 use crate::modules::experts::ExpertsLora;
 
 /// An adapted module.
@@ -38,14 +39,11 @@ pub(super) struct ExpertUpdates {
 
 /// Refuses DoRA on modules that have none: PEFT has none for experts either, and the loss never has the head's outputs.
 pub(super) fn check_dora(path: &str) -> Result<(), Error> {
-    let is_expert = path.contains(".experts");
-    if !is_expert && path != "lm_head" {
-        return Ok(());
-    }
-    let (what, pattern) = if is_expert {
-        ("routed experts", "experts")
-    } else {
-        ("the output head", "lm_head")
+    let (what, pattern) = match path {
+        EMBEDDING => ("the embedding", "embed_tokens"),
+        HEAD => ("the output head", "lm_head"),
+        _ if path.contains(".experts") => ("routed experts", "experts"),
+        _ => return Ok(()),
     };
     Err(Error::Unsupported(format!(
         "`{path}`: DoRA is for linear layers, not for {what}; leave them out with \

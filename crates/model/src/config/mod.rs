@@ -5,12 +5,13 @@
 //! the forward pass needs, already checked: code below it does not look at the file again. Versions of the family
 //! differ in the values here and in nothing else.
 //!
-//! Deliberately ignored, as the reference implementation does: `num_key_value_heads` of latent attention,
-//! `ep_size`, `pretraining_tp`, `aux_loss_alpha` (a recipe's business), and V2's `norm_topk_prob`, which never had an
-//! effect in releases.
+//! A key that is read is obeyed, one of `table.rs` changes nothing or is refused, and any other is unknown:
+//! [`ModelConfig::unknown_keys`]. What an absent key means is what it means in transformers.
 
 mod fields;
 mod read;
+mod rope_scaling;
+mod table;
 mod write;
 
 use std::path::Path;
@@ -19,8 +20,9 @@ use kernels::fp8::Scales;
 use kernels::{RopeLayout, TopK};
 use serde_json::Value;
 
-use self::fields::Fields;
-use self::read::{fp8_block, fp8_scales, gqa, mla, moe, rope};
+use self::fields::{Asked, Fields};
+use self::read::{fp8, gqa, mla, moe};
+use self::rope_scaling::rope;
 use crate::Error;
 
 /// Everything the forward pass needs to know of a model.
@@ -52,6 +54,8 @@ pub struct ModelConfig {
     pub attention: AttentionConfig,
     /// Rotary positions.
     pub rope: RopeConfig,
+    /// Whether dense feed-forward layers have biases.
+    pub mlp_bias: bool,
     /// The mixture of experts, if there is one.
     pub moe: Option<MoeConfig>,
     /// Block size of FP8 weights.
@@ -130,6 +134,8 @@ pub struct GqaConfig {
     pub head_dim: usize,
     /// Whether q, k and v have a bias.
     pub qkv_bias: bool,
+    /// Whether the output projection has one.
+    pub o_bias: bool,
 }
 
 /// Rotary positions.
@@ -148,6 +154,11 @@ pub struct RopeConfig {
 pub enum RopeScaling {
     /// None.
     Plain,
+    /// All positions are divided.
+    Linear {
+        /// By this.
+        factor: f64,
+    },
     /// YaRN, arXiv:2309.00071.
     Yarn {
         /// Stretch of the low frequencies.
@@ -162,6 +173,10 @@ pub enum RopeScaling {
         mscale: f64,
         /// See `mscale`.
         mscale_all_dim: f64,
+        /// The factor of the cosines and sines, in place of the one that follows from the settings.
+        attention_factor: Option<f64>,
+        /// Whether the ends of the ramp are rounded to whole pairs.
+        truncate: bool,
     },
     /// Llama 3's.
     Llama3 {
@@ -227,44 +242,62 @@ impl ModelConfig {
     /// # Errors
     /// [`Error::Config`] naming the key, if it is missing, of another type, or has a value we do not compute.
     pub fn from_json(json: &Value, file: &Path) -> Result<Self, Error> {
-        let keys = Fields {
-            json,
-            file,
-            prefix: "",
-        };
+        Self::read(&Fields::new(json, file, &Asked::default()))
+    }
+
+    /// The keys of a `config.json` that are neither obeyed nor known to change nothing, with their values. Those in an object are
+    /// named with it: `rope_scaling.factor`.
+    ///
+    /// # Errors
+    /// As [`ModelConfig::from_json`].
+    pub fn unknown_keys(json: &Value, file: &Path) -> Result<Vec<(String, Value)>, Error> {
+        let asked = Asked::default();
+        let keys = Fields::new(json, file, &asked);
+        let config = Self::read(&keys)?;
+        let mut unknown = keys.rest(&table::harmless(config.model_type));
+        unknown.retain(|(key, value)| !table::is_off(key, value));
+        Ok(unknown)
+    }
+
+    fn read(keys: &Fields<'_>) -> Result<Self, Error> {
         let model_type = keys.one_of("model_type", &Family::ALL)?;
-        keys.one_of("hidden_act", &[("silu", ())])?;
-        if keys.has("mlp_bias") {
-            keys.one_of_bools("mlp_bias", false)?;
-        }
+        // Two names of one function.
+        keys.one_of("hidden_act", &[("silu", ()), ("swish", ())])?;
+        table::check_neutral(keys)?;
         let deepseek = matches!(model_type, Family::DeepseekV2 | Family::DeepseekV3);
+        let (fp8_block, fp8_scales) = fp8(keys)?;
         let config = Self {
             model_type,
             vocab_size: keys.size("vocab_size")?,
             hidden_size: keys.size("hidden_size")?,
             intermediate_size: keys.size("intermediate_size")?,
             num_hidden_layers: keys.size("num_hidden_layers")?,
-            num_nextn_predict_layers: keys.count_or("num_nextn_predict_layers", 0)?,
+            num_nextn_predict_layers: if deepseek {
+                keys.count_or("num_nextn_predict_layers", 0)?
+            } else {
+                0
+            },
             num_attention_heads: keys.size("num_attention_heads")?,
-            rms_norm_eps: keys.number_or("rms_norm_eps", 1e-6)? as f32,
+            rms_norm_eps: keys.positive_or("rms_norm_eps", 1e-6)? as f32,
             max_position_embeddings: keys.size("max_position_embeddings")?,
             tie_word_embeddings: keys.flag_or("tie_word_embeddings", false)?,
             initializer_range: keys.number_or("initializer_range", 0.02)? as f32,
             attention: if deepseek {
-                mla(&keys)?
+                mla(keys)?
             } else {
-                gqa(&keys, model_type)?
+                gqa(keys, model_type)?
             },
-            rope: rope(&keys, model_type)?,
+            rope: rope(keys, model_type)?,
+            mlp_bias: model_type == Family::Llama && keys.flag_or("mlp_bias", false)?,
             moe: if deepseek && keys.has("n_routed_experts") {
-                Some(moe(&keys, model_type)?)
+                Some(moe(keys, model_type)?)
             } else {
                 None
             },
-            fp8_block: fp8_block(&keys)?,
-            fp8_scales: fp8_scales(&keys)?,
+            fp8_block,
+            fp8_scales,
         };
-        config.check_sizes(&keys)?;
+        config.check_sizes(keys)?;
         Ok(config)
     }
 
@@ -302,6 +335,21 @@ impl ModelConfig {
         self.moe
             .as_ref()
             .is_some_and(|moe| moe.is_moe_layer(layer_idx))
+    }
+
+    /// The positions that the model was made for: `max_position_embeddings`, or the length that its rotary frequencies are
+    /// stretched to where that is more.
+    pub fn positions(&self) -> usize {
+        let stretched = match self.rope.scaling {
+            RopeScaling::Yarn {
+                factor, original, ..
+            }
+            | RopeScaling::Llama3 {
+                factor, original, ..
+            } => (factor * original) as usize,
+            _ => 0,
+        };
+        self.max_position_embeddings.max(stretched)
     }
 
     /// Width of the part of a head that is rotated by its position.

@@ -1,23 +1,26 @@
 //! The parts of a config, read and checked.
 
 use kernels::fp8::Scales;
-use kernels::{GroupScore, RopeLayout, TopK};
-use serde_json::Value;
+use kernels::{GroupScore, TopK};
+use serde_json::json;
 
 use super::fields::Fields;
-use super::{
-    AttentionConfig, Family, GqaConfig, MlaConfig, MoeConfig, RopeConfig, RopeScaling, Scoring,
-};
+use super::{AttentionConfig, Family, GqaConfig, MlaConfig, MoeConfig, Scoring};
 use crate::Error;
 
 pub(super) fn mla(keys: &Fields<'_>) -> Result<AttentionConfig, Error> {
-    if keys.has("attention_bias") {
-        keys.one_of_bools("attention_bias", false)?;
+    keys.only("attention_bias", &[json!(false)])?;
+    keys.only("mlp_bias", &[json!(false)])?;
+    let heads = keys.size("num_attention_heads")?;
+    // Every head has its own keys: another number would repeat them.
+    keys.only("num_key_value_heads", &[heads.into()])?;
+    if !keys.mentions("q_lora_rank") {
+        // Absent, it means 1536 in transformers, which no small model has.
+        return Err(keys.wrong("q_lora_rank", "a whole number above 0, or null"));
     }
-    let q_lora_rank = if keys.has("q_lora_rank") {
-        Some(keys.size("q_lora_rank")?)
-    } else {
-        None
+    let q_lora_rank = match keys.get("q_lora_rank") {
+        Some(_) => Some(keys.size("q_lora_rank")?),
+        None => None,
     };
     let mla = MlaConfig {
         q_lora_rank,
@@ -33,17 +36,12 @@ pub(super) fn mla(keys: &Fields<'_>) -> Result<AttentionConfig, Error> {
 }
 
 pub(super) fn gqa(keys: &Fields<'_>, family: Family) -> Result<AttentionConfig, Error> {
+    /// What transformers assumes of a qwen2 that does not say it.
+    const QWEN2_KEY_VALUE_HEADS: usize = 32;
     let heads = keys.size("num_attention_heads")?;
-    if keys.has("use_sliding_window") {
-        keys.one_of_bools("use_sliding_window", false)?;
-    }
-    if keys.has("attention_bias") && family == Family::Llama {
-        keys.one_of_bools("attention_bias", false)?;
-    }
-    let head_dim = if keys.has("head_dim") {
-        keys.size("head_dim")?
-    } else {
-        keys.size("hidden_size")? / heads
+    let head_dim = match keys.get("head_dim") {
+        Some(_) => keys.size("head_dim")?,
+        None => keys.size("hidden_size")? / heads,
     };
     if head_dim % 2 == 1 || head_dim == 0 {
         return Err(keys.wrong(
@@ -51,105 +49,107 @@ pub(super) fn gqa(keys: &Fields<'_>, family: Family) -> Result<AttentionConfig, 
             "an even number (`hidden_size / num_attention_heads` if absent)",
         ));
     }
-    let num_key_value_heads = keys.count_or("num_key_value_heads", heads)?.max(1);
+    check_full_attention(keys)?;
+    let is_said = family == Family::Llama || keys.mentions("num_key_value_heads");
+    let absent = if is_said {
+        heads
+    } else {
+        QWEN2_KEY_VALUE_HEADS
+    };
+    let has_bias = family == Family::Llama && keys.flag_or("attention_bias", false)?;
     Ok(AttentionConfig::Gqa(GqaConfig {
-        num_key_value_heads,
+        num_key_value_heads: match keys.get("num_key_value_heads") {
+            Some(_) => keys.size("num_key_value_heads")?,
+            None => absent,
+        },
         head_dim,
-        qkv_bias: family == Family::Qwen2,
+        qkv_bias: has_bias || family == Family::Qwen2,
+        o_bias: has_bias,
     }))
 }
 
-pub(super) fn rope(keys: &Fields<'_>, family: Family) -> Result<RopeConfig, Error> {
-    // The two dialects: everything in one object, or theta and an optional object with the rest.
-    let object = if keys.has("rope_parameters") {
-        keys.object("rope_parameters")?
-    } else {
-        keys.object("rope_scaling")?
-    };
-    let theta = match object.as_ref().filter(|object| object.has("rope_theta")) {
-        Some(object) => object.number("rope_theta")?,
-        None => keys.number_or("rope_theta", 10_000.0)?,
-    };
-    if theta <= 1.0 {
-        return Err(keys.wrong("rope_theta", "a number above 1"));
+/// Refuses layers that would not attend to every token before.
+fn check_full_attention(keys: &Fields<'_>) -> Result<(), Error> {
+    /// What transformers assumes.
+    const WINDOW_FROM_LAYER: usize = 28;
+    if let Some(layers) = keys.get("layer_types") {
+        let layers = layers.as_array().map(Vec::as_slice).unwrap_or_default();
+        let n = keys.size("num_hidden_layers")?;
+        if layers.len() != n || layers.iter().any(|layer| layer != "full_attention") {
+            let expected = format!("`full_attention` for each of the {n} layers");
+            return Err(keys.wrong("layer_types", &expected));
+        }
+        return Ok(());
     }
-    let scaling = object.map_or(Ok(RopeScaling::Plain), |object| rope_scaling(&object))?;
-    let interleaved = match family {
-        Family::DeepseekV2 => true,
-        Family::DeepseekV3 => keys.flag_or("rope_interleave", true)?,
-        Family::Qwen2 | Family::Llama => false,
-    };
-    Ok(RopeConfig {
-        theta,
-        scaling,
-        layout: if interleaved {
-            RopeLayout::Interleaved
-        } else {
-            RopeLayout::HalfSplit
-        },
-    })
+    let is_on = keys.flag_or("use_sliding_window", false)?;
+    let from = keys.count_or("max_window_layers", WINDOW_FROM_LAYER)?;
+    let has_window = !keys.mentions("sliding_window") || keys.has("sliding_window");
+    if is_on && has_window && from < keys.size("num_hidden_layers")? {
+        return Err(keys.wrong("use_sliding_window", "false"));
+    }
+    Ok(())
 }
 
-pub(super) fn rope_scaling(keys: &Fields<'_>) -> Result<RopeScaling, Error> {
-    let key = if keys.has("rope_type") {
-        "rope_type"
-    } else {
-        "type"
-    };
-    if !keys.has(key) {
-        return Ok(RopeScaling::Plain);
-    }
-    let positive = |key: &str| match keys.number(key)? {
-        number if number > 0.0 => Ok(number),
-        _ => Err(keys.wrong(key, "a number above 0")),
-    };
-    match keys.one_of(key, &[("default", 0), ("yarn", 1), ("llama3", 2)])? {
-        0 => Ok(RopeScaling::Plain),
-        1 => Ok(RopeScaling::Yarn {
-            factor: positive("factor")?,
-            original: positive("original_max_position_embeddings")?,
-            beta_fast: keys.number_or("beta_fast", 32.0)?,
-            beta_slow: keys.number_or("beta_slow", 1.0)?,
-            mscale: keys.number_or("mscale", 0.0)?,
-            mscale_all_dim: keys.number_or("mscale_all_dim", 0.0)?,
-        }),
-        _ => Ok(RopeScaling::Llama3 {
-            factor: positive("factor")?,
-            original: positive("original_max_position_embeddings")?,
-            low: positive("low_freq_factor")?,
-            high: positive("high_freq_factor")?,
-        }),
-    }
+/// What a family's configs mean by absent keys, as transformers has it.
+struct MixtureDefaults {
+    n_shared_experts: usize,
+    first_k_dense_replace: usize,
+    n_group: Option<usize>,
+    topk_group: Option<usize>,
+    norm_topk_prob: bool,
+    routed_scaling_factor: f64,
 }
+
+const V2_DEFAULTS: MixtureDefaults = MixtureDefaults {
+    n_shared_experts: 2,
+    first_k_dense_replace: 0,
+    n_group: None,
+    topk_group: None,
+    norm_topk_prob: false,
+    routed_scaling_factor: 1.0,
+};
+const V3_DEFAULTS: MixtureDefaults = MixtureDefaults {
+    n_shared_experts: 1,
+    first_k_dense_replace: 3,
+    n_group: Some(8),
+    topk_group: Some(4),
+    norm_topk_prob: true,
+    routed_scaling_factor: 2.5,
+};
 
 pub(super) fn moe(keys: &Fields<'_>, family: Family) -> Result<MoeConfig, Error> {
     let v3 = family == Family::DeepseekV3;
+    let absent = if v3 { V3_DEFAULTS } else { V2_DEFAULTS };
     let (scoring, group_score) = scoring(keys, v3)?;
-    let grouped = keys.text_or("topk_method", if v3 { "noaux_tc" } else { "greedy" })? != "greedy";
+    let grouped = v3 || keys.text_or("topk_method", "greedy")? != "greedy";
+    let groups = |key: &str, absent: Option<usize>| {
+        let absent = absent.filter(|_| !keys.mentions(key));
+        match (grouped, keys.get(key), absent) {
+            // Groups have no effect.
+            (false, ..) => Ok(1),
+            (true, None, Some(absent)) => Ok(absent),
+            (true, ..) => keys.size(key),
+        }
+    };
     let config = MoeConfig {
         n_routed_experts: keys.size("n_routed_experts")?,
-        n_shared_experts: keys.count_or("n_shared_experts", 0)?,
+        n_shared_experts: keys.count_or("n_shared_experts", absent.n_shared_experts)?,
         moe_intermediate_size: keys.size("moe_intermediate_size")?,
-        first_k_dense_replace: keys.count_or("first_k_dense_replace", 0)?,
+        first_k_dense_replace: keys
+            .count_or("first_k_dense_replace", absent.first_k_dense_replace)?,
         moe_layer_freq: keys.count_or("moe_layer_freq", 1)?.max(1),
         scoring_func: scoring,
         choice: TopK {
             top_k: keys.size("num_experts_per_tok")?,
-            n_group: if grouped {
-                keys.count_or("n_group", 1)?.max(1)
-            } else {
-                1
-            },
-            topk_group: if grouped {
-                keys.count_or("topk_group", 1)?.max(1)
-            } else {
-                1
-            },
+            n_group: groups("n_group", absent.n_group)?,
+            topk_group: groups("topk_group", absent.topk_group)?,
             group_score,
         },
         has_correction_bias: v3,
-        norm_topk_prob: v3 && keys.flag_or("norm_topk_prob", true)?,
-        routed_scaling_factor: keys.number_or("routed_scaling_factor", 1.0)? as f32,
+        norm_topk_prob: keys.flag_or("norm_topk_prob", absent.norm_topk_prob)?,
+        routed_scaling_factor: keys
+            .number_or("routed_scaling_factor", absent.routed_scaling_factor)?
+            as f32,
     };
     check_choice(keys, &config)?;
     Ok(config)
@@ -219,29 +219,26 @@ pub(super) fn check_choice(keys: &Fields<'_>, config: &MoeConfig) -> Result<(), 
     Ok(())
 }
 
-/// The rounding of block scales: scales of activations follow those of the weights.
-pub(super) fn fp8_scales(keys: &Fields<'_>) -> Result<Scales, Error> {
-    let Some(quantization) = keys.object("quantization_config")? else {
-        return Ok(Scales::F32);
-    };
-    match quantization.json.get("scale_fmt") {
-        None | Some(Value::Null) => Ok(Scales::F32),
-        Some(name) if name == "ue8m0" => Ok(Scales::PowerOfTwo),
-        Some(_) => Err(quantization.wrong("scale_fmt", "`ue8m0`, or no such key")),
-    }
-}
-
-pub(super) fn fp8_block(keys: &Fields<'_>) -> Result<[usize; 2], Error> {
+/// The block size of FP8 weights, and the rounding of their scales: scales of activations follow those of the weights.
+pub(super) fn fp8(keys: &Fields<'_>) -> Result<([usize; 2], Scales), Error> {
     let default = [128, 128];
     let Some(quantization) = keys.object("quantization_config")? else {
-        return Ok(default);
+        return Ok((default, Scales::F32));
     };
     quantization.one_of("quant_method", &[("fp8", ())])?;
-    match quantization.json.get("weight_block_size") {
-        None | Some(Value::Null) => Ok(default),
+    quantization.only("fmt", &[json!("e4m3")])?;
+    quantization.only("activation_scheme", &[json!("dynamic")])?;
+    let block = match quantization.get("weight_block_size") {
+        None => default,
         Some(value) => match serde_json::from_value::<[usize; 2]>(value.clone()) {
-            Ok(block) if block.iter().all(|side| *side > 0) => Ok(block),
-            _ => Err(quantization.wrong("weight_block_size", "two sizes above 0")),
+            Ok(block) if block.iter().all(|side| *side > 0) => block,
+            _ => return Err(quantization.wrong("weight_block_size", "two sizes above 0")),
         },
-    }
+    };
+    let scales = match quantization.get("scale_fmt") {
+        None => Scales::F32,
+        Some(name) if name == "ue8m0" => Scales::PowerOfTwo,
+        Some(_) => return Err(quantization.wrong("scale_fmt", "`ue8m0`, or no such key")),
+    };
+    Ok((block, scales))
 }

@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::{AttentionConfig, ModelConfig, MoeConfig, RopeScaling, Scoring};
-use kernels::GroupScore;
+use super::{AttentionConfig, Family, ModelConfig, MoeConfig, RopeScaling, Scoring};
+use kernels::{GroupScore, RopeLayout};
 
 impl ModelConfig {
     /// The config in the published dialect, whichever it was read in: the settings of the forward pass, and nothing else.
@@ -34,7 +34,16 @@ impl ModelConfig {
             AttentionConfig::Gqa(gqa) => {
                 config["num_key_value_heads"] = gqa.num_key_value_heads.into();
                 config["head_dim"] = gqa.head_dim.into();
+                if gqa.o_bias {
+                    config["attention_bias"] = true.into();
+                }
             }
+        }
+        if self.mlp_bias {
+            config["mlp_bias"] = true.into();
+        }
+        if self.rope.layout == RopeLayout::HalfSplit && self.model_type == Family::DeepseekV3 {
+            config["rope_interleave"] = false.into();
         }
         if self.num_nextn_predict_layers > 0 {
             config["num_nextn_predict_layers"] = self.num_nextn_predict_layers.into();
@@ -52,6 +61,7 @@ impl ModelConfig {
 fn scaling(scaling: &RopeScaling) -> Option<Value> {
     match scaling {
         RopeScaling::Plain => None,
+        RopeScaling::Linear { factor } => Some(json!({ "rope_type": "linear", "factor": factor })),
         RopeScaling::Yarn {
             factor,
             original,
@@ -59,15 +69,24 @@ fn scaling(scaling: &RopeScaling) -> Option<Value> {
             beta_slow,
             mscale,
             mscale_all_dim,
-        } => Some(json!({
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": *original as u64,
-            "beta_fast": beta_fast,
-            "beta_slow": beta_slow,
-            "mscale": mscale,
-            "mscale_all_dim": mscale_all_dim,
-        })),
+            attention_factor,
+            truncate,
+        } => {
+            let mut scaling = json!({
+                "rope_type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings": length(*original),
+                "beta_fast": beta_fast,
+                "beta_slow": beta_slow,
+                "mscale": mscale,
+                "mscale_all_dim": mscale_all_dim,
+                "truncate": truncate,
+            });
+            if let Some(attention_factor) = attention_factor {
+                scaling["attention_factor"] = json!(attention_factor);
+            }
+            Some(scaling)
+        }
         RopeScaling::Llama3 {
             factor,
             original,
@@ -76,10 +95,19 @@ fn scaling(scaling: &RopeScaling) -> Option<Value> {
         } => Some(json!({
             "rope_type": "llama3",
             "factor": factor,
-            "original_max_position_embeddings": *original as u64,
+            "original_max_position_embeddings": length(*original),
             "low_freq_factor": low,
             "high_freq_factor": high,
         })),
+    }
+}
+
+/// A length as people write it: whole, unless it is not.
+fn length(length: f64) -> Value {
+    if length.fract() == 0.0 {
+        json!(length as u64)
+    } else {
+        json!(length)
     }
 }
 

@@ -17,6 +17,7 @@ use crate::forward::recorder::Recorder;
 use crate::forward::routing::{Routed, RoutingRecord};
 use crate::keys::layer_of;
 use crate::modules::linear::Weight;
+use crate::modules::lora::Lora;
 
 /// What a forward pass saves for the backward pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -239,9 +240,11 @@ impl Model {
     }
 
     fn is_embedding_trained(&self) -> bool {
-        match &self.model.embed_tokens.weight {
-            Weight::Trained(weight) => weight.val().is_require_grad(),
-            Weight::Frozen(_) => false,
+        let embedding = &self.model.embed_tokens;
+        let has_trained_update = embedding.lora.as_ref().is_some_and(Lora::is_trained);
+        match &embedding.weight {
+            Weight::Trained(weight) => weight.val().is_require_grad() || has_trained_update,
+            Weight::Frozen(_) => has_trained_update,
         }
     }
 }

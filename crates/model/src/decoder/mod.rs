@@ -14,6 +14,7 @@ use crate::config::ModelConfig;
 use crate::forward::context::ForwardContext;
 use crate::modules::attention::Attention;
 use crate::modules::linear::{Linear, Weight};
+use crate::modules::lora::Lora;
 use crate::modules::mlp::Mlp;
 use crate::modules::moe::Moe;
 use crate::modules::norm::Norm;
@@ -30,6 +31,18 @@ pub struct Model {
     /// The architecture.
     #[module(skip)]
     pub config: ModelConfig,
+    /// What an adapter has put in the place of the model's own weights.
+    #[module(skip)]
+    pub replaced: ReplacedWeights,
+}
+
+/// Weights that are an adapter's and not the model's own, besides low-rank updates.
+#[derive(Clone, Debug, Default)]
+pub struct ReplacedWeights {
+    /// Keys of whole weights.
+    pub keys: Vec<String>,
+    /// Tokens with a new row of the embedding.
+    pub tokens: Vec<usize>,
 }
 
 /// The layers between token ids and the last hidden state.
@@ -48,6 +61,8 @@ pub struct Decoder {
 pub struct Embedding {
     /// `[vocab, hidden_size]`.
     pub weight: Weight,
+    /// The update. A tied output head goes without it.
+    pub lora: Option<Lora>,
 }
 
 /// One layer: attention and feed-forward, each after a norm and added to the residual stream.
@@ -100,7 +115,7 @@ impl Model {
         let [batch, seq] = input_ids.dims();
         ctx.rotary = Some(self.rotary(seq, ctx, &input_ids.device()));
         let ids = input_ids.reshape([batch * seq]);
-        let x = self.model.embed_tokens.weight.embed(ids);
+        let x = self.model.embed_tokens.forward(ids);
         ctx.record_residual(&x, || "model.embed_tokens".into());
         x
     }
@@ -154,6 +169,17 @@ impl Model {
     fn head(&self) -> Linear {
         let tied = || Linear::new(self.model.embed_tokens.weight.clone());
         self.lm_head.clone().unwrap_or_else(tied)
+    }
+}
+
+impl Embedding {
+    /// The rows of some tokens.
+    ///
+    /// # Shapes
+    /// - `ids`: `[tokens]`
+    /// - returns: `[tokens, hidden_size]`
+    pub fn forward(&self, ids: Tensor<1, Int>) -> Tensor<2> {
+        self.weight.embed(ids, self.lora.as_ref())
     }
 }
 

@@ -70,7 +70,7 @@ impl Mtp {
         ctx.rotary = Some(model.rotary(seq, ctx, &hidden.device()));
         let embedding = self.embed_tokens.as_ref();
         let embedding = embedding.unwrap_or(&model.model.embed_tokens);
-        let tokens = embedding.weight.embed(next_ids.reshape([batch * seq]));
+        let tokens = embedding.forward(next_ids.reshape([batch * seq]));
         let hidden = hidden.reshape([batch * seq, width]);
         let x = vec![self.enorm.forward(tokens), self.hnorm.forward(hidden)];
         let x = self.eh_proj.forward(Tensor::cat(x, 1), ctx);

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use kernels::{ExpertCache, ExpertTraffic, Matrix};
 
 use super::{DecoderLayer, FeedForward, Model};
-use crate::keys::{Module, PROJECTIONS};
+use crate::keys::{EMBEDDING, HEAD, Module, PROJECTIONS, ParamKey};
 use crate::modules::attention::Attention;
 use crate::modules::experts::Experts;
 use crate::modules::linear::Linear;
+use crate::modules::norm::Norm;
 
 /// A module that holds weights, to read it.
 #[derive(Clone, Copy, Debug)]
@@ -81,7 +82,38 @@ impl Model {
             ModuleRef::Linear(_) => vec![path],
             ModuleRef::Experts(_) => PROJECTIONS.map(|name| format!("{path}.{name}")).to_vec(),
         };
-        self.modules().into_iter().flat_map(paths).collect()
+        let mut all: Vec<String> = self.modules().into_iter().flat_map(paths).collect();
+        // A head that is tied to the embedding may have an update of its own, too.
+        all.extend(self.lm_head.is_none().then(|| HEAD.into()));
+        all.push(EMBEDDING.into());
+        all
+    }
+
+    /// All norms with the keys of their weights, to change them.
+    pub(crate) fn norms_mut(&mut self) -> Vec<(String, &mut Norm)> {
+        let key = |layer: Option<usize>, module| ParamKey::weight(layer, module).to_string();
+        let mut norms = vec![(key(None, Module::FinalNorm), &mut self.model.norm)];
+        for (layer_idx, layer) in self.model.layers.iter_mut().enumerate() {
+            let mut of_layer = vec![
+                (Module::InputNorm, &mut layer.input_layernorm),
+                (
+                    Module::PostAttentionNorm,
+                    &mut layer.post_attention_layernorm,
+                ),
+            ];
+            if let Attention::Mla(mla) = &mut layer.self_attn {
+                of_layer.extend(
+                    mla.q_a_layernorm
+                        .as_mut()
+                        .map(|norm| (Module::QANorm, norm)),
+                );
+                of_layer.push((Module::KvANorm, &mut mla.kv_a_layernorm));
+            }
+            for (module, norm) in of_layer {
+                norms.push((key(Some(layer_idx), module), norm));
+            }
+        }
+        norms
     }
 
     /// The paths of all projections of single experts, `….experts.7.down_proj`.

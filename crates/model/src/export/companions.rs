@@ -3,8 +3,14 @@
 use std::path::Path;
 
 use checkpoint::{Folder, FolderWriter};
+use serde_json::Value;
 
 use crate::Error;
+
+const GENERATION: &str = "generation_config.json";
+
+/// The folder of chat templates that have names.
+const TEMPLATES: &str = "additional_chat_templates";
 
 /// Copies all small files of a model, or makes them from a GGUF.
 ///
@@ -14,13 +20,23 @@ pub fn copy_companions(model: &Folder, writer: &mut FolderWriter) -> Result<(), 
     if model.metadata().is_none() {
         return copy_texts(model.path(), writer);
     }
+    // Recommended sampling and the ends of a text are in one file.
+    let mut generation = model.generation_config().cloned();
     for (name, text) in model.companions()? {
-        writer.write_bytes(&name, text.as_bytes())?;
+        let more = (name == GENERATION).then(|| serde_json::from_str::<Value>(&text));
+        match (more, &mut generation) {
+            (Some(Ok(Value::Object(more))), Some(Value::Object(config))) => config.extend(more),
+            (Some(Ok(more)), generation) => *generation = Some(more),
+            _ => writer.write_bytes(&name, text.as_bytes())?,
+        }
+    }
+    if let Some(config) = generation {
+        writer.write_json(GENERATION, &config)?;
     }
     Ok(())
 }
 
-/// Copies every small file of a folder, except for those that an export makes anew.
+/// Copies every small file of a folder, except for those that an export makes anew, and the chat templates in a folder of it.
 ///
 /// # Errors
 /// If the folder cannot be read, or a file cannot be copied.
@@ -31,23 +47,43 @@ pub fn copy_texts(folder: &Path, writer: &mut FolderWriter) -> Result<(), Error>
         "model.safetensors.index.json",
         "moeforge.manifest.json",
     ];
+    for name in files_of(folder)? {
+        let path = folder.join(&name);
+        let wanted = name
+            .rsplit_once('.')
+            .is_some_and(|(_, ending)| WANTED.contains(&ending));
+        // A link to nothing is not left out: its file would be missed.
+        if wanted
+            && !MADE_ANEW.contains(&name.as_str())
+            && checkpoint::is_present(&path)?
+            && path.is_file()
+        {
+            writer.copy_file(&path, &name)?;
+        }
+    }
+    let templates = folder.join(TEMPLATES);
+    if !templates.is_dir() {
+        return Ok(());
+    }
+    for name in files_of(&templates)? {
+        let path = templates.join(&name);
+        if name.ends_with(".jinja") && checkpoint::is_present(&path)? && path.is_file() {
+            writer.copy_file(&path, &format!("{TEMPLATES}/{name}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// The names of the files in a folder, sorted.
+fn files_of(folder: &Path) -> Result<Vec<String>, Error> {
     let entries = std::fs::read_dir(folder).map_err(|cause| Error::Read {
         file: folder.into(),
         cause,
     })?;
     let mut names: Vec<String> = entries
         .flatten()
-        .filter(|entry| entry.path().is_file())
         .filter_map(|entry| entry.file_name().into_string().ok())
         .collect();
     names.sort_unstable();
-    for name in names {
-        let wanted = name
-            .rsplit_once('.')
-            .is_some_and(|(_, ending)| WANTED.contains(&ending));
-        if wanted && !MADE_ANEW.contains(&name.as_str()) {
-            writer.copy_file(&folder.join(&name), &name)?;
-        }
-    }
-    Ok(())
+    Ok(names)
 }

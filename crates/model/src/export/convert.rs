@@ -20,6 +20,6 @@ pub fn convert(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<MergeReport, Error> {
     let config = read_config(base)?;
-    let merger = Merger::new(base, config, None, format)?;
+    let merger = Merger::new(base, config, None, Some(format))?;
     merger.write(out, progress)
 }

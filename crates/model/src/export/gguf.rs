@@ -12,13 +12,15 @@ use kernels::fp8::Scales;
 use kernels::{Format, Ggml, Matrix, RopeLayout};
 use rayon::prelude::*;
 
+use super::faithful::relative_error;
+use super::gguf_types::{TypesInUse, size_label};
 use super::importance::Importance;
-use super::merge::{MergeReport, relative_error};
+use super::merge::MergeReport;
 use super::mix::{GgufType, Mix};
 use crate::Error;
 use crate::config::{AttentionConfig, Family, ModelConfig, RopeScaling};
 use crate::keys::{ParamKey, keys};
-use crate::load::{mtp_keys, read_config, read_matrix, read_tensor};
+use crate::load::{expect_complete, mtp_keys, read_config, read_matrix, read_tensor};
 
 /// Values to encode at a time.
 const PIECE: usize = 1 << 20;
@@ -41,6 +43,7 @@ pub fn write_gguf(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<MergeReport, Error> {
     let mut config = read_config(model)?;
+    expect_complete(model, &config)?;
     let keys = written_keys(model, mix, &mut config)?;
     check_config(&config)?;
     let json = config.to_json();
@@ -53,12 +56,13 @@ pub fn write_gguf(
         dtype: type_of(tensor).dtype(),
         shape: tensor.shape.clone(),
     });
+    let types = TypesInUse::of(mix, &tensors, &config);
     let specs: Vec<TensorSpec> = specs.chain(made.as_ref().map(spec_of_made)).collect();
     let importance = mix.importance.as_ref();
     let weighted = importance.map_or(Ok(0), |importance| importance.check(&tensors))?;
-    let mut metadata = layout.metadata();
-    metadata.extend(about(model, mix));
-    metadata.extend(tokenizer);
+    let about = about(model, types.file_type(mix.scheme), size_label(&tensors));
+    let metadata = layout.metadata().into_iter().chain(about).chain(tokenizer);
+    let metadata: Vec<_> = metadata.collect();
     let mut writer = GgufWriter::create(out, &metadata, &specs)?;
     let (mut done, total) = (0, 2 * keys.len());
     let mut step = || {
@@ -94,6 +98,7 @@ pub fn write_gguf(
     let mut report = expected.check(&written, &mut step)?;
     report.tensors = specs.len();
     report.weighted = weighted;
+    (report.types, report.replaced) = (types.counts, types.replaced);
     report.bytes = specs.iter().map(bytes_of).sum();
     writer.finish()?;
     Ok(report)
@@ -124,22 +129,39 @@ fn written_keys(
 }
 
 /// The file's metadata about itself.
-fn about(model: &Folder, mix: &Mix) -> Vec<(String, GgufValue)> {
+fn about(model: &Folder, file_type: u32, size_label: String) -> Vec<(String, GgufValue)> {
     /// Of ggml's blocks as they are now.
     const QUANTIZATION_VERSION: u32 = 2;
     let name = model.path().file_stem().unwrap_or_default();
     let entries = [
         ("type", GgufValue::Text("model".into())),
         ("name", GgufValue::Text(name.to_string_lossy().into_owned())),
-        ("file_type", GgufValue::Count(mix.scheme.file_type())),
+        ("size_label", GgufValue::Text(size_label)),
+        ("file_type", GgufValue::Count(file_type)),
         (
             "quantization_version",
             GgufValue::Count(QUANTIZATION_VERSION),
         ),
     ];
-    entries
+    let mut about = entries
         .map(|(key, value)| (format!("general.{key}"), value))
-        .to_vec()
+        .to_vec();
+    let sampling = model.generation_config().map(GgufLayout::sampling);
+    about.extend(sampling.unwrap_or_default());
+    about.extend(carried(model, &about));
+    about
+}
+
+/// What a source that is a GGUF says about itself, its origin and its license.
+fn carried(model: &Folder, written: &[(String, GgufValue)]) -> Vec<(String, GgufValue)> {
+    let entries = model.metadata().into_iter().flatten();
+    let entries = entries.filter(|(key, _)| {
+        let is_written = written.iter().any(|(known, _)| known == *key);
+        let is_made = matches!(key.as_str(), "general.alignment" | "general.architecture");
+        key.starts_with("general.") && !is_made && !is_written
+    });
+    let entries = entries.filter_map(|(key, value)| Some((key.clone(), GgufValue::of(value)?)));
+    entries.collect()
 }
 
 fn bytes_of(spec: &TensorSpec) -> u64 {
@@ -154,14 +176,15 @@ fn check_config(config: &ModelConfig) -> Result<(), Error> {
         (RopeScaling::Llama3 { .. }, _) if config.model_type != Family::Llama => {
             "Llama 3's rotary scaling in another family"
         }
+        (RopeScaling::Yarn { .. }, _) if is_latent && has_other_amplitude(config) => {
+            "an `attention_factor`, or an `mscale` that is not `mscale_all_dim`, in latent attention"
+        }
         (
             RopeScaling::Yarn {
-                mscale,
-                mscale_all_dim,
-                ..
+                truncate: false, ..
             },
             _,
-        ) if mscale != mscale_all_dim => "an `mscale` that is not `mscale_all_dim`",
+        ) => "`truncate` false in its rotary scaling",
         (_, Some(moe)) if moe.moe_layer_freq != 1 => "dense layers between mixtures",
         (_, None) if is_latent => "latent attention without experts",
         _ if is_latent && config.rope.layout == RopeLayout::HalfSplit => {
@@ -172,6 +195,26 @@ fn check_config(config: &ModelConfig) -> Result<(), Error> {
     Err(Error::Unsupported(format!(
         "a GGUF cannot describe a model with {problem}"
     )))
+}
+
+/// Whether cosines and sines have another factor than a deepseek2's metadata imply.
+fn has_other_amplitude(config: &ModelConfig) -> bool {
+    let mut implied = config.rope.clone();
+    if let RopeScaling::Yarn {
+        mscale,
+        mscale_all_dim,
+        attention_factor,
+        ..
+    } = &mut implied.scaling
+    {
+        (*mscale, *attention_factor) = (*mscale_all_dim, None);
+    }
+    !is_close(implied.amplitude(), config.rope.amplitude())
+}
+
+/// Whether two factors are the same but for f32's rounding.
+fn is_close(a: f64, b: f64) -> bool {
+    (a / b - 1.0).abs() < 1e-6
 }
 
 /// One of a tensor's sources in the folder, and how its rows are written.
@@ -197,7 +240,16 @@ fn write_tensor(
         (_, [len]) => {
             let vector = read_tensor(model, key, config)?;
             vector.expect_shape(&[*len])?;
-            let bytes = vector.to_f32()?.into_iter().flat_map(f32::to_le_bytes);
+            let values = vector.to_f32()?;
+            let value = |place: usize| match tensor.rows {
+                RowOrder::Interleaved { heads } => {
+                    let rows = len / heads;
+                    let head = place / rows;
+                    values[head * rows + RowOrder::interleaved(place % rows, rows)]
+                }
+                _ => values[place],
+            };
+            let bytes = (0..*len).flat_map(|place| value(place).to_le_bytes());
             return Ok(writer.write(&bytes.collect::<Vec<_>>())?);
         }
         (RowOrder::Keys { .. } | RowOrder::Values { .. }, _) => whole_shape(key, config),
@@ -310,19 +362,20 @@ fn write_rows(
     Ok(())
 }
 
-/// Whether two configs stretch rotary positions alike, as Llama 3 does: a GGUF has the effect of the settings, not each one.
-fn same_stretch(config: &ModelConfig, other: &ModelConfig) -> bool {
+/// Whether two configs turn by the same angles and scale alike: a GGUF has the effect of the settings, not each one.
+fn same_rope(config: &ModelConfig, other: &ModelConfig) -> bool {
     /// Divisors are written in f32.
     const ROUNDING: f32 = 1e-5;
-    let is_llama3 =
-        |config: &ModelConfig| matches!(config.rope.scaling, RopeScaling::Llama3 { .. });
-    let AttentionConfig::Gqa(gqa) = &config.attention else {
-        return false;
-    };
-    let [before, after] = [config, other].map(|config| config.rope.frequencies(gqa.head_dim));
+    let dim = config.rope_dim();
+    let [before, after] = [config, other].map(|config| config.rope.frequencies(dim));
     let mut pairs = before.iter().zip(&after);
-    is_llama3(config)
-        && is_llama3(other)
+    let [softmax, others] = [config, other].map(|config| match &config.attention {
+        AttentionConfig::Mla(mla) => config.rope.softmax_scale(mla.qk_head_dim()),
+        AttentionConfig::Gqa(_) => 1.0,
+    });
+    config.rope.layout == other.rope.layout
+        && is_close(config.rope.amplitude(), other.rope.amplitude())
+        && is_close(softmax.into(), others.into())
         && pairs.all(|(before, after)| (after / before - 1.0).abs() < ROUNDING)
 }
 
@@ -366,8 +419,8 @@ impl ExpectedModel<'_> {
         expected.fp8_scales = Scales::F32;
         expected.fp8_block = found.fp8_block;
         expected.initializer_range = found.initializer_range;
-        if same_stretch(&expected, found) {
-            expected.rope.scaling = found.rope.scaling.clone();
+        if same_rope(&expected, found) {
+            expected.rope = found.rope.clone();
         }
         if *found == expected {
             return Ok(());

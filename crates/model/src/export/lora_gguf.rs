@@ -14,8 +14,8 @@ use checkpoint::{
 use crate::Error;
 use crate::adapt::{AdapterWeights, WeightUpdate};
 use crate::config::{AttentionConfig, ModelConfig};
-use crate::keys::keys;
-use crate::load::read_config;
+use crate::keys::{EMBEDDING, HEAD, keys};
+use crate::load::{expect_complete, read_config};
 
 /// Tensors of a deepseek2 whose updates llama.cpp does not apply.
 const WITHOUT_EFFECT: [&str; 7] = [
@@ -52,6 +52,7 @@ pub fn write_lora_gguf(
     out: &Path,
 ) -> Result<LoraGgufReport, Error> {
     let config = read_config(model)?;
+    expect_complete(model, &config)?;
     let json = config.to_json();
     let layout = GgufLayout::of(&model.config_path(), &json)?;
     let tensors = updated(adapter, &config, &layout)?;
@@ -128,29 +129,9 @@ fn updated(
     config: &ModelConfig,
     layout: &GgufLayout<'_>,
 ) -> Result<UpdatedTensors, Error> {
+    adapter.expect_fit(config)?;
+    expect_factors(adapter, config)?;
     let keys = keys(config);
-    for module in adapter.modules() {
-        let key = format!("{module}.weight");
-        let shape = keys
-            .iter()
-            .find(|known| known.0 == key)
-            .map(|known| &known.1[..]);
-        let Some(&[out, width]) = shape else {
-            let found = "an adapter for another model".into();
-            return Err(adapter.unfit(&module, "a module of the model".into(), found));
-        };
-        let pair = adapter.update(&module);
-        let Some(pair) = pair.filter(|pair| pair.magnitude.is_none()) else {
-            return Err(Error::Unsupported(format!(
-                "`{module}`: llama.cpp's adapters have no magnitudes of DoRA; merge the adapter instead"
-            )));
-        };
-        if pair.widths() != [width, out] {
-            let [found_in, found_out] = pair.widths();
-            let found = format!("one of [{found_out}, {found_in}]");
-            return Err(adapter.unfit(&module, format!("an update of [{out}, {width}]"), found));
-        }
-    }
     let tensors = layout.tensors(&keys).into_iter().map(|tensor| {
         let update = |key: &String| adapter.update(key.strip_suffix(".weight")?);
         let pairs: Vec<_> = tensor.keys.iter().map(update).collect();
@@ -159,6 +140,35 @@ fn updated(
     Ok(tensors
         .filter(|(_, pairs)| pairs.iter().any(Option::is_some))
         .collect())
+}
+
+/// Refuses what llama.cpp's adapters cannot hold.
+fn expect_factors(adapter: &AdapterWeights, config: &ModelConfig) -> Result<(), Error> {
+    let has_magnitude = |module: &String| {
+        let update = adapter.update(module);
+        update.is_some_and(|update| update.magnitude.is_some())
+    };
+    let (modules, tied) = (adapter.modules(), config.tie_word_embeddings);
+    let named = |name: &str| modules.iter().find(|module| *module == name);
+    let (module, what) = if let Some(module) = modules.iter().find(|module| has_magnitude(module)) {
+        (module.as_str(), "magnitudes of DoRA")
+    } else if let Some(module) = named(EMBEDDING) {
+        (module.as_str(), "update of the embedding")
+    } else if let Some(module) = named(HEAD).filter(|_| tied) {
+        (
+            module.as_str(),
+            "update of a head that is tied to the embedding",
+        )
+    } else if let Some(key) = adapter.replaced_keys().next() {
+        (key, "whole weights (`modules_to_save`)")
+    } else if adapter.token_rows().is_some() {
+        (EMBEDDING, "rows of tokens (`trainable_token_indices`)")
+    } else {
+        return Ok(());
+    };
+    Err(Error::Unsupported(format!(
+        "`{module}`: llama.cpp's adapters have no {what}; merge the adapter instead"
+    )))
 }
 
 /// The factors of one tensor of the base: values, and shapes from the outermost dimension in.

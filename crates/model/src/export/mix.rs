@@ -75,7 +75,8 @@ impl GgufType {
         }
     }
 
-    fn name(self) -> &'static str {
+    /// As users name it.
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
@@ -132,7 +133,7 @@ impl MixScheme {
     }
 
     /// The type of most matrices.
-    fn most(self) -> GgufType {
+    pub(crate) fn most(self) -> GgufType {
         match self {
             Self::Plain(of) => of,
             _ => Self::MIXED
@@ -283,6 +284,16 @@ impl Mix {
 
     /// The type of a tensor of a GGUF, by the config of what is written.
     pub fn type_of(&self, tensor: &GgufTensor, config: &ModelConfig) -> GgufType {
+        let [_, found] = self.wanted_and_found(tensor, config);
+        found
+    }
+
+    /// The type that the scheme gives a tensor, and the one that fits the width of its rows.
+    pub(crate) fn wanted_and_found(
+        &self,
+        tensor: &GgufTensor,
+        config: &ModelConfig,
+    ) -> [GgufType; 2] {
         let key = tensor.keys.first().and_then(|key| ParamKey::parse(key));
         let key = key.map(|key| match tensor.rows {
             RowOrder::Keys { .. } => key.with_module(Module::KvBKeys),
@@ -292,13 +303,14 @@ impl Mix {
         let width = tensor.shape.last().filter(|_| tensor.shape.len() > 1);
         let part = key.and_then(MixPart::of);
         let (Some(key), Some(part), Some(width)) = (key, part, width) else {
-            return GgufType::F32;
+            return [GgufType::F32; 2];
         };
         let own = self.parts.iter().find(|own| own.0 == part);
-        match own {
-            Some((_, own)) => own.for_width(*width),
-            None => self.by_rule(part, key, *width, config).for_width(*width),
-        }
+        let wanted = match own {
+            Some((_, own)) => *own,
+            None => self.by_rule(part, key, *width, config),
+        };
+        [wanted, wanted.for_width(*width)]
     }
 
     /// The type by the rules of the scheme.

@@ -32,7 +32,7 @@ pub fn export(
     let (base, config) = origin;
     let fp8 = match format {
         WeightFormat::Fp8 => Some(BlockFp8::of(base, &model.config)?),
-        WeightFormat::F32 | WeightFormat::Bf16 => None,
+        WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => None,
     };
     let mut tensors = exported_tensors(model, base, format, fp8)?;
     let total: usize = tensors

@@ -10,10 +10,11 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
+use super::audit::expect_own_names;
 use super::stored::{read_config, read_matrix};
 use crate::Error;
 use crate::config::{AttentionConfig, GqaConfig, MlaConfig, ModelConfig, MoeConfig};
-use crate::decoder::{Decoder, DecoderLayer, Embedding, FeedForward, Model};
+use crate::decoder::{Decoder, DecoderLayer, Embedding, FeedForward, Model, ReplacedWeights};
 use crate::keys::{Module, ParamKey, ParamPart, Projection, keys, seed_for};
 use crate::modules::attention::{Attention, Gqa, Mla};
 use crate::modules::experts::{
@@ -79,6 +80,7 @@ impl Training {
 /// pattern chooses nothing.
 pub fn load(folder: &Folder, training: Training, device: &Device) -> Result<Model, Error> {
     let config = read_config(folder)?;
+    expect_own_names(folder, &config)?;
     training.check(&config)?;
     Builder {
         source: WeightSource::Folder(folder),
@@ -132,12 +134,14 @@ impl Builder<'_> {
             model: Decoder {
                 embed_tokens: Embedding {
                     weight: self.weight(ParamKey::weight(None, Module::Embedding))?,
+                    lora: None,
                 },
                 layers: layers.collect::<Result<_, _>>()?,
                 norm: self.norm(None, Module::FinalNorm)?,
             },
             lm_head: self.optional_linear(None, Module::Head)?,
             config: self.config.clone(),
+            replaced: ReplacedWeights::default(),
         })
     }
 
@@ -181,25 +185,14 @@ impl Builder<'_> {
     }
 
     fn gqa(&self, layer_idx: usize, gqa: &GqaConfig) -> Result<Gqa, Error> {
-        let biased = |module| {
-            let mut linear = self.linear(layer_idx, module)?;
-            let bias = ParamKey {
-                part: ParamPart::Bias,
-                ..ParamKey::weight(layer_idx, module)
-            };
-            if let Some(&[len]) = bias.shape(self.config).as_deref() {
-                linear.bias = Some(self.vector(&bias.to_string(), len, 0.0)?);
-            }
-            Ok::<_, Error>(linear)
-        };
         Ok(Gqa {
-            q_proj: biased(Module::Q)?,
-            k_proj: biased(Module::K)?,
-            v_proj: biased(Module::V)?,
+            q_proj: self.linear(layer_idx, Module::Q)?,
+            k_proj: self.linear(layer_idx, Module::K)?,
+            v_proj: self.linear(layer_idx, Module::V)?,
             o_proj: self.linear(layer_idx, Module::O)?,
             config: gqa.clone(),
             heads: self.config.num_attention_heads,
-            softmax_scale: self.config.rope.softmax_scale(gqa.head_dim),
+            softmax_scale: (gqa.head_dim as f64).powf(-0.5) as f32,
             layout: self.config.rope.layout,
         })
     }
@@ -352,12 +345,22 @@ impl Builder<'_> {
         read_matrix(folder, &key.to_string(), self.shape(key), block)
     }
 
+    /// A linear layer, with its bias if a model of this config has one.
     pub(super) fn linear(
         &self,
         layer: impl Into<Option<usize>>,
         module: Module,
     ) -> Result<Linear, Error> {
-        Ok(Linear::new(self.weight(ParamKey::weight(layer, module))?))
+        let weight = ParamKey::weight(layer, module);
+        let mut linear = Linear::new(self.weight(weight)?);
+        let bias = ParamKey {
+            part: ParamPart::Bias,
+            ..weight
+        };
+        if let Some(&[len]) = bias.shape(self.config).as_deref() {
+            linear.bias = Some(self.vector(&bias.to_string(), len, 0.0)?);
+        }
+        Ok(linear)
     }
 
     /// A linear layer, if a model of this config has it.
@@ -437,7 +440,7 @@ fn expert_key(layer_idx: usize, expert: usize, projection: Projection) -> ParamK
 }
 
 /// Normal values of a given deviation, a function of the seed and the key (Box and Muller's method).
-fn normal(seed: u64, key: &str, n: usize, deviation: f32) -> Vec<f32> {
+pub(crate) fn normal(seed: u64, key: &str, n: usize, deviation: f32) -> Vec<f32> {
     let mut random = ChaCha8Rng::seed_from_u64(seed_for(seed, key));
     let mut open = || (f64::from(random.next_u32()) + 0.5) / 2f64.powi(32);
     let mut values = Vec::with_capacity(n + 1);

@@ -8,9 +8,10 @@ mod builder;
 mod mtp_weights;
 mod stored;
 
-pub use self::audit::{Audit, audit};
+pub use self::audit::{Audit, audit, expect_complete};
+pub(crate) use self::builder::normal;
 pub use self::builder::{Training, fresh, load};
 pub(crate) use self::mtp_weights::mtp_keys;
 pub use self::mtp_weights::{fresh_mtp, load_mtp};
 pub(crate) use self::stored::{has_e8m0_scales, read_tensor, weight_names};
-pub use self::stored::{read_config, read_matrix};
+pub use self::stored::{read_config, read_matrix, unknown_keys};

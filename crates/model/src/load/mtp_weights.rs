@@ -127,6 +127,7 @@ impl Builder<'_> {
         Ok(Mtp {
             embed_tokens: embed_tokens.map(|linear| Embedding {
                 weight: linear.weight,
+                lora: None,
             }),
             enorm: self.norm(layer_idx, Module::MtpTokenNorm)?,
             hnorm: self.norm(layer_idx, Module::MtpHiddenNorm)?,

@@ -75,7 +75,7 @@ fn unfit(tensor: &checkpoint::Tensor, cause: kernels::Error) -> Error {
 
 /// The tensors of a split `kv_b_proj`, if a checkpoint has these instead: keys `[heads, rank, nope]`, values
 /// `[heads, v, rank]`.
-fn split_kv_b(folder: &Folder, key: &str) -> Option<[String; 2]> {
+pub(super) fn split_kv_b(folder: &Folder, key: &str) -> Option<[String; 2]> {
     let whole = ParamKey::parse(key).filter(|key| key.module == Module::KvB)?;
     let parts = [Module::KvBKeys, Module::KvBValues];
     let parts = parts.map(|module| whole.with_module(module).to_string());
@@ -171,12 +171,61 @@ fn ggml(dtype: DType) -> Option<Ggml> {
 /// # Errors
 /// If the config is not one we compute.
 pub fn read_config(folder: &Folder) -> Result<ModelConfig, Error> {
+    refuse_mlx(folder)?;
     let mut config = ModelConfig::from_json(folder.config(), &folder.config_path())?;
     // A config may not mention its scales, but their dtype does.
     if has_e8m0_scales(folder)? {
         config.fp8_scales = fp8::Scales::PowerOfTwo;
     }
     Ok(config)
+}
+
+/// The keys of a checkpoint's config, or of a GGUF's metadata, that are neither obeyed nor known to change nothing, with their
+/// values. Those of a GGUF's tokenizer are left out.
+///
+/// # Errors
+/// If the config is not one we compute.
+pub fn unknown_keys(folder: &Folder) -> Result<Vec<(String, serde_json::Value)>, Error> {
+    match folder.metadata() {
+        Some(metadata) => {
+            let keys = folder.unknown_metadata().iter();
+            let value = |key: &String| metadata.get(key).cloned().unwrap_or_default();
+            Ok(keys.map(|key| (key.clone(), value(key))).collect())
+        }
+        None => ModelConfig::unknown_keys(folder.config(), &folder.config_path()),
+    }
+}
+
+/// Refuses weights in MLX's own quantization: integers in U32, with scales and biases beside them, which no format here
+/// holds as they are.
+fn refuse_mlx(folder: &Folder) -> Result<(), Error> {
+    let settings = folder.config().get("quantization");
+    let setting = |key| settings.and_then(|settings| settings.get(key)?.as_u64());
+    let packed = |name: &&str| {
+        let weight = name
+            .strip_suffix(".scales")
+            .map(|module| format!("{module}.weight"));
+        let weight = weight.filter(|weight| folder.contains(weight));
+        let weight = weight.and_then(|weight| folder.stored(&weight).ok());
+        weight.is_some_and(|weight| weight.dtype == DType::U32)
+    };
+    let tensor = folder.names().find(packed);
+    if tensor.is_none() && setting("group_size").is_none() {
+        return Ok(());
+    }
+    let [bits, group] = ["bits", "group_size"].map(|key| {
+        let shown = setting(key).map(|value| value.to_string());
+        shown.unwrap_or_else(|| "an unknown number".into())
+    });
+    let place = match tensor {
+        Some(name) => format!("tensor `{name}`"),
+        None => "`quantization`".into(),
+    };
+    Err(Error::Unsupported(format!(
+        "{}: {place}: the model is MLX-quantized ({bits} bits, groups of {group}), which is not supported; take the original \
+         model, or write one with `mlx_lm.convert --dequantize`",
+        folder.config_path().display()
+    )))
 }
 
 /// Whether the block scales of a checkpoint are stored as powers of two; false if it has none.

@@ -66,15 +66,19 @@ impl Weight {
         }
     }
 
-    /// The rows of some tokens: an embedding.
+    /// The rows of some tokens, updated: an embedding.
     ///
     /// # Shapes
     /// - `ids`: `[tokens]`
     /// - returns: `[tokens, in]`
-    pub fn embed(&self, ids: Tensor<1, Int>) -> Tensor<2> {
-        match self {
-            Self::Frozen(frozen) => kernels::embed_frozen(ids, &frozen.matrix),
-            Self::Trained(weight) => kernels::embed_trained(ids, weight.val()),
+    pub fn embed(&self, ids: Tensor<1, Int>, lora: Option<&Lora>) -> Tensor<2> {
+        let rows = match self {
+            Self::Frozen(frozen) => kernels::embed_frozen(ids.clone(), &frozen.matrix),
+            Self::Trained(weight) => kernels::embed_trained(ids.clone(), weight.val()),
+        };
+        match lora {
+            Some(lora) => rows + lora.embed(ids),
+            None => rows,
         }
     }
 }
@@ -368,6 +372,16 @@ impl Linear {
 }
 
 impl Lora {
+    /// The update of some tokens' rows, without dropout: no activation enters it.
+    ///
+    /// # Shapes
+    /// - `ids`: `[tokens]`
+    /// - returns: `[tokens, in]`
+    fn embed(&self, ids: Tensor<1, Int>) -> Tensor<2> {
+        let low = kernels::embed_trained(ids, self.lora_b.val());
+        low.matmul(self.lora_a.val()) * self.scale
+    }
+
     /// Whether the update sees dropped inputs.
     fn drops(&self, ctx: &ForwardContext<'_>) -> bool {
         self.dropout != 0.0 && ctx.dropout_seed.is_some()

@@ -45,6 +45,12 @@ impl Lora {
     pub fn rank(&self) -> usize {
         self.lora_a.val().dims()[0]
     }
+
+    /// Whether one of its tensors is trained.
+    pub(crate) fn is_trained(&self) -> bool {
+        let factors = [&self.lora_a, &self.lora_b];
+        factors.iter().any(|factor| factor.val().is_require_grad())
+    }
 }
 
 /// A tensor that is trained.

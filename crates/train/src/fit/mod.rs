@@ -9,10 +9,13 @@ mod timed_steps;
 mod validation;
 mod watchdog;
 
+use std::collections::BTreeMap;
+
 use burn::module::Module;
 
 use crate::events::{Event, Host, Memory, SampledText, StepReport};
-use crate::metrics::journal::Journal;
+use crate::metrics::LastLine;
+use crate::metrics::journal::{Journal, SplitCounts};
 use crate::routing::LayerLoad;
 use crate::run_dir::RunDir;
 use crate::schedule::Schedule;
@@ -30,11 +33,15 @@ impl Session {
     /// If a loss or gradient is not finite, or writing fails: the latest checkpoint stays. If the host asks to stop or
     /// memory runs short: the last step is saved first.
     pub fn fit(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
-        let resumed = (self.state.step > 0).then_some(self.state.step);
+        let resumed = (self.state.step > 0).then_some(LastLine {
+            step: self.state.step,
+            validation_due: self.state.validation_due,
+        });
         let mut journal = Journal::open(run.path(), resumed)?;
         let policy = format!("{}\n", self.policy()?);
         checkpoint::write_file(&run.path().join("precision.txt"), policy.as_bytes())?;
         if resumed.is_none() {
+            journal.data(&self.split_counts())?;
             self.sample(&mut journal, host)?;
             // A spike before the first regular checkpoint goes back to this one.
             if self.anchor().is_some() {
@@ -42,7 +49,8 @@ impl Session {
             }
         }
         // A finished run that is resumed has everything but, perhaps, its result.
-        if !self.is_over() {
+        if self.is_unfinished() {
+            self.set_result_aside(run, host)?;
             self.train(run, &mut journal, host)?;
             self.sample(&mut journal, host)?;
             self.save(run, host)?;
@@ -58,20 +66,25 @@ impl Session {
         let generate_every = self.recipe.eval.generate_every;
         let due =
             |every: Option<u64>, step: u64| every.is_some_and(|every| step.is_multiple_of(every));
-        while !self.is_over() {
-            let rate = schedule.rate(self.state.step, total);
-            let report = self.step(rate, Some(run), host)?;
-            let (step, loss) = (report.step, report.loss);
-            let first_batch = self.state.micro_step - train.accumulate as u64;
-            if self.roll_back_if_astray(loss, first_batch, run, journal, host)? {
-                continue;
+        while self.is_unfinished() {
+            // The last process may have been stopped in the validation pass of its last step.
+            if !self.state.validation_due {
+                let rate = schedule.rate(self.state.step, total);
+                let report = self.step(rate, Some(run), host)?;
+                let (step, loss) = (report.step, report.loss);
+                let first_batch = self.state.micro_step - train.accumulate as u64;
+                if self.roll_back_if_astray(loss, first_batch, run, journal, host)? {
+                    continue;
+                }
+                if step.is_multiple_of(train.log_every) || step == total {
+                    self.log(&report, journal, host)?;
+                }
+                host.see(&Event::Step(report));
+                let is_due = due(train.eval_every, step) || step == total;
+                self.state.validation_due = is_due && self.valid.is_some();
             }
-            if step.is_multiple_of(train.log_every) || step == total {
-                self.log(&report, journal, host)?;
-            }
-            host.see(&Event::Step(report));
-            let is_best = (due(train.eval_every, step) || step == total)
-                && self.validate(step, journal, host)?;
+            let step = self.state.step;
+            let is_best = self.state.validation_due && self.validate(run, journal, host)?;
             if self.is_over() {
                 break;
             }
@@ -84,6 +97,28 @@ impl Session {
             self.stop_if_asked(run, host)?;
         }
         Ok(())
+    }
+
+    /// Whether there is a step or a validation pass to make.
+    pub(crate) fn is_unfinished(&self) -> bool {
+        self.state.validation_due || !self.is_over()
+    }
+
+    /// Gives the result of a finished run that goes on another name, so that the run can have a new one.
+    fn set_result_aside(&self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
+        let step = self.state.step;
+        if let Some(path) = export::set_aside(self, run, step)? {
+            host.see(&Event::SetAside { step, path });
+        }
+        Ok(())
+    }
+
+    /// The sizes of the splits, for the metrics.
+    fn split_counts(&self) -> BTreeMap<&'static str, SplitCounts> {
+        let train = ("train", SplitCounts::of(&self.train.corpus));
+        let valid = self.valid.as_ref();
+        let valid = valid.map(|corpus| ("valid", SplitCounts::of(corpus)));
+        [train].into_iter().chain(valid).collect()
     }
 
     /// Whether all steps are made, or the validation loss has stopped falling.
@@ -149,7 +184,7 @@ impl Session {
     }
 
     /// Saves and fails if the host asks to stop, or if memory runs short.
-    fn stop_if_asked(&self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
+    pub(super) fn stop_if_asked(&self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
         let (step, path) = (self.state.step, run.path().to_owned());
         let error = if let Some(signal) = host.interrupted() {
             Error::Interrupted {

@@ -228,15 +228,13 @@ impl Session {
         losses: Tensor<1>,
         batch: &Batch,
     ) -> (Tensor<1>, Option<Rewards>) {
-        let reference = self
-            .reference
-            .as_ref()
-            .filter(|_| self.learns_preferences());
-        let Some(reference) = reference else {
+        let base = self.reference.as_ref().map(|reference| &reference.model);
+        let reference = self.start.as_ref().or(base);
+        let Some(reference) = reference.filter(|_| self.learns_preferences()) else {
             return (losses, None);
         };
         let before = self::losses(
-            &reference.model,
+            reference,
             batch,
             &mut ForwardContext::new(self.compute()),
             &self.device(),

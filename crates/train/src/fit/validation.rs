@@ -1,31 +1,37 @@
 //! The validation pass: the loss on rows that are not trained on, and the drift of the routing from the reference's.
 
+use std::time::Instant;
+
 use burn::module::Module;
-use data::{Batch, collate};
-use model::{ForwardContext, Model, Recorder};
+use data::{Batch, Corpus, collate};
+use model::{ForwardContext, Recorder};
 
 use super::forward::{hidden, losses};
 use crate::Result;
 use crate::dpo::Rewards;
-use crate::events::{Event, Host};
+use crate::events::{Event, Host, ValidationProgress};
 use crate::metrics::journal::{Journal, Validation};
 use crate::routing::{self, BatchChoices};
+use crate::run_dir::RunDir;
 use crate::session::Session;
 
 /// The number of batches in which routing is compared with the reference's. Its choices stay in memory, two bytes each.
 const DRIFT_BATCHES: usize = 16;
 
 impl Session {
-    /// Measures the validation split, if there is one. Returns whether its loss is the lowest so far.
+    /// Measures the validation split after the current step. Returns whether its loss is the lowest so far.
+    ///
+    /// # Errors
+    /// If the host asks to stop, or memory runs short, before all batches are measured: the step is saved, and the run goes
+    /// on with the whole pass.
     pub(super) fn validate(
         &mut self,
-        step: u64,
+        run: &RunDir,
         journal: &mut Journal,
         host: &mut dyn Host,
     ) -> Result<bool> {
-        let Some(found) = self.validation()? else {
-            return Ok(false);
-        };
+        let (step, found) = (self.state.step, self.validation(run, host)?);
+        self.state.validation_due = false;
         journal.validation(step, &found)?;
         let drifts = found.routing_drift.iter().map(|layer| layer.drift);
         let n_layers = found.routing_drift.len();
@@ -38,15 +44,14 @@ impl Session {
         Ok(self.state.note_validation(found.valid_loss))
     }
 
-    fn validation(&mut self) -> Result<Option<Validation>> {
-        if self.valid.is_none() {
-            return Ok(None);
-        }
+    fn validation(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<Validation> {
+        let mut pass = self.validation_pass();
         let (model, device) = (self.model.clone().valid(), self.device());
         let (mut sum, mut counted, mut choices) = (0.0, 0, Vec::new());
         let mut rewards = None::<Rewards>;
         for (i, batch) in self.valid_batches().enumerate() {
             let batch = batch?;
+            self.stop_if_asked(run, host)?;
             let mut recorder = Recorder::of_routing();
             let mut ctx = ForwardContext::new(self.compute());
             if i < DRIFT_BATCHES && self.reference.is_some() {
@@ -60,62 +65,120 @@ impl Session {
             if let Some(batch_rewards) = batch_rewards {
                 rewards.get_or_insert_default().add(batch_rewards);
             }
+            pass.note(&batch, host);
         }
-        if !choices.is_empty() {
-            self.note_reference_choices()?;
+        if !choices.is_empty() && self.lacks_reference_choices() {
+            let found = self.reference_choices(&mut pass, run, host)?;
+            if let Some(reference) = &mut self.reference {
+                reference.choices = Some(found);
+            }
         }
         let reference = self.reference.as_ref();
         let reference_choices = reference.and_then(|reference| reference.choices.as_deref());
         let routing_drift = routing::drift(&choices, reference_choices.unwrap_or_default());
-        Ok(Some(Validation {
+        Ok(Validation {
             valid_loss: sum / counted.max(1) as f64,
             rewards: rewards.map(|rewards| rewards.mean(counted)),
             routing_drift,
-        }))
+        })
     }
 
-    /// Computes the reference's choices in the first validation pass.
-    fn note_reference_choices(&mut self) -> Result<()> {
-        let choices = match &self.reference {
-            Some(reference) if reference.choices.is_none() => self.choices(&reference.model)?,
-            _ => return Ok(()),
+    /// The progress of a pass that begins.
+    fn validation_pass(&self) -> Pass {
+        let batches = self.n_valid_batches();
+        let of_reference = if self.lacks_reference_choices() && self.model.config.moe.is_some() {
+            batches.min(DRIFT_BATCHES)
+        } else {
+            0
         };
-        if let Some(reference) = &mut self.reference {
-            reference.choices = Some(choices);
+        Pass {
+            started: Instant::now(),
+            progress: ValidationProgress {
+                batches: 0,
+                total: (batches + of_reference) as u64,
+                tokens: 0,
+                seconds: 0.0,
+            },
         }
-        Ok(())
     }
 
-    /// The choices of a model's routers in the first validation batches.
-    fn choices(&self, model: &Model) -> Result<Vec<BatchChoices>> {
+    fn lacks_reference_choices(&self) -> bool {
+        let reference = self.reference.as_ref();
+        reference.is_some_and(|reference| reference.choices.is_none())
+    }
+
+    /// The choices of the reference's routers in the first validation batches.
+    fn reference_choices(
+        &self,
+        pass: &mut Pass,
+        run: &RunDir,
+        host: &mut dyn Host,
+    ) -> Result<Vec<BatchChoices>> {
+        let Some(reference) = &self.reference else {
+            return Ok(Vec::new());
+        };
         let device = self.device();
         let mut choices = Vec::new();
         for batch in self.valid_batches().take(DRIFT_BATCHES) {
             let batch = batch?;
+            self.stop_if_asked(run, host)?;
             let mut recorder = Recorder::of_routing();
             let mut ctx = ForwardContext::recorded(self.compute(), &mut recorder);
-            hidden(model, &batch, &mut ctx, &device);
+            hidden(&reference.model, &batch, &mut ctx, &device);
             choices.extend(choices_of(&recorder, &batch));
+            pass.note(&batch, host);
         }
         Ok(choices)
     }
 
+    /// Samples in a validation batch. Both answers of a pair are samples, one after another.
+    fn valid_batch_size(&self) -> usize {
+        let per_row = if self.learns_preferences() { 2 } else { 1 };
+        self.recipe.eval.batch_size.saturating_mul(per_row)
+    }
+
+    fn max_valid_batches(&self) -> usize {
+        let limit = self.recipe.eval.max_batches;
+        limit.map_or(usize::MAX, |limit| limit as usize)
+    }
+
+    /// The number of [`Session::valid_batches`].
+    fn n_valid_batches(&self) -> usize {
+        let samples = self.valid.as_ref().map_or(0, Corpus::len);
+        let batches = samples.div_ceil(self.valid_batch_size());
+        batches.min(self.max_valid_batches())
+    }
+
     /// The batches of the validation split to measure; none if there is no split.
     fn valid_batches(&self) -> impl Iterator<Item = Result<Batch>> {
-        let eval = &self.recipe.eval;
-        let limit = eval.max_batches.map_or(usize::MAX, |max| max as usize);
-        // Both answers of a pair are samples, one after another.
-        let per_row = if self.learns_preferences() { 2 } else { 1 };
-        let size = eval.batch_size * per_row;
+        let size = self.valid_batch_size();
         let batches = self.valid.iter().flat_map(move |corpus| {
             let firsts = (0..corpus.len()).step_by(size);
             firsts.map(move |first| (corpus, first..corpus.len().min(first + size)))
         });
-        batches.take(limit).map(|(corpus, indices)| {
-            let samples = indices.map(|index| corpus.sample(index));
-            let samples = samples.collect::<data::Result<Vec<_>>>()?;
-            Ok(collate(&samples.iter().collect::<Vec<_>>(), self.pad_id))
-        })
+        batches
+            .take(self.max_valid_batches())
+            .map(|(corpus, indices)| {
+                let samples = indices.map(|index| corpus.sample(index));
+                let samples = samples.collect::<data::Result<Vec<_>>>()?;
+                Ok(collate(&samples.iter().collect::<Vec<_>>(), self.pad_id))
+            })
+    }
+}
+
+/// A validation pass under way.
+struct Pass {
+    started: Instant,
+    progress: ValidationProgress,
+}
+
+impl Pass {
+    /// Counts a batch, and tells the host.
+    fn note(&mut self, batch: &Batch, host: &mut dyn Host) {
+        self.progress.batches += 1;
+        self.progress.tokens += batch.lengths.iter().sum::<usize>() as u64;
+        self.progress.seconds = self.started.elapsed().as_secs_f64();
+        host.see(&Event::Validating(self.progress));
     }
 }
 

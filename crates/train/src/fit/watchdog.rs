@@ -9,6 +9,7 @@
 
 use crate::checkpoint_state::Watchdog;
 use crate::events::{Event, Host};
+use crate::metrics::LastLine;
 use crate::metrics::journal::Journal;
 use crate::recipe::TrainSection;
 use crate::run_dir::RunDir;
@@ -89,7 +90,7 @@ impl Session {
         skipped.push([self.state.watchdog.first_batch, self.state.micro_step]);
         self.load(&run.checkpoint_path(anchor))?;
         self.state.watchdog.skipped = skipped.clone();
-        *journal = Journal::open(run.path(), Some(anchor))?;
+        *journal = Journal::open(run.path(), Some(LastLine::of_step(anchor)))?;
         journal.rollback(anchor + 1, step, loss, smoothed, &skipped)?;
         host.see(&Event::RolledBack {
             step,

@@ -15,6 +15,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use super::LastLine;
 use crate::Result;
 use crate::error::io;
 
@@ -44,11 +45,11 @@ pub(crate) struct EventFile {
 }
 
 impl EventFile {
-    /// A new file after those in the folder. Events after `last_step` are cut off those, or all of them if it is none.
+    /// A new file after those in the folder. Events after `last` are cut off those, or all of them if it is none.
     ///
     /// # Errors
     /// If a file cannot be read or written.
-    pub(crate) fn open(folder: &Path, last_step: Option<u64>) -> Result<Self> {
+    pub(crate) fn open(folder: &Path, last: Option<LastLine>) -> Result<Self> {
         let mut newest = 0;
         for entry in fs::read_dir(folder).map_err(io("read", folder))? {
             let name = entry.map_err(io("read", folder))?.file_name();
@@ -57,7 +58,7 @@ impl EventFile {
             let Some(number) = number.and_then(|number| number.parse::<u64>().ok()) else {
                 continue;
             };
-            if cut(&folder.join(&*name), last_step)? {
+            if cut(&folder.join(&*name), last)? {
                 newest = newest.max(number);
             }
         }
@@ -99,9 +100,9 @@ impl EventFile {
     }
 }
 
-/// Cuts off a file's events after a step, and bytes that are no event. Returns whether anything is left; if not, the file is
+/// Cuts off a file's events after the last one that stays, and bytes that are no event. Returns whether anything is left; if not, the file is
 /// removed.
-fn cut(path: &Path, last_step: Option<u64>) -> Result<bool> {
+fn cut(path: &Path, last: Option<LastLine>) -> Result<bool> {
     let mut options = OpenOptions::new();
     let mut file = options
         .read(true)
@@ -110,10 +111,11 @@ fn cut(path: &Path, last_step: Option<u64>) -> Result<bool> {
         .map_err(io("open", path))?;
     let len = file.metadata().map_err(io("read", path))?.len();
     let (mut valid_bytes, mut n_events) = (0, 0u64);
-    while let Some((step, end)) =
-        next_step(&mut file, valid_bytes, len).map_err(io("read", path))?
+    while let Some((content, end)) =
+        next_event(&mut file, valid_bytes, len).map_err(io("read", path))?
     {
-        if last_step.is_none_or(|last| step > last) {
+        let keeps = |last: LastLine| last.keeps(step_of(&content), is_validation(&content));
+        if !last.is_some_and(keeps) {
             break;
         }
         (valid_bytes, n_events) = (end, n_events + 1);
@@ -127,8 +129,8 @@ fn cut(path: &Path, last_step: Option<u64>) -> Result<bool> {
     Ok(true)
 }
 
-/// The step of the event at an offset of a file, and the offset of its end; none if there is no whole event.
-fn next_step(file: &mut File, start: u64, len: u64) -> std::io::Result<Option<(u64, u64)>> {
+/// The event at an offset of a file, and the offset of its end; none if there is no whole event.
+fn next_event(file: &mut File, start: u64, len: u64) -> std::io::Result<Option<(Vec<u8>, u64)>> {
     const FRAME_BYTES: u64 = 16;
     if len.saturating_sub(start) < FRAME_BYTES {
         return Ok(None);
@@ -147,7 +149,13 @@ fn next_step(file: &mut File, start: u64, len: u64) -> std::io::Result<Option<(u
     let mut crc = [0; 4];
     file.read_exact(&mut crc)?;
     let is_whole = crc == masked_crc(&content).to_le_bytes();
-    Ok(is_whole.then(|| (step_of(&content), start + FRAME_BYTES + n_bytes)))
+    Ok(is_whole.then(|| (content, start + FRAME_BYTES + n_bytes)))
+}
+
+/// Whether an event that this file wrote is about a validation pass: one of its tags says so.
+fn is_validation(event: &[u8]) -> bool {
+    const TAG: &[u8] = b"eval/";
+    event.windows(TAG.len()).any(|bytes| bytes == TAG)
 }
 
 /// The step of an event that this file wrote: after the time, or absent for 0.
@@ -429,7 +437,8 @@ mod tests {
                 .collect()
         };
         let append = |last_step, steps: &[u64]| {
-            let mut events = EventFile::open(folder.path(), last_step).unwrap();
+            let last = Option::map(last_step, LastLine::of_step);
+            let mut events = EventFile::open(folder.path(), last).unwrap();
             for &step in steps {
                 events.append(step, &scalar(1.0)).unwrap();
             }
@@ -464,7 +473,7 @@ mod tests {
             .join("events.out.tfevents.0000000001.moeforge");
         for bytes in [vec![], vec![0xFF; 40], vec![0; 7], vec![0; 64]] {
             fs::write(&path, &bytes).unwrap();
-            EventFile::open(folder.path(), Some(5)).unwrap();
+            EventFile::open(folder.path(), Some(LastLine::of_step(5))).unwrap();
             assert!(!path.exists(), "{bytes:?}");
         }
     }

@@ -5,13 +5,14 @@
 #[cfg(test)]
 mod tensorboard;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::{Serialize, Serializer};
 use serde_json::json;
 
 use super::event_file::{EventFile, EventValue};
-use super::{METRICS_NAME, Metrics};
+use super::{LastLine, METRICS_NAME, Metrics};
 use crate::Result;
 use crate::dpo::Rewards;
 use crate::events::{SampledText, StepReport};
@@ -37,17 +38,44 @@ pub(crate) struct Validation {
     pub(crate) routing_drift: Vec<LayerDrift>,
 }
 
+/// The size of a split.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct SplitCounts {
+    /// Number of samples that are used.
+    pub(crate) samples: usize,
+    /// Number of samples that are not, because there is nothing in them to train on.
+    pub(crate) left_out: usize,
+    /// The split's rows and tokens.
+    #[serde(flatten)]
+    pub(crate) counts: data::Counts,
+}
+
+impl SplitCounts {
+    pub(crate) fn of(corpus: &data::Corpus) -> Self {
+        Self {
+            samples: corpus.len(),
+            left_out: corpus.left_out,
+            counts: corpus.counts,
+        }
+    }
+}
+
 impl Journal {
-    /// The journal of the run in a folder, continued after a step or from its beginning. Lines that will be written again
+    /// The journal of the run in a folder, continued after a line or from its beginning. Lines that will be written again
     /// are cut off.
     ///
     /// # Errors
     /// If a file cannot be written, or a line that should stay is malformed.
-    pub(crate) fn open(run: &Path, last_step: Option<u64>) -> Result<Self> {
+    pub(crate) fn open(run: &Path, last: Option<LastLine>) -> Result<Self> {
         Ok(Self {
-            metrics: Metrics::open(&run.join(METRICS_NAME), last_step)?,
-            events: EventFile::open(run, last_step)?,
+            metrics: Metrics::open(&run.join(METRICS_NAME), last)?,
+            events: EventFile::open(run, last)?,
         })
+    }
+
+    /// The counts of the splits, by their names, before the first step.
+    pub(crate) fn data(&mut self, splits: &BTreeMap<&str, SplitCounts>) -> Result<()> {
+        self.metrics.append(0, &json!({ "data": splits }))
     }
 
     /// A step, and the load of the experts since the last line.

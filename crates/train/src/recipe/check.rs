@@ -3,6 +3,8 @@
 use std::fmt::Display;
 use std::path::Path;
 
+use data::Columns;
+
 use crate::Recipe;
 use crate::recipe::{MAX_LOSS_SCALE_EXPONENT, RouterTraining};
 
@@ -217,6 +219,12 @@ impl Recipe {
             let holds = valid && weights.iter().any(|weight| *weight > 0.0);
             require(holds, "data.weights", expected, "others")?;
         }
+        for (key, column) in data.columns.iter() {
+            let named = Columns::new([(key.to_owned(), column.clone())]);
+            if let Err(data::Error::Schema { expected, found }) = named {
+                return Err(problem(&format!("data.columns.{key}"), &expected, &found));
+            }
+        }
         if data.group_by_length {
             let expected = "false, because `data.packing` leaves no padding";
             require(!data.packing, "data.group_by_length", expected, "true")?;
@@ -320,7 +328,9 @@ impl Recipe {
         let excludes = lora.exclude.iter().map(|text| ("lora.exclude", text));
         let unfrozen = self.train.unfrozen_parameters.iter();
         let unfrozen = unfrozen.map(|text| ("train.unfrozen_parameters", text));
-        for (key, text) in targets.chain(excludes).chain(unfrozen) {
+        let spared = self.optimizer.no_decay.iter();
+        let spared = spared.map(|text| ("optimizer.no_decay", text));
+        for (key, text) in targets.chain(excludes).chain(unfrozen).chain(spared) {
             require(!text.is_empty(), key, "no empty pattern", "one")?;
         }
         for (pattern, &rank) in lora.rank_pattern.iter() {

@@ -21,8 +21,18 @@ pub enum Method {
 pub enum Loss {
     /// Cross-entropy of the next token.
     CrossEntropy,
-    /// Direct preference optimization against the base without an adapter: arXiv:2305.18290.
+    /// Direct preference optimization against a reference: arXiv:2305.18290.
     Dpo,
+}
+
+/// The model that preferences are learned relative to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DpoReference {
+    /// The model that training starts from, with `model.adapter` as it is at the start.
+    Start,
+    /// The base without any adapter.
+    Base,
 }
 
 impl Loss {

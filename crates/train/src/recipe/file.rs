@@ -28,6 +28,9 @@ const PATHS: [&str; 5] = [
     "data.path",
 ];
 
+/// Keys that hold tables, whose entries may be overridden one by one.
+const TABLES: [&str; 3] = ["data.columns", "lora.rank_pattern", "lora.alpha_pattern"];
+
 /// Keys that exclude each other: an override of one removes the other, if only the file has it.
 const RIVALS: [(&str, &str); 2] = [
     ("model.path", "model.config"),
@@ -37,7 +40,7 @@ const RIVALS: [(&str, &str); 2] = [
 impl Recipe {
     /// Reads a recipe and replaces settings by `overrides`, each `section.key=value`.
     ///
-    /// The value of an override is TOML, or else a string: `lora.rank=4`, `train.method=full`,
+    /// An entry of a table is replaced alone: `data.columns.prompt=question`. The value of an override is TOML, or else a string: `lora.rank=4`, `train.method=full`,
     /// `lora.target=["q_a_proj", "experts"]`. The last override of a key counts. An override of `train.steps` removes
     /// `train.epochs`, one of `model.path` removes `model.config`, and vice versa.
     ///
@@ -146,6 +149,16 @@ impl Draft {
         let name = name.trim();
         let (section, key) = name.split_once('.').ok_or_else(malformed)?;
         let place = format!("--set {}", shown(assignment));
+        for table in TABLES {
+            let entry = name
+                .strip_prefix(table)
+                .and_then(|rest| rest.strip_prefix('.'));
+            if let Some(entry) = entry {
+                self.assign_entry(table, entry, parse_value(value.trim()));
+                self.places.insert(table.to_owned(), place);
+                return Ok(());
+            }
+        }
         keys::check_key(&place, section, key)?;
         let mut value = parse_value(value.trim());
         if PATHS.contains(&name) {
@@ -174,6 +187,20 @@ impl Draft {
         self.overridden.insert(name.to_owned());
         self.places.insert(name.to_owned(), place);
         Ok(())
+    }
+
+    /// Replaces an entry of a table.
+    fn assign_entry(&mut self, table: &str, entry: &str, value: Value) {
+        let mut inner = &mut self.table;
+        for name in table.split('.') {
+            let found = inner
+                .entry(name)
+                .or_insert_with(|| Value::Table(Table::new()));
+            // What is no table is refused with its type.
+            let Value::Table(found) = found else { return };
+            inner = found;
+        }
+        inner.insert(entry.to_owned(), value);
     }
 
     fn remove(&mut self, name: &str) {

@@ -179,7 +179,8 @@ mod tests {
     fn the_documented_keys_are_all_keys_with_their_defaults() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/README.md");
         let text = std::fs::read_to_string(path).unwrap();
-        let block = text.split("```toml\n").nth(1).unwrap();
+        let (_, keys) = text.split_once("\n## Every key\n").unwrap();
+        let block = keys.split("```toml\n").nth(1).unwrap();
         let block = block.split("```").next().unwrap();
         let documented: Recipe = toml::from_str(block).unwrap();
         assert_eq!(documented, Recipe::default());

@@ -2,12 +2,14 @@
 //!
 //! Every number that a recipe does not give comes from the `Default` below its section and from nowhere else. `file.rs`
 //! reads the file and applies `--set`, `keys.rs` knows the names of sections and keys, `choices.rs` the settings that are
-//! one of a few words, and `check.rs` refuses values.
+//! one of a few words, `check.rs` refuses values, and `changes.rs` says which may change when a run is resumed.
 
+mod changes;
 mod check;
 mod choices;
 mod file;
 mod keys;
+mod resolved;
 mod values;
 
 #[cfg(test)]
@@ -23,7 +25,9 @@ use serde::{Deserialize, Serialize};
 
 use self::values::RecipeWords;
 
-pub use self::choices::{ExportDType, Loss, Method, Moments, RouterTraining, ScheduleKind};
+pub use self::choices::{
+    DpoReference, ExportDType, Loss, Method, Moments, RouterTraining, ScheduleKind,
+};
 
 /// The largest exponent of a loss scale: beyond it a scaled loss may leave f32.
 pub(crate) const MAX_LOSS_SCALE_EXPONENT: u32 = 100;
@@ -72,12 +76,14 @@ pub struct ModelSection {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataSection {
-    /// Folders with `train.jsonl` and `valid.jsonl`. A recipe may give one as a plain string.
+    /// Folders with a training split and perhaps a validation split. A recipe may give one as a plain string.
     #[serde(deserialize_with = "values::one_or_more_paths")]
     pub path: Vec<PathBuf>,
     /// Each folder's share of the samples. Without it, an epoch visits every sample once.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weights: Option<Vec<f64>>,
+    /// Keys of rows with the names of the columns that have them, where these differ.
+    pub columns: OrderedMap<String>,
     /// Maximum length of a row in tokens; longer rows are truncated.
     pub max_length: usize,
     /// Whether several samples share a row of `max_length` tokens instead of being padded. No sample sees another.
@@ -91,6 +97,7 @@ impl Default for DataSection {
         Self {
             path: Vec::new(),
             weights: None,
+            columns: OrderedMap::default(),
             // Holds a question with its answer or a page of text. Attention and activations grow with it, and a machine
             // with little memory should be able to start.
             max_length: 1024,
@@ -220,6 +227,9 @@ pub struct OptimizerSection {
     pub eps: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
+    /// The tensors that are not decayed, as runs of components of their names.
+    #[serde(deserialize_with = "values::one_or_more_patterns")]
+    pub no_decay: Vec<String>,
     /// Maximum norm of the whole gradient; 0 turns clipping off.
     pub clip: f64,
     /// The dtype of the running means. The default is bf16 if everything is trained in FP8, else f32.
@@ -238,6 +248,8 @@ impl Default for OptimizerSection {
             betas: [0.9, 0.999],
             eps: 1e-8,
             weight_decay: 0.01,
+            // What transformers' Trainer spares. A norm's weight is meant to be near 1, and decay would pull it to 0.
+            no_decay: SPARED.map(str::to_owned).to_vec(),
             // DeepSeek-V3's (arXiv:2412.19437, section 4.2), and nearly everyone's.
             clip: 1.0,
             moments: None,
@@ -248,7 +260,18 @@ impl Default for OptimizerSection {
     }
 }
 
+/// The patterns of biases and of the weights of norms.
+pub(crate) const SPARED: [&str; 2] = ["bias", "*norm"];
+
 impl OptimizerSection {
+    /// Whether weight decay applies to a tensor.
+    pub(crate) fn decays(&self, tensor: &str) -> bool {
+        !self
+            .no_decay
+            .iter()
+            .any(|pattern| model::matches(pattern, tensor))
+    }
+
     /// The dtype of the running means, as resolved.
     pub(crate) fn moments(&self) -> Moments {
         self.moments.unwrap_or(Moments::F32)
@@ -387,6 +410,8 @@ pub struct DpoSection {
     pub beta: f64,
     /// The assumed share of wrong labels.
     pub label_smoothing: f64,
+    /// The model whose log-probabilities those of the trained one are compared with.
+    pub reference: DpoReference,
 }
 
 impl Default for DpoSection {
@@ -395,6 +420,8 @@ impl Default for DpoSection {
             // The paper's, and TRL's.
             beta: 0.1,
             label_smoothing: 0.0,
+            // TRL's: preferences are learned relative to what the adapter could do already.
+            reference: DpoReference::Start,
         }
     }
 }
@@ -434,52 +461,3 @@ impl Default for EvalSection {
         }
     }
 }
-
-impl Recipe {
-    /// The resolved recipe as TOML, which [`Recipe::open`] reads back to an equal value.
-    ///
-    /// # Panics
-    /// If a field that was set by hand has no form in TOML: an integer beyond 63 bits, a path that is not UTF-8, or a
-    /// compute format that is for inference. [`Recipe::open`] returns none of these.
-    pub fn to_toml(&self) -> String {
-        toml::to_string(self).expect("settings that came from TOML can be written as TOML")
-    }
-
-    /// 64-bit FNV-1a of the resolved TOML, in hexadecimal. It tells a changed recipe from an unchanged one, and resists no
-    /// attack.
-    ///
-    /// # Panics
-    /// As [`Recipe::to_toml`].
-    pub fn hash(&self) -> String {
-        let hash = checkpoint::fnv1a(0, self.to_toml().bytes());
-        format!("{hash:016x}")
-    }
-
-    /// Optimizer updates of a run on this many rows. The last epoch is rounded up to a whole step, and there is at least
-    /// one.
-    pub fn total_steps(&self, n_rows: usize) -> u64 {
-        if let Some(steps) = self.train.steps {
-            return steps;
-        }
-        let epochs = self.train.epochs.unwrap_or(DEFAULT_EPOCHS);
-        let rows_per_step = self.train.batch_size as f64 * self.train.accumulate as f64;
-        // Beyond 2^53 rows this rounds, and beyond 64 bits it saturates; no run gets there.
-        ((epochs * n_rows as f64 / rows_per_step).ceil() as u64).max(1)
-    }
-
-    /// Fills in the defaults that depend on another key.
-    pub(crate) fn resolve(&mut self) {
-        let moments = match (self.train.method, self.precision.compute) {
-            (Method::Full, OperandRounding::Fp8(_)) => Moments::Bf16,
-            _ => Moments::F32,
-        };
-        self.optimizer.moments.get_or_insert(moments);
-
-        if self.train.steps.is_none() && self.train.epochs.is_none() {
-            self.train.epochs = Some(DEFAULT_EPOCHS);
-        }
-    }
-}
-
-/// One pass: it suffices for a small data set, and a second pass is a decision.
-const DEFAULT_EPOCHS: f64 = 1.0;

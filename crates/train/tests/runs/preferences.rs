@@ -7,7 +7,7 @@ use super::watching::{Notes, fit, lines};
 use super::{Place, bytes, open, resumed_run_is_whole_in};
 
 /// Turns the rows of a place into preferences, with a validation split of the same.
-fn preferences(place: &Place) {
+pub(super) fn preferences(place: &Place) {
     let text = std::fs::read_to_string(place.path("train.jsonl")).unwrap();
     let rows: Vec<Value> = text
         .lines()

@@ -237,7 +237,10 @@ fn settings_that_need_validation_rows_say_so() {
         let error =
             moeforge_train::Session::open(recipe, &Device::flex(), &|model| Ok(model.into()))
                 .unwrap_err();
-        assert!(error.to_string().contains("no `valid.jsonl` in"), "{error}");
+        assert!(
+            error.to_string().contains("needs validation rows"),
+            "{error}"
+        );
     }
 }
 

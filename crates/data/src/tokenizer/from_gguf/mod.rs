@@ -7,8 +7,9 @@
 //!
 //! Source: ggml-org/llama.cpp: src/llama-vocab.cpp, for the meaning of the keys and their defaults.
 
-use super::config::token_type;
-use super::json::{Bpe, BpeScheme, TokenKind, TokenizerFile, Vocabulary, guarded};
+use super::assembly::{BoundedTokenizer, MOST_TOKEN_BYTES, guarded};
+use super::config::{DEFAULT, token_type};
+use super::json::{Bpe, BpeScheme, TokenKind, TokenizerFile, Vocabulary};
 use super::sentencepiece;
 use super::splits::Splits;
 use serde_json::{Map, Value, json};
@@ -41,6 +42,10 @@ pub(crate) struct GgufTokens {
     pub(crate) bos: Option<u32>,
     /// `tokenizer.ggml.eos_token_id`: the token that ends a sequence.
     pub(crate) eos: Option<u32>,
+    /// `tokenizer.ggml.eot_token_id`: a token that ends a turn.
+    pub(crate) eot: Option<u32>,
+    /// `tokenizer.ggml.eom_token_id`: a token that ends a message.
+    pub(crate) eom: Option<u32>,
     /// `tokenizer.ggml.unknown_token_id`: the token for text without another token.
     pub(crate) unknown: Option<u32>,
     /// `tokenizer.ggml.padding_token_id`: the token that fills up a batch.
@@ -51,8 +56,8 @@ pub(crate) struct GgufTokens {
     pub(crate) add_eos: Option<bool>,
     /// `tokenizer.ggml.add_space_prefix`. True by default for `llama`; `gpt2` has no prefix.
     pub(crate) add_space_prefix: Option<bool>,
-    /// `tokenizer.chat_template`: a Jinja template.
-    pub(crate) chat_template: Option<String>,
+    /// `tokenizer.chat_template`: a Jinja template; and those of `tokenizer.chat_template.NAME`, with their names.
+    pub(crate) chat_templates: Vec<(String, String)>,
 }
 
 /// The tokens with a role, for templates and tools.
@@ -73,7 +78,7 @@ impl GgufTokens {
     }
 
     /// The library's tokenizer of [`GgufTokens::to_json`], in a fifth of the time.
-    pub(super) fn build(&self) -> Result<tokenizers::Tokenizer, String> {
+    pub(super) fn build(&self) -> Result<BoundedTokenizer, String> {
         let built = self.describe(|file| guarded(|| file.build()))?;
         built.map_err(|problem| format!("`tokenizer.ggml`: {problem}"))
     }
@@ -85,7 +90,18 @@ impl GgufTokens {
 
     /// `tokenizer_config.json`.
     pub(super) fn config(&self) -> Result<Value, String> {
-        Ok(self.roles()?.config(self.chat_template.as_deref()))
+        Ok(self.roles()?.config(self.chat_templates()))
+    }
+
+    /// `chat_template` of `tokenizer_config.json`: one template, or a list of named ones.
+    fn chat_templates(&self) -> Option<Value> {
+        let named =
+            |(name, template): &(String, String)| json!({"name": name, "template": template});
+        match self.chat_templates.as_slice() {
+            [] => None,
+            [(name, template)] if name == DEFAULT => Some(template.as_str().into()),
+            all => Some(all.iter().map(named).collect()),
+        }
     }
 
     /// Lends the parts of a `tokenizer.json`.
@@ -127,6 +143,9 @@ impl GgufTokens {
             token("bos_token_id", self.bos)?,
             token("eos_token_id", self.eos)?,
         );
+        let eot = token("eot_token_id", self.eot)?;
+        token("eom_token_id", self.eom)?;
+        let eos = eos.or(eot);
         let added = |wish: Option<bool>, default: bool, role: &str, known: bool| match wish {
             Some(true) if !known => Err(format!(
                 "`tokenizer.ggml.add_{role}_token`: expected a `tokenizer.ggml.{role}_token_id` \
@@ -189,6 +208,13 @@ fn vocabulary(gguf: &GgufTokens) -> Result<Vocabulary<'_>, String> {
     for (id, text) in (0..).zip(&gguf.tokens) {
         let kind = kind(gguf.types.get(id as usize).copied(), id)?;
         let text = named(id, text);
+        if text.len() > MOST_TOKEN_BYTES {
+            let bytes = text.len();
+            return Err(format!(
+                "`tokenizer.ggml.tokens`: expected at most {MOST_TOKEN_BYTES} bytes, found {bytes} \
+                 in token {id}"
+            ));
+        }
         if let Some(first) = ids.insert(text.clone(), id) {
             return Err(format!(
                 "`tokenizer.ggml.tokens`: expected distinct tokens, found {text:?} as {first} \
@@ -235,7 +261,7 @@ impl Roles<'_> {
     }
 
     /// `tokenizer_config.json`.
-    fn config(&self, chat_template: Option<&str>) -> Value {
+    fn config(&self, chat_template: Option<Value>) -> Value {
         let mut config = json!({
             "add_bos_token": self.add_bos,
             "add_eos_token": self.add_eos,
@@ -247,12 +273,14 @@ impl Roles<'_> {
             ("eos_token", self.eos.as_deref()),
             ("unk_token", self.unknown.as_deref()),
             ("pad_token", self.padding.as_deref()),
-            ("chat_template", chat_template),
         ];
         for (key, text) in texts {
             if let Some(text) = text {
                 config[key] = text.into();
             }
+        }
+        if let Some(template) = chat_template {
+            config["chat_template"] = template;
         }
         config
     }

@@ -92,13 +92,36 @@ fn the_tokenizer_is_the_one_that_its_text_describes() {
                 ..keys(&golden)
             }),
     );
+    let texts = [
+        "",
+        "a",
+        " Hello  world's 1234567\n\n\tna\u{EF}ve \u{4E13}\u{5BB6} <s>x</s>",
+        "\u{1F680}\u{200D} e\u{301}",
+    ];
     for gguf in all {
+        // The library's own reading, and its own steps.
         let read = tokenizers::Tokenizer::from_bytes(gguf.to_json().unwrap()).unwrap();
-        let (built, read) = (
-            gguf.build().unwrap().to_string(false),
-            read.to_string(false),
+        let built = gguf.build().unwrap();
+        assert_eq!(
+            built.get_vocab(true),
+            read.get_vocab(true),
+            "{:?}",
+            gguf.pre
         );
-        assert_eq!(built.unwrap(), read.unwrap(), "{:?}", gguf.pre);
+        assert_eq!(
+            built.get_added_tokens_decoder(),
+            read.get_added_tokens_decoder()
+        );
+        for text in texts {
+            let [built_as, read_as] =
+                [built.encode(text, false), read.encode(text, false)].map(Result::unwrap);
+            assert_eq!(built_as.get_ids(), read_as.get_ids(), "{text}");
+            assert_eq!(built_as.get_offsets(), read_as.get_offsets(), "{text}");
+            let ids = built_as.get_ids();
+            let [built_as, read_as] =
+                [built.decode(ids, false), read.decode(ids, false)].map(Result::unwrap);
+            assert_eq!(built_as, read_as, "{text}");
+        }
     }
 }
 
@@ -160,7 +183,10 @@ fn a_gguf_gives_the_ids_of_the_tokenizer_it_was_made_from() {
 fn a_folder_with_its_files_has_the_same_tokenizer() {
     let mut gguf = deepseek_v3();
     gguf.add_eos = Some(true);
-    gguf.chat_template = Some("{{ bos_token }}{{ messages[0].content }}{{ pad_token }}".into());
+    gguf.chat_templates = vec![(
+        DEFAULT.into(),
+        "{{ bos_token }}{{ messages[0].content }}{{ pad_token }}".into(),
+    )];
     let files = files(&gguf).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let texts = files.files().unwrap();
@@ -250,7 +276,7 @@ fn malformed_kinds_are_named() {
         &format!("{known} none; convert the model again"),
     );
     check(
-        |gguf| gguf.chat_template = Some("{% if %}".into()),
+        |gguf| gguf.chat_templates = vec![(DEFAULT.into(), "{% if %}".into())],
         "chat_template`: ",
     );
 }

@@ -34,10 +34,11 @@ fn tick() -> f64 {
 /// A journal of a process whose clock starts at a number of ticks.
 fn journal(folder: &Path, last_step: Option<u64>, ticks: u32) -> Journal {
     TICKS.set(ticks);
-    let mut events = EventFile::open(folder, last_step).unwrap();
+    let last = last_step.map(LastLine::of_step);
+    let mut events = EventFile::open(folder, last).unwrap();
     events.wall_time = tick;
     Journal {
-        metrics: Metrics::open(&folder.join("metrics.jsonl"), last_step).unwrap(),
+        metrics: Metrics::open(&folder.join("metrics.jsonl"), last).unwrap(),
         events,
     }
 }

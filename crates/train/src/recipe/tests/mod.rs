@@ -116,6 +116,38 @@ fn overrides_replace_settings_and_their_rivals() {
 }
 
 #[test]
+fn entries_of_tables_are_overridden_one_by_one() {
+    let text = format!("{LEAST}columns = {{ prompt = \"q\", completion = \"a\" }}\n");
+    let overrides = [
+        "data.columns.prompt=question",
+        "data.columns.text = x.y",
+        "lora.rank_pattern.layers.0.*=4",
+    ];
+    let recipe = open(&text, &overrides).unwrap();
+    let names = recipe
+        .data
+        .columns
+        .iter()
+        .map(|(key, column)| (key, column.as_str()));
+    let expected = [("prompt", "question"), ("completion", "a"), ("text", "x.y")];
+    assert_eq!(names.collect::<Vec<_>>(), expected);
+    assert_eq!(recipe.lora.rank_pattern.0, [("layers.0.*".to_owned(), 4)]);
+    let problem = open(&text, &["data.columns.promt=question"]).unwrap_err();
+    assert!(
+        problem.starts_with(
+            "--set data.columns.promt=question: data.columns.promt: expected keys of rows ("
+        ),
+        "{problem}"
+    );
+    assert!(
+        problem.ends_with("found `promt`; did you mean `prompt`?"),
+        "{problem}"
+    );
+    let problem = open(LEAST, &["data.columns.prompt=7"]).unwrap_err();
+    assert!(problem.contains("data.columns: expected "), "{problem}");
+}
+
+#[test]
 fn paths_with_dots_are_relative_to_the_recipe_and_others_are_not() {
     let folder = tempfile::tempdir().unwrap();
     fs::create_dir(folder.path().join("recipes")).unwrap();
@@ -161,14 +193,4 @@ fn the_number_of_steps_is_given_or_follows_from_the_rows() {
     check(None, Some(0.5), 25, 2);
     check(None, Some(0.001), 1, 1);
     check(None, None, 12, 1);
-}
-
-#[test]
-fn the_hash_is_that_of_the_text_and_changes_with_a_setting() {
-    let mut recipe = Recipe::default();
-    let before = recipe.hash();
-    assert_eq!(before.len(), 16);
-    assert_eq!(before, Recipe::default().hash());
-    recipe.optimizer.eps = 1.000_000_000_000_000_2e-8;
-    assert_ne!(before, recipe.hash());
 }

@@ -319,11 +319,6 @@ const BAD_WHOLES: &[(&str, &[&str], &str)] = &[
     ),
     (
         LEAST,
-        &["lora.rank_pattern.experts=8"],
-        "--set lora.rank_pattern.experts=8: unknown key `lora.rank_pattern.experts`, did you mean `lora.rank_pattern`?",
-    ),
-    (
-        LEAST,
         &["train.rank=8"],
         "--set train.rank=8: unknown key `train.rank`, did you mean `lora.rank`?",
     ),
