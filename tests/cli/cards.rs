@@ -36,7 +36,7 @@ fn cached(place: &Path, model: &str) -> String {
     snapshot.to_string_lossy().into_owned()
 }
 
-/// A recipe beside its rows; returns its path.
+/// A recipe next to its rows; returns its path.
 fn recipe(place: &Path, model: &str) -> String {
     let path = |name: &str| place.join(name).to_string_lossy().into_owned();
     let rows: String = (0..8)

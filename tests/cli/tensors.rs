@@ -232,7 +232,7 @@ fn weights_of_mlx_are_called_that() {
     ] {
         let place = tempfile::tempdir().unwrap();
         let model = changed(name, place.path(), packed(layer, size));
-        // The scales beside the weights give them away.
+        // The scales next to the weights give them away.
         let folder = Folder::open(place.path()).unwrap();
         let mut tensors: Vec<Tensor> = folder.names().map(|n| folder.tensor(n).unwrap()).collect();
         let packed = tensors.iter().find(|t| t.dtype == DType::U32).unwrap();

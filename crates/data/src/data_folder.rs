@@ -61,7 +61,7 @@ pub struct DataFolder {
 
 /// The types of files with rows, Arrow's to be refused by name.
 const ROW_FILES: [&str; 7] = ["jsonl", "ndjson", "json", "csv", "tsv", "parquet", "arrow"];
-/// What other programs write beside rows.
+/// What other programs write next to rows.
 const DESCRIPTION_FILES: [&str; 4] = [
     "dataset_info.json",
     "dataset_infos.json",

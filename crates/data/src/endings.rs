@@ -3,7 +3,7 @@
 use crate::corpus::Corpus;
 use crate::error::Result;
 
-/// The samples that are looked at: reading all of a large file again would take long, and if none of so many ends, none does.
+/// The samples that are looked at: reading all of a large file again would take long, and if none of these ends, none does.
 const MOST_SAMPLES: usize = 10_000;
 
 impl Corpus {

@@ -389,7 +389,7 @@ fn every_tensor_of_every_adapter_counts_or_is_named() {
                     }
                     _ => plain.clone(),
                 };
-                // Whoever lacks a factor is named by the other one's name, and the module by both.
+                // What lacks a factor is named by the other one's name, and the module by both.
                 let module = tensor.name.trim_start_matches("base_model.model.");
                 let module = module
                     .split(".lora_")

@@ -328,7 +328,7 @@ pub enum Error {
     #[error(
         "`{}`: {key}: `{}` was found in none of {}; {}",
         run.join("recipe.toml").display(), path.display(), listed(places),
-        // The adapter cannot be another, and the run has a copy of it but for the moment in which it begins.
+        // The adapter cannot be another, and the run has a copy of it, except in the moment in which it begins.
         if *key == "model.adapter" { "put it back".to_owned() } else { format!("give its new place with `--set {key}=…`") }
     )]
     Lost {

@@ -1,4 +1,4 @@
-//! What a run's own files say about its result, for the `README.md` beside it.
+//! What a run's own files say about its result, for the `README.md` next to it.
 //!
 //! All of it is read from a checkpoint and the files around it, so a card that is made at the run's end and one that is made when
 //! the adapter is merged say the same. What a run directory does not hold is not said.

@@ -1,4 +1,4 @@
-//! Python's values, as far as templates meet them. All are immutable, as in Hugging Face's sandbox, but for namespaces, loops and
+//! Python's values, as far as templates meet them. All are immutable, as in Hugging Face's sandbox, except namespaces, loops and
 //! iterators.
 
 use super::budget::Budget;

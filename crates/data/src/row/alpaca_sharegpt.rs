@@ -73,7 +73,7 @@ fn history(value: Option<Value>) -> Result<Vec<Value>> {
     Ok(messages)
 }
 
-/// One entry of a conversation. What it has beside `from` and `value`, such as a flag or a thought, it has as a message, too.
+/// One entry of a conversation. Its other keys than `from` and `value`, such as a flag or a thought, are those of a message.
 fn message(index: usize, mut entry: Value) -> Result<Value> {
     if entry["role"].is_string() {
         return Ok(entry);

@@ -25,7 +25,7 @@ const UNPACKED_BYTES: u64 = 64 << 20;
 /// Bytes that tell what a file is.
 const HEAD_BYTES: u64 = 256;
 
-/// What a file of so many bytes may unpack to.
+/// What a file of that many bytes may unpack to.
 fn unpacked_limit(file_bytes: u64) -> u64 {
     UNPACKED_BYTES.saturating_add(file_bytes.saturating_mul(UNPACKED_PER_BYTE))
 }

@@ -46,7 +46,7 @@ const KNOWN_ENDS: [&str; 21] = [
     "<\u{FF5C}end\u{2581}of\u{2581}sentence\u{FF5C}>",
 ];
 
-/// The names of a model's configs, the first to be asked for the end of samples first.
+/// The names of a model's configs. The end of samples is looked up in the first one first.
 const CONFIGS: [&str; 2] = ["config.json", "generation_config.json"];
 
 /// The ids in an `eos_token_id`: an id, a list, or null. None if it is something else.

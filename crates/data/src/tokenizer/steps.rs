@@ -5,7 +5,7 @@
 //! search for longer than anybody waits. Here a text may become [`MOST_GROWTH`] times as long, and searches take the time that
 //! a budget grants them. Each text that is encoded or decoded goes through these steps, and so does each added token.
 //!
-//! The work of a step is that of the `tokenizers` library, but for replacing and splitting by a pattern, where the searches are
+//! The work of a step is that of the `tokenizers` library, except replacing and splitting by a pattern, where the searches are
 //! counted.
 
 use serde::de::DeserializeOwned;

@@ -38,7 +38,7 @@ impl AdapterWeights {
                 ));
             };
             if suffix != A {
-                // Whoever has no first factor is no update.
+                // Without a first factor it is no update.
                 adapter.tensor(&format!("{path}{A}"))?;
                 continue;
             }

@@ -30,7 +30,7 @@ impl AdapterWeights {
             source.adapter.tensor(&name)
         };
         if let Some(path) = key.strip_suffix(EMBEDDING_B) {
-            // Whoever has no first factor is no update.
+            // Without a first factor it is no update.
             partner(path, EMBEDDING_A)?;
             return Ok(());
         }

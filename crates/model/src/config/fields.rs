@@ -1,6 +1,6 @@
 //! The keys of a `config.json`. Errors name the file, the key, the expected and the found value.
 //!
-//! Whoever asks for a key has obeyed it: the keys that were asked for are recorded, so that the rest can be named, and no list
+//! Code that reads a key obeys it: the keys that were read are recorded, so that the rest can be named, and no list
 //! of known keys can differ from what the code reads.
 
 use std::cell::RefCell;
@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::Error;
 
-/// The paths of keys that were asked for, and of objects whose keys are asked for one by one.
+/// The paths of keys that were read, and of objects whose keys are read one by one.
 #[derive(Debug, Default)]
 pub(super) struct Asked {
     keys: RefCell<BTreeSet<String>>,
@@ -83,7 +83,7 @@ impl<'a> Fields<'a> {
         entries.map(|(key, value)| (key.as_str(), value))
     }
 
-    /// The paths and values that nothing asked for, except `harmless` keys.
+    /// The paths and values that nothing read, except `harmless` keys.
     pub(super) fn rest(&self, harmless: &[&[&str]]) -> Vec<(String, Value)> {
         let mut rest = Vec::new();
         for (key, value) in self.entries() {
@@ -226,7 +226,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// An object whose keys are asked for one by one; none if it is absent or empty.
+    /// An object whose keys are read one by one; none if it is absent or empty.
     pub(super) fn object(&self, key: &'static str) -> Result<Option<Self>, Error> {
         match self.get(key) {
             None => Ok(None),

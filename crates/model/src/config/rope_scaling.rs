@@ -1,4 +1,4 @@
-//! Rotary positions in a `config.json`, in both dialects: `rope_scaling` beside `rope_theta`, and `rope_parameters`, which has
+//! Rotary positions in a `config.json`, in both dialects: `rope_scaling` with `rope_theta`, and `rope_parameters`, which has
 //! everything.
 //!
 //! Where a file has both, `rope_scaling` counts, in transformers 4 and 5 alike. Where the two versions would read different
@@ -62,7 +62,7 @@ pub(super) fn rope(keys: &Fields<'_>, family: Family) -> Result<RopeConfig, Erro
     })
 }
 
-/// The base of the frequencies: in the object that counts, beside it, or in both alike.
+/// The base of the frequencies: in the object that counts, next to it, or in both alike.
 fn theta(keys: &Fields<'_>, object: Option<&Fields<'_>>) -> Result<f64, Error> {
     let beside = keys.number_or("rope_theta", DEFAULT_THETA)?;
     let theta = match object {

@@ -212,7 +212,7 @@ fn has_other_amplitude(config: &ModelConfig) -> bool {
     !is_close(implied.amplitude(), config.rope.amplitude())
 }
 
-/// Whether two factors are the same but for f32's rounding.
+/// Whether two factors are the same up to f32's rounding.
 fn is_close(a: f64, b: f64) -> bool {
     (a / b - 1.0).abs() < 1e-6
 }

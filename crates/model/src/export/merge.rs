@@ -201,7 +201,7 @@ impl<'a> Merger<'a> {
     }
 
     /// The tensors that come of some names of the base, each with the name of its source: no block scales, a split weight
-    /// once, and a head of its own beside a tied embedding.
+    /// once, and a head of its own in spite of a tied embedding.
     pub(super) fn outputs_of<'n>(
         &self,
         names: impl IntoIterator<Item = &'n str>,

@@ -75,7 +75,7 @@ pub fn expect_complete(folder: &Folder, config: &ModelConfig) -> Result<(), Erro
 }
 
 /// Refuses tensors that would change the result and that no key of a model names: an adapter that was never merged, a bias
-/// of a router that has none, and a head beside an embedding that serves as one.
+/// of a router that has none, and a head in spite of an embedding that serves as one.
 pub(super) fn expect_own_names(folder: &Folder, config: &ModelConfig) -> Result<(), Error> {
     const UPDATES: [&str; 3] = [".lora_A.", ".lora_B.", ".lora_magnitude_vector"];
     let is_update = |name: &&str| UPDATES.iter().any(|part| name.contains(part));
@@ -94,7 +94,7 @@ pub(super) fn expect_own_names(folder: &Folder, config: &ModelConfig) -> Result<
     if let Some(name) = folder.names().find(|name| !has_bias && is_bias(name)) {
         return Err(Error::Unsupported(format!(
             "{place}: tensor `{name}`: expected no such bias, because the router's scores are those of softmax; models with it \
-             have sigmoid: set `scoring_func` in config.json, or convert the model to a GGUF with `expert_gating_func` 2"
+             have sigmoid: set `scoring_func` in config.json"
         )));
     }
     let [head, embedding] = [HEAD, EMBEDDING].map(|module| format!("{module}.weight"));

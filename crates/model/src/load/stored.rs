@@ -196,7 +196,7 @@ pub fn unknown_keys(folder: &Folder) -> Result<Vec<(String, serde_json::Value)>,
     }
 }
 
-/// Refuses weights in MLX's own quantization: integers in U32, with scales and biases beside them, which no format here
+/// Refuses weights in MLX's own quantization: integers in U32, with scales and biases of their own, which no format here
 /// holds as they are.
 fn refuse_mlx(folder: &Folder) -> Result<(), Error> {
     let settings = folder.config().get("quantization");

@@ -37,7 +37,7 @@ struct Said<'a> {
     path: &'a Path,
     gguf: &'a Gguf,
     architecture: &'static str,
-    /// The keys that were asked for.
+    /// The keys that were read.
     asked: RefCell<BTreeSet<String>>,
 }
 
@@ -100,7 +100,7 @@ impl<'a> Said<'a> {
         value
     }
 
-    /// The keys that nothing asked for and no list has.
+    /// The keys that nothing read and no list has.
     fn unknown(&self) -> Vec<String> {
         let (asked, prefix) = (self.asked.borrow(), format!("{}.", self.architecture));
         let is_known = |key: &str| {
@@ -309,7 +309,7 @@ impl<'a> Said<'a> {
             return Ok(());
         };
         if scaling.contains_key("attention_factor") {
-            return Err(self.wrong(ATTENTION_FACTOR, "1 beside `rope.scaling.yarn_attn_factor`"));
+            return Err(self.wrong(ATTENTION_FACTOR, "1 with `rope.scaling.yarn_attn_factor`"));
         }
         let own = rope::own_attention_factor(&Value::Object(scaling.clone())).unwrap_or(1.0);
         scaling.insert("attention_factor".into(), (factor * own).into());

@@ -422,7 +422,7 @@ fn sorted_entries(value: &Value, values: CallValues, budget: &Budget) -> Result<
     Value::list(sorted(keyed, is_set(reverse.as_ref()), budget)?)
 }
 
-/// `batch`: parts of a size; `slice`: so many parts.
+/// `batch`: parts of a given size; `slice`: a given number of parts.
 fn parts(name: &str, value: &Value, values: CallValues, budget: &Budget) -> Result<Value> {
     let [count, fill] = values.bind(name, ["count", "fill_with"])?;
     let count = usize::try_from(int_or(count.as_ref(), 0)?).unwrap_or(0);

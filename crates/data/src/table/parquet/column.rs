@@ -321,7 +321,7 @@ fn width(max: u32) -> u32 {
     u32::BITS - max.leading_zeros()
 }
 
-/// The levels of a column that has none: as many zeros as are asked for.
+/// The levels of a column that has none: zeros, as many as are wanted.
 fn zeros() -> Option<Hybrid> {
     // One run of 2⁶² zeros without bits.
     Hybrid::new(

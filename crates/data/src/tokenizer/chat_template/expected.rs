@@ -1,5 +1,5 @@
 //! What a chat template expects of messages, where data sets and templates differ: the form of a call's arguments, of the content
-//! beside calls, of parts, and whether it knows the role `developer`.
+//! with calls, of parts, and whether it knows the role `developer`.
 //!
 //! Templates are programs, so it is found by rendering probes and looking for their marks, never by a template's name.
 
@@ -44,7 +44,7 @@ const KNOWN_KEYS: [&str; 13] = [
 pub(super) struct Expected {
     /// Renders arguments that are an object, and those that are its JSON text, as a call of JSON.
     arguments: [bool; 2],
-    /// Renders calls beside content that is null, empty, or absent.
+    /// Renders calls with content that is null, empty, or absent.
     contents: [bool; 3],
     /// The text between two parts; none if the template cannot read parts.
     separator: Option<String>,
