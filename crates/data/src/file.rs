@@ -72,6 +72,19 @@ fn broken_link(path: &Path, problem: &std::io::Error) -> Option<[PathBuf; 2]> {
     (!link.exists()).then(|| [link.to_owned(), target])
 }
 
+/// The next byte of a file; none at its end.
+pub(crate) fn next_byte(reader: &mut impl Read, path: &Path) -> Result<Option<u8>> {
+    let mut byte = [0];
+    match reader.read(&mut byte) {
+        Ok(0) => Ok(None),
+        Ok(_) => Ok(Some(byte[0])),
+        Err(problem) => Err(Error::Read {
+            path: path.to_path_buf(),
+            problem,
+        }),
+    }
+}
+
 /// Unpacked bytes for each byte of a packed file or page. Text is packed to a tenth, rarely to a hundredth.
 pub(crate) const UNPACKED_PER_BYTE: u64 = 200;
 

@@ -4,7 +4,7 @@
 //! null, as pandas and `datasets` read it.
 
 use crate::error::{Error, Place, Result};
-use crate::file::{MAX_ROW_BYTES, RowText};
+use crate::file::{MAX_ROW_BYTES, RowText, next_byte};
 use std::collections::BTreeSet;
 use std::io::BufRead;
 use std::path::{Path, PathBuf};
@@ -160,15 +160,7 @@ impl<R: BufRead> Csv<R> {
     }
 
     fn byte(&mut self) -> Result<Option<u8>> {
-        let mut byte = [0];
-        match self.reader.read(&mut byte) {
-            Ok(0) => Ok(None),
-            Ok(_) => Ok(Some(byte[0])),
-            Err(problem) => Err(Error::Read {
-                path: self.path.clone(),
-                problem,
-            }),
-        }
+        next_byte(&mut self.reader, &self.path)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The elements of a JSON list, one after another: `[{…}, …]`, or `{"data": [{…}, …]}`.
 
 use crate::error::{Error, Place, Result};
-use crate::file::{MAX_ROW_BYTES, RowText};
+use crate::file::{MAX_ROW_BYTES, RowText, next_byte};
 use std::io::BufRead;
 use std::path::{Path, PathBuf};
 
@@ -145,15 +145,7 @@ impl<R: BufRead> JsonList<R> {
     }
 
     fn byte(&mut self) -> Result<Option<u8>> {
-        let mut byte = [0];
-        match self.reader.read(&mut byte) {
-            Ok(0) => Ok(None),
-            Ok(_) => Ok(Some(byte[0])),
-            Err(problem) => Err(Error::Read {
-                path: self.path.clone(),
-                problem,
-            }),
-        }
+        next_byte(&mut self.reader, &self.path)
     }
 
     fn expected(&self, expected: &str, found: &str) -> Error {
