@@ -2,6 +2,8 @@
 
 #[path = "../tests/fuzz/kinds.rs"]
 mod kinds;
+#[path = "../tests/fuzz/memory.rs"]
+mod memory;
 #[path = "../tests/fuzz/mutation.rs"]
 mod mutation;
 
@@ -24,9 +26,14 @@ impl Reader {
     }
 
     /// Reads a file of these bytes.
+    ///
+    /// # Panics
+    /// If that takes more memory than it may, or panics.
     pub fn read(&self, bytes: &[u8]) {
         self.0.put(bytes);
-        let _ = self.0.read();
+        let (_, peak) = memory::with_peak(|| self.0.read());
+        let n = bytes.len();
+        assert!(peak <= self.0.bound(n), "reading {n} bytes takes {peak}");
     }
 }
 
@@ -44,6 +51,8 @@ pub struct Rounds {
     pub panics: Vec<u64>,
     /// The longest time of a file, and its seed.
     pub longest: (Duration, u64),
+    /// Seeds of files whose reading took more memory than it may.
+    pub large: Vec<u64>,
 }
 
 /// Reads files of a kind that were changed as `tests/fuzz.rs` does it, one for each seed.
@@ -53,21 +62,18 @@ pub struct Rounds {
 pub fn rounds(name: &str, seeds: Range<u64>) -> Rounds {
     let place = kinds::Place::new(name);
     let valid = fs::read(place.path()).unwrap();
-    let is_json = place
-        .path()
-        .extension()
-        .is_some_and(|ending| ending == "json");
     let mut rounds = Rounds::default();
     for seed in seeds {
-        let mut dice = mutation::Dice::new(seed);
-        let bytes = match is_json && seed % 2 == 0 {
-            true => mutation::mutated_json(&valid, &mut dice),
-            false => mutation::mutated(&valid, &mut dice),
-        };
+        let bytes = place.mutated(&valid, seed);
         place.put(&bytes);
         let started = Instant::now();
-        match catch_unwind(AssertUnwindSafe(|| place.read())) {
-            Ok(is_valid) => rounds.valid += u64::from(is_valid),
+        match catch_unwind(AssertUnwindSafe(|| memory::with_peak(|| place.read()))) {
+            Ok((is_valid, peak)) => {
+                rounds.valid += u64::from(is_valid);
+                if peak > place.bound(bytes.len()) {
+                    rounds.large.push(seed);
+                }
+            }
             Err(_) => rounds.panics.push(seed),
         }
         rounds.longest = rounds.longest.max((started.elapsed(), seed));

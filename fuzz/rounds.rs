@@ -1,5 +1,5 @@
 //! Reads mutated files without libFuzzer: `rounds KIND|all N [FIRST_SEED]`. A line for each kind: files, how many of them were
-//! read without an error, panics, and the longest time.
+//! read without an error, panics, files that took too much memory, and the longest time.
 
 use moeforge_fuzz::{names, rounds};
 
@@ -15,9 +15,10 @@ fn main() {
         if kind.is_some_and(|kind| kind == name || kind == "all") {
             let found = rounds(name, first..first + n);
             println!(
-                "{name}: {n} files, {} valid, panics at {:?}, at most {:.3} s (seed {})",
+                "{name}: {n} files, {} valid, panics at {:?}, too large at {:?}, at most {:.3} s (seed {})",
                 found.valid,
                 found.panics,
+                found.large,
                 found.longest.0.as_secs_f64(),
                 found.longest.1
             );

@@ -11,25 +11,41 @@ use data::{Bos, DataFolder, Special, Split, SplitName, Tokenizer, TokenizerFiles
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::mutation::{Dice, mutated, mutated_json};
+
 /// What a kind of file is called, what lies next to it, and what reads it. Where that finds an error, all is well: what it
 /// must not do is panic, hang, or take much more memory than there are bytes.
 #[derive(Clone, Copy)]
 pub(crate) struct Kind {
     /// The file that is not to be trusted.
     pub(crate) file: &'static str,
+    /// Memory in bytes that reading it may take, however small it is.
+    memory: usize,
     /// Writes a valid one, and the files that are read with it.
     write: fn(&Path),
     /// Gives nothing where it found an error.
     read: fn(&Path) -> Option<()>,
 }
 
+const ANY_FILE: usize = 64 << 10;
+/// Where a tokenizer of known patterns is made.
+const ANY_TOKENIZER: usize = 4 << 20;
+/// Where regular expressions of the file are compiled.
+const ANY_PATTERNS: usize = 64 << 20;
+/// Of rows. One of 16 MiB, which a few bytes of a table may repeat, takes that as values of JSON.
+const ANY_ROWS: usize = 512 << 20;
+/// Memory for each byte: one of a list in a GGUF becomes a value of 32, in a list that doubles as it grows.
+const PER_BYTE: usize = 100;
+
 const GGUF: Kind = Kind {
     file: "model.gguf",
+    memory: ANY_TOKENIZER,
     write: write_gguf,
     read: |folder| read_model(&folder.join("model.gguf")),
 };
 const SAFETENSORS: Kind = Kind {
     file: "model.safetensors",
+    memory: ANY_FILE,
     write: write_model,
     read: read_model,
 };
@@ -39,17 +55,20 @@ const CONFIG: Kind = Kind {
 };
 const INDEX: Kind = Kind {
     file: "model.safetensors.index.json",
+    memory: ANY_FILE,
     write: write_shards,
     read: read_model,
 };
 const TOKENIZER: Kind = Kind {
     file: "tokenizer.json",
+    memory: ANY_PATTERNS,
     write: write_tokenizer,
     read: read_tokenizer,
 };
 /// With every kind of step.
 const TOKENIZER_STEPS: Kind = Kind {
     file: "tokenizer.json",
+    memory: ANY_PATTERNS,
     write: write_tokenizer_steps,
     read: read_tokenizer,
 };
@@ -59,6 +78,7 @@ const TOKENIZER_CONFIG: Kind = Kind {
 };
 const ADAPTER: Kind = Kind {
     file: "adapter_config.json",
+    memory: ANY_FILE,
     write: write_adapter,
     read: read_adapter,
 };
@@ -68,27 +88,32 @@ const ADAPTER_NOTES: Kind = Kind {
 };
 const MLX_ADAPTER: Kind = Kind {
     file: "adapter_config.json",
+    memory: ANY_FILE,
     write: write_mlx_adapter,
     read: read_adapter,
 };
 
 const JSON_LINES: Kind = Kind {
     file: "train.jsonl",
+    memory: ANY_FILE,
     write: |folder| write_rows(folder, "train.jsonl", IDS),
     read: read_rows,
 };
 const JSON_LIST: Kind = Kind {
     file: "train.json",
+    memory: ANY_FILE,
     write: |folder| write_rows(folder, "train.json", &json_list()),
     read: read_rows,
 };
 const CSV: Kind = Kind {
     file: "train.csv",
+    memory: ANY_FILE,
     write: |folder| write_rows(folder, "train.csv", CSV_ROWS),
     read: read_rows,
 };
 const GZIP: Kind = Kind {
     file: "train.jsonl.gz",
+    memory: ANY_ROWS,
     write: |folder| {
         write_rows(
             folder,
@@ -100,6 +125,7 @@ const GZIP: Kind = Kind {
 };
 const ZSTD: Kind = Kind {
     file: "train.jsonl.zst",
+    memory: ANY_ROWS,
     write: |folder| {
         write_rows(
             folder,
@@ -111,6 +137,7 @@ const ZSTD: Kind = Kind {
 };
 const PARQUET: Kind = Kind {
     file: "train.parquet",
+    memory: ANY_ROWS,
     write: |folder| {
         write_rows(
             folder,
@@ -157,6 +184,8 @@ pub(crate) const ALL: [(&str, Kind); 17] = [
 pub(crate) struct Place {
     kind: Kind,
     folder: TempDir,
+    /// Bytes of the files that are read with it.
+    beside: usize,
 }
 
 impl Place {
@@ -166,7 +195,15 @@ impl Place {
         let (_, kind) = ALL.into_iter().find(|known| known.0 == name).unwrap();
         let folder = tempfile::tempdir().unwrap();
         (kind.write)(folder.path());
-        Self { kind, folder }
+        let files = fs::read_dir(folder.path()).unwrap();
+        let sizes = files.map(|file| file.unwrap().metadata().unwrap().len() as usize);
+        let all: usize = sizes.sum();
+        let own = folder.path().join(kind.file).metadata().unwrap().len() as usize;
+        Self {
+            kind,
+            folder,
+            beside: all - own,
+        }
     }
 
     /// Where the file is.
@@ -176,6 +213,20 @@ impl Place {
 
     pub(crate) fn put(&self, bytes: &[u8]) {
         fs::write(self.path(), bytes).unwrap();
+    }
+
+    /// Memory in bytes that reading a file of so many may take.
+    pub(crate) fn bound(&self, bytes: usize) -> usize {
+        self.kind.memory + PER_BYTE * (bytes + self.beside)
+    }
+
+    /// Changes a valid file as a seed decides.
+    pub(crate) fn mutated(&self, valid: &[u8], seed: u64) -> Vec<u8> {
+        let mut dice = Dice::new(seed);
+        match self.kind.file.ends_with(".json") && seed.is_multiple_of(2) {
+            true => mutated_json(valid, &mut dice),
+            false => mutated(valid, &mut dice),
+        }
     }
 
     /// Whether no error was found.
