@@ -155,9 +155,8 @@ def of_peft(folder):
         written["base_model_name_or_path"] = "qwen2"
         written["target_modules"] = sorted(written["target_modules"])
         (out / "adapter_config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
-        may_refuse = {} if name == "plain" else {"may_refuse": "base_layer" if name == "head" else next(iter(changes))}
         found = readers.row_of(model.eval(), IDS)
-        keep({"open": "qwen2", "adapter": out.name, "writer": f"PEFT {peft.__version__}", **may_refuse}, found, IDS, EXACT)
+        keep({"open": "qwen2", "adapter": out.name, "writer": f"PEFT {peft.__version__}"}, found, IDS, EXACT)
 
 
 def main():

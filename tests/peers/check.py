@@ -196,7 +196,12 @@ def conversions(table, outputs, family):
         read = lambda: llama_row(outputs, file(), "f32", model())
         table.compare("llama.cpp", output, read, limit(outputs, family, lambda: outputs.file("f32")))
     read = lambda: llama_row(outputs, one(), "f32", one())
-    table.compare("moeforge", {"family": family, "converter": "its file"}, read, limit(outputs, family, one))
+
+    def opened():
+        outputs.logits(one(), [1, 2])
+        return one()
+
+    table.compare("moeforge", {"family": family, "converter": "its file"}, read, limit(outputs, family, opened))
 
 
 def limit(outputs, family, file):

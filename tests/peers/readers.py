@@ -173,11 +173,14 @@ def converted(folder, out, kind="f32"):
 
 
 def gguf_squares(file):
-    """The sum of the squares of all values of a GGUF file, as the `gguf` package decodes them."""
+    """The sum of the squares of all weights of a GGUF file, as the `gguf` package decodes them. The factors of llama3's rotary
+    frequencies are no weight: a folder has them as settings of its config."""
     import gguf
 
     total = 0.0
     for tensor in gguf.GGUFReader(file).tensors:
+        if tensor.name == "rope_freqs.weight":
+            continue
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
         total += float((values * values).sum())
     return total

@@ -267,6 +267,8 @@ impl Roles<'_> {
             "add_eos_token": self.add_eos,
             "clean_up_tokenization_spaces": false,
             "tokenizer_class": "PreTrainedTokenizerFast",
+            // Without the key, transformers gives the tokenizers of some families a token that the vocabulary lacks.
+            "unk_token": null,
         });
         let texts = [
             ("bos_token", self.bos.as_deref()),
