@@ -8,6 +8,7 @@ mod convert;
 mod files;
 mod generation;
 mod gguf;
+mod gpu;
 mod keys;
 mod peers;
 

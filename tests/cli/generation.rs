@@ -57,21 +57,6 @@ fn several_prompts_give_what_each_gives_alone() {
 }
 
 #[test]
-fn only_the_devices_of_the_build_are_offered() {
-    let help = moeforge(&["generate", "--help"]);
-    let help = String::from_utf8(help.stdout).unwrap();
-    for device in ["metal", "vulkan", "cuda", "gpu"] {
-        assert!(!help.contains(device), "{help}");
-        let words = ["generate", MODEL, "--prompt", "a", "--device", device];
-        refused(
-            &moeforge(&words),
-            2,
-            &["--device", device, "one device, cpu"],
-        );
-    }
-}
-
-#[test]
 fn old_spellings_of_options_are_accepted_and_not_shown() {
     for (verb, old) in [
         ("eval", &["--batch-size"][..]),

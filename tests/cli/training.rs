@@ -382,7 +382,7 @@ fn a_full_disk_is_one_sentence_and_leaves_nothing() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     names.sort_unstable();
-    let expected = ".lock events.out.tfevents.0000000001.moeforge gradients.json metrics.jsonl origin.json \
+    let expected = ".lock device.txt events.out.tfevents.0000000001.moeforge gradients.json metrics.jsonl origin.json \
                     precision.txt recipe.toml";
     assert_eq!(names.join(" "), expected);
     let resumed = moeforge(&["train", "--resume", &run]);

@@ -1,8 +1,9 @@
 use std::collections::{BTreeMap, BTreeSet};
+use std::process::Command;
 
 use toml::{Table, Value};
 
-use super::{files, folder, read, report};
+use super::{ROOT, files, folder, read, report};
 
 /// What each crate may name of ours, as `crates/README.md` shows it. `cli`, the root package, may name everything.
 const ARROWS: [(&str, &[&str]); 7] = [
@@ -45,6 +46,49 @@ fn crates_name_only_the_crates_below_them() {
         }
     }
     report(&findings);
+}
+
+/// Crates by which one knows a GPU's, by the beginnings of their names.
+const OF_GPUS: [&str; 6] = [
+    "wgpu",
+    "naga",
+    "cubek",
+    "cubecl-core",
+    "cubecl-runtime",
+    "burn-cubecl",
+];
+
+#[test]
+fn a_build_without_a_gpu_has_no_crate_of_one() {
+    let tree = Command::new(env!("CARGO"))
+        .args([
+            "tree",
+            "--workspace",
+            "--edges",
+            "normal",
+            "--prefix",
+            "none",
+        ])
+        .args(["--locked", "--offline"])
+        .current_dir(ROOT)
+        .output()
+        .unwrap();
+    assert!(
+        tree.status.success(),
+        "{}",
+        String::from_utf8_lossy(&tree.stderr)
+    );
+    let tree = String::from_utf8_lossy(&tree.stdout);
+    assert!(
+        tree.lines().any(|line| line.starts_with("burn-flex ")),
+        "{tree}"
+    );
+    let is_of_gpu = |line: &&str| OF_GPUS.iter().any(|name| line.starts_with(name));
+    let found: Vec<_> = tree.lines().filter(is_of_gpu).collect();
+    assert!(
+        found.is_empty(),
+        "the default features bring {found:?}; gate them with `gpu`"
+    );
 }
 
 #[test]

@@ -16,6 +16,27 @@ const FILE_NAMES: &[(&str, &str)] = &[
         "one in every family of operations, as every other backend will have",
     ),
     (
+        "kernels: dropout.rs",
+        "what an operation is in burn's own, and on the CPU",
+    ),
+    (
+        "kernels: elementwise.rs",
+        "a family in burn's own, and a GPU's kernels of it",
+    ),
+    (
+        "kernels: experts.rs",
+        "a family in burn's own, and a GPU's kernels of it",
+    ),
+    (
+        "kernels: linear.rs",
+        "a family in burn's own, a GPU's kernels of it, and the CPU's",
+    ),
+    ("kernels: loss.rs", "a family in burn's own, and on the CPU"),
+    (
+        "kernels: route.rs",
+        "a family in burn's own, a GPU's kernels of it, and the CPU's",
+    ),
+    (
         "kernels: decode.rs",
         "the form of an operation for decoding, one in every family",
     ),

@@ -15,7 +15,7 @@ const ROOMS: [(&str, &[&str]); 2] = [
         "kernels",
         &[
             "error", "memory", "threads", "simd", "settings", "formats", "gemv", "matmul", "ops",
-            "backend",
+            "backend", "device",
         ],
     ),
     (
@@ -48,6 +48,14 @@ const CIRCLES: &[(&str, &str)] = &[
     (
         "checkpoint 2",
         "an error names the dtype it was about, and reading a dtype fails with an error",
+    ),
+    (
+        "kernels 12",
+        "a trait's default bodies are the plain definitions, which are written in the trait's operations",
+    ),
+    (
+        "kernels 4",
+        "numbers, integers and what both stand on: counting gives integers, and comparing them gives numbers",
     ),
     (
         "data 9",

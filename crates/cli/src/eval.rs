@@ -13,7 +13,7 @@ use anyhow::Context;
 use data::SplitName;
 
 use crate::console::{Console, Progress, finite};
-use crate::open::{ModelArgs, Opened, open_model};
+use crate::open::{ModelArgs, Opened, expect_computed, open_model};
 use crate::rows::{ColumnArgs, SplitRows};
 use crate::values::{COMPUTE_HELP, ComputeValue};
 
@@ -64,8 +64,10 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
             .try_for_each(|out| checkpoint::expect_absent(&out.join(name)))?;
     }
     let mut scores = Vec::new();
+    let device = args.model.device.open()?;
+    expect_computed(args.compute, &device)?;
     for (model, adapter) in models(args) {
-        let opened = open_model(model, adapter, &args.model.device, console)?;
+        let opened = open_model(model, adapter, &device, console)?;
         scores.push(score(&opened, args, console)?);
         console.memory();
     }

@@ -9,7 +9,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use burn::tensor::Device;
 use data::{Bos, GenerationPrompt, Tokenizer};
 use infer::{
     Completed, Completion, Engine, GenerateConfig, Sequence, StepOutput, chat_prompt, message,
@@ -19,7 +18,7 @@ use serde_json::Value;
 use self::sampling::SamplingArgs;
 use self::summary::{object, summary};
 use crate::console::{Console, Progress, printable};
-use crate::device;
+use crate::device::DeviceArgs;
 use crate::open::{EngineArgs, ModelArgs, Opened, SpeculationArgs, cache_object, cache_summary};
 
 /// Generate text that continues one or more prompts.
@@ -35,9 +34,8 @@ pub(crate) struct Args {
     /// Sequences with the same adapter are decoded together. Each text is the same as if its prompt ran alone.
     #[arg(long, value_name = "DIR")]
     adapter: Vec<PathBuf>,
-    /// Device to compute on. This build has one: `cpu`.
-    #[arg(long, value_name = "DEVICE", default_value = device::CPU, value_parser = device::parse)]
-    device: Device,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Prompt to continue. May be repeated; each text is then labeled with its prompt.
     #[arg(long, value_name = "TEXT", required_unless_present = "ids")]
     prompt: Vec<String>,

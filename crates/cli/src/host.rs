@@ -3,6 +3,8 @@
 mod cgroups;
 mod mac;
 
+use std::path::PathBuf;
+
 use train::Memory;
 
 /// The memory now.
@@ -33,4 +35,12 @@ fn bytes(file: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
     Some(kib << 10)
+}
+
+/// The folder of what can be made again: in `XDG_CACHE_HOME`, or in `.cache` at home.
+pub(crate) fn cache() -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+    let default = || Some(PathBuf::from(set("HOME")?).join(".cache"));
+    let folder = set("XDG_CACHE_HOME").map(PathBuf::from).or_else(default)?;
+    Some(folder.join("moeforge"))
 }

@@ -6,6 +6,7 @@ mod bench;
 mod console;
 mod data_check;
 mod device;
+mod devices;
 mod eval;
 mod generate;
 mod host;
@@ -33,7 +34,7 @@ const AFTER_HELP: &str = "\
 Exit codes: 0 success; 1 error; 2 wrong usage or recipe; 4 a check found a difference; 5 too little memory; 6 a loss or \
 gradient is not finite; 7 the loss diverged too often; 130 or 143 stopped by Ctrl-C or SIGTERM.
 
-Environment variables: HF_HUB_CACHE or HF_HOME locates the Hugging Face cache; XDG_CACHE_HOME locates the cache of tokenized rows; \
+Environment variables: MOEFORGE_DEVICE names the device of verbs without --device; HF_HUB_CACHE or HF_HOME locates the Hugging Face cache; XDG_CACHE_HOME locates the cache of tokenized rows; \
 NO_COLOR turns colors off.";
 
 /// Threads for each logical CPU that still make sense, if only to measure. They wait for each other, and each has a stack.
@@ -87,6 +88,7 @@ enum Verb {
     Precision(train::precision::Args),
     #[command(subcommand)]
     Bench(bench::Bench),
+    Devices(devices::Args),
 }
 
 fn main() -> ExitCode {
@@ -147,5 +149,6 @@ fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
         Verb::Survival(args) => eval::survival::run(&args, console),
         Verb::Precision(args) => train::precision::run(&args, console),
         Verb::Bench(bench) => bench::run(&bench, console),
+        Verb::Devices(args) => devices::run(&args, console),
     }
 }

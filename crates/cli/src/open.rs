@@ -20,7 +20,8 @@ use serde_json::Value;
 pub(crate) use self::keys::{note_differences, note_keys};
 pub(crate) use self::memory::{MemoryArgs, cache_object, cache_summary, repack};
 use crate::console::{Console, printable};
-use crate::device;
+use crate::device::{DeviceArgs, expect_right};
+use crate::host;
 use crate::values::{CACHE_HELP, COMPUTE_HELP, CacheValue, ComputeValue};
 
 // The model of a verb, and the device it runs on. Not a doc comment: clap would show that as the help of the verb.
@@ -31,21 +32,81 @@ pub(crate) struct ModelArgs {
     /// LoRA adapter to apply: PEFT folder.
     #[arg(long, value_name = "DIR")]
     pub(crate) adapter: Option<PathBuf>,
-    /// Device to compute on. This build has one: `cpu`.
-    #[arg(long, value_name = "DEVICE", default_value = device::CPU, value_parser = device::parse)]
-    pub(crate) device: Device,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
 }
 
 // How a model generates.
 #[derive(Debug, Clone, Copy, clap::Args)]
 #[command(next_help_heading = "Speed and memory")]
 pub(crate) struct EngineArgs {
-    #[arg(long, value_enum, default_value_t = ComputeValue::Int8, help = COMPUTE_HELP)]
-    pub(crate) compute: ComputeValue,
-    #[arg(long, value_enum, value_name = "TYPE", default_value_t = CacheValue::F16, help = CACHE_HELP)]
-    pub(crate) cache: CacheValue,
+    #[arg(long, value_enum, help = COMPUTE_HELP)]
+    compute: Option<ComputeValue>,
+    #[arg(long, value_enum, value_name = "TYPE", help = CACHE_HELP)]
+    cache: Option<CacheValue>,
     #[command(flatten)]
     pub(crate) memory: MemoryArgs,
+}
+
+impl EngineArgs {
+    /// The options on the command line.
+    pub(crate) fn words(&self) -> Vec<String> {
+        let typed = [
+            ("--compute", self.compute.map(ComputeValue::name)),
+            ("--cache", self.cache.map(|cache| cache.cache_type().name())),
+        ];
+        let typed = typed
+            .into_iter()
+            .filter_map(|(name, value)| Some([name, value?]));
+        let words = typed.flatten().map(str::to_owned);
+        words.chain(self.memory.words()).collect()
+    }
+
+    /// What products and the KV cache are in, on a device: as typed, or its defaults.
+    ///
+    /// # Errors
+    /// If a GPU does not compute what was typed.
+    pub(crate) fn precision(
+        &self,
+        device: &Device,
+        console: &Console,
+    ) -> anyhow::Result<(ComputeValue, CacheValue)> {
+        let typed = (self.compute, self.cache);
+        if !kernels::device::is_gpu(device) {
+            let default = (ComputeValue::Int8, CacheValue::F16);
+            return Ok((typed.0.unwrap_or(default.0), typed.1.unwrap_or(default.1)));
+        }
+        if let Some(compute) = typed.0 {
+            expect_computed(compute, device)?;
+        }
+        if let Some(cache) = typed.1 {
+            expect_cache(cache, device)?;
+        }
+        if self.memory.memory_budget.is_some() {
+            bail!("`--memory-budget`: a GPU holds all weights; the option is for `--device cpu`");
+        }
+        if typed == (None, None) {
+            console.note("on a GPU, products of stored weights and the KV cache are f32");
+        }
+        Ok((ComputeValue::F32, CacheValue::F32))
+    }
+}
+
+/// Refuses activations in int8 on a GPU.
+pub(crate) fn expect_computed(compute: ComputeValue, device: &Device) -> anyhow::Result<()> {
+    if compute == ComputeValue::Int8 && kernels::device::is_gpu(device) {
+        bail!("`--compute int8`: expected f32 on a GPU, which computes nothing else yet");
+    }
+    Ok(())
+}
+
+/// Refuses KV caches that a GPU does not have.
+pub(crate) fn expect_cache(cache: CacheValue, device: &Device) -> anyhow::Result<()> {
+    if cache != CacheValue::F32 && kernels::device::is_gpu(device) {
+        let name = cache.cache_type().name();
+        bail!("`--cache {name}`: expected f32 on a GPU, which has no other KV cache yet");
+    }
+    Ok(())
 }
 
 // Whether to decode speculatively.
@@ -93,7 +154,7 @@ pub(crate) struct Opened {
 impl ModelArgs {
     pub(crate) fn open(&self, console: &Console) -> anyhow::Result<Opened> {
         let adapter = self.adapter.as_deref();
-        open_model(&self.model, adapter, &self.device, console)
+        open_model(&self.model, adapter, &self.device.open()?, console)
     }
 }
 
@@ -128,14 +189,13 @@ impl Opened {
         speculation: SpeculationArgs,
         console: &Console,
     ) -> anyhow::Result<Engine> {
-        let mut engine = Engine::new(
-            self.model.clone(),
-            args.compute.quant(),
-            self.device.clone(),
-        );
+        let (compute, cache) = args.precision(&self.device, console)?;
+        let mut engine = Engine::new(self.model.clone(), compute.quant(), self.device.clone());
         engine.mtp = speculation.module(&self.folder, &self.device)?;
-        engine.cache = args.cache.cache_type();
-        args.memory.place(&mut engine, console);
+        engine.cache = cache.cache_type();
+        if !kernels::device::is_gpu(&self.device) {
+            args.memory.place(&mut engine, console);
+        }
         Ok(engine)
     }
 }
@@ -150,6 +210,7 @@ pub(crate) fn open_model(
     let (folder, mut name) = open_folder(model)?;
     note_keys(&folder, console)?;
     note_unused(&folder, console)?;
+    expect_right(device, &load::read_config(&folder)?, console)?;
     let mut model = load::load(&folder, Training::Frozen, device)?;
     if let Some(path) = adapter {
         attach(&mut model, path, device, console)?;
@@ -342,10 +403,7 @@ fn at_home(path: &Path) -> PathBuf {
 
 /// The folder of tokenized rows: in `XDG_CACHE_HOME`, or in `.cache` at home.
 pub(crate) fn token_cache() -> Option<PathBuf> {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
-    let default = || Some(PathBuf::from(set("HOME")?).join(".cache"));
-    let folder = set("XDG_CACHE_HOME").map(PathBuf::from).or_else(default)?;
-    Some(folder.join("moeforge/tokens"))
+    Some(host::cache()?.join("tokens"))
 }
 
 /// The name of what is at a path: the last of the path, or `org/name` for a snapshot in Hugging Face's cache. A file in the cache

@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use self::importance::ImportanceArgs;
 use crate::console::{Console, printable};
-use crate::device::default_device;
+use crate::device::cpu;
 use crate::eval::compare::{self, MAX_COMPARED_LENGTH, ModelPair, RowLimits};
 use crate::merge::ConversionReport;
 use crate::open::{listed, note_differences, note_keys, open_folder, open_model, open_tokenizer};
@@ -248,7 +248,7 @@ fn compared(
     samples: &[Sample],
     console: &Console,
 ) -> anyhow::Result<Divergence> {
-    let device = default_device();
+    let device = cpu();
     let source = open_model(&args.model, None, &device, console)?;
     let written = open_model(&args.out.to_string_lossy(), None, &device, console)?;
     let pair = ModelPair {

@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 
 use crate::console::Console;
+use crate::device::{DeviceArgs, VARIABLE};
 
 /// Runs eval, train, eval, merge, quantize and generate on the bundled model and data, and prints each command.
 #[derive(Debug, clap::Args)]
@@ -15,6 +16,8 @@ pub(crate) struct Args {
     /// does not exist.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 /// The question for the merged model.
@@ -22,6 +25,7 @@ const QUESTION: &str = "What is the capital of France?";
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
+    args.device.open()?;
     if !Path::new(BASE).join("config.json").exists() {
         bail!("{BASE}: not found; run this in the root of the repository");
     }
@@ -42,7 +46,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
             steps.len(),
             shown(words)
         ));
-        verb(words)?;
+        verb(words, args.device.name())?;
     }
     console.note(format_args!(
         "\nDone in {:.0} s. The merged model is {}, and for llama.cpp {}.",
@@ -138,10 +142,11 @@ fn shown(words: &[&str]) -> String {
 }
 
 /// Runs one verb of this program, as a program of its own.
-fn verb(words: &[&str]) -> anyhow::Result<()> {
+fn verb(words: &[&str], device: Option<String>) -> anyhow::Result<()> {
     let program = std::env::current_exe().context("finding this program")?;
     let status = Command::new(program)
         .args(words)
+        .envs(device.map(|name| (VARIABLE, name)))
         .stdin(Stdio::null())
         .status()
         .with_context(|| format!("running `moeforge {}`", shown(words)))?;

@@ -20,7 +20,7 @@ use train::{Recipe, RunDir, Schedule, Session, SessionOptions};
 use self::signals::Signals;
 use self::watcher::Watcher;
 use crate::console::{Console, DIVERGED, NO_MEMORY, NOT_FINITE, USAGE, WithCode};
-use crate::device::default_device;
+use crate::device::{DeviceArgs, expect_right, record};
 use crate::open::{find, note_keys, token_cache};
 use crate::rows::{note_changed, note_ignored, note_unused};
 
@@ -44,11 +44,13 @@ pub(crate) struct Args {
     /// Run directory to resume from its latest checkpoint. A finished run goes on with --set train.steps=N.
     #[arg(long, value_name = "RUN", conflicts_with = "recipe")]
     resume: Option<PathBuf>,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (run, mut session) = match &args.resume {
-        Some(path) => resumed(path, &args.set, console)?,
+        Some(path) => resumed(path, args, console)?,
         None => started(args, console)?,
     };
     let mut watcher = Watcher::new(&session, Signals::listen()?, console)?;
@@ -74,38 +76,45 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
 fn started(args: &Args, console: &Console) -> anyhow::Result<(RunDir, Session)> {
     let path = args.recipe.as_deref().unwrap_or(Path::new(""));
     let recipe = Recipe::open(path, &args.set).map_err(usage)?;
-    let session = open_session(recipe, console)?;
+    let session = open_session(recipe, &args.device, console)?;
     describe(&session, console)?;
     // The run directory is created last, so that a run that cannot start leaves none.
     let path = new_run(args.out.as_deref(), args.recipe.as_deref(), "");
     let run = RunDir::create(&path, &session.recipe)?;
+    record_device(&run, &session, args)?;
     let (path, steps) = (run.path().display(), session.total_steps());
     console.note(format_args!("{path}: {steps} steps"));
     Ok((run, session))
 }
 
 /// An existing run, perhaps with other settings, and its session as of the latest checkpoint.
-fn resumed(
-    path: &Path,
-    settings: &[String],
-    console: &Console,
-) -> anyhow::Result<(RunDir, Session)> {
+fn resumed(path: &Path, args: &Args, console: &Console) -> anyhow::Result<(RunDir, Session)> {
     let run = RunDir::open(path)?;
     let before = run.recipe().map_err(usage)?;
-    let recipe = run.changed_recipe(settings).map_err(usage)?;
+    let recipe = run.changed_recipe(&args.set).map_err(usage)?;
     let found = run.locate(&recipe)?;
-    let mut session = open_named(found, recipe.model.path.as_deref(), console)?;
+    let mut session = open_named(found, recipe.model.path.as_deref(), &args.device, console)?;
     let step = session.resume(&run)?;
     describe(&session, console)?;
     if recipe != before {
         run.replace_recipe(&recipe)?;
     }
+    record_device(&run, &session, args)?;
     let ends = [&before, &session.recipe].map(|recipe| recipe.total_steps(session.train.rows()));
     console.note(progress_of(&session, &run, step, ends));
     if let Some(text) = new_rates([&before, &recipe], ends, session.steps_done()) {
         console.note(text);
     }
     Ok((run, session))
+}
+
+/// Writes what a run computes on into its directory.
+fn record_device(run: &RunDir, session: &Session, args: &Args) -> anyhow::Result<()> {
+    let text = record(&session.device(), args.device.name().as_deref());
+    Ok(checkpoint::write_file(
+        &run.path().join("device.txt"),
+        text.as_bytes(),
+    )?)
 }
 
 /// Where a resumed run goes on, and whether its end has moved.
@@ -167,19 +176,25 @@ pub(crate) fn with_code(error: train::Error) -> anyhow::Error {
 pub(crate) const TOKENIZING: &str = "tokenizing (kB)";
 
 /// Opens the session of a recipe, with a progress bar for tokenizing.
-pub(crate) fn open_session(recipe: Recipe, console: &Console) -> anyhow::Result<Session> {
-    open_named(recipe, None, console)
+pub(crate) fn open_session(
+    recipe: Recipe,
+    device: &DeviceArgs,
+    console: &Console,
+) -> anyhow::Result<Session> {
+    open_named(recipe, None, device, console)
 }
 
 /// [`open_session`] with the name of the base in an adapter, if it is not the recipe's path.
 fn open_named(
     recipe: Recipe,
     base_name: Option<&str>,
+    device: &DeviceArgs,
     console: &Console,
 ) -> anyhow::Result<Session> {
+    let device = device.open()?;
     let (progress, cache) = (RefCell::new(None), token_cache());
     let options = SessionOptions {
-        device: &default_device(),
+        device: &device,
         resolve: &|model| find(model).map_err(|error| train::Error::Resolve(format!("{error:#}"))),
         base_name,
         token_cache: cache.as_deref(),
@@ -191,6 +206,7 @@ fn open_named(
         },
     };
     let session = Session::open_with(recipe, options)?;
+    expect_right(&device, session.config(), console)?;
     if let Some(progress) = progress.into_inner() {
         progress.finish();
     }

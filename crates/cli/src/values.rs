@@ -7,11 +7,13 @@ use model::{ActivationQuant, CacheType};
 
 /// Help of `--compute`, whose default differs between verbs.
 pub(crate) const COMPUTE_HELP: &str = "\
-    Quantization of activations. `generate`, `chat` and `bench` default to int8 for speed, as llama.cpp does; \
+    Quantization of activations. `generate`, `chat` and `bench` default to int8 for speed, as llama.cpp does, and on a GPU to f32, which has no other \
+    yet; \
     `eval`, `compare` and `logits` default to f32, so that scores measure the weights alone";
 
 /// Help of `--cache`.
-pub(crate) const CACHE_HELP: &str = "KV-cache data type";
+pub(crate) const CACHE_HELP: &str =
+    "KV-cache data type. Default: f16; on a GPU f32, which has no other yet";
 
 /// How activations are quantized in products with weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -59,8 +59,7 @@ impl Logits {
         let rows: Vec<i32> = at.iter().map(|i| *i as i32).collect();
         let rows = Tensor::<1, Int>::from_data(rows.as_slice(), &device);
         let hidden = hidden.reshape([seq, width]).select(0, rows);
-        let logits = model.logits(hidden, &ctx).into_data();
-        let values: Vec<f32> = logits.try_to_vec().expect("logits are f32");
+        let values = infer::read_logits(model, hidden, &ctx);
         let targets = at.iter().map(|i| batch.targets[*i] as usize).collect();
         let routing = recorder.routing.iter().map(RoutingChoices::of).collect();
         (Self::new(targets, values, model.config.vocab_size), routing)

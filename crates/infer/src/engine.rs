@@ -19,6 +19,7 @@ use kernels::{ExpertCache, FileAccess};
 use model::{CacheType, Compute, ForwardContext, Model, Mtp, Training, load};
 
 use crate::error::Result;
+use crate::logits::read_logits;
 use crate::repack::{EngineWeights, RepackSchedule};
 use crate::sequence::{GenerateConfig, Generation, KvPrefix, Sequence, batch_by};
 
@@ -293,7 +294,6 @@ impl Engine {
         let [batch, seq, hidden_size] = hidden.dims();
         let last = hidden.slice([0..batch, seq - n..seq]);
         let last = last.reshape([batch * n, hidden_size]);
-        let logits = model.logits(last, &ForwardContext::new(self.compute));
-        logits.into_data().try_to_vec().expect("logits are f32")
+        read_logits(model, last, &ForwardContext::new(self.compute))
     }
 }

@@ -28,6 +28,7 @@ mod sampler;
 mod text_stream;
 
 mod draft;
+mod logits;
 mod repack;
 mod sequence;
 
@@ -44,6 +45,7 @@ pub use error::{Error, Result};
 pub use generation_config::{
     EndOfText, end_of_text, recommended_sampling, unknown_generation_keys,
 };
+pub use logits::read_logits;
 pub use sample_config::SampleConfig;
 pub use sampler::Sampler;
 pub use sequence::{FinishReason, GenerateConfig, Generation, KvPrefix, Logprobs, Sequence};

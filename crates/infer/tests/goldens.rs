@@ -7,7 +7,7 @@ mod goldens;
 
 use std::ops::ControlFlow;
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Int, Tensor, TensorData};
 use checkpoint::{Adapter, Folder};
 use data::Tokenizer;
 use model::{AdapterWeights, Cache, CacheType, Compute, ForwardContext, Model, load};
@@ -46,7 +46,12 @@ fn golden(name: &str) -> (Vec<u32>, Vec<u32>) {
 }
 
 fn engine(name: &str) -> Engine {
-    Engine::open(&goldens::path(name), Compute::F32, Device::flex()).unwrap()
+    Engine::open(
+        &goldens::path(name),
+        Compute::F32,
+        kernels::device::of_tests(),
+    )
+    .unwrap()
 }
 
 fn greedy(max_tokens: usize) -> GenerateConfig {
@@ -377,7 +382,7 @@ fn attach(model: &mut Model, name: &str) {
     let adapter = goldens::path("deepseek_v3").join(format!("adapter_{name}"));
     let adapter = Adapter::open(&adapter).unwrap();
     let adapter = AdapterWeights::read(&adapter, &model.config).unwrap();
-    adapter.attach(model, &Device::flex()).unwrap();
+    adapter.attach(model, &kernels::device::of_tests()).unwrap();
 }
 
 /// A model that holds all adapters, and the model alone and with each of them.

@@ -45,6 +45,9 @@ pub enum Error {
         /// Rows and columns of the values.
         values: [usize; 2],
     },
+    /// Weights cannot be copied to a GPU.
+    #[error("{0}")]
+    Placement(String),
     /// No quantizer has this name.
     #[error("expected one of {}, found `{found}`", known.join(", "))]
     UnknownQuantizer {

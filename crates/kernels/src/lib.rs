@@ -18,11 +18,12 @@
 //! The modules are rooms, and each names only those before it: `memory`, `threads`, `simd`, `settings`, `formats` (how
 //! weights and caches are stored), `gemv` (products that read stored bytes), `matmul` (all other products, and the plan
 //! that decides between both), `ops` (attention, experts, loss and the small operations), `backend` (burn's tensors in
-//! and out, and gradients).
+//! and out, gradients, and GPUs), `device` (which devices there are, and whether one computes what it should).
 //!
 //! What this crate does not do: it knows no files, no model and no names.
 
 mod backend;
+pub mod device;
 mod error;
 mod formats;
 mod gemv;
@@ -51,7 +52,8 @@ pub use backend::linear::{
     linear_trained, linear_updated, row_norms,
 };
 pub use backend::loss::{cross_entropy_frozen, cross_entropy_trained};
-pub use backend::optimizer::{adamw, sum_of_squares};
+pub use backend::optimizer::{adamw, sum_of_squares, total};
+pub use backend::plain::primitives::{Primitives, SlotTable, Stack};
 pub use backend::saved::saved_activation_bytes;
 pub use backend::traits::{Absorbed, Direction, FakeQuantize, HeadRows, Kernels, Update};
 pub use error::Error;

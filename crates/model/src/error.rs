@@ -70,6 +70,9 @@ pub enum Error {
         /// What the file holds.
         found: String,
     },
+    /// A weight cannot be copied to the device that computes.
+    #[error("copying weights to the device: {0}")]
+    Device(#[from] kernels::Error),
     /// Two adapters, or settings that exclude each other.
     #[error("{0}")]
     Unsupported(String),

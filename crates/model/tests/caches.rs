@@ -63,7 +63,7 @@ fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
 
 #[test]
 fn logits_over_rounded_caches_are_near_the_full_ones() {
-    let device = Device::flex();
+    let device = kernels::device::of_tests();
     for name in ALL {
         let folder = goldens::path(name);
         let ids = golden_ids(&folder, &device);

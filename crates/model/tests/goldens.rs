@@ -113,7 +113,7 @@ fn mean_loss(model: &Model, ids: Tensor<2, Int>, ctx: &mut ForwardContext<'_>) -
 
 #[test]
 fn logits_and_routing_are_the_goldens() {
-    let device = Device::flex();
+    let device = kernels::device::of_tests();
     for name in ALL {
         let golden = Golden::open(name);
         let model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
@@ -172,7 +172,7 @@ fn both_dialects_of_the_config_mean_the_same() {
 
 #[test]
 fn hidden_states_follow_the_goldens_to_the_last_norm() {
-    let device = Device::flex();
+    let device = kernels::device::of_tests();
     for name in ALL {
         let golden = Golden::open(name);
         let model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
@@ -186,7 +186,7 @@ fn hidden_states_follow_the_goldens_to_the_last_norm() {
 
 #[test]
 fn cached_decoding_gives_the_golden_tokens() {
-    let device = Device::flex();
+    let device = kernels::device::of_tests();
     for name in ALL {
         let golden = Golden::open(name);
         let model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
@@ -235,7 +235,7 @@ fn cached_decoding_gives_the_golden_tokens() {
 
 #[test]
 fn cached_logits_are_the_full_ones() {
-    let device = Device::flex();
+    let device = kernels::device::of_tests();
     for name in ALL {
         let golden = Golden::open(name);
         let model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
@@ -275,7 +275,7 @@ fn mtp_logits(
 
 #[test]
 fn what_multi_token_prediction_says_is_the_goldens() {
-    let (device, golden) = (Device::flex(), Golden::open("deepseek_v3"));
+    let (device, golden) = (kernels::device::of_tests(), Golden::open("deepseek_v3"));
     let model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
     let mtp = load::load_mtp(&golden.folder, &device).unwrap();
     // The file's copies are the model's own.
@@ -313,7 +313,7 @@ fn what_multi_token_prediction_says_is_the_goldens() {
 
 #[test]
 fn a_model_without_multi_token_prediction_says_so() {
-    let device = Device::flex();
+    let device = kernels::device::of_tests();
     let folder = Golden::open("deepseek_v2_lite").folder;
     let error = load::load_mtp(&folder, &device).unwrap_err().to_string();
     assert!(error.contains("num_nextn_predict_layers"), "{error}");
@@ -331,7 +331,7 @@ fn a_model_without_multi_token_prediction_says_so() {
 
 #[test]
 fn loss_and_gradients_are_the_goldens() {
-    let device = Device::flex().autodiff();
+    let device = kernels::device::of_tests().autodiff();
     for name in ALL {
         let golden = Golden::open(name);
         let model = load::load(&golden.folder, Training::Full, &device).unwrap();
@@ -386,7 +386,7 @@ const DIALECTS: [&str; 2] = ["peft", "classic"];
 
 #[test]
 fn adapters_of_both_dialects_give_the_golden_logits() {
-    let device = Device::flex();
+    let device = kernels::device::of_tests();
     for (name, dialect) in ADAPTED
         .into_iter()
         .flat_map(|name| DIALECTS.map(|dialect| (name, dialect)))
@@ -409,7 +409,7 @@ fn adapters_of_both_dialects_give_the_golden_logits() {
 #[test]
 fn adapted_decoding_agrees_with_the_whole_sequence() {
     // The absorbed form must see the update of kv_b_proj.
-    let device = Device::flex();
+    let device = kernels::device::of_tests();
     for name in ADAPTED {
         let golden = Golden::open(name);
         let mut model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
@@ -436,7 +436,7 @@ fn adapted_decoding_agrees_with_the_whole_sequence() {
 
 #[test]
 fn adapters_are_written_as_they_were_read() {
-    let device = Device::flex();
+    let device = kernels::device::of_tests();
     for (name, dialect) in ADAPTED
         .into_iter()
         .flat_map(|name| DIALECTS.map(|dialect| (name, dialect)))
@@ -476,7 +476,7 @@ fn adapters_are_written_as_they_were_read() {
 
 #[test]
 fn stacked_updates_of_one_parameter_stay_stacked() {
-    let device = Device::flex();
+    let device = kernels::device::of_tests();
     let golden = Golden::open("deepseek_v3");
     for down in [true, false] {
         let mut model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
@@ -520,7 +520,7 @@ fn stacked_updates_of_one_parameter_stay_stacked() {
 
 #[test]
 fn adapter_gradients_are_the_goldens() {
-    let device = Device::flex().autodiff();
+    let device = kernels::device::of_tests().autodiff();
     for name in ADAPTED {
         let golden = Golden::open(name);
         let mut model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
@@ -568,7 +568,7 @@ fn adapter_gradients_are_the_goldens() {
 
 #[test]
 fn merged_models_are_base_plus_adapter() {
-    let device = Device::flex();
+    let device = kernels::device::of_tests();
     for (name, dialect) in ADAPTED
         .into_iter()
         .flat_map(|name| DIALECTS.map(|dialect| (name, dialect)))
@@ -621,7 +621,7 @@ fn merged_models_are_base_plus_adapter() {
 
 #[test]
 fn fp8_products_are_the_goldens() {
-    let device = Device::flex();
+    let device = kernels::device::of_tests();
     for name in ["deepseek_v3_fp8", "deepseek_v3_fp8_ue8m0"] {
         let golden = Golden::open(name);
         let model = load::load(&golden.folder, Training::Frozen, &device).unwrap();
@@ -642,7 +642,7 @@ fn fp8_products_are_the_goldens() {
 
 #[test]
 fn models_merged_in_fp8_keep_what_the_adapter_leaves_alone() {
-    let device = Device::flex().autodiff();
+    let device = kernels::device::of_tests().autodiff();
     for (name, in_powers) in [
         ("deepseek_v3", false),
         ("deepseek_v3_fp8", false),
@@ -727,7 +727,7 @@ fn small_lora(target: &[&str]) -> LoraConfig {
 
 #[test]
 fn adapters_of_other_models_are_refused() {
-    let device = Device::flex();
+    let device = kernels::device::of_tests();
     let (v2, v3) = (
         Golden::open("deepseek_v2_lite"),
         Golden::open("deepseek_v3"),
@@ -747,13 +747,13 @@ fn adapters_of_other_models_are_refused() {
 
 #[test]
 fn fp8_weights_train_like_their_dequantized_twin() {
-    let device = Device::flex().autodiff();
+    let device = kernels::device::of_tests().autodiff();
     let golden = Golden::open("deepseek_v3_fp8");
     let place = tempfile::tempdir().unwrap();
     let out = place.path().join("twin");
     let config = load::read_config(&golden.folder).unwrap();
     let nothing = AdapterWeights::from_model(
-        &load::fresh(&config, Training::Full, 0, &Device::flex()).unwrap(),
+        &load::fresh(&config, Training::Full, 0, &kernels::device::of_tests()).unwrap(),
         Scaling::Plain,
         0.0,
     );

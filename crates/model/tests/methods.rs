@@ -113,7 +113,7 @@ fn each(check: impl Fn(&str, &str)) {
 
 #[test]
 fn logits_are_those_of_peft() {
-    let device = Device::flex();
+    let device = kernels::device::of_tests();
     each(|name, method| {
         let model = adapted(name, method, &device);
         let (expected, positions) = expected_logits(name, method);
@@ -156,7 +156,7 @@ fn logits_are_those_of_peft() {
 
 #[test]
 fn adapters_of_mlx_are_read() {
-    let device = Device::flex();
+    let device = kernels::device::of_tests();
     for name in ["deepseek_v2_lite", "qwen2_distill"] {
         let mut model = open(name, &device);
         let adapter = Adapter::open(&goldens::path(name).join("adapter_mlx")).unwrap();
@@ -176,7 +176,7 @@ fn adapters_of_mlx_are_read() {
 
 #[test]
 fn gradients_are_those_of_peft() {
-    let device = Device::flex().autodiff();
+    let device = kernels::device::of_tests().autodiff();
     each(|name, method| {
         let json = std::fs::read_to_string(goldens::path(name).join("methods.json")).unwrap();
         let json: serde_json::Value = serde_json::from_str(&json).unwrap();
@@ -220,7 +220,7 @@ fn gradients_are_those_of_peft() {
 
 #[test]
 fn adapters_are_written_as_peft_wrote_them() {
-    let device = Device::flex();
+    let device = kernels::device::of_tests();
     each(|name, method| {
         let original =
             Adapter::open(&goldens::path(name).join(format!("adapter_{method}"))).unwrap();
@@ -243,7 +243,7 @@ fn adapters_are_written_as_peft_wrote_them() {
 
 #[test]
 fn merged_models_predict_what_their_parts_do() {
-    let device = Device::flex();
+    let device = kernels::device::of_tests();
     let place = tempfile::tempdir().unwrap();
     each(|name, method| {
         let base = Folder::open(&goldens::path(name)).unwrap();
@@ -269,7 +269,7 @@ fn merged_models_predict_what_their_parts_do() {
 
 #[test]
 fn dora_on_fp8_has_the_gradients_of_dora_on_the_same_values() {
-    let device = Device::flex().autodiff();
+    let device = kernels::device::of_tests().autodiff();
     let ids = ids("deepseek_v3_fp8", &device);
     let base = Folder::open(&goldens::path("deepseek_v3_fp8")).unwrap();
     let mut packed = load::load(&base, Training::Frozen, &device).unwrap();
@@ -309,7 +309,7 @@ fn dora_on_fp8_has_the_gradients_of_dora_on_the_same_values() {
 
 #[test]
 fn fresh_updates_join_those_of_other_modules() {
-    let device = Device::flex();
+    let device = kernels::device::of_tests();
     let mut model = open("qwen2_distill", &device);
     for target in ["q_proj", "o_proj"] {
         let config = LoraConfig {
@@ -330,7 +330,7 @@ fn fresh_updates_join_those_of_other_modules() {
 #[test]
 fn gradients_of_dora_are_finite_differences() {
     // With constant norms of rows, as in DoRA's gradient; a dense model, because routing may jump.
-    let device = Device::flex().autodiff();
+    let device = kernels::device::of_tests().autodiff();
     let ids = ids("qwen2_distill", &device);
     let mut model = open("qwen2_distill", &device);
     let config = LoraConfig {
@@ -349,7 +349,7 @@ fn gradients_of_dora_are_finite_differences() {
     let direction = |values: &Tensor<1>| {
         let n = values.dims()[0];
         let values: Vec<f32> = (0..n).map(|i| (1.3 * i as f32 + n as f32).sin()).collect();
-        Tensor::<1>::from_floats(values.as_slice(), &Device::flex())
+        Tensor::<1>::from_floats(values.as_slice(), &kernels::device::of_tests())
     };
     let gradients =
         model.gradients(&mut loss(&model, &ids, &mut ForwardContext::new(Compute::F32)).backward());
@@ -426,7 +426,7 @@ fn saved(model: &Model, notes: &Notes) -> AdapterWeights {
 
 #[test]
 fn shared_factors_are_the_same_factor_of_every_expert() {
-    let device = Device::flex().autodiff();
+    let device = kernels::device::of_tests().autodiff();
     let ids = ids("deepseek_v3", &device);
     let run = |model: &Model| {
         let loss = loss(model, &ids, &mut ForwardContext::new(Compute::F32));
@@ -485,7 +485,7 @@ fn shared_factors_are_the_same_factor_of_every_expert() {
 
 #[test]
 fn updates_of_some_experts_leave_the_others_alone() {
-    let device = Device::flex().autodiff();
+    let device = kernels::device::of_tests().autodiff();
     let ids = ids("deepseek_v3", &device);
     let target = [
         "layers.1.mlp.experts.2",
@@ -531,7 +531,7 @@ fn updates_of_some_experts_leave_the_others_alone() {
 
 #[test]
 fn trained_experts_have_the_gradients_of_full_training() {
-    let device = Device::flex().autodiff();
+    let device = kernels::device::of_tests().autodiff();
     let experts = ["layers.1.mlp.experts.3", "layers.2.mlp.experts.0.down_proj"];
     for (name, chosen) in [
         ("deepseek_v3", &experts[..]),
@@ -586,7 +586,7 @@ fn trained_experts_have_the_gradients_of_full_training() {
 
 #[test]
 fn what_cannot_be_chosen_is_refused() {
-    let device = Device::flex().autodiff();
+    let device = kernels::device::of_tests().autodiff();
     let base = Folder::open(&goldens::path("deepseek_v3")).unwrap();
     let training = |pattern: &str| Training::Subset(vec![pattern.into()], vec![]);
     let refused = |pattern| {

@@ -140,7 +140,7 @@ fn numbers() -> serde_json::Value {
 
 #[test]
 fn adapters_of_every_kind_compute_what_peft_computes_and_so_do_their_merges() {
-    let (device, place) = (Device::flex(), tempfile::tempdir().unwrap());
+    let (device, place) = (kernels::device::of_tests(), tempfile::tempdir().unwrap());
     for (name, kind, path) in kinds() {
         let (base, what) = (base(name, place.path()), format!("{name}_{kind}"));
         let (model, adapter) = attached(&base, &path, &device);
@@ -172,7 +172,7 @@ fn adapters_of_every_kind_compute_what_peft_computes_and_so_do_their_merges() {
 
 #[test]
 fn adapters_of_every_kind_are_written_as_peft_wrote_them() {
-    let (device, place) = (Device::flex(), tempfile::tempdir().unwrap());
+    let (device, place) = (kernels::device::of_tests(), tempfile::tempdir().unwrap());
     for (name, kind, path) in kinds() {
         let (model, adapter) = attached(&base(name, place.path()), &path, &device);
         let (config, tensors) = AdapterWeights::from_model(&model, adapter.scaling(), 0.0)
@@ -199,7 +199,10 @@ fn adapters_of_every_kind_are_written_as_peft_wrote_them() {
 
 #[test]
 fn adapters_of_every_kind_train_as_in_peft() {
-    let (device, place) = (Device::flex().autodiff(), tempfile::tempdir().unwrap());
+    let (device, place) = (
+        kernels::device::of_tests().autodiff(),
+        tempfile::tempdir().unwrap(),
+    );
     let numbers = numbers();
     for (name, kind, path) in kinds() {
         if (name, kind) == ("tied", "tokens") {
@@ -311,7 +314,7 @@ fn step(
 
 #[test]
 fn adapters_that_peft_read_are_those_that_are_written() {
-    let (device, place) = (Device::flex(), tempfile::tempdir().unwrap());
+    let (device, place) = (kernels::device::of_tests(), tempfile::tempdir().unwrap());
     let logits = Safetensors::open(&goldens::path("peft_reads/logits.safetensors")).unwrap();
     assert!(logits.tensors().len() >= 10);
     let mut unread = 0;

@@ -163,7 +163,11 @@ mod tests {
                     .map(|n| n.as_f64().unwrap())
                     .collect();
                 let lengths = vec![cols; rows];
-                let load = BatchChoices::of(record, &lengths, cols).load(wanted.len());
+                let (ids, [_, top_k]) = (&record.routed.ids, record.routed.ids.dims());
+                let ids = ids.clone().into_data();
+                let ids = ids.iter::<i64>().map(|id| id as u16);
+                let choices = BatchChoices::new(record.layer_idx, top_k, ids, &lengths, cols);
+                let load = choices.load(wanted.len());
                 assert_eq!(load, wanted, "{name}");
                 loads.push((record.layer_idx, load));
             }

@@ -197,6 +197,19 @@ pub enum Error {
     #[error(transparent)]
     Model(#[from] model::Error),
 
+    /// A recipe asks for what only the CPU computes.
+    #[error(
+        "`{key}`: expected {expected} on a GPU, which computes nothing else yet, found {found}; set it so, or train with \
+         `--device cpu`"
+    )]
+    NotOnGpu {
+        /// The key.
+        key: String,
+        /// What a GPU computes.
+        expected: String,
+        /// What the recipe says.
+        found: String,
+    },
     /// The recipe's model was not found.
     #[error("{0}")]
     Resolve(String),

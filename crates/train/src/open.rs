@@ -9,13 +9,13 @@ use checkpoint::{Adapter, Folder};
 use data::{Columns, Corpus, ReadOptions, RowFilter, Tokenizer, TokenizerFiles};
 use kernels::Quantizer;
 use model::adapt::{self, AdaptedModule, LoraConfig, Scaling};
-use model::{AdapterWeights, Checkpointing, Model, ModelConfig, Training, load};
+use model::{AdapterWeights, Checkpointing, Model, ModelConfig, OperandRounding, Training, load};
 
 use crate::checkpoint_state::RunState;
 use crate::dataset::{self, Dataset};
 use crate::identity;
 use crate::optimizer::AdamW;
-use crate::recipe::{DpoReference, Loss, Method, Recipe, RouterTraining, SPARED};
+use crate::recipe::{DpoReference, Loss, Method, Moments, Recipe, RouterTraining, SPARED};
 use crate::session::{Base, Reference, Session, UpdateForm};
 use crate::{Error, Result};
 
@@ -40,6 +40,31 @@ impl std::fmt::Debug for SessionOptions<'_> {
             .field("device", &self.device)
             .field("token_cache", &self.token_cache)
             .finish_non_exhaustive()
+    }
+}
+
+/// The device with gradients. It refuses settings that a GPU does not compute yet: nothing else is computed in their place.
+fn device_of(recipe: &Recipe, device: &Device) -> Result<Device> {
+    let with_gradients = device.clone().autodiff();
+    if !kernels::device::is_gpu(device) {
+        return Ok(with_gradients);
+    }
+    let refused = |key: &str, found: &str, expected: &str| {
+        Err(Error::NotOnGpu {
+            key: key.to_owned(),
+            found: found.to_owned(),
+            expected: expected.to_owned(),
+        })
+    };
+    if recipe.precision.compute != OperandRounding::F32 {
+        return refused("precision.compute", recipe.precision.compute_word(), "f32");
+    }
+    if recipe.optimizer.moments() != Moments::F32 {
+        return refused("optimizer.moments", "bf16", "f32");
+    }
+    match quantizer_of(recipe)? {
+        Some(quantizer) => refused("lora.quantizer", &quantizer.to_string(), "none"),
+        None => Ok(with_gradients),
     }
 }
 
@@ -71,7 +96,7 @@ impl Session {
         if recipe.train.checkpointing == Checkpointing::Block {
             kernels::map_large_blocks();
         }
-        let device = options.device.clone().autodiff();
+        let device = device_of(&recipe, options.device)?;
         let (mut model, mut base) = open_model(&recipe, options.resolve, &device)?;
         if let Some(name) = options.base_name {
             base.name = name.to_owned();

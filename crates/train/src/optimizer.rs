@@ -27,12 +27,10 @@ impl Accumulated {
         }
     }
 
-    /// The square root of the sum of all squares.
-    pub(crate) fn norm(&self) -> f64 {
-        let squares = self.0.values().map(|gradient| {
-            f64::from(kernels::sum_of_squares(gradient.clone()).into_scalar::<f32>())
-        });
-        squares.sum::<f64>().sqrt()
+    /// The sum of squares of each tensor, `[1]` each. The norm is the root of their sum.
+    pub(crate) fn squares(&self) -> Vec<Tensor<1>> {
+        let gradients = self.0.values().cloned();
+        gradients.map(kernels::sum_of_squares).collect()
     }
 
     /// A tensor's gradient.

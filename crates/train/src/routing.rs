@@ -1,7 +1,6 @@
 //! The routing of a step or a validation pass: the load of every expert, and the drift from the reference's choices.
 
-use burn::tensor::{Int, Tensor};
-use model::{RoutingRecord, routing_drift};
+use model::routing_drift;
 use serde::Serialize;
 
 /// Slots per expert, by layer.
@@ -55,11 +54,6 @@ pub(crate) struct BatchChoices {
 }
 
 impl BatchChoices {
-    /// Of one layer, for a batch of rows of these lengths padded to `cols`. Waits for the device.
-    pub(crate) fn of(record: &RoutingRecord, lengths: &[usize], cols: usize) -> Self {
-        Self::new(record.layer_idx, record.routed.ids.clone(), lengths, cols)
-    }
-
     /// How often each expert was chosen.
     pub(crate) fn load(&self, n_experts: usize) -> Vec<f64> {
         let mut load = vec![0.0; n_experts];
@@ -69,9 +63,15 @@ impl BatchChoices {
         load
     }
 
-    fn new(layer: usize, ids: Tensor<2, Int>, lengths: &[usize], cols: usize) -> Self {
-        let [_, top_k] = ids.dims();
-        let ids: Vec<u16> = ids.into_data().iter::<i64>().map(|id| id as u16).collect();
+    /// Of one layer, from the ids of a batch of rows of these lengths padded to `cols`.
+    pub(crate) fn new(
+        layer: usize,
+        top_k: usize,
+        ids: impl Iterator<Item = u16>,
+        lengths: &[usize],
+        cols: usize,
+    ) -> Self {
+        let ids: Vec<u16> = ids.collect();
         let rows = ids.chunks(cols * top_k).zip(lengths);
         Self {
             layer,
@@ -129,7 +129,6 @@ pub(crate) fn drift(choices: &[BatchChoices], reference: &[BatchChoices]) -> Vec
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::{Device, TensorData};
 
     use super::*;
 
@@ -149,11 +148,10 @@ mod tests {
 
     #[test]
     fn drift_counts_choices_and_not_their_order_and_no_padding() {
-        let device = Device::flex();
         // Two rows of lengths 2 and 1, padded to 2; two choices per token.
         let choices = |layer, ids: [i32; 8]| {
-            let ids = Tensor::from_data(TensorData::new(ids.to_vec(), [4, 2]), &device);
-            BatchChoices::new(layer, ids, &[2, 1], 2)
+            let ids = ids.into_iter().map(|id| id as u16);
+            BatchChoices::new(layer, 2, ids, &[2, 1], 2)
         };
         let base = [choices(1, [0, 1, 2, 3, 4, 5, 6, 7]), choices(2, [0; 8])];
         let changed = [choices(1, [1, 0, 2, 9, 8, 9, 1, 1]), choices(2, [0; 8])];

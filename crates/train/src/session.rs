@@ -12,7 +12,7 @@ use kernels::Quantizer;
 use kernels::fp8::Scales;
 use model::Policy;
 use model::adapt::{AdaptedModule, Scaling, Share};
-use model::{Model, OperandRounding};
+use model::{Model, ModelConfig, OperandRounding};
 
 use crate::Result;
 use crate::checkpoint_state::RunState;
@@ -109,6 +109,11 @@ impl Session {
     /// The checkpoint that training started from; none for fresh weights.
     pub fn base_folder(&self) -> Option<&Folder> {
         self.base.folder.as_ref()
+    }
+
+    /// What the model is.
+    pub fn config(&self) -> &ModelConfig {
+        &self.model.config
     }
 
     /// Where the model computes, without gradients.

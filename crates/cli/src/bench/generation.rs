@@ -19,7 +19,7 @@ use super::subject::{Subject, ids};
 use super::sweep::{Sweep, options};
 use super::table::{Column, count, fraction_of, giga, mebibytes, median, seconds, spread};
 use crate::console::Console;
-use crate::device::default_device;
+use crate::device::cpu;
 use crate::host;
 use crate::inspect::parameters;
 use crate::open::{EngineArgs, SpeculationArgs, cache_object, repack};
@@ -262,14 +262,7 @@ fn words(args: &Args, case: GenerationCase) -> Vec<OsString> {
         ("--reps", Some(args.reps)),
     ];
     words.extend(options(numbers));
-    let EngineArgs {
-        compute,
-        cache,
-        memory,
-    } = args.engine;
-    words.extend(["--compute".into(), compute.name().into()]);
-    words.extend(memory.words().into_iter().map(OsString::from));
-    words.extend(["--cache".into(), cache.cache_type().name().into()]);
+    words.extend(args.engine.words().into_iter().map(OsString::from));
     if let Some(adapter) = &args.adapter {
         words.extend(["--adapter".into(), adapter.into()]);
     }
@@ -286,12 +279,8 @@ fn measure(
     subject: &Subject,
     console: &Console,
 ) -> anyhow::Result<Value> {
-    let EngineArgs {
-        compute,
-        cache,
-        memory,
-    } = args.engine;
-    let device = default_device();
+    let device = cpu();
+    let (compute, cache) = args.engine.precision(&device, console)?;
     let of_weights = subject.compute(compute.quant())?;
     let peak = || match case.phase {
         Phase::Prefill => peak_flops(of_weights, &device, PEAK_RUNS),
@@ -305,7 +294,7 @@ fn measure(
     let mut engine = Engine::new(model, compute.quant(), device.clone());
     engine.mtp = mtp;
     engine.cache = cache.cache_type();
-    memory.place(&mut engine, console);
+    args.engine.memory.place(&mut engine, console);
     repack(&mut engine, console);
     let open_secs = started.elapsed().as_secs_f64();
     let timings = timings(&mut engine, case, args.reps, console)?;

@@ -20,7 +20,7 @@ use super::subject::{Subject, SubjectWeights, ids};
 use super::sweep::{Sweep, options};
 use super::table::{Column, count, fraction_of, giga, mebibytes, median, spread};
 use crate::console::{Console, USAGE, WithCode};
-use crate::device::default_device;
+use crate::device::cpu;
 use crate::host;
 use crate::inspect::parameters;
 use crate::train::{usage, with_code};
@@ -173,7 +173,7 @@ fn measure(args: &Args, case: TrainingCase, console: &Console) -> anyhow::Result
         OperandRounding::Bf16 => Compute::Bf16,
         _ => Compute::F32,
     };
-    let device = default_device();
+    let device = cpu();
     let mut peaks = peak_flops(compute, &device, PEAK_RUNS);
     host::reset_peak();
     let mut session = Session::open(recipe, &device, &|folder| Ok(folder.into()))?;

@@ -9,8 +9,8 @@ use model::{Compute, ModelConfig};
 use serde_json::json;
 
 use crate::console::{Console, finite};
-use crate::device::default_device;
-use crate::open::{Opened, open_model};
+use crate::device::DeviceArgs;
+use crate::open::{Opened, expect_computed, open_model};
 use crate::rows::{ColumnArgs, SplitRows};
 use crate::values::{COMPUTE_HELP, ComputeValue};
 
@@ -29,6 +29,8 @@ pub(crate) struct Args {
     /// LoRA adapter to apply to the model: PEFT folder.
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Folder with a test split (`test.jsonl`, `.csv`, `.parquet`, …), or a file of rows.
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
@@ -58,7 +60,8 @@ pub(crate) struct RowLimits {
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
-    let device = default_device();
+    let device = args.device.open()?;
+    expect_computed(args.compute, &device)?;
     let reference = open_model(&args.reference, None, &device, console)?;
     let model = open_model(&args.model, args.adapter.as_deref(), &device, console)?;
     let limits = RowLimits {

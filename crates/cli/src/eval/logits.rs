@@ -11,7 +11,7 @@ use infer::CHUNK;
 use model::{Cache, ForwardContext};
 
 use crate::console::Console;
-use crate::open::{ModelArgs, Opened};
+use crate::open::{ModelArgs, Opened, expect_cache, expect_computed};
 use crate::values::{COMPUTE_HELP, CacheValue, ComputeValue};
 
 /// Write the logits of token ids to a file, for comparing implementations.
@@ -37,6 +37,9 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     checkpoint::expect_absent(&args.out)?;
     let rows = data::read_ids(&args.ids)?;
     let opened = args.model.open(console)?;
+    expect_computed(args.compute, &opened.device)?;
+    args.cache
+        .map_or(Ok(()), |cache| expect_cache(cache, &opened.device))?;
     let config = &opened.model.config;
     check(&rows, args, &opened)?;
 
@@ -86,8 +89,7 @@ fn row_logits(opened: &Opened, row: &[u32], args: &Args) -> Vec<f32> {
         let ids: Vec<i32> = chunk.iter().map(|id| *id as i32).collect(); // Below the vocabulary's size.
         let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, seq]), &opened.device);
         let hidden = model.hidden(ids, &mut ctx);
-        let logits = model.logits(hidden.reshape([seq, hidden_size]), &ctx);
-        logits.into_data().try_to_vec().expect("logits are f32")
+        infer::read_logits(model, hidden.reshape([seq, hidden_size]), &ctx)
     };
     let Some(cache) = args.cache else {
         return of_chunk(row, ForwardContext::new(compute));

@@ -8,7 +8,7 @@ use checkpoint::Folder;
 use data::{Columns, SplitName};
 
 use crate::console::Console;
-use crate::device::default_device;
+use crate::device::cpu;
 use crate::open::open_model;
 use crate::rows::SplitRows;
 
@@ -82,7 +82,7 @@ impl ImportanceArgs {
         folder: &Folder,
     ) -> anyhow::Result<Importance> {
         let console = rows.console;
-        let opened = open_model(model, None, &default_device(), console)?;
+        let opened = open_model(model, None, &cpu(), console)?;
         let config = &opened.model.config;
         let length = MAX_CALIBRATION_LENGTH.min(config.max_position_embeddings);
         let tokenizer = opened.tokenizer.as_deref();

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use train::{Event, RangeTest, RatePoint, Recipe, steepest};
 
 use crate::console::{Console, USAGE, WithCode};
+use crate::device::DeviceArgs;
 use crate::plot::{Axes, Line, Mark, Plot};
 use crate::train::{open_session, usage, with_code};
 
@@ -20,6 +21,8 @@ pub(crate) struct Args {
     /// Recipe setting to override, as section.key=value. May be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// First learning rate.
     #[arg(long, value_name = "RATE", default_value_t = 1e-6)]
     from: f64,
@@ -42,7 +45,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     checkpoint::expect_absent(&args.out)?;
     let recipe = Recipe::open(&args.recipe, &args.set).map_err(usage)?;
     let in_recipe = recipe.optimizer.learning_rate;
-    let mut session = open_session(recipe, console)?;
+    let mut session = open_session(recipe, &args.device, console)?;
     let mut progress = console.progress(test.steps, "learning rates");
     let points = session.range_test(test, &mut |event: &Event| {
         if let Event::Step(report) = event {

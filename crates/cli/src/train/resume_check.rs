@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use train::Recipe;
 
 use crate::console::{Console, MISMATCH, Progress};
+use crate::device::{DeviceArgs, VARIABLE};
 use crate::train::{new_run, usage};
 
 /// Check that killed-and-resumed training equals an uninterrupted run, bit for bit.
@@ -31,6 +32,8 @@ pub(crate) struct Args {
     /// Recipe setting to override, as section.key=value. May be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Number of kills.
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
     kills: u64,
@@ -231,6 +234,7 @@ fn start(args: &Args, run: &Path) -> anyhow::Result<Child> {
         }
     }
     command
+        .envs(args.device.name().map(|name| (VARIABLE, name)))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

@@ -9,12 +9,13 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend};
 
 use crate::backend::attention::autodiff as attention;
-use crate::backend::composed;
 use crate::backend::elementwise::autodiff as elementwise;
 use crate::backend::experts::autodiff as experts;
 use crate::backend::gradients::Gradients;
 use crate::backend::linear::autodiff as linear;
 use crate::backend::loss::autodiff as loss;
+use crate::backend::plain::primitives::Primitives;
+use crate::backend::plain::{experts as plain_experts, linear as plain_linear};
 use crate::backend::traits::{
     Absorbed, FactorsPrimitive, FakeQuantize, HeadRows, Kernels, KvBufferPrimitive,
     RoutingPrimitive, StacksPrimitive, Update,
@@ -28,6 +29,8 @@ use crate::ops::rope::RopeLayout;
 use crate::ops::route::TopK;
 use crate::settings::Compute;
 
+impl<B: Gradients, C: CheckpointStrategy> Primitives for Autodiff<B, C> {}
+
 impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
     fn linear_frozen(x: FloatTensor<Self>, w: Arc<Matrix>, compute: Compute) -> FloatTensor<Self> {
         linear::linear_frozen::<B, C>(x, w, compute)
@@ -39,7 +42,7 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         second: Arc<Matrix>,
         compute: Compute,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        composed::linear_frozen_pair::<Self>(x, [first, second], compute)
+        plain_linear::linear_frozen_pair::<Self>(x, [first, second], compute)
     }
 
     fn linear_trained(
@@ -245,7 +248,7 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         shared: SharedExperts,
         compute: Compute,
     ) -> FloatTensor<Self> {
-        composed::moe_frozen::<Self>(x, routing, bank, shared, compute)
+        plain_experts::moe_frozen::<Self>(x, routing, bank, shared, compute)
     }
 
     fn experts_trained(

@@ -7,6 +7,9 @@ use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::grads::Gradients as Grads;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 
+use crate::backend::plain::{
+    attention, elementwise, experts, linear, loss, saved_reals as plain_saved,
+};
 use crate::backend::saved::{SavedActivation, shared};
 use crate::backend::traits::{
     FactorsPrimitive, FakeQuantize, Kernels, RoutingPrimitive, StacksPrimitive, Update,
@@ -14,7 +17,7 @@ use crate::backend::traits::{
 use crate::formats::Matrix;
 use crate::ops::attention::Segments;
 use crate::ops::experts::{ExpertBank, ExpertLora};
-use crate::ops::rope::RopeLayout;
+use crate::ops::rope::{RopeLayout, Rotation};
 use crate::settings::Compute;
 
 /// A tensor of a backend under autodiff, whatever the checkpointing strategy.
@@ -69,27 +72,36 @@ pub(crate) struct LossSaved<F, I> {
 /// Gradients of `x` and of the two factors, each only if it is needed.
 pub(crate) type UpdateGrads<F> = (Option<F>, Option<[F; 2]>);
 
-/// The gradients of [`Kernels`], on a backend without autodiff. Argument order: output gradient, saved, settings.
+/// The gradients of [`Kernels`], on a backend without autodiff. Argument order: output gradient, saved, settings. The
+/// bodies here are the plain versions.
 pub(crate) trait Gradients: Kernels {
     /// Saves `x` for the backward pass in the precision of `compute`.
     fn save_for_backward(
         x: FloatTensor<Self>,
         compute: Compute,
-    ) -> SavedActivation<FloatTensor<Self>>;
+    ) -> SavedActivation<FloatTensor<Self>> {
+        plain_saved::save_for_backward::<Self>(x, compute)
+    }
 
     // Linear layers.
 
-    fn linear_frozen_dx(dy: FloatTensor<Self>, w: &Matrix, compute: Compute) -> FloatTensor<Self>;
+    fn linear_frozen_dx(dy: FloatTensor<Self>, w: &Matrix, compute: Compute) -> FloatTensor<Self> {
+        linear::linear_frozen_dx::<Self>(dy, w, compute)
+    }
     fn linear_trained_dx(
         dy: FloatTensor<Self>,
         w: FloatTensor<Self>,
         compute: Compute,
-    ) -> FloatTensor<Self>;
+    ) -> FloatTensor<Self> {
+        linear::linear_trained_dx::<Self>(dy, w, compute)
+    }
     fn linear_dw(
         dy: FloatTensor<Self>,
         x: &SavedActivation<FloatTensor<Self>>,
         compute: Compute,
-    ) -> FloatTensor<Self>;
+    ) -> FloatTensor<Self> {
+        linear::linear_dw::<Self>(dy, x, compute)
+    }
     /// `low` is `scale · x · aᵀ`. The factors have gradients if x was saved.
     fn linear_updated_grads(
         dy: FloatTensor<Self>,
@@ -98,7 +110,9 @@ pub(crate) trait Gradients: Kernels {
         w: &Matrix,
         update: Update,
         want_x: bool,
-    ) -> UpdateGrads<FloatTensor<Self>>;
+    ) -> UpdateGrads<FloatTensor<Self>> {
+        linear::linear_updated_grads::<Self>(dy, saved, low, (w, update), want_x)
+    }
     /// The factors have gradients if x was saved.
     fn linear_fake_quantized_grads(
         dy: FloatTensor<Self>,
@@ -107,27 +121,38 @@ pub(crate) trait Gradients: Kernels {
         merge: FakeQuantize,
         compute: Compute,
         want_x: bool,
-    ) -> UpdateGrads<FloatTensor<Self>>;
+    ) -> UpdateGrads<FloatTensor<Self>> {
+        let _ = (dy, saved, w, merge, compute, want_x);
+        linear::refuse_fake_quantization()
+    }
 
     // Elementwise operations, norms and embeddings.
 
-    fn embed_dw(ids: IntTensor<Self>, dy: FloatTensor<Self>, vocab: usize) -> FloatTensor<Self>;
+    fn embed_dw(ids: IntTensor<Self>, dy: FloatTensor<Self>, vocab: usize) -> FloatTensor<Self> {
+        elementwise::embed_dw::<Self>(ids, dy, vocab)
+    }
     fn rms_norm_grads(
         dy: FloatTensor<Self>,
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         eps: f32,
-    ) -> [FloatTensor<Self>; 2];
+    ) -> [FloatTensor<Self>; 2] {
+        elementwise::rms_norm_grads::<Self>(dy, x, weight, eps)
+    }
     fn rope_dx(
         dy: FloatTensor<Self>,
         angles: [FloatTensor<Self>; 2],
         layout: RopeLayout,
-    ) -> FloatTensor<Self>;
+    ) -> FloatTensor<Self> {
+        elementwise::rope::<Self>(dy, angles, layout, Rotation::Backward)
+    }
     /// `products` are gate and up. They may be overwritten if no one else holds them.
     fn swiglu_grads(
         dy: FloatTensor<Self>,
         products: [Arc<SavedActivation<FloatTensor<Self>>>; 2],
-    ) -> [FloatTensor<Self>; 2];
+    ) -> [FloatTensor<Self>; 2] {
+        elementwise::swiglu_grads::<Self>(dy, products)
+    }
 
     // Attention.
 
@@ -137,7 +162,9 @@ pub(crate) trait Gradients: Kernels {
         saved: [FloatTensor<Self>; 5],
         scale: f32,
         segments: &Segments,
-    ) -> [FloatTensor<Self>; 3];
+    ) -> [FloatTensor<Self>; 3] {
+        attention::attention_grads::<Self>(dout, saved, scale, segments)
+    }
     /// `saved` is q, the keys and values, the latents, the output and the log-sum-exp.
     fn expanded_attention_grads(
         dout: FloatTensor<Self>,
@@ -145,7 +172,9 @@ pub(crate) trait Gradients: Kernels {
         v_dim: usize,
         scale: f32,
         segments: &Segments,
-    ) -> [FloatTensor<Self>; 3];
+    ) -> [FloatTensor<Self>; 3] {
+        attention::expanded_attention_grads::<Self>(dout, saved, v_dim, scale, segments)
+    }
 
     // Experts.
 
@@ -157,13 +186,17 @@ pub(crate) trait Gradients: Kernels {
         bank: &ExpertBank,
         lora: ExpertLora,
         want_factors: bool,
-    ) -> ([FloatTensor<Self>; 2], Option<[FloatTensor<Self>; 6]>);
+    ) -> ([FloatTensor<Self>; 2], Option<[FloatTensor<Self>; 6]>) {
+        experts::experts_frozen_grads::<Self>(dy, saved, factors, (bank, lora), want_factors)
+    }
     /// Gradients of x and the routing weights, and of the three stacks.
     fn experts_trained_grads(
         dy: FloatTensor<Self>,
         saved: ExpertsSaved<Self>,
         stacks: &StacksPrimitive<Self>,
-    ) -> ([FloatTensor<Self>; 2], [FloatTensor<Self>; 3]);
+    ) -> ([FloatTensor<Self>; 2], [FloatTensor<Self>; 3]) {
+        experts::experts_trained_grads::<Self>(dy, saved, stacks)
+    }
 
     // The loss.
 
@@ -173,9 +206,13 @@ pub(crate) trait Gradients: Kernels {
         targets: IntTensor<Self>,
         w: &Matrix,
         compute: Compute,
-    ) -> [FloatTensor<Self>; 3];
+    ) -> [FloatTensor<Self>; 3] {
+        loss::cross_entropy_with_gradients::<Self>(h, targets, w, compute)
+    }
     /// Rows times one factor each.
-    fn scaled_rows(x: FloatTensor<Self>, factors: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn scaled_rows(x: FloatTensor<Self>, factors: FloatTensor<Self>) -> FloatTensor<Self> {
+        loss::scaled_rows::<Self>(x, factors)
+    }
     /// Gradients of h, u and b.
     fn cross_entropy_frozen_grads(
         dloss: FloatTensor<Self>,
@@ -184,7 +221,9 @@ pub(crate) trait Gradients: Kernels {
         w: &Matrix,
         compute: Compute,
         want_b: bool,
-    ) -> [FloatTensor<Self>; 3];
+    ) -> [FloatTensor<Self>; 3] {
+        loss::cross_entropy_frozen_grads::<Self>(dloss, saved, low_rank, (w, compute), want_b)
+    }
     /// Gradients of h and w.
     fn cross_entropy_trained_grads(
         dloss: FloatTensor<Self>,
@@ -192,7 +231,9 @@ pub(crate) trait Gradients: Kernels {
         w: FloatTensor<Self>,
         compute: Compute,
         want_w: bool,
-    ) -> [FloatTensor<Self>; 2];
+    ) -> [FloatTensor<Self>; 2] {
+        loss::cross_entropy_trained_grads::<Self>(dloss, saved, w, compute, want_w)
+    }
 }
 
 /// Registers the gradient of each tracked parent.

@@ -11,12 +11,16 @@ use std::sync::Arc;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, ExtensionType, backend_extension};
 
+use crate::backend::plain::primitives::Primitives;
+use crate::backend::plain::{
+    attention, decoding, elementwise, experts, linear, loss, optimizer, route,
+};
 use crate::formats::{Matrix, Quantizer};
 use crate::ops::adamw::AdamWStep;
 use crate::ops::attention::Segments;
 use crate::ops::dropout::Dropout;
 use crate::ops::experts::{ExpertBank, ExpertLora, SharedExperts};
-use crate::ops::rope::RopeLayout;
+use crate::ops::rope::{RopeLayout, Rotation};
 use crate::ops::route::TopK;
 use crate::settings::Compute;
 
@@ -112,26 +116,35 @@ pub struct StacksPrimitive<B: Backend> {
 }
 
 /// The operations on a backend's own tensors. The public functions of this crate take burn's tensors and call these.
-#[backend_extension(Autodiff, Flex)]
-pub trait Kernels: Backend {
+///
+/// The bodies here are the plain versions (`backend/plain/`), in f32 alone; a backend overrides what it can do better.
+#[backend_extension(Autodiff, Flex, Cube: cfg(feature = "gpu"))]
+pub trait Kernels: Backend + Primitives {
     // Linear layers.
 
     /// See [`crate::linear_frozen`].
-    fn linear_frozen(x: FloatTensor<Self>, w: Arc<Matrix>, compute: Compute) -> FloatTensor<Self>;
+    fn linear_frozen(x: FloatTensor<Self>, w: Arc<Matrix>, compute: Compute) -> FloatTensor<Self> {
+        linear::linear_frozen::<Self>(x, &w, compute)
+    }
     /// See [`crate::linear_frozen_pair`].
     fn linear_frozen_pair(
         x: FloatTensor<Self>,
         first: Arc<Matrix>,
         second: Arc<Matrix>,
         compute: Compute,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        linear::linear_frozen_pair::<Self>(x, [first, second], compute)
+    }
     /// See [`crate::linear_trained`].
     fn linear_trained(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         compute: Compute,
         saved_as: Compute,
-    ) -> FloatTensor<Self>;
+    ) -> FloatTensor<Self> {
+        let _ = saved_as;
+        linear::linear_trained::<Self>(x, w, compute)
+    }
     /// See [`crate::linear_updated`]; also returns `scale · x · aᵀ`.
     fn linear_updated(
         x: FloatTensor<Self>,
@@ -139,7 +152,9 @@ pub trait Kernels: Backend {
         b: FloatTensor<Self>,
         w: Arc<Matrix>,
         update: Update,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        linear::linear_updated::<Self>(x, [a, b], w, update)
+    }
     /// See [`crate::linear_fake_quantized`].
     fn linear_fake_quantized(
         x: FloatTensor<Self>,
@@ -148,51 +163,73 @@ pub trait Kernels: Backend {
         w: Arc<Matrix>,
         merge: FakeQuantize,
         compute: Compute,
-    ) -> FloatTensor<Self>;
+    ) -> FloatTensor<Self> {
+        let _ = (x, a, b, w, merge, compute);
+        linear::refuse_fake_quantization()
+    }
     /// See [`crate::linear_add`].
     fn linear_add(
         y: FloatTensor<Self>,
         u: FloatTensor<Self>,
         b: FloatTensor<Self>,
-    ) -> FloatTensor<Self>;
+    ) -> FloatTensor<Self> {
+        linear::linear_add::<Self>(y, u, b)
+    }
     /// See [`crate::row_norms`].
     fn row_norms(
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
         w: Arc<Matrix>,
         scale: f32,
-    ) -> FloatTensor<Self>;
+    ) -> FloatTensor<Self> {
+        linear::row_norms::<Self>([a, b], &w, scale)
+    }
     /// See [`crate::heads_linear`].
     fn heads_linear(
         x: FloatTensor<Self>,
         w: Arc<Matrix>,
         heads: HeadRows,
         compute: Compute,
-    ) -> FloatTensor<Self>;
+    ) -> FloatTensor<Self> {
+        linear::heads_linear::<Self>(x, &w, heads, compute)
+    }
 
     // Elementwise operations, norms and embeddings.
 
     /// See [`crate::embed_frozen`].
-    fn embed_frozen(ids: IntTensor<Self>, w: Arc<Matrix>) -> FloatTensor<Self>;
+    fn embed_frozen(ids: IntTensor<Self>, w: Arc<Matrix>) -> FloatTensor<Self> {
+        elementwise::embed_frozen::<Self>(ids, &w)
+    }
     /// See [`crate::embed_trained`].
-    fn embed_trained(w: FloatTensor<Self>, ids: IntTensor<Self>) -> FloatTensor<Self>;
+    fn embed_trained(w: FloatTensor<Self>, ids: IntTensor<Self>) -> FloatTensor<Self> {
+        elementwise::embed_trained::<Self>(w, ids)
+    }
     /// See [`crate::rms_norm`].
-    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self>;
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
+        elementwise::rms_norm::<Self>(x, weight, eps)
+    }
     /// See [`crate::rope`].
     fn rope(
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
         layout: RopeLayout,
-    ) -> FloatTensor<Self>;
+    ) -> FloatTensor<Self> {
+        elementwise::rope::<Self>(x, [cos, sin], layout, Rotation::Forward)
+    }
     /// See [`crate::swiglu`].
     fn swiglu(
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
         saved_as: Compute,
-    ) -> FloatTensor<Self>;
+    ) -> FloatTensor<Self> {
+        let _ = saved_as;
+        elementwise::swiglu::<Self>(gate, up)
+    }
     /// See [`crate::dropout`].
-    fn dropout(x: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self>;
+    fn dropout(x: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
+        elementwise::dropout::<Self>(x, dropout)
+    }
 
     // Attention.
 
@@ -203,7 +240,9 @@ pub trait Kernels: Backend {
         v: FloatTensor<Self>,
         scale: f32,
         segments: Segments,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        attention::causal_attention::<Self>([q, k, v], scale, &segments)
+    }
     /// See [`crate::expanded_attention`]; also returns the log-sum-exp of every row of scores.
     fn expanded_attention(
         q: FloatTensor<Self>,
@@ -212,25 +251,37 @@ pub trait Kernels: Backend {
         v_dim: usize,
         scale: f32,
         segments: Segments,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        attention::expanded_attention::<Self>([q, kv, latents], v_dim, scale, segments)
+    }
     /// Rows `[len, heads, width]` rounded to blocks; see [`crate::KvBuffer`].
-    fn encode_blocks(x: FloatTensor<Self>) -> IntTensor<Self>;
+    fn encode_blocks(x: FloatTensor<Self>) -> IntTensor<Self> {
+        let _ = x;
+        decoding::refuse_blocks()
+    }
     /// The numbers of rows in blocks, in f32.
-    fn decode_blocks(#[extension_type] rows: KvBufferPrimitive<Self>) -> FloatTensor<Self>;
+    fn decode_blocks(#[extension_type] rows: KvBufferPrimitive<Self>) -> FloatTensor<Self> {
+        let _ = rows;
+        decoding::refuse_blocks()
+    }
     /// See [`crate::cached_attention`]; for at most 8 queries.
     fn cached_attention(
         q: FloatTensor<Self>,
         #[extension_type] k: KvBufferPrimitive<Self>,
         #[extension_type] v: KvBufferPrimitive<Self>,
         scale: f32,
-    ) -> FloatTensor<Self>;
+    ) -> FloatTensor<Self> {
+        decoding::cached_attention::<Self>(q, [k, v], scale)
+    }
     /// See [`crate::latent_attention`]; for at most 8 queries.
     fn latent_attention(
         q: FloatTensor<Self>,
         #[extension_type] latents: KvBufferPrimitive<Self>,
         v_dim: usize,
         scale: f32,
-    ) -> FloatTensor<Self>;
+    ) -> FloatTensor<Self> {
+        decoding::latent_attention::<Self>(q, latents, v_dim, scale)
+    }
     /// See [`crate::absorbed_attention`].
     fn absorbed_attention(
         q: FloatTensor<Self>,
@@ -238,16 +289,26 @@ pub trait Kernels: Backend {
         w: Arc<Matrix>,
         absorbed: Absorbed,
         compute: Compute,
-    ) -> FloatTensor<Self>;
+    ) -> FloatTensor<Self> {
+        decoding::absorbed_attention::<Self>(q, latents, w, absorbed, compute)
+    }
 
     // Experts and their routing.
 
     /// See [`crate::choose_experts`].
-    fn choose_experts(scores: FloatTensor<Self>, choice: TopK) -> IntTensor<Self>;
+    fn choose_experts(scores: FloatTensor<Self>, choice: TopK) -> IntTensor<Self> {
+        route::choose_experts::<Self>(scores, choice)
+    }
     /// See [`crate::dispatch`].
-    fn dispatch_slots(ids: IntTensor<Self>, experts: usize) -> (IntTensor<Self>, IntTensor<Self>);
+    fn dispatch_slots(ids: IntTensor<Self>, experts: usize) -> (IntTensor<Self>, IntTensor<Self>) {
+        route::dispatch_slots::<Self>(ids, experts)
+    }
     /// See [`crate::prefetch_experts`]; returns the ids.
-    fn prefetch_experts(ids: IntTensor<Self>, bank: Arc<ExpertBank>) -> IntTensor<Self>;
+    fn prefetch_experts(ids: IntTensor<Self>, bank: Arc<ExpertBank>) -> IntTensor<Self> {
+        // What is prefetched is known on the device alone.
+        let _ = bank;
+        ids
+    }
     /// See [`crate::experts_frozen`]; also returns the products of gate and up.
     fn experts_frozen(
         x: FloatTensor<Self>,
@@ -256,7 +317,9 @@ pub trait Kernels: Backend {
         bank: Arc<ExpertBank>,
         lora: ExpertLora,
         compute: Compute,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        experts::experts_frozen::<Self>(x, routing, &factors, &bank, (lora, compute))
+    }
     /// See [`crate::moe_frozen`].
     fn moe_frozen(
         x: FloatTensor<Self>,
@@ -264,14 +327,18 @@ pub trait Kernels: Backend {
         bank: Arc<ExpertBank>,
         shared: SharedExperts,
         compute: Compute,
-    ) -> FloatTensor<Self>;
+    ) -> FloatTensor<Self> {
+        experts::moe_frozen::<Self>(x, routing, bank, shared, compute)
+    }
     /// See [`crate::experts_trained`]; also returns the products of gate and up.
     fn experts_trained(
         x: FloatTensor<Self>,
         #[extension_type] routing: RoutingPrimitive<Self>,
         #[extension_type] stacks: StacksPrimitive<Self>,
         compute: Compute,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        experts::experts_trained::<Self>(x, routing, &stacks, compute)
+    }
 
     // The loss.
 
@@ -283,14 +350,18 @@ pub trait Kernels: Backend {
         targets: IntTensor<Self>,
         w: Arc<Matrix>,
         compute: Compute,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        loss::cross_entropy_frozen::<Self>(h, [u, b], targets, &w, compute)
+    }
     /// See [`crate::cross_entropy_trained`]; also returns the log-sum-exp of every row.
     fn cross_entropy_trained(
         h: FloatTensor<Self>,
         w: FloatTensor<Self>,
         targets: IntTensor<Self>,
         compute: Compute,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        loss::cross_entropy_trained::<Self>(h, w, targets, compute)
+    }
 
     // The optimizer.
 
@@ -301,7 +372,11 @@ pub trait Kernels: Backend {
         m: FloatTensor<Self>,
         v: FloatTensor<Self>,
         step: AdamWStep,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        optimizer::adamw_step::<Self>([p, g, m, v], step)
+    }
     /// See [`crate::sum_of_squares`].
-    fn sum_of_squares_f32(x: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn sum_of_squares_f32(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        optimizer::sum_of_squares::<Self>(x)
+    }
 }

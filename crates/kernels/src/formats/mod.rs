@@ -16,4 +16,8 @@ pub(crate) use self::interleaved::{ROWS, fill};
 pub use self::kv_type::CacheType;
 pub(crate) use self::kv_type::{decode_q8_rows, encode_q8_rows};
 pub(crate) use self::matrix::Copies;
+#[cfg(feature = "gpu")]
+pub(crate) use self::matrix::placed;
+#[cfg(feature = "gpu")]
+pub(crate) use self::matrix::placed::limit_shard_bytes;
 pub use self::matrix::{FileAccess, Format, Fp8Blocks, Matrix, SplitKvB};

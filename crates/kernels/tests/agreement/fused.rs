@@ -23,7 +23,7 @@ fn weights(rows: usize, cols: usize) -> Vec<Matrix> {
 
 /// Without autodiff, where operations are fused.
 fn plainly<const D: usize>(x: &Tensor<D>) -> Tensor<D> {
-    Tensor::from_data(x.to_data(), &Device::flex())
+    Tensor::from_data(x.to_data(), &moeforge_kernels::device::of_tests())
 }
 
 fn same<const D: usize>(found: &Tensor<D>, expected: &Tensor<D>, what: &str) {
@@ -71,8 +71,14 @@ fn shared_experts_beside_routed_ones_are_added_to_them() {
             let (routing, _) = routing(tokens, experts, top_k, weights);
             let at_once = Routing {
                 weights: plainly(&routing.weights),
-                order: Tensor::from_data(routing.order.to_data(), &Device::flex()),
-                offsets: Tensor::from_data(routing.offsets.to_data(), &Device::flex()),
+                order: Tensor::from_data(
+                    routing.order.to_data(),
+                    &moeforge_kernels::device::of_tests(),
+                ),
+                offsets: Tensor::from_data(
+                    routing.offsets.to_data(),
+                    &moeforge_kernels::device::of_tests(),
+                ),
             };
             let found = moe_frozen(
                 plainly(&x),

@@ -20,7 +20,7 @@ use moeforge_kernels::{
 const TOLERANCE: f32 = 2e-5;
 
 fn device() -> Device {
-    Device::flex().autodiff()
+    moeforge_kernels::device::of_tests().autodiff()
 }
 
 fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {

@@ -130,7 +130,7 @@ pub(super) fn attach_all(
             ModuleMut::Experts(experts) => {
                 if let Some(updates) = source.experts(&site, experts)? {
                     if let Some(subset) = updates.subset {
-                        experts.restrict_updates(subset);
+                        experts.restrict_updates(subset)?;
                     }
                     experts.lora = Some(updates.lora);
                     adapted.extend(updates.adapted);

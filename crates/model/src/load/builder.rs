@@ -242,7 +242,7 @@ impl Builder<'_> {
             Some(ids) => {
                 let bank = self.bank(layer_idx, n)?;
                 let trained = self.stacks(layer_idx, &ids)?;
-                let subset = ExpertSubset::new(ids, &bank);
+                let subset = ExpertSubset::new(ids, &bank)?;
                 let partial = PartiallyTrained { bank, trained };
                 (ExpertWeights::Partial(partial), Some(subset))
             }
@@ -284,9 +284,8 @@ impl Builder<'_> {
     fn bank(&self, layer_idx: usize, n: usize) -> Result<Arc<ExpertBank>, Error> {
         let matrices = |projection| {
             let experts = (0..n).into_par_iter();
-            experts
-                .map(|expert| self.matrix(expert_key(layer_idx, expert, projection)))
-                .collect::<Result<Vec<_>, _>>()
+            let read = |expert| self.matrix(expert_key(layer_idx, expert, projection));
+            self.placed(experts.map(read).collect::<Result<Vec<_>, _>>()?)
         };
         Ok(Arc::new(ExpertBank::new(
             matrices(Projection::Gate)?,
@@ -340,6 +339,17 @@ impl Builder<'_> {
         }
     }
 
+    /// Frozen matrices of one shape, copied to the device if it is not the CPU. Their pages of the file are released.
+    fn placed(&self, mut matrices: Vec<Matrix>) -> Result<Vec<Matrix>, Error> {
+        let release = &mut |stored: &Matrix| {
+            if let WeightSource::Folder(_) = self.source {
+                checkpoint::advise_dontneed(stored.bytes());
+            }
+        };
+        Matrix::place(&mut matrices, self.device, release)?;
+        Ok(matrices)
+    }
+
     fn read(&self, folder: &Folder, key: ParamKey) -> Result<Matrix, Error> {
         let block = self.config.fp8_block;
         read_matrix(folder, &key.to_string(), self.shape(key), block)
@@ -379,8 +389,10 @@ impl Builder<'_> {
             let weight = parameter(self.values(key)?, self.shape(key), self.device);
             return Ok(Weight::Trained(weight));
         }
-        let matrix = Arc::new(self.matrix(key)?);
-        Ok(Weight::Frozen(Frozen { matrix }))
+        let matrix = self.placed(vec![self.matrix(key)?])?.remove(0);
+        Ok(Weight::Frozen(Frozen {
+            matrix: Arc::new(matrix),
+        }))
     }
 
     /// A matrix's values in f32.

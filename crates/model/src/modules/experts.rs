@@ -19,6 +19,7 @@ use kernels::{
 
 use super::linear::Linear;
 use super::mlp::Mlp;
+use crate::Error;
 use crate::forward::context::ForwardContext;
 use crate::forward::routing::Routed;
 use crate::precision::PrecisionClass;
@@ -53,27 +54,31 @@ pub struct ExpertSubset {
 }
 
 impl ExpertSubset {
-    /// Parts a layer's experts.
+    /// Parts a layer's experts. On a GPU, each part is copied as a stack of its own.
+    ///
+    /// # Errors
+    /// If a part cannot be copied.
     ///
     /// # Panics
     /// If an id is not below the bank's size.
-    pub fn new(expert_ids: Vec<usize>, bank: &ExpertBank) -> Self {
+    pub fn new(expert_ids: Vec<usize>, bank: &ExpertBank) -> Result<Self, Error> {
         let other_ids: Vec<usize> = (0..bank.gate.len())
             .filter(|expert| !expert_ids.contains(expert))
             .collect();
         let pick = |ids: &[usize]| {
-            let of = |list: &[Matrix]| ids.iter().map(|id| list[*id].clone()).collect();
-            Arc::new(ExpertBank::new(
-                of(&bank.gate),
-                of(&bank.up),
-                of(&bank.down),
-            ))
+            let of = |list: &[Matrix]| {
+                let mut picked: Vec<Matrix> = ids.iter().map(|id| list[*id].clone()).collect();
+                Matrix::place_apart(&mut picked)?;
+                Ok::<_, Error>(picked)
+            };
+            let bank = ExpertBank::new(of(&bank.gate)?, of(&bank.up)?, of(&bank.down)?);
+            Ok::<_, Error>(Arc::new(bank))
         };
-        Self {
-            banks: [pick(&expert_ids), pick(&other_ids)],
+        Ok(Self {
+            banks: [pick(&expert_ids)?, pick(&other_ids)?],
             expert_ids,
             other_ids,
-        }
+        })
     }
 }
 
@@ -247,13 +252,17 @@ impl Experts {
     }
 
     /// Restricts the updates of frozen experts to a subset.
-    pub fn restrict_updates(&mut self, expert_ids: Vec<usize>) {
+    ///
+    /// # Errors
+    /// If the subset cannot be copied to the device that the experts are on.
+    pub fn restrict_updates(&mut self, expert_ids: Vec<usize>) -> Result<(), Error> {
         self.subset = match self.bank() {
             Some(bank) if expert_ids.len() < bank.gate.len() => {
-                Some(ExpertSubset::new(expert_ids, bank))
+                Some(ExpertSubset::new(expert_ids, bank)?)
             }
             _ => None,
         };
+        Ok(())
     }
 
     /// Number of experts, inner width and hidden width.

@@ -4,6 +4,7 @@ mod diagnosis;
 mod forward;
 pub(crate) mod grad_audit;
 mod range_test;
+mod reads;
 mod step;
 mod timed_steps;
 mod validation;

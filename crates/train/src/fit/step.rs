@@ -11,6 +11,7 @@ use model::{ForwardContext, Recorder, Trace};
 
 use super::forward::{ids, losses};
 use super::grad_audit::GradAudit;
+use super::reads::{ChoicesRead, Read, Reads};
 use crate::balance::{self, RealTokens};
 use crate::dataset::segments;
 use crate::dpo::{self, Rewards};
@@ -18,7 +19,7 @@ use crate::events::{Event, Host, StepReport};
 use crate::loss_scale::LossScale;
 use crate::optimizer::{Accumulated, StepScalars};
 use crate::recipe::Loss;
-use crate::routing::{BatchChoices, ExpertLoads, add_load};
+use crate::routing::{ExpertLoads, add_load};
 use crate::run_dir::RunDir;
 use crate::session::Session;
 use crate::{Error, Result};
@@ -36,15 +37,17 @@ struct StepSums {
     loads: ExpertLoads,
 }
 
-/// The results of one micro-batch.
+/// The results of one micro-batch, some of which are still on the device.
 struct MicroStep {
     gradients: Vec<(String, Tensor<1>)>,
     /// Sum over its trained tokens, or pairs.
-    loss: f64,
+    loss: Option<Read>,
     /// Sum over its pairs, if preferences are learned.
     rewards: Option<Rewards>,
-    /// Sum over layers.
-    balance: f64,
+    /// Of each layer.
+    balance: Vec<Read>,
+    /// Of each layer's router.
+    choices: Vec<ChoicesRead>,
 }
 
 impl Session {
@@ -111,8 +114,9 @@ impl Session {
     ) -> Result<(StepSums, f64)> {
         loop {
             let scale = self.loss_scale();
-            let sums = self.sums(batches, scale.unwrap_or(1.0) / counted.max(1) as f64);
-            let norm = sums.gradients.norm() / scale.unwrap_or(1.0);
+            let share = scale.unwrap_or(1.0) / counted.max(1) as f64;
+            let (sums, norm) = self.sums(batches, share);
+            let norm = norm / scale.unwrap_or(1.0);
             if sums.loss.is_finite() && norm.is_finite() {
                 return Ok((sums, norm));
             }
@@ -138,20 +142,32 @@ impl Session {
         }
     }
 
-    /// Forward and backward of a step's micro-batches. `share` is the weight of one token, or pair, in the loss that is
-    /// differentiated.
-    fn sums(&self, batches: &[Batch], share: f64) -> StepSums {
-        let mut sums = StepSums::default();
+    /// Forward and backward of a step's micro-batches, and the norm of the gradient. `share` is the weight of one token, or
+    /// pair, in the loss that is differentiated. The device is waited for once, at the end.
+    fn sums(&self, batches: &[Batch], share: f64) -> (StepSums, f64) {
+        let (mut sums, mut reads, mut micros) = (StepSums::default(), Reads::default(), vec![]);
         for (number, batch) in (self.state.micro_step..).zip(batches) {
-            let micro = self.micro_step(batch, number, share, &mut sums.loads);
-            sums.gradients.add(micro.gradients);
-            sums.loss += micro.loss;
-            sums.balance += micro.balance;
+            let mut micro = self.micro_step(batch, number, share, &mut reads);
+            sums.gradients.add(std::mem::take(&mut micro.gradients));
+            micros.push(micro);
+        }
+        let squares = sums.gradients.squares().into_iter();
+        let squares: Vec<Read> = squares.map(|square| reads.push(square)).collect();
+        let values = reads.read();
+        for (micro, batch) in micros.into_iter().zip(batches) {
+            sums.loss += micro.loss.map_or(0.0, |read| values.scalar(read));
+            let balance = micro.balance.iter().map(|read| values.scalar(*read));
+            sums.balance += balance.fold(0.0, |sum, term| sum + term);
+            for choices in micro.choices {
+                let load = values.choices(choices, batch).load(choices.n_experts);
+                add_load(&mut sums.loads, choices.layer_idx, load);
+            }
             if let Some(rewards) = micro.rewards {
                 sums.rewards.get_or_insert_default().add(rewards);
             }
         }
-        sums
+        let norm = squares.iter().map(|read| values.scalar(*read)).sum::<f64>();
+        (sums, norm.sqrt())
     }
 
     /// The factor of the loss before it is differentiated, if there is one.
@@ -167,13 +183,7 @@ impl Session {
     }
 
     /// Forward and backward of one micro-batch.
-    fn micro_step(
-        &self,
-        batch: &Batch,
-        number: u64,
-        share: f64,
-        loads: &mut ExpertLoads,
-    ) -> MicroStep {
+    fn micro_step(&self, batch: &Batch, number: u64, share: f64, reads: &mut Reads) -> MicroStep {
         let scale = self.loss_scale().unwrap_or(1.0);
         let train = &self.recipe.train;
         let mut recorder = Recorder::of_routing();
@@ -182,7 +192,7 @@ impl Session {
             segments: segments(batch),
             ..ForwardContext::recorded(self.compute(), &mut recorder)
         };
-        let (mut loss, mut rewards, mut balance) = (0.0, None, 0.0);
+        let (mut loss, mut rewards, mut balance) = (None, None, vec![]);
         let real_tokens = (train.balance_loss > 0.0)
             .then(|| RealTokens::new(&batch.starts, &batch.lengths, batch.cols, &self.device));
         let balance_share = scale * train.balance_loss / train.accumulate as f64;
@@ -199,25 +209,21 @@ impl Session {
             |hidden, ctx| {
                 let losses = self.model.loss(hidden, tensor(&batch.targets), ctx);
                 let (losses, batch_rewards) = self.compared(losses, batch);
-                let sum = losses.sum();
-                (loss, rewards) = (scalar(&sum), batch_rewards);
+                let sum = kernels::total(losses);
+                (loss, rewards) = (Some(sum.clone()), batch_rewards);
                 sum * share as f32
             },
             |record| {
                 let term = balance::balance_loss(record, real_tokens.as_ref()?);
-                balance += scalar(&term);
+                balance.push(term.clone());
                 Some(term * balance_share as f32)
             },
         );
-        for record in &recorder.routing {
-            let [_, experts] = record.routed.scores.dims();
-            let load = BatchChoices::of(record, &batch.lengths, batch.cols).load(experts);
-            add_load(loads, record.layer_idx, load);
-        }
         MicroStep {
             gradients,
-            loss,
-            balance,
+            loss: loss.map(|loss| reads.push(loss)),
+            balance: balance.into_iter().map(|term| reads.push(term)).collect(),
+            choices: reads.push_choices(&recorder),
             rewards,
         }
     }
@@ -267,8 +273,4 @@ impl Session {
             }
         }
     }
-}
-
-fn scalar(x: &Tensor<1>) -> f64 {
-    f64::from(x.clone().inner().into_scalar::<f32>())
 }

@@ -7,6 +7,7 @@ use data::{Batch, Corpus, collate};
 use model::{ForwardContext, Recorder};
 
 use super::forward::{hidden, losses};
+use super::reads::Reads;
 use crate::Result;
 use crate::dpo::Rewards;
 use crate::events::{Event, Host, ValidationProgress};
@@ -58,9 +59,19 @@ impl Session {
                 ctx.recorder = Some(&mut recorder);
             }
             let losses = losses(&model, &batch, &mut ctx, &device);
-            choices.extend(choices_of(&recorder, &batch));
             let (losses, batch_rewards) = self.compared(losses, &batch);
-            sum += f64::from(losses.sum().into_scalar::<f32>());
+            let mut reads = Reads::default();
+            let (loss, chosen) = (
+                reads.push(kernels::total(losses)),
+                reads.push_choices(&recorder),
+            );
+            let values = reads.read();
+            choices.extend(
+                chosen
+                    .into_iter()
+                    .map(|chosen| values.choices(chosen, &batch)),
+            );
+            sum += values.scalar(loss);
             counted += self.counted(&batch);
             if let Some(batch_rewards) = batch_rewards {
                 rewards.get_or_insert_default().add(batch_rewards);
@@ -125,7 +136,14 @@ impl Session {
             let mut recorder = Recorder::of_routing();
             let mut ctx = ForwardContext::recorded(self.compute(), &mut recorder);
             hidden(&reference.model, &batch, &mut ctx, &device);
-            choices.extend(choices_of(&recorder, &batch));
+            let mut reads = Reads::default();
+            let chosen = reads.push_choices(&recorder);
+            let values = reads.read();
+            choices.extend(
+                chosen
+                    .into_iter()
+                    .map(|chosen| values.choices(chosen, &batch)),
+            );
             pass.note(&batch, host);
         }
         Ok(choices)
@@ -180,11 +198,4 @@ impl Pass {
         self.progress.seconds = self.started.elapsed().as_secs_f64();
         host.see(&Event::Validating(self.progress));
     }
-}
-
-fn choices_of(recorder: &Recorder, batch: &Batch) -> Vec<BatchChoices> {
-    let records = recorder.routing.iter();
-    records
-        .map(|record| BatchChoices::of(record, &batch.lengths, batch.cols))
-        .collect()
 }

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use burn::backend::Flex;
 use burn_flex::FlexTensor;
 
-use crate::backend::composed;
 use crate::backend::flex::saved_values::saved_values;
 use crate::backend::flex::values::{Floats, floats, int_values, ints};
 use crate::backend::gradients::ExpertsSaved;
+use crate::backend::plain::experts as plain;
 use crate::backend::saved::SavedForm;
 use crate::backend::traits::{FactorsPrimitive, RoutingPrimitive, StacksPrimitive};
 use crate::gemv::MAX_GEMV_ROWS;
@@ -101,7 +101,7 @@ pub(crate) fn moe_frozen(
     let is_few = values.dims::<2>()[0] <= MAX_GEMV_ROWS;
     let is_few = is_few && serves_fused(&bank, &shared, compute);
     is_few.then(fused).flatten().unwrap_or_else(|| {
-        composed::moe_frozen::<Flex>(
+        plain::moe_frozen::<Flex>(
             x,
             routing.clone(),
             Arc::clone(&bank),

@@ -11,6 +11,7 @@ use crate::backend::experts::flex as experts;
 use crate::backend::linear::{flex as linear, flex_heads};
 use crate::backend::loss::flex as loss;
 use crate::backend::optimizer::flex as optimizer;
+use crate::backend::plain::primitives::Primitives;
 use crate::backend::traits::{
     Absorbed, FactorsPrimitive, FakeQuantize, HeadRows, Kernels, KvBufferPrimitive,
     RoutingPrimitive, StacksPrimitive, Update,
@@ -23,6 +24,8 @@ use crate::ops::experts::{ExpertBank, ExpertLora, SharedExperts};
 use crate::ops::rope::RopeLayout;
 use crate::ops::route::TopK;
 use crate::settings::Compute;
+
+impl Primitives for Flex {}
 
 impl Kernels for Flex {
     fn linear_frozen(x: FlexTensor, w: Arc<Matrix>, compute: Compute) -> FlexTensor {

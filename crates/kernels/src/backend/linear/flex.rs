@@ -5,10 +5,10 @@ use std::sync::Arc;
 use burn::backend::Flex;
 use burn_flex::FlexTensor;
 
-use crate::backend::composed;
 use crate::backend::flex::saved_values::saved_values;
 use crate::backend::flex::values::{Floats, ROUNDED_ROWS, floats, owned};
 use crate::backend::gradients::{UpdateGrads, UpdateSaved};
+use crate::backend::plain::linear as plain;
 use crate::backend::saved::SavedActivation;
 use crate::backend::traits::{FakeQuantize, Update};
 use crate::formats::Matrix;
@@ -31,7 +31,7 @@ pub(crate) fn linear_frozen_pair(
     let values = Floats::new(&x);
     let weights = [&first, &second].map(|w| WeightOperand::frozen(w, compute));
     nt_pair(&values, weights).unwrap_or_else(|| {
-        composed::linear_frozen_pair::<Flex>(x, [first.clone(), second.clone()], compute)
+        plain::linear_frozen_pair::<Flex>(x, [first.clone(), second.clone()], compute)
     })
 }
 

@@ -5,6 +5,7 @@ pub(crate) mod flex;
 use burn::backend::Dispatch;
 use burn::tensor::Tensor;
 
+use crate::backend::is_gpu;
 use crate::backend::traits::Kernels;
 use crate::ops::adamw::AdamWStep;
 
@@ -38,6 +39,24 @@ pub fn adamw(
         Tensor::from_dispatch(p),
         [Tensor::from_dispatch(m), Tensor::from_dispatch(v)],
     )
+}
+
+/// The sum, in an order that depends on the length alone: burn's own adds in any order on a GPU.
+///
+/// # Shapes
+/// - `x`: `[n]`
+/// - returns: `[1]`
+pub fn total(x: Tensor<1>) -> Tensor<1> {
+    if !is_gpu(&x.device()) {
+        return x.sum();
+    }
+    let [n] = x.dims();
+    // Two sums of about the root of n each: software adapters end loops of more than 65,535 steps.
+    let cols = n.isqrt().max(1);
+    let rows = n.div_ceil(cols);
+    let padding = Tensor::zeros([rows * cols - n], &x.device());
+    let square = Tensor::cat(vec![x, padding], 0).reshape([rows, cols]);
+    square.sum_dim(1).sum_dim(0).reshape([1])
 }
 
 /// The sum of squares, in f64 and in an order that depends on the length alone.

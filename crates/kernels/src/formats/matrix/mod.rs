@@ -5,12 +5,15 @@
 //! Rows may start at any byte address: misaligned dense formats are read byte by byte.
 
 mod copies;
+#[cfg(feature = "gpu")]
+pub(crate) mod placed;
 mod repack;
 mod split_kv_b;
 
 use std::ops::Range;
 use std::sync::Arc;
 
+use burn::tensor::Device;
 use bytes::Bytes;
 
 pub(crate) use self::copies::Copies;
@@ -102,6 +105,24 @@ pub struct Matrix {
     cols: usize,
     bytes: Bytes,
     format: Format,
+    placement: Placement,
+}
+
+/// Where a matrix lies besides its bytes: on a GPU, or nowhere.
+#[derive(Clone, Debug, Default)]
+struct Placement(#[cfg(feature = "gpu")] Option<placed::Placed>);
+
+impl Placement {
+    /// That of a view that starts `row` rows later.
+    fn starting_at(&self, row: usize) -> Self {
+        #[cfg(feature = "gpu")]
+        return Self(self.0.clone().map(|placed| placed.starting_at(row)));
+        #[cfg(not(feature = "gpu"))]
+        return {
+            let _ = row;
+            self.clone()
+        };
+    }
 }
 
 impl Matrix {
@@ -122,6 +143,7 @@ impl Matrix {
                 cols,
                 bytes,
                 format,
+                placement: Placement::default(),
             });
         }
         Err(Error::ByteLength {
@@ -179,6 +201,7 @@ impl Matrix {
             cols: split.cols(),
             bytes: Bytes::new(),
             format: Format::SplitKvB(split),
+            placement: Placement::default(),
         })
     }
 
@@ -202,6 +225,7 @@ impl Matrix {
             cols,
             bytes: bytes.into(),
             format: Format::F32,
+            placement: Placement::default(),
         }
     }
 
@@ -267,6 +291,7 @@ impl Matrix {
             cols: self.cols,
             bytes,
             format,
+            placement: self.placement.starting_at(rows.start),
         }
     }
 
@@ -370,6 +395,42 @@ impl Matrix {
                 dot(line, x)
             }),
         }
+    }
+}
+
+/// Copies of matrices on a device.
+impl Matrix {
+    /// Copies matrices of one shape and format to a GPU, as one stack. On a CPU it does nothing. `on_copied` gets each
+    /// matrix as it is stored; its bytes are not read again.
+    ///
+    /// # Errors
+    /// If a row is larger than the device can bind, formats differ, or one was made for the CPU's products.
+    pub fn place(
+        matrices: &mut [Self],
+        device: &Device,
+        on_copied: &mut dyn FnMut(&Self),
+    ) -> Result<(), Error> {
+        #[cfg(feature = "gpu")]
+        return placed::place_on(matrices, device, on_copied);
+        #[cfg(not(feature = "gpu"))]
+        return {
+            let _ = (matrices, device, on_copied);
+            Ok(())
+        };
+    }
+
+    /// Copies matrices that were taken from a stack on a GPU once more, as a stack of their own.
+    ///
+    /// # Errors
+    /// As [`Self::place`].
+    pub fn place_apart(matrices: &mut [Self]) -> Result<(), Error> {
+        #[cfg(feature = "gpu")]
+        return placed::place_apart(matrices);
+        #[cfg(not(feature = "gpu"))]
+        return {
+            let _ = matrices;
+            Ok(())
+        };
     }
 }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use bytes::Bytes;
 use rayon::prelude::*;
 
-use super::{Format, Matrix, decode_blocks};
+use super::{Format, Matrix, Placement, decode_blocks};
 use crate::formats::Ggml;
 use crate::formats::interleaved::{LINE, ROWS, fill, row_blocks};
 use crate::memory::with_byte_scratch;
@@ -47,6 +47,7 @@ impl Matrix {
         Self {
             format: self.repacked_format(compute),
             bytes: memory.slice(start..start + self.repacked_bytes(compute)),
+            placement: Placement::default(),
             ..*self
         }
     }
@@ -60,6 +61,7 @@ impl Matrix {
             Format::SplitKvB(split) => Self {
                 format: Format::SplitKvB(split.map_stored(map)),
                 bytes: self.bytes.clone(),
+                placement: Placement::default(),
                 ..*self
             },
             Format::Interleaved(_) => self.clone(),
@@ -117,6 +119,7 @@ impl Matrix {
             cols: self.cols,
             bytes,
             format,
+            placement: Placement::default(),
         }
     }
 

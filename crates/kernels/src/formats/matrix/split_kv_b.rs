@@ -105,6 +105,22 @@ impl SplitKvB {
         }
     }
 
+    /// Keys and values of all heads; nothing of a view that starts later.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn parts(&self) -> Option<[&Matrix; 2]> {
+        (self.first_row == 0).then_some([&self.keys, &self.values])
+    }
+
+    /// Visits both parts.
+    #[cfg(feature = "gpu")]
+    pub(super) fn for_each_part<E>(
+        &mut self,
+        visit: &mut dyn FnMut(&mut Matrix) -> Result<(), E>,
+    ) -> Result<(), E> {
+        visit(Arc::make_mut(&mut self.keys))?;
+        visit(Arc::make_mut(&mut self.values))
+    }
+
     pub(super) fn rows(&self) -> usize {
         self.widths().iter().sum::<usize>() * self.heads
     }

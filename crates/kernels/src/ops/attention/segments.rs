@@ -1,15 +1,38 @@
 //! Sequences that share a row of a batch.
 
-use std::sync::Arc;
+use std::any::Any;
+use std::sync::{Arc, OnceLock};
 
 /// The starts of the sequences that the rows of a batch are packed with.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Segments(Arc<[Vec<usize>]>);
+#[derive(Clone, Debug)]
+pub struct Segments(Arc<SegmentRows>);
+
+#[derive(Debug)]
+struct SegmentRows {
+    starts: Vec<Vec<usize>>,
+    /// What a device has of them: all layers of a pass share it.
+    uploaded: OnceLock<Box<dyn Any + Send + Sync>>,
+}
+
+impl PartialEq for Segments {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.starts == other.0.starts
+    }
+}
+
+impl Eq for Segments {}
 
 impl Segments {
+    fn new(starts: Vec<Vec<usize>>) -> Self {
+        Self(Arc::new(SegmentRows {
+            starts,
+            uploaded: OnceLock::new(),
+        }))
+    }
+
     /// Every row is one sequence.
     pub fn whole() -> Self {
-        Self(Arc::new([]))
+        Self::new(Vec::new())
     }
 
     /// The first position of every sequence, row by row.
@@ -23,7 +46,7 @@ impl Segments {
                 "starts of packed sequences: {starts:?}"
             );
         }
-        Self(starts.into())
+        Self::new(starts)
     }
 
     /// The position of every token in its own sequence, row by row, for packed rows of length `seq`; `None` if rows are
@@ -34,16 +57,28 @@ impl Segments {
             let lengths = starts.iter().zip(ends).map(|(start, end)| end - start);
             lengths.flat_map(|len| 0..len).collect::<Vec<_>>()
         };
-        (!self.0.is_empty()).then(|| self.0.iter().flat_map(of_row).collect())
+        (!self.are_whole()).then(|| self.0.starts.iter().flat_map(of_row).collect())
+    }
+
+    /// Whether every row is one sequence.
+    pub(crate) fn are_whole(&self) -> bool {
+        self.0.starts.is_empty()
+    }
+
+    /// What a device has of them: made by the first call, or by every call if another type came first.
+    pub(crate) fn uploaded<T: Clone + Send + Sync + 'static>(&self, upload: impl Fn() -> T) -> T {
+        let first = self.0.uploaded.get_or_init(|| Box::new(upload()));
+        first.downcast_ref::<T>().cloned().unwrap_or_else(upload)
     }
 
     /// Whether they fit a batch of this shape; packed rows have no earlier tokens.
     pub(crate) fn fit(&self, [batch, seq, kv_seq]: [usize; 3]) -> bool {
         let within = |starts: &Vec<usize>| starts.last().is_some_and(|last| *last < seq.max(1));
-        self.0.is_empty() || (self.0.len() == batch && seq == kv_seq && self.0.iter().all(within))
+        self.are_whole()
+            || (self.0.starts.len() == batch && seq == kv_seq && self.0.starts.iter().all(within))
     }
 
-    pub(super) fn of_row(&self, row: usize) -> &[usize] {
-        self.0.get(row).map_or(&[0], Vec::as_slice)
+    pub(crate) fn of_row(&self, row: usize) -> &[usize] {
+        self.0.starts.get(row).map_or(&[0], Vec::as_slice)
     }
 }

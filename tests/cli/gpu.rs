@@ -1,0 +1,277 @@
+//! The program on a GPU, or on the software adapter in place of one.
+
+use std::fs;
+use std::path::Path;
+use std::process::Output;
+
+use serde_json::Value;
+
+use super::{command, golden, moeforge};
+
+/// The device that `MOEFORGE_TEST_DEVICE` names, or the software adapter; none in a build without a GPU.
+fn device() -> Option<String> {
+    let named = std::env::var("MOEFORGE_TEST_DEVICE").unwrap_or_else(|_| "webgpu:cpu".into());
+    (!kernels::device::apis().is_empty()).then_some(named)
+}
+
+fn text(output: &[u8]) -> String {
+    String::from_utf8_lossy(output).into_owned()
+}
+
+fn succeeds(output: Output) -> String {
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+/// A verb that fails with a code and a sentence that has some words.
+fn fails(words: &[&str], code: i32, with: &str) {
+    let output = moeforge(words);
+    let said = text(&output.stderr);
+    assert!(
+        output.status.code() == Some(code) && said.contains(with),
+        "{words:?}: {said}"
+    );
+}
+
+const RECIPE: &str = "recipes/smoke/lora.toml";
+const BASE: &str = "recipes/quickstart/base";
+
+#[test]
+fn devices_that_are_not_there_are_refused_with_those_that_are() {
+    for (name, with) in [
+        ("tpu", "expected one of cpu"),
+        ("cpu:1", "expected one of cpu"),
+        ("webgpu:x", "expected a number or `cpu`"),
+    ] {
+        fails(
+            &["inspect", "--device", name, BASE],
+            2,
+            "unexpected argument",
+        );
+        fails(
+            &[
+                "eval",
+                BASE,
+                "--data",
+                "datasets/factbook",
+                "--device",
+                name,
+            ],
+            2,
+            with,
+        );
+    }
+    let output = command(&["generate", BASE, "--prompt", "a"])
+        .env("MOEFORGE_DEVICE", "tpu")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("MOEFORGE_DEVICE: expected one of cpu"));
+    match device() {
+        None => fails(
+            &["train", RECIPE, "--device", "gpu"],
+            2,
+            "--features webgpu",
+        ),
+        Some(_) => fails(
+            &["train", RECIPE, "--device", "webgpu:7"],
+            2,
+            "hardware adapters were found",
+        ),
+    }
+    let listed = succeeds(moeforge(&["devices"]));
+    assert!(listed.starts_with("cpu: "), "{listed}");
+}
+
+#[test]
+fn what_a_gpu_does_not_compute_yet_is_refused_by_name() {
+    let Some(device) = device() else { return };
+    let train = |setting: &str, with: &str| {
+        fails(
+            &["train", RECIPE, "--device", &device, "--set", setting],
+            1,
+            with,
+        );
+    };
+    train(
+        "precision.compute=bf16",
+        "`precision.compute`: expected f32 on a GPU",
+    );
+    let f32 = "precision.compute=f32";
+    let words = ["train", RECIPE, "--device", &device, "--set", f32, "--set"];
+    fails(
+        &[&words[..], &["optimizer.moments=bf16"]].concat(),
+        1,
+        "`optimizer.moments`",
+    );
+    let merged = [
+        &words[..],
+        &["lora.quantizer=gguf:q8_0", "--set", "lora.dropout=0"],
+    ]
+    .concat();
+    fails(&merged, 1, "`lora.quantizer`");
+    let generate = ["generate", BASE, "--prompt", "a", "--device", &device];
+    for (option, value, with) in [
+        (
+            "--compute",
+            "int8",
+            "`--compute int8`: expected f32 on a GPU",
+        ),
+        ("--cache", "f16", "`--cache f16`: expected f32 on a GPU"),
+        ("--memory-budget", "1", "`--memory-budget`"),
+    ] {
+        fails(&[&generate[..], &[option, value]].concat(), 1, with);
+    }
+}
+
+#[test]
+fn a_device_that_computes_something_else_is_not_used() {
+    let Some(device) = device() else { return };
+    let model = golden("deepseek_v3");
+    let words = [
+        "generate",
+        &model.to_string_lossy(),
+        "--device",
+        &device,
+        "--prompt",
+        "a",
+    ];
+    let output = command(&words)
+        .env("MOEFORGE_TEST_SPOIL", "attention")
+        .output()
+        .unwrap();
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(4), "{said}");
+    assert!(
+        said.contains("attention, value, 1 rows of") && said.contains("--device cpu"),
+        "{said}"
+    );
+}
+
+/// The losses of a run's lines of metrics.
+fn losses(run: &Path) -> Vec<f64> {
+    let lines = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let lines = lines
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let keys = ["loss", "valid_loss", "grad_norm"];
+    lines
+        .flat_map(|line| keys.map(|key| line[key].as_f64()))
+        .flatten()
+        .collect()
+}
+
+/// A run of a recipe in f32: its losses, and the bytes of its adapter.
+fn train(out: &str, device: &str) -> (Vec<f64>, Vec<u8>) {
+    let f32 = "precision.compute=f32";
+    succeeds(moeforge(&[
+        "train", RECIPE, "--set", f32, "--out", out, "--device", device,
+    ]));
+    let adapter = Path::new(out).join("adapter/adapter_model.safetensors");
+    (losses(out.as_ref()), fs::read(adapter).unwrap())
+}
+
+/// The loss of the base with an adapter.
+fn loss(adapter: &str, device: &str) -> f64 {
+    let words = [
+        "eval",
+        BASE,
+        "--baseline",
+        "none",
+        "--adapter",
+        adapter,
+        "--data",
+        "datasets/factbook",
+    ];
+    let rest = ["--max-length", "32", "--json", "--device", device];
+    let report = succeeds(moeforge(&[&words[..], &rest].concat()));
+    let report: Value = serde_json::from_str(&report).unwrap();
+    report["models"][0]["text"]["loss"]
+        .as_f64()
+        .unwrap_or_else(|| panic!("{report}"))
+}
+
+/// The most likely continuation of a prompt.
+fn answer(model: &str, device: &str) -> String {
+    let words = [
+        "generate",
+        model,
+        "--prompt",
+        "The capital of",
+        "--max-tokens",
+        "24",
+    ];
+    let rest = [
+        "--compute",
+        "f32",
+        "--cache",
+        "f32",
+        "--temperature",
+        "0",
+        "--device",
+        device,
+    ];
+    succeeds(moeforge(&[&words[..], &rest].concat()))
+}
+
+/// Training, evaluation, merging and generation, on the device and on the CPU; and training once more on the device.
+#[test]
+fn the_main_job_on_a_gpu_is_that_on_the_cpu() {
+    let Some(device) = device() else { return };
+    let place = tempfile::tempdir().unwrap();
+    let at = |name: &str| place.path().join(name).to_string_lossy().into_owned();
+    let (there, adapter) = train(&at("gpu"), &device);
+    let (here, _) = train(&at("cpu"), "cpu");
+    assert!(here.len() > 3 && here.len() == there.len());
+    for (there, here) in there.iter().zip(&here) {
+        assert!((there - here).abs() <= 1e-3 * here.abs(), "{there} {here}");
+    }
+    assert_eq!(train(&at("again"), &device), (there, adapter));
+    let named = fs::read_to_string(place.path().join("gpu/device.txt")).unwrap();
+    assert!(
+        named.contains(&format!("device: {device}\nadapter: ")),
+        "{named}"
+    );
+
+    let (adapter, merged) = (at("gpu/adapter"), at("merged"));
+    let (there, here) = (loss(&adapter, &device), loss(&adapter, "cpu"));
+    assert!((there - here).abs() <= 1e-4 * here, "{there} {here}");
+    succeeds(moeforge(&[
+        "merge",
+        BASE,
+        "--adapter",
+        &adapter,
+        "--out",
+        &merged,
+    ]));
+    assert_eq!(answer(&merged, &device), answer(&merged, "cpu"));
+}
+
+#[test]
+fn a_killed_run_on_a_gpu_resumes_to_the_same_bits() {
+    let Some(device) = device() else { return };
+    let place = tempfile::tempdir().unwrap();
+    let out = place.path().join("check").to_string_lossy().into_owned();
+    let words = [
+        "resume-check",
+        RECIPE,
+        "--set",
+        "precision.compute=f32",
+        "--set",
+        "train.save_every=1",
+    ];
+    let rest = [
+        "--set",
+        "train.accumulate=1",
+        "--kills",
+        "2",
+        "--out",
+        &out,
+        "--device",
+        &device,
+        "--json",
+    ];
+    let report: Value =
+        serde_json::from_str(&succeeds(moeforge(&[&words[..], &rest].concat()))).unwrap();
+    assert_eq!(report["equal"], true, "{report}");
+}
