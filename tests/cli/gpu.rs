@@ -43,11 +43,9 @@ fn devices_that_are_not_there_are_refused_with_those_that_are() {
         ("cpu:1", "expected one of cpu"),
         ("webgpu:x", "expected a number or `cpu`"),
     ] {
-        fails(
-            &["inspect", "--device", name, BASE],
-            2,
-            "unexpected argument",
-        );
+        for verb in ["inspect", "survival"] {
+            fails(&[verb, "--device", name, BASE], 2, "unexpected argument");
+        }
         fails(
             &[
                 "eval",
@@ -81,6 +79,20 @@ fn devices_that_are_not_there_are_refused_with_those_that_are() {
     }
     let listed = succeeds(moeforge(&["devices"]));
     assert!(listed.starts_with("cpu: "), "{listed}");
+}
+
+#[test]
+fn verbs_of_the_cpu_alone_say_that_the_variable_does_not_count() {
+    let none = ["survival", "none", "--adapter", "none", "--data", "none"];
+    for (name, is_noted) in [("gpu", true), ("cpu", false), ("", false)] {
+        let output = command(&none)
+            .env("MOEFORGE_DEVICE", name)
+            .output()
+            .unwrap();
+        let said = text(&output.stderr);
+        let note = "MOEFORGE_DEVICE: `survival` computes on the CPU alone";
+        assert_eq!(said.contains(note), is_noted, "{said}");
+    }
 }
 
 #[test]

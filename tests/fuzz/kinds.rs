@@ -185,7 +185,7 @@ pub(crate) struct Place {
     kind: Kind,
     folder: TempDir,
     /// Bytes of the files that are read with it.
-    beside: usize,
+    other_bytes: usize,
 }
 
 impl Place {
@@ -202,7 +202,7 @@ impl Place {
         Self {
             kind,
             folder,
-            beside: all - own,
+            other_bytes: all - own,
         }
     }
 
@@ -215,9 +215,9 @@ impl Place {
         fs::write(self.path(), bytes).unwrap();
     }
 
-    /// Memory in bytes that reading a file of so many may take.
+    /// Memory in bytes that reading a file of this size may take.
     pub(crate) fn bound(&self, bytes: usize) -> usize {
-        self.kind.memory + PER_BYTE * (bytes + self.beside)
+        self.kind.memory + PER_BYTE * (bytes + self.other_bytes)
     }
 
     /// Changes a valid file as a seed decides.

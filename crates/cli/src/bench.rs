@@ -12,7 +12,7 @@ mod training;
 use std::process::ExitCode;
 
 use crate::console::Console;
-use crate::device::{DeviceArgs, VARIABLE};
+use crate::device::note_cpu_alone;
 
 /// Benchmark training, prefill and decoding: speed, and its share of the machine's peak.
 #[derive(Debug, clap::Subcommand)]
@@ -23,14 +23,7 @@ pub(crate) enum Bench {
 }
 
 pub(crate) fn run(bench: &Bench, console: &Console) -> anyhow::Result<ExitCode> {
-    if DeviceArgs::default()
-        .name()
-        .is_some_and(|name| name != kernels::device::CPU)
-    {
-        console.note(format_args!(
-            "{VARIABLE}: `bench` measures the CPU alone so far"
-        ));
-    }
+    note_cpu_alone("bench", console);
     match bench {
         Bench::Train(args) => training::run(args, console),
         Bench::Prefill(args) => generation::prefill(args, console),

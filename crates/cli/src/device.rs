@@ -58,6 +58,16 @@ impl DeviceArgs {
     }
 }
 
+/// Says that a verb computes on the CPU alone, where [`VARIABLE`] names another device.
+pub(crate) fn note_cpu_alone(verb: &str, console: &Console) {
+    let named = DeviceArgs::default().name();
+    if named.is_some_and(|name| name != kernels::device::CPU) {
+        console.note(format_args!(
+            "{VARIABLE}: `{verb}` computes on the CPU alone"
+        ));
+    }
+}
+
 /// What computes, for a run's directory: name, adapter and compiler, a line each.
 pub(crate) fn record(device: &Device, name: Option<&str>) -> String {
     let name = name.unwrap_or(kernels::device::CPU);

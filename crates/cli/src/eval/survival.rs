@@ -10,7 +10,7 @@ use model::AdapterWeights;
 use model::Quantizer;
 
 use crate::console::{Console, USAGE, WithCode, finite, printable};
-use crate::device::DeviceArgs;
+use crate::device::{cpu, note_cpu_alone};
 use crate::open::open_model;
 use crate::rows::{ColumnArgs, SplitRows};
 
@@ -28,8 +28,6 @@ pub(crate) struct Args {
     /// LoRA adapter: PEFT folder.
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
-    #[command(flatten)]
-    device: DeviceArgs,
     /// Folder with a test split (`test.jsonl`, `.csv`, `.parquet`, …), or a file of rows.
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
@@ -54,7 +52,8 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let quantizers = quantizers(&args.to)?;
-    let base = open_model(&args.model, None, &args.device.open()?, console)?;
+    note_cpu_alone("survival", console);
+    let base = open_model(&args.model, None, &cpu(), console)?;
     let adapter = checkpoint::Adapter::open(&args.adapter)?;
     let trained_for = adapter.notes.trained_for.as_deref().map(str::parse);
     let trained_for: Option<Quantizer> = trained_for

@@ -1,4 +1,4 @@
-//! ReadValues that are read from the device together: each read waits for all work before it.
+//! Values that are read from the device together: each read waits for all work before it.
 
 use burn::tensor::Tensor;
 use data::Batch;

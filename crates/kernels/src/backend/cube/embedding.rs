@@ -1,4 +1,4 @@
-//! Rows of stored matrices: those of an embedding, all of them in f32, and the gradient of a trained embedding.
+//! Rows of stored matrices in f32, and the gradient of a trained embedding.
 
 #![expect(
     clippy::needless_range_loop,
@@ -38,28 +38,6 @@ fn rows_at(
     }
 }
 
-/// All numbers of the rows from `first_row` on; a thread per number.
-#[cube(launch)]
-fn decode(
-    codes: &[u32],
-    high: &[u32],
-    scales: &[u32],
-    out: &mut [f32],
-    w: StackShape,
-    first_row: usize,
-    total: usize,
-    #[comptime] coding: Coding,
-) {
-    if ABSOLUTE_POS >= total {
-        terminate!();
-    }
-    let row = first_row + ABSOLUTE_POS / w.cols;
-    if row >= w.first && row < w.first + w.rows {
-        let col = ABSOLUTE_POS % w.cols;
-        out[ABSOLUTE_POS] = value(codes, high, scales, &w, row - w.first, col, coding);
-    }
-}
-
 /// ids `[tokens]` → `[tokens, cols]`.
 pub(super) fn embed(ids: CubeTensor, w: &Placed) -> CubeTensor {
     let ids = contiguous(ids);
@@ -89,37 +67,6 @@ pub(super) fn embed(ids: CubeTensor, w: &Placed) -> CubeTensor {
             w.first_row,
             total,
             coding,
-        );
-    }
-    out
-}
-
-/// The numbers of `rows` rows, `[rows, cols]`.
-pub(super) fn decoded(w: &Placed, rows: usize) -> CubeTensor {
-    let (stack, total) = (&w.stack, rows * w.stack.cols);
-    let like = &stack.shards[0].planes[0];
-    let out = empty(like, [rows, stack.cols], DType::F32);
-    if total == 0 {
-        return out;
-    }
-    let client = &like.client;
-    let dim = CubeDim::new(client, total);
-    for shard in &stack.shards {
-        let count = calculate_cube_count_elemwise(client, total, dim);
-        let [codes, high, scales] = shard.planes.clone().map(CubeTensor::into_buffer_arg);
-        let (to, shape) = (out.clone().into_buffer_arg(), stack.shape(shard));
-        decode::launch(
-            client,
-            count,
-            dim,
-            codes,
-            high,
-            scales,
-            to,
-            shape,
-            w.first_row,
-            total,
-            stack.coding,
         );
     }
     out

@@ -102,8 +102,7 @@ fn slots_transposed(
     y[ABSOLUTE_POS] = sum;
 }
 
-/// Sums of products over the slots of each expert: `out[e, m, n] = Σ a[i, m] · b[i, n]`, of at most so many slots at a
-/// time.
+/// Sums of products over the slots of each expert: `out[e, m, n] = Σ a[i, m] · b[i, n]`, a range of slots per launch.
 #[derive(CubeLaunch, CubeType, Clone, Copy)]
 struct OuterShape {
     a_width: usize,

@@ -276,7 +276,7 @@ impl Primitives for Cube {
 
     fn decoded(w: &Matrix, device: &Self::Device) -> FloatTensor<Self> {
         match w.placed() {
-            Some(placed) => embedding::decoded(placed, w.rows()),
+            Some(placed) => embedding::embed(Self::count(w.rows(), device), placed),
             None => plain::primitives::uploaded::<Self>(w, device),
         }
     }

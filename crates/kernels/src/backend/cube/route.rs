@@ -40,7 +40,7 @@ fn count(ids: &[i32], counts: &mut [i32], experts: usize, n: usize, #[comptime] 
     counts[ABSOLUTE_POS] = found;
 }
 
-/// Where an expert's places begin, `[experts + 1]`: a thread per offset adds the counts of all experts before it.
+/// Adds an expert's counts of all chunks, `[experts]`; a thread per expert.
 #[cube(launch)]
 fn totals(counts: &[i32], sums: &mut [i32], experts: usize, chunks: usize) {
     if ABSOLUTE_POS >= experts {
@@ -53,7 +53,7 @@ fn totals(counts: &[i32], sums: &mut [i32], experts: usize, chunks: usize) {
     sums[ABSOLUTE_POS] = sum;
 }
 
-/// Sums before each entry.
+/// Where an expert's places begin, `[experts + 1]`: the sum of all experts before it; a thread per offset.
 #[cube(launch)]
 fn sums_before(sums: &[i32], offsets: &mut [i32], experts: usize) {
     if ABSOLUTE_POS > experts {
@@ -270,7 +270,7 @@ fn close_groups(open: &mut Array<f32>, #[comptime] choice: ChoiceShape) {
         }
         worth[group] = sum;
     }
-    // The groups that are chosen get more than any score.
+    // What a chosen group was worth is marked as taken.
     for _ in 0..comptime!(choice.topk_group) {
         let best = best_of(&mut worth, 0, comptime!(choice.n_group));
         worth[best] = TAKEN;

@@ -13,7 +13,7 @@ use crate::ops::attention::Segments;
 
 /// Queries per tile.
 const QUERY_TILE: usize = 512;
-/// The score of a key that a query does not see: its exponential is 0 beside any other.
+/// The score of a key that a query does not see: its exponential is 0 next to any other.
 const UNSEEN: f32 = -1e30;
 
 /// The sizes of one call, and the first key that each query sees.

@@ -142,7 +142,7 @@ fn trained<B: Kernels>(stacks: &StacksPrimitive<B>) -> [UpdatedProjection<'stati
     })
 }
 
-/// RoutedSlots, and the weight of each.
+/// Slots sorted by expert, and the weight of each.
 struct RoutedSlots<B: Kernels> {
     table: SlotTable<B>,
     /// `[tokens, top_k]`.

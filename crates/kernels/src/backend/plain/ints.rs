@@ -4,12 +4,12 @@ use std::ops::Range;
 
 use burn::backend::tensor::{BoolTensor, Device, FloatTensor, IndexingUpdateOp, IntTensor};
 use burn::backend::{
-    Backend, BoolDType, DType, FloatDType, IntDType, Scalar, Slice, TensorData, TensorMetadata,
+    Backend, BoolDType, DType, FloatDType, IntDType, Scalar, TensorData, TensorMetadata,
     get_or_init_device_settings,
 };
 
 use crate::backend::plain::primitives::Primitives;
-use crate::backend::plain::reals::Reals;
+use crate::backend::plain::reals::{Reals, slices};
 use crate::backend::plain::sums::{LONGEST, parts};
 
 /// An i32 tensor of any rank.
@@ -71,11 +71,7 @@ impl<B: Backend> Ints<B> {
         if range == (0..shape[dim]) {
             return self;
         }
-        let mut ranges: Vec<Range<usize>> = shape.iter().map(|size| 0..*size).collect();
-        ranges[dim] = range;
-        let slice = |r: Range<usize>| Slice::new(r.start as isize, Some(r.end as isize), 1);
-        let slices: Vec<Slice> = ranges.into_iter().map(slice).collect();
-        Self(B::int_slice(self.0, &slices))
+        Self(B::int_slice(self.0, &slices(&shape, dim, range)))
     }
 
     /// Where each number of a permutation `[n]` is.

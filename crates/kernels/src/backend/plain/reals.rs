@@ -287,7 +287,7 @@ impl<B: Backend> Reals<B> {
 }
 
 /// A range of one axis of a tensor.
-fn slices(shape: &[usize], dim: usize, range: Range<usize>) -> Vec<Slice> {
+pub(crate) fn slices(shape: &[usize], dim: usize, range: Range<usize>) -> Vec<Slice> {
     let mut ranges: Vec<Range<usize>> = shape.iter().map(|size| 0..*size).collect();
     ranges[dim] = range;
     let slice = |range: Range<usize>| Slice::new(range.start as isize, Some(range.end as isize), 1);

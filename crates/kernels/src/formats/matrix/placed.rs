@@ -5,8 +5,8 @@
 //! hold the bytes of the file in another order. The block scales of FP8, which belong to rows of blocks, are a plane of
 //! their own order.
 //!
-//! A stack (the experts of a layer) lies in one piece. It is cut into shards of whole rows, because a GPU binds at most
-//! so many bytes at a time.
+//! A stack (the experts of a layer) lies in one piece. It is cut into shards of whole rows, because the bytes that a GPU
+//! binds at a time are limited.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -32,7 +32,7 @@ pub(crate) enum Coding {
     F32,
     F16,
     Bf16,
-    /// E4M3 with a scale per block of so many rows and columns.
+    /// E4M3 with a scale per block of `[rows, columns]`.
     Fp8 {
         block: [usize; 2],
     },
