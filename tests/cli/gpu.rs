@@ -160,6 +160,24 @@ fn a_device_that_computes_something_else_is_not_used() {
     );
 }
 
+#[test]
+fn a_device_that_fails_ends_the_verb_in_a_sentence() {
+    let Some(device) = device() else { return };
+    let model = golden("deepseek_v3");
+    let model = model.to_string_lossy();
+    let output = command(&["generate", &model, "--device", &device, "--prompt", "a"])
+        .env("MOEFORGE_TEST_SPOIL", "device")
+        .output()
+        .unwrap();
+    let said = text(&output.stderr);
+    let sentence = format!("error: device `{device}` failed: ");
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains(&sentence) && !said.contains("panicked"),
+        "{said}"
+    );
+}
+
 /// The losses of a run's lines of metrics.
 fn losses(run: &Path) -> Vec<f64> {
     let lines = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
@@ -173,30 +191,31 @@ fn losses(run: &Path) -> Vec<f64> {
         .collect()
 }
 
-/// A run of a recipe in f32: its losses, and the bytes of its adapter.
-fn train(out: &str, device: &str) -> (Vec<f64>, Vec<u8>) {
+/// A run of a recipe in f32: its losses, and the bytes of its result.
+fn train(recipe: &str, out: &str, device: &str) -> (Vec<f64>, Vec<u8>) {
     let f32 = "precision.compute=f32";
     succeeds(moeforge(&[
-        "train", RECIPE, "--set", f32, "--out", out, "--device", device,
+        "train", recipe, "--set", f32, "--out", out, "--device", device,
     ]));
-    let adapter = Path::new(out).join("adapter/adapter_model.safetensors");
-    (losses(out.as_ref()), fs::read(adapter).unwrap())
+    let results = ["adapter/adapter_model", "model/model"];
+    let results = results.map(|name| Path::new(out).join(format!("{name}.safetensors")));
+    let result = results.iter().find(|file| file.exists()).unwrap();
+    (losses(out.as_ref()), fs::read(result).unwrap())
 }
 
-/// The loss of the base with an adapter.
-fn loss(adapter: &str, device: &str) -> f64 {
-    let words = [
-        "eval",
-        BASE,
-        "--baseline",
-        "none",
-        "--adapter",
-        adapter,
-        "--data",
-        "datasets/factbook",
-    ];
+/// The losses on the device are those on the CPU.
+fn assert_same_losses(there: &[f64], here: &[f64]) {
+    assert!(here.len() >= 3 && here.len() == there.len());
+    for (there, here) in there.iter().zip(here) {
+        assert!((there - here).abs() <= 1e-3 * here.abs(), "{there} {here}");
+    }
+}
+
+/// The loss of a model, maybe with an adapter, on some rows.
+fn loss(model: &[&str], data: &str, device: &str) -> f64 {
+    let words = ["--baseline", "none", "--data", data];
     let rest = ["--max-length", "32", "--json", "--device", device];
-    let report = succeeds(moeforge(&[&words[..], &rest].concat()));
+    let report = succeeds(moeforge(&[&["eval"], model, &words, &rest].concat()));
     let report: Value = serde_json::from_str(&report).unwrap();
     report["models"][0]["text"]["loss"]
         .as_f64()
@@ -204,15 +223,8 @@ fn loss(adapter: &str, device: &str) -> f64 {
 }
 
 /// The most likely continuation of a prompt.
-fn answer(model: &str, device: &str) -> String {
-    let words = [
-        "generate",
-        model,
-        "--prompt",
-        "The capital of",
-        "--max-tokens",
-        "24",
-    ];
+fn answer(model: &[&str], device: &str) -> String {
+    let words = ["--prompt", "The capital of", "--max-tokens", "24"];
     let rest = [
         "--compute",
         "f32",
@@ -223,7 +235,7 @@ fn answer(model: &str, device: &str) -> String {
         "--device",
         device,
     ];
-    succeeds(moeforge(&[&words[..], &rest].concat()))
+    succeeds(moeforge(&[&["generate"], model, &words, &rest].concat()))
 }
 
 /// Training, evaluation, merging and generation, on the device and on the CPU; and training once more on the device.
@@ -232,13 +244,10 @@ fn the_main_job_on_a_gpu_is_that_on_the_cpu() {
     let Some(device) = device() else { return };
     let place = tempfile::tempdir().unwrap();
     let at = |name: &str| place.path().join(name).to_string_lossy().into_owned();
-    let (there, adapter) = train(&at("gpu"), &device);
-    let (here, _) = train(&at("cpu"), "cpu");
-    assert!(here.len() > 3 && here.len() == there.len());
-    for (there, here) in there.iter().zip(&here) {
-        assert!((there - here).abs() <= 1e-3 * here.abs(), "{there} {here}");
-    }
-    assert_eq!(train(&at("again"), &device), (there, adapter));
+    let (there, adapter) = train(RECIPE, &at("gpu"), &device);
+    let (here, _) = train(RECIPE, &at("cpu"), "cpu");
+    assert_same_losses(&there, &here);
+    assert_eq!(train(RECIPE, &at("again"), &device), (there, adapter));
     let named = fs::read_to_string(place.path().join("gpu/device.txt")).unwrap();
     assert!(
         named.contains(&format!("device: {device}\nadapter: ")),
@@ -246,7 +255,8 @@ fn the_main_job_on_a_gpu_is_that_on_the_cpu() {
     );
 
     let (adapter, merged) = (at("gpu/adapter"), at("merged"));
-    let (there, here) = (loss(&adapter, &device), loss(&adapter, "cpu"));
+    let (adapted, data) = ([BASE, "--adapter", &adapter], "datasets/factbook");
+    let (there, here) = (loss(&adapted, data, &device), loss(&adapted, data, "cpu"));
     assert!((there - here).abs() <= 1e-4 * here, "{there} {here}");
     succeeds(moeforge(&[
         "merge",
@@ -256,7 +266,60 @@ fn the_main_job_on_a_gpu_is_that_on_the_cpu() {
         "--out",
         &merged,
     ]));
-    assert_eq!(answer(&merged, &device), answer(&merged, "cpu"));
+    assert_eq!(answer(&[&merged], &device), answer(&[&merged], "cpu"));
+}
+
+/// The recipes that train all weights, and over weights in FP8; then the result on both.
+#[test]
+fn other_recipes_on_a_gpu_are_those_on_the_cpu() {
+    let Some(device) = device() else { return };
+    let place = tempfile::tempdir().unwrap();
+    let at = |name: &str| place.path().join(name).to_string_lossy().into_owned();
+    let fp8 = golden("deepseek_v3_fp8").to_string_lossy().into_owned();
+    let (model, adapter) = (at("full/model"), at("fp8/adapter"));
+    // Their tokenizers have no chat template, and the bundled test rows are chats.
+    let (rows, text) = (at("rows.jsonl"), "The area of Chad is 1,284,000 km².");
+    fs::write(&rows, format!("{{\"text\": {text:?}}}\n")).unwrap();
+    for (name, result) in [
+        ("full", vec![&*model]),
+        ("fp8", vec![&fp8, "--adapter", &adapter]),
+    ] {
+        let recipe = format!("recipes/smoke/{name}.toml");
+        let (there, _) = train(&recipe, &at(name), &device);
+        let (here, _) = train(&recipe, &at("cpu"), "cpu");
+        assert_same_losses(&there, &here);
+        let (there, here) = (loss(&result, &rows, &device), loss(&result, &rows, "cpu"));
+        assert!(
+            (there - here).abs() <= 1e-4 * here,
+            "{name}: {there} {here}"
+        );
+        assert_eq!(answer(&result, &device), answer(&result, "cpu"), "{name}");
+        fs::remove_dir_all(at("cpu")).unwrap();
+    }
+}
+
+/// Benchmarks say what they ran on, what share of it they reached, and its memory.
+#[test]
+fn benchmarks_of_a_gpu_name_it() {
+    let Some(device) = device() else { return };
+    let model = golden("deepseek_v3");
+    let model = model.to_string_lossy();
+    for (what, words) in [
+        ("train", ["--batch", "1", "--seq", "8"]),
+        ("prefill", ["--batch", "1", "--seq", "8"]),
+        ("decode", ["--batch", "1", "--tokens", "2"]),
+    ] {
+        let of = [
+            "bench", what, &model, "--reps", "1", "--json", "--device", &device,
+        ];
+        let report = succeeds(moeforge(&[&of[..], &words].concat()));
+        let report: Value = serde_json::from_str(&report).unwrap();
+        assert_eq!(report["device"], device);
+        assert!(report["adapter"].is_string(), "{report}");
+        let result = &report["results"][0];
+        assert!(result["device_bytes"].as_u64() > Some(1 << 16), "{report}");
+        assert!(result["fraction_of_peak"].as_f64() > Some(0.0), "{report}");
+    }
 }
 
 #[test]

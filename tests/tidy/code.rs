@@ -5,6 +5,8 @@ use super::{has, read, report, sources};
 const MODEL: &str = "crates/model/src/";
 /// What waits until the device has computed a tensor, and copies it.
 const HOST_READS: [&str; 4] = ["into_data", "into_scalar", "to_data", "try_to_vec"];
+/// The same, counted.
+const COUNTED_READS: [&str; 3] = ["read_ints", "device::read", "device::{read"];
 /// The files of the model that may wait.
 const HOST_READERS: [&str; 3] = [
     "export/trained.rs",    // Weights go into files.
@@ -69,7 +71,14 @@ fn model_does_not_wait_for_the_device() {
     };
     let cure =
         "the model reads no tensor back; return the tensor, or argue for the file in HOST_READERS";
-    report(&find(&HOST_READS, shipped, in_forward, cure));
+    report(&find(&COUNTED_READS, shipped, in_forward, cure));
+}
+
+#[test]
+fn reads_of_the_device_are_counted() {
+    let is_checked = |path: &str| path.contains("/src/") && !in_kernels(path);
+    let cure = "read with `kernels::device::read`, which counts";
+    report(&find(&HOST_READS, shipped, is_checked, cure));
 }
 
 #[test]

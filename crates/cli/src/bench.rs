@@ -12,7 +12,6 @@ mod training;
 use std::process::ExitCode;
 
 use crate::console::Console;
-use crate::device::note_cpu_alone;
 
 /// Benchmark training, prefill and decoding: speed, and its share of the machine's peak.
 #[derive(Debug, clap::Subcommand)]
@@ -23,7 +22,6 @@ pub(crate) enum Bench {
 }
 
 pub(crate) fn run(bench: &Bench, console: &Console) -> anyhow::Result<ExitCode> {
-    note_cpu_alone("bench", console);
     match bench {
         Bench::Train(args) => training::run(args, console),
         Bench::Prefill(args) => generation::prefill(args, console),

@@ -7,6 +7,7 @@
 
 use burn::tensor::{Int, Tensor, TensorData};
 use data::{Batch, Sample, collate};
+use model::device::{read, read_ints};
 use model::{ForwardContext, Model, Recorder, RoutingRecord};
 use serde::Serialize;
 
@@ -100,20 +101,10 @@ fn routing(model: &Model, batch: &Batch, config: &EvalConfig) -> Vec<RoutingReco
 fn add(loads: &mut Vec<ExpertLoad>, record: &RoutingRecord, batch: &Batch) {
     let routed = &record.routed;
     let ([_, n_experts], [_, top_k]) = (routed.scores.dims(), routed.ids.dims());
-    let ids: Vec<usize> = routed
-        .ids
-        .clone()
-        .into_data()
-        .iter::<i64>()
-        .map(|id| id as usize)
-        .collect();
-    let weights: Vec<f64> = routed
-        .weights
-        .clone()
-        .into_data()
-        .iter::<f32>()
-        .map(f64::from)
-        .collect();
+    let ids = read_ints(routed.ids.clone()).into_iter();
+    let ids: Vec<usize> = ids.map(|id| id as usize).collect();
+    let weights = read(routed.weights.clone()).into_iter();
+    let weights: Vec<f64> = weights.map(f64::from).collect();
     if loads.iter().all(|load| load.layer != record.layer_idx) {
         loads.push(ExpertLoad {
             layer: record.layer_idx,

@@ -2,6 +2,7 @@
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use data::{IGNORE, Sample, collate};
+use model::device::read_ints;
 use model::{Compute, ForwardContext, Model, Recorder, RoutingRecord};
 
 /// The logits of a sample's targets, without their mean over the vocabulary.
@@ -31,7 +32,7 @@ impl RoutingChoices {
             layer: record.layer_idx,
             top_k,
             n_experts,
-            ids: record.routed.ids.clone().into_data().iter().collect(),
+            ids: read_ints(record.routed.ids.clone()),
         }
     }
 }

@@ -5,6 +5,7 @@
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use data::{IGNORE, Sample, collate};
+use model::device::read;
 use model::{Compute, ForwardContext, Model};
 use serde::Serialize;
 
@@ -103,7 +104,7 @@ fn batch_losses(model: &Model, samples: &[&Sample], compute: Compute) -> Vec<Sam
     let mut ctx = ForwardContext::new(compute);
     let hidden = model.hidden(tensor(&batch.input_ids), &mut ctx);
     let losses = model.loss(hidden, tensor(&batch.targets), &ctx); // [rows · cols]
-    let losses: Vec<f32> = losses.into_data().try_to_vec().expect("losses are f32");
+    let losses = read(losses);
 
     let rows = losses
         .chunks(batch.cols)

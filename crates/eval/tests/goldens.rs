@@ -8,7 +8,7 @@ mod goldens;
 use burn::tensor::Device;
 use data::{Choice, Sample};
 use infer::Engine;
-use model::Compute;
+use model::{Compute, device};
 use moeforge_eval::{EvalConfig, ExpertLoad, expert_loads, multiple_choice, perplexity};
 use serde_json::Value;
 
@@ -92,10 +92,11 @@ fn padding_changes_nothing_and_samples_keep_their_order() {
             .map(|length| sample(&golden[length % 2].ids[..length]))
             .to_vec();
         samples[4].trained[9] = false;
-        let mut told = Vec::new();
+        let (mut told, before) = (Vec::new(), device::reads());
         let mut tell = |done, total| told.push((done, total));
         let batched = perplexity(&engine.model, &samples, &config(4), &mut tell).unwrap();
         assert_eq!(told, [(5, 9), (9, 9)]);
+        assert_eq!(device::reads() - before, told.len(), "one for each batch");
         let tokens: Vec<usize> = batched.per_sample.iter().map(|loss| loss.tokens).collect();
         assert_eq!(tokens, [30, 4, 39, 1, 15, 0, 7, 32, 11]);
         for (index, found) in batched.per_sample.iter().enumerate() {

@@ -1,6 +1,7 @@
 //! Logits as values of the host.
 
 use burn::tensor::Tensor;
+use kernels::device;
 use model::{ForwardContext, Model};
 
 /// Logits that a GPU makes at a time: a quarter of what the smallest of them binds at once.
@@ -12,12 +13,9 @@ const MAX_LOGITS: usize = 8 << 20;
 /// # Shapes
 /// - `hidden`: `[tokens, hidden_size]`
 /// - returns: `tokens · vocab` values
-///
-/// # Panics
-/// If the device cannot be read.
 pub fn read_logits(model: &Model, hidden: Tensor<2>, ctx: &ForwardContext<'_>) -> Vec<f32> {
     let [tokens, hidden_size] = hidden.dims();
-    let part = match kernels::device::is_gpu(&hidden.device()) {
+    let part = match device::is_gpu(&hidden.device()) {
         true => (MAX_LOGITS / model.config.vocab_size).max(1),
         false => tokens.max(1),
     };
@@ -25,8 +23,7 @@ pub fn read_logits(model: &Model, hidden: Tensor<2>, ctx: &ForwardContext<'_>) -
     for start in (0..tokens).step_by(part) {
         let end = tokens.min(start + part);
         let rows = hidden.clone().slice([start..end, 0..hidden_size]);
-        let logits = model.logits(rows, ctx).into_data().try_to_vec();
-        let logits: Vec<f32> = logits.expect("logits are f32");
+        let logits = device::read(model.logits(rows, ctx));
         match all.is_empty() {
             true => all = logits,
             false => all.extend(logits),

@@ -12,6 +12,7 @@
 
 use burn::tensor::{Int, Tensor, TensorData};
 use kernels::MAX_GEMV_ROWS;
+use kernels::device::read;
 use model::{ForwardContext, Mtp};
 
 use crate::engine::Engine;
@@ -36,7 +37,7 @@ impl Engine {
             let last = hidden.slice([0..n_sequences, n - 1..n]);
             let last = last.reshape([n_sequences, width]);
             let logits = mtp.logits(model, last, &ForwardContext::new(self.compute));
-            let logits: Vec<f32> = logits.into_data().try_to_vec().expect("logits are f32");
+            let logits = read(logits);
             let rows = logits.chunks(self.model.config.vocab_size);
             for (sequence, logits) in batch.iter_mut().zip(rows) {
                 // Without finite logits there is no draft.

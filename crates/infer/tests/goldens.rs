@@ -10,6 +10,7 @@ use std::ops::ControlFlow;
 use burn::tensor::{Int, Tensor, TensorData};
 use checkpoint::{Adapter, Folder};
 use data::Tokenizer;
+use kernels::device;
 use model::{AdapterWeights, Cache, CacheType, Compute, ForwardContext, Model, load};
 use moeforge_infer::{
     Engine, Error, FinishReason, GenerateConfig, Generation, KvPrefix, SampleConfig, Sampler,
@@ -46,12 +47,7 @@ fn golden(name: &str) -> (Vec<u32>, Vec<u32>) {
 }
 
 fn engine(name: &str) -> Engine {
-    Engine::open(
-        &goldens::path(name),
-        Compute::F32,
-        kernels::device::of_tests(),
-    )
-    .unwrap()
+    Engine::open(&goldens::path(name), Compute::F32, device::of_tests()).unwrap()
 }
 
 fn greedy(max_tokens: usize) -> GenerateConfig {
@@ -67,10 +63,11 @@ fn greedy(max_tokens: usize) -> GenerateConfig {
 fn greedy_generation_gives_the_golden_tokens_as_they_come() {
     for name in ALL {
         let (prompt, expected) = golden(name);
-        let mut told = Vec::new();
+        let (mut told, mut reads) = (Vec::new(), Vec::new());
         let generation = engine(name)
             .generate(&prompt, &greedy(expected.len()), &mut |id| {
                 told.push(id);
+                reads.push(device::reads());
                 ControlFlow::Continue(())
             })
             .unwrap();
@@ -78,6 +75,8 @@ fn greedy_generation_gives_the_golden_tokens_as_they_come() {
         assert_eq!(told, expected, "{name}");
         assert_eq!(generation.finish_reason, FinishReason::Length);
         assert_eq!(generation.decode_steps, expected.len() - 1);
+        // Logits, and nothing else.
+        assert!(reads.is_sorted_by(|a, b| a + 1 == *b), "{name}: {reads:?}");
     }
 }
 
@@ -382,7 +381,7 @@ fn attach(model: &mut Model, name: &str) {
     let adapter = goldens::path("deepseek_v3").join(format!("adapter_{name}"));
     let adapter = Adapter::open(&adapter).unwrap();
     let adapter = AdapterWeights::read(&adapter, &model.config).unwrap();
-    adapter.attach(model, &kernels::device::of_tests()).unwrap();
+    adapter.attach(model, &device::of_tests()).unwrap();
 }
 
 /// A model that holds all adapters, and the model alone and with each of them.

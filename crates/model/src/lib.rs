@@ -53,6 +53,7 @@ pub use forward::cache::Cache;
 pub use forward::context::ForwardContext;
 pub use forward::recorder::Recorder;
 pub use forward::routing::{Routed, RoutingRecord, routing_drift};
+pub use kernels::device;
 pub use kernels::{ActivationQuant, CacheType, Compute, ExpertTraffic, OperandRounding, Quantizer};
 pub use load::Training;
 pub use patterns::matches;

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use burn::tensor::{DType as FloatType, Tensor};
 use checkpoint::{DType, FolderWriter, TensorSpec};
+use kernels::device::read;
 use model::Parameter;
 
 use crate::checkpoint_state::{RunState, read_optimizer, write_optimizer};
@@ -117,9 +118,7 @@ impl Session {
     pub(crate) fn save(&self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
         let (specs, tensors) = (self.state_tensors(), self.state_values());
         let fill = |writer: &mut FolderWriter| {
-            write_optimizer(writer, &specs, |i| {
-                Ok(tensors[i].clone().into_data().iter::<f32>().collect())
-            })?;
+            write_optimizer(writer, &specs, |i| Ok(read(tensors[i].clone())))?;
             export::adapter_into(self, writer)?;
             self.state.write(writer)
         };

@@ -42,6 +42,21 @@ impl Rewards {
         ]
     }
 
+    /// The sum over pairs, from the rewards of both answers of each.
+    pub(crate) fn sum(rewards: &[f32]) -> Self {
+        let mut sum = Self::default();
+        for pair in rewards.as_chunks::<2>().0 {
+            let [chosen, rejected] = pair.map(f64::from);
+            sum.add(Self {
+                chosen,
+                rejected,
+                margin: chosen - rejected,
+                accuracy: f64::from(u8::from(chosen > rejected)),
+            });
+        }
+        sum
+    }
+
     /// Adds the rewards of more pairs to a sum over pairs.
     pub(crate) fn add(&mut self, more: Self) {
         self.chosen += more.chosen;
@@ -72,16 +87,16 @@ pub(crate) fn log_probabilities(losses: Tensor<1>, rows: usize) -> Tensor<1> {
     -losses.reshape([rows, seq]).sum_dim(1).squeeze_dim::<1>(1)
 }
 
-/// The loss of every pair, and the sum of their rewards. Rows are pairs one after another, the chosen answer first.
+/// The loss of every pair, and the rewards of both answers. Rows are pairs one after another, the chosen answer first.
 ///
 /// # Shapes
 /// - `policy`, `reference`: log-probabilities, `[2 · pairs]`
-/// - returns: `[pairs]`, in nats
+/// - returns: `[pairs]`, in nats, and `[2 · pairs]`
 pub(crate) fn losses(
     policy: Tensor<1>,
     reference: Tensor<1>,
     settings: &DpoSection,
-) -> (Tensor<1>, Rewards) {
+) -> (Tensor<1>, Tensor<1>) {
     let pairs = policy.dims()[0] / 2;
     let rewards = ((policy - reference) * settings.beta).reshape([pairs, 2]);
     let of = |which: usize| {
@@ -92,27 +107,14 @@ pub(crate) fn losses(
     let smoothing = settings.label_smoothing;
     let right = log_sigmoid(margins.clone()) * (1.0 - smoothing);
     let wrong = log_sigmoid(-margins) * smoothing;
-    (-(right + wrong), sum_of_pairs(rewards))
-}
-
-fn sum_of_pairs(rewards: Tensor<2>) -> Rewards {
-    let values: Vec<f64> = rewards.into_data().iter::<f32>().map(f64::from).collect();
-    let mut sum = Rewards::default();
-    for pair in values.chunks_exact(2) {
-        sum.add(Rewards {
-            chosen: pair[0],
-            rejected: pair[1],
-            margin: pair[0] - pair[1],
-            accuracy: f64::from(u8::from(pair[0] > pair[1])),
-        });
-    }
-    sum
+    (-(right + wrong), rewards.reshape([2 * pairs]))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use burn::tensor::Device;
+    use kernels::device::read;
 
     const POLICY: [f32; 6] = [-11.0, -12.5, -30.0, -20.0, -7.25, -7.0];
     const REFERENCE: [f32; 6] = [-12.0, -12.0, -29.0, -23.0, -7.25, -7.0];
@@ -131,7 +133,7 @@ mod tests {
 
     fn found(policy: [f32; 6], smoothing: f64) -> (Vec<f32>, Rewards) {
         let (losses, rewards) = losses(tensor(policy), tensor(REFERENCE), &settings(smoothing));
-        (losses.into_data().try_to_vec().unwrap(), rewards)
+        (read(losses), Rewards::sum(&read(rewards)))
     }
 
     /// The formula, by hand in f64: `-logsigmoid(β·δ)·(1 − ε) − logsigmoid(−β·δ)·ε`.

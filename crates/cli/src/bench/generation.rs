@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use anyhow::bail;
 use infer::{Engine, GenerateConfig, SampleConfig, Sequence};
+use kernels::device::{CPU, describe, is_gpu, memory};
 use model::ExpertTraffic;
 use serde_json::{Value, json};
 
@@ -17,9 +18,11 @@ use super::peak::{peak_bandwidth, peak_flops};
 use super::spread::Spread;
 use super::subject::{Subject, ids};
 use super::sweep::{Sweep, options};
-use super::table::{Column, count, fraction_of, giga, mebibytes, median, seconds, spread};
+use super::table::{
+    Column, DEVICE, PEAK, count, fraction_of, giga, median, place, seconds, spread,
+};
 use crate::console::Console;
-use crate::device::cpu;
+use crate::device::DeviceArgs;
 use crate::host;
 use crate::inspect::parameters;
 use crate::open::{EngineArgs, SpeculationArgs, cache_object, repack};
@@ -45,6 +48,8 @@ struct Args {
     json: bool,
     #[command(flatten)]
     engine: EngineArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 /// Time prefill of synthetic prompts, for all combinations of batch size and length.
@@ -117,12 +122,13 @@ struct Timing {
     experts: Option<ExpertTraffic>,
 }
 
-const PREFILL_COLUMNS: [Column; 9] = [
+const PREFILL_COLUMNS: [Column; 10] = [
     Column("batch", 5, |result| count(&result["batch"])),
     Column("seq", 6, |result| count(&result["seq"])),
     TOKENS_PER_SECOND,
     SPREAD,
     PEAK,
+    DEVICE,
     OPEN,
     FIRST_TOKEN,
     Column("of peak GFLOP/s", 15, |result| {
@@ -131,12 +137,13 @@ const PREFILL_COLUMNS: [Column; 9] = [
     EXPERT_HITS,
 ];
 
-const DECODE_COLUMNS: [Column; 11] = [
+const DECODE_COLUMNS: [Column; 12] = [
     Column("batch", 5, |result| count(&result["batch"])),
     Column("prompt", 6, |result| count(&result["seq"])),
     TOKENS_PER_SECOND,
     SPREAD,
     PEAK,
+    DEVICE,
     OPEN,
     FIRST_TOKEN,
     Column("MB/token", 8, |result| {
@@ -158,7 +165,6 @@ const TOKENS_PER_SECOND: Column = Column("tokens/s", 8, |result| {
 const SPREAD: Column = Column("(min to max)", 16, |result| {
     spread(&result["tokens_per_second"])
 });
-const PEAK: Column = Column("peak MiB", 8, |result| mebibytes(&result["peak_bytes"]));
 const OPEN: Column = Column("open s", 6, |result| seconds(&result["open_seconds"]));
 const FIRST_TOKEN: Column = Column("first token s", 13, |result| {
     seconds(&result["first_token_seconds"])
@@ -263,6 +269,7 @@ fn words(args: &Args, case: GenerationCase) -> Vec<OsString> {
     ];
     words.extend(options(numbers));
     words.extend(args.engine.words().into_iter().map(OsString::from));
+    words.extend(args.device.words());
     if let Some(adapter) = &args.adapter {
         words.extend(["--adapter".into(), adapter.into()]);
     }
@@ -279,12 +286,12 @@ fn measure(
     subject: &Subject,
     console: &Console,
 ) -> anyhow::Result<Value> {
-    let device = cpu();
+    let device = args.device.open()?;
     let (compute, cache) = args.engine.precision(&device, console)?;
     let of_weights = subject.compute(compute.quant())?;
     let peak = || match case.phase {
         Phase::Prefill => peak_flops(of_weights, &device, PEAK_RUNS),
-        Phase::Decode(..) => peak_bandwidth(PEAK_RUNS),
+        Phase::Decode(..) => peak_bandwidth(&device, PEAK_RUNS),
     };
     let mut peaks = peak();
     host::reset_peak();
@@ -294,11 +301,14 @@ fn measure(
     let mut engine = Engine::new(model, compute.quant(), device.clone());
     engine.mtp = mtp;
     engine.cache = cache.cache_type();
-    args.engine.memory.place(&mut engine, console);
-    repack(&mut engine, console);
+    if !is_gpu(&device) {
+        args.engine.memory.place(&mut engine, console);
+        repack(&mut engine, console);
+    }
     let open_secs = started.elapsed().as_secs_f64();
     let timings = timings(&mut engine, case, args.reps, console)?;
     let peak_bytes = host::read().peak_bytes;
+    let device_bytes = memory(&device).map(|memory| memory.reserved);
     peaks.extend(peak());
 
     let tokens = case.timed_tokens() as f64;
@@ -309,6 +319,7 @@ fn measure(
         "parameters": parameters(&subject.config).total,
         "tokens_per_second": speeds.to_json(),
         "peak_bytes": peak_bytes,
+        "device_bytes": device_bytes,
         "open_seconds": open_secs,
         "first_token_seconds": timings[0].first_token_secs,
         "acceptance_rate": acceptance_rate(&timings[1..]),
@@ -326,6 +337,8 @@ fn measure(
         "weights": if subject.is_random() { "random" } else { "checkpoint" },
         "seed": SEED,
         "threads": rayon::current_num_threads(),
+        "device": args.device.name().unwrap_or_else(|| CPU.into()),
+        "adapter": describe(&device).map(|of| of.adapter),
         "reps": args.reps,
         "results": [result],
     }))
@@ -454,13 +467,13 @@ fn title(measured: &Value) -> String {
         _ => "weights of the checkpoint".to_owned(),
     };
     format!(
-        "{} ({}), {:.1} M parameters, {weights}, compute {}, KV cache {}; {} threads, {} runs each",
+        "{} ({}), {:.1} M parameters, {weights}, compute {}, KV cache {}; {}, {} runs each",
         text("model"),
         text("family"),
         giga(parameters) * 1e3,
         text("compute"),
         text("cache"),
-        measured["threads"],
+        place(measured),
         measured["reps"],
     )
 }

@@ -1,10 +1,11 @@
-//! The machine's peak FLOP/s and memory bandwidth, as our own code reaches them: what measured speeds are compared
-//! with.
+//! The machine's peak FLOP/s and memory bandwidth: what measured speeds are compared with. On the CPU, as our own code
+//! reaches them; on a GPU, as burn's measurement finds them.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use burn::tensor::{Device, Tensor};
+use kernels::device::{Measured, is_gpu, measure, read};
 use kernels::{Format, Ggml, Matrix};
 use model::modules::linear::{Frozen, Linear, Weight};
 use model::{Compute, ForwardContext};
@@ -22,8 +23,11 @@ const READ_CHUNK: usize = 128 << 10;
 /// Times a linear layer of 2048 × 2048 weights on 2048 tokens with all threads, `runs` times after a warm-up. Weights
 /// and products are in bf16, in q8_0 blocks and int8, or else in f32.
 ///
-/// Returns FLOP/s, counting a multiplication and an addition as two.
+/// Returns FLOP/s, counting a multiplication and an addition as two. A GPU is measured once, in f32.
 pub(super) fn peak_flops(compute: Compute, device: &Device, runs: usize) -> Vec<f64> {
+    if is_gpu(device) {
+        return vec![of_gpu(device, |measured| measured.f32_flops)];
+    }
     let values: Vec<f32> = (0..SIZE * SIZE)
         .map(|i| (i % 97) as f32 / 97.0 - 0.5)
         .collect();
@@ -43,12 +47,16 @@ pub(super) fn peak_flops(compute: Compute, device: &Device, runs: usize) -> Vec<
     let speed = || {
         let started = Instant::now();
         let y = linear.forward(x.clone(), &ForwardContext::new(compute));
-        // Reading a number waits for an asynchronous device.
-        let _ = y.slice([0..1, 0..1]).into_scalar::<f32>();
+        read(y.slice([0..1, 0..1]));
         2.0 * (SIZE as f64).powi(3) / started.elapsed().as_secs_f64()
     };
     speed();
     (0..runs).map(|_| speed()).collect()
+}
+
+/// A speed of a GPU; not a number where it cannot be measured.
+fn of_gpu(device: &Device, speed: impl FnOnce(Measured) -> Option<f64>) -> f64 {
+    measure(device).and_then(speed).unwrap_or(f64::NAN)
 }
 
 /// Weights in bf16, or in blocks as int8 products read them fastest.
@@ -80,8 +88,11 @@ fn narrow(values: &[f32], compute: Compute) -> Matrix {
 /// Compares two equal buffers: the C library uses the widest registers of the CPU for this, however this program was
 /// built, and has to read both buffers to their ends.
 ///
-/// Returns bytes per second.
-pub(super) fn peak_bandwidth(runs: usize) -> Vec<f64> {
+/// Returns bytes per second. A GPU's own memory is measured once.
+pub(super) fn peak_bandwidth(device: &Device, runs: usize) -> Vec<f64> {
+    if is_gpu(device) {
+        return vec![of_gpu(device, |measured| measured.read_bytes_per_second)];
+    }
     let numbers: Vec<u64> = (0..NUMBERS as u64).collect();
     let buffers = [numbers.clone(), numbers];
     let [left, right] = [&buffers[0], &buffers[1]].map(|numbers| numbers.par_chunks(READ_CHUNK));

@@ -10,6 +10,7 @@ use model::{ActivationQuant, Compute, Model, ModelConfig, Mtp, Training, load};
 use serde_json::Value;
 
 use crate::console::Console;
+use crate::device::expect_right;
 use crate::open::{SpeculationArgs, attach, find, is_gguf, name_of, open_model, read_json};
 
 /// A model to measure.
@@ -105,6 +106,7 @@ impl Subject {
             }
             SubjectWeights::Random(_) => {
                 console.note(format_args!("{}: random weights", self.name));
+                expect_right(device, &self.config, console)?;
                 let mut model = load::fresh(&self.config, Training::Frozen, seed, device)?;
                 if let Some(adapter) = adapter {
                     attach(&mut model, adapter, device, console)?;

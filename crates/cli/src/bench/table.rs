@@ -41,6 +41,21 @@ pub(super) fn mebibytes(value: &Value) -> String {
     count(&mib.unwrap_or_default())
 }
 
+/// Memory of the process, and that of a GPU.
+pub(super) const PEAK: Column = Column("peak MiB", 8, |result| mebibytes(&result["peak_bytes"]));
+pub(super) const DEVICE: Column = Column("GPU MiB", 7, |result| mebibytes(&result["device_bytes"]));
+
+/// Where it was measured, for the line above the table.
+pub(super) fn place(measured: &Value) -> String {
+    match measured["adapter"].as_str() {
+        Some(adapter) => format!(
+            "device {} ({adapter})",
+            measured["device"].as_str().unwrap_or_default()
+        ),
+        None => format!("{} threads", measured["threads"]),
+    }
+}
+
 /// Seconds.
 pub(super) fn seconds(value: &Value) -> String {
     format!("{:.2}", number(value))
@@ -64,8 +79,11 @@ pub(super) fn spread(value: &Value) -> String {
     format!("({min:.digits$} to {max:.digits$})")
 }
 
-/// The share of a peak rate that a result reaches, and the peak in billions.
+/// The share of a peak rate that a result reaches, and the peak in billions; a dash if there is none.
 pub(super) fn fraction_of(result: &Value, peak: &str) -> String {
+    if result[peak].is_null() {
+        return "–".into();
+    }
     let fraction = 100.0 * number(&result["fraction_of_peak"]);
     let peak = giga(&result[peak]);
     let digits = usize::from(peak < 100.0);

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 use ::train::{Event, Loss, Recipe, Session, StepReport};
 use anyhow::Context;
+use kernels::device::{CPU, describe, memory};
 use model::{Compute, OperandRounding};
 use serde_json::{Value, json};
 
@@ -18,9 +19,9 @@ use super::scratch::Scratch;
 use super::spread::Spread;
 use super::subject::{Subject, SubjectWeights, ids};
 use super::sweep::{Sweep, options};
-use super::table::{Column, count, fraction_of, giga, mebibytes, median, spread};
+use super::table::{Column, DEVICE, PEAK, count, fraction_of, giga, median, place, spread};
 use crate::console::{Console, USAGE, WithCode};
-use crate::device::cpu;
+use crate::device::{DeviceArgs, expect_right};
 use crate::host;
 use crate::inspect::parameters;
 use crate::train::{usage, with_code};
@@ -58,6 +59,8 @@ pub(crate) struct Args {
     /// Print one JSON object instead of a table.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 /// Settings that have options of their own, or that would change the rows.
@@ -72,7 +75,7 @@ const OWN: [(&str, &str); 4] = [
 const PEAK_RUNS: usize = 3;
 
 /// The columns of the table.
-const COLUMNS: [Column; 10] = [
+const COLUMNS: [Column; 11] = [
     Column("batch", 5, |result| count(&result["batch"])),
     Column("seq", 5, |result| count(&result["seq"])),
     Column("experts", 7, |result| count(&result["experts"])),
@@ -85,7 +88,8 @@ const COLUMNS: [Column; 10] = [
     Column("s/step", 7, |result| {
         format!("{:.3}", median(&result["step_seconds"]))
     }),
-    Column("peak MiB", 8, |result| mebibytes(&result["peak_bytes"])),
+    PEAK,
+    DEVICE,
     Column("GFLOP/token", 11, |result| {
         format!("{:.3}", giga(&result["flops_per_token"]))
     }),
@@ -173,10 +177,11 @@ fn measure(args: &Args, case: TrainingCase, console: &Console) -> anyhow::Result
         OperandRounding::Bf16 => Compute::Bf16,
         _ => Compute::F32,
     };
-    let device = cpu();
+    let device = args.device.open()?;
     let mut peaks = peak_flops(compute, &device, PEAK_RUNS);
     host::reset_peak();
     let mut session = Session::open(recipe, &device, &|folder| Ok(folder.into()))?;
+    expect_right(&device, session.config(), console)?;
     let mut progress = console.progress(1 + args.reps, "steps");
     let reports = session.timed_steps(1 + args.reps, &mut |event: &Event| {
         if let Event::Step(report) = event {
@@ -187,6 +192,7 @@ fn measure(args: &Args, case: TrainingCase, console: &Console) -> anyhow::Result
     progress.finish();
     let reports = reports.map_err(with_code)?;
     let (peak_bytes, timed) = (host::read().peak_bytes, &reports[1..]);
+    let device_bytes = memory(&device).map(|memory| memory.reserved);
     peaks.extend(peak_flops(compute, &device, PEAK_RUNS));
 
     let speeds = Spread::of(timed.iter().map(speed));
@@ -202,6 +208,8 @@ fn measure(args: &Args, case: TrainingCase, console: &Console) -> anyhow::Result
         "compute": recipe.precision.compute_word(),
         "set": args.set,
         "threads": rayon::current_num_threads(),
+        "device": args.device.name().unwrap_or_else(|| CPU.into()),
+        "adapter": describe(&device).map(|of| of.adapter),
         "reps": args.reps,
         "results": [{
             "batch": batch,
@@ -212,6 +220,7 @@ fn measure(args: &Args, case: TrainingCase, console: &Console) -> anyhow::Result
             "tokens_per_second": speeds.to_json(),
             "step_seconds": Spread::of(timed.iter().map(|report| report.seconds)).to_json(),
             "peak_bytes": peak_bytes,
+            "device_bytes": device_bytes,
             "flops_per_token": cost,
             "flops_per_second": cost * speeds.median,
             "peak_flops_per_second": peak,
@@ -233,6 +242,7 @@ fn words(args: &Args, case: TrainingCase) -> Vec<OsString> {
     if let Some(adapter) = &args.adapter {
         words.extend(["--adapter".into(), adapter.into()]);
     }
+    words.extend(args.device.words());
     for setting in &args.set {
         words.extend(["--set".into(), setting.into()]);
     }
@@ -323,14 +333,14 @@ fn title(measured: &Value) -> String {
         format!(" ({})", settings.join(", "))
     };
     format!(
-        "{} ({}), {:.1} M parameters, {weights}; method {} with {:.1} M trained, compute {}{settings}; {} threads, {} steps each",
+        "{} ({}), {:.1} M parameters, {weights}; method {} with {:.1} M trained, compute {}{settings}; {}, {} steps each",
         text("model"),
         text("family"),
         millions("parameters"),
         text("method"),
         millions("trained_parameters"),
         text("compute"),
-        measured["threads"],
+        place(measured),
         measured["reps"],
     )
 }

@@ -8,7 +8,7 @@
 pub(crate) mod attention;
 mod autodiff;
 #[cfg(feature = "gpu")]
-mod cube;
+pub(crate) mod cube;
 pub(crate) mod elementwise;
 pub(crate) mod experts;
 pub(crate) mod factors;

@@ -4,12 +4,17 @@
 //! `metal`, `vulkan`, `cuda`; `webgpu:1` is the second adapter, discrete ones counted first, and `webgpu:cpu` the
 //! software adapter. One program compiles shaders for wgpu in one way: `webgpu` to WGSL, on whatever API the system has.
 
+mod reads;
 mod self_test;
 
 use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::Device;
 
+use crate::error::Error;
+use crate::formats::Matrix;
+
+pub use self::reads::{read, read_ints, reads};
 pub use self::self_test::{OperationDifference, Widths, self_test};
 pub use crate::backend::is_gpu;
 
@@ -119,6 +124,24 @@ pub fn describe(device: &Device) -> Option<Description> {
     };
 }
 
+/// Bytes of an adapter's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Of tensors.
+    pub used: u64,
+    /// Of those, and of what is kept for tensors to come.
+    pub reserved: u64,
+}
+
+/// The memory that an adapter holds now; none of the CPU.
+pub fn memory(device: &Device) -> Option<MemoryUse> {
+    let usage = device.memory_pool_usage()?;
+    Some(MemoryUse {
+        used: usage.bytes_in_use,
+        reserved: usage.bytes_reserved,
+    })
+}
+
 /// Measures an adapter, for some seconds; none of the CPU.
 pub fn measure(device: &Device) -> Option<Measured> {
     #[cfg(feature = "gpu")]
@@ -138,6 +161,9 @@ mod gpu {
     use burn::tensor::{DType, Device, MemoryAccess, ThroughputKey, ThroughputMode};
 
     use super::{Description, Measured};
+    use crate::backend::cube::checksum;
+    use crate::error::Error;
+    use crate::formats::Matrix;
     use crate::formats::placed::cube_device;
 
     pub(super) fn describe(device: &Device) -> Option<Description> {
@@ -187,6 +213,27 @@ mod gpu {
         recorded.map(drop).map_err(text)
     }
 
+    pub(super) fn expect_unchanged(weights: &[Matrix]) -> Result<(), Error> {
+        let mut stacks = Vec::new();
+        for matrix in weights {
+            let parts = matrix.split_kv_b().and_then(|split| split.parts());
+            for part in parts.map_or(vec![matrix], Vec::from) {
+                stacks.extend(part.placed().map(|placed| &*placed.stack));
+            }
+        }
+        let changed = checksum::unchanged(&stacks)
+            .iter()
+            .filter(|same| !**same)
+            .count();
+        if changed == 0 {
+            return Ok(());
+        }
+        Err(Error::Placement(format!(
+            "the device has changed {changed} pieces of the weights since they were copied there; \
+             try another driver, or the CPU"
+        )))
+    }
+
     pub(super) fn measure(device: &Device) -> Option<Measured> {
         cube_device(device)?;
         let keys = [
@@ -222,6 +269,20 @@ pub fn recorded<T>(device: &Device, run: impl Fn() -> T) -> Result<(), String> {
     return {
         let _ = (device, run);
         Err("only a GPU records".to_owned())
+    };
+}
+
+/// Whether weights on a GPU are still what was copied there, by checksums. On a CPU they are.
+///
+/// # Errors
+/// The first weight that has changed.
+pub fn expect_unchanged(weights: &[Matrix]) -> Result<(), Error> {
+    #[cfg(feature = "gpu")]
+    return gpu::expect_unchanged(weights);
+    #[cfg(not(feature = "gpu"))]
+    return {
+        let _ = weights;
+        Ok(())
     };
 }
 

@@ -73,8 +73,8 @@ const COMPARED_WORDS: usize = 2048;
 /// Sums in f32 in another order, relative to the largest value.
 const TOLERANCE: f32 = 2e-4;
 
-/// Compares operations and gradients with the CPU's. `spoil` names one whose results are changed first: for tests of what
-/// happens then.
+/// Compares operations and gradients with the CPU's. `spoil` names one whose results are changed first, or `device`, which
+/// then fails: for tests of what happens.
 ///
 /// # Errors
 /// The first operation that differs.
@@ -83,6 +83,9 @@ pub fn self_test(
     widths: Widths,
     spoil: Option<&str>,
 ) -> Result<(), OperationDifference> {
+    if spoil == Some(FAILURE) {
+        fail(device);
+    }
     for rows in COMPARED_ROWS {
         for tracks_input in [true, false] {
             let compare = |what: &str, run: &dyn Fn(&Case<'_>) -> Outcome| {
@@ -110,6 +113,15 @@ pub fn self_test(
         }
     }
     Ok(())
+}
+
+/// What to spoil, so that the device itself fails.
+const FAILURE: &str = "device";
+
+/// Asks for what WGSL lacks, which ends the device's own thread.
+fn fail(device: &Device) {
+    let x = Tensor::<1>::ones([8], device).cast(burn::tensor::DType::BF16);
+    let _ = read(x * 2.0);
 }
 
 /// One comparison.

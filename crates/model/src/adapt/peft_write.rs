@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use burn::module::Param;
 use burn::tensor::Tensor;
 use checkpoint::{AdapterConfig, DType};
+use kernels::device::read;
 
 use super::lora_config::Scaling;
 use super::peft_whole::{EMBEDDING_A, EMBEDDING_B, TOKEN_ROWS, transposed};
@@ -75,7 +76,7 @@ impl AdapterWeights {
                     }
                 }
                 if let Some(lora) = update {
-                    let differences = flat(lora.lora_a.val());
+                    let differences = read(lora.lora_a.val());
                     let pairs = values.iter_mut().zip(differences);
                     pairs.for_each(|(value, difference)| *value += difference);
                 }
@@ -87,9 +88,9 @@ impl AdapterWeights {
 
     /// Adds the update of a linear layer.
     fn add_linear(&mut self, path: String, lora: &Lora) {
-        let [a, b] = [flat(lora.lora_a.val()), flat(lora.lora_b.val())];
+        let [a, b] = [read(lora.lora_a.val()), read(lora.lora_b.val())];
         let mut update = self.described(a, b, lora.rank(), lora.scale);
-        let magnitude = |dora: &Dora| flat(dora.lora_magnitude_vector.val());
+        let magnitude = |dora: &Dora| read(dora.lora_magnitude_vector.val());
         update.magnitude = lora.dora.as_ref().map(magnitude);
         self.linear.insert(path, update);
     }
@@ -144,7 +145,7 @@ impl AdapterWeights {
         let rank = stacks.lora_a.val().dims()[1];
         let parts = |stack: &Param<Tensor<3>>| -> Vec<Vec<f32>> {
             let (stack, n) = (stack.val(), stack.val().dims()[0]);
-            let values = flat(stack);
+            let values = read(stack);
             let parts = values.chunks(values.len() / n).map(<[f32]>::to_vec);
             parts.cycle().take(n_experts).collect()
         };
@@ -254,7 +255,7 @@ fn weight_values(model: &Model, key: &str) -> Option<Replacement> {
     if let Some(found) = trained.find(|found| found.name == key) {
         return Some(Replacement {
             shape: found.shape,
-            values: flat(found.values),
+            values: read(found.values),
         });
     }
     let path = key.strip_suffix(".weight")?;
@@ -279,16 +280,12 @@ fn weight_values(model: &Model, key: &str) -> Option<Replacement> {
     let norm = norms.find(|(found, _)| found == key)?.1.weight.val();
     Some(Replacement {
         shape: norm.dims().to_vec(),
-        values: flat(norm),
+        values: read(norm),
     })
 }
 
 pub(super) fn last_name(path: &str) -> &str {
     path.rsplit('.').next().unwrap_or(path)
-}
-
-fn flat<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.into_data().try_to_vec().expect("factors are f32")
 }
 
 fn tensor<const D: usize>(

@@ -10,6 +10,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Int, Tensor};
+use kernels::device::is_gpu;
 
 use super::Model;
 use crate::forward::context::ForwardContext;
@@ -196,10 +197,11 @@ impl Run {
     }
 }
 
-/// The start of a layer's graph; tracked if something before the layer needs a gradient.
+/// The start of a layer's graph; tracked if something before the layer needs a gradient. On a GPU it always is: where only
+/// parameters were tracked, others had gradients of NaN or zero (burn#5162).
 fn leaf(model: &Model, first: usize, layer_idx: usize, x: Tensor<2>) -> Tensor<2> {
     let x = Tensor::from_inner(x);
-    if layer_idx > first || model.is_embedding_trained() {
+    if layer_idx > first || model.is_embedding_trained() || is_gpu(&x.device()) {
         x.require_grad()
     } else {
         x

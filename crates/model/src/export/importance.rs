@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::{Folder, Gguf, GgufLayout, GgufTensor, RowOrder};
+use kernels::device::{read, read_ints};
 use kernels::{Compute, Direction, ExpertBank};
 
 use crate::Error;
@@ -307,7 +308,7 @@ impl Collected {
                 let of_part = |direction| part_of_kv_b(&path, direction);
                 let key = direction.map_or(path.clone(), of_part);
                 let [matrices, cols] = squares.dims();
-                let squares: Vec<f32> = squares.into_data().iter().collect();
+                let squares = read(squares);
                 let sums = self.sums.entry(key).or_default();
                 sums.resize(matrices, ColumnSums::default());
                 let pairs = sums.iter_mut().zip(squares.chunks(cols.max(1)));
@@ -319,7 +320,7 @@ impl Collected {
 
     fn add_experts(&mut self, path: &str, bank: &ExpertBank, x: Tensor<2>, ids: Tensor<2, Int>) {
         let [_, top_k] = ids.dims();
-        let ids: Vec<i64> = ids.into_data().iter().collect();
+        let ids = read_ints(ids);
         for expert in 0..bank.gate.len() {
             let choices = ids.chunks(top_k.max(1)).enumerate();
             let own = choices.filter(|(_, ids)| ids.contains(&(expert as i64)));
@@ -330,10 +331,7 @@ impl Collected {
             let tokens = Tensor::<1, Int>::from_ints(own.as_slice(), &x.device());
             let x = x.clone().select(0, tokens);
             let inner = down_input(bank, expert, x.clone());
-            let squares = [x, inner].map(|x| {
-                let squares = x.powi_scalar(2).sum_dim(0).into_data();
-                squares.iter::<f32>().collect::<Vec<_>>()
-            });
+            let squares = [x, inner].map(|x| read(x.powi_scalar(2).sum_dim(0)));
             for (projection, entered) in PROJECTIONS.into_iter().zip([0, 0, 1]) {
                 let key = format!("{path}.{expert}.{projection}.weight");
                 let sums = self.sums.entry(key).or_default();

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 use checkpoint::{DType, Folder, FolderWriter, TensorSpec};
+use kernels::device::read;
 
 use super::hf_fp8::{BlockFp8, is_fp8};
 use super::weight_format::{WeightFormat, encode, exported_config};
@@ -76,8 +77,7 @@ struct FlatRange(Tensor<1>, Range<usize>);
 impl FlatRange {
     fn values(&self) -> Vec<f32> {
         let Self(values, range) = self;
-        let values = values.clone().slice([range.clone()]).into_data();
-        values.iter::<f32>().collect()
+        read(values.clone().slice([range.clone()]))
     }
 }
 

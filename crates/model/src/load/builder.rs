@@ -1,6 +1,6 @@
 //! Walks the architecture and makes each part, from a folder or from a seed.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::module::{Param, ParamId};
 use burn::tensor::{Device, Tensor};
@@ -82,13 +82,7 @@ pub fn load(folder: &Folder, training: Training, device: &Device) -> Result<Mode
     let config = read_config(folder)?;
     expect_own_names(folder, &config)?;
     training.check(&config)?;
-    Builder {
-        source: WeightSource::Folder(folder),
-        training,
-        config: &config,
-        device,
-    }
-    .model()
+    Builder::new(WeightSource::Folder(folder), training, &config, device).model()
 }
 
 /// A model with fresh weights: normal with the config's `initializer_range`, norms one, biases zero. Those that are not
@@ -103,13 +97,7 @@ pub fn fresh(
     device: &Device,
 ) -> Result<Model, Error> {
     training.check(config)?;
-    Builder {
-        source: WeightSource::Fresh(seed),
-        training,
-        config,
-        device,
-    }
-    .model()
+    Builder::new(WeightSource::Fresh(seed), training, config, device).model()
 }
 
 /// Where weights come from.
@@ -124,13 +112,30 @@ pub(super) struct Builder<'a> {
     pub(super) training: Training,
     pub(super) config: &'a ModelConfig,
     pub(super) device: &'a Device,
+    /// A matrix of each stack that was copied to the device.
+    copied: Mutex<Vec<Matrix>>,
 }
 
-impl Builder<'_> {
+impl<'a> Builder<'a> {
+    pub(super) fn new(
+        source: WeightSource<'a>,
+        training: Training,
+        config: &'a ModelConfig,
+        device: &'a Device,
+    ) -> Self {
+        Self {
+            source,
+            training,
+            config,
+            device,
+            copied: Mutex::default(),
+        }
+    }
+
     fn model(&self) -> Result<Model, Error> {
         let layers = 0..self.config.num_hidden_layers;
         let layers = layers.map(|layer_idx| self.layer(layer_idx));
-        Ok(Model {
+        let model = Model {
             model: Decoder {
                 embed_tokens: Embedding {
                     weight: self.weight(ParamKey::weight(None, Module::Embedding))?,
@@ -142,7 +147,15 @@ impl Builder<'_> {
             lm_head: self.optional_linear(None, Module::Head)?,
             config: self.config.clone(),
             replaced: ReplacedWeights::default(),
-        })
+        };
+        self.expect_unchanged()?;
+        Ok(model)
+    }
+
+    /// Refuses a device that has damaged what was copied to it.
+    pub(super) fn expect_unchanged(&self) -> Result<(), Error> {
+        let copied = self.copied.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(kernels::device::expect_unchanged(&copied)?)
     }
 
     pub(super) fn layer(&self, layer_idx: usize) -> Result<DecoderLayer, Error> {
@@ -347,6 +360,8 @@ impl Builder<'_> {
             }
         };
         Matrix::place(&mut matrices, self.device, release)?;
+        let mut copied = self.copied.lock().unwrap_or_else(PoisonError::into_inner);
+        copied.extend(matrices.first().cloned());
         Ok(matrices)
     }
 

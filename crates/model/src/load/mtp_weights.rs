@@ -19,13 +19,8 @@ use crate::keys::{Module, ParamKey, layer_keys, with_shape};
 pub fn load_mtp(folder: &Folder, device: &Device) -> Result<Mtp, Error> {
     let config = read_config(folder)?;
     let layer_idx = first(folder, &config)?;
-    Builder {
-        source: WeightSource::Folder(folder),
-        training: Training::Frozen,
-        config: &config,
-        device,
-    }
-    .mtp(layer_idx)
+    let source = WeightSource::Folder(folder);
+    Builder::new(source, Training::Frozen, &config, device).mtp(layer_idx)
 }
 
 /// The layer of the first module.
@@ -104,12 +99,8 @@ pub fn fresh_mtp(config: &ModelConfig, seed: u64, device: &Device) -> Result<Opt
     if config.num_nextn_predict_layers == 0 {
         return Ok(None);
     }
-    let builder = Builder {
-        source: WeightSource::Fresh(seed),
-        training: Training::Frozen,
-        config,
-        device,
-    };
+    let source = WeightSource::Fresh(seed);
+    let builder = Builder::new(source, Training::Frozen, config, device);
     builder.mtp(config.num_hidden_layers).map(Some)
 }
 
@@ -124,7 +115,7 @@ impl Builder<'_> {
             _ => Ok(None),
         };
         let embed_tokens = own_copy(Module::MtpEmbedding)?;
-        Ok(Mtp {
+        let module = Mtp {
             embed_tokens: embed_tokens.map(|linear| Embedding {
                 weight: linear.weight,
                 lora: None,
@@ -137,6 +128,8 @@ impl Builder<'_> {
                 norm: self.norm(layer_idx, Module::MtpNorm)?,
                 head: own_copy(Module::MtpHead)?,
             },
-        })
+        };
+        self.expect_unchanged()?;
+        Ok(module)
     }
 }

@@ -7,6 +7,7 @@
 use std::path::Path;
 
 use burn::tensor::Tensor;
+use kernels::device::read;
 use model::{Model, Parameter};
 use serde::Serialize;
 
@@ -165,7 +166,7 @@ fn squares(gradient: Tensor<1>, parameter: &Parameter) -> Vec<f64> {
         [experts, _, _] => experts,
         _ => 1,
     };
-    let values: Vec<f64> = gradient.into_data().iter::<f32>().map(f64::from).collect();
+    let values: Vec<f64> = read(gradient).into_iter().map(f64::from).collect();
     let part = (values.len() / n_parts.max(1)).max(1);
     let squares = values
         .chunks(part)
@@ -188,7 +189,7 @@ fn second_factor_is_zero(parameter: &Parameter, parameters: &[Parameter]) -> boo
     };
     let second = format!("{module}lora_b");
     let second = parameters.iter().find(|p| p.name == second);
-    second.is_some_and(|p| p.values.clone().into_data().iter::<f32>().all(|x| x == 0.0))
+    second.is_some_and(|p| read(p.values.clone()).iter().all(|x| *x == 0.0))
 }
 
 #[cfg(test)]

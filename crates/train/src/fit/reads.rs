@@ -2,6 +2,7 @@
 
 use burn::tensor::Tensor;
 use data::Batch;
+use kernels::device;
 use model::{Recorder, RoutingRecord};
 
 use crate::routing::BatchChoices;
@@ -52,16 +53,12 @@ impl Reads {
     }
 
     /// Reads all of them at once.
-    ///
-    /// # Panics
-    /// If a value is not f32.
     pub(super) fn read(self) -> ReadValues {
         let lengths: Vec<usize> = self.0.iter().map(|values| values.dims()[0]).collect();
         if lengths.is_empty() {
             return ReadValues(Vec::new());
         }
-        let all = Tensor::cat(self.0, 0).into_data();
-        let all: Vec<f32> = all.try_to_vec().expect("values that are read are f32");
+        let all = device::read(Tensor::cat(self.0, 0));
         let mut left = all.as_slice();
         let mut cut = |n: usize| {
             let (values, rest) = left.split_at(n);
@@ -74,7 +71,7 @@ impl Reads {
 
 impl ReadValues {
     /// The values of a tensor.
-    fn of(&self, read: Read) -> &[f32] {
+    pub(super) fn of(&self, read: Read) -> &[f32] {
         &self.0[read.0]
     }
 

@@ -42,8 +42,8 @@ struct MicroStep {
     gradients: Vec<(String, Tensor<1>)>,
     /// Sum over its trained tokens, or pairs.
     loss: Option<Read>,
-    /// Sum over its pairs, if preferences are learned.
-    rewards: Option<Rewards>,
+    /// Of both answers of its pairs, if preferences are learned.
+    rewards: Option<Read>,
     /// Of each layer.
     balance: Vec<Read>,
     /// Of each layer's router.
@@ -163,6 +163,7 @@ impl Session {
                 add_load(&mut sums.loads, choices.layer_idx, load);
             }
             if let Some(rewards) = micro.rewards {
+                let rewards = Rewards::sum(values.of(rewards));
                 sums.rewards.get_or_insert_default().add(rewards);
             }
         }
@@ -224,16 +225,16 @@ impl Session {
             loss: loss.map(|loss| reads.push(loss)),
             balance: balance.into_iter().map(|term| reads.push(term)).collect(),
             choices: reads.push_choices(&recorder),
-            rewards,
+            rewards: rewards.map(|rewards| reads.push(rewards)),
         }
     }
 
-    /// The losses to minimize, and the sum of the answers' rewards if preferences are learned.
+    /// The losses to minimize, and the rewards of all answers if preferences are learned.
     pub(super) fn compared(
         &self,
         losses: Tensor<1>,
         batch: &Batch,
-    ) -> (Tensor<1>, Option<Rewards>) {
+    ) -> (Tensor<1>, Option<Tensor<1>>) {
         let base = self.reference.as_ref().map(|reference| &reference.model);
         let reference = self.start.as_ref().or(base);
         let Some(reference) = reference.filter(|_| self.learns_preferences()) else {

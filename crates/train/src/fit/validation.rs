@@ -61,6 +61,7 @@ impl Session {
             let losses = losses(&model, &batch, &mut ctx, &device);
             let (losses, batch_rewards) = self.compared(losses, &batch);
             let mut reads = Reads::default();
+            let batch_rewards = batch_rewards.map(|rewards| reads.push(rewards));
             let (loss, chosen) = (
                 reads.push(kernels::total(losses)),
                 reads.push_choices(&recorder),
@@ -74,7 +75,8 @@ impl Session {
             sum += values.scalar(loss);
             counted += self.counted(&batch);
             if let Some(batch_rewards) = batch_rewards {
-                rewards.get_or_insert_default().add(batch_rewards);
+                let sum = Rewards::sum(values.of(batch_rewards));
+                rewards.get_or_insert_default().add(sum);
             }
             pass.note(&batch, host);
         }

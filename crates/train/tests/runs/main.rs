@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
+/// What a run asks of its device.
+mod device_use;
 /// Training held against other programs.
 mod peers;
 /// Learning from preferences.
@@ -20,8 +22,8 @@ mod goldens;
 
 use std::path::{Path, PathBuf};
 
-use burn::tensor::Device;
 use checkpoint::Safetensors;
+use kernels::device;
 use moeforge_train::{Event, Recipe, RunDir, Session};
 
 /// Relative error of a loss after up to ten updates: f32 rounding, grown by the updates between.
@@ -88,7 +90,7 @@ fn losses(session: &mut Session, run: &RunDir) -> Vec<f64> {
 }
 
 fn open(recipe: Recipe) -> Session {
-    Session::open(recipe, &Device::flex(), &|model| Ok(model.into())).unwrap()
+    Session::open(recipe, &device::of_tests(), &|model| Ok(model.into())).unwrap()
 }
 
 fn expected_curve(name: &str, key: &str) -> Vec<f64> {

@@ -5,6 +5,7 @@
 //! most 65,535 groups; threads behind the last number leave. No loop of a thread is longer than 65,535 steps: software
 //! adapters end longer ones in silence.
 
+pub(crate) mod checksum;
 mod elementwise;
 mod embedding;
 mod experts;

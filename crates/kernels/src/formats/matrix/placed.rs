@@ -69,6 +69,25 @@ pub(crate) struct PlacedShard {
     pub(crate) rows: usize,
     /// Codes, high bits, scales. A plane that the coding lacks is four words long.
     pub(crate) planes: [CubeTensor; 3],
+    /// See [`Checksum`]; none of a plane that the coding lacks.
+    pub(crate) checksums: [Option<u32>; 3],
+}
+
+/// The sum of each word times twice its number plus one, modulo 2³². Odd factors show every change of one word.
+#[derive(Clone, Copy, Debug, Default)]
+struct Checksum {
+    words: u32,
+    sum: u32,
+}
+
+impl Checksum {
+    fn add(&mut self, words: impl Iterator<Item = u32>) {
+        for word in words {
+            let factor = self.words.wrapping_mul(2).wrapping_add(1);
+            self.sum = self.sum.wrapping_add(word.wrapping_mul(factor));
+            self.words = self.words.wrapping_add(1);
+        }
+    }
 }
 
 /// Bytes of a piece that is rearranged and copied at a time.
@@ -292,10 +311,16 @@ impl<'a> Placing<'a> {
         let starts = (0..rows).step_by(per_shard);
         let shards = starts.map(|start| {
             let rows = start..rows.min(start + per_shard);
+            let (mut planes, mut checksums) = self.planes(rows.clone());
+            if let Some((scales, checksum)) = &scales {
+                planes[2] = scales.clone();
+                checksums[2] = Some(*checksum);
+            }
             PlacedShard {
                 first: rows.start,
                 rows: rows.len(),
-                planes: self.planes(rows, scales.as_ref()),
+                planes,
+                checksums,
             }
         });
         let shards = shards.collect();
@@ -322,8 +347,8 @@ impl<'a> Placing<'a> {
         done.map_err(|e| Error::Placement(format!("copying weights failed: {e:?}")))
     }
 
-    /// The grid of FP8's scales, and the scales of all matrices.
-    fn grid(&self) -> ([usize; 3], Option<CubeTensor>) {
+    /// The grid of FP8's scales, and the scales of all matrices with their checksum.
+    fn grid(&self) -> ([usize; 3], Option<(CubeTensor, u32)>) {
         let grids: Vec<&Fp8Blocks> = (self.matrices.iter())
             .filter_map(|w| match &w.format {
                 Format::Fp8(blocks) => Some(blocks),
@@ -336,14 +361,17 @@ impl<'a> Placing<'a> {
         let words = grids.iter().flat_map(|grid| grid.scales.iter());
         let words: Vec<u32> = words.map(|scale| scale.to_bits()).collect();
         let rows = first.scales.len() / first.stride.max(1);
-        let shape = [words.len()];
+        let (shape, mut checksum) = ([words.len()], Checksum::default());
+        checksum.add(words.iter().copied());
         let handle = self.client.create(Bytes::from_elems(words));
         let scales = tensor_of((&self.client, self.device), handle, shape, DType::U32);
-        ([rows, first.stride, first.first_row], Some(scales))
+        let grid = [rows, first.stride, first.first_row];
+        (grid, Some((scales, checksum.sum)))
     }
 
-    /// The planes of some rows.
-    fn planes(&self, rows: Range<usize>, scales: Option<&CubeTensor>) -> [CubeTensor; 3] {
+    /// The planes of some rows, with their checksums.
+    fn planes(&self, rows: Range<usize>) -> ([CubeTensor; 3], [Option<u32>; 3]) {
+        let mut checksums = [Checksum::default(); 3];
         let memory = self.strides.map(|stride| {
             let words = (rows.len() * stride).max(4);
             let allocate = |words: usize| self.client.empty(words * 4);
@@ -361,6 +389,8 @@ impl<'a> Placing<'a> {
             pending += piece.len() * row_bytes;
             for (plane, bytes) in self.rearranged(piece).into_iter().enumerate() {
                 if !bytes.is_empty() {
+                    let words = bytes.as_chunks::<4>().0.iter();
+                    checksums[plane].add(words.map(|word| u32::from_le_bytes(*word)));
                     let to = memory[plane].1.clone().offset_start(offsets[plane] as u64);
                     let end = memory[plane].0 * 4 - offsets[plane] - bytes.len();
                     let to = to.offset_end(end as u64);
@@ -373,13 +403,10 @@ impl<'a> Placing<'a> {
                 let _ = self.wait();
             }
         }
-        let mut planes = memory.map(|(words, handle)| {
+        let planes = memory.map(|(words, handle)| {
             tensor_of((&self.client, self.device), handle, [words], DType::U32)
         });
-        if let Some(scales) = scales {
-            planes[2] = scales.clone();
-        }
-        planes
+        (planes, checksums.map(|of| (of.words > 0).then_some(of.sum)))
     }
 
     /// The bytes of rows, plane by plane.

@@ -483,3 +483,41 @@ fn weights_larger_than_a_binding_are_cut() {
         close(&y(&gpu, placed), &y(&cpu(), list), TOLERANCE, "an expert");
     }
 }
+
+/// Every plane of every format, whole and in shards, with one bit of a word turned.
+#[test]
+fn weights_that_the_device_has_changed_are_refused() {
+    let (device, _alone) = gpu();
+    for limit in [usize::MAX, 4096] {
+        for mut w in every_format(70, 512, 5) {
+            device::limit_shard_bytes(limit);
+            let placed = Matrix::place(std::slice::from_mut(&mut w), &device, &mut |_| ());
+            device::limit_shard_bytes(usize::MAX);
+            placed.unwrap();
+            let weights = [w];
+            assert_eq!(device::expect_unchanged(&weights), Ok(()));
+            let stack = &weights[0].placed().unwrap().stack;
+            let shard = stack.shards.last().unwrap();
+            for (plane, checksum) in shard.planes.iter().zip(shard.checksums) {
+                if checksum.is_none() {
+                    continue;
+                }
+                let bytes = plane.client.read_one_unchecked(plane.handle.clone());
+                let at = bytes.len() / 8 * 4;
+                let mut word: [u8; 4] = bytes[at..at + 4].try_into().unwrap();
+                word[3] ^= 0x80;
+                let to = plane.handle.clone().offset_start(at as u64);
+                let to = to.offset_end((bytes.len() - at - 4) as u64);
+                let write = |word: &[u8]| {
+                    let word = burn::tensor::Bytes::from_bytes_vec(word.to_vec());
+                    plane.client.write(&to, word);
+                };
+                write(&word);
+                let error = device::expect_unchanged(&weights).unwrap_err().to_string();
+                assert!(error.contains("pieces of the weights"), "{error}");
+                write(&bytes[at..at + 4]);
+                assert_eq!(device::expect_unchanged(&weights), Ok(()));
+            }
+        }
+    }
+}
