@@ -11,6 +11,7 @@ mod gguf;
 mod gpu;
 mod keys;
 mod peers;
+mod ranks;
 
 mod quickstart;
 mod resuming;

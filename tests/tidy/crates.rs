@@ -6,12 +6,16 @@ use toml::{Table, Value};
 use super::{ROOT, files, folder, read, report};
 
 /// What each crate may name of ours, as `crates/README.md` shows it. `cli`, the root package, may name everything.
-const ARROWS: [(&str, &[&str]); 7] = [
+const ARROWS: [(&str, &[&str]); 8] = [
     ("kernels", &[]),
     ("checkpoint", &[]),
     ("data", &[]),
+    ("parallel", &[]),
     ("model", &["kernels", "checkpoint"]),
-    ("train", &["model", "data", "checkpoint", "kernels"]),
+    (
+        "train",
+        &["model", "data", "checkpoint", "kernels", "parallel"],
+    ),
     ("infer", &["model", "data", "kernels", "checkpoint"]),
     ("eval", &["infer", "model", "data"]),
 ];
@@ -48,18 +52,19 @@ fn crates_name_only_the_crates_below_them() {
     report(&findings);
 }
 
-/// Crates by which one knows a GPU's, by the beginnings of their names.
-const OF_GPUS: [&str; 6] = [
+/// Crates by which one knows a GPU's or MPI's, by the beginnings of their names.
+const OPTIONAL: [&str; 7] = [
     "wgpu",
     "naga",
     "cubek",
     "cubecl-core",
     "cubecl-runtime",
     "burn-cubecl",
+    "mpi",
 ];
 
 #[test]
-fn a_build_without_a_gpu_has_no_crate_of_one() {
+fn a_default_build_has_no_crate_of_gpus_or_mpi() {
     let tree = Command::new(env!("CARGO"))
         .args([
             "tree",
@@ -83,7 +88,7 @@ fn a_build_without_a_gpu_has_no_crate_of_one() {
         tree.lines().any(|line| line.starts_with("burn-flex ")),
         "{tree}"
     );
-    let is_of_gpu = |line: &&str| OF_GPUS.iter().any(|name| line.starts_with(name));
+    let is_of_gpu = |line: &&str| OPTIONAL.iter().any(|name| line.starts_with(name));
     let found: Vec<_> = tree.lines().filter(is_of_gpu).collect();
     assert!(
         found.is_empty(),

@@ -250,6 +250,9 @@ pub(crate) const NOT_FINITE: u8 = 6;
 /// The loss of a run diverged too often; its checkpoint stays.
 pub(crate) const DIVERGED: u8 = 7;
 
+/// A rank has waited too long for others.
+pub(crate) const RANKS_LOST: u8 = 8;
+
 /// A measurement, or its error: a loss that is not finite has an exit code of its own.
 pub(crate) fn finite<T>(found: ::eval::Result<T>, of: &dyn Display) -> anyhow::Result<T> {
     found.map_err(|problem| {

@@ -1,6 +1,7 @@
 //! The host: memory of the machine and of this program, as reported by the operating system.
 
 mod cgroups;
+pub(crate) mod launch;
 mod mac;
 
 use std::path::PathBuf;

@@ -26,13 +26,14 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::console::{Console, USAGE, WithCode};
+use crate::host::launch;
 
 #[global_allocator]
 static ALLOCATOR: kernels::RecyclingAllocator = kernels::RecyclingAllocator::new();
 
 const AFTER_HELP: &str = "\
 Exit codes: 0 success; 1 error; 2 wrong usage or recipe; 4 a check found a difference; 5 too little memory; 6 a loss or \
-gradient is not finite; 7 the loss diverged too often; 130 or 143 stopped by Ctrl-C or SIGTERM.
+gradient is not finite; 7 the loss diverged too often; 8 a rank waited too long for others; 130 or 143 stopped by Ctrl-C or SIGTERM.
 
 Environment variables: MOEFORGE_DEVICE names the device of verbs without --device; HF_HUB_CACHE or HF_HOME locates the Hugging Face cache; XDG_CACHE_HOME locates the cache of tokenized rows; \
 NO_COLOR turns colors off.";
@@ -93,8 +94,9 @@ enum Verb {
 
 fn main() -> ExitCode {
     let cli: Cli = arguments::parse();
-    let console = Console::new(cli.quiet, cli.verbose);
-    let (verb, threads) = (cli.verb, cli.threads.unwrap_or(0));
+    let console = Console::new(cli.quiet || launch::is_silent(), cli.verbose);
+    let threads = cli.threads.or_else(launch::threads).unwrap_or(0);
+    let verb = cli.verb;
     // The program runs on one of the pool's workers, from which the kernels' parallel loops start at once. A thread
     // outside the pool would hand each loop over and sleep. Workers get the stack size of a main thread.
     let pool = rayon::ThreadPoolBuilder::new()
@@ -108,6 +110,7 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
+            let error = launch::with_rank(error);
             console.error(&error);
             console::exit_code(&error)
         }
@@ -129,6 +132,9 @@ fn expect_threads(threads: usize) -> anyhow::Result<()> {
 }
 
 fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
+    if !matches!(verb, Verb::Train(_)) {
+        launch::expect_alone("moeforge")?;
+    }
     match verb {
         Verb::Quickstart(args) => quickstart::run(&args, console),
         Verb::Inspect(args) => inspect::run(&args, console),

@@ -15,12 +15,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use data::Corpus;
 use model::OperandRounding;
 use model::adapt::AdaptedModule;
+use parallel::World;
 use train::{Recipe, RunDir, Schedule, Session, SessionOptions};
 
 use self::signals::Signals;
 use self::watcher::Watcher;
 use crate::console::{Console, DIVERGED, NO_MEMORY, NOT_FINITE, USAGE, WithCode};
 use crate::device::{DeviceArgs, expect_right, record};
+use crate::host::launch;
 use crate::open::{find, note_keys, token_cache};
 use crate::rows::{note_changed, note_ignored, note_unused};
 
@@ -46,12 +48,16 @@ pub(crate) struct Args {
     resume: Option<PathBuf>,
     #[command(flatten)]
     device: DeviceArgs,
+    /// Seconds that a rank under `mpirun` waits for the others before it gives up, with code 8; 0 for no end.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    rank_timeout: u64,
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
+    let world = launch::join(args.rank_timeout, console)?;
     let (run, mut session) = match &args.resume {
-        Some(path) => resumed(path, args, console)?,
-        None => started(args, console)?,
+        Some(path) => resumed(path, args, world, console)?,
+        None => started(args, world, console)?,
     };
     let mut watcher = Watcher::new(&session, Signals::listen()?, console)?;
 
@@ -68,18 +74,31 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         saved_activation_bytes as f64 / f64::from(1 << 20)
     ));
     console.memory();
-    console.result(run.path().join(result).display());
+    if !launch::is_silent() {
+        console.result(run.path().join(result).display());
+    }
+    drop(session);
+    if launch::is_silent() {
+        // Its metrics, which nobody reads.
+        let _ = std::fs::remove_dir_all(run.path());
+    }
+    launch::leave();
     Ok(ExitCode::SUCCESS)
 }
 
 /// A new run of a recipe, with its session.
-fn started(args: &Args, console: &Console) -> anyhow::Result<(RunDir, Session)> {
+fn started(args: &Args, world: World, console: &Console) -> anyhow::Result<(RunDir, Session)> {
     let path = args.recipe.as_deref().unwrap_or(Path::new(""));
-    let recipe = Recipe::open(path, &args.set).map_err(usage)?;
-    let session = open_session(recipe, &args.device, console)?;
+    let mut recipe = Recipe::open(path, &args.set).map_err(usage)?;
+    share_out(&mut recipe, world.ranks(), console);
+    let mut session = open_session(recipe, &args.device, console)?;
     describe(&session, console)?;
     // The run directory is created last, so that a run that cannot start leaves none.
-    let path = new_run(args.out.as_deref(), args.recipe.as_deref(), "");
+    let path = match world.is_first() {
+        true => new_run(args.out.as_deref(), args.recipe.as_deref(), ""),
+        false => scratch_run(),
+    };
+    session.join(world)?;
     let run = RunDir::create(&path, &session.recipe)?;
     record_device(&run, &session, args)?;
     let (path, steps) = (run.path().display(), session.total_steps());
@@ -88,12 +107,18 @@ fn started(args: &Args, console: &Console) -> anyhow::Result<(RunDir, Session)> 
 }
 
 /// An existing run, perhaps with other settings, and its session as of the latest checkpoint.
-fn resumed(path: &Path, args: &Args, console: &Console) -> anyhow::Result<(RunDir, Session)> {
-    let run = RunDir::open(path)?;
+fn resumed(
+    path: &Path,
+    args: &Args,
+    world: World,
+    console: &Console,
+) -> anyhow::Result<(RunDir, Session)> {
+    let run = run_of_first(path, &world)?;
     let before = run.recipe().map_err(usage)?;
     let recipe = run.changed_recipe(&args.set).map_err(usage)?;
     let found = run.locate(&recipe)?;
     let mut session = open_named(found, recipe.model.path.as_deref(), &args.device, console)?;
+    session.join(world)?;
     let step = session.resume(&run)?;
     describe(&session, console)?;
     if recipe != before {
@@ -106,6 +131,48 @@ fn resumed(path: &Path, args: &Args, console: &Console) -> anyhow::Result<(RunDi
         console.note(text);
     }
     Ok((run, session))
+}
+
+/// Cuts the batch of a step into as many micro-batches as ranks need, if it can be cut so.
+fn share_out(recipe: &mut Recipe, ranks: usize, console: &Console) {
+    let train = &mut recipe.train;
+    if train.accumulate.is_multiple_of(ranks) {
+        return;
+    }
+    let rows = train.batch_size * train.accumulate;
+    let mut counts = (train.accumulate..=rows).filter(|n| n.is_multiple_of(ranks));
+    if let Some(accumulate) = counts.find(|n| rows.is_multiple_of(*n)) {
+        (train.accumulate, train.batch_size) = (accumulate, rows / accumulate);
+        console.note(format_args!(
+            "{ranks} ranks: train.batch_size = {}, train.accumulate = {accumulate}, the same step",
+            train.batch_size
+        ));
+    }
+}
+
+/// The run directory of a rank that is not the first: it has metrics, which nobody reads.
+fn scratch_run() -> PathBuf {
+    std::env::temp_dir().join(format!("moeforge-rank-{}", std::process::id()))
+}
+
+/// An existing run; on a rank that is not the first, a new one of the same recipe.
+fn run_of_first(path: &Path, world: &World) -> anyhow::Result<RunDir> {
+    let mut run = None;
+    let recipe = world.first_does("recipe", || {
+        let opened = RunDir::open(path)?;
+        let recipe = opened.recipe().map_err(usage)?.to_toml();
+        run = Some(opened);
+        Ok::<_, anyhow::Error>(recipe.into_bytes())
+    })?;
+    if let Some(run) = run {
+        return Ok(run);
+    }
+    let scratch = scratch_run();
+    let file = scratch.with_extension("toml");
+    std::fs::write(&file, recipe)?;
+    let recipe = Recipe::open(&file, &[]).map_err(usage);
+    std::fs::remove_file(&file)?;
+    Ok(RunDir::create(&scratch, &recipe?)?)
 }
 
 /// Writes what a run computes on into its directory.

@@ -130,6 +130,17 @@ impl RunState {
         Ok(writer.write_json(STATE_NAME, &value)?)
     }
 
+    /// The state for other ranks.
+    pub(crate) fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("a state has only string keys")
+    }
+
+    /// The state that another rank has read in a checkpoint.
+    pub(crate) fn of_json(json: &[u8], checkpoint: &Path) -> Result<Self> {
+        let path = checkpoint.join(STATE_NAME);
+        serde_json::from_slice(json).map_err(|cause| Error::State { path, cause })
+    }
+
     /// Reads the `state.json` of a checkpoint.
     ///
     /// # Errors
@@ -137,7 +148,7 @@ impl RunState {
     pub fn read(checkpoint: &Path) -> Result<Self> {
         let path = checkpoint.join(STATE_NAME);
         let text = std::fs::read(&path).map_err(crate::error::io("read", &path))?;
-        serde_json::from_slice(&text).map_err(|cause| Error::State { path, cause })
+        Self::of_json(&text, checkpoint)
     }
 }
 

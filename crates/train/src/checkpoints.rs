@@ -7,8 +7,9 @@ use burn::tensor::{DType as FloatType, Tensor};
 use checkpoint::{DType, FolderWriter, TensorSpec};
 use kernels::device::read;
 use model::Parameter;
+use parallel::{MessageReader, MessageWriter, RankError};
 
-use crate::checkpoint_state::{RunState, read_optimizer, write_optimizer};
+use crate::checkpoint_state::{RunState, write_optimizer};
 use crate::events::{Event, Host};
 use crate::recipe::MAX_LOSS_SCALE_EXPONENT;
 use crate::run_dir::RunDir;
@@ -22,10 +23,22 @@ impl Session {
     /// If the checkpoint is malformed, or belongs to another recipe, other rows or another base, or if the recipe now ends
     /// before it.
     pub fn resume(&mut self, run: &RunDir) -> Result<Option<u64>> {
-        let Some((step, folder)) = run.latest()? else {
+        let latest = self.ranks.world.first_does("latest checkpoint", || {
+            let mut latest = MessageWriter::default();
+            if let Some((step, folder)) = run.latest()? {
+                latest
+                    .count(step)
+                    .bytes(folder.as_os_str().as_encoded_bytes());
+            }
+            Ok::<_, Error>(latest.finish())
+        })?;
+        if latest.is_empty() {
             return Ok(None);
-        };
-        self.load(&folder)?;
+        }
+        let step = MessageReader::new(&latest)
+            .count()
+            .map_err(RankError::from)?;
+        self.load(&run.checkpoint_path(step))?;
         let total = self.total_steps();
         if total < step {
             return Err(Error::PastEnd {
@@ -37,8 +50,16 @@ impl Session {
         Ok(Some(step))
     }
 
-    /// Restores a checkpoint of this recipe and of these rows.
+    /// Restores a checkpoint of this recipe and of these rows. The first rank reads it.
     pub(crate) fn load(&mut self, folder: &Path) -> Result<()> {
+        let state = (self.ranks.world).first_does("state", || self.expect_own(folder))?;
+        self.restore(folder)?;
+        self.state = RunState::of_json(&state, folder)?;
+        Ok(())
+    }
+
+    /// A checkpoint's state, as JSON, if it is of this recipe and of these rows.
+    fn expect_own(&self, folder: &Path) -> Result<Vec<u8>> {
         let state = RunState::read(folder)?;
         let changes = self.recipe.changes_from(&state.settings);
         let changes = changes.map_err(|cause| Error::Settings {
@@ -74,23 +95,24 @@ impl Session {
                 max_exponent: MAX_LOSS_SCALE_EXPONENT,
             });
         }
-        self.restore(folder)?;
-        self.state = state;
-        Ok(())
+        Ok(state.to_json())
     }
 
-    /// Restores a checkpoint's tensors: the model's and the optimizer's.
+    /// Restores a checkpoint's tensors: the model's and the optimizer's. The first rank reads them, one by one.
     pub(crate) fn restore(&mut self, folder: &Path) -> Result<()> {
         let specs = self.state_tensors();
         let dtype = self.recipe.optimizer.moments().float();
         let (mut parameters, mut moments, mut biases) = (BTreeMap::new(), Vec::new(), Vec::new());
         let device = self.device();
-        read_optimizer(folder, &specs, |i, values| {
+        let ranks = self.ranks.clone();
+        ranks.read_tensors(folder, &specs, |i, values| {
             let tensor = Tensor::<1>::from_floats(values.as_slice(), &device);
             match specs[i].name.split_once('/') {
                 Some(("parameter", name)) => _ = parameters.insert(name.to_owned(), tensor),
                 Some((kind @ ("moment1" | "moment2"), name)) => {
-                    moments.push((kind == "moment1", name.to_owned(), tensor.cast(dtype)))
+                    if ranks.owns(name) {
+                        moments.push((kind == "moment1", name.to_owned(), tensor.cast(dtype)));
+                    }
                 }
                 _ => biases.push(values),
             }
@@ -116,18 +138,23 @@ impl Session {
 
     /// Saves a checkpoint, and removes those that are no longer needed.
     pub(crate) fn save(&self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
-        let (specs, tensors) = (self.state_tensors(), self.state_values());
+        let dtype = self.recipe.optimizer.moments().float();
+        let moments = (self.ranks).moments(&self.optimizer.moments, dtype, &self.device())?;
+        let (specs, tensors) = (self.state_tensors(), self.state_values(&moments));
         let fill = |writer: &mut FolderWriter| {
             write_optimizer(writer, &specs, |i| Ok(read(tensors[i].clone())))?;
             export::adapter_into(self, writer)?;
             self.state.write(writer)
         };
-        if self.is_outdated(run)? {
-            run.replace(self.state.step, fill)?;
-        } else {
-            run.save(self.state.step, fill)?;
-        }
-        run.prune(self.recipe.train.keep_last, &self.protected(run)?)?;
+        self.ranks.world.first_does("checkpoint", || {
+            if self.is_outdated(run)? {
+                run.replace(self.state.step, fill)?;
+            } else {
+                run.save(self.state.step, fill)?;
+            }
+            run.prune(self.recipe.train.keep_last, &self.protected(run)?)?;
+            Ok::<_, Error>(Vec::new())
+        })?;
         host.see(&Event::Saved {
             step: self.state.step,
         });
@@ -198,9 +225,8 @@ impl Session {
     }
 
     /// The values of [`Session::state_tensors`], in its order. A parameter without a gradient has moments of zero.
-    fn state_values(&self) -> Vec<Tensor<1>> {
+    fn state_values(&self, moments: &BTreeMap<String, [Tensor<1>; 2]>) -> Vec<Tensor<1>> {
         let parameters = self.model.parameters();
-        let moments = &self.optimizer.moments;
         let dtype = FloatType::from(self.recipe.optimizer.moments().float());
         let moment = |which: usize| {
             let of = move |p: &Parameter| moments.get(&p.name).map(|pair| pair[which].clone());

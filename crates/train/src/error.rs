@@ -18,6 +18,33 @@ pub enum Error {
     #[error(transparent)]
     Data(#[from] data::Error),
 
+    /// Something between ranks.
+    #[error(transparent)]
+    Rank(#[from] parallel::RankError),
+
+    /// The micro-batches of a step cannot be shared out.
+    #[error(
+        "train.accumulate: expected a multiple of the number of ranks, {ranks}, found {accumulate}; a smaller `batch_size` \
+         and a larger `accumulate` make the same step"
+    )]
+    Rounds {
+        /// Number of ranks.
+        ranks: usize,
+        /// Micro-batches of a step.
+        accumulate: usize,
+    },
+
+    /// A rank that would make another run.
+    #[error(
+        "rank {rank} has another {what} than the others; all ranks need the same program, recipe, model and rows"
+    )]
+    OtherRank {
+        /// Which one.
+        rank: usize,
+        /// What differs.
+        what: &'static str,
+    },
+
     /// The operating system refused.
     #[error("cannot {act} `{}`: {cause}", path.display())]
     Io {

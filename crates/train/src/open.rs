@@ -13,6 +13,7 @@ use model::{AdapterWeights, Checkpointing, Model, ModelConfig, OperandRounding, 
 
 use crate::checkpoint_state::RunState;
 use crate::dataset::{self, Dataset};
+use crate::fit::ranks::Ranks;
 use crate::identity;
 use crate::optimizer::AdamW;
 use crate::recipe::{DpoReference, Loss, Method, Moments, Recipe, RouterTraining, SPARED};
@@ -134,13 +135,11 @@ impl Session {
         expect_valid(&recipe, valid.as_ref())?;
         Ok(Self {
             optimizer: AdamW::new(&recipe),
+            ranks: Ranks::default(),
             state: RunState::start(&recipe, identity::of_base(&base)?, &train),
             tokenizer_size: tokenizer.as_ref().map(Tokenizer::vocab_size),
             pad_id: pad_id(tokenizer.as_ref(), model.config.vocab_size),
-            reference: reference.map(|model| Reference {
-                model,
-                choices: None,
-            }),
+            reference: reference.map(Reference::new),
             start,
             recipe,
             adapted,

@@ -27,10 +27,15 @@ impl Accumulated {
         }
     }
 
-    /// The sum of squares of each tensor, `[1]` each. The norm is the root of their sum.
-    pub(crate) fn squares(&self) -> Vec<Tensor<1>> {
-        let gradients = self.0.values().cloned();
-        gradients.map(kernels::sum_of_squares).collect()
+    /// The sum of squares of each tensor, `[1]` each, by name. The norm is the root of their sum.
+    pub(crate) fn squares(&self) -> impl Iterator<Item = (&String, Tensor<1>)> {
+        self.iter()
+            .map(|(name, sum)| (name, kernels::sum_of_squares(sum.clone())))
+    }
+
+    /// All tensors by name.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&String, &Tensor<1>)> {
+        self.0.iter()
     }
 
     /// A tensor's gradient.

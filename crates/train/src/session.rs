@@ -17,6 +17,7 @@ use model::{Model, ModelConfig, OperandRounding};
 use crate::Result;
 use crate::checkpoint_state::RunState;
 use crate::dataset::Dataset;
+use crate::fit::ranks::Ranks;
 use crate::optimizer::AdamW;
 use crate::recipe::{Loss, Method, Recipe};
 use crate::routing::BatchChoices;
@@ -42,6 +43,7 @@ pub struct Session {
     /// The model as training started, if preferences are learned relative to it and it is not the base.
     pub(crate) start: Option<Model>,
     pub(crate) optimizer: AdamW,
+    pub(crate) ranks: Ranks,
     pub(crate) state: RunState,
     pub(crate) base: Base,
     /// Where the model computes, with gradients.
@@ -69,6 +71,15 @@ pub(crate) struct Reference {
     pub(crate) model: Model,
     /// The choices of its routers on the validation rows, once they are known.
     pub(crate) choices: Option<Vec<BatchChoices>>,
+}
+
+impl Reference {
+    pub(crate) fn new(model: Model) -> Self {
+        Self {
+            model,
+            choices: None,
+        }
+    }
 }
 
 /// The origin of the model, for the files that are written with its weights.

@@ -1,4 +1,4 @@
-//! SIGINT and SIGTERM: the first makes the run save and stop, the second stops it at once.
+//! SIGINT, SIGTERM and SIGUSR1: the first makes the run save and stop, the second stops it at once.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -13,7 +13,7 @@ pub(crate) struct Signals {
 }
 
 impl Signals {
-    /// From now on the two signals end the program only if they come twice. The first one is acknowledged on stderr at
+    /// From now on these signals end the program only if they come twice. The first one is acknowledged on stderr at
     /// once, because a step may take long.
     pub(crate) fn listen() -> anyhow::Result<Self> {
         let signals = Self::default();
@@ -34,9 +34,10 @@ impl Signals {
     fn spawn(self) -> std::io::Result<()> {
         use std::io::Write;
 
-        use signal_hook::consts::{SIGINT, SIGTERM};
+        use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 
-        let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
+        // `mpirun` hands SIGUSR1 on to its ranks; after SIGINT it kills them within a second.
+        let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGUSR1])?;
         let listen = move || {
             for signal in &mut signals {
                 if self.first.swap(signal, Ordering::Relaxed) != 0 {

@@ -4,6 +4,7 @@ mod diagnosis;
 mod forward;
 pub(crate) mod grad_audit;
 mod range_test;
+pub(crate) mod ranks;
 mod reads;
 mod step;
 mod timed_steps;
@@ -13,6 +14,7 @@ mod watchdog;
 use std::collections::BTreeMap;
 
 use burn::module::Module;
+use parallel::World;
 
 use crate::events::{Event, Host, Memory, SampledText, StepReport};
 use crate::metrics::LastLine;
@@ -25,6 +27,7 @@ use crate::{Error, Result, export};
 
 pub use self::grad_audit::{GradAudit, TensorGradient, ZeroGradient};
 pub use self::range_test::{RangeTest, RatePoint, steepest};
+use self::ranks::Ranks;
 
 impl Session {
     /// Trains to the end of the recipe. Writes metrics and checkpoints to `run`, and the result at the end: `adapter/` or
@@ -34,11 +37,12 @@ impl Session {
     /// If a loss or gradient is not finite, or writing fails: the latest checkpoint stays. If the host asks to stop or
     /// memory runs short: the last step is saved first.
     pub fn fit(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
+        self.expect_alike()?;
         let resumed = (self.state.step > 0).then_some(LastLine {
             step: self.state.step,
             validation_due: self.state.validation_due,
         });
-        let mut journal = Journal::open(run.path(), resumed)?;
+        let mut journal = self.journal(run, resumed)?;
         let policy = format!("{}\n", self.policy()?);
         checkpoint::write_file(&run.path().join("precision.txt"), policy.as_bytes())?;
         if resumed.is_none() {
@@ -57,7 +61,42 @@ impl Session {
             self.save(run, host)?;
         }
         self.restore_best(run, host)?;
-        export::result(self, run)
+        let result = || export::result(self, run).map(|()| Vec::new());
+        self.ranks.world.first_does("result", result).map(drop)
+    }
+
+    /// Joins other ranks, to make a run together. Only the first one's run directory is kept; that of another has its
+    /// metrics and nothing else.
+    ///
+    /// # Errors
+    /// If the micro-batches of a step cannot be shared out.
+    pub fn join(&mut self, world: World) -> Result<()> {
+        let (ranks, train) = (world.ranks(), &self.recipe.train);
+        if !train.accumulate.is_multiple_of(ranks) {
+            return Err(Error::Rounds {
+                ranks,
+                accumulate: train.accumulate,
+            });
+        }
+        self.ranks = Ranks::new(world, &self.model.parameters());
+        Ok(())
+    }
+
+    /// Refuses ranks with another program, recipe, base or other rows.
+    fn expect_alike(&self) -> Result<()> {
+        let state = &self.state;
+        self.ranks.expect_alike(&[
+            ("version", env!("CARGO_PKG_VERSION")),
+            ("recipe", &state.settings),
+            ("model", &state.model_hash),
+            ("data", &state.data_hash),
+            ("step", &state.step.to_string()),
+        ])
+    }
+
+    /// The journal of a run, continued after a line or from its beginning; another rank than the first has a new one.
+    fn journal(&self, run: &RunDir, last: Option<LastLine>) -> Result<Journal> {
+        Journal::open(run.path(), last.filter(|_| self.ranks.world.is_first()))
     }
 
     /// Makes the remaining steps, and validates after the last one.
@@ -150,7 +189,20 @@ impl Session {
         if prompts.is_empty() {
             return Ok(());
         }
-        let (model, step) = (self.model.clone().valid(), self.state.step);
+        let step = self.state.step;
+        // The first rank writes them, while the others wait.
+        let mut samples = Vec::new();
+        self.ranks.world.first_does("samples", || {
+            samples = self.samples(prompts, host)?;
+            Ok::<_, Error>(Vec::new())
+        })?;
+        journal.samples(step, &samples)?;
+        host.see(&Event::Sampled { step, samples });
+        Ok(())
+    }
+
+    fn samples(&self, prompts: &[String], host: &mut dyn Host) -> Result<Vec<SampledText>> {
+        let model = self.model.clone().valid();
         let sample = |prompt: &String| {
             let text = host.generate(&model, prompt);
             let text = text.map_err(|problem| Error::Sample {
@@ -160,10 +212,7 @@ impl Session {
             let prompt = prompt.clone();
             Ok(SampledText { prompt, text })
         };
-        let samples = prompts.iter().map(sample).collect::<Result<Vec<_>>>()?;
-        journal.samples(step, &samples)?;
-        host.see(&Event::Sampled { step, samples });
-        Ok(())
+        prompts.iter().map(sample).collect()
     }
 
     /// Restores the step with the lowest validation loss, if the recipe says so.
@@ -173,9 +222,11 @@ impl Session {
             return Ok(());
         };
         let path = run.checkpoint_path(best.step);
-        if !run.steps()?.contains(&best.step) {
-            return Err(Error::NoBest { path });
-        }
+        self.ranks.world.first_does("best checkpoint", || {
+            let is_kept = run.steps()?.contains(&best.step);
+            let path = path.clone();
+            is_kept.then(Vec::new).ok_or(Error::NoBest { path })
+        })?;
         self.restore(&path)?;
         host.see(&Event::RestoredBest {
             step: best.step,
@@ -187,13 +238,17 @@ impl Session {
     /// Saves and fails if the host asks to stop, or if memory runs short.
     pub(super) fn stop_if_asked(&self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
         let (step, path) = (self.state.step, run.path().to_owned());
-        let error = if let Some(signal) = host.interrupted() {
+        let [signal, shortage] = self.ranks.vote([
+            host.interrupted().map(|signal| signal as u64),
+            host.memory().shortage(),
+        ])?;
+        let error = if let Some(signal) = signal {
             Error::Interrupted {
                 run: path,
                 step,
-                signal,
+                signal: signal as i32,
             }
-        } else if let Some(available_bytes) = host.memory().shortage() {
+        } else if let Some(available_bytes) = shortage {
             Error::LowMemory {
                 run: path,
                 step,

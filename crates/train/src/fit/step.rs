@@ -8,10 +8,11 @@ use std::time::Instant;
 use burn::tensor::Tensor;
 use data::Batch;
 use model::{ForwardContext, Recorder, Trace};
+use parallel::{MessageReader, MessageWriter, RankError, ShortMessage};
 
 use super::forward::{ids, losses};
 use super::grad_audit::GradAudit;
-use super::reads::{ChoicesRead, Read, Reads};
+use super::reads::{ChoicesRead, Read, ReadValues, Reads};
 use crate::balance::{self, RealTokens};
 use crate::dataset::segments;
 use crate::dpo::{self, Rewards};
@@ -37,6 +38,16 @@ struct StepSums {
     loads: ExpertLoads,
 }
 
+/// The sums of one micro-batch.
+#[derive(Default)]
+struct MicroSums {
+    loss: f64,
+    rewards: Option<Rewards>,
+    /// Over layers.
+    balance: f64,
+    loads: ExpertLoads,
+}
+
 /// The results of one micro-batch, some of which are still on the device.
 struct MicroStep {
     gradients: Vec<(String, Tensor<1>)>,
@@ -48,6 +59,78 @@ struct MicroStep {
     balance: Vec<Read>,
     /// Of each layer's router.
     choices: Vec<ChoicesRead>,
+}
+
+impl StepSums {
+    fn add(&mut self, micro: MicroSums) {
+        self.loss += micro.loss;
+        self.balance += micro.balance;
+        for (layer_idx, load) in micro.loads {
+            add_load(&mut self.loads, layer_idx, load);
+        }
+        if let Some(rewards) = micro.rewards {
+            self.rewards.get_or_insert_default().add(rewards);
+        }
+    }
+}
+
+impl MicroSums {
+    fn of(micro: MicroStep, batch: &Batch, values: &ReadValues) -> Self {
+        let mut sums = Self {
+            loss: micro.loss.map_or(0.0, |read| values.scalar(read)),
+            rewards: micro.rewards.map(|read| Rewards::sum(values.of(read))),
+            ..Self::default()
+        };
+        let balance = micro.balance.iter().map(|read| values.scalar(*read));
+        sums.balance = balance.fold(0.0, |sum, term| sum + term);
+        for choices in micro.choices {
+            let load = values.choices(choices, batch).load(choices.n_experts);
+            add_load(&mut sums.loads, choices.layer_idx, load);
+        }
+        sums
+    }
+
+    fn message(&self) -> Vec<u8> {
+        let mut message = MessageWriter::default();
+        message.number(self.loss).number(self.balance);
+        let rewards = self
+            .rewards
+            .iter()
+            .flat_map(Rewards::named)
+            .map(|(_, value)| value);
+        let rewards: Vec<f64> = rewards.collect();
+        message.count(rewards.len() as u64);
+        rewards.iter().for_each(|value| _ = message.number(*value));
+        for (layer_idx, load) in &self.loads {
+            message.count(*layer_idx as u64).count(load.len() as u64);
+            load.iter().for_each(|n| _ = message.number(*n));
+        }
+        message.finish()
+    }
+
+    fn read(message: &[u8]) -> std::result::Result<Self, ShortMessage> {
+        let mut reader = MessageReader::new(message);
+        let mut sums = Self {
+            loss: reader.number()?,
+            balance: reader.number()?,
+            ..Self::default()
+        };
+        if reader.count()? > 0 {
+            sums.rewards = Some(Rewards {
+                chosen: reader.number()?,
+                rejected: reader.number()?,
+                margin: reader.number()?,
+                accuracy: reader.number()?,
+            });
+        }
+        while !reader.is_empty() {
+            let (layer_idx, len) = (reader.count()? as usize, reader.count()?);
+            let load = (0..len).map(|_| reader.number());
+            sums.loads
+                .push((layer_idx, load.collect::<std::result::Result<_, _>>()?));
+        }
+        Ok(sums)
+    }
 }
 
 impl Session {
@@ -66,7 +149,8 @@ impl Session {
         let (sums, norm) = self.finite_sums(&batches, counted, host)?;
         let (step, scale) = (self.state.step + 1, self.loss_scale());
         if let (1, Some(run)) = (step, run) {
-            let audit = GradAudit::of(&self.model, &sums.gradients, &sums.loads);
+            let gradients = self.ranks.gathered(&sums.gradients, &self.device())?;
+            let audit = GradAudit::of(&self.model, &gradients, &sums.loads);
             audit.write(run.path())?;
             host.see(&Event::FirstGradient(audit));
         }
@@ -77,8 +161,15 @@ impl Session {
             norm,
             loss_scale: scale.unwrap_or(1.0),
         };
+        let updated: Vec<String> = sums
+            .gradients
+            .iter()
+            .map(|(name, _)| name.clone())
+            .collect();
         self.optimizer
             .step(&mut self.model, sums.gradients, scalars);
+        let device = self.device();
+        self.ranks.share(&mut self.model, &updated, &device)?;
         let train = &self.recipe.train;
         if train.bias_update_speed > 0.0 {
             balance::update_biases(&mut self.model, &sums.loads, train.bias_update_speed);
@@ -115,7 +206,7 @@ impl Session {
         loop {
             let scale = self.loss_scale();
             let share = scale.unwrap_or(1.0) / counted.max(1) as f64;
-            let (sums, norm) = self.sums(batches, share);
+            let (sums, norm) = self.sums(batches, share)?;
             let norm = norm / scale.unwrap_or(1.0);
             if sums.loss.is_finite() && norm.is_finite() {
                 return Ok((sums, norm));
@@ -135,7 +226,10 @@ impl Session {
                         step,
                         loss: sums.loss / counted.max(1) as f64,
                         norm,
-                        first: self.first_not_finite(batches, &sums.gradients),
+                        first: self.first_not_finite(
+                            batches,
+                            &self.ranks.gathered(&sums.gradients, &self.device())?,
+                        ),
                     });
                 }
             }
@@ -143,32 +237,31 @@ impl Session {
     }
 
     /// Forward and backward of a step's micro-batches, and the norm of the gradient. `share` is the weight of one token, or
-    /// pair, in the loss that is differentiated. The device is waited for once, at the end.
-    fn sums(&self, batches: &[Batch], share: f64) -> (StepSums, f64) {
+    /// pair, in the loss that is differentiated. A rank that is alone waits for the device once, at the end; others wait once
+    /// more in each round, to send its gradients.
+    fn sums(&self, batches: &[Batch], share: f64) -> Result<(StepSums, f64)> {
         let (mut sums, mut reads, mut micros) = (StepSums::default(), Reads::default(), vec![]);
-        for (number, batch) in (self.state.micro_step..).zip(batches) {
+        for (number, batch) in self.ranks.own((self.state.micro_step..).zip(batches)) {
             let mut micro = self.micro_step(batch, number, share, &mut reads);
-            sums.gradients.add(std::mem::take(&mut micro.gradients));
-            micros.push(micro);
+            let gradients = std::mem::take(&mut micro.gradients);
+            self.ranks
+                .add(&mut sums.gradients, gradients, &self.device())?;
+            micros.push((micro, batch));
         }
-        let squares = sums.gradients.squares().into_iter();
-        let squares: Vec<Read> = squares.map(|square| reads.push(square)).collect();
+        let squares: Vec<(String, Read)> = (sums.gradients.squares())
+            .map(|(name, square)| (name.clone(), reads.push(square)))
+            .collect();
         let values = reads.read();
-        for (micro, batch) in micros.into_iter().zip(batches) {
-            sums.loss += micro.loss.map_or(0.0, |read| values.scalar(read));
-            let balance = micro.balance.iter().map(|read| values.scalar(*read));
-            sums.balance += balance.fold(0.0, |sum, term| sum + term);
-            for choices in micro.choices {
-                let load = values.choices(choices, batch).load(choices.n_experts);
-                add_load(&mut sums.loads, choices.layer_idx, load);
-            }
-            if let Some(rewards) = micro.rewards {
-                let rewards = Rewards::sum(values.of(rewards));
-                sums.rewards.get_or_insert_default().add(rewards);
-            }
+        let micros = micros.into_iter();
+        let micros = micros.map(|(micro, batch)| MicroSums::of(micro, batch, &values).message());
+        for message in self.ranks.in_order(micros.collect())? {
+            sums.add(MicroSums::read(&message).map_err(RankError::from)?);
         }
-        let norm = squares.iter().map(|read| values.scalar(*read)).sum::<f64>();
-        (sums, norm.sqrt())
+        let squares = squares
+            .into_iter()
+            .map(|(name, read)| (name, values.scalar(read)));
+        let squares = self.ranks.squares(squares.collect())?;
+        Ok((sums, squares.values().sum::<f64>().sqrt()))
     }
 
     /// The factor of the loss before it is differentiated, if there is one.

@@ -90,7 +90,7 @@ impl Session {
         skipped.push([self.state.watchdog.first_batch, self.state.micro_step]);
         self.load(&run.checkpoint_path(anchor))?;
         self.state.watchdog.skipped = skipped.clone();
-        *journal = Journal::open(run.path(), Some(LastLine::of_step(anchor)))?;
+        *journal = self.journal(run, Some(LastLine::of_step(anchor)))?;
         journal.rollback(anchor + 1, step, loss, smoothed, &skipped)?;
         host.see(&Event::RolledBack {
             step,

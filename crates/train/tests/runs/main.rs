@@ -8,6 +8,8 @@ mod device_use;
 mod peers;
 /// Learning from preferences.
 mod preferences;
+/// Runs on several ranks.
+mod ranks;
 /// Runs that go on in another process.
 mod resuming;
 /// Runs that are asked to stop, or have to.

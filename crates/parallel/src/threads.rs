@@ -1,0 +1,202 @@
+//! Ranks as threads of one process: for tests.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::wire::{Lost, Wire};
+
+/// One rank.
+#[derive(Debug)]
+pub struct ThreadRank {
+    rank: usize,
+    ranks: usize,
+    timeout: Duration,
+    /// Exchanges so far.
+    number: AtomicU64,
+    office: Arc<PostOffice>,
+}
+
+#[derive(Debug, Default)]
+struct PostOffice {
+    post: Mutex<Post>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Post {
+    /// Name and message, by the number of the exchange, sender and receiver.
+    letters: HashMap<(u64, usize, usize), (String, Vec<u8>)>,
+    ended: Vec<usize>,
+}
+
+impl PostOffice {
+    fn post(&self) -> MutexGuard<'_, Post> {
+        self.post.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Ranks that wait for each other at most so long.
+pub fn ranks(ranks: usize, timeout: Duration) -> Vec<ThreadRank> {
+    let office = Arc::new(PostOffice::default());
+    let rank = |rank| ThreadRank {
+        rank,
+        ranks,
+        timeout,
+        number: AtomicU64::new(0),
+        office: Arc::clone(&office),
+    };
+    (0..ranks).map(rank).collect()
+}
+
+impl Wire for ThreadRank {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn ranks(&self) -> usize {
+        self.ranks
+    }
+
+    fn exchange(&self, name: &str, messages: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Lost> {
+        assert_eq!(messages.len(), self.ranks, "a message for each rank");
+        let number = self.number.fetch_add(1, Ordering::Relaxed);
+        let mut post = self.office.post();
+        for (to, message) in messages.into_iter().enumerate() {
+            let letter = (name.to_owned(), message);
+            post.letters.insert((number, self.rank, to), letter);
+        }
+        self.office.changed.notify_all();
+        let started = Instant::now();
+        loop {
+            let is_missing = |from: &usize| !post.letters.contains_key(&(number, *from, self.rank));
+            let missing: Vec<usize> = (0..self.ranks).filter(is_missing).collect();
+            if missing.is_empty() {
+                break;
+            }
+            let ended: Vec<usize> = missing
+                .iter()
+                .copied()
+                .filter(|r| post.ended.contains(r))
+                .collect();
+            if !ended.is_empty() {
+                return Err(Lost::Ended {
+                    rank: self.rank,
+                    exchange: name.to_owned(),
+                    missing: ended,
+                });
+            }
+            let Some(left) = self.timeout.checked_sub(started.elapsed()) else {
+                return Err(Lost::Late {
+                    rank: self.rank,
+                    exchange: name.to_owned(),
+                    missing,
+                    seconds: self.timeout.as_secs(),
+                });
+            };
+            let waited = self.office.changed.wait_timeout(post, left);
+            post = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let mut received = Vec::with_capacity(self.ranks);
+        for other in 0..self.ranks {
+            let letter = post.letters.remove(&(number, other, self.rank));
+            let (theirs, message) = letter.expect("none is missing");
+            if theirs != name {
+                return Err(Lost::Apart {
+                    rank: self.rank,
+                    exchange: name.to_owned(),
+                    other,
+                    theirs,
+                });
+            }
+            received.push(message);
+        }
+        Ok(received)
+    }
+}
+
+impl Drop for ThreadRank {
+    fn drop(&mut self) {
+        self.office.post().ended.push(self.rank);
+        self.office.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What each of some ranks returns.
+    fn run<T: Send>(n: usize, timeout: Duration, each: impl Fn(ThreadRank) -> T + Sync) -> Vec<T> {
+        std::thread::scope(|scope| {
+            let started: Vec<_> = ranks(n, timeout)
+                .into_iter()
+                .map(|rank| scope.spawn(|| each(rank)))
+                .collect();
+            let ends = started.into_iter().map(|rank| rank.join().unwrap());
+            ends.collect()
+        })
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn every_message_comes_to_its_rank_in_its_exchange() {
+        for n in 1..=4 {
+            let found = run(n, LONG, |wire| {
+                let mut found = Vec::new();
+                for round in 0..20u8 {
+                    let mine = |to: usize| vec![wire.rank() as u8, to as u8, round];
+                    let name = format!("round {round}");
+                    let messages = (0..n).map(mine).collect();
+                    found.push(wire.exchange(&name, messages).unwrap());
+                }
+                found
+            });
+            for (to, rounds) in found.iter().enumerate() {
+                for (round, messages) in rounds.iter().enumerate() {
+                    for (from, message) in messages.iter().enumerate() {
+                        assert_eq!(message, &[from as u8, to as u8, round as u8]);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ranks_that_end_are_late_or_elsewhere_are_named() {
+        let ended = run(3, LONG, |wire| {
+            (wire.rank() != 1).then(|| wire.exchange("sums", vec![vec![]; 3]))
+        });
+        assert!(ended[1].is_none());
+        for rank in [0, 2] {
+            let lost = Lost::Ended {
+                rank,
+                exchange: "sums".into(),
+                missing: vec![1],
+            };
+            assert_eq!(ended[rank], Some(Err(lost)));
+        }
+        let late = run(2, Duration::ZERO, |wire| {
+            if wire.rank() == 1 {
+                // Longer than the other waits, which is not at all.
+                std::thread::sleep(Duration::from_millis(200));
+                return None;
+            }
+            Some(wire.exchange("sums", vec![vec![]; 2]))
+        });
+        let text = late[0].clone().unwrap().unwrap_err().to_string();
+        assert_eq!(text, "rank 0 has waited 0 s at `sums` for ranks [1]");
+        let apart = run(2, LONG, |wire| {
+            let name = ["sums", "votes"][wire.rank()];
+            wire.exchange(name, vec![vec![]; 2])
+                .unwrap_err()
+                .to_string()
+        });
+        assert!(
+            apart[0].contains("rank 0 is at `sums` and rank 1 at `votes`"),
+            "{apart:?}"
+        );
+    }
+}

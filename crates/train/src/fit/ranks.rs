@@ -1,0 +1,287 @@
+//! A run on several ranks, to the bits of one.
+//!
+//! The micro-batches of a step go to the ranks round by round. Every tensor has an owner, who adds the gradients of a round
+//! in the order of the micro-batches, has the moments, and sends the updated values to all. Everything else that is added
+//! (losses, rewards, loads, squares) is added by all ranks alike, in the order of micro-batches or of names. So nothing
+//! depends on the number of ranks, and all ranks decide alike.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::{Device, FloatDType, Tensor};
+use checkpoint::TensorSpec;
+use kernels::device::read;
+use model::{Model, Parameter};
+use parallel::{MessageReader, MessageWriter, RankError, World};
+
+use crate::checkpoint_state::read_optimizer;
+use crate::optimizer::Accumulated;
+use crate::{Error, Result};
+
+/// The ranks of a run, and what each owns.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Ranks {
+    pub(crate) world: World,
+    /// The rank of each parameter.
+    owners: BTreeMap<String, usize>,
+}
+
+impl Ranks {
+    /// Shares parameters out: the largest first, each to the rank that has least.
+    pub(crate) fn new(world: World, parameters: &[Parameter]) -> Self {
+        let mut sizes: Vec<(usize, &String)> = (parameters.iter())
+            .map(|parameter| (parameter.values.dims()[0], &parameter.name))
+            .collect();
+        sizes.sort_by(|a, b| (b.0, a.1).cmp(&(a.0, b.1)));
+        let mut owned = vec![0; world.ranks()];
+        let mut owners = BTreeMap::new();
+        for (size, name) in sizes {
+            let least = (0..owned.len())
+                .min_by_key(|rank| owned[*rank])
+                .unwrap_or(0);
+            owned[least] += size;
+            owners.insert(name.clone(), least);
+        }
+        Self { world, owners }
+    }
+
+    /// Whether this rank has a parameter's moments.
+    pub(crate) fn owns(&self, name: &str) -> bool {
+        self.world.is_alone() || self.owners.get(name) == Some(&self.world.rank())
+    }
+
+    /// Those of a step's micro-batches that this rank computes: one of each round.
+    pub(crate) fn own<T>(&self, all: impl Iterator<Item = T>) -> impl Iterator<Item = T> {
+        all.skip(self.world.rank()).step_by(self.world.ranks())
+    }
+
+    /// Adds the gradients of a round's micro-batches: to `sums` come those that this rank owns.
+    pub(crate) fn add(
+        &self,
+        sums: &mut Accumulated,
+        gradients: Vec<(String, Tensor<1>)>,
+        device: &Device,
+    ) -> Result<()> {
+        if self.world.is_alone() {
+            sums.add(gradients);
+            return Ok(());
+        }
+        let mut messages = vec![MessageWriter::default(); self.world.ranks()];
+        for (name, gradient) in gradients {
+            let owner = self.owners.get(&name).copied().unwrap_or(0);
+            write(&mut messages[owner], &name, gradient);
+        }
+        let messages = messages.into_iter().map(MessageWriter::finish).collect();
+        for message in self.world.exchange("gradients", messages)? {
+            sums.add(tensors(&message, device)?);
+        }
+        Ok(())
+    }
+
+    /// The gradients of all owners.
+    pub(crate) fn gathered(&self, sums: &Accumulated, device: &Device) -> Result<Accumulated> {
+        let mut message = MessageWriter::default();
+        sums.iter()
+            .for_each(|(name, sum)| write(&mut message, name, sum.clone()));
+        let mut all = Accumulated::default();
+        for message in self.world.all("sums of gradients", message.finish())? {
+            all.add(tensors(&message, device)?);
+        }
+        Ok(all)
+    }
+
+    /// The sums of squares of all owners' gradients.
+    pub(crate) fn squares(&self, own: BTreeMap<String, f64>) -> Result<BTreeMap<String, f64>> {
+        if self.world.is_alone() {
+            return Ok(own);
+        }
+        let mut message = MessageWriter::default();
+        own.iter()
+            .for_each(|(name, square)| _ = message.bytes(name.as_bytes()).number(*square));
+        let mut all = BTreeMap::new();
+        for message in self.world.all("squares", message.finish())? {
+            let mut reader = MessageReader::new(&message);
+            while !reader.is_empty() {
+                let name = reader.text().map_err(RankError::from)?;
+                all.insert(name, reader.number().map_err(RankError::from)?);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Messages about this rank's micro-batches → about all, in their order.
+    pub(crate) fn in_order(&self, own: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>> {
+        if self.world.is_alone() {
+            return Ok(own);
+        }
+        let mut message = MessageWriter::default();
+        own.iter().for_each(|one| _ = message.bytes(one));
+        let lists = self.world.all("sums of micro-batches", message.finish())?;
+        let mut readers: Vec<_> = lists.iter().map(|list| MessageReader::new(list)).collect();
+        let mut all = Vec::new();
+        for i in 0..own.len() * readers.len() {
+            let reader = &mut readers[i % lists.len()];
+            all.push(reader.bytes().map_err(RankError::from)?.to_vec());
+        }
+        Ok(all)
+    }
+
+    /// Gives all ranks the values that their owners have updated.
+    pub(crate) fn share(
+        &self,
+        model: &mut Model,
+        updated: &[String],
+        device: &Device,
+    ) -> Result<()> {
+        if self.world.is_alone() {
+            return Ok(());
+        }
+        let mut message = MessageWriter::default();
+        for parameter in model.parameters() {
+            if updated.contains(&parameter.name) {
+                write(&mut message, &parameter.name, parameter.values);
+            }
+        }
+        let mut values = BTreeMap::new();
+        for (rank, message) in self
+            .world
+            .all("weights", message.finish())?
+            .iter()
+            .enumerate()
+        {
+            if rank != self.world.rank() {
+                values.extend(tensors(message, device)?);
+            }
+        }
+        model.map_parameters(&mut |name, old| values.remove(name).unwrap_or(old));
+        Ok(())
+    }
+
+    /// All owners' moments, on the first rank; its own on the others.
+    pub(crate) fn moments(
+        &self,
+        own: &BTreeMap<String, [Tensor<1>; 2]>,
+        dtype: FloatDType,
+        device: &Device,
+    ) -> Result<BTreeMap<String, [Tensor<1>; 2]>> {
+        let mut all = own.clone();
+        if self.world.is_alone() {
+            return Ok(all);
+        }
+        let mut message = MessageWriter::default();
+        // The first rank has its own.
+        for (name, pair) in own.iter().filter(|_| !self.world.is_first()) {
+            pair.iter()
+                .for_each(|moment| write(&mut message, name, moment.clone()));
+        }
+        for message in self.world.to_first("moments", message.finish())? {
+            for pair in tensors(&message, device)?.chunks_exact(2) {
+                let moments = [0, 1].map(|which| pair[which].1.clone().cast(dtype));
+                all.insert(pair[0].0.clone(), moments);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Reads the tensors of a checkpoint on the first rank, and gives each to all.
+    pub(crate) fn read_tensors(
+        &self,
+        folder: &Path,
+        specs: &[TensorSpec],
+        mut place: impl FnMut(usize, Vec<f32>) -> Result<()>,
+    ) -> Result<()> {
+        let world = &self.world;
+        if world.is_alone() {
+            return read_optimizer(folder, specs, place);
+        }
+        if world.is_first() {
+            let (mut given, mut lost) = (0, false);
+            let read = read_optimizer(folder, specs, |i, values| {
+                let mut message = MessageWriter::default();
+                message.values(&values);
+                given = i + 1;
+                let told = world.first_does("tensor", || Ok::<_, RankError>(message.finish()));
+                lost = told.is_err();
+                told?;
+                place(i, values)
+            });
+            return match read {
+                Err(error) if !lost && given < specs.len() => {
+                    let text = error.to_string();
+                    let failed = || Err::<Vec<u8>, _>(RankError::First(text));
+                    // The others get the reason; here it is whole.
+                    let _ = world.first_does("tensor", failed);
+                    Err(error)
+                }
+                read => read,
+            };
+        }
+        for i in 0..specs.len() {
+            let message = world.first_does("tensor", || Ok::<_, RankError>(Vec::new()))?;
+            let values = MessageReader::new(&message).values();
+            place(i, values.map_err(RankError::from)?)?;
+        }
+        Ok(())
+    }
+
+    /// What the first rank that has an answer says, to each question.
+    pub(crate) fn vote<const N: usize>(&self, own: [Option<u64>; N]) -> Result<[Option<u64>; N]> {
+        if self.world.is_alone() {
+            return Ok(own);
+        }
+        let mut message = MessageWriter::default();
+        for answer in own {
+            message
+                .count(u64::from(answer.is_some()))
+                .count(answer.unwrap_or(0));
+        }
+        let mut said = [None; N];
+        for message in self.world.all("votes", message.finish())? {
+            let mut reader = MessageReader::new(&message);
+            for answer in &mut said {
+                let is_some = reader.count().map_err(RankError::from)? == 1;
+                let value = reader.count().map_err(RankError::from)?;
+                *answer = answer.or(is_some.then_some(value));
+            }
+        }
+        Ok(said)
+    }
+
+    /// Refuses ranks that would make another run.
+    pub(crate) fn expect_alike(&self, facts: &[(&'static str, &str)]) -> Result<()> {
+        let mut message = MessageWriter::default();
+        facts
+            .iter()
+            .for_each(|(_, value)| _ = message.bytes(value.as_bytes()));
+        for (rank, message) in self
+            .world
+            .all("start", message.finish())?
+            .iter()
+            .enumerate()
+        {
+            let mut reader = MessageReader::new(message);
+            for (what, own) in facts {
+                let theirs = reader.text().map_err(RankError::from)?;
+                if theirs != *own {
+                    return Err(Error::OtherRank { rank, what });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn write(message: &mut MessageWriter, name: &str, values: Tensor<1>) {
+    message.bytes(name.as_bytes()).values(&read(values));
+}
+
+/// The named tensors of a message.
+fn tensors(message: &[u8], device: &Device) -> Result<Vec<(String, Tensor<1>)>> {
+    let (mut reader, mut found) = (MessageReader::new(message), Vec::new());
+    while !reader.is_empty() {
+        let name = reader.text().map_err(RankError::from)?;
+        let values = reader.values().map_err(RankError::from)?;
+        found.push((name, Tensor::from_floats(values.as_slice(), device)));
+    }
+    Ok(found)
+}

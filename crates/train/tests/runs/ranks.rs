@@ -1,0 +1,241 @@
+//! Runs on several ranks, which are threads here, against the same run on one.
+
+use std::path::Path;
+use std::time::Duration;
+
+use kernels::device;
+use moeforge_train::{Error, Event, Host, Recipe, RunDir, Session};
+use parallel::{World, threads};
+
+use super::preferences::preferences;
+use super::{Place, bytes, open};
+
+/// What a rank sees: the bits of each step's loss and norm, and of each validation loss.
+#[derive(Debug, Default, PartialEq)]
+struct Seen {
+    bits: Vec<u64>,
+    /// The step after which this rank is asked to stop.
+    stop_after: Option<u64>,
+    steps: u64,
+}
+
+impl Host for Seen {
+    fn see(&mut self, event: &Event) {
+        match event {
+            Event::Step(report) => {
+                self.steps = report.step;
+                self.bits
+                    .extend([report.loss, report.grad_norm].map(f64::to_bits));
+            }
+            Event::Validated { loss, .. } => self.bits.push(loss.to_bits()),
+            _ => {}
+        }
+    }
+
+    fn interrupted(&mut self) -> Option<i32> {
+        self.stop_after
+            .filter(|step| *step == self.steps)
+            .map(|_| 10)
+    }
+}
+
+/// Trains a recipe on some ranks; the first one's run directory is `run`. Returns what each saw, and how it ended.
+fn fit(
+    recipe: &Recipe,
+    run: &Path,
+    n: usize,
+    stop: Option<(usize, u64)>,
+) -> Vec<(Seen, Result<(), Error>)> {
+    let wires = threads::ranks(n, Duration::from_secs(120)).into_iter();
+    std::thread::scope(|scope| {
+        let ranks = wires.enumerate().map(|(rank, wire)| {
+            scope.spawn(move || {
+                let scratch = tempfile::tempdir().unwrap();
+                let path = if rank == 0 {
+                    run.to_owned()
+                } else {
+                    scratch.path().join("run")
+                };
+                let run = match path.exists() {
+                    true => RunDir::open(&path).unwrap(),
+                    false => RunDir::create(&path, recipe).unwrap(),
+                };
+                let mut session = open(recipe.clone());
+                let mut seen = Seen {
+                    stop_after: stop.filter(|(who, _)| *who == rank).map(|(_, step)| step),
+                    ..Seen::default()
+                };
+                let ended = session
+                    .join(World::new(wire))
+                    .and_then(|()| session.resume(&run).map(drop))
+                    .and_then(|()| session.fit(&run, &mut seen));
+                let results = ["adapter", "model", "checkpoint-4"].map(|name| path.join(name));
+                assert!(rank == 0 || results.iter().all(|result| !result.exists()));
+                (seen, ended)
+            })
+        });
+        let ranks: Vec<_> = ranks.collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+/// The settings to try: every method, precision and source of randomness.
+fn cases() -> Vec<(&'static str, String)> {
+    let common = "steps = 6\nbatch_size = 1\naccumulate = 4\nsave_every = 2\nkeep_last = 9\nbalance_loss = 0.01\n";
+    let lora = format!("[lora]\ndropout = 0.1\n[train]\nmethod = \"lora\"\n{common}");
+    let full = format!("[train]\nmethod = \"full\"\nbias_update_speed = 0.001\n{common}");
+    let precision =
+        |compute: &str, rest: &str| format!("[precision]\ncompute = \"{compute}\"\n{rest}");
+    vec![
+        ("adapter", lora.clone()),
+        ("adapter", precision("bf16", &lora)),
+        ("adapter", format!("{lora}checkpointing = \"block\"\n")),
+        (
+            "adapter",
+            lora.replace("[train]", "use_dora = true\nexclude = \"experts\"\n[train]"),
+        ),
+        ("model", full.clone()),
+        ("model", precision("fp8", &full)),
+        (
+            "model",
+            format!("{full}unfrozen_parameters = [\"layers.2.mlp.experts.3\", \"self_attn\"]\n"),
+        ),
+        ("adapter dpo", format!("{lora}loss = \"dpo\"\n")),
+    ]
+}
+
+fn place(kind: &str) -> Place {
+    let place = Place::new("deepseek_v3");
+    if kind.ends_with("dpo") {
+        preferences(&place);
+    }
+    place
+}
+
+fn recipe(place: &Place, settings: &str) -> Recipe {
+    place.recipe("# deepseek_v3\n", settings)
+}
+
+fn assert_same_files(one: &Path, other: &Path, names: &[&str], what: &str) {
+    for name in names {
+        assert_eq!(
+            bytes(&one.join(name)),
+            bytes(&other.join(name)),
+            "{what}: {name}"
+        );
+    }
+}
+
+#[test]
+fn a_run_has_the_same_bits_on_any_number_of_ranks() {
+    for (kind, settings) in cases() {
+        let place = place(kind);
+        let recipe = recipe(&place, &settings);
+        let result = kind.split(' ').next().unwrap();
+        let alone = place.path("1");
+        let expected = fit(&recipe, &alone, 1, None).remove(0);
+        expected.1.unwrap();
+        assert!(expected.0.bits.len() >= 12);
+        for n in [2, 4] {
+            let run = place.path(&n.to_string());
+            for (rank, (seen, ended)) in fit(&recipe, &run, n, None).into_iter().enumerate() {
+                ended.unwrap();
+                assert_eq!(seen, expected.0, "{settings}rank {rank} of {n}");
+            }
+            let what = format!("{settings}{n} ranks");
+            assert_same_files(
+                &alone,
+                &run,
+                &[result, "checkpoint-2", "checkpoint-6"],
+                &what,
+            );
+            let metrics = |run: &Path| std::fs::read_to_string(run.join("gradients.json")).ok();
+            assert_eq!(metrics(&alone), metrics(&run), "{what}");
+        }
+    }
+}
+
+/// A run that is stopped by any rank, and goes on with another number of them.
+#[test]
+fn a_run_goes_on_with_another_number_of_ranks() {
+    let settings = &cases()[0].1;
+    let place = place("");
+    let recipe = recipe(&place, settings);
+    let (whole, parts) = (place.path("whole"), place.path("parts"));
+    let expected = fit(&recipe, &whole, 1, None).remove(0);
+    let mut bits = Vec::new();
+    for (n, stop) in [(4, Some((3, 2))), (1, Some((0, 4))), (2, None)] {
+        let mut ended = fit(&recipe, &parts, n, stop);
+        for (seen, ended) in &ended {
+            match (stop, ended) {
+                (None, Ok(())) => {}
+                (
+                    Some((_, step)),
+                    Err(Error::Interrupted {
+                        step: at,
+                        signal: 10,
+                        ..
+                    }),
+                ) => {
+                    assert_eq!((step, seen.steps), (*at, *at));
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        bits.extend(ended.swap_remove(0).0.bits);
+    }
+    assert_eq!(bits, expected.0.bits);
+    assert_same_files(&whole, &parts, &["adapter", "checkpoint-6"], "parts");
+}
+
+#[test]
+fn ranks_that_differ_fail_or_end_are_named_and_none_hangs() {
+    let place = place("");
+    let settings = &cases()[0].1;
+    let odd = recipe(
+        &place,
+        &settings.replace("accumulate = 4", "accumulate = 3"),
+    );
+    for (_, ended) in fit(&odd, &place.path("odd"), 2, None) {
+        let said = ended.unwrap_err().to_string();
+        assert!(
+            said.contains("expected a multiple of the number of ranks, 2, found 3"),
+            "{said}"
+        );
+    }
+    // Another seed on the second rank.
+    let recipes = [
+        recipe(&place, settings),
+        recipe(&place, &format!("{settings}seed = 7\n")),
+    ];
+    let wires = threads::ranks(2, Duration::from_secs(60)).into_iter();
+    let said: Vec<String> = std::thread::scope(|scope| {
+        let ranks = wires.zip(&recipes).map(|(wire, recipe)| {
+            let run = place.path(&format!("seed{}", recipe.train.seed));
+            scope.spawn(move || {
+                let run = RunDir::create(&run, recipe).unwrap();
+                let mut session = Session::open(recipe.clone(), &device::of_tests(), &|model| {
+                    Ok(model.into())
+                })
+                .unwrap();
+                session.join(World::new(wire)).unwrap();
+                session
+                    .fit(&run, &mut Seen::default())
+                    .unwrap_err()
+                    .to_string()
+            })
+        });
+        let ranks: Vec<_> = ranks.collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    });
+    assert!(said[0].contains("rank 1 has another recipe"), "{said:?}");
+    assert!(said[1].contains("rank 0 has another recipe"), "{said:?}");
+    // A first rank that fails alone, here because it cannot write samples: the others hear why.
+    let recipe = recipe(&place, &format!("{settings}[eval]\nprompts = [\"a\"]\n"));
+    let mut ends = fit(&recipe, &place.path("silent"), 2, None);
+    let [other, first] = [1, 0].map(|rank| ends.remove(rank).1.unwrap_err().to_string());
+    assert!(
+        !first.contains("rank") && other.contains("rank 0 has failed: "),
+        "{first} {other}"
+    );
+}

@@ -1,0 +1,223 @@
+//! Training on several ranks, which `mpirun` starts; and launchers of a build without MPI.
+
+use super::command;
+
+#[cfg(not(feature = "mpi"))]
+#[test]
+fn a_build_without_mpi_does_not_train_once_for_each_rank() {
+    let launched = |words: &[&str]| {
+        let mut command = command(words);
+        command.envs([("OMPI_COMM_WORLD_SIZE", "2"), ("OMPI_COMM_WORLD_RANK", "0")]);
+        let output = command.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        said
+    };
+    let said = launched(&["train", "recipes/smoke/lora.toml"]);
+    assert!(
+        said.contains("has started 2 ranks") && said.contains("--features mpi"),
+        "{said}"
+    );
+    let said = launched(&["inspect", "recipes/quickstart/base"]);
+    assert!(said.contains("runs alone"), "{said}");
+}
+
+#[cfg(feature = "mpi")]
+mod mpi {
+    use std::fs;
+    use std::path::Path;
+    use std::process::{Child, Command, Output, Stdio};
+    use std::time::{Duration, Instant};
+
+    use super::command;
+
+    /// `mpirun` for tests: as root, more ranks than cores, none bound to a core.
+    fn mpirun(ranks: usize, words: &[&str]) -> Command {
+        let moeforge = command(&[]).get_program().to_owned();
+        let mut mpirun = Command::new("mpirun");
+        let options = [
+            "--allow-run-as-root",
+            "--oversubscribe",
+            "--bind-to",
+            "none",
+            "-n",
+        ];
+        mpirun
+            .args(options)
+            .arg(ranks.to_string())
+            .arg(moeforge)
+            .args(words);
+        mpirun.current_dir(concat!(env!("CARGO_MANIFEST_DIR")));
+        mpirun
+    }
+
+    const RECIPE: &str = "recipes/smoke/lora.toml";
+    /// A step of four micro-batches.
+    const FOUR: [&str; 4] = ["--set", "train.accumulate=4", "--set", "train.batch_size=1"];
+
+    fn train<'a>(out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+        [&["train", RECIPE, "--out", out], &FOUR[..], more].concat()
+    }
+
+    fn succeeds(mut command: Command) -> Output {
+        let output = command.output().unwrap();
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        output
+    }
+
+    /// The files of a run that have its numbers.
+    fn numbers(run: &Path, step: u64) -> Vec<Vec<u8>> {
+        let checkpoint = format!("checkpoint-{step}");
+        [
+            "adapter/adapter_model.safetensors",
+            &format!("{checkpoint}/optimizer.safetensors"),
+            &format!("{checkpoint}/state.json"),
+        ]
+        .map(|name| fs::read(run.join(name)).unwrap_or_else(|why| panic!("{name}: {why}")))
+        .into()
+    }
+
+    #[test]
+    fn ranks_end_with_the_bits_of_one_and_go_on_alone() {
+        let place = tempfile::tempdir().unwrap();
+        let at = |name: &str| place.path().join(name).to_string_lossy().into_owned();
+        let (alone, two) = (at("1"), at("2"));
+        succeeds(command(&train(&alone, &[])));
+        let said = succeeds(mpirun(2, &train(&two, &[])));
+        assert_eq!(
+            String::from_utf8_lossy(&said.stdout).trim(),
+            format!("{two}/adapter")
+        );
+        assert!(String::from_utf8_lossy(&said.stderr).contains("2 ranks: "));
+        assert_eq!(numbers(Path::new(&alone), 3), numbers(Path::new(&two), 3));
+        // Two steps on four ranks, the third alone, two more on two; and all of them alone, with the same ends.
+        let (parts, whole) = (at("parts"), at("whole"));
+        let short = ["--set", "train.steps=2"];
+        succeeds(mpirun(4, &train(&parts, &short)));
+        succeeds(command(&train(&whole, &short)));
+        for (ranks, steps) in [(1, "train.steps=3"), (2, "train.steps=5")] {
+            let resume = |run| ["train", "--resume", run, "--set", steps];
+            succeeds(match ranks {
+                1 => command(&resume(&parts)),
+                ranks => mpirun(ranks, &resume(&parts)),
+            });
+            succeeds(command(&resume(&whole)));
+        }
+        assert_eq!(numbers(Path::new(&whole), 5), numbers(Path::new(&parts), 5));
+        // A batch that can be cut is cut, and one that cannot is not.
+        let cut = at("cut");
+        let words = [
+            "train",
+            RECIPE,
+            "--out",
+            &cut,
+            "--set",
+            "train.accumulate=1",
+        ];
+        let said = succeeds(mpirun(2, &words));
+        let said = String::from_utf8_lossy(&said.stderr).into_owned();
+        assert!(
+            said.contains("train.batch_size = 2, train.accumulate = 2, the same step"),
+            "{said}"
+        );
+    }
+
+    /// Starts a long run on three ranks, and returns it with the processes of its ranks when it has a checkpoint.
+    fn long_run(run: &str) -> (Child, Vec<i32>) {
+        let more = [
+            "--set",
+            "train.steps=100000",
+            "--set",
+            "train.save_every=5",
+            "--set",
+            "train.accumulate=3",
+            "--rank-timeout",
+            "2",
+        ];
+        let mut mpirun = mpirun(3, &train(run, &more));
+        let child = mpirun
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let started = Instant::now();
+        while !Path::new(run).join("checkpoint-5").exists() {
+            assert!(started.elapsed() < Duration::from_secs(60), "no checkpoint");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let children = format!("/proc/{0}/task/{0}/children", child.id());
+        let ranks = fs::read_to_string(children).unwrap();
+        let ranks: Vec<i32> = ranks
+            .split_whitespace()
+            .map(|id| id.parse().unwrap())
+            .collect();
+        assert_eq!(ranks.len(), 3);
+        (child, ranks)
+    }
+
+    fn signal(name: &str, process: i32) {
+        let sent = Command::new("kill")
+            .args([name, &process.to_string()])
+            .status();
+        assert!(sent.unwrap().success());
+    }
+
+    /// How a job ends, within some seconds, and what it says.
+    fn end(mut child: Child) -> (Option<i32>, String) {
+        let started = Instant::now();
+        while child.try_wait().unwrap().is_none() {
+            assert!(started.elapsed() < Duration::from_secs(30), "the job hangs");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let output = child.wait_with_output().unwrap();
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )
+    }
+
+    #[test]
+    fn ranks_that_are_killed_or_stopped_end_the_job_and_it_goes_on() {
+        let place = tempfile::tempdir().unwrap();
+        for (name, kind, code) in [
+            ("-KILL", "killed", Some(137)),
+            ("-STOP", "stopped", Some(8)),
+            ("-USR1", "asked", Some(138)),
+        ] {
+            let run = place.path().join(kind).to_string_lossy().into_owned();
+            let (child, ranks) = long_run(&run);
+            match kind {
+                "asked" => signal(name, child.id() as i32),
+                _ => signal(name, ranks[1]),
+            }
+            let (found, said) = end(child);
+            assert_eq!(found, code, "{kind}: {said}");
+            if kind == "stopped" {
+                assert!(
+                    said.contains("has waited 2 s at `") && said.contains("for ranks [1]"),
+                    "{said}"
+                );
+                // `mpirun` cannot end a process that is stopped in every version.
+                let _ = Command::new("kill")
+                    .args(["-KILL", &ranks[1].to_string()])
+                    .status();
+            }
+            let steps = |run: &str| {
+                let folders = fs::read_dir(run).unwrap().flatten();
+                let names = folders.map(|entry| entry.file_name().to_string_lossy().into_owned());
+                names
+                    .filter_map(|name| name.strip_prefix("checkpoint-")?.parse::<u64>().ok())
+                    .max()
+            };
+            // One more than the last, so that there is something left to do.
+            let last = steps(&run).unwrap() + 1;
+            let more = format!("train.steps={last}");
+            succeeds(command(&["train", "--resume", &run, "--set", &more]));
+            assert_eq!(steps(&run), Some(last));
+        }
+    }
+}
