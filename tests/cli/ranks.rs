@@ -108,6 +108,14 @@ mod mpi {
             succeeds(command(&resume(&whole)));
         }
         assert_eq!(numbers(Path::new(&whole), 5), numbers(Path::new(&parts), 5));
+        // Ranks that MPI does not know, because something else has started them.
+        let mut strange = command(&train(&at("strange"), &[]));
+        let output = strange.env("OMPI_COMM_WORLD_SIZE", "2").output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            output.status.code() == Some(2) && said.contains("MPI knows 1"),
+            "{said}"
+        );
         // A batch that can be cut is cut, and one that cannot is not.
         let cut = at("cut");
         let words = [

@@ -138,6 +138,7 @@ impl Session {
 
     /// Saves a checkpoint, and removes those that are no longer needed.
     pub(crate) fn save(&self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
+        self.expect_replicas()?;
         let dtype = self.recipe.optimizer.moments().float();
         let moments = (self.ranks).moments(&self.optimizer.moments, dtype, &self.device())?;
         let (specs, tensors) = (self.state_tensors(), self.state_values(&moments));
@@ -159,6 +160,22 @@ impl Session {
             step: self.state.step,
         });
         Ok(())
+    }
+
+    /// Refuses ranks whose weights have come apart, as by a processor that rounds otherwise.
+    fn expect_replicas(&self) -> Result<()> {
+        if self.ranks.world.is_alone() {
+            return Ok(());
+        }
+        let hash = self
+            .model
+            .parameters()
+            .into_iter()
+            .fold(0, |hash, parameter| {
+                let values = read(parameter.values).into_iter();
+                checkpoint::fnv1a(hash, values.flat_map(f32::to_le_bytes))
+            });
+        self.ranks.expect_alike(&[("weights", &hash.to_string())])
     }
 
     /// Whether the step's checkpoint is from before its validation pass, which is made now.

@@ -34,9 +34,9 @@ pub enum Error {
         accumulate: usize,
     },
 
-    /// A rank that would make another run.
+    /// A rank that makes another run.
     #[error(
-        "rank {rank} has another {what} than the others; all ranks need the same program, recipe, model and rows"
+        "rank {rank} differs in its {what}: all ranks need the same program, recipe, model and rows, and get the same weights"
     )]
     OtherRank {
         /// Which one.

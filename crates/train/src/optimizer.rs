@@ -13,7 +13,7 @@ use burn::tensor::{DType, Tensor};
 use crate::recipe::{Moments, OptimizerSection, Recipe};
 
 /// The gradients of one step, added up.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Accumulated(BTreeMap<String, Tensor<1>>);
 
 impl Accumulated {

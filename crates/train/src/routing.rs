@@ -1,5 +1,7 @@
 //! The routing of a step or a validation pass: the load of every expert, and the drift from the reference's choices.
 
+use std::collections::BTreeMap;
+
 use model::routing_drift;
 use serde::Serialize;
 
@@ -95,34 +97,26 @@ pub(crate) fn add_load(loads: &mut ExpertLoads, layer_idx: usize, load: Vec<f64>
     }
 }
 
-/// The drift of every layer over some batches. The choices of both models are in the same order.
-pub(crate) fn drift(choices: &[BatchChoices], reference: &[BatchChoices]) -> Vec<LayerDrift> {
-    struct Count {
-        layer: usize,
-        changed: usize,
-        all: usize,
-    }
+/// By layer: choices that the reference does not make for the same token, and all choices.
+pub(crate) type DriftCounts = BTreeMap<usize, [u64; 2]>;
 
-    let mut counts: Vec<Count> = Vec::new();
+/// Counts over some batches. The choices of both models are in the same order.
+pub(crate) fn drift_counts(choices: &[BatchChoices], reference: &[BatchChoices]) -> DriftCounts {
+    let mut counts = DriftCounts::new();
     for (choices, reference) in choices.iter().zip(reference) {
-        let layer = choices.layer;
         let changed = routing_drift(&choices.ids, &reference.ids, choices.top_k);
-        let all = choices.ids.len();
-        match counts.iter_mut().find(|count| count.layer == layer) {
-            Some(count) => {
-                count.changed += changed;
-                count.all += all;
-            }
-            None => counts.push(Count {
-                layer,
-                changed,
-                all,
-            }),
-        }
+        let [changed_sum, all] = counts.entry(choices.layer).or_default();
+        *changed_sum += changed as u64;
+        *all += choices.ids.len() as u64;
     }
-    let drift = |count: Count| LayerDrift {
-        layer: count.layer,
-        drift: count.changed as f64 / count.all.max(1) as f64,
+    counts
+}
+
+/// The drift of every layer.
+pub(crate) fn drift(counts: DriftCounts) -> Vec<LayerDrift> {
+    let drift = |(layer, [changed, all]): (usize, [u64; 2])| LayerDrift {
+        layer,
+        drift: changed as f64 / all.max(1) as f64,
     };
     counts.into_iter().map(drift).collect()
 }
@@ -155,7 +149,7 @@ mod tests {
         };
         let base = [choices(1, [0, 1, 2, 3, 4, 5, 6, 7]), choices(2, [0; 8])];
         let changed = [choices(1, [1, 0, 2, 9, 8, 9, 1, 1]), choices(2, [0; 8])];
-        let found = drift(&changed, &base);
+        let found = drift(drift_counts(&changed, &base));
         let share = |layer, drift| LayerDrift { layer, drift };
         assert_eq!(found, [share(1, 3.0 / 6.0), share(2, 0.0)]);
     }

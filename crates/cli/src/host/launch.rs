@@ -6,15 +6,19 @@ use parallel::{MessageReader, MessageWriter, RankError, World};
 
 use crate::console::{Console, RANKS_LOST, USAGE, WithCode};
 
-/// Variables of launchers: the number of ranks, this one's number, and the ranks on this machine. OpenMPI, then MPICH and
-/// Slurm.
-const VARIABLES: [[&str; 3]; 2] = [
+/// Variables of launchers: the number of ranks, this one's number, and the ranks on this machine. OpenMPI, MPICH, Slurm.
+const VARIABLES: [[&str; 3]; 3] = [
     [
         "OMPI_COMM_WORLD_SIZE",
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ],
     ["PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS"],
+    [
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_PROCID",
+        "SLURM_TASKS_PER_NODE",
+    ],
 ];
 
 /// A number that a launcher has set.
@@ -125,8 +129,8 @@ fn joined(timeout_seconds: u64) -> anyhow::Result<(World, String)> {
     use std::io::Write;
     use std::time::Duration;
 
-    use parallel::Lost;
     use parallel::mpi::{MpiRank, Patience};
+    use parallel::{Lost, Wire};
 
     fn leave(lost: &Lost) -> ! {
         let _ = writeln!(
@@ -140,6 +144,14 @@ fn joined(timeout_seconds: u64) -> anyhow::Result<(World, String)> {
         leave,
     };
     let rank = MpiRank::join(patience).map_err(|why| anyhow::anyhow!("{why}"))?;
+    if rank.ranks() != ranks() {
+        return Err(usage(format!(
+            "a launcher has started {} ranks, and MPI knows {}: each would train alone; start them with the `mpirun` of the \
+             MPI that this program was built with, or `srun --mpi=pmix`",
+            ranks(),
+            rank.ranks()
+        )));
+    }
     let host = rank.host().to_owned();
     let world = World::new(rank);
     // Unwinding past MPI makes `mpirun` crash or hang.

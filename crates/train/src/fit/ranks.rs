@@ -5,7 +5,7 @@
 //! (losses, rewards, loads, squares) is added by all ranks alike, in the order of micro-batches or of names. So nothing
 //! depends on the number of ranks, and all ranks decide alike.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use burn::tensor::{Device, FloatDType, Tensor};
@@ -16,6 +16,7 @@ use parallel::{MessageReader, MessageWriter, RankError, World};
 
 use crate::checkpoint_state::read_optimizer;
 use crate::optimizer::Accumulated;
+use crate::routing::DriftCounts;
 use crate::{Error, Result};
 
 /// The ranks of a run, and what each owns.
@@ -55,6 +56,31 @@ impl Ranks {
         all.skip(self.world.rank()).step_by(self.world.ranks())
     }
 
+    /// Whether this rank computes the i-th of some batches.
+    pub(crate) fn takes(&self, i: usize) -> bool {
+        i % self.world.ranks() == self.world.rank()
+    }
+
+    /// Counts of all ranks.
+    pub(crate) fn counts(&self, own: DriftCounts) -> Result<DriftCounts> {
+        let mut message = MessageWriter::default();
+        for (layer, [changed, all]) in own {
+            message.count(layer as u64).count(changed).count(all);
+        }
+        let mut sums = DriftCounts::new();
+        for message in self.world.all("routing drift", message.finish())? {
+            let mut reader = MessageReader::new(&message);
+            while !reader.is_empty() {
+                let mut next = || reader.count().map_err(RankError::from);
+                let sum = sums.entry(next()? as usize).or_default();
+                for part in sum {
+                    *part += next()?;
+                }
+            }
+        }
+        Ok(sums)
+    }
+
     /// Adds the gradients of a round's micro-batches: to `sums` come those that this rank owns.
     pub(crate) fn add(
         &self,
@@ -80,6 +106,9 @@ impl Ranks {
 
     /// The gradients of all owners.
     pub(crate) fn gathered(&self, sums: &Accumulated, device: &Device) -> Result<Accumulated> {
+        if self.world.is_alone() {
+            return Ok(sums.clone());
+        }
         let mut message = MessageWriter::default();
         sums.iter()
             .for_each(|(name, sum)| write(&mut message, name, sum.clone()));
@@ -109,8 +138,8 @@ impl Ranks {
         Ok(all)
     }
 
-    /// Messages about this rank's micro-batches → about all, in their order.
-    pub(crate) fn in_order(&self, own: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>> {
+    /// Messages about this rank's batches → about all, in their order.
+    pub(crate) fn in_order(&self, own: Vec<Vec<u8>>, n_all: usize) -> Result<Vec<Vec<u8>>> {
         if self.world.is_alone() {
             return Ok(own);
         }
@@ -119,7 +148,7 @@ impl Ranks {
         let lists = self.world.all("sums of micro-batches", message.finish())?;
         let mut readers: Vec<_> = lists.iter().map(|list| MessageReader::new(list)).collect();
         let mut all = Vec::new();
-        for i in 0..own.len() * readers.len() {
+        for i in 0..n_all {
             let reader = &mut readers[i % lists.len()];
             all.push(reader.bytes().map_err(RankError::from)?.to_vec());
         }
@@ -130,7 +159,7 @@ impl Ranks {
     pub(crate) fn share(
         &self,
         model: &mut Model,
-        updated: &[String],
+        updated: &BTreeSet<String>,
         device: &Device,
     ) -> Result<()> {
         if self.world.is_alone() {
@@ -247,7 +276,7 @@ impl Ranks {
         Ok(said)
     }
 
-    /// Refuses ranks that would make another run.
+    /// Refuses ranks that make another run.
     pub(crate) fn expect_alike(&self, facts: &[(&'static str, &str)]) -> Result<()> {
         let mut message = MessageWriter::default();
         facts

@@ -3,6 +3,7 @@
 //! The loss is averaged over the trained tokens of the whole step: a step of four micro-batches has the gradient of one
 //! four times as large, however unevenly the tokens are spread over them. The loss of preferences is averaged over pairs.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use burn::tensor::Tensor;
@@ -25,27 +26,27 @@ use crate::run_dir::RunDir;
 use crate::session::Session;
 use crate::{Error, Result};
 
-/// Sums over the micro-batches of a step.
+/// Sums over the micro-batches of a step, or the batches of a validation pass.
 #[derive(Default)]
-struct StepSums {
+pub(super) struct StepSums {
     gradients: Accumulated,
     /// Over the trained tokens, or pairs.
-    loss: f64,
+    pub(super) loss: f64,
     /// Over the pairs, if preferences are learned.
-    rewards: Option<Rewards>,
+    pub(super) rewards: Option<Rewards>,
     /// Over layers and micro-batches.
     balance: f64,
     loads: ExpertLoads,
 }
 
-/// The sums of one micro-batch.
+/// The sums of one micro-batch, or of a validation batch.
 #[derive(Default)]
-struct MicroSums {
-    loss: f64,
-    rewards: Option<Rewards>,
+pub(super) struct MicroSums {
+    pub(super) loss: f64,
+    pub(super) rewards: Option<Rewards>,
     /// Over layers.
-    balance: f64,
-    loads: ExpertLoads,
+    pub(super) balance: f64,
+    pub(super) loads: ExpertLoads,
 }
 
 /// The results of one micro-batch, some of which are still on the device.
@@ -62,7 +63,7 @@ struct MicroStep {
 }
 
 impl StepSums {
-    fn add(&mut self, micro: MicroSums) {
+    pub(super) fn add(&mut self, micro: MicroSums) {
         self.loss += micro.loss;
         self.balance += micro.balance;
         for (layer_idx, load) in micro.loads {
@@ -90,7 +91,7 @@ impl MicroSums {
         sums
     }
 
-    fn message(&self) -> Vec<u8> {
+    pub(super) fn message(&self) -> Vec<u8> {
         let mut message = MessageWriter::default();
         message.number(self.loss).number(self.balance);
         let rewards = self
@@ -108,7 +109,7 @@ impl MicroSums {
         message.finish()
     }
 
-    fn read(message: &[u8]) -> std::result::Result<Self, ShortMessage> {
+    pub(super) fn read(message: &[u8]) -> std::result::Result<Self, ShortMessage> {
         let mut reader = MessageReader::new(message);
         let mut sums = Self {
             loss: reader.number()?,
@@ -161,7 +162,7 @@ impl Session {
             norm,
             loss_scale: scale.unwrap_or(1.0),
         };
-        let updated: Vec<String> = sums
+        let updated: BTreeSet<String> = sums
             .gradients
             .iter()
             .map(|(name, _)| name.clone())
@@ -254,7 +255,7 @@ impl Session {
         let values = reads.read();
         let micros = micros.into_iter();
         let micros = micros.map(|(micro, batch)| MicroSums::of(micro, batch, &values).message());
-        for message in self.ranks.in_order(micros.collect())? {
+        for message in self.ranks.in_order(micros.collect(), batches.len())? {
             sums.add(MicroSums::read(&message).map_err(RankError::from)?);
         }
         let squares = squares

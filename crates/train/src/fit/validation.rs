@@ -5,9 +5,11 @@ use std::time::Instant;
 use burn::module::Module;
 use data::{Batch, Corpus, collate};
 use model::{ForwardContext, Recorder};
+use parallel::RankError;
 
 use super::forward::{hidden, losses};
 use super::reads::Reads;
+use super::step::{MicroSums, StepSums};
 use crate::Result;
 use crate::dpo::Rewards;
 use crate::events::{Event, Host, ValidationProgress};
@@ -48,11 +50,15 @@ impl Session {
     fn validation(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<Validation> {
         let mut pass = self.validation_pass();
         let (model, device) = (self.model.clone().valid(), self.device());
-        let (mut sum, mut counted, mut choices) = (0.0, 0, Vec::new());
-        let mut rewards = None::<Rewards>;
+        let (mut own, mut counted, mut choices) = (Vec::new(), 0, Vec::new());
         for (i, batch) in self.valid_batches().enumerate() {
             let batch = batch?;
-            self.stop_if_asked(run, host)?;
+            counted += self.counted(&batch);
+            self.stop_between_rounds(i, run, host)?;
+            if !self.ranks.takes(i) {
+                pass.note(&batch, host);
+                continue;
+            }
             let mut recorder = Recorder::of_routing();
             let mut ctx = ForwardContext::new(self.compute());
             if i < DRIFT_BATCHES && self.reference.is_some() {
@@ -72,15 +78,15 @@ impl Session {
                     .into_iter()
                     .map(|chosen| values.choices(chosen, &batch)),
             );
-            sum += values.scalar(loss);
-            counted += self.counted(&batch);
-            if let Some(batch_rewards) = batch_rewards {
-                let sum = Rewards::sum(values.of(batch_rewards));
-                rewards.get_or_insert_default().add(sum);
-            }
+            let sums = MicroSums {
+                loss: values.scalar(loss),
+                rewards: batch_rewards.map(|read| Rewards::sum(values.of(read))),
+                ..MicroSums::default()
+            };
+            own.push(sums.message());
             pass.note(&batch, host);
         }
-        if !choices.is_empty() && self.lacks_reference_choices() {
+        if self.model.config.moe.is_some() && self.lacks_reference_choices() {
             let found = self.reference_choices(&mut pass, run, host)?;
             if let Some(reference) = &mut self.reference {
                 reference.choices = Some(found);
@@ -88,12 +94,25 @@ impl Session {
         }
         let reference = self.reference.as_ref();
         let reference_choices = reference.and_then(|reference| reference.choices.as_deref());
-        let routing_drift = routing::drift(&choices, reference_choices.unwrap_or_default());
+        let own_drift = routing::drift_counts(&choices, reference_choices.unwrap_or_default());
+        let routing_drift = routing::drift(self.ranks.counts(own_drift)?);
+        let mut sums = StepSums::default();
+        for message in self.ranks.in_order(own, self.n_valid_batches())? {
+            sums.add(MicroSums::read(&message).map_err(RankError::from)?);
+        }
         Ok(Validation {
-            valid_loss: sum / counted.max(1) as f64,
-            rewards: rewards.map(|rewards| rewards.mean(counted)),
+            valid_loss: sums.loss / counted.max(1) as f64,
+            rewards: sums.rewards.map(|rewards| rewards.mean(counted)),
             routing_drift,
         })
+    }
+
+    /// [`Session::stop_if_asked`] before the batches that begin a round: every rank has one of each.
+    fn stop_between_rounds(&self, i: usize, run: &RunDir, host: &mut dyn Host) -> Result<()> {
+        match i.is_multiple_of(self.ranks.world.ranks()) {
+            true => self.stop_if_asked(run, host),
+            false => Ok(()),
+        }
     }
 
     /// The progress of a pass that begins.
@@ -132,9 +151,13 @@ impl Session {
         };
         let device = self.device();
         let mut choices = Vec::new();
-        for batch in self.valid_batches().take(DRIFT_BATCHES) {
+        for (i, batch) in self.valid_batches().take(DRIFT_BATCHES).enumerate() {
             let batch = batch?;
-            self.stop_if_asked(run, host)?;
+            self.stop_between_rounds(i, run, host)?;
+            if !self.ranks.takes(i) {
+                pass.note(&batch, host);
+                continue;
+            }
             let mut recorder = Recorder::of_routing();
             let mut ctx = ForwardContext::recorded(self.compute(), &mut recorder);
             hidden(&reference.model, &batch, &mut ctx, &device);
