@@ -47,7 +47,10 @@ mod mpi {
             .arg(ranks.to_string())
             .arg(moeforge)
             .args(words);
-        mpirun.current_dir(concat!(env!("CARGO_MANIFEST_DIR")));
+        mpirun.current_dir(env!("CARGO_MANIFEST_DIR"));
+        mpirun
+            .env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"))
+            .stdin(Stdio::null());
         mpirun
     }
 

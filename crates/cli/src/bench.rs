@@ -2,7 +2,6 @@
 
 mod generation;
 mod peak;
-mod scratch;
 mod spread;
 mod subject;
 mod sweep;

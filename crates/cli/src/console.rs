@@ -239,6 +239,29 @@ impl Display for WithCode {
 
 impl std::error::Error for WithCode {}
 
+/// Wrong usage.
+pub(crate) fn misuse(message: String) -> anyhow::Error {
+    anyhow::Error::new(WithCode {
+        code: USAGE,
+        message,
+    })
+}
+
+/// Ends the program in a sentence about `what` as soon as anything panics, on any thread, without unwinding.
+pub(crate) fn end_at_panics(what: String, cure: &'static str, code: u8) {
+    std::panic::set_hook(Box::new(move |panic| {
+        let message = panic.payload_as_str().unwrap_or("no message");
+        let first = message.lines().next().unwrap_or_default();
+        let at = panic.location().map(|at| format!(" ({at})"));
+        let at = at.unwrap_or_default();
+        let _ = writeln!(
+            std::io::stderr(),
+            "error: {what} failed: {first}{at}; what was saved before is whole{cure}"
+        );
+        std::process::exit(i32::from(code));
+    }));
+}
+
 /// The exit code of wrong usage, including a wrong recipe.
 pub(crate) const USAGE: u8 = 2;
 /// A verification found a difference.
@@ -251,6 +274,7 @@ pub(crate) const NOT_FINITE: u8 = 6;
 pub(crate) const DIVERGED: u8 = 7;
 
 /// A rank has waited too long for others.
+#[cfg(feature = "mpi")]
 pub(crate) const RANKS_LOST: u8 = 8;
 
 /// A measurement, or its error: a loss that is not finite has an exit code of its own.

@@ -3,7 +3,6 @@
 //! Verbs get their device here and hand it down: no other file of the program names one.
 
 use std::ffi::OsString;
-use std::io::Write;
 use std::path::PathBuf;
 
 use burn::tensor::Device;
@@ -11,7 +10,7 @@ use kernels::device::{Widths, describe, is_gpu, self_test};
 use model::ModelConfig;
 use model::config::AttentionConfig;
 
-use crate::console::{Console, MISMATCH, USAGE, WithCode};
+use crate::console::{Console, MISMATCH, WithCode, end_at_panics, misuse};
 use crate::host::cache;
 
 /// The environment variable that names the device of verbs without `--device`.
@@ -59,35 +58,16 @@ impl DeviceArgs {
             VARIABLE
         };
         let name = name.as_deref().unwrap_or(kernels::device::CPU);
-        let device = kernels::device::open(name).map_err(|why| {
-            let message = format!("{source}: {why}");
-            anyhow::Error::new(WithCode {
-                code: USAGE,
-                message,
-            })
-        })?;
+        let device = kernels::device::open(name);
+        let device = device.map_err(|why| misuse(format!("{source}: {why}")))?;
         if is_gpu(&device) {
-            end_at_panics(name.to_owned());
+            // Its driver fails on a thread of its own, after which tensors hold anything, and who waits for them may wait
+            // forever.
+            let cure = "; use `--device cpu`, or another driver";
+            end_at_panics(format!("device `{name}`"), cure, 1);
         }
         Ok(device)
     }
-}
-
-/// Ends the program in a sentence as soon as something panics. A GPU's driver fails on a thread of its own, after which
-/// tensors hold anything and who waits for them may wait forever. Files are whole: they get their names when they are.
-fn end_at_panics(name: String) {
-    std::panic::set_hook(Box::new(move |panic| {
-        let message = panic.payload_as_str().unwrap_or("no message");
-        let first = message.lines().next().unwrap_or_default();
-        let at = panic.location().map(|at| format!(" ({at})"));
-        let at = at.unwrap_or_default();
-        let _ = writeln!(
-            std::io::stderr(),
-            "error: device `{name}` failed: {first}{at}; what was saved before is whole; use `--device cpu`, or another \
-             driver"
-        );
-        std::process::exit(1);
-    }));
 }
 
 /// Says that a verb computes on the CPU alone, where [`VARIABLE`] names another device.

@@ -3,6 +3,7 @@
 mod cgroups;
 pub(crate) mod launch;
 mod mac;
+pub(crate) mod scratch;
 
 use std::path::PathBuf;
 

@@ -25,7 +25,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::console::{Console, USAGE, WithCode};
+use crate::console::{Console, misuse};
 use crate::host::launch;
 
 #[global_allocator]
@@ -123,17 +123,14 @@ fn expect_threads(threads: usize) -> anyhow::Result<()> {
     if threads <= most {
         return Ok(());
     }
-    Err(anyhow::Error::new(WithCode {
-        code: USAGE,
-        message: format!(
-            "`--threads`: expected at most {most}, {MOST_THREADS_PER_CPU} for each logical CPU, found {threads}"
-        ),
-    }))
+    Err(misuse(format!(
+        "`--threads`: expected at most {most}, {MOST_THREADS_PER_CPU} for each logical CPU, found {threads}"
+    )))
 }
 
 fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
     if !matches!(verb, Verb::Train(_)) {
-        launch::expect_alone("moeforge")?;
+        launch::expect_alone()?;
     }
     match verb {
         Verb::Quickstart(args) => quickstart::run(&args, console),

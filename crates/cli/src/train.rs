@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use anyhow::Context;
 use data::Corpus;
 use model::OperandRounding;
 use model::adapt::AdaptedModule;
@@ -20,17 +21,18 @@ use train::{Recipe, RunDir, Schedule, Session, SessionOptions};
 
 use self::signals::Signals;
 use self::watcher::Watcher;
-use crate::console::{Console, DIVERGED, NO_MEMORY, NOT_FINITE, USAGE, WithCode};
+use crate::console::{Console, DIVERGED, NO_MEMORY, NOT_FINITE, WithCode, misuse};
 use crate::device::{DeviceArgs, expect_right, record};
 use crate::host::launch;
+use crate::host::scratch::Scratch;
 use crate::open::{find, note_keys, token_cache};
 use crate::rows::{note_changed, note_ignored, note_unused};
 
 /// Train with a recipe: pretraining, full fine-tuning, LoRA, DoRA or DPO.
 ///
-/// Ctrl-C or SIGTERM finishes the step, saves a checkpoint and exits with code 130 or 143; a second one stops at once.
-/// Other exit codes: 1 an error; 2 wrong usage or recipe; 5 too little memory, after saving a checkpoint; 6 a loss or
-/// gradient is not finite; 7 the loss diverged too often. Checkpoints that were saved before are always kept.
+/// Ctrl-C, SIGTERM or SIGUSR1 finishes the step, saves a checkpoint and exits with code 130, 143 or 138; a second one stops
+/// at once. Other exit codes: 1 an error; 2 wrong usage or recipe; 5 too little memory, after saving a checkpoint; 6 a loss
+/// or gradient is not finite; 7 the loss diverged too often; 8 a rank waited too long for others. Checkpoints that were saved before are always kept.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Recipe: TOML file. Not needed with --resume.
@@ -55,9 +57,12 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let world = launch::join(args.rank_timeout, console)?;
+    // A rank that is not the first has a run directory with metrics that nobody reads.
+    let scratch = (!world.is_first()).then(|| Scratch::new("rank"));
+    let scratch = scratch.transpose()?;
     let (run, mut session) = match &args.resume {
-        Some(path) => resumed(path, args, world, console)?,
-        None => started(args, world, console)?,
+        Some(path) => resumed(path, args, world, scratch.as_ref(), console)?,
+        None => started(args, world, scratch.as_ref(), console)?,
     };
     let mut watcher = Watcher::new(&session, Signals::listen()?, console)?;
 
@@ -74,29 +79,30 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         saved_activation_bytes as f64 / f64::from(1 << 20)
     ));
     console.memory();
-    if !launch::is_silent() {
+    if scratch.is_none() {
         console.result(run.path().join(result).display());
     }
     drop(session);
-    if launch::is_silent() {
-        // Its metrics, which nobody reads.
-        let _ = std::fs::remove_dir_all(run.path());
-    }
     launch::leave();
     Ok(ExitCode::SUCCESS)
 }
 
 /// A new run of a recipe, with its session.
-fn started(args: &Args, world: World, console: &Console) -> anyhow::Result<(RunDir, Session)> {
+fn started(
+    args: &Args,
+    world: World,
+    scratch: Option<&Scratch>,
+    console: &Console,
+) -> anyhow::Result<(RunDir, Session)> {
     let path = args.recipe.as_deref().unwrap_or(Path::new(""));
     let mut recipe = Recipe::open(path, &args.set).map_err(usage)?;
     share_out(&mut recipe, world.ranks(), console);
     let mut session = open_session(recipe, &args.device, console)?;
     describe(&session, console)?;
     // The run directory is created last, so that a run that cannot start leaves none.
-    let path = match world.is_first() {
-        true => new_run(args.out.as_deref(), args.recipe.as_deref(), ""),
-        false => scratch_run(),
+    let path = match scratch {
+        None => new_run(args.out.as_deref(), args.recipe.as_deref(), ""),
+        Some(scratch) => run_in(scratch),
     };
     session.join(world)?;
     let run = RunDir::create(&path, &session.recipe)?;
@@ -111,9 +117,10 @@ fn resumed(
     path: &Path,
     args: &Args,
     world: World,
+    scratch: Option<&Scratch>,
     console: &Console,
 ) -> anyhow::Result<(RunDir, Session)> {
-    let run = run_of_first(path, &world)?;
+    let run = run_of_first(path, &world, scratch)?;
     let before = run.recipe().map_err(usage)?;
     let recipe = run.changed_recipe(&args.set).map_err(usage)?;
     let found = run.locate(&recipe)?;
@@ -133,10 +140,11 @@ fn resumed(
     Ok((run, session))
 }
 
-/// Cuts the batch of a step into as many micro-batches as ranks need, if it can be cut so.
+/// Cuts the batch of a step into as many micro-batches as ranks need, if it can be cut so: batches of samples of similar
+/// length have others when they are smaller.
 fn share_out(recipe: &mut Recipe, ranks: usize, console: &Console) {
     let train = &mut recipe.train;
-    if train.accumulate.is_multiple_of(ranks) {
+    if train.accumulate.is_multiple_of(ranks) || recipe.data.group_by_length {
         return;
     }
     let rows = train.batch_size * train.accumulate;
@@ -150,13 +158,13 @@ fn share_out(recipe: &mut Recipe, ranks: usize, console: &Console) {
     }
 }
 
-/// The run directory of a rank that is not the first: it has metrics, which nobody reads.
-fn scratch_run() -> PathBuf {
-    std::env::temp_dir().join(format!("moeforge-rank-{}", std::process::id()))
+/// The run directory of a rank that is not the first.
+fn run_in(scratch: &Scratch) -> PathBuf {
+    scratch.path().join("run")
 }
 
 /// An existing run; on a rank that is not the first, a new one of the same recipe.
-fn run_of_first(path: &Path, world: &World) -> anyhow::Result<RunDir> {
+fn run_of_first(path: &Path, world: &World, scratch: Option<&Scratch>) -> anyhow::Result<RunDir> {
     let mut run = None;
     let recipe = world.first_does("recipe", || {
         let opened = RunDir::open(path)?;
@@ -164,15 +172,12 @@ fn run_of_first(path: &Path, world: &World) -> anyhow::Result<RunDir> {
         run = Some(opened);
         Ok::<_, anyhow::Error>(recipe.into_bytes())
     })?;
-    if let Some(run) = run {
-        return Ok(run);
-    }
-    let scratch = scratch_run();
-    let file = scratch.with_extension("toml");
-    std::fs::write(&file, recipe)?;
-    let recipe = Recipe::open(&file, &[]).map_err(usage);
-    std::fs::remove_file(&file)?;
-    Ok(RunDir::create(&scratch, &recipe?)?)
+    let Some(scratch) = scratch else {
+        return run.context("the first rank has opened its run");
+    };
+    let file = scratch.write("recipe.toml", &String::from_utf8_lossy(&recipe))?;
+    let recipe = Recipe::open(&file, &[]).map_err(usage)?;
+    Ok(RunDir::create(&run_in(scratch), &recipe)?)
 }
 
 /// Writes what a run computes on into its directory.
@@ -354,10 +359,7 @@ pub(crate) fn note_reading(what: &str, corpus: &Corpus, console: &Console) {
 
 /// A wrong recipe, with the exit code of wrong usage.
 pub(crate) fn usage(error: train::Error) -> anyhow::Error {
-    anyhow::Error::new(WithCode {
-        code: USAGE,
-        message: error.to_string(),
-    })
+    misuse(error.to_string())
 }
 
 /// The folder of a new run: `out`, or a folder in runs/ named by the recipe, the purpose and the time.

@@ -26,9 +26,12 @@ impl MessageWriter {
     /// Values, after their number.
     pub fn values(&mut self, values: &[f32]) -> &mut Self {
         self.count(values.len() as u64);
-        self.0.reserve(4 * values.len());
-        self.0
-            .extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        let start = self.0.len();
+        self.0.resize(start + 4 * values.len(), 0);
+        let places = self.0[start..].as_chunks_mut::<4>().0.iter_mut();
+        for (place, value) in places.zip(values) {
+            *place = value.to_le_bytes();
+        }
         self
     }
 

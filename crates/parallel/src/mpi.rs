@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use ::mpi::Threading;
 use ::mpi::datatype::Equivalence;
-use ::mpi::request::{Scope, scope};
+use ::mpi::request::{Request, Scope, scope};
 use ::mpi::topology::{Communicator, SimpleCommunicator};
 use ::mpi::traits::{Destination, Source};
 
@@ -41,7 +41,7 @@ struct ExchangeJob {
 
 /// How long a rank waits for others, if not forever, and how it leaves the process after that.
 #[derive(Clone, Copy, Debug)]
-pub struct Patience {
+pub struct TimeoutPolicy {
     /// How long it waits.
     pub timeout: Option<Duration>,
     /// Ends the process.
@@ -53,12 +53,12 @@ impl MpiRank {
     ///
     /// # Errors
     /// In a sentence, if there is no MPI.
-    pub fn join(patience: Patience) -> Result<Self, String> {
+    pub fn join(policy: TimeoutPolicy) -> Result<Self, String> {
         let (started, begins) = channel();
         let (jobs, queue) = channel();
         let thread = std::thread::Builder::new()
             .name("mpi".into())
-            .spawn(move || serve(&started, &queue, patience))
+            .spawn(move || serve(&started, &queue, policy))
             .map_err(|why| format!("cannot start a thread for MPI: {why}"))?;
         let (rank, ranks, host) = begins
             .recv()
@@ -96,7 +96,6 @@ impl Wire for MpiRank {
     }
 
     fn exchange(&self, name: &str, messages: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Lost> {
-        assert_eq!(messages.len(), self.ranks, "a message for each rank");
         let (done, made) = channel();
         let job = ExchangeJob {
             name: name.to_owned(),
@@ -120,7 +119,7 @@ impl Wire for MpiRank {
 fn serve(
     started: &Sender<(usize, usize, String)>,
     queue: &Receiver<ExchangeJob>,
-    patience: Patience,
+    policy: TimeoutPolicy,
 ) {
     let Some((universe, threading)) = ::mpi::initialize_with_threading(Threading::Funneled) else {
         return;
@@ -135,122 +134,131 @@ fn serve(
         return;
     }
     for job in queue {
-        let made = exchange(&world, &job.name, job.messages, patience);
+        let made = exchange(&world, &job.name, job.messages, policy);
         // Who asked has gone: it does not want to know.
         let _ = job.done.send(made);
     }
 }
 
-/// One exchange: a letter to each other rank, and one from each.
+/// One exchange: a frame to each other rank, and one from each.
 fn exchange(
     world: &SimpleCommunicator,
     name: &str,
-    messages: Vec<Vec<u8>>,
-    patience: Patience,
+    mut messages: Vec<Vec<u8>>,
+    policy: TimeoutPolicy,
 ) -> Result<Vec<Vec<u8>>, Lost> {
     let rank = world.rank() as usize;
-    let others = |(to, message): (usize, &Vec<u8>)| {
-        if to == rank {
-            Vec::new()
-        } else {
-            letter(name, message)
-        }
-    };
-    let letters: Vec<Vec<u8>> = messages.iter().enumerate().map(others).collect();
-    let mut wait = Wait::new(world, name, patience);
-    let mut arrived: Vec<Vec<u8>> = vec![Vec::new(); letters.len()];
+    let mut own = std::mem::take(&mut messages[rank]);
+    let frames = messages.into_iter().enumerate();
+    let frames = frames.map(|(to, message)| match to == rank {
+        true => Vec::new(),
+        false => framed(name, &message),
+    });
+    let frames: Vec<Vec<u8>> = frames.collect();
+    let mut wait = Wait::new(rank, name, policy);
+    let mut arrived: Vec<Vec<u8>> = vec![Vec::new(); frames.len()];
     scope(|sends| {
         let mut pending = Vec::new();
-        for (to, letter) in letters.iter().enumerate() {
+        for (to, frame) in frames.iter().enumerate() {
             let process = world.process_at_rank(to as i32);
-            let pieces = letter.chunks(MPI_PIECE);
-            pending.extend(pieces.map(|piece| process.immediate_send(sends, piece)));
+            let pieces = frame.chunks(MPI_PIECE);
+            pending.extend(pieces.map(|piece| (to, process.immediate_send(sends, piece))));
         }
-        while !wait.missing(&arrived).is_empty() {
-            for from in wait.missing(&arrived) {
-                if let Some(piece) = arrived_piece(world, from, &wait) {
-                    arrived[from].extend(piece);
+        loop {
+            let missing = wait.missing(&arrived);
+            if missing.is_empty() {
+                break;
+            }
+            for from in &missing {
+                if let Some(piece) = arrived_piece(world, *from, &wait) {
+                    arrived[*from].extend(piece);
                     wait.restart();
                 }
             }
-            wait.pause(&arrived);
+            wait.pause(&missing);
         }
-        for request in pending {
-            finish(request, &wait);
+        for (to, request) in pending {
+            finish(request, to, &wait);
         }
     });
-    let received = arrived.iter().enumerate().zip(messages);
-    let opened = received.map(|((other, letter), own)| match other == rank {
-        true => Ok(own),
-        false => opened(letter, name).map_err(|theirs| Lost::Apart {
+    let mut opened = Vec::with_capacity(arrived.len());
+    for (other, frame) in arrived.into_iter().enumerate() {
+        if other == rank {
+            opened.push(std::mem::take(&mut own));
+            continue;
+        }
+        let message = unframed(frame, name).map_err(|theirs| Lost::Apart {
             rank,
             exchange: name.to_owned(),
             other,
             theirs,
-        }),
-    });
-    opened.collect()
-}
-
-/// Name and message, after the number of their bytes.
-fn letter(name: &str, message: &[u8]) -> Vec<u8> {
-    let mut letter = MessageWriter::default();
-    letter.bytes(name.as_bytes()).bytes(message);
-    let mut whole = MessageWriter::default();
-    whole.bytes(&letter.finish());
-    whole.finish()
-}
-
-/// The message of a letter of this name, or the name that it has.
-fn opened(letter: &[u8], name: &str) -> Result<Vec<u8>, String> {
-    let mut reader = MessageReader::new(letter);
-    let unknown = |_| "something unknown".to_owned();
-    let mut reader = MessageReader::new(reader.bytes().map_err(unknown)?);
-    let theirs = reader.text().map_err(unknown)?;
-    match theirs == name {
-        true => Ok(reader.bytes().map_err(unknown)?.to_vec()),
-        false => Err(theirs),
+        });
+        opened.push(message?);
     }
+    Ok(opened)
 }
 
-/// The next piece of a rank's letter, if it is there.
+/// The number of the bytes that follow, the name after the number of its bytes, and the message.
+fn framed(name: &str, message: &[u8]) -> Vec<u8> {
+    let mut frame = MessageWriter::default();
+    frame.count((8 + name.len() + message.len()) as u64);
+    frame.bytes(name.as_bytes());
+    let mut frame = frame.finish();
+    frame.extend(message);
+    frame
+}
+
+/// The message of a frame of this name, or the name that it has.
+fn unframed(mut frame: Vec<u8>, name: &str) -> Result<Vec<u8>, String> {
+    let mut reader = MessageReader::new(&frame);
+    let theirs = reader.count().and_then(|_| reader.text());
+    let theirs = theirs.map_err(|_| "something unknown".to_owned())?;
+    if theirs != name {
+        return Err(theirs);
+    }
+    frame.drain(..16 + name.len());
+    Ok(frame)
+}
+
+/// The next piece of a rank's frame, if it is there.
 fn arrived_piece(world: &SimpleCommunicator, from: usize, wait: &Wait<'_>) -> Option<Vec<u8>> {
     let process = world.process_at_rank(from as i32);
     let (message, status) = process.immediate_matched_probe()?;
     let mut piece = vec![0u8; status.count(u8::equivalent_datatype()) as usize];
     scope(|receives| {
         let request = message.immediate_matched_receive_into(receives, &mut piece[..]);
-        finish(request, wait);
+        finish(request, from, wait);
     });
     Some(piece)
 }
 
-/// Asks until a request is done.
+/// Asks until a request is done, whose other end is a rank.
 fn finish<'a, D: ?Sized, S: Scope<'a>>(
-    mut request: ::mpi::request::Request<'a, D, S>,
+    mut request: Request<'a, D, S>,
+    other: usize,
     wait: &Wait<'_>,
 ) {
     while let Err(unfinished) = request.test() {
         request = unfinished;
-        wait.pause(&[]);
+        wait.pause(&[other]);
     }
 }
 
-/// A wait: when it began, and for whom.
+/// A wait: where, and since when.
 struct Wait<'a> {
     rank: usize,
     name: &'a str,
-    patience: Patience,
+    policy: TimeoutPolicy,
     /// When something last came.
     since: Instant,
 }
 
 impl<'a> Wait<'a> {
-    fn new(world: &SimpleCommunicator, name: &'a str, patience: Patience) -> Self {
+    fn new(rank: usize, name: &'a str, policy: TimeoutPolicy) -> Self {
         Self {
-            rank: world.rank() as usize,
+            rank,
             name,
-            patience,
+            policy,
             since: Instant::now(),
         }
     }
@@ -259,30 +267,25 @@ impl<'a> Wait<'a> {
         self.since = Instant::now();
     }
 
-    /// The ranks whose letters are not whole.
+    /// The ranks whose frames are not whole.
     fn missing(&self, arrived: &[Vec<u8>]) -> Vec<usize> {
-        let is_whole = |letter: &[u8]| {
-            MessageReader::new(letter)
-                .count()
-                .is_ok_and(|len| letter.len() as u64 == len + 8)
+        let is_whole = |frame: &[u8]| {
+            let len = MessageReader::new(frame).count();
+            len.is_ok_and(|len| frame.len() as u64 == len + 8)
         };
         let all = arrived.iter().enumerate();
-        let missing = all.filter(|(from, letter)| *from != self.rank && !is_whole(letter));
+        let missing = all.filter(|(from, frame)| *from != self.rank && !is_whole(frame));
         missing.map(|(from, _)| from).collect()
     }
 
-    /// Sleeps, unless it has just begun; leaves the process if it has lasted too long.
-    fn pause(&self, arrived: &[Vec<u8>]) {
+    /// Sleeps, unless the wait has just begun; leaves the process if it has lasted too long.
+    fn pause(&self, missing: &[usize]) {
         let waited = self.since.elapsed();
-        if self
-            .patience
-            .timeout
-            .is_some_and(|timeout| waited > timeout)
-        {
-            (self.patience.leave)(&Lost::Late {
+        if self.policy.timeout.is_some_and(|timeout| waited > timeout) {
+            (self.policy.leave)(&Lost::Late {
                 rank: self.rank,
                 exchange: self.name.to_owned(),
-                missing: self.missing(arrived),
+                missing: missing.to_vec(),
                 seconds: waited.as_secs(),
             });
         }

@@ -15,37 +15,37 @@ pub struct ThreadRank {
     timeout: Duration,
     /// Exchanges so far.
     number: AtomicU64,
-    office: Arc<PostOffice>,
+    mailbox: Arc<Mailbox>,
 }
 
 #[derive(Debug, Default)]
-struct PostOffice {
-    post: Mutex<Post>,
+struct Mailbox {
+    state: Mutex<MailboxState>,
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Post {
+struct MailboxState {
     /// Name and message, by the number of the exchange, sender and receiver.
-    letters: HashMap<(u64, usize, usize), (String, Vec<u8>)>,
+    messages: HashMap<(u64, usize, usize), (String, Vec<u8>)>,
     ended: Vec<usize>,
 }
 
-impl PostOffice {
-    fn post(&self) -> MutexGuard<'_, Post> {
-        self.post.lock().unwrap_or_else(PoisonError::into_inner)
+impl Mailbox {
+    fn state(&self) -> MutexGuard<'_, MailboxState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Ranks that wait for each other at most so long.
 pub fn ranks(ranks: usize, timeout: Duration) -> Vec<ThreadRank> {
-    let office = Arc::new(PostOffice::default());
+    let mailbox = Arc::new(Mailbox::default());
     let rank = |rank| ThreadRank {
         rank,
         ranks,
         timeout,
         number: AtomicU64::new(0),
-        office: Arc::clone(&office),
+        mailbox: Arc::clone(&mailbox),
     };
     (0..ranks).map(rank).collect()
 }
@@ -60,17 +60,17 @@ impl Wire for ThreadRank {
     }
 
     fn exchange(&self, name: &str, messages: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Lost> {
-        assert_eq!(messages.len(), self.ranks, "a message for each rank");
         let number = self.number.fetch_add(1, Ordering::Relaxed);
-        let mut post = self.office.post();
+        let mut state = self.mailbox.state();
         for (to, message) in messages.into_iter().enumerate() {
-            let letter = (name.to_owned(), message);
-            post.letters.insert((number, self.rank, to), letter);
+            let key = (number, self.rank, to);
+            state.messages.insert(key, (name.to_owned(), message));
         }
-        self.office.changed.notify_all();
+        self.mailbox.changed.notify_all();
         let started = Instant::now();
         loop {
-            let is_missing = |from: &usize| !post.letters.contains_key(&(number, *from, self.rank));
+            let is_missing =
+                |from: &usize| !state.messages.contains_key(&(number, *from, self.rank));
             let missing: Vec<usize> = (0..self.ranks).filter(is_missing).collect();
             if missing.is_empty() {
                 break;
@@ -78,7 +78,7 @@ impl Wire for ThreadRank {
             let ended: Vec<usize> = missing
                 .iter()
                 .copied()
-                .filter(|r| post.ended.contains(r))
+                .filter(|r| state.ended.contains(r))
                 .collect();
             if !ended.is_empty() {
                 return Err(Lost::Ended {
@@ -95,13 +95,13 @@ impl Wire for ThreadRank {
                     seconds: self.timeout.as_secs(),
                 });
             };
-            let waited = self.office.changed.wait_timeout(post, left);
-            post = waited.unwrap_or_else(PoisonError::into_inner).0;
+            let waited = self.mailbox.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         let mut received = Vec::with_capacity(self.ranks);
         for other in 0..self.ranks {
-            let letter = post.letters.remove(&(number, other, self.rank));
-            let (theirs, message) = letter.expect("none is missing");
+            let sent = state.messages.remove(&(number, other, self.rank));
+            let (theirs, message) = sent.expect("none is missing");
             if theirs != name {
                 return Err(Lost::Apart {
                     rank: self.rank,
@@ -118,8 +118,8 @@ impl Wire for ThreadRank {
 
 impl Drop for ThreadRank {
     fn drop(&mut self) {
-        self.office.post().ended.push(self.rank);
-        self.office.changed.notify_all();
+        self.mailbox.state().ended.push(self.rank);
+        self.mailbox.changed.notify_all();
     }
 }
 

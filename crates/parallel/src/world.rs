@@ -58,7 +58,11 @@ impl World {
     ///
     /// # Errors
     /// If ranks lose each other.
+    ///
+    /// # Panics
+    /// If there is not a message for each rank.
     pub fn exchange(&self, name: &str, messages: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, RankError> {
+        assert_eq!(messages.len(), self.ranks(), "a message for each rank");
         match &self.0 {
             None => Ok(messages),
             Some(wire) => Ok(wire.exchange(name, messages)?),

@@ -7,7 +7,7 @@ use burn::tensor::{DType as FloatType, Tensor};
 use checkpoint::{DType, FolderWriter, TensorSpec};
 use kernels::device::read;
 use model::Parameter;
-use parallel::{MessageReader, MessageWriter, RankError};
+use parallel::{MessageReader, MessageWriter};
 
 use crate::checkpoint_state::{RunState, write_optimizer};
 use crate::events::{Event, Host};
@@ -25,19 +25,15 @@ impl Session {
     pub fn resume(&mut self, run: &RunDir) -> Result<Option<u64>> {
         let latest = self.ranks.world.first_does("latest checkpoint", || {
             let mut latest = MessageWriter::default();
-            if let Some((step, folder)) = run.latest()? {
-                latest
-                    .count(step)
-                    .bytes(folder.as_os_str().as_encoded_bytes());
+            if let Some((step, _)) = run.latest()? {
+                latest.count(step);
             }
             Ok::<_, Error>(latest.finish())
         })?;
         if latest.is_empty() {
             return Ok(None);
         }
-        let step = MessageReader::new(&latest)
-            .count()
-            .map_err(RankError::from)?;
+        let step = MessageReader::new(&latest).count()?;
         self.load(&run.checkpoint_path(step))?;
         let total = self.total_steps();
         if total < step {
@@ -141,8 +137,8 @@ impl Session {
         self.expect_replicas()?;
         let dtype = self.recipe.optimizer.moments().float();
         let moments = (self.ranks).moments(&self.optimizer.moments, dtype, &self.device())?;
-        let (specs, tensors) = (self.state_tensors(), self.state_values(&moments));
         let fill = |writer: &mut FolderWriter| {
+            let (specs, tensors) = (self.state_tensors(), self.state_values(&moments));
             write_optimizer(writer, &specs, |i| Ok(read(tensors[i].clone())))?;
             export::adapter_into(self, writer)?;
             self.state.write(writer)
@@ -167,14 +163,11 @@ impl Session {
         if self.ranks.world.is_alone() {
             return Ok(());
         }
-        let hash = self
-            .model
-            .parameters()
-            .into_iter()
-            .fold(0, |hash, parameter| {
-                let values = read(parameter.values).into_iter();
-                checkpoint::fnv1a(hash, values.flat_map(f32::to_le_bytes))
-            });
+        let parameters = self.model.parameters().into_iter();
+        let hash = parameters.fold(0, |hash, parameter| {
+            let values = read(parameter.values).into_iter();
+            checkpoint::fnv1a(hash, values.flat_map(f32::to_le_bytes))
+        });
         self.ranks.expect_alike(&[("weights", &hash.to_string())])
     }
 

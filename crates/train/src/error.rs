@@ -440,6 +440,12 @@ pub enum Error {
     },
 }
 
+impl From<parallel::ShortMessage> for Error {
+    fn from(error: parallel::ShortMessage) -> Self {
+        Self::Rank(error.into())
+    }
+}
+
 fn listed(folders: &[PathBuf]) -> String {
     let names = folders
         .iter()

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use anyhow::bail;
 use infer::{Engine, GenerateConfig, SampleConfig, Sequence};
-use kernels::device::{CPU, describe, is_gpu, memory};
+use kernels::device::{CPU, describe, is_gpu, reserved_bytes};
 use model::ExpertTraffic;
 use serde_json::{Value, json};
 
@@ -308,7 +308,7 @@ fn measure(
     let open_secs = started.elapsed().as_secs_f64();
     let timings = timings(&mut engine, case, args.reps, console)?;
     let peak_bytes = host::read().peak_bytes;
-    let device_bytes = memory(&device).map(|memory| memory.reserved);
+    let device_bytes = reserved_bytes(&device);
     peaks.extend(peak());
 
     let tokens = case.timed_tokens() as f64;

@@ -10,19 +10,19 @@ use std::process::ExitCode;
 
 use ::train::{Event, Loss, Recipe, Session, StepReport};
 use anyhow::Context;
-use kernels::device::{CPU, describe, memory};
+use kernels::device::{CPU, describe, reserved_bytes};
 use model::{Compute, OperandRounding};
 use serde_json::{Value, json};
 
 use super::peak::peak_flops;
-use super::scratch::Scratch;
 use super::spread::Spread;
 use super::subject::{Subject, SubjectWeights, ids};
 use super::sweep::{Sweep, options};
 use super::table::{Column, DEVICE, PEAK, count, fraction_of, giga, median, place, spread};
-use crate::console::{Console, USAGE, WithCode};
+use crate::console::{Console, misuse};
 use crate::device::{DeviceArgs, expect_right};
 use crate::host;
+use crate::host::scratch::Scratch;
 use crate::inspect::parameters;
 use crate::train::{usage, with_code};
 
@@ -137,14 +137,6 @@ fn check_settings(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A wrong use of the program.
-fn misuse(message: String) -> anyhow::Error {
-    anyhow::Error::new(WithCode {
-        code: USAGE,
-        message,
-    })
-}
-
 fn cases(args: &Args) -> Vec<TrainingCase> {
     let experts: Vec<Option<u64>> = match args.experts.as_slice() {
         [] => vec![None],
@@ -170,7 +162,7 @@ fn measure(args: &Args, case: TrainingCase, console: &Console) -> anyhow::Result
     if subject.is_random() {
         console.note(format_args!("{batch} × {seq}: random weights"));
     }
-    let scratch = Scratch::new()?;
+    let scratch = Scratch::new("bench")?;
     let recipe = recipe(args, case, subject, &scratch)?;
     // Products in other formats are computed in f32.
     let compute = match recipe.precision.compute {
@@ -192,7 +184,7 @@ fn measure(args: &Args, case: TrainingCase, console: &Console) -> anyhow::Result
     progress.finish();
     let reports = reports.map_err(with_code)?;
     let (peak_bytes, timed) = (host::read().peak_bytes, &reports[1..]);
-    let device_bytes = memory(&device).map(|memory| memory.reserved);
+    let device_bytes = reserved_bytes(&device);
     peaks.extend(peak_flops(compute, &device, PEAK_RUNS));
 
     let speeds = Spread::of(timed.iter().map(speed));

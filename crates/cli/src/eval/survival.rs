@@ -9,7 +9,7 @@ use data::SplitName;
 use model::AdapterWeights;
 use model::Quantizer;
 
-use crate::console::{Console, USAGE, WithCode, finite, printable};
+use crate::console::{Console, finite, misuse, printable};
 use crate::device::{cpu, note_cpu_alone};
 use crate::open::open_model;
 use crate::rows::{ColumnArgs, SplitRows};
@@ -113,13 +113,10 @@ fn quantizers(names: &[String]) -> anyhow::Result<Vec<Quantizer>> {
         found.map(|known| known.1).ok_or_else(|| {
             let names: Vec<_> = known.iter().map(|known| known.0.as_str()).collect();
             let names = names.join(", ");
-            anyhow::Error::new(WithCode {
-                code: USAGE,
-                message: format!(
-                    "--to: expected one of {names}, found `{}`",
-                    printable(name, &[])
-                ),
-            })
+            misuse(format!(
+                "--to: expected one of {names}, found `{}`",
+                printable(name, &[])
+            ))
         })
     };
     names.iter().map(find).collect()

@@ -2,64 +2,83 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use parallel::{MessageReader, MessageWriter, RankError, World};
+use parallel::{MessageReader, MessageWriter, World};
 
-use crate::console::{Console, RANKS_LOST, USAGE, WithCode};
+use crate::console::{Console, misuse};
 
-/// Variables of launchers: the number of ranks, this one's number, and the ranks on this machine. OpenMPI, MPICH, Slurm.
-const VARIABLES: [[&str; 3]; 3] = [
-    [
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ],
-    ["PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS"],
-    [
-        "SLURM_STEP_NUM_TASKS",
-        "SLURM_PROCID",
-        "SLURM_TASKS_PER_NODE",
-    ],
+/// The variables that a launcher sets.
+struct Launcher {
+    /// Number of ranks.
+    ranks: &'static str,
+    /// The number of this one.
+    rank: &'static str,
+    /// Number of ranks on this machine.
+    ranks_here: &'static str,
+}
+
+/// OpenMPI, MPICH, Slurm.
+const LAUNCHERS: [Launcher; 3] = [
+    Launcher {
+        ranks: "OMPI_COMM_WORLD_SIZE",
+        rank: "OMPI_COMM_WORLD_RANK",
+        ranks_here: "OMPI_COMM_WORLD_LOCAL_SIZE",
+    },
+    Launcher {
+        ranks: "PMI_SIZE",
+        rank: "PMI_RANK",
+        ranks_here: "MPI_LOCALNRANKS",
+    },
+    Launcher {
+        ranks: "SLURM_STEP_NUM_TASKS",
+        rank: "SLURM_PROCID",
+        ranks_here: "SLURM_TASKS_PER_NODE",
+    },
 ];
 
-/// A number that a launcher has set.
-fn variable(which: usize) -> Option<usize> {
-    let names = VARIABLES.iter().map(|names| names[which]);
-    let mut values = names.filter_map(|name| std::env::var(name).ok()?.parse().ok());
-    values.next()
+/// A number of the launcher that started this process together with others, if one did.
+fn launched(name: fn(&Launcher) -> &str) -> Option<usize> {
+    let number = |name: &str| std::env::var(name).ok()?.parse().ok();
+    let is_used = |launcher: &&Launcher| number(launcher.ranks).is_some_and(|ranks| ranks > 1);
+    number(name(LAUNCHERS.iter().find(is_used)?))
 }
 
 /// Number of ranks that were started together; 1 without a launcher.
-pub(crate) fn ranks() -> usize {
-    variable(0).unwrap_or(1)
+fn ranks() -> usize {
+    launched(|of| of.ranks).unwrap_or(1)
+}
+
+/// The number of this rank, if another one prints and writes files.
+fn silent_rank() -> Option<usize> {
+    launched(|of| of.rank).filter(|rank| *rank > 0)
 }
 
 /// Whether another rank prints and writes files.
 pub(crate) fn is_silent() -> bool {
-    ranks() > 1 && variable(1).is_some_and(|rank| rank > 0)
+    silent_rank().is_some()
 }
 
 /// Threads of a rank that shares its machine with others, so that they do not compute on each other's processors; none for
 /// as many as there are processors.
 pub(crate) fn threads() -> Option<usize> {
-    let here = variable(2).filter(|here| *here > 1 && ranks() > 1)?;
+    let here = launched(|of| of.ranks_here).filter(|here| *here > 1)?;
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get());
     Some((cpus / here).max(1))
 }
 
 /// An error, with the rank that has it unless that is the one that prints everything.
 pub(crate) fn with_rank(error: anyhow::Error) -> anyhow::Error {
-    match variable(1).filter(|_| is_silent()) {
+    match silent_rank() {
         Some(rank) => error.context(format!("rank {rank}")),
         None => error,
     }
 }
 
 /// Refuses a verb that several ranks would each do alone.
-pub(crate) fn expect_alone(verb: &str) -> anyhow::Result<()> {
+pub(crate) fn expect_alone() -> anyhow::Result<()> {
     match ranks() {
         1 => Ok(()),
-        ranks => Err(usage(format!(
-            "`{verb}` runs alone, and a launcher has started it {ranks} times; `mpirun` is for `train`"
+        ranks => Err(misuse(format!(
+            "a launcher has started {ranks} ranks, and this verb runs alone; `mpirun` is for `train`"
         ))),
     }
 }
@@ -84,12 +103,12 @@ pub(crate) fn join(timeout_seconds: u64, console: &Console) -> anyhow::Result<Wo
     let mut threads_of: Vec<(String, u64)> = Vec::new();
     for about in world.all("hosts", about.finish())? {
         let mut reader = MessageReader::new(&about);
-        let host = reader.text().map_err(RankError::from)?;
-        threads_of.push((host, reader.count().map_err(RankError::from)?));
+        let host = reader.text()?;
+        threads_of.push((host, reader.count()?));
     }
     let places = threads_of
         .iter()
-        .map(|(host, threads)| format!("{host} ({threads} threads)"));
+        .map(|(host, threads)| format!("{host} (threads: {threads})"));
     console.note(format_args!(
         "{} ranks: {}",
         world.ranks(),
@@ -108,17 +127,9 @@ pub(crate) fn leave() {
     *JOINED.lock().unwrap_or_else(PoisonError::into_inner) = None;
 }
 
-fn usage(message: String) -> anyhow::Error {
-    anyhow::Error::new(WithCode {
-        code: USAGE,
-        message,
-    })
-}
-
 #[cfg(not(feature = "mpi"))]
 fn joined(_: u64) -> anyhow::Result<(World, String)> {
-    let _ = RANKS_LOST;
-    Err(usage(format!(
+    Err(misuse(format!(
         "a launcher has started {} ranks, and this build has no MPI: each would train alone; build with `--features mpi`",
         ranks()
     )))
@@ -129,8 +140,10 @@ fn joined(timeout_seconds: u64) -> anyhow::Result<(World, String)> {
     use std::io::Write;
     use std::time::Duration;
 
-    use parallel::mpi::{MpiRank, Patience};
+    use parallel::mpi::{MpiRank, TimeoutPolicy};
     use parallel::{Lost, Wire};
+
+    use crate::console::{RANKS_LOST, end_at_panics};
 
     fn leave(lost: &Lost) -> ! {
         let _ = writeln!(
@@ -139,13 +152,13 @@ fn joined(timeout_seconds: u64) -> anyhow::Result<(World, String)> {
         );
         std::process::exit(i32::from(RANKS_LOST));
     }
-    let patience = Patience {
+    let policy = TimeoutPolicy {
         timeout: (timeout_seconds > 0).then_some(Duration::from_secs(timeout_seconds)),
         leave,
     };
-    let rank = MpiRank::join(patience).map_err(|why| anyhow::anyhow!("{why}"))?;
+    let rank = MpiRank::join(policy).map_err(|why| anyhow::anyhow!("{why}"))?;
     if rank.ranks() != ranks() {
-        return Err(usage(format!(
+        return Err(misuse(format!(
             "a launcher has started {} ranks, and MPI knows {}: each would train alone; start them with the `mpirun` of the \
              MPI that this program was built with, or `srun --mpi=pmix`",
             ranks(),
@@ -155,10 +168,6 @@ fn joined(timeout_seconds: u64) -> anyhow::Result<(World, String)> {
     let host = rank.host().to_owned();
     let world = World::new(rank);
     // Unwinding past MPI makes `mpirun` crash or hang.
-    let (number, place) = (world.rank(), host.clone());
-    std::panic::set_hook(Box::new(move |panic| {
-        let _ = writeln!(std::io::stderr(), "rank {number} on {place}: {panic}");
-        std::process::exit(101);
-    }));
+    end_at_panics(format!("rank {} on {host}", world.rank()), "", 101);
     Ok((world, host))
 }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use serde_json::{Value, json};
 use train::{Event, RangeTest, RatePoint, Recipe, steepest};
 
-use crate::console::{Console, USAGE, WithCode};
+use crate::console::{Console, misuse};
 use crate::device::DeviceArgs;
 use crate::plot::{Axes, Line, Mark, Plot};
 use crate::train::{open_session, usage, with_code};
@@ -85,10 +85,7 @@ fn range(args: &Args) -> anyhow::Result<RangeTest> {
             "--from, --to, --steps: expected 0 < from < to and at least 5 steps, found {} to {} in {} steps",
             args.from, args.to, args.steps
         );
-        return Err(anyhow::Error::new(WithCode {
-            code: USAGE,
-            message,
-        }));
+        return Err(misuse(message));
     }
     Ok(RangeTest {
         from: args.from,

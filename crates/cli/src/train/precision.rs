@@ -13,7 +13,7 @@ use anyhow::{Context, bail};
 use serde_json::Value;
 use train::{Recipe, RunDir};
 
-use crate::console::{Console, USAGE, WithCode, resident_bytes};
+use crate::console::{Console, misuse, resident_bytes};
 use crate::plot::{Axes, Line, Mark, Plot};
 use crate::train::usage;
 
@@ -60,13 +60,10 @@ const NOTE: &str = "\nsaved: activations for the backward pass (inputs of linear
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     if !(args.smoothing > 0.0 && args.smoothing <= 1.0) {
-        return Err(anyhow::Error::new(WithCode {
-            code: USAGE,
-            message: format!(
-                "--smoothing: expected a number above 0 and at most 1, found {}",
-                args.smoothing
-            ),
-        }));
+        return Err(misuse(format!(
+            "--smoothing: expected a number above 0 and at most 1, found {}",
+            args.smoothing
+        )));
     }
     // Errors in the recipe or in existing runs are reported once, before the first run.
     let n_runs = RUNS.len() - usize::from(!args.control);

@@ -124,22 +124,10 @@ pub fn describe(device: &Device) -> Option<Description> {
     };
 }
 
-/// Bytes of an adapter's memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MemoryUse {
-    /// Of tensors.
-    pub used: u64,
-    /// Of those, and of what is kept for tensors to come.
-    pub reserved: u64,
-}
-
-/// The memory that an adapter holds now; none of the CPU.
-pub fn memory(device: &Device) -> Option<MemoryUse> {
-    let usage = device.memory_pool_usage()?;
-    Some(MemoryUse {
-        used: usage.bytes_in_use,
-        reserved: usage.bytes_reserved,
-    })
+/// Bytes of an adapter's memory that are reserved: by tensors, and for tensors to come; none of the CPU.
+pub fn reserved_bytes(device: &Device) -> Option<u64> {
+    let usage = device.memory_pool_usage();
+    usage.map(|usage| usage.bytes_reserved)
 }
 
 /// Measures an adapter, for some seconds; none of the CPU.
@@ -221,17 +209,13 @@ mod gpu {
                 stacks.extend(part.placed().map(|placed| &*placed.stack));
             }
         }
-        let changed = checksum::unchanged(&stacks)
-            .iter()
-            .filter(|same| !**same)
-            .count();
-        if changed == 0 {
-            return Ok(());
+        match checksum::changed(&stacks) {
+            0 => Ok(()),
+            changed => Err(Error::Placement(format!(
+                "the device has changed {changed} pieces of the weights since they were copied there; \
+                 try another driver, or the CPU"
+            ))),
         }
-        Err(Error::Placement(format!(
-            "the device has changed {changed} pieces of the weights since they were copied there; \
-             try another driver, or the CPU"
-        )))
     }
 
     pub(super) fn measure(device: &Device) -> Option<Measured> {
@@ -272,10 +256,10 @@ pub fn recorded<T>(device: &Device, run: impl Fn() -> T) -> Result<(), String> {
     };
 }
 
-/// Whether weights on a GPU are still what was copied there, by checksums. On a CPU they are.
+/// Compares weights on a GPU with what was copied there, by checksums. On a CPU there is nothing to compare.
 ///
 /// # Errors
-/// The first weight that has changed.
+/// If some have changed: how many pieces.
 pub fn expect_unchanged(weights: &[Matrix]) -> Result<(), Error> {
     #[cfg(feature = "gpu")]
     return gpu::expect_unchanged(weights);

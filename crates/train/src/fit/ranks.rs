@@ -5,7 +5,7 @@
 //! (losses, rewards, loads, squares) is added by all ranks alike, in the order of micro-batches or of names. So nothing
 //! depends on the number of ranks, and all ranks decide alike.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::{Device, FloatDType, Tensor};
@@ -56,11 +56,6 @@ impl Ranks {
         all.skip(self.world.rank()).step_by(self.world.ranks())
     }
 
-    /// Whether this rank computes the i-th of some batches.
-    pub(crate) fn takes(&self, i: usize) -> bool {
-        i % self.world.ranks() == self.world.rank()
-    }
-
     /// Counts of all ranks.
     pub(crate) fn counts(&self, own: DriftCounts) -> Result<DriftCounts> {
         let mut message = MessageWriter::default();
@@ -71,7 +66,7 @@ impl Ranks {
         for message in self.world.all("routing drift", message.finish())? {
             let mut reader = MessageReader::new(&message);
             while !reader.is_empty() {
-                let mut next = || reader.count().map_err(RankError::from);
+                let mut next = || reader.count();
                 let sum = sums.entry(next()? as usize).or_default();
                 for part in sum {
                     *part += next()?;
@@ -131,8 +126,8 @@ impl Ranks {
         for message in self.world.all("squares", message.finish())? {
             let mut reader = MessageReader::new(&message);
             while !reader.is_empty() {
-                let name = reader.text().map_err(RankError::from)?;
-                all.insert(name, reader.number().map_err(RankError::from)?);
+                let name = reader.text()?;
+                all.insert(name, reader.number()?);
             }
         }
         Ok(all)
@@ -150,40 +145,33 @@ impl Ranks {
         let mut all = Vec::new();
         for i in 0..n_all {
             let reader = &mut readers[i % lists.len()];
-            all.push(reader.bytes().map_err(RankError::from)?.to_vec());
+            all.push(reader.bytes()?.to_vec());
         }
         Ok(all)
     }
 
-    /// Gives all ranks the values that their owners have updated.
-    pub(crate) fn share(
-        &self,
-        model: &mut Model,
-        updated: &BTreeSet<String>,
-        device: &Device,
-    ) -> Result<()> {
+    /// Gives all ranks the values of their owners.
+    pub(crate) fn share(&self, model: &mut Model, device: &Device) -> Result<()> {
         if self.world.is_alone() {
             return Ok(());
         }
         let mut message = MessageWriter::default();
-        for parameter in model.parameters() {
-            if updated.contains(&parameter.name) {
-                write(&mut message, &parameter.name, parameter.values);
-            }
-        }
+        let own = model.parameters().into_iter();
+        own.filter(|parameter| self.owns(&parameter.name))
+            .for_each(|parameter| write(&mut message, &parameter.name, parameter.values));
         let mut values = BTreeMap::new();
-        for (rank, message) in self
-            .world
-            .all("weights", message.finish())?
-            .iter()
-            .enumerate()
-        {
-            if rank != self.world.rank() {
-                values.extend(tensors(message, device)?);
-            }
+        for message in self.others("weights", message.finish())? {
+            values.extend(tensors(&message, device)?);
         }
         model.map_parameters(&mut |name, old| values.remove(name).unwrap_or(old));
         Ok(())
+    }
+
+    /// What every other rank says to all.
+    fn others(&self, name: &str, message: Vec<u8>) -> Result<Vec<Vec<u8>>> {
+        let mut said = self.world.all(name, message)?;
+        said.remove(self.world.rank());
+        Ok(said)
     }
 
     /// All owners' moments, on the first rank; its own on the others.
@@ -224,31 +212,27 @@ impl Ranks {
             return read_optimizer(folder, specs, place);
         }
         if world.is_first() {
-            let (mut given, mut lost) = (0, false);
+            let mut given = 0;
             let read = read_optimizer(folder, specs, |i, values| {
                 let mut message = MessageWriter::default();
                 message.values(&values);
                 given = i + 1;
-                let told = world.first_does("tensor", || Ok::<_, RankError>(message.finish()));
-                lost = told.is_err();
-                told?;
+                world.first_does("tensor", || Ok::<_, RankError>(message.finish()))?;
                 place(i, values)
             });
-            return match read {
-                Err(error) if !lost && given < specs.len() => {
-                    let text = error.to_string();
-                    let failed = || Err::<Vec<u8>, _>(RankError::First(text));
-                    // The others get the reason; here it is whole.
-                    let _ = world.first_does("tensor", failed);
-                    Err(error)
-                }
-                read => read,
-            };
+            if let Err(error) = &read
+                && given < specs.len()
+            {
+                // The others get the reason; here it is whole.
+                let failed = || Err(RankError::First(error.to_string()));
+                let _ = world.first_does("tensor", failed);
+            }
+            return read;
         }
         for i in 0..specs.len() {
             let message = world.first_does("tensor", || Ok::<_, RankError>(Vec::new()))?;
             let values = MessageReader::new(&message).values();
-            place(i, values.map_err(RankError::from)?)?;
+            place(i, values?)?;
         }
         Ok(())
     }
@@ -268,30 +252,25 @@ impl Ranks {
         for message in self.world.all("votes", message.finish())? {
             let mut reader = MessageReader::new(&message);
             for answer in &mut said {
-                let is_some = reader.count().map_err(RankError::from)? == 1;
-                let value = reader.count().map_err(RankError::from)?;
+                let is_some = reader.count()? == 1;
+                let value = reader.count()?;
                 *answer = answer.or(is_some.then_some(value));
             }
         }
         Ok(said)
     }
 
-    /// Refuses ranks that make another run.
+    /// Refuses ranks that differ in something: what it is, and its value here.
     pub(crate) fn expect_alike(&self, facts: &[(&'static str, &str)]) -> Result<()> {
         let mut message = MessageWriter::default();
-        facts
-            .iter()
-            .for_each(|(_, value)| _ = message.bytes(value.as_bytes()));
-        for (rank, message) in self
-            .world
-            .all("start", message.finish())?
-            .iter()
-            .enumerate()
-        {
+        for (_, value) in facts {
+            message.bytes(value.as_bytes());
+        }
+        let said = self.world.all("comparison", message.finish())?;
+        for (rank, message) in said.iter().enumerate() {
             let mut reader = MessageReader::new(message);
             for (what, own) in facts {
-                let theirs = reader.text().map_err(RankError::from)?;
-                if theirs != *own {
+                if reader.text()? != *own {
                     return Err(Error::OtherRank { rank, what });
                 }
             }
@@ -308,8 +287,8 @@ fn write(message: &mut MessageWriter, name: &str, values: Tensor<1>) {
 fn tensors(message: &[u8], device: &Device) -> Result<Vec<(String, Tensor<1>)>> {
     let (mut reader, mut found) = (MessageReader::new(message), Vec::new());
     while !reader.is_empty() {
-        let name = reader.text().map_err(RankError::from)?;
-        let values = reader.values().map_err(RankError::from)?;
+        let name = reader.text()?;
+        let values = reader.values()?;
         found.push((name, Tensor::from_floats(values.as_slice(), device)));
     }
     Ok(found)

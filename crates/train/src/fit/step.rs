@@ -3,13 +3,12 @@
 //! The loss is averaged over the trained tokens of the whole step: a step of four micro-batches has the gradient of one
 //! four times as large, however unevenly the tokens are spread over them. The loss of preferences is averaged over pairs.
 
-use std::collections::BTreeSet;
 use std::time::Instant;
 
 use burn::tensor::Tensor;
 use data::Batch;
 use model::{ForwardContext, Recorder, Trace};
-use parallel::{MessageReader, MessageWriter, RankError, ShortMessage};
+use parallel::{MessageReader, MessageWriter, ShortMessage};
 
 use super::forward::{ids, losses};
 use super::grad_audit::GradAudit;
@@ -94,14 +93,11 @@ impl MicroSums {
     pub(super) fn message(&self) -> Vec<u8> {
         let mut message = MessageWriter::default();
         message.number(self.loss).number(self.balance);
-        let rewards = self
-            .rewards
-            .iter()
-            .flat_map(Rewards::named)
-            .map(|(_, value)| value);
-        let rewards: Vec<f64> = rewards.collect();
-        message.count(rewards.len() as u64);
-        rewards.iter().for_each(|value| _ = message.number(*value));
+        message.count(u64::from(self.rewards.is_some()));
+        if let Some(rewards) = self.rewards {
+            message.number(rewards.chosen).number(rewards.rejected);
+            message.number(rewards.margin).number(rewards.accuracy);
+        }
         for (layer_idx, load) in &self.loads {
             message.count(*layer_idx as u64).count(load.len() as u64);
             load.iter().for_each(|n| _ = message.number(*n));
@@ -162,15 +158,10 @@ impl Session {
             norm,
             loss_scale: scale.unwrap_or(1.0),
         };
-        let updated: BTreeSet<String> = sums
-            .gradients
-            .iter()
-            .map(|(name, _)| name.clone())
-            .collect();
         self.optimizer
             .step(&mut self.model, sums.gradients, scalars);
         let device = self.device();
-        self.ranks.share(&mut self.model, &updated, &device)?;
+        self.ranks.share(&mut self.model, &device)?;
         let train = &self.recipe.train;
         if train.bias_update_speed > 0.0 {
             balance::update_biases(&mut self.model, &sums.loads, train.bias_update_speed);
@@ -256,7 +247,7 @@ impl Session {
         let micros = micros.into_iter();
         let micros = micros.map(|(micro, batch)| MicroSums::of(micro, batch, &values).message());
         for message in self.ranks.in_order(micros.collect(), batches.len())? {
-            sums.add(MicroSums::read(&message).map_err(RankError::from)?);
+            sums.add(MicroSums::read(&message)?);
         }
         let squares = squares
             .into_iter()

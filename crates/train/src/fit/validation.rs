@@ -5,7 +5,6 @@ use std::time::Instant;
 use burn::module::Module;
 use data::{Batch, Corpus, collate};
 use model::{ForwardContext, Recorder};
-use parallel::RankError;
 
 use super::forward::{hidden, losses};
 use super::reads::Reads;
@@ -54,8 +53,7 @@ impl Session {
         for (i, batch) in self.valid_batches().enumerate() {
             let batch = batch?;
             counted += self.counted(&batch);
-            self.stop_between_rounds(i, run, host)?;
-            if !self.ranks.takes(i) {
+            if !self.takes(i, run, host)? {
                 pass.note(&batch, host);
                 continue;
             }
@@ -98,7 +96,7 @@ impl Session {
         let routing_drift = routing::drift(self.ranks.counts(own_drift)?);
         let mut sums = StepSums::default();
         for message in self.ranks.in_order(own, self.n_valid_batches())? {
-            sums.add(MicroSums::read(&message).map_err(RankError::from)?);
+            sums.add(MicroSums::read(&message)?);
         }
         Ok(Validation {
             valid_loss: sums.loss / counted.max(1) as f64,
@@ -107,12 +105,13 @@ impl Session {
         })
     }
 
-    /// [`Session::stop_if_asked`] before the batches that begin a round: every rank has one of each.
-    fn stop_between_rounds(&self, i: usize, run: &RunDir, host: &mut dyn Host) -> Result<()> {
-        match i.is_multiple_of(self.ranks.world.ranks()) {
-            true => self.stop_if_asked(run, host),
-            false => Ok(()),
+    /// Whether this rank measures the i-th batch. Every rank has one of each round, before which the run may be stopped.
+    fn takes(&self, i: usize, run: &RunDir, host: &mut dyn Host) -> Result<bool> {
+        let world = &self.ranks.world;
+        if i.is_multiple_of(world.ranks()) {
+            self.stop_if_asked(run, host)?;
         }
+        Ok(i % world.ranks() == world.rank())
     }
 
     /// The progress of a pass that begins.
@@ -153,8 +152,7 @@ impl Session {
         let mut choices = Vec::new();
         for (i, batch) in self.valid_batches().take(DRIFT_BATCHES).enumerate() {
             let batch = batch?;
-            self.stop_between_rounds(i, run, host)?;
-            if !self.ranks.takes(i) {
+            if !self.takes(i, run, host)? {
                 pass.note(&batch, host);
                 continue;
             }

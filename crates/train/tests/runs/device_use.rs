@@ -28,7 +28,7 @@ fn a_step_reads_the_device_once_and_a_run_keeps_no_more_memory() {
         let mut note = |event: &Event| {
             if let Event::Step(_) = event {
                 reads.push(device::reads());
-                reserved.extend(device::memory(&on).map(|memory| memory.reserved));
+                reserved.extend(device::reserved_bytes(&on));
             }
         };
         session.fit(&run, &mut note).unwrap();

@@ -46,26 +46,26 @@ fn whole(parts: &[u32], sums: &mut [u32], at: usize) {
     }
 }
 
-/// Whether each plane of some stacks, all on one device, has the sum that it had when it was copied.
-pub(crate) fn unchanged(stacks: &[&PlacedStack]) -> Vec<bool> {
+/// How many planes of some stacks, all on one device, have another sum than when they were copied.
+pub(crate) fn changed(stacks: &[&PlacedStack]) -> usize {
     let planes = stacks.iter().flat_map(|stack| &stack.shards);
     let planes = planes.flat_map(|shard| shard.planes.iter().zip(shard.checksums));
     let planes: Vec<(&CubeTensor, u32)> = planes
         .filter_map(|(plane, checksum)| Some((plane, checksum?)))
         .collect();
     let Some((first, _)) = planes.first() else {
-        return Vec::new();
+        return 0;
     };
     let sums = empty(first, [planes.len()], DType::U32);
     for (at, (plane, _)) in planes.iter().enumerate() {
         add(plane, &sums, at);
     }
     let found = sums.client.read_one_unchecked(sums.handle.clone());
-    let found = found
-        .chunks_exact(4)
-        .map(|word| [word[0], word[1], word[2], word[3]]);
-    let found = found.map(u32::from_le_bytes).zip(&planes);
-    found.map(|(found, (_, copied))| found == *copied).collect()
+    let found = found.as_chunks::<4>().0.iter().zip(&planes);
+    let differs = |(found, (_, copied)): &(&[u8; 4], &(&CubeTensor, u32))| {
+        u32::from_le_bytes(**found) != *copied
+    };
+    found.filter(differs).count()
 }
 
 /// Writes a plane's sum.

@@ -1,4 +1,4 @@
-//! A temporary folder for the files of a session.
+//! A temporary folder for the files of a session that is not kept.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,22 +7,23 @@ use anyhow::Context;
 
 /// A temporary folder that is removed when this is dropped.
 #[derive(Debug)]
-pub(super) struct Scratch(PathBuf);
+pub(crate) struct Scratch(PathBuf);
 
 impl Scratch {
-    pub(super) fn new() -> anyhow::Result<Self> {
-        let name = format!("moeforge-bench-{}", std::process::id());
+    /// A new one, named after what it is for.
+    pub(crate) fn new(purpose: &str) -> anyhow::Result<Self> {
+        let name = format!("moeforge-{purpose}-{}", std::process::id());
         let path = std::env::temp_dir().join(name);
         fs::create_dir(&path).with_context(|| format!("cannot create `{}`", path.display()))?;
         Ok(Self(path))
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 
     /// Writes a file into the folder. Returns its path.
-    pub(super) fn write(&self, name: &str, text: &str) -> anyhow::Result<PathBuf> {
+    pub(crate) fn write(&self, name: &str, text: &str) -> anyhow::Result<PathBuf> {
         let path = self.0.join(name);
         fs::write(&path, text).with_context(|| format!("cannot write `{}`", path.display()))?;
         Ok(path)
