@@ -61,8 +61,12 @@ pub(crate) fn is_silent() -> bool {
 /// as many as there are processors.
 pub(crate) fn threads() -> Option<usize> {
     let here = launched(|of| of.ranks_here).filter(|here| *here > 1)?;
-    let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get());
-    Some((cpus / here).max(1))
+    Some((cpus() / here).max(1))
+}
+
+/// Processors that this process may use.
+fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, |cpus| cpus.get())
 }
 
 /// An error, with the rank that has it unless that is the one that prints everything.
@@ -99,24 +103,23 @@ pub(crate) fn join(timeout_seconds: u64, console: &Console) -> anyhow::Result<Wo
     let mut about = MessageWriter::default();
     about
         .bytes(host.as_bytes())
-        .count(rayon::current_num_threads() as u64);
-    let mut threads_of: Vec<(String, u64)> = Vec::new();
+        .count(rayon::current_num_threads() as u64)
+        .count(cpus() as u64);
+    let (mut places, mut is_bound) = (Vec::new(), false);
     for about in world.all("hosts", about.finish())? {
         let mut reader = MessageReader::new(&about);
-        let host = reader.text()?;
-        threads_of.push((host, reader.count()?));
+        let (host, threads) = (reader.text()?, reader.count()?);
+        places.push(format!("{host} (threads: {threads})"));
+        is_bound |= reader.count()? == 1;
     }
-    let places = threads_of
-        .iter()
-        .map(|(host, threads)| format!("{host} (threads: {threads})"));
     console.note(format_args!(
         "{} ranks: {}",
         world.ranks(),
-        places.collect::<Vec<_>>().join(", ")
+        places.join(", ")
     ));
-    if threads_of.iter().any(|(_, threads)| *threads == 1) {
+    if is_bound {
         console.note(
-            "a rank has one thread: `mpirun` binds ranks to cores unless it has `--bind-to none`",
+            "a rank may use one core: `mpirun` binds ranks to cores unless it has `--bind-to none`",
         );
     }
     Ok(world)
