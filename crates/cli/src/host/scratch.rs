@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 
@@ -12,7 +13,10 @@ pub(crate) struct Scratch(PathBuf);
 impl Scratch {
     /// A new one, named after what it is for.
     pub(crate) fn new(purpose: &str) -> anyhow::Result<Self> {
-        let name = format!("moeforge-{purpose}-{}", std::process::id());
+        // A process that was killed leaves its folder, and another one may get its number.
+        let time = SystemTime::now().duration_since(UNIX_EPOCH);
+        let nanos = time.map_or(0, |time| time.as_nanos());
+        let name = format!("moeforge-{purpose}-{}-{nanos}", std::process::id());
         let path = std::env::temp_dir().join(name);
         fs::create_dir(&path).with_context(|| format!("cannot create `{}`", path.display()))?;
         Ok(Self(path))
