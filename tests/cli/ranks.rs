@@ -90,27 +90,34 @@ mod mpi {
         let at = |name: &str| place.path().join(name).to_string_lossy().into_owned();
         let (alone, two) = (at("1"), at("2"));
         succeeds(command(&train(&alone, &[])));
-        let said = succeeds(mpirun(2, &train(&two, &[])));
-        assert_eq!(
-            String::from_utf8_lossy(&said.stdout).trim(),
-            format!("{two}/adapter")
-        );
-        assert!(String::from_utf8_lossy(&said.stderr).contains("2 ranks: "));
-        assert_eq!(numbers(Path::new(&alone), 3), numbers(Path::new(&two), 3));
+        for layout in ["ep=1", "ep=2,exchange=slots"] {
+            let said = succeeds(mpirun(2, &train(&two, &["--layout", layout])));
+            assert_eq!(
+                String::from_utf8_lossy(&said.stdout).trim(),
+                format!("{two}/adapter")
+            );
+            let said = String::from_utf8_lossy(&said.stderr);
+            for expected in ["2 ranks: ", "slowest link: ", "layout: dp=2,ep="] {
+                assert!(said.contains(expected), "{said}");
+            }
+            assert!(numbers(Path::new(&alone), 3) == numbers(Path::new(&two), 3));
+            fs::remove_dir_all(&two).unwrap();
+        }
         // Two steps on four ranks, the third alone, two more on two; and all of them alone, with the same ends.
         let (parts, whole) = (at("parts"), at("whole"));
         let short = ["--set", "train.steps=2"];
-        succeeds(mpirun(4, &train(&parts, &short)));
+        let slots = ["--layout", "exchange=slots"];
+        succeeds(mpirun(4, &train(&parts, &[&short[..], &slots].concat())));
         succeeds(command(&train(&whole, &short)));
         for (ranks, steps) in [(1, "train.steps=3"), (2, "train.steps=5")] {
-            let resume = |run| ["train", "--resume", run, "--set", steps];
+            let resume = |run| vec!["train", "--resume", run, "--set", steps];
             succeeds(match ranks {
                 1 => command(&resume(&parts)),
-                ranks => mpirun(ranks, &resume(&parts)),
+                ranks => mpirun(ranks, &[resume(&parts), slots.to_vec()].concat()),
             });
             succeeds(command(&resume(&whole)));
         }
-        assert_eq!(numbers(Path::new(&whole), 5), numbers(Path::new(&parts), 5));
+        assert!(numbers(Path::new(&whole), 5) == numbers(Path::new(&parts), 5));
         // Ranks that MPI does not know, because something else has started them.
         let mut strange = command(&train(&at("strange"), &[]));
         let output = strange.env("OMPI_COMM_WORLD_SIZE", "2").output().unwrap();

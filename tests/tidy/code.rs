@@ -8,10 +8,11 @@ const HOST_READS: [&str; 4] = ["into_data", "into_scalar", "to_data", "try_to_ve
 /// The same, counted.
 const COUNTED_READS: [&str; 3] = ["read_ints", "device::read", "device::{read"];
 /// The files of the model that may wait.
-const HOST_READERS: [&str; 3] = [
-    "export/trained.rs",    // Weights go into files.
-    "export/importance.rs", // The inputs of weights decide how they go into files.
-    "adapt/peft_write.rs",  // Adapters go into files.
+const HOST_READERS: [&str; 4] = [
+    "forward/exchange/mod.rs", // Rows go to other ranks.
+    "export/trained.rs",       // Weights go into files.
+    "export/importance.rs",    // The inputs of weights decide how they go into files.
+    "adapt/peft_write.rs",     // Adapters go into files.
 ];
 /// What multiplies weights with activations, and the files of the model that may call it: invariant 2 of
 /// `crates/README.md`. An embedding and the loss are such products too, and may have files of their own.

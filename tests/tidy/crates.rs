@@ -11,7 +11,7 @@ const ARROWS: [(&str, &[&str]); 8] = [
     ("checkpoint", &[]),
     ("data", &[]),
     ("parallel", &[]),
-    ("model", &["kernels", "checkpoint"]),
+    ("model", &["kernels", "checkpoint", "parallel"]),
     (
         "train",
         &["model", "data", "checkpoint", "kernels", "parallel"],

@@ -17,7 +17,7 @@ use data::Corpus;
 use model::OperandRounding;
 use model::adapt::AdaptedModule;
 use parallel::World;
-use train::{Recipe, RunDir, Schedule, Session, SessionOptions};
+use train::{RankLayout, Recipe, RunDir, Schedule, Session, SessionOptions};
 
 use self::signals::Signals;
 use self::watcher::Watcher;
@@ -53,6 +53,11 @@ pub(crate) struct Args {
     /// Seconds that a rank under `mpirun` waits for the others before it gives up, with code 8; 0 for no end.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     rank_timeout: u64,
+    /// How ranks under `mpirun` share the work out: ep=N ranks share out the experts, and exchange rows for each expert
+    /// (exchange=slots, the bits of one rank) or for each rank (exchange=rows, less to send). Default: ep is the number of
+    /// ranks if experts are trained, else 1; exchange=rows.
+    #[arg(long, value_name = "ep=N,...")]
+    layout: Option<RankLayout>,
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
@@ -104,7 +109,7 @@ fn started(
         None => new_run(args.out.as_deref(), args.recipe.as_deref(), ""),
         Some(scratch) => run_in(scratch),
     };
-    session.join(world)?;
+    share_experts(&mut session, world, args, console)?;
     let run = RunDir::create(&path, &session.recipe)?;
     record_device(&run, &session, args)?;
     let (path, steps) = (run.path().display(), session.total_steps());
@@ -125,7 +130,7 @@ fn resumed(
     let recipe = run.changed_recipe(&args.set).map_err(usage)?;
     let found = run.locate(&recipe)?;
     let mut session = open_named(found, recipe.model.path.as_deref(), &args.device, console)?;
-    session.join(world)?;
+    share_experts(&mut session, world, args, console)?;
     let step = session.resume(&run)?;
     describe(&session, console)?;
     if recipe != before {
@@ -138,6 +143,21 @@ fn resumed(
         console.note(text);
     }
     Ok((run, session))
+}
+
+/// Joins the other ranks, and says how they share experts out.
+fn share_experts(
+    session: &mut Session,
+    world: World,
+    args: &Args,
+    console: &Console,
+) -> anyhow::Result<()> {
+    let ranks = world.ranks();
+    let layout = session.join(world, args.layout.unwrap_or_default())?;
+    if ranks > 1 {
+        console.note(format_args!("layout: {layout}"));
+    }
+    Ok(())
 }
 
 /// Cuts the batch of a step into as many micro-batches as ranks need, if it can be cut so: batches of samples of similar

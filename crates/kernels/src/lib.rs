@@ -44,17 +44,18 @@ pub use backend::elementwise::{
     dropout, embed_frozen, embed_trained, rms_norm, rms_norm_start, rope, swiglu,
 };
 pub use backend::experts::{
-    ExpertFactors, Routing, choose_experts, dispatch, experts_frozen, experts_trained, moe_frozen,
-    prefetch_experts,
+    ExpertFactors, Routing, choose_experts, computed_elsewhere, dispatch, experts_frozen,
+    experts_trained, moe_frozen, prefetch_experts,
 };
 pub use backend::linear::{
     heads_linear, linear_add, linear_fake_quantized, linear_frozen, linear_frozen_pair,
     linear_trained, linear_updated, row_norms,
 };
 pub use backend::loss::{cross_entropy_frozen, cross_entropy_trained};
-pub use backend::optimizer::{adamw, sum_of_squares, total};
+pub use backend::optimizer::{adamw, sums_of_squares, total};
 pub use backend::plain::primitives::{Primitives, SlotTable, Stack};
 pub use backend::saved::saved_activation_bytes;
+pub use backend::supplied::SuppliedGradients;
 pub use backend::traits::{Absorbed, Direction, FakeQuantize, HeadRows, Kernels, Update};
 pub use error::Error;
 pub use formats::{
@@ -66,7 +67,7 @@ pub use ops::adamw::AdamWStep;
 pub use ops::attention::Segments;
 pub use ops::dropout::Dropout;
 pub use ops::experts::{
-    ExpertBank, ExpertCache, ExpertLora, ExpertTraffic, OffloadedLayer, SharedExperts,
+    ExpertBank, ExpertCache, ExpertLora, ExpertTraffic, OffloadedLayer, SharedExperts, SlotPart,
 };
 pub use ops::rope::RopeLayout;
 pub use ops::route::{GroupScore, TopK};

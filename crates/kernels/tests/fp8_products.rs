@@ -167,6 +167,7 @@ fn turns(tokens: usize) -> Routing {
         weights,
         order,
         offsets,
+        part: None,
     }
 }
 

@@ -44,6 +44,7 @@ pub use adapt::AdapterWeights;
 pub use config::ModelConfig;
 pub use decoder::checkpointing::{Checkpointing, Trace};
 pub use decoder::cost::{Cost, Traffic};
+pub use decoder::held_stacks::HeldStack;
 pub use decoder::mtp::{Mtp, SharedHead};
 pub use decoder::parameters::Parameter;
 pub use decoder::visit::{ModuleMut, ModuleRef};
@@ -51,6 +52,7 @@ pub use decoder::{Decoder, DecoderLayer, Embedding, FeedForward, Model, Replaced
 pub use error::Error;
 pub use forward::cache::Cache;
 pub use forward::context::ForwardContext;
+pub use forward::exchange::{ExchangeKind, ExpertRanks};
 pub use forward::recorder::Recorder;
 pub use forward::routing::{Routed, RoutingRecord, routing_drift};
 pub use kernels::device;

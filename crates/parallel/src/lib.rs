@@ -19,4 +19,4 @@ mod world;
 
 pub use message::{MessageReader, MessageWriter, ShortMessage};
 pub use wire::{Lost, Wire};
-pub use world::{RankError, World};
+pub use world::{LinkSpeed, RankError, World};

@@ -35,6 +35,12 @@ impl MessageWriter {
         self
     }
 
+    /// A message, as it is.
+    pub fn append(&mut self, message: &[u8]) -> &mut Self {
+        self.0.extend(message);
+        self
+    }
+
     /// The message.
     pub fn finish(self) -> Vec<u8> {
         self.0

@@ -1,13 +1,38 @@
 //! What ranks say to each other.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use crate::message::{MessageReader, MessageWriter, ShortMessage};
 use crate::wire::{Lost, Wire};
 
+/// Exchanges of a byte or a few before messages grow.
+const PROBE_ROUNDS: usize = 8;
+/// Bytes of the first and the last message that measure a link's speed.
+const SMALLEST_PROBE: usize = 64 << 10;
+const LARGEST_PROBE: usize = 64 << 20;
+
 /// All ranks, as one of them sees it.
 #[derive(Clone, Debug, Default)]
-pub struct World(Option<Arc<dyn Wire>>);
+pub struct World(Option<Arc<Joined>>);
+
+/// An engine, and what went through it.
+#[derive(Debug)]
+struct Joined {
+    wire: Box<dyn Wire>,
+    /// Bytes of messages to other ranks.
+    sent: AtomicU64,
+}
+
+/// What a link between ranks can do.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LinkSpeed {
+    /// Of an exchange without content.
+    pub latency: Duration,
+    /// Of the largest messages that were tried, in each direction.
+    pub bytes_per_second: f64,
+}
 
 /// What goes wrong between ranks.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -31,17 +56,20 @@ impl World {
 
     /// The ranks of an engine.
     pub fn new(wire: impl Wire + 'static) -> Self {
-        Self(Some(Arc::new(wire)))
+        Self(Some(Arc::new(Joined {
+            wire: Box::new(wire),
+            sent: AtomicU64::new(0),
+        })))
     }
 
     /// This rank, from 0.
     pub fn rank(&self) -> usize {
-        self.0.as_ref().map_or(0, |wire| wire.rank())
+        self.0.as_ref().map_or(0, |joined| joined.wire.rank())
     }
 
     /// Number of ranks.
     pub fn ranks(&self) -> usize {
-        self.0.as_ref().map_or(1, |wire| wire.ranks())
+        self.0.as_ref().map_or(1, |joined| joined.wire.ranks())
     }
 
     /// Whether this rank prints and writes files.
@@ -63,10 +91,67 @@ impl World {
     /// If there is not a message for each rank.
     pub fn exchange(&self, name: &str, messages: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, RankError> {
         assert_eq!(messages.len(), self.ranks(), "a message for each rank");
-        match &self.0 {
-            None => Ok(messages),
-            Some(wire) => Ok(wire.exchange(name, messages)?),
+        let Some(joined) = &self.0 else {
+            return Ok(messages);
+        };
+        let all: usize = messages.iter().map(Vec::len).sum();
+        let sent = all - messages[self.rank()].len();
+        joined.sent.fetch_add(sent as u64, Ordering::Relaxed);
+        Ok(joined.wire.exchange(name, messages)?)
+    }
+
+    /// Bytes of the messages that this rank has sent to others.
+    pub fn bytes_sent(&self) -> u64 {
+        let joined = self.0.as_ref();
+        joined.map_or(0, |joined| joined.sent.load(Ordering::Relaxed))
+    }
+
+    /// Tries the links from each rank to the next, with ever larger messages, for about a time; the slowest of them, as all
+    /// ranks find it.
+    ///
+    /// # Errors
+    /// If ranks lose each other.
+    pub fn probe(&self, time: Duration) -> Result<LinkSpeed, RankError> {
+        let (first, next) = (Instant::now(), (self.rank() + 1) % self.ranks());
+        let mut found = LinkSpeed {
+            latency: Duration::MAX,
+            bytes_per_second: 0.0,
+        };
+        let mut size = 0;
+        loop {
+            // The first rank says whether there is another round.
+            let is_last = size >= LARGEST_PROBE || first.elapsed() > time;
+            let mut messages = vec![vec![u8::from(is_last)]; self.ranks()];
+            messages[next].resize(size + 1, 0);
+            let started = Instant::now();
+            let said = self.exchange("probe", messages)?;
+            let seconds = started.elapsed();
+            if size < SMALLEST_PROBE {
+                found.latency = found.latency.min(seconds);
+            } else {
+                found.bytes_per_second = size as f64 / seconds.as_secs_f64().max(1e-9);
+            }
+            if said[0].first() == Some(&1) && size >= SMALLEST_PROBE {
+                break;
+            }
+            // A few rounds without content first: the first ones open connections.
+            size = match size {
+                0..PROBE_ROUNDS => size + 1,
+                PROBE_ROUNDS..SMALLEST_PROBE => SMALLEST_PROBE,
+                _ => (2 * size).min(LARGEST_PROBE),
+            };
         }
+        let mut message = MessageWriter::default();
+        message
+            .number(found.latency.as_secs_f64())
+            .number(found.bytes_per_second);
+        for said in self.all("probed links", message.finish())? {
+            let mut reader = MessageReader::new(&said);
+            let latency = Duration::from_secs_f64(reader.number()?.clamp(0.0, 1e6));
+            found.latency = found.latency.max(latency);
+            found.bytes_per_second = found.bytes_per_second.min(reader.number()?);
+        }
+        Ok(found)
     }
 
     /// What every rank says to all, in their order.
@@ -158,6 +243,18 @@ mod tests {
             };
             assert_eq!(heard, expected);
         }
+        let worlds = threads::ranks(2, Duration::from_secs(60)).into_iter();
+        std::thread::scope(|scope| {
+            for wire in worlds {
+                scope.spawn(move || {
+                    let world = World::new(wire);
+                    let speed = world.probe(Duration::from_millis(10)).unwrap();
+                    assert!(speed.bytes_per_second > 1e6, "{speed:?}");
+                    assert!(speed.latency < Duration::from_secs(10), "{speed:?}");
+                    assert!(world.bytes_sent() > SMALLEST_PROBE as u64);
+                });
+            }
+        });
         let alone = World::alone();
         assert_eq!((alone.rank(), alone.ranks()), (0, 1));
         assert_eq!(alone.all("x", vec![1]), Ok(vec![vec![1]]));

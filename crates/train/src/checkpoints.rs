@@ -6,7 +6,7 @@ use std::path::Path;
 use burn::tensor::{DType as FloatType, Tensor};
 use checkpoint::{DType, FolderWriter, TensorSpec};
 use kernels::device::read;
-use model::Parameter;
+use model::{Model, Parameter};
 use parallel::{MessageReader, MessageWriter};
 
 use crate::checkpoint_state::{RunState, write_optimizer};
@@ -104,10 +104,13 @@ impl Session {
         ranks.read_tensors(folder, &specs, |i, values| {
             let tensor = Tensor::<1>::from_floats(values.as_slice(), &device);
             match specs[i].name.split_once('/') {
-                Some(("parameter", name)) => _ = parameters.insert(name.to_owned(), tensor),
+                Some(("parameter", name)) => {
+                    _ = parameters.insert(name.to_owned(), ranks.part_of(name, tensor));
+                }
                 Some((kind @ ("moment1" | "moment2"), name)) => {
                     if ranks.owns(name) {
-                        moments.push((kind == "moment1", name.to_owned(), tensor.cast(dtype)));
+                        let own = ranks.part_of(name, tensor).cast(dtype);
+                        moments.push((kind == "moment1", name.to_owned(), own));
                     }
                 }
                 _ => biases.push(values),
@@ -134,13 +137,14 @@ impl Session {
 
     /// Saves a checkpoint, and removes those that are no longer needed.
     pub(crate) fn save(&self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
-        self.expect_replicas()?;
+        self.ranks.expect_replicas(&self.model)?;
+        let model = self.ranks.whole_model(&self.model, &self.device())?;
         let dtype = self.recipe.optimizer.moments().float();
         let moments = (self.ranks).moments(&self.optimizer.moments, dtype, &self.device())?;
         let fill = |writer: &mut FolderWriter| {
-            let (specs, tensors) = (self.state_tensors(), self.state_values(&moments));
+            let (specs, tensors) = (self.state_tensors(), self.state_values(&model, &moments));
             write_optimizer(writer, &specs, |i| Ok(read(tensors[i].clone())))?;
-            export::adapter_into(self, writer)?;
+            export::adapter_into(self, &model, writer)?;
             self.state.write(writer)
         };
         self.ranks.world.first_does("checkpoint", || {
@@ -156,19 +160,6 @@ impl Session {
             step: self.state.step,
         });
         Ok(())
-    }
-
-    /// Refuses ranks whose weights have come apart, as by a processor that rounds otherwise.
-    fn expect_replicas(&self) -> Result<()> {
-        if self.ranks.world.is_alone() {
-            return Ok(());
-        }
-        let parameters = self.model.parameters().into_iter();
-        let hash = parameters.fold(0, |hash, parameter| {
-            let values = read(parameter.values).into_iter();
-            checkpoint::fnv1a(hash, values.flat_map(f32::to_le_bytes))
-        });
-        self.ranks.expect_alike(&[("weights", &hash.to_string())])
     }
 
     /// Whether the step's checkpoint is from before its validation pass, which is made now.
@@ -220,7 +211,7 @@ impl Session {
             let specs = parameters.iter().map(|p| TensorSpec {
                 name: format!("{kind}/{}", p.name).as_str().into(),
                 dtype,
-                shape: vec![p.values.dims()[0]],
+                shape: vec![self.ranks.whole_len(&p.name, p.values.dims()[0])],
             });
             specs.collect::<Vec<_>>()
         };
@@ -234,9 +225,13 @@ impl Session {
         specs
     }
 
-    /// The values of [`Session::state_tensors`], in its order. A parameter without a gradient has moments of zero.
-    fn state_values(&self, moments: &BTreeMap<String, [Tensor<1>; 2]>) -> Vec<Tensor<1>> {
-        let parameters = self.model.parameters();
+    /// The values of [`Session::state_tensors`], in its order, of the model with all experts. A parameter without a gradient has moments of zero.
+    fn state_values(
+        &self,
+        model: &Model,
+        moments: &BTreeMap<String, [Tensor<1>; 2]>,
+    ) -> Vec<Tensor<1>> {
+        let parameters = model.parameters();
         let dtype = FloatType::from(self.recipe.optimizer.moments().float());
         let moment = |which: usize| {
             let of = move |p: &Parameter| moments.get(&p.name).map(|pair| pair[which].clone());
@@ -253,7 +248,7 @@ impl Session {
             .chain(moment(1))
             .collect();
         values.extend(
-            self.model
+            model
                 .correction_biases()
                 .map(|(_, bias)| bias.clone().inner()),
         );

@@ -34,6 +34,10 @@ pub enum Error {
         accumulate: usize,
     },
 
+    /// A layout that the ranks, the model or the recipe do not allow.
+    #[error("--layout: {0}")]
+    Layout(String),
+
     /// A rank that makes another run.
     #[error(
         "rank {rank} differs in its {what}: all ranks need the same program, recipe, model and rows, and get the same weights"

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use checkpoint::{Adapter, AdapterConfig, CARD_NAME, FolderWriter, Notes};
-use model::AdapterWeights;
 use model::export::{self, WeightFormat};
+use model::{AdapterWeights, Model};
 
 use crate::recipe::{ExportDType, Method};
 use crate::run_dir::RunDir;
@@ -33,9 +33,9 @@ pub(crate) fn set_aside(session: &Session, run: &RunDir, step: u64) -> Result<Op
     Ok(Some(aside))
 }
 
-/// Writes `adapter/` or `model/` into the run directory. An existing one, of a run that was killed after its last step, is
+/// Writes `adapter/` or `model/` into the run directory, of the model with all experts. An existing one, of a run that was killed after its last step, is
 /// complete, since folders appear whole, and it is this run's, since one that goes on sets it aside.
-pub(crate) fn result(session: &Session, run: &RunDir) -> Result<()> {
+pub(crate) fn result(session: &Session, model: &Model, run: &RunDir) -> Result<()> {
     let path = run.path().join(result_name(session));
     if path.exists() {
         return Ok(());
@@ -43,12 +43,12 @@ pub(crate) fn result(session: &Session, run: &RunDir) -> Result<()> {
     let mut writer = FolderWriter::create(&path)?;
     match session.recipe.train.method {
         Method::Lora => {
-            let (config, notes) = adapter_files(session, &mut writer)?;
+            let (config, notes) = adapter_files(session, model, &mut writer)?;
             let card = model_card::of_adapter(session, run, &config, &notes);
             writer.write_bytes(CARD_NAME, card.as_bytes())?;
         }
         Method::Full => {
-            model_into(session, &mut writer)?;
+            model_into(session, model, &mut writer)?;
             let card = model_card::of_model(session, run);
             writer.write_bytes(CARD_NAME, card.as_bytes())?;
         }
@@ -57,16 +57,24 @@ pub(crate) fn result(session: &Session, run: &RunDir) -> Result<()> {
 }
 
 /// Writes the adapter's files into a folder; nothing for full training.
-pub(crate) fn adapter_into(session: &Session, writer: &mut FolderWriter) -> Result<()> {
+pub(crate) fn adapter_into(
+    session: &Session,
+    model: &Model,
+    writer: &mut FolderWriter,
+) -> Result<()> {
     if session.recipe.train.method == Method::Lora {
-        adapter_files(session, writer)?;
+        adapter_files(session, model, writer)?;
     }
     Ok(())
 }
 
 /// Writes the adapter's files; returns what they say.
-fn adapter_files(session: &Session, writer: &mut FolderWriter) -> Result<(AdapterConfig, Notes)> {
-    let adapter = updates(session);
+fn adapter_files(
+    session: &Session,
+    model: &Model,
+    writer: &mut FolderWriter,
+) -> Result<(AdapterConfig, Notes)> {
+    let adapter = updates(session, model);
     let (base, revision) = base_name(&session.base.name);
     let (mut config, tensors) = adapter.files(&base)?;
     config.revision = revision;
@@ -88,24 +96,24 @@ fn base_name(name: &str) -> (String, Option<String>) {
     }
 }
 
-/// The updates on the model.
-fn updates(session: &Session) -> AdapterWeights {
+/// The updates on a session's model with all experts.
+fn updates(session: &Session, model: &Model) -> AdapterWeights {
     let dropout = session.recipe.lora.dropout as f32;
-    AdapterWeights::from_model(&session.model, session.update.scaling, dropout)
+    AdapterWeights::from_model(model, session.update.scaling, dropout)
 }
 
 impl Session {
     /// What PEFT will not read of the run's adapter, and why; none if it reads all of it rightly, or there is no adapter.
     pub fn unread_by_peft(&self) -> Option<String> {
         match self.recipe.train.method {
-            Method::Lora => updates(self).unread_by_peft(),
+            Method::Lora => updates(self, &self.model).unread_by_peft(),
             Method::Full => None,
         }
     }
 }
 
 /// Writes a Hugging Face folder.
-fn model_into(session: &Session, writer: &mut FolderWriter) -> Result<()> {
+fn model_into(session: &Session, model: &Model, writer: &mut FolderWriter) -> Result<()> {
     let base = &session.base;
     let is_fp8 = match session.recipe.train.export_dtype {
         ExportDType::Fp8 => true,
@@ -119,11 +127,11 @@ fn model_into(session: &Session, writer: &mut FolderWriter) -> Result<()> {
     };
     match &base.folder {
         Some(folder) if session.recipe.is_partial() => {
-            export::export_subset(&session.model, folder, writer)?;
+            export::export_subset(model, folder, writer)?;
         }
         folder => {
             let origin = (folder.as_ref(), &base.config);
-            export::export(&session.model, origin, format, writer)?;
+            export::export(model, origin, format, writer)?;
         }
     }
     match (&base.tokenizer_folder, &base.folder) {

@@ -56,7 +56,9 @@ pub use self::dataset::{DataFile, Dataset};
 pub use self::dpo::Rewards;
 pub use self::error::{Error, Result};
 pub use self::events::{Event, Host, Memory, SampledText, StepReport, ValidationProgress};
-pub use self::fit::{GradAudit, RangeTest, RatePoint, TensorGradient, ZeroGradient, steepest};
+pub use self::fit::{
+    GradAudit, RangeTest, RankLayout, RatePoint, TensorGradient, ZeroGradient, steepest,
+};
 pub use self::loss_scale::LossScale;
 pub use self::metrics::Metrics;
 pub use self::model_card::RunRecord;

@@ -27,10 +27,21 @@ impl Accumulated {
         }
     }
 
-    /// The sum of squares of each tensor, `[1]` each, by name. The norm is the root of their sum.
-    pub(crate) fn squares(&self) -> impl Iterator<Item = (&String, Tensor<1>)> {
-        self.iter()
-            .map(|(name, sum)| (name, kernels::sum_of_squares(sum.clone())))
+    /// These tensors.
+    pub(crate) fn of(tensors: BTreeMap<String, Tensor<1>>) -> Self {
+        Self(tensors)
+    }
+
+    /// The sums of squares of each tensor, by name: one, or one for each expert of a stack, as many as `experts` says. The
+    /// norm is the root of their sum.
+    pub(crate) fn squares<'a>(
+        &'a self,
+        experts: &'a BTreeMap<String, usize>,
+    ) -> impl Iterator<Item = (&'a String, Tensor<1>)> {
+        self.iter().map(|(name, sum)| {
+            let parts = experts.get(name).copied().unwrap_or(1);
+            (name, kernels::sums_of_squares(sum.clone(), parts))
+        })
     }
 
     /// All tensors by name.
@@ -84,12 +95,13 @@ impl AdamW {
         }
     }
 
-    /// Updates a model's trained tensors.
+    /// Updates a model's trained tensors. `first_element` numbers the first value of those that are parts of a tensor.
     pub(crate) fn step(
         &mut self,
         model: &mut Model,
         mut gradients: Accumulated,
         scalars: StepScalars,
+        first_element: &dyn Fn(&str) -> usize,
     ) {
         let StepScalars {
             number,
@@ -117,6 +129,7 @@ impl AdamW {
             number,
             gradient_scale: clipped / loss_scale,
             noise: None,
+            first: 0,
         };
         let dtype = self.settings.moments().float();
         model.map_parameters(&mut |name, values| {
@@ -135,6 +148,7 @@ impl AdamW {
                     0.0
                 },
                 noise: self.noise_seed.map(|seed| noise_seed(seed, name, number)),
+                first: first_element(name) as u64,
                 ..step
             };
             let (values, moments) = kernels::adamw(values, gradient, moments, step);

@@ -137,7 +137,10 @@ impl Session {
         self.model
             .parameters()
             .iter()
-            .map(|parameter| parameter.values.dims()[0])
+            .map(|parameter| {
+                let own = parameter.values.dims()[0];
+                self.ranks.whole_len(&parameter.name, own)
+            })
             .sum()
     }
 

@@ -1,6 +1,7 @@
 //! Which launcher started this process, as which of several ranks, and how a rank leaves.
 
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use parallel::{MessageReader, MessageWriter, World};
 
@@ -117,6 +118,12 @@ pub(crate) fn join(timeout_seconds: u64, console: &Console) -> anyhow::Result<Wo
         world.ranks(),
         places.join(", ")
     ));
+    let link = world.probe(Duration::from_millis(100))?;
+    console.note(format_args!(
+        "slowest link: {:.0} MB/s, {:.1} ms",
+        link.bytes_per_second / 1e6,
+        link.latency.as_secs_f64() * 1e3
+    ));
     if is_bound {
         console.note(
             "a rank may use one core: `mpirun` binds ranks to cores unless it has `--bind-to none`",
@@ -141,7 +148,6 @@ fn joined(_: u64) -> anyhow::Result<(World, String)> {
 #[cfg(feature = "mpi")]
 fn joined(timeout_seconds: u64) -> anyhow::Result<(World, String)> {
     use std::io::Write;
-    use std::time::Duration;
 
     use parallel::mpi::{MpiRank, TimeoutPolicy};
     use parallel::{Lost, Wire};

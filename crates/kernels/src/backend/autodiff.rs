@@ -16,6 +16,7 @@ use crate::backend::linear::autodiff as linear;
 use crate::backend::loss::autodiff as loss;
 use crate::backend::plain::primitives::Primitives;
 use crate::backend::plain::{experts as plain_experts, linear as plain_linear};
+use crate::backend::supplied::SuppliedGradients;
 use crate::backend::traits::{
     Absorbed, FactorsPrimitive, FakeQuantize, HeadRows, Kernels, KvBufferPrimitive,
     RoutingPrimitive, StacksPrimitive, Update,
@@ -241,6 +242,15 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         (y, Self::from_inner(gate), Self::from_inner(up))
     }
 
+    fn computed_elsewhere(
+        x: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        y: FloatTensor<Self>,
+        gradients: SuppliedGradients,
+    ) -> FloatTensor<Self> {
+        experts::computed_elsewhere::<B, C>(x, weights, y, gradients)
+    }
+
     fn moe_frozen(
         x: FloatTensor<Self>,
         routing: RoutingPrimitive<Self>,
@@ -304,8 +314,8 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         )
     }
 
-    fn sum_of_squares_f32(x: FloatTensor<Self>) -> FloatTensor<Self> {
-        Self::from_inner(B::sum_of_squares_f32(x.into_primitive()))
+    fn sums_of_squares_f32(x: FloatTensor<Self>, parts: usize) -> FloatTensor<Self> {
+        Self::from_inner(B::sums_of_squares_f32(x.into_primitive(), parts))
     }
 }
 

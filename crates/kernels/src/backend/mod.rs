@@ -19,6 +19,7 @@ pub(crate) mod loss;
 pub(crate) mod optimizer;
 pub(crate) mod plain;
 pub(crate) mod saved;
+pub(crate) mod supplied;
 pub(crate) mod traits;
 
 /// Whether a device is a GPU, or a software adapter in place of one.

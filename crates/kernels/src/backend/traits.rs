@@ -15,11 +15,12 @@ use crate::backend::plain::primitives::Primitives;
 use crate::backend::plain::{
     attention, decoding, elementwise, experts, linear, loss, optimizer, route,
 };
+use crate::backend::supplied::SuppliedGradients;
 use crate::formats::{Matrix, Quantizer};
 use crate::ops::adamw::AdamWStep;
 use crate::ops::attention::Segments;
 use crate::ops::dropout::Dropout;
-use crate::ops::experts::{ExpertBank, ExpertLora, SharedExperts};
+use crate::ops::experts::{ExpertBank, ExpertLora, SharedExperts, SlotPart};
 use crate::ops::rope::{RopeLayout, Rotation};
 use crate::ops::route::TopK;
 use crate::settings::Compute;
@@ -94,6 +95,7 @@ pub struct RoutingPrimitive<B: Backend> {
     pub(crate) weights: FloatTensor<B>,
     pub(crate) order: IntTensor<B>,
     pub(crate) offsets: IntTensor<B>,
+    pub(crate) part: Option<SlotPart>,
 }
 
 /// The stacked low-rank factors of a layer's experts; rank 0 means no update.
@@ -320,6 +322,16 @@ pub trait Kernels: Backend + Primitives {
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         experts::experts_frozen::<Self>(x, routing, &factors, &bank, (lora, compute))
     }
+    /// See [`crate::computed_elsewhere`].
+    fn computed_elsewhere(
+        x: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        y: FloatTensor<Self>,
+        gradients: SuppliedGradients,
+    ) -> FloatTensor<Self> {
+        let _ = (x, weights, gradients);
+        y
+    }
     /// See [`crate::moe_frozen`].
     fn moe_frozen(
         x: FloatTensor<Self>,
@@ -375,8 +387,8 @@ pub trait Kernels: Backend + Primitives {
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         optimizer::adamw_step::<Self>([p, g, m, v], step)
     }
-    /// See [`crate::sum_of_squares`].
-    fn sum_of_squares_f32(x: FloatTensor<Self>) -> FloatTensor<Self> {
-        optimizer::sum_of_squares::<Self>(x)
+    /// See [`crate::sums_of_squares`].
+    fn sums_of_squares_f32(x: FloatTensor<Self>, parts: usize) -> FloatTensor<Self> {
+        optimizer::sums_of_squares::<Self>(x, parts)
     }
 }

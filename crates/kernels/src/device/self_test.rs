@@ -331,6 +331,7 @@ fn experts(case: &Case<'_>) -> Outcome {
         weights: weights.clone(),
         order,
         offsets,
+        part: None,
     };
     let (a, b) = (
         case.parameter([n, 4, hidden], 34),
@@ -367,6 +368,7 @@ fn optimizer(case: &Case<'_>) -> Outcome {
         number: 3,
         gradient_scale: 0.5,
         noise: None,
+        first: 0,
     };
     let second = plain(4) * plain(4);
     let (p, [m, v]) = adamw(plain(1), plain(2), [plain(3), second], step);

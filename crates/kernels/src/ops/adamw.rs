@@ -29,6 +29,8 @@ pub struct AdamWStep {
     pub gradient_scale: f64,
     /// The seed for stochastic rounding of bf16 moments; `None` rounds to nearest.
     pub noise: Option<u64>,
+    /// The number of the first element, if this is a part of a tensor: random bits depend on an element's number.
+    pub first: u64,
 }
 
 /// A number format of moments.
@@ -108,7 +110,7 @@ pub(crate) fn update<M: Moment>(
                 .zip(v.par_chunks_mut(TASK_ELEMENTS)),
         );
     parts.enumerate().for_each(|(part, ((p, g), (m, v)))| {
-        let elements = (part * TASK_ELEMENTS) as u64..;
+        let elements = step.first + (part * TASK_ELEMENTS) as u64..;
         for (((p, g), (m, v)), element) in
             p.iter_mut().zip(g).zip(m.iter_mut().zip(v)).zip(elements)
         {
@@ -155,6 +157,7 @@ mod tests {
             number,
             gradient_scale: 0.5,
             noise: None,
+            first: 0,
         };
         update(&mut p, &[4.0], &mut m, &mut v, step(1));
         // The first update is the learning rate, whatever the gradient: 1 · (1 − 0.001) − 0.1.
@@ -184,6 +187,7 @@ mod tests {
                     number,
                     gradient_scale: 1.0,
                     noise: noise.map(|seed| seed + number),
+                    first: 0,
                 };
                 update(&mut p, &g, &mut m, &mut v, step);
             }

@@ -79,6 +79,7 @@ fn shared_experts_beside_routed_ones_are_added_to_them() {
                     routing.offsets.to_data(),
                     &moeforge_kernels::device::of_tests(),
                 ),
+                part: None,
             };
             let found = moe_frozen(
                 plainly(&x),

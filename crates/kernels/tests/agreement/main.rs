@@ -458,6 +458,7 @@ fn routing(
             weights,
             order,
             offsets,
+            part: None,
         },
         one_hot,
     )

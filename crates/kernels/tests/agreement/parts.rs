@@ -23,6 +23,7 @@ fn part_of(
         weights: weights.clone(),
         order,
         offsets: offsets.select(0, Tensor::arange(0..n as i64 + 1, &device())),
+        part: None,
     }
 }
 
@@ -66,7 +67,8 @@ fn experts_in_two_parts_are_all_of_them() {
             Routing {
                 weights: weights.clone(),
                 order,
-                offsets
+                offsets,
+                part: None,
             },
             [gate.clone(), up.clone(), down.clone()],
             Compute::F32

@@ -14,6 +14,7 @@ use kernels::device::is_gpu;
 
 use super::Model;
 use crate::forward::context::ForwardContext;
+use crate::forward::exchange::ExchangedExperts;
 use crate::forward::recorder::Recorder;
 use crate::forward::routing::{Routed, RoutingRecord};
 use crate::keys::layer_of;
@@ -46,9 +47,18 @@ pub struct Trace {
 #[derive(Debug)]
 enum Run {
     /// Input and output, with the graph between them.
-    Graph(Tensor<2>, Tensor<2>),
+    Graph(LayerGraph),
     /// The input, without a graph, and the experts that were chosen.
     Input(Tensor<2>, Option<Tensor<2, Int>>),
+}
+
+/// A layer's graph.
+#[derive(Debug)]
+struct LayerGraph {
+    x: Tensor<2>,
+    y: Tensor<2>,
+    /// Experts that ranks share out, whose gradients come from outside of the graph.
+    exchanged: Vec<ExchangedExperts>,
 }
 
 impl Trace {
@@ -88,8 +98,9 @@ impl Trace {
             let x = leaf(model, self.first, layer_idx, self.output.clone());
             let y = layer.forward(x.clone(), dims, ctx, layer_idx);
             self.output = y.clone().inner();
+            let exchanged = ctx.exchanged.take();
             if layer_idx >= self.first {
-                self.layers.push(Run::Graph(x, y));
+                self.layers.push(Run::Graph(LayerGraph { x, y, exchanged }));
             }
         }
     }
@@ -145,7 +156,11 @@ impl Trace {
         };
         for layer_idx in (first..model.model.layers.len()).rev() {
             let run = layers.pop().expect("a run per layer");
-            let (x, y) = run.graph(model, dims, first, ctx, layer_idx);
+            let LayerGraph { x, y, exchanged } = run.graph(model, dims, first, ctx, layer_idx);
+            // Every rank comes here for every layer, so none waits for one that has nothing to train.
+            for experts in exchanged {
+                experts.backward(&dx, |found| gradients.extend(model.gradients(found)));
+            }
             // The gradient of this sum by y is exactly dx.
             let mut total = (y * Tensor::from_inner(dx)).sum();
             if let Some(record) = ctx.routing_of(layer_idx) {
@@ -175,7 +190,7 @@ impl Trace {
 }
 
 impl Run {
-    /// Input and output of a layer with the graph between them.
+    /// A layer's graph.
     fn graph(
         self,
         model: &Model,
@@ -183,15 +198,16 @@ impl Run {
         first: usize,
         ctx: &mut ForwardContext<'_>,
         layer_idx: usize,
-    ) -> (Tensor<2>, Tensor<2>) {
+    ) -> LayerGraph {
         match self {
-            Self::Graph(x, y) => (x, y),
+            Self::Graph(graph) => graph,
             Self::Input(x, chosen) => {
                 let x = leaf(model, first, layer_idx, x);
                 ctx.replay = chosen.map(Tensor::from_inner);
                 let layer = &model.model.layers[layer_idx];
                 let y = layer.forward(x.clone(), dims, ctx, layer_idx);
-                (x, y)
+                let exchanged = ctx.exchanged.take();
+                LayerGraph { x, y, exchanged }
             }
         }
     }
@@ -215,6 +231,10 @@ fn differentiate(
     x: &Tensor<2>,
     gradients: &mut Vec<(String, Tensor<1>)>,
 ) -> Tensor<2> {
+    // What is trained in the first layer may be other ranks' alone.
+    if !total.is_tracked() {
+        return x.clone().inner().zeros_like();
+    }
     let mut found = total.backward();
     let dx = x
         .grad(&found)

@@ -3,6 +3,7 @@
 pub(crate) mod checkpointing;
 pub(crate) mod cost;
 mod fake_quantize;
+pub(crate) mod held_stacks;
 pub(crate) mod mtp;
 pub(crate) mod parameters;
 pub(crate) mod visit;

@@ -1,11 +1,13 @@
 //! What one forward pass carries from layer to layer besides the residual stream.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use burn::tensor::{Int, Tensor};
 use kernels::{Compute, Direction, ExpertBank, KvBuffer, Matrix, Segments};
 
 use super::cache::Cache;
+use super::exchange::ExchangedExperts;
 use super::recorder::{RecordedInput, Recorder};
 use super::routing::RoutingRecord;
 use crate::precision::PrecisionClass;
@@ -28,6 +30,9 @@ pub struct ForwardContext<'a> {
     pub rotary: Option<RotaryTable>,
     /// What records the pass, if anything does.
     pub recorder: Option<&'a mut Recorder>,
+    /// What the layer that has just run needs of other ranks in its backward pass. Behind a cell, because experts share the
+    /// context that they run in.
+    pub exchanged: RefCell<Vec<ExchangedExperts>>,
 }
 
 /// The rows that attention of a layer reads, of `N` kinds.
@@ -50,6 +55,7 @@ impl<'a> ForwardContext<'a> {
             replay: None,
             rotary: None,
             recorder: None,
+            exchanged: RefCell::default(),
         }
     }
 

@@ -2,5 +2,6 @@
 
 pub(crate) mod cache;
 pub(crate) mod context;
+pub(crate) mod exchange;
 pub(crate) mod recorder;
 pub(crate) mod routing;

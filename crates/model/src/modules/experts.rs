@@ -7,6 +7,8 @@
 //! If only some experts are trained or updated, a layer runs in two parts: those, and the others. Each part gets the slots
 //! of its own experts alone, so the others cost no gradient.
 
+pub(crate) mod held;
+
 use std::ops::RangeFrom;
 use std::sync::Arc;
 
@@ -17,10 +19,12 @@ use kernels::{
     OffloadedLayer, Quantizer, SharedExperts,
 };
 
+use self::held::HeldExperts;
 use super::linear::Linear;
 use super::mlp::Mlp;
 use crate::Error;
 use crate::forward::context::ForwardContext;
+use crate::forward::exchange::first_experts;
 use crate::forward::routing::Routed;
 use crate::precision::PrecisionClass;
 
@@ -40,6 +44,27 @@ pub struct Experts {
     /// Experts to prefetch for each token before the layer chooses them, if they stay on disk.
     #[module(skip)]
     pub n_prefetch: usize,
+    /// This rank's share of them, if other ranks hold others. Stacks and factors are those of the share then.
+    #[module(skip)]
+    pub(crate) held: Option<HeldExperts>,
+}
+
+/// Some of a layer's experts, which one kernel serves.
+pub(super) struct ExpertPart<'a> {
+    /// Their numbers, ascending; none if they are all.
+    pub(super) ids: Option<&'a Vec<usize>>,
+    pub(super) weights: PartWeights<'a>,
+}
+
+/// The weights of a part.
+#[derive(Clone, Copy)]
+pub(super) enum PartWeights<'a> {
+    /// Trained.
+    Trained(&'a Stacks),
+    /// Frozen, with the layer's updates if it has any.
+    Updated(&'a Arc<ExpertBank>),
+    /// Frozen, without updates.
+    Plain(&'a Arc<ExpertBank>),
 }
 
 /// The experts of a layer that are trained or updated, and the others.
@@ -268,7 +293,11 @@ impl Experts {
     /// Number of experts, inner width and hidden width.
     pub fn dims(&self) -> [usize; 3] {
         match (&self.weights, self.bank()) {
-            (ExpertWeights::Trained(stacks), _) => stacks.gate_proj.val().dims(),
+            (ExpertWeights::Trained(stacks), _) => {
+                let [held, inner, hidden] = stacks.gate_proj.val().dims();
+                let all = self.held.as_ref().map(|share| share.n_experts);
+                [all.unwrap_or(held), inner, hidden]
+            }
             (_, Some(bank)) => [bank.gate.len(), bank.gate[0].rows(), bank.gate[0].cols()],
             _ => unreachable!("experts that are not fully trained have a bank"),
         }
@@ -297,40 +326,64 @@ impl Experts {
     /// - `x`: `[tokens, hidden_size]`
     /// - returns: `[tokens, hidden_size]`
     pub fn forward(&self, x: Tensor<2>, routed: Routed, ctx: &ForwardContext<'_>) -> Tensor<2> {
-        let compute = ctx.compute_of(PrecisionClass::Experts);
-        let experts = self.dims()[0];
+        if let (ExpertWeights::Frozen(frozen), None) = (&self.weights, &self.subset) {
+            ctx.record_experts(&frozen.bank, &x, &routed.ids);
+        }
+        let n_experts = self.dims()[0];
+        let sums = self.parts().into_iter().enumerate().map(|(i, part)| {
+            let routing = routing(&routed, part.ids, n_experts);
+            match &self.held {
+                Some(held) => self.exchanged(held, (i, part), (x.clone(), &routed), routing, ctx),
+                None => self.sum_of(part.weights, x.clone(), routing, ctx.dropout_seed, ctx),
+            }
+        });
+        let sum = sums.reduce(|sum, y| sum + y);
+        sum.expect("a layer has experts")
+    }
+
+    /// The experts that kernels serve one after another: all, or a subset that is trained or updated, then the others.
+    pub(super) fn parts(&self) -> Vec<ExpertPart<'_>> {
+        let part = |ids, weights| ExpertPart { ids, weights };
         match (&self.weights, &self.subset) {
             (ExpertWeights::Frozen(frozen), None) => {
-                ctx.record_experts(&frozen.bank, &x, &routed.ids);
-                let routing = routing(&routed, None, experts);
-                self.frozen(x, routing, &frozen.bank, ctx)
+                vec![part(None, PartWeights::Updated(&frozen.bank))]
             }
-            (ExpertWeights::Trained(stacks), _) => {
-                stacks.forward(x, routing(&routed, None, experts), compute)
-            }
+            (ExpertWeights::Trained(stacks), _) => vec![part(None, PartWeights::Trained(stacks))],
             (weights, Some(subset)) => {
-                let slots_of = |ids: &Vec<usize>| routing(&routed, Some(ids), experts);
-                let slots = slots_of(&subset.expert_ids);
-                let y = match weights {
-                    ExpertWeights::Partial(partial) => {
-                        partial.trained.forward(x.clone(), slots, compute)
-                    }
-                    _ => self.frozen(x.clone(), slots, &subset.banks[0], ctx),
+                let [updated, others] = &subset.banks;
+                let first = match weights {
+                    ExpertWeights::Partial(partial) => PartWeights::Trained(&partial.trained),
+                    _ => PartWeights::Updated(updated),
                 };
-                if subset.other_ids.is_empty() {
-                    return y;
+                let mut parts = vec![part(Some(&subset.expert_ids), first)];
+                if !subset.other_ids.is_empty() {
+                    parts.push(part(Some(&subset.other_ids), PartWeights::Plain(others)));
                 }
-                let others = Self {
-                    lora: None,
-                    subset: None,
-                    ..self.clone()
-                };
-                y + others.frozen(x, slots_of(&subset.other_ids), &subset.banks[1], ctx)
+                parts
             }
             (ExpertWeights::Partial(_), None) => {
                 unreachable!("the loader notes which experts it trains")
             }
         }
+    }
+
+    /// The weighted sum of every token's experts of one part.
+    pub(super) fn sum_of(
+        &self,
+        weights: PartWeights<'_>,
+        x: Tensor<2>,
+        routing: kernels::Routing,
+        dropout_seed: Option<u64>,
+        ctx: &ForwardContext<'_>,
+    ) -> Tensor<2> {
+        let compute = ctx.compute_of(PrecisionClass::Experts);
+        let (bank, lora) = match weights {
+            PartWeights::Trained(stacks) => return stacks.forward(x, routing, compute),
+            PartWeights::Updated(bank) => (bank, self.lora.as_ref()),
+            PartWeights::Plain(bank) => (bank, None),
+        };
+        let (factors, lora) = self.factors(bank, lora, dropout_seed);
+        kernels::experts_frozen(x, routing, bank, factors, lora, compute)
     }
 
     /// [`Self::forward`], with the shared experts added; one kernel does it all if all weights are frozen and multiplied as they
@@ -359,30 +412,23 @@ impl Experts {
     fn as_frozen(&self, ctx: &ForwardContext<'_>) -> Option<&Arc<ExpertBank>> {
         let is_updated = self.subset.is_some() || self.lora.is_some();
         match &self.weights {
-            ExpertWeights::Frozen(frozen) if !is_updated && self.quantizer.is_none() => {
+            ExpertWeights::Frozen(frozen)
+                if !is_updated && self.quantizer.is_none() && self.held.is_none() =>
+            {
                 Some(&frozen.bank).filter(|_| !ctx.records_inputs())
             }
             _ => None,
         }
     }
 
-    /// The experts of a bank with their updates.
-    fn frozen(
-        &self,
-        x: Tensor<2>,
-        routing: kernels::Routing,
-        bank: &Arc<ExpertBank>,
-        ctx: &ForwardContext<'_>,
-    ) -> Tensor<2> {
-        let compute = ctx.compute_of(PrecisionClass::Experts);
-        let (factors, lora) = self.factors(bank, ctx);
-        kernels::experts_frozen(x, routing, bank, factors, lora, compute)
-    }
-
     /// The updates of a bank's experts as the kernel takes them.
-    fn factors(&self, bank: &ExpertBank, ctx: &ForwardContext<'_>) -> (ExpertFactors, ExpertLora) {
+    fn factors(
+        &self,
+        bank: &ExpertBank,
+        lora: Option<&ExpertsLora>,
+        dropout_seed: Option<u64>,
+    ) -> (ExpertFactors, ExpertLora) {
         let [experts, inner] = [bank.gate.len(), bank.gate[0].rows()];
-        let lora = self.lora.as_ref();
         let pick = |of: fn(&ExpertsLora) -> &Option<FactorStacks>| {
             let stacks = lora.and_then(|lora| of(lora).as_ref());
             let factors = stacks.map(|stacks| stacks.per_expert(experts));
@@ -405,7 +451,7 @@ impl Experts {
                 }
                 None => (pick(|lora| &lora.gate_proj), pick(|lora| &lora.up_proj)),
             };
-        let dropout = match (lora, ctx.dropout_seed) {
+        let dropout = match (lora, dropout_seed) {
             (Some(lora), Some(seed)) => Dropout {
                 probability: lora.dropout,
                 seed,
@@ -473,9 +519,9 @@ fn routing(routed: &Routed, subset: Option<&Vec<usize>>, experts: usize) -> kern
             weights,
             order,
             offsets,
+            part: None,
         };
     };
-    // All others are one more expert. Its slots come last and are left out.
     let n = expert_ids.len();
     let mut places = vec![n as i32; experts];
     (0..)
@@ -484,10 +530,5 @@ fn routing(routed: &Routed, subset: Option<&Vec<usize>>, experts: usize) -> kern
     let (device, [tokens, top_k]) = (weights.device(), routed.ids.dims());
     let places = Tensor::<1, Int>::from_ints(places.as_slice(), &device);
     let ids = places.select(0, routed.ids.clone().reshape([tokens * top_k]));
-    let (order, offsets) = kernels::dispatch(ids.reshape([tokens, top_k]), n + 1);
-    kernels::Routing {
-        weights,
-        order,
-        offsets: offsets.select(0, Tensor::arange(0..n as i64 + 1, &device)),
-    }
+    first_experts(ids.reshape([tokens, top_k]), weights, n)
 }

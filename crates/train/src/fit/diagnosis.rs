@@ -16,8 +16,10 @@ impl Session {
     pub(crate) fn first_not_finite(&self, batches: &[Batch], gradients: &Accumulated) -> String {
         let parameters = self.model.parameters();
         let bad = parameters.iter().find(|p| !is_finite(p.values.clone()));
-        if let Some(parameter) = bad {
-            return format!("the weight `{}`", parameter.name);
+        let bad = bad.map(|parameter| format!("the weight `{}`", parameter.name));
+        // Ranks that share out experts have different weights, and must go on together.
+        if let Some(bad) = self.ranks.first_to_say(bad) {
+            return bad;
         }
         let (model, device) = (self.model.clone().valid(), self.device());
         for batch in batches {

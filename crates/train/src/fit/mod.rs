@@ -3,6 +3,7 @@
 mod diagnosis;
 mod forward;
 pub(crate) mod grad_audit;
+mod joining;
 mod range_test;
 pub(crate) mod ranks;
 mod reads;
@@ -14,7 +15,6 @@ mod watchdog;
 use std::collections::BTreeMap;
 
 use burn::module::Module;
-use parallel::World;
 
 use crate::events::{Event, Host, Memory, SampledText, StepReport};
 use crate::metrics::LastLine;
@@ -27,7 +27,7 @@ use crate::{Error, Result, export};
 
 pub use self::grad_audit::{GradAudit, TensorGradient, ZeroGradient};
 pub use self::range_test::{RangeTest, RatePoint, steepest};
-use self::ranks::Ranks;
+pub use self::ranks::RankLayout;
 
 impl Session {
     /// Trains to the end of the recipe. Writes metrics and checkpoints to `run`, and the result at the end: `adapter/` or
@@ -61,25 +61,9 @@ impl Session {
             self.save(run, host)?;
         }
         self.restore_best(run, host)?;
-        let result = || export::result(self, run).map(|()| Vec::new());
+        let model = self.ranks.whole_model(&self.model, &self.device())?;
+        let result = || export::result(self, &model, run).map(|()| Vec::new());
         self.ranks.world.first_does("result", result).map(drop)
-    }
-
-    /// Joins other ranks, to make a run together. Only the first one's run directory is kept; that of another has its
-    /// metrics and nothing else.
-    ///
-    /// # Errors
-    /// If the micro-batches of a step cannot be shared out.
-    pub fn join(&mut self, world: World) -> Result<()> {
-        let (ranks, train) = (world.ranks(), &self.recipe.train);
-        if !train.accumulate.is_multiple_of(ranks) {
-            return Err(Error::Rounds {
-                ranks,
-                accumulate: train.accumulate,
-            });
-        }
-        self.ranks = Ranks::new(world, &self.model.parameters());
-        Ok(())
     }
 
     /// Refuses ranks with another program, recipe, base or other rows.
@@ -87,6 +71,7 @@ impl Session {
         let state = &self.state;
         self.ranks.expect_alike(&[
             ("version", env!("CARGO_PKG_VERSION")),
+            ("layout", &self.ranks.layout.to_string()),
             ("recipe", &state.settings),
             ("model", &state.model_hash),
             ("data", &state.data_hash),

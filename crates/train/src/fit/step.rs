@@ -3,11 +3,12 @@
 //! The loss is averaged over the trained tokens of the whole step: a step of four micro-batches has the gradient of one
 //! four times as large, however unevenly the tokens are spread over them. The loss of preferences is averaged over pairs.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use burn::tensor::Tensor;
 use data::Batch;
-use model::{ForwardContext, Recorder, Trace};
+use model::{ForwardContext, Model, Recorder, Trace};
 use parallel::{MessageReader, MessageWriter, ShortMessage};
 
 use super::forward::{ids, losses};
@@ -146,10 +147,7 @@ impl Session {
         let (sums, norm) = self.finite_sums(&batches, counted, host)?;
         let (step, scale) = (self.state.step + 1, self.loss_scale());
         if let (1, Some(run)) = (step, run) {
-            let gradients = self.ranks.gathered(&sums.gradients, &self.device())?;
-            let audit = GradAudit::of(&self.model, &gradients, &sums.loads);
-            audit.write(run.path())?;
-            host.see(&Event::FirstGradient(audit));
+            self.audit(&sums, run, host)?;
         }
         self.note_loads(&sums.loads);
         let scalars = StepScalars {
@@ -158,8 +156,9 @@ impl Session {
             norm,
             loss_scale: scale.unwrap_or(1.0),
         };
-        self.optimizer
-            .step(&mut self.model, sums.gradients, scalars);
+        let ranks = &self.ranks;
+        let first_element = |name: &str| ranks.first_element(name);
+        (self.optimizer).step(&mut self.model, sums.gradients, scalars, &first_element);
         let device = self.device();
         self.ranks.share(&mut self.model, &device)?;
         let train = &self.recipe.train;
@@ -185,6 +184,18 @@ impl Session {
             saved_activation_bytes: kernels::saved_activation_bytes(),
             seconds: started.elapsed().as_secs_f64(),
         })
+    }
+
+    /// Audits the gradient of a run's first step, on the first rank.
+    fn audit(&self, sums: &StepSums, run: &RunDir, host: &mut dyn Host) -> Result<()> {
+        let gradients = self.ranks.gathered(&sums.gradients, &self.device())?;
+        let model = self.ranks.whole_model(&self.model, &self.device())?;
+        if self.ranks.world.is_first() {
+            let audit = GradAudit::of(&model, &gradients, &sums.loads);
+            audit.write(run.path())?;
+            host.see(&Event::FirstGradient(audit));
+        }
+        Ok(())
     }
 
     /// The sums of a step and the norm of its gradient, all finite. If f16 gradients overflow, the same batches are
@@ -240,7 +251,8 @@ impl Session {
                 .add(&mut sums.gradients, gradients, &self.device())?;
             micros.push((micro, batch));
         }
-        let squares: Vec<(String, Read)> = (sums.gradients.squares())
+        let stacks = self.stacks();
+        let squares: Vec<(String, Read)> = (sums.gradients.squares(&stacks))
             .map(|(name, square)| (name.clone(), reads.push(square)))
             .collect();
         let values = reads.read();
@@ -251,9 +263,19 @@ impl Session {
         }
         let squares = squares
             .into_iter()
-            .map(|(name, read)| (name, values.scalar(read)));
+            .map(|(name, read)| (name, values.of(read).to_vec()));
         let squares = self.ranks.squares(squares.collect())?;
         Ok((sums, squares.values().sum::<f64>().sqrt()))
+    }
+
+    /// The stacks that are trained, and how many experts this rank has of each.
+    fn stacks(&self) -> BTreeMap<String, usize> {
+        let parameters = self.model.parameters().into_iter();
+        let stacks = parameters.filter_map(|parameter| match parameter.shape[..] {
+            [experts, _, _] => Some((parameter.name, experts)),
+            _ => None,
+        });
+        stacks.collect()
     }
 
     /// The factor of the loss before it is differentiated, if there is one.
@@ -314,15 +336,20 @@ impl Session {
         }
     }
 
+    /// The model relative to which preferences are learned, if they are.
+    pub(super) fn compared_with(&self) -> Option<&Model> {
+        let base = self.reference.as_ref().map(|reference| &reference.model);
+        let reference = self.start.as_ref().or(base);
+        reference.filter(|_| self.learns_preferences())
+    }
+
     /// The losses to minimize, and the rewards of all answers if preferences are learned.
     pub(super) fn compared(
         &self,
         losses: Tensor<1>,
         batch: &Batch,
     ) -> (Tensor<1>, Option<Tensor<1>>) {
-        let base = self.reference.as_ref().map(|reference| &reference.model);
-        let reference = self.start.as_ref().or(base);
-        let Some(reference) = reference.filter(|_| self.learns_preferences()) else {
+        let Some(reference) = self.compared_with() else {
             return (losses, None);
         };
         let before = self::losses(

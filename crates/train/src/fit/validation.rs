@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use burn::module::Module;
 use data::{Batch, Corpus, collate};
-use model::{ForwardContext, Recorder};
+use model::{ForwardContext, Model, Recorder};
 
 use super::forward::{hidden, losses};
 use super::reads::Reads;
@@ -84,6 +84,7 @@ impl Session {
             own.push(sums.message());
             pass.note(&batch, host);
         }
+        self.serve_last_round(self.n_valid_batches(), [Some(&model), self.compared_with()]);
         if self.model.config.moe.is_some() && self.lacks_reference_choices() {
             let found = self.reference_choices(&mut pass, run, host)?;
             if let Some(reference) = &mut self.reference {
@@ -112,6 +113,21 @@ impl Session {
             self.stop_if_asked(run, host)?;
         }
         Ok(i % world.ranks() == world.rank())
+    }
+
+    /// Serves the others' forward passes of models in the last round of some batches, if this rank has no batch there.
+    fn serve_last_round<'a>(
+        &self,
+        n_batches: usize,
+        models: impl IntoIterator<Item = Option<&'a Model>>,
+    ) {
+        let world = &self.ranks.world;
+        let last = n_batches % world.ranks();
+        if self.ranks.shares_experts() && last > 0 && world.rank() >= last {
+            let ctx = ForwardContext::new(self.compute());
+            let models = models.into_iter().flatten();
+            models.for_each(|model| model.serve_experts(&ctx));
+        }
     }
 
     /// The progress of a pass that begins.
@@ -169,6 +185,8 @@ impl Session {
             );
             pass.note(&batch, host);
         }
+        let n_batches = self.n_valid_batches().min(DRIFT_BATCHES);
+        self.serve_last_round(n_batches, [Some(&reference.model)]);
         Ok(choices)
     }
 

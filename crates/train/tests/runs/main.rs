@@ -4,6 +4,8 @@
 
 /// What a run asks of its device.
 mod device_use;
+/// Runs whose experts ranks share out.
+mod expert_ranks;
 /// Training held against other programs.
 mod peers;
 /// Learning from preferences.

@@ -329,6 +329,7 @@ fn a_thousand_updates_are_torchs() {
                 number,
                 gradient_scale: 1.0,
                 noise: None,
+                first: 0,
             };
             (p, moments) = kernels::adamw(p, gradients, moments, step);
             let Some(expected) = states.get(number.to_string()) else {

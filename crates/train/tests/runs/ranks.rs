@@ -4,16 +4,18 @@ use std::path::Path;
 use std::time::Duration;
 
 use kernels::device;
-use moeforge_train::{Error, Event, Host, Recipe, RunDir, Session};
-use parallel::{World, threads};
+use moeforge_train::{Error, Event, Host, RankLayout, Recipe, RunDir, Session};
+use parallel::{Wire, World, threads};
 
 use super::preferences::preferences;
 use super::{Place, bytes, open};
 
 /// What a rank sees: the bits of each step's loss and norm, and of each validation loss.
 #[derive(Debug, Default, PartialEq)]
-struct Seen {
-    bits: Vec<u64>,
+pub(super) struct Seen {
+    pub(super) bits: Vec<u64>,
+    /// Of steps and validation passes.
+    pub(super) losses: Vec<f64>,
     /// The step after which this rank is asked to stop.
     stop_after: Option<u64>,
     steps: u64,
@@ -24,10 +26,14 @@ impl Host for Seen {
         match event {
             Event::Step(report) => {
                 self.steps = report.step;
+                self.losses.push(report.loss);
                 self.bits
                     .extend([report.loss, report.grad_norm].map(f64::to_bits));
             }
-            Event::Validated { loss, .. } => self.bits.push(loss.to_bits()),
+            Event::Validated { loss, .. } => {
+                self.losses.push(*loss);
+                self.bits.push(loss.to_bits());
+            }
             _ => {}
         }
     }
@@ -40,13 +46,28 @@ impl Host for Seen {
 }
 
 /// Trains a recipe on some ranks; the first one's run directory is `run`. Returns what each saw, and how it ended.
-fn fit(
+pub(super) fn fit(
     recipe: &Recipe,
     run: &Path,
     n: usize,
     stop: Option<(usize, u64)>,
 ) -> Vec<(Seen, Result<(), Error>)> {
-    let wires = threads::ranks(n, Duration::from_secs(120)).into_iter();
+    fit_over(recipe, run, threads::ranks(n, WAIT), "ep=1", stop)
+}
+
+/// How long a rank waits for another.
+pub(super) const WAIT: Duration = Duration::from_secs(120);
+
+/// [`fit`] with a layout, over an engine.
+pub(super) fn fit_over<W: Wire + 'static>(
+    recipe: &Recipe,
+    run: &Path,
+    wires: Vec<W>,
+    layout: &str,
+    stop: Option<(usize, u64)>,
+) -> Vec<(Seen, Result<(), Error>)> {
+    let layout: RankLayout = layout.parse().unwrap();
+    let wires = wires.into_iter();
     std::thread::scope(|scope| {
         let ranks = wires.enumerate().map(|(rank, wire)| {
             scope.spawn(move || {
@@ -66,8 +87,8 @@ fn fit(
                     ..Seen::default()
                 };
                 let ended = session
-                    .join(World::new(wire))
-                    .and_then(|()| session.resume(&run).map(drop))
+                    .join(World::new(wire), layout)
+                    .and_then(|_| session.resume(&run).map(drop))
                     .and_then(|()| session.fit(&run, &mut seen));
                 let results = ["adapter", "model", "checkpoint-4"].map(|name| path.join(name));
                 assert!(rank == 0 || results.iter().all(|result| !result.exists()));
@@ -80,7 +101,7 @@ fn fit(
 }
 
 /// The settings to try: every method, precision and source of randomness.
-fn cases() -> Vec<(&'static str, String)> {
+pub(super) fn cases() -> Vec<(&'static str, String)> {
     let common = "steps = 6\nbatch_size = 1\naccumulate = 4\nsave_every = 2\neval_every = 3\nkeep_last = 9\nbalance_loss = 0.01\n";
     let lora = format!("[lora]\ndropout = 0.1\n[train]\nmethod = \"lora\"\n{common}");
     let full = format!("[train]\nmethod = \"full\"\nbias_update_speed = 0.001\n{common}");
@@ -105,7 +126,7 @@ fn cases() -> Vec<(&'static str, String)> {
 }
 
 /// A golden's rows, with three of them to validate on: no number of ranks divides that.
-fn place(kind: &str) -> Place {
+pub(super) fn place(kind: &str) -> Place {
     let place = Place::new("deepseek_v3");
     if kind.ends_with("dpo") {
         preferences(&place);
@@ -117,7 +138,7 @@ fn place(kind: &str) -> Place {
     place
 }
 
-fn recipe(place: &Place, settings: &str) -> Recipe {
+pub(super) fn recipe(place: &Place, settings: &str) -> Recipe {
     recipe_with(place, settings, "")
 }
 
@@ -126,7 +147,7 @@ fn recipe_with(place: &Place, settings: &str, eval: &str) -> Recipe {
     place.recipe("# deepseek_v3\n", &settings)
 }
 
-fn assert_same_files(one: &Path, other: &Path, names: &[&str], what: &str) {
+pub(super) fn assert_same_files(one: &Path, other: &Path, names: &[&str], what: &str) {
     for name in names {
         assert_eq!(
             bytes(&one.join(name)),
@@ -228,7 +249,9 @@ fn ranks_that_differ_fail_or_end_are_named_and_none_hangs() {
                     Ok(model.into())
                 })
                 .unwrap();
-                session.join(World::new(wire)).unwrap();
+                session
+                    .join(World::new(wire), RankLayout::default())
+                    .unwrap();
                 session
                     .fit(&run, &mut Seen::default())
                     .unwrap_err()

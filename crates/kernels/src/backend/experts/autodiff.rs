@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use burn::backend::Autodiff;
+use burn::backend::TensorMetadata;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients as Grads;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::backend::tensor::FloatTensor;
+use burn::backend::tensor::{Device, FloatTensor};
 
 use crate::backend::gradients::{ExpertsSaved, Gradients, Tracked, backward_step, register};
+use crate::backend::supplied::SuppliedGradients;
 use crate::backend::traits::{FactorsPrimitive, RoutingPrimitive, StacksPrimitive};
 use crate::ops::experts::{ExpertBank, ExpertLora};
 use crate::settings::Compute;
@@ -116,6 +118,33 @@ backward_step!(
     }
 );
 
+/// A sum that was computed elsewhere takes the place of the experts in the graph, so gradients meet in the same order.
+pub(crate) fn computed_elsewhere<B: Gradients, C: CheckpointStrategy>(
+    x: Tracked<B>,
+    weights: Tracked<B>,
+    y: Tracked<B>,
+    gradients: SuppliedGradients,
+) -> Tracked<B> {
+    let nodes = [x.node(), weights.node()];
+    let op = ElsewhereBackward.prepare::<C>(nodes).compute_bound();
+    let y = y.into_primitive();
+    match op.stateful() {
+        OpsKind::Tracked(op) => op.finish((gradients, y.device()), y),
+        OpsKind::UnTracked(op) => op.finish(y),
+    }
+}
+
+backward_step!(
+    ElsewhereBackward,
+    2,
+    (SuppliedGradients, Device<B>),
+    |_dy, parents, (gradients, device), grads| {
+        let values = gradients.take();
+        let values = values.map(|values| B::float_from_data(values, &device));
+        register::<B>(grads, parents, values);
+    }
+);
+
 fn inner_routing<B: Gradients, C: CheckpointStrategy>(
     routing: RoutingPrimitive<Autodiff<B, C>>,
 ) -> RoutingPrimitive<B> {
@@ -123,6 +152,7 @@ fn inner_routing<B: Gradients, C: CheckpointStrategy>(
         weights: routing.weights.into_primitive(),
         order: routing.order,
         offsets: routing.offsets,
+        part: routing.part,
     }
 }
 

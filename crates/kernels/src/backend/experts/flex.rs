@@ -14,7 +14,7 @@ use crate::backend::traits::{FactorsPrimitive, RoutingPrimitive, StacksPrimitive
 use crate::gemv::MAX_GEMV_ROWS;
 use crate::ops::experts::{
     self, CachedExpert, ExpertBank, ExpertLora, ExpertOperands, InputGrads, RoutedExperts,
-    SavedProducts, SharedExperts, Slots, StackedFactors, serves_fused,
+    SavedProducts, SharedExperts, SlotPart, Slots, StackedFactors, serves_fused,
 };
 use crate::ops::route::{self, TopK};
 use crate::settings::Compute;
@@ -67,8 +67,10 @@ pub(crate) fn experts_frozen_grads(
     let (values, dy) = (FactorValues::new(factors), Floats::new(&dy));
     let experts = frozen_experts(bank, &[], &values, lora, saved.compute);
     let mut restored = SavedValues::new(&saved);
-    // The factors' inputs are those that the forward pass multiplied; a recomputed x is not rounded yet.
-    if want_factors && matches!(saved.x.form(), SavedForm::Norm(..) | SavedForm::Swiglu(_)) {
+    // The factors' inputs are those that the forward pass multiplied; a recomputed x is not rounded yet, nor is one of
+    // another rank.
+    let is_recomputed = matches!(saved.x.form(), SavedForm::Norm(..) | SavedForm::Swiglu(_));
+    if want_factors && (is_recomputed || saved.routing.part.is_some()) {
         let compute = saved.compute.rounding_before_product();
         restored.x = Floats::rounded(restored.x.tensor(), compute);
     }
@@ -144,6 +146,7 @@ struct RoutingValues {
     weights: Floats,
     order: Vec<i32>,
     offsets: Vec<i32>,
+    part: Option<SlotPart>,
 }
 
 impl RoutingValues {
@@ -152,6 +155,7 @@ impl RoutingValues {
             weights: Floats::new(&routing.weights),
             order: int_values(&routing.order),
             offsets: int_values(&routing.offsets),
+            part: routing.part,
         }
     }
 
@@ -160,6 +164,7 @@ impl RoutingValues {
             order: &self.order,
             offsets: &self.offsets,
             top_k: self.weights.dims::<2>()[1],
+            part: self.part,
         }
     }
 }

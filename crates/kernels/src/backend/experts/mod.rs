@@ -9,8 +9,9 @@ use burn::backend::{Dispatch, DispatchTensor};
 use burn::tensor::{Int, Tensor};
 
 use crate::backend::factors;
+use crate::backend::supplied::SuppliedGradients;
 use crate::backend::traits::{FactorsPrimitive, Kernels, RoutingPrimitive, StacksPrimitive};
-use crate::ops::experts::{ExpertBank, ExpertLora, SharedExperts};
+use crate::ops::experts::{ExpertBank, ExpertLora, SharedExperts, SlotPart};
 use crate::ops::route::TopK;
 use crate::settings::Compute;
 
@@ -70,6 +71,8 @@ pub struct Routing {
     pub order: Tensor<1, Int>,
     /// `[experts + 1]`; slots behind the last one are served elsewhere and count as zero.
     pub offsets: Tensor<1, Int>,
+    /// What these slots are a part of, if they are not a whole micro-batch's; for the CPU.
+    pub part: Option<SlotPart>,
 }
 
 /// Low-rank factors of a layer's experts, `a [experts, rank, in]` and `b [experts, out, rank]` of each projection with
@@ -156,12 +159,32 @@ pub fn experts_trained(
     )
 }
 
+/// The weighted sum of every token's experts, `y`, if it was computed elsewhere. Its gradients come from there too: they are
+/// supplied before the graph is differentiated.
+///
+/// # Shapes
+/// - `x`: `[tokens, hidden_size]`, `weights`: `[tokens, top_k]`, `y`: `[tokens, hidden_size]`
+/// - returns: `y`, which depends on the other two
+///
+/// # Panics
+/// When the graph is differentiated, if no gradients were supplied.
+pub fn computed_elsewhere(
+    x: Tensor<2>,
+    weights: Tensor<2>,
+    y: Tensor<2>,
+    gradients: SuppliedGradients,
+) -> Tensor<2> {
+    let [x, weights, y] = [x, weights, y].map(Tensor::into_dispatch);
+    Tensor::from_dispatch(Dispatch::computed_elsewhere(x, weights, y, gradients))
+}
+
 impl From<Routing> for RoutingPrimitive<Dispatch> {
     fn from(routing: Routing) -> Self {
         Self {
             weights: routing.weights.into_dispatch(),
             order: routing.order.into_dispatch(),
             offsets: routing.offsets.into_dispatch(),
+            part: routing.part,
         }
     }
 }

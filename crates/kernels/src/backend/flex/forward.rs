@@ -241,7 +241,7 @@ impl Kernels for Flex {
         optimizer::adamw_step(p, g, m, v, step)
     }
 
-    fn sum_of_squares_f32(x: FlexTensor) -> FlexTensor {
-        optimizer::sum_of_squares_f32(x)
+    fn sums_of_squares_f32(x: FlexTensor, parts: usize) -> FlexTensor {
+        optimizer::sums_of_squares_f32(x, parts)
     }
 }

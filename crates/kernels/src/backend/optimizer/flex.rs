@@ -3,6 +3,7 @@
 use burn::tensor::DType;
 use burn_flex::FlexTensor;
 use half::bf16;
+use rayon::prelude::*;
 
 use crate::backend::flex::values::{Floats, floats, owned};
 use crate::ops::adamw::{self, AdamWStep};
@@ -26,6 +27,10 @@ pub(crate) fn adamw_step(
     (p, m, v)
 }
 
-pub(crate) fn sum_of_squares_f32(x: FlexTensor) -> FlexTensor {
-    floats(vec![adamw::sum_of_squares(&Floats::new(&x)) as f32], [1])
+pub(crate) fn sums_of_squares_f32(x: FlexTensor, parts: usize) -> FlexTensor {
+    let x = Floats::new(&x);
+    let n = x.len() / parts.max(1);
+    let sums = (0..parts).into_par_iter();
+    let sums = sums.map(|part| adamw::sum_of_squares(&x[part * n..][..n]) as f32);
+    floats(sums.collect(), [parts])
 }

@@ -59,11 +59,19 @@ pub fn total(x: Tensor<1>) -> Tensor<1> {
     square.sum_dim(1).sum_dim(0).reshape([1])
 }
 
-/// The sum of squares, in f64 and in an order that depends on the length alone.
+/// The sums of squares of equal parts, in f64 and in an order that depends on a part's length alone.
 ///
 /// # Shapes
-/// - `x`: `[n]`
-/// - returns: `[1]`
-pub fn sum_of_squares(x: Tensor<1>) -> Tensor<1> {
-    Tensor::from_dispatch(Dispatch::sum_of_squares_f32(x.into_dispatch()))
+/// - `x`: `[parts · n]`
+/// - returns: `[parts]`
+///
+/// # Panics
+/// If the parts are not equal.
+pub fn sums_of_squares(x: Tensor<1>, parts: usize) -> Tensor<1> {
+    assert!(
+        x.dims()[0].is_multiple_of(parts),
+        "{parts} equal parts of {} values",
+        x.dims()[0]
+    );
+    Tensor::from_dispatch(Dispatch::sums_of_squares_f32(x.into_dispatch(), parts))
 }

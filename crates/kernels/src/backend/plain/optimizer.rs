@@ -31,7 +31,10 @@ pub(crate) fn adamw_step<B: Kernels>(
     (p.into_tensor(), m.into_tensor(), v.into_tensor())
 }
 
-/// The sum of squares: `[n]` → `[1]`.
-pub(crate) fn sum_of_squares<B: Kernels>(x: FloatTensor<B>) -> FloatTensor<B> {
-    Reals::<B>::new(x).square().sum(0).into_tensor()
+/// The sums of squares of equal parts: `[parts · n]` → `[parts]`.
+pub(crate) fn sums_of_squares<B: Kernels>(x: FloatTensor<B>, parts: usize) -> FloatTensor<B> {
+    let x = Reals::<B>::new(x);
+    let n = x.len() / parts.max(1);
+    let sums = x.square().reshape(&[parts, n]).sum(1);
+    sums.reshape(&[parts]).into_tensor()
 }

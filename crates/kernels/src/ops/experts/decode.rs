@@ -69,7 +69,7 @@ pub(super) fn forward(
 ) -> Option<(Vec<f32>, Vec<f32>, Vec<f32>)> {
     let RoutedExperts { hidden, inner, .. } = experts;
     let (n_slots, tokens) = (slots.order.len(), x.len() / hidden.max(1));
-    if tokens > MAX_GEMV_ROWS || !experts.lora.dropout.is_off() {
+    if slots.tokens(tokens) > MAX_GEMV_ROWS || !experts.lora.dropout.is_off() {
         return None;
     }
     let first = active_projections(experts, slots, &[GATE, UP])?;
@@ -326,6 +326,7 @@ mod tests {
                 order: &order,
                 offsets: &offsets[..n + 1],
                 top_k,
+                part: None,
             };
             let (x, weights) = (noise(tokens * hidden, 6), noise(tokens * top_k, 8));
             let found = forward(experts, slots, &x, &weights, None).unwrap();

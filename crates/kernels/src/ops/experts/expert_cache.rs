@@ -335,6 +335,7 @@ mod tests {
             order: &order,
             offsets: &offsets,
             top_k: 1,
+            part: None,
         });
         for copy in &copies {
             let stored = bank.weights_of(copy.expert);

@@ -387,7 +387,7 @@ pub(crate) fn backward_updated(
             };
             group.with_operands(pass, projection, expert, |x, dy| {
                 let places = slots.of_expert(expert);
-                let slots = ExpertSlots { expert, places };
+                let slots = slots.some_of(expert, places);
                 experts.factor_grads(projection, &slots, [x, dy], grads);
             });
         });
@@ -452,6 +452,7 @@ mod tests {
             order: &order,
             offsets: &offsets,
             top_k,
+            part: None,
         };
         let (x, dy) = (noise(tokens * hidden, 6), noise(tokens * hidden, 7));
         let weights = noise(tokens * top_k, 8);

@@ -16,6 +16,7 @@ pub(crate) use self::grouped::{
 };
 pub use self::routed::ExpertLora;
 pub(crate) use self::routed::{ExpertOperands, RoutedExperts, StackedFactors};
+pub use self::slots::SlotPart;
 pub(crate) use self::slots::Slots;
 use crate::settings::Compute;
 

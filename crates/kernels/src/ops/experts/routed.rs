@@ -1,7 +1,5 @@
 //! A layer's routed experts as the kernels read them: weights and low-rank updates.
 
-use std::ops::Range;
-
 use super::bank::ExpertBank;
 use super::expert_cache::CachedExpert;
 use super::slots::ExpertSlots;
@@ -152,7 +150,7 @@ impl<'a> RoutedExperts<'a> {
         let Some((a, b)) = self.activation_factors(projection, slots.expert) else {
             return;
         };
-        self.with_dropped(projection, &slots.places, x, |x| {
+        self.with_dropped(projection, slots, x, |x| {
             with_scratch(rows * a.rows(), |low| {
                 gemm(
                     MatMut::dense(low, rows, a.rows()),
@@ -220,7 +218,7 @@ impl<'a> RoutedExperts<'a> {
                 1.0,
                 Accumulate::Replace,
             );
-            self.drop_rows(projection, &slots.places, dropped, in_width);
+            self.drop_rows(projection, slots, dropped, in_width);
             dx.iter_mut()
                 .zip(dropped)
                 .for_each(|(dx, dropped)| *dx += *dropped);
@@ -231,7 +229,7 @@ impl<'a> RoutedExperts<'a> {
     pub(super) fn with_dropped(
         &self,
         projection: usize,
-        places: &Range<usize>,
+        slots: &ExpertSlots,
         x: Mat<'_>,
         use_it: impl FnOnce(Mat<'_>),
     ) {
@@ -241,7 +239,7 @@ impl<'a> RoutedExperts<'a> {
         let width = x.cols();
         with_scratch(x.rows() * width, |copy| {
             (0..x.rows()).for_each(|row| copy[row * width..][..width].copy_from_slice(x.row(row)));
-            self.drop_rows(projection, places, copy, width);
+            self.drop_rows(projection, slots, copy, width);
             use_it(Mat::dense(copy, x.rows(), width));
         });
     }
@@ -258,7 +256,7 @@ impl<'a> RoutedExperts<'a> {
             return;
         };
         let (n, rank, scale) = (x.rows(), a.rows(), self.lora.scale[projection]);
-        self.with_dropped(projection, &slots.places, x, |x| {
+        self.with_dropped(projection, slots, x, |x| {
             with_scratch(2 * n * rank, |scratch| {
                 let (low, dlow) = scratch.split_at_mut(n * rank);
                 gemm(
@@ -293,13 +291,13 @@ impl<'a> RoutedExperts<'a> {
     pub(super) fn drop_rows(
         &self,
         projection: usize,
-        places: &Range<usize>,
+        slots: &ExpertSlots,
         rows: &mut [f32],
         width: usize,
     ) {
         let dropout = self.lora.dropout.fork(projection as u64);
-        for (place, row) in places.clone().zip(rows.chunks_mut(width)) {
-            dropout.apply(row, (place * width) as u64);
+        for (key, row) in slots.keys.clone().zip(rows.chunks_mut(width)) {
+            dropout.apply(row, (key * width) as u64);
         }
     }
 }

@@ -12,6 +12,15 @@ const TASK_SLOTS: usize = 256;
 /// Tasks per thread in a group of experts: enough for the threads to end together.
 const GROUP_TASKS: usize = 16;
 
+/// Where slots lie in those of a whole micro-batch, of whose experts only some are here. They are computed as they are there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotPart {
+    /// The micro-batch's slots before them, sorted by expert: dropout depends on a slot's place.
+    pub first: usize,
+    /// The micro-batch's tokens: few are multiplied by another kernel.
+    pub tokens: usize,
+}
+
 /// The slots of all tokens, sorted by expert.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Slots<'a> {
@@ -20,6 +29,8 @@ pub(crate) struct Slots<'a> {
     /// `[experts + 1]`. Slots behind the last offset count as zero: other experts serve them.
     pub(crate) offsets: &'a [i32],
     pub(crate) top_k: usize,
+    /// What they are a part of, if they are not a whole micro-batch's.
+    pub(crate) part: Option<SlotPart>,
 }
 
 /// An expert, and positions of its slots in [`Slots::order`].
@@ -27,9 +38,26 @@ pub(crate) struct Slots<'a> {
 pub(super) struct ExpertSlots {
     pub(super) expert: usize,
     pub(super) places: Range<usize>,
+    /// The same positions in the whole micro-batch.
+    pub(super) keys: Range<usize>,
 }
 
 impl Slots<'_> {
+    /// The micro-batch's tokens, of which `here` are in this call.
+    pub(super) fn tokens(&self, here: usize) -> usize {
+        self.part.map_or(here, |part| part.tokens)
+    }
+
+    /// Slots of one expert.
+    pub(super) fn some_of(&self, expert: usize, places: Range<usize>) -> ExpertSlots {
+        let first = self.part.map_or(0, |part| part.first);
+        ExpertSlots {
+            expert,
+            keys: places.start + first..places.end + first,
+            places,
+        }
+    }
+
     pub(super) fn token(&self, at: usize) -> usize {
         self.order[at] as usize / self.top_k
     }
@@ -78,7 +106,7 @@ impl Slots<'_> {
         experts
             .flat_map(|expert| {
                 tiles(self.of_expert(expert), TASK_SLOTS)
-                    .map(move |places| ExpertSlots { expert, places })
+                    .map(move |places| self.some_of(expert, places))
             })
             .collect()
     }

@@ -313,6 +313,7 @@ fn some_routing(tokens: usize, device: &Device) -> Routing {
         weights: tensor(&noise(2 * tokens, 6), [tokens, 2], device),
         order: ids(&ints(order), [2 * tokens], device),
         offsets: ids(&offsets, [6], device),
+        part: None,
     }
 }
 

@@ -14,7 +14,7 @@ use crate::backend::elementwise::{dropout, rms_norm, rms_norm_start, rope, swigl
 use crate::backend::is_gpu;
 use crate::backend::linear::{linear_add, linear_updated, row_norms};
 use crate::backend::loss::{cross_entropy_frozen, cross_entropy_trained};
-use crate::backend::optimizer::{adamw, sum_of_squares, total};
+use crate::backend::optimizer::{adamw, sums_of_squares, total};
 use crate::backend::traits::{Absorbed, Update};
 use crate::formats::{CacheType, Matrix};
 use crate::ops::adamw::AdamWStep;
@@ -253,10 +253,11 @@ fn optimizer_and_sums_are_those_of_the_cpu() {
                 number: 3,
                 gradient_scale: 0.5,
                 noise: None,
+                first: 0,
             };
             let second = plain(4) * plain(4);
             let (p, [m, v]) = adamw(plain(1), plain(2), [plain(3), second], step);
-            let squares = values(sum_of_squares(plain(5)));
+            let squares = values(sums_of_squares(plain(5), 1));
             let positive = values(total(plain(6).abs()));
             vec![values(p), values(m), values(v), squares, positive]
         });

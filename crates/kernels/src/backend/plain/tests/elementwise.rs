@@ -188,15 +188,17 @@ fn updates_of_parameters_agree() {
             number: 3,
             gradient_scale: 0.5,
             noise: None,
+            first: 0,
         };
         let (p, m, v) = optimizer::adamw_step::<Flex>(inputs.clone(), step);
         let [p_in, g, m_in, v_in] = inputs;
         let (ep, em, ev) = Flex::adamw_step(p_in, g, m_in, v_in, step);
         all_close(&[p, m, v], &[ep, em, ev], 1e-6, "adamw");
     }
-    for n in [1, 100, 100_003] {
-        let x = noise(&[n], 1);
-        let found = optimizer::sum_of_squares::<Flex>(x.clone());
-        close(&found, &Flex::sum_of_squares_f32(x), 1e-5, "sum_of_squares");
+    for [parts, n] in [[1, 1], [1, 100], [1, 100_003], [7, 33]] {
+        let x = noise(&[parts * n], 1);
+        let found = optimizer::sums_of_squares::<Flex>(x.clone(), parts);
+        let expected = Flex::sums_of_squares_f32(x, parts);
+        close(&found, &expected, 1e-5, "sums_of_squares");
     }
 }

@@ -33,6 +33,7 @@ fn routing(tokens: usize, elsewhere: usize) -> RoutingPrimitive<Flex> {
         weights: noise(&[tokens, TOP_K], 1),
         order,
         offsets: ids(ints(&offsets)[..own].to_vec(), &[own]),
+        part: None,
     }
 }
 

@@ -5,13 +5,16 @@
 //! (losses, rewards, loads, squares) is added by all ranks alike, in the order of micro-batches or of names. So nothing
 //! depends on the number of ranks, and all ranks decide alike.
 
+mod layout;
+mod stacks;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::{Device, FloatDType, Tensor};
 use checkpoint::TensorSpec;
 use kernels::device::read;
-use model::{Model, Parameter};
+use model::Model;
 use parallel::{MessageReader, MessageWriter, RankError, World};
 
 use crate::checkpoint_state::read_optimizer;
@@ -19,21 +22,46 @@ use crate::optimizer::Accumulated;
 use crate::routing::DriftCounts;
 use crate::{Error, Result};
 
+pub use self::layout::RankLayout;
+use self::stacks::{SharedStack, StackParts};
+
+/// Sums of squares by name, and by expert for stacks.
+pub(crate) type Squares = BTreeMap<(String, usize), f64>;
+
 /// The ranks of a run, and what each owns.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Ranks {
     pub(crate) world: World,
-    /// The rank of each parameter.
+    pub(crate) layout: RankLayout,
+    /// The rank of each parameter; of a stack that ranks share out, the group whose ranks own its parts.
     owners: BTreeMap<String, usize>,
+    /// Stacks of experts that ranks share out.
+    stacks: BTreeMap<String, SharedStack>,
+}
+
+impl Default for Ranks {
+    fn default() -> Self {
+        Self {
+            world: World::alone(),
+            layout: RankLayout::default(),
+            owners: BTreeMap::new(),
+            stacks: BTreeMap::new(),
+        }
+    }
 }
 
 impl Ranks {
-    /// Shares parameters out: the largest first, each to the rank that has least.
-    pub(crate) fn new(world: World, parameters: &[Parameter]) -> Self {
-        let mut sizes: Vec<(usize, &String)> = (parameters.iter())
-            .map(|parameter| (parameter.values.dims()[0], &parameter.name))
+    /// Shares parameters out: the largest first, each to the rank that has least. The parts of a stack that is shared out
+    /// belong to the ranks of one group.
+    pub(crate) fn new(world: World, layout: RankLayout, model: &Model) -> Self {
+        let stacks: BTreeMap<String, SharedStack> = (model.held_stacks().into_iter())
+            .map(|stack| (stack.name.clone(), SharedStack::new(&stack)))
             .collect();
-        sizes.sort_by(|a, b| (b.0, a.1).cmp(&(a.0, b.1)));
+        let mut sizes: Vec<(usize, String)> = (model.parameters().into_iter())
+            .filter(|parameter| !stacks.contains_key(&parameter.name))
+            .map(|parameter| (parameter.values.dims()[0], parameter.name))
+            .collect();
+        sizes.sort_by(|a, b| (b.0, &a.1).cmp(&(a.0, &b.1)));
         let mut owned = vec![0; world.ranks()];
         let mut owners = BTreeMap::new();
         for (size, name) in sizes {
@@ -41,14 +69,44 @@ impl Ranks {
                 .min_by_key(|rank| owned[*rank])
                 .unwrap_or(0);
             owned[least] += size;
-            owners.insert(name.clone(), least);
+            owners.insert(name, least);
         }
-        Self { world, owners }
+        let groups = world.ranks() / layout.ep.unwrap_or(1);
+        owners.extend((stacks.keys().cloned()).zip((0..groups).cycle()));
+        Self {
+            world,
+            layout,
+            owners,
+            stacks,
+        }
     }
 
-    /// Whether this rank has a parameter's moments.
+    /// Whether this rank has the moments of a parameter, or of its own part of it.
     pub(crate) fn owns(&self, name: &str) -> bool {
-        self.world.is_alone() || self.owners.get(name) == Some(&self.world.rank())
+        self.world.is_alone() || self.owner(name) == self.world.rank()
+    }
+
+    /// The rank that has the moments of what this rank has of a parameter.
+    fn owner(&self, name: &str) -> usize {
+        let owner = self.owners.get(name).copied().unwrap_or(0);
+        match self.stacks.contains_key(name) {
+            true => owner * self.ep() + self.place(),
+            false => owner,
+        }
+    }
+
+    /// Whether ranks need each other's experts in a forward pass.
+    pub(crate) fn shares_experts(&self) -> bool {
+        self.ep() > 1
+    }
+
+    fn ep(&self) -> usize {
+        self.layout.ep.unwrap_or(1)
+    }
+
+    /// This rank's place in the group that shares out experts.
+    fn place(&self) -> usize {
+        self.world.rank() % self.ep()
     }
 
     /// Those of a step's micro-batches that this rank computes: one of each round.
@@ -89,8 +147,7 @@ impl Ranks {
         }
         let mut messages = vec![MessageWriter::default(); self.world.ranks()];
         for (name, gradient) in gradients {
-            let owner = self.owners.get(&name).copied().unwrap_or(0);
-            write(&mut messages[owner], &name, gradient);
+            write(&mut messages[self.owner(&name)], &name, gradient);
         }
         let messages = messages.into_iter().map(MessageWriter::finish).collect();
         for message in self.world.exchange("gradients", messages)? {
@@ -107,27 +164,33 @@ impl Ranks {
         let mut message = MessageWriter::default();
         sums.iter()
             .for_each(|(name, sum)| write(&mut message, name, sum.clone()));
-        let mut all = Accumulated::default();
+        let mut parts = StackParts::default();
         for message in self.world.all("sums of gradients", message.finish())? {
-            all.add(tensors(&message, device)?);
+            for (name, gradient) in tensors(&message, device)? {
+                parts.entry(name).or_default().push(gradient);
+            }
         }
-        Ok(all)
+        Ok(Accumulated::of(stacks::whole(parts)))
     }
 
-    /// The sums of squares of all owners' gradients.
-    pub(crate) fn squares(&self, own: BTreeMap<String, f64>) -> Result<BTreeMap<String, f64>> {
-        if self.world.is_alone() {
-            return Ok(own);
-        }
+    /// The sums of squares of all owners' gradients: of each tensor, of each expert of a stack.
+    pub(crate) fn squares(&self, own: Vec<(String, Vec<f32>)>) -> Result<Squares> {
         let mut message = MessageWriter::default();
-        own.iter()
-            .for_each(|(name, square)| _ = message.bytes(name.as_bytes()).number(*square));
-        let mut all = BTreeMap::new();
+        for (name, squares) in own {
+            let first = self.stacks.get(&name);
+            let first = first.map_or(0, |stack| stack.ranges[self.place()].start);
+            message
+                .bytes(name.as_bytes())
+                .count(first as u64)
+                .values(&squares);
+        }
+        let mut all = Squares::new();
         for message in self.world.all("squares", message.finish())? {
             let mut reader = MessageReader::new(&message);
             while !reader.is_empty() {
-                let name = reader.text()?;
-                all.insert(name, reader.number()?);
+                let (name, first) = (reader.text()?, reader.count()? as usize);
+                let squares = (first..).zip(reader.values()?);
+                all.extend(squares.map(|(i, square)| ((name.clone(), i), f64::from(square))));
             }
         }
         Ok(all)
@@ -155,49 +218,70 @@ impl Ranks {
         if self.world.is_alone() {
             return Ok(());
         }
-        let mut message = MessageWriter::default();
+        let mut messages = vec![MessageWriter::default(); self.world.ranks()];
         let own = model.parameters().into_iter();
-        own.filter(|parameter| self.owns(&parameter.name))
-            .for_each(|parameter| write(&mut message, &parameter.name, parameter.values));
+        for parameter in own.filter(|parameter| self.owns(&parameter.name)) {
+            let mut message = MessageWriter::default();
+            write(&mut message, &parameter.name, parameter.values);
+            let message = message.finish();
+            for rank in self.others_with(&parameter.name) {
+                messages[rank].append(&message);
+            }
+        }
+        let messages = messages.into_iter().map(MessageWriter::finish).collect();
         let mut values = BTreeMap::new();
-        for message in self.others("weights", message.finish())? {
+        for message in self.world.exchange("weights", messages)? {
             values.extend(tensors(&message, device)?);
         }
         model.map_parameters(&mut |name, old| values.remove(name).unwrap_or(old));
         Ok(())
     }
 
-    /// What every other rank says to all.
-    fn others(&self, name: &str, message: Vec<u8>) -> Result<Vec<Vec<u8>>> {
-        let mut said = self.world.all(name, message)?;
-        said.remove(self.world.rank());
-        Ok(said)
+    /// The other ranks that have what this one has of a parameter.
+    fn others_with(&self, name: &str) -> impl Iterator<Item = usize> + use<> {
+        self.others_in_place(match self.stacks.contains_key(name) {
+            true => self.ep(),
+            false => 1,
+        })
     }
 
-    /// All owners' moments, on the first rank; its own on the others.
+    /// The other ranks in this one's place of groups of `size`.
+    fn others_in_place(&self, size: usize) -> impl Iterator<Item = usize> + use<> {
+        let (rank, first) = (self.world.rank(), self.world.rank() % size);
+        (first..self.world.ranks())
+            .step_by(size)
+            .filter(move |other| *other != rank)
+    }
+
+    /// All owners' moments, on the first rank; nothing on the others.
     pub(crate) fn moments(
         &self,
         own: &BTreeMap<String, [Tensor<1>; 2]>,
         dtype: FloatDType,
         device: &Device,
     ) -> Result<BTreeMap<String, [Tensor<1>; 2]>> {
-        let mut all = own.clone();
         if self.world.is_alone() {
-            return Ok(all);
+            return Ok(own.clone());
         }
         let mut message = MessageWriter::default();
-        // The first rank has its own.
-        for (name, pair) in own.iter().filter(|_| !self.world.is_first()) {
+        for (name, pair) in own {
             pair.iter()
                 .for_each(|moment| write(&mut message, name, moment.clone()));
         }
+        let mut parts = [StackParts::default(), StackParts::default()];
         for message in self.world.to_first("moments", message.finish())? {
             for pair in tensors(&message, device)?.chunks_exact(2) {
-                let moments = [0, 1].map(|which| pair[which].1.clone().cast(dtype));
-                all.insert(pair[0].0.clone(), moments);
+                for (parts, (name, moment)) in parts.iter_mut().zip(pair) {
+                    let moment = moment.clone().cast(dtype);
+                    parts.entry(name.clone()).or_default().push(moment);
+                }
             }
         }
-        Ok(all)
+        let [first, second] = parts.map(stacks::whole);
+        let pairs = first.into_iter().zip(second.into_values());
+        Ok(pairs
+            .map(|((name, first), second)| (name, [first, second]))
+            .collect())
     }
 
     /// Reads the tensors of a checkpoint on the first rank, and gives each to all.
@@ -258,6 +342,18 @@ impl Ranks {
             }
         }
         Ok(said)
+    }
+
+    /// What the first rank that has something to say says; nothing either if ranks are lost, which another exchange tells.
+    pub(crate) fn first_to_say(&self, own: Option<String>) -> Option<String> {
+        let said = self
+            .world
+            .all("diagnosis", own.unwrap_or_default().into_bytes());
+        let said = said
+            .unwrap_or_default()
+            .into_iter()
+            .find(|text| !text.is_empty());
+        said.map(|text| String::from_utf8_lossy(&text).into_owned())
     }
 
     /// Refuses ranks that differ in something: what it is, and its value here.

@@ -1,0 +1,175 @@
+//! Rows as messages: which of a micro-batch's go to which rank, and the sums of those that come back.
+
+use std::ops::Range;
+
+use kernels::SlotPart;
+use parallel::{MessageReader, MessageWriter, ShortMessage};
+
+use super::ExchangeKind;
+
+/// The rows that a micro-batch sends to one rank.
+#[derive(Debug)]
+pub(super) struct Sent {
+    /// The token of each row.
+    pub(super) tokens: Vec<usize>,
+    /// The slots that each row brings, as many for all of them.
+    pub(super) slots: Vec<Option<usize>>,
+    /// The expert of each, by its place in the rank's range; as many as it holds for none.
+    pub(super) experts: Vec<i32>,
+    pub(super) part: SlotPart,
+}
+
+/// Where a micro-batch's slots go, by the routers' choice.
+pub(super) struct SentPlan {
+    pub(super) top_k: usize,
+    pub(super) tokens: usize,
+    /// Slots sorted by expert.
+    pub(super) order: Vec<usize>,
+    pub(super) offsets: Vec<usize>,
+}
+
+impl SentPlan {
+    /// The rows that go to the rank with some of the experts.
+    pub(super) fn rows(&self, experts: Range<usize>, kind: ExchangeKind) -> Sent {
+        let places = self.offsets[experts.start]..self.offsets[experts.end];
+        let part = SlotPart {
+            first: places.start,
+            tokens: self.tokens,
+        };
+        let slots = self.order[places].iter();
+        let served = (experts.clone())
+            .flat_map(|expert| {
+                let n = self.offsets[expert + 1] - self.offsets[expert];
+                std::iter::repeat_n((expert - experts.start) as i32, n)
+            })
+            .zip(slots);
+        match kind {
+            ExchangeKind::Slots => {
+                let (experts, slots): (Vec<i32>, Vec<usize>) = served.unzip();
+                Sent {
+                    tokens: slots.iter().map(|slot| slot / self.top_k).collect(),
+                    slots: slots.into_iter().map(Some).collect(),
+                    experts,
+                    part,
+                }
+            }
+            ExchangeKind::Rows => self.one_row_a_token(served, experts.len(), part),
+        }
+    }
+
+    /// A row for each token with any of a rank's experts, and a place in it for each of the token's slots.
+    fn one_row_a_token<'a>(
+        &self,
+        served: impl Iterator<Item = (i32, &'a usize)>,
+        n_experts: usize,
+        part: SlotPart,
+    ) -> Sent {
+        let mut experts_of = vec![n_experts as i32; self.tokens * self.top_k];
+        served.for_each(|(expert, slot)| experts_of[*slot] = expert);
+        let mut sent = Sent {
+            tokens: vec![],
+            slots: vec![],
+            experts: vec![],
+            part,
+        };
+        for (token, experts) in experts_of.chunks(self.top_k).enumerate() {
+            let is_here = |expert: &i32| (*expert as usize) < n_experts;
+            if experts.iter().any(is_here) {
+                sent.tokens.push(token);
+                sent.experts.extend(experts);
+                let slots = (token * self.top_k..).zip(experts);
+                (sent.slots).extend(slots.map(|(slot, expert)| is_here(expert).then_some(slot)));
+            }
+        }
+        sent
+    }
+}
+
+impl Sent {
+    /// The rows of some values by token, in the order in which they are sent.
+    pub(super) fn gather(&self, values: &[f32], tokens: usize) -> Vec<f32> {
+        let width = values.len() / tokens.max(1);
+        let rows = self.tokens.iter();
+        rows.flat_map(|token| &values[token * width..][..width])
+            .copied()
+            .collect()
+    }
+
+    pub(super) fn message(&self, x: &[f32], weights: &[f32], dropout_seed: Option<u64>) -> Vec<u8> {
+        let mut message = MessageWriter::default();
+        message
+            .count(u64::from(dropout_seed.is_some()))
+            .count(dropout_seed.unwrap_or(0))
+            .count(self.part.first as u64)
+            .count(self.part.tokens as u64)
+            .count(self.tokens.len() as u64);
+        let experts: Vec<u8> = (self.experts.iter())
+            .flat_map(|expert| expert.to_le_bytes())
+            .collect();
+        let weight = |slot: &Option<usize>| slot.map_or(0.0, |slot| weights[slot]);
+        let weights: Vec<f32> = self.slots.iter().map(weight).collect();
+        message.bytes(&experts).values(&weights);
+        message.values(&self.gather(x, self.part.tokens));
+        message.finish()
+    }
+}
+
+/// The rows that a rank gets from another's micro-batch.
+pub(super) struct Received {
+    pub(super) dropout_seed: Option<u64>,
+    pub(super) part: SlotPart,
+    pub(super) rows: usize,
+    pub(super) experts: Vec<i32>,
+    pub(super) weights: Vec<f32>,
+    pub(super) x: Vec<f32>,
+}
+
+impl Received {
+    pub(super) fn read(message: &[u8]) -> Result<Self, ShortMessage> {
+        let mut reader = MessageReader::new(message);
+        let is_dropping = reader.count()? == 1;
+        let dropout_seed = Some(reader.count()?).filter(|_| is_dropping);
+        let part = SlotPart {
+            first: reader.count()? as usize,
+            tokens: reader.count()? as usize,
+        };
+        let rows = reader.count()? as usize;
+        let experts = reader.bytes()?.as_chunks::<4>().0.iter();
+        Ok(Self {
+            dropout_seed,
+            part,
+            rows,
+            experts: experts.map(|bytes| i32::from_le_bytes(*bytes)).collect(),
+            weights: reader.values()?,
+            x: reader.values()?,
+        })
+    }
+}
+
+pub(super) fn second_values(message: &[u8]) -> Result<Vec<f32>, ShortMessage> {
+    if message.is_empty() {
+        return Ok(vec![]);
+    }
+    let mut reader = MessageReader::new(message);
+    reader.values()?;
+    reader.values()
+}
+
+/// Adds the rows that came back, `[rows, width]` from each rank, to their tokens' sums: in the order of ranks, and of each
+/// rank's rows.
+pub(super) fn add_rows(sent: &[Sent], replies: &[Vec<u8>], size: usize) -> Vec<f32> {
+    let mut sums = vec![0.0; size];
+    for (sent, reply) in sent.iter().zip(replies) {
+        if sent.tokens.is_empty() {
+            continue;
+        }
+        let rows = MessageReader::new(reply).values();
+        let rows = rows.expect("the ranks run one program");
+        let width = rows.len() / sent.tokens.len();
+        for (token, row) in sent.tokens.iter().zip(rows.chunks(width.max(1))) {
+            let sum = &mut sums[token * width..][..width];
+            sum.iter_mut().zip(row).for_each(|(sum, row)| *sum += *row);
+        }
+    }
+    sums
+}
