@@ -238,4 +238,54 @@ mod mpi {
             assert_eq!(steps(&run), Some(last));
         }
     }
+
+    /// Where a rank fails: exchanges of the forward pass, the backward pass, the update and a checkpoint.
+    const PLACES: [&str; 4] = ["rows of", "gradients of rows", "weights", "checkpoint"];
+    /// How it fails, and the code of the job.
+    const FAULTS: [(&str, i32); 4] = [("-KILL", 137), ("exit", 3), ("panic", 101), ("-STOP", 8)];
+
+    /// One of four ranks fails in every way at every place, as often as `MOEFORGE_REPEATS` says: the job ends, says who it was,
+    /// and goes on alone to the bits of a run that nobody disturbed.
+    #[test]
+    fn a_rank_that_fails_anywhere_ends_the_job_and_it_goes_on() {
+        let repeats = std::env::var("MOEFORGE_REPEATS").map_or(1, |n| n.parse().unwrap());
+        let place = tempfile::tempdir().unwrap();
+        let at = |name: &str| place.path().join(name).to_string_lossy().into_owned();
+        let more = ["--set", "train.save_every=1", "--set", "train.steps=6"];
+        let whole = at("whole");
+        succeeds(command(&train(&whole, &more)));
+        let expected = numbers(Path::new(&whole), 6);
+        for repeat in 0..repeats {
+            for (i, exchange) in PLACES.iter().enumerate() {
+                for (j, (fault, code)) in FAULTS.iter().enumerate() {
+                    let run = at(&format!("{repeat}-{i}-{j}"));
+                    let rank = 1 + (repeat + i + j) % 3;
+                    let time = 2 + (repeat * 3 + i + j) % 4;
+                    let layout = ["--layout", "ep=4,exchange=slots", "--rank-timeout", "2"];
+                    let words = train(&run, &[&more[..], &layout].concat());
+                    let mut job = mpirun(4, &words);
+                    job.env(
+                        "MOEFORGE_FAULT",
+                        format!("{rank}:{time}:{fault}:{exchange}"),
+                    );
+                    let started = Instant::now();
+                    let child = job.stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
+                    let (found, said) = end(child.unwrap());
+                    let what = format!("{fault} of rank {rank} at `{exchange}` {time}: {said}");
+                    assert_eq!(found, Some(*code), "{what}");
+                    assert!(started.elapsed() < Duration::from_secs(30), "{what}");
+                    let named = [
+                        format!("rank {rank}"),
+                        format!("for ranks [{rank}]"),
+                        format!(",{rank}]"),
+                    ];
+                    assert!(named.iter().any(|name| said.contains(name)), "{what}");
+                    if Path::new(&run).join("checkpoint-1").exists() {
+                        succeeds(command(&["train", "--resume", &run]));
+                        assert!(numbers(Path::new(&run), 6) == expected, "{what}");
+                    }
+                }
+            }
+        }
+    }
 }

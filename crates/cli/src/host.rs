@@ -1,6 +1,8 @@
 //! The host: memory of the machine and of this program, as reported by the operating system.
 
 mod cgroups;
+#[cfg(all(feature = "mpi", debug_assertions))]
+mod faults;
 pub(crate) mod launch;
 mod mac;
 pub(crate) mod scratch;

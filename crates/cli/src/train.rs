@@ -66,8 +66,8 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let scratch = (!world.is_first()).then(|| Scratch::new("rank"));
     let scratch = scratch.transpose()?;
     let (run, mut session) = match &args.resume {
-        Some(path) => resumed(path, args, world, scratch.as_ref(), console)?,
-        None => started(args, world, scratch.as_ref(), console)?,
+        Some(path) => resumed(path, args, world.clone(), scratch.as_ref(), console)?,
+        None => started(args, world.clone(), scratch.as_ref(), console)?,
     };
     let mut watcher = Watcher::new(&session, Signals::listen()?, console)?;
 
@@ -84,10 +84,16 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         saved_activation_bytes as f64 / f64::from(1 << 20)
     ));
     console.memory();
+    if !world.is_alone() {
+        console.note(format_args!(
+            "sent to other ranks: {:.1} MB",
+            world.bytes_sent() as f64 / 1e6
+        ));
+    }
     if scratch.is_none() {
         console.result(run.path().join(result).display());
     }
-    drop(session);
+    drop((session, world));
     launch::leave();
     Ok(ExitCode::SUCCESS)
 }
@@ -102,7 +108,8 @@ fn started(
     let path = args.recipe.as_deref().unwrap_or(Path::new(""));
     let mut recipe = Recipe::open(path, &args.set).map_err(usage)?;
     share_out(&mut recipe, world.ranks(), console);
-    let mut session = open_session(recipe, &args.device, console)?;
+    let mut session =
+        launch::first_of_machine_first(&world, || open_session(recipe, &args.device, console))?;
     describe(&session, console)?;
     // The run directory is created last, so that a run that cannot start leaves none.
     let path = match scratch {
@@ -129,7 +136,9 @@ fn resumed(
     let before = run.recipe().map_err(usage)?;
     let recipe = run.changed_recipe(&args.set).map_err(usage)?;
     let found = run.locate(&recipe)?;
-    let mut session = open_named(found, recipe.model.path.as_deref(), &args.device, console)?;
+    let mut session = launch::first_of_machine_first(&world, || {
+        open_named(found, recipe.model.path.as_deref(), &args.device, console)
+    })?;
     share_experts(&mut session, world, args, console)?;
     let step = session.resume(&run)?;
     describe(&session, console)?;

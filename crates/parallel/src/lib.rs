@@ -19,4 +19,4 @@ mod world;
 
 pub use message::{MessageReader, MessageWriter, ShortMessage};
 pub use wire::{Lost, Wire};
-pub use world::{LinkSpeed, RankError, World};
+pub use world::{Ask, LinkSpeed, RankError, World};

@@ -181,32 +181,78 @@ impl World {
         name: &str,
         work: impl FnOnce() -> Result<Vec<u8>, E>,
     ) -> Result<Vec<u8>, E> {
+        self.first_asks(name, |_| work(), |_| Vec::new())
+    }
+
+    /// [`Self::first_does`], with questions: each is a number, and gets the answers of all ranks, in their order.
+    ///
+    /// # Errors
+    /// As [`Self::first_does`].
+    pub fn first_asks<E: From<RankError> + ToString>(
+        &self,
+        name: &str,
+        work: impl FnOnce(&mut Ask<'_>) -> Result<Vec<u8>, E>,
+        answer: impl Fn(u64) -> Vec<u8>,
+    ) -> Result<Vec<u8>, E> {
         if self.is_alone() {
-            return work();
+            return work(&mut |question| Ok(vec![answer(question)]));
         }
-        let done = self.is_first().then(work);
-        let mut message = MessageWriter::default();
-        match &done {
-            None => {}
-            Some(Ok(result)) => _ = message.count(1).bytes(result),
-            Some(Err(error)) => _ = message.count(0).bytes(error.to_string().as_bytes()),
+        if !self.is_first() {
+            return self.answer(name, answer).map_err(E::from)?.map_err(E::from);
         }
-        let said = self.all(name, message.finish())?.swap_remove(0);
-        if let Some(done) = done {
-            return done;
+        let say = |kind: u64, text: &[u8]| {
+            let mut message = MessageWriter::default();
+            message.count(kind).bytes(text);
+            self.all(name, message.finish())
+        };
+        let mut is_lost = false;
+        let done = work(&mut |question| {
+            let answers = say(ASKS, &question.to_le_bytes());
+            let answers = answers.and_then(|_| self.to_first(name, answer(question)));
+            is_lost |= answers.is_err();
+            answers
+        });
+        if !is_lost {
+            match &done {
+                Ok(result) => say(ENDS, result)?,
+                Err(error) => say(FAILS, error.to_string().as_bytes())?,
+            };
         }
-        let mut reader = MessageReader::new(&said);
-        let is_done = reader.count().map_err(RankError::from)? == 1;
-        let result = reader.bytes().map_err(RankError::from)?;
-        match is_done {
-            true => Ok(result.to_vec()),
-            false => {
-                let error = String::from_utf8_lossy(result).into_owned();
-                Err(RankError::First(error).into())
+        done
+    }
+
+    /// Answers the first rank's questions until it is done: what it says then, or why it failed.
+    fn answer(
+        &self,
+        name: &str,
+        answer: impl Fn(u64) -> Vec<u8>,
+    ) -> Result<Result<Vec<u8>, RankError>, RankError> {
+        loop {
+            let said = self.all(name, Vec::new())?.swap_remove(0);
+            let mut reader = MessageReader::new(&said);
+            let (kind, text) = (reader.count()?, reader.bytes()?);
+            match kind {
+                ASKS => {
+                    let question = text.first_chunk::<8>().ok_or(ShortMessage)?;
+                    self.to_first(name, answer(u64::from_le_bytes(*question)))?;
+                }
+                ENDS => return Ok(Ok(text.to_vec())),
+                _ => {
+                    let error = String::from_utf8_lossy(text).into_owned();
+                    return Ok(Err(RankError::First(error)));
+                }
             }
         }
     }
 }
+
+/// Asks all ranks a question, by its number.
+pub type Ask<'a> = dyn FnMut(u64) -> Result<Vec<Vec<u8>>, RankError> + 'a;
+
+/// What the first rank says while it does something.
+const ASKS: u64 = 0;
+const ENDS: u64 = 1;
+const FAILS: u64 = 2;
 
 #[cfg(test)]
 mod tests {
@@ -226,6 +272,15 @@ mod tests {
                     let failed = world.first_does("disk", || {
                         Err::<_, RankError>(RankError::First("full".into()))
                     });
+                    let asked = world.first_asks(
+                        "sums",
+                        |ask| {
+                            let answers = [ask(10)?, ask(20)?].concat();
+                            Ok::<_, RankError>(answers.concat())
+                        },
+                        |question| vec![question as u8 + world.rank() as u8],
+                    );
+                    assert_eq!(asked.unwrap(), [10, 11, 12, 20, 21, 22]);
                     let mine = vec![world.rank() as u8];
                     let heard = world.to_first("numbers", mine).unwrap();
                     (done.unwrap(), failed.unwrap_err().to_string(), heard)

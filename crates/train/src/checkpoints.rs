@@ -3,15 +3,15 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use burn::tensor::{DType as FloatType, Tensor};
+use burn::tensor::Tensor;
 use checkpoint::{DType, FolderWriter, TensorSpec};
 use kernels::device::read;
-use model::{Model, Parameter};
-use parallel::{MessageReader, MessageWriter};
+use parallel::{Ask, MessageReader, MessageWriter};
 
 use crate::checkpoint_state::{RunState, write_optimizer};
 use crate::events::{Event, Host};
-use crate::recipe::MAX_LOSS_SCALE_EXPONENT;
+use crate::fit::ranks::Ranks;
+use crate::recipe::{MAX_LOSS_SCALE_EXPONENT, Method};
 use crate::run_dir::RunDir;
 use crate::session::Session;
 use crate::{Error, Result, export};
@@ -135,19 +135,33 @@ impl Session {
         Ok(())
     }
 
-    /// Saves a checkpoint, and removes those that are no longer needed.
+    /// Saves a checkpoint, and removes those that are no longer needed. The first rank writes it, and asks the owners for one
+    /// tensor after another.
     pub(crate) fn save(&self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
         self.ranks.expect_replicas(&self.model)?;
-        let model = self.ranks.whole_model(&self.model, &self.device())?;
-        let dtype = self.recipe.optimizer.moments().float();
-        let moments = (self.ranks).moments(&self.optimizer.moments, dtype, &self.device())?;
-        let fill = |writer: &mut FolderWriter| {
-            let (specs, tensors) = (self.state_tensors(), self.state_values(&model, &moments));
-            write_optimizer(writer, &specs, |i| Ok(read(tensors[i].clone())))?;
-            export::adapter_into(self, &model, writer)?;
-            self.state.write(writer)
+        let (specs, state) = (self.state_tensors(), self.own_state());
+        let adapter = match self.recipe.train.method {
+            Method::Lora => Some(self.ranks.whole_model(&self.model, &self.device())?),
+            Method::Full => None,
         };
-        self.ranks.world.first_does("checkpoint", || {
+        let answer = |i: u64| state.answer(specs[i as usize].name.as_ref(), &self.ranks);
+        let write = |ask: &mut Ask<'_>| {
+            let fill = |writer: &mut FolderWriter| {
+                write_optimizer(writer, &specs, |i| {
+                    let values = values_of(&ask(i as u64)?)?;
+                    let len = specs[i].shape.iter().product();
+                    // A parameter without a gradient has moments of zero.
+                    Ok(if values.is_empty() {
+                        vec![0.0; len]
+                    } else {
+                        values
+                    })
+                })?;
+                if let Some(model) = &adapter {
+                    export::adapter_into(self, model, writer)?;
+                }
+                self.state.write(writer)
+            };
             if self.is_outdated(run)? {
                 run.replace(self.state.step, fill)?;
             } else {
@@ -155,11 +169,25 @@ impl Session {
             }
             run.prune(self.recipe.train.keep_last, &self.protected(run)?)?;
             Ok::<_, Error>(Vec::new())
-        })?;
+        };
+        self.ranks.world.first_asks("checkpoint", write, answer)?;
         host.see(&Event::Saved {
             step: self.state.step,
         });
         Ok(())
+    }
+
+    /// What this rank has of a checkpoint's tensors.
+    fn own_state(&self) -> OwnState<'_> {
+        let parameters = self.model.parameters().into_iter();
+        let biases = self.model.correction_biases();
+        OwnState {
+            parameters: parameters.map(|p| (p.name, p.values)).collect(),
+            moments: &self.optimizer.moments,
+            biases: biases
+                .map(|(layer_idx, bias)| (layer_idx.to_string(), bias.clone().inner()))
+                .collect(),
+        }
     }
 
     /// Whether the step's checkpoint is from before its validation pass, which is made now.
@@ -224,34 +252,38 @@ impl Session {
         }));
         specs
     }
+}
 
-    /// The values of [`Session::state_tensors`], in its order, of the model with all experts. A parameter without a gradient has moments of zero.
-    fn state_values(
-        &self,
-        model: &Model,
-        moments: &BTreeMap<String, [Tensor<1>; 2]>,
-    ) -> Vec<Tensor<1>> {
-        let parameters = model.parameters();
-        let dtype = FloatType::from(self.recipe.optimizer.moments().float());
-        let moment = |which: usize| {
-            let of = move |p: &Parameter| moments.get(&p.name).map(|pair| pair[which].clone());
-            let zeros =
-                move |p: &Parameter| Tensor::zeros(p.values.dims(), (&p.values.device(), dtype));
-            parameters
-                .iter()
-                .map(move |p| of(p).unwrap_or_else(|| zeros(p)))
+/// A rank's part of what a checkpoint has, by name.
+struct OwnState<'a> {
+    parameters: BTreeMap<String, Tensor<1>>,
+    moments: &'a BTreeMap<String, [Tensor<1>; 2]>,
+    biases: BTreeMap<String, Tensor<1>>,
+}
+
+impl OwnState<'_> {
+    /// What this rank says if the first one asks for a tensor; nothing if that is another one's.
+    fn answer(&self, tensor: &str, ranks: &Ranks) -> Vec<u8> {
+        let (kind, name) = tensor.split_once('/').unwrap_or(("", tensor));
+        let values = match kind {
+            "parameter" => self.parameters.get(name).filter(|_| ranks.owns(name)),
+            "moment1" => self.moments.get(name).map(|pair| &pair[0]),
+            "moment2" => self.moments.get(name).map(|pair| &pair[1]),
+            _ => self.biases.get(name).filter(|_| ranks.world.is_first()),
         };
-        let mut values: Vec<Tensor<1>> = parameters
-            .iter()
-            .map(|p| p.values.clone())
-            .chain(moment(0))
-            .chain(moment(1))
-            .collect();
-        values.extend(
-            model
-                .correction_biases()
-                .map(|(_, bias)| bias.clone().inner()),
-        );
-        values
+        let mut message = MessageWriter::default();
+        if let Some(values) = values {
+            message.values(&read(values.clone()));
+        }
+        message.finish()
     }
+}
+
+/// The values of a tensor whose parts ranks have said, in their order.
+fn values_of(answers: &[Vec<u8>]) -> Result<Vec<f32>> {
+    let mut values = Vec::new();
+    for answer in answers.iter().filter(|answer| !answer.is_empty()) {
+        values.extend(MessageReader::new(answer).values()?);
+    }
+    Ok(values)
 }

@@ -15,6 +15,8 @@ struct Launcher {
     rank: &'static str,
     /// Number of ranks on this machine.
     ranks_here: &'static str,
+    /// The number of this one among them.
+    rank_here: &'static str,
 }
 
 /// OpenMPI, MPICH, Slurm.
@@ -23,16 +25,19 @@ const LAUNCHERS: [Launcher; 3] = [
         ranks: "OMPI_COMM_WORLD_SIZE",
         rank: "OMPI_COMM_WORLD_RANK",
         ranks_here: "OMPI_COMM_WORLD_LOCAL_SIZE",
+        rank_here: "OMPI_COMM_WORLD_LOCAL_RANK",
     },
     Launcher {
         ranks: "PMI_SIZE",
         rank: "PMI_RANK",
         ranks_here: "MPI_LOCALNRANKS",
+        rank_here: "MPI_LOCALRANKID",
     },
     Launcher {
         ranks: "SLURM_STEP_NUM_TASKS",
         rank: "SLURM_PROCID",
         ranks_here: "SLURM_TASKS_PER_NODE",
+        rank_here: "SLURM_LOCALID",
     },
 ];
 
@@ -132,6 +137,24 @@ pub(crate) fn join(timeout_seconds: u64, console: &Console) -> anyhow::Result<Wo
     Ok(world)
 }
 
+/// Does something on the first rank of each machine, and then on the others: these find what the first has cached.
+pub(crate) fn first_of_machine_first<T>(
+    world: &World,
+    work: impl FnOnce() -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let is_first = launched(|of| of.rank_here).unwrap_or(0) == 0;
+    let wait = || world.all("tokenized rows", Vec::new());
+    if !is_first {
+        wait()?;
+    }
+    // A rank that fails ends the others.
+    let done = work()?;
+    if is_first {
+        wait()?;
+    }
+    Ok(done)
+}
+
 /// Leaves the other ranks after the end of a run, when all have come to it.
 pub(crate) fn leave() {
     *JOINED.lock().unwrap_or_else(PoisonError::into_inner) = None;
@@ -175,6 +198,8 @@ fn joined(timeout_seconds: u64) -> anyhow::Result<(World, String)> {
         )));
     }
     let host = rank.host().to_owned();
+    #[cfg(debug_assertions)]
+    let rank = super::faults::FaultyWire::new(rank);
     let world = World::new(rank);
     // Unwinding past MPI makes `mpirun` crash or hang.
     end_at_panics(format!("rank {} on {host}", world.rank()), "", 101);

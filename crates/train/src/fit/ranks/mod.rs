@@ -11,7 +11,7 @@ mod stacks;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use burn::tensor::{Device, FloatDType, Tensor};
+use burn::tensor::{Device, Tensor};
 use checkpoint::TensorSpec;
 use kernels::device::read;
 use model::Model;
@@ -251,37 +251,6 @@ impl Ranks {
         (first..self.world.ranks())
             .step_by(size)
             .filter(move |other| *other != rank)
-    }
-
-    /// All owners' moments, on the first rank; nothing on the others.
-    pub(crate) fn moments(
-        &self,
-        own: &BTreeMap<String, [Tensor<1>; 2]>,
-        dtype: FloatDType,
-        device: &Device,
-    ) -> Result<BTreeMap<String, [Tensor<1>; 2]>> {
-        if self.world.is_alone() {
-            return Ok(own.clone());
-        }
-        let mut message = MessageWriter::default();
-        for (name, pair) in own {
-            pair.iter()
-                .for_each(|moment| write(&mut message, name, moment.clone()));
-        }
-        let mut parts = [StackParts::default(), StackParts::default()];
-        for message in self.world.to_first("moments", message.finish())? {
-            for pair in tensors(&message, device)?.chunks_exact(2) {
-                for (parts, (name, moment)) in parts.iter_mut().zip(pair) {
-                    let moment = moment.clone().cast(dtype);
-                    parts.entry(name.clone()).or_default().push(moment);
-                }
-            }
-        }
-        let [first, second] = parts.map(stacks::whole);
-        let pairs = first.into_iter().zip(second.into_values());
-        Ok(pairs
-            .map(|((name, first), second)| (name, [first, second]))
-            .collect())
     }
 
     /// Reads the tensors of a checkpoint on the first rank, and gives each to all.
