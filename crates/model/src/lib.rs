@@ -42,7 +42,7 @@ pub mod export;
 
 pub use adapt::AdapterWeights;
 pub use config::ModelConfig;
-pub use decoder::checkpointing::{Checkpointing, Trace};
+pub use decoder::checkpointing::{Checkpointing, Objective, Trace};
 pub use decoder::cost::{Cost, Traffic};
 pub use decoder::held_stacks::HeldStack;
 pub use decoder::mtp::{Mtp, SharedHead};

@@ -12,7 +12,8 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use checkpoint::Folder;
 use moeforge_model::adapt::{self, LoraConfig, Scaling};
 use moeforge_model::{
-    Checkpointing, Compute, ForwardContext, Model, Recorder, RoutingRecord, Trace, Training, load,
+    Checkpointing, Compute, ForwardContext, Model, Objective, Recorder, RoutingRecord, Trace,
+    Training, load,
 };
 
 /// The bits of a loss and of all gradients, by name.
@@ -108,6 +109,25 @@ fn whole(model: &Model, ids: &Tensor<2, Int>, compute: Compute) -> BTreeMap<Stri
     gradients.map(|(name, g)| (name, values(g))).collect()
 }
 
+/// The loss of a model, and its bits.
+struct LossOf<'a> {
+    model: &'a Model,
+    ids: &'a Tensor<2, Int>,
+    seen: Vec<u32>,
+}
+
+impl Objective for LossOf<'_> {
+    fn loss(&mut self, _: usize, hidden: Tensor<3>, ctx: &ForwardContext<'_>) -> Tensor<1> {
+        let loss = loss(self.model, hidden, self.ids.clone(), ctx);
+        self.seen = bits(loss.clone().inner());
+        loss
+    }
+
+    fn term(&mut self, _: usize, record: &RoutingRecord) -> Option<Tensor<1>> {
+        Some(term(record))
+    }
+}
+
 fn traced(
     model: &Model,
     ids: &Tensor<2, Int>,
@@ -115,19 +135,15 @@ fn traced(
     checkpointing: Checkpointing,
 ) -> Bits {
     let mut recorder = Recorder::of_routing();
-    let mut ctx = ctx(compute, &mut recorder);
-    let trace = Trace::new(model, ids.clone(), &mut ctx, checkpointing);
-    let mut seen = vec![];
-    let gradients = trace.backward(
+    let mut passes = [ctx(compute, &mut recorder)];
+    let traces = Trace::new(model, vec![ids.clone()], &mut passes, checkpointing);
+    let mut objective = LossOf {
         model,
-        &mut ctx,
-        |hidden, ctx| {
-            let loss = loss(model, hidden, ids.clone(), ctx);
-            seen = bits(loss.clone().inner());
-            loss
-        },
-        |record| Some(term(record)),
-    );
+        ids,
+        seen: vec![],
+    };
+    let gradients = Trace::backward(traces, model, &mut passes, &mut objective).remove(0);
+    let seen = objective.seen;
     let layers: Vec<usize> = recorder
         .routing
         .iter()

@@ -18,5 +18,5 @@ pub mod threads;
 mod world;
 
 pub use message::{MessageReader, MessageWriter, ShortMessage};
-pub use wire::{Lost, Wire};
-pub use world::{Ask, LinkSpeed, RankError, World};
+pub use wire::{Arrival, LinkSpeed, Lost, Wire};
+pub use world::{Ask, Posted, RankError, World};

@@ -15,7 +15,7 @@ use ::mpi::topology::{Communicator, SimpleCommunicator};
 use ::mpi::traits::{Destination, Source};
 
 use crate::message::{MessageReader, MessageWriter};
-use crate::wire::{Lost, Wire};
+use crate::wire::{Arrival, Lost, Wire};
 
 /// Bytes of a single message of MPI, at most: it counts in 32 bits.
 const MPI_PIECE: usize = 1 << 30;
@@ -95,7 +95,7 @@ impl Wire for MpiRank {
         self.ranks
     }
 
-    fn exchange(&self, name: &str, messages: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Lost> {
+    fn post(&self, name: &str, messages: Vec<Vec<u8>>) -> Arrival {
         let (done, made) = channel();
         let job = ExchangeJob {
             name: name.to_owned(),
@@ -103,14 +103,14 @@ impl Wire for MpiRank {
             done,
         };
         let sent = self.jobs.as_ref().map(|jobs| jobs.send(job));
-        let ended = || Lost::Ended {
+        let ended = Lost::Ended {
             rank: self.rank,
             exchange: name.to_owned(),
             missing: vec![self.rank],
         };
         match sent {
-            Some(Ok(())) => made.recv().unwrap_or_else(|_| Err(ended())),
-            _ => Err(ended()),
+            Some(Ok(())) => Box::new(move || made.recv().unwrap_or(Err(ended))),
+            _ => Box::new(move || Err(ended)),
         }
     }
 }

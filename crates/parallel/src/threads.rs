@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::wire::{Lost, Wire};
+use crate::wire::{Arrival, LinkSpeed, Lost, Wire};
 
 /// One rank.
 #[derive(Debug)]
@@ -13,6 +13,7 @@ pub struct ThreadRank {
     rank: usize,
     ranks: usize,
     timeout: Duration,
+    link: LinkSpeed,
     /// Exchanges so far.
     number: AtomicU64,
     mailbox: Arc<Mailbox>,
@@ -24,10 +25,19 @@ struct Mailbox {
     changed: Condvar,
 }
 
+/// A message on its way.
+#[derive(Debug)]
+struct SentMessage {
+    /// Of the exchange.
+    name: String,
+    message: Vec<u8>,
+    arrives: Instant,
+}
+
 #[derive(Debug, Default)]
 struct MailboxState {
-    /// Name and message, by the number of the exchange, sender and receiver.
-    messages: HashMap<(u64, usize, usize), (String, Vec<u8>)>,
+    /// By the number of the exchange, sender and receiver.
+    messages: HashMap<(u64, usize, usize), SentMessage>,
     ended: Vec<usize>,
 }
 
@@ -39,11 +49,21 @@ impl Mailbox {
 
 /// Ranks that wait for each other at most so long.
 pub fn ranks(ranks: usize, timeout: Duration) -> Vec<ThreadRank> {
+    let at_once = LinkSpeed {
+        latency: Duration::ZERO,
+        bytes_per_second: f64::INFINITY,
+    };
+    ranks_over(ranks, timeout, at_once)
+}
+
+/// [`ranks`] over links of a made-up speed.
+pub fn ranks_over(ranks: usize, timeout: Duration, link: LinkSpeed) -> Vec<ThreadRank> {
     let mailbox = Arc::new(Mailbox::default());
     let rank = |rank| ThreadRank {
         rank,
         ranks,
         timeout,
+        link,
         number: AtomicU64::new(0),
         mailbox: Arc::clone(&mailbox),
     };
@@ -59,18 +79,54 @@ impl Wire for ThreadRank {
         self.ranks
     }
 
-    fn exchange(&self, name: &str, messages: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Lost> {
+    fn post(&self, name: &str, messages: Vec<Vec<u8>>) -> Arrival {
         let number = self.number.fetch_add(1, Ordering::Relaxed);
         let mut state = self.mailbox.state();
         for (to, message) in messages.into_iter().enumerate() {
-            let key = (number, self.rank, to);
-            state.messages.insert(key, (name.to_owned(), message));
+            let seconds = message.len() as f64 / self.link.bytes_per_second;
+            let travels = match to == self.rank {
+                true => Duration::ZERO,
+                false => self.link.latency + Duration::from_secs_f64(seconds),
+            };
+            let sent = SentMessage {
+                name: name.to_owned(),
+                message,
+                arrives: Instant::now() + travels,
+            };
+            state.messages.insert((number, self.rank, to), sent);
         }
+        drop(state);
         self.mailbox.changed.notify_all();
-        let started = Instant::now();
+        let waiting = Waiting {
+            rank: self.rank,
+            ranks: self.ranks,
+            timeout: self.timeout,
+            number,
+            name: name.to_owned(),
+        };
+        let mailbox = Arc::clone(&self.mailbox);
+        Box::new(move || waiting.receive(&mailbox))
+    }
+}
+
+/// A rank that waits at an exchange.
+struct Waiting {
+    rank: usize,
+    ranks: usize,
+    timeout: Duration,
+    number: u64,
+    name: String,
+}
+
+impl Waiting {
+    fn receive(self, mailbox: &Mailbox) -> Result<Vec<Vec<u8>>, Lost> {
+        let (mut state, started) = (mailbox.state(), Instant::now());
         loop {
-            let is_missing =
-                |from: &usize| !state.messages.contains_key(&(number, *from, self.rank));
+            let is_missing = |from: &usize| {
+                !state
+                    .messages
+                    .contains_key(&(self.number, *from, self.rank))
+            };
             let missing: Vec<usize> = (0..self.ranks).filter(is_missing).collect();
             if missing.is_empty() {
                 break;
@@ -83,34 +139,39 @@ impl Wire for ThreadRank {
             if !ended.is_empty() {
                 return Err(Lost::Ended {
                     rank: self.rank,
-                    exchange: name.to_owned(),
+                    exchange: self.name,
                     missing: ended,
                 });
             }
             let Some(left) = self.timeout.checked_sub(started.elapsed()) else {
                 return Err(Lost::Late {
                     rank: self.rank,
-                    exchange: name.to_owned(),
+                    exchange: self.name,
                     missing,
                     seconds: self.timeout.as_secs(),
                 });
             };
-            let waited = self.mailbox.changed.wait_timeout(state, left);
+            let waited = mailbox.changed.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+        let all = (0..self.ranks).map(|from| {
+            let sent = state.messages.remove(&(self.number, from, self.rank));
+            sent.expect("none is missing")
+        });
+        let all: Vec<SentMessage> = all.collect();
+        drop(state);
         let mut received = Vec::with_capacity(self.ranks);
-        for other in 0..self.ranks {
-            let sent = state.messages.remove(&(number, other, self.rank));
-            let (theirs, message) = sent.expect("none is missing");
-            if theirs != name {
+        for (other, sent) in all.into_iter().enumerate() {
+            if sent.name != self.name {
                 return Err(Lost::Apart {
                     rank: self.rank,
-                    exchange: name.to_owned(),
+                    exchange: self.name,
                     other,
-                    theirs,
+                    theirs: sent.name,
                 });
             }
-            received.push(message);
+            std::thread::sleep(sent.arrives.saturating_duration_since(Instant::now()));
+            received.push(sent.message);
         }
         Ok(received)
     }
@@ -150,7 +211,7 @@ mod tests {
                     let mine = |to: usize| vec![wire.rank() as u8, to as u8, round];
                     let name = format!("round {round}");
                     let messages = (0..n).map(mine).collect();
-                    found.push(wire.exchange(&name, messages).unwrap());
+                    found.push(wire.post(&name, messages)().unwrap());
                 }
                 found
             });
@@ -167,7 +228,7 @@ mod tests {
     #[test]
     fn ranks_that_end_are_late_or_elsewhere_are_named() {
         let ended = run(3, LONG, |wire| {
-            (wire.rank() != 1).then(|| wire.exchange("sums", vec![vec![]; 3]))
+            (wire.rank() != 1).then(|| wire.post("sums", vec![vec![]; 3])())
         });
         assert!(ended[1].is_none());
         for rank in [0, 2] {
@@ -184,15 +245,13 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(200));
                 return None;
             }
-            Some(wire.exchange("sums", vec![vec![]; 2]))
+            Some(wire.post("sums", vec![vec![]; 2])())
         });
         let text = late[0].clone().unwrap().unwrap_err().to_string();
         assert_eq!(text, "rank 0 has waited 0 s at `sums` for ranks [1]");
         let apart = run(2, LONG, |wire| {
             let name = ["sums", "votes"][wire.rank()];
-            wire.exchange(name, vec![vec![]; 2])
-                .unwrap_err()
-                .to_string()
+            wire.post(name, vec![vec![]; 2])().unwrap_err().to_string()
         });
         assert!(
             apart[0].contains("rank 0 is at `sums` and rank 1 at `votes`"),

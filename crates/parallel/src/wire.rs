@@ -1,6 +1,7 @@
 //! What an engine does: it moves bytes between ranks.
 
 use std::fmt::Debug;
+use std::time::Duration;
 
 /// An engine, as one rank sees it.
 pub trait Wire: Debug + Send + Sync {
@@ -10,12 +11,22 @@ pub trait Wire: Debug + Send + Sync {
     /// Number of ranks.
     fn ranks(&self) -> usize;
 
-    /// Sends a message to each rank, its own included, and returns what each has sent to this one. All ranks make the same
-    /// exchanges in the same order; `name` says which one this is.
-    ///
-    /// # Errors
-    /// If a rank has left, does not come, or is at another exchange.
-    fn exchange(&self, name: &str, messages: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Lost>;
+    /// Sends a message to each rank, its own included, and returns without waiting. All ranks make the same exchanges in the
+    /// same order; `name` says which one this is.
+    fn post(&self, name: &str, messages: Vec<Vec<u8>>) -> Arrival;
+}
+
+/// Waits for what each rank has sent to this one in an exchange. Fails if a rank has left, does not come, or is at another
+/// exchange.
+pub type Arrival = Box<dyn FnOnce() -> Result<Vec<Vec<u8>>, Lost> + Send>;
+
+/// What a link between ranks can do.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LinkSpeed {
+    /// Of an exchange without content.
+    pub latency: Duration,
+    /// Of the largest messages that were tried, in each direction.
+    pub bytes_per_second: f64,
 }
 
 /// Ranks have lost each other.

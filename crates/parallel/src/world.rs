@@ -1,11 +1,12 @@
 //! What ranks say to each other.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::message::{MessageReader, MessageWriter, ShortMessage};
-use crate::wire::{Lost, Wire};
+use crate::wire::{Arrival, LinkSpeed, Lost, Wire};
 
 /// Exchanges of a byte or a few before messages grow.
 const PROBE_ROUNDS: usize = 8;
@@ -23,15 +24,6 @@ struct Joined {
     wire: Box<dyn Wire>,
     /// Bytes of messages to other ranks.
     sent: AtomicU64,
-}
-
-/// What a link between ranks can do.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct LinkSpeed {
-    /// Of an exchange without content.
-    pub latency: Duration,
-    /// Of the largest messages that were tried, in each direction.
-    pub bytes_per_second: f64,
 }
 
 /// What goes wrong between ranks.
@@ -90,14 +82,22 @@ impl World {
     /// # Panics
     /// If there is not a message for each rank.
     pub fn exchange(&self, name: &str, messages: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, RankError> {
+        self.post(name, messages).wait()
+    }
+
+    /// [`Self::exchange`] without waiting for the others' messages.
+    ///
+    /// # Panics
+    /// As [`Self::exchange`].
+    pub fn post(&self, name: &str, messages: Vec<Vec<u8>>) -> Posted {
         assert_eq!(messages.len(), self.ranks(), "a message for each rank");
         let Some(joined) = &self.0 else {
-            return Ok(messages);
+            return Posted(Box::new(|| Ok(messages)));
         };
         let all: usize = messages.iter().map(Vec::len).sum();
         let sent = all - messages[self.rank()].len();
         joined.sent.fetch_add(sent as u64, Ordering::Relaxed);
-        Ok(joined.wire.exchange(name, messages)?)
+        Posted(joined.wire.post(name, messages))
     }
 
     /// Bytes of the messages that this rank has sent to others.
@@ -243,6 +243,25 @@ impl World {
                 }
             }
         }
+    }
+}
+
+/// An exchange under way.
+pub struct Posted(Arrival);
+
+impl fmt::Debug for Posted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Posted")
+    }
+}
+
+impl Posted {
+    /// What each rank has sent.
+    ///
+    /// # Errors
+    /// If ranks lose each other.
+    pub fn wait(self) -> Result<Vec<Vec<u8>>, RankError> {
+        Ok((self.0)()?)
     }
 }
 

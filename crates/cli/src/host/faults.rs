@@ -4,7 +4,7 @@
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parallel::{Lost, Wire};
+use parallel::{Arrival, Wire};
 
 /// The variable with a fault, as `RANK:NUMBER:KIND:EXCHANGE`: the rank fails when it makes the exchange, or one whose name
 /// begins so, for the NUMBER-th time.
@@ -63,13 +63,13 @@ impl<W: Wire> Wire for FaultyWire<W> {
         self.wire.ranks()
     }
 
-    fn exchange(&self, name: &str, messages: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Lost> {
+    fn post(&self, name: &str, messages: Vec<Vec<u8>>) -> Arrival {
         if let Some(fault) = &self.fault
             && name.starts_with(&fault.exchange)
             && fault.left.fetch_sub(1, Ordering::Relaxed) == 1
         {
             fault.happen();
         }
-        self.wire.exchange(name, messages)
+        self.wire.post(name, messages)
     }
 }

@@ -12,7 +12,7 @@ use burn::module::Module;
 use burn::tensor::{Int, Tensor};
 use kernels::device::is_gpu;
 
-use super::Model;
+use super::{DecoderLayer, Model};
 use crate::forward::context::ForwardContext;
 use crate::forward::exchange::ExchangedExperts;
 use crate::forward::recorder::Recorder;
@@ -20,6 +20,7 @@ use crate::forward::routing::{Routed, RoutingRecord};
 use crate::keys::layer_of;
 use crate::modules::linear::Weight;
 use crate::modules::lora::Lora;
+use crate::rope::RotaryTable;
 
 /// What a forward pass saves for the backward pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,124 +62,178 @@ struct LayerGraph {
     exchanged: Vec<ExchangedExperts>,
 }
 
+/// What differentiates the micro-batches of a pass, by their numbers in it.
+pub trait Objective {
+    /// A loss of the hidden states after the last norm, `[batch, seq, hidden_size]`.
+    fn loss(&mut self, number: usize, hidden: Tensor<3>, ctx: &ForwardContext<'_>) -> Tensor<1>;
+
+    /// A term of the routing of a mixture layer that the pass records, if there is one. Layers with nothing to train are
+    /// included, which have no gradient.
+    fn term(&mut self, number: usize, record: &RoutingRecord) -> Option<Tensor<1>>;
+}
+
 impl Trace {
-    /// Runs the layers of a model.
+    /// Runs the layers of a model over some micro-batches. These take turns in each layer, so that while the rows of one
+    /// travel to experts of other ranks, another one is computed.
     ///
     /// # Shapes
-    /// - `input_ids`: `[batch, seq]`
+    /// - `inputs`: `[batch, seq]` each
     ///
     /// # Panics
-    /// If an id is not below the vocabulary's size, or the pass has a cache.
+    /// If an id is not below the vocabulary's size, or a pass has a cache.
     pub fn new(
         model: &Model,
-        input_ids: Tensor<2, Int>,
-        ctx: &mut ForwardContext<'_>,
+        inputs: Vec<Tensor<2, Int>>,
+        passes: &mut [ForwardContext<'_>],
         checkpointing: Checkpointing,
-    ) -> Self {
-        assert!(
-            ctx.caches.is_empty(),
-            "a pass that is differentiated has no cache"
-        );
-        let mut trace = Self {
-            output: model.enter(input_ids.clone(), ctx).inner(),
-            layers: Vec::with_capacity(model.model.layers.len()),
-            first: model.first_trained_layer(),
-            input_ids,
+    ) -> Vec<Self> {
+        let enter = |(input_ids, ctx): (Tensor<2, Int>, &mut ForwardContext<'_>)| {
+            assert!(
+                ctx.caches.is_empty(),
+                "a pass that is differentiated has no cache"
+            );
+            Self {
+                output: model.enter(input_ids.clone(), ctx).inner(),
+                layers: Vec::with_capacity(model.model.layers.len()),
+                first: model.first_trained_layer(),
+                input_ids,
+            }
         };
+        let turns = inputs.into_iter().zip(passes.iter_mut());
+        let mut traces: Vec<Self> = turns.map(enter).collect();
         match checkpointing {
-            Checkpointing::None => trace.run_in_graphs(model, ctx),
-            Checkpointing::Block => trace.run_without_graphs(&model.clone().valid(), ctx),
+            Checkpointing::None => Self::run_in_graphs(&mut traces, model, passes),
+            Checkpointing::Block => {
+                Self::run_without_graphs(&mut traces, &model.clone().valid(), passes);
+            }
         }
-        trace
+        traces
     }
 
-    fn run_in_graphs(&mut self, model: &Model, ctx: &mut ForwardContext<'_>) {
-        let dims = self.input_ids.dims();
+    fn run_in_graphs(traces: &mut [Self], model: &Model, passes: &mut [ForwardContext<'_>]) {
         for (layer_idx, layer) in model.model.layers.iter().enumerate() {
-            let x = leaf(model, self.first, layer_idx, self.output.clone());
-            let y = layer.forward(x.clone(), dims, ctx, layer_idx);
-            self.output = y.clone().inner();
-            let exchanged = ctx.exchanged.take();
-            if layer_idx >= self.first {
-                self.layers.push(Run::Graph(LayerGraph { x, y, exchanged }));
+            let starts = traces.iter().map(|trace| LayerStart {
+                x: leaf(model, trace.first, layer_idx, trace.output.clone()),
+                dims: trace.input_ids.dims(),
+            });
+            let graphs = run_layer(layer, starts.collect(), passes, layer_idx);
+            for (trace, graph) in traces.iter_mut().zip(graphs) {
+                trace.output = graph.y.clone().inner();
+                if layer_idx >= trace.first {
+                    trace.layers.push(Run::Graph(graph));
+                }
             }
         }
     }
 
-    fn run_without_graphs(&mut self, plain: &Model, ctx: &mut ForwardContext<'_>) {
-        let dims = self.input_ids.dims();
-        let rotary = plain.rotary(dims[1], ctx, &self.output.device());
+    fn run_without_graphs(traces: &mut [Self], plain: &Model, passes: &mut [ForwardContext<'_>]) {
+        let rotary = |(trace, ctx): (&Self, &ForwardContext<'_>)| {
+            plain.rotary(trace.input_ids.dims()[1], ctx, &trace.output.device())
+        };
+        let turns = traces.iter().zip(passes.iter());
+        let tables: Vec<RotaryTable> = turns.map(rotary).collect();
         for (layer_idx, layer) in plain.model.layers.iter().enumerate() {
-            let (x, mut recorder) = (self.output.clone(), Recorder::of_routing());
-            let mut first_run = ForwardContext {
+            let mut recorders: Vec<Recorder> =
+                traces.iter().map(|_| Recorder::of_routing()).collect();
+            let turns = recorders.iter_mut().zip(passes.iter()).zip(&tables);
+            let first_runs = turns.map(|((recorder, ctx), rotary)| ForwardContext {
                 dropout_seed: ctx.dropout_seed,
                 segments: ctx.segments.clone(),
                 rotary: Some(rotary.clone()),
-                ..ForwardContext::recorded(ctx.compute, &mut recorder)
-            };
-            self.output = layer.forward(x.clone(), dims, &mut first_run, layer_idx);
-            let record = recorder.routing.pop();
-            if layer_idx >= self.first {
-                let chosen = record.map(|record| record.routed.ids);
-                self.layers.push(Run::Input(x, chosen));
-            } else if let Some(record) = record {
-                // There is no second run to record.
-                ctx.record_routing(|| record.tracked());
+                ..ForwardContext::recorded(ctx.compute, recorder)
+            });
+            let starts = traces.iter().map(|trace| LayerStart {
+                x: trace.output.clone(),
+                dims: trace.input_ids.dims(),
+            });
+            let mut first_runs: Vec<ForwardContext<'_>> = first_runs.collect();
+            let graphs = run_layer(layer, starts.collect(), &mut first_runs, layer_idx);
+            drop(first_runs);
+            let records = recorders.into_iter().map(|mut seen| seen.routing.pop());
+            let turns = traces.iter_mut().zip(passes.iter_mut()).zip(records);
+            for (((trace, ctx), record), graph) in turns.zip(graphs) {
+                trace.output = graph.y;
+                if layer_idx >= trace.first {
+                    let chosen = record.map(|record| record.routed.ids);
+                    trace.layers.push(Run::Input(graph.x, chosen));
+                } else if let Some(record) = record {
+                    // There is no second run to record.
+                    ctx.record_routing(|| record.tracked());
+                }
             }
         }
     }
 
-    /// Differentiates a loss of the hidden states after the last norm, `[batch, seq, hidden_size]`, plus a term of the routing
-    /// of every mixture layer that the pass records (layers with nothing to train included, which have no gradient). Returns
-    /// the gradients of the trained tensors by name. Leaves routing without graphs in the recorder.
+    /// Differentiates micro-batches. Returns the gradients of the trained tensors by name, for each. Leaves routing without
+    /// graphs in the recorders.
     ///
     /// # Panics
-    /// If the model or the pass is not the one of this trace.
+    /// If the model or the passes are not those of these traces.
     pub fn backward(
+        mut traces: Vec<Self>,
+        model: &Model,
+        passes: &mut [ForwardContext<'_>],
+        objective: &mut dyn Objective,
+    ) -> Vec<Vec<(String, Tensor<1>)>> {
+        let starts = traces.iter().zip(passes.iter()).enumerate();
+        let mut turns: Vec<BackwardTurn> = starts
+            .map(|(number, (trace, ctx))| {
+                let mut gradients = vec![];
+                let x = Tensor::from_inner(trace.output.clone()).require_grad();
+                let hidden = model.leave(x.clone(), trace.input_ids.dims());
+                let total = objective.loss(number, hidden, ctx);
+                let dx = differentiate(model, total, &x, &mut gradients);
+                BackwardTurn { dx, gradients }
+            })
+            .collect();
+        for layer_idx in (model.first_trained_layer()..model.model.layers.len()).rev() {
+            let mut graphs = graphs(&mut traces, model, passes, layer_idx);
+            // Every rank comes here for every layer, so none waits for one that has nothing to train.
+            for (turn, graph) in turns.iter().zip(&mut graphs) {
+                graph.send(&turn.dx);
+            }
+            for (turn, graph) in turns.iter_mut().zip(&mut graphs) {
+                graph.serve(model, &mut turn.gradients);
+            }
+            for (number, (turn, graph)) in turns.iter_mut().zip(graphs).enumerate() {
+                let record = passes[number].routing_of(layer_idx);
+                let term = record.and_then(|record| {
+                    let term = objective.term(number, record);
+                    record.forget_graph();
+                    term
+                });
+                turn.dx = graph.finish(model, turn, term);
+                // Experts of the next layer get their gradients while another micro-batch is differentiated.
+                if let Some(Run::Graph(next)) = traces[number].layers.last_mut() {
+                    next.send(&turn.dx);
+                }
+            }
+        }
+        let all = traces.into_iter().zip(turns).zip(passes.iter_mut());
+        let ends = all.enumerate().map(|(number, ((trace, turn), ctx))| {
+            let mut term = |record: &RoutingRecord| _ = objective.term(number, record);
+            trace.finish(turn, model, ctx, &mut term)
+        });
+        ends.collect()
+    }
+
+    /// The gradients, with those of the embedding. `term` gets the routing of the frozen layers, which count in the loss and
+    /// have no gradient.
+    fn finish(
         self,
+        turn: BackwardTurn,
         model: &Model,
         ctx: &mut ForwardContext<'_>,
-        loss: impl FnOnce(Tensor<3>, &ForwardContext<'_>) -> Tensor<1>,
-        mut term: impl FnMut(&RoutingRecord) -> Option<Tensor<1>>,
+        term: &mut dyn FnMut(&RoutingRecord),
     ) -> Vec<(String, Tensor<1>)> {
-        let Self {
-            input_ids,
-            mut layers,
-            output,
-            first,
-        } = self;
-        let dims = input_ids.dims();
-        let mut gradients = vec![];
-        let mut dx = {
-            let x = Tensor::from_inner(output).require_grad();
-            let total = loss(model.leave(x.clone(), dims), ctx);
-            differentiate(model, total, &x, &mut gradients)
-        };
-        for layer_idx in (first..model.model.layers.len()).rev() {
-            let run = layers.pop().expect("a run per layer");
-            let LayerGraph { x, y, exchanged } = run.graph(model, dims, first, ctx, layer_idx);
-            // Every rank comes here for every layer, so none waits for one that has nothing to train.
-            for experts in exchanged {
-                experts.backward(&dx, |found| gradients.extend(model.gradients(found)));
-            }
-            // The gradient of this sum by y is exactly dx.
-            let mut total = (y * Tensor::from_inner(dx)).sum();
-            if let Some(record) = ctx.routing_of(layer_idx) {
-                if let Some(term) = term(record) {
-                    total = total + term;
-                }
-                record.forget_graph();
-            }
-            dx = differentiate(model, total, &x, &mut gradients);
-        }
-        // Frozen layers count in the loss and have no gradient.
-        for layer_idx in 0..first {
+        let BackwardTurn { dx, mut gradients } = turn;
+        for layer_idx in 0..self.first {
             if let Some(record) = ctx.routing_of(layer_idx) {
                 term(record);
             }
         }
         if model.is_embedding_trained() {
-            let x = model.enter(input_ids, ctx);
+            let x = model.enter(self.input_ids, ctx);
             let total = (x.clone() * Tensor::from_inner(dx)).sum();
             differentiate(model, total, &x, &mut gradients);
         }
@@ -189,27 +244,95 @@ impl Trace {
     }
 }
 
-impl Run {
-    /// A layer's graph.
-    fn graph(
-        self,
-        model: &Model,
-        dims: [usize; 2],
-        first: usize,
-        ctx: &mut ForwardContext<'_>,
-        layer_idx: usize,
-    ) -> LayerGraph {
-        match self {
-            Self::Graph(graph) => graph,
-            Self::Input(x, chosen) => {
-                let x = leaf(model, first, layer_idx, x);
+/// A micro-batch in a backward pass.
+struct BackwardTurn {
+    /// The gradient of the output of the layer that is next, `[tokens, hidden_size]`.
+    dx: Tensor<2>,
+    gradients: Vec<(String, Tensor<1>)>,
+}
+
+/// Where a micro-batch enters a layer.
+struct LayerStart {
+    /// `[tokens, hidden_size]`.
+    x: Tensor<2>,
+    /// Rows and columns.
+    dims: [usize; 2],
+}
+
+/// Runs a layer over micro-batches, in turns.
+fn run_layer(
+    layer: &DecoderLayer,
+    starts: Vec<LayerStart>,
+    passes: &mut [ForwardContext<'_>],
+    layer_idx: usize,
+) -> Vec<LayerGraph> {
+    let starts = starts.into_iter().zip(passes.iter_mut());
+    let runs = starts.map(|(start, ctx)| {
+        let run = layer.send(start.x.clone(), start.dims, ctx, layer_idx);
+        (start.x, run)
+    });
+    let mut runs: Vec<_> = runs.collect();
+    for ((_, run), ctx) in runs.iter_mut().zip(passes.iter()) {
+        layer.serve(run, ctx);
+    }
+    let ends = runs.into_iter().zip(passes).map(|((x, run), ctx)| {
+        let y = layer.finish(run, ctx, layer_idx);
+        let exchanged = ctx.exchanged.take();
+        LayerGraph { x, y, exchanged }
+    });
+    ends.collect()
+}
+
+/// The graphs of a layer: those that were kept, or of another run, with the experts of the first.
+fn graphs(
+    traces: &mut [Trace],
+    model: &Model,
+    passes: &mut [ForwardContext<'_>],
+    layer_idx: usize,
+) -> Vec<LayerGraph> {
+    let (mut kept, mut starts) = (Vec::new(), Vec::new());
+    for (trace, ctx) in traces.iter_mut().zip(passes.iter_mut()) {
+        match trace.layers.pop().expect("a run per layer") {
+            Run::Graph(graph) => kept.push(graph),
+            Run::Input(x, chosen) => {
                 ctx.replay = chosen.map(Tensor::from_inner);
-                let layer = &model.model.layers[layer_idx];
-                let y = layer.forward(x.clone(), dims, ctx, layer_idx);
-                let exchanged = ctx.exchanged.take();
-                LayerGraph { x, y, exchanged }
+                starts.push(LayerStart {
+                    x: leaf(model, trace.first, layer_idx, x),
+                    dims: trace.input_ids.dims(),
+                });
             }
         }
+    }
+    if starts.is_empty() {
+        return kept;
+    }
+    run_layer(&model.model.layers[layer_idx], starts, passes, layer_idx)
+}
+
+impl LayerGraph {
+    /// Sends the gradient of the output to experts of other ranks, unless it is sent.
+    fn send(&mut self, dy: &Tensor<2>) {
+        let experts = self.exchanged.iter_mut();
+        experts.for_each(|experts| experts.send(dy));
+    }
+
+    /// Differentiates this rank's experts.
+    fn serve(&mut self, model: &Model, gradients: &mut Vec<(String, Tensor<1>)>) {
+        for experts in &mut self.exchanged {
+            experts.serve(|found| gradients.extend(model.gradients(found)));
+        }
+    }
+
+    /// Differentiates by the gradient of the output and a term of the routing. Returns the gradient of the input.
+    fn finish(self, model: &Model, turn: &mut BackwardTurn, term: Option<Tensor<1>>) -> Tensor<2> {
+        let experts = self.exchanged.into_iter();
+        experts.for_each(ExchangedExperts::finish);
+        // The gradient of this sum by y is exactly dx.
+        let mut total = (self.y * Tensor::from_inner(turn.dx.clone())).sum();
+        if let Some(term) = term {
+            total = total + term;
+        }
+        differentiate(model, total, &self.x, &mut turn.gradients)
     }
 }
 

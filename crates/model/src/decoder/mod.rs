@@ -17,7 +17,7 @@ use crate::modules::attention::Attention;
 use crate::modules::linear::{Linear, Weight};
 use crate::modules::lora::Lora;
 use crate::modules::mlp::Mlp;
-use crate::modules::moe::Moe;
+use crate::modules::moe::{Moe, MoeRun};
 use crate::modules::norm::Norm;
 use crate::precision::PrecisionClass;
 use crate::rope::RotaryTable;
@@ -184,6 +184,14 @@ impl Embedding {
     }
 }
 
+/// A layer that runs in turns, because other ranks have some of its experts.
+#[derive(Debug)]
+pub(crate) struct LayerRun {
+    /// The residual stream after attention.
+    residual: Tensor<2>,
+    mlp: MoeRun,
+}
+
 impl DecoderLayer {
     /// # Shapes
     /// - `x`: `[batch · seq, hidden_size]`
@@ -195,6 +203,19 @@ impl DecoderLayer {
         ctx: &mut ForwardContext<'_>,
         layer_idx: usize,
     ) -> Tensor<2> {
+        let mut run = self.send(x, dims, ctx, layer_idx);
+        self.serve(&mut run, ctx);
+        self.finish(run, ctx, layer_idx)
+    }
+
+    /// Attention, and what comes before rows go to experts of other ranks; all of the layer if there are none.
+    pub(crate) fn send(
+        &self,
+        x: Tensor<2>,
+        dims: [usize; 2],
+        ctx: &mut ForwardContext<'_>,
+        layer_idx: usize,
+    ) -> LayerRun {
         if let FeedForward::Moe(moe) = &self.mlp {
             moe.experts.prefetch(ctx, |n| {
                 // Attention changes little of the residual stream, so this is close to the router's later input.
@@ -203,17 +224,43 @@ impl DecoderLayer {
             });
         }
         let normed = self.input_layernorm.forward(x.clone());
-        let x = x + match &self.self_attn {
+        let residual = x + match &self.self_attn {
             Attention::Mla(mla) => mla.forward(normed, dims, ctx, layer_idx),
             Attention::Gqa(gqa) => gqa.forward(normed, dims, ctx, layer_idx),
         };
-        ctx.record_residual(&x, || format!("model.layers.{layer_idx}.self_attn"));
-        let normed = self.post_attention_layernorm.forward(x.clone());
-        let x = x + match &self.mlp {
-            FeedForward::Dense(mlp) => mlp.forward(normed, ctx),
-            FeedForward::Moe(moe) => moe.forward(normed, ctx, layer_idx),
+        ctx.record_residual(&residual, || format!("model.layers.{layer_idx}.self_attn"));
+        let normed = self.post_attention_layernorm.forward(residual.clone());
+        let mlp = match &self.mlp {
+            FeedForward::Dense(mlp) => MoeRun::Done(mlp.forward(normed, ctx)),
+            FeedForward::Moe(moe) => moe.send(normed, ctx, layer_idx),
         };
-        ctx.record_residual(&x, || format!("model.layers.{layer_idx}.mlp"));
-        x
+        LayerRun { residual, mlp }
+    }
+
+    /// Serves the rows of other ranks.
+    pub(crate) fn serve(&self, run: &mut LayerRun, ctx: &ForwardContext<'_>) {
+        if let FeedForward::Moe(moe) = &self.mlp {
+            moe.serve(&mut run.mlp, ctx);
+        }
+    }
+
+    /// The output of the layer, `[batch · seq, hidden_size]`.
+    pub(crate) fn finish(
+        &self,
+        run: LayerRun,
+        ctx: &mut ForwardContext<'_>,
+        layer_idx: usize,
+    ) -> Tensor<2> {
+        let LayerRun { residual, mlp } = run;
+        let y = residual
+            + match (&self.mlp, mlp) {
+                (FeedForward::Moe(moe), run) => moe.finish(run, ctx),
+                (FeedForward::Dense(_), MoeRun::Done(y)) => y,
+                (FeedForward::Dense(_), MoeRun::Running(..)) => {
+                    unreachable!("an MLP has no experts")
+                }
+            };
+        ctx.record_residual(&y, || format!("model.layers.{layer_idx}.mlp"));
+        y
     }
 }

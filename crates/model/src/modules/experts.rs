@@ -329,13 +329,14 @@ impl Experts {
         if let (ExpertWeights::Frozen(frozen), None) = (&self.weights, &self.subset) {
             ctx.record_experts(&frozen.bank, &x, &routed.ids);
         }
+        if let Some(mut running) = self.send(&x, &routed, ctx) {
+            self.serve(&mut running, ctx);
+            return self.finish(running, ctx);
+        }
         let n_experts = self.dims()[0];
-        let sums = self.parts().into_iter().enumerate().map(|(i, part)| {
+        let sums = self.parts().into_iter().map(|part| {
             let routing = routing(&routed, part.ids, n_experts);
-            match &self.held {
-                Some(held) => self.exchanged(held, (i, part), (x.clone(), &routed), routing, ctx),
-                None => self.sum_of(part.weights, x.clone(), routing, ctx.dropout_seed, ctx),
-            }
+            self.sum_of(part.weights, x.clone(), routing, ctx.dropout_seed, ctx)
         });
         let sum = sums.reduce(|sum, y| sum + y);
         sum.expect("a layer has experts")

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use burn::tensor::Tensor;
 use data::Batch;
-use model::{ForwardContext, Model, Recorder, Trace};
+use model::{ForwardContext, Model, Objective, Recorder, RoutingRecord, Trace};
 use parallel::{MessageReader, MessageWriter, ShortMessage};
 
 use super::forward::{ids, losses};
@@ -131,6 +131,64 @@ impl MicroSums {
     }
 }
 
+/// What a pass finds of a micro-batch.
+#[derive(Default)]
+struct MicroTerms {
+    loss: Option<Tensor<1>>,
+    rewards: Option<Tensor<1>>,
+    balance: Vec<Tensor<1>>,
+}
+
+/// The loss of micro-batches that take turns.
+struct StepObjective<'a> {
+    session: &'a Session,
+    turns: &'a [(u64, &'a Batch)],
+    /// The weight of a token or pair.
+    share: f64,
+    /// The tokens that are balanced, if any are.
+    real_tokens: Vec<Option<RealTokens>>,
+    found: Vec<MicroTerms>,
+}
+
+impl<'a> StepObjective<'a> {
+    fn new(session: &'a Session, turns: &'a [(u64, &'a Batch)], share: f64) -> Self {
+        let is_balanced = session.recipe.train.balance_loss > 0.0;
+        let real_tokens = |(_, batch): &(u64, &Batch)| {
+            let new =
+                || RealTokens::new(&batch.starts, &batch.lengths, batch.cols, &session.device);
+            is_balanced.then(new)
+        };
+        Self {
+            session,
+            turns,
+            share,
+            real_tokens: turns.iter().map(real_tokens).collect(),
+            found: turns.iter().map(|_| MicroTerms::default()).collect(),
+        }
+    }
+}
+
+impl Objective for StepObjective<'_> {
+    fn loss(&mut self, number: usize, hidden: Tensor<3>, ctx: &ForwardContext<'_>) -> Tensor<1> {
+        let (session, (_, batch)) = (self.session, self.turns[number]);
+        let targets = ids(&batch.targets, batch, &session.device);
+        let losses = session.model.loss(hidden, targets, ctx);
+        let (losses, rewards) = session.compared(losses, batch);
+        let sum = kernels::total(losses);
+        let found = &mut self.found[number];
+        (found.loss, found.rewards) = (Some(sum.clone()), rewards);
+        sum * self.share as f32
+    }
+
+    fn term(&mut self, number: usize, record: &RoutingRecord) -> Option<Tensor<1>> {
+        let term = balance::balance_loss(record, self.real_tokens[number].as_ref()?);
+        self.found[number].balance.push(term.clone());
+        let (train, scale) = (&self.session.recipe.train, self.session.loss_scale());
+        let share = scale.unwrap_or(1.0) * train.balance_loss / train.accumulate as f64;
+        Some(term * share as f32)
+    }
+}
+
 impl Session {
     /// One update at a learning rate. The gradient of a run's first update is audited.
     pub(super) fn step(
@@ -244,12 +302,16 @@ impl Session {
     /// more in each round, to send its gradients.
     fn sums(&self, batches: &[Batch], share: f64) -> Result<(StepSums, f64)> {
         let (mut sums, mut reads, mut micros) = (StepSums::default(), Reads::default(), vec![]);
-        for (number, batch) in self.ranks.own((self.state.micro_step..).zip(batches)) {
-            let mut micro = self.micro_step(batch, number, share, &mut reads);
-            let gradients = std::mem::take(&mut micro.gradients);
-            self.ranks
-                .add(&mut sums.gradients, gradients, &self.device())?;
-            micros.push((micro, batch));
+        let own: Vec<(u64, &Batch)> =
+            (self.ranks.own((self.state.micro_step..).zip(batches))).collect();
+        for turns in own.chunks(self.ranks.turns()) {
+            let steps = self.micro_steps(turns, share, &mut reads).into_iter();
+            for (mut micro, (_, batch)) in steps.zip(turns) {
+                let gradients = std::mem::take(&mut micro.gradients);
+                self.ranks
+                    .add(&mut sums.gradients, gradients, &self.device())?;
+                micros.push((micro, *batch));
+            }
         }
         let stacks = self.stacks();
         let squares: Vec<(String, Read)> = (sums.gradients.squares(&stacks))
@@ -290,50 +352,45 @@ impl Session {
         batches.collect()
     }
 
-    /// Forward and backward of one micro-batch.
-    fn micro_step(&self, batch: &Batch, number: u64, share: f64, reads: &mut Reads) -> MicroStep {
-        let scale = self.loss_scale().unwrap_or(1.0);
+    /// Forward and backward of micro-batches that take turns, by their numbers.
+    fn micro_steps(
+        &self,
+        turns: &[(u64, &Batch)],
+        share: f64,
+        reads: &mut Reads,
+    ) -> Vec<MicroStep> {
         let train = &self.recipe.train;
-        let mut recorder = Recorder::of_routing();
-        let mut ctx = ForwardContext {
+        let mut recorders: Vec<Recorder> = turns.iter().map(|_| Recorder::of_routing()).collect();
+        let passes = recorders.iter_mut().zip(turns);
+        let passes = passes.map(|(recorder, (number, batch))| ForwardContext {
             dropout_seed: (self.recipe.lora.dropout > 0.0).then_some(train.seed ^ (number << 20)),
             segments: segments(batch),
-            ..ForwardContext::recorded(self.compute(), &mut recorder)
-        };
-        let (mut loss, mut rewards, mut balance) = (None, None, vec![]);
-        let real_tokens = (train.balance_loss > 0.0)
-            .then(|| RealTokens::new(&batch.starts, &batch.lengths, batch.cols, &self.device));
-        let balance_share = scale * train.balance_loss / train.accumulate as f64;
-        let tensor = |values| ids(values, batch, &self.device);
-        let trace = Trace::new(
+            ..ForwardContext::recorded(self.compute(), recorder)
+        });
+        let mut passes: Vec<ForwardContext<'_>> = passes.collect();
+        let inputs = turns.iter();
+        let inputs = inputs.map(|(_, batch)| ids(&batch.input_ids, batch, &self.device));
+        let traces = Trace::new(
             &self.model,
-            tensor(&batch.input_ids),
-            &mut ctx,
+            inputs.collect(),
+            &mut passes,
             train.checkpointing,
         );
-        let gradients = trace.backward(
-            &self.model,
-            &mut ctx,
-            |hidden, ctx| {
-                let losses = self.model.loss(hidden, tensor(&batch.targets), ctx);
-                let (losses, batch_rewards) = self.compared(losses, batch);
-                let sum = kernels::total(losses);
-                (loss, rewards) = (Some(sum.clone()), batch_rewards);
-                sum * share as f32
-            },
-            |record| {
-                let term = balance::balance_loss(record, real_tokens.as_ref()?);
-                balance.push(term.clone());
-                Some(term * balance_share as f32)
-            },
-        );
-        MicroStep {
+        let mut objective = StepObjective::new(self, turns, share);
+        let gradients = Trace::backward(traces, &self.model, &mut passes, &mut objective);
+        let found = objective.found;
+        drop(passes);
+        let all = gradients.into_iter().zip(found).zip(&recorders);
+        let micro = |((gradients, found), recorder): ((_, MicroTerms), &Recorder)| MicroStep {
             gradients,
-            loss: loss.map(|loss| reads.push(loss)),
-            balance: balance.into_iter().map(|term| reads.push(term)).collect(),
-            choices: reads.push_choices(&recorder),
-            rewards: rewards.map(|rewards| reads.push(rewards)),
-        }
+            loss: found.loss.map(|loss| reads.push(loss)),
+            balance: (found.balance.into_iter())
+                .map(|term| reads.push(term))
+                .collect(),
+            choices: reads.push_choices(recorder),
+            rewards: found.rewards.map(|rewards| reads.push(rewards)),
+        };
+        all.map(micro).collect()
     }
 
     /// The model relative to which preferences are learned, if they are.

@@ -86,10 +86,14 @@ pub(super) fn fit_over<W: Wire + 'static>(
                     stop_after: stop.filter(|(who, _)| *who == rank).map(|(_, step)| step),
                     ..Seen::default()
                 };
-                let ended = session
-                    .join(World::new(wire), layout)
-                    .and_then(|_| session.resume(&run).map(drop))
-                    .and_then(|()| session.fit(&run, &mut seen));
+                // Ranks of one thread and of two.
+                let threads = rayon::ThreadPoolBuilder::new().num_threads(1 + rank % 2);
+                let ended = threads.build().unwrap().install(|| {
+                    session
+                        .join(World::new(wire), layout)
+                        .and_then(|_| session.resume(&run).map(drop))
+                        .and_then(|()| session.fit(&run, &mut seen))
+                });
                 let results = ["adapter", "model", "checkpoint-4"].map(|name| path.join(name));
                 assert!(rank == 0 || results.iter().all(|result| !result.exists()));
                 (seen, ended)

@@ -4,7 +4,7 @@
 //! of a group computes a micro-batch of its own, and at a mixture layer serves the others'. A rank runs its experts once for
 //! each micro-batch, so that sums, gradients and random values are those of a rank that has all experts: with a row for each
 //! slot there and back, every bit is. No exchange runs inside autodiff: the graph ends at the rows, on both sides, and
-//! [`ExchangedExperts::backward`] carries gradients across.
+//! [`ExchangedExperts`] carries gradients across.
 
 mod rows;
 #[cfg(test)]
@@ -17,7 +17,7 @@ use std::str::FromStr;
 use burn::tensor::{Device, Gradients, Int, Tensor, TensorData};
 use kernels::device::{read, read_ints};
 use kernels::{Routing, SuppliedGradients};
-use parallel::{MessageReader, MessageWriter, World};
+use parallel::{MessageReader, MessageWriter, Posted, World};
 
 use self::rows::{Received, Sent, SentPlan, add_rows, second_values};
 use super::routing::Routed;
@@ -93,17 +93,21 @@ impl ExpertRanks {
             .collect()
     }
 
-    /// A message for each rank of this one's group, and from each.
+    /// Sends a message to each rank of this one's group.
+    fn post(&self, name: &str, messages: Vec<Vec<u8>>) -> Posted {
+        let mut all = vec![Vec::new(); self.world.ranks()];
+        all.splice(self.group(), messages);
+        self.world.post(name, all)
+    }
+
+    /// The messages that came from the group.
     ///
     /// # Panics
     /// If ranks lose each other: an engine that knows how to leave the process has left it before.
-    fn exchange(&self, name: &str, messages: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
-        let group = self.group();
-        let mut all = vec![Vec::new(); self.world.ranks()];
-        all.splice(group.clone(), messages);
-        let all = self.world.exchange(name, all);
-        let mut all = all.unwrap_or_else(|lost| panic!("{lost}"));
-        all.drain(group).collect()
+    fn wait(&self, posted: Option<Posted>) -> Vec<Vec<u8>> {
+        let posted = posted.expect("messages are on their way");
+        let mut all = posted.wait().unwrap_or_else(|lost| panic!("{lost}"));
+        all.drain(self.group()).collect()
     }
 
     /// The ranks of this one's group.
@@ -131,7 +135,18 @@ pub(crate) struct SharedOut<'a> {
     pub(crate) name: String,
 }
 
-/// A micro-batch's experts in a forward pass that is differentiated.
+/// A micro-batch's experts. They run in three turns, so that something else can be computed while rows travel: rows are sent
+/// when this is made, then [`Self::serve`], then [`Self::finish`].
+#[derive(Debug)]
+pub(crate) struct RunningExperts {
+    x: Tensor<2>,
+    weights: Tensor<2>,
+    n_own: usize,
+    run: ExchangedExperts,
+}
+
+/// A micro-batch's experts in a pass that is differentiated. The backward pass has three turns too: [`Self::send`],
+/// [`Self::serve`], [`Self::finish`].
 #[derive(Debug)]
 pub struct ExchangedExperts {
     ranks: ExpertRanks,
@@ -143,91 +158,118 @@ pub struct ExchangedExperts {
     /// experts.
     served: Vec<Option<[Tensor<2>; 3]>>,
     gradients: SuppliedGradients,
+    posted: Option<Posted>,
 }
 
-/// The weighted sum of experts that ranks share out, of a micro-batch; and what its backward pass needs, if there is one.
-///
-/// # Shapes
-/// - `x`: `[tokens, hidden_size]`
-/// - returns: `[tokens, hidden_size]`
-///
-/// # Panics
-/// If ranks lose each other.
-pub(crate) fn forward(
-    of: &SharedOut<'_>,
-    (x, routed): (Tensor<2>, &Routed),
-    routing: &Routing,
-    dropout_seed: Option<u64>,
-    serve: impl Fn(ServedRows) -> Tensor<2>,
-) -> (Tensor<2>, Option<ExchangedExperts>) {
-    let (device, [tokens, hidden]) = (x.device(), x.dims());
-    let top_k = routed.weights.dims()[1];
-    let plan = SentPlan {
-        top_k,
-        tokens,
-        order: ints(&routing.order),
-        offsets: ints(&routing.offsets),
-    };
-    let sent: Vec<Sent> = (of.ranges.iter())
-        .map(|range| plan.rows(range.clone(), of.ranks.kind))
-        .collect();
-    let (rows, weights) = (read(x.clone()), read(routed.weights.clone()));
-    let messages = (sent.iter()).map(|sent| sent.message(&rows, &weights, dropout_seed));
-    let messages = (of.ranks).exchange(&format!("rows of {}", of.name), messages.collect());
-
-    let n_own = of.ranges[of.ranks.place()].len();
-    let run = |message: Vec<u8>| {
-        let received = Received::read(&message).expect("the ranks run one program");
-        received.serve(n_own, hidden, &device, &serve)
-    };
-    let served: Vec<Option<[Tensor<2>; 3]>> = messages.into_iter().map(run).collect();
-    let replies = (served.iter()).map(|served| values_message(served.iter().map(|[.., y]| y)));
-    let replies = (of.ranks).exchange(&format!("sums of {}", of.name), replies.collect());
-
-    let sum = add_rows(&sent, &replies, tokens * hidden);
-    let y = Tensor::from_data(TensorData::new(sum, [tokens, hidden]), &device);
-    if !device.is_autodiff() {
-        return (y, None);
+impl RunningExperts {
+    /// Sends a micro-batch's rows.
+    ///
+    /// # Shapes
+    /// - `x`: `[tokens, hidden_size]`
+    pub(crate) fn send(
+        of: SharedOut<'_>,
+        (x, routed): (Tensor<2>, &Routed),
+        routing: &Routing,
+        dropout_seed: Option<u64>,
+    ) -> Self {
+        let ([tokens, hidden], top_k) = (x.dims(), routed.weights.dims()[1]);
+        let plan = SentPlan {
+            top_k,
+            tokens,
+            order: ints(&routing.order),
+            offsets: ints(&routing.offsets),
+        };
+        let sent: Vec<Sent> = (of.ranges.iter())
+            .map(|range| plan.rows(range.clone(), of.ranks.kind))
+            .collect();
+        let (rows, weights) = (read(x.clone()), read(routed.weights.clone()));
+        let messages = (sent.iter()).map(|sent| sent.message(&rows, &weights, dropout_seed));
+        let posted = (of.ranks).post(&format!("rows of {}", of.name), messages.collect());
+        Self {
+            x,
+            weights: routed.weights.clone(),
+            n_own: of.ranges[of.ranks.place()].len(),
+            run: ExchangedExperts {
+                ranks: of.ranks.clone(),
+                name: of.name,
+                shape: [tokens, hidden, top_k],
+                sent,
+                served: Vec::new(),
+                gradients: SuppliedGradients::default(),
+                posted: Some(posted),
+            },
+        }
     }
-    let gradients = SuppliedGradients::default();
-    let y = kernels::computed_elsewhere(x, routed.weights.clone(), y, gradients.clone());
-    let exchanged = ExchangedExperts {
-        ranks: of.ranks.clone(),
-        name: of.name.clone(),
-        shape: [tokens, hidden, top_k],
-        sent,
-        served,
-        gradients,
-    };
-    (y, Some(exchanged))
-}
 
-impl ExchangedExperts {
-    /// Carries the gradient of the sum, `[tokens, hidden_size]` and without autodiff, to the experts, and theirs of rows and
-    /// weights back to where the layer's graph takes them. `take` takes the gradients of this rank's experts, of one
-    /// micro-batch after another.
+    /// Runs this rank's experts over the rows that came, with `run`, and sends the sums.
     ///
     /// # Panics
     /// If ranks lose each other.
-    pub(crate) fn backward(self, dy: &Tensor<2>, mut take: impl FnMut(&mut Gradients)) {
+    pub(crate) fn serve(&mut self, run: impl Fn(ServedRows) -> Tensor<2>) {
+        let (ranks, [_, hidden, _]) = (&self.run.ranks, self.run.shape);
+        let messages = ranks.wait(self.run.posted.take()).into_iter();
+        let served = messages.map(|message| {
+            let received = Received::read(&message).expect("the ranks run one program");
+            received.serve(self.n_own, hidden, &self.x.device(), &run)
+        });
+        let served: Vec<Option<[Tensor<2>; 3]>> = served.collect();
+        let replies = (served.iter()).map(|served| values_message(served.iter().map(|[.., y]| y)));
+        let posted = ranks.post(&format!("sums of {}", self.run.name), replies.collect());
+        self.run.posted = Some(posted);
+        self.run.served = served;
+    }
+
+    /// The weighted sum of every token's experts, `[tokens, hidden_size]`; and what a backward pass needs, if there will be
+    /// one.
+    ///
+    /// # Panics
+    /// If ranks lose each other.
+    pub(crate) fn finish(self) -> (Tensor<2>, Option<ExchangedExperts>) {
         let Self {
-            ranks,
-            name,
-            shape: [tokens, hidden, top_k],
-            sent,
-            served,
-            gradients,
+            x,
+            weights,
+            mut run,
+            ..
         } = self;
-        let dy_values = read(dy.clone());
-        let messages = sent.iter().map(|sent| {
+        let ([tokens, hidden, _], device) = (run.shape, x.device());
+        let replies = run.ranks.wait(run.posted.take());
+        let sum = add_rows(&run.sent, &replies, tokens * hidden);
+        let y = Tensor::from_data(TensorData::new(sum, [tokens, hidden]), &device);
+        if !device.is_autodiff() {
+            return (y, None);
+        }
+        let y = kernels::computed_elsewhere(x, weights, y, run.gradients.clone());
+        (y, Some(run))
+    }
+}
+
+impl ExchangedExperts {
+    /// Sends the gradient of the sum, `[tokens, hidden_size]` and without autodiff, to the experts, unless it is sent.
+    pub(crate) fn send(&mut self, dy: &Tensor<2>) {
+        if self.posted.is_some() {
+            return;
+        }
+        let (values, [tokens, ..]) = (read(dy.clone()), self.shape);
+        let messages = (self.sent.iter()).map(|sent| {
             let mut message = MessageWriter::default();
-            message.values(&sent.gather(&dy_values, tokens));
+            message.values(&sent.gather(&values, tokens));
             message.finish()
         });
-        let messages = ranks.exchange(&format!("gradients of {name}"), messages.collect());
-        let replies = messages.into_iter().zip(served).map(|(message, run)| {
+        let name = format!("gradients of {}", self.name);
+        self.posted = Some(self.ranks.post(&name, messages.collect()));
+    }
+
+    /// Differentiates what this rank has run, and sends the gradients of rows and weights. `take` takes the gradients of this
+    /// rank's experts, of one micro-batch after another.
+    ///
+    /// # Panics
+    /// If ranks lose each other.
+    pub(crate) fn serve(&mut self, mut take: impl FnMut(&mut Gradients)) {
+        let messages = self.ranks.wait(self.posted.take()).into_iter();
+        let served = std::mem::take(&mut self.served);
+        let replies = messages.zip(served).map(|(message, run)| {
             let Some([x, weights, y]) = run else {
-                return MessageWriter::default().finish();
+                return Vec::new();
             };
             let values = MessageReader::new(&message).values();
             let values = values.expect("the ranks run one program");
@@ -241,11 +283,20 @@ impl ExchangedExperts {
             take(&mut found);
             values_message([&dx, &dweights].into_iter())
         });
-        let replies: Vec<Vec<u8>> = replies.collect();
-        let replies = ranks.exchange(&format!("gradients of rows of {name}"), replies);
-        let dx = add_rows(&sent, &replies, tokens * hidden);
+        let name = format!("gradients of rows of {}", self.name);
+        self.posted = Some(self.ranks.post(&name, replies.collect()));
+    }
+
+    /// Puts the gradients of rows and weights where the layer's graph takes them.
+    ///
+    /// # Panics
+    /// If ranks lose each other.
+    pub(crate) fn finish(mut self) {
+        let [tokens, hidden, top_k] = self.shape;
+        let replies = self.ranks.wait(self.posted.take());
+        let dx = add_rows(&self.sent, &replies, tokens * hidden);
         let mut dweights = vec![0.0; tokens * top_k];
-        for (sent, reply) in sent.iter().zip(&replies) {
+        for (sent, reply) in self.sent.iter().zip(&replies) {
             let values = second_values(reply).expect("the ranks run one program");
             for (slot, value) in sent.slots.iter().zip(values) {
                 if let Some(slot) = slot {
@@ -253,7 +304,7 @@ impl ExchangedExperts {
                 }
             }
         }
-        gradients.supply(
+        self.gradients.supply(
             TensorData::new(dx, [tokens, hidden]),
             TensorData::new(dweights, [tokens, top_k]),
         );

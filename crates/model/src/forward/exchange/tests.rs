@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use burn::tensor::TensorData;
-use parallel::{Lost, Wire, threads};
+use parallel::{Arrival, Wire, threads};
 
 use super::*;
 
@@ -121,18 +121,15 @@ fn run(case: &Case, world: World) -> Outcome {
         );
         multiply(rows, first)
     };
-    let (y, exchanged) = forward(
-        &of,
-        (x.clone(), &routed),
-        &routing,
-        Some(rank as u64),
-        serve,
-    );
+    let mut running = RunningExperts::send(of, (x.clone(), &routed), &routing, Some(rank as u64));
+    running.serve(serve);
+    let (y, exchanged) = running.finish();
     let sum = read(y.clone());
     let dy = tensor(values(rank + 100, n * HIDDEN), HIDDEN);
-    exchanged
-        .expect("a graph")
-        .backward(&dy.clone().inner(), |_| {});
+    let mut exchanged = exchanged.expect("a graph");
+    exchanged.send(&dy.clone().inner());
+    exchanged.serve(|_| {});
+    exchanged.finish();
     let found = (y * Tensor::from_inner(dy.inner())).sum().backward();
     let [dx, dweights] = [x, weights].map(|of| read(of.grad(&found).expect("a gradient")));
     [sum, dx, dweights]
@@ -232,14 +229,15 @@ impl<W: Wire> Wire for Spoiled<W> {
         self.wire.ranks()
     }
 
-    fn exchange(&self, name: &str, messages: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Lost> {
-        let mut messages = self.wire.exchange(name, messages)?;
-        let is_first = name.starts_with("rows of");
-        messages
-            .iter_mut()
-            .filter(|_| is_first)
-            .for_each(|message| (self.spoil)(message));
-        Ok(messages)
+    fn post(&self, name: &str, messages: Vec<Vec<u8>>) -> Arrival {
+        let arrival = self.wire.post(name, messages);
+        let (spoil, is_first) = (self.spoil, name.starts_with("rows of"));
+        Box::new(move || {
+            let mut messages = arrival()?;
+            let spoiled = messages.iter_mut().filter(|_| is_first);
+            spoiled.for_each(|message| spoil(message));
+            Ok(messages)
+        })
     }
 }
 

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use burn::module::Param;
 use burn::tensor::Tensor;
-use kernels::{ExpertBank, Matrix, Routing};
+use kernels::{ExpertBank, Matrix};
 
-use super::{ExpertPart, ExpertWeights, Experts, FactorStacks, PartWeights};
+use super::{ExpertPart, ExpertWeights, Experts, FactorStacks, PartWeights, routing};
 use crate::Error;
 use crate::forward::context::ForwardContext;
-use crate::forward::exchange::{self, ExpertRanks, SharedOut};
+use crate::forward::exchange::{ExpertRanks, RunningExperts, SharedOut};
 use crate::forward::routing::Routed;
 
 /// The share of a layer's experts that a rank holds.
@@ -106,32 +106,59 @@ impl Experts {
             .collect()
     }
 
-    /// The weighted sum of every token's experts of one part, which ranks share out.
-    pub(super) fn exchanged(
+    /// Sends rows to the ranks that hold their experts, if ranks share them out; else none.
+    ///
+    /// # Shapes
+    /// - `x`: `[tokens, hidden_size]`
+    pub(crate) fn send(
         &self,
-        held: &HeldExperts,
-        (part_idx, part): (usize, ExpertPart<'_>),
-        input: (Tensor<2>, &Routed),
-        routing: Routing,
+        x: &Tensor<2>,
+        routed: &Routed,
+        ctx: &ForwardContext<'_>,
+    ) -> Option<Vec<RunningExperts>> {
+        let held = self.held.as_ref()?;
+        let parts = self.parts().into_iter().zip(&held.parts).enumerate();
+        let send = |(i, (part, share)): (usize, (ExpertPart<'_>, &HeldPart))| {
+            let shared_out = SharedOut {
+                ranks: &held.ranks,
+                ranges: &share.ranges,
+                name: format!("experts of layer {}, part {i}", held.layer_idx),
+            };
+            let routing = routing(routed, part.ids, held.n_experts);
+            RunningExperts::send(shared_out, (x.clone(), routed), &routing, ctx.dropout_seed)
+        };
+        Some(parts.map(send).collect())
+    }
+
+    /// Runs this rank's experts over the rows that were sent to them.
+    pub(crate) fn serve(&self, running: &mut [RunningExperts], ctx: &ForwardContext<'_>) {
+        let shares = self.held.iter().flat_map(|held| &held.parts);
+        for ((part, share), running) in self.parts().into_iter().zip(shares).zip(running) {
+            let weights = match (part.weights, &share.bank) {
+                (PartWeights::Updated(_), Some(bank)) => PartWeights::Updated(bank),
+                (PartWeights::Plain(_), Some(bank)) => PartWeights::Plain(bank),
+                (weights, _) => weights,
+            };
+            running
+                .serve(|rows| self.sum_of(weights, rows.x, rows.routing, rows.dropout_seed, ctx));
+        }
+    }
+
+    /// The weighted sum of every token's experts, from what came back.
+    ///
+    /// # Shapes
+    /// - returns: `[tokens, hidden_size]`
+    pub(crate) fn finish(
+        &self,
+        running: Vec<RunningExperts>,
         ctx: &ForwardContext<'_>,
     ) -> Tensor<2> {
-        let HeldPart { ranges, bank } = &held.parts[part_idx];
-        let shared_out = SharedOut {
-            ranks: &held.ranks,
-            ranges,
-            name: format!("experts of layer {}, part {part_idx}", held.layer_idx),
-        };
-        let weights = match (part.weights, bank) {
-            (PartWeights::Updated(_), Some(bank)) => PartWeights::Updated(bank),
-            (PartWeights::Plain(_), Some(bank)) => PartWeights::Plain(bank),
-            (weights, _) => weights,
-        };
-        let (y, exchanged) =
-            exchange::forward(&shared_out, input, &routing, ctx.dropout_seed, |rows| {
-                self.sum_of(weights, rows.x, rows.routing, rows.dropout_seed, ctx)
-            });
-        ctx.exchanged.borrow_mut().extend(exchanged);
-        y
+        let sums = running.into_iter().map(|running| {
+            let (y, exchanged) = running.finish();
+            ctx.exchanged.borrow_mut().extend(exchanged);
+            y
+        });
+        sums.reduce(|sum, y| sum + y).expect("a layer has experts")
     }
 
     /// Trained or updated stacks, by their paths.

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use model::ExchangeKind;
 
 /// How ranks share a run out.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RankLayout {
     /// Ranks that compute different micro-batches: all of them.
     pub dp: Option<usize>,
@@ -14,6 +14,20 @@ pub struct RankLayout {
     pub ep: Option<usize>,
     /// What travels between them.
     pub exchange: ExchangeKind,
+    /// Whether two micro-batches of a rank take turns, so that rows travel while something is computed. It changes memory and
+    /// time, no bit.
+    pub overlap: bool,
+}
+
+impl Default for RankLayout {
+    fn default() -> Self {
+        Self {
+            dp: None,
+            ep: None,
+            exchange: ExchangeKind::default(),
+            overlap: true,
+        }
+    }
 }
 
 impl FromStr for RankLayout {
@@ -35,9 +49,16 @@ impl FromStr for RankLayout {
                     layout.exchange =
                         kind.map_err(|why| format!("`exchange`: {why}; found `{value}`"))?;
                 }
+                "overlap" => {
+                    layout.overlap = match value {
+                        "on" => true,
+                        "off" => false,
+                        _ => return Err(format!("`overlap`: expected on or off; found `{value}`")),
+                    }
+                }
                 _ => {
                     return Err(format!(
-                        "expected ep=N, dp=N or exchange=slots|rows, with commas between; found `{part}`"
+                        "expected ep=N, dp=N, exchange=slots|rows or overlap=on|off, with commas between; found `{part}`"
                     ));
                 }
             }
@@ -55,7 +76,10 @@ impl fmt::Display for RankLayout {
         write!(f, "ep={ep}")?;
         match ep {
             1 => Ok(()),
-            _ => write!(f, ",exchange={}", self.exchange),
+            _ => {
+                let overlap = if self.overlap { "on" } else { "off" };
+                write!(f, ",exchange={},overlap={overlap}", self.exchange)
+            }
         }
     }
 }
@@ -68,14 +92,14 @@ mod tests {
     fn layouts_are_read_or_refused_by_name() {
         let read = |text: &str| text.parse::<RankLayout>();
         let layout = read("ep=2,dp=4,exchange=slots").unwrap();
-        assert_eq!(layout.to_string(), "dp=4,ep=2,exchange=slots");
+        assert_eq!(layout.to_string(), "dp=4,ep=2,exchange=slots,overlap=on");
         assert_eq!(read("ep=1").unwrap().to_string(), "ep=1");
         for (text, expected) in [
             ("ep=0", "`ep` is a number of ranks; found `0`"),
             ("dp=x", "`dp` is a number of ranks; found `x`"),
             (
                 "pp=2",
-                "expected ep=N, dp=N or exchange=slots|rows, with commas between; found `pp=2`",
+                "expected ep=N, dp=N, exchange=slots|rows or overlap=on|off, with commas between; found `pp=2`",
             ),
             (
                 "exchange=all",

@@ -100,6 +100,14 @@ impl Ranks {
         self.ep() > 1
     }
 
+    /// Micro-batches of a rank that take turns: two, if rows of one travel while the other is computed.
+    pub(crate) fn turns(&self) -> usize {
+        match self.shares_experts() && self.layout.overlap {
+            true => 2,
+            false => 1,
+        }
+    }
+
     fn ep(&self) -> usize {
         self.layout.ep.unwrap_or(1)
     }
