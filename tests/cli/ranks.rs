@@ -239,6 +239,44 @@ mod mpi {
         }
     }
 
+    /// Ranks on two hosts that this machine plays, over a cable of 1 Gbit/s, end with the bits of one process, and their
+    /// interfaces count the bytes that they say they send. Without the rights to play hosts, as in many containers, nothing
+    /// is tested.
+    #[test]
+    fn two_hosts_have_the_bits_of_one_and_send_what_they_say() {
+        const CANNOT: i32 = 77;
+        let place = tempfile::tempdir().unwrap();
+        let at = |name: &str| place.path().join(name).to_string_lossy().into_owned();
+        // Long enough that what `mpirun` itself sends does not count.
+        let more = ["--set", "train.steps=24", "--set", "train.eval_every=100"];
+        let alone = at("alone/run");
+        succeeds(command(&train(&alone, &more)));
+        let two = at("two/run");
+        let words = train(&two, &more);
+        let mut hosts = Command::new("tests/hosts/two_hosts");
+        let binary = command(&[]).get_program().to_owned();
+        hosts
+            .arg(binary)
+            .args([words[1], words[3], "--rate", "1gbit", "--"]);
+        hosts.args(&words[4..]).args(["--layout", "exchange=slots"]);
+        hosts.current_dir(env!("CARGO_MANIFEST_DIR"));
+        let output = hosts.stdin(Stdio::null()).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        if output.status.code() == Some(CANNOT) {
+            return;
+        }
+        assert!(output.status.success(), "{said}");
+        assert!(numbers(Path::new(&alone), 24) == numbers(Path::new(&two), 24));
+        let counted: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let counted = counted["sent_by_left"].as_f64().unwrap() / 1e6;
+        let told = said.split("sent to other ranks: ").nth(1).unwrap();
+        let told: f64 = told.split(' ').next().unwrap().parse().unwrap();
+        assert!(
+            (counted / told - 1.0).abs() < 0.02,
+            "{counted} MB, not {told}"
+        );
+    }
+
     /// Resumes a run alone, as soon as the ranks that `mpirun` has ended are gone.
     fn goes_on(run: &str) {
         let started = Instant::now();

@@ -15,7 +15,11 @@ use parallel::{LinkSpeed, World, threads};
 const RANKS: usize = 2;
 const STEPS: u64 = 3;
 const PAIRS: usize = 5;
-const SETTINGS: [&str; 3] = ["train.batch_size=16", "train.accumulate=4", "train.steps=99"];
+const SETTINGS: [&str; 3] = [
+    "train.batch_size=16",
+    "train.accumulate=4",
+    "train.steps=99",
+];
 
 struct Silent;
 

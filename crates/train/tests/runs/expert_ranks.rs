@@ -41,6 +41,32 @@ fn experts_that_ranks_share_out_have_the_bits_of_one_rank() {
     }
 }
 
+/// Ten steps on four ranks that share out experts, five alone, five on two ranks that have all: the bits of twenty alone.
+#[test]
+fn a_run_goes_on_with_another_layout() {
+    let (kind, settings) = &cases()[0];
+    let place = place(kind);
+    let settings = settings.replace("steps = 6", "steps = 20");
+    let recipe = recipe(&place, &settings);
+    let (whole, parts) = (place.path("whole"), place.path("parts"));
+    let (expected, ended) = fit(&recipe, &whole, 1, None).remove(0);
+    ended.unwrap();
+    let mut bits = Vec::new();
+    let spans = [
+        (4, "ep=4,exchange=slots", Some((2, 10))),
+        (1, "ep=1", Some((0, 15))),
+        (2, "ep=1", None),
+    ];
+    for (n, layout, stop) in spans {
+        let wires = threads::ranks(n, WAIT);
+        let (seen, ended) = fit_over(&recipe, &parts, wires, layout, stop).remove(0);
+        assert_eq!(ended.is_ok(), stop.is_none(), "{ended:?}");
+        bits.extend(seen.bits);
+    }
+    assert_eq!(bits, expected.bits);
+    assert_same_files(&whole, &parts, &["adapter", "checkpoint-20"], "parts");
+}
+
 /// What every rank saw of a run that ends.
 fn fits(recipe: &Recipe, run: &Path, n: usize, layout: &str) -> Vec<Seen> {
     let ranks = fit_over(recipe, run, threads::ranks(n, WAIT), layout, None).into_iter();
