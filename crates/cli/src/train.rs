@@ -54,8 +54,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     rank_timeout: u64,
     /// How ranks under `mpirun` share the work out: ep=N ranks share out the experts, and exchange rows for each expert
-    /// (exchange=slots, the bits of one rank) or for each rank (exchange=rows, less to send). Default: ep is the number of
-    /// ranks if experts are trained, else 1; exchange=rows.
+    /// (exchange=slots, the bits of one rank) or for each rank (exchange=rows, less to send; wire=bf16 rounds what comes back), while
+    /// another micro-batch is computed (overlap=on or off). Default: ep is the number of ranks if experts are trained, else 1;
+    /// exchange=rows,wire=f32,overlap=on.
     #[arg(long, value_name = "ep=N,...")]
     layout: Option<RankLayout>,
 }

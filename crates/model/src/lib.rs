@@ -52,7 +52,7 @@ pub use decoder::{Decoder, DecoderLayer, Embedding, FeedForward, Model, Replaced
 pub use error::Error;
 pub use forward::cache::Cache;
 pub use forward::context::ForwardContext;
-pub use forward::exchange::{ExchangeKind, ExpertRanks};
+pub use forward::exchange::{ExchangeKind, ExpertRanks, RowWire};
 pub use forward::recorder::Recorder;
 pub use forward::routing::{Routed, RoutingRecord, routing_drift};
 pub use kernels::device;

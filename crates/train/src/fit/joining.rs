@@ -72,7 +72,12 @@ impl RankLayout {
     /// The ranks that share out experts, if any do.
     fn expert_ranks(self, world: &World) -> Option<Arc<ExpertRanks>> {
         let ep = self.ep.filter(|ep| *ep > 1)?;
-        Some(Arc::new(ExpertRanks::new(world.clone(), ep, self.exchange)))
+        Some(Arc::new(ExpertRanks::new(
+            world.clone(),
+            ep,
+            self.exchange,
+            self.wire,
+        )))
     }
 }
 

@@ -129,6 +129,18 @@ fn sums_of_each_rank_differ_by_the_order_of_sums_alone() {
     }
 }
 
+/// Sums that are rounded to bf16 on their way move losses by as much as products in bf16 do.
+#[test]
+fn rounded_sums_stay_near() {
+    let (kind, settings) = &cases()[0];
+    let place = place(kind);
+    let recipe = recipe(&place, settings);
+    let expected = fits(&recipe, &place.path("f32"), 2, "exchange=rows").remove(0);
+    let found = fits(&recipe, &place.path("bf16"), 2, "wire=bf16").remove(0);
+    let apart = difference(&found, &expected);
+    assert!(apart > 1e-6 && apart < 5e-3, "{apart:.1e}");
+}
+
 /// How far the first steps' gradients are apart, tensor by tensor: the first moments are a tenth of them.
 fn gradients_apart(one: &Path, other: &Path) -> Vec<(String, f64)> {
     let name = "checkpoint-1/optimizer.safetensors";

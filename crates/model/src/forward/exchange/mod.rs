@@ -19,7 +19,7 @@ use kernels::device::{read, read_ints};
 use kernels::{Routing, SuppliedGradients};
 use parallel::{MessageReader, MessageWriter, Posted, World};
 
-use self::rows::{Received, Sent, SentPlan, add_rows, second_values};
+use self::rows::{Received, Sent, SentPlan, add_rows, after_rows};
 use super::routing::Routed;
 
 /// What travels between ranks.
@@ -53,12 +53,44 @@ impl FromStr for ExchangeKind {
     }
 }
 
+/// The format in which sums come back, and gradients of rows travel. Rows go out in f32, and so do weights and their gradients.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RowWire {
+    /// As they are.
+    #[default]
+    F32,
+    /// Rounded, for links that are slow.
+    Bf16,
+}
+
+impl fmt::Display for RowWire {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
+impl FromStr for RowWire {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "f32" => Ok(Self::F32),
+            "bf16" => Ok(Self::Bf16),
+            _ => Err("expected f32 or bf16".into()),
+        }
+    }
+}
+
 /// The ranks that share out the experts of every layer.
 #[derive(Clone, Debug)]
 pub struct ExpertRanks {
     world: World,
     ep: usize,
     kind: ExchangeKind,
+    wire: RowWire,
 }
 
 impl ExpertRanks {
@@ -66,13 +98,18 @@ impl ExpertRanks {
     ///
     /// # Panics
     /// If `ep` does not divide the ranks.
-    pub fn new(world: World, ep: usize, kind: ExchangeKind) -> Self {
+    pub fn new(world: World, ep: usize, kind: ExchangeKind, wire: RowWire) -> Self {
         assert!(
             ep > 0 && world.ranks().is_multiple_of(ep),
             "ep = {ep} of {} ranks",
             world.ranks()
         );
-        Self { world, ep, kind }
+        Self {
+            world,
+            ep,
+            kind,
+            wire,
+        }
     }
 
     /// Number of ranks in a group.
@@ -213,7 +250,13 @@ impl RunningExperts {
             received.serve(self.n_own, hidden, &self.x.device(), &run)
         });
         let served: Vec<Option<[Tensor<2>; 3]>> = served.collect();
-        let replies = (served.iter()).map(|served| values_message(served.iter().map(|[.., y]| y)));
+        let replies = (served.iter()).map(|served| {
+            let mut reply = MessageWriter::default();
+            if let Some([.., y]) = served {
+                ranks.wire.write(&mut reply, &read(y.clone()));
+            }
+            reply.finish()
+        });
         let posted = ranks.post(&format!("sums of {}", self.run.name), replies.collect());
         self.run.posted = Some(posted);
         self.run.served = served;
@@ -233,7 +276,7 @@ impl RunningExperts {
         } = self;
         let ([tokens, hidden, _], device) = (run.shape, x.device());
         let replies = run.ranks.wait(run.posted.take());
-        let sum = add_rows(&run.sent, &replies, tokens * hidden);
+        let sum = add_rows(&run.sent, &replies, tokens * hidden, run.ranks.wire);
         let y = Tensor::from_data(TensorData::new(sum, [tokens, hidden]), &device);
         if !device.is_autodiff() {
             return (y, None);
@@ -252,7 +295,9 @@ impl ExchangedExperts {
         let (values, [tokens, ..]) = (read(dy.clone()), self.shape);
         let messages = (self.sent.iter()).map(|sent| {
             let mut message = MessageWriter::default();
-            message.values(&sent.gather(&values, tokens));
+            self.ranks
+                .wire
+                .write(&mut message, &sent.gather(&values, tokens));
             message.finish()
         });
         let name = format!("gradients of {}", self.name);
@@ -266,12 +311,12 @@ impl ExchangedExperts {
     /// If ranks lose each other.
     pub(crate) fn serve(&mut self, mut take: impl FnMut(&mut Gradients)) {
         let messages = self.ranks.wait(self.posted.take()).into_iter();
-        let served = std::mem::take(&mut self.served);
+        let (served, wire) = (std::mem::take(&mut self.served), self.ranks.wire);
         let replies = messages.zip(served).map(|(message, run)| {
             let Some([x, weights, y]) = run else {
                 return Vec::new();
             };
-            let values = MessageReader::new(&message).values();
+            let values = wire.read(&mut MessageReader::new(&message));
             let values = values.expect("the ranks run one program");
             let dy = Tensor::from_data(TensorData::new(values, y.dims()), &y.device());
             // The gradient of this sum by y is exactly dy.
@@ -281,7 +326,10 @@ impl ExchangedExperts {
                 gradient.unwrap_or_else(|| of.inner().zeros_like())
             });
             take(&mut found);
-            values_message([&dx, &dweights].into_iter())
+            let mut reply = MessageWriter::default();
+            wire.write(&mut reply, &read(dx));
+            reply.values(&read(dweights));
+            reply.finish()
         });
         let name = format!("gradients of rows of {}", self.name);
         self.posted = Some(self.ranks.post(&name, replies.collect()));
@@ -294,10 +342,10 @@ impl ExchangedExperts {
     pub(crate) fn finish(mut self) {
         let [tokens, hidden, top_k] = self.shape;
         let replies = self.ranks.wait(self.posted.take());
-        let dx = add_rows(&self.sent, &replies, tokens * hidden);
+        let dx = add_rows(&self.sent, &replies, tokens * hidden, self.ranks.wire);
         let mut dweights = vec![0.0; tokens * top_k];
         for (sent, reply) in self.sent.iter().zip(&replies) {
-            let values = second_values(reply).expect("the ranks run one program");
+            let values = after_rows(reply, self.ranks.wire).expect("the ranks run one program");
             for (slot, value) in sent.slots.iter().zip(values) {
                 if let Some(slot) = slot {
                     dweights[*slot] = value;
@@ -327,12 +375,6 @@ pub(crate) fn first_experts(ids: Tensor<2, Int>, weights: Tensor<2>, n: usize) -
 fn ints(values: &Tensor<1, Int>) -> Vec<usize> {
     let values = read_ints(values.clone()).into_iter();
     values.map(|value| value as usize).collect()
-}
-
-fn values_message<'a>(tensors: impl Iterator<Item = &'a Tensor<2>>) -> Vec<u8> {
-    let mut message = MessageWriter::default();
-    tensors.for_each(|tensor| _ = message.values(&read(tensor.clone())));
-    message.finish()
 }
 
 impl Received {

@@ -2,10 +2,38 @@
 
 use std::ops::Range;
 
+use half::bf16;
 use kernels::SlotPart;
 use parallel::{MessageReader, MessageWriter, ShortMessage};
 
-use super::ExchangeKind;
+use super::{ExchangeKind, RowWire};
+
+impl RowWire {
+    /// Writes rows.
+    pub(super) fn write(self, message: &mut MessageWriter, rows: &[f32]) {
+        match self {
+            Self::F32 => _ = message.values(rows),
+            Self::Bf16 => {
+                let halves = rows.iter().map(|value| bf16::from_f32(*value));
+                let bytes: Vec<u8> = halves.flat_map(bf16::to_le_bytes).collect();
+                message.bytes(&bytes);
+            }
+        }
+    }
+
+    /// Reads rows.
+    pub(super) fn read(self, reader: &mut MessageReader<'_>) -> Result<Vec<f32>, ShortMessage> {
+        match self {
+            Self::F32 => reader.values(),
+            Self::Bf16 => {
+                let halves = reader.bytes()?.as_chunks::<2>().0.iter();
+                Ok(halves
+                    .map(|bytes| bf16::from_le_bytes(*bytes).to_f32())
+                    .collect())
+            }
+        }
+    }
+}
 
 /// The rows that a micro-batch sends to one rank.
 #[derive(Debug)]
@@ -146,24 +174,25 @@ impl Received {
     }
 }
 
-pub(super) fn second_values(message: &[u8]) -> Result<Vec<f32>, ShortMessage> {
+/// What follows the rows of a message.
+pub(super) fn after_rows(message: &[u8], wire: RowWire) -> Result<Vec<f32>, ShortMessage> {
     if message.is_empty() {
         return Ok(vec![]);
     }
     let mut reader = MessageReader::new(message);
-    reader.values()?;
+    wire.read(&mut reader)?;
     reader.values()
 }
 
 /// Adds the rows that came back, `[rows, width]` from each rank, to their tokens' sums: in the order of ranks, and of each
 /// rank's rows.
-pub(super) fn add_rows(sent: &[Sent], replies: &[Vec<u8>], size: usize) -> Vec<f32> {
+pub(super) fn add_rows(sent: &[Sent], replies: &[Vec<u8>], size: usize, wire: RowWire) -> Vec<f32> {
     let mut sums = vec![0.0; size];
     for (sent, reply) in sent.iter().zip(replies) {
         if sent.tokens.is_empty() {
             continue;
         }
-        let rows = MessageReader::new(reply).values();
+        let rows = wire.read(&mut MessageReader::new(reply));
         let rows = rows.expect("the ranks run one program");
         let width = rows.len() / sent.tokens.len();
         for (token, row) in sent.tokens.iter().zip(rows.chunks(width.max(1))) {

@@ -105,7 +105,7 @@ fn run(case: &Case, world: World) -> Outcome {
         offsets,
         part: None,
     };
-    let ranks = ExpertRanks::new(world, case.ep, case.kind);
+    let ranks = ExpertRanks::new(world, case.ep, case.kind, RowWire::F32);
     let ranges = ranks.ranges(case.experts);
     let first = ranges[ranks.place()].start;
     let of = SharedOut {

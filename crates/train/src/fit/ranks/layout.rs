@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use model::ExchangeKind;
+use model::{ExchangeKind, RowWire};
 
 /// How ranks share a run out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +14,8 @@ pub struct RankLayout {
     pub ep: Option<usize>,
     /// What travels between them.
     pub exchange: ExchangeKind,
+    /// The format of what comes back.
+    pub wire: RowWire,
     /// Whether two micro-batches of a rank take turns, so that rows travel while something is computed. It changes memory and
     /// time, no bit.
     pub overlap: bool,
@@ -25,6 +27,7 @@ impl Default for RankLayout {
             dp: None,
             ep: None,
             exchange: ExchangeKind::default(),
+            wire: RowWire::default(),
             overlap: true,
         }
     }
@@ -49,6 +52,10 @@ impl FromStr for RankLayout {
                     layout.exchange =
                         kind.map_err(|why| format!("`exchange`: {why}; found `{value}`"))?;
                 }
+                "wire" => {
+                    let wire = value.parse();
+                    layout.wire = wire.map_err(|why| format!("`wire`: {why}; found `{value}`"))?;
+                }
                 "overlap" => {
                     layout.overlap = match value {
                         "on" => true,
@@ -58,10 +65,13 @@ impl FromStr for RankLayout {
                 }
                 _ => {
                     return Err(format!(
-                        "expected ep=N, dp=N, exchange=slots|rows or overlap=on|off, with commas between; found `{part}`"
+                        "expected ep=N, dp=N, exchange=slots|rows, wire=f32|bf16 or overlap=on|off, with commas between; found `{part}`"
                     ));
                 }
             }
+        }
+        if layout.exchange == ExchangeKind::Slots && layout.wire != RowWire::F32 {
+            return Err("`exchange=slots` has the bits of one rank, and `wire=bf16` rounds; use exchange=rows".into());
         }
         Ok(layout)
     }
@@ -78,7 +88,8 @@ impl fmt::Display for RankLayout {
             1 => Ok(()),
             _ => {
                 let overlap = if self.overlap { "on" } else { "off" };
-                write!(f, ",exchange={},overlap={overlap}", self.exchange)
+                let (exchange, wire) = (self.exchange, self.wire);
+                write!(f, ",exchange={exchange},wire={wire},overlap={overlap}")
             }
         }
     }
@@ -92,14 +103,17 @@ mod tests {
     fn layouts_are_read_or_refused_by_name() {
         let read = |text: &str| text.parse::<RankLayout>();
         let layout = read("ep=2,dp=4,exchange=slots").unwrap();
-        assert_eq!(layout.to_string(), "dp=4,ep=2,exchange=slots,overlap=on");
+        assert_eq!(
+            layout.to_string(),
+            "dp=4,ep=2,exchange=slots,wire=f32,overlap=on"
+        );
         assert_eq!(read("ep=1").unwrap().to_string(), "ep=1");
         for (text, expected) in [
             ("ep=0", "`ep` is a number of ranks; found `0`"),
             ("dp=x", "`dp` is a number of ranks; found `x`"),
             (
                 "pp=2",
-                "expected ep=N, dp=N, exchange=slots|rows or overlap=on|off, with commas between; found `pp=2`",
+                "expected ep=N, dp=N, exchange=slots|rows, wire=f32|bf16 or overlap=on|off, with commas between; found `pp=2`",
             ),
             (
                 "exchange=all",
