@@ -54,9 +54,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     rank_timeout: u64,
     /// How ranks under `mpirun` share the work out: ep=N ranks share out the experts, and exchange rows for each expert
-    /// (exchange=slots, the bits of one rank) or for each rank (exchange=rows, less to send; wire=bf16 rounds what comes back), while
-    /// another micro-batch is computed (overlap=on or off). Default: ep is the number of ranks if experts are trained, else 1;
-    /// exchange=rows,wire=f32,overlap=on.
+    /// (exchange=slots, the bits of one rank) or for each rank (exchange=rows, less to send; wire=bf16 rounds what comes back),
+    /// while another micro-batch is computed (overlap=on or off). Default: ep is the number of ranks if experts are trained and
+    /// can be shared out, else 1; exchange=rows,wire=f32,overlap=on.
     #[arg(long, value_name = "ep=N,...")]
     layout: Option<RankLayout>,
 }
@@ -117,7 +117,7 @@ fn started(
         None => new_run(args.out.as_deref(), args.recipe.as_deref(), ""),
         Some(scratch) => run_in(scratch),
     };
-    share_experts(&mut session, world, args, console)?;
+    join_ranks(&mut session, world, args, console)?;
     let run = RunDir::create(&path, &session.recipe)?;
     record_device(&run, &session, args)?;
     let (path, steps) = (run.path().display(), session.total_steps());
@@ -140,9 +140,9 @@ fn resumed(
     let mut session = launch::first_of_machine_first(&world, || {
         open_named(found, recipe.model.path.as_deref(), &args.device, console)
     })?;
-    share_experts(&mut session, world, args, console)?;
-    let step = session.resume(&run)?;
     describe(&session, console)?;
+    join_ranks(&mut session, world, args, console)?;
+    let step = session.resume(&run)?;
     if recipe != before {
         run.replace_recipe(&recipe)?;
     }
@@ -156,16 +156,20 @@ fn resumed(
 }
 
 /// Joins the other ranks, and says how they share experts out.
-fn share_experts(
+fn join_ranks(
     session: &mut Session,
     world: World,
     args: &Args,
     console: &Console,
 ) -> anyhow::Result<()> {
     let ranks = world.ranks();
-    let layout = session.join(world, args.layout.unwrap_or_default())?;
+    let asked = args.layout.unwrap_or_default();
+    let layout = session.join(world, asked)?;
     if ranks > 1 {
         console.note(format_args!("layout: {layout}"));
+        if let (None, Some(why)) = (asked.ep, session.obstacle_to_sharing()) {
+            console.note(format_args!("ranks do not share out experts: {why}"));
+        }
     }
     Ok(())
 }

@@ -15,7 +15,7 @@ use ::mpi::topology::{Communicator, SimpleCommunicator};
 use ::mpi::traits::{Destination, Source};
 
 use crate::message::{MessageReader, MessageWriter};
-use crate::wire::{Arrival, Lost, Wire};
+use crate::wire::{Arrival, Lost, UNTIMED, Wire};
 
 /// Bytes of a single message of MPI, at most: it counts in 32 bits.
 const MPI_PIECE: usize = 1 << 30;
@@ -281,7 +281,8 @@ impl<'a> Wait<'a> {
     /// Sleeps, unless the wait has just begun; leaves the process if it has lasted too long.
     fn pause(&self, missing: &[usize]) {
         let waited = self.since.elapsed();
-        if self.policy.timeout.is_some_and(|timeout| waited > timeout) {
+        let timeout = self.policy.timeout.filter(|_| self.name != UNTIMED);
+        if timeout.is_some_and(|timeout| waited > timeout) {
             (self.policy.leave)(&Lost::Late {
                 rank: self.rank,
                 exchange: self.name.to_owned(),

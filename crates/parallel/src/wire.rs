@@ -3,6 +3,9 @@
 use std::fmt::Debug;
 use std::time::Duration;
 
+/// The one exchange that may take any time: a rank waits there while another one reads rows for both.
+pub const UNTIMED: &str = "rows that are read";
+
 /// An engine, as one rank sees it.
 pub trait Wire: Debug + Send + Sync {
     /// This rank, from 0.

@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use parallel::{MessageReader, MessageWriter, World};
+use parallel::{MessageReader, MessageWriter, UNTIMED, World};
 
 use crate::console::{Console, misuse};
 
@@ -143,7 +143,7 @@ pub(crate) fn first_of_machine_first<T>(
     work: impl FnOnce() -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
     let is_first = launched(|of| of.rank_here).unwrap_or(0) == 0;
-    let wait = || world.all("tokenized rows", Vec::new());
+    let wait = || world.all(UNTIMED, Vec::new());
     if !is_first {
         wait()?;
     }

@@ -53,8 +53,8 @@ impl<B: Gradients> ExpertsSaved<B> {
         let [gate, up] = products.map(|product| Arc::new(B::save_for_backward(product, compute)));
         // Rows of another rank come from a norm that is not here to be recomputed: they stay as they would be recomputed.
         let of_x = match routing.part {
-            Some(_) => Compute::F32,
-            None => compute,
+            Some(part) if part.is_recomputed => Compute::F32,
+            _ => compute,
         };
         Self {
             x: shared(node, of_x, || B::save_for_backward(x, of_x)),

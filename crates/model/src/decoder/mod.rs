@@ -3,9 +3,9 @@
 pub(crate) mod checkpointing;
 pub(crate) mod cost;
 mod fake_quantize;
-pub(crate) mod held_stacks;
 pub(crate) mod mtp;
 pub(crate) mod parameters;
+pub(crate) mod stack_shards;
 pub(crate) mod visit;
 
 use burn::module::Module;

@@ -266,7 +266,7 @@ impl<'a> Builder<'a> {
             quantizer: None,
             subset,
             n_prefetch: 0,
-            held: None,
+            shard: None,
         })
     }
 

@@ -7,7 +7,7 @@
 //! If only some experts are trained or updated, a layer runs in two parts: those, and the others. Each part gets the slots
 //! of its own experts alone, so the others cost no gradient.
 
-pub(crate) mod held;
+pub(crate) mod shard;
 
 use std::ops::RangeFrom;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use kernels::{
     OffloadedLayer, Quantizer, SharedExperts,
 };
 
-use self::held::HeldExperts;
+use self::shard::ExpertShard;
 use super::linear::Linear;
 use super::mlp::Mlp;
 use crate::Error;
@@ -46,7 +46,7 @@ pub struct Experts {
     pub n_prefetch: usize,
     /// This rank's share of them, if other ranks hold others. Stacks and factors are those of the share then.
     #[module(skip)]
-    pub(crate) held: Option<HeldExperts>,
+    pub(crate) shard: Option<ExpertShard>,
 }
 
 /// Some of a layer's experts, which one kernel serves.
@@ -294,9 +294,9 @@ impl Experts {
     pub fn dims(&self) -> [usize; 3] {
         match (&self.weights, self.bank()) {
             (ExpertWeights::Trained(stacks), _) => {
-                let [held, inner, hidden] = stacks.gate_proj.val().dims();
-                let all = self.held.as_ref().map(|share| share.n_experts);
-                [all.unwrap_or(held), inner, hidden]
+                let [own, inner, hidden] = stacks.gate_proj.val().dims();
+                let all = self.shard.as_ref().map(|share| share.n_experts);
+                [all.unwrap_or(own), inner, hidden]
             }
             (_, Some(bank)) => [bank.gate.len(), bank.gate[0].rows(), bank.gate[0].cols()],
             _ => unreachable!("experts that are not fully trained have a bank"),
@@ -328,10 +328,6 @@ impl Experts {
     pub fn forward(&self, x: Tensor<2>, routed: Routed, ctx: &ForwardContext<'_>) -> Tensor<2> {
         if let (ExpertWeights::Frozen(frozen), None) = (&self.weights, &self.subset) {
             ctx.record_experts(&frozen.bank, &x, &routed.ids);
-        }
-        if let Some(mut running) = self.send(&x, &routed, ctx) {
-            self.serve(&mut running, ctx);
-            return self.finish(running, ctx);
         }
         let n_experts = self.dims()[0];
         let sums = self.parts().into_iter().map(|part| {
@@ -414,7 +410,7 @@ impl Experts {
         let is_updated = self.subset.is_some() || self.lora.is_some();
         match &self.weights {
             ExpertWeights::Frozen(frozen)
-                if !is_updated && self.quantizer.is_none() && self.held.is_none() =>
+                if !is_updated && self.quantizer.is_none() && self.shard.is_none() =>
             {
                 Some(&frozen.bank).filter(|_| !ctx.records_inputs())
             }

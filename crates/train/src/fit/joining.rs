@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kernels::device::is_gpu;
-use model::{ExpertRanks, Parameter};
+use model::ExpertRanks;
 use parallel::World;
 
 use super::ranks::{RankLayout, Ranks};
@@ -32,11 +32,18 @@ impl Session {
                 .map(|reference| &mut reference.model);
             let models = [Some(&mut self.model), reference, self.start.as_mut()];
             for model in models.into_iter().flatten() {
-                model.hold_experts(&expert_ranks)?;
+                model.shard_experts(&expert_ranks)?;
             }
         }
         self.ranks = Ranks::new(world, layout, &self.model);
         Ok(layout)
+    }
+
+    /// Why ranks do not share out the experts that are trained, unless they may.
+    pub fn obstacle_to_sharing(&self) -> Option<String> {
+        trains_experts(self)
+            .then(|| obstacle_to_sharing(self))
+            .flatten()
     }
 }
 
@@ -45,28 +52,24 @@ impl RankLayout {
     fn resolve(self, session: &Session, world: &World) -> Result<Self> {
         let ranks = world.ranks();
         let refuse = |why: String| Err(Error::Layout(why));
-        if let Some(dp) = self.dp.filter(|dp| *dp != ranks) {
-            return refuse(format!(
-                "dp = {dp}: there are {ranks} ranks, and each computes micro-batches"
-            ));
-        }
         let obstacle = obstacle_to_sharing(session);
         let ep = match (self.ep, &obstacle) {
             (Some(ep), None) if ep > 1 => ep,
-            (Some(ep), Some(why)) if ep > 1 => return refuse(format!("ep = {ep}: {why}")),
+            (Some(ep), Some(why)) if ep > 1 => return refuse(format!("ep={ep}: {why}")),
             (None, None) if trains_experts(session) => ranks,
             _ => 1,
         };
         if !ranks.is_multiple_of(ep) {
             return refuse(format!(
-                "ep = {ep} does not divide the number of ranks, {ranks}"
+                "ep={ep} does not divide the number of ranks, {ranks}; start as many with `mpirun -n`"
             ));
         }
-        Ok(Self {
-            dp: Some(ranks),
-            ep: Some(ep),
-            ..self
-        })
+        match self.of_experts_alone().filter(|_| ep == 1) {
+            Some(key) => refuse(format!(
+                "`{key}` is for ranks that share out experts, and here ep=1"
+            )),
+            None => Ok(self.with_ep(ep)),
+        }
     }
 
     /// The ranks that share out experts, if any do.
@@ -75,8 +78,8 @@ impl RankLayout {
         Some(Arc::new(ExpertRanks::new(
             world.clone(),
             ep,
-            self.exchange,
-            self.wire,
+            self.exchange(),
+            self.wire(),
         )))
     }
 }
@@ -92,9 +95,8 @@ fn obstacle_to_sharing(session: &Session) -> Option<String> {
     let Some(moe) = &session.config().moe else {
         return Some("the model has no experts".into());
     };
-    let shared = |parameter: &Parameter| matches!(parameter.shape[..], [n, _, _] if n != session.model.updated_experts(&parameter.name).len());
-    if let Some(parameter) = session.model.parameters().into_iter().find(shared) {
-        Some(format!("experts share the factor `{}`", parameter.name))
+    if session.update.share.is_some() {
+        Some("experts share a factor (`lora.experts_share`, or the adapter's)".into())
     } else if moe.n_routed_experts < 2 {
         Some("the model has one expert".into())
     } else if is_gpu(&session.device()) {

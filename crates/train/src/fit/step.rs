@@ -287,10 +287,7 @@ impl Session {
                         step,
                         loss: sums.loss / counted.max(1) as f64,
                         norm,
-                        first: self.first_not_finite(
-                            batches,
-                            &self.ranks.gathered(&sums.gradients, &self.device())?,
-                        ),
+                        first: self.first_not_finite(batches, &sums.gradients)?,
                     });
                 }
             }

@@ -123,7 +123,7 @@ impl Session {
     ) {
         let world = &self.ranks.world;
         let last = n_batches % world.ranks();
-        if self.ranks.shares_experts() && last > 0 && world.rank() >= last {
+        if self.ranks.shards_experts() && last > 0 && world.rank() >= last {
             let ctx = ForwardContext::new(self.compute());
             let models = models.into_iter().flatten();
             models.for_each(|model| model.serve_experts(&ctx));

@@ -70,7 +70,8 @@ pub(crate) fn experts_frozen_grads(
     // The factors' inputs are those that the forward pass multiplied; a recomputed x is not rounded yet, nor is one of
     // another rank.
     let is_recomputed = matches!(saved.x.form(), SavedForm::Norm(..) | SavedForm::Swiglu(_));
-    if want_factors && (is_recomputed || saved.routing.part.is_some()) {
+    let is_elsewhere = saved.routing.part.is_some_and(|part| part.is_recomputed);
+    if want_factors && (is_recomputed || is_elsewhere) {
         let compute = saved.compute.rounding_before_product();
         restored.x = Floats::rounded(restored.x.tensor(), compute);
     }

@@ -19,6 +19,9 @@ pub struct SlotPart {
     pub first: usize,
     /// The micro-batch's tokens: few are multiplied by another kernel.
     pub tokens: usize,
+    /// Whether the micro-batch's backward pass recomputes the input, in f32, from the norm that it comes from. Else it is saved
+    /// in the precision of the products.
+    pub is_recomputed: bool,
 }
 
 /// The slots of all tokens, sorted by expert.

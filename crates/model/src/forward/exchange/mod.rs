@@ -19,7 +19,7 @@ use kernels::device::{read, read_ints};
 use kernels::{Routing, SuppliedGradients};
 use parallel::{MessageReader, MessageWriter, Posted, World};
 
-use self::rows::{Received, Sent, SentPlan, add_rows, after_rows};
+use self::rows::{Received, Sent, SentPlan, add_rows};
 use super::routing::Routed;
 
 /// What travels between ranks.
@@ -48,7 +48,7 @@ impl FromStr for ExchangeKind {
         match text {
             "slots" => Ok(Self::Slots),
             "rows" => Ok(Self::Rows),
-            _ => Err("expected slots or rows".into()),
+            _ => Err(format!("expected slots or rows; found `{text}`")),
         }
     }
 }
@@ -79,7 +79,7 @@ impl FromStr for RowWire {
         match text {
             "f32" => Ok(Self::F32),
             "bf16" => Ok(Self::Bf16),
-            _ => Err("expected f32 or bf16".into()),
+            _ => Err(format!("expected f32 or bf16; found `{text}`")),
         }
     }
 }
@@ -154,7 +154,7 @@ impl ExpertRanks {
     }
 }
 
-/// The experts of one micro-batch as they run on a rank of its group: in which way, and for what.
+/// The rows of one micro-batch for this rank's experts, and their routing.
 pub(crate) struct ServedRows {
     /// `[rows, hidden_size]`.
     pub(crate) x: Tensor<2>,
@@ -164,7 +164,7 @@ pub(crate) struct ServedRows {
 }
 
 /// Some of a layer's experts, which one kernel serves, and where each rank of a group has its own of them.
-pub(crate) struct SharedOut<'a> {
+pub(crate) struct ShardedExperts<'a> {
     pub(crate) ranks: &'a ExpertRanks,
     /// Which of them each rank holds.
     pub(crate) ranges: &'a [Range<usize>],
@@ -204,7 +204,7 @@ impl RunningExperts {
     /// # Shapes
     /// - `x`: `[tokens, hidden_size]`
     pub(crate) fn send(
-        of: SharedOut<'_>,
+        of: ShardedExperts<'_>,
         (x, routed): (Tensor<2>, &Routed),
         routing: &Routing,
         dropout_seed: Option<u64>,
@@ -215,6 +215,7 @@ impl RunningExperts {
             tokens,
             order: ints(&routing.order),
             offsets: ints(&routing.offsets),
+            is_recomputed: x.is_tracked(),
         };
         let sent: Vec<Sent> = (of.ranges.iter())
             .map(|range| plan.rows(range.clone(), of.ranks.kind))
@@ -276,7 +277,7 @@ impl RunningExperts {
         } = self;
         let ([tokens, hidden, _], device) = (run.shape, x.device());
         let replies = run.ranks.wait(run.posted.take());
-        let sum = add_rows(&run.sent, &replies, tokens * hidden, run.ranks.wire);
+        let (sum, _) = add_rows(&run.sent, &replies, tokens * hidden, run.ranks.wire);
         let y = Tensor::from_data(TensorData::new(sum, [tokens, hidden]), &device);
         if !device.is_autodiff() {
             return (y, None);
@@ -342,10 +343,13 @@ impl ExchangedExperts {
     pub(crate) fn finish(mut self) {
         let [tokens, hidden, top_k] = self.shape;
         let replies = self.ranks.wait(self.posted.take());
-        let dx = add_rows(&self.sent, &replies, tokens * hidden, self.ranks.wire);
+        let (dx, rest) = add_rows(&self.sent, &replies, tokens * hidden, self.ranks.wire);
         let mut dweights = vec![0.0; tokens * top_k];
-        for (sent, reply) in self.sent.iter().zip(&replies) {
-            let values = after_rows(reply, self.ranks.wire).expect("the ranks run one program");
+        for (sent, mut rest) in self.sent.iter().zip(rest) {
+            if sent.tokens.is_empty() {
+                continue;
+            }
+            let values = rest.values().expect("the ranks run one program");
             for (slot, value) in sent.slots.iter().zip(values) {
                 if let Some(slot) = slot {
                     dweights[*slot] = value;

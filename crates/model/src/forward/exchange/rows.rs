@@ -54,6 +54,8 @@ pub(super) struct SentPlan {
     /// Slots sorted by expert.
     pub(super) order: Vec<usize>,
     pub(super) offsets: Vec<usize>,
+    /// See [`SlotPart`].
+    pub(super) is_recomputed: bool,
 }
 
 impl SentPlan {
@@ -63,6 +65,7 @@ impl SentPlan {
         let part = SlotPart {
             first: places.start,
             tokens: self.tokens,
+            is_recomputed: self.is_recomputed,
         };
         let slots = self.order[places].iter();
         let served = (experts.clone())
@@ -130,6 +133,7 @@ impl Sent {
             .count(dropout_seed.unwrap_or(0))
             .count(self.part.first as u64)
             .count(self.part.tokens as u64)
+            .count(u64::from(self.part.is_recomputed))
             .count(self.tokens.len() as u64);
         let experts: Vec<u8> = (self.experts.iter())
             .flat_map(|expert| expert.to_le_bytes())
@@ -160,6 +164,7 @@ impl Received {
         let part = SlotPart {
             first: reader.count()? as usize,
             tokens: reader.count()? as usize,
+            is_recomputed: reader.count()? == 1,
         };
         let rows = reader.count()? as usize;
         let experts = reader.bytes()?.as_chunks::<4>().0.iter();
@@ -174,25 +179,23 @@ impl Received {
     }
 }
 
-/// What follows the rows of a message.
-pub(super) fn after_rows(message: &[u8], wire: RowWire) -> Result<Vec<f32>, ShortMessage> {
-    if message.is_empty() {
-        return Ok(vec![]);
-    }
-    let mut reader = MessageReader::new(message);
-    wire.read(&mut reader)?;
-    reader.values()
-}
-
 /// Adds the rows that came back, `[rows, width]` from each rank, to their tokens' sums: in the order of ranks, and of each
-/// rank's rows.
-pub(super) fn add_rows(sent: &[Sent], replies: &[Vec<u8>], size: usize, wire: RowWire) -> Vec<f32> {
-    let mut sums = vec![0.0; size];
+/// rank's rows. Returns what follows the rows of each.
+pub(super) fn add_rows<'a>(
+    sent: &[Sent],
+    replies: &'a [Vec<u8>],
+    size: usize,
+    wire: RowWire,
+) -> (Vec<f32>, Vec<MessageReader<'a>>) {
+    let (mut sums, mut rest) = (vec![0.0; size], Vec::new());
     for (sent, reply) in sent.iter().zip(replies) {
+        let mut reader = MessageReader::new(reply);
         if sent.tokens.is_empty() {
+            rest.push(reader);
             continue;
         }
-        let rows = wire.read(&mut MessageReader::new(reply));
+        let rows = wire.read(&mut reader);
+        rest.push(reader);
         let rows = rows.expect("the ranks run one program");
         let width = rows.len() / sent.tokens.len();
         for (token, row) in sent.tokens.iter().zip(rows.chunks(width.max(1))) {
@@ -200,5 +203,5 @@ pub(super) fn add_rows(sent: &[Sent], replies: &[Vec<u8>], size: usize, wire: Ro
             sum.iter_mut().zip(row).for_each(|(sum, row)| *sum += *row);
         }
     }
-    sums
+    (sums, rest)
 }

@@ -108,7 +108,7 @@ fn run(case: &Case, world: World) -> Outcome {
     let ranks = ExpertRanks::new(world, case.ep, case.kind, RowWire::F32);
     let ranges = ranks.ranges(case.experts);
     let first = ranges[ranks.place()].start;
-    let of = SharedOut {
+    let of = ShardedExperts {
         ranks: &ranks,
         ranges: &ranges,
         name: "test".into(),

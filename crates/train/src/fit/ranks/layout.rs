@@ -6,30 +6,52 @@ use std::str::FromStr;
 use model::{ExchangeKind, RowWire};
 
 /// How ranks share a run out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RankLayout {
-    /// Ranks that compute different micro-batches: all of them.
-    pub dp: Option<usize>,
     /// Ranks that share out the experts. None: all, if experts are trained, else 1.
     pub ep: Option<usize>,
     /// What travels between them.
-    pub exchange: ExchangeKind,
+    exchange: Option<ExchangeKind>,
     /// The format of what comes back.
-    pub wire: RowWire,
+    wire: Option<RowWire>,
     /// Whether two micro-batches of a rank take turns, so that rows travel while something is computed. It changes memory and
     /// time, no bit.
-    pub overlap: bool,
+    overlap: Option<bool>,
 }
 
-impl Default for RankLayout {
-    fn default() -> Self {
+impl RankLayout {
+    /// This one with a number of ranks that share out experts.
+    pub(crate) fn with_ep(self, ep: usize) -> Self {
         Self {
-            dp: None,
-            ep: None,
-            exchange: ExchangeKind::default(),
-            wire: RowWire::default(),
-            overlap: true,
+            ep: Some(ep),
+            ..self
         }
+    }
+
+    /// What travels between ranks.
+    pub(crate) fn exchange(self) -> ExchangeKind {
+        self.exchange.unwrap_or_default()
+    }
+
+    /// The format of what comes back.
+    pub(crate) fn wire(self) -> RowWire {
+        self.wire.unwrap_or_default()
+    }
+
+    /// Whether micro-batches take turns.
+    pub(crate) fn overlaps(self) -> bool {
+        self.overlap.unwrap_or(true)
+    }
+
+    /// A setting that has no meaning unless ranks share out experts, if there is one.
+    pub(crate) fn of_experts_alone(self) -> Option<&'static str> {
+        let given = [
+            ("exchange", self.exchange.is_some()),
+            ("wire", self.wire.is_some()),
+            ("overlap", self.overlap.is_some()),
+        ];
+        let mut given = given.into_iter();
+        given.find_map(|(key, is_given)| is_given.then_some(key))
     }
 }
 
@@ -40,58 +62,61 @@ impl FromStr for RankLayout {
         let mut layout = Self::default();
         for part in text.split(',') {
             let (key, value) = part.split_once('=').unwrap_or((part, ""));
-            let ranks = || match value.parse() {
-                Ok(n) if n > 0 => Ok(Some(n)),
-                _ => Err(format!("`{key}` is a number of ranks; found `{value}`")),
-            };
             match key {
-                "dp" => layout.dp = ranks()?,
-                "ep" => layout.ep = ranks()?,
-                "exchange" => {
-                    let kind = value.parse();
-                    layout.exchange =
-                        kind.map_err(|why| format!("`exchange`: {why}; found `{value}`"))?;
-                }
-                "wire" => {
-                    let wire = value.parse();
-                    layout.wire = wire.map_err(|why| format!("`wire`: {why}; found `{value}`"))?;
-                }
-                "overlap" => {
-                    layout.overlap = match value {
-                        "on" => true,
-                        "off" => false,
-                        _ => return Err(format!("`overlap`: expected on or off; found `{value}`")),
-                    }
-                }
+                "ep" => set(&mut layout.ep, key, ranks(value))?,
+                "exchange" => set(&mut layout.exchange, key, value.parse())?,
+                "wire" => set(&mut layout.wire, key, value.parse())?,
+                "overlap" => set(&mut layout.overlap, key, switch(value))?,
                 _ => {
                     return Err(format!(
-                        "expected ep=N, dp=N, exchange=slots|rows, wire=f32|bf16 or overlap=on|off, with commas between; found `{part}`"
+                        "expected ep=N, exchange=slots|rows, wire=f32|bf16 or overlap=on|off, with commas between; \
+                         found `{part}`"
                     ));
                 }
             }
         }
-        if layout.exchange == ExchangeKind::Slots && layout.wire != RowWire::F32 {
-            return Err("`exchange=slots` has the bits of one rank, and `wire=bf16` rounds; use exchange=rows".into());
+        if layout.exchange() == ExchangeKind::Slots && layout.wire() != RowWire::F32 {
+            return Err(
+                "`exchange=slots` has the bits of one rank, and `wire=bf16` rounds; use exchange=rows"
+                    .into(),
+            );
         }
         Ok(layout)
+    }
+}
+
+/// Sets what was not set before.
+fn set<T>(setting: &mut Option<T>, key: &str, value: Result<T, String>) -> Result<(), String> {
+    let value = value.map_err(|why| format!("`{key}`: {why}"))?;
+    match setting.replace(value) {
+        None => Ok(()),
+        Some(_) => Err(format!("`{key}` is there twice")),
+    }
+}
+
+fn ranks(value: &str) -> Result<usize, String> {
+    let ranks = value.parse().ok().filter(|n| *n > 0);
+    ranks.ok_or_else(|| format!("expected a number of ranks, from 1; found `{value}`"))
+}
+
+fn switch(value: &str) -> Result<bool, String> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("expected on or off; found `{value}`")),
     }
 }
 
 impl fmt::Display for RankLayout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ep = self.ep.unwrap_or(1);
-        if let Some(dp) = self.dp {
-            write!(f, "dp={dp},")?;
-        }
         write!(f, "ep={ep}")?;
-        match ep {
-            1 => Ok(()),
-            _ => {
-                let overlap = if self.overlap { "on" } else { "off" };
-                let (exchange, wire) = (self.exchange, self.wire);
-                write!(f, ",exchange={exchange},wire={wire},overlap={overlap}")
-            }
+        if ep > 1 {
+            let (exchange, wire) = (self.exchange(), self.wire());
+            let overlap = if self.overlaps() { "on" } else { "off" };
+            write!(f, ",exchange={exchange},wire={wire},overlap={overlap}")?;
         }
+        Ok(())
     }
 }
 
@@ -102,19 +127,28 @@ mod tests {
     #[test]
     fn layouts_are_read_or_refused_by_name() {
         let read = |text: &str| text.parse::<RankLayout>();
-        let layout = read("ep=2,dp=4,exchange=slots").unwrap();
+        let layout = read("ep=2,exchange=slots").unwrap();
         assert_eq!(
             layout.to_string(),
-            "dp=4,ep=2,exchange=slots,wire=f32,overlap=on"
+            "ep=2,exchange=slots,wire=f32,overlap=on"
         );
         assert_eq!(read("ep=1").unwrap().to_string(), "ep=1");
         for (text, expected) in [
-            ("ep=0", "`ep` is a number of ranks; found `0`"),
-            ("dp=x", "`dp` is a number of ranks; found `x`"),
+            (
+                "ep=0",
+                "`ep`: expected a number of ranks, from 1; found `0`",
+            ),
+            ("ep=2,ep=4", "`ep` is there twice"),
             (
                 "pp=2",
-                "expected ep=N, dp=N, exchange=slots|rows, wire=f32|bf16 or overlap=on|off, with commas between; found `pp=2`",
+                "expected ep=N, exchange=slots|rows, wire=f32|bf16 or overlap=on|off, with commas between; found `pp=2`",
             ),
+            ("wire=f16", "`wire`: expected f32 or bf16; found `f16`"),
+            (
+                "wire=bf16,exchange=slots",
+                "`exchange=slots` has the bits of one rank, and `wire=bf16` rounds; use exchange=rows",
+            ),
+            ("overlap=yes", "`overlap`: expected on or off; found `yes`"),
             (
                 "exchange=all",
                 "`exchange`: expected slots or rows; found `all`",

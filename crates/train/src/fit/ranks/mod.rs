@@ -1,14 +1,15 @@
 //! A run on several ranks, to the bits of one.
 //!
 //! The micro-batches of a step go to the ranks round by round. Every tensor has an owner, who adds the gradients of a round
-//! in the order of the micro-batches, has the moments, and sends the updated values to all. Everything else that is added
-//! (losses, rewards, loads, squares) is added by all ranks alike, in the order of micro-batches or of names. So nothing
-//! depends on the number of ranks, and all ranks decide alike.
+//! in the order of the micro-batches, has the moments, and sends the updated values to all that have the tensor. Everything
+//! else that is added (losses, rewards, loads, squares) is added by all ranks alike, in the order of micro-batches or of
+//! names. So nothing depends on the number of ranks, and all ranks decide alike. Only `exchange=rows`, which adds a rank's
+//! experts before they come back, has another order of sums.
 
 mod layout;
 mod stacks;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor};
@@ -23,7 +24,7 @@ use crate::routing::DriftCounts;
 use crate::{Error, Result};
 
 pub use self::layout::RankLayout;
-use self::stacks::{SharedStack, StackParts};
+use self::stacks::{ShardedStack, StackParts};
 
 /// Sums of squares by name, and by expert for stacks.
 pub(crate) type Squares = BTreeMap<(String, usize), f64>;
@@ -36,7 +37,7 @@ pub(crate) struct Ranks {
     /// The rank of each parameter; of a stack that ranks share out, the group whose ranks own its parts.
     owners: BTreeMap<String, usize>,
     /// Stacks of experts that ranks share out.
-    stacks: BTreeMap<String, SharedStack>,
+    stacks: BTreeMap<String, ShardedStack>,
 }
 
 impl Default for Ranks {
@@ -54,8 +55,8 @@ impl Ranks {
     /// Shares parameters out: the largest first, each to the rank that has least. The parts of a stack that is shared out
     /// belong to the ranks of one group.
     pub(crate) fn new(world: World, layout: RankLayout, model: &Model) -> Self {
-        let stacks: BTreeMap<String, SharedStack> = (model.held_stacks().into_iter())
-            .map(|stack| (stack.name.clone(), SharedStack::new(&stack)))
+        let stacks: BTreeMap<String, ShardedStack> = (model.stack_shards().into_iter())
+            .map(|stack| (stack.name.clone(), ShardedStack::new(&stack)))
             .collect();
         let mut sizes: Vec<(usize, String)> = (model.parameters().into_iter())
             .filter(|parameter| !stacks.contains_key(&parameter.name))
@@ -96,13 +97,13 @@ impl Ranks {
     }
 
     /// Whether ranks need each other's experts in a forward pass.
-    pub(crate) fn shares_experts(&self) -> bool {
+    pub(crate) fn shards_experts(&self) -> bool {
         self.ep() > 1
     }
 
     /// Micro-batches of a rank that take turns: two, if rows of one travel while the other is computed.
     pub(crate) fn turns(&self) -> usize {
-        match self.shares_experts() && self.layout.overlap {
+        match self.shards_experts() && self.layout.overlaps() {
             true => 2,
             false => 1,
         }
@@ -164,7 +165,7 @@ impl Ranks {
         Ok(())
     }
 
-    /// The gradients of all owners.
+    /// The gradients of all owners, on the first rank; nothing on the others.
     pub(crate) fn gathered(&self, sums: &Accumulated, device: &Device) -> Result<Accumulated> {
         if self.world.is_alone() {
             return Ok(sums.clone());
@@ -173,12 +174,27 @@ impl Ranks {
         sums.iter()
             .for_each(|(name, sum)| write(&mut message, name, sum.clone()));
         let mut parts = StackParts::default();
-        for message in self.world.all("sums of gradients", message.finish())? {
+        for message in self.world.to_first("sums of gradients", message.finish())? {
             for (name, gradient) in tensors(&message, device)? {
                 parts.entry(name).or_default().push(gradient);
             }
         }
         Ok(Accumulated::of(stacks::whole(parts)))
+    }
+
+    /// Names that any rank has.
+    pub(crate) fn names_of_any(&self, own: BTreeSet<String>) -> Result<BTreeSet<String>> {
+        let mut message = MessageWriter::default();
+        own.iter()
+            .for_each(|name| _ = message.bytes(name.as_bytes()));
+        let mut all = BTreeSet::new();
+        for message in self.world.all("names", message.finish())? {
+            let mut reader = MessageReader::new(&message);
+            while !reader.is_empty() {
+                all.insert(reader.text()?);
+            }
+        }
+        Ok(all)
     }
 
     /// The sums of squares of all owners' gradients: of each tensor, of each expert of a stack.
@@ -319,18 +335,6 @@ impl Ranks {
             }
         }
         Ok(said)
-    }
-
-    /// What the first rank that has something to say says; nothing either if ranks are lost, which another exchange tells.
-    pub(crate) fn first_to_say(&self, own: Option<String>) -> Option<String> {
-        let said = self
-            .world
-            .all("diagnosis", own.unwrap_or_default().into_bytes());
-        let said = said
-            .unwrap_or_default()
-            .into_iter()
-            .find(|text| !text.is_empty());
-        said.map(|text| String::from_utf8_lossy(&text).into_owned())
     }
 
     /// Refuses ranks that differ in something: what it is, and its value here.

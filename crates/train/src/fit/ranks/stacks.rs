@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use burn::tensor::{Device, Tensor};
 use kernels::device::read;
-use model::{HeldStack, Model};
+use model::{Model, StackShard};
 use parallel::MessageWriter;
 
 use super::{Ranks, tensors, write};
@@ -13,15 +13,15 @@ use crate::{Error, Result};
 
 /// A stack that the ranks of a group share out.
 #[derive(Clone, Debug)]
-pub(super) struct SharedStack {
+pub(super) struct ShardedStack {
     /// The experts of each rank of a group.
     pub(super) ranges: Vec<Range<usize>>,
     /// Values of one expert.
     size: usize,
 }
 
-impl SharedStack {
-    pub(super) fn new(stack: &HeldStack) -> Self {
+impl ShardedStack {
+    pub(super) fn new(stack: &StackShard) -> Self {
         let [_, rows, cols] = stack.values.dims();
         Self {
             ranges: stack.ranges.clone(),
@@ -75,13 +75,11 @@ impl Ranks {
         }
         let mut message = MessageWriter::default();
         // Groups have the same; the first one's is enough.
-        for stack in model
-            .held_stacks()
-            .into_iter()
-            .filter(|_| self.world.rank() < self.ep())
-        {
-            let len = stack.values.shape().num_elements();
-            write(&mut message, &stack.name, stack.values.reshape([len]));
+        if self.world.rank() < self.ep() {
+            for stack in model.stack_shards() {
+                let len = stack.values.shape().num_elements();
+                write(&mut message, &stack.name, stack.values.reshape([len]));
+            }
         }
         let mut parts = StackParts::default();
         for message in self.world.to_first("stacks of experts", message.finish())? {
@@ -91,7 +89,7 @@ impl Ranks {
         }
         let (mut whole, mut model) = (whole(parts), model.clone());
         if self.world.is_first() {
-            model.release_experts(&mut |name| whole.remove(name));
+            model.unshard_experts(&mut |name| whole.remove(name));
         }
         Ok(model)
     }

@@ -14,7 +14,7 @@ use crate::modules::experts::Experts;
 
 /// A stack of experts of which a rank holds a share.
 #[derive(Clone, Debug)]
-pub struct HeldStack {
+pub struct StackShard {
     /// Its path in the model.
     pub name: String,
     /// The share of each rank of a group.
@@ -28,29 +28,29 @@ impl Model {
     ///
     /// # Errors
     /// If experts share a factor.
-    pub fn hold_experts(&mut self, ranks: &Arc<ExpertRanks>) -> Result<(), Error> {
+    pub fn shard_experts(&mut self, ranks: &Arc<ExpertRanks>) -> Result<(), Error> {
         let mut layers = self.experts_mut();
-        layers.try_for_each(|(layer_idx, experts)| experts.hold(ranks, layer_idx))
+        layers.try_for_each(|(layer_idx, experts)| experts.shard(ranks, layer_idx))
     }
 
     /// Takes all experts back. `values` gives the values of whole stacks by their paths.
-    pub fn release_experts(&mut self, values: &mut dyn FnMut(&str) -> Option<Tensor<1>>) {
+    pub fn unshard_experts(&mut self, values: &mut dyn FnMut(&str) -> Option<Tensor<1>>) {
         for (layer_idx, experts) in self.experts_mut() {
-            experts.release(&mut |name| values(&path_of(layer_idx, name)));
+            experts.unshard(&mut |name| values(&path_of(layer_idx, name)));
         }
     }
 
     /// The stacks of which this rank holds a share; none if it holds all experts.
-    pub fn held_stacks(&self) -> Vec<HeldStack> {
+    pub fn stack_shards(&self) -> Vec<StackShard> {
         let layers = self.model.layers.iter().enumerate();
         let stacks = layers.filter_map(|(layer_idx, layer)| match &layer.mlp {
-            FeedForward::Moe(moe) => Some((layer_idx, moe.experts.held_stacks())),
+            FeedForward::Moe(moe) => Some((layer_idx, moe.experts.stack_shards())),
             FeedForward::Dense(_) => None,
         });
         let of_layer = |(layer_idx, stacks): (usize, Vec<(String, _, Tensor<3>)>)| {
             stacks
                 .into_iter()
-                .map(move |(name, ranges, values)| HeldStack {
+                .map(move |(name, ranges, values)| StackShard {
                     name: path_of(layer_idx, &name),
                     ranges,
                     values: match values.device().is_autodiff() {
@@ -77,7 +77,10 @@ impl Model {
                 ids: Tensor::zeros([0, top_k], &device),
                 weights: none(top_k),
             };
-            moe.experts.forward(none(hidden), routed, ctx);
+            if let Some(mut running) = moe.experts.send(&none(hidden), &routed, ctx) {
+                moe.experts.serve(&mut running, ctx);
+                moe.experts.finish(running, ctx);
+            }
         }
     }
 

@@ -10,24 +10,24 @@ use kernels::{ExpertBank, Matrix};
 use super::{ExpertPart, ExpertWeights, Experts, FactorStacks, PartWeights, routing};
 use crate::Error;
 use crate::forward::context::ForwardContext;
-use crate::forward::exchange::{ExpertRanks, RunningExperts, SharedOut};
+use crate::forward::exchange::{ExpertRanks, RunningExperts, ShardedExperts};
 use crate::forward::routing::Routed;
 
 /// The share of a layer's experts that a rank holds.
 #[derive(Clone, Debug)]
-pub(crate) struct HeldExperts {
+pub(crate) struct ExpertShard {
     /// Number of experts of the layer, on all ranks together.
     pub(crate) n_experts: usize,
     ranks: Arc<ExpertRanks>,
     /// The layer, for messages.
     layer_idx: usize,
     /// The share of each of the layer's parts.
-    parts: Vec<HeldPart>,
+    parts: Vec<ShardPart>,
 }
 
 /// The share of the experts that one kernel serves.
 #[derive(Clone, Debug)]
-struct HeldPart {
+struct ShardPart {
     /// The share of each rank of a group.
     ranges: Vec<Range<usize>>,
     /// This rank's, if they are frozen.
@@ -39,10 +39,14 @@ impl Experts {
     ///
     /// # Errors
     /// If experts share a factor.
-    pub(crate) fn hold(&mut self, ranks: &Arc<ExpertRanks>, layer_idx: usize) -> Result<(), Error> {
+    pub(crate) fn shard(
+        &mut self,
+        ranks: &Arc<ExpertRanks>,
+        layer_idx: usize,
+    ) -> Result<(), Error> {
         let n_experts = self.dims()[0];
         let all = ranks.ranges(n_experts);
-        let held = |part: ExpertPart<'_>| {
+        let sharded = |part: ExpertPart<'_>| {
             let place_of = |expert: usize| match part.ids {
                 Some(ids) => ids.partition_point(|id| *id < expert),
                 None => expert,
@@ -55,9 +59,9 @@ impl Experts {
                     Some(share_of(bank, ranges[ranks.place()].clone()))
                 }
             };
-            HeldPart { ranges, bank }
+            ShardPart { ranges, bank }
         };
-        let parts: Vec<HeldPart> = self.parts().into_iter().map(held).collect();
+        let parts: Vec<ShardPart> = self.parts().into_iter().map(sharded).collect();
         let (n_updated, own) = (self.n_updated(), parts[0].ranges[ranks.place()].clone());
         for (name, stack) in self.stacks_mut() {
             let [n, rows, cols] = stack.val().dims();
@@ -72,7 +76,7 @@ impl Experts {
                 values.slice([own.clone(), 0..rows, 0..cols])
             });
         }
-        self.held = Some(HeldExperts {
+        self.shard = Some(ExpertShard {
             n_experts,
             ranks: Arc::clone(ranks),
             layer_idx,
@@ -82,8 +86,8 @@ impl Experts {
     }
 
     /// Takes all experts back. `values` gives those of a stack, by its path in this module.
-    pub(crate) fn release(&mut self, values: &mut dyn FnMut(&str) -> Option<Tensor<1>>) {
-        self.held = None;
+    pub(crate) fn unshard(&mut self, values: &mut dyn FnMut(&str) -> Option<Tensor<1>>) {
+        self.shard = None;
         for (name, stack) in self.stacks_mut() {
             let [_, rows, cols] = stack.val().dims();
             if let Some(values) = values(&name) {
@@ -94,11 +98,11 @@ impl Experts {
     }
 
     /// The stacks of which this rank holds a share, by their paths in this module, and the share of each rank of its group.
-    pub(crate) fn held_stacks(&self) -> Vec<(String, Vec<Range<usize>>, Tensor<3>)> {
-        let Some(held) = &self.held else {
+    pub(crate) fn stack_shards(&self) -> Vec<(String, Vec<Range<usize>>, Tensor<3>)> {
+        let Some(shard) = &self.shard else {
             return vec![];
         };
-        let ranges = &held.parts[0].ranges;
+        let ranges = &shard.parts[0].ranges;
         let mut shell = self.clone();
         let stacks = shell.stacks_mut().into_iter();
         stacks
@@ -116,23 +120,23 @@ impl Experts {
         routed: &Routed,
         ctx: &ForwardContext<'_>,
     ) -> Option<Vec<RunningExperts>> {
-        let held = self.held.as_ref()?;
-        let parts = self.parts().into_iter().zip(&held.parts).enumerate();
-        let send = |(i, (part, share)): (usize, (ExpertPart<'_>, &HeldPart))| {
-            let shared_out = SharedOut {
-                ranks: &held.ranks,
+        let shard = self.shard.as_ref()?;
+        let parts = self.parts().into_iter().zip(&shard.parts).enumerate();
+        let send = |(i, (part, share)): (usize, (ExpertPart<'_>, &ShardPart))| {
+            let sharded = ShardedExperts {
+                ranks: &shard.ranks,
                 ranges: &share.ranges,
-                name: format!("experts of layer {}, part {i}", held.layer_idx),
+                name: format!("experts of layer {}, part {i}", shard.layer_idx),
             };
-            let routing = routing(routed, part.ids, held.n_experts);
-            RunningExperts::send(shared_out, (x.clone(), routed), &routing, ctx.dropout_seed)
+            let routing = routing(routed, part.ids, shard.n_experts);
+            RunningExperts::send(sharded, (x.clone(), routed), &routing, ctx.dropout_seed)
         };
         Some(parts.map(send).collect())
     }
 
     /// Runs this rank's experts over the rows that were sent to them.
     pub(crate) fn serve(&self, running: &mut [RunningExperts], ctx: &ForwardContext<'_>) {
-        let shares = self.held.iter().flat_map(|held| &held.parts);
+        let shares = self.shard.iter().flat_map(|shard| &shard.parts);
         for ((part, share), running) in self.parts().into_iter().zip(shares).zip(running) {
             let weights = match (part.weights, &share.bank) {
                 (PartWeights::Updated(_), Some(bank)) => PartWeights::Updated(bank),
