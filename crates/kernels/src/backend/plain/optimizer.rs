@@ -34,6 +34,9 @@ pub(crate) fn adamw_step<B: Kernels>(
 /// The sums of squares of equal parts: `[parts · n]` → `[parts]`.
 pub(crate) fn sums_of_squares<B: Kernels>(x: FloatTensor<B>, parts: usize) -> FloatTensor<B> {
     let x = Reals::<B>::new(x);
+    if parts == 1 {
+        return x.square().sum(0).into_tensor();
+    }
     let n = x.len() / parts.max(1);
     let sums = x.square().reshape(&[parts, n]).sum(1);
     sums.reshape(&[parts]).into_tensor()
