@@ -167,7 +167,7 @@ fn join_ranks(
     let layout = session.join(world, asked)?;
     if ranks > 1 {
         console.note(format_args!("layout: {layout}"));
-        if let (None, Some(why)) = (asked.ep, session.obstacle_to_sharing()) {
+        if let (None, Some(why)) = (asked.ep, session.why_experts_stay_whole()) {
             console.note(format_args!("ranks do not share out experts: {why}"));
         }
     }

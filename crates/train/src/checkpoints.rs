@@ -148,8 +148,14 @@ impl Session {
         let write = |ask: &mut Ask<'_>| {
             let fill = |writer: &mut FolderWriter| {
                 write_optimizer(writer, &specs, |i| {
-                    let values = values_of(&ask(i as u64)?)?;
                     let len = specs[i].shape.iter().product();
+                    let own = state.values(specs[i].name.as_ref(), &self.ranks);
+                    let whole = own.filter(|values| values.dims()[0] == len);
+                    let values = match whole {
+                        Some(values) => read(values.clone()),
+                        None if self.ranks.world.is_alone() => Vec::new(),
+                        None => values_of(&ask(i as u64)?)?,
+                    };
                     // A parameter without a gradient has moments of zero.
                     Ok(if values.is_empty() {
                         vec![0.0; len]
@@ -262,17 +268,21 @@ struct OwnState<'a> {
 }
 
 impl OwnState<'_> {
-    /// What this rank says if the first one asks for a tensor; nothing if that is another one's.
-    fn answer(&self, tensor: &str, ranks: &Ranks) -> Vec<u8> {
+    /// The values that this rank is asked for; none if they are another one's.
+    fn values(&self, tensor: &str, ranks: &Ranks) -> Option<&Tensor<1>> {
         let (kind, name) = tensor.split_once('/').unwrap_or(("", tensor));
-        let values = match kind {
+        match kind {
             "parameter" => self.parameters.get(name).filter(|_| ranks.owns(name)),
             "moment1" => self.moments.get(name).map(|pair| &pair[0]),
             "moment2" => self.moments.get(name).map(|pair| &pair[1]),
             _ => self.biases.get(name).filter(|_| ranks.world.is_first()),
-        };
+        }
+    }
+
+    /// What this rank says if the first one asks for a tensor.
+    fn answer(&self, tensor: &str, ranks: &Ranks) -> Vec<u8> {
         let mut message = MessageWriter::default();
-        if let Some(values) = values {
+        if let Some(values) = self.values(tensor, ranks) {
             message.values(&read(values.clone()));
         }
         message.finish()

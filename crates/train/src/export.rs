@@ -33,8 +33,9 @@ pub(crate) fn set_aside(session: &Session, run: &RunDir, step: u64) -> Result<Op
     Ok(Some(aside))
 }
 
-/// Writes `adapter/` or `model/` into the run directory, of the model with all experts. An existing one, of a run that was killed after its last step, is
-/// complete, since folders appear whole, and it is this run's, since one that goes on sets it aside.
+/// Writes `adapter/` or `model/` into the run directory, of the model with all experts. An existing one, of a run that was
+/// killed after its last step, is complete, since folders appear whole, and it is this run's, since one that goes on sets it
+/// aside.
 pub(crate) fn result(session: &Session, model: &Model, run: &RunDir) -> Result<()> {
     let path = run.path().join(result_name(session));
     if path.exists() {

@@ -113,22 +113,22 @@ impl Model {
 
 /// The path of the module being visited.
 #[derive(Default)]
-struct FieldPath(Vec<String>);
+pub(super) struct FieldPath(Vec<String>);
 
 impl FieldPath {
-    fn enter(&mut self, name: &str, container: &str) {
+    pub(super) fn enter(&mut self, name: &str, container: &str) {
         if !container.starts_with("Enum:") {
             self.0.push(name.into());
         }
     }
 
-    fn exit(&mut self, container: &str) {
+    pub(super) fn exit(&mut self, container: &str) {
         if !container.starts_with("Enum:") {
             self.0.pop();
         }
     }
 
-    fn name(&self) -> String {
+    pub(super) fn name(&self) -> String {
         self.0.join(".")
     }
 }

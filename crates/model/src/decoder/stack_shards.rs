@@ -1,15 +1,19 @@
 //! Experts that ranks share out, over all layers.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::Tensor;
 
+use super::parameters::FieldPath;
 use super::{FeedForward, Model};
 use crate::Error;
 use crate::forward::context::ForwardContext;
 use crate::forward::exchange::ExpertRanks;
 use crate::forward::routing::Routed;
+use crate::keys::layer_of;
 use crate::modules::experts::Experts;
 
 /// A stack of experts of which a rank holds a share.
@@ -29,37 +33,79 @@ impl Model {
     /// # Errors
     /// If experts share a factor.
     pub fn shard_experts(&mut self, ranks: &Arc<ExpertRanks>) -> Result<(), Error> {
-        let mut layers = self.experts_mut();
-        layers.try_for_each(|(layer_idx, experts)| experts.shard(ranks, layer_idx))
+        for (name, values) in self.stacks() {
+            let updated = self.experts_of(&name).map(Experts::n_updated);
+            if updated != Some(values.dims()[0]) {
+                return Err(Error::Unsupported(format!(
+                    "`{name}`: its experts share one factor, which ranks that share out experts (ep={}) do not train; use ep=1",
+                    ranks.ep()
+                )));
+            }
+        }
+        for (layer_idx, experts) in self.experts_mut() {
+            experts.shard(ranks, layer_idx);
+        }
+        let whole = self.stack_shards().into_iter();
+        let mut own: BTreeMap<String, Range<usize>> = whole
+            .map(|stack| (stack.name, stack.ranges[ranks.place()].clone()))
+            .collect();
+        self.map_stacks(&mut |name, values| match own.remove(name) {
+            Some(experts) => values.slice(experts),
+            None => values,
+        });
+        Ok(())
     }
 
     /// Takes all experts back. `values` gives the values of whole stacks by their paths.
     pub fn unshard_experts(&mut self, values: &mut dyn FnMut(&str) -> Option<Tensor<1>>) {
-        for (layer_idx, experts) in self.experts_mut() {
-            experts.unshard(&mut |name| values(&path_of(layer_idx, name)));
+        for (_, experts) in self.experts_mut() {
+            experts.shard = None;
         }
+        self.map_stacks(&mut |name, shard| match values(name) {
+            Some(values) => {
+                let [_, rows, cols] = shard.dims();
+                let n = values.dims()[0] / (rows * cols).max(1);
+                values.reshape([n, rows, cols])
+            }
+            None => shard,
+        });
     }
 
     /// The stacks of which this rank holds a share; none if it holds all experts.
     pub fn stack_shards(&self) -> Vec<StackShard> {
-        let layers = self.model.layers.iter().enumerate();
-        let stacks = layers.filter_map(|(layer_idx, layer)| match &layer.mlp {
-            FeedForward::Moe(moe) => Some((layer_idx, moe.experts.stack_shards())),
-            FeedForward::Dense(_) => None,
+        let stacks = self.stacks().into_iter();
+        let shards = stacks.filter_map(|(name, values)| {
+            let shard = self.experts_of(&name)?.shard.as_ref()?;
+            Some(StackShard {
+                name,
+                ranges: shard.updated().to_vec(),
+                values,
+            })
         });
-        let of_layer = |(layer_idx, stacks): (usize, Vec<(String, _, Tensor<3>)>)| {
-            stacks
-                .into_iter()
-                .map(move |(name, ranges, values)| StackShard {
-                    name: path_of(layer_idx, &name),
-                    ranges,
-                    values: match values.device().is_autodiff() {
-                        true => values.inner(),
-                        false => values,
-                    },
-                })
-        };
-        stacks.flat_map(of_layer).collect()
+        shards.collect()
+    }
+
+    /// The stacks of all layers, trained or not, by their paths.
+    fn stacks(&self) -> Vec<(String, Tensor<3>)> {
+        let mut collector = CollectStacks::default();
+        self.visit(&mut collector);
+        collector.found
+    }
+
+    /// Replaces the stacks of all layers.
+    fn map_stacks(&mut self, change: &mut dyn FnMut(&str, Tensor<3>) -> Tensor<3>) {
+        *self = self.clone().map(&mut ChangeStacks {
+            path: FieldPath::default(),
+            change,
+        });
+    }
+
+    /// The experts of the layer of a path.
+    fn experts_of(&self, path: &str) -> Option<&Experts> {
+        match &self.model.layers.get(layer_of(path)?)?.mlp {
+            FeedForward::Moe(moe) => Some(&moe.experts),
+            FeedForward::Dense(_) => None,
+        }
     }
 
     /// Serves a forward pass of other ranks, in which this one has no tokens of its own.
@@ -93,6 +139,71 @@ impl Model {
     }
 }
 
-fn path_of(layer_idx: usize, name: &str) -> String {
-    format!("model.layers.{layer_idx}.mlp.experts.{name}")
+/// Whether a parameter is a stack: those of experts are what has three dimensions.
+fn is_stack(dimensions: usize, path: &FieldPath) -> bool {
+    dimensions == 3 && path.name().contains(".mlp.experts.")
+}
+
+#[derive(Default)]
+struct CollectStacks {
+    path: FieldPath,
+    found: Vec<(String, Tensor<3>)>,
+}
+
+impl ModuleVisitor for CollectStacks {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.path.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _: &str, container: &str) {
+        self.path.exit(container);
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if is_stack(D, &self.path) {
+            self.found.push((self.path.name(), stack_of(param.val())));
+        }
+    }
+}
+
+struct ChangeStacks<'a> {
+    path: FieldPath,
+    change: &'a mut dyn FnMut(&str, Tensor<3>) -> Tensor<3>,
+}
+
+impl ModuleMapper for ChangeStacks<'_> {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.path.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _: &str, container: &str) {
+        self.path.exit(container);
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if !is_stack(D, &self.path) {
+            return param;
+        }
+        let name = self.path.name();
+        param.map(|old| {
+            let (is_trained, device) = (old.is_require_grad(), old.device());
+            let stack = (self.change)(&name, stack_of(old));
+            let dims = stack.dims();
+            let values = stack.reshape::<D, _>(std::array::from_fn::<usize, D, _>(|i| dims[i]));
+            match device.is_autodiff() {
+                true => Tensor::from_inner(values).set_require_grad(is_trained),
+                false => values,
+            }
+        })
+    }
+}
+
+/// The values of a stack, without autodiff.
+fn stack_of<const D: usize>(tensor: Tensor<D>) -> Tensor<3> {
+    let dims = tensor.dims();
+    let values = match tensor.device().is_autodiff() {
+        true => tensor.inner(),
+        false => tensor,
+    };
+    values.reshape([dims[0], dims[1], dims[2]])
 }

@@ -25,25 +25,24 @@ impl Session {
             });
         }
         let layout = layout.resolve(self, &world)?;
-        if let Some(expert_ranks) = layout.expert_ranks(&world) {
+        let expert_ranks = layout.expert_ranks(&world);
+        if let Some(expert_ranks) = &expert_ranks {
             let reference = self
                 .reference
                 .as_mut()
                 .map(|reference| &mut reference.model);
             let models = [Some(&mut self.model), reference, self.start.as_mut()];
             for model in models.into_iter().flatten() {
-                model.shard_experts(&expert_ranks)?;
+                model.shard_experts(expert_ranks)?;
             }
         }
-        self.ranks = Ranks::new(world, layout, &self.model);
+        self.ranks = Ranks::new(world, layout, expert_ranks, &self.model);
         Ok(layout)
     }
 
     /// Why ranks do not share out the experts that are trained, unless they may.
-    pub fn obstacle_to_sharing(&self) -> Option<String> {
-        trains_experts(self)
-            .then(|| obstacle_to_sharing(self))
-            .flatten()
+    pub fn why_experts_stay_whole(&self) -> Option<String> {
+        obstacle_to_sharding(self).filter(|_| trains_experts(self))
     }
 }
 
@@ -52,7 +51,7 @@ impl RankLayout {
     fn resolve(self, session: &Session, world: &World) -> Result<Self> {
         let ranks = world.ranks();
         let refuse = |why: String| Err(Error::Layout(why));
-        let obstacle = obstacle_to_sharing(session);
+        let obstacle = obstacle_to_sharding(session);
         let ep = match (self.ep, &obstacle) {
             (Some(ep), None) if ep > 1 => ep,
             (Some(ep), Some(why)) if ep > 1 => return refuse(format!("ep={ep}: {why}")),
@@ -91,7 +90,7 @@ fn trains_experts(session: &Session) -> bool {
 }
 
 /// Why a session's experts cannot be shared out.
-fn obstacle_to_sharing(session: &Session) -> Option<String> {
+fn obstacle_to_sharding(session: &Session) -> Option<String> {
     let Some(moe) = &session.config().moe else {
         return Some("the model has no experts".into());
     };

@@ -23,7 +23,7 @@ use model::adapt::Share;
 use model::{Checkpointing, OperandRounding};
 use serde::{Deserialize, Serialize};
 
-use self::values::RecipeWords;
+pub(crate) use self::values::SettingWords;
 
 pub use self::choices::{
     DpoReference, ExportDType, Loss, Method, Moments, RouterTraining, ScheduleKind,

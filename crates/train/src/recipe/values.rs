@@ -10,12 +10,12 @@ use serde::de::{Error as _, Unexpected};
 use serde::{Deserialize, Deserializer};
 use toml::Value;
 
-/// A type of another crate whose values have words in a recipe.
-pub(super) trait RecipeWords: Copy + PartialEq + 'static {
+/// A type of another crate whose values have words in a recipe or on the command line.
+pub(crate) trait SettingWords: Copy + PartialEq + 'static {
     /// Every word and its value.
     const WORDS: &'static [(&'static str, Self)];
 
-    /// The word of a value; none if recipes cannot have it.
+    /// The word of a value; none if it has none.
     fn word(self) -> Option<&'static str> {
         let mut words = Self::WORDS.iter();
         words
@@ -23,16 +23,22 @@ pub(super) trait RecipeWords: Copy + PartialEq + 'static {
             .map(|(word, _)| *word)
     }
 
+    /// The value of a word, if it is one.
+    fn find(word: &str) -> Option<Self> {
+        let mut words = Self::WORDS.iter();
+        words
+            .find(|(known, _)| *known == word)
+            .map(|(_, value)| *value)
+    }
+
     /// The value of a word.
     fn of_word<E: serde::de::Error>(word: &str) -> Result<Self, E> {
-        let value = Self::WORDS.iter().find(|(known, _)| *known == word);
-        value
-            .map(|(_, value)| *value)
+        Self::find(word)
             .ok_or_else(|| E::custom(expected_words(Self::WORDS.iter().map(|(word, _)| *word))))
     }
 }
 
-impl RecipeWords for OperandRounding {
+impl SettingWords for OperandRounding {
     // The scales of `fp8` are those of the model, which is not open yet: see `Session::compute`.
     const WORDS: &'static [(&'static str, Self)] = &[
         ("f32", Self::F32),
@@ -43,11 +49,11 @@ impl RecipeWords for OperandRounding {
     ];
 }
 
-impl RecipeWords for Checkpointing {
+impl SettingWords for Checkpointing {
     const WORDS: &'static [(&'static str, Self)] = &[("none", Self::None), ("block", Self::Block)];
 }
 
-impl RecipeWords for Share {
+impl SettingWords for Share {
     const WORDS: &'static [(&'static str, Self)] =
         &[("A", Self::A), ("B", Self::B), ("outer", Self::Outer)];
 }
@@ -66,9 +72,9 @@ pub(super) mod word {
     use serde::ser::{Error as _, Serializer};
     use serde::{Deserialize, Deserializer};
 
-    use super::RecipeWords;
+    use super::SettingWords;
 
-    pub(in crate::recipe) fn serialize<T: RecipeWords, S: Serializer>(
+    pub(in crate::recipe) fn serialize<T: SettingWords, S: Serializer>(
         value: &T,
         serializer: S,
     ) -> Result<S::Ok, S::Error> {
@@ -76,7 +82,7 @@ pub(super) mod word {
         serializer.serialize_str(word.ok_or_else(|| S::Error::custom("no word of a recipe"))?)
     }
 
-    pub(in crate::recipe) fn deserialize<'de, T: RecipeWords, D: Deserializer<'de>>(
+    pub(in crate::recipe) fn deserialize<'de, T: SettingWords, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<T, D::Error> {
         T::of_word(&String::deserialize(deserializer)?)
@@ -88,9 +94,9 @@ pub(super) mod optional_word {
     use serde::Deserializer;
     use serde::ser::Serializer;
 
-    use super::{RecipeWords, word};
+    use super::{SettingWords, word};
 
-    pub(in crate::recipe) fn serialize<T: RecipeWords, S: Serializer>(
+    pub(in crate::recipe) fn serialize<T: SettingWords, S: Serializer>(
         value: &Option<T>,
         serializer: S,
     ) -> Result<S::Ok, S::Error> {
@@ -100,7 +106,7 @@ pub(super) mod optional_word {
         }
     }
 
-    pub(in crate::recipe) fn deserialize<'de, T: RecipeWords, D: Deserializer<'de>>(
+    pub(in crate::recipe) fn deserialize<'de, T: SettingWords, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<Option<T>, D::Error> {
         word::deserialize(deserializer).map(Some)

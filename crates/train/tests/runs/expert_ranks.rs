@@ -6,18 +6,14 @@ use checkpoint::Safetensors;
 use moeforge_train::Recipe;
 use parallel::{Arrival, Wire, threads};
 
-use super::ranks::{Seen, WAIT, assert_same_files, cases, fit, fit_over, place, recipe};
+use super::ranks::{Seen, WAIT, assert_same_files, cases, fit_over, place, recipe, run_alone};
 use super::{Place, assert_curve, expected_curve};
 
 #[test]
 fn experts_that_ranks_share_out_have_the_bits_of_one_rank() {
     for (kind, settings) in cases() {
-        let place = place(kind);
-        let recipe = recipe(&place, &settings);
-        let result = kind.split(' ').next().unwrap();
-        let alone = place.path("1");
-        let expected = fit(&recipe, &alone, 1, None).remove(0);
-        expected.1.unwrap();
+        let (place, recipe, expected) = run_alone(kind, &settings);
+        let (alone, result) = (place.path("1"), kind.split(' ').next().unwrap());
         for (n, layout) in [
             (2, "ep=2"),
             (2, "ep=2,overlap=off"),
@@ -31,7 +27,7 @@ fn experts_that_ranks_share_out_have_the_bits_of_one_rank() {
             let ranks = fit_over(&recipe, &run, wires, &layout, None).into_iter();
             for (rank, (seen, ended)) in ranks.enumerate() {
                 ended.unwrap();
-                assert_eq!(seen, expected.0, "{what} rank {rank}");
+                assert_eq!(seen, expected, "{what} rank {rank}");
             }
             let names = [result, "checkpoint-2", "checkpoint-6"];
             assert_same_files(&alone, &run, &names, &what);
@@ -45,12 +41,9 @@ fn experts_that_ranks_share_out_have_the_bits_of_one_rank() {
 #[test]
 fn a_run_goes_on_with_another_layout() {
     let (kind, settings) = &cases()[0];
-    let place = place(kind);
     let settings = settings.replace("steps = 6", "steps = 20");
-    let recipe = recipe(&place, &settings);
-    let (whole, parts) = (place.path("whole"), place.path("parts"));
-    let (expected, ended) = fit(&recipe, &whole, 1, None).remove(0);
-    ended.unwrap();
+    let (place, recipe, expected) = run_alone(kind, &settings);
+    let (whole, parts) = (place.path("1"), place.path("parts"));
     let mut bits = Vec::new();
     let spans = [
         (4, "ep=4,exchange=slots", Some((2, 10))),
@@ -210,11 +203,8 @@ fn ranks_without_anything_to_train_do_not_hang() {
         ("adapter", cases()[0].1.replace("[lora]\n", first)),
         ("adapter", cases()[1].1.replace("[lora]\n", first)),
     ] {
-        let place = place(kind);
-        let recipe = recipe(&place, &settings);
+        let (place, recipe, expected) = run_alone(kind, &settings);
         let (alone, four) = (place.path("1"), place.path("4"));
-        let (expected, ended) = fit(&recipe, &alone, 1, None).remove(0);
-        ended.unwrap();
         for seen in fits(&recipe, &four, 4, "ep=4,exchange=slots") {
             assert_eq!(seen, expected, "{settings}");
         }

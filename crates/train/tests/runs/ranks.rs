@@ -161,21 +161,26 @@ pub(super) fn assert_same_files(one: &Path, other: &Path, names: &[&str], what: 
     }
 }
 
+/// A run on one rank, in the folder `1` of its place, and what it saw.
+pub(super) fn run_alone(kind: &str, settings: &str) -> (Place, Recipe, Seen) {
+    let place = place(kind);
+    let recipe = recipe(&place, settings);
+    let (seen, ended) = fit(&recipe, &place.path("1"), 1, None).remove(0);
+    ended.unwrap();
+    (place, recipe, seen)
+}
+
 #[test]
 fn a_run_has_the_same_bits_on_any_number_of_ranks() {
     for (kind, settings) in cases() {
-        let place = place(kind);
-        let recipe = recipe(&place, &settings);
-        let result = kind.split(' ').next().unwrap();
-        let alone = place.path("1");
-        let expected = fit(&recipe, &alone, 1, None).remove(0);
-        expected.1.unwrap();
-        assert_eq!(expected.0.bits.len(), 2 * 6 + 2);
+        let (place, recipe, expected) = run_alone(kind, &settings);
+        let (alone, result) = (place.path("1"), kind.split(' ').next().unwrap());
+        assert_eq!(expected.bits.len(), 2 * 6 + 2);
         for n in [2, 4] {
             let run = place.path(&n.to_string());
             for (rank, (seen, ended)) in fit(&recipe, &run, n, None).into_iter().enumerate() {
                 ended.unwrap();
-                assert_eq!(seen, expected.0, "{settings}rank {rank} of {n}");
+                assert_eq!(seen, expected, "{settings}rank {rank} of {n}");
             }
             let what = format!("{settings}{n} ranks");
             assert_same_files(

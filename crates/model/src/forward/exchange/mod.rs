@@ -10,9 +10,7 @@ mod rows;
 #[cfg(test)]
 mod tests;
 
-use std::fmt;
 use std::ops::Range;
-use std::str::FromStr;
 
 use burn::tensor::{Device, Gradients, Int, Tensor, TensorData};
 use kernels::device::{read, read_ints};
@@ -32,27 +30,6 @@ pub enum ExchangeKind {
     Rows,
 }
 
-impl fmt::Display for ExchangeKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Slots => "slots",
-            Self::Rows => "rows",
-        })
-    }
-}
-
-impl FromStr for ExchangeKind {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "slots" => Ok(Self::Slots),
-            "rows" => Ok(Self::Rows),
-            _ => Err(format!("expected slots or rows; found `{text}`")),
-        }
-    }
-}
-
 /// The format in which sums come back, and gradients of rows travel. Rows go out in f32, and so do weights and their gradients.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RowWire {
@@ -61,27 +38,6 @@ pub enum RowWire {
     F32,
     /// Rounded, for links that are slow.
     Bf16,
-}
-
-impl fmt::Display for RowWire {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-        })
-    }
-}
-
-impl FromStr for RowWire {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "f32" => Ok(Self::F32),
-            "bf16" => Ok(Self::Bf16),
-            _ => Err(format!("expected f32 or bf16; found `{text}`")),
-        }
-    }
 }
 
 /// The ranks that share out the experts of every layer.

@@ -120,10 +120,11 @@ impl Sent {
     /// The rows of some values by token, in the order in which they are sent.
     pub(super) fn gather(&self, values: &[f32], tokens: usize) -> Vec<f32> {
         let width = values.len() / tokens.max(1);
-        let rows = self.tokens.iter();
-        rows.flat_map(|token| &values[token * width..][..width])
-            .copied()
-            .collect()
+        let mut rows = Vec::with_capacity(self.tokens.len() * width);
+        for token in &self.tokens {
+            rows.extend_from_slice(&values[token * width..][..width]);
+        }
+        rows
     }
 
     pub(super) fn message(&self, x: &[f32], weights: &[f32], dropout_seed: Option<u64>) -> Vec<u8> {

@@ -273,7 +273,7 @@ fn spoiled_rows_are_seen() {
             let wires = wires.map(|wire| Spoiled { wire, spoil });
             let found = outcomes(&case, wires.collect());
             let is_right = (0..2).all(|rank| found[rank] == expected(&case, rank));
-            assert_eq!(is_right, i == 0, "{kind} {i}");
+            assert_eq!(is_right, i == 0, "{kind:?} {i}");
         }
     }
 }

@@ -3,12 +3,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use burn::module::Param;
 use burn::tensor::Tensor;
 use kernels::{ExpertBank, Matrix};
 
-use super::{ExpertPart, ExpertWeights, Experts, FactorStacks, PartWeights, routing};
-use crate::Error;
+use super::{ExpertPart, Experts, PartWeights, routing};
 use crate::forward::context::ForwardContext;
 use crate::forward::exchange::{ExpertRanks, RunningExperts, ShardedExperts};
 use crate::forward::routing::Routed;
@@ -34,16 +32,16 @@ struct ShardPart {
     bank: Option<Arc<ExpertBank>>,
 }
 
+impl ExpertShard {
+    /// Which of the trained or updated experts each rank of a group has.
+    pub(crate) fn updated(&self) -> &[Range<usize>] {
+        &self.parts[0].ranges
+    }
+}
+
 impl Experts {
-    /// Keeps this rank's share. Frozen experts stay mapped, and cost nothing unless they are read.
-    ///
-    /// # Errors
-    /// If experts share a factor.
-    pub(crate) fn shard(
-        &mut self,
-        ranks: &Arc<ExpertRanks>,
-        layer_idx: usize,
-    ) -> Result<(), Error> {
+    /// Serves this rank's share from now on. Frozen experts stay mapped, and cost nothing unless they are read.
+    pub(crate) fn shard(&mut self, ranks: &Arc<ExpertRanks>, layer_idx: usize) {
         let n_experts = self.dims()[0];
         let all = ranks.ranges(n_experts);
         let sharded = |part: ExpertPart<'_>| {
@@ -61,53 +59,12 @@ impl Experts {
             };
             ShardPart { ranges, bank }
         };
-        let parts: Vec<ShardPart> = self.parts().into_iter().map(sharded).collect();
-        let (n_updated, own) = (self.n_updated(), parts[0].ranges[ranks.place()].clone());
-        for (name, stack) in self.stacks_mut() {
-            let [n, rows, cols] = stack.val().dims();
-            if n != n_updated {
-                return Err(Error::Unsupported(format!(
-                    "`model.layers.{layer_idx}.mlp.experts.{name}`: its experts share one factor, which ranks that share out \
-                     experts (ep = {}) do not train; use ep = 1",
-                    ranks.ep()
-                )));
-            }
-            replace(stack, |values| {
-                values.slice([own.clone(), 0..rows, 0..cols])
-            });
-        }
         self.shard = Some(ExpertShard {
             n_experts,
             ranks: Arc::clone(ranks),
             layer_idx,
-            parts,
+            parts: self.parts().into_iter().map(sharded).collect(),
         });
-        Ok(())
-    }
-
-    /// Takes all experts back. `values` gives those of a stack, by its path in this module.
-    pub(crate) fn unshard(&mut self, values: &mut dyn FnMut(&str) -> Option<Tensor<1>>) {
-        self.shard = None;
-        for (name, stack) in self.stacks_mut() {
-            let [_, rows, cols] = stack.val().dims();
-            if let Some(values) = values(&name) {
-                let n = values.dims()[0] / (rows * cols).max(1);
-                replace(stack, |_| values.reshape([n, rows, cols]));
-            }
-        }
-    }
-
-    /// The stacks of which this rank holds a share, by their paths in this module, and the share of each rank of its group.
-    pub(crate) fn stack_shards(&self) -> Vec<(String, Vec<Range<usize>>, Tensor<3>)> {
-        let Some(shard) = &self.shard else {
-            return vec![];
-        };
-        let ranges = &shard.parts[0].ranges;
-        let mut shell = self.clone();
-        let stacks = shell.stacks_mut().into_iter();
-        stacks
-            .map(|(name, stack)| (name, ranges.clone(), stack.val()))
-            .collect()
     }
 
     /// Sends rows to the ranks that hold their experts, if ranks share them out; else none.
@@ -164,37 +121,6 @@ impl Experts {
         });
         sums.reduce(|sum, y| sum + y).expect("a layer has experts")
     }
-
-    /// Trained or updated stacks, by their paths.
-    fn stacks_mut(&mut self) -> Vec<(String, &mut Param<Tensor<3>>)> {
-        let stacks = match &mut self.weights {
-            ExpertWeights::Frozen(_) => None,
-            ExpertWeights::Trained(stacks) => Some(("weights", stacks)),
-            ExpertWeights::Partial(partial) => Some(("weights.trained", &mut partial.trained)),
-        };
-        let mut found = Vec::new();
-        if let Some((path, stacks)) = stacks {
-            found.push((format!("{path}.gate_proj"), &mut stacks.gate_proj));
-            found.push((format!("{path}.up_proj"), &mut stacks.up_proj));
-            found.push((format!("{path}.down_proj"), &mut stacks.down_proj));
-        }
-        if let Some(lora) = &mut self.lora {
-            let factors = [
-                ("gate_proj", &mut lora.gate_proj),
-                ("up_proj", &mut lora.up_proj),
-                ("gate_up_proj", &mut lora.gate_up_proj),
-                ("down_proj", &mut lora.down_proj),
-            ];
-            for (name, stacks) in factors {
-                let Some(FactorStacks { lora_a, lora_b, .. }) = stacks else {
-                    continue;
-                };
-                found.push((format!("lora.{name}.lora_a"), lora_a));
-                found.push((format!("lora.{name}.lora_b"), lora_b));
-            }
-        }
-        found
-    }
 }
 
 /// Some experts of a bank.
@@ -202,16 +128,4 @@ fn share_of(bank: &ExpertBank, experts: Range<usize>) -> Arc<ExpertBank> {
     let of = |list: &[Matrix]| list[experts.clone()].to_vec();
     let bank = ExpertBank::new(of(&bank.gate), of(&bank.up), of(&bank.down));
     Arc::new(bank)
-}
-
-/// Replaces the values of a parameter by others, trained or not as they were.
-fn replace(stack: &mut Param<Tensor<3>>, change: impl FnOnce(Tensor<3>) -> Tensor<3>) {
-    let old = stack.val();
-    let is_trained = old.is_require_grad();
-    let values = if old.device().is_autodiff() {
-        Tensor::from_inner(change(old.inner()))
-    } else {
-        change(old)
-    };
-    *stack = Param::initialized(stack.id, values.set_require_grad(is_trained));
 }

@@ -5,6 +5,20 @@ use std::str::FromStr;
 
 use model::{ExchangeKind, RowWire};
 
+use crate::recipe::SettingWords;
+
+impl SettingWords for ExchangeKind {
+    const WORDS: &'static [(&'static str, Self)] = &[("slots", Self::Slots), ("rows", Self::Rows)];
+}
+
+impl SettingWords for RowWire {
+    const WORDS: &'static [(&'static str, Self)] = &[("f32", Self::F32), ("bf16", Self::Bf16)];
+}
+
+impl SettingWords for bool {
+    const WORDS: &'static [(&'static str, Self)] = &[("on", true), ("off", false)];
+}
+
 /// How ranks share a run out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RankLayout {
@@ -64,9 +78,9 @@ impl FromStr for RankLayout {
             let (key, value) = part.split_once('=').unwrap_or((part, ""));
             match key {
                 "ep" => set(&mut layout.ep, key, ranks(value))?,
-                "exchange" => set(&mut layout.exchange, key, value.parse())?,
-                "wire" => set(&mut layout.wire, key, value.parse())?,
-                "overlap" => set(&mut layout.overlap, key, switch(value))?,
+                "exchange" => set(&mut layout.exchange, key, of_word(value))?,
+                "wire" => set(&mut layout.wire, key, of_word(value))?,
+                "overlap" => set(&mut layout.overlap, key, of_word(value))?,
                 _ => {
                     return Err(format!(
                         "expected ep=N, exchange=slots|rows, wire=f32|bf16 or overlap=on|off, with commas between; \
@@ -99,12 +113,10 @@ fn ranks(value: &str) -> Result<usize, String> {
     ranks.ok_or_else(|| format!("expected a number of ranks, from 1; found `{value}`"))
 }
 
-fn switch(value: &str) -> Result<bool, String> {
-    match value {
-        "on" => Ok(true),
-        "off" => Ok(false),
-        _ => Err(format!("expected on or off; found `{value}`")),
-    }
+fn of_word<T: SettingWords>(word: &str) -> Result<T, String> {
+    let words = T::WORDS.iter().map(|(word, _)| *word);
+    let expected = || words.collect::<Vec<_>>().join(" or ");
+    T::find(word).ok_or_else(|| format!("expected {}; found `{word}`", expected()))
 }
 
 impl fmt::Display for RankLayout {
@@ -112,9 +124,14 @@ impl fmt::Display for RankLayout {
         let ep = self.ep.unwrap_or(1);
         write!(f, "ep={ep}")?;
         if ep > 1 {
-            let (exchange, wire) = (self.exchange(), self.wire());
-            let overlap = if self.overlaps() { "on" } else { "off" };
-            write!(f, ",exchange={exchange},wire={wire},overlap={overlap}")?;
+            let words = [
+                ("exchange", self.exchange().word()),
+                ("wire", self.wire().word()),
+                ("overlap", self.overlaps().word()),
+            ];
+            for (key, word) in words {
+                write!(f, ",{key}={}", word.unwrap_or_default())?;
+            }
         }
         Ok(())
     }

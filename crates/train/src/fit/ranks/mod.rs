@@ -11,11 +11,12 @@ mod stacks;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
 use checkpoint::TensorSpec;
 use kernels::device::read;
-use model::Model;
+use model::{ExpertRanks, Model};
 use parallel::{MessageReader, MessageWriter, RankError, World};
 
 use crate::checkpoint_state::read_optimizer;
@@ -30,31 +31,27 @@ use self::stacks::{ShardedStack, StackParts};
 pub(crate) type Squares = BTreeMap<(String, usize), f64>;
 
 /// The ranks of a run, and what each owns.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Ranks {
     pub(crate) world: World,
     pub(crate) layout: RankLayout,
+    /// Those that share out experts, if any do.
+    experts: Option<Arc<ExpertRanks>>,
     /// The rank of each parameter; of a stack that ranks share out, the group whose ranks own its parts.
     owners: BTreeMap<String, usize>,
     /// Stacks of experts that ranks share out.
     stacks: BTreeMap<String, ShardedStack>,
 }
 
-impl Default for Ranks {
-    fn default() -> Self {
-        Self {
-            world: World::alone(),
-            layout: RankLayout::default(),
-            owners: BTreeMap::new(),
-            stacks: BTreeMap::new(),
-        }
-    }
-}
-
 impl Ranks {
     /// Shares parameters out: the largest first, each to the rank that has least. The parts of a stack that is shared out
     /// belong to the ranks of one group.
-    pub(crate) fn new(world: World, layout: RankLayout, model: &Model) -> Self {
+    pub(crate) fn new(
+        world: World,
+        layout: RankLayout,
+        experts: Option<Arc<ExpertRanks>>,
+        model: &Model,
+    ) -> Self {
         let stacks: BTreeMap<String, ShardedStack> = (model.stack_shards().into_iter())
             .map(|stack| (stack.name.clone(), ShardedStack::new(&stack)))
             .collect();
@@ -72,11 +69,13 @@ impl Ranks {
             owned[least] += size;
             owners.insert(name, least);
         }
-        let groups = world.ranks() / layout.ep.unwrap_or(1);
+        let ep = experts.as_ref().map_or(1, |ranks| ranks.ep());
+        let groups = world.ranks() / ep;
         owners.extend((stacks.keys().cloned()).zip((0..groups).cycle()));
         Self {
             world,
             layout,
+            experts,
             owners,
             stacks,
         }
@@ -98,7 +97,7 @@ impl Ranks {
 
     /// Whether ranks need each other's experts in a forward pass.
     pub(crate) fn shards_experts(&self) -> bool {
-        self.ep() > 1
+        self.experts.is_some()
     }
 
     /// Micro-batches of a rank that take turns: two, if rows of one travel while the other is computed.
@@ -110,12 +109,12 @@ impl Ranks {
     }
 
     fn ep(&self) -> usize {
-        self.layout.ep.unwrap_or(1)
+        self.experts.as_ref().map_or(1, |ranks| ranks.ep())
     }
 
     /// This rank's place in the group that shares out experts.
     fn place(&self) -> usize {
-        self.world.rank() % self.ep()
+        self.experts.as_ref().map_or(0, |ranks| ranks.place())
     }
 
     /// Those of a step's micro-batches that this rank computes: one of each round.
