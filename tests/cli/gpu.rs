@@ -191,12 +191,20 @@ fn losses(run: &Path) -> Vec<f64> {
         .collect()
 }
 
+/// Settings of recipes on a device: what it computes, and little of it, which an adapter in software does in seconds.
+const LITTLE: [&str; 6] = [
+    "--set",
+    "precision.compute=f32",
+    "--set",
+    "data.max_length=32",
+    "--set",
+    "train.batch_size=1",
+];
+
 /// A run of a recipe in f32: its losses, and the bytes of its result.
 fn train(recipe: &str, out: &str, device: &str) -> (Vec<f64>, Vec<u8>) {
-    let f32 = "precision.compute=f32";
-    succeeds(moeforge(&[
-        "train", recipe, "--set", f32, "--out", out, "--device", device,
-    ]));
+    let rest = ["--out", out, "--device", device];
+    succeeds(moeforge(&[&["train", recipe], &LITTLE[..], &rest].concat()));
     let results = ["adapter/adapter_model", "model/model"];
     let results = results.map(|name| Path::new(out).join(format!("{name}.safetensors")));
     let result = results.iter().find(|file| file.exists()).unwrap();
@@ -209,6 +217,14 @@ fn assert_same_losses(there: &[f64], here: &[f64]) {
     for (there, here) in there.iter().zip(here) {
         assert!((there - here).abs() <= 1e-3 * here.abs(), "{there} {here}");
     }
+}
+
+/// A file with a row of plain text, which a tokenizer without a chat template reads too.
+fn rows(place: &tempfile::TempDir) -> String {
+    let file = place.path().join("rows.jsonl");
+    let text = "The area of Chad is 1,284,000 km².";
+    fs::write(&file, format!("{{\"text\": {text:?}}}\n")).unwrap();
+    file.to_string_lossy().into_owned()
 }
 
 /// The loss of a model, maybe with an adapter, on some rows.
@@ -255,8 +271,8 @@ fn the_main_job_on_a_gpu_is_that_on_the_cpu() {
     );
 
     let (adapter, merged) = (at("gpu/adapter"), at("merged"));
-    let (adapted, data) = ([BASE, "--adapter", &adapter], "datasets/factbook");
-    let (there, here) = (loss(&adapted, data, &device), loss(&adapted, data, "cpu"));
+    let (adapted, rows) = ([BASE, "--adapter", &adapter], rows(&place));
+    let (there, here) = (loss(&adapted, &rows, &device), loss(&adapted, &rows, "cpu"));
     assert!((there - here).abs() <= 1e-4 * here, "{there} {here}");
     succeeds(moeforge(&[
         "merge",
@@ -277,9 +293,7 @@ fn other_recipes_on_a_gpu_are_those_on_the_cpu() {
     let at = |name: &str| place.path().join(name).to_string_lossy().into_owned();
     let fp8 = golden("deepseek_v3_fp8").to_string_lossy().into_owned();
     let (model, adapter) = (at("full/model"), at("fp8/adapter"));
-    // Their tokenizers have no chat template, and the bundled test rows are chats.
-    let (rows, text) = (at("rows.jsonl"), "The area of Chad is 1,284,000 km².");
-    fs::write(&rows, format!("{{\"text\": {text:?}}}\n")).unwrap();
+    let rows = rows(&place);
     for (name, result) in [
         ("full", vec![&*model]),
         ("fp8", vec![&fp8, "--adapter", &adapter]),
@@ -327,17 +341,9 @@ fn a_killed_run_on_a_gpu_resumes_to_the_same_bits() {
     let Some(device) = device() else { return };
     let place = tempfile::tempdir().unwrap();
     let out = place.path().join("check").to_string_lossy().into_owned();
-    let words = [
-        "resume-check",
-        RECIPE,
-        "--set",
-        "precision.compute=f32",
-        "--set",
-        "train.save_every=1",
-    ];
     let rest = [
         "--set",
-        "train.accumulate=1",
+        "train.save_every=1",
         "--kills",
         "2",
         "--out",
@@ -346,7 +352,7 @@ fn a_killed_run_on_a_gpu_resumes_to_the_same_bits() {
         &device,
         "--json",
     ];
-    let report: Value =
-        serde_json::from_str(&succeeds(moeforge(&[&words[..], &rest].concat()))).unwrap();
+    let words = [&["resume-check", RECIPE], &LITTLE[..], &rest].concat();
+    let report: Value = serde_json::from_str(&succeeds(moeforge(&words))).unwrap();
     assert_eq!(report["equal"], true, "{report}");
 }

@@ -11,7 +11,7 @@ const WARM_UP: usize = 3;
 
 #[test]
 fn a_step_reads_the_device_once_and_a_run_keeps_no_more_memory() {
-    let common = "steps = 12\nbatch_size = 2\naccumulate = 2\nbalance_loss = 0.01\n";
+    let common = "steps = 8\nbatch_size = 1\naccumulate = 2\nbalance_loss = 0.01\n";
     let lora = format!("[lora]\ndropout = 0.1\n[train]\nmethod = \"lora\"\n{common}");
     let full = format!("[train]\nmethod = \"full\"\nbias_update_speed = 0.001\n{common}");
     let block = format!("{lora}checkpointing = \"block\"\n");
@@ -32,7 +32,7 @@ fn a_step_reads_the_device_once_and_a_run_keeps_no_more_memory() {
             }
         };
         session.fit(&run, &mut note).unwrap();
-        assert_eq!(reads.len(), 12);
+        assert_eq!(reads.len(), 8);
         assert!(
             reads.is_sorted_by(|a, b| a + 1 == *b),
             "{settings}{reads:?}"
