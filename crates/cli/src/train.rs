@@ -67,8 +67,8 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let scratch = (!world.is_first()).then(|| Scratch::new("rank"));
     let scratch = scratch.transpose()?;
     let (run, mut session) = match &args.resume {
-        Some(path) => resumed(path, args, world.clone(), scratch.as_ref(), console)?,
-        None => started(args, world.clone(), scratch.as_ref(), console)?,
+        Some(path) => resumed(path, args, &world, scratch.as_ref(), console)?,
+        None => started(args, &world, scratch.as_ref(), console)?,
     };
     let mut watcher = Watcher::new(&session, Signals::listen()?, console)?;
 
@@ -102,22 +102,19 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
 /// A new run of a recipe, with its session.
 fn started(
     args: &Args,
-    world: World,
+    world: &World,
     scratch: Option<&Scratch>,
     console: &Console,
 ) -> anyhow::Result<(RunDir, Session)> {
     let path = args.recipe.as_deref().unwrap_or(Path::new(""));
     let mut recipe = Recipe::open(path, &args.set).map_err(usage)?;
     share_out(&mut recipe, world.ranks(), console);
-    let mut session =
-        launch::first_of_machine_first(&world, || open_session(recipe, &args.device, console))?;
-    describe(&session, console)?;
+    let session = open_rank((recipe, None), world, args, console)?;
     // The run directory is created last, so that a run that cannot start leaves none.
     let path = match scratch {
         None => new_run(args.out.as_deref(), args.recipe.as_deref(), ""),
         Some(scratch) => run_in(scratch),
     };
-    join_ranks(&mut session, world, args, console)?;
     let run = RunDir::create(&path, &session.recipe)?;
     record_device(&run, &session, args)?;
     let (path, steps) = (run.path().display(), session.total_steps());
@@ -129,19 +126,16 @@ fn started(
 fn resumed(
     path: &Path,
     args: &Args,
-    world: World,
+    world: &World,
     scratch: Option<&Scratch>,
     console: &Console,
 ) -> anyhow::Result<(RunDir, Session)> {
-    let run = run_of_first(path, &world, scratch)?;
+    let run = run_of_first(path, world, scratch)?;
     let before = run.recipe().map_err(usage)?;
     let recipe = run.changed_recipe(&args.set).map_err(usage)?;
     let found = run.locate(&recipe)?;
-    let mut session = launch::first_of_machine_first(&world, || {
-        open_named(found, recipe.model.path.as_deref(), &args.device, console)
-    })?;
-    describe(&session, console)?;
-    join_ranks(&mut session, world, args, console)?;
+    let named = (found, recipe.model.path.as_deref());
+    let mut session = open_rank(named, world, args, console)?;
     let step = session.resume(&run)?;
     if recipe != before {
         run.replace_recipe(&recipe)?;
@@ -155,23 +149,25 @@ fn resumed(
     Ok((run, session))
 }
 
-/// Joins the other ranks, and says how they share experts out.
-fn join_ranks(
-    session: &mut Session,
-    world: World,
+/// Opens the session of a rank, and says what it is and how ranks share it out.
+fn open_rank(
+    (recipe, base_name): (Recipe, Option<&str>),
+    world: &World,
     args: &Args,
     console: &Console,
-) -> anyhow::Result<()> {
-    let ranks = world.ranks();
+) -> anyhow::Result<Session> {
     let asked = args.layout.unwrap_or_default();
-    let layout = session.join(world, asked)?;
-    if ranks > 1 {
-        console.note(format_args!("layout: {layout}"));
+    let session = launch::first_of_machine_first(world, || {
+        open_named((recipe, base_name), &args.device, (world, asked), console)
+    })?;
+    describe(&session, console)?;
+    if world.ranks() > 1 {
+        console.note(format_args!("layout: {}", session.layout()));
         if let (None, Some(why)) = (asked.ep, session.why_experts_stay_whole()) {
             console.note(format_args!("ranks do not share out experts: {why}"));
         }
     }
-    Ok(())
+    Ok(session)
 }
 
 /// Cuts the batch of a step into as many micro-batches as ranks need, if it can be cut so: batches of samples of similar
@@ -287,14 +283,15 @@ pub(crate) fn open_session(
     device: &DeviceArgs,
     console: &Console,
 ) -> anyhow::Result<Session> {
-    open_named(recipe, None, device, console)
+    let alone = (&World::alone(), RankLayout::default());
+    open_named((recipe, None), device, alone, console)
 }
 
-/// [`open_session`] with the name of the base in an adapter, if it is not the recipe's path.
+/// [`open_session`] with the name of the base in an adapter, if it is not the recipe's path, as one of some ranks.
 fn open_named(
-    recipe: Recipe,
-    base_name: Option<&str>,
+    (recipe, base_name): (Recipe, Option<&str>),
     device: &DeviceArgs,
+    ranks: (&World, RankLayout),
     console: &Console,
 ) -> anyhow::Result<Session> {
     let device = device.open()?;
@@ -310,6 +307,7 @@ fn open_named(
                 .get_or_insert_with(|| console.progress(total / 1000, TOKENIZING))
                 .update_of(done / 1000, total / 1000);
         },
+        ranks: Some(ranks),
     };
     let session = Session::open_with(recipe, options)?;
     expect_right(&device, session.config(), console)?;

@@ -568,7 +568,12 @@ fn trained_experts_have_the_gradients_of_full_training() {
         model.map_parameters(&mut |_, values| values * 2.0);
         let place = tempfile::tempdir().unwrap();
         let mut writer = FolderWriter::create(&place.path().join("out")).unwrap();
-        export_subset(&model, &base, &mut writer).unwrap();
+        let parameters = model.parameters();
+        let mut values = |name: &str, range| {
+            let found = parameters.iter().find(|p| p.name == name).unwrap();
+            Ok(kernels::device::read(found.values.clone().slice([range])))
+        };
+        export_subset(&model, &base, &mut writer, &mut values).unwrap();
         writer.finish().unwrap();
         let written = Folder::open(&place.path().join("out")).unwrap();
         for key in base.names() {

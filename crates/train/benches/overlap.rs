@@ -9,7 +9,7 @@
 use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
-use moeforge_train::{Event, Host, Recipe, Session};
+use moeforge_train::{Event, Host, Recipe, Session, SessionOptions};
 use parallel::{LinkSpeed, World, threads};
 
 const RANKS: usize = 2;
@@ -67,9 +67,12 @@ fn seconds(link: LinkSpeed, overlap: &str) -> f64 {
     let run = |wire| {
         let one = rayon::ThreadPoolBuilder::new().num_threads(1);
         one.build().unwrap().install(|| {
-            let resolve = |model: &str| Ok(model.into());
-            let mut session = Session::open(recipe.clone(), &Device::flex(), &resolve).unwrap();
-            session.join(World::new(wire), layout).unwrap();
+            let (world, device) = (World::new(wire), Device::flex());
+            let options = SessionOptions {
+                ranks: Some((&world, layout)),
+                ..SessionOptions::new(&device, &|model| Ok(model.into()))
+            };
+            let mut session = Session::open_with(recipe.clone(), options).unwrap();
             session.timed_steps(1, &mut Silent).unwrap();
             let started = Instant::now();
             session.timed_steps(STEPS, &mut Silent).unwrap();

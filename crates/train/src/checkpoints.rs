@@ -10,7 +10,7 @@ use parallel::{Ask, MessageReader, MessageWriter};
 
 use crate::checkpoint_state::{RunState, write_optimizer};
 use crate::events::{Event, Host};
-use crate::fit::ranks::Ranks;
+use crate::fit::ranks::{Ranks, values_of};
 use crate::recipe::{MAX_LOSS_SCALE_EXPONENT, Method};
 use crate::run_dir::RunDir;
 use crate::session::Session;
@@ -105,12 +105,11 @@ impl Session {
             let tensor = Tensor::<1>::from_floats(values.as_slice(), &device);
             match specs[i].name.split_once('/') {
                 Some(("parameter", name)) => {
-                    _ = parameters.insert(name.to_owned(), ranks.part_of(name, tensor));
+                    _ = parameters.insert(name.to_owned(), tensor);
                 }
                 Some((kind @ ("moment1" | "moment2"), name)) => {
                     if ranks.owns(name) {
-                        let own = ranks.part_of(name, tensor).cast(dtype);
-                        moments.push((kind == "moment1", name.to_owned(), own));
+                        moments.push((kind == "moment1", name.to_owned(), tensor.cast(dtype)));
                     }
                 }
                 _ => biases.push(values),
@@ -287,13 +286,4 @@ impl OwnState<'_> {
         }
         message.finish()
     }
-}
-
-/// The values of a tensor whose parts ranks have said, in their order.
-fn values_of(answers: &[Vec<u8>]) -> Result<Vec<f32>> {
-    let mut values = Vec::new();
-    for answer in answers.iter().filter(|answer| !answer.is_empty()) {
-        values.extend(MessageReader::new(answer).values()?);
-    }
-    Ok(values)
 }

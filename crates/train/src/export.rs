@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use checkpoint::{Adapter, AdapterConfig, CARD_NAME, FolderWriter, Notes};
-use model::export::{self, WeightFormat};
+use model::export::{self, ReadValues, WeightFormat};
 use model::{AdapterWeights, Model};
 
 use crate::recipe::{ExportDType, Method};
@@ -33,10 +33,16 @@ pub(crate) fn set_aside(session: &Session, run: &RunDir, step: u64) -> Result<Op
     Ok(Some(aside))
 }
 
-/// Writes `adapter/` or `model/` into the run directory, of the model with all experts. An existing one, of a run that was
+/// Writes `adapter/` or `model/` into the run directory: of an adapter's model with all experts, of a whole model from the
+/// values that `read_values` gives. An existing one, of a run that was
 /// killed after its last step, is complete, since folders appear whole, and it is this run's, since one that goes on sets it
 /// aside.
-pub(crate) fn result(session: &Session, model: &Model, run: &RunDir) -> Result<()> {
+pub(crate) fn result(
+    session: &Session,
+    model: &Model,
+    run: &RunDir,
+    read_values: &mut ReadValues<'_>,
+) -> Result<()> {
     let path = run.path().join(result_name(session));
     if path.exists() {
         return Ok(());
@@ -49,7 +55,7 @@ pub(crate) fn result(session: &Session, model: &Model, run: &RunDir) -> Result<(
             writer.write_bytes(CARD_NAME, card.as_bytes())?;
         }
         Method::Full => {
-            model_into(session, model, &mut writer)?;
+            model_into(session, &mut writer, read_values)?;
             let card = model_card::of_model(session, run);
             writer.write_bytes(CARD_NAME, card.as_bytes())?;
         }
@@ -107,15 +113,21 @@ impl Session {
     /// What PEFT will not read of the run's adapter, and why; none if it reads all of it rightly, or there is no adapter.
     pub fn unread_by_peft(&self) -> Option<String> {
         match self.recipe.train.method {
-            Method::Lora => updates(self, &self.model).unread_by_peft(),
+            Method::Lora => {
+                AdapterWeights::outline(&self.model, self.update.scaling).unread_by_peft()
+            }
             Method::Full => None,
         }
     }
 }
 
 /// Writes a Hugging Face folder.
-fn model_into(session: &Session, model: &Model, writer: &mut FolderWriter) -> Result<()> {
-    let base = &session.base;
+fn model_into(
+    session: &Session,
+    writer: &mut FolderWriter,
+    read_values: &mut ReadValues<'_>,
+) -> Result<()> {
+    let (base, model) = (&session.base, &session.model);
     let is_fp8 = match session.recipe.train.export_dtype {
         ExportDType::Fp8 => true,
         ExportDType::Bf16 => false,
@@ -128,11 +140,11 @@ fn model_into(session: &Session, model: &Model, writer: &mut FolderWriter) -> Re
     };
     match &base.folder {
         Some(folder) if session.recipe.is_partial() => {
-            export::export_subset(model, folder, writer)?;
+            export::export_subset(model, folder, writer, read_values)?;
         }
         folder => {
             let origin = (folder.as_ref(), &base.config);
-            export::export(model, origin, format, writer)?;
+            export::export(model, origin, format, writer, read_values)?;
         }
     }
     match (&base.tokenizer_folder, &base.folder) {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use burn::module::Module;
 use burn::tensor::{Device, FloatDType};
@@ -9,10 +10,15 @@ use checkpoint::{Adapter, Folder};
 use data::{Columns, Corpus, ReadOptions, RowFilter, Tokenizer, TokenizerFiles};
 use kernels::Quantizer;
 use model::adapt::{self, AdaptedModule, LoraConfig, Scaling};
-use model::{AdapterWeights, Checkpointing, Model, ModelConfig, OperandRounding, Training, load};
+use model::{
+    AdapterWeights, Checkpointing, ExpertRanks, Model, ModelConfig, OperandRounding, Training, load,
+};
+use parallel::World;
 
 use crate::checkpoint_state::RunState;
 use crate::dataset::{self, Dataset};
+use crate::fit::RankLayout;
+use crate::fit::joining::Sharing;
 use crate::fit::ranks::Ranks;
 use crate::identity;
 use crate::optimizer::AdamW;
@@ -33,6 +39,22 @@ pub struct SessionOptions<'a> {
     pub token_cache: Option<&'a Path>,
     /// Receives how many bytes of rows are tokenized, and how many there are.
     pub tokenizing: &'a dyn Fn(u64, u64),
+    /// The ranks that make the run together, and how; none if this is the only one.
+    pub ranks: Option<(&'a World, RankLayout)>,
+}
+
+impl<'a> SessionOptions<'a> {
+    /// Without a token cache or other ranks.
+    pub fn new(device: &'a Device, resolve: &'a dyn Fn(&str) -> Result<PathBuf>) -> Self {
+        Self {
+            device,
+            resolve,
+            base_name: None,
+            token_cache: None,
+            tokenizing: &|_, _| {},
+            ranks: None,
+        }
+    }
 }
 
 impl std::fmt::Debug for SessionOptions<'_> {
@@ -79,32 +101,32 @@ impl Session {
         device: &Device,
         resolve: &dyn Fn(&str) -> Result<PathBuf>,
     ) -> Result<Self> {
-        let options = SessionOptions {
-            device,
-            resolve,
-            base_name: None,
-            token_cache: None,
-            tokenizing: &|_, _| {},
-        };
-        Self::open_with(recipe, options)
+        Self::open_with(recipe, SessionOptions::new(device, resolve))
     }
 
-    /// [`Session::open`] with a token cache.
+    /// [`Session::open`] with a token cache, or as one of several ranks: only the first one's run directory is kept then, and
+    /// that of another has its metrics and nothing else. Opening exchanges nothing with the others.
     ///
     /// # Errors
-    /// As [`Session::open`].
+    /// As [`Session::open`]; if the micro-batches of a step cannot be shared out, or experts cannot as the layout says.
     pub fn open_with(recipe: Recipe, options: SessionOptions<'_>) -> Result<Self> {
         if recipe.train.checkpointing == Checkpointing::Block {
             kernels::map_large_blocks();
         }
         let device = device_of(&recipe, options.device)?;
-        let (mut model, mut base) = open_model(&recipe, options.resolve, &device)?;
+        let (mut base, config) = open_base(&recipe, options.resolve)?;
         if let Some(name) = options.base_name {
             base.name = name.to_owned();
         }
-        let mut reference = open_reference(&recipe, &model, &base, options.device)?;
-        let mut start = open_start(&recipe, reference.as_ref(), options.device)?;
-        let (adapted, mut update) = adapt(&recipe, &mut model, &device)?;
+        let adapter = open_adapter(&recipe, &config)?;
+        let adapter = adapter.as_ref();
+        let joined = Sharing::new(&recipe, &config, adapter, options.device).join(options.ranks)?;
+        let on = (&device, joined.experts.as_ref());
+        let mut model = open_model(&recipe, &base, &config, on)?;
+        let of_base = (options.device, joined.experts.as_ref());
+        let mut reference = open_reference(&recipe, &model, &base, of_base)?;
+        let mut start = open_start(&recipe, reference.as_ref(), adapter, options.device)?;
+        let (adapted, mut update) = adapt(&recipe, &mut model, adapter, &device)?;
         if model.parameters().is_empty() {
             return Err(Error::NothingTrained);
         }
@@ -135,7 +157,7 @@ impl Session {
         expect_valid(&recipe, valid.as_ref())?;
         Ok(Self {
             optimizer: AdamW::new(&recipe),
-            ranks: Ranks::default(),
+            ranks: Ranks::new(joined, &model),
             state: RunState::start(&recipe, identity::of_base(&base)?, &train),
             tokenizer_size: tokenizer.as_ref().map(Tokenizer::vocab_size),
             pad_id: pad_id(tokenizer.as_ref(), model.config.vocab_size),
@@ -236,12 +258,13 @@ fn open_reference(
     recipe: &Recipe,
     model: &Model,
     base: &Base,
-    device: &Device,
+    (device, ranks): (&Device, Option<&Arc<ExpertRanks>>),
 ) -> Result<Option<Model>> {
     match (recipe.train.method, &base.folder) {
         (Method::Lora, _) => Ok(Some(model.clone().valid())),
         (Method::Full, Some(folder)) if recipe.train.loss == Loss::Dpo => {
-            Ok(Some(load::load(folder, Training::Frozen, device)?))
+            let frozen = Training::Frozen;
+            Ok(Some(load::load_shard(folder, frozen, ranks, device)?))
         }
         (Method::Full, _) => Ok(None),
     }
@@ -249,15 +272,20 @@ fn open_reference(
 
 /// The frozen model that preferences are learned relative to, if it is the base with the adapter that training starts
 /// from. It shares the base's weights and takes the memory of another adapter.
-fn open_start(recipe: &Recipe, base: Option<&Model>, device: &Device) -> Result<Option<Model>> {
+fn open_start(
+    recipe: &Recipe,
+    base: Option<&Model>,
+    adapter: Option<&AdapterWeights>,
+    device: &Device,
+) -> Result<Option<Model>> {
     let is_wanted = recipe.train.loss == Loss::Dpo
         && recipe.dpo.reference == DpoReference::Start
-        && recipe.model.adapter.is_some();
+        && adapter.is_some();
     let Some(base) = base.filter(|_| is_wanted) else {
         return Ok(None);
     };
     let mut start = base.clone();
-    adapt(recipe, &mut start, device)?;
+    adapt(recipe, &mut start, adapter, device)?;
     Ok(Some(start))
 }
 
@@ -279,10 +307,22 @@ fn quantizer_of(recipe: &Recipe) -> Result<Option<Quantizer>> {
     })
 }
 
+/// The updates that training starts from, if they are stored.
+fn open_adapter(recipe: &Recipe, config: &ModelConfig) -> Result<Option<AdapterWeights>> {
+    match (recipe.train.method, &recipe.model.adapter) {
+        (Method::Lora, Some(folder)) => {
+            let adapter = AdapterWeights::read(&Adapter::open(folder)?, config)?;
+            Ok(Some(adapter.with_dropout(recipe.lora.dropout as f32)?))
+        }
+        _ => Ok(None),
+    }
+}
+
 /// Puts the recipe's low-rank updates on the model: fresh ones, or those of an adapter.
 fn adapt(
     recipe: &Recipe,
     model: &mut Model,
+    adapter: Option<&AdapterWeights>,
     device: &Device,
 ) -> Result<(Vec<AdaptedModule>, UpdateForm)> {
     let config = lora_config(recipe);
@@ -291,30 +331,28 @@ fn adapt(
         share,
         n_rounded: BTreeMap::new(),
     };
-    match (recipe.train.method, &recipe.model.adapter) {
+    match (recipe.train.method, adapter) {
         (Method::Full, _) => Ok((vec![], form(config.scaling, None))),
         (Method::Lora, None) => {
             let adapted = adapt::attach(model, &config, device)?;
             Ok((adapted, form(config.scaling, config.experts_share)))
         }
-        (Method::Lora, Some(folder)) => {
-            let adapter = AdapterWeights::read(&Adapter::open(folder)?, &model.config)?
-                .with_dropout(recipe.lora.dropout as f32)?;
+        (Method::Lora, Some(adapter)) => {
             let adapted = adapter.attach(model, device)?;
             Ok((adapted, form(adapter.scaling(), adapter.share())))
         }
     }
 }
 
-fn open_model(
+/// What the model is, and where it comes from.
+fn open_base(
     recipe: &Recipe,
     resolve: &dyn Fn(&str) -> Result<PathBuf>,
-    device: &Device,
-) -> Result<(Model, Base)> {
+) -> Result<(Base, ModelConfig)> {
     let tokenizer_folder = recipe.model.tokenizer.clone();
     if let Some(path) = &recipe.model.path {
         let folder = Folder::open(&resolve(path)?)?.with_companions(data::companions);
-        let model = load::load(&folder, recipe.training(), device)?;
+        let model_config = load::read_config(&folder)?;
         let tokenizer = match &tokenizer_folder {
             Some(given) => TokenizerFiles::read(given)?,
             None => TokenizerFiles::of_model(folder.path(), folder.metadata())?,
@@ -326,7 +364,7 @@ fn open_model(
             name: path.clone(),
             folder: Some(folder),
         };
-        return Ok((model, base));
+        return Ok((base, model_config));
     }
     let file = recipe.model.config.clone().unwrap_or_default();
     let text = std::fs::read(&file).map_err(crate::error::io("read", &file))?;
@@ -334,9 +372,8 @@ fn open_model(
         path: file.clone(),
         cause,
     })?;
-    let config = ModelConfig::from_json(&json, &file)?;
+    let model_config = ModelConfig::from_json(&json, &file)?;
     let tokenizer = tokenizer_folder.as_deref().map(TokenizerFiles::open);
-    let model = load::fresh(&config, recipe.training(), recipe.train.seed, device)?;
     let base = Base {
         folder: None,
         config: json,
@@ -344,11 +381,25 @@ fn open_model(
         tokenizer_folder,
         name: file.display().to_string(),
     };
-    Ok((model, base))
+    Ok((base, model_config))
+}
+
+/// The model, with this rank's share of the experts if ranks share them out.
+fn open_model(
+    recipe: &Recipe,
+    base: &Base,
+    config: &ModelConfig,
+    (device, ranks): (&Device, Option<&Arc<ExpertRanks>>),
+) -> Result<Model> {
+    let (training, seed) = (recipe.training(), recipe.train.seed);
+    Ok(match &base.folder {
+        Some(folder) => load::load_shard(folder, training, ranks, device)?,
+        None => load::fresh_shard(config, training, (seed, ranks), device)?,
+    })
 }
 
 /// The recipe's adapter, with what `train.router` adds to its targets.
-fn lora_config(recipe: &Recipe) -> LoraConfig {
+pub(crate) fn lora_config(recipe: &Recipe) -> LoraConfig {
     let lora = &recipe.lora;
     let router = |training| (recipe.train.router == Some(training)).then(|| ROUTER.to_owned());
     let with =
@@ -377,7 +428,7 @@ const ROUTER: &str = "mlp.gate";
 
 impl Recipe {
     /// The part of the model's own weights that is trained.
-    fn training(&self) -> Training {
+    pub(crate) fn training(&self) -> Training {
         let train = &self.train;
         if train.method == Method::Lora {
             return Training::Frozen;

@@ -27,11 +27,6 @@ impl Accumulated {
         }
     }
 
-    /// These tensors.
-    pub(crate) fn of(tensors: BTreeMap<String, Tensor<1>>) -> Self {
-        Self(tensors)
-    }
-
     /// The sums of squares of each tensor, by name: one, or one for each expert of a stack, as many as `experts` says. The
     /// norm is the root of their sum.
     pub(crate) fn squares<'a>(

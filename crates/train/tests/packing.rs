@@ -141,12 +141,10 @@ impl Place {
     }
 
     fn open(&self, recipe: Recipe) -> Session {
+        let device = Device::flex();
         let options = SessionOptions {
-            base_name: None,
-            device: &Device::flex(),
-            resolve: &|model| Ok(model.into()),
             token_cache: Some(&self.path("cache")),
-            tokenizing: &|_, _| {},
+            ..SessionOptions::new(&device, &|model| Ok(model.into()))
         };
         Session::open_with(recipe, options).unwrap()
     }

@@ -1,5 +1,7 @@
 //! Fresh low-rank updates, as a config chooses them.
 
+use std::ops::Range;
+
 use burn::module::{Param, ParamId};
 use burn::tensor::Device;
 use rand_chacha::ChaCha8Rng;
@@ -27,7 +29,7 @@ impl LoraConfig {
         }
         let [out, width] = weight.dims();
         let (rank, alpha) = (self.rank_of(path), self.alpha_of(path));
-        let a = uniform(self.seed, path, rank * width, width);
+        let a = uniform(self.seed, path, 0..rank * width, width);
         let mut lora = Lora {
             lora_a: parameter(a, [rank, width], device),
             lora_b: parameter(vec![0.0; out * rank], [out, rank], device),
@@ -84,10 +86,11 @@ impl LoraConfig {
         }
         let mut adapted = Vec::new();
         let mut stacks = |index: usize, widths: [usize; 2]| {
-            let n = by_projection[index].len();
-            (n > 0).then(|| {
+            let ids = &by_projection[index];
+            (!ids.is_empty()).then(|| {
                 let path = format!("{}.{}", site.path, PROJECTIONS[index]);
-                let (stacks, module) = self.stacks(&path, n, widths, site.device);
+                let places = (experts.own_places(ids), ids.len());
+                let (stacks, module) = self.stacks(&path, places, widths, site.device);
                 adapted.push(module);
                 stacks
             })
@@ -127,11 +130,11 @@ impl LoraConfig {
         Ok(Some(by_projection))
     }
 
-    /// Fresh factors of one projection of `n` experts, of an input and an output width.
+    /// Fresh factors of one projection of some of `n` experts, of an input and an output width.
     fn stacks(
         &self,
         path: &str,
-        n: usize,
+        (own, n): (Range<usize>, usize),
         [width, out]: [usize; 2],
         device: &Device,
     ) -> (FactorStacks, AdaptedModule) {
@@ -139,13 +142,18 @@ impl LoraConfig {
         let projection = path.rsplit('.').next().unwrap_or(path);
         let shared = self.experts_share.map(|share| share.factors(projection));
         let shared = shared.unwrap_or_default();
-        let [n_a, n_b] = shared.map(|is_shared| if is_shared { 1 } else { n });
-        let a = uniform(self.seed, path, n_a * rank * width, width);
+        let places =
+            |all: Range<usize>| shared.map(|is_shared| if is_shared { 0..1 } else { all.clone() });
+        let [own_a, own_b] = places(own);
+        let size = rank * width;
+        let a = uniform(self.seed, path, own_a.start * size..own_a.end * size, width);
+        let n_b = own_b.len();
         let stacks = FactorStacks {
-            lora_a: parameter(a, [n_a, rank, width], device),
+            lora_a: parameter(a, [own_a.len(), rank, width], device),
             lora_b: parameter(vec![0.0; n_b * out * rank], [n_b, out, rank], device),
             scale: self.scaling.scale(alpha, rank),
         };
+        let [n_a, n_b] = places(0..n).map(|all| all.len());
         let adapted = AdaptedModule {
             module: path.into(),
             rank,
@@ -156,11 +164,13 @@ impl LoraConfig {
     }
 }
 
-/// PEFT's initialization of `a`: uniform within `±1/√in` (Kaiming with a = √5).
-fn uniform(seed: u64, path: &str, n: usize, width: usize) -> Vec<f32> {
+/// Some of the values of PEFT's initialization of `a`: uniform within `±1/√in` (Kaiming with a = √5).
+fn uniform(seed: u64, path: &str, values: Range<usize>, width: usize) -> Vec<f32> {
     let mut random = ChaCha8Rng::seed_from_u64(seed_for(seed, path));
+    // A value is a word.
+    random.set_word_pos(values.start as u128);
     let bound = 1.0 / (width as f32).sqrt();
-    (0..n)
+    values
         .map(|_| (random.next_u32() >> 8) as f32 / (1u32 << 23) as f32 * bound - bound)
         .collect()
 }

@@ -1,5 +1,7 @@
 //! The config of low-rank updates: modules, sizes and scales.
 
+use crate::config::ModelConfig;
+use crate::keys::{Module, PROJECTIONS};
 use crate::patterns::matches;
 
 /// Which modules get an update, and of what size.
@@ -112,6 +114,23 @@ impl LoraConfig {
     pub(super) fn adapts(&self, module: &str) -> bool {
         self.target.iter().any(|pattern| matches(pattern, module))
             && !self.exclude.iter().any(|pattern| matches(pattern, module))
+    }
+
+    /// Whether the config adapts any expert of a model.
+    pub fn adapts_experts(&self, config: &ModelConfig) -> bool {
+        let Some(moe) = &config.moe else {
+            return false;
+        };
+        let mut layers = (0..config.num_hidden_layers).filter(|layer| moe.is_moe_layer(*layer));
+        layers.any(|layer_idx| {
+            let path = Module::Experts.path(Some(layer_idx));
+            let adapted = |projection: &&str| {
+                !self
+                    .adapted_experts(&path, projection, moe.n_routed_experts)
+                    .is_empty()
+            };
+            PROJECTIONS.iter().any(adapted)
+        })
     }
 
     /// The experts of a layer that the config adapts in a projection: all by the projection's path, or single ones by their own.

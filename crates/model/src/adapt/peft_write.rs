@@ -14,25 +14,40 @@ use super::weights::{
 };
 use crate::Error;
 use crate::decoder::Model;
+use crate::decoder::parameters::flat;
 use crate::decoder::visit::ModuleRef;
 use crate::keys::{EMBEDDING, PROJECTIONS};
 use crate::modules::experts::{ExpertsLora, FactorStacks};
 use crate::modules::linear::Weight;
 use crate::modules::lora::{Dora, Lora};
 
+/// Reads a factor's values, or leaves them out.
+type ReadFactor = dyn Fn(Tensor<1>) -> Vec<f32>;
+
 impl AdapterWeights {
     /// The updates on a model, as an adapter.
     pub fn from_model(model: &Model, scaling: Scaling, dropout: f32) -> Self {
+        let mut weights = Self::empty(scaling, dropout, PathBuf::new());
+        weights.add_whole(model);
+        weights.with_updates(model, &|values| read(values))
+    }
+
+    /// [`Self::from_model`] without any values, to see what it updates. Ranks may share out the model's experts.
+    pub fn outline(model: &Model, scaling: Scaling) -> Self {
+        Self::empty(scaling, 0.0, PathBuf::new()).with_updates(model, &|_| Vec::new())
+    }
+
+    /// With the updates of a model, as far as they are read.
+    fn with_updates(self, model: &Model, read: &ReadFactor) -> Self {
         let mut weights = Self {
             has_experts: model.config.moe.is_some(),
-            ..Self::empty(scaling, dropout, PathBuf::new())
+            ..self
         };
-        weights.add_whole(model);
         let mut plain = Vec::new();
         for (path, module) in model.modules() {
             match module {
                 ModuleRef::Linear(linear) => match &linear.lora {
-                    Some(lora) => weights.add_linear(path, lora),
+                    Some(lora) => weights.add_linear(path, lora, read),
                     None => plain.push(path),
                 },
                 ModuleRef::Experts(experts) => {
@@ -41,7 +56,7 @@ impl AdapterWeights {
                         continue;
                     };
                     let expert_ids = experts.updated_ids();
-                    weights.add_experts(&path, lora, &expert_ids);
+                    weights.add_experts(&path, lora, &expert_ids, read);
                     let others = (0..experts.dims()[0]).filter(|id| !expert_ids.contains(id));
                     let names = |expert| PROJECTIONS.map(|name| format!("{path}.{expert}.{name}"));
                     plain.extend(others.flat_map(names));
@@ -65,7 +80,9 @@ impl AdapterWeights {
         }
         let (embedding, ids) = (&model.model.embed_tokens, &model.replaced.tokens);
         match &embedding.lora {
-            Some(lora) if ids.is_empty() => self.add_linear(EMBEDDING.into(), lora),
+            Some(lora) if ids.is_empty() => {
+                self.add_linear(EMBEDDING.into(), lora, &|values| read(values))
+            }
             _ if ids.is_empty() => {}
             update => {
                 let [_, width] = embedding.weight.dims();
@@ -87,16 +104,22 @@ impl AdapterWeights {
     }
 
     /// Adds the update of a linear layer.
-    fn add_linear(&mut self, path: String, lora: &Lora) {
-        let [a, b] = [read(lora.lora_a.val()), read(lora.lora_b.val())];
+    fn add_linear(&mut self, path: String, lora: &Lora, read: &ReadFactor) {
+        let [a, b] = [&lora.lora_a, &lora.lora_b].map(|factor| read(flat(factor.val())));
         let mut update = self.described(a, b, lora.rank(), lora.scale);
-        let magnitude = |dora: &Dora| read(dora.lora_magnitude_vector.val());
+        let magnitude = |dora: &Dora| read(flat(dora.lora_magnitude_vector.val()));
         update.magnitude = lora.dora.as_ref().map(magnitude);
         self.linear.insert(path, update);
     }
 
     /// Adds the updates of a layer's experts.
-    fn add_experts(&mut self, path: &str, lora: &ExpertsLora, expert_ids: &[usize]) {
+    fn add_experts(
+        &mut self,
+        path: &str,
+        lora: &ExpertsLora,
+        expert_ids: &[usize],
+        read: &ReadFactor,
+    ) {
         let [gate, up, down] = PROJECTIONS;
         for (name, stacks) in [
             (gate, &lora.gate_proj),
@@ -105,7 +128,7 @@ impl AdapterWeights {
             (down, &lora.down_proj),
         ] {
             let Some(stacks) = stacks else { continue };
-            let pairs = self.unstacked(stacks, expert_ids.len());
+            let pairs = self.unstacked(stacks, expert_ids.len(), read);
             if lora.is_fused {
                 let fused = if name == down {
                     Fused::Down
@@ -141,11 +164,19 @@ impl AdapterWeights {
     }
 
     /// One pair per expert; a shared factor is in all of them.
-    fn unstacked(&self, stacks: &FactorStacks, n_experts: usize) -> Vec<WeightUpdate> {
+    fn unstacked(
+        &self,
+        stacks: &FactorStacks,
+        n_experts: usize,
+        read: &ReadFactor,
+    ) -> Vec<WeightUpdate> {
         let rank = stacks.lora_a.val().dims()[1];
         let parts = |stack: &Param<Tensor<3>>| -> Vec<Vec<f32>> {
             let (stack, n) = (stack.val(), stack.val().dims()[0]);
-            let values = read(stack);
+            let values = read(flat(stack));
+            if values.is_empty() {
+                return vec![values; n_experts];
+            }
             let parts = values.chunks(values.len() / n).map(<[f32]>::to_vec);
             parts.cycle().take(n_experts).collect()
         };

@@ -1,6 +1,7 @@
 //! The updates of an adapter, to run and train them on a model.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use burn::tensor::Device;
 
@@ -102,17 +103,21 @@ impl AdapterWeights {
             ));
         }
         let mut adapted = Vec::new();
+        let ids = if is_fused {
+            &(0..n_experts).collect()
+        } else {
+            &expert_ids
+        };
+        let own = experts.own_places(ids);
         let mut stacks = |name: &str, updates: Option<Vec<&WeightUpdate>>, dims: [usize; 2]| {
             let Some(updates) = updates else {
                 return Ok::<_, Error>(None);
             };
             let module = format!("{path}.{name}");
-            let stacks = self.stacks(&module, &updates, dims, site.device)?;
+            let (stacks, parameters) =
+                self.stacks(&module, (&updates, own.clone()), dims, site.device)?;
             adapted.push(AdaptedModule {
-                parameters: [&stacks.lora_a, &stacks.lora_b]
-                    .map(|factor| factor.val().shape().num_elements())
-                    .iter()
-                    .sum(),
+                parameters,
                 ..AdaptedModule::new(&module, updates[0])
             });
             Ok(Some(stacks))
@@ -135,14 +140,14 @@ impl AdapterWeights {
         }))
     }
 
-    /// The updates of experts as stacks, for a weight `[out, width]`.
+    /// Some of the updates of experts as stacks, for a weight `[out, width]`; and the number of values of all.
     fn stacks(
         &self,
         module: &str,
-        updates: &[&WeightUpdate],
+        (updates, own): (&[&WeightUpdate], Range<usize>),
         [out, width]: [usize; 2],
         device: &Device,
-    ) -> Result<FactorStacks, Error> {
+    ) -> Result<(FactorStacks, usize), Error> {
         let first = updates[0];
         for update in updates {
             self.expect_widths(module, update.widths(), [out, width])?;
@@ -163,8 +168,8 @@ impl AdapterWeights {
             .map_or([false; 2], |share| share.factors(projection));
         let gather = |of: fn(&WeightUpdate) -> &Vec<f32>, is_shared: bool| {
             if !is_shared {
-                let values = updates.iter().flat_map(|update| of(update));
-                return Ok((values.copied().collect::<Vec<_>>(), updates.len()));
+                let values = updates[own.clone()].iter().flat_map(|update| of(update));
+                return Ok((values.copied().collect::<Vec<_>>(), own.len()));
             }
             match updates.iter().all(|update| of(update) == of(first)) {
                 true => Ok((of(first).clone(), 1)),
@@ -178,11 +183,14 @@ impl AdapterWeights {
         let (a, n_a) = gather(|update| &update.a, shared[0])?;
         let (b, n_b) = gather(|update| &update.b, shared[1])?;
         let rank = first.rank;
-        Ok(FactorStacks {
+        let all = shared.map(|is_shared| if is_shared { 1 } else { updates.len() });
+        let parameters = rank * (all[0] * width + all[1] * out);
+        let stacks = FactorStacks {
             lora_a: parameter(a, [n_a, rank, width], device),
             lora_b: parameter(b, [n_b, out, rank], device),
             scale: first.scale,
-        })
+        };
+        Ok((stacks, parameters))
     }
 
     /// The experts of a layer that have updates of their own: the same for every projection that has any.

@@ -1,17 +1,13 @@
 //! Experts that ranks share out, over all layers.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Arc;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::Tensor;
 
 use super::parameters::FieldPath;
 use super::{FeedForward, Model};
-use crate::Error;
 use crate::forward::context::ForwardContext;
-use crate::forward::exchange::ExpertRanks;
 use crate::forward::routing::Routed;
 use crate::keys::layer_of;
 use crate::modules::experts::Experts;
@@ -28,34 +24,6 @@ pub struct StackShard {
 }
 
 impl Model {
-    /// Keeps this rank's share of every layer's experts; the other ranks of its group serve theirs.
-    ///
-    /// # Errors
-    /// If experts share a factor.
-    pub fn shard_experts(&mut self, ranks: &Arc<ExpertRanks>) -> Result<(), Error> {
-        for (name, values) in self.stacks() {
-            let updated = self.experts_of(&name).map(Experts::n_updated);
-            if updated != Some(values.dims()[0]) {
-                return Err(Error::Unsupported(format!(
-                    "`{name}`: its experts share one factor, which ranks that share out experts (ep={}) do not train; use ep=1",
-                    ranks.ep()
-                )));
-            }
-        }
-        for (layer_idx, experts) in self.experts_mut() {
-            experts.shard(ranks, layer_idx);
-        }
-        let whole = self.stack_shards().into_iter();
-        let mut own: BTreeMap<String, Range<usize>> = whole
-            .map(|stack| (stack.name, stack.ranges[ranks.place()].clone()))
-            .collect();
-        self.map_stacks(&mut |name, values| match own.remove(name) {
-            Some(experts) => values.slice(experts),
-            None => values,
-        });
-        Ok(())
-    }
-
     /// Takes all experts back. `values` gives the values of whole stacks by their paths.
     pub fn unshard_experts(&mut self, values: &mut dyn FnMut(&str) -> Option<Tensor<1>>) {
         for (_, experts) in self.experts_mut() {

@@ -12,12 +12,17 @@ use super::weight_format::{WeightFormat, encode, exported_config};
 use crate::Error;
 use crate::config::ModelConfig;
 use crate::decoder::Model;
+use crate::decoder::parameters::Parameter;
 use crate::keys::{Module, ParamKey, ParamPart, is_scale, keys, weight_of_scale};
 use crate::load::{audit, read_matrix};
 use crate::precision::is_lowered;
 
 /// Largest shard of an exported model.
 const SHARD_BYTES: usize = 4 << 30;
+
+/// Reads some of a trained parameter's values, by the parameter's path. Those of a stack of experts count over all experts,
+/// also if ranks share them out; they are asked for one expert at a time.
+pub type ReadValues<'a> = dyn FnMut(&str, Range<usize>) -> Result<Vec<f32>, checkpoint::Error> + 'a;
 
 /// Writes a fully trained model: its tensors, the routers' biases in f32, the base's other tensors (MTP layers, unknown ones)
 /// unchanged, an index and a `config.json`. `origin` is the base, if there is one, and the config as it was read.
@@ -29,6 +34,7 @@ pub fn export(
     origin: (Option<&Folder>, &serde_json::Value),
     format: WeightFormat,
     writer: &mut FolderWriter,
+    read_values: &mut ReadValues<'_>,
 ) -> Result<(), Error> {
     let (base, config) = origin;
     let fp8 = match format {
@@ -51,7 +57,7 @@ pub fn export(
         } else {
             format!("model-{:05}-of-{n_shards:05}.safetensors", shard + 1)
         };
-        writer.add_shard(&name, &specs, |i| Ok(sources[i].bytes()))?;
+        writer.add_shard(&name, &specs, |i| sources[i].bytes(read_values))?;
     }
     writer.write_index()?;
     let config = exported_config(config, format, fp8);
@@ -61,46 +67,61 @@ pub fn export(
 /// A tensor to export: its values, and its format.
 enum Exported {
     /// Values of a trained tensor, in a number format.
-    Values(FlatRange, DType),
+    Values(Source, DType),
     /// The FP8 codes of one.
-    Codes(FlatRange, BlockFp8, [usize; 2]),
+    Codes(Source, BlockFp8, [usize; 2]),
     /// The scales of those.
-    Scales(FlatRange, BlockFp8, [usize; 2]),
+    Scales(Source, BlockFp8, [usize; 2]),
     /// Bytes of the base.
     Bytes(bytes::Bytes),
 }
 
-/// A range of a flat tensor's values.
+/// Where a tensor's values come from.
 #[derive(Clone)]
-struct FlatRange(Tensor<1>, Range<usize>);
-
-impl FlatRange {
-    fn values(&self) -> Vec<f32> {
-        let Self(values, range) = self;
-        read(values.clone().slice([range.clone()]))
-    }
+enum Source {
+    /// A range of a trained parameter.
+    Parameter(String, Range<usize>),
+    /// The bias of a router, which nothing but balancing changes.
+    Bias(Tensor<1>),
 }
 
-impl Exported {
-    fn bytes(&self) -> bytes::Bytes {
+impl Source {
+    fn values(&self, read_values: &mut ReadValues<'_>) -> Result<Vec<f32>, checkpoint::Error> {
         match self {
-            Self::Bytes(bytes) => bytes.clone(),
-            Self::Values(part, dtype) => encode(*dtype, &part.values()).into(),
-            Self::Codes(part, fp8, shape) => fp8.encode(&part.values(), *shape).codes.into(),
-            Self::Scales(part, fp8, shape) => {
-                fp8.scale_bytes(&fp8.encode(&part.values(), *shape).scales)
-            }
+            Self::Parameter(name, range) => read_values(name, range.clone()),
+            Self::Bias(values) => Ok(read(values.clone())),
         }
     }
 }
 
-/// The values of the trained tensors and of the routers' biases, by key.
-fn sources(model: &Model) -> BTreeMap<String, FlatRange> {
+impl Exported {
+    fn bytes(&self, read_values: &mut ReadValues<'_>) -> Result<bytes::Bytes, checkpoint::Error> {
+        Ok(match self {
+            Self::Bytes(bytes) => bytes.clone(),
+            Self::Values(source, dtype) => encode(*dtype, &source.values(read_values)?).into(),
+            Self::Codes(source, fp8, shape) => {
+                let encoded = fp8.encode(&source.values(read_values)?, *shape);
+                encoded.codes.into()
+            }
+            Self::Scales(source, fp8, shape) => {
+                let encoded = fp8.encode(&source.values(read_values)?, *shape);
+                fp8.scale_bytes(&encoded.scales)
+            }
+        })
+    }
+}
+
+/// The sources of the trained tensors and of the routers' biases, by key.
+fn sources(model: &Model) -> BTreeMap<String, Source> {
     let mut sources = BTreeMap::new();
-    for parameter in model.parameters() {
-        let n = parameter.values.dims()[0];
-        for (key, range) in model.parameter_keys(&parameter.name, n) {
-            sources.insert(key, FlatRange(parameter.values.clone(), range));
+    for Parameter { name, shape, .. } in model.parameters() {
+        let len = match shape[..] {
+            // Ranks may have a part of the experts each.
+            [_, rows, cols] => model.updated_experts(&name).len() * rows * cols,
+            _ => shape.iter().product(),
+        };
+        for (key, range) in model.parameter_keys(&name, len) {
+            sources.insert(key, Source::Parameter(name.clone(), range));
         }
     }
     for (layer_idx, bias) in model.correction_biases() {
@@ -108,8 +129,7 @@ fn sources(model: &Model) -> BTreeMap<String, FlatRange> {
             part: ParamPart::CorrectionBias,
             ..ParamKey::weight(layer_idx, Module::Router)
         };
-        let key = key.to_string();
-        sources.insert(key, FlatRange(bias.clone().inner(), 0..bias.dims()[0]));
+        sources.insert(key.to_string(), Source::Bias(bias.clone().inner()));
     }
     sources
 }
@@ -119,7 +139,12 @@ fn sources(model: &Model) -> BTreeMap<String, FlatRange> {
 ///
 /// # Errors
 /// If reading the base or writing fails.
-pub fn export_subset(model: &Model, base: &Folder, writer: &mut FolderWriter) -> Result<(), Error> {
+pub fn export_subset(
+    model: &Model,
+    base: &Folder,
+    writer: &mut FolderWriter,
+    read_values: &mut ReadValues<'_>,
+) -> Result<(), Error> {
     let sources = sources(model);
     let fp8 = is_fp8(base)
         .then(|| BlockFp8::of(Some(base), &model.config))
@@ -142,7 +167,7 @@ pub fn export_subset(model: &Model, base: &Folder, writer: &mut FolderWriter) ->
             tensors.push((tensor.spec(), exported));
         }
         let (specs, sources): (Vec<_>, Vec<_>) = tensors.into_iter().unzip();
-        writer.add_shard(file, &specs, |i| Ok(sources[i].bytes()))?;
+        writer.add_shard(file, &specs, |i| sources[i].bytes(read_values))?;
     }
     writer.write_index()?;
     Ok(writer.write_json("config.json", base.config())?)

@@ -15,6 +15,7 @@ use super::stored::{read_config, read_matrix};
 use crate::Error;
 use crate::config::{AttentionConfig, GqaConfig, MlaConfig, ModelConfig, MoeConfig};
 use crate::decoder::{Decoder, DecoderLayer, Embedding, FeedForward, Model, ReplacedWeights};
+use crate::forward::exchange::ExpertRanks;
 use crate::keys::{Module, ParamKey, ParamPart, Projection, keys, seed_for};
 use crate::modules::attention::{Attention, Gqa, Mla};
 use crate::modules::experts::{
@@ -52,6 +53,17 @@ impl Training {
         }
     }
 
+    /// Whether any expert of a model is trained.
+    pub fn trains_experts(&self, config: &ModelConfig) -> bool {
+        let is_expert = |key: &str| {
+            let module = ParamKey::parse(key).map(|key| key.module);
+            matches!(module, Some(Module::Expert(..)))
+        };
+        let keys = keys(config).into_iter().map(|(key, _)| key);
+        keys.filter(|key| is_expert(key))
+            .any(|key| self.trains(&key))
+    }
+
     /// Refuses a pattern that chooses no tensor.
     fn check(&self, config: &ModelConfig) -> Result<(), Error> {
         let Self::Subset(patterns, _) = self else {
@@ -79,10 +91,24 @@ impl Training {
 /// If the config is not one we compute, a tensor is missing or of another shape or dtype than the config says, or a
 /// pattern chooses nothing.
 pub fn load(folder: &Folder, training: Training, device: &Device) -> Result<Model, Error> {
+    load_shard(folder, training, None, device)
+}
+
+/// As [`load`], with this rank's share of the experts, if ranks share them out: those of others are never read.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_shard(
+    folder: &Folder,
+    training: Training,
+    ranks: Option<&Arc<ExpertRanks>>,
+    device: &Device,
+) -> Result<Model, Error> {
     let config = read_config(folder)?;
     expect_own_names(folder, &config)?;
     training.check(&config)?;
-    Builder::new(WeightSource::Folder(folder), training, &config, device).model()
+    let builder = Builder::new(WeightSource::Folder(folder), training, &config, device);
+    builder.with_ranks(ranks).model()
 }
 
 /// A model with fresh weights: normal with the config's `initializer_range`, norms one, biases zero. Those that are not
@@ -96,8 +122,22 @@ pub fn fresh(
     seed: u64,
     device: &Device,
 ) -> Result<Model, Error> {
+    fresh_shard(config, training, (seed, None), device)
+}
+
+/// As [`fresh`], with this rank's share of the experts, if ranks share them out.
+///
+/// # Errors
+/// As [`fresh`].
+pub fn fresh_shard(
+    config: &ModelConfig,
+    training: Training,
+    (seed, ranks): (u64, Option<&Arc<ExpertRanks>>),
+    device: &Device,
+) -> Result<Model, Error> {
     training.check(config)?;
-    Builder::new(WeightSource::Fresh(seed), training, config, device).model()
+    let builder = Builder::new(WeightSource::Fresh(seed), training, config, device);
+    builder.with_ranks(ranks).model()
 }
 
 /// Where weights come from.
@@ -112,6 +152,8 @@ pub(super) struct Builder<'a> {
     pub(super) training: Training,
     pub(super) config: &'a ModelConfig,
     pub(super) device: &'a Device,
+    /// Those that share out the experts, if any do.
+    ranks: Option<Arc<ExpertRanks>>,
     /// A matrix of each stack that was copied to the device.
     copied: Mutex<Vec<Matrix>>,
 }
@@ -128,8 +170,14 @@ impl<'a> Builder<'a> {
             training,
             config,
             device,
+            ranks: None,
             copied: Mutex::default(),
         }
+    }
+
+    fn with_ranks(self, ranks: Option<&Arc<ExpertRanks>>) -> Self {
+        let ranks = ranks.map(Arc::clone);
+        Self { ranks, ..self }
     }
 
     fn model(&self) -> Result<Model, Error> {
@@ -248,26 +296,30 @@ impl<'a> Builder<'a> {
                 let bank = self.bank(layer_idx, n)?;
                 (ExpertWeights::Frozen(FrozenBank { bank }), None)
             }
-            Some(_) if self.training == Training::Full => {
-                let all: Vec<usize> = (0..n).collect();
-                (ExpertWeights::Trained(self.stacks(layer_idx, &all)?), None)
+            Some(ids) if self.training == Training::Full => {
+                let trained = self.stacks(layer_idx, n, &ids)?;
+                (ExpertWeights::Trained(trained), None)
             }
             Some(ids) => {
                 let bank = self.bank(layer_idx, n)?;
-                let trained = self.stacks(layer_idx, &ids)?;
+                let trained = self.stacks(layer_idx, n, &ids)?;
                 let subset = ExpertSubset::new(ids, &bank)?;
                 let partial = PartiallyTrained { bank, trained };
                 (ExpertWeights::Partial(partial), Some(subset))
             }
         };
-        Ok(Experts {
+        let mut experts = Experts {
             weights,
             lora: None,
             quantizer: None,
             subset,
             n_prefetch: 0,
             shard: None,
-        })
+        };
+        if let Some(ranks) = &self.ranks {
+            experts.shard(ranks, layer_idx, n);
+        }
+        Ok(experts)
     }
 
     /// The trained experts of a layer, the same for every projection that is trained; none if none are.
@@ -308,17 +360,22 @@ impl<'a> Builder<'a> {
         )))
     }
 
-    /// The values of a subset of experts; each projection is trained if it is chosen.
-    fn stacks(&self, layer_idx: usize, expert_ids: &[usize]) -> Result<Stacks, Error> {
+    /// The values of those of a layer's `n` experts that are trained, as far as they are this rank's; each projection is
+    /// trained if it is chosen.
+    fn stacks(&self, layer_idx: usize, n: usize, trained_ids: &[usize]) -> Result<Stacks, Error> {
+        let own_ids = match &self.ranks {
+            Some(ranks) => &trained_ids[ranks.own_places(n, Some(trained_ids))],
+            None => trained_ids,
+        };
         let stack = |projection| {
             let key = |expert: usize| expert_key(layer_idx, expert, projection);
-            let [out, width] = self.shape(key(expert_ids[0]));
-            let mut values = Vec::with_capacity(expert_ids.len() * out * width);
-            for expert in expert_ids {
+            let [out, width] = self.shape(key(trained_ids[0]));
+            let mut values = Vec::with_capacity(own_ids.len() * out * width);
+            for expert in own_ids {
                 values.extend(self.values(key(*expert))?);
             }
-            let trains = self.training.trains(&key(expert_ids[0]).to_string());
-            let stack = parameter(values, [expert_ids.len(), out, width], self.device);
+            let trains = self.training.trains(&key(trained_ids[0]).to_string());
+            let stack = parameter(values, [own_ids.len(), out, width], self.device);
             Ok::<_, Error>(if trains {
                 stack
             } else {

@@ -10,7 +10,7 @@ mod stored;
 
 pub use self::audit::{Audit, audit, expect_complete};
 pub(crate) use self::builder::normal;
-pub use self::builder::{Training, fresh, load};
+pub use self::builder::{Training, fresh, fresh_shard, load, load_shard};
 pub(crate) use self::mtp_weights::mtp_keys;
 pub use self::mtp_weights::{fresh_mtp, load_mtp};
 pub(crate) use self::stored::{has_e8m0_scales, read_tensor, weight_names};

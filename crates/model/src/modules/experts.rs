@@ -287,6 +287,7 @@ impl Experts {
             }
             _ => None,
         };
+        self.shard_again();
         Ok(())
     }
 

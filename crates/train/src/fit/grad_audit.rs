@@ -4,15 +4,16 @@
 //! while a low-rank update's second factor is zero its first factor has no gradient, and neither has an expert without a
 //! token.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::Tensor;
 use kernels::device::read;
-use model::{Model, Parameter};
+use model::Parameter;
+use parallel::{MessageReader, MessageWriter};
 use serde::Serialize;
 
 use crate::Result;
-use crate::optimizer::Accumulated;
 use crate::routing::ExpertLoads;
 
 /// The file in the run directory.
@@ -54,26 +55,68 @@ pub enum ZeroGradient {
     Unknown,
 }
 
-impl GradAudit {
-    /// Audits the gradients of a step. It copies them to the host, so it is for one step only.
-    pub(crate) fn of(model: &Model, gradients: &Accumulated, loads: &ExpertLoads) -> Self {
-        Self::new(
-            &model.parameters(),
-            &|name| model.updated_experts(name),
-            gradients,
-            loads,
-        )
+/// What the audit is made of, tensor by tensor: said by the owner of each.
+#[derive(Debug, Default)]
+pub(crate) struct GradientFacts {
+    /// Sums of the gradient's squares: one for each expert of a stack, else one. None if there is no gradient.
+    squares: Option<Vec<f64>>,
+    /// Whether the tensor's values are zero; said of second factors alone.
+    is_zero: bool,
+}
+
+impl GradientFacts {
+    /// Reads a tensor, or a rank's part of it, from the device.
+    pub(crate) fn of(parameter: &Parameter, gradient: Option<Tensor<1>>) -> Self {
+        let is_zero = || read(parameter.values.clone()).iter().all(|x| *x == 0.0);
+        Self {
+            squares: gradient.map(|gradient| squares(gradient, parameter)),
+            is_zero: parameter.name.ends_with("lora_b") && is_zero(),
+        }
     }
 
-    /// `experts` returns the numbers of a stack's experts.
-    fn new(
+    pub(crate) fn write(&self, message: &mut MessageWriter) {
+        message.count(u64::from(self.is_zero));
+        message.count(u64::from(self.squares.is_some()));
+        let squares = self.squares.as_deref().unwrap_or_default();
+        message.count(squares.len() as u64);
+        squares
+            .iter()
+            .for_each(|square| _ = message.number(*square));
+    }
+
+    pub(crate) fn read(reader: &mut MessageReader<'_>) -> Result<Self> {
+        let [is_zero, has_gradient] = [reader.count()? == 1, reader.count()? == 1];
+        let n = reader.count()?;
+        let squares = (0..n).map(|_| reader.number());
+        let squares = squares.collect::<std::result::Result<Vec<_>, _>>()?;
+        Ok(Self {
+            squares: has_gradient.then_some(squares),
+            is_zero,
+        })
+    }
+
+    /// Adds what the owner of the next part says.
+    pub(crate) fn join(&mut self, next: Self) {
+        self.is_zero &= next.is_zero;
+        match (&mut self.squares, next.squares) {
+            (Some(squares), Some(next)) => squares.extend(next),
+            (squares, next) => *squares = squares.take().or(next),
+        }
+    }
+}
+
+impl GradAudit {
+    /// Audits the gradients of a step. It copies them to the host, so it is for one step only. `experts` returns the numbers
+    /// of a stack's experts.
+    pub(crate) fn new(
         parameters: &[Parameter],
         experts: &dyn Fn(&str) -> Vec<usize>,
-        gradients: &Accumulated,
+        facts: &BTreeMap<String, GradientFacts>,
         loads: &ExpertLoads,
     ) -> Self {
         let entry = |parameter: &Parameter| {
-            let Some(gradient) = gradients.get(&parameter.name) else {
+            let found = facts.get(&parameter.name);
+            let Some(squares) = found.and_then(|found| found.squares.as_ref()) else {
                 return TensorGradient {
                     name: parameter.name.clone(),
                     norm: 0.0,
@@ -81,7 +124,6 @@ impl GradAudit {
                     experts_without_token: vec![],
                 };
             };
-            let squares = squares(gradient, parameter);
             let experts = match parameter.shape[..] {
                 [_, _, _] => experts(&parameter.name),
                 _ => vec![],
@@ -98,7 +140,7 @@ impl GradAudit {
             let idle: Vec<usize> = zeros.map(|(n, _)| *n).filter(is_idle).collect();
             let norm = squares.iter().sum::<f64>().sqrt();
             let why = || {
-                if second_factor_is_zero(parameter, parameters) {
+                if second_factor_is_zero(&parameter.name, facts) {
                     ZeroGradient::SecondFactorIsZero
                 } else if !experts.is_empty() && experts.iter().all(is_idle) {
                     ZeroGradient::NoToken
@@ -183,13 +225,12 @@ fn load_of<'a>(parameter: &str, loads: &'a ExpertLoads) -> Option<&'a Vec<f64>> 
 }
 
 /// Whether a tensor is the first factor of an update whose second one is zero.
-fn second_factor_is_zero(parameter: &Parameter, parameters: &[Parameter]) -> bool {
-    let Some(module) = parameter.name.strip_suffix("lora_a") else {
+fn second_factor_is_zero(parameter: &str, facts: &BTreeMap<String, GradientFacts>) -> bool {
+    let Some(module) = parameter.strip_suffix("lora_a") else {
         return false;
     };
-    let second = format!("{module}lora_b");
-    let second = parameters.iter().find(|p| p.name == second);
-    second.is_some_and(|p| read(p.values.clone()).iter().all(|x| *x == 0.0))
+    let second = facts.get(&format!("{module}lora_b"));
+    second.is_some_and(|second| second.is_zero)
 }
 
 #[cfg(test)]
@@ -220,13 +261,13 @@ mod tests {
             &[0.0; 3],
             &[0.0; 2],
         ];
-        let named = parameters.iter().map(|p| p.name.clone());
-        let mut accumulated = Accumulated::default();
-        accumulated.add(named.zip(gradients.map(tensor)).collect());
+        let mut gradients = gradients.into_iter().map(tensor);
+        let of = |p: &Parameter| (p.name.clone(), GradientFacts::of(p, gradients.next()));
+        let facts = parameters.iter().map(of).collect();
         // Expert 1 got tokens: that its part of `down_proj` is zero has another reason.
         let loads = vec![(3, vec![0.0, 4.0, 0.0])];
         let all = |_: &str| vec![0, 1, 2];
-        let audit = GradAudit::new(&parameters, &all, &accumulated, &loads);
+        let audit = GradAudit::new(&parameters, &all, &facts, &loads);
         let found: Vec<_> = audit
             .tensors
             .iter()
@@ -241,7 +282,7 @@ mod tests {
         ];
         assert_eq!(found, expected);
         let loads = vec![(3, vec![0.0; 3])];
-        let audit = GradAudit::new(&parameters, &all, &accumulated, &loads);
+        let audit = GradAudit::new(&parameters, &all, &facts, &loads);
         assert_eq!(audit.tensors[2].zero, Some(ZeroGradient::NoToken));
         let summary = audit.summary();
         for words in [
@@ -267,11 +308,13 @@ mod tests {
             parameter("lora.up_proj.lora_a", [1, 1, 1]),
         ];
         let found = |gradients: [&[f32]; 2], loads: [f64; 4]| {
-            let named = parameters.iter().map(|p| p.name.clone());
-            let mut accumulated = Accumulated::default();
-            accumulated.add(named.zip(gradients.map(tensor)).collect());
+            let pairs = parameters.iter().zip(gradients);
+            let of = |(p, gradient): (&Parameter, _)| {
+                (p.name.clone(), GradientFacts::of(p, Some(tensor(gradient))))
+            };
+            let facts = pairs.map(of).collect();
             let loads = vec![(1, loads.to_vec())];
-            let audit = GradAudit::new(&parameters, &|_| vec![1, 3], &accumulated, &loads);
+            let audit = GradAudit::new(&parameters, &|_| vec![1, 3], &facts, &loads);
             audit.tensors
         };
         // Experts 1 and 3 are chosen: what 0 and 2 get says nothing.

@@ -3,7 +3,7 @@
 mod diagnosis;
 mod forward;
 pub(crate) mod grad_audit;
-mod joining;
+pub(crate) mod joining;
 mod range_test;
 pub(crate) mod ranks;
 mod reads;
@@ -15,10 +15,13 @@ mod watchdog;
 use std::collections::BTreeMap;
 
 use burn::module::Module;
+use parallel::Ask;
 
+use self::ranks::SharedValues;
 use crate::events::{Event, Host, Memory, SampledText, StepReport};
 use crate::metrics::LastLine;
 use crate::metrics::journal::{Journal, SplitCounts};
+use crate::recipe::Method;
 use crate::routing::LayerLoad;
 use crate::run_dir::RunDir;
 use crate::schedule::Schedule;
@@ -61,9 +64,23 @@ impl Session {
             self.save(run, host)?;
         }
         self.restore_best(run, host)?;
-        let model = self.ranks.whole_model(&self.model, &self.device())?;
-        let result = || export::result(self, &model, run).map(|()| Vec::new());
-        self.ranks.world.first_does("result", result).map(drop)
+        self.write_result(run)
+    }
+
+    /// Writes the adapter, or the model: the first rank asks the others for one expert after another.
+    fn write_result(&self, run: &RunDir) -> Result<()> {
+        let model = match self.recipe.train.method {
+            Method::Lora => self.ranks.whole_model(&self.model, &self.device())?,
+            Method::Full => self.model.clone(),
+        };
+        let shared = SharedValues::new(&self.ranks, &self.model);
+        let write = |ask: &mut Ask<'_>| {
+            let read_values = &mut |name: &str, range| shared.read(ask, name, range);
+            export::result(self, &model, run, read_values).map(|()| Vec::new())
+        };
+        let world = &self.ranks.world;
+        world.first_asks("result", write, |i| shared.answer(i))?;
+        Ok(())
     }
 
     /// Refuses ranks with another program, recipe, base or other rows.

@@ -246,10 +246,11 @@ impl Session {
 
     /// Audits the gradient of a run's first step, on the first rank.
     fn audit(&self, sums: &StepSums, run: &RunDir, host: &mut dyn Host) -> Result<()> {
-        let gradients = self.ranks.gathered(&sums.gradients, &self.device())?;
-        let model = self.ranks.whole_model(&self.model, &self.device())?;
+        let parameters = self.model.parameters();
+        let facts = self.ranks.gradient_facts(&sums.gradients, &parameters)?;
         if self.ranks.world.is_first() {
-            let audit = GradAudit::of(&model, &gradients, &sums.loads);
+            let experts = |name: &str| self.model.updated_experts(name);
+            let audit = GradAudit::new(&parameters, &experts, &facts, &sums.loads);
             audit.write(run.path())?;
             host.see(&Event::FirstGradient(audit));
         }

@@ -4,11 +4,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use kernels::device;
-use moeforge_train::{Error, Event, Host, RankLayout, Recipe, RunDir, Session};
+use moeforge_train::{Error, Event, Host, RankLayout, Recipe, RunDir, Session, SessionOptions};
 use parallel::{Wire, World, threads};
 
 use super::preferences::preferences;
-use super::{Place, bytes, open};
+use super::{Place, bytes};
 
 /// What a rank sees: the bits of each step's loss and norm, and of each validation loss.
 #[derive(Debug, Default, PartialEq)]
@@ -58,6 +58,16 @@ pub(super) fn fit(
 /// How long a rank waits for another.
 pub(super) const WAIT: Duration = Duration::from_secs(120);
 
+/// The session of one of some ranks.
+fn open_rank(recipe: &Recipe, world: &World, layout: RankLayout) -> Result<Session, Error> {
+    let device = device::of_tests();
+    let options = SessionOptions {
+        ranks: Some((world, layout)),
+        ..SessionOptions::new(&device, &|model| Ok(model.into()))
+    };
+    Session::open_with(recipe.clone(), options)
+}
+
 /// [`fit`] with a layout, over an engine.
 pub(super) fn fit_over<W: Wire + 'static>(
     recipe: &Recipe,
@@ -81,7 +91,7 @@ pub(super) fn fit_over<W: Wire + 'static>(
                     true => RunDir::open(&path).unwrap(),
                     false => RunDir::create(&path, recipe).unwrap(),
                 };
-                let mut session = open(recipe.clone());
+                let opened = open_rank(recipe, &World::new(wire), layout);
                 let mut seen = Seen {
                     stop_after: stop.filter(|(who, _)| *who == rank).map(|(_, step)| step),
                     ..Seen::default()
@@ -89,10 +99,9 @@ pub(super) fn fit_over<W: Wire + 'static>(
                 // Ranks of one thread and of two.
                 let threads = rayon::ThreadPoolBuilder::new().num_threads(1 + rank % 2);
                 let ended = threads.build().unwrap().install(|| {
-                    session
-                        .join(World::new(wire), layout)
-                        .and_then(|_| session.resume(&run).map(drop))
-                        .and_then(|()| session.fit(&run, &mut seen))
+                    let mut session = opened?;
+                    session.resume(&run)?;
+                    session.fit(&run, &mut seen)
                 });
                 let results = ["adapter", "model", "checkpoint-4"].map(|name| path.join(name));
                 assert!(rank == 0 || results.iter().all(|result| !result.exists()));
@@ -254,13 +263,8 @@ fn ranks_that_differ_fail_or_end_are_named_and_none_hangs() {
             let run = place.path(&format!("seed{}", recipe.train.seed));
             scope.spawn(move || {
                 let run = RunDir::create(&run, recipe).unwrap();
-                let mut session = Session::open(recipe.clone(), &device::of_tests(), &|model| {
-                    Ok(model.into())
-                })
-                .unwrap();
-                session
-                    .join(World::new(wire), RankLayout::default())
-                    .unwrap();
+                let layout = RankLayout::default();
+                let mut session = open_rank(recipe, &World::new(wire), layout).unwrap();
                 session
                     .fit(&run, &mut Seen::default())
                     .unwrap_err()

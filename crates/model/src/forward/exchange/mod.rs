@@ -86,6 +86,23 @@ impl ExpertRanks {
             .collect()
     }
 
+    /// The places of each rank's experts among some of a layer's `experts`, ascending; among all without `ids`.
+    pub(crate) fn places(&self, experts: usize, ids: Option<&[usize]>) -> Vec<Range<usize>> {
+        let place_of = |expert: usize| match ids {
+            Some(ids) => ids.partition_point(|id| *id < expert),
+            None => expert,
+        };
+        let ranges = self.ranges(experts).into_iter();
+        ranges
+            .map(|of| place_of(of.start)..place_of(of.end))
+            .collect()
+    }
+
+    /// [`Self::places`] of this rank.
+    pub(crate) fn own_places(&self, experts: usize, ids: Option<&[usize]>) -> Range<usize> {
+        self.places(experts, ids).swap_remove(self.place())
+    }
+
     /// Sends a message to each rank of this one's group.
     fn post(&self, name: &str, messages: Vec<Vec<u8>>) -> Posted {
         let mut all = vec![Vec::new(); self.world.ranks()];

@@ -40,17 +40,11 @@ impl ExpertShard {
 }
 
 impl Experts {
-    /// Serves this rank's share from now on. Frozen experts stay mapped, and cost nothing unless they are read.
-    pub(crate) fn shard(&mut self, ranks: &Arc<ExpertRanks>, layer_idx: usize) {
-        let n_experts = self.dims()[0];
-        let all = ranks.ranges(n_experts);
+    /// Serves this rank's share of a layer's experts from now on; stacks are those of the share already. Frozen experts stay
+    /// mapped, and cost nothing unless they are read.
+    pub(crate) fn shard(&mut self, ranks: &Arc<ExpertRanks>, layer_idx: usize, n_experts: usize) {
         let sharded = |part: ExpertPart<'_>| {
-            let place_of = |expert: usize| match part.ids {
-                Some(ids) => ids.partition_point(|id| *id < expert),
-                None => expert,
-            };
-            let ranges = all.iter().map(|of| place_of(of.start)..place_of(of.end));
-            let ranges: Vec<Range<usize>> = ranges.collect();
+            let ranges = ranks.places(n_experts, part.ids.map(Vec::as_slice));
             let bank = match part.weights {
                 PartWeights::Trained(_) => None,
                 PartWeights::Updated(bank) | PartWeights::Plain(bank) => {
@@ -65,6 +59,27 @@ impl Experts {
             layer_idx,
             parts: self.parts().into_iter().map(sharded).collect(),
         });
+    }
+
+    /// The places of this rank's experts among some of a layer's, ascending.
+    pub(crate) fn own_places(&self, expert_ids: &[usize]) -> Range<usize> {
+        match &self.shard {
+            Some(shard) => shard.ranks.own_places(shard.n_experts, Some(expert_ids)),
+            None => 0..expert_ids.len(),
+        }
+    }
+
+    /// Shares out the parts that the layer has by now.
+    pub(super) fn shard_again(&mut self) {
+        if let Some(ExpertShard {
+            n_experts,
+            ranks,
+            layer_idx,
+            ..
+        }) = self.shard.take()
+        {
+            self.shard(&ranks, layer_idx, n_experts);
+        }
     }
 
     /// Sends rows to the ranks that hold their experts, if ranks share them out; else none.

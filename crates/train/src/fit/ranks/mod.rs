@@ -10,22 +10,26 @@ mod layout;
 mod stacks;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
 use checkpoint::TensorSpec;
 use kernels::device::read;
-use model::{ExpertRanks, Model};
+use model::{ExpertRanks, Model, Parameter};
 use parallel::{MessageReader, MessageWriter, RankError, World};
 
+use super::grad_audit::GradientFacts;
+use super::joining::Joined;
 use crate::checkpoint_state::read_optimizer;
 use crate::optimizer::Accumulated;
 use crate::routing::DriftCounts;
 use crate::{Error, Result};
 
 pub use self::layout::RankLayout;
-use self::stacks::{ShardedStack, StackParts};
+use self::stacks::ShardedStack;
+pub(crate) use self::stacks::SharedValues;
 
 /// Sums of squares by name, and by expert for stacks.
 pub(crate) type Squares = BTreeMap<(String, usize), f64>;
@@ -41,17 +45,20 @@ pub(crate) struct Ranks {
     owners: BTreeMap<String, usize>,
     /// Stacks of experts that ranks share out.
     stacks: BTreeMap<String, ShardedStack>,
+    /// Why ranks do not share out the experts that are trained, unless they may.
+    pub(super) why_whole: Option<String>,
 }
 
 impl Ranks {
     /// Shares parameters out: the largest first, each to the rank that has least. The parts of a stack that is shared out
     /// belong to the ranks of one group.
-    pub(crate) fn new(
-        world: World,
-        layout: RankLayout,
-        experts: Option<Arc<ExpertRanks>>,
-        model: &Model,
-    ) -> Self {
+    pub(crate) fn new(joined: Joined, model: &Model) -> Self {
+        let Joined {
+            world,
+            layout,
+            experts,
+            why_whole,
+        } = joined;
         let stacks: BTreeMap<String, ShardedStack> = (model.stack_shards().into_iter())
             .map(|stack| (stack.name.clone(), ShardedStack::new(&stack)))
             .collect();
@@ -78,19 +85,24 @@ impl Ranks {
             experts,
             owners,
             stacks,
+            why_whole,
         }
     }
 
     /// Whether this rank has the moments of a parameter, or of its own part of it.
     pub(crate) fn owns(&self, name: &str) -> bool {
-        self.world.is_alone() || self.owner(name) == self.world.rank()
+        self.is_owner(self.world.rank(), name)
     }
 
-    /// The rank that has the moments of what this rank has of a parameter.
-    fn owner(&self, name: &str) -> usize {
+    fn is_owner(&self, rank: usize, name: &str) -> bool {
+        self.world.is_alone() || self.owner(name, rank) == rank
+    }
+
+    /// The rank that has the moments of what a rank has of a parameter.
+    fn owner(&self, name: &str, rank: usize) -> usize {
         let owner = self.owners.get(name).copied().unwrap_or(0);
         match self.stacks.contains_key(name) {
-            true => owner * self.ep() + self.place(),
+            true => owner * self.ep() + rank % self.ep(),
             false => owner,
         }
     }
@@ -155,7 +167,11 @@ impl Ranks {
         }
         let mut messages = vec![MessageWriter::default(); self.world.ranks()];
         for (name, gradient) in gradients {
-            write(&mut messages[self.owner(&name)], &name, gradient);
+            write(
+                &mut messages[self.owner(&name, self.world.rank())],
+                &name,
+                gradient,
+            );
         }
         let messages = messages.into_iter().map(MessageWriter::finish).collect();
         for message in self.world.exchange("gradients", messages)? {
@@ -164,21 +180,30 @@ impl Ranks {
         Ok(())
     }
 
-    /// The gradients of all owners, on the first rank; nothing on the others.
-    pub(crate) fn gathered(&self, sums: &Accumulated, device: &Device) -> Result<Accumulated> {
-        if self.world.is_alone() {
-            return Ok(sums.clone());
-        }
+    /// What owners know of the gradients of their tensors, on the first rank; nothing on the others.
+    pub(crate) fn gradient_facts(
+        &self,
+        sums: &Accumulated,
+        parameters: &[Parameter],
+    ) -> Result<BTreeMap<String, GradientFacts>> {
         let mut message = MessageWriter::default();
-        sums.iter()
-            .for_each(|(name, sum)| write(&mut message, name, sum.clone()));
-        let mut parts = StackParts::default();
-        for message in self.world.to_first("sums of gradients", message.finish())? {
-            for (name, gradient) in tensors(&message, device)? {
-                parts.entry(name).or_default().push(gradient);
+        for parameter in parameters.iter().filter(|own| self.owns(&own.name)) {
+            message.bytes(parameter.name.as_bytes());
+            GradientFacts::of(parameter, sums.get(&parameter.name)).write(&mut message);
+        }
+        let mut all = BTreeMap::<String, GradientFacts>::new();
+        for message in self.world.to_first("first gradients", message.finish())? {
+            let mut reader = MessageReader::new(&message);
+            while !reader.is_empty() {
+                let name = reader.text()?;
+                let facts = GradientFacts::read(&mut reader)?;
+                match all.get_mut(&name) {
+                    Some(found) => found.join(facts),
+                    None => _ = all.insert(name, facts),
+                }
             }
         }
-        Ok(Accumulated::of(stacks::whole(parts)))
+        Ok(all)
     }
 
     /// Names that any rank has.
@@ -276,7 +301,8 @@ impl Ranks {
             .filter(move |other| *other != rank)
     }
 
-    /// Reads the tensors of a checkpoint on the first rank, and gives each to all.
+    /// Reads the tensors of a checkpoint on the first rank, and gives each rank what it has of them: of parameters its part, of
+    /// moments that of their owner, of anything else all. `place` receives the number of a tensor and its values.
     pub(crate) fn read_tensors(
         &self,
         folder: &Path,
@@ -287,30 +313,48 @@ impl Ranks {
         if world.is_alone() {
             return read_optimizer(folder, specs, place);
         }
+        let say = |messages| world.exchange("tensor", messages);
         if world.is_first() {
             let mut given = 0;
             let read = read_optimizer(folder, specs, |i, values| {
-                let mut message = MessageWriter::default();
-                message.values(&values);
+                let part = |rank| &values[self.part_of_tensor(rank, &specs[i].name, values.len())];
+                let message = |rank| {
+                    let mut message = MessageWriter::default();
+                    message.values(part(rank));
+                    message.finish()
+                };
                 given = i + 1;
-                world.first_does("tensor", || Ok::<_, RankError>(message.finish()))?;
-                place(i, values)
+                say((0..world.ranks()).map(message).collect())?;
+                place(i, part(0).to_vec())
             });
             if let Err(error) = &read
                 && given < specs.len()
             {
-                // The others get the reason; here it is whole.
-                let failed = || Err(RankError::First(error.to_string()));
-                let _ = world.first_does("tensor", failed);
+                // The others get the reason in place of values; here it is whole.
+                let mut why = MessageWriter::default();
+                why.count(NO_VALUES).bytes(error.to_string().as_bytes());
+                _ = say(vec![why.finish(); world.ranks()]);
             }
             return read;
         }
         for i in 0..specs.len() {
-            let message = world.first_does("tensor", || Ok::<_, RankError>(Vec::new()))?;
-            let values = MessageReader::new(&message).values();
-            place(i, values?)?;
+            let message = say(vec![Vec::new(); world.ranks()])?.swap_remove(0);
+            if MessageReader::new(&message).count()? == NO_VALUES {
+                let mut reader = MessageReader::new(&message[8..]);
+                return Err(RankError::First(reader.text()?).into());
+            }
+            place(i, MessageReader::new(&message).values()?)?;
         }
         Ok(())
+    }
+
+    /// What a rank has of a checkpoint's tensor.
+    fn part_of_tensor(&self, rank: usize, tensor: &str, len: usize) -> Range<usize> {
+        match tensor.split_once('/') {
+            Some(("moment1" | "moment2", name)) if !self.is_owner(rank, name) => 0..0,
+            Some((_, name)) => self.part_of(rank, name, len),
+            None => 0..len,
+        }
     }
 
     /// What the first rank that has an answer says, to each question.
@@ -353,6 +397,18 @@ impl Ranks {
         }
         Ok(())
     }
+}
+
+/// The number of values that stands for none.
+const NO_VALUES: u64 = u64::MAX;
+
+/// The values of a tensor whose parts ranks have said, in their order.
+pub(crate) fn values_of(answers: &[Vec<u8>]) -> Result<Vec<f32>> {
+    let mut values = Vec::new();
+    for answer in answers.iter().filter(|answer| !answer.is_empty()) {
+        values.extend(MessageReader::new(answer).values()?);
+    }
+    Ok(values)
 }
 
 fn write(message: &mut MessageWriter, name: &str, values: Tensor<1>) {

@@ -6,10 +6,13 @@ use std::ops::Range;
 use burn::tensor::{Device, Tensor};
 use kernels::device::read;
 use model::{Model, StackShard};
-use parallel::MessageWriter;
+use parallel::{Ask, MessageWriter};
 
-use super::{Ranks, tensors, write};
+use super::{Ranks, tensors, values_of, write};
 use crate::{Error, Result};
+
+/// Bits of a question that are the number of an expert; the others are that of a parameter.
+const EXPERT_BITS: u32 = 32;
 
 /// A stack that the ranks of a group share out.
 #[derive(Clone, Debug)]
@@ -44,6 +47,71 @@ pub(super) fn whole(parts: StackParts) -> BTreeMap<String, Tensor<1>> {
         .collect()
 }
 
+/// Values of trained tensors: this rank's, and on demand those of experts that others have.
+pub(crate) struct SharedValues<'a> {
+    ranks: &'a Ranks,
+    own: Vec<(String, Tensor<1>)>,
+}
+
+impl<'a> SharedValues<'a> {
+    pub(crate) fn new(ranks: &'a Ranks, model: &Model) -> Self {
+        let parameters = model.parameters().into_iter();
+        let own = parameters.map(|parameter| (parameter.name, parameter.values));
+        Self {
+            ranks,
+            own: own.collect(),
+        }
+    }
+
+    /// Some of a parameter's values: of an expert, if ranks share it out.
+    pub(crate) fn read(
+        &self,
+        ask: &mut Ask<'_>,
+        name: &str,
+        range: Range<usize>,
+    ) -> std::result::Result<Vec<f32>, checkpoint::Error> {
+        let found = self.own.iter().position(|(found, _)| found == name);
+        let i = found.expect("the parameters are the model's");
+        let Some(stack) = self.ranks.stacks.get(name) else {
+            return Ok(read(self.own[i].1.clone().slice([range])));
+        };
+        let expert = range.start / stack.size.max(1);
+        if let Some(own) = self.expert(i, expert) {
+            return Ok(read(own));
+        }
+        let failed = |error: Error| checkpoint::Error::Produce {
+            tensor: name.to_owned(),
+            cause: Box::new(error),
+        };
+        let question = ((i as u64) << EXPERT_BITS) | expert as u64;
+        let answers = ask(question).map_err(|error| failed(error.into()))?;
+        values_of(&answers).map_err(failed)
+    }
+
+    /// What this rank says to a question of the first one: the values of an expert, if it is of its own.
+    pub(crate) fn answer(&self, question: u64) -> Vec<u8> {
+        let expert = question & ((1 << EXPERT_BITS) - 1);
+        let mut message = MessageWriter::default();
+        // Groups have the same; the first one answers.
+        if self.ranks.world.rank() < self.ranks.ep()
+            && let Some(values) = self.expert((question >> EXPERT_BITS) as usize, expert as usize)
+        {
+            message.values(&read(values));
+        }
+        message.finish()
+    }
+
+    /// An expert of a stack, if this rank has it.
+    fn expert(&self, i: usize, expert: usize) -> Option<Tensor<1>> {
+        let (name, values) = self.own.get(i)?;
+        let stack = self.ranks.stacks.get(name)?;
+        let own = &stack.ranges[self.ranks.place()];
+        let place = own.contains(&expert).then(|| expert - own.start)?;
+        let range = place * stack.size..(place + 1) * stack.size;
+        Some(values.clone().slice(range))
+    }
+}
+
 impl Ranks {
     /// Number of values of a whole parameter, of which this rank has some.
     pub(crate) fn whole_len(&self, name: &str, own: usize) -> usize {
@@ -59,13 +127,13 @@ impl Ranks {
         stack.map_or(0, |stack| stack.ranges[self.place()].start * stack.size)
     }
 
-    /// This rank's part of a parameter's values.
-    pub(crate) fn part_of(&self, name: &str, values: Tensor<1>) -> Tensor<1> {
+    /// A rank's part of a parameter's values, of which there are `len`.
+    pub(super) fn part_of(&self, rank: usize, name: &str, len: usize) -> Range<usize> {
         let Some(stack) = self.stacks.get(name) else {
-            return values;
+            return 0..len;
         };
-        let experts = &stack.ranges[self.place()];
-        values.slice(experts.start * stack.size..experts.end * stack.size)
+        let experts = &stack.ranges[rank % self.ep()];
+        experts.start * stack.size..experts.end * stack.size
     }
 
     /// The model with all experts, on the first rank; this rank's on the others.
