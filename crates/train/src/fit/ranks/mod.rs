@@ -10,6 +10,7 @@ mod layout;
 mod stacks;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::iter::{repeat, zip};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -45,6 +46,8 @@ pub(crate) struct Ranks {
     owners: BTreeMap<String, usize>,
     /// Stacks of experts that ranks share out.
     stacks: BTreeMap<String, ShardedStack>,
+    /// The parameters in the order of the model, as many as one message has: no rank needs memory for a message of all.
+    batches: Vec<Vec<String>>,
     /// Why ranks do not share out the experts that are trained, unless they may.
     pub(super) why_whole: Option<String>,
 }
@@ -79,14 +82,34 @@ impl Ranks {
         let ep = experts.as_ref().map_or(1, |ranks| ranks.ep());
         let groups = world.ranks() / ep;
         owners.extend((stacks.keys().cloned()).zip((0..groups).cycle()));
-        Self {
+        let mut ranks = Self {
             world,
             layout,
             experts,
             owners,
             stacks,
+            batches: vec![],
             why_whole,
+        };
+        ranks.batches = ranks.batches_of(model);
+        ranks
+    }
+
+    /// The parameters of a model by messages, the same ones on all ranks.
+    fn batches_of(&self, model: &Model) -> Vec<Vec<String>> {
+        let (mut batches, mut len) = (Vec::<Vec<String>>::new(), 0);
+        for parameter in model.parameters() {
+            let whole = self.whole_len(&parameter.name, parameter.values.dims()[0]);
+            match batches.last_mut().filter(|_| len + whole <= BATCH_VALUES) {
+                Some(batch) => batch.push(parameter.name),
+                None => {
+                    len = 0;
+                    batches.push(vec![parameter.name]);
+                }
+            }
+            len += whole;
         }
+        batches
     }
 
     /// Whether this rank has the moments of a parameter, or of its own part of it.
@@ -165,19 +188,38 @@ impl Ranks {
             sums.add(gradients);
             return Ok(());
         }
-        let mut messages = vec![MessageWriter::default(); self.world.ranks()];
+        // An expert has one for each micro-batch whose rows it served.
+        let mut by_name = BTreeMap::<String, Vec<Tensor<1>>>::new();
         for (name, gradient) in gradients {
-            write(
-                &mut messages[self.owner(&name, self.world.rank())],
-                &name,
-                gradient,
-            );
+            by_name.entry(name).or_default().push(gradient);
         }
-        let messages = messages.into_iter().map(MessageWriter::finish).collect();
-        for message in self.world.exchange("gradients", messages)? {
-            sums.add(tensors(&message, device)?);
+        for batch in &self.batches {
+            let (mut own, mut messages) = (vec![], self.writers());
+            let found = batch.iter().filter_map(|name| by_name.remove_entry(name));
+            for (name, gradient) in found.flat_map(|(name, all)| zip(repeat(name), all)) {
+                match self.owner(&name, self.world.rank()) {
+                    owner if owner == self.world.rank() => own.push((name, gradient)),
+                    owner => write(&mut messages[owner], &name, gradient),
+                }
+            }
+            for (rank, message) in self.exchange("gradients", messages)?.iter().enumerate() {
+                sums.add(match rank == self.world.rank() {
+                    true => std::mem::take(&mut own),
+                    false => tensors(message, device)?,
+                });
+            }
         }
         Ok(())
+    }
+
+    /// A message to each rank.
+    fn writers(&self) -> Vec<MessageWriter> {
+        vec![MessageWriter::default(); self.world.ranks()]
+    }
+
+    fn exchange(&self, name: &str, messages: Vec<MessageWriter>) -> Result<Vec<Vec<u8>>> {
+        let messages = messages.into_iter().map(MessageWriter::finish);
+        Ok(self.world.exchange(name, messages.collect())?)
     }
 
     /// What owners know of the gradients of their tensors, on the first rank; nothing on the others.
@@ -266,23 +308,47 @@ impl Ranks {
         if self.world.is_alone() {
             return Ok(());
         }
-        let mut messages = vec![MessageWriter::default(); self.world.ranks()];
         let own = model.parameters().into_iter();
-        for parameter in own.filter(|parameter| self.owns(&parameter.name)) {
+        let own = own.filter(|parameter| self.owns(&parameter.name));
+        let own: BTreeMap<_, _> = own.map(|own| (own.name, own.values)).collect();
+        let (mut batches, mut values) = (self.batches.iter().peekable(), BTreeMap::new());
+        let mut failed = Ok(());
+        model.map_parameters(&mut |name, old| {
+            // A batch comes when its first parameter does: no more than one is in memory.
+            if let Some(batch) = batches.next_if(|batch| batch[0] == name)
+                && failed.is_ok()
+            {
+                let owned = batch.iter().filter_map(|name| own.get_key_value(name));
+                match self.values_of_owners(owned, device) {
+                    Ok(found) => values = found,
+                    Err(error) => failed = Err(error),
+                }
+            }
+            values.remove(name).unwrap_or(old)
+        });
+        failed
+    }
+
+    /// Gives some of this rank's values to those that have the same parameters, and gets theirs.
+    fn values_of_owners<'a>(
+        &self,
+        own: impl Iterator<Item = (&'a String, &'a Tensor<1>)>,
+        device: &Device,
+    ) -> Result<BTreeMap<String, Tensor<1>>> {
+        let mut messages = self.writers();
+        for (name, values) in own {
             let mut message = MessageWriter::default();
-            write(&mut message, &parameter.name, parameter.values);
+            write(&mut message, name, values.clone());
             let message = message.finish();
-            for rank in self.others_with(&parameter.name) {
+            for rank in self.others_with(name) {
                 messages[rank].append(&message);
             }
         }
-        let messages = messages.into_iter().map(MessageWriter::finish).collect();
         let mut values = BTreeMap::new();
-        for message in self.world.exchange("weights", messages)? {
+        for message in self.exchange("weights", messages)? {
             values.extend(tensors(&message, device)?);
         }
-        model.map_parameters(&mut |name, old| values.remove(name).unwrap_or(old));
-        Ok(())
+        Ok(values)
     }
 
     /// The other ranks that have what this one has of a parameter.
@@ -398,6 +464,9 @@ impl Ranks {
         Ok(())
     }
 }
+
+/// The most values of a message about several parameters: 64 MB.
+const BATCH_VALUES: usize = 1 << 24;
 
 /// The number of values that stands for none.
 const NO_VALUES: u64 = u64::MAX;
