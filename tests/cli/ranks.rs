@@ -98,7 +98,7 @@ mod mpi {
                 format!("{two}/adapter")
             );
             let said = String::from_utf8_lossy(&said.stderr);
-            for expected in ["2 ranks: ", "slowest link: ", "layout: ep="] {
+            for expected in ["2 ranks: ", "slowest link: ", "layout: dp=2,ep="] {
                 assert!(said.contains(expected), "{said}");
             }
             assert!(numbers(Path::new(&alone), 3) == numbers(Path::new(&two), 3));
@@ -238,6 +238,46 @@ mod mpi {
             succeeds(command(&["train", "--resume", &run, "--set", &more]));
             assert_eq!(steps(&run), Some(last));
         }
+    }
+
+    /// A benchmark of ranks says what each needs, as a run will; combinations and other verbs are for one process.
+    #[test]
+    fn benchmarks_measure_ranks_that_train_together() {
+        let bench = |more: &[&'static str]| {
+            let batch = ["--batch", "2", "--seq", "16", "--reps", "1", "--json"];
+            [
+                &["bench", "train", "recipes/quickstart/base"],
+                &batch[..],
+                more,
+            ]
+            .concat()
+        };
+        let said = succeeds(mpirun(2, &bench(&[])));
+        let report: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
+        assert_eq!(report["ranks"], 2);
+        assert_eq!(
+            report["layout"],
+            "dp=2,ep=2,exchange=rows,wire=f32,overlap=on"
+        );
+        let result = &report["results"][0];
+        for (key, least) in [("rank_peak_bytes", 1 << 24), ("rank_mapped_bytes", 1 << 20)] {
+            let bytes = result[key].as_array().unwrap();
+            assert!(
+                bytes.len() == 2 && bytes.iter().all(|n| n.as_u64() > Some(least)),
+                "{report}"
+            );
+        }
+        assert!(result["tokens_per_second"]["median"].as_f64() > Some(0.0));
+        let refused = |words: &[&str], with: &str| {
+            let output = mpirun(2, words).output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(
+                output.status.code() == Some(2) && said.contains(with),
+                "{said}"
+            );
+        };
+        refused(&bench(&["--seq", "8,16"]), "one combination");
+        refused(&["inspect", "recipes/quickstart/base"], "`bench train`");
     }
 
     /// An update of one expert, which one of two ranks has: the other one starts and goes on with nothing of its own.

@@ -129,7 +129,7 @@ fn expect_threads(threads: usize) -> anyhow::Result<()> {
 }
 
 fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
-    if !matches!(verb, Verb::Train(_)) {
+    if !matches!(verb, Verb::Train(_) | Verb::Bench(bench::Bench::Train(_))) {
         launch::expect_alone()?;
     }
     match verb {

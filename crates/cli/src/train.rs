@@ -23,7 +23,7 @@ use self::signals::Signals;
 use self::watcher::Watcher;
 use crate::console::{Console, DIVERGED, NO_MEMORY, NOT_FINITE, WithCode, misuse};
 use crate::device::{DeviceArgs, expect_right, record};
-use crate::host::launch;
+use crate::host::launch::{self, RankArgs};
 use crate::host::scratch::Scratch;
 use crate::open::{find, note_keys, token_cache};
 use crate::rows::{note_changed, note_ignored, note_unused};
@@ -50,19 +50,12 @@ pub(crate) struct Args {
     resume: Option<PathBuf>,
     #[command(flatten)]
     device: DeviceArgs,
-    /// Seconds that a rank under `mpirun` waits for the others before it gives up, with code 8; 0 for no end.
-    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
-    rank_timeout: u64,
-    /// How ranks under `mpirun` share the work out: ep=N ranks share out the experts, and exchange rows for each expert
-    /// (exchange=slots, the bits of one rank) or for each rank (exchange=rows, less to send; wire=bf16 rounds what comes back),
-    /// while another micro-batch is computed (overlap=on or off). Default: ep is the number of ranks if experts are trained and
-    /// can be shared out, else 1; exchange=rows,wire=f32,overlap=on.
-    #[arg(long, value_name = "ep=N,...")]
-    layout: Option<RankLayout>,
+    #[command(flatten)]
+    ranks: RankArgs,
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
-    let world = launch::join(args.rank_timeout, console)?;
+    let world = launch::join(&args.ranks, console)?;
     // A rank that is not the first has a run directory with metrics that nobody reads.
     let scratch = (!world.is_first()).then(|| Scratch::new("rank"));
     let scratch = scratch.transpose()?;
@@ -156,7 +149,7 @@ fn open_rank(
     args: &Args,
     console: &Console,
 ) -> anyhow::Result<Session> {
-    let asked = args.layout.unwrap_or_default();
+    let asked = args.ranks.layout();
     let session = launch::first_of_machine_first(world, || {
         open_named((recipe, base_name), &args.device, (world, asked), console)
     })?;
@@ -172,7 +165,7 @@ fn open_rank(
 
 /// Cuts the batch of a step into as many micro-batches as ranks need, if it can be cut so: batches of samples of similar
 /// length have others when they are smaller.
-fn share_out(recipe: &mut Recipe, ranks: usize, console: &Console) {
+pub(crate) fn share_out(recipe: &mut Recipe, ranks: usize, console: &Console) {
     let train = &mut recipe.train;
     if train.accumulate.is_multiple_of(ranks) || recipe.data.group_by_length {
         return;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use checkpoint::{Adapter, AdapterConfig, CARD_NAME, FolderWriter, Notes};
-use model::export::{self, ReadValues, WeightFormat};
+use model::export::{self, TrainedReader, WeightFormat};
 use model::{AdapterWeights, Model};
 
 use crate::recipe::{ExportDType, Method};
@@ -41,7 +41,7 @@ pub(crate) fn result(
     session: &Session,
     model: &Model,
     run: &RunDir,
-    read_values: &mut ReadValues<'_>,
+    read_values: &mut TrainedReader<'_>,
 ) -> Result<()> {
     let path = run.path().join(result_name(session));
     if path.exists() {
@@ -125,7 +125,7 @@ impl Session {
 fn model_into(
     session: &Session,
     writer: &mut FolderWriter,
-    read_values: &mut ReadValues<'_>,
+    read_values: &mut TrainedReader<'_>,
 ) -> Result<()> {
     let (base, model) = (&session.base, &session.model);
     let is_fp8 = match session.recipe.train.export_dtype {

@@ -9,7 +9,7 @@ use burn::tensor::{Device, FloatDType};
 use checkpoint::{Adapter, Folder};
 use data::{Columns, Corpus, ReadOptions, RowFilter, Tokenizer, TokenizerFiles};
 use kernels::Quantizer;
-use model::adapt::{self, AdaptedModule, LoraConfig, Scaling};
+use model::adapt::{self, AdaptedModule};
 use model::{
     AdapterWeights, Checkpointing, ExpertRanks, Model, ModelConfig, OperandRounding, Training, load,
 };
@@ -22,7 +22,7 @@ use crate::fit::joining::Sharing;
 use crate::fit::ranks::Ranks;
 use crate::identity;
 use crate::optimizer::AdamW;
-use crate::recipe::{DpoReference, Loss, Method, Moments, Recipe, RouterTraining, SPARED};
+use crate::recipe::{DpoReference, Loss, Method, Moments, Recipe, SPARED};
 use crate::session::{Base, Reference, Session, UpdateForm};
 use crate::{Error, Result};
 
@@ -325,7 +325,7 @@ fn adapt(
     adapter: Option<&AdapterWeights>,
     device: &Device,
 ) -> Result<(Vec<AdaptedModule>, UpdateForm)> {
-    let config = lora_config(recipe);
+    let config = recipe.lora_config();
     let form = |scaling, share| UpdateForm {
         scaling,
         share,
@@ -396,61 +396,4 @@ fn open_model(
         Some(folder) => load::load_shard(folder, training, ranks, device)?,
         None => load::fresh_shard(config, training, (seed, ranks), device)?,
     })
-}
-
-/// The recipe's adapter, with what `train.router` adds to its targets.
-pub(crate) fn lora_config(recipe: &Recipe) -> LoraConfig {
-    let lora = &recipe.lora;
-    let router = |training| (recipe.train.router == Some(training)).then(|| ROUTER.to_owned());
-    let with =
-        |patterns: &[String], more: Option<String>| patterns.iter().cloned().chain(more).collect();
-    LoraConfig {
-        target: with(&lora.target, router(RouterTraining::Trainable)),
-        exclude: with(&lora.exclude, router(RouterTraining::Frozen)),
-        rank: lora.rank,
-        alpha: lora.alpha,
-        scaling: if lora.use_rslora {
-            Scaling::RsLora
-        } else {
-            Scaling::Plain
-        },
-        rank_pattern: lora.rank_pattern.0.clone(),
-        alpha_pattern: lora.alpha_pattern.0.clone(),
-        dropout: lora.dropout as f32,
-        seed: recipe.train.seed,
-        use_dora: lora.use_dora,
-        experts_share: lora.experts_share,
-    }
-}
-
-/// The routers' weights, as a pattern.
-const ROUTER: &str = "mlp.gate";
-
-impl Recipe {
-    /// The part of the model's own weights that is trained.
-    pub(crate) fn training(&self) -> Training {
-        let train = &self.train;
-        if train.method == Method::Lora {
-            return Training::Frozen;
-        }
-        let (mut patterns, mut frozen) = (train.unfrozen_parameters.clone(), vec![]);
-        let all = patterns.is_empty();
-        if all {
-            patterns.push("*".into());
-        }
-        match train.router {
-            Some(RouterTraining::Frozen | RouterTraining::BiasOnly) => frozen.push(ROUTER.into()),
-            Some(RouterTraining::Trainable) if !all => patterns.push(ROUTER.into()),
-            _ => {}
-        }
-        if all && frozen.is_empty() {
-            return Training::Full;
-        }
-        Training::Subset(patterns, frozen)
-    }
-
-    /// Whether some weights are trained and others are not.
-    pub(crate) fn is_partial(&self) -> bool {
-        matches!(self.training(), Training::Subset(..))
-    }
 }

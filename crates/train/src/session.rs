@@ -17,7 +17,7 @@ use model::{Model, ModelConfig, OperandRounding};
 use crate::Result;
 use crate::checkpoint_state::RunState;
 use crate::dataset::Dataset;
-use crate::fit::ranks::Ranks;
+use crate::fit::ranks::{RankLayout, Ranks};
 use crate::optimizer::AdamW;
 use crate::recipe::{Loss, Method, Recipe};
 use crate::routing::BatchChoices;
@@ -130,6 +130,16 @@ impl Session {
     /// Where the model computes, without gradients.
     pub fn device(&self) -> Device {
         self.device.clone().inner()
+    }
+
+    /// How ranks share the run out, nothing left open.
+    pub fn layout(&self) -> RankLayout {
+        self.ranks.layout
+    }
+
+    /// Why ranks do not share out the experts that are trained, unless they may.
+    pub fn why_experts_stay_whole(&self) -> Option<&str> {
+        self.ranks.why_whole.as_deref()
     }
 
     /// Number of trained values.

@@ -52,6 +52,7 @@ pub(super) fn place(measured: &Value) -> String {
             "device {} ({adapter})",
             measured["device"].as_str().unwrap_or_default()
         ),
+        None if measured["threads"] == 1 => "1 thread".into(),
         None => format!("{} threads", measured["threads"]),
     }
 }

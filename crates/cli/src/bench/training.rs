@@ -8,10 +8,11 @@ use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use ::train::{Event, Loss, Recipe, Session, StepReport};
+use ::train::{Event, Loss, Recipe, Session, SessionOptions, StepReport};
 use anyhow::Context;
 use kernels::device::{CPU, describe, reserved_bytes};
 use model::{Compute, OperandRounding};
+use parallel::{MessageReader, MessageWriter, World};
 use serde_json::{Value, json};
 
 use super::peak::peak_flops;
@@ -19,17 +20,19 @@ use super::spread::Spread;
 use super::subject::{Subject, SubjectWeights, ids};
 use super::sweep::{Sweep, options};
 use super::table::{Column, DEVICE, PEAK, count, fraction_of, giga, median, place, spread};
-use crate::console::{Console, misuse};
+use crate::console::{Console, misuse, resident_bytes};
 use crate::device::{DeviceArgs, expect_right};
 use crate::host;
+use crate::host::launch::{self, RankArgs};
 use crate::host::scratch::Scratch;
 use crate::inspect::parameters;
-use crate::train::{usage, with_code};
+use crate::train::{share_out, usage, with_code};
 
 /// Time training steps on synthetic tokens, for all combinations of batch size, length and number of experts.
 ///
 /// Measures tokens per second, memory, and the share of the machine's peak FLOP/s. The default method is LoRA of rank 8
-/// on all linear layers and experts, in f32.
+/// on all linear layers and experts, in f32. Started by `mpirun`, it measures ranks that train together, and the memory of the
+/// one that needs most.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Model: Hugging Face folder, or `org/name` in the local Hugging Face cache. A folder with a `config.json` and no
@@ -61,6 +64,8 @@ pub(crate) struct Args {
     json: bool,
     #[command(flatten)]
     device: DeviceArgs,
+    #[command(flatten)]
+    ranks: RankArgs,
 }
 
 /// Settings that have options of their own, or that would change the rows.
@@ -113,17 +118,32 @@ struct TrainingCase {
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     check_settings(args)?;
     let cases = cases(args);
+    let world = launch::join(&args.ranks, console)?;
+    if !world.is_alone() && cases.len() > 1 {
+        return Err(misuse(
+            "ranks under `mpirun` measure one combination; give one value each of --batch, --seq and --experts"
+                .into(),
+        ));
+    }
     // Errors in any of them are reported before the first one runs.
     for case in &cases {
         Subject::open(&args.model, case.experts)?;
     }
     let sweep = Sweep {
-        measure: &|case| measure(args, *case, console),
+        measure: &|case| measure(args, *case, &world, console),
         words: &|case| words(args, *case),
         title,
         columns: &COLUMNS,
     };
-    sweep.run(&cases, args.json, console)
+    let done = match cases[..] {
+        // The first rank prints.
+        [case] if !world.is_first() => {
+            measure(args, case, &world, console).map(|_| ExitCode::SUCCESS)?
+        }
+        _ => sweep.run(&cases, args.json, console)?,
+    };
+    launch::leave();
+    Ok(done)
 }
 
 fn check_settings(args: &Args) -> anyhow::Result<()> {
@@ -156,14 +176,20 @@ fn cases(args: &Args) -> Vec<TrainingCase> {
 }
 
 /// One case, in this process.
-fn measure(args: &Args, case: TrainingCase, console: &Console) -> anyhow::Result<Value> {
+fn measure(
+    args: &Args,
+    case: TrainingCase,
+    world: &World,
+    console: &Console,
+) -> anyhow::Result<Value> {
     let TrainingCase { batch, seq, .. } = case;
     let subject = &Subject::open(&args.model, case.experts)?;
     if subject.is_random() {
         console.note(format_args!("{batch} × {seq}: random weights"));
     }
     let scratch = Scratch::new("bench")?;
-    let recipe = recipe(args, case, subject, &scratch)?;
+    let mut recipe = recipe(args, case, subject, &scratch)?;
+    share_out(&mut recipe, world.ranks(), console);
     // Products in other formats are computed in f32.
     let compute = match recipe.precision.compute {
         OperandRounding::Bf16 => Compute::Bf16,
@@ -172,7 +198,11 @@ fn measure(args: &Args, case: TrainingCase, console: &Console) -> anyhow::Result
     let device = args.device.open()?;
     let mut peaks = peak_flops(compute, &device, PEAK_RUNS);
     host::reset_peak();
-    let mut session = Session::open(recipe, &device, &|folder| Ok(folder.into()))?;
+    let options = SessionOptions {
+        ranks: Some((world, args.ranks.layout())),
+        ..SessionOptions::new(&device, &|folder| Ok(folder.into()))
+    };
+    let mut session = Session::open_with(recipe, options)?;
     expect_right(&device, session.config(), console)?;
     let mut progress = console.progress(1 + args.reps, "steps");
     let reports = session.timed_steps(1 + args.reps, &mut |event: &Event| {
@@ -184,11 +214,20 @@ fn measure(args: &Args, case: TrainingCase, console: &Console) -> anyhow::Result
     progress.finish();
     let reports = reports.map_err(with_code)?;
     let (peak_bytes, timed) = (host::read().peak_bytes, &reports[1..]);
+    let mapped_bytes = resident_bytes(std::process::id()).map(|[mapped, _]| mapped);
     let device_bytes = reserved_bytes(&device);
     peaks.extend(peak_flops(compute, &device, PEAK_RUNS));
 
     let speeds = Spread::of(timed.iter().map(speed));
-    let peak = Spread::of(peaks).median;
+    let own = RankFigures {
+        peak_bytes,
+        mapped_bytes,
+        peak_flops: Spread::of(peaks).median,
+    };
+    let ranks = own.of_all(world)?;
+    let peak: f64 = ranks.iter().map(|rank| rank.peak_flops).sum();
+    let rank_bytes = |of: fn(&RankFigures) -> Option<u64>| ranks.iter().map(of).collect::<Vec<_>>();
+    let rank_peak_bytes = rank_bytes(|rank| rank.peak_bytes);
     let cost = session.cost(seq as usize).total();
     let recipe = &session.recipe;
     Ok(json!({
@@ -200,6 +239,8 @@ fn measure(args: &Args, case: TrainingCase, console: &Console) -> anyhow::Result
         "compute": recipe.precision.compute_word(),
         "set": args.set,
         "threads": rayon::current_num_threads(),
+        "ranks": world.ranks(),
+        "layout": session.layout().to_string(),
         "device": args.device.name().unwrap_or_else(|| CPU.into()),
         "adapter": describe(&device).map(|of| of.adapter),
         "reps": args.reps,
@@ -211,7 +252,9 @@ fn measure(args: &Args, case: TrainingCase, console: &Console) -> anyhow::Result
             "trained_parameters": session.trained_parameters(),
             "tokens_per_second": speeds.to_json(),
             "step_seconds": Spread::of(timed.iter().map(|report| report.seconds)).to_json(),
-            "peak_bytes": peak_bytes,
+            "peak_bytes": rank_peak_bytes.iter().max(),
+            "rank_peak_bytes": rank_peak_bytes,
+            "rank_mapped_bytes": rank_bytes(|rank| rank.mapped_bytes),
             "device_bytes": device_bytes,
             "flops_per_token": cost,
             "flops_per_second": cost * speeds.median,
@@ -219,6 +262,38 @@ fn measure(args: &Args, case: TrainingCase, console: &Console) -> anyhow::Result
             "fraction_of_peak": cost * speeds.median / peak,
         }],
     }))
+}
+
+/// What a rank measures by itself.
+struct RankFigures {
+    /// The most memory in use.
+    peak_bytes: Option<u64>,
+    /// Of that, weights that were read where their files are mapped; the system takes them back if it needs memory.
+    mapped_bytes: Option<u64>,
+    /// The most floating-point operations a second.
+    peak_flops: f64,
+}
+
+impl RankFigures {
+    /// Those of all ranks.
+    fn of_all(&self, world: &World) -> anyhow::Result<Vec<Self>> {
+        let mut message = MessageWriter::default();
+        for bytes in [self.peak_bytes, self.mapped_bytes] {
+            message.count(bytes.unwrap_or(0));
+        }
+        message.number(self.peak_flops);
+        let all = world.all("memory and speed", message.finish())?;
+        let of_rank = |message: &Vec<u8>| {
+            let mut reader = MessageReader::new(message);
+            let mut bytes = || Ok::<_, anyhow::Error>(Some(reader.count()?).filter(|n| *n > 0));
+            Ok(Self {
+                peak_bytes: bytes()?,
+                mapped_bytes: bytes()?,
+                peak_flops: reader.number()?,
+            })
+        };
+        all.iter().map(of_rank).collect()
+    }
 }
 
 /// The command line that measures one case.
@@ -324,8 +399,12 @@ fn title(measured: &Value) -> String {
     } else {
         format!(" ({})", settings.join(", "))
     };
+    let ranks = match measured["ranks"].as_u64() {
+        Some(1) | None => String::new(),
+        Some(_) => format!("{} ranks, {}; ", measured["ranks"], text("layout")),
+    };
     format!(
-        "{} ({}), {:.1} M parameters, {weights}; method {} with {:.1} M trained, compute {}{settings}; {}, {} steps each",
+        "{ranks}{} ({}), {:.1} M parameters, {weights}; method {} with {:.1} M trained, compute {}{settings}; {}, {} steps each",
         text("model"),
         text("family"),
         millions("parameters"),

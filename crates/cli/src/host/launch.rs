@@ -5,7 +5,30 @@ use std::time::Duration;
 
 use parallel::{MessageReader, MessageWriter, UNTIMED, World};
 
+use ::train::RankLayout;
+
 use crate::console::{Console, misuse};
+
+/// How ranks work together.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct RankArgs {
+    /// Seconds that a rank under `mpirun` waits for the others before it gives up, with code 8; 0 for no end.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    rank_timeout: u64,
+    /// How ranks under `mpirun` share the work out: ep=N ranks share out the experts, and exchange rows for each expert
+    /// (exchange=slots, the bits of one rank) or for each rank (exchange=rows, less to send; wire=bf16 rounds what comes back),
+    /// while another micro-batch is computed (overlap=on or off). dp=N is the number of ranks, to be sure of it. Default: ep is
+    /// the number of ranks if experts are trained and can be shared out, else 1; exchange=rows,wire=f32,overlap=on.
+    #[arg(long, value_name = "dp=N,ep=N,...")]
+    layout: Option<RankLayout>,
+}
+
+impl RankArgs {
+    /// What was asked for; the rest is left open.
+    pub(crate) fn layout(&self) -> RankLayout {
+        self.layout.unwrap_or_default()
+    }
+}
 
 /// The variables that a launcher sets.
 struct Launcher {
@@ -88,7 +111,7 @@ pub(crate) fn expect_alone() -> anyhow::Result<()> {
     match ranks() {
         1 => Ok(()),
         ranks => Err(misuse(format!(
-            "a launcher has started {ranks} ranks, and this verb runs alone; `mpirun` is for `train`"
+            "a launcher has started {ranks} ranks, and this verb runs alone; `mpirun` is for `train` and `bench train`"
         ))),
     }
 }
@@ -100,11 +123,11 @@ static JOINED: Mutex<Option<World>> = Mutex::new(None);
 ///
 /// # Errors
 /// If this build has no MPI, or it does not start.
-pub(crate) fn join(timeout_seconds: u64, console: &Console) -> anyhow::Result<World> {
+pub(crate) fn join(args: &RankArgs, console: &Console) -> anyhow::Result<World> {
     if ranks() == 1 {
         return Ok(World::alone());
     }
-    let (world, host) = joined(timeout_seconds)?;
+    let (world, host) = joined(args.rank_timeout)?;
     *JOINED.lock().unwrap_or_else(PoisonError::into_inner) = Some(world.clone());
     let mut about = MessageWriter::default();
     about

@@ -19,5 +19,5 @@ pub use self::convert::convert;
 pub use self::hf_fp8::is_fp8;
 pub use self::llama_cpp::llama_cpp_differences;
 pub use self::merge::{MergeReport, merge};
-pub use self::trained::{ReadValues, export, export_subset};
+pub use self::trained::{TrainedReader, export, export_subset};
 pub use self::weight_format::WeightFormat;

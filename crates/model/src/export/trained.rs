@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use burn::tensor::Tensor;
 use checkpoint::{DType, Folder, FolderWriter, TensorSpec};
 use kernels::device::read;
 
@@ -22,7 +21,8 @@ const SHARD_BYTES: usize = 4 << 30;
 
 /// Reads some of a trained parameter's values, by the parameter's path. Those of a stack of experts count over all experts,
 /// also if ranks share them out; they are asked for one expert at a time.
-pub type ReadValues<'a> = dyn FnMut(&str, Range<usize>) -> Result<Vec<f32>, checkpoint::Error> + 'a;
+pub type TrainedReader<'a> =
+    dyn FnMut(&str, Range<usize>) -> Result<Vec<f32>, checkpoint::Error> + 'a;
 
 /// Writes a fully trained model: its tensors, the routers' biases in f32, the base's other tensors (MTP layers, unknown ones)
 /// unchanged, an index and a `config.json`. `origin` is the base, if there is one, and the config as it was read.
@@ -34,7 +34,7 @@ pub fn export(
     origin: (Option<&Folder>, &serde_json::Value),
     format: WeightFormat,
     writer: &mut FolderWriter,
-    read_values: &mut ReadValues<'_>,
+    read_values: &mut TrainedReader<'_>,
 ) -> Result<(), Error> {
     let (base, config) = origin;
     let fp8 = match format {
@@ -67,35 +67,38 @@ pub fn export(
 /// A tensor to export: its values, and its format.
 enum Exported {
     /// Values of a trained tensor, in a number format.
-    Values(Source, DType),
+    Values(ExportSource, DType),
     /// The FP8 codes of one.
-    Codes(Source, BlockFp8, [usize; 2]),
+    Codes(ExportSource, BlockFp8, [usize; 2]),
     /// The scales of those.
-    Scales(Source, BlockFp8, [usize; 2]),
+    Scales(ExportSource, BlockFp8, [usize; 2]),
     /// Bytes of the base.
     Bytes(bytes::Bytes),
 }
 
 /// Where a tensor's values come from.
 #[derive(Clone)]
-enum Source {
+enum ExportSource {
     /// A range of a trained parameter.
     Parameter(String, Range<usize>),
     /// The bias of a router, which nothing but balancing changes.
-    Bias(Tensor<1>),
+    Bias(Vec<f32>),
 }
 
-impl Source {
-    fn values(&self, read_values: &mut ReadValues<'_>) -> Result<Vec<f32>, checkpoint::Error> {
+impl ExportSource {
+    fn values(&self, read_values: &mut TrainedReader<'_>) -> Result<Vec<f32>, checkpoint::Error> {
         match self {
             Self::Parameter(name, range) => read_values(name, range.clone()),
-            Self::Bias(values) => Ok(read(values.clone())),
+            Self::Bias(values) => Ok(values.clone()),
         }
     }
 }
 
 impl Exported {
-    fn bytes(&self, read_values: &mut ReadValues<'_>) -> Result<bytes::Bytes, checkpoint::Error> {
+    fn bytes(
+        &self,
+        read_values: &mut TrainedReader<'_>,
+    ) -> Result<bytes::Bytes, checkpoint::Error> {
         Ok(match self {
             Self::Bytes(bytes) => bytes.clone(),
             Self::Values(source, dtype) => encode(*dtype, &source.values(read_values)?).into(),
@@ -112,7 +115,7 @@ impl Exported {
 }
 
 /// The sources of the trained tensors and of the routers' biases, by key.
-fn sources(model: &Model) -> BTreeMap<String, Source> {
+fn sources(model: &Model) -> BTreeMap<String, ExportSource> {
     let mut sources = BTreeMap::new();
     for Parameter { name, shape, .. } in model.parameters() {
         let len = match shape[..] {
@@ -121,7 +124,7 @@ fn sources(model: &Model) -> BTreeMap<String, Source> {
             _ => shape.iter().product(),
         };
         for (key, range) in model.parameter_keys(&name, len) {
-            sources.insert(key, Source::Parameter(name.clone(), range));
+            sources.insert(key, ExportSource::Parameter(name.clone(), range));
         }
     }
     for (layer_idx, bias) in model.correction_biases() {
@@ -129,7 +132,10 @@ fn sources(model: &Model) -> BTreeMap<String, Source> {
             part: ParamPart::CorrectionBias,
             ..ParamKey::weight(layer_idx, Module::Router)
         };
-        sources.insert(key.to_string(), Source::Bias(bias.clone().inner()));
+        sources.insert(
+            key.to_string(),
+            ExportSource::Bias(read(bias.clone().inner())),
+        );
     }
     sources
 }
@@ -143,7 +149,7 @@ pub fn export_subset(
     model: &Model,
     base: &Folder,
     writer: &mut FolderWriter,
-    read_values: &mut ReadValues<'_>,
+    read_values: &mut TrainedReader<'_>,
 ) -> Result<(), Error> {
     let sources = sources(model);
     let fp8 = is_fp8(base)

@@ -8,23 +8,9 @@ use model::adapt::Share;
 use model::{AdapterWeights, ExpertRanks, ModelConfig};
 use parallel::World;
 
-use super::ranks::RankLayout;
-use crate::open::lora_config;
+use super::ranks::{JoinedRanks, RankLayout};
 use crate::recipe::{Method, Recipe};
-use crate::session::Session;
 use crate::{Error, Result};
-
-/// The ranks of a run, and how they share it out.
-#[derive(Debug, Default)]
-pub(crate) struct Joined {
-    pub(crate) world: World,
-    /// Nothing is left open.
-    pub(crate) layout: RankLayout,
-    /// Those that share out experts, if any do.
-    pub(crate) experts: Option<Arc<ExpertRanks>>,
-    /// Why trained experts are not shared out, unless they may be.
-    pub(crate) why_whole: Option<String>,
-}
 
 /// What decides whether ranks can share out experts.
 pub(crate) struct Sharing<'a> {
@@ -53,9 +39,9 @@ impl<'a> Sharing<'a> {
     ///
     /// # Errors
     /// If the micro-batches of a step cannot be shared out, or experts cannot as the layout says.
-    pub(crate) fn join(&self, ranks: Option<(&World, RankLayout)>) -> Result<Joined> {
+    pub(crate) fn join(&self, ranks: Option<(&World, RankLayout)>) -> Result<JoinedRanks> {
         let Some((world, layout)) = ranks else {
-            return Ok(Joined::default());
+            return Ok(JoinedRanks::default());
         };
         let (ranks, accumulate) = (world.ranks(), self.recipe.train.accumulate);
         if !accumulate.is_multiple_of(ranks) {
@@ -64,7 +50,7 @@ impl<'a> Sharing<'a> {
         let layout = self.resolve(layout, ranks)?;
         let expert_ranks =
             |ep| ExpertRanks::new(world.clone(), ep, layout.exchange(), layout.wire());
-        Ok(Joined {
+        Ok(JoinedRanks {
             world: world.clone(),
             layout,
             experts: layout
@@ -79,6 +65,11 @@ impl<'a> Sharing<'a> {
     /// A layout, nothing left open.
     fn resolve(&self, layout: RankLayout, ranks: usize) -> Result<RankLayout> {
         let refuse = |why: String| Err(Error::Layout(why));
+        if let Some(dp) = layout.dp.filter(|dp| *dp != ranks) {
+            return refuse(format!(
+                "dp={dp}: expected the number of ranks, {ranks}; start as many with `mpirun -n`"
+            ));
+        }
         let obstacle = self.obstacle();
         let ep = match (layout.ep, &obstacle) {
             (Some(ep), None) if ep > 1 => ep,
@@ -95,7 +86,7 @@ impl<'a> Sharing<'a> {
             Some(key) => refuse(format!(
                 "`{key}` is for ranks that share out experts, and here ep=1"
             )),
-            None => Ok(layout.with_ep(ep)),
+            None => Ok(layout.with(ranks, ep)),
         }
     }
 
@@ -103,7 +94,7 @@ impl<'a> Sharing<'a> {
     fn trains_experts(&self) -> bool {
         match (self.recipe.train.method, self.adapter) {
             (Method::Full, _) => self.recipe.training().trains_experts(self.config),
-            (Method::Lora, None) => lora_config(self.recipe).adapts_experts(self.config),
+            (Method::Lora, None) => self.recipe.lora_config().adapts_experts(self.config),
             (Method::Lora, Some(adapter)) => {
                 let modules = adapter.modules();
                 modules
@@ -141,17 +132,5 @@ impl<'a> Sharing<'a> {
         } else {
             None
         }
-    }
-}
-
-impl Session {
-    /// How ranks share the run out, nothing left open.
-    pub fn layout(&self) -> RankLayout {
-        self.ranks.layout
-    }
-
-    /// Why ranks do not share out the experts that are trained, unless they may.
-    pub fn why_experts_stay_whole(&self) -> Option<&str> {
-        self.ranks.why_whole.as_deref()
     }
 }

@@ -13,6 +13,7 @@ impl Session {
     /// # Errors
     /// If a loss or gradient is not finite, or a row cannot be read.
     pub fn timed_steps(&mut self, steps: u64, host: &mut dyn Host) -> Result<Vec<StepReport>> {
+        self.expect_alike()?;
         let rate = self.recipe.optimizer.learning_rate;
         let mut reports = Vec::new();
         for _ in 0..steps {

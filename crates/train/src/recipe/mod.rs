@@ -2,7 +2,8 @@
 //!
 //! Every number that a recipe does not give comes from the `Default` below its section and from nowhere else. `file.rs`
 //! reads the file and applies `--set`, `keys.rs` knows the names of sections and keys, `choices.rs` the settings that are
-//! one of a few words, `check.rs` refuses values, and `changes.rs` says which may change when a run is resumed.
+//! one of a few words, `check.rs` refuses values, `changes.rs` says which may change when a run is resumed,
+//! and `trained.rs` what is trained.
 
 mod changes;
 mod check;
@@ -10,6 +11,7 @@ mod choices;
 mod file;
 mod keys;
 mod resolved;
+mod trained;
 mod values;
 
 #[cfg(test)]

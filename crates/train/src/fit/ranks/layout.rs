@@ -2,8 +2,10 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
-use model::{ExchangeKind, RowWire};
+use model::{ExchangeKind, ExpertRanks, RowWire};
+use parallel::World;
 
 use crate::recipe::SettingWords;
 
@@ -22,6 +24,8 @@ impl SettingWords for bool {
 /// How ranks share a run out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RankLayout {
+    /// Ranks that share out the micro-batches of a step: all of them. None: as many as there are.
+    pub(crate) dp: Option<usize>,
     /// Ranks that share out the experts. None: all, if experts are trained, else 1.
     pub ep: Option<usize>,
     /// What travels between them.
@@ -33,10 +37,23 @@ pub struct RankLayout {
     overlap: Option<bool>,
 }
 
+/// The ranks of a run, and how they share it out.
+#[derive(Debug, Default)]
+pub(crate) struct JoinedRanks {
+    pub(crate) world: World,
+    /// Nothing is left open.
+    pub(crate) layout: RankLayout,
+    /// Those that share out experts, if any do.
+    pub(crate) experts: Option<Arc<ExpertRanks>>,
+    /// Why trained experts are not shared out, unless they may be.
+    pub(crate) why_whole: Option<String>,
+}
+
 impl RankLayout {
-    /// This one with a number of ranks that share out experts.
-    pub(crate) fn with_ep(self, ep: usize) -> Self {
+    /// This one with a number of ranks, and of those that share out experts.
+    pub(crate) fn with(self, ranks: usize, ep: usize) -> Self {
         Self {
+            dp: Some(ranks),
             ep: Some(ep),
             ..self
         }
@@ -77,13 +94,14 @@ impl FromStr for RankLayout {
         for part in text.split(',') {
             let (key, value) = part.split_once('=').unwrap_or((part, ""));
             match key {
+                "dp" => set(&mut layout.dp, key, ranks(value))?,
                 "ep" => set(&mut layout.ep, key, ranks(value))?,
                 "exchange" => set(&mut layout.exchange, key, of_word(value))?,
                 "wire" => set(&mut layout.wire, key, of_word(value))?,
                 "overlap" => set(&mut layout.overlap, key, of_word(value))?,
                 _ => {
                     return Err(format!(
-                        "expected ep=N, exchange=slots|rows, wire=f32|bf16 or overlap=on|off, with commas between; \
+                        "expected dp=N, ep=N, exchange=slots|rows, wire=f32|bf16 or overlap=on|off, with commas between; \
                          found `{part}`"
                     ));
                 }
@@ -121,6 +139,9 @@ fn of_word<T: SettingWords>(word: &str) -> Result<T, String> {
 
 impl fmt::Display for RankLayout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(dp) = self.dp {
+            write!(f, "dp={dp},")?;
+        }
         let ep = self.ep.unwrap_or(1);
         write!(f, "ep={ep}")?;
         if ep > 1 {
@@ -149,16 +170,20 @@ mod tests {
             layout.to_string(),
             "ep=2,exchange=slots,wire=f32,overlap=on"
         );
-        assert_eq!(read("ep=1").unwrap().to_string(), "ep=1");
+        assert_eq!(read("ep=1,dp=4").unwrap().to_string(), "dp=4,ep=1");
         for (text, expected) in [
             (
                 "ep=0",
                 "`ep`: expected a number of ranks, from 1; found `0`",
             ),
+            (
+                "dp=x",
+                "`dp`: expected a number of ranks, from 1; found `x`",
+            ),
             ("ep=2,ep=4", "`ep` is there twice"),
             (
                 "pp=2",
-                "expected ep=N, exchange=slots|rows, wire=f32|bf16 or overlap=on|off, with commas between; found `pp=2`",
+                "expected dp=N, ep=N, exchange=slots|rows, wire=f32|bf16 or overlap=on|off, with commas between; found `pp=2`",
             ),
             ("wire=f16", "`wire`: expected f32 or bf16; found `f16`"),
             (

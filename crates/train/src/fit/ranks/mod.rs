@@ -22,12 +22,12 @@ use model::{ExpertRanks, Model, Parameter};
 use parallel::{MessageReader, MessageWriter, RankError, World};
 
 use super::grad_audit::GradientFacts;
-use super::joining::Joined;
 use crate::checkpoint_state::read_optimizer;
 use crate::optimizer::Accumulated;
 use crate::routing::DriftCounts;
 use crate::{Error, Result};
 
+pub(crate) use self::layout::JoinedRanks;
 pub use self::layout::RankLayout;
 use self::stacks::ShardedStack;
 pub(crate) use self::stacks::SharedValues;
@@ -49,14 +49,14 @@ pub(crate) struct Ranks {
     /// The parameters in the order of the model, as many as one message has: no rank needs memory for a message of all.
     batches: Vec<Vec<String>>,
     /// Why ranks do not share out the experts that are trained, unless they may.
-    pub(super) why_whole: Option<String>,
+    pub(crate) why_whole: Option<String>,
 }
 
 impl Ranks {
     /// Shares parameters out: the largest first, each to the rank that has least. The parts of a stack that is shared out
     /// belong to the ranks of one group.
-    pub(crate) fn new(joined: Joined, model: &Model) -> Self {
-        let Joined {
+    pub(crate) fn new(joined: JoinedRanks, model: &Model) -> Self {
+        let JoinedRanks {
             world,
             layout,
             experts,
