@@ -114,17 +114,13 @@ impl Session {
             kernels::map_large_blocks();
         }
         let device = device_of(&recipe, options.device)?;
-        let (mut base, config) = open_base(&recipe, options.resolve)?;
-        if let Some(name) = options.base_name {
-            base.name = name.to_owned();
-        }
+        let (base, config) = open_base(&recipe, &options)?;
         let adapter = open_adapter(&recipe, &config)?;
         let adapter = adapter.as_ref();
         let joined = Sharing::new(&recipe, &config, adapter, options.device).join(options.ranks)?;
-        let on = (&device, joined.experts.as_ref());
-        let mut model = open_model(&recipe, &base, &config, on)?;
-        let of_base = (options.device, joined.experts.as_ref());
-        let mut reference = open_reference(&recipe, &model, &base, of_base)?;
+        let ranks = joined.experts.as_ref();
+        let mut model = open_model(&recipe, &base, &config, (&device, ranks))?;
+        let mut reference = open_reference(&recipe, &model, &base, (options.device, ranks))?;
         let mut start = open_start(&recipe, reference.as_ref(), adapter, options.device)?;
         let (adapted, mut update) = adapt(&recipe, &mut model, adapter, &device)?;
         if model.parameters().is_empty() {
@@ -345,13 +341,10 @@ fn adapt(
 }
 
 /// What the model is, and where it comes from.
-fn open_base(
-    recipe: &Recipe,
-    resolve: &dyn Fn(&str) -> Result<PathBuf>,
-) -> Result<(Base, ModelConfig)> {
+fn open_base(recipe: &Recipe, options: &SessionOptions<'_>) -> Result<(Base, ModelConfig)> {
     let tokenizer_folder = recipe.model.tokenizer.clone();
     if let Some(path) = &recipe.model.path {
-        let folder = Folder::open(&resolve(path)?)?.with_companions(data::companions);
+        let folder = Folder::open(&(options.resolve)(path)?)?.with_companions(data::companions);
         let model_config = load::read_config(&folder)?;
         let tokenizer = match &tokenizer_folder {
             Some(given) => TokenizerFiles::read(given)?,
@@ -361,7 +354,7 @@ fn open_base(
             config: folder.config().clone(),
             tokenizer,
             tokenizer_folder,
-            name: path.clone(),
+            name: options.base_name.unwrap_or(path).to_owned(),
             folder: Some(folder),
         };
         return Ok((base, model_config));
