@@ -240,6 +240,32 @@ mod mpi {
         }
     }
 
+    /// Ranks that are killed and resumed end as those that are not.
+    #[test]
+    fn a_check_of_resuming_kills_ranks() {
+        let place = tempfile::tempdir().unwrap();
+        let out = place.path().join("check").to_string_lossy().into_owned();
+        let launcher = "mpirun --allow-run-as-root --oversubscribe --bind-to none -n 2";
+        let ranks = ["--launcher", launcher, "--layout", "exchange=slots"];
+        let kills = [
+            "--kills",
+            "3",
+            "--out",
+            &out,
+            "--json",
+            "--set",
+            "train.save_every=1",
+        ];
+        let words = [&["resume-check", RECIPE], &ranks[..], &kills, &FOUR].concat();
+        let said = succeeds(command(&words));
+        let report: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
+        assert_eq!(
+            (&report["equal"], &report["kills"]),
+            (&true.into(), &3.into()),
+            "{report}"
+        );
+    }
+
     /// A benchmark of ranks says what each needs, as a run will; combinations and other verbs are for one process.
     #[test]
     fn benchmarks_measure_ranks_that_train_together() {

@@ -218,50 +218,73 @@ fn measure(
     let device_bytes = reserved_bytes(&device);
     peaks.extend(peak_flops(compute, &device, PEAK_RUNS));
 
-    let speeds = Spread::of(timed.iter().map(speed));
     let own = RankFigures {
         peak_bytes,
         mapped_bytes,
         peak_flops: Spread::of(peaks).median,
     };
-    let ranks = own.of_all(world)?;
-    let peak: f64 = ranks.iter().map(|rank| rank.peak_flops).sum();
-    let rank_bytes = |of: fn(&RankFigures) -> Option<u64>| ranks.iter().map(of).collect::<Vec<_>>();
-    let rank_peak_bytes = rank_bytes(|rank| rank.peak_bytes);
-    let cost = session.cost(seq as usize).total();
-    let recipe = &session.recipe;
-    Ok(json!({
-        "model": subject.name,
-        "family": subject.config.model_type.name(),
-        "weights": if subject.is_random() { "random" } else { "checkpoint" },
-        "seed": recipe.train.seed,
-        "method": recipe.train.method,
-        "compute": recipe.precision.compute_word(),
-        "set": args.set,
-        "threads": rayon::current_num_threads(),
-        "ranks": world.ranks(),
-        "layout": session.layout().to_string(),
-        "device": args.device.name().unwrap_or_else(|| CPU.into()),
-        "adapter": describe(&device).map(|of| of.adapter),
-        "reps": args.reps,
-        "results": [{
-            "batch": batch,
-            "seq": seq,
-            "experts": subject.config.moe.as_ref().map(|moe| moe.n_routed_experts),
-            "parameters": parameters(&subject.config).total,
-            "trained_parameters": session.trained_parameters(),
-            "tokens_per_second": speeds.to_json(),
-            "step_seconds": Spread::of(timed.iter().map(|report| report.seconds)).to_json(),
-            "peak_bytes": rank_peak_bytes.iter().max(),
-            "rank_peak_bytes": rank_peak_bytes,
-            "rank_mapped_bytes": rank_bytes(|rank| rank.mapped_bytes),
-            "device_bytes": device_bytes,
-            "flops_per_token": cost,
-            "flops_per_second": cost * speeds.median,
-            "peak_flops_per_second": peak,
-            "fraction_of_peak": cost * speeds.median / peak,
-        }],
-    }))
+    let measured = MeasuredRun {
+        subject,
+        session: &session,
+        timed,
+        device_bytes,
+        ranks: own.of_all(world)?,
+    };
+    Ok(measured.to_json(args, case))
+}
+
+/// A session whose steps were timed.
+struct MeasuredRun<'a> {
+    subject: &'a Subject,
+    session: &'a Session,
+    timed: &'a [StepReport],
+    device_bytes: Option<u64>,
+    ranks: Vec<RankFigures>,
+}
+
+impl MeasuredRun<'_> {
+    fn to_json(&self, args: &Args, case: TrainingCase) -> Value {
+        let (subject, session, timed) = (self.subject, self.session, self.timed);
+        let speeds = Spread::of(timed.iter().map(speed));
+        let peak: f64 = self.ranks.iter().map(|rank| rank.peak_flops).sum();
+        let rank_bytes =
+            |of: fn(&RankFigures) -> Option<u64>| self.ranks.iter().map(of).collect::<Vec<_>>();
+        let rank_peak_bytes = rank_bytes(|rank| rank.peak_bytes);
+        let cost = session.cost(case.seq as usize).total();
+        let recipe = &session.recipe;
+        json!({
+            "model": subject.name,
+            "family": subject.config.model_type.name(),
+            "weights": if subject.is_random() { "random" } else { "checkpoint" },
+            "seed": recipe.train.seed,
+            "method": recipe.train.method,
+            "compute": recipe.precision.compute_word(),
+            "set": args.set,
+            "threads": rayon::current_num_threads(),
+            "ranks": self.ranks.len(),
+            "layout": session.layout().to_string(),
+            "device": args.device.name().unwrap_or_else(|| CPU.into()),
+            "adapter": describe(&session.device()).map(|of| of.adapter),
+            "reps": args.reps,
+            "results": [{
+                "batch": case.batch,
+                "seq": case.seq,
+                "experts": subject.config.moe.as_ref().map(|moe| moe.n_routed_experts),
+                "parameters": parameters(&subject.config).total,
+                "trained_parameters": session.trained_parameters(),
+                "tokens_per_second": speeds.to_json(),
+                "step_seconds": Spread::of(timed.iter().map(|report| report.seconds)).to_json(),
+                "peak_bytes": rank_peak_bytes.iter().max(),
+                "rank_peak_bytes": rank_peak_bytes,
+                "rank_mapped_bytes": rank_bytes(|rank| rank.mapped_bytes),
+                "device_bytes": self.device_bytes,
+                "flops_per_token": cost,
+                "flops_per_second": cost * speeds.median,
+                "peak_flops_per_second": peak,
+                "fraction_of_peak": cost * speeds.median / peak,
+            }],
+        })
+    }
 }
 
 /// What a rank measures by itself.

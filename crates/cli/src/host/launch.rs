@@ -28,6 +28,15 @@ impl RankArgs {
     pub(crate) fn layout(&self) -> RankLayout {
         self.layout.unwrap_or_default()
     }
+
+    /// The words of a command line that say the same.
+    pub(crate) fn words(&self) -> Vec<String> {
+        let mut words = vec!["--rank-timeout".into(), self.rank_timeout.to_string()];
+        if let Some(layout) = self.layout {
+            words.extend(["--layout".into(), layout.to_string()]);
+        }
+        words
+    }
 }
 
 /// The variables that a launcher sets.

@@ -2,7 +2,8 @@
 //!
 //! The runs are those of `moeforge train`, in processes of their own, ended by SIGKILL, which no program can handle: a
 //! kill lands wherever the process is, opening the model, in a step, or half-way through a checkpoint. A run that
-//! finishes before all kills are used is compared, and another run takes the rest.
+//! finishes before all kills are used is compared, and another run takes the rest. Of several ranks one is killed, which
+//! must end the others.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -17,6 +18,7 @@ use train::Recipe;
 
 use crate::console::{Console, MISMATCH, Progress};
 use crate::device::{DeviceArgs, VARIABLE};
+use crate::host::launch::RankArgs;
 use crate::train::{new_run, usage};
 
 /// Check that killed-and-resumed training equals an uninterrupted run, bit for bit.
@@ -40,6 +42,11 @@ pub(crate) struct Args {
     /// Random seed for the moments of the kills.
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
+    /// Command that starts ranks, such as `mpirun -n 2 --bind-to none`: one of those on this machine is killed each time.
+    #[arg(long, value_name = "COMMAND")]
+    launcher: Option<String>,
+    #[command(flatten)]
+    ranks: RankArgs,
     /// Folder for the runs. Default: a new folder in runs/. Killed runs that show no difference are removed.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -151,7 +158,10 @@ impl Check<'_> {
                 }
                 break;
             }
-            child.kill()?;
+            match self.args.launcher {
+                None => child.kill()?,
+                Some(_) => self.kill_rank(&mut child)?,
+            }
             child.wait()?;
             self.tally.note_kill(&run)?;
             let kills = self.tally.kills;
@@ -164,6 +174,32 @@ impl Check<'_> {
             fs::remove_dir_all(&run).with_context(|| format!("cannot remove {}", run.display()))?;
         }
         self.tally.differences.extend(differences);
+        Ok(())
+    }
+
+    /// Kills one of the ranks, which ends the others and their launcher.
+    fn kill_rank(&mut self, launcher: &mut Child) -> anyhow::Result<()> {
+        let mut ranks = Vec::new();
+        // Until the launcher has started them there is nothing to kill.
+        while ranks.is_empty() && !has_ended(launcher, Some(Duration::from_millis(20)))? {
+            ranks = ranks_of(launcher.id())?;
+        }
+        let number = (self.uniform() * ranks.len() as f64) as usize;
+        if let Some(rank) = ranks.get(number) {
+            // One that has just ended cannot be killed, and need not be.
+            Command::new("kill")
+                .args(["-KILL", &rank.to_string()])
+                .stderr(Stdio::null())
+                .status()
+                .context("cannot start `kill`")?;
+        }
+        if !has_ended(launcher, Some(LONGEST_END))? {
+            launcher.kill()?;
+            bail!(
+                "the launcher goes on {} s after a rank was killed",
+                LONGEST_END.as_secs()
+            );
+        }
         Ok(())
     }
 
@@ -220,11 +256,51 @@ impl Tally {
     }
 }
 
+/// The longest that ranks and their launcher may go on after one was killed.
+const LONGEST_END: Duration = Duration::from_secs(60);
+
+/// The processes of this program that a launcher has started, or that its own helpers have.
+fn ranks_of(launcher: u32) -> anyhow::Result<Vec<u32>> {
+    let listed = Command::new("ps")
+        .args(["-A", "-o", "pid=,ppid=,comm="])
+        .output()
+        .context("cannot start `ps`, which finds the ranks")?;
+    let text = String::from_utf8_lossy(&listed.stdout).into_owned();
+    let of_line = |line: &str| {
+        let mut words = line.split_whitespace();
+        let mut number = || words.next()?.parse::<u32>().ok();
+        let (process, parent) = (number()?, number()?);
+        let is_rank = words.next()?.rsplit('/').next()?.starts_with("moeforge");
+        Some((process, parent, is_rank))
+    };
+    let all: Vec<_> = text.lines().filter_map(of_line).collect();
+    let (mut parents, mut ranks) = (vec![launcher], Vec::new());
+    while let Some(parent) = parents.pop() {
+        for (process, _, is_rank) in all.iter().filter(|(_, of, _)| *of == parent) {
+            parents.push(*process);
+            ranks.extend(is_rank.then_some(*process));
+        }
+    }
+    Ok(ranks)
+}
+
 /// Starts or resumes a run.
 fn start(args: &Args, run: &Path) -> anyhow::Result<Child> {
     let program = std::env::current_exe().context("cannot find this program")?;
-    let mut command = Command::new(program);
+    let mut words = args
+        .launcher
+        .iter()
+        .flat_map(|launcher| launcher.split_whitespace());
+    let mut command = match words.next() {
+        Some(launcher) => Command::new(launcher),
+        None => Command::new(&program),
+    };
+    command.args(words);
+    if args.launcher.is_some() {
+        command.arg(&program);
+    }
     command.args(["train", "--quiet"]);
+    command.args(args.ranks.words());
     if is_run(run) {
         command.arg("--resume").arg(run);
     } else {

@@ -155,7 +155,7 @@ pub(super) fn tried() -> Vec<(&'static str, String)> {
 }
 
 /// The checkpoints and the result of a case to compare.
-pub(super) fn names<'a>(kind: &'a str, recipe: &Recipe) -> [String; 3] {
+pub(super) fn names(kind: &str, recipe: &Recipe) -> [String; 3] {
     let result = kind.split(' ').next().unwrap();
     let last = recipe.train.steps.unwrap();
     [

@@ -50,12 +50,15 @@ pub(crate) struct JoinedRanks {
 }
 
 impl RankLayout {
-    /// This one with a number of ranks, and of those that share out experts.
+    /// This one with a number of ranks, and of those that share out experts: nothing is left open.
     pub(crate) fn with(self, ranks: usize, ep: usize) -> Self {
+        let shares = ep > 1;
         Self {
             dp: Some(ranks),
             ep: Some(ep),
-            ..self
+            exchange: shares.then(|| self.exchange()),
+            wire: shares.then(|| self.wire()),
+            overlap: shares.then(|| self.overlaps()),
         }
     }
 
@@ -137,24 +140,22 @@ fn of_word<T: SettingWords>(word: &str) -> Result<T, String> {
     T::find(word).ok_or_else(|| format!("expected {}; found `{word}`", expected()))
 }
 
+/// As it is read, without what is left open.
 impl fmt::Display for RankLayout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(dp) = self.dp {
-            write!(f, "dp={dp},")?;
-        }
-        let ep = self.ep.unwrap_or(1);
-        write!(f, "ep={ep}")?;
-        if ep > 1 {
-            let words = [
-                ("exchange", self.exchange().word()),
-                ("wire", self.wire().word()),
-                ("overlap", self.overlaps().word()),
-            ];
-            for (key, word) in words {
-                write!(f, ",{key}={}", word.unwrap_or_default())?;
-            }
-        }
-        Ok(())
+        let number = |number: Option<usize>| number.map(|number| number.to_string());
+        let word = |word: Option<&'static str>| word.map(str::to_owned);
+        let settings = [
+            ("dp", number(self.dp)),
+            ("ep", number(self.ep)),
+            ("exchange", word(self.exchange.and_then(SettingWords::word))),
+            ("wire", word(self.wire.and_then(SettingWords::word))),
+            ("overlap", word(self.overlap.and_then(SettingWords::word))),
+        ];
+        let given = settings
+            .into_iter()
+            .filter_map(|(key, value)| Some(format!("{key}={}", value?)));
+        f.write_str(&given.collect::<Vec<_>>().join(","))
     }
 }
 
@@ -166,11 +167,14 @@ mod tests {
     fn layouts_are_read_or_refused_by_name() {
         let read = |text: &str| text.parse::<RankLayout>();
         let layout = read("ep=2,exchange=slots").unwrap();
+        assert_eq!(layout.to_string(), "ep=2,exchange=slots");
         assert_eq!(
-            layout.to_string(),
-            "ep=2,exchange=slots,wire=f32,overlap=on"
+            layout.with(4, 2).to_string(),
+            "dp=4,ep=2,exchange=slots,wire=f32,overlap=on"
         );
-        assert_eq!(read("ep=1,dp=4").unwrap().to_string(), "dp=4,ep=1");
+        let layout = read("ep=1,dp=4").unwrap();
+        assert_eq!(layout.to_string(), "dp=4,ep=1");
+        assert_eq!(layout.with(4, 1), layout);
         for (text, expected) in [
             (
                 "ep=0",
