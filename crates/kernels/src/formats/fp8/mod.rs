@@ -13,7 +13,7 @@
 mod tiles;
 
 pub(crate) use tiles::{BLOCK, round_blocks, round_columns, round_rows};
-pub use tiles::{Tiles, encode_tiles};
+pub use tiles::{TILE_GROUP, Tiles, encode_tiles};
 
 pub use crate::settings::Scales;
 use crate::simd::multiversion;

@@ -20,7 +20,7 @@ const FLOOR: f32 = 1e-4;
 /// The tile of a weight.
 pub(crate) const BLOCK: [usize; 2] = [128, 128];
 /// Values of an activation that share a scale.
-const TILE_GROUP: usize = 128;
+pub const TILE_GROUP: usize = 128;
 /// Rows per task, if tiles are lower than that.
 const ROUNDED_TASK_ROWS: usize = 64;
 
@@ -48,6 +48,25 @@ pub struct Tiles {
 }
 
 impl Tiles {
+    /// Rows of `cols` values in tiles of 1 × 128, which were encoded elsewhere.
+    ///
+    /// # Panics
+    /// If there is not a scale for each tile.
+    pub fn of_rows(codes: Vec<u8>, scales: Vec<f32>, cols: usize) -> Self {
+        let rows = codes.len() / cols.max(1);
+        assert_eq!(
+            scales.len(),
+            rows * cols.div_ceil(TILE_GROUP),
+            "a scale for each tile"
+        );
+        Self {
+            codes,
+            scales,
+            tile: [1, TILE_GROUP],
+            cols,
+        }
+    }
+
     /// Number of rows and columns.
     pub fn dims(&self) -> [usize; 2] {
         [self.codes.len() / self.cols.max(1), self.cols]
@@ -240,6 +259,30 @@ mod tests {
     use super::*;
     use crate::formats::fp8::f32_to_e4m3;
     use crate::testing::noise;
+
+    /// Rows that were rounded for the wire are rounded once more by the product that reads them.
+    #[test]
+    fn rounding_twice_is_rounding_once() {
+        let shape = [64, 300];
+        for kind in [Scales::F32, Scales::PowerOfTwo, Scales::One] {
+            for seed in 0..20 {
+                let magnitude = 10f32.powi(seed % 7 - 5);
+                let mut values = noise(shape[0] * shape[1], seed as u64);
+                values.iter_mut().for_each(|value| *value *= magnitude);
+                let mut round = || {
+                    let tiles = encode_tiles(&values, shape, [1, 128], kind);
+                    tiles.decode(0..shape[0], &mut values);
+                    values.clone()
+                };
+                assert_eq!(round(), round());
+            }
+        }
+        // The largest value of a tile decides its scale, whatever its mantissa is: each of eight.
+        for bits in (0x3F80_0000..0x4000_0000u32).step_by(8) {
+            let scale = Scales::F32.of(f32::from_bits(bits));
+            assert_eq!(Scales::F32.of(LARGEST * scale), scale);
+        }
+    }
 
     #[test]
     fn every_tile_has_its_own_scale_and_ragged_edges_have_theirs() {

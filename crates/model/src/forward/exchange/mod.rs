@@ -14,10 +14,11 @@ use std::ops::Range;
 
 use burn::tensor::{Device, Gradients, Int, Tensor, TensorData};
 use kernels::device::{read, read_ints};
+use kernels::fp8::Scales;
 use kernels::{Routing, SuppliedGradients};
 use parallel::{MessageReader, MessageWriter, Posted, World};
 
-use self::rows::{Received, Sent, SentPlan, add_rows};
+use self::rows::{OutgoingRows, Received, Sent, SentPlan, add_rows};
 use super::routing::Routed;
 
 /// What travels between ranks.
@@ -76,6 +77,11 @@ impl ExpertRanks {
     /// This rank's place in its group.
     pub fn place(&self) -> usize {
         self.world.rank() % self.ep
+    }
+
+    /// Whether sums and gradients are rounded on their way.
+    pub(crate) fn rounds(&self) -> bool {
+        self.wire != RowWire::F32
     }
 
     /// The experts of each rank of a group.
@@ -143,6 +149,8 @@ pub(crate) struct ShardedExperts<'a> {
     pub(crate) ranges: &'a [Range<usize>],
     /// Layer and part, for messages.
     pub(crate) name: String,
+    /// The scales of the rows, if all that reads them are products in FP8.
+    pub(crate) scales: Option<Scales>,
 }
 
 /// A micro-batch's experts. They run in three turns, so that something else can be computed while rows travel: rows are sent
@@ -193,7 +201,8 @@ impl RunningExperts {
         let sent: Vec<Sent> = (of.ranges.iter())
             .map(|range| plan.rows(range.clone(), of.ranks.kind))
             .collect();
-        let (rows, weights) = (read(x.clone()), read(routed.weights.clone()));
+        let rows = OutgoingRows::new(read(x.clone()), [tokens, hidden], of.scales);
+        let weights = read(routed.weights.clone());
         let messages = (sent.iter()).map(|sent| sent.message(&rows, &weights, dropout_seed));
         let posted = (of.ranks).post(&format!("rows of {}", of.name), messages.collect());
         Self {
@@ -220,7 +229,7 @@ impl RunningExperts {
         let (ranks, [_, hidden, _]) = (&self.run.ranks, self.run.shape);
         let messages = ranks.wait(self.run.posted.take()).into_iter();
         let served = messages.map(|message| {
-            let received = Received::read(&message).expect("the ranks run one program");
+            let received = Received::read(&message, hidden).expect("the ranks run one program");
             received.serve(self.n_own, hidden, &self.x.device(), &run)
         });
         let served: Vec<Option<[Tensor<2>; 3]>> = served.collect();

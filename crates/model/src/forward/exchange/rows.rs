@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use half::bf16;
 use kernels::SlotPart;
+use kernels::fp8::{Scales, TILE_GROUP, Tiles, encode_tiles};
 use parallel::{MessageReader, MessageWriter, ShortMessage};
 
 use super::{ExchangeKind, RowWire};
@@ -33,6 +34,67 @@ impl RowWire {
             }
         }
     }
+}
+
+/// A micro-batch's rows by token, in the form in which they travel.
+pub(super) enum OutgoingRows {
+    /// As they are.
+    F32 { values: Vec<f32>, width: usize },
+    /// In tiles of 1 × 128, as products in FP8 round them: doing so once more changes nothing.
+    Fp8(Tiles),
+}
+
+impl OutgoingRows {
+    /// `scales` are those of the products that read them, if these are in FP8.
+    pub(super) fn new(values: Vec<f32>, shape: [usize; 2], scales: Option<Scales>) -> Self {
+        match scales {
+            Some(kind) => Self::Fp8(encode_tiles(&values, shape, [1, TILE_GROUP], kind)),
+            None => Self::F32 {
+                values,
+                width: shape[1],
+            },
+        }
+    }
+
+    /// Writes those of some tokens.
+    pub(super) fn write(&self, message: &mut MessageWriter, tokens: &[usize]) {
+        match self {
+            Self::F32 { values, width } => {
+                message.count(0).values(&gather(values, *width, tokens));
+            }
+            Self::Fp8(tiles) => {
+                let width = tiles.dims()[1];
+                message.count(1);
+                message.bytes(&gather(&tiles.codes, width, tokens));
+                message.values(&gather(&tiles.scales, width.div_ceil(TILE_GROUP), tokens));
+            }
+        }
+    }
+
+    /// Reads rows of `width` values, as f32.
+    pub(super) fn read(
+        reader: &mut MessageReader<'_>,
+        width: usize,
+    ) -> Result<Vec<f32>, ShortMessage> {
+        if reader.count()? == 0 {
+            return reader.values();
+        }
+        let (codes, scales) = (reader.bytes()?.to_vec(), reader.values()?);
+        let tiles = Tiles::of_rows(codes, scales, width);
+        let [rows, _] = tiles.dims();
+        let mut values = vec![0.0; rows * width];
+        tiles.decode(0..rows, &mut values);
+        Ok(values)
+    }
+}
+
+/// The rows of some tokens.
+fn gather<T: Copy>(values: &[T], width: usize, tokens: &[usize]) -> Vec<T> {
+    let mut rows = Vec::with_capacity(tokens.len() * width);
+    for token in tokens {
+        rows.extend_from_slice(&values[token * width..][..width]);
+    }
+    rows
 }
 
 /// The rows that a micro-batch sends to one rank.
@@ -119,15 +181,15 @@ impl SentPlan {
 impl Sent {
     /// The rows of some values by token, in the order in which they are sent.
     pub(super) fn gather(&self, values: &[f32], tokens: usize) -> Vec<f32> {
-        let width = values.len() / tokens.max(1);
-        let mut rows = Vec::with_capacity(self.tokens.len() * width);
-        for token in &self.tokens {
-            rows.extend_from_slice(&values[token * width..][..width]);
-        }
-        rows
+        gather(values, values.len() / tokens.max(1), &self.tokens)
     }
 
-    pub(super) fn message(&self, x: &[f32], weights: &[f32], dropout_seed: Option<u64>) -> Vec<u8> {
+    pub(super) fn message(
+        &self,
+        rows: &OutgoingRows,
+        weights: &[f32],
+        dropout_seed: Option<u64>,
+    ) -> Vec<u8> {
         let mut message = MessageWriter::default();
         message
             .count(u64::from(dropout_seed.is_some()))
@@ -142,7 +204,7 @@ impl Sent {
         let weight = |slot: &Option<usize>| slot.map_or(0.0, |slot| weights[slot]);
         let weights: Vec<f32> = self.slots.iter().map(weight).collect();
         message.bytes(&experts).values(&weights);
-        message.values(&self.gather(x, self.part.tokens));
+        rows.write(&mut message, &self.tokens);
         message.finish()
     }
 }
@@ -158,7 +220,8 @@ pub(super) struct Received {
 }
 
 impl Received {
-    pub(super) fn read(message: &[u8]) -> Result<Self, ShortMessage> {
+    /// Reads rows of `width` values.
+    pub(super) fn read(message: &[u8], width: usize) -> Result<Self, ShortMessage> {
         let mut reader = MessageReader::new(message);
         let is_dropping = reader.count()? == 1;
         let dropout_seed = Some(reader.count()?).filter(|_| is_dropping);
@@ -175,7 +238,7 @@ impl Received {
             rows,
             experts: experts.map(|bytes| i32::from_le_bytes(*bytes)).collect(),
             weights: reader.values()?,
-            x: reader.values()?,
+            x: OutgoingRows::read(&mut reader, width)?,
         })
     }
 }

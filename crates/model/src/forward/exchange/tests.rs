@@ -112,6 +112,8 @@ fn run(case: &Case, world: World) -> Outcome {
         ranks: &ranks,
         ranges: &ranges,
         name: "test".into(),
+        // Small whole numbers are values of E4M3.
+        scales: case.experts.is_multiple_of(3).then_some(Scales::One),
     };
     let serve = |rows: ServedRows| {
         let part = rows.routing.part.expect("a part of a micro-batch");
@@ -275,5 +277,29 @@ fn spoiled_rows_are_seen() {
             let is_right = (0..2).all(|rank| found[rank] == expected(&case, rank));
             assert_eq!(is_right, i == 0, "{kind:?} {i}");
         }
+    }
+}
+
+/// Rows for products in FP8 take a quarter of the bytes, and arrive as those products would round them.
+#[test]
+fn rows_for_fp8_travel_in_eight_bits() {
+    let (tokens, shape) = ([2, 0, 2], [3, 200]);
+    let x = values(9, 600);
+    let read_back = |scales: Option<Scales>| {
+        let mut message = MessageWriter::default();
+        OutgoingRows::new(x.clone(), shape, scales).write(&mut message, &tokens);
+        let message = message.finish();
+        let rows = OutgoingRows::read(&mut MessageReader::new(&message), shape[1]);
+        (message.len(), rows.unwrap())
+    };
+    let (len, rows) = read_back(None);
+    let expected = tokens.map(|token| &x[token * 200..][..200]).concat();
+    assert_eq!((len, rows), (16 + 4 * 600, expected.clone()));
+    for kind in [Scales::F32, Scales::PowerOfTwo] {
+        let (len, rows) = read_back(Some(kind));
+        let tiles = kernels::fp8::encode_tiles(&expected, shape, [1, 128], kind);
+        let mut rounded = vec![0.0; 600];
+        tiles.decode(0..3, &mut rounded);
+        assert_eq!((len, rows), (24 + 600 + 4 * 6, rounded));
     }
 }

@@ -4,12 +4,14 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use kernels::{ExpertBank, Matrix};
+use kernels::fp8::Scales;
+use kernels::{Compute, ExpertBank, Matrix};
 
 use super::{ExpertPart, Experts, PartWeights, routing};
 use crate::forward::context::ForwardContext;
 use crate::forward::exchange::{ExpertRanks, RunningExperts, ShardedExperts};
 use crate::forward::routing::Routed;
+use crate::precision::PrecisionClass;
 
 /// The share of a layer's experts that a rank holds.
 #[derive(Clone, Debug)]
@@ -99,11 +101,31 @@ impl Experts {
                 ranks: &shard.ranks,
                 ranges: &share.ranges,
                 name: format!("experts of layer {}, part {i}", shard.layer_idx),
+                scales: self.scales_of_rows(part.weights, &shard.ranks, ctx),
             };
             let routing = routing(routed, part.ids, shard.n_experts);
             RunningExperts::send(sharded, (x.clone(), routed), &routing, ctx.dropout_seed)
         };
         Some(parts.map(send).collect())
+    }
+
+    /// How rows are rounded on their way: as all that reads them does. Low-rank updates read them unrounded; gradients of
+    /// trained weights round columns, so they get rows that are rounded already only on a wire that rounds anyway.
+    fn scales_of_rows(
+        &self,
+        weights: PartWeights<'_>,
+        ranks: &ExpertRanks,
+        ctx: &ForwardContext<'_>,
+    ) -> Option<Scales> {
+        let may_round = match weights {
+            PartWeights::Plain(_) => true,
+            PartWeights::Updated(_) => self.lora.is_none(),
+            PartWeights::Trained(_) => ranks.rounds(),
+        };
+        match ctx.compute_of(PrecisionClass::Experts) {
+            Compute::Fp8(kind) if may_round => Some(kind),
+            _ => None,
+        }
     }
 
     /// Runs this rank's experts over the rows that were sent to them.
