@@ -264,6 +264,15 @@ mod mpi {
             (&true.into(), &3.into()),
             "{report}"
         );
+        // A command that becomes the program has no ranks to kill.
+        let other = place.path().join("env").to_string_lossy().into_owned();
+        let words = ["resume-check", RECIPE, "--launcher", "env", "--out", &other];
+        let output = command(&words).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            output.status.code() == Some(1) && said.contains("--launcher: expected"),
+            "{said}"
+        );
     }
 
     /// A benchmark of ranks says what each needs, as a run will; combinations and other verbs are for one process.

@@ -115,14 +115,15 @@ impl Session {
         }
         let device = device_of(&recipe, options.device)?;
         let (base, config) = open_base(&recipe, &options)?;
-        let adapter = open_adapter(&recipe, &config)?;
-        let adapter = adapter.as_ref();
-        let joined = Sharing::new(&recipe, &config, adapter, options.device).join(options.ranks)?;
+        let stored = open_adapter(&recipe, &config)?;
+        let sharing = Sharing::new(&recipe, &config, stored.as_ref(), options.device);
+        let joined = sharing.join(options.ranks)?;
         let ranks = joined.experts.as_ref();
         let mut model = open_model(&recipe, &base, &config, (&device, ranks))?;
         let mut reference = open_reference(&recipe, &model, &base, (options.device, ranks))?;
-        let mut start = open_start(&recipe, reference.as_ref(), adapter, options.device)?;
-        let (adapted, mut update) = adapt(&recipe, &mut model, adapter, &device)?;
+        let mut start = open_start(&recipe, reference.as_ref(), stored.as_ref(), options.device)?;
+        let (adapted, mut update) = adapt(&recipe, &mut model, stored.as_ref(), &device)?;
+        drop(stored);
         if model.parameters().is_empty() {
             return Err(Error::NothingTrained);
         }
@@ -147,7 +148,6 @@ impl Session {
             cache: options.token_cache,
             progress: options.tokenizing,
         };
-        let end_ids = tokenizer.as_ref().map(|known| known.end_ids().to_vec());
         let train = Dataset::open(&recipe, reading)?;
         let valid = dataset::validation(&recipe, reading)?;
         expect_valid(&recipe, valid.as_ref())?;
@@ -164,7 +164,7 @@ impl Session {
             quantizer,
             train,
             valid,
-            end_ids: end_ids.unwrap_or_default(),
+            end_ids: tokenizer.map_or_else(Vec::new, |known| known.end_ids().to_vec()),
             model,
             update,
             base,

@@ -190,6 +190,12 @@ fn measure(
     let scratch = Scratch::new("bench")?;
     let mut recipe = recipe(args, case, subject, &scratch)?;
     share_out(&mut recipe, world.ranks(), console);
+    if !recipe.train.accumulate.is_multiple_of(world.ranks()) {
+        return Err(misuse(format!(
+            "--batch: expected a multiple of the number of ranks, {}, found {batch}",
+            world.ranks()
+        )));
+    }
     // Products in other formats are computed in f32.
     let compute = match recipe.precision.compute {
         OperandRounding::Bf16 => Compute::Bf16,
@@ -221,13 +227,13 @@ fn measure(
     let own = RankFigures {
         peak_bytes,
         mapped_bytes,
+        device_bytes,
         peak_flops: Spread::of(peaks).median,
     };
     let measured = MeasuredRun {
         subject,
         session: &session,
         timed,
-        device_bytes,
         ranks: own.of_all(world)?,
     };
     Ok(measured.to_json(args, case))
@@ -238,7 +244,6 @@ struct MeasuredRun<'a> {
     subject: &'a Subject,
     session: &'a Session,
     timed: &'a [StepReport],
-    device_bytes: Option<u64>,
     ranks: Vec<RankFigures>,
 }
 
@@ -277,7 +282,7 @@ impl MeasuredRun<'_> {
                 "peak_bytes": rank_peak_bytes.iter().max(),
                 "rank_peak_bytes": rank_peak_bytes,
                 "rank_mapped_bytes": rank_bytes(|rank| rank.mapped_bytes),
-                "device_bytes": self.device_bytes,
+                "device_bytes": rank_bytes(|rank| rank.device_bytes).iter().max(),
                 "flops_per_token": cost,
                 "flops_per_second": cost * speeds.median,
                 "peak_flops_per_second": peak,
@@ -291,8 +296,11 @@ impl MeasuredRun<'_> {
 struct RankFigures {
     /// The most memory in use.
     peak_bytes: Option<u64>,
-    /// Of that, weights that were read where their files are mapped; the system takes them back if it needs memory.
+    /// Of what is in use at the end, mapped files: the weights that were read, and the program. The system takes them back if
+    /// it needs memory.
     mapped_bytes: Option<u64>,
+    /// Reserved on a GPU.
+    device_bytes: Option<u64>,
     /// The most floating-point operations a second.
     peak_flops: f64,
 }
@@ -301,7 +309,7 @@ impl RankFigures {
     /// Those of all ranks.
     fn of_all(&self, world: &World) -> anyhow::Result<Vec<Self>> {
         let mut message = MessageWriter::default();
-        for bytes in [self.peak_bytes, self.mapped_bytes] {
+        for bytes in [self.peak_bytes, self.mapped_bytes, self.device_bytes] {
             message.count(bytes.unwrap_or(0));
         }
         message.number(self.peak_flops);
@@ -312,6 +320,7 @@ impl RankFigures {
             Ok(Self {
                 peak_bytes: bytes()?,
                 mapped_bytes: bytes()?,
+                device_bytes: bytes()?,
                 peak_flops: reader.number()?,
             })
         };
@@ -333,6 +342,7 @@ fn words(args: &Args, case: TrainingCase) -> Vec<OsString> {
         words.extend(["--adapter".into(), adapter.into()]);
     }
     words.extend(args.device.words());
+    words.extend(args.ranks.words().into_iter().map(OsString::from));
     for setting in &args.set {
         words.extend(["--set".into(), setting.into()]);
     }

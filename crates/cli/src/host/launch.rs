@@ -16,7 +16,7 @@ pub(crate) struct RankArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     rank_timeout: u64,
     /// How ranks under `mpirun` share the work out: ep=N ranks share out the experts, and exchange rows for each expert
-    /// (exchange=slots, the bits of one rank) or for each rank (exchange=rows, less to send; wire=bf16 rounds what comes back),
+    /// (exchange=slots, the bits of one rank) or for each rank (exchange=rows, less to send; wire=bf16 rounds it),
     /// while another micro-batch is computed (overlap=on or off). dp=N is the number of ranks, to be sure of it. Default: ep is
     /// the number of ranks if experts are trained and can be shared out, else 1; exchange=rows,wire=f32,overlap=on.
     #[arg(long, value_name = "dp=N,ep=N,...")]

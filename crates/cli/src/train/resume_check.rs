@@ -111,10 +111,25 @@ fn train_whole(args: &Args, run: &Path) -> anyhow::Result<[f64; 2]> {
     // A run writes this file when everything is open.
     let marker = run.join("precision.txt");
     while !marker.exists() && !has_ended(&mut child, Some(Duration::from_millis(5)))? {}
+    expect_ranks(args, &mut child)?;
     let opening = started.elapsed().as_secs_f64();
     has_ended(&mut child, None)?;
     ended(&mut child).with_context(|| format!("{}: the run failed", run.display()))?;
     Ok([opening, started.elapsed().as_secs_f64() - opening])
+}
+
+/// Refuses a launcher whose ranks are not found: none of them would ever be killed.
+fn expect_ranks(args: &Args, child: &mut Child) -> anyhow::Result<()> {
+    let Some(launcher) = &args.launcher else {
+        return Ok(());
+    };
+    if ranks_of(child.id())?.is_empty() && child.try_wait()?.is_none() {
+        child.kill()?;
+        bail!(
+            "--launcher: expected a command that starts ranks as processes of its own on this machine, and `{launcher}` has none"
+        );
+    }
+    Ok(())
 }
 
 /// The maximum time before a kill, such that one run takes all kills: with times drawn evenly up to it, the times left
@@ -150,7 +165,8 @@ impl Check<'_> {
             let mut child = start(self.args, &run)?;
             let kills_left = self.args.kills - self.tally.kills;
             let delay = (kills_left > 0).then(|| self.longest * self.uniform());
-            if has_ended(&mut child, delay.map(Duration::from_secs_f64))? {
+            let is_over = has_ended(&mut child, delay.map(Duration::from_secs_f64))?;
+            if is_over || !self.kill(&mut child)? {
                 if let Err(error) = ended(&mut child) {
                     let what = format!("{}: {error:#}", run.display());
                     self.tally.differences.push(what);
@@ -158,11 +174,6 @@ impl Check<'_> {
                 }
                 break;
             }
-            match self.args.launcher {
-                None => child.kill()?,
-                Some(_) => self.kill_rank(&mut child)?,
-            }
-            child.wait()?;
             self.tally.note_kill(&run)?;
             let kills = self.tally.kills;
             let status = format!("in run {}", self.tally.rounds + 1);
@@ -177,22 +188,33 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Kills one of the ranks, which ends the others and their launcher.
-    fn kill_rank(&mut self, launcher: &mut Child) -> anyhow::Result<()> {
+    /// Kills the process, or one of the ranks that it has started, which ends the others and their launcher. Returns whether
+    /// there was anything to kill.
+    fn kill(&mut self, child: &mut Child) -> anyhow::Result<bool> {
+        if self.args.launcher.is_some() {
+            return self.kill_rank(child);
+        }
+        child.kill()?;
+        child.wait()?;
+        Ok(true)
+    }
+
+    fn kill_rank(&mut self, launcher: &mut Child) -> anyhow::Result<bool> {
         let mut ranks = Vec::new();
         // Until the launcher has started them there is nothing to kill.
         while ranks.is_empty() && !has_ended(launcher, Some(Duration::from_millis(20)))? {
             ranks = ranks_of(launcher.id())?;
         }
         let number = (self.uniform() * ranks.len() as f64) as usize;
-        if let Some(rank) = ranks.get(number) {
-            // One that has just ended cannot be killed, and need not be.
-            Command::new("kill")
+        let signaled = match ranks.get(number) {
+            Some(rank) => Command::new("kill")
                 .args(["-KILL", &rank.to_string()])
                 .stderr(Stdio::null())
                 .status()
-                .context("cannot start `kill`")?;
-        }
+                .context("cannot start `kill`")?
+                .success(),
+            None => false,
+        };
         if !has_ended(launcher, Some(LONGEST_END))? {
             launcher.kill()?;
             bail!(
@@ -200,7 +222,8 @@ impl Check<'_> {
                 LONGEST_END.as_secs()
             );
         }
-        Ok(())
+        // A rank that had just ended cannot be killed: the run is over.
+        Ok(signaled)
     }
 
     /// The next random number from 0 to 1: SplitMix64.
@@ -265,6 +288,9 @@ fn ranks_of(launcher: u32) -> anyhow::Result<Vec<u32>> {
         .args(["-A", "-o", "pid=,ppid=,comm="])
         .output()
         .context("cannot start `ps`, which finds the ranks")?;
+    if !listed.status.success() {
+        bail!("`ps`, which finds the ranks, ended with {}", listed.status);
+    }
     let text = String::from_utf8_lossy(&listed.stdout).into_owned();
     let of_line = |line: &str| {
         let mut words = line.split_whitespace();

@@ -346,12 +346,24 @@ impl<'a> Builder<'a> {
         )))
     }
 
-    /// Views of a layer's experts in their published bytes.
+    /// Views of a layer's experts in their published bytes. Fresh ones of other ranks are not made: one of this rank's stands in
+    /// for each, and nothing reads it.
     fn bank(&self, layer_idx: usize, n: usize) -> Result<Arc<ExpertBank>, Error> {
+        let own = match (&self.ranks, &self.source) {
+            (Some(ranks), WeightSource::Fresh(_)) => ranks.own_places(n, None),
+            _ => 0..n,
+        };
+        // A rank without experts needs their shape.
+        let made = if own.is_empty() { 0..1 } else { own };
         let matrices = |projection| {
-            let experts = (0..n).into_par_iter();
             let read = |expert| self.matrix(expert_key(layer_idx, expert, projection));
-            self.placed(experts.map(read).collect::<Result<Vec<_>, _>>()?)
+            let experts = made.clone().into_par_iter().map(read);
+            let found = experts.collect::<Result<Vec<_>, _>>()?;
+            let all = (0..n).map(|expert| {
+                let place = made.contains(&expert).then(|| expert - made.start);
+                found[place.unwrap_or(0)].clone()
+            });
+            self.placed(all.collect())
         };
         Ok(Arc::new(ExpertBank::new(
             matrices(Projection::Gate)?,

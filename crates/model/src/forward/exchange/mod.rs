@@ -31,13 +31,14 @@ pub enum ExchangeKind {
     Rows,
 }
 
-/// The format in which sums come back, and gradients of rows travel. Rows go out in f32, and so do weights and their gradients.
+/// The format in which sums come back, and gradients of rows travel. Weights and their gradients travel in f32. Rows go out in
+/// f32 too, or in E4M3 where products in FP8 are all that reads them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RowWire {
     /// As they are.
     #[default]
     F32,
-    /// Rounded, for links that are slow.
+    /// Rounded, for links that are slow. Rows for trained experts in FP8 go out in E4M3 then.
     Bf16,
 }
 

@@ -30,7 +30,7 @@ pub struct RankLayout {
     pub ep: Option<usize>,
     /// What travels between them.
     exchange: Option<ExchangeKind>,
-    /// The format of what comes back.
+    /// The format of what travels.
     wire: Option<RowWire>,
     /// Whether two micro-batches of a rank take turns, so that rows travel while something is computed. It changes memory and
     /// time, no bit.
@@ -38,7 +38,7 @@ pub struct RankLayout {
 }
 
 /// The ranks of a run, and how they share it out.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct JoinedRanks {
     pub(crate) world: World,
     /// Nothing is left open.
@@ -47,6 +47,18 @@ pub(crate) struct JoinedRanks {
     pub(crate) experts: Option<Arc<ExpertRanks>>,
     /// Why trained experts are not shared out, unless they may be.
     pub(crate) why_whole: Option<String>,
+}
+
+impl Default for JoinedRanks {
+    /// One rank.
+    fn default() -> Self {
+        Self {
+            world: World::alone(),
+            layout: RankLayout::default().with(1, 1),
+            experts: None,
+            why_whole: None,
+        }
+    }
 }
 
 impl RankLayout {
@@ -67,7 +79,7 @@ impl RankLayout {
         self.exchange.unwrap_or_default()
     }
 
-    /// The format of what comes back.
+    /// The format of what travels.
     pub(crate) fn wire(self) -> RowWire {
         self.wire.unwrap_or_default()
     }

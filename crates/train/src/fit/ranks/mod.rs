@@ -100,14 +100,20 @@ impl Ranks {
         let (mut batches, mut len) = (Vec::<Vec<String>>::new(), 0);
         for parameter in model.parameters() {
             let whole = self.whole_len(&parameter.name, parameter.values.dims()[0]);
-            match batches.last_mut().filter(|_| len + whole <= BATCH_VALUES) {
+            // As much of a stack travels as a rank has, and nothing if no other rank has the same.
+            let sent = match (self.stacks.contains_key(&parameter.name), self.ep()) {
+                (false, _) => whole,
+                (true, ep) if ep == self.world.ranks() => 0,
+                (true, ep) => whole.div_ceil(ep),
+            };
+            match batches.last_mut().filter(|_| len + sent <= BATCH_VALUES) {
                 Some(batch) => batch.push(parameter.name),
                 None => {
                     len = 0;
                     batches.push(vec![parameter.name]);
                 }
             }
-            len += whole;
+            len += sent;
         }
         batches
     }
@@ -326,6 +332,10 @@ impl Ranks {
             }
             values.remove(name).unwrap_or(old)
         });
+        assert!(
+            failed.is_err() || batches.next().is_none(),
+            "a model maps its parameters in their order"
+        );
         failed
     }
 
@@ -386,7 +396,9 @@ impl Ranks {
                 let part = |rank| &values[self.part_of_tensor(rank, &specs[i].name, values.len())];
                 let message = |rank| {
                     let mut message = MessageWriter::default();
-                    message.values(part(rank));
+                    if rank > 0 {
+                        message.values(part(rank));
+                    }
                     message.finish()
                 };
                 given = i + 1;

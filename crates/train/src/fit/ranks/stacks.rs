@@ -47,7 +47,8 @@ pub(super) fn whole(parts: StackParts) -> BTreeMap<String, Tensor<1>> {
         .collect()
 }
 
-/// Values of trained tensors: this rank's, and on demand those of experts that others have.
+/// Values of trained tensors: this rank's, and on demand those of experts that others have. A checkpoint is asked for by whole
+/// tensors instead (`OwnState`).
 pub(crate) struct SharedValues<'a> {
     ranks: &'a Ranks,
     own: Vec<(String, Tensor<1>)>,
@@ -76,6 +77,7 @@ impl<'a> SharedValues<'a> {
             return Ok(read(self.own[i].1.clone().slice([range])));
         };
         let expert = range.start / stack.size.max(1);
+        debug_assert_eq!(range, expert * stack.size..(expert + 1) * stack.size);
         if let Some(own) = self.expert(i, expert) {
             return Ok(read(own));
         }
