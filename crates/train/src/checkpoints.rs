@@ -259,7 +259,7 @@ impl Session {
     }
 }
 
-/// A rank's part of what a checkpoint has, by name. A model is asked for by experts instead (`SharedValues`).
+/// A rank's part of what a checkpoint has, by name. The result is gathered expert by expert instead (`SharedValues`).
 struct OwnState<'a> {
     parameters: BTreeMap<String, Tensor<1>>,
     moments: &'a BTreeMap<String, [Tensor<1>; 2]>,

@@ -34,9 +34,8 @@ pub(crate) fn set_aside(session: &Session, run: &RunDir, step: u64) -> Result<Op
 }
 
 /// Writes `adapter/` or `model/` into the run directory: of an adapter's model with all experts, of a whole model from the
-/// values that `read_values` gives. An existing one, of a run that was
-/// killed after its last step, is complete, since folders appear whole, and it is this run's, since one that goes on sets it
-/// aside.
+/// values that `read_values` reads. An existing one, of a run that was killed after its last step, is complete, since folders
+/// appear whole, and it is this run's, since one that goes on sets it aside.
 pub(crate) fn result(
     session: &Session,
     model: &Model,

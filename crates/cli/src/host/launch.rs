@@ -3,9 +3,8 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use parallel::{MessageReader, MessageWriter, UNTIMED, World};
-
 use ::train::RankLayout;
+use parallel::{MessageReader, MessageWriter, UNTIMED, World};
 
 use crate::console::{Console, misuse};
 
@@ -24,7 +23,7 @@ pub(crate) struct RankArgs {
 }
 
 impl RankArgs {
-    /// What was asked for; the rest is left open.
+    /// The layout as given; the rest is left open.
     pub(crate) fn layout(&self) -> RankLayout {
         self.layout.unwrap_or_default()
     }

@@ -6,6 +6,7 @@
 //! must end the others.
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -313,18 +314,11 @@ fn ranks_of(launcher: u32) -> anyhow::Result<Vec<u32>> {
 /// Starts or resumes a run.
 fn start(args: &Args, run: &Path) -> anyhow::Result<Child> {
     let program = std::env::current_exe().context("cannot find this program")?;
-    let mut words = args
-        .launcher
-        .iter()
-        .flat_map(|launcher| launcher.split_whitespace());
-    let mut command = match words.next() {
-        Some(launcher) => Command::new(launcher),
-        None => Command::new(&program),
-    };
+    let launcher = args.launcher.as_deref().unwrap_or_default();
+    let words = launcher.split_whitespace().map(OsString::from);
+    let mut words = words.chain([program.into_os_string()]);
+    let mut command = Command::new(words.next().context("the program has a path")?);
     command.args(words);
-    if args.launcher.is_some() {
-        command.arg(&program);
-    }
     command.args(["train", "--quiet"]);
     command.args(args.ranks.words());
     if is_run(run) {

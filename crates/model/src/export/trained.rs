@@ -20,7 +20,7 @@ use crate::precision::is_lowered;
 const SHARD_BYTES: usize = 4 << 30;
 
 /// Reads some of a trained parameter's values, by the parameter's path. Those of a stack of experts count over all experts,
-/// also if ranks share them out; they are asked for one expert at a time.
+/// also if ranks share them out; a call reads one expert of it.
 pub type TrainedReader<'a> =
     dyn FnMut(&str, Range<usize>) -> Result<Vec<f32>, checkpoint::Error> + 'a;
 

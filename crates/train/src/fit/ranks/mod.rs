@@ -392,7 +392,7 @@ impl Ranks {
         let say = |messages| world.exchange("tensor", messages);
         if world.is_first() {
             let mut given = 0;
-            let read = read_optimizer(folder, specs, |i, values| {
+            let read = read_optimizer(folder, specs, |i, mut values| {
                 let part = |rank| &values[self.part_of_tensor(rank, &specs[i].name, values.len())];
                 let message = |rank| {
                     let mut message = MessageWriter::default();
@@ -403,7 +403,9 @@ impl Ranks {
                 };
                 given = i + 1;
                 say((0..world.ranks()).map(message).collect())?;
-                place(i, part(0).to_vec())
+                // The first rank's part is the first one.
+                values.truncate(self.part_of_tensor(0, &specs[i].name, values.len()).end);
+                place(i, values)
             });
             if let Err(error) = &read
                 && given < specs.len()

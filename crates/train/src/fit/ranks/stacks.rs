@@ -47,8 +47,8 @@ pub(super) fn whole(parts: StackParts) -> BTreeMap<String, Tensor<1>> {
         .collect()
 }
 
-/// Values of trained tensors: this rank's, and on demand those of experts that others have. A checkpoint is asked for by whole
-/// tensors instead (`OwnState`).
+/// Values of trained tensors: this rank's, and on demand those of experts that others have. A checkpoint is gathered tensor by
+/// tensor instead (`OwnState`).
 pub(crate) struct SharedValues<'a> {
     ranks: &'a Ranks,
     own: Vec<(String, Tensor<1>)>,
