@@ -317,7 +317,8 @@ fn start(args: &Args, run: &Path) -> anyhow::Result<Child> {
     let launcher = args.launcher.as_deref().unwrap_or_default();
     let words = launcher.split_whitespace().map(OsString::from);
     let mut words = words.chain([program.into_os_string()]);
-    let mut command = Command::new(words.next().context("the program has a path")?);
+    let started = words.next().context("the program has a path")?;
+    let mut command = Command::new(&started);
     command.args(words);
     command.args(["train", "--quiet"]);
     command.args(args.ranks.words());
@@ -335,7 +336,7 @@ fn start(args: &Args, run: &Path) -> anyhow::Result<Child> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-        .context("cannot start `moeforge train`")
+        .with_context(|| format!("cannot start `{}`", started.display()))
 }
 
 fn is_run(folder: &Path) -> bool {
