@@ -11,6 +11,7 @@ mod gguf;
 mod gpu;
 mod keys;
 mod peers;
+mod plan;
 mod ranks;
 
 mod quickstart;
@@ -41,6 +42,26 @@ fn command(words: &[&str]) -> Command {
         .env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"))
         .stdin(Stdio::null());
     command
+}
+
+/// A memory budget that leaves some GiB for the weights of a model: what generating takes besides is planned.
+fn budget(model: &str, context: u64, sequences: u64, weights: f64) -> String {
+    let numbers = [context, sequences].map(|n| n.to_string());
+    let words = [
+        "plan",
+        model,
+        "--json",
+        "--context",
+        &numbers[0],
+        "--batch",
+        &numbers[1],
+    ];
+    let output = moeforge(&words);
+    let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let own = plan["own"].as_object().unwrap().iter();
+    let beside = own.filter(|(what, _)| !what.starts_with("weights"));
+    let bytes: f64 = beside.map(|(_, bytes)| bytes.as_f64().unwrap()).sum();
+    format!("{:.9}", bytes / f64::from(1 << 30) + weights)
 }
 
 fn golden(name: &str) -> PathBuf {

@@ -5,7 +5,7 @@ use std::process::Output;
 
 use tempfile::TempDir;
 
-use super::{command, golden, moeforge, refused};
+use super::{budget, command, golden, moeforge, refused};
 
 /// Times two steps, in a place that is then found as it was.
 fn bench_train(place: &TempDir, model: &Path, words: &[&str]) -> Output {
@@ -125,11 +125,13 @@ fn reading_and_writing_are_timed_in_every_combination() {
 fn what_a_budget_for_memory_costs_is_timed() {
     let place = tempfile::tempdir().unwrap();
     let model = golden("gguf/deepseek_v3_q8_0.gguf");
-    let words = ["--memory-budget", "0.00025", "--prefetch-experts", "4"];
-    for (what, options) in [
-        ("decode", &["--tokens", "8"][..]),
-        ("prefill", &["--seq", "16"]),
+    let path = model.to_string_lossy();
+    for (what, options, context) in [
+        ("decode", &["--tokens", "8", "--seq", "16"][..], 25),
+        ("prefill", &["--seq", "16"], 17),
     ] {
+        let budget = budget(&path, context, 1, 0.00025);
+        let words = ["--memory-budget", &budget, "--prefetch-experts", "4"];
         let words = [&words[..], options, &["--json"]].concat();
         let output = bench(&place, what, &model, &words);
         let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -143,11 +145,14 @@ fn what_a_budget_for_memory_costs_is_timed() {
             "{what} {result}"
         );
     }
+    let budget = budget(&path, 25, 1, 0.00025);
+    let words = ["--memory-budget", &budget, "--prefetch-experts", "4"];
+    let short = ["--tokens", "8", "--seq", "16"];
     let table = bench(
         &place,
         "decode",
         &model,
-        &[&words[..], &["--batch", "1,2"]].concat(),
+        &[&words[..], &short, &["--batch", "1,1"]].concat(),
     );
     let text = String::from_utf8(table.stdout).unwrap();
     assert!(text.contains("expert cache hits"), "{text}");

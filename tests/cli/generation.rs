@@ -5,7 +5,7 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-use super::{Broken, command, golden, moeforge, refused};
+use super::{Broken, budget, command, golden, moeforge, refused};
 
 /// A model of words, with a tokenizer and a chat template.
 const MODEL: &str = "recipes/quickstart/base";
@@ -398,8 +398,9 @@ fn a_budget_for_memory_changes_where_experts_are_and_no_token() {
     let plain = json(&words);
     assert!(plain.get("expert_cache").is_none());
     // Room for all, for most experts, for few, and for less than what every token needs.
-    let counts = ["1", "0.00027", "0.00018", "0.00001"].map(|budget| {
-        let found = json(&[&words[..], &["--memory-budget", budget]].concat());
+    let counts = [1.0, 0.00027, 0.00018, 0.00001].map(|weights| {
+        let budget = budget(&model, 24, 1, weights);
+        let found = json(&[&words[..], &["--memory-budget", &budget]].concat());
         assert_eq!(found["token_ids"], plain["token_ids"], "{budget}");
         assert_eq!(found["logprobs"], plain["logprobs"], "{budget}");
         let cache = found.get("expert_cache")?;
@@ -431,20 +432,21 @@ fn a_budget_for_memory_changes_where_experts_are_and_no_token() {
 fn prefetched_experts_change_no_token() {
     let place = Broken::new("deepseek_v3");
     let ids = place.path("ids.json").to_string_lossy().into_owned();
-    for (model, budget, compute) in [
-        ("gguf/deepseek_v3_q8_0.gguf", "0.00025", "int8"),
-        ("gguf/deepseek_v3_q8_0.gguf", "0.00025", "f32"),
-        ("deepseek_v3", "0.0004", "int8"),
-        ("deepseek_v3_fp8", "0.0006", "f32"),
-        ("deepseek_v2_lite", "0.0004", "int8"),
+    for (model, weights, compute) in [
+        ("gguf/deepseek_v3_q8_0.gguf", 0.00025, "int8"),
+        ("gguf/deepseek_v3_q8_0.gguf", 0.00025, "f32"),
+        ("deepseek_v3", 0.0004, "int8"),
+        ("deepseek_v3_fp8", 0.0006, "f32"),
+        ("deepseek_v2_lite", 0.0004, "int8"),
     ] {
         let model = golden(model).to_string_lossy().into_owned();
         let words = ["generate", &model, "--ids", &ids, "--ignore-eos", "--json"];
         let words = [&words[..], &["--max-tokens", "20", "--logprobs", "1"]].concat();
         let words = [&words[..], &["--compute", compute]].concat();
         let plain = json(&words);
+        let budget = budget(&model, 24, 1, weights);
         let counts = ["0", "1", "99"].map(|ahead| {
-            let options = ["--memory-budget", budget, "--prefetch-experts", ahead];
+            let options = ["--memory-budget", &budget, "--prefetch-experts", ahead];
             let found = json(&[&words[..], &options].concat());
             for key in ["token_ids", "logprobs"] {
                 assert_eq!(found[key], plain[key], "{model} {compute} {ahead}");

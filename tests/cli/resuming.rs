@@ -72,7 +72,9 @@ fn metrics(run: &Path) -> Vec<Value> {
         line.as_object_mut().unwrap().remove("seconds");
         line
     };
-    text.lines().map(line).collect()
+    // What a process took of memory is no part of a run.
+    let lines = text.lines().map(line);
+    lines.filter(|line| line.get("memory").is_none()).collect()
 }
 
 #[cfg(unix)]

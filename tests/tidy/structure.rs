@@ -34,6 +34,7 @@ const ROOMS: [(&str, &[&str]); 2] = [
             "load",
             "adapt",
             "export",
+            "footprint",
         ],
     ),
 ];

@@ -1,6 +1,7 @@
 //! `moeforge bench`: the speed of this machine with a model, and the share of the machine's peak that it reaches.
 
 mod generation;
+mod memory_table;
 mod peak;
 mod spread;
 mod subject;
@@ -18,6 +19,7 @@ pub(crate) enum Bench {
     Train(training::Args),
     Prefill(generation::PrefillArgs),
     Decode(generation::DecodeArgs),
+    Memory(memory_table::Args),
 }
 
 pub(crate) fn run(bench: &Bench, console: &Console) -> anyhow::Result<ExitCode> {
@@ -25,5 +27,6 @@ pub(crate) fn run(bench: &Bench, console: &Console) -> anyhow::Result<ExitCode> 
         Bench::Train(args) => training::run(args, console),
         Bench::Prefill(args) => generation::prefill(args, console),
         Bench::Decode(args) => generation::decode(args, console),
+        Bench::Memory(args) => memory_table::run(args, console),
     }
 }

@@ -1,11 +1,15 @@
 //! Output: results to stdout, everything else to stderr; plain lines if stderr is not a terminal.
 
+pub(crate) mod arguments;
+
 use std::fmt::Display;
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::host::resident::Resident;
 
 /// How much is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,7 +83,7 @@ impl Console {
 
     /// The program's memory, with --verbose. Call it while the model is open.
     pub(crate) fn memory(&self) {
-        if let Some([mapped, own]) = resident_bytes(std::process::id()) {
+        if let Some(Resident { mapped, own }) = Resident::own() {
             let mib = |bytes: u64| bytes >> 20;
             self.detail(format_args!(
                 "memory: {} MiB of mapped files, {} MiB other",
@@ -211,17 +215,6 @@ pub(crate) fn printable(text: &str, kept: &[char]) -> String {
         }
     }
     safe
-}
-
-/// A process's resident bytes of mapped files and of everything else, on Linux.
-pub(crate) fn resident_bytes(process: u32) -> Option<[u64; 2]> {
-    let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
-    let bytes = |name: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
-        let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
-        Some(kib << 10)
-    };
-    Some([bytes("RssFile:")?, bytes("RssAnon:")? + bytes("RssShmem:")?])
 }
 
 /// An error that has an exit code of its own.

@@ -10,10 +10,12 @@ use std::process::ExitCode;
 
 use ::eval::{EvalConfig, EvalReport, ModelScores, TaskScore, TextScore};
 use anyhow::Context;
-use data::SplitName;
+use data::{Sample, SplitName};
 
 use crate::console::{Console, Progress, finite};
 use crate::open::{ModelArgs, Opened, expect_computed, open_model};
+use crate::plan::budget::BudgetArgs;
+use crate::plan::conversion::expect_room_for_losses;
 use crate::rows::{ColumnArgs, SplitRows};
 use crate::values::{COMPUTE_HELP, ComputeValue};
 
@@ -55,6 +57,8 @@ pub(crate) struct Args {
     /// Print JSON instead of a table.
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) budget: BudgetArgs,
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
@@ -136,11 +140,24 @@ fn text_score(
     split
         .samples
         .truncate(args.max_samples.unwrap_or(usize::MAX));
+    expect_room(opened, &split.samples, args)?;
     let mut progress = console.progress(split.samples.len() as u64, "samples");
     let tell = &mut |done, _| tell(&mut progress, done, opened);
     let found = ::eval::perplexity(&opened.model, &split.samples, &config(args), tell);
     progress.finish();
     scored(found, file, opened)
+}
+
+/// Refuses samples whose batches do not fit in memory.
+fn expect_room<'a>(
+    opened: &Opened,
+    samples: impl IntoIterator<Item = &'a Sample>,
+    args: &Args,
+) -> anyhow::Result<()> {
+    let lengths = samples.into_iter().map(|sample| sample.ids.len());
+    let (rows, longest) = lengths.fold((0, 0), |(n, most), len| (n + 1, len.max(most)));
+    let batch = (args.batch.min(rows), longest);
+    expect_room_for_losses(&opened.model.config, batch, args.budget)
 }
 
 fn task_score(
@@ -165,6 +182,7 @@ fn task_score(
             file.display()
         ));
     }
+    expect_room(opened, samples.clone(), args)?;
     let mut progress = console.progress(samples.count() as u64, "choices");
     let tell = &mut |done, _| tell(&mut progress, done, opened);
     let found = ::eval::multiple_choice(&opened.model, &questions, &config(args), tell);

@@ -19,7 +19,9 @@ use self::sampling::SamplingArgs;
 use self::summary::{object, summary};
 use crate::console::{Console, Progress, printable};
 use crate::device::DeviceArgs;
-use crate::open::{EngineArgs, ModelArgs, Opened, SpeculationArgs, cache_object, cache_summary};
+use crate::open::{
+    EngineArgs, GenerationExtent, ModelArgs, Opened, SpeculationArgs, cache_object, cache_summary,
+};
 
 /// Generate text that continues one or more prompts.
 ///
@@ -79,7 +81,14 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     };
     let opened = model.open(console)?;
     let prompts = prompts(args, &opened)?;
-    let mut engine = opened.engine(args.engine, args.speculation, console)?;
+    let longest = prompts.iter().map(|prompt| prompt.ids.len()).max();
+    let extent = GenerationExtent {
+        sequences: prompts.len().min(args.batch as usize).max(1),
+        context: longest
+            .unwrap_or(0)
+            .saturating_add(args.max_tokens as usize),
+    };
+    let mut engine = opened.engine(args.engine, args.speculation, extent, console)?;
     let completions = start(args, &opened, &prompts, &mut engine, console)?;
     match <[Completion; 1]>::try_from(completions) {
         Ok([completion]) if !args.json => {

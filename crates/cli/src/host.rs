@@ -1,31 +1,26 @@
 //! The host: memory of the machine and of this program, as reported by the operating system.
 
-mod cgroups;
+pub(crate) mod energy;
 #[cfg(all(feature = "mpi", debug_assertions))]
 mod faults;
 pub(crate) mod launch;
-mod mac;
+pub(crate) mod machine;
+pub(crate) mod resident;
 pub(crate) mod scratch;
 
 use std::path::PathBuf;
 
 use train::Memory;
 
+use self::machine::Machine;
+
 /// The memory now.
 pub(crate) fn read() -> Memory {
     Memory {
-        available_bytes: available(),
+        available_bytes: Machine::here().free().map(|limit| limit.bytes),
         peak_bytes: bytes("/proc/self/status", "VmHWM:"),
+        ..Memory::default()
     }
-}
-
-/// The free memory of the machine, or less if the program runs under a limit, as in a container.
-fn available() -> Option<u64> {
-    if cfg!(target_os = "macos") {
-        return mac::available();
-    }
-    let machine = bytes("/proc/meminfo", "MemAvailable:")?;
-    Some(cgroups::available().map_or(machine, |group| group.min(machine)))
 }
 
 /// Resets the peak memory to the current memory, on Linux; see proc(5), `clear_refs`.

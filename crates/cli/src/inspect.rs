@@ -7,11 +7,12 @@ use checkpoint::Folder;
 use model::Policy;
 use model::config::AttentionConfig;
 use model::load::{self, Audit};
-use model::{Cache, CacheType, Compute, ModelConfig, keys::keys};
+use model::{Cache, CacheType, Compute, ModelConfig};
 use serde_json::{Value, json};
 
 use crate::console::Console;
 use crate::open::{listed, note_keys, open_folder};
+use crate::plan::lines::parameters;
 
 /// Show a model's architecture, sizes, tensors, weight formats, and KV-cache bytes per token.
 #[derive(Debug, clap::Args)]
@@ -24,14 +25,6 @@ pub(crate) struct Args {
     /// List all tensors.
     #[arg(long)]
     pub(crate) tensors: bool,
-}
-
-/// The number of a model's parameters.
-#[derive(Debug, PartialEq)]
-pub(crate) struct ParameterCounts {
-    pub(crate) total: u64,
-    /// Those that one token uses: of the routed experts, top-k.
-    pub(crate) active: u64,
 }
 
 /// The tensors of one dtype.
@@ -67,29 +60,6 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Counts parameters by the shapes of the config, including embedding and output head, without the MTP layer.
-///
-/// Source: deepseek-ai/DeepSeek-V3: README_WEIGHTS.md (what counts as active).
-pub(crate) fn parameters(config: &ModelConfig) -> ParameterCounts {
-    let (mut shared, mut routed) = (0, 0);
-    for (key, shape) in keys(config) {
-        let numbers: u64 = shape.iter().map(|axis| *axis as u64).product();
-        if key.contains(".mlp.experts.") {
-            routed += numbers;
-        } else {
-            shared += numbers;
-        }
-    }
-    let (top_k, experts) = config
-        .moe
-        .as_ref()
-        .map_or((1, 1), |moe| (moe.choice.top_k, moe.n_routed_experts));
-    ParameterCounts {
-        total: shared + routed,
-        active: shared + routed / experts as u64 * top_k as u64,
-    }
 }
 
 fn stored(folder: &Folder) -> anyhow::Result<BTreeMap<String, DtypeTotal>> {

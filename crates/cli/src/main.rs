@@ -1,7 +1,6 @@
 //! The command line, with one file per verb. Only this crate prints, shows progress, reads the environment and chooses
 //! exit codes.
 
-mod arguments;
 mod bench;
 mod console;
 mod data_check;
@@ -13,6 +12,7 @@ mod host;
 mod inspect;
 mod merge;
 mod open;
+mod plan;
 mod plot;
 mod quantize;
 mod quickstart;
@@ -69,6 +69,7 @@ enum Verb {
     /// Run the full pipeline on the bundled model and data: evaluate, train, merge, quantize, generate.
     Quickstart(quickstart::Args),
     Inspect(inspect::Args),
+    Plan(plan::verb::Args),
     #[command(subcommand)]
     Data(data_check::Data),
     Train(train::Args),
@@ -93,7 +94,7 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
-    let cli: Cli = arguments::parse();
+    let cli: Cli = console::arguments::parse();
     let console = Console::new(cli.quiet || launch::is_silent(), cli.verbose);
     let threads = cli.threads.or_else(launch::threads).unwrap_or(0);
     let verb = cli.verb;
@@ -135,6 +136,7 @@ fn run(verb: Verb, console: &Console) -> anyhow::Result<ExitCode> {
     match verb {
         Verb::Quickstart(args) => quickstart::run(&args, console),
         Verb::Inspect(args) => inspect::run(&args, console),
+        Verb::Plan(args) => plan::verb::run(&args, console),
         Verb::Data(data_check::Data::Check(args)) => data_check::run(&args, console),
         Verb::Train(args) => train::run(&args, console),
         Verb::FindLr(args) => train::find_lr::run(&args, console),

@@ -18,6 +18,8 @@ use serde_json::json;
 use self::card::Merged;
 use crate::console::{Console, MISMATCH, WithCode};
 use crate::open::{listed, note_keys, open_folder, read_adapter};
+use crate::plan::budget::BudgetArgs;
+use crate::plan::conversion::expect_room_for_tensors;
 use crate::values::FolderFormat;
 
 /// Merge an adapter into its base model.
@@ -41,10 +43,13 @@ pub(crate) struct Args {
     /// Print JSON instead of a summary.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    budget: BudgetArgs,
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (base, _) = open_folder(&args.model)?;
+    expect_room_for_tensors(&base, args.budget)?;
     note_keys(&base, console)?;
     let weights = read_adapter(&args.adapter, &read_config(&base)?, console)?;
     note_tensors(&base, console)?;

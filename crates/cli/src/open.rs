@@ -18,7 +18,7 @@ use model::{Model, ModelConfig, Mtp, Training, load};
 use serde_json::Value;
 
 pub(crate) use self::keys::{note_differences, note_keys};
-pub(crate) use self::memory::{MemoryArgs, cache_object, cache_summary, repack};
+pub(crate) use self::memory::{GenerationExtent, MemoryArgs, cache_object, cache_summary, repack};
 use crate::console::{Console, printable};
 use crate::device::{DeviceArgs, expect_right};
 use crate::host;
@@ -82,7 +82,7 @@ impl EngineArgs {
         if let Some(cache) = typed.1 {
             expect_cache(cache, device)?;
         }
-        if self.memory.memory_budget.is_some() {
+        if self.memory.budget.memory_budget.is_some() {
             bail!("`--memory-budget`: a GPU holds all weights; the option is for `--device cpu`");
         }
         if typed == (None, None) {
@@ -182,11 +182,12 @@ impl Opened {
     /// The engine that generates with the model.
     ///
     /// # Errors
-    /// If speculation is on, and the model has no module for it.
+    /// If speculation is on, and the model has no module for it; if there is too little memory.
     pub(crate) fn engine(
         &self,
         args: EngineArgs,
         speculation: SpeculationArgs,
+        extent: GenerationExtent,
         console: &Console,
     ) -> anyhow::Result<Engine> {
         let (compute, cache) = args.precision(&self.device, console)?;
@@ -194,7 +195,7 @@ impl Opened {
         engine.mtp = speculation.module(&self.folder, &self.device)?;
         engine.cache = cache.cache_type();
         if !kernels::device::is_gpu(&self.device) {
-            args.memory.place(&mut engine, console);
+            args.memory.place(&mut engine, extent, console)?;
         }
         Ok(engine)
     }

@@ -22,6 +22,8 @@ use crate::device::cpu;
 use crate::eval::compare::{self, MAX_COMPARED_LENGTH, ModelPair, RowLimits};
 use crate::merge::ConversionReport;
 use crate::open::{listed, note_differences, note_keys, open_folder, open_model, open_tokenizer};
+use crate::plan::budget::BudgetArgs;
+use crate::plan::conversion::expect_room_for_tensors;
 use crate::rows::{ColumnArgs, SplitRows};
 use crate::values::OutputFormat;
 
@@ -52,6 +54,8 @@ pub(crate) struct Args {
     /// Print JSON with the error of every matrix, instead of a summary.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    budget: BudgetArgs,
     #[command(flatten)]
     gguf: GgufArgs,
 }
@@ -86,6 +90,7 @@ impl GgufArgs {
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (model, _) = open_folder(&args.model)?;
+    expect_room_for_tensors(&model, args.budget)?;
     note_keys(&model, console)?;
     // The rows are opened first: a conversion may take long.
     let samples = match &args.data {

@@ -17,7 +17,7 @@ use data::Corpus;
 use model::OperandRounding;
 use model::adapt::AdaptedModule;
 use parallel::World;
-use train::{RankLayout, Recipe, RunDir, Schedule, Session, SessionOptions};
+use train::{HeapUse, RankLayout, Recipe, RunDir, Schedule, Session, SessionOptions};
 
 use self::signals::Signals;
 use self::watcher::Watcher;
@@ -26,6 +26,8 @@ use crate::device::{DeviceArgs, expect_right, record};
 use crate::host::launch::{self, RankArgs};
 use crate::host::scratch::Scratch;
 use crate::open::{find, note_keys, token_cache};
+use crate::plan::budget::BudgetArgs;
+use crate::plan::run_memory::{approve, note_memory};
 use crate::rows::{note_changed, note_ignored, note_unused};
 
 /// Train with a recipe: pretraining, full fine-tuning, LoRA, DoRA or DPO.
@@ -52,6 +54,8 @@ pub(crate) struct Args {
     device: DeviceArgs,
     #[command(flatten)]
     ranks: RankArgs,
+    #[command(flatten)]
+    budget: BudgetArgs,
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
@@ -66,7 +70,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let mut watcher = Watcher::new(&session, Signals::listen()?, console)?;
 
     let fitted = session.fit(&run, &mut watcher);
-    let saved_activation_bytes = watcher.finish();
+    let (saved_activation_bytes, measured) = watcher.finish();
     fitted.map_err(with_code)?;
     let result = if session.adapted.is_empty() {
         "model"
@@ -78,6 +82,9 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         saved_activation_bytes as f64 / f64::from(1 << 20)
     ));
     console.memory();
+    if let Some(measured) = measured {
+        note_memory(&session.plan, &measured, console);
+    }
     if !world.is_alone() {
         console.note(format_args!(
             "sent to other ranks: {:.1} MB",
@@ -151,7 +158,12 @@ fn open_rank(
 ) -> anyhow::Result<Session> {
     let asked = args.ranks.layout();
     let session = launch::first_of_machine_first(world, || {
-        open_named((recipe, base_name), &args.device, (world, asked), console)
+        open_named(
+            (recipe, base_name),
+            (&args.device, args.budget),
+            (world, asked),
+            console,
+        )
     })?;
     describe(&session, console)?;
     if world.ranks() > 1 {
@@ -253,11 +265,19 @@ fn new_rates(recipes: [&Recipe; 2], ends: [u64; 2], step: u64) -> Option<String>
     ))
 }
 
+/// The exit code of a session that was not opened.
+fn opening(error: train::Error) -> anyhow::Error {
+    match error {
+        train::Error::TooLarge(_) => with_code(error),
+        error => error.into(),
+    }
+}
+
 /// The exit code of a run that did not finish.
 pub(crate) fn with_code(error: train::Error) -> anyhow::Error {
     let code = match error {
         train::Error::NotFinite { .. } => NOT_FINITE,
-        train::Error::LowMemory { .. } => NO_MEMORY,
+        train::Error::LowMemory { .. } | train::Error::TooLarge(_) => NO_MEMORY,
         train::Error::Diverged { .. } => DIVERGED,
         // The code that shells use.
         train::Error::Interrupted { signal, .. } => (128 + signal) as u8,
@@ -277,17 +297,24 @@ pub(crate) fn open_session(
     console: &Console,
 ) -> anyhow::Result<Session> {
     let alone = (&World::alone(), RankLayout::default());
-    open_named((recipe, None), device, alone, console)
+    let place = (device, BudgetArgs::default());
+    open_named((recipe, None), place, alone, console)
 }
 
 /// [`open_session`] with the name of the base in an adapter, if it is not the recipe's path, as one of some ranks.
 fn open_named(
     (recipe, base_name): (Recipe, Option<&str>),
-    device: &DeviceArgs,
+    (device, budget): (&DeviceArgs, BudgetArgs),
     ranks: (&World, RankLayout),
     console: &Console,
 ) -> anyhow::Result<Session> {
     let device = device.open()?;
+    if kernels::device::is_gpu(&device) && budget.memory_budget.is_some() {
+        return Err(misuse(
+            "`--memory-budget`: what a GPU holds is not planned; the option is for `--device cpu`"
+                .into(),
+        ));
+    }
     let (progress, cache) = (RefCell::new(None), token_cache());
     let options = SessionOptions {
         device: &device,
@@ -301,8 +328,12 @@ fn open_named(
                 .update_of(done / 1000, total / 1000);
         },
         ranks: Some(ranks),
+        approve: &|forecast| match kernels::device::is_gpu(&device) {
+            true => Ok(HeapUse::Fast),
+            false => approve(forecast, budget, console),
+        },
     };
-    let session = Session::open_with(recipe, options)?;
+    let session = Session::open_with(recipe, options).map_err(opening)?;
     expect_right(&device, session.config(), console)?;
     if let Some(progress) = progress.into_inner() {
         progress.finish();

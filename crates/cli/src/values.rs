@@ -57,6 +57,16 @@ pub(crate) enum CacheValue {
 }
 
 impl CacheValue {
+    /// The value of a type.
+    pub(crate) fn of(cache: CacheType) -> Self {
+        match cache {
+            CacheType::F32 => Self::F32,
+            CacheType::F16 => Self::F16,
+            CacheType::Bf16 => Self::Bf16,
+            CacheType::Q8_0 => Self::Q8_0,
+        }
+    }
+
     pub(crate) fn cache_type(self) -> CacheType {
         match self {
             Self::F32 => CacheType::F32,

@@ -37,6 +37,7 @@ mod speculation;
 
 mod chat_history;
 mod completion;
+mod plan;
 
 pub use chat_history::{ChatHistory, chat_prompt, message};
 pub use completion::{Completed, Completion, CompletionQueue, StepOutput};
@@ -46,6 +47,7 @@ pub use generation_config::{
     EndOfText, end_of_text, recommended_sampling, unknown_generation_keys,
 };
 pub use logits::read_logits;
+pub use plan::{GenerationLoad, GenerationPlan};
 pub use sample_config::SampleConfig;
 pub use sampler::Sampler;
 pub use sequence::{FinishReason, GenerateConfig, Generation, KvPrefix, Logprobs, Sequence};

@@ -62,13 +62,17 @@ pub use formats::{
     CacheType, FileAccess, Format, Fp8Blocks, Ggml, Matrix, Quantizer, SplitKvB, fp8,
 };
 pub use gemv::MAX_GEMV_ROWS;
-pub use memory::{RecyclingAllocator, map_large_blocks};
+pub use memory::{
+    AllocatedBytes, RecyclingAllocator, allocated_bytes, keep_large_blocks, map_large_blocks,
+};
 pub use ops::adamw::AdamWStep;
 pub use ops::attention::Segments;
 pub use ops::dropout::Dropout;
 pub use ops::experts::{
     ExpertBank, ExpertCache, ExpertLora, ExpertTraffic, OffloadedLayer, SharedExperts, SlotPart,
 };
+pub use ops::footprint::{ExpertsShape, HeadShape, THREAD_SCRATCH, saved_element_bytes};
 pub use ops::rope::RopeLayout;
 pub use ops::route::{GroupScore, TopK};
 pub use settings::{ActivationQuant, Compute, OperandRounding};
+pub use threads::n_threads;

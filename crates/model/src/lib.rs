@@ -40,6 +40,8 @@ pub mod adapt;
 
 pub mod export;
 
+pub mod footprint;
+
 pub use adapt::AdapterWeights;
 pub use config::ModelConfig;
 pub use decoder::checkpointing::{Checkpointing, Objective, Trace};

@@ -9,6 +9,7 @@ use data::{
 use kernels::Segments;
 use serde::{Deserialize, Serialize};
 
+use crate::recipe::forecast::BatchShape;
 use crate::recipe::{Loss, Recipe};
 use crate::{Error, Result};
 
@@ -119,6 +120,29 @@ impl Dataset {
     /// Rows in an epoch: samples, packed rows of samples, or pairs.
     pub fn rows(&self) -> usize {
         self.order.epoch_len()
+    }
+
+    /// The largest micro-batch that there can be.
+    pub fn largest_batch(&self) -> BatchShape {
+        let lengths = self.corpus.lengths();
+        let of_row = |row: usize| -> u64 {
+            let samples = self.packing.row(row).into_iter();
+            let lengths = samples.map(|i| u64::from(lengths[i]));
+            // Both answers of a pair are rows.
+            match self.is_paired {
+                true => lengths.max().unwrap_or(0),
+                false => lengths.sum(),
+            }
+        };
+        let longest = (0..self.packing.n_rows()).map(of_row).max().unwrap_or(0);
+        let rows = self.batch_size * if self.is_paired { 2 } else { 1 };
+        let counts = self.corpus.counts;
+        let share = counts.trained_tokens as f64 / counts.tokens.max(1) as f64;
+        BatchShape {
+            rows: rows as u64,
+            seq: longest,
+            trained_tokens: (rows as f64 * longest as f64 * share).ceil() as u64,
+        }
     }
 
     /// Micro-batch number `number`, counted from 0 over the whole run.

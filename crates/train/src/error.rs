@@ -428,6 +428,13 @@ pub enum Error {
         limit_bytes: u64,
     },
 
+    /// The run needs more memory than there is.
+    #[error("{0}")]
+    TooLarge(
+        /// What it needs, what there is, and what would help.
+        String,
+    ),
+
     /// A loss or gradient is infinite or not a number.
     #[error(
         "step {step}: loss {loss}, gradient norm {norm}; first not finite: {first}; the last checkpoint is intact"

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::dpo::Rewards;
 use crate::fit::grad_audit::GradAudit;
+use crate::fit::step_memory::StepMemory;
 
 /// Something that happened in a run.
 #[derive(Clone, Debug)]
@@ -123,6 +124,9 @@ pub struct StepReport {
     pub loss_scale: Option<f64>,
     /// Peak size of the activations saved for the backward pass by linear layers, SwiGLU and experts.
     pub saved_activation_bytes: usize,
+    /// What the step took of memory.
+    #[serde(skip)]
+    pub memory: StepMemory,
     /// Wall time of the step.
     pub seconds: f64,
 }
@@ -159,6 +163,10 @@ pub struct Memory {
     pub available_bytes: Option<u64>,
     /// Peak resident size of this program, mapped files included.
     pub peak_bytes: Option<u64>,
+    /// Peak size of its own memory.
+    pub own_bytes: Option<u64>,
+    /// Peak size of mapped files in memory.
+    pub mapped_bytes: Option<u64>,
 }
 
 impl Memory {

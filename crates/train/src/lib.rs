@@ -56,6 +56,7 @@ pub use self::dataset::{DataFile, Dataset};
 pub use self::dpo::Rewards;
 pub use self::error::{Error, Result};
 pub use self::events::{Event, Host, Memory, SampledText, StepReport, ValidationProgress};
+pub use self::fit::step_memory::StepMemory;
 pub use self::fit::{
     GradAudit, RangeTest, RankLayout, RatePoint, TensorGradient, ZeroGradient, steepest,
 };
@@ -63,6 +64,9 @@ pub use self::loss_scale::LossScale;
 pub use self::metrics::Metrics;
 pub use self::model_card::RunRecord;
 pub use self::open::SessionOptions;
+pub use self::recipe::forecast::{
+    BatchShape, Forecast, HeapUse, PROGRAM, PROGRAM_MAPPED, TrainingPlan,
+};
 pub use self::recipe::{
     DataSection, DpoReference, DpoSection, EvalSection, ExportDType, LoraSection, Loss, Method,
     ModelSection, Moments, OptimizerSection, PrecisionSection, Recipe, RouterTraining,

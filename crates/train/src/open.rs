@@ -22,6 +22,7 @@ use crate::fit::joining::Sharing;
 use crate::fit::ranks::Ranks;
 use crate::identity;
 use crate::optimizer::AdamW;
+use crate::recipe::forecast::{Forecast, HeapUse};
 use crate::recipe::{DpoReference, Loss, Method, Moments, Recipe, SPARED};
 use crate::session::{Base, Reference, Session, UpdateForm};
 use crate::{Error, Result};
@@ -41,6 +42,8 @@ pub struct SessionOptions<'a> {
     pub tokenizing: &'a dyn Fn(u64, u64),
     /// The ranks that make the run together, and how; none if this is the only one.
     pub ranks: Option<(&'a World, RankLayout)>,
+    /// Decides whether what a run will take of memory is there, before its model is opened.
+    pub approve: &'a dyn Fn(&Forecast<'_>) -> std::result::Result<HeapUse, String>,
 }
 
 impl<'a> SessionOptions<'a> {
@@ -53,6 +56,7 @@ impl<'a> SessionOptions<'a> {
             token_cache: None,
             tokenizing: &|_, _| {},
             ranks: None,
+            approve: &|_| Ok(HeapUse::Fast),
         }
     }
 }
@@ -110,15 +114,21 @@ impl Session {
     /// # Errors
     /// As [`Session::open`]; if the micro-batches of a step cannot be shared out, or experts cannot as the layout says.
     pub fn open_with(recipe: Recipe, options: SessionOptions<'_>) -> Result<Self> {
-        if recipe.train.checkpointing == Checkpointing::Block {
-            kernels::map_large_blocks();
-        }
         let device = device_of(&recipe, options.device)?;
         let (base, config) = open_base(&recipe, &options)?;
         let stored = open_adapter(&recipe, &config)?;
         let sharing = Sharing::new(&recipe, &config, stored.as_ref(), options.device);
         let joined = sharing.join(options.ranks)?;
         let ranks = joined.experts.as_ref();
+        let tokenizer = base.tokenizer.as_ref().map(Tokenizer::new).transpose()?;
+        let (train, valid) = open_rows(&recipe, tokenizer.as_ref(), &config, &options)?;
+        let sources = (base.folder.as_ref(), stored.as_ref());
+        let forecast = Forecast::new(&recipe, &config, sources, joined.layout.ep)?
+            .with_batch(train.largest_batch());
+        let heap = (options.approve)(&forecast).map_err(Error::TooLarge)?;
+        let plan = forecast.plan();
+        // What is converted while a model opens would leave gaps in the heap.
+        kernels::map_large_blocks();
         let mut model = open_model(&recipe, &base, &config, (&device, ranks))?;
         let mut reference = open_reference(&recipe, &model, &base, (options.device, ranks))?;
         let mut start = open_start(&recipe, reference.as_ref(), stored.as_ref(), options.device)?;
@@ -137,20 +147,9 @@ impl Session {
             start.iter_mut().for_each(round_to_bf16);
         }
         expect_spared(&recipe, &model)?;
-        let tokenizer = base.tokenizer.as_ref().map(Tokenizer::new).transpose()?;
-        let columns = columns_of(&recipe)?;
-        let reading = ReadOptions {
-            tokenizer: tokenizer.as_ref(),
-            max_length: recipe.data.max_length,
-            vocab_size: model.config.vocab_size,
-            filter: filter_of(recipe.train.loss),
-            columns: &columns,
-            cache: options.token_cache,
-            progress: options.tokenizing,
-        };
-        let train = Dataset::open(&recipe, reading)?;
-        let valid = dataset::validation(&recipe, reading)?;
-        expect_valid(&recipe, valid.as_ref())?;
+        if heap == HeapUse::Fast && recipe.train.checkpointing == Checkpointing::None {
+            kernels::keep_large_blocks();
+        }
         Ok(Self {
             optimizer: AdamW::new(&recipe),
             ranks: Ranks::new(joined, &model),
@@ -162,6 +161,7 @@ impl Session {
             recipe,
             adapted,
             quantizer,
+            plan,
             train,
             valid,
             end_ids: tokenizer.map_or_else(Vec::new, |known| known.end_ids().to_vec()),
@@ -171,6 +171,29 @@ impl Session {
             device,
         })
     }
+}
+
+/// Opens the rows to train on, and those to validate on if there are any.
+fn open_rows(
+    recipe: &Recipe,
+    tokenizer: Option<&Tokenizer>,
+    config: &ModelConfig,
+    options: &SessionOptions<'_>,
+) -> Result<(Dataset, Option<Corpus>)> {
+    let columns = columns_of(recipe)?;
+    let reading = ReadOptions {
+        tokenizer,
+        max_length: recipe.data.max_length,
+        vocab_size: config.vocab_size,
+        filter: filter_of(recipe.train.loss),
+        columns: &columns,
+        cache: options.token_cache,
+        progress: options.tokenizing,
+    };
+    let train = Dataset::open(recipe, reading)?;
+    let valid = dataset::validation(recipe, reading)?;
+    expect_valid(recipe, valid.as_ref())?;
+    Ok((train, valid))
 }
 
 /// The names that the recipe gives to columns.

@@ -19,6 +19,7 @@ use crate::checkpoint_state::RunState;
 use crate::dataset::Dataset;
 use crate::fit::ranks::{RankLayout, Ranks};
 use crate::optimizer::AdamW;
+use crate::recipe::forecast::TrainingPlan;
 use crate::recipe::{Loss, Method, Recipe};
 use crate::routing::BatchChoices;
 
@@ -37,6 +38,8 @@ pub struct Session {
     pub valid: Option<Corpus>,
     /// Tokens that end a text, as far as the tokenizer says.
     pub end_ids: Vec<u32>,
+    /// The memory that it should take.
+    pub plan: TrainingPlan,
     pub(crate) model: Model,
     pub(crate) update: UpdateForm,
     pub(crate) reference: Option<Reference>,

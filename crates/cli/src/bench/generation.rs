@@ -9,9 +9,11 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::bail;
+use burn::tensor::Device;
 use infer::{Engine, GenerateConfig, SampleConfig, Sequence};
 use kernels::device::{CPU, describe, is_gpu, reserved_bytes};
-use model::ExpertTraffic;
+use model::footprint::BytesByFormat;
+use model::{Compute, ExpertTraffic};
 use serde_json::{Value, json};
 
 use super::peak::{peak_bandwidth, peak_flops};
@@ -19,13 +21,18 @@ use super::spread::Spread;
 use super::subject::{Subject, ids};
 use super::sweep::{Sweep, options};
 use super::table::{
-    Column, DEVICE, PEAK, count, fraction_of, giga, median, place, seconds, spread,
+    Column, DEVICE, JOULES, PEAK, count, fraction_of, giga, median, place, seconds, spread,
 };
 use crate::console::Console;
 use crate::device::DeviceArgs;
 use crate::host;
-use crate::inspect::parameters;
-use crate::open::{EngineArgs, SpeculationArgs, cache_object, repack};
+use crate::host::energy::EnergyMeter;
+use crate::host::machine::Machine;
+use crate::host::resident::ResidentPeak;
+use crate::open::{EngineArgs, GenerationExtent, SpeculationArgs, cache_object, repack};
+use crate::plan::generation_need::GenerationNeed;
+use crate::plan::lines::parameters;
+use crate::values::{CacheValue, ComputeValue};
 
 // What to measure, and how.
 #[derive(Debug, clap::Args)]
@@ -122,13 +129,14 @@ struct Timing {
     experts: Option<ExpertTraffic>,
 }
 
-const PREFILL_COLUMNS: [Column; 10] = [
+const PREFILL_COLUMNS: [Column; 11] = [
     Column("batch", 5, |result| count(&result["batch"])),
     Column("seq", 6, |result| count(&result["seq"])),
     TOKENS_PER_SECOND,
     SPREAD,
     PEAK,
     DEVICE,
+    JOULES,
     OPEN,
     FIRST_TOKEN,
     Column("of peak GFLOP/s", 15, |result| {
@@ -137,13 +145,14 @@ const PREFILL_COLUMNS: [Column; 10] = [
     EXPERT_HITS,
 ];
 
-const DECODE_COLUMNS: [Column; 12] = [
+const DECODE_COLUMNS: [Column; 13] = [
     Column("batch", 5, |result| count(&result["batch"])),
     Column("prompt", 6, |result| count(&result["seq"])),
     TOKENS_PER_SECOND,
     SPREAD,
     PEAK,
     DEVICE,
+    JOULES,
     OPEN,
     FIRST_TOKEN,
     Column("MB/token", 8, |result| {
@@ -189,7 +198,7 @@ pub(crate) fn decode(args: &DecodeArgs, console: &Console) -> anyhow::Result<Exi
 
 fn run(args: &Args, seqs: &[u64], phase: Phase, console: &Console) -> anyhow::Result<ExitCode> {
     let subject = Subject::open(&args.model, None)?;
-    if args.engine.memory.memory_budget.is_some() && subject.is_random() {
+    if args.engine.memory.budget.memory_budget.is_some() && subject.is_random() {
         bail!(
             "--memory-budget: expected a model whose weights are in a file, found none in `{}`",
             args.model
@@ -295,19 +304,15 @@ fn measure(
     };
     let mut peaks = peak();
     host::reset_peak();
+    let resident = ResidentPeak::watch();
     let started = Instant::now();
-    let model = subject.load(args.adapter.as_deref(), SEED, &device, console)?;
-    let mtp = subject.module(case.speculation(), SEED, &device)?;
-    let mut engine = Engine::new(model, compute.quant(), device.clone());
-    engine.mtp = mtp;
-    engine.cache = cache.cache_type();
-    if !is_gpu(&device) {
-        args.engine.memory.place(&mut engine, console);
-        repack(&mut engine, console);
-    }
+    let mut engine = open_engine(args, case, subject, (compute, cache), &device, console)?;
     let open_secs = started.elapsed().as_secs_f64();
+    let mut energy = EnergyMeter::start(&Machine::here());
     let timings = timings(&mut engine, case, args.reps, console)?;
-    let peak_bytes = host::read().peak_bytes;
+    // The warm-up counts too: it makes the same tokens.
+    let joules = energy.as_mut().map(EnergyMeter::joules);
+    let (peak_bytes, resident) = (host::read().peak_bytes, resident.so_far());
     let device_bytes = reserved_bytes(&device);
     peaks.extend(peak());
 
@@ -319,7 +324,12 @@ fn measure(
         "parameters": parameters(&subject.config).total,
         "tokens_per_second": speeds.to_json(),
         "peak_bytes": peak_bytes,
+        "own_bytes": resident.map(|held| held.own),
+        "mapped_bytes": resident.map(|held| held.mapped),
+        "plan": plan(&engine, case, subject),
         "device_bytes": device_bytes,
+        "joules_per_token": joules.as_ref().ok().map(|joules| joules / tokens / timings.len() as f64),
+        "energy": joules.as_ref().err(),
         "open_seconds": open_secs,
         "first_token_seconds": timings[0].first_token_secs,
         "acceptance_rate": acceptance_rate(&timings[1..]),
@@ -342,6 +352,58 @@ fn measure(
         "reps": args.reps,
         "results": [result],
     }))
+}
+
+/// The engine, its weights where they are to be.
+fn open_engine(
+    args: &Args,
+    case: GenerationCase,
+    subject: &Subject,
+    (compute, cache): (ComputeValue, CacheValue),
+    device: &Device,
+    console: &Console,
+) -> anyhow::Result<Engine> {
+    let model = subject.load(args.adapter.as_deref(), SEED, device, console)?;
+    let mtp = subject.module(case.speculation(), SEED, device)?;
+    let mut engine = Engine::new(model, compute.quant(), device.clone());
+    engine.mtp = mtp;
+    engine.cache = cache.cache_type();
+    if !is_gpu(device) {
+        let extent = GenerationExtent {
+            sequences: case.batch as usize,
+            context: (case.seq + case.new_tokens()) as usize,
+        };
+        args.engine.memory.place(&mut engine, extent, console)?;
+        repack(&mut engine, console);
+    }
+    Ok(engine)
+}
+
+/// What was predicted of the program's memory.
+fn plan(engine: &Engine, case: GenerationCase, subject: &Subject) -> Value {
+    let need = GenerationNeed {
+        config: &engine.model.config,
+        weights: &BytesByFormat::new(),
+        stored: None,
+        sequences: case.batch,
+        context: case.seq + case.new_tokens(),
+        cache: CacheValue::of(engine.cache),
+    };
+    let (beside, weights) = (need.now(), engine.size_bytes() as f64);
+    // Products in f32 read weights as they are stored; random ones are the program's own anyway.
+    let are_mapped = engine.compute == Compute::F32 && !subject.is_random();
+    let [mapped, held] = if are_mapped {
+        [weights, 0.0]
+    } else {
+        [0.0, weights]
+    };
+    json!({
+        "mapped": mapped,
+        "weights": held,
+        "cache": beside.cache,
+        "pass": beside.pass,
+        "scratch": beside.scratch,
+    })
 }
 
 /// Hits and misses of the expert cache in the timed runs; none without a cache.

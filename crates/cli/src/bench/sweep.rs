@@ -67,7 +67,10 @@ pub(super) fn options<const N: usize>(
 }
 
 /// One combination, in a process of its own; if that fails, its exit code.
-fn measure_apart(words: &[OsString], console: &Console) -> anyhow::Result<Result<Value, ExitCode>> {
+pub(super) fn measure_apart(
+    words: &[OsString],
+    console: &Console,
+) -> anyhow::Result<Result<Value, ExitCode>> {
     let program = std::env::current_exe().context("cannot find this program")?;
     let threads = rayon::current_num_threads().to_string();
     let child = Command::new(program)

@@ -45,6 +45,12 @@ pub(super) fn mebibytes(value: &Value) -> String {
 pub(super) const PEAK: Column = Column("peak MiB", 8, |result| mebibytes(&result["peak_bytes"]));
 pub(super) const DEVICE: Column = Column("GPU MiB", 7, |result| mebibytes(&result["device_bytes"]));
 
+/// Energy of a token, where the machine tells.
+pub(super) const JOULES: Column = Column("J/token", 7, |result| {
+    let joules = result["joules_per_token"].as_f64();
+    joules.map_or_else(|| "–".into(), |joules| format!("{joules:.3}"))
+});
+
 /// Where it was measured, for the line above the table.
 pub(super) fn place(measured: &Value) -> String {
     match measured["adapter"].as_str() {

@@ -8,9 +8,9 @@ use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use ::train::{Event, Loss, Recipe, Session, SessionOptions, StepReport};
+use ::train::{Event, HeapUse, Loss, Recipe, Session, SessionOptions, StepReport};
 use anyhow::Context;
-use kernels::device::{CPU, describe, reserved_bytes};
+use kernels::device::{CPU, describe, is_gpu, reserved_bytes};
 use model::{Compute, OperandRounding};
 use parallel::{MessageReader, MessageWriter, World};
 use serde_json::{Value, json};
@@ -19,13 +19,18 @@ use super::peak::peak_flops;
 use super::spread::Spread;
 use super::subject::{Subject, SubjectWeights, ids};
 use super::sweep::{Sweep, options};
-use super::table::{Column, DEVICE, PEAK, count, fraction_of, giga, median, place, spread};
-use crate::console::{Console, misuse, resident_bytes};
+use super::table::{Column, DEVICE, JOULES, PEAK, count, fraction_of, giga, median, place, spread};
+use crate::console::{Console, misuse};
 use crate::device::{DeviceArgs, expect_right};
 use crate::host;
+use crate::host::energy::EnergyMeter;
 use crate::host::launch::{self, RankArgs};
+use crate::host::machine::Machine;
+use crate::host::resident::{Resident, ResidentPeak};
 use crate::host::scratch::Scratch;
-use crate::inspect::parameters;
+use crate::plan::budget::BudgetArgs;
+use crate::plan::lines::parameters;
+use crate::plan::run_memory::approve;
 use crate::train::{share_out, usage, with_code};
 
 /// Time training steps on synthetic tokens, for all combinations of batch size, length and number of experts.
@@ -80,7 +85,7 @@ const OWN: [(&str, &str); 4] = [
 const PEAK_RUNS: usize = 3;
 
 /// The columns of the table.
-const COLUMNS: [Column; 11] = [
+const COLUMNS: [Column; 12] = [
     Column("batch", 5, |result| count(&result["batch"])),
     Column("seq", 5, |result| count(&result["seq"])),
     Column("experts", 7, |result| count(&result["experts"])),
@@ -95,6 +100,7 @@ const COLUMNS: [Column; 11] = [
     }),
     PEAK,
     DEVICE,
+    JOULES,
     Column("GFLOP/token", 11, |result| {
         format!("{:.3}", giga(&result["flops_per_token"]))
     }),
@@ -182,18 +188,21 @@ fn measure(
     world: &World,
     console: &Console,
 ) -> anyhow::Result<Value> {
-    let TrainingCase { batch, seq, .. } = case;
     let subject = &Subject::open(&args.model, case.experts)?;
     if subject.is_random() {
-        console.note(format_args!("{batch} × {seq}: random weights"));
+        console.note(format_args!(
+            "{} × {}: random weights",
+            case.batch, case.seq
+        ));
     }
     let scratch = Scratch::new("bench")?;
     let mut recipe = recipe(args, case, subject, &scratch)?;
     share_out(&mut recipe, world.ranks(), console);
     if !recipe.train.accumulate.is_multiple_of(world.ranks()) {
         return Err(misuse(format!(
-            "--batch: expected a multiple of the number of ranks, {}, found {batch}",
-            world.ranks()
+            "--batch: expected a multiple of the number of ranks, {}, found {}",
+            world.ranks(),
+            case.batch
         )));
     }
     // Products in other formats are computed in f32.
@@ -204,33 +213,31 @@ fn measure(
     let device = args.device.open()?;
     let mut peaks = peak_flops(compute, &device, PEAK_RUNS);
     host::reset_peak();
+    let resident = ResidentPeak::watch();
     let options = SessionOptions {
         ranks: Some((world, args.ranks.layout())),
+        approve: &|forecast| match is_gpu(&device) {
+            true => Ok(HeapUse::Fast),
+            false => approve(forecast, BudgetArgs::default(), console),
+        },
         ..SessionOptions::new(&device, &|folder| Ok(folder.into()))
     };
-    let mut session = Session::open_with(recipe, options)?;
+    let mut session = Session::open_with(recipe, options).map_err(with_code)?;
     expect_right(&device, session.config(), console)?;
-    let mut progress = console.progress(1 + args.reps, "steps");
-    let reports = session.timed_steps(1 + args.reps, &mut |event: &Event| {
-        if let Event::Step(report) = event {
-            let speed = speed(report);
-            progress.update(report.step, &format!("{batch} × {seq} {speed:.0} tokens/s"));
-        }
-    });
-    progress.finish();
-    let reports = reports.map_err(with_code)?;
+    let (reports, joules) = time_steps(&mut session, args, case, console)?;
     let (peak_bytes, timed) = (host::read().peak_bytes, &reports[1..]);
-    let mapped_bytes = resident_bytes(std::process::id()).map(|[mapped, _]| mapped);
+    let resident = resident.so_far();
     let device_bytes = reserved_bytes(&device);
     peaks.extend(peak_flops(compute, &device, PEAK_RUNS));
 
     let own = RankFigures {
         peak_bytes,
-        mapped_bytes,
+        resident,
         device_bytes,
         peak_flops: Spread::of(peaks).median,
     };
     let measured = MeasuredRun {
+        joules,
         subject,
         session: &session,
         timed,
@@ -239,11 +246,38 @@ fn measure(
     Ok(measured.to_json(args, case))
 }
 
+/// All steps, the warm-up first, and the joules of the others, or why they are not known.
+fn time_steps(
+    session: &mut Session,
+    args: &Args,
+    TrainingCase { batch, seq, .. }: TrainingCase,
+    console: &Console,
+) -> anyhow::Result<(Vec<StepReport>, Result<f64, &'static str>)> {
+    let mut energy = EnergyMeter::start(&Machine::here());
+    let mut joules = [0.0; 2];
+    let mut progress = console.progress(1 + args.reps, "steps");
+    let reports = session.timed_steps(1 + args.reps, &mut |event: &Event| {
+        if let Event::Step(report) = event {
+            joules[1] = energy.as_mut().map_or(0.0, EnergyMeter::joules);
+            if report.step == 1 {
+                joules[0] = joules[1];
+            }
+            let speed = speed(report);
+            progress.update(report.step, &format!("{batch} × {seq} {speed:.0} tokens/s"));
+        }
+    });
+    progress.finish();
+    let used = energy.map(|_| joules[1] - joules[0]);
+    Ok((reports.map_err(with_code)?, used))
+}
+
 /// A session whose steps were timed.
 struct MeasuredRun<'a> {
     subject: &'a Subject,
     session: &'a Session,
     timed: &'a [StepReport],
+    /// Of the timed steps, or why they are not known.
+    joules: Result<f64, &'static str>,
     ranks: Vec<RankFigures>,
 }
 
@@ -257,6 +291,7 @@ impl MeasuredRun<'_> {
         let rank_peak_bytes = rank_bytes(|rank| rank.peak_bytes);
         let cost = session.cost(case.seq as usize).total();
         let recipe = &session.recipe;
+        let tokens: usize = timed.iter().map(|report| report.tokens).sum();
         json!({
             "model": subject.name,
             "family": subject.config.model_type.name(),
@@ -281,8 +316,13 @@ impl MeasuredRun<'_> {
                 "step_seconds": Spread::of(timed.iter().map(|report| report.seconds)).to_json(),
                 "peak_bytes": rank_peak_bytes.iter().max(),
                 "rank_peak_bytes": rank_peak_bytes,
-                "rank_mapped_bytes": rank_bytes(|rank| rank.mapped_bytes),
+                "rank_mapped_bytes": rank_bytes(|rank| rank.resident.map(|held| held.mapped)),
+                "rank_own_bytes": rank_bytes(|rank| rank.resident.map(|held| held.own)),
+                "step_memory": timed.iter().map(|report| report.memory).max_by_key(|memory| memory.step),
+                "plan": session.plan,
                 "device_bytes": rank_bytes(|rank| rank.device_bytes).iter().max(),
+                "joules_per_token": self.joules.ok().map(|joules| joules / tokens as f64),
+                "energy": self.joules.err(),
                 "flops_per_token": cost,
                 "flops_per_second": cost * speeds.median,
                 "peak_flops_per_second": peak,
@@ -296,9 +336,8 @@ impl MeasuredRun<'_> {
 struct RankFigures {
     /// The most memory in use.
     peak_bytes: Option<u64>,
-    /// Of what is in use at the end, mapped files: the weights that were read, and the program. The system takes them back if
-    /// it needs memory.
-    mapped_bytes: Option<u64>,
+    /// The most of mapped files and of its own.
+    resident: Option<Resident>,
     /// Reserved on a GPU.
     device_bytes: Option<u64>,
     /// The most floating-point operations a second.
@@ -309,17 +348,22 @@ impl RankFigures {
     /// Those of all ranks.
     fn of_all(&self, world: &World) -> anyhow::Result<Vec<Self>> {
         let mut message = MessageWriter::default();
-        for bytes in [self.peak_bytes, self.mapped_bytes, self.device_bytes] {
-            message.count(bytes.unwrap_or(0));
+        let [mapped, own] = self.resident.map_or([0; 2], |held| [held.mapped, held.own]);
+        let (peak, device) = (self.peak_bytes, self.device_bytes);
+        for bytes in [peak.unwrap_or(0), mapped, own, device.unwrap_or(0)] {
+            message.count(bytes);
         }
         message.number(self.peak_flops);
         let all = world.all("memory and speed", message.finish())?;
         let of_rank = |message: &Vec<u8>| {
             let mut reader = MessageReader::new(message);
             let mut bytes = || Ok::<_, anyhow::Error>(Some(reader.count()?).filter(|n| *n > 0));
+            let peak_bytes = bytes()?;
+            let [mapped, own] = [bytes()?, bytes()?];
+            let resident = mapped.zip(own);
             Ok(Self {
-                peak_bytes: bytes()?,
-                mapped_bytes: bytes()?,
+                peak_bytes,
+                resident: resident.map(|(mapped, own)| Resident { mapped, own }),
                 device_bytes: bytes()?,
                 peak_flops: reader.number()?,
             })

@@ -13,7 +13,7 @@ use signal_hook::consts::SIGINT;
 use super::sampling::SamplingArgs;
 use super::{PrefillProgress, summary};
 use crate::console::{Console, printable};
-use crate::open::{EngineArgs, ModelArgs, SpeculationArgs};
+use crate::open::{EngineArgs, GenerationExtent, ModelArgs, SpeculationArgs};
 
 /// Chat with a model, using its chat template.
 ///
@@ -72,6 +72,9 @@ impl<'a> Input<'a> {
     }
 }
 
+/// Tokens that a conversation has room for at first.
+const CHAT_CONTEXT: usize = 4096;
+
 /// Maximum length of a line of input, in bytes.
 const LONGEST_LINE: u64 = 1 << 20;
 
@@ -83,8 +86,13 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     } else {
         GenerationPrompt::Add
     };
+    // A conversation grows; what it needs at the start is one answer's.
+    let extent = GenerationExtent {
+        sequences: 1,
+        context: args.max_tokens.map_or(CHAT_CONTEXT, |n| n as usize),
+    };
     let mut chat = Chat {
-        engine: opened.engine(args.engine, args.speculation, console)?,
+        engine: opened.engine(args.engine, args.speculation, extent, console)?,
         history: ChatHistory::new(tokenizer, generation_prompt, args.system.clone()),
         config: GenerateConfig {
             max_tokens: args.max_tokens.map_or(usize::MAX, |n| n as usize),

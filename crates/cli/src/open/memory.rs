@@ -1,109 +1,131 @@
 //! The memory of a model's weights while it generates: all in memory, or, if a mixture is larger, partly on disk.
 
+use ::train::PROGRAM;
 use infer::Engine;
+use model::footprint::BytesByFormat;
 use model::{Compute, ExpertTraffic};
 use serde_json::{Value, json};
 
 use crate::console::Console;
-use crate::host;
+use crate::host::machine::MemoryLimit;
+use crate::plan::budget::{BudgetArgs, refusal, too_large};
+use crate::plan::generation_need::GenerationNeed;
+use crate::plan::lines::{sequences, size};
+use crate::values::CacheValue;
 
 // Memory of weights.
 #[derive(Debug, Default, Clone, Copy, clap::Args)]
 pub(crate) struct MemoryArgs {
-    /// Memory budget for weights, in GiB. If the weights need more, experts are read from disk, and recently used
-    /// experts are cached. Default: three quarters of free memory.
-    #[arg(long, value_name = "GIB", value_parser = gib)]
-    pub(crate) memory_budget: Option<u64>,
+    #[command(flatten)]
+    pub(crate) budget: BudgetArgs,
     /// Number of experts to prefetch from disk per layer, by predicted routing; 0 turns prefetching off. Default: half
     /// the experts that a token uses.
     #[arg(long, value_name = "N", alias = "read-ahead")]
     pub(crate) prefetch_experts: Option<usize>,
 }
 
-/// About the memory of a program with a small model, besides weights. It counts if the page cache gets the rest.
-const PROGRAM: usize = 64 << 20;
-
-const GIB: f64 = (1_u64 << 30) as f64;
-
-/// Bytes from GiB.
-fn gib(text: &str) -> Result<u64, String> {
-    let gib: f64 = text
-        .parse()
-        .map_err(|_| format!("expected a number, found `{text}`"))?;
-    let bytes = gib * GIB;
-    if bytes >= 1.0 && bytes < 2f64.powi(60) {
-        return Ok(bytes as u64);
-    }
-    Err(format!("expected a number of GiB above 0, found {text}"))
+/// The sequences that an engine will generate at a time, and the tokens of each.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GenerationExtent {
+    pub(crate) sequences: usize,
+    pub(crate) context: usize,
 }
+
+/// The share of free memory that a program with no budget takes: the rest is for other programs.
+const SHARE: f64 = 0.75;
 
 impl MemoryArgs {
     /// The options on the command line.
     pub(crate) fn words(self) -> Vec<String> {
-        let budget = self.memory_budget.map(|bytes| bytes as f64 / GIB);
-        let words = |name: &str, value: Option<String>| {
-            let words = value.map(|value| [name.to_owned(), value]);
-            words.into_iter().flatten()
-        };
-        words("--memory-budget", budget.map(|gib| gib.to_string()))
-            .chain(words(
-                "--prefetch-experts",
-                self.prefetch_experts.map(|n| n.to_string()),
-            ))
-            .collect()
+        let prefetch = self.prefetch_experts;
+        let prefetch = prefetch.map(|n| ["--prefetch-experts".to_owned(), n.to_string()]);
+        let budget = self.budget.words().into_iter();
+        budget.chain(prefetch.into_iter().flatten()).collect()
     }
 
-    /// Plans the memory of an engine's weights. If the budget, or three quarters of free memory, holds them all, all
-    /// are repacked in memory. Else the weights that every token needs are, and recently used experts are cached. If
-    /// even those do not fit, as many weights are repacked as do.
-    pub(crate) fn place(self, engine: &mut Engine, console: &Console) {
-        let free = host::read().available_bytes.unwrap_or(u64::MAX);
-        let free = usize::try_from(free).unwrap_or(usize::MAX);
-        // The rest is for KV caches and other programs.
-        let budget = self.memory_budget.map_or(free / 4 * 3, |bytes| {
-            usize::try_from(bytes).unwrap_or(usize::MAX)
-        });
-        let (bytes, common) = (engine.size_bytes(), engine.common_bytes());
-        let in_gib = |bytes: usize| bytes as f64 / GIB;
-        let warn = |wanted: usize| {
-            if wanted > free {
-                console.note(format_args!(
-                    "weights need {:.2} GiB of memory, but only {:.2} GiB are free: the system may kill this program",
-                    in_gib(wanted),
-                    in_gib(free)
-                ));
-            }
+    /// Plans the memory of an engine's weights: what the budget, or free memory, leaves beside caches and passes. If it holds
+    /// them all, all are repacked in memory. Else the weights that every token needs are, and recently used experts are cached.
+    /// If even those do not fit, as many weights are repacked as do.
+    ///
+    /// # Errors
+    /// If caches and passes alone need more than there is.
+    pub(crate) fn place(
+        self,
+        engine: &mut Engine,
+        extent: GenerationExtent,
+        console: &Console,
+    ) -> anyhow::Result<()> {
+        let Some(limit) = self.budget.limit() else {
+            self.keep_all(engine);
+            return Ok(());
         };
-        if bytes <= budget {
-            // Products in f32 decode blocks as they are stored.
-            if engine.compute != Compute::F32 {
-                warn(bytes);
-                engine.plan_repack(usize::MAX);
-            }
-            return;
+        let beside = beside_weights(engine, extent, &limit)?;
+        let bytes = match self.budget.memory_budget {
+            Some(_) => limit.bytes as f64,
+            None => (SHARE * limit.bytes as f64).max(beside),
+        };
+        let budget = (bytes - beside).max(0.0) as usize;
+        let (weights, common) = (engine.size_bytes(), engine.common_bytes());
+        if weights <= budget {
+            self.keep_all(engine);
+            return Ok(());
         }
-        let (needed, found) = (in_gib(bytes), in_gib(budget));
+        let [needed, found] = [weights, budget].map(|bytes| size(bytes as f64));
         if common >= budget {
-            let copied = match self.memory_budget {
-                Some(_) => budget,
-                None => free.saturating_sub(PROGRAM) / 4 * 3,
-            };
             if engine.compute != Compute::F32 {
-                warn(copied);
-                engine.plan_repack(copied);
+                engine.plan_repack(budget);
             }
             console.note(format_args!(
-                "weights of {needed:.2} GiB exceed the memory budget of {found:.2} GiB: the excess is read from disk for every token, which is slow"
+                "weights of {needed} exceed the memory left for them, {found}: the excess is read from disk for every token, which is slow"
             ));
-            return;
+            return Ok(());
         }
-        warn(budget);
         engine.cache_experts(budget - common, self.prefetch_experts);
         console.note(format_args!(
-            "weights of {needed:.2} GiB exceed the memory budget of {found:.2} GiB: recently used experts are cached ({:.2} GiB), others are read from disk",
-            in_gib(budget - common)
+            "weights of {needed} exceed the memory left for them, {found}: recently used experts are cached ({}), others are read from disk",
+            size((budget - common) as f64)
         ));
+        Ok(())
     }
+
+    /// All weights in memory. Products in f32 decode blocks as they are stored.
+    fn keep_all(self, engine: &mut Engine) {
+        if engine.compute != Compute::F32 {
+            engine.plan_repack(usize::MAX);
+        }
+    }
+}
+
+/// What generating takes besides weights.
+fn beside_weights(
+    engine: &Engine,
+    extent: GenerationExtent,
+    limit: &MemoryLimit,
+) -> anyhow::Result<f64> {
+    let config = &engine.model.config;
+    let need = GenerationNeed {
+        config,
+        weights: &BytesByFormat::new(),
+        stored: None,
+        sequences: extent.sequences as u64,
+        context: extent.context.min(config.max_position_embeddings) as u64,
+        cache: CacheValue::of(engine.cache),
+    };
+    let beside = need.now().total() + PROGRAM;
+    if beside <= limit.bytes as f64 {
+        return Ok(beside);
+    }
+    let what = format!(
+        "generating {} of {} tokens",
+        sequences(need.sequences),
+        need.context
+    );
+    Err(refusal(too_large(
+        &what,
+        beside,
+        limit,
+        &need.knobs(Some(limit)),
+    )))
 }
 
 /// Repacks now what would be repacked between steps.

@@ -13,7 +13,8 @@ use anyhow::{Context, bail};
 use serde_json::Value;
 use train::{Recipe, RunDir};
 
-use crate::console::{Console, misuse, resident_bytes};
+use crate::console::{Console, misuse};
+use crate::host::resident::Resident;
 use crate::plot::{Axes, Line, Mark, Plot};
 use crate::train::usage;
 
@@ -137,7 +138,7 @@ fn train(args: &Args, settings: &[String], folder: &Path) -> anyhow::Result<Opti
         .context("cannot start `moeforge train`")?;
     let mut peak_bytes = None;
     loop {
-        peak_bytes = peak_bytes.max(resident_bytes(child.id()).map(|[_, own]| own));
+        peak_bytes = peak_bytes.max(Resident::of(child.id()).map(|held| held.own));
         match child.try_wait()? {
             None => std::thread::sleep(Duration::from_millis(20)),
             Some(status) if status.success() => return Ok(peak_bytes),

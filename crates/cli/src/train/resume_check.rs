@@ -442,7 +442,7 @@ fn same_bytes(paths: &[PathBuf; 2]) -> anyhow::Result<bool> {
     }
 }
 
-/// The lines of a run's metrics, without times.
+/// The lines of a run's metrics, without times and without what a process took of memory.
 fn metrics(run: &Path) -> anyhow::Result<Vec<Value>> {
     let path = run.join("metrics.jsonl");
     let text =
@@ -455,7 +455,11 @@ fn metrics(run: &Path) -> anyhow::Result<Vec<Value>> {
         }
         Ok(line)
     });
-    lines.collect()
+    let is_of_run = |line: &anyhow::Result<Value>| {
+        line.as_ref()
+            .map_or(true, |line| line.get("memory").is_none())
+    };
+    lines.filter(is_of_run).collect()
 }
 
 #[cfg(test)]

@@ -1,12 +1,16 @@
 //! The progress of a run on the terminal, and the machine's state for the run.
 
 use model::Model;
-use train::{Event, Host, Memory, Rewards, SampledText, Session, StepReport, ValidationProgress};
+use train::{
+    Event, Host, Memory, Rewards, SampledText, Session, StepMemory, StepReport, ValidationProgress,
+};
 
 use super::samples::PromptSampler;
 use super::signals::Signals;
 use crate::console::{self, Console, Progress};
 use crate::host;
+use crate::host::resident::{Resident, ResidentPeak};
+use crate::plan::run_memory::MeasuredMemory;
 
 /// Shows a run's progress, and tells the run about signals and memory.
 #[derive(Debug)]
@@ -20,6 +24,8 @@ pub(super) struct Watcher {
     seconds: f64,
     tokens: usize,
     saved_activation_bytes: usize,
+    step_memory: StepMemory,
+    peak: ResidentPeak,
 }
 
 impl Host for Watcher {
@@ -82,7 +88,12 @@ impl Host for Watcher {
     }
 
     fn memory(&mut self) -> Memory {
-        host::read()
+        let peak = self.peak.so_far();
+        Memory {
+            own_bytes: peak.map(|peak| peak.own),
+            mapped_bytes: peak.map(|peak| peak.mapped),
+            ..host::read()
+        }
     }
 
     fn generate(&mut self, model: &Model, prompt: &str) -> Result<String, String> {
@@ -107,16 +118,22 @@ impl Watcher {
             seconds: 0.0,
             tokens: 0,
             saved_activation_bytes: 0,
+            step_memory: StepMemory::default(),
+            peak: ResidentPeak::watch(),
         })
     }
 
-    /// Removes the progress bar. Returns the maximum bytes of saved activations.
-    pub(super) fn finish(self) -> usize {
+    /// Removes the progress bar. Returns the maximum bytes of saved activations, and the memory of the run if the system tells.
+    pub(super) fn finish(self) -> (usize, Option<MeasuredMemory>) {
         if let Some(progress) = self.validation {
             progress.finish();
         }
         self.progress.finish();
-        self.saved_activation_bytes
+        let measured = self.peak.so_far().map(|resident| MeasuredMemory {
+            resident,
+            step: self.step_memory,
+        });
+        (self.saved_activation_bytes, measured)
     }
 
     fn validating(&mut self, done: &ValidationProgress) {
@@ -138,6 +155,9 @@ impl Watcher {
         self.saved_activation_bytes = self
             .saved_activation_bytes
             .max(report.saved_activation_bytes);
+        if report.memory.step >= self.step_memory.step {
+            self.step_memory = report.memory;
+        }
         let rate = self.tokens as f64 / self.seconds.max(1e-9);
         self.progress.update(
             report.step,
@@ -164,6 +184,5 @@ fn meaning_of(loss: f64, rewards: Option<Rewards>) -> String {
 
 /// The program's memory besides mapped files, for the progress line; empty if the operating system does not tell.
 fn memory_held() -> String {
-    let held = console::resident_bytes(std::process::id());
-    held.map_or_else(String::new, |[_, own]| format!(" {} MiB", own >> 20))
+    Resident::own().map_or_else(String::new, |held| format!(" {} MiB", held.own >> 20))
 }

@@ -9,6 +9,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::ptr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Blocks of at least this size are large.
@@ -26,6 +27,41 @@ const SHELF: usize = 8 << 20;
 /// Bins for the sizes, and places in each. A decoding step has some thirty sizes.
 const BINS: usize = 64;
 const PLACES: usize = 4;
+
+/// Blocks of at least this size count in [`AllocatedBytes`]. A decoding step has few of them, so counting costs it nothing.
+const COUNTED: usize = 1 << 16;
+
+static IN_USE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+/// Bytes in blocks of 64 KiB or more, of a program with a [`RecyclingAllocator`]; zeros in another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AllocatedBytes {
+    /// In use now.
+    pub now: usize,
+    /// The most that were in use at once since the last call.
+    pub peak: usize,
+}
+
+/// The bytes in use. The next call has a peak of its own.
+pub fn allocated_bytes() -> AllocatedBytes {
+    let now = IN_USE.load(Ordering::Relaxed);
+    let peak = PEAK.swap(now, Ordering::Relaxed).max(now);
+    AllocatedBytes { now, peak }
+}
+
+fn count_allocated(size: usize) {
+    if size >= COUNTED {
+        let now = IN_USE.fetch_add(size, Ordering::Relaxed) + size;
+        PEAK.fetch_max(now, Ordering::Relaxed);
+    }
+}
+
+fn count_freed(size: usize) {
+    if size >= COUNTED {
+        IN_USE.fetch_sub(size, Ordering::Relaxed);
+    }
+}
 
 fn is_medium(layout: Layout) -> bool {
     (MEDIUM..NOT_MEDIUM).contains(&layout.size())
@@ -213,6 +249,7 @@ fn waiting(layout: Layout) -> Option<*mut u8> {
 // block that waits is in nobody's hands and is handed out once, for the same layout. Nothing here panics or allocates.
 unsafe impl GlobalAlloc for RecyclingAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count_allocated(layout.size());
         if layout.size() < LARGE {
             // SAFETY: the caller's layout.
             return waiting(layout).unwrap_or_else(|| unsafe { System.alloc(layout) });
@@ -224,6 +261,7 @@ unsafe impl GlobalAlloc for RecyclingAllocator {
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count_allocated(layout.size());
         if layout.size() < LARGE {
             if let Some(block) = waiting(layout) {
                 // SAFETY: a block of this size that nobody else has.
@@ -243,6 +281,7 @@ unsafe impl GlobalAlloc for RecyclingAllocator {
     }
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        count_freed(layout.size());
         if layout.size() < LARGE {
             let put = |shelf: &Shelf| shelf.put(block, layout);
             if !is_medium(layout) || MEDIUM_BLOCKS.try_with(put).is_err() {
@@ -259,6 +298,10 @@ unsafe impl GlobalAlloc for RecyclingAllocator {
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         // SAFETY: a block of the caller's, that came from `System` with this layout.
         let grown = unsafe { System.realloc(block, layout, size) };
+        if !grown.is_null() {
+            count_freed(layout.size());
+            count_allocated(size);
+        }
         if !grown.is_null() && layout.size().max(size) >= LARGE {
             let large = |size: usize| if size < LARGE { 0 } else { size };
             let mut free_blocks = self.free_blocks();
@@ -273,8 +316,20 @@ unsafe impl GlobalAlloc for RecyclingAllocator {
 /// freed. By default glibc starts cutting blocks of up to 32 MiB from its heap, which leaves gaps of a third of a
 /// training run's memory at 4 × 2048 tokens. New pages for every block cost a tenth of a step at 4 × 256. Without glibc
 /// this does nothing.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
 pub fn map_large_blocks() {
+    set_mapped(LARGE);
+}
+
+/// Takes [`map_large_blocks`] back: blocks up to glibc's largest threshold come from its heap, which is faster.
+pub fn keep_large_blocks() {
+    /// As far as glibc raises the threshold by itself.
+    const MOST: usize = 32 << 20;
+    set_mapped(MOST);
+}
+
+/// Has glibc map each block from a size on by itself.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn set_mapped(size: usize) {
     const M_TRIM_THRESHOLD: i32 = -1;
     const M_MMAP_THRESHOLD: i32 = -3;
     /// What the heap may keep at its end: what glibc comes to by itself.
@@ -282,10 +337,7 @@ pub fn map_large_blocks() {
     unsafe extern "C" {
         fn mallopt(parameter: i32, value: i32) -> i32;
     }
-    let settings = [
-        (M_MMAP_THRESHOLD, LARGE as i32),
-        (M_TRIM_THRESHOLD, TRIMMED),
-    ];
+    let settings = [(M_MMAP_THRESHOLD, size as i32), (M_TRIM_THRESHOLD, TRIMMED)];
     for (parameter, value) in settings {
         // SAFETY: settings of the allocator, which change no block. A refusal is fine.
         let _ = unsafe { mallopt(parameter, value) };
@@ -294,7 +346,7 @@ pub fn map_large_blocks() {
 
 /// Has an effect with glibc only.
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-pub fn map_large_blocks() {}
+fn set_mapped(_: usize) {}
 
 /// Asks Linux to back a block with pages of 2 MiB; does nothing on other systems.
 #[cfg(target_os = "linux")]

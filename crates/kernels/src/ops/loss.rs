@@ -195,15 +195,19 @@ struct VocabVisit {
     sums: Vec<f32>,
 }
 
-/// The vocabulary entries of a part, and the number of parts.
-fn parts(head: OutputHead<'_>, targets: &[usize]) -> (usize, usize) {
-    let wanted = TASKS.div_ceil(targets.len().div_ceil(TILE_TOKENS).max(1));
-    let part = head
-        .vocab()
+/// The vocabulary entries of a part, and the number of parts, for a number of trained tokens.
+pub(super) fn vocab_parts(tokens: usize, vocab: usize) -> (usize, usize) {
+    let wanted = TASKS.div_ceil(tokens.div_ceil(TILE_TOKENS).max(1));
+    let part = vocab
         .div_ceil(wanted)
         .next_multiple_of(TILE_VOCAB)
         .max(TILE_VOCAB);
-    (part, head.vocab().div_ceil(part).max(1))
+    (part, vocab.div_ceil(part).max(1))
+}
+
+/// [`vocab_parts`] of a head.
+fn parts(head: OutputHead<'_>, targets: &[usize]) -> (usize, usize) {
+    vocab_parts(targets.len(), head.vocab())
 }
 
 /// The results for each tile of tokens and each part of the vocabulary; `wide` is the width of the sums.

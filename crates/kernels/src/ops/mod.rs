@@ -4,6 +4,7 @@ pub(crate) mod adamw;
 pub(crate) mod attention;
 pub(crate) mod dropout;
 pub(crate) mod experts;
+pub(crate) mod footprint;
 pub(crate) mod loss;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;

@@ -59,7 +59,7 @@ impl Share {
     }
 
     /// Whether one projection's first and second factor are shared.
-    pub(super) fn factors(self, projection: &str) -> [bool; 2] {
+    pub(crate) fn factors(self, projection: &str) -> [bool; 2] {
         match self {
             Self::A => [true, false],
             Self::B => [false, true],
@@ -97,7 +97,7 @@ impl Scaling {
 }
 
 impl LoraConfig {
-    pub(super) fn rank_of(&self, module: &str) -> usize {
+    pub(crate) fn rank_of(&self, module: &str) -> usize {
         self.rank_pattern
             .iter()
             .find(|(pattern, _)| matches(pattern, module))
@@ -111,7 +111,7 @@ impl LoraConfig {
             .map_or(self.alpha, |(_, alpha)| *alpha)
     }
 
-    pub(super) fn adapts(&self, module: &str) -> bool {
+    pub(crate) fn adapts(&self, module: &str) -> bool {
         self.target.iter().any(|pattern| matches(pattern, module))
             && !self.exclude.iter().any(|pattern| matches(pattern, module))
     }
@@ -134,7 +134,7 @@ impl LoraConfig {
     }
 
     /// The experts of a layer that the config adapts in a projection: all by the projection's path, or single ones by their own.
-    pub(super) fn adapted_experts(
+    pub(crate) fn adapted_experts(
         &self,
         path: &str,
         projection: &str,

@@ -21,6 +21,7 @@ mod peft_whole;
 mod peft_write;
 mod restore;
 mod update;
+mod update_sizes;
 mod weights;
 mod whole;
 

@@ -44,7 +44,8 @@ pub enum Training {
 }
 
 impl Training {
-    fn trains(&self, key: &str) -> bool {
+    /// Whether the weight of a key is trained.
+    pub fn trains(&self, key: &str) -> bool {
         let any = |patterns: &[String]| patterns.iter().any(|pattern| matches(pattern, key));
         match self {
             Self::Frozen => false,
@@ -483,7 +484,13 @@ impl<'a> Builder<'a> {
     /// A matrix's values in f32.
     fn values(&self, key: ParamKey) -> Result<Vec<f32>, Error> {
         match self.source {
-            WeightSource::Folder(folder) => Ok(self.read(folder, key)?.to_f32()),
+            WeightSource::Folder(folder) => {
+                let stored = self.read(folder, key)?;
+                let values = stored.to_f32();
+                // They are not read again.
+                checkpoint::advise_dontneed(stored.bytes());
+                Ok(values)
+            }
             WeightSource::Fresh(seed) => {
                 let [rows, cols] = self.shape(key);
                 let deviation = self.config.initializer_range;

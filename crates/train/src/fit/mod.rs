@@ -8,6 +8,7 @@ mod range_test;
 pub(crate) mod ranks;
 mod reads;
 mod step;
+pub(crate) mod step_memory;
 mod timed_steps;
 mod validation;
 mod watchdog;
@@ -60,6 +61,10 @@ impl Session {
         if self.is_unfinished() {
             self.set_result_aside(run, host)?;
             self.train(run, &mut journal, host)?;
+            let found = host.memory();
+            if found.own_bytes.is_some() {
+                journal.memory(self.state.step, &self.plan, found)?;
+            }
             self.sample(&mut journal, host)?;
             self.save(run, host)?;
         }

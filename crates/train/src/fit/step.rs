@@ -14,6 +14,7 @@ use parallel::{MessageReader, MessageWriter, ShortMessage};
 use super::forward::{ids, losses};
 use super::grad_audit::GradAudit;
 use super::reads::{ChoicesRead, Read, ReadValues, Reads};
+use super::step_memory::StepTally;
 use crate::balance::{self, RealTokens};
 use crate::dataset::segments;
 use crate::dpo::{self, Rewards};
@@ -202,7 +203,8 @@ impl Session {
         let batches = self.next_batches()?;
         let trained_tokens: usize = batches.iter().map(|batch| batch.trained_tokens).sum();
         let counted: usize = batches.iter().map(|batch| self.counted(batch)).sum();
-        let (sums, norm) = self.finite_sums(&batches, counted, host)?;
+        let mut tally = StepTally::begin();
+        let (sums, norm) = self.finite_sums(&batches, counted, (&mut tally, host))?;
         let (step, scale) = (self.state.step + 1, self.loss_scale());
         if let (1, Some(run)) = (step, run) {
             self.audit(&sums, run, host)?;
@@ -240,6 +242,7 @@ impl Session {
             balance_loss: (train.balance_loss > 0.0).then_some(sums.balance / batches.len() as f64),
             loss_scale: scale,
             saved_activation_bytes: kernels::saved_activation_bytes(),
+            memory: tally.end(),
             seconds: started.elapsed().as_secs_f64(),
         })
     }
@@ -263,12 +266,12 @@ impl Session {
         &mut self,
         batches: &[Batch],
         counted: usize,
-        host: &mut dyn Host,
+        (tally, host): (&mut StepTally, &mut dyn Host),
     ) -> Result<(StepSums, f64)> {
         loop {
             let scale = self.loss_scale();
             let share = scale.unwrap_or(1.0) / counted.max(1) as f64;
-            let (sums, norm) = self.sums(batches, share)?;
+            let (sums, norm) = self.sums(batches, share, tally)?;
             let norm = norm / scale.unwrap_or(1.0);
             if sums.loss.is_finite() && norm.is_finite() {
                 return Ok((sums, norm));
@@ -298,12 +301,21 @@ impl Session {
     /// Forward and backward of a step's micro-batches, and the norm of the gradient. `share` is the weight of one token, or
     /// pair, in the loss that is differentiated. A rank that is alone waits for the device once, at the end; others wait once
     /// more in each round, to send its gradients.
-    fn sums(&self, batches: &[Batch], share: f64) -> Result<(StepSums, f64)> {
+    fn sums(
+        &self,
+        batches: &[Batch],
+        share: f64,
+        tally: &mut StepTally,
+    ) -> Result<(StepSums, f64)> {
         let (mut sums, mut reads, mut micros) = (StepSums::default(), Reads::default(), vec![]);
         let own: Vec<(u64, &Batch)> =
             (self.ranks.own((self.state.micro_step..).zip(batches))).collect();
         for turns in own.chunks(self.ranks.turns()) {
-            let steps = self.micro_steps(turns, share, &mut reads).into_iter();
+            tally.begin_pass();
+            let steps = self
+                .micro_steps(turns, share, &mut reads, tally)
+                .into_iter();
+            tally.end_pass();
             for (mut micro, (_, batch)) in steps.zip(turns) {
                 let gradients = std::mem::take(&mut micro.gradients);
                 self.ranks
@@ -356,6 +368,7 @@ impl Session {
         turns: &[(u64, &Batch)],
         share: f64,
         reads: &mut Reads,
+        tally: &mut StepTally,
     ) -> Vec<MicroStep> {
         let train = &self.recipe.train;
         let mut recorders: Vec<Recorder> = turns.iter().map(|_| Recorder::of_routing()).collect();
@@ -374,6 +387,7 @@ impl Session {
             &mut passes,
             train.checkpointing,
         );
+        tally.end_forward();
         let mut objective = StepObjective::new(self, turns, share);
         let gradients = Trace::backward(traces, &self.model, &mut passes, &mut objective);
         let found = objective.found;

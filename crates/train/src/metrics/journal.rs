@@ -15,7 +15,8 @@ use super::event_file::{EventFile, EventValue};
 use super::{LastLine, METRICS_NAME, Metrics};
 use crate::Result;
 use crate::dpo::Rewards;
-use crate::events::{SampledText, StepReport};
+use crate::events::{Memory, SampledText, StepReport};
+use crate::recipe::forecast::{PROGRAM_MAPPED, TrainingPlan};
 use crate::routing::{LayerDrift, LayerLoad};
 
 /// The metrics of a run in both forms.
@@ -76,6 +77,18 @@ impl Journal {
     /// The counts of the splits, by their names, before the first step.
     pub(crate) fn data(&mut self, splits: &BTreeMap<&str, SplitCounts>) -> Result<()> {
         self.metrics.append(0, &json!({ "data": splits }))
+    }
+
+    /// The memory that a run took, with what was predicted, after its last step.
+    pub(crate) fn memory(&mut self, step: u64, plan: &TrainingPlan, found: Memory) -> Result<()> {
+        let memory = json!({
+            "own_bytes": found.own_bytes,
+            "mapped_bytes": found.mapped_bytes,
+            "predicted_own_bytes": plan.own().round(),
+            "predicted_mapped_bytes": (plan.mapped + PROGRAM_MAPPED).round(),
+            "predicted": plan,
+        });
+        self.metrics.append(step, &json!({ "memory": memory }))
     }
 
     /// A step, and the load of the experts since the last line.

@@ -9,6 +9,7 @@ mod changes;
 mod check;
 mod choices;
 mod file;
+pub(crate) mod forecast;
 mod keys;
 mod resolved;
 mod trained;

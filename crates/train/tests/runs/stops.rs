@@ -24,6 +24,7 @@ impl Host for Shrinking {
         Memory {
             available_bytes: Some(available),
             peak_bytes: None,
+            ..Memory::default()
         }
     }
 }

@@ -18,6 +18,7 @@ pub use self::routed::ExpertLora;
 pub(crate) use self::routed::{ExpertOperands, RoutedExperts, StackedFactors};
 pub use self::slots::SlotPart;
 pub(crate) use self::slots::Slots;
+pub(super) use self::slots::{GROUP_TASKS, TASK_SLOTS};
 use crate::settings::Compute;
 
 /// x `[tokens, hidden]`, weights `[slots]` → y `[tokens, hidden]` and the products of gate and up

@@ -8,9 +8,9 @@ use crate::memory::with_scratch;
 use crate::threads::tiles;
 
 /// Slots per task: enough rows to pay for decoding a weight tile.
-const TASK_SLOTS: usize = 256;
+pub(in crate::ops) const TASK_SLOTS: usize = 256;
 /// Tasks per thread in a group of experts: enough for the threads to end together.
-const GROUP_TASKS: usize = 16;
+pub(in crate::ops) const GROUP_TASKS: usize = 16;
 
 /// Where slots lie in those of a whole micro-batch, of whose experts only some are here. They are computed as they are there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

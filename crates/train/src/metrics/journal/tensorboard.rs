@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value as Json, json};
 
 use super::*;
+use crate::StepMemory;
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -63,6 +64,7 @@ fn report(process: u64, step: u64) -> StepReport {
         balance_loss: Some(1e-3 * x),
         loss_scale: Some(65536.0),
         saved_activation_bytes: 1000,
+        memory: StepMemory::default(),
         seconds: 0.3 * x,
     }
 }

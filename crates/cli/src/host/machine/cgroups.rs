@@ -7,6 +7,8 @@
 
 use std::path::{Path, PathBuf};
 
+use super::{Machine, MemoryLimit};
+
 /// The files of a version of control groups.
 struct CgroupVersion {
     /// The folder of the outermost group.
@@ -32,14 +34,14 @@ const V2: CgroupVersion = CgroupVersion {
     reclaimable: &["active_file", "inactive_file", "slab_reclaimable"],
 };
 
-/// The memory left by the tightest limit, if there is one.
-pub(super) fn available() -> Option<u64> {
-    let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
-    least(&groups, Path::new("/sys/fs/cgroup"))
+/// The memory left by the tightest limit of a machine's groups, if there is one.
+pub(super) fn tightest(machine: &Machine) -> Option<MemoryLimit> {
+    let groups = machine.text("proc/self/cgroup")?;
+    least(&groups, &machine.path("sys/fs/cgroup"))
 }
 
 /// The memory left by groups as listed in `/proc/self/cgroup`, with their files in a folder.
-fn least(groups: &str, files: &Path) -> Option<u64> {
+fn least(groups: &str, files: &Path) -> Option<MemoryLimit> {
     let left = groups.lines().filter_map(|line| {
         let mut parts = line.splitn(3, ':').skip(1);
         let (controllers, path) = (parts.next()?, parts.next()?);
@@ -50,18 +52,24 @@ fn least(groups: &str, files: &Path) -> Option<u64> {
         };
         version.least(&files.join(version.root), path)
     });
-    left.min()
+    left.min_by_key(|limit| limit.bytes)
 }
 
 impl CgroupVersion {
     /// The least memory left by a group and its ancestors. In a container the path may be the host's: of its groups,
     /// only the container's outermost exists then.
-    fn least(&self, root: &Path, path: &str) -> Option<u64> {
+    fn least(&self, root: &Path, path: &str) -> Option<MemoryLimit> {
         let group = root.join(path.trim_start_matches('/'));
         let groups = group
             .ancestors()
             .take_while(|group| group.starts_with(root));
-        groups.filter_map(|group| self.left(group)).min()
+        let left = groups.filter_map(|group| {
+            let bytes = self.left(group)?;
+            let name = group.strip_prefix(root).unwrap_or(group).display();
+            let source = format!("control group /{name}");
+            Some(MemoryLimit { bytes, source })
+        });
+        left.min_by_key(|limit| limit.bytes)
     }
 
     /// The memory left by a group, if it has a limit.
@@ -96,17 +104,22 @@ mod tests {
         }
     }
 
+    /// The bytes that are left.
+    fn left(groups: &str, files: &Path) -> Option<u64> {
+        least(groups, files).map(|limit| limit.bytes)
+    }
+
     #[test]
     fn the_tightest_limit_of_a_group_and_those_around_it_counts() {
         let dir = tempfile::tempdir().unwrap();
         let files = dir.path();
         let groups = "0::/user.slice/app.service\n";
-        assert_eq!(least(groups, files), None);
+        assert_eq!(left(groups, files), None);
         group(
             &files.join("user.slice/app.service"),
             &[("memory.max", "max\n"), ("memory.current", "600\n")],
         );
-        assert_eq!(least(groups, files), None);
+        assert_eq!(left(groups, files), None);
         group(
             &files.join("user.slice"),
             &[
@@ -118,13 +131,13 @@ mod tests {
                 ),
             ],
         );
-        assert_eq!(least(groups, files), Some(2900));
+        assert_eq!(left(groups, files), Some(2900));
         group(
             &files.join("user.slice/app.service"),
             &[("memory.high", "1000\n")],
         );
-        assert_eq!(least(groups, files), Some(400));
-        assert_eq!(least("0::/\n", files), None);
+        assert_eq!(left(groups, files), Some(400));
+        assert_eq!(left("0::/\n", files), None);
     }
 
     #[test]
@@ -144,7 +157,7 @@ mod tests {
         );
         // The host's path, which a container does not see.
         let groups = "5:cpu,cpuacct:/docker/1f\n4:memory:/docker/1f\n0::/\n";
-        assert_eq!(least(groups, files), Some(500));
+        assert_eq!(left(groups, files), Some(500));
         group(
             &files.join("memory/docker/1f"),
             &[
@@ -152,7 +165,7 @@ mod tests {
                 ("memory.usage_in_bytes", "900\n"),
             ],
         );
-        assert_eq!(least(groups, files), Some(0));
-        assert_eq!(least("5:cpu:/docker/1f\n", files), None);
+        assert_eq!(left(groups, files), Some(0));
+        assert_eq!(left("5:cpu:/docker/1f\n", files), None);
     }
 }
