@@ -51,6 +51,8 @@ impl<C> Sweep<'_, C> {
         }
         if json {
             console.result(format_args!("{whole:#}"));
+        } else if let Some(knee) = table::knee(&whole["results"]) {
+            console.result(format_args!("\n{knee}"));
         }
         Ok(ExitCode::SUCCESS)
     }

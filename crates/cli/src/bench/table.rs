@@ -100,3 +100,50 @@ pub(super) fn fraction_of(result: &Value, peak: &str) -> String {
 fn number(value: &Value) -> f64 {
     value.as_f64().unwrap_or(f64::NAN)
 }
+
+/// The share of the best speed from which more sequences are of little use.
+const KNEE: f64 = 0.9;
+
+/// The smallest batch with nearly the best speed, if batches of one length were measured.
+pub(super) fn knee(results: &Value) -> Option<String> {
+    let results = results.as_array()?;
+    let is_alike = |result: &Value| {
+        let first = &results[0];
+        ["seq", "experts"]
+            .iter()
+            .all(|key| result[*key] == first[*key])
+    };
+    if results.len() < 3 || !results.iter().all(is_alike) {
+        return None;
+    }
+    let speed = |result: &Value| median(&result["tokens_per_second"]);
+    let best = results.iter().map(speed).fold(0.0, f64::max);
+    let enough = results.iter().filter(|result| speed(result) >= KNEE * best);
+    let knee = enough.min_by_key(|result| result["batch"].as_u64())?;
+    Some(format!(
+        "knee: a batch of {} has {:.0} % of the best speed",
+        count(&knee["batch"]),
+        100.0 * speed(knee) / best
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_knee_is_the_smallest_batch_with_nearly_the_best_speed() {
+        let result = |batch: u64, seq: u64, speed: f64| json!({"batch": batch, "seq": seq, "tokens_per_second": {"median": speed}});
+        let speeds = [(1, 50.0), (2, 95.0), (4, 170.0), (8, 180.0), (16, 181.0)];
+        let of = |seq: fn(u64) -> u64| {
+            let results = speeds.map(|(batch, speed)| result(batch, seq(batch), speed));
+            knee(&json!(results))
+        };
+        let expected = "knee: a batch of 4 has 94 % of the best speed";
+        assert_eq!(of(|_| 256).as_deref(), Some(expected));
+        assert_eq!(of(|batch| batch), None);
+        assert_eq!(knee(&json!([result(1, 256, 50.0)])), None);
+    }
+}

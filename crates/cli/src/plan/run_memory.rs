@@ -16,6 +16,7 @@ pub(crate) fn own_lines(plan: &TrainingPlan) -> Vec<PlanLine> {
         ("running means of AdamW", plan.moments),
         ("a step: activations, gradients, temporaries", plan.step),
         ("scratch of threads", plan.scratch),
+        ("writing the result", plan.result),
         ("gaps between blocks", plan.gaps),
         ("the program", PROGRAM),
     ];
@@ -83,7 +84,11 @@ fn blamed(plan: &TrainingPlan, measured: &MeasuredMemory) -> Option<(&'static st
             whole - saved,
             plan.step - plan.saved,
         ),
-        ("the program and gaps", rest, PROGRAM + plan.gaps),
+        (
+            "the program, its result and gaps",
+            rest,
+            PROGRAM + plan.result + plan.gaps,
+        ),
     ];
     let difference = |of: &(&str, f64, f64)| (of.1 - of.2).abs();
     let most = |a: &(&str, f64, f64), b: &(&str, f64, f64)| difference(a).total_cmp(&difference(b));

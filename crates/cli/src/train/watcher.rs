@@ -9,6 +9,8 @@ use super::samples::PromptSampler;
 use super::signals::Signals;
 use crate::console::{self, Console, Progress};
 use crate::host;
+use crate::host::energy::EnergyMeter;
+use crate::host::machine::Machine;
 use crate::host::resident::{Resident, ResidentPeak};
 use crate::plan::run_memory::MeasuredMemory;
 
@@ -26,6 +28,8 @@ pub(super) struct Watcher {
     saved_activation_bytes: usize,
     step_memory: StepMemory,
     peak: ResidentPeak,
+    /// None where the machine does not tell.
+    energy: Option<EnergyMeter>,
 }
 
 impl Host for Watcher {
@@ -120,13 +124,21 @@ impl Watcher {
             saved_activation_bytes: 0,
             step_memory: StepMemory::default(),
             peak: ResidentPeak::watch(),
+            energy: EnergyMeter::start(&Machine::here()).ok(),
         })
     }
 
     /// Removes the progress bar. Returns the maximum bytes of saved activations, and the memory of the run if the system tells.
-    pub(super) fn finish(self) -> (usize, Option<MeasuredMemory>) {
+    pub(super) fn finish(mut self) -> (usize, Option<MeasuredMemory>) {
         if let Some(progress) = self.validation {
             progress.finish();
+        }
+        let joules = self.energy.as_mut().map(EnergyMeter::joules);
+        if let Some(joules) = joules.filter(|_| self.tokens > 0) {
+            let of_token = joules / self.tokens as f64;
+            self.progress.line(&format!(
+                "energy: {of_token:.3} J/token, validation included"
+            ));
         }
         self.progress.finish();
         let measured = self.peak.so_far().map(|resident| MeasuredMemory {
@@ -150,6 +162,8 @@ impl Watcher {
             .smoothed
             .map_or(report.loss, |old| old + 0.05 * (report.loss - old));
         self.smoothed = Some(smoothed);
+        // Counters start again after some time.
+        self.energy.as_mut().map(EnergyMeter::joules);
         self.seconds += report.seconds;
         self.tokens += report.tokens;
         self.saved_activation_bytes = self

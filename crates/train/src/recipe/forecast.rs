@@ -59,6 +59,8 @@ pub struct TrainingPlan {
     pub step: f64,
     /// What threads keep from step to step for operations.
     pub scratch: f64,
+    /// Writing the result: an adapter is copied, in blocks too small to reuse those of a step.
+    pub result: f64,
     /// Gaps that the system's allocator leaves between blocks.
     pub gaps: f64,
 }
@@ -185,8 +187,7 @@ impl TrainingPlan {
             is_compared: recipe.train.loss == Loss::Dpo,
         });
         let trained = shape.trained() + shape.updates();
-        // The adapter is copied when it is written: its values, and the bytes of its file.
-        let step = step_bytes(recipe, pass).max(2.0 * shape.updates());
+        let step = step_bytes(recipe, pass);
         Self {
             mapped: 0.0,
             weights: shape.trained() + held,
@@ -196,6 +197,7 @@ impl TrainingPlan {
             gradients: pass.gradients,
             step,
             scratch: pass.scratch,
+            result: shape.updates(),
             gaps: gap_share(recipe) * step,
         }
     }
@@ -207,7 +209,13 @@ impl TrainingPlan {
 
     /// All of it, if the heap has no gaps.
     pub fn without_gaps(&self) -> f64 {
-        PROGRAM + self.weights + self.updates + self.moments + self.step + self.scratch
+        PROGRAM
+            + self.weights
+            + self.updates
+            + self.moments
+            + self.step
+            + self.scratch
+            + self.result
     }
 }
 
