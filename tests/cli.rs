@@ -59,8 +59,8 @@ fn budget(model: &str, context: u64, sequences: u64, weights: f64) -> String {
     let output = moeforge(&words);
     let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     let own = plan["own"].as_object().unwrap().iter();
-    let beside = own.filter(|(what, _)| !what.starts_with("weights"));
-    let bytes: f64 = beside.map(|(_, bytes)| bytes.as_f64().unwrap()).sum();
+    let others = own.filter(|(what, _)| !what.starts_with("weights"));
+    let bytes: f64 = others.map(|(_, bytes)| bytes.as_f64().unwrap()).sum();
     format!("{:.9}", bytes / f64::from(1 << 30) + weights)
 }
 

@@ -33,7 +33,7 @@ use crate::rows::{note_changed, note_ignored, note_unused};
 /// Train with a recipe: pretraining, full fine-tuning, LoRA, DoRA or DPO.
 ///
 /// Ctrl-C, SIGTERM or SIGUSR1 finishes the step, saves a checkpoint and exits with code 130, 143 or 138; a second one stops
-/// at once. Other exit codes: 1 an error; 2 wrong usage or recipe; 5 too little memory, after saving a checkpoint; 6 a loss
+/// at once. Other exit codes: 1 an error; 2 wrong usage or recipe; 5 too little memory, before the first step or after saving a checkpoint; 6 a loss
 /// or gradient is not finite; 7 the loss diverged too often; 8 a rank waited too long for others. Checkpoints that were saved before are always kept.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {

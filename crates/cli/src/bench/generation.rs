@@ -389,7 +389,7 @@ fn plan(engine: &Engine, case: GenerationCase, subject: &Subject) -> Value {
         context: case.seq + case.new_tokens(),
         cache: CacheValue::of(engine.cache),
     };
-    let (beside, weights) = (need.now(), engine.size_bytes() as f64);
+    let (others, weights) = (need.now(), engine.size_bytes() as f64);
     // Products in f32 read weights as they are stored; random ones are the program's own anyway.
     let are_mapped = engine.compute == Compute::F32 && !subject.is_random();
     let [mapped, held] = if are_mapped {
@@ -400,9 +400,9 @@ fn plan(engine: &Engine, case: GenerationCase, subject: &Subject) -> Value {
     json!({
         "mapped": mapped,
         "weights": held,
-        "cache": beside.cache,
-        "pass": beside.pass,
-        "scratch": beside.scratch,
+        "cache": others.cache,
+        "pass": others.pass,
+        "scratch": others.scratch,
     })
 }
 

@@ -43,7 +43,7 @@ impl MemoryArgs {
         budget.chain(prefetch.into_iter().flatten()).collect()
     }
 
-    /// Plans the memory of an engine's weights: what the budget, or free memory, leaves beside caches and passes. If it holds
+    /// Plans the memory of an engine's weights: what caches and passes leave of the budget, or of free memory. If it holds
     /// them all, all are repacked in memory. Else the weights that every token needs are, and recently used experts are cached.
     /// If even those do not fit, as many weights are repacked as do.
     ///
@@ -59,12 +59,12 @@ impl MemoryArgs {
             self.keep_all(engine);
             return Ok(());
         };
-        let beside = beside_weights(engine, extent, &limit)?;
+        let others = bytes_besides_weights(engine, extent, &limit)?;
         let bytes = match self.budget.memory_budget {
             Some(_) => limit.bytes as f64,
-            None => (SHARE * limit.bytes as f64).max(beside),
+            None => (SHARE * limit.bytes as f64).max(others),
         };
-        let budget = (bytes - beside).max(0.0) as usize;
+        let budget = (bytes - others).max(0.0) as usize;
         let (weights, common) = (engine.size_bytes(), engine.common_bytes());
         if weights <= budget {
             self.keep_all(engine);
@@ -97,7 +97,7 @@ impl MemoryArgs {
 }
 
 /// What generating takes besides weights.
-fn beside_weights(
+fn bytes_besides_weights(
     engine: &Engine,
     extent: GenerationExtent,
     limit: &MemoryLimit,
@@ -111,9 +111,9 @@ fn beside_weights(
         context: extent.context.min(config.max_position_embeddings) as u64,
         cache: CacheValue::of(engine.cache),
     };
-    let beside = need.now().total() + PROGRAM;
-    if beside <= limit.bytes as f64 {
-        return Ok(beside);
+    let others = need.now().total() + PROGRAM;
+    if others <= limit.bytes as f64 {
+        return Ok(others);
     }
     let what = format!(
         "generating {} of {} tokens",
@@ -122,7 +122,7 @@ fn beside_weights(
     );
     Err(refusal(too_large(
         &what,
-        beside,
+        others,
         limit,
         &need.knobs(Some(limit)),
     )))

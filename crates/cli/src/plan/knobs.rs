@@ -235,11 +235,14 @@ impl KnobCandidate<'_> {
         })
     }
 
+    /// Whether updates are made, by the recipe's rank and targets.
+    fn is_fresh(&self) -> bool {
+        self.recipe.train.method == Method::Lora && self.recipe.model.adapter.is_none()
+    }
+
     fn lower_rank(&self) -> Option<RecipeChange> {
-        let is_fresh =
-            self.recipe.train.method == Method::Lora && self.recipe.model.adapter.is_none();
         let rank = self.recipe.lora.rank / 2;
-        (is_fresh && rank >= 4).then(|| {
+        (self.is_fresh() && rank >= 4).then(|| {
             self.change(
                 vec![("lora.rank", rank.to_string())],
                 "an adapter that can learn less",
@@ -249,11 +252,9 @@ impl KnobCandidate<'_> {
     }
 
     fn attention_only(&self) -> Option<RecipeChange> {
-        let is_fresh =
-            self.recipe.train.method == Method::Lora && self.recipe.model.adapter.is_none();
         let has_all =
             self.recipe.lora.target == ["all-linear"] && self.recipe.lora.exclude.is_empty();
-        (is_fresh && has_all && self.recipe.train.loss == Loss::CrossEntropy).then(|| {
+        (self.is_fresh() && has_all && self.recipe.train.loss == Loss::CrossEntropy).then(|| {
             self.change(
                 vec![("lora.exclude", "mlp".into())],
                 "attention alone is adapted, which learns less",

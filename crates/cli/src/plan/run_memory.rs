@@ -123,12 +123,12 @@ pub(crate) fn approve(
         }
         return Err(text);
     }
-    let rest = bytes - plan.own();
-    if forecast.mapped > rest.max(0.0) {
+    let rest = (bytes - plan.own()).max(0.0);
+    if plan.mapped > rest {
         console.note(format_args!(
             "weights of {} are read from their file, and {} of memory are left for them: each step reads some from disk again, which is slow",
-            size(forecast.mapped),
-            size(rest.max(0.0))
+            size(plan.mapped),
+            size(rest)
         ));
     }
     Ok(if plan.own() <= bytes {

@@ -5,7 +5,6 @@ use std::path::Path;
 use ::train::{BatchShape, Forecast, Method, Recipe, TrainingPlan};
 use anyhow::Context;
 use checkpoint::{Adapter, Folder};
-use model::footprint::FrozenBytes;
 use model::{AdapterWeights, Checkpointing, ModelConfig, load};
 
 use super::knobs::{proposal, training_knobs};
@@ -62,11 +61,6 @@ impl TrainingNeed {
         let sources = (self.folder.as_ref(), self.adapter.as_ref());
         let forecast = Forecast::new(&self.recipe, &self.config, sources, None)?;
         let plan = forecast.plan();
-        let training = |key: &str| !forecast.trains(key);
-        let mapped = match &self.folder {
-            Some(folder) => FrozenBytes::of(folder, &self.config, &training)?.by_format,
-            None => Default::default(),
-        };
         let bytes = limit.map(|limit| limit.bytes);
         let is_over = limit.is_some_and(|limit| plan.without_gaps() > limit.bytes as f64);
         let proposal = bytes
@@ -74,7 +68,7 @@ impl TrainingNeed {
             .and_then(|bytes| proposal(&forecast, bytes));
         Ok(Plan {
             title: self.title(forecast.batch),
-            mapped: format_lines(&mapped, "mapped"),
+            mapped: format_lines(&forecast.frozen.by_format, "mapped"),
             own: own_lines(&plan),
             details: self.details(&forecast, &plan),
             knobs: training_knobs(&forecast, bytes),

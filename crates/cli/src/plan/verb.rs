@@ -52,7 +52,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     device: DeviceArgs,
     /// Print a table of the published models on common machines instead.
-    #[arg(long, conflicts_with = "subject")]
+    #[arg(long, conflicts_with_all = ["subject", "set", "context", "batch", "cache", "format", "memory_budget", "device"])]
     sizing: bool,
     /// Print JSON instead of a table.
     #[arg(long)]
@@ -95,7 +95,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
                 stored: model.stored.as_ref(),
                 sequences: args.batch.unwrap_or(1),
                 context: args.context.unwrap_or(DEFAULT_CONTEXT),
-                cache: args.cache.unwrap_or(CacheValue::F16),
+                cache: args.cache.unwrap_or(default_cache(args)),
             };
             need.plan(&model.name, limit.as_ref(), args.bandwidth)
         }
@@ -106,6 +106,19 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         console.result(plan.text(limit.as_ref(), &machine));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The KV cache of a device, unless it is said.
+fn default_cache(args: &Args) -> CacheValue {
+    match on_gpu(args) {
+        Some(_) => CacheValue::F32,
+        None => CacheValue::F16,
+    }
+}
+
+/// The name of the device to plan for, unless it is the CPU.
+fn on_gpu(args: &Args) -> Option<String> {
+    args.device.name().filter(|name| name != CPU)
 }
 
 /// The settings of a recipe, with the options that stand for some.
@@ -138,7 +151,7 @@ fn limit(args: &Args, machine: &Machine) -> anyhow::Result<Option<MemoryLimit>> 
         return Ok(Some(MemoryLimit { bytes, source }));
     }
     let free = machine.free();
-    let Some(device) = args.device.name().filter(|name| name != CPU) else {
+    let Some(device) = on_gpu(args) else {
         return Ok(free);
     };
     let Some(share) = machine.gpu_share() else {
@@ -165,10 +178,13 @@ fn subject(args: &Args) -> anyhow::Result<PlanSubject> {
             .is_some_and(|e| e.eq_ignore_ascii_case(extension))
     };
     if has("toml") {
-        if args.format.is_some() {
-            bail!(
-                "--format: expected a model or a config.json, found the recipe `{text}`, whose base has a format"
-            );
+        let of_models = [
+            ("--format", args.format.is_some()),
+            ("--cache", args.cache.is_some()),
+            ("--bandwidth", args.bandwidth.is_some()),
+        ];
+        if let Some((option, _)) = of_models.iter().find(|(_, is_given)| *is_given) {
+            bail!("{option}: expected a model or a config.json, found the recipe `{text}`");
         }
         return Ok(PlanSubject::Recipe(path.into()));
     }

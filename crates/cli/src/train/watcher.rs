@@ -162,8 +162,10 @@ impl Watcher {
             .smoothed
             .map_or(report.loss, |old| old + 0.05 * (report.loss - old));
         self.smoothed = Some(smoothed);
-        // Counters start again after some time.
-        self.energy.as_mut().map(EnergyMeter::joules);
+        if let Some(energy) = &mut self.energy {
+            // Its counters start again after some time.
+            energy.joules();
+        }
         self.seconds += report.seconds;
         self.tokens += report.tokens;
         self.saved_activation_bytes = self

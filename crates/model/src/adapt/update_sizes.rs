@@ -1,9 +1,6 @@
 //! The sizes of an adapter's updates.
 
-use std::collections::BTreeSet;
-
 use super::weights::AdapterWeights;
-use crate::keys::PROJECTIONS;
 
 /// The size of a linear layer's update.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -24,26 +21,14 @@ impl AdapterWeights {
         })
     }
 
-    /// Parameters of the updates of a layer's experts, by their path, and how many experts have one.
-    pub(crate) fn size_of_experts(&self, path: &str) -> (usize, usize) {
+    /// Parameters of the updates of a layer's experts, by their path.
+    pub(crate) fn size_of_experts(&self, path: &str) -> usize {
         let fused = self.fused.iter().filter(|((owner, _), _)| owner == path);
-        let fused: Vec<_> = fused.map(|(_, pairs)| pairs).collect();
+        let fused = fused.flat_map(|(_, pairs)| pairs);
         let prefix = format!("{path}.");
         let apart = self.linear.range(prefix.clone()..);
         let apart = apart.take_while(|(module, _)| module.starts_with(&prefix));
-        let (mut parameters, mut updated) = (0, BTreeSet::new());
-        for (module, update) in apart {
-            let expert = module[prefix.len()..].split_once('.');
-            if let Some((expert, _)) = expert.filter(|(_, name)| PROJECTIONS.contains(name)) {
-                parameters += update.a.len() + update.b.len();
-                updated.insert(expert);
-            }
-        }
-        let of_fused = fused.iter().copied().flatten();
-        parameters += of_fused
-            .map(|pair| pair.a.len() + pair.b.len())
-            .sum::<usize>();
-        let n_fused = fused.iter().map(|pairs| pairs.len()).max();
-        (parameters, n_fused.unwrap_or(0).max(updated.len()))
+        let updates = fused.chain(apart.map(|(_, update)| update));
+        updates.map(|update| update.a.len() + update.b.len()).sum()
     }
 }

@@ -14,9 +14,7 @@ use crate::decoder::checkpointing::Checkpointing;
 pub struct PassBytes {
     /// What the forward pass leaves for the backward pass.
     pub saved: f64,
-    /// The most that the forward pass takes.
-    pub forward: f64,
-    /// The most that both take.
+    /// The most that the forward and the backward pass take.
     pub pass: f64,
     /// The gradients that are left.
     pub gradients: f64,
@@ -108,7 +106,6 @@ impl PassWalk<'_> {
         }
         PassBytes {
             saved: all_saved,
-            forward,
             pass,
             gradients,
             scratch: self.scratch(),

@@ -77,8 +77,6 @@ pub struct ExpertsAt {
     pub n_trained: f64,
     /// Parameters of their updates.
     pub update: f64,
-    /// Whether some experts are trained or updated and others are not.
-    pub is_partial: bool,
 }
 
 impl ExpertsAt {
@@ -345,8 +343,8 @@ impl ShapesOf<'_> {
             inner: moe.moe_intermediate_size as f64,
             ..ExpertsAt::default()
         };
-        let updated = match self.trained {
-            Trained::Nothing => 0,
+        match self.trained {
+            Trained::Nothing => {}
             Trained::Weights(training) => {
                 let trains = |expert: &usize| {
                     Projection::ALL.iter().any(|projection| {
@@ -354,28 +352,20 @@ impl ShapesOf<'_> {
                         training.trains(&ParamKey::weight(layer_idx, module).to_string())
                     })
                 };
-                let n_trained = (0..n).filter(trains).count();
-                at.n_trained = n_trained as f64;
-                n_trained
+                at.n_trained = (0..n).filter(trains).count() as f64;
             }
             Trained::Fresh(config) => {
                 let path = Module::Experts.path(Some(layer_idx));
-                let mut updated = 0;
                 for projection in PROJECTIONS {
                     let adapted = config.adapted_experts(&path, projection, n).len();
                     at.update += config.factors(&format!("{path}.{projection}"), adapted, &at);
-                    updated = updated.max(adapted);
                 }
-                updated
             }
             Trained::Stored(adapter) => {
                 let path = Module::Experts.path(Some(layer_idx));
-                let (update, updated) = adapter.size_of_experts(&path);
-                at.update = update as f64;
-                updated
+                at.update = adapter.size_of_experts(&path) as f64;
             }
-        };
-        at.is_partial = (1..n).contains(&updated);
+        }
         at
     }
 }

@@ -315,7 +315,6 @@ impl Session {
             let steps = self
                 .micro_steps(turns, share, &mut reads, tally)
                 .into_iter();
-            tally.end_pass();
             for (mut micro, (_, batch)) in steps.zip(turns) {
                 let gradients = std::mem::take(&mut micro.gradients);
                 self.ranks

@@ -87,10 +87,8 @@ pub struct Forecast<'a> {
     ep: usize,
     /// The largest micro-batch.
     pub batch: BatchShape,
-    /// Bytes of the checkpoint that are read as they are stored, of the weights that stay frozen.
-    pub mapped: f64,
-    /// Bytes that opening them makes.
-    held: f64,
+    /// Bytes of the weights that stay frozen.
+    pub frozen: FrozenBytes,
 }
 
 impl<'a> Forecast<'a> {
@@ -110,21 +108,17 @@ impl<'a> Forecast<'a> {
             sources,
             ep: ep.unwrap_or(1).max(1),
             batch: BatchShape::largest(recipe),
-            mapped: 0.0,
-            held: 0.0,
+            frozen: FrozenBytes::default(),
         };
         let training = recipe.training();
         match sources.0 {
             Some(folder) => {
                 let is_compared = recipe.train.loss == Loss::Dpo;
                 let reads = |key: &str| is_compared || !training.trains(key);
-                let stored = FrozenBytes::of(folder, config, &reads)?;
-                // Embedding and head are as large as any, and both come at one time.
-                let converted = 2.0 * stored.largest_other;
-                (forecast.mapped, forecast.held) = (stored.mapped.max(converted), stored.held);
+                forecast.frozen = FrozenBytes::of(folder, config, &reads)?;
             }
             // Fresh weights that are not trained are f32.
-            None => forecast.held = FrozenBytes::fresh(config, &|key| !training.trains(key)),
+            None => forecast.frozen.held = FrozenBytes::fresh(config, &|key| !training.trains(key)),
         }
         Ok(forecast)
     }
@@ -137,20 +131,24 @@ impl<'a> Forecast<'a> {
             sources: (None, None),
             ep: 1,
             batch: BatchShape::largest(recipe),
-            mapped,
-            held: 0.0,
+            frozen: FrozenBytes {
+                mapped,
+                ..FrozenBytes::default()
+            },
         }
-    }
-
-    /// Whether the weight of a key is trained.
-    pub fn trains(&self, key: &str) -> bool {
-        self.recipe.training().trains(key)
     }
 
     /// The same with another micro-batch.
     #[must_use]
     pub fn with_batch(self, batch: BatchShape) -> Self {
         Self { batch, ..self }
+    }
+
+    /// Bytes that are read as they are stored: of the weights that stay frozen, or while others are converted.
+    pub fn mapped(&self) -> f64 {
+        // Embedding and head are as large as any, and both come at one time.
+        let converted = 2.0 * self.frozen.largest_other;
+        self.frozen.mapped.max(converted)
     }
 
     /// What the run will take.
@@ -168,8 +166,8 @@ impl<'a> Forecast<'a> {
         };
         let shape = ModelShape::new(self.config, trained).with_experts_shared(self.ep);
         TrainingPlan {
-            mapped: self.mapped,
-            ..TrainingPlan::new(recipe, &shape, batch, self.held)
+            mapped: self.mapped(),
+            ..TrainingPlan::new(recipe, &shape, batch, self.frozen.held)
         }
     }
 }
