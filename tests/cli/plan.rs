@@ -161,7 +161,7 @@ fn machines_of_all_kinds_are_told_what_fits() {
     let (code, text) = on(&small, &r1, &[]);
     assert_eq!(code, Some(0));
     assert!(
-        text.contains("does not fit 7.63 GiB (free memory)"),
+        text.contains("runs in 7.63 GiB (free memory) with") && text.contains("for each token"),
         "{text}"
     );
 
@@ -175,10 +175,11 @@ fn machines_of_all_kinds_are_told_what_fits() {
         ("sys/fs/cgroup/docker/1f/memory.current", "1073741824\n"),
     ]);
     let (_, text) = on(&container, &r1, &[]);
-    assert!(
-        text.contains("does not fit 3.00 GiB (control group /docker/1f)"),
-        "{text}"
-    );
+    let in_group = "3.00 GiB (control group /docker/1f)";
+    assert!(text.contains(&format!("runs in {in_group}")), "{text}");
+    // The keys and values of a prompt's whole context do not fit.
+    let (_, text) = on(&container, &r1, &["--context", "131072"]);
+    assert!(text.contains(&format!("does not fit {in_group}")), "{text}");
 }
 
 #[test]
@@ -198,6 +199,67 @@ fn machines_that_do_not_tell_their_memory_ask_for_a_budget() {
         text.contains("does not say how much memory is free"),
         "{text}"
     );
+}
+
+/// What does not stay in memory is read from disk: less of it with more memory, and faster from a faster disk.
+#[test]
+fn models_that_are_too_large_run_from_disk_at_a_speed() {
+    let r1 = published()
+        .into_iter()
+        .find(|path| path.ends_with("DeepSeek-R1.json"))
+        .unwrap();
+    let r1 = r1.to_string_lossy().into_owned();
+    let of = |words: &[&str]| plan(&[&[r1.as_str(), "--format", "gguf:q4_k_m"], words].concat());
+    let number = |plan: &Value, key: &str| plan[key].as_f64().unwrap();
+    let [small, middle] = ["8", "200"].map(|gib| of(&["--memory-budget", gib]));
+    for plan in [&small, &middle] {
+        assert_eq!(
+            (&plan["fits"], &plan["runs"]),
+            (&false.into(), &true.into())
+        );
+    }
+    assert!(number(&small, "disk_bytes") > 1.5 * number(&middle, "disk_bytes"));
+    let slow = number(&middle, "disk_seconds");
+    let fast = of(&["--memory-budget", "200", "--disk-bandwidth", "6"]);
+    assert!((slow / number(&fast, "disk_seconds") - 2.0).abs() < 1e-9);
+    let both = of(&["--memory-budget", "200", "--bandwidth", "800"]);
+    let memory_alone = of(&["--memory-budget", "500", "--bandwidth", "800"]);
+    let seconds = |plan: &Value| 1.0 / number(plan, "tokens_per_second");
+    assert_eq!(memory_alone["disk_bytes"], Value::Null);
+    assert!(seconds(&both) > slow.max(seconds(&memory_alone)));
+    assert!(seconds(&both) < slow + seconds(&memory_alone));
+}
+
+/// Frozen weights that do not stay in memory are read in each step; fewer bits are what helps.
+#[test]
+fn training_from_disk_is_said_with_what_each_step_reads() {
+    let place = tempfile::tempdir().unwrap();
+    let text = "[train]\nbatch_size = 1\naccumulate = 3\ncheckpointing = \"block\"\n";
+    let recipe = recipe(&place, text);
+    let words = |gib: f64| {
+        let gib = gib.to_string();
+        plan(&[&recipe, "--context", "8", "--memory-budget", &gib])
+    };
+    let roomy = words(64.0);
+    assert_eq!(
+        (&roomy["fits"], &roomy["disk_bytes"]),
+        (&true.into(), &Value::Null)
+    );
+    let (own, mapped) = (own(&roomy), roomy["mapped_bytes"].as_f64().unwrap());
+    let limit = own + 0.5 * mapped;
+    let tight = words(limit / f64::from(1 << 30));
+    assert_eq!(
+        (&tight["fits"], &tight["runs"]),
+        (&false.into(), &true.into())
+    );
+    let read = tight["disk_bytes"].as_f64().unwrap();
+    // Twice for each of three micro-batches.
+    assert!(
+        (read / (6.0 * 0.5 * mapped) - 1.0).abs() < 0.01,
+        "{read} {mapped}"
+    );
+    let first = tight["knobs"][0]["change"].as_str().unwrap();
+    assert!(first.starts_with("quantize --to"), "{tight}");
 }
 
 #[test]

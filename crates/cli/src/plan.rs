@@ -6,6 +6,7 @@ pub(crate) mod generation_need;
 pub(crate) mod knobs;
 pub(crate) mod lines;
 mod memory_plan;
+pub(crate) mod placement;
 pub(crate) mod run_memory;
 mod sizing;
 mod training_need;

@@ -88,6 +88,11 @@ impl Engine {
         self.model.common_bytes() + self.mtp.as_ref().map_or(0, Mtp::size_bytes)
     }
 
+    /// Bytes of routed experts, in memory or mapped.
+    pub fn expert_bytes(&self) -> usize {
+        self.model.expert_bytes()
+    }
+
     /// Bytes of all weights, in memory or mapped.
     pub fn size_bytes(&self) -> usize {
         let of_mtp = self.mtp.as_ref().map_or(0, Mtp::size_bytes);

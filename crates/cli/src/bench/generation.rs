@@ -12,7 +12,7 @@ use anyhow::bail;
 use burn::tensor::Device;
 use infer::{Engine, GenerateConfig, SampleConfig, Sequence};
 use kernels::device::{CPU, describe, is_gpu, reserved_bytes};
-use model::footprint::BytesByFormat;
+use model::footprint::WeightBytes;
 use model::{Compute, ExpertTraffic};
 use serde_json::{Value, json};
 
@@ -383,8 +383,7 @@ fn open_engine(
 fn plan(engine: &Engine, case: GenerationCase, subject: &Subject) -> Value {
     let need = GenerationNeed {
         config: &engine.model.config,
-        weights: &BytesByFormat::new(),
-        stored: None,
+        weights: &WeightBytes::default(),
         sequences: case.batch,
         context: case.seq + case.new_tokens(),
         cache: CacheValue::of(engine.cache),

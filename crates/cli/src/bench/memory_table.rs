@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use ::train::{PROGRAM, PROGRAM_MAPPED};
 use serde_json::{Value, json};
 
-use super::sweep::measure_apart;
+use super::sweep::{StepSizes, measure_apart};
 use crate::console::Console;
 
 /// Compare predicted with measured memory, by component, for training, prefill and decoding.
@@ -18,14 +18,8 @@ pub(crate) struct Args {
     /// Models: Hugging Face folders or GGUF files; a `config.json` gets random weights.
     #[arg(required = true)]
     models: Vec<String>,
-    /// Sequences per step; several comma-separated values are measured in turn.
-    #[arg(long, value_name = "B", value_delimiter = ',', default_value = "4",
-          value_parser = clap::value_parser!(u64).range(1..=1 << 16))]
-    batch: Vec<u64>,
-    /// Tokens per sequence; several comma-separated values are measured in turn.
-    #[arg(long, value_name = "S", value_delimiter = ',', default_value = "256",
-          value_parser = clap::value_parser!(u64).range(2..=1 << 20))]
-    seq: Vec<u64>,
+    #[command(flatten)]
+    sizes: StepSizes,
     /// Settings of a training run, as KEY=VALUE,…; may be repeated, one run each. Default: LoRA and full training, in f32, bf16
     /// and FP8, with and without checkpointing.
     #[arg(long = "run", value_name = "KEY=VALUE,…")]
@@ -104,11 +98,7 @@ fn cases(args: &Args) -> Vec<MemoryCase> {
     };
     let mut cases = Vec::new();
     for model in &args.models {
-        for (batch, seq) in args
-            .batch
-            .iter()
-            .flat_map(|b| args.seq.iter().map(move |s| (*b, *s)))
-        {
+        for (batch, seq) in args.sizes.all() {
             let shape = |verb: &str| -> Vec<OsString> {
                 let numbers = [("--batch", batch), ("--seq", seq), ("--reps", 1)];
                 let numbers = numbers.into_iter();

@@ -10,6 +10,28 @@ use serde_json::Value;
 use super::table::{self, Column};
 use crate::console::Console;
 
+// Sizes of training steps, in all combinations. Not a doc comment: clap would show that as the help of the verb.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct StepSizes {
+    /// Sequences per step; several comma-separated values are measured in turn.
+    #[arg(long, value_name = "B", value_delimiter = ',', default_value = "4",
+          value_parser = clap::value_parser!(u64).range(1..=1 << 16))]
+    batch: Vec<u64>,
+    /// Tokens per sequence; several comma-separated values are measured in turn.
+    #[arg(long, value_name = "S", value_delimiter = ',', default_value = "256",
+          value_parser = clap::value_parser!(u64).range(2..=1 << 20))]
+    seq: Vec<u64>,
+}
+
+impl StepSizes {
+    /// Numbers of sequences, and of tokens of each.
+    pub(super) fn all(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.batch
+            .iter()
+            .flat_map(|&batch| self.seq.iter().map(move |&seq| (batch, seq)))
+    }
+}
+
 /// How the combinations are measured and shown.
 pub(super) struct Sweep<'a, C> {
     /// Measures one in this process. The result has a list `results` with one entry, and keys that all results share.

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use super::peak::peak_flops;
 use super::spread::Spread;
 use super::subject::{Subject, SubjectWeights, ids};
-use super::sweep::{Sweep, options};
+use super::sweep::{StepSizes, Sweep, options};
 use super::table::{Column, DEVICE, JOULES, PEAK, count, fraction_of, giga, median, place, spread};
 use crate::console::{Console, misuse};
 use crate::device::{DeviceArgs, expect_right};
@@ -46,14 +46,8 @@ pub(crate) struct Args {
     /// LoRA adapter to continue from: PEFT folder.
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
-    /// Sequences per step; several comma-separated values are measured in turn.
-    #[arg(long, value_name = "B", value_delimiter = ',', default_value = "4",
-          value_parser = clap::value_parser!(u64).range(1..=1 << 16))]
-    batch: Vec<u64>,
-    /// Tokens per sequence; several comma-separated values are measured in turn.
-    #[arg(long, value_name = "S", value_delimiter = ',', default_value = "256",
-          value_parser = clap::value_parser!(u64).range(2..=1 << 20))]
-    seq: Vec<u64>,
+    #[command(flatten)]
+    sizes: StepSizes,
     /// Routed experts per layer, for random weights only; several comma-separated values are measured in turn. Default:
     /// the config's number.
     #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..))]
@@ -170,13 +164,11 @@ fn cases(args: &Args) -> Vec<TrainingCase> {
     };
     let mut all = Vec::new();
     for &experts in &experts {
-        for &batch in &args.batch {
-            all.extend(args.seq.iter().map(|&seq| TrainingCase {
-                batch,
-                seq,
-                experts,
-            }));
-        }
+        all.extend(args.sizes.all().map(|(batch, seq)| TrainingCase {
+            batch,
+            seq,
+            experts,
+        }));
     }
     all
 }

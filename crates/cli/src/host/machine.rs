@@ -77,7 +77,7 @@ impl Machine {
     }
 
     /// Whether it is this one.
-    pub(super) fn is_here(&self) -> bool {
+    pub(crate) fn is_here(&self) -> bool {
         self.root == Path::new("/")
     }
 

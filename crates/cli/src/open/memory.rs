@@ -2,7 +2,7 @@
 
 use ::train::PROGRAM;
 use infer::Engine;
-use model::footprint::BytesByFormat;
+use model::footprint::WeightBytes;
 use model::{Compute, ExpertTraffic};
 use serde_json::{Value, json};
 
@@ -11,6 +11,7 @@ use crate::host::machine::MemoryLimit;
 use crate::plan::budget::{BudgetArgs, refusal, too_large};
 use crate::plan::generation_need::GenerationNeed;
 use crate::plan::lines::{sequences, size};
+use crate::plan::placement::WeightPlacement;
 use crate::values::CacheValue;
 
 // Memory of weights.
@@ -30,9 +31,6 @@ pub(crate) struct GenerationExtent {
     pub(crate) sequences: usize,
     pub(crate) context: usize,
 }
-
-/// The share of free memory that a program with no budget takes: the rest is for other programs.
-const SHARE: f64 = 0.75;
 
 impl MemoryArgs {
     /// The options on the command line.
@@ -60,31 +58,32 @@ impl MemoryArgs {
             return Ok(());
         };
         let others = bytes_besides_weights(engine, extent, &limit)?;
-        let bytes = match self.budget.memory_budget {
-            Some(_) => limit.bytes as f64,
-            None => (SHARE * limit.bytes as f64).max(others),
+        let room = (self.budget.share() * limit.bytes as f64 - others).max(0.0);
+        let (common, experts) = (engine.common_bytes() as f64, engine.expert_bytes() as f64);
+        let what_exceeds = || {
+            let [needed, found] = [common + experts, room].map(size);
+            format!("weights of {needed} exceed the memory left for them, {found}")
         };
-        let budget = (bytes - others).max(0.0) as usize;
-        let (weights, common) = (engine.size_bytes(), engine.common_bytes());
-        if weights <= budget {
-            self.keep_all(engine);
-            return Ok(());
-        }
-        let [needed, found] = [weights, budget].map(|bytes| size(bytes as f64));
-        if common >= budget {
-            if engine.compute != Compute::F32 {
-                engine.plan_repack(budget);
+        match WeightPlacement::of(common, experts, room) {
+            WeightPlacement::Memory => self.keep_all(engine),
+            WeightPlacement::ExpertsOnDisk { cache } => {
+                engine.cache_experts(cache as usize, self.prefetch_experts);
+                console.note(format_args!(
+                    "{}: recently used experts are cached ({}), others are read from disk",
+                    what_exceeds(),
+                    size(cache)
+                ));
             }
-            console.note(format_args!(
-                "weights of {needed} exceed the memory left for them, {found}: the excess is read from disk for every token, which is slow"
-            ));
-            return Ok(());
+            WeightPlacement::Disk { held } => {
+                if engine.compute != Compute::F32 {
+                    engine.plan_repack(held as usize);
+                }
+                console.note(format_args!(
+                    "{}: the excess is read from disk for every token, which is slow",
+                    what_exceeds()
+                ));
+            }
         }
-        engine.cache_experts(budget - common, self.prefetch_experts);
-        console.note(format_args!(
-            "weights of {needed} exceed the memory left for them, {found}: recently used experts are cached ({}), others are read from disk",
-            size((budget - common) as f64)
-        ));
         Ok(())
     }
 
@@ -105,8 +104,7 @@ fn bytes_besides_weights(
     let config = &engine.model.config;
     let need = GenerationNeed {
         config,
-        weights: &BytesByFormat::new(),
-        stored: None,
+        weights: &WeightBytes::default(),
         sequences: extent.sequences as u64,
         context: extent.context.min(config.max_position_embeddings) as u64,
         cache: CacheValue::of(engine.cache),

@@ -17,6 +17,9 @@ pub(crate) struct BudgetArgs {
 /// How many knobs an error names.
 const NAMED: usize = 3;
 
+/// The share of free memory that a program with no budget takes for a model that generates.
+const SHARE_OF_FREE: f64 = 0.75;
+
 /// Bytes from GiB.
 fn gib(text: &str) -> Result<u64, String> {
     let gib: f64 = text
@@ -44,6 +47,14 @@ impl BudgetArgs {
                 free
             }),
             (budget, free) => budget.or(free),
+        }
+    }
+
+    /// The share of the limit that weights, caches and passes may take: without a budget, the rest is for other programs.
+    pub(crate) fn share(self) -> f64 {
+        match self.memory_budget {
+            Some(_) => 1.0,
+            None => SHARE_OF_FREE,
         }
     }
 

@@ -2,22 +2,20 @@
 
 use ::train::PROGRAM;
 use infer::{GenerationLoad, GenerationPlan};
-use model::footprint::{BytesByFormat, ModelShape, StoredAs, Trained, stored_bytes, token_bytes};
+use model::footprint::{ModelShape, Trained, WeightBytes};
 use model::{CacheType, ModelConfig};
 
-use super::knobs::Knob;
-use super::lines::{PlanLine, described, format_lines, parameters, sequences, speed};
-use super::memory_plan::Plan;
+use super::knobs::{Knob, fewer_bits};
+use super::lines::{PlanLine, described, format_lines, sequences};
+use super::memory_plan::{DiskReads, Plan, PlanTarget, ReadFor};
+use super::placement::WeightPlacement;
 use crate::host::machine::MemoryLimit;
-use crate::values::{CacheValue, OutputFormat};
+use crate::values::CacheValue;
 
 /// What is generated, with which model.
 pub(crate) struct GenerationNeed<'a> {
     pub(crate) config: &'a ModelConfig,
-    /// Bytes of the weights by format.
-    pub(crate) weights: &'a BytesByFormat,
-    /// How they are stored, if that is a choice.
-    pub(crate) stored: Option<&'a StoredAs>,
+    pub(crate) weights: &'a WeightBytes,
     pub(crate) sequences: u64,
     /// Tokens of a sequence.
     pub(crate) context: u64,
@@ -42,31 +40,40 @@ impl GenerationNeed<'_> {
         self.of(self.sequences, self.context, self.cache.cache_type())
     }
 
-    fn weight_bytes(&self) -> f64 {
-        self.weights.values().sum()
-    }
-
     /// Bytes that a token of one sequence reads, half of its context into it.
     pub(crate) fn bytes_per_token(&self) -> f64 {
         let cache = self.of(1, self.context, self.cache.cache_type()).cache / 2.0;
-        let weights = match self.stored {
-            Some(stored) => token_bytes(self.config, stored),
-            None => {
-                let counts = parameters(self.config);
-                self.weight_bytes() * counts.active as f64 / counts.total as f64
-            }
-        };
-        weights + cache
+        self.weights.per_token(self.config) + cache
+    }
+
+    /// What is read from disk because weights have too little room; none if they have enough, or if not even the others have.
+    fn disk(&self, target: &PlanTarget) -> Option<DiskReads> {
+        let limit = target.limit.as_ref().filter(|_| target.has_disk)?;
+        let others = self.now().total() + PROGRAM;
+        if others > limit.bytes as f64 {
+            return None;
+        }
+        let usable = target.usable()?.bytes as f64;
+        let room = (usable - others).max(0.0);
+        let (common, experts) = (self.weights.common(), self.weights.experts);
+        let placement = WeightPlacement::of(common, experts, room);
+        (placement != WeightPlacement::Memory).then(|| DiskReads {
+            weights: common + experts - room,
+            bytes: placement.bytes_read(self.weights, self.config),
+            each: ReadFor::Token,
+            bandwidth: target.disk_bandwidth,
+        })
     }
 
     /// The plan.
-    pub(crate) fn plan(
-        &self,
-        name: &str,
-        limit: Option<&MemoryLimit>,
-        bandwidth: Option<f64>,
-    ) -> Plan {
+    pub(super) fn plan(&self, name: &str, target: &PlanTarget) -> Plan {
         let plan = self.now();
+        let disk = self.disk(target);
+        let tokens_per_second = target.bandwidth.map(|bandwidth| {
+            let from_disk = disk.as_ref().map_or(0.0, |disk| disk.bytes);
+            let seconds = disk.as_ref().map_or(0.0, DiskReads::seconds);
+            1.0 / (seconds + (self.bytes_per_token() - from_disk) / bandwidth)
+        });
         let line = |what: &str, bytes, note| PlanLine {
             what: what.into(),
             bytes,
@@ -91,16 +98,17 @@ impl GenerationNeed<'_> {
                 ])
                 .collect(),
             details: Vec::new(),
-            knobs: self.knobs(limit),
+            knobs: self.knobs(target.usable().as_ref()),
             proposal: None,
-            tokens_per_second: bandwidth.map(|bandwidth| speed(bandwidth, self.bytes_per_token())),
+            tokens_per_second,
+            disk,
         }
     }
 
     /// What makes it smaller.
     pub(crate) fn knobs(&self, limit: Option<&MemoryLimit>) -> Vec<Knob> {
         let now = self.now().total();
-        let weights = self.weight_bytes();
+        let weights = self.weights.all();
         let of = |change: String, other: GenerationPlan, cost: &str| Knob {
             change,
             saved_bytes: now - other.total(),
@@ -142,27 +150,8 @@ impl GenerationNeed<'_> {
             ));
         }
         knobs.retain(|knob| knob.saved_bytes > (now + weights) / 100.0);
-        knobs.extend(self.fewer_bits(limit));
+        knobs.extend(fewer_bits(self.config, self.weights, now + PROGRAM, limit));
         knobs.sort_by_key(|knob| knob.fits != Some(true));
         knobs
-    }
-
-    /// Weights in 4 bits, if they have more.
-    fn fewer_bits(&self, limit: Option<&MemoryLimit>) -> Option<Knob> {
-        let scheme = "gguf:q4_k_m";
-        let stored = match OutputFormat::parse(scheme).ok()? {
-            OutputFormat::Gguf(scheme) => {
-                StoredAs::Gguf(model::export::mix::Mix::new(scheme, "").ok()?)
-            }
-            OutputFormat::Folder(_) => return None,
-        };
-        let other: f64 = stored_bytes(self.config, &stored).values().sum();
-        let saved_bytes = self.weight_bytes() - other;
-        (saved_bytes > self.weight_bytes() / 10.0).then(|| Knob {
-            change: format!("quantize --to {scheme}"),
-            saved_bytes,
-            cost: "weights with 4 to 6 bits; `quantize --data` shows what it costs".into(),
-            fits: limit.map(|limit| other + self.now().total() + PROGRAM <= limit.bytes as f64),
-        })
     }
 }

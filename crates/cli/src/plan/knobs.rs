@@ -3,10 +3,14 @@
 use std::fmt::{Display, Formatter};
 
 use ::train::{BatchShape, Forecast, Loss, Method, Moments, Recipe, TrainingPlan};
-use model::{Checkpointing, OperandRounding};
+use model::export::WeightFormat;
+use model::export::mix::{Mix, MixScheme};
+use model::footprint::{StoredAs, WeightBytes, stored_bytes};
+use model::{Checkpointing, ModelConfig, OperandRounding};
 use serde_json::{Value, json};
 
 use super::lines::size;
+use crate::host::machine::MemoryLimit;
 
 /// A change that saves memory.
 #[derive(Clone, Debug, PartialEq)]
@@ -107,6 +111,31 @@ pub(crate) fn proposal(forecast: &Forecast<'_>, limit: u64) -> Option<(String, T
             return Some((words.join(" "), plan));
         }
     }
+}
+
+/// Weights with fewer bits, if they have more. `others` are the bytes of all but them.
+pub(super) fn fewer_bits(
+    config: &ModelConfig,
+    weights: &WeightBytes,
+    others: f64,
+    limit: Option<&MemoryLimit>,
+) -> Vec<Knob> {
+    let four_bits = Mix::new(MixScheme::Q4KM, "").ok().map(StoredAs::Gguf);
+    let formats = [
+        (Some(StoredAs::Folder(WeightFormat::Fp8)), "hf:fp8", "8"),
+        (four_bits, "gguf:q4_k_m", "4 to 6"),
+    ];
+    let knob = |(stored, format, bits): (Option<StoredAs>, &str, &str)| {
+        let smaller = stored_bytes(config, &stored?).all();
+        let saved_bytes = weights.all() - smaller;
+        (saved_bytes > weights.all() / 10.0).then(|| Knob {
+            change: format!("quantize --to {format}"),
+            saved_bytes,
+            cost: format!("weights with {bits} bits; `quantize --data` shows what it costs"),
+            fits: limit.map(|limit| smaller + others <= limit.bytes as f64),
+        })
+    };
+    formats.into_iter().filter_map(knob).collect()
 }
 
 /// A recipe that is changed further.

@@ -2,7 +2,7 @@
 
 use model::ModelConfig;
 use model::export::WeightFormat;
-use model::footprint::BytesByFormat;
+use model::footprint::WeightBytes;
 use model::keys::keys;
 use serde_json::Value;
 
@@ -59,13 +59,13 @@ pub(crate) fn described(name: &str, config: &ModelConfig) -> String {
 }
 
 /// Bytes by format as lines.
-pub(crate) fn format_lines(weights: &BytesByFormat, note: &'static str) -> Vec<PlanLine> {
+pub(crate) fn format_lines(weights: &WeightBytes, note: &'static str) -> Vec<PlanLine> {
     let line = |(format, bytes): (&String, &f64)| PlanLine {
         what: format!("weights in {format}"),
         bytes: *bytes,
         note,
     };
-    weights.iter().map(line).collect()
+    weights.by_format.iter().map(line).collect()
 }
 
 /// Gigabytes per second over bytes per token.

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::knobs::Knob;
-use super::lines::{PlanLine, size};
+use super::lines::{GIB, PlanLine, size};
 use crate::host::machine::{GpuShare, Machine, MemoryLimit};
 
 /// A plan for people and programs.
@@ -22,6 +22,74 @@ pub(crate) struct Plan {
     pub(super) proposal: Option<(String, f64)>,
     /// Tokens per second, if a bandwidth is given.
     pub(super) tokens_per_second: Option<f64>,
+    /// What is read from disk, if not all weights stay in memory.
+    pub(super) disk: Option<DiskReads>,
+}
+
+/// What a plan is compared with.
+pub(super) struct PlanTarget {
+    pub(super) limit: Option<MemoryLimit>,
+    /// The share of the limit that is taken for a model that generates.
+    pub(super) share: f64,
+    /// Whether weights may stay on disk. A GPU holds all.
+    pub(super) has_disk: bool,
+    /// Bytes per second of memory, if it is said.
+    pub(super) bandwidth: Option<f64>,
+    /// Bytes per second of the disk.
+    pub(super) disk_bandwidth: f64,
+}
+
+impl PlanTarget {
+    /// What a model that generates may take of the limit.
+    pub(super) fn usable(&self) -> Option<MemoryLimit> {
+        self.limit.as_ref().map(|limit| MemoryLimit {
+            bytes: (self.share * limit.bytes as f64) as u64,
+            source: limit.source.clone(),
+        })
+    }
+}
+
+/// Weights that are read from disk again and again.
+pub(super) struct DiskReads {
+    /// Bytes that do not stay in memory.
+    pub(super) weights: f64,
+    /// Bytes that are read for each token, or in each step.
+    pub(super) bytes: f64,
+    /// What they are read for.
+    pub(super) each: ReadFor,
+    /// Bytes per second of the disk.
+    pub(super) bandwidth: f64,
+}
+
+impl DiskReads {
+    /// The time that the disk takes.
+    pub(super) fn seconds(&self) -> f64 {
+        self.bytes / self.bandwidth
+    }
+
+    fn text(&self) -> String {
+        let seconds = self.seconds();
+        let (each, speed) = match self.each {
+            ReadFor::Token => ("token", format!("at most {:.2} tokens/s", 1.0 / seconds)),
+            ReadFor::Step => ("step", format!("{seconds:.1} s")),
+        };
+        format!(
+            "{} of the weights on disk, of which about {} are read for each {}: {speed} at {} GB/s",
+            size(self.weights),
+            size(self.bytes),
+            each,
+            self.bandwidth / 1e9
+        )
+    }
+}
+
+/// What weights are read for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ReadFor {
+    /// A token of a model that generates.
+    Token,
+    /// A step of training.
+    Step,
 }
 
 impl Plan {
@@ -38,17 +106,17 @@ impl Plan {
         let bytes = limit.bytes as f64;
         let (own, mapped) = (self.own(), self.mapped());
         let of = format!("{} ({})", size(bytes), limit.source);
-        if own + mapped <= bytes {
-            return format!("fits {of}, with {} left", size(bytes - own - mapped));
+        let all = own + mapped;
+        match &self.disk {
+            Some(disk) if all <= bytes => format!(
+                "runs in {of} with {}; `--memory-budget {:.1}` keeps all in memory",
+                disk.text(),
+                (all / GIB * 10.0).ceil() / 10.0
+            ),
+            Some(disk) => format!("runs in {of} with {}", disk.text()),
+            None if all <= bytes => format!("fits {of}, with {} left", size(bytes - all)),
+            None => format!("does not fit {of}: {} more is needed", size(all - bytes)),
         }
-        if own <= bytes {
-            let rest = own + mapped - bytes;
-            return format!(
-                "runs in {of}, but {} of the weights do not stay in memory: they are read from disk again and again, which is slow",
-                size(rest)
-            );
-        }
-        format!("does not fit {of}: {} more is needed", size(own - bytes))
     }
 
     pub(super) fn text(&self, limit: Option<&MemoryLimit>, machine: &Machine) -> String {
@@ -106,7 +174,7 @@ impl Plan {
                 .map(|line| (line.what.clone(), line.bytes.round().into()));
             Value::Object(lines.collect())
         };
-        let fits = limit.map(|limit| self.own() + self.mapped() <= limit.bytes as f64);
+        let is_within = limit.map(|limit| self.own() + self.mapped() <= limit.bytes as f64);
         json!({
             "subject": self.title,
             "mapped": lines(&self.mapped),
@@ -116,8 +184,10 @@ impl Plan {
             "own_bytes": self.own().round(),
             "limit_bytes": limit.map(|limit| limit.bytes),
             "limit": limit.map(|limit| &limit.source),
-            "fits": fits,
-            "runs": limit.map(|limit| self.own() <= limit.bytes as f64),
+            "fits": is_within.map(|is_within| is_within && self.disk.is_none()),
+            "runs": is_within.map(|is_within| is_within || self.disk.is_some()),
+            "disk_bytes": self.disk.as_ref().map(|disk| disk.bytes.round()),
+            "disk_seconds": self.disk.as_ref().map(DiskReads::seconds),
             "knobs": self.knobs.iter().map(Knob::to_json).collect::<Vec<_>>(),
             "proposal": self.proposal.as_ref().map(|(settings, _)| settings),
             "tokens_per_second": self.tokens_per_second,
@@ -131,7 +201,7 @@ fn gpu_note(share: GpuShare) -> String {
     let by = if share.is_set {
         "as it was set"
     } else {
-        "by default"
+        "by default, or more on newer systems"
     };
     // Eight GiB, or an eighth of a small machine, stay for the system.
     let more = share.of_bytes - (8 << 30).min(share.of_bytes / 8);

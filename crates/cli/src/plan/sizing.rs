@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use ::train::{Forecast, Method, PROGRAM, Recipe};
 use model::ModelConfig;
 use model::export::mix::Mix;
-use model::footprint::{BytesByFormat, StoredAs, stored_bytes};
+use model::footprint::{StoredAs, WeightBytes, stored_bytes};
 use serde_json::{Value, json};
 
 use super::generation_need::GenerationNeed;
@@ -67,7 +67,7 @@ const CONTEXTS: [u64; 6] = [4, 8, 16, 32, 64, 128];
 /// Numbers that are often given, and what is off.
 const NOTES: [&str; 4] = [
     "DeepSeek-R1 in block FP8 is 625 GiB without the layer that drafts: not 224 GB, and 1,342 GB is its size in bf16.",
-    "A GPU limit of 448 GB on a Mac of 512 GB is a setting of the system, not a measured peak of a model.",
+    "A GPU limit of 448 GB on a Mac of 512 GB is a setting of the system, not a measured peak of a model; without it, newer systems allow 464 GiB.",
     "Speeds are bandwidth over the bytes that one token reads, the most there can be; two machines work in turns, so they are no faster than one.",
     "A prompt's attention makes keys and values of its whole context, layer by layer: that is the most of `a pass` at long contexts.",
 ];
@@ -191,24 +191,22 @@ fn on_machine(
         if !is_meant {
             continue;
         }
-        let stored = stored(format)?;
-        let weights = stored_bytes(&config, &stored);
+        let weights = stored_bytes(&config, &stored(format)?);
         let bytes = machine.gib * GIB;
         let need = |sequences, context| -> f64 {
-            let need = need(&config, &weights, &stored, sequences, context);
-            weights.values().sum::<f64>() + need.now().total() + PROGRAM
+            let need = need(&config, &weights, sequences, context);
+            weights.all() + need.now().total() + PROGRAM
         };
         let longest = [1, 8].map(|sequences| {
             let fits = |thousands: &u64| need(sequences, thousands << 10) <= bytes;
             CONTEXTS.into_iter().filter(fits).max()
         });
-        let per_token =
-            self::need(&config, &weights, &stored, 1, CONTEXTS[0] << 10).bytes_per_token();
+        let per_token = self::need(&config, &weights, 1, CONTEXTS[0] << 10).bytes_per_token();
         found.push(Sizing {
             machine: machine.name.clone(),
             model: name,
             format: format.0,
-            weights: weights.values().sum(),
+            weights: weights.all(),
             longest,
             left: bytes - need(1, CONTEXTS[0] << 10),
             tokens_per_second: speed(bandwidth.unwrap_or(machine.bandwidth), per_token),
@@ -219,15 +217,13 @@ fn on_machine(
 
 fn need<'a>(
     config: &'a ModelConfig,
-    weights: &'a BytesByFormat,
-    stored: &'a StoredAs,
+    weights: &'a WeightBytes,
     sequences: u64,
     context: u64,
 ) -> GenerationNeed<'a> {
     GenerationNeed {
         config,
         weights,
-        stored: Some(stored),
         sequences,
         context,
         cache: CacheValue::F16,
@@ -263,16 +259,17 @@ fn training() -> anyhow::Result<Vec<TrainingSizing>> {
             recipe.train.checkpointing = model::Checkpointing::Block;
         }
         let mapped = match format {
-            Some(format) => stored_bytes(&config, &stored(format)?).values().sum(),
-            None => 0.0,
+            Some(format) => stored_bytes(&config, &stored(format)?),
+            None => WeightBytes::default(),
         };
+        let bytes = mapped.all();
         let plan = Forecast::of_config(&recipe, &config, mapped).plan();
         for gib in [16.0, 24.0, 32.0, 64.0] {
             found.push(TrainingSizing {
                 gib,
                 what: what.to_owned(),
                 own: plan.own(),
-                mapped,
+                mapped: bytes,
             });
         }
     }

@@ -7,11 +7,10 @@ use anyhow::Context;
 use checkpoint::{Adapter, Folder};
 use model::{AdapterWeights, Checkpointing, ModelConfig, load};
 
-use super::knobs::{proposal, training_knobs};
+use super::knobs::{fewer_bits, proposal, training_knobs};
 use super::lines::{PlanLine, described, format_lines};
-use super::memory_plan::Plan;
+use super::memory_plan::{DiskReads, Plan, PlanTarget, ReadFor};
 use super::run_memory::own_lines;
-use crate::host::machine::MemoryLimit;
 use crate::open::{find, name_of, read_json};
 use crate::train::usage;
 
@@ -57,23 +56,47 @@ impl TrainingNeed {
     }
 
     /// The plan for the largest rows that the recipe allows.
-    pub(super) fn plan(&self, limit: Option<&MemoryLimit>) -> anyhow::Result<Plan> {
+    pub(super) fn plan(&self, target: &PlanTarget) -> anyhow::Result<Plan> {
         let sources = (self.folder.as_ref(), self.adapter.as_ref());
         let forecast = Forecast::new(&self.recipe, &self.config, sources, None)?;
         let plan = forecast.plan();
+        let limit = target.limit.as_ref();
         let bytes = limit.map(|limit| limit.bytes);
         let is_over = limit.is_some_and(|limit| plan.without_gaps() > limit.bytes as f64);
+        let disk = self.disk(&plan, target);
+        let mut knobs = Vec::new();
+        if disk.is_some() {
+            let weights = &forecast.frozen.mapped;
+            knobs = fewer_bits(&self.config, weights, plan.own(), limit);
+        }
+        knobs.extend(training_knobs(&forecast, bytes));
         let proposal = bytes
             .filter(|_| is_over)
             .and_then(|bytes| proposal(&forecast, bytes));
         Ok(Plan {
             title: self.title(forecast.batch),
-            mapped: format_lines(&forecast.frozen.by_format, "mapped"),
+            mapped: format_lines(&forecast.frozen.mapped, "mapped"),
             own: own_lines(&plan),
             details: self.details(&forecast, &plan),
-            knobs: training_knobs(&forecast, bytes),
+            knobs,
             proposal: proposal.map(|(settings, plan)| (settings, plan.own())),
             tokens_per_second: None,
+            disk,
+        })
+    }
+
+    /// What is read from disk because frozen weights do not all stay in memory: once in the forward pass of each micro-batch, and
+    /// once in its backward pass.
+    fn disk(&self, plan: &TrainingPlan, target: &PlanTarget) -> Option<DiskReads> {
+        let limit = target.limit.as_ref().filter(|_| target.has_disk)?;
+        let (own, bytes) = (plan.without_gaps(), limit.bytes as f64);
+        let excess = own + plan.mapped - bytes;
+        let passes = 2.0 * self.recipe.train.accumulate as f64;
+        (own <= bytes && excess > 0.0).then_some(DiskReads {
+            weights: excess,
+            bytes: passes * excess,
+            each: ReadFor::Step,
+            bandwidth: target.disk_bandwidth,
         })
     }
 

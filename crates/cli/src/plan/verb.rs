@@ -7,12 +7,13 @@ use anyhow::bail;
 use checkpoint::Folder;
 use kernels::device::CPU;
 use model::export::mix::Mix;
-use model::footprint::{BytesByFormat, FrozenBytes, StoredAs, stored_bytes};
+use model::footprint::{FrozenBytes, StoredAs, WeightBytes, stored_bytes};
 use model::{ModelConfig, load};
 
 use super::budget::BudgetArgs;
 use super::generation_need::GenerationNeed;
 use super::lines::published_format;
+use super::memory_plan::PlanTarget;
 use super::sizing;
 use super::training_need::TrainingNeed;
 use crate::console::{Console, misuse};
@@ -49,10 +50,13 @@ pub(crate) struct Args {
     /// Memory bandwidth in GB/s, for the speed of generating one sequence, which reads the weights of a token.
     #[arg(long, value_name = "GB/S", value_parser = positive)]
     bandwidth: Option<f64>,
+    /// What the disk reads in GB/s, for runs whose weights do not all stay in memory. Default: 3.
+    #[arg(long, value_name = "GB/S", value_parser = positive)]
+    disk_bandwidth: Option<f64>,
     #[command(flatten)]
     device: DeviceArgs,
     /// Print a table of the published models on common machines instead.
-    #[arg(long, conflicts_with_all = ["subject", "set", "context", "batch", "cache", "format", "memory_budget", "device"])]
+    #[arg(long, conflicts_with_all = ["subject", "set", "context", "batch", "cache", "format", "memory_budget", "device", "disk_bandwidth"])]
     sizing: bool,
     /// Print JSON instead of a table.
     #[arg(long)]
@@ -71,9 +75,7 @@ enum PlanSubject {
 struct PlannedModel {
     config: ModelConfig,
     /// Bytes of its weights.
-    weights: BytesByFormat,
-    /// How they are stored, if that is known.
-    stored: Option<StoredAs>,
+    weights: WeightBytes,
     name: String,
 }
 
@@ -81,29 +83,41 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     if args.sizing {
         return sizing::run(args.bandwidth, args.json, console);
     }
+    if args.disk_bandwidth.is_some() && on_gpu(args).is_some() {
+        bail!("--disk-bandwidth: expected the CPU, found a GPU, which holds all weights");
+    }
     let machine = Machine::here();
-    let limit = limit(args, &machine)?;
+    let target = PlanTarget {
+        limit: limit(args, &machine)?,
+        share: match on_gpu(args) {
+            Some(_) => 1.0,
+            None => args.budget.share(),
+        },
+        has_disk: on_gpu(args).is_none(),
+        bandwidth: args.bandwidth.map(|gb| gb * 1e9),
+        disk_bandwidth: args.disk_bandwidth.unwrap_or(DEFAULT_DISK) * 1e9,
+    };
     let plan = match subject(args)? {
         PlanSubject::Recipe(path) => {
             let need = TrainingNeed::open(&path, settings(args))?;
-            need.plan(limit.as_ref())?
+            need.plan(&target)?
         }
         PlanSubject::Model(model) => {
             let need = GenerationNeed {
                 config: &model.config,
                 weights: &model.weights,
-                stored: model.stored.as_ref(),
                 sequences: args.batch.unwrap_or(1),
                 context: args.context.unwrap_or(DEFAULT_CONTEXT),
                 cache: args.cache.unwrap_or(default_cache(args)),
             };
-            need.plan(&model.name, limit.as_ref(), args.bandwidth)
+            need.plan(&model.name, &target)
         }
     };
+    let limit = target.limit.as_ref();
     if args.json {
-        console.result(format_args!("{:#}", plan.to_json(limit.as_ref())));
+        console.result(format_args!("{:#}", plan.to_json(limit)));
     } else {
-        console.result(plan.text(limit.as_ref(), &machine));
+        console.result(plan.text(limit, &machine));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -135,6 +149,8 @@ fn settings(args: &Args) -> Vec<String> {
 
 /// Tokens of a sequence, unless it is said.
 const DEFAULT_CONTEXT: u64 = 4096;
+/// GB/s of a disk, unless it is said: an NVMe disk of the slower kind.
+const DEFAULT_DISK: f64 = 3.0;
 
 /// A number above 0.
 fn positive(text: &str) -> Result<f64, String> {
@@ -154,20 +170,27 @@ fn limit(args: &Args, machine: &Machine) -> anyhow::Result<Option<MemoryLimit>> 
     let Some(device) = on_gpu(args) else {
         return Ok(free);
     };
-    let Some(share) = machine.gpu_share() else {
+    let of_system = || machine.gpu_share().map(|share| share.bytes);
+    let Some(bytes) = reported(&device, machine).or_else(of_system) else {
         return Err(misuse(format!(
             "--device {device}: this machine does not say how much memory its GPU has; give it with --memory-budget"
         )));
     };
     let source = "what the GPU may hold".into();
-    let of_gpu = MemoryLimit {
-        bytes: share.bytes,
-        source,
-    };
+    let of_gpu = MemoryLimit { bytes, source };
     Ok(Some(match free {
         Some(free) if free.bytes < of_gpu.bytes => free,
         _ => of_gpu,
     }))
+}
+
+/// What a device itself says that it may hold, if this build has it: on a Mac, the recommended working set.
+fn reported(name: &str, machine: &Machine) -> Option<u64> {
+    if !machine.is_here() {
+        return None;
+    }
+    let device = kernels::device::open(name).ok()?;
+    kernels::device::describe(&device)?.memory_bytes
 }
 
 fn subject(args: &Args) -> anyhow::Result<PlanSubject> {
@@ -203,15 +226,13 @@ fn subject(args: &Args) -> anyhow::Result<PlanSubject> {
         Err(error) => return Err(error.into()),
     };
     let config = load::read_config(&folder)?;
-    let stored = args.format.map(stored_as).transpose()?;
-    let weights = match &stored {
-        Some(stored) => stored_bytes(&config, stored),
-        None => FrozenBytes::of(&folder, &config, &|_| true)?.by_format,
+    let weights = match args.format {
+        Some(format) => stored_bytes(&config, &stored_as(format)?),
+        None => FrozenBytes::of(&folder, &config, &|_| true)?.mapped,
     };
     Ok(PlanSubject::Model(Box::new(PlannedModel {
         config,
         weights,
-        stored,
         name: name_of(&found),
     })))
 }
@@ -228,7 +249,6 @@ fn config_alone(path: &Path, args: &Args) -> anyhow::Result<PlanSubject> {
     let is_named = path.file_name().is_some_and(|name| name == "config.json");
     Ok(PlanSubject::Model(Box::new(PlannedModel {
         weights: stored_bytes(&config, &stored),
-        stored: Some(stored),
         name: name_of(folder.filter(|_| is_named).unwrap_or(path)),
         config,
     })))
@@ -271,9 +291,7 @@ mod tests {
             let config = ModelConfig::from_json(&json, Path::new("config.json")).unwrap();
             let total = parameters(&config).total as f64;
             assert!((total / expected - 1.0).abs() < 0.005, "{total} {expected}");
-            let bytes: f64 = stored_bytes(&config, &StoredAs::Folder(format))
-                .values()
-                .sum();
+            let bytes = stored_bytes(&config, &StoredAs::Folder(format)).all();
             let per_parameter = if format == WeightFormat::Fp8 {
                 1.0
             } else {

@@ -134,6 +134,13 @@ impl Model {
         modules.map(|(_, module)| module.size_bytes()).sum()
     }
 
+    /// Bytes that the weights of its routed experts hold in memory or map.
+    pub fn expert_bytes(&self) -> usize {
+        let modules = self.modules().into_iter();
+        let experts = modules.filter(|(_, module)| matches!(module, ModuleRef::Experts(_)));
+        experts.map(|(_, module)| module.size_bytes()).sum()
+    }
+
     /// Bytes of frozen weights that every token needs.
     pub fn common_bytes(&self) -> usize {
         let linear = |(_, module)| match module {

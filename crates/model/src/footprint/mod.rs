@@ -17,7 +17,7 @@ pub use self::generation::CachedPass;
 pub use self::pass::PassBytes;
 pub use self::saved::TrainingPass;
 pub use self::shapes::{ExpertsAt, FeedForwardShape, LayerShape, LinearShape, ModelShape, Trained};
-pub use self::stored_bytes::{BytesByFormat, FrozenBytes, StoredAs, stored_bytes, token_bytes};
+pub use self::stored_bytes::{FrozenBytes, StoredAs, WeightBytes, stored_bytes};
 
 /// Bytes of an f32.
 const BYTES_OF_F32: f64 = 4.0;

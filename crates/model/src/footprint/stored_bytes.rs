@@ -21,18 +21,59 @@ pub enum StoredAs {
     Gguf(Mix),
 }
 
-/// Bytes by the name of the dtype.
-pub type BytesByFormat = BTreeMap<String, f64>;
+/// Bytes of a model's weights.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct WeightBytes {
+    /// All of them, by the name of the dtype.
+    pub by_format: BTreeMap<String, f64>,
+    /// Of them, those of routed experts: a token reads the experts it chooses.
+    pub experts: f64,
+    /// Of them, those of an embedding that is not the output head as well: a token reads one row.
+    pub embedding: f64,
+}
+
+impl WeightBytes {
+    /// All of them.
+    pub fn all(&self) -> f64 {
+        self.by_format.values().sum()
+    }
+
+    /// Those that every token reads.
+    pub fn common(&self) -> f64 {
+        self.all() - self.experts - self.embedding
+    }
+
+    /// Those of the routed experts that one token reads.
+    pub fn chosen(&self, config: &ModelConfig) -> f64 {
+        config.moe.as_ref().map_or(0.0, |moe| {
+            self.experts * moe.choice.top_k as f64 / moe.n_routed_experts as f64
+        })
+    }
+
+    /// Those that one token reads.
+    pub fn per_token(&self, config: &ModelConfig) -> f64 {
+        self.common() + self.chosen(config)
+    }
+
+    fn add(&mut self, config: &ModelConfig, key: ParamKey, dtype: String, bytes: f64) {
+        match key.module {
+            Module::Expert(..) => self.experts += bytes,
+            Module::Embedding if !config.tie_word_embeddings => self.embedding += bytes,
+            _ => {}
+        }
+        *self.by_format.entry(dtype).or_default() += bytes;
+    }
+}
 
 /// The bytes of the weights of a model of this config, without layers for multi-token prediction.
-pub fn stored_bytes(config: &ModelConfig, stored: &StoredAs) -> BytesByFormat {
-    let mut bytes = BytesByFormat::new();
+pub fn stored_bytes(config: &ModelConfig, stored: &StoredAs) -> WeightBytes {
+    let mut weights = WeightBytes::default();
     for (key, shape, count) in tensors(config) {
-        for (dtype, of_dtype) in tensor_bytes(config, stored, key, &shape) {
-            *bytes.entry(dtype).or_default() += count * of_dtype;
+        for (dtype, bytes) in tensor_bytes(config, stored, key, &shape) {
+            weights.add(config, key, dtype, count * bytes);
         }
     }
-    bytes
+    weights
 }
 
 /// Keys with shapes, and how many tensors each stands for: the first expert of a layer for all.
@@ -148,32 +189,23 @@ fn gguf_bytes(
     parts.into_iter().map(of_part).collect()
 }
 
-/// The bytes of weights that one token reads: of the experts, those it chooses, and of the embedding, a row.
-pub fn token_bytes(config: &ModelConfig, stored: &StoredAs) -> f64 {
-    let top_k = config.moe.as_ref().map_or(1, |moe| moe.choice.top_k) as f64;
-    let read = tensors(config).into_iter().map(|(key, shape, count)| {
-        let share = match key.module {
-            Module::Expert(..) => top_k,
-            Module::Embedding if !config.tie_word_embeddings => 1.0 / config.vocab_size as f64,
-            _ => count,
-        };
-        let bytes = tensor_bytes(config, stored, key, &shape);
-        share * bytes.iter().map(|(_, bytes)| bytes).sum::<f64>()
-    });
-    read.sum()
+/// The parameter of the model that a parameter of a file is a part of.
+fn whole(key: ParamKey) -> ParamKey {
+    match key.module {
+        Module::KvBKeys | Module::KvBValues => key.with_module(Module::KvB),
+        _ => key,
+    }
 }
 
 /// Bytes of the frozen weights of a checkpoint.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct FrozenBytes {
     /// Read as they are stored.
-    pub mapped: f64,
+    pub mapped: WeightBytes,
     /// Made when they are opened: scales of FP8 blocks and what is no matrix, in f32.
     pub held: f64,
     /// The largest tensor of the others: while it is converted, its pages are in memory.
     pub largest_other: f64,
-    /// `mapped` by the name of the dtype.
-    pub by_format: BytesByFormat,
 }
 
 impl FrozenBytes {
@@ -189,18 +221,17 @@ impl FrozenBytes {
         let mut bytes = Self::default();
         for name in folder.names() {
             let weight = weight_of_scale(name);
-            let key = ParamKey::parse(weight);
-            let is_used = key.is_some_and(|key| {
-                key.layer
-                    .is_none_or(|layer| layer < config.num_hidden_layers)
-                    && key.shape(config).is_some()
-            });
-            if !is_used {
+            let key = ParamKey::parse(weight).map(whole);
+            let is_used = |key: &ParamKey| {
+                let is_layer = |layer| layer < config.num_hidden_layers;
+                key.layer.is_none_or(is_layer) && key.shape(config).is_some()
+            };
+            let Some(key) = key.filter(is_used) else {
                 continue;
-            }
+            };
             let stored = folder.stored(name)?;
             let size = stored.bytes.len() as f64;
-            if !is_frozen(weight) {
+            if !is_frozen(&key.to_string()) {
                 bytes.largest_other = bytes.largest_other.max(size);
                 continue;
             }
@@ -209,8 +240,8 @@ impl FrozenBytes {
                 bytes.held += BYTES_OF_F32 * elements;
                 continue;
             }
-            bytes.mapped += size;
-            *bytes.by_format.entry(stored.dtype.to_string()).or_default() += size;
+            let dtype = stored.dtype.to_string();
+            bytes.mapped.add(config, key, dtype, size);
         }
         Ok(bytes)
     }

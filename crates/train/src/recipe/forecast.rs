@@ -1,7 +1,7 @@
 //! The memory of a run, predicted before anything is loaded.
 
 use checkpoint::Folder;
-use model::footprint::{FrozenBytes, ModelShape, PassBytes, Trained, TrainingPass};
+use model::footprint::{FrozenBytes, ModelShape, PassBytes, Trained, TrainingPass, WeightBytes};
 use model::{AdapterWeights, Checkpointing, ModelConfig};
 use serde::Serialize;
 
@@ -124,7 +124,7 @@ impl<'a> Forecast<'a> {
     }
 
     /// The forecast of a recipe on weights that are not here, and whose bytes are known.
-    pub fn of_config(recipe: &'a Recipe, config: &'a ModelConfig, mapped: f64) -> Self {
+    pub fn of_config(recipe: &'a Recipe, config: &'a ModelConfig, mapped: WeightBytes) -> Self {
         Self {
             recipe,
             config,
@@ -148,7 +148,7 @@ impl<'a> Forecast<'a> {
     pub fn mapped(&self) -> f64 {
         // Embedding and head are as large as any, and both come at one time.
         let converted = 2.0 * self.frozen.largest_other;
-        self.frozen.mapped.max(converted)
+        self.frozen.mapped.all().max(converted)
     }
 
     /// What the run will take.

@@ -6,6 +6,8 @@
 mod device_use;
 /// Runs whose experts ranks share out.
 mod expert_ranks;
+/// What is predicted of a run.
+mod forecast;
 /// Training held against other programs.
 mod peers;
 /// Learning from preferences.
