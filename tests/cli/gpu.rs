@@ -345,7 +345,7 @@ fn a_killed_run_on_a_gpu_resumes_to_the_same_bits() {
         "--set",
         "train.save_every=1",
         "--kills",
-        "2",
+        "1",
         "--out",
         &out,
         "--device",

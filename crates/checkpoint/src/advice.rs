@@ -11,17 +11,25 @@ use crate::map::map_of;
 #[cfg(unix)]
 const READ_AHEAD_BYTES: usize = 128 << 10;
 
-/// Releases the page cache of a part of a mapped file, for example after a copy of it was made in another form. The bytes do
-/// not change; the next access reads them from the file again. Does nothing for other bytes.
+/// Linux maps up to this many bytes around one that is read.
+#[cfg(unix)]
+const MAPPED_AROUND_BYTES: usize = 64 << 10;
+
+/// Releases the pages of a part of a mapped file, for example after a copy of it was made in another form, with those around
+/// that reading it has mapped. The bytes do not change; the next access reads them from the file again. Does nothing for other
+/// bytes.
 pub fn advise_dontneed(bytes: &[u8]) {
     #[cfg(unix)]
     if let Some((mapped, start)) = map_of(bytes) {
+        let first = start / MAPPED_AROUND_BYTES * MAPPED_AROUND_BYTES;
+        let end = (start + bytes.len()).next_multiple_of(MAPPED_AROUND_BYTES);
+        let end = end.min(mapped.map.len());
         // SAFETY: pages of a read-only map of a file are filled from it again.
         let _ = unsafe {
             let advice = memmap2::UncheckedAdvice::DontNeed;
             mapped
                 .map
-                .unchecked_advise_range(advice, start, bytes.len())
+                .unchecked_advise_range(advice, first, end - first)
         };
     }
 }

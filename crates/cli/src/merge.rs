@@ -49,7 +49,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (base, _) = open_folder(&args.model)?;
-    expect_room_for_tensors(&base, args.budget)?;
+    expect_room_for_tensors(&base, None, args.budget)?;
     note_keys(&base, console)?;
     let weights = read_adapter(&args.adapter, &read_config(&base)?, console)?;
     note_tensors(&base, console)?;

@@ -90,7 +90,7 @@ impl GgufArgs {
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let (model, _) = open_folder(&args.model)?;
-    expect_room_for_tensors(&model, args.budget)?;
+    expect_room_for_tensors(&model, Some(args.to), args.budget)?;
     note_keys(&model, console)?;
     // The rows are opened first: a conversion may take long.
     let samples = match &args.data {

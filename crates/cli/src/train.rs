@@ -14,6 +14,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use data::Corpus;
+use kernels::device::is_gpu;
 use model::OperandRounding;
 use model::adapt::AdaptedModule;
 use parallel::World;
@@ -82,7 +83,8 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         saved_activation_bytes as f64 / f64::from(1 << 20)
     ));
     console.memory();
-    if let Some(measured) = measured {
+    // What a GPU holds is not predicted.
+    if let Some(measured) = measured.filter(|_| !is_gpu(&session.device())) {
         note_memory(&session.plan, &measured, console);
     }
     if !world.is_alone() {
@@ -309,7 +311,7 @@ fn open_named(
     console: &Console,
 ) -> anyhow::Result<Session> {
     let device = device.open()?;
-    if kernels::device::is_gpu(&device) && budget.memory_budget.is_some() {
+    if is_gpu(&device) && budget.memory_budget.is_some() {
         return Err(misuse(
             "`--memory-budget`: what a GPU holds is not planned; the option is for `--device cpu`"
                 .into(),
@@ -328,7 +330,7 @@ fn open_named(
                 .update_of(done / 1000, total / 1000);
         },
         ranks: Some(ranks),
-        approve: &|forecast| match kernels::device::is_gpu(&device) {
+        approve: &|forecast| match is_gpu(&device) {
             true => Ok(HeapUse::Fast),
             false => approve(forecast, budget, console),
         },

@@ -48,6 +48,7 @@ pub use generation_config::{
 };
 pub use logits::read_logits;
 pub use plan::{GenerationLoad, GenerationPlan};
+pub use repack::REPACKED_AT_ONCE;
 pub use sample_config::SampleConfig;
 pub use sampler::Sampler;
 pub use sequence::{FinishReason, GenerateConfig, Generation, KvPrefix, Logprobs, Sequence};

@@ -10,7 +10,7 @@ use kernels::Matrix;
 use model::{Compute, Model, Mtp};
 
 /// Bytes repacked at a time, at least: enough for pages of 2 MiB, and too little to delay a token.
-const MIN_BYTES: usize = 16 << 20;
+pub const REPACKED_AT_ONCE: usize = 16 << 20;
 
 /// Which weights are to be repacked, and how many are.
 #[derive(Clone, Copy, Debug)]
@@ -37,7 +37,7 @@ pub(crate) struct EngineWeights<'a> {
 impl Default for RepackSchedule {
     fn default() -> Self {
         Self {
-            min_bytes: MIN_BYTES,
+            min_bytes: REPACKED_AT_ONCE,
             planned: 0,
             done: 0,
             last_pass: Duration::ZERO,

@@ -10,15 +10,16 @@ use std::time::Instant;
 
 use anyhow::bail;
 use burn::tensor::Device;
-use infer::{Engine, GenerateConfig, SampleConfig, Sequence};
+use checkpoint::Folder;
+use infer::{Engine, GenerateConfig, REPACKED_AT_ONCE, SampleConfig, Sequence};
 use kernels::device::{CPU, describe, is_gpu, reserved_bytes};
-use model::footprint::WeightBytes;
+use model::footprint::{FrozenBytes, WeightBytes};
 use model::{Compute, ExpertTraffic};
 use serde_json::{Value, json};
 
 use super::peak::{peak_bandwidth, peak_flops};
 use super::spread::Spread;
-use super::subject::{Subject, ids};
+use super::subject::{Subject, SubjectWeights, ids};
 use super::sweep::{Sweep, options};
 use super::table::{
     Column, DEVICE, JOULES, PEAK, count, fraction_of, giga, median, place, seconds, spread,
@@ -326,7 +327,7 @@ fn measure(
         "peak_bytes": peak_bytes,
         "own_bytes": resident.map(|held| held.own),
         "mapped_bytes": resident.map(|held| held.mapped),
-        "plan": plan(&engine, case, subject),
+        "plan": plan(&engine, case, subject)?,
         "device_bytes": device_bytes,
         "joules_per_token": joules.as_ref().ok().map(|joules| joules / tokens / timings.len() as f64),
         "energy": joules.as_ref().err(),
@@ -380,7 +381,7 @@ fn open_engine(
 }
 
 /// What was predicted of the program's memory.
-fn plan(engine: &Engine, case: GenerationCase, subject: &Subject) -> Value {
+fn plan(engine: &Engine, case: GenerationCase, subject: &Subject) -> anyhow::Result<Value> {
     let need = GenerationNeed {
         config: &engine.model.config,
         weights: &WeightBytes::default(),
@@ -389,20 +390,25 @@ fn plan(engine: &Engine, case: GenerationCase, subject: &Subject) -> Value {
         cache: CacheValue::of(engine.cache),
     };
     let (others, weights) = (need.now(), engine.size_bytes() as f64);
-    // Products in f32 read weights as they are stored; random ones are the program's own anyway.
+    // Products in f32 read weights as they are stored; random ones are the program's own anyway. Others are mapped while they are
+    // repacked.
     let are_mapped = engine.compute == Compute::F32 && !subject.is_random();
-    let [mapped, held] = if are_mapped {
-        [weights, 0.0]
-    } else {
-        [0.0, weights]
+    let [mapped, held] = match (&subject.weights, are_mapped) {
+        (_, true) => [weights, 0.0],
+        (SubjectWeights::Checkpoint(path), false) => {
+            let folder = Folder::open(path)?;
+            let frozen = FrozenBytes::of(&folder, &subject.config, &|_| true)?;
+            [frozen.mapped.largest.max(REPACKED_AT_ONCE as f64), weights]
+        }
+        (SubjectWeights::Random(_), false) => [0.0, weights],
     };
-    json!({
+    Ok(json!({
         "mapped": mapped,
         "weights": held,
         "cache": others.cache,
         "pass": others.pass,
         "scratch": others.scratch,
-    })
+    }))
 }
 
 /// Hits and misses of the expert cache in the timed runs; none without a cache.

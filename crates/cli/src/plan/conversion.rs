@@ -7,13 +7,19 @@ use model::footprint::{ModelShape, Trained};
 
 use super::budget::{BudgetArgs, refusal, too_large};
 use super::knobs::Knob;
+use crate::values::OutputFormat;
 
-/// Copies of the largest tensor in f32 that exist at a time: its values, those that are checked against them, and both
-/// encoded.
-const COPIES: f64 = 3.0;
+/// Copies of the largest tensor in f32 while a folder is written: its values, and what is written.
+const COPIES: f64 = 2.0;
+/// What is made of a GGUF at a time: rows for all threads.
+const ROWS_OF_GGUF: f64 = 16.0 * (1 << 20) as f64;
 
-/// Refuses to write a model, tensor by tensor, if there is too little memory for the largest.
-pub(crate) fn expect_room_for_tensors(folder: &Folder, budget: BudgetArgs) -> anyhow::Result<()> {
+/// Refuses to write a model if there is too little memory for its largest tensor. Without a format, it keeps its own.
+pub(crate) fn expect_room_for_tensors(
+    folder: &Folder,
+    format: Option<OutputFormat>,
+    budget: BudgetArgs,
+) -> anyhow::Result<()> {
     let Some(limit) = budget.limit() else {
         return Ok(());
     };
@@ -22,7 +28,10 @@ pub(crate) fn expect_room_for_tensors(folder: &Folder, budget: BudgetArgs) -> an
         let shape = &folder.stored(name)?.shape;
         largest = largest.max(shape.iter().map(|n| *n as f64).product());
     }
-    let own = PROGRAM + COPIES * 4.0 * largest;
+    let own = match format {
+        Some(OutputFormat::Gguf(_)) => PROGRAM + ROWS_OF_GGUF,
+        Some(OutputFormat::Folder(_)) | None => PROGRAM + COPIES * 4.0 * largest,
+    };
     if own <= limit.bytes as f64 {
         return Ok(());
     }

@@ -100,6 +100,10 @@ impl GenerationNeed<'_> {
             details: Vec::new(),
             knobs: self.knobs(target.usable().as_ref()),
             proposal: None,
+            by_row: match target.has_disk {
+                true => self.weights.embedding,
+                false => 0.0,
+            },
             tokens_per_second,
             disk,
         }
@@ -108,7 +112,7 @@ impl GenerationNeed<'_> {
     /// What makes it smaller.
     pub(crate) fn knobs(&self, limit: Option<&MemoryLimit>) -> Vec<Knob> {
         let now = self.now().total();
-        let weights = self.weights.all();
+        let weights = self.weights.common() + self.weights.experts;
         let of = |change: String, other: GenerationPlan, cost: &str| Knob {
             change,
             saved_bytes: now - other.total(),

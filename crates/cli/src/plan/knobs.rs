@@ -58,7 +58,14 @@ struct RecipeChange {
 /// What makes a training run smaller, the cheapest first: what changes no number of the result, then what changes its rounding,
 /// then what is trained on and how much.
 pub(crate) fn training_knobs(forecast: &Forecast<'_>, limit: Option<u64>) -> Vec<Knob> {
-    let now = forecast.plan().own();
+    let now = forecast.plan();
+    let fits_without_weights = limit.is_some_and(|limit| now.without_gaps() <= limit as f64);
+    // If only weights do not stay, it fits when they do.
+    let needed = |plan: &TrainingPlan| match fits_without_weights {
+        true => plan.own() + plan.mapped,
+        false => plan.without_gaps(),
+    };
+    let now = now.own();
     let knobs = changes(forecast).into_iter().map(|change| {
         let plan = forecast.plan_of(&change.recipe, change.batch);
         let settings = change.settings.iter();
@@ -69,7 +76,7 @@ pub(crate) fn training_knobs(forecast: &Forecast<'_>, limit: Option<u64>) -> Vec
             change: settings.join(" "),
             saved_bytes: now - plan.own(),
             cost: change.cost.to_owned(),
-            fits: limit.map(|limit| plan.without_gaps() <= limit as f64),
+            fits: limit.map(|limit| needed(&plan) <= limit as f64),
         }
     });
     // Less than a hundredth is no help.

@@ -20,6 +20,8 @@ pub(crate) struct Plan {
     pub(super) knobs: Vec<Knob>,
     /// Settings that make it fit together, and how much they need.
     pub(super) proposal: Option<(String, f64)>,
+    /// Of the weights, those that need not be in memory: a token reads one row of an embedding.
+    pub(super) by_row: f64,
     /// Tokens per second, if a bandwidth is given.
     pub(super) tokens_per_second: Option<f64>,
     /// What is read from disk, if not all weights stay in memory.
@@ -101,12 +103,16 @@ impl Plan {
         self.mapped.iter().map(|line| line.bytes).sum()
     }
 
+    /// All but what need not be in memory.
+    fn needed(&self) -> f64 {
+        self.own() + self.mapped() - self.by_row
+    }
+
     /// How it compares with a limit.
     fn verdict(&self, limit: &MemoryLimit) -> String {
         let bytes = limit.bytes as f64;
-        let (own, mapped) = (self.own(), self.mapped());
+        let all = self.needed();
         let of = format!("{} ({})", size(bytes), limit.source);
-        let all = own + mapped;
         match &self.disk {
             Some(disk) if all <= bytes => format!(
                 "runs in {of} with {}; `--memory-budget {:.1}` keeps all in memory",
@@ -174,7 +180,7 @@ impl Plan {
                 .map(|line| (line.what.clone(), line.bytes.round().into()));
             Value::Object(lines.collect())
         };
-        let is_within = limit.map(|limit| self.own() + self.mapped() <= limit.bytes as f64);
+        let is_within = limit.map(|limit| self.needed() <= limit.bytes as f64);
         json!({
             "subject": self.title,
             "mapped": lines(&self.mapped),

@@ -66,7 +66,7 @@ const CONTEXTS: [u64; 6] = [4, 8, 16, 32, 64, 128];
 
 /// Numbers that are often given, and what is off.
 const NOTES: [&str; 4] = [
-    "DeepSeek-R1 in block FP8 is 625 GiB without the layer that drafts: not 224 GB, and 1,342 GB is its size in bf16.",
+    "DeepSeek-R1 in block FP8 is 627 GiB without the layer that drafts: not 224 GB, and 1,342 GB is its size in bf16.",
     "A GPU limit of 448 GB on a Mac of 512 GB is a setting of the system, not a measured peak of a model; without it, newer systems allow 464 GiB.",
     "Speeds are bandwidth over the bytes that one token reads, the most there can be; two machines work in turns, so they are no faster than one.",
     "A prompt's attention makes keys and values of its whole context, layer by layer: that is the most of `a pass` at long contexts.",

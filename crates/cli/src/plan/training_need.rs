@@ -80,6 +80,7 @@ impl TrainingNeed {
             details: self.details(&forecast, &plan),
             knobs,
             proposal: proposal.map(|(settings, plan)| (settings, plan.own())),
+            by_row: 0.0,
             tokens_per_second: None,
             disk,
         })

@@ -30,12 +30,15 @@ pub struct WeightBytes {
     pub experts: f64,
     /// Of them, those of an embedding that is not the output head as well: a token reads one row.
     pub embedding: f64,
+    /// Of the largest tensor.
+    pub largest: f64,
 }
 
 impl WeightBytes {
     /// All of them.
     pub fn all(&self) -> f64 {
-        self.by_format.values().sum()
+        // A sum of none is -0.
+        0.0 + self.by_format.values().sum::<f64>()
     }
 
     /// Those that every token reads.
@@ -71,6 +74,7 @@ pub fn stored_bytes(config: &ModelConfig, stored: &StoredAs) -> WeightBytes {
     for (key, shape, count) in tensors(config) {
         for (dtype, bytes) in tensor_bytes(config, stored, key, &shape) {
             weights.add(config, key, dtype, count * bytes);
+            weights.largest = weights.largest.max(bytes);
         }
     }
     weights
@@ -242,6 +246,7 @@ impl FrozenBytes {
             }
             let dtype = stored.dtype.to_string();
             bytes.mapped.add(config, key, dtype, size);
+            bytes.mapped.largest = bytes.mapped.largest.max(size);
         }
         Ok(bytes)
     }

@@ -12,7 +12,7 @@ use crate::recipe::{Loss, Method, Moments, Recipe};
 pub const PROGRAM: f64 = 32.0 * (1 << 20) as f64;
 
 /// What is mapped of the program itself.
-pub const PROGRAM_MAPPED: f64 = 16.0 * (1 << 20) as f64;
+pub const PROGRAM_MAPPED: f64 = 24.0 * (1 << 20) as f64;
 
 /// The largest micro-batch of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -147,7 +147,12 @@ impl<'a> Forecast<'a> {
     /// Bytes that are read as they are stored: of the weights that stay frozen, or while others are converted.
     pub fn mapped(&self) -> f64 {
         // Embedding and head are as large as any, and both come at one time.
-        let converted = 2.0 * self.frozen.largest_other;
+        let at_once = if self.config.tie_word_embeddings {
+            1.0
+        } else {
+            2.0
+        };
+        let converted = at_once * self.frozen.largest_other;
         self.frozen.mapped.all().max(converted)
     }
 
