@@ -38,6 +38,7 @@ mod sample;
 mod split;
 mod survey;
 mod table;
+mod task;
 mod token_cache;
 
 mod batch;
@@ -62,6 +63,12 @@ pub use row::PreferencePair;
 pub use sample::Sample;
 pub use split::{Pairs, Split};
 pub use survey::{Lengths, Repeats, Survey};
+pub use task::{
+    Aggregation, DatasetSource, FewshotPool, FewshotSampler, FewshotSetup, Filter, FilterPipeline,
+    GenerationSettings, Ignored, Metric, MetricUse, OutputType, Pattern, PythonRandom, Question,
+    QuestionMaker, RegexFilter, Target, TaskDefinition, TaskIndex, TaskRequest, TaskRow,
+    TaskSplits,
+};
 pub use tokenizer::{
     Bos, ChatTemplate, DecodeStream, GenerationPrompt, GgufEnds, Special, Tokenizer,
     TokenizerFiles, eos_token_ids, unknown_metadata,

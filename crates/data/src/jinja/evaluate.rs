@@ -6,12 +6,29 @@ use super::operators;
 use super::python::text_of;
 use super::render::Renderer;
 use super::value::{Callable, Value};
-use super::{Error, Result, filters, format, functions, methods, predicates};
+use super::{Error, Result, Syntax, filters, format, functions, methods, predicates};
 use std::rc::Rc;
 use std::sync::Arc;
 
 impl<'t> Renderer<'t> {
     pub(super) fn value(&mut self, expr: &'t Expr) -> Result<Value> {
+        let value = self.value_or_undefined(expr)?;
+        self.expect_defined(&value)?;
+        Ok(value)
+    }
+
+    /// Refuses a name without a value, where those are errors. Jinja2 does so when the value is used.
+    fn expect_defined(&self, value: &Value) -> Result<()> {
+        match value {
+            Value::Undefined(name) if self.tree.syntax == Syntax::Harness => {
+                Err(Error::new(format!("'{name}' is undefined")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The value of an expression that may have none.
+    fn value_or_undefined(&mut self, expr: &'t Expr) -> Result<Value> {
         self.budget.step()?;
         Ok(match expr {
             Expr::None => Value::None,
@@ -89,7 +106,7 @@ impl<'t> Renderer<'t> {
                 }
             }
             Expr::Postfix(base, steps) => {
-                let base = self.value(base)?;
+                let base = self.value_or_undefined(base)?;
                 self.steps(base, steps)
             }
             simple => self.value(simple),
@@ -127,6 +144,9 @@ impl<'t> Renderer<'t> {
     pub(super) fn steps(&mut self, mut value: Value, steps: &'t [Step]) -> Result<Value> {
         for step in steps {
             self.budget.step()?;
+            if !takes_undefined(step) {
+                self.expect_defined(&value)?;
+            }
             value = self.follow(value, step)?;
         }
         Ok(value)
@@ -249,5 +269,14 @@ impl<'t> Renderer<'t> {
                 false => Value::str(""),
             }),
         }
+    }
+}
+
+/// Whether a step is for values that may be missing.
+fn takes_undefined(step: &Step) -> bool {
+    match step {
+        Step::Filter(name, _) => matches!(&**name, "default" | "d"),
+        Step::Test(name, ..) => matches!(&**name, "defined" | "undefined"),
+        _ => false,
     }
 }

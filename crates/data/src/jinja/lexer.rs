@@ -1,12 +1,12 @@
 //! The text of a template in tokens, with white space removed where Jinja removes it.
 //!
-//! `trim_blocks`: the line end after a block or a comment goes. `lstrip_blocks`: so do blanks between a line's beginning and a
-//! block or a comment. `-` removes all white space on its side, `+` keeps what would go.
+//! For chats, `trim_blocks`: the line end after a block or a comment goes; and `lstrip_blocks`: so do blanks between a line's
+//! beginning and a block or a comment. `-` removes all white space on its side, `+` keeps what would go.
 //!
 //! Source: pallets/jinja: src/jinja2/lexer.py.
 
 use super::python::is_space;
-use super::{Error, Result};
+use super::{Error, Result, Syntax};
 
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Token {
@@ -32,12 +32,16 @@ const SYMBOLS: [&str; 28] = [
 ];
 
 /// Tokens with their lines.
-pub(super) fn tokens(source: &str) -> Result<Vec<(Token, u32)>> {
+pub(super) fn tokens(source: &str, syntax: Syntax) -> Result<Vec<(Token, u32)>> {
     let unix = source.replace("\r\n", "\n").replace('\r', "\n");
-    // One line end at the end of a file is not part of the template.
-    let unix = unix.strip_suffix('\n').unwrap_or(&unix);
+    let unix = match syntax {
+        // One line end at the end of a file is not part of the template.
+        Syntax::Chat => unix.strip_suffix('\n').unwrap_or(&unix),
+        Syntax::Harness => &unix,
+    };
     let mut lexer = Lexer {
         source: unix,
+        trims: syntax == Syntax::Chat,
         at: 0,
         line: 1,
         line_starts: true,
@@ -51,6 +55,8 @@ pub(super) fn tokens(source: &str) -> Result<Vec<(Token, u32)>> {
 
 struct Lexer<'s> {
     source: &'s str,
+    /// Whether blocks remove white space around them by themselves.
+    trims: bool,
     at: usize,
     line: u32,
     /// Whether the last tag ended with a line end that it removed, or this is the beginning.
@@ -131,7 +137,7 @@ impl<'s> Lexer<'s> {
     fn before_tag(&self, text: &'s str, kind: u8, sign: Option<char>) -> &'s str {
         match sign {
             Some('-') => text.trim_end_matches(is_space),
-            None if kind != b'{' => {
+            None if kind != b'{' && self.trims => {
                 let line = text.rfind('\n').map_or(0, |at| at + 1);
                 let begins = line > 0 || self.line_starts;
                 match begins && text[line..].chars().all(is_space) {
@@ -154,7 +160,7 @@ impl<'s> Lexer<'s> {
         let after = &bare[close.len()..];
         let removed = match sign {
             "-" => after.len() - after.trim_start_matches(is_space).len(),
-            "" if close != "}}" && after.starts_with('\n') => 1,
+            "" if self.trims && close != "}}" && after.starts_with('\n') => 1,
             _ => 0,
         };
         self.skip(sign.len() + close.len() + removed);

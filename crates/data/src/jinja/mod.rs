@@ -1,14 +1,18 @@
-//! Jinja as chat templates use it, with Python's values.
+//! Jinja as chat templates and evaluation tasks use it, with Python's values.
 //!
 //! Templates are written for Jinja2 in Hugging Face's setup: a sandbox whose lists and dictionaries cannot be changed,
 //! `trim_blocks` and `lstrip_blocks`, `break` and `continue`, a `tojson` that escapes no HTML, `raise_exception`, `strftime_now` and
 //! `{% generation %}`. What a template prints is trained, so it has to be equal to the byte: `None` and `True` are capitalized, a
 //! float is `1e+16`, a list is `['a']`, and `'%.2f' % x` formats.
 //!
+//! Templates of evaluation tasks ([`Syntax::Harness`]) are written for Jinja2 as the evaluation harness sets it up: white space
+//! around blocks stays, and a name without a value is an error.
+//!
 //! Absent: inheritance, includes, imports, recursive loops, automatic escaping, and filters for web pages. Steps, text and nesting
 //! are bounded (`budget.rs`).
 //!
-//! Sources: pallets/jinja: src/jinja2; python/cpython; huggingface/transformers: utils/chat_template_utils.py.
+//! Sources: pallets/jinja: src/jinja2; python/cpython; huggingface/transformers: utils/chat_template_utils.py;
+//! EleutherAI/lm-evaluation-harness: lm_eval/utils.py.
 
 mod arguments;
 mod ast;
@@ -38,6 +42,7 @@ use std::fmt;
 use std::sync::Arc;
 
 pub(crate) use numbers::keep_exact;
+pub(crate) use python::{float_text, is_space};
 pub(crate) use value::Value;
 
 /// A result with this module's [`Error`].
@@ -79,6 +84,16 @@ impl fmt::Display for Error {
     }
 }
 
+/// How Jinja is set up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Syntax {
+    /// As for chat templates.
+    #[default]
+    Chat,
+    /// As for the templates of evaluation tasks.
+    Harness,
+}
+
 /// A template, ready to render.
 #[derive(Clone, Debug)]
 pub(crate) struct Template {
@@ -90,9 +105,15 @@ impl Template {
     /// # Errors
     /// If the text is no template, or has a tag that is absent here.
     pub(crate) fn parse(source: &str) -> Result<Self> {
+        Self::parse_as(source, Syntax::Chat)
+    }
+
+    /// # Errors
+    /// As [`Self::parse`].
+    pub(crate) fn parse_as(source: &str, syntax: Syntax) -> Result<Self> {
         Ok(Self {
             source: source.into(),
-            tree: Arc::new(parser::parse(source)?),
+            tree: Arc::new(parser::parse(source, syntax)?),
         })
     }
 
@@ -100,6 +121,14 @@ impl Template {
     /// If the template raises an exception, does what Python refuses, or takes too many steps.
     pub(crate) fn render(&self, variables: Vec<(&str, Value)>) -> Result<String> {
         Renderer::new(&self.tree, variables).render()
+    }
+
+    /// The value of a template that is one expression and nothing else; none for another.
+    ///
+    /// # Errors
+    /// As [`Self::render`].
+    pub(crate) fn evaluate(&self, variables: Vec<(&str, Value)>) -> Result<Option<Value>> {
+        Renderer::new(&self.tree, variables).evaluate()
     }
 
     pub(crate) fn source(&self) -> &str {

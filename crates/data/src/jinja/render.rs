@@ -71,6 +71,17 @@ impl<'t> Renderer<'t> {
         Ok(out)
     }
 
+    /// The value of the only statement, if it shows one.
+    pub(super) fn evaluate(mut self) -> Result<Option<Value>> {
+        match self.tree.body.as_slice() {
+            [only] => match &only.kind {
+                StmtKind::Emit(value) => self.value(value).map(Some),
+                _ => Ok(None),
+            },
+            _ => Ok(None),
+        }
+    }
+
     fn body(&mut self, body: &'t Body, out: &mut String) -> Result<Flow> {
         for stmt in body {
             match self.statement(stmt, out) {

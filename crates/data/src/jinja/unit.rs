@@ -144,3 +144,66 @@ fn renderings_are_those_of_hugging_face() {
     }
     assert_eq!(pairs, 120);
 }
+
+fn render_for_harness(source: &str) -> Result<String> {
+    let doc = json!({"question": "q", "choices": ["a", "b"], "answer": {"label": 1}});
+    let names = ["question", "choices", "answer"];
+    let variables = names.map(|name| (name, Value::of_json(&doc[name])));
+    Template::parse_as(source, Syntax::Harness)?.render(variables.into())
+}
+
+/// What Jinja2 makes of them in an environment with `StrictUndefined` and `keep_trailing_newline`.
+#[test]
+fn templates_of_tasks_keep_white_space_and_refuse_names_without_a_value() {
+    for (source, expected) in [
+        ("{{question}}\n", "q\n"),
+        ("a\n  {% if true %}\nb\n  {% endif %}\nc", "a\n  \nb\n  \nc"),
+        ("a\n  {%- if true -%}\nb\n  {%- endif %}\nc", "ab\nc"),
+        (
+            "{{ missing | default('x') }}{{ missing is defined }}",
+            "xFalse",
+        ),
+        ("{{ answer.label }}{{ choices[answer['label']] }}", "1b"),
+        ("{{ answer.other | default('y') }}", "y"),
+    ] {
+        assert_eq!(
+            render_for_harness(source).as_deref(),
+            Ok(expected),
+            "{source}"
+        );
+    }
+    for (source, name) in [
+        ("{{ missing }}", "missing"),
+        ("{% if missing %}x{% endif %}", "missing"),
+        ("{{ 'a' ~ missing }}", "missing"),
+        ("{{ answer.other }}", "other"),
+        ("{{ missing.label | default('x') }}", "missing"),
+        ("{% for x in missing %}{% endfor %}", "missing"),
+        ("{{ missing | upper }}", "missing"),
+        ("{{ choices[7] }}", ""),
+    ] {
+        let problem = render_for_harness(source).unwrap_err().to_string();
+        assert!(
+            problem.contains(name) && problem.contains("undefined"),
+            "{source}: {problem}"
+        );
+    }
+}
+
+#[test]
+fn a_lone_expression_is_a_value() {
+    let doc = [("choices", Value::of_json(&json!(["it's", "b"])))];
+    let of =
+        |source: &str| Template::parse_as(source, Syntax::Harness)?.evaluate(doc.clone().into());
+    assert_eq!(
+        of("{{ choices }}")
+            .unwrap()
+            .unwrap()
+            .elements(&Budget::default())
+            .unwrap()
+            .len(),
+        2
+    );
+    assert!(of("{{ choices }} ").unwrap().is_none());
+    assert!(of("text").unwrap().is_none());
+}

@@ -6,7 +6,7 @@ mod expression;
 
 use super::ast::{Assigned, Body, Expr, For, Macro, Step, Stmt, StmtKind};
 use super::lexer::{Token, tokens};
-use super::{Error, Result};
+use super::{Error, Result, Syntax};
 use std::sync::Arc;
 
 /// The deepest nesting of statements and expressions; each level takes a part of the stack.
@@ -17,11 +17,12 @@ const MAX_WRITTEN_DEPTH: usize = 64;
 pub(super) struct Tree {
     pub(super) body: Body,
     pub(super) macros: Vec<Macro>,
+    pub(super) syntax: Syntax,
 }
 
-pub(super) fn parse(source: &str) -> Result<Tree> {
+pub(super) fn parse(source: &str, syntax: Syntax) -> Result<Tree> {
     let mut parser = Parser {
-        tokens: tokens(source)?,
+        tokens: tokens(source, syntax)?,
         at: 0,
         depth: 0,
         macros: Vec::new(),
@@ -30,6 +31,7 @@ pub(super) fn parse(source: &str) -> Result<Tree> {
     Ok(Tree {
         body,
         macros: parser.macros,
+        syntax,
     })
 }
 

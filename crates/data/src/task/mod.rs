@@ -1,0 +1,29 @@
+//! Evaluation tasks: the files of EleutherAI's evaluation harness, read as it reads them.
+//!
+//! A task says where its rows are, what a model is asked about each, and how its answers are judged. Python is not run: a key that
+//! needs it is refused with its file and line, and so is every key and value that is not known here.
+//!
+//! Source: EleutherAI/lm-evaluation-harness 0.4.13: lm_eval/config/task.py, lm_eval/tasks.
+
+mod definition;
+mod included;
+mod keys;
+mod metric;
+mod pattern;
+mod question;
+mod random;
+mod task_index;
+mod values;
+mod yaml;
+
+pub use definition::{
+    DatasetSource, FewshotSampler, FewshotSetup, GenerationSettings, TaskDefinition, TaskSplits,
+};
+pub use metric::{
+    Aggregation, Filter, FilterPipeline, Ignored, Metric, MetricUse, OutputType, RegexFilter,
+};
+pub use pattern::Pattern;
+pub use question::{FewshotPool, Question, QuestionMaker, TaskRequest};
+pub use random::PythonRandom;
+pub use task_index::TaskIndex;
+pub use values::{Target, TaskRow};

@@ -1,0 +1,155 @@
+"""Makes tests/goldens/harness_tasks/: tasks, their rows, and what the evaluation harness asks about each: prompts and continuations.
+
+    HF_HUB_OFFLINE=1 python tests/goldens/harness_tasks.py tests/goldens/harness_tasks
+
+Needs lm_eval 0.4.13.
+"""
+import json
+import random
+import sys
+from pathlib import Path
+
+ROWS = {
+    "choice": [
+        {"question": f"What is {a} + {b}?", "choices": [str(a + b), str(a * b + 1), f"it's \"{a}\"", "é\n"][: 2 + (a + b) % 3], "answer": (a * b) % 2, "letter": "AB"[(a * b) % 2]}
+        for a in range(4) for b in range(4)
+    ],
+    "blank": [
+        {"sentence": f"The {x} was too {y} because _ was {z}.", "option1": f"the {x}", "option2": "it", "answer": str(1 + i % 2)}
+        for i, (x, y, z) in enumerate([("cat", "fat", "big"), ("box", "red", "old"), ("sun", "hot", "near"), ("sea", "deep", "wide")])
+    ],
+    "text": [
+        {"title": t, "text": s, "answers": a, "year": y}
+        for t, s, a, y in [("One", "A first text.\nTwo lines. ", ["yes", "y"], 1901), ("Two", " Unicode: naïve café", ["no"], 2024), ("Three", "ends here", [], 7)]
+    ],
+}
+TASKS = {
+    "arc_like": ("choice", """
+        output_type: multiple_choice
+        doc_to_text: "Question: {{question}}\\nAnswer:"
+        doc_to_target: "{{answer}}"
+        doc_to_choice: "{{choices}}"
+        num_fewshot: 3
+        fewshot_split: test
+        metric_list:
+          - {metric: acc, aggregation: mean, higher_is_better: true}
+          - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+    """),
+    "mmlu_like": ("choice", """
+        output_type: multiple_choice
+        description: "The following are questions about {{letter}}.\\n\\n"
+        doc_to_text: "{{question.strip()}}\\nA. {{choices[0]}}\\nB. {{choices[1]}}\\nAnswer:"
+        doc_to_target: answer
+        doc_to_choice: ["A", "B"]
+        num_fewshot: 2
+        fewshot_split: train
+        fewshot_config: {sampler: first_n}
+    """),
+    "mapped": ("choice", """
+        output_type: multiple_choice
+        doc_to_text: question
+        doc_to_target: letter
+        doc_to_choice: {0: A, 1: B}
+        target_delimiter: ""
+        metric_list: [{metric: acc}, {metric: acc_mutual_info}, {metric: acc_bytes}]
+    """),
+    "winogrande_like": ("blank", """
+        output_type: multiple_choice
+        doc_to_text: "{% if answer == '1' %}0{% else %}1{% endif %}"
+        doc_to_target: "{{sentence.split('_')[1].strip()}}"
+        doc_to_choice: "{{[sentence.split('_')[0] + option1, sentence.split('_')[0] + option2]}}"
+        num_fewshot: 1
+        fewshot_split: train
+    """),
+    "lambada_like": ("text", """
+        output_type: loglikelihood
+        doc_to_text: "{{text.split(' ')[:-1]|join(' ')}}"
+        doc_to_target: "{{' '+text.split(' ')[-1]}}"
+        metric_list: [{metric: perplexity}, {metric: acc}]
+    """),
+    "rolling": ("text", """
+        output_type: loglikelihood_rolling
+        doc_to_text: ""
+        doc_to_target: text
+    """),
+    "gsm_like": ("text", """
+        output_type: generate_until
+        description: "Answer."
+        doc_to_text: "Q: {{title}} {{year + 1}}\\nA:"
+        doc_to_target: "{{text}}"
+        gen_prefix: "The answer is"
+        fewshot_delimiter: "\\n--\\n"
+        fewshot_config:
+          samples:
+            - {title: "T", text: "shown", year: 1}
+            - {title: "U", text: " spaced", year: 22}
+        num_fewshot: 2
+        generation_kwargs: {until: ["\\n", "Q:"], do_sample: false, max_gen_toks: 9}
+        filter_list:
+          - name: strict
+            filter: [{function: regex, regex_pattern: "(\\\\d+)\\\\Z", group_select: -1}, {function: take_first}]
+    """),
+    "answers": ("text", """
+        output_type: generate_until
+        doc_to_text: "{{title}}\\n{%- if year > 2000 %} new{% endif %}\\n"
+        doc_to_target: "{{answers}}"
+        metric_list: [{metric: exact_match, ignore_case: true}]
+    """),
+    "inherited": ("choice", """
+        include: arc_like.yaml
+        num_fewshot: 0
+        doc_to_choice: "{{['x ' ~ choices[0], choices[-1]]}}"
+    """),
+}
+
+
+def write(folder: Path) -> None:
+    import textwrap
+
+    for name, rows in ROWS.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    for name, (rows, text) in TASKS.items():
+        text = textwrap.dedent(text).strip() + "\n"
+        if "include" not in text:
+            files = f"dataset_path: json\ndataset_kwargs: {{data_files: {{train: {rows}.jsonl, test: {rows}.jsonl}}}}\ntest_split: test\ntraining_split: train\n"
+            text = files + text
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n" + text)
+
+
+def asked(folder: Path) -> dict:
+    import os
+
+    from lm_eval.tasks import TaskManager
+
+    os.chdir(folder)
+    tasks = TaskManager(include_path=str(folder), include_defaults=False).load(sorted(TASKS))
+    tasks = tasks["tasks"] if "tasks" in tasks else tasks
+    found = {}
+    for name, task in tasks.items():
+        task.set_fewshot_seed(1234)
+        count = task.config.num_fewshot or 0
+        questions = []
+        for doc in task.eval_docs:
+            prefix = task.doc_to_prefix(doc)
+            context = task.fewshot_context(doc, num_fewshot=count, gen_prefix=prefix)
+            requests = task.construct_requests(doc, context, metadata=(name, 0, 1))
+            requests = requests if isinstance(requests, list) else [requests]
+            pairs = []
+            for request in requests:
+                args = request.args
+                if task.OUTPUT_TYPE == "loglikelihood_rolling":
+                    pairs.append(["", args[0]])
+                else:
+                    pairs.append([args[0], args[1] if isinstance(args[1], str) else None])
+            questions.append(pairs)
+        found[name] = questions
+    return found
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1]).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    random.seed(0)
+    write(folder)
+    (folder / "asked.json").write_text(json.dumps(asked(folder), ensure_ascii=False, indent=0) + "\n")
