@@ -144,16 +144,9 @@ impl<'a> Forecast<'a> {
         Self { batch, ..self }
     }
 
-    /// Bytes that are read as they are stored: of the weights that stay frozen, or while others are converted.
+    /// Bytes that are read as they are stored: of the weights that stay frozen, or while others are converted one by one.
     pub fn mapped(&self) -> f64 {
-        // Embedding and head are as large as any, and both come at one time.
-        let at_once = if self.config.tie_word_embeddings {
-            1.0
-        } else {
-            2.0
-        };
-        let converted = at_once * self.frozen.largest_other;
-        self.frozen.mapped.all().max(converted)
+        self.frozen.mapped.all().max(self.frozen.largest_other)
     }
 
     /// What the run will take.
