@@ -21,7 +21,7 @@ pub(crate) enum WeightPlacement {
 }
 
 impl WeightPlacement {
-    /// Where weights stay that every token reads, and those of experts, if there is room for so many bytes.
+    /// The placement of weights that every token reads, and of experts, in `room` bytes of memory.
     pub(crate) fn of(common: f64, experts: f64, room: f64) -> Self {
         if common + experts <= room {
             Self::Memory

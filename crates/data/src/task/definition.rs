@@ -127,7 +127,7 @@ pub struct GenerationSettings {
     pub until: Vec<String>,
     /// The most tokens of an answer; none is the program's usual number.
     pub max_tokens: Option<usize>,
-    /// 0 takes the likeliest token.
+    /// 0 takes the most likely token.
     pub temperature: f64,
     /// The least share of probability that tokens are drawn from.
     pub top_p: Option<f64>,

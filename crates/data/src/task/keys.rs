@@ -19,11 +19,11 @@ pub(super) struct Setting {
 const SHOWN: usize = 5;
 
 /// The settings of a mapping.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(super) struct Settings {
     entries: Vec<(String, Setting)>,
-    /// The names that were asked for.
-    asked: Vec<&'static str>,
+    /// The known names so far.
+    known: Vec<&'static str>,
 }
 
 impl Setting {
@@ -146,7 +146,7 @@ impl Setting {
         });
         Ok(Settings {
             entries: entries.collect(),
-            asked: Vec::new(),
+            known: Vec::new(),
         })
     }
 }
@@ -155,13 +155,13 @@ impl Settings {
     pub(super) fn new(entries: Vec<(String, Setting)>) -> Self {
         Self {
             entries,
-            asked: Vec::new(),
+            known: Vec::new(),
         }
     }
 
     /// A value, unless it is absent or null.
     pub(super) fn take(&mut self, key: &'static str) -> Option<Setting> {
-        self.asked.push(key);
+        self.known.push(key);
         let at = self.entries.iter().position(|(known, _)| known == key)?;
         let (_, setting) = self.entries.remove(at);
         (setting.yaml.value != YamlValue::Null).then_some(setting)
@@ -180,19 +180,19 @@ impl Settings {
         self.entries.iter().any(|(known, _)| known == key)
     }
 
-    /// Values that no one asked for, by their keys.
+    /// The values that are left, by their keys.
     pub(super) fn rest(self) -> Vec<(String, Setting)> {
         self.entries
     }
 
     /// # Errors
-    /// If there is a value that no one asked for.
+    /// If a value is left: its key is unknown.
     pub(super) fn finish(self) -> Result<()> {
         let Some((_, unknown)) = self.entries.first() else {
             return Ok(());
         };
         let last = unknown.key.rsplit('.').next().unwrap_or_default();
-        let mut known = self.asked;
+        let mut known = self.known;
         known.sort_by(|a, b| {
             let likeness = |key: &str| strsim::jaro_winkler(key, last);
             likeness(b).total_cmp(&likeness(a))

@@ -43,11 +43,11 @@ impl OutputType {
 /// A number that says how good answers are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Metric {
-    /// The likeliest choice is right; of one text, it is the greedy one.
+    /// The most likely choice is right; of one text, it is the greedy one.
     Acc,
-    /// The choice that is likeliest per character is right.
+    /// The choice that is most likely per character is right.
     AccNorm,
-    /// The choice that is likeliest per byte is right.
+    /// The choice that is most likely per byte is right.
     AccBytes,
     /// The choice whose likelihood the prompt raises most is right.
     AccMutualInfo,
@@ -228,11 +228,11 @@ pub(super) fn metric_list(list: Option<&Setting>, output: OutputType) -> Result<
         });
         return Ok(usual.collect());
     };
-    let read = |item: &Setting| metric_use(&mut item.map()?, item, output);
+    let read = |item: &Setting| metric_use(item.map()?, item, output);
     list.list()?.iter().map(read).collect()
 }
 
-fn metric_use(keys: &mut Settings, item: &Setting, output: OutputType) -> Result<MetricUse> {
+fn metric_use(mut keys: Settings, item: &Setting, output: OutputType) -> Result<MetricUse> {
     let Some(name) = keys.take("metric") else {
         return Err(item.error("a mapping with `metric`", "none"));
     };
@@ -268,7 +268,7 @@ fn metric_use(keys: &mut Settings, item: &Setting, output: OutputType) -> Result
                 .unwrap_or_default(),
         };
     }
-    std::mem::take(keys).finish()?;
+    keys.finish()?;
     Ok(MetricUse {
         metric,
         aggregation: aggregation.unwrap_or_else(|| metric.usual_aggregation()),
@@ -346,7 +346,7 @@ pub(super) fn filter_list(list: Option<&Setting>) -> Result<Vec<FilterPipeline>>
         let mut keys = item.map()?;
         let name = keys.read("name", Setting::text)?;
         let steps = keys.read("filter", |steps| {
-            let read = |step: &Setting| filter(&mut step.map()?, step);
+            let read = |step: &Setting| filter(step.map()?, step);
             steps.list()?.iter().map(read).collect()
         })?;
         keys.finish()?;
@@ -383,7 +383,7 @@ const FILTERS: [(&str, FilterKind); 9] = [
     ("map", FilterKind::Map),
 ];
 
-fn filter(keys: &mut Settings, step: &Setting) -> Result<Filter> {
+fn filter(mut keys: Settings, step: &Setting) -> Result<Filter> {
     let Some(function) = keys.take("function") else {
         return Err(step.error("a mapping with `function`", "none"));
     };
@@ -393,9 +393,9 @@ fn filter(keys: &mut Settings, step: &Setting) -> Result<Filter> {
             Some(k) => Filter::TakeFirstK(k),
             None => return Err(step.error("a mapping with `k`", "none")),
         },
-        FilterKind::Regex => Filter::Regex(regex_filter(keys)?),
+        FilterKind::Regex => Filter::Regex(regex_filter(&mut keys)?),
         FilterKind::MultiChoiceRegex => Filter::MultiChoiceRegex {
-            regex: regex_filter(keys)?,
+            regex: regex_filter(&mut keys)?,
             ignored: Ignored {
                 case: keys.read("ignore_case", Setting::boolean)?.unwrap_or(false),
                 punctuation: keys
@@ -407,9 +407,9 @@ fn filter(keys: &mut Settings, step: &Setting) -> Result<Filter> {
                     .unwrap_or_default(),
             },
         },
-        FilterKind::Map => map_filter(keys)?,
+        FilterKind::Map => map_filter(&mut keys)?,
     };
-    std::mem::take(keys).finish()?;
+    keys.finish()?;
     Ok(filter)
 }
 

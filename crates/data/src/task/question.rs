@@ -160,23 +160,22 @@ impl<'a> QuestionMaker<'a> {
             context: context.to_owned(),
             continuation,
         };
-        let delimited = |text: &String| Some(format!("{}{text}", task.target_delimiter));
-        let mut requests: Vec<TaskRequest> = match task.output {
-            OutputType::GenerateUntil => contexts
-                .iter()
-                .map(|context| request(context, None))
-                .collect(),
-            OutputType::MultipleChoice => contexts
-                .iter()
-                .flat_map(|context| continuations.iter().map(move |text| (context, text)))
-                .map(|(context, text)| request(context, delimited(text)))
-                .collect(),
-            _ => contexts
-                .iter()
-                .flat_map(|context| continuations.iter().map(move |text| (context, text)))
-                .map(|(context, text)| request(context, Some(text.clone())))
-                .collect(),
+        let delimiter = match task.output {
+            OutputType::MultipleChoice => &*task.target_delimiter,
+            _ => "",
         };
+        let delimited = |text: &String| Some(format!("{delimiter}{text}"));
+        let mut requests = Vec::new();
+        for context in &contexts {
+            match task.output {
+                OutputType::GenerateUntil => requests.push(request(context, None)),
+                _ => requests.extend(
+                    continuations
+                        .iter()
+                        .map(|text| request(context, delimited(text))),
+                ),
+            }
+        }
         let is_mutual = |metric: &super::metric::MetricUse| metric.metric == Metric::AccMutualInfo;
         if task.metrics.iter().any(is_mutual) {
             requests.extend(choices.iter().map(|choice| request("", delimited(choice))));

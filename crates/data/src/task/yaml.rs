@@ -14,6 +14,11 @@ use regex::Regex;
 /// Values of a file, copies of anchors counted. Real task files have hundreds.
 const YAML_VALUES: usize = 1 << 20;
 
+/// Bytes of a text that count as a value.
+const BYTES_OF_VALUE: usize = 32;
+/// Keys of a mapping. Real ones have up to some dozens.
+const MOST_KEYS: usize = 1024;
+
 /// A value with its line.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Yaml {
@@ -197,12 +202,19 @@ impl YamlBuilder {
     }
 }
 
-/// Values in a value, itself included.
+/// Values in a value, itself included. A long text counts as several: it is copied too.
 fn count(of: &Yaml) -> usize {
-    match &of.value {
-        YamlValue::List(items) => 1 + items.iter().map(count).sum::<usize>(),
-        YamlValue::Map(entries) => 1 + entries.iter().map(|(_, value)| count(value)).sum::<usize>(),
-        _ => 1,
+    let of_text = |text: &String| text.len() / BYTES_OF_VALUE;
+    1 + match &of.value {
+        YamlValue::List(items) => items.iter().map(count).sum(),
+        YamlValue::Map(entries) => {
+            let entries = entries.iter();
+            entries
+                .map(|(key, value)| of_text(key) + count(value))
+                .sum()
+        }
+        YamlValue::Text(text) | YamlValue::Tagged(_, text) => of_text(text),
+        _ => 0,
     }
 }
 
@@ -226,8 +238,13 @@ fn insert(entries: &mut Vec<(String, Yaml)>, key: &Yaml, value: Yaml) -> Result<
         line: key.line,
         ..value
     };
+    let is_full = entries.len() == MOST_KEYS;
     match entries.iter_mut().find(|(known, _)| *known == name) {
         Some((_, old)) => *old = value,
+        None if is_full => {
+            let problem = format!("more than {MOST_KEYS} keys in a mapping");
+            return Err(YamlError::new(key.line, problem));
+        }
         None => entries.push((name, value)),
     }
     Ok(())
@@ -446,6 +463,9 @@ mod tests {
             let copies = vec![format!("*a{n}"); 8].join(", ");
             format!("{text}a{m}: &a{m} [{copies}]\n", m = n + 1)
         });
+        let copies = vec!["*a"; 1000].join(", ");
+        let long = format!("a: &a {}\nb: [{copies}]\n", "x".repeat(1 << 17));
+        let keys: String = (0..2000).map(|n| format!("k{n}: 1\n")).collect();
         for (text, line, problem) in [
             ("a: [1\nb: 2", 2, ""),
             ("a: 1\nb: !odd [1]\n", 2, "the unknown tag"),
@@ -454,6 +474,8 @@ mod tests {
             ("a: &x [*x]\n", 1, "inside of its own"),
             ("a: 1\n? [2]\n: 3\n", 2, "a list as a key"),
             (&bomb, 7, "more than"),
+            (&long, 2, "more than"),
+            (&keys, 1025, "1024 keys in a mapping"),
         ] {
             let error = Yaml::parse(text).unwrap_err();
             assert!(error.problem.contains(problem), "{error:?}");
