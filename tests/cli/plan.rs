@@ -17,6 +17,13 @@ fn published() -> Vec<PathBuf> {
     configs
 }
 
+/// The config of DeepSeek-R1.
+fn r1() -> String {
+    let mut configs = published().into_iter();
+    let found = configs.find(|path| path.ends_with("DeepSeek-R1.json"));
+    found.unwrap().to_string_lossy().into_owned()
+}
+
 /// A plan as JSON.
 fn plan(words: &[&str]) -> Value {
     let output = moeforge(&[&["plan", "--json"], words].concat());
@@ -123,11 +130,7 @@ fn on(machine: &TempDir, config: &str, words: &[&str]) -> (Option<i32>, String) 
 
 #[test]
 fn machines_of_all_kinds_are_told_what_fits() {
-    let r1 = published()
-        .into_iter()
-        .find(|path| path.ends_with("DeepSeek-R1.json"))
-        .unwrap();
-    let r1 = r1.to_string_lossy().into_owned();
+    let r1 = r1();
     let vm_stat = |pages: u64| {
         format!(
             "Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPages free: {pages}.\nPages inactive: 0.\nPages speculative: 0.\n"
@@ -204,11 +207,7 @@ fn machines_that_do_not_tell_their_memory_ask_for_a_budget() {
 /// What does not stay in memory is read from disk: less of it with more memory, and faster from a faster disk.
 #[test]
 fn models_that_are_too_large_run_from_disk_at_a_speed() {
-    let r1 = published()
-        .into_iter()
-        .find(|path| path.ends_with("DeepSeek-R1.json"))
-        .unwrap();
-    let r1 = r1.to_string_lossy().into_owned();
+    let r1 = r1();
     let of = |words: &[&str]| plan(&[&[r1.as_str(), "--format", "gguf:q4_k_m"], words].concat());
     let number = |plan: &Value, key: &str| plan[key].as_f64().unwrap();
     let [small, middle] = ["8", "200"].map(|gib| of(&["--memory-budget", gib]));
