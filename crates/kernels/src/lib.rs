@@ -51,7 +51,10 @@ pub use backend::linear::{
     heads_linear, linear_add, linear_fake_quantized, linear_frozen, linear_frozen_pair,
     linear_trained, linear_updated, row_norms,
 };
-pub use backend::loss::{cross_entropy_frozen, cross_entropy_trained};
+pub use backend::loss::{
+    TokenScores, cross_entropy_frozen, cross_entropy_trained, token_scores_frozen,
+    token_scores_trained,
+};
 pub use backend::optimizer::{adamw, sums_of_squares, total};
 pub use backend::plain::primitives::{Primitives, SlotTable, Stack};
 pub use backend::saved::saved_activation_bytes;

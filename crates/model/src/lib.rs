@@ -58,7 +58,9 @@ pub use forward::exchange::{ExchangeKind, ExpertRanks, RowWire};
 pub use forward::recorder::Recorder;
 pub use forward::routing::{Routed, RoutingRecord, routing_drift};
 pub use kernels::device;
-pub use kernels::{ActivationQuant, CacheType, Compute, ExpertTraffic, OperandRounding, Quantizer};
+pub use kernels::{
+    ActivationQuant, CacheType, Compute, ExpertTraffic, OperandRounding, Quantizer, TokenScores,
+};
 pub use load::Training;
 pub use patterns::matches;
 pub use precision::PrecisionClass;

@@ -293,6 +293,30 @@ impl<B: Gradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         (loss, Self::from_inner(lse))
     }
 
+    fn token_scores_frozen(
+        h: FloatTensor<Self>,
+        u: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        w: Arc<Matrix>,
+        compute: Compute,
+    ) -> (FloatTensor<Self>, IntTensor<Self>) {
+        let [h, u, b] = [h, u, b].map(|values| values.into_primitive());
+        let (loss, greedy) = B::token_scores_frozen(h, u, b, targets, w, compute);
+        (Self::from_inner(loss), greedy)
+    }
+
+    fn token_scores_trained(
+        h: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        compute: Compute,
+    ) -> (FloatTensor<Self>, IntTensor<Self>) {
+        let [h, w] = [h, w].map(|values| values.into_primitive());
+        let (loss, greedy) = B::token_scores_trained(h, w, targets, compute);
+        (Self::from_inner(loss), greedy)
+    }
+
     fn adamw_step(
         p: FloatTensor<Self>,
         g: FloatTensor<Self>,

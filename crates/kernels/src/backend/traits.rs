@@ -374,6 +374,26 @@ pub trait Kernels: Backend + Primitives {
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         loss::cross_entropy_trained::<Self>(h, w, targets, compute)
     }
+    /// See [`crate::token_scores_frozen`].
+    fn token_scores_frozen(
+        h: FloatTensor<Self>,
+        u: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        w: Arc<Matrix>,
+        compute: Compute,
+    ) -> (FloatTensor<Self>, IntTensor<Self>) {
+        loss::token_scores_frozen::<Self>(h, [u, b], targets, &w, compute)
+    }
+    /// See [`crate::token_scores_trained`].
+    fn token_scores_trained(
+        h: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        compute: Compute,
+    ) -> (FloatTensor<Self>, IntTensor<Self>) {
+        loss::token_scores_trained::<Self>(h, w, targets, compute)
+    }
 
     // The optimizer.
 

@@ -99,6 +99,16 @@ pub(crate) struct TokenLoss {
     pub(crate) dloss: f32,
 }
 
+/// What a token's logits say.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TokenOutcome {
+    pub(crate) loss: f32,
+    /// The log-sum-exp.
+    pub(crate) lse: f32,
+    /// The entry with the largest logit; the first of several.
+    pub(crate) greedy: usize,
+}
+
 /// The positions that have a target.
 pub(crate) fn trained(targets: &[i32]) -> Vec<usize> {
     (0..targets.len())
@@ -106,13 +116,13 @@ pub(crate) fn trained(targets: &[i32]) -> Vec<usize> {
         .collect()
 }
 
-/// Loss and log-sum-exp per token of `head`, all of which have a target.
-pub(crate) fn forward(head: OutputHead<'_>, targets: &[usize]) -> Vec<(f32, f32)> {
+/// The outcome of `head` for each token, all of which have a target.
+pub(crate) fn forward(head: OutputHead<'_>, targets: &[usize]) -> Vec<TokenOutcome> {
     let visits = visit(head, targets, 0);
     let (_, n_parts) = parts(head, targets);
     let of_token = |token| {
         let (tile, i) = (token / TILE_TOKENS, token % TILE_TOKENS);
-        PartialSoftmax::of_all(&visits[tile * n_parts..][..n_parts], i).loss()
+        PartialSoftmax::of_all(&visits[tile * n_parts..][..n_parts], i).outcome()
     };
     (0..targets.len()).map(of_token).collect()
 }
@@ -121,7 +131,7 @@ pub(crate) fn forward(head: OutputHead<'_>, targets: &[usize]) -> Vec<(f32, f32)
 pub(crate) fn forward_with_gradients(
     head: OutputHead<'_>,
     targets: &[usize],
-) -> (Vec<(f32, f32)>, Vec<f32>) {
+) -> (Vec<TokenOutcome>, Vec<f32>) {
     let hidden = head.h.cols();
     let visits = visit(head, targets, hidden);
     let (_, n_parts) = parts(head, targets);
@@ -135,7 +145,7 @@ pub(crate) fn forward_with_gradients(
             let parts = &visits[tile * n_parts..][..n_parts];
             let seen = PartialSoftmax::of_all(parts, i);
             gradient(head.w, parts, (i, seen), *target, dh);
-            seen.loss()
+            seen.outcome()
         })
         .collect();
     (losses, dh)
@@ -148,6 +158,8 @@ struct PartialSoftmax {
     /// The sum of the exponentials, relative to the maximum.
     sum: f32,
     at_target: f32,
+    /// The entry of the maximum.
+    greedy: usize,
 }
 
 impl PartialSoftmax {
@@ -155,15 +167,21 @@ impl PartialSoftmax {
         max: f32::NEG_INFINITY,
         sum: 0.0,
         at_target: 0.0,
+        greedy: 0,
     };
 
-    /// Adds a tile of logits and turns them into exponentials; returns the factor of the earlier ones, because the
-    /// maximum may have grown.
-    fn add(&mut self, logits: &mut [f32], target: Option<usize>) -> f32 {
-        if let Some(at) = target {
-            self.at_target = logits[at];
+    /// Adds the logits of a tile of the vocabulary and turns them into exponentials; returns the factor of the earlier
+    /// ones, because the maximum may have grown.
+    fn add(&mut self, logits: &mut [f32], vocab: &Range<usize>, target: usize) -> f32 {
+        if vocab.contains(&target) {
+            self.at_target = logits[target - vocab.start];
         }
-        let max = exp::max(logits).max(self.max);
+        let largest = exp::max(logits);
+        if largest > self.max {
+            let at = logits.iter().position(|logit| *logit == largest);
+            self.greedy = vocab.start + at.unwrap_or(0);
+        }
+        let max = largest.max(self.max);
         let faded = (self.max - max).exp();
         self.sum = self.sum * faded + exp::exp_shifted(logits, max);
         self.max = max;
@@ -173,18 +191,23 @@ impl PartialSoftmax {
     /// The softmax of the `i`-th token of a tile over all parts of the vocabulary; only one part has its target.
     fn of_all(parts: &[VocabVisit], i: usize) -> Self {
         let parts = || parts.iter().map(|part| part.seen[i]);
-        let max = parts().fold(f32::NEG_INFINITY, |max, seen| max.max(seen.max));
+        let larger = |a: Self, b: Self| if b.max > a.max { b } else { a };
+        let largest = parts().fold(Self::NOTHING, larger);
+        let max = largest.max;
         Self {
-            max,
             sum: parts().map(|seen| seen.sum * (seen.max - max).exp()).sum(),
             at_target: parts().map(|seen| seen.at_target).sum(),
+            ..largest
         }
     }
 
-    /// The loss, and the log-sum-exp.
-    fn loss(self) -> (f32, f32) {
+    fn outcome(self) -> TokenOutcome {
         let lse = self.max + self.sum.ln();
-        (lse - self.at_target, lse)
+        TokenOutcome {
+            loss: lse - self.at_target,
+            lse,
+            greedy: self.greedy,
+        }
     }
 }
 
@@ -236,8 +259,7 @@ fn visit_part(
             let logits = &mut scratch[..n * vocab.len()];
             head.logits(tokens.clone(), vocab.clone(), logits);
             for (i, logits) in logits.chunks_mut(vocab.len()).enumerate() {
-                let is_here = vocab.contains(&targets[i]);
-                let faded = seen[i].add(logits, is_here.then(|| targets[i] - vocab.start));
+                let faded = seen[i].add(logits, &vocab, targets[i]);
                 if faded != 1.0 {
                     exp::scale(&mut sums[i * wide..][..wide], faded);
                 }

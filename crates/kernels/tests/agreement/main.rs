@@ -63,6 +63,7 @@ mod fake_quantized;
 mod fused;
 mod packed;
 mod parts;
+mod scores;
 
 /// The same values in bf16, f16, f32 and FP8 bytes, as matrices.
 fn stored(w: &Tensor<2>) -> Vec<Matrix> {

@@ -10,6 +10,7 @@ pub(crate) mod visit;
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
+use kernels::TokenScores;
 
 use crate::config::ModelConfig;
 use crate::forward::context::ForwardContext;
@@ -164,6 +165,19 @@ impl Model {
             targets.reshape([batch * seq]),
             ctx,
         )
+    }
+
+    /// The losses of positions and their most likely tokens, without gradients; the logits never exist all at the same time.
+    ///
+    /// # Shapes
+    /// - `hidden`: `[tokens, hidden_size]`, `targets`: `[tokens]`, −100 for none
+    pub fn token_scores(
+        &self,
+        hidden: Tensor<2>,
+        targets: Tensor<1, Int>,
+        ctx: &ForwardContext<'_>,
+    ) -> TokenScores {
+        self.head().token_scores(hidden, targets, ctx)
     }
 
     /// The output head, which may be the embedding.

@@ -10,7 +10,7 @@ use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor};
 use kernels::{
     Absorbed, Compute, Direction, Dropout, FakeQuantize, HeadRows, KvBuffer, Matrix, Quantizer,
-    Update,
+    TokenScores, Update,
 };
 
 use crate::forward::context::ForwardContext;
@@ -355,19 +355,44 @@ impl Linear {
         ctx: &ForwardContext<'_>,
     ) -> Tensor<1> {
         let compute = self.compute(PrecisionClass::Head, ctx);
-        match (&self.weight, &self.lora) {
-            (Weight::Trained(weight), _) => {
+        match &self.weight {
+            Weight::Trained(weight) => {
                 kernels::cross_entropy_trained(hidden, weight.val(), targets, compute)
             }
-            (Weight::Frozen(frozen), Some(lora)) => {
-                let low = lora.project(lora.dropped(hidden.clone(), ctx), ctx);
-                let low_rank = Some([low, lora.lora_b.val()]);
+            Weight::Frozen(frozen) => {
+                let low_rank = self.low_rank(&hidden, ctx);
                 kernels::cross_entropy_frozen(hidden, low_rank, &frozen.matrix, targets, compute)
             }
-            (Weight::Frozen(frozen), None) => {
-                kernels::cross_entropy_frozen(hidden, None, &frozen.matrix, targets, compute)
+        }
+    }
+
+    /// [`Self::cross_entropy`], and the most likely tokens; without gradients and dropout.
+    ///
+    /// # Shapes
+    /// See [`Self::cross_entropy`].
+    pub fn token_scores(
+        &self,
+        hidden: Tensor<2>,
+        targets: Tensor<1, Int>,
+        ctx: &ForwardContext<'_>,
+    ) -> TokenScores {
+        let compute = self.compute(PrecisionClass::Head, ctx);
+        match &self.weight {
+            Weight::Trained(weight) => {
+                kernels::token_scores_trained(hidden, weight.val(), targets, compute)
+            }
+            Weight::Frozen(frozen) => {
+                let low_rank = self.low_rank(&hidden, ctx);
+                kernels::token_scores_frozen(hidden, low_rank, &frozen.matrix, targets, compute)
             }
         }
+    }
+
+    /// The two factors of an update of this layer as the output head, the first one multiplied with hidden states.
+    fn low_rank(&self, hidden: &Tensor<2>, ctx: &ForwardContext<'_>) -> Option<[Tensor<2>; 2]> {
+        let lora = self.lora.as_ref()?;
+        let low = lora.project(lora.dropped(hidden.clone(), ctx), ctx);
+        Some([low, lora.lora_b.val()])
     }
 }
 

@@ -219,7 +219,8 @@ impl Kernels for Flex {
         w: Arc<Matrix>,
         compute: Compute,
     ) -> (FlexTensor, FlexTensor) {
-        loss::cross_entropy_frozen(h, u, b, targets, w, compute)
+        let [loss, lse, _] = loss::cross_entropy_frozen(h, u, b, targets, w, compute);
+        (loss, lse)
     }
 
     fn cross_entropy_trained(
@@ -228,7 +229,30 @@ impl Kernels for Flex {
         targets: FlexTensor,
         compute: Compute,
     ) -> (FlexTensor, FlexTensor) {
-        loss::cross_entropy_trained(h, w, targets, compute)
+        let [loss, lse, _] = loss::cross_entropy_trained(h, w, targets, compute);
+        (loss, lse)
+    }
+
+    fn token_scores_frozen(
+        h: FlexTensor,
+        u: FlexTensor,
+        b: FlexTensor,
+        targets: FlexTensor,
+        w: Arc<Matrix>,
+        compute: Compute,
+    ) -> (FlexTensor, FlexTensor) {
+        let [loss, _, greedy] = loss::cross_entropy_frozen(h, u, b, targets, w, compute);
+        (loss, greedy)
+    }
+
+    fn token_scores_trained(
+        h: FlexTensor,
+        w: FlexTensor,
+        targets: FlexTensor,
+        compute: Compute,
+    ) -> (FlexTensor, FlexTensor) {
+        let [loss, _, greedy] = loss::cross_entropy_trained(h, w, targets, compute);
+        (loss, greedy)
     }
 
     fn adamw_step(

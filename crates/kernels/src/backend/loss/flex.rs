@@ -5,13 +5,13 @@ use std::sync::Arc;
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use crate::backend::flex::values::{Floats, floats, int_values, owned};
+use crate::backend::flex::values::{Floats, floats, int_values, ints, owned};
 use crate::backend::gradients::LossSaved;
 use crate::backend::linear::flex::trained;
 use crate::formats::Matrix;
 use crate::matmul::WeightOperand;
 use crate::memory::Mat;
-use crate::ops::loss::{self, OutputHead, TokenLoss};
+use crate::ops::loss::{self, OutputHead, TokenLoss, TokenOutcome};
 use crate::settings::{Compute, OperandRounding};
 
 pub(crate) fn cross_entropy_frozen(
@@ -21,7 +21,7 @@ pub(crate) fn cross_entropy_frozen(
     targets: FlexTensor,
     w: Arc<Matrix>,
     compute: Compute,
-) -> (FlexTensor, FlexTensor) {
+) -> [FlexTensor; 3] {
     let w = WeightOperand::frozen(&w, compute);
     loss_forward(
         &h,
@@ -80,7 +80,7 @@ pub(crate) fn cross_entropy_trained(
     w: FlexTensor,
     targets: FlexTensor,
     compute: Compute,
-) -> (FlexTensor, FlexTensor) {
+) -> [FlexTensor; 3] {
     let w = Floats::new(&w);
     loss_forward(
         &h,
@@ -171,14 +171,15 @@ impl TrainedTokens {
         );
     }
 
-    /// Losses and log-sum-exps of the whole batch `h`, 0 for a token without a target.
-    fn spread(&self, losses: Vec<(f32, f32)>, h: &FlexTensor) -> (FlexTensor, FlexTensor) {
+    /// Losses, log-sum-exps and greedy tokens of the whole batch `h`, 0 for a token without a target.
+    fn spread(&self, outcomes: Vec<TokenOutcome>, h: &FlexTensor) -> [FlexTensor; 3] {
         let n = h.layout().shape().as_slice()[0];
-        let (mut loss, mut lse) = (vec![0.0; n], vec![0.0; n]);
-        for (at, values) in self.at.iter().zip(losses) {
-            (loss[*at], lse[*at]) = values;
+        let (mut loss, mut lse, mut greedy) = (vec![0.0; n], vec![0.0; n], vec![0; n]);
+        for (at, outcome) in self.at.iter().zip(outcomes) {
+            (loss[*at], lse[*at]) = (outcome.loss, outcome.lse);
+            greedy[*at] = outcome.greedy as i32; // Below the vocabulary's size, which fits.
         }
-        (floats(loss, [n]), floats(lse, [n]))
+        [floats(loss, [n]), floats(lse, [n]), ints(greedy, [n])]
     }
 
     /// Spreads rows of the trained tokens over the whole batch.
@@ -200,12 +201,12 @@ fn loss_forward(
     w: WeightOperand<'_>,
     targets: &FlexTensor,
     rounding: OperandRounding,
-) -> (FlexTensor, FlexTensor) {
+) -> [FlexTensor; 3] {
     let tokens = TrainedTokens::new(h, low_rank.map(|(u, _)| u), targets, rounding);
     let b = low_rank.map(|(_, b)| Floats::new(b));
     tokens.check(w);
-    let losses = loss::forward(tokens.head(w, b.as_ref()), &tokens.targets);
-    tokens.spread(losses, h)
+    let outcomes = loss::forward(tokens.head(w, b.as_ref()), &tokens.targets);
+    tokens.spread(outcomes, h)
 }
 
 /// Losses and log-sum-exps of a frozen head, and the losses' gradients by `h`.
@@ -217,8 +218,8 @@ fn loss_with_gradients(
 ) -> [FlexTensor; 3] {
     let tokens = TrainedTokens::new(h, None, targets, compute.rounding());
     tokens.check(w);
-    let (losses, dh) = loss::forward_with_gradients(tokens.head(w, None), &tokens.targets);
-    let (loss, lse) = tokens.spread(losses, h);
+    let (outcomes, dh) = loss::forward_with_gradients(tokens.head(w, None), &tokens.targets);
+    let [loss, lse, _] = tokens.spread(outcomes, h);
     let n_tokens = lse.layout().num_elements();
     let dh = tokens.scatter(&dh, tokens.hidden, n_tokens);
     [loss, lse, dh]

@@ -16,15 +16,15 @@ const QUERY_TILE: usize = 512;
 /// The score of a key that a query does not see: its exponential is 0 next to any other.
 const UNSEEN: f32 = -1e30;
 
-/// The sizes of one call, and the first key that each query sees.
+/// The sizes of one call, and who sees whom.
 struct Shape {
     batch: usize,
     seq: usize,
     kv_seq: usize,
     heads: usize,
     kv_heads: usize,
-    /// `[batch][seq]`.
-    first: Vec<Vec<usize>>,
+    /// The query from which on a key is not seen, `[batch][kv_seq]`, among all keys.
+    ends: Vec<Vec<usize>>,
     segments: Segments,
     tile: usize,
 }
@@ -35,21 +35,13 @@ type Tile = (Range<usize>, Range<usize>);
 impl Shape {
     fn new<B: Kernels>([q, k]: [&Reals<B>; 2], segments: &Segments, tile: usize) -> Self {
         let ([batch, seq, heads, _], [_, kv_seq, kv_heads, _]) = (q.dims(), k.dims());
-        let earlier = kv_seq - seq;
-        let of_row = |row| {
-            let (mut first, starts) = (vec![0; seq], segments.of_row(row));
-            for start in &starts[1..] {
-                first[*start..].fill(earlier + start);
-            }
-            first
-        };
         Self {
             batch,
             seq,
             kv_seq,
             heads,
             kv_heads,
-            first: (0..batch).map(of_row).collect(),
+            ends: (0..batch).map(|row| segments.ends(row, kv_seq)).collect(),
             segments: segments.clone(),
             tile,
         }
@@ -58,8 +50,9 @@ impl Shape {
     fn tiles(&self) -> impl Iterator<Item = Tile> {
         let earlier = self.kv_seq - self.seq;
         parts(self.seq, self.tile).map(move |tile| {
-            let firsts = self.first.iter().map(|first| first[tile.start]);
-            let keys = firsts.min().unwrap_or(0)..earlier + tile.end;
+            let query = earlier + tile.start;
+            let first = |ends: &Vec<usize>| ends.iter().position(|end| *end > query).unwrap_or(0);
+            let keys = self.ends.iter().map(first).min().unwrap_or(0)..earlier + tile.end;
             (tile, keys)
         })
     }
@@ -91,29 +84,29 @@ impl Shape {
     }
 
     /// Which keys of a tile its queries do not see, `[batch, 1, queries, keys]`: later ones, and those of sequences
-    /// before theirs.
+    /// that they do not continue.
     fn unseen<B: Kernels>(&self, (tile, keys): &Tile, like: &Reals<B>) -> Mask<B> {
         let (device, n, earlier) = (like.device(), tile.len(), self.kv_seq - self.seq);
         let shape = [self.batch, 1, n, keys.len()];
         let last = Ints::count(n, &device).plus((earlier + tile.start) as i32);
         let key = Ints::count(keys.len(), &device).plus(keys.start as i32);
         let key = key.reshape(&[1, 1, 1, keys.len()]);
-        let is_later = last
-            .reshape(&[1, 1, n, 1])
-            .lower(key.clone())
-            .expand(&shape);
+        let last = last.reshape(&[1, 1, n, 1]);
+        let is_later = last.clone().lower(key).expand(&shape);
         if self.segments.are_whole() {
             return is_later;
         }
-        let first = self.first_keys(&device).narrow(2, tile.clone());
-        key.lower(first).expand(&shape).or(is_later)
+        let ends = self.key_ends(&device).narrow(3, keys.clone());
+        let is_seen = last.lower(ends).expand(&shape);
+        is_seen.not().or(is_later)
     }
 
-    /// The first key that each query sees, `[batch, 1, seq, 1]`: uploaded once, for all layers of a pass.
-    fn first_keys<B: Kernels>(&self, device: &Device<B>) -> Ints<B> {
+    /// The query from which on each key is not seen, `[batch, 1, 1, kv_seq]`: uploaded once, for all layers of a pass.
+    fn key_ends<B: Kernels>(&self, device: &Device<B>) -> Ints<B> {
         let upload = || {
-            let first = self.first.iter().flatten().map(|key| *key as i32);
-            Ints::<B>::upload(first.collect(), &[self.batch, 1, self.seq, 1], device).into_tensor()
+            let ends = self.ends.iter().flatten().map(|end| *end as i32);
+            Ints::<B>::upload(ends.collect(), &[self.batch, 1, 1, self.kv_seq], device)
+                .into_tensor()
         };
         Ints::new(self.segments.uploaded::<IntTensor<B>>(upload))
     }

@@ -125,37 +125,97 @@ impl<B: Kernels> Targets<B> {
     }
 }
 
+/// What the logits of tokens say, `[tokens]` each; 0 for a token without a target.
+struct Outcomes<B: Kernels> {
+    loss: FloatTensor<B>,
+    lse: FloatTensor<B>,
+    /// The entry with the largest logit, the first of several; none if not wanted.
+    greedy: Option<IntTensor<B>>,
+}
+
+impl<B: Kernels> Outcomes<B> {
+    fn of(head: &PlainHead<'_, B>, targets: IntTensor<B>, wants_greedy: bool) -> Self {
+        let (n, device) = (head.tokens(), head.h.device());
+        if n == 0 {
+            let nothing = || Reals::<B>::zeros(&[0], &device);
+            return Self {
+                loss: nothing().into_tensor(),
+                lse: nothing().into_tensor(),
+                greedy: wants_greedy.then(|| nothing().into_ints().into_tensor()),
+            };
+        }
+        let targets = Targets::<B>::new(targets);
+        let (mut seen, mut entries): (Option<[Reals<B>; 3]>, Option<Reals<B>>) = (None, None);
+        for vocab in parts(head.vocab(), head.part) {
+            let logits = head.logits(vocab.clone());
+            let at = targets.at(logits.clone(), vocab.clone());
+            let largest = logits.clone().max(1);
+            if wants_greedy {
+                let first = first_at(logits.clone(), largest.clone(), vocab);
+                let known = entries.zip(seen.clone());
+                entries = Some(match known {
+                    None => first,
+                    Some((known, [old, ..])) => {
+                        known.replaced(&largest.clone().greater(old), first)
+                    }
+                });
+            }
+            seen = Some(match seen {
+                None => {
+                    let sum = (logits - largest.clone()).exp().sum(1);
+                    [largest, sum, at]
+                }
+                Some([old, sum, found]) => {
+                    let max = old.clone().larger(largest);
+                    let faded = sum * (old - max.clone()).exp();
+                    let sum = faded + (logits - max.clone()).exp().sum(1);
+                    [max, sum, found + at]
+                }
+            });
+        }
+        let [max, sum, at] = seen.expect("a vocabulary");
+        let of_trained = |values: Reals<B>| {
+            let of_trained = values.filled(targets.ignored.clone(), 0.0);
+            of_trained.reshape(&[n])
+        };
+        let lse = max + sum.log();
+        Self {
+            loss: of_trained(lse.clone() - at).into_tensor(),
+            lse: of_trained(lse).into_tensor(),
+            greedy: entries.map(|entries| of_trained(entries).into_ints().into_tensor()),
+        }
+    }
+}
+
+/// The first entry of a part of the vocabulary with the given logit, `[tokens, 1]`, as a whole number.
+fn first_at<B: Kernels>(logits: Reals<B>, wanted: Reals<B>, vocab: Range<usize>) -> Reals<B> {
+    let shape = logits.dims::<2>();
+    let entries = Ints::<B>::count(vocab.len(), &logits.device()).plus(vocab.start as i32);
+    let entries = -entries.reshape(&[1, vocab.len()]).into_values();
+    let is_elsewhere = logits.equal(wanted.expand(&shape)).not();
+    // The first entry is the largest of the negative ones, and none is below that of the end.
+    let entries = entries
+        .expand(&shape)
+        .filled(is_elsewhere, -(vocab.end as f32));
+    -entries.max(1)
+}
+
 /// Losses and log-sum-exps, `[tokens]`; 0 for a token without a target.
 pub(crate) fn cross_entropy<B: Kernels>(
     head: &PlainHead<'_, B>,
     targets: IntTensor<B>,
 ) -> [FloatTensor<B>; 2] {
-    let (n, device) = (head.tokens(), head.h.device());
-    if n == 0 {
-        return [0, 1].map(|_| Reals::<B>::zeros(&[0], &device).into_tensor());
-    }
-    let targets = Targets::<B>::new(targets);
-    let mut seen: Option<[Reals<B>; 3]> = None;
-    for vocab in parts(head.vocab(), head.part) {
-        let logits = head.logits(vocab.clone());
-        let at = targets.at(logits.clone(), vocab);
-        let max = logits.clone().max(1);
-        seen = Some(match seen {
-            None => [max.clone(), (logits - max).exp().sum(1), at],
-            Some([old, sum, found]) => {
-                let max = old.clone().larger(max);
-                let faded = sum * (old - max.clone()).exp();
-                let sum = faded + (logits - max.clone()).exp().sum(1);
-                [max, sum, found + at]
-            }
-        });
-    }
-    let [max, sum, at] = seen.expect("a vocabulary");
-    let lse = max + sum.log();
-    [lse.clone() - at, lse].map(|values| {
-        let of_trained = values.filled(targets.ignored.clone(), 0.0);
-        of_trained.reshape(&[n]).into_tensor()
-    })
+    let outcomes = Outcomes::of(head, targets, false);
+    [outcomes.loss, outcomes.lse]
+}
+
+/// Losses and greedy tokens, `[tokens]`; 0 for a token without a target.
+pub(crate) fn token_scores<B: Kernels>(
+    head: &PlainHead<'_, B>,
+    targets: IntTensor<B>,
+) -> (FloatTensor<B>, IntTensor<B>) {
+    let outcomes = Outcomes::of(head, targets, true);
+    (outcomes.loss, outcomes.greedy.expect("it is wanted"))
 }
 
 /// Which gradients of a head's weights are wanted.
@@ -263,6 +323,29 @@ pub(crate) fn cross_entropy_trained<B: Kernels>(
     let head = PlainHead::<B>::new(h, HeadWeight::Trained(w), None, compute);
     let [loss, lse] = cross_entropy(&head, targets);
     (loss, lse)
+}
+
+/// See [`Kernels::token_scores_frozen`].
+pub(crate) fn token_scores_frozen<B: Kernels>(
+    h: FloatTensor<B>,
+    low_rank: [FloatTensor<B>; 2],
+    targets: IntTensor<B>,
+    w: &Matrix,
+    compute: Compute,
+) -> (FloatTensor<B>, IntTensor<B>) {
+    let head = PlainHead::<B>::new(h, HeadWeight::Frozen(w), Some(low_rank), compute);
+    token_scores(&head, targets)
+}
+
+/// See [`Kernels::token_scores_trained`].
+pub(crate) fn token_scores_trained<B: Kernels>(
+    h: FloatTensor<B>,
+    w: FloatTensor<B>,
+    targets: IntTensor<B>,
+    compute: Compute,
+) -> (FloatTensor<B>, IntTensor<B>) {
+    let head = PlainHead::<B>::new(h, HeadWeight::Trained(w), None, compute);
+    token_scores(&head, targets)
 }
 
 /// See [`Gradients::cross_entropy_with_gradients`].

@@ -5,7 +5,8 @@
 //! rotated key), and keys and values may be parts of one row (the output of `kv_b_proj`). With one key head whose
 //! values are a prefix of its keys, it is the absorbed form. Queries are the last `seq` positions of the `kv_seq` keys:
 //! query `i` sees keys up to `kv_seq − seq + i`. A row packed with several sequences is treated as several rows: no
-//! tile crosses a boundary, so the result of a sequence does not depend on its neighbors.
+//! tile crosses a boundary, so the result of a sequence does not depend on its neighbors. A sequence that continues an
+//! earlier one reads that one's keys where they are.
 //!
 //! Backward recomputes the scores from the saved log-sum-exp of every row.
 //!
@@ -16,7 +17,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::segments::Segments;
+use super::segments::{SegmentView, Segments};
 use crate::gemv::MAX_GEMV_ROWS;
 use crate::matmul::gemm;
 use crate::memory::{Mat, MatMut, with_scratch, zeros};
@@ -94,18 +95,51 @@ impl AttentionShape {
         HeadLayout::whole(self.q.heads, self.v.dim)
     }
 
-    /// The tiles of a row whose sequences begin at `starts`: ranges of queries, and of the keys that they see together.
-    fn tiles<'a>(
-        &self,
-        starts: &'a [usize],
-    ) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + use<'a> {
-        let (seq, earlier) = (self.seq, self.kv_seq - self.seq);
-        let ends = starts[1..].iter().copied().chain([seq]);
-        starts.iter().zip(ends).flat_map(move |(&start, end)| {
-            tiles(start..end, TILE_QUERIES).map(move |tile| {
-                let keys = start..earlier + tile.end;
-                (tile, keys)
+    /// The tiles of a row.
+    fn tiles(&self, segments: &Segments, row: usize) -> impl Iterator<Item = QueryTile> + use<> {
+        let before = self.kv_seq - self.seq;
+        let views = segments.views(row, self.seq).into_iter();
+        views.flat_map(move |SegmentView { own, earlier }| {
+            tiles(own.clone(), TILE_QUERIES).map(move |queries| {
+                let mut keys = earlier.clone();
+                // Rows with tokens before them are whole.
+                let last = own.start..before + queries.end;
+                match keys.last_mut() {
+                    Some(range) if range.end == last.start => range.end = last.end,
+                    _ => keys.push(last),
+                }
+                QueryTile { queries, keys }
             })
+        })
+    }
+}
+
+/// Some queries of a segment, and the keys that they see together.
+#[derive(Clone, Debug)]
+struct QueryTile {
+    queries: Range<usize>,
+    /// Ranges in order; the last ones are the queries' own.
+    keys: Vec<Range<usize>>,
+}
+
+impl QueryTile {
+    /// The number of keys.
+    fn n_keys(&self) -> usize {
+        self.keys.iter().map(Range::len).sum()
+    }
+
+    /// The ranges of keys, each with its columns in a matrix of all, and how a sum over them goes on.
+    fn parts(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>, Accumulate)> {
+        let mut at = 0;
+        self.keys.iter().map(move |keys| {
+            let accumulate = if at == 0 {
+                Accumulate::Replace
+            } else {
+                Accumulate::Add
+            };
+            let columns = at..at + keys.len();
+            at = columns.end;
+            (keys.clone(), columns, accumulate)
         })
     }
 }
@@ -148,24 +182,21 @@ impl<'a> AttentionHead<'a> {
     }
 
     /// Scores of a tile of queries, −∞ where the key lies after the query.
-    fn scores(&self, tile: Range<usize>, seen: Range<usize>, scores: &mut [f32]) {
-        let (rows, own, visible) = (tile.len(), self.k.cols(), seen.len());
+    fn scores(&self, tile: &QueryTile, scores: &mut [f32]) {
+        let (rows, own, visible) = (tile.queries.len(), self.k.cols(), tile.n_keys());
+        let mut all = MatMut::dense(scores, rows, visible);
         let mut accumulate = Accumulate::Replace;
         for (keys, cols) in [(self.k, 0..own), (self.shared, own..self.q.cols())] {
-            if !cols.is_empty() {
-                let (q, keys) = (
-                    self.q.block(tile.clone(), cols),
-                    keys.block(seen.clone(), 0..keys.cols()),
-                );
-                gemm(
-                    MatMut::dense(scores, rows, visible),
-                    q,
-                    keys.t(),
-                    self.scale,
-                    accumulate,
-                );
-                accumulate = Accumulate::Add;
+            if cols.is_empty() {
+                continue;
             }
+            let q = self.q.block(tile.queries.clone(), cols);
+            for (seen, columns, _) in tile.parts() {
+                let keys = keys.block(seen, 0..keys.cols());
+                let scores = all.block(0..rows, columns);
+                gemm(scores, q, keys.t(), self.scale, accumulate);
+            }
+            accumulate = Accumulate::Add;
         }
         for (i, scores) in scores.chunks_mut(visible).enumerate() {
             scores[visible - rows + i + 1..].fill(f32::NEG_INFINITY);
@@ -198,7 +229,7 @@ pub(crate) fn forward(
                 lses.part(task..task + 1, 0..shape.seq),
             )
         };
-        let tiles = shape.tiles(segments.of_row(row));
+        let tiles = shape.tiles(segments, row);
         forward_head(inputs, tiles, out, lse.values());
     };
     if shape.seq <= MAX_GEMV_ROWS {
@@ -211,25 +242,24 @@ pub(crate) fn forward(
 
 fn forward_head(
     head: AttentionHead<'_>,
-    tiles: impl Iterator<Item = (Range<usize>, Range<usize>)>,
+    tiles: impl Iterator<Item = QueryTile>,
     mut out: MatMut<'_>,
     lse: &mut [f32],
 ) {
     let v_dim = head.v.cols();
-    for (tile, seen) in tiles {
-        let visible = seen.len();
-        with_scratch(tile.len() * visible, |scores| {
-            head.scores(tile.clone(), seen.clone(), scores);
-            for (scores, lse) in scores.chunks_mut(visible).zip(&mut lse[tile.clone()]) {
+    for tile in tiles {
+        let (queries, rows, visible) = (tile.queries.clone(), tile.queries.len(), tile.n_keys());
+        with_scratch(rows * visible, |scores| {
+            head.scores(&tile, scores);
+            for (scores, lse) in scores.chunks_mut(visible).zip(&mut lse[queries.clone()]) {
                 *lse = softmax(scores);
             }
-            gemm(
-                out.block(tile.clone(), 0..v_dim),
-                Mat::dense(scores, tile.len(), visible),
-                head.v.block(seen, 0..v_dim),
-                1.0,
-                Accumulate::Replace,
-            );
+            let all = Mat::dense(scores, rows, visible);
+            for (seen, columns, accumulate) in tile.parts() {
+                let out = out.block(queries.clone(), 0..v_dim);
+                let (scores, v) = (all.block(0..rows, columns), head.v.block(seen, 0..v_dim));
+                gemm(out, scores, v, 1.0, accumulate);
+            }
         });
     }
 }
@@ -332,7 +362,7 @@ pub(crate) fn backward(
                     let cols = 0..d.cols();
                     d.block(keys.clone(), cols)
                 });
-                let tiles = shape.tiles(segments.of_row(row));
+                let tiles = shape.tiles(segments, row);
                 backward_head(inputs, outputs, tiles, [dq, dk, dv, dshared]);
             }
         });
@@ -370,59 +400,45 @@ struct HeadOutputs<'a> {
 fn backward_head(
     head: AttentionHead<'_>,
     outputs: HeadOutputs<'_>,
-    tiles: impl Iterator<Item = (Range<usize>, Range<usize>)>,
+    tiles: impl Iterator<Item = QueryTile>,
     grads: [MatMut<'_>; 4],
 ) {
     let [mut dq, mut dk, mut dv, mut dshared] = grads;
     let (own, dim, v_dim) = (head.k.cols(), head.q.cols(), head.v.cols());
-    for (tile, seen) in tiles {
-        let visible = seen.len();
-        let (rows, size) = (tile.len(), tile.len() * visible);
-        let dout = outputs.dout.block(tile.clone(), 0..v_dim);
-        with_scratch(2 * size, |scratch| {
-            let (p, ds) = scratch.split_at_mut(size);
-            head.scores(tile.clone(), seen.clone(), p);
-            for (p, lse) in p.chunks_mut(visible).zip(&outputs.lse[tile.clone()]) {
+    for tile in tiles {
+        let (queries, rows, visible) = (tile.queries.clone(), tile.queries.len(), tile.n_keys());
+        let dout = outputs.dout.block(queries.clone(), 0..v_dim);
+        with_scratch(2 * rows * visible, |scratch| {
+            let (p, ds) = scratch.split_at_mut(rows * visible);
+            head.scores(&tile, p);
+            for (p, lse) in p.chunks_mut(visible).zip(&outputs.lse[queries.clone()]) {
                 exp::exp_shifted(p, *lse);
             }
-            let (v, dp) = (
-                head.v.block(seen.clone(), 0..v_dim),
-                MatMut::dense(ds, rows, visible),
-            );
-            gemm(dp, dout, v.t(), 1.0, Accumulate::Replace);
+            let mut dp = MatMut::dense(ds, rows, visible);
+            for (seen, columns, _) in tile.parts() {
+                let (v, dp) = (head.v.block(seen, 0..v_dim), dp.block(0..rows, columns));
+                gemm(dp, dout, v.t(), 1.0, Accumulate::Replace);
+            }
             for (i, (ds, p)) in ds.chunks_mut(visible).zip(p.chunks(visible)).enumerate() {
-                let at = tile.start + i;
+                let at = queries.start + i;
                 score_gradients(ds, p, outputs.dout.row(at), outputs.out.row(at));
             }
             let (p, ds) = (Mat::dense(p, rows, visible), Mat::dense(ds, rows, visible));
-            gemm(
-                dv.block(seen.clone(), 0..v_dim),
-                p.t(),
-                dout,
-                1.0,
-                Accumulate::Add,
-            );
-            for (keys, dkeys, cols) in [
-                (head.k, &mut dk, 0..own),
-                (head.shared, &mut dshared, own..dim),
-            ] {
-                let width = cols.len();
-                let q = head.q.block(tile.clone(), cols.clone());
-                let keys = keys.block(seen.clone(), 0..width);
-                gemm(
-                    dq.block(tile.clone(), cols),
-                    ds,
-                    keys,
-                    head.scale,
-                    Accumulate::Replace,
-                );
-                gemm(
-                    dkeys.block(seen.clone(), 0..width),
-                    ds.t(),
-                    q,
-                    head.scale,
-                    Accumulate::Add,
-                );
+            for (seen, columns, accumulate) in tile.parts() {
+                let [p, ds] = [p, ds].map(|of_all| of_all.block(0..rows, columns.clone()));
+                let dv = dv.block(seen.clone(), 0..v_dim);
+                gemm(dv, p.t(), dout, 1.0, Accumulate::Add);
+                for (keys, dkeys, cols) in [
+                    (head.k, &mut dk, 0..own),
+                    (head.shared, &mut dshared, own..dim),
+                ] {
+                    let q = head.q.block(queries.clone(), cols.clone());
+                    let keys = keys.block(seen.clone(), 0..cols.len());
+                    let dkeys = dkeys.block(seen.clone(), 0..cols.len());
+                    let dq = dq.block(queries.clone(), cols);
+                    gemm(dq, ds, keys, head.scale, accumulate);
+                    gemm(dkeys, ds.t(), q, head.scale, Accumulate::Add);
+                }
             }
         });
     }

@@ -13,7 +13,7 @@ use crate::backend::attention::{
 use crate::backend::elementwise::{dropout, rms_norm, rms_norm_start, rope, swiglu};
 use crate::backend::is_gpu;
 use crate::backend::linear::{linear_add, linear_updated, row_norms};
-use crate::backend::loss::{cross_entropy_frozen, cross_entropy_trained};
+use crate::backend::loss::{cross_entropy_frozen, cross_entropy_trained, token_scores_frozen};
 use crate::backend::optimizer::{adamw, sums_of_squares, total};
 use crate::backend::traits::{Absorbed, Update};
 use crate::formats::{CacheType, Matrix};
@@ -78,12 +78,16 @@ fn attention_is_that_of_the_cpu() {
             with_gradients(y, &[q, k, v])
         });
     }
-    agree("attention in segments", |device| {
-        let [q, k, v] = inputs([[2, 9, 2, 4]; 3], device);
-        let segments = Segments::packed(vec![vec![0, 4, 5], vec![0]]);
-        let y = attention(q.clone(), k.clone(), v.clone(), 0.7, &segments);
-        with_gradients(y, &[q, k, v])
-    });
+    for segments in [
+        Segments::packed(vec![vec![0, 4, 5], vec![0]]),
+        Segments::tree(vec![vec![0..6, 2..4, 4..6, 6..9], vec![0..9, 8..9]]),
+    ] {
+        agree("attention in segments", |device| {
+            let [q, k, v] = inputs([[2, 9, 2, 4]; 3], device);
+            let y = attention(q.clone(), k.clone(), v.clone(), 0.7, &segments);
+            with_gradients(y, &[q, k, v])
+        });
+    }
     agree("expanded attention", |device| {
         let [q] = inputs([[2, 7, 3, 5]], device);
         let [kv] = inputs([[2, 9, 3, 7]], device);
@@ -228,12 +232,16 @@ fn losses_are_those_of_the_cpu() {
                 device,
             );
             let low = Some([u.clone(), b.clone()]);
-            let frozen = cross_entropy_frozen(h.clone(), low, &head, targets.clone(), Compute::F32);
+            let frozen =
+                cross_entropy_frozen(h.clone(), low.clone(), &head, targets.clone(), Compute::F32);
             let alone = cross_entropy_frozen(h.clone(), None, &head, targets.clone(), Compute::F32);
-            let trained = cross_entropy_trained(h.clone(), w.clone(), targets, Compute::F32);
+            let trained =
+                cross_entropy_trained(h.clone(), w.clone(), targets.clone(), Compute::F32);
+            let scores = token_scores_frozen(h.clone(), low, &head, targets, Compute::F32);
             let mut all = with_gradients(frozen, &[h.clone(), u, b]);
             all.extend(with_gradients(alone, from_ref(&h)));
             all.extend(with_gradients(trained, &[h, w]));
+            all.extend([values(scores.losses), values(scores.greedy.float())]);
             all
         });
     }

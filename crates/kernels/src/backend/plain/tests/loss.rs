@@ -5,7 +5,7 @@ use std::sync::Arc;
 use burn::backend::Flex;
 use burn::backend::tensor::IntTensor;
 
-use super::{GRADIENT, ROWS, VALUE, all_close, close, ids, noise, shape};
+use super::{GRADIENT, ROWS, VALUE, all_close, close, ids, ints, noise, shape};
 use crate::backend::gradients::{Gradients, LossSaved};
 use crate::backend::plain::loss::{self, HeadWeight, PlainHead, Wanted};
 use crate::backend::plain::reals::Reals;
@@ -137,6 +137,35 @@ fn trained_heads_agree() {
                 let found = loss::head_grads(&head, of, dloss.clone(), Wanted::Weight);
                 let found = [found.dh, found.dw].map(Reals::into_tensor);
                 all_close(&found, &expected(true), GRADIENT, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn greedy_tokens_agree() {
+    let compute = Compute::F32;
+    for tokens in ROWS {
+        let (h, targets) = (noise(&[tokens, HIDDEN], 1), targets(tokens));
+        let [u, b] = [noise(&[tokens, 3], 2), noise(&[VOCAB, 3], 3)];
+        let trained = noise(&[VOCAB, HIDDEN], 4);
+        let frozen = Arc::new(testing::every_format(VOCAB, HIDDEN, 5).remove(0));
+        let low_rank = [u.clone(), b.clone()];
+        let (all, w) = ((h.clone(), targets.clone()), Arc::clone(&frozen));
+        let of_frozen = Flex::token_scores_frozen(all.0, u, b, all.1, w, compute);
+        let all = (h.clone(), trained.clone(), targets.clone());
+        let of_trained = Flex::token_scores_trained(all.0, all.1, all.2, compute);
+        for (weight, low_rank, (losses, greedy)) in [
+            (HeadWeight::Frozen(&frozen), Some(low_rank), of_frozen),
+            (HeadWeight::Trained(trained), None, of_trained),
+        ] {
+            for part in PARTS {
+                let (weight, low_rank) = (weight.clone(), low_rank.clone());
+                let mut head = PlainHead::<Flex>::new(h.clone(), weight, low_rank, compute);
+                head.part = part;
+                let found = loss::token_scores(&head, targets.clone());
+                close(&found.0, &losses, VALUE, "losses");
+                assert_eq!(ints(&found.1), ints(&greedy), "{tokens} tokens");
             }
         }
     }
