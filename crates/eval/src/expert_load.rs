@@ -12,7 +12,10 @@ use model::{ForwardContext, Model, Recorder, RoutingRecord};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::losses::{EvalConfig, PAD_ID, check};
+use crate::losses::{EvalConfig, check};
+
+/// Padding needs an id that every model has.
+const PAD_ID: u32 = 0;
 
 /// The load of one layer's experts; each list adds up to 1.
 #[derive(Clone, Debug, PartialEq, Serialize)]

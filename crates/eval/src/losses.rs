@@ -1,12 +1,8 @@
 //! The loss of each sample, from which all scores are computed.
-//!
-//! Samples of similar length are batched and padded on the right. Attention is causal, so padding
-//! is never seen by a token of the sample; it has no target, so it has no loss.
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
-use data::{IGNORE, Sample, collate};
-use model::device::read;
-use model::{Compute, ForwardContext, Model};
+use data::Sample;
+use infer::{ScoreConfig, ScoreRequest};
+use model::{Compute, Model};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -29,9 +25,6 @@ pub struct SampleLoss {
     pub tokens: usize,
 }
 
-/// Padding needs an id that every model has.
-pub(crate) const PAD_ID: u32 = 0;
-
 /// The losses of samples, in their order. `progress` gets the number of samples done and their total.
 ///
 /// # Errors
@@ -43,28 +36,38 @@ pub(crate) fn losses(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<SampleLoss>> {
     check(model, samples)?;
-    let mut losses = vec![SampleLoss::default(); samples.len()];
-    // Samples without a target have a loss of 0 and need no pass. The sort is stable, so batches depend on the samples
-    // only.
-    let has_target = |index: &usize| samples[*index].trained_tokens() > 0;
-    let mut order: Vec<usize> = (0..samples.len()).filter(has_target).collect();
-    order.sort_by_key(|index| samples[*index].ids.len());
+    let longest = samples.iter().map(|sample| sample.ids.len()).max();
+    let config = ScoreConfig {
+        compute: config.compute,
+        pass_tokens: config.batch_size.max(1) * longest.unwrap_or(0),
+        top: 0,
+    };
+    let requests: Vec<ScoreRequest> = samples.iter().map(|sample| request(sample)).collect();
+    let found =
+        infer::score(model, &requests, config, progress).map_err(|problem| match problem {
+            infer::Error::ScoreNotFinite { request, found } => Error::NotFinite {
+                sample: request,
+                loss: -found,
+            },
+            other => other.into(),
+        })?;
+    let loss = |tokens: Vec<infer::TokenScore>| SampleLoss {
+        loss_sum: tokens.iter().fold(0.0, |sum, token| sum - token.logprob),
+        tokens: tokens.len(),
+    };
+    Ok(found.scores.into_iter().map(loss).collect())
+}
 
-    let mut done = samples.len() - order.len();
-    for indices in order.chunks(config.batch_size.max(1)) {
-        let batch: Vec<&Sample> = indices.iter().map(|index| samples[*index]).collect();
-        let found = batch_losses(model, &batch, config.compute);
-        for (sample, loss) in indices.iter().copied().zip(found) {
-            if !loss.loss_sum.is_finite() {
-                let loss = loss.loss_sum;
-                return Err(Error::NotFinite { sample, loss });
-            }
-            losses[sample] = loss;
-        }
-        done += indices.len();
-        progress(done, samples.len());
+/// The targets of a sample. Its first token is none: there is nothing before it.
+fn request(sample: &Sample) -> ScoreRequest {
+    let trained = sample.trained.iter().enumerate().skip(1);
+    ScoreRequest {
+        ids: sample.ids.clone(),
+        scored: trained
+            .filter(|(_, trained)| **trained)
+            .map(|(at, _)| at)
+            .collect(),
     }
-    Ok(losses)
 }
 
 pub(crate) fn check(model: &Model, samples: &[&Sample]) -> Result<()> {
@@ -91,30 +94,4 @@ pub(crate) fn check(model: &Model, samples: &[&Sample]) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// One pass. Waits for the device.
-fn batch_losses(model: &Model, samples: &[&Sample], compute: Compute) -> Vec<SampleLoss> {
-    let batch = collate(samples, PAD_ID);
-    let device: Device = model.model.norm.weight.val().device();
-    let tensor = |ids: &[i32]| -> Tensor<2, Int> {
-        let data = TensorData::new(ids.to_vec(), [batch.rows, batch.cols]);
-        Tensor::from_data(data, &device)
-    };
-    let mut ctx = ForwardContext::new(compute);
-    let hidden = model.hidden(tensor(&batch.input_ids), &mut ctx);
-    let losses = model.loss(hidden, tensor(&batch.targets), &ctx); // [rows · cols]
-    let losses = read(losses);
-
-    let rows = losses
-        .chunks(batch.cols)
-        .zip(batch.targets.chunks(batch.cols));
-    rows.map(|(losses, targets)| {
-        let trained = losses.iter().zip(targets).filter(|(_, t)| **t != IGNORE);
-        SampleLoss {
-            loss_sum: trained.clone().map(|(loss, _)| f64::from(*loss)).sum(),
-            tokens: trained.count(),
-        }
-    })
-    .collect()
 }

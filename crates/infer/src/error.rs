@@ -80,6 +80,38 @@ pub enum Error {
         /// The number of the new token, counted from 0.
         step: usize,
     },
+    /// A token to be scored is outside of the model's vocabulary.
+    #[error(
+        "request {request}: expected token ids below the vocabulary size {vocab_size}, found {id}"
+    )]
+    ScoreVocabulary {
+        /// The request, counted from 0.
+        request: usize,
+        /// The id.
+        id: u32,
+        /// One more than the largest id the model has.
+        vocab_size: usize,
+    },
+    /// A text to be scored has more tokens than the model has positions.
+    #[error(
+        "request {request}: expected at most the model's {limit} positions, found {found} tokens"
+    )]
+    ScoreLength {
+        /// The request, counted from 0.
+        request: usize,
+        /// `max_position_embeddings`.
+        limit: usize,
+        /// Tokens before the last one.
+        found: usize,
+    },
+    /// The probability of a token is not finite.
+    #[error("request {request}: expected a finite log-probability, found {found}")]
+    ScoreNotFinite {
+        /// The request, counted from 0.
+        request: usize,
+        /// The value.
+        found: f64,
+    },
     /// `eos_token_id` of a config is malformed.
     #[error("{}: `eos_token_id`: expected a token id or a list of them, found {found}", file.display())]
     EndOfText {

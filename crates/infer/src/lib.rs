@@ -29,10 +29,12 @@ mod text_stream;
 
 mod draft;
 mod logits;
+mod prefix_tree;
 mod repack;
 mod sequence;
 
 mod engine;
+mod score;
 mod speculation;
 
 mod chat_history;
@@ -51,5 +53,6 @@ pub use plan::{GenerationLoad, GenerationPlan};
 pub use repack::REPACKED_AT_ONCE;
 pub use sample_config::SampleConfig;
 pub use sampler::Sampler;
+pub use score::{ScoreConfig, ScoreRequest, Scores, TokenScore, score};
 pub use sequence::{FinishReason, GenerateConfig, Generation, KvPrefix, Logprobs, Sequence};
 pub use text_stream::TextStream;

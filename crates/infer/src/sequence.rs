@@ -56,7 +56,7 @@ pub struct Logprobs {
 
 impl Logprobs {
     /// From finite logits, `[vocab]`.
-    fn new(logits: &[f32], chosen: u32, n_top: usize) -> Self {
+    pub(crate) fn new(logits: &[f32], chosen: u32, n_top: usize) -> Self {
         let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let above = |logit: f32| f64::from(logit) - f64::from(largest);
         let sum: f64 = logits.iter().map(|logit| above(*logit).exp()).sum();
