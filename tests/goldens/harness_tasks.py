@@ -1,8 +1,9 @@
-"""Makes tests/goldens/harness_tasks/: tasks, their rows, and what the evaluation harness asks about each: prompts and continuations.
+"""Makes tests/goldens/harness_tasks/: tasks, their rows, what the evaluation harness asks about each (prompts and continuations), and
+what three models answer: log-likelihoods or texts, metrics and standard errors.
 
     HF_HUB_OFFLINE=1 python tests/goldens/harness_tasks.py tests/goldens/harness_tasks
 
-Needs lm_eval 0.4.13.
+Needs lm_eval[hf] 0.4.13 with transformers 4: transformers 5 does not read the tokenizers of the models as their files have them.
 """
 import json
 import random
@@ -18,9 +19,13 @@ ROWS = {
         {"sentence": f"The {x} was too {y} because _ was {z}.", "option1": f"the {x}", "option2": "it", "answer": str(1 + i % 2)}
         for i, (x, y, z) in enumerate([("cat", "fat", "big"), ("box", "red", "old"), ("sun", "hot", "near"), ("sea", "deep", "wide")])
     ],
+    "long": [
+        {"text": " ".join(f"Sentence {i} of {n} is {'short' if i % 3 else 'a little longer than the others'}." for i in range(n))}
+        for n in (3, 17, 25)
+    ],
     "text": [
         {"title": t, "text": s, "answers": a, "year": y}
-        for t, s, a, y in [("One", "A first text.\nTwo lines. ", ["yes", "y"], 1901), ("Two", " Unicode: naïve café", ["no"], 2024), ("Three", "ends here", [], 7)]
+        for t, s, a, y in [("One", "A first text.\nTwo lines. ", ["yes", "y"], 1901), ("Two", " Unicode: naïve café", ["no"], 2024), ("Three", "ends here", ["ends"], 7)]
     ],
 }
 TASKS = {
@@ -93,7 +98,40 @@ TASKS = {
         output_type: generate_until
         doc_to_text: "{{title}}\\n{%- if year > 2000 %} new{% endif %}\\n"
         doc_to_target: "{{answers}}"
+        generation_kwargs: {until: ["a"], max_gen_toks: 12}
+        filter_list:
+          - name: none
+            filter: [{function: take_first}]
+          - name: mapped
+            filter: [{function: remove_whitespace}, {function: map, mapping_dict: {never: 1}, default_value: "Y"}, {function: take_first}]
         metric_list: [{metric: exact_match, ignore_case: true}]
+    """),
+    "votes": ("text", """
+        output_type: generate_until
+        doc_to_text: "{{title}}"
+        doc_to_target: "{{year}}"
+        repeats: 3
+        generation_kwargs: {until: ["e"], max_gen_toks: 5}
+        filter_list:
+          - name: vote
+            filter: [{function: take_first_k, k: 2}, {function: uppercase}, {function: majority_vote}, {function: take_first}]
+    """),
+    "windows": ("long", """
+        output_type: loglikelihood_rolling
+        doc_to_text: ""
+        doc_to_target: "{{text}}"
+    """),
+    "cut": ("long", """
+        output_type: loglikelihood
+        doc_to_text: "{{text}}"
+        doc_to_target: " the end"
+    """),
+    "labels": ("choice", """
+        output_type: multiple_choice
+        doc_to_text: "{{question}}\\n"
+        doc_to_target: "{{letter}}"
+        doc_to_choice: ["A", "B"]
+        metric_list: [{metric: f1}, {metric: mcc}, {metric: exact_match}]
     """),
     "inherited": ("choice", """
         include: arc_like.yaml
@@ -147,9 +185,54 @@ def asked(folder: Path) -> dict:
     return found
 
 
+# Not DeepSeek V2: transformers 4.57 leaves the factor out that its rotary scaling puts into the softmax.
+MODELS = ["deepseek_v3", "llama_distill", "qwen2_distill"]
+
+
+def scored(folder: Path, model: Path) -> dict:
+    import os
+
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    os.chdir(folder)
+    def evaluate(tasks: list, draws: int) -> dict:
+        return lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(model), "dtype": "float32"},
+            tasks=tasks,
+            task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+            batch_size=4,
+            device="cpu",
+            log_samples=True,
+            bootstrap_iters=draws,
+        )
+
+    # 100,000 draws of scikit-learn's F1 take a quarter of an hour.
+    slow = ["labels"]
+    found = evaluate([name for name in sorted(TASKS) if name not in slow], 100000)
+    without_errors = evaluate(slow, 0)
+    for key in ["results", "samples"]:
+        found[key].update(without_errors[key])
+    results = {}
+    for name, metrics in found["results"].items():
+        samples = sorted(found["samples"][name], key=lambda sample: (sample["filter"], sample["doc_id"]))
+        keep = {key: (value if isinstance(value, str) else float(value)) for key, value in metrics.items() if "," in key}
+        if name in slow:
+            keep = {key: value for key, value in keep.items() if "_stderr" not in key}
+        answers = [[response[0] for response in sample["resps"]] for sample in samples]
+        hashes = [[sample["prompt_hash"], sample["target_hash"]] for sample in samples]
+        results[name] = {"metrics": keep, "answers": answers, "hashes": hashes}
+    return results
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1]).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     random.seed(0)
     write(folder)
     (folder / "asked.json").write_text(json.dumps(asked(folder), ensure_ascii=False, indent=0) + "\n")
+    models = Path(__file__).resolve().parent
+    answers = {name: scored(folder, models / name) for name in MODELS}
+    (folder / "scored.json").write_text(json.dumps(answers, ensure_ascii=False, indent=0) + "\n")

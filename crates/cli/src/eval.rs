@@ -2,16 +2,19 @@
 
 pub(crate) mod compare;
 pub(crate) mod experts;
+mod harness_files;
 pub(crate) mod logits;
 pub(crate) mod survival;
+mod tasks;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use ::eval::{EvalConfig, EvalReport, ModelScores, TaskScore, TextScore};
+use ::eval::{EvalConfig, EvalReport, GroupResult, ModelScores, TextScore};
 use anyhow::Context;
 use data::{Sample, SplitName};
 
+use self::tasks::LoadedTasks;
 use crate::console::{Console, Progress, finite};
 use crate::open::{ModelArgs, Opened, expect_computed, open_model};
 use crate::plan::budget::BudgetArgs;
@@ -31,9 +34,16 @@ pub(crate) struct Args {
     /// per byte.
     #[arg(long, value_name = "DIR", required_unless_present = "tasks")]
     pub(crate) data: Option<PathBuf>,
-    /// Multiple-choice files with rows `{prompt, choices, answer}` or in the form of published tasks, for accuracy.
-    #[arg(long, value_name = "FILE,…", value_delimiter = ',')]
-    pub(crate) tasks: Vec<PathBuf>,
+    /// Tasks: files of lm-evaluation-harness (`.yaml`), folders of these, or their names in the folders of --include-path; or
+    /// multiple-choice files with rows `{prompt, choices, answer}` or in the form of published tasks.
+    #[arg(long, value_name = "FILE|DIR|NAME,…", value_delimiter = ',')]
+    pub(crate) tasks: Vec<String>,
+    /// Folder whose task files --tasks may name. May be repeated.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) include_path: Vec<PathBuf>,
+    /// Examples before each question of a task. Default: as many as the task says.
+    #[arg(long, value_name = "N")]
+    pub(crate) num_fewshot: Option<usize>,
     #[command(flatten)]
     pub(crate) columns: ColumnArgs,
     /// Baseline model to compare with, or `none`. Default: the model without its adapter if --adapter is given, else
@@ -43,15 +53,17 @@ pub(crate) struct Args {
     /// Sequences per batch.
     #[arg(long, alias = "batch-size", value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=1 << 10))]
     pub(crate) batch: u64,
-    /// Maximum sequence length, in tokens; at most the model's context length.
-    #[arg(long, value_name = "N", default_value_t = 1024)]
-    pub(crate) max_length: usize,
+    /// Maximum sequence length, in tokens; at most the model's context length. Default: 1024 for --data and rows of questions, the
+    /// model's context length for tasks of lm-evaluation-harness.
+    #[arg(long, value_name = "N")]
+    pub(crate) max_length: Option<usize>,
     /// Maximum number of samples, and of questions per task. Default: all.
     #[arg(long, value_name = "N")]
     pub(crate) max_samples: Option<usize>,
     #[arg(long, value_enum, default_value_t = ComputeValue::F32, help = COMPUTE_HELP)]
     pub(crate) compute: ComputeValue,
-    /// Output folder for `report.json` and `report.txt`. Default: no files are written.
+    /// Output folder for `report.json` and `report.txt`, and for the results and samples of tasks in lm-evaluation-harness's
+    /// layout, in a folder for each model. Default: no files are written.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
     /// Print JSON instead of a table.
@@ -67,13 +79,17 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
             .iter()
             .try_for_each(|out| checkpoint::expect_absent(&out.join(name)))?;
     }
+    let tasks = tasks::load(args, console)?;
     let mut scores = Vec::new();
     let device = args.model.device.open()?;
     expect_computed(args.compute, &device)?;
     for (model, adapter) in models(args) {
         let opened = open_model(model, adapter, &device, console)?;
-        scores.push(score(&opened, args, console)?);
+        scores.push(score(&opened, &tasks, args, console)?);
         console.memory();
+    }
+    if let Some(out) = &args.out {
+        harness_files::write(out, &tasks.tasks, &scores)?;
     }
     let report = EvalReport::new(scores);
 
@@ -98,30 +114,37 @@ fn models(args: &Args) -> Vec<(&str, Option<&Path>)> {
     baseline.into_iter().chain([(model, adapter)]).collect()
 }
 
-fn score(opened: &Opened, args: &Args, console: &Console) -> anyhow::Result<ModelScores> {
-    let limit = opened.model.config.max_position_embeddings;
-    let max_length = args.max_length.min(limit);
+fn score(
+    opened: &Opened,
+    tasks: &LoadedTasks,
+    args: &Args,
+    console: &Console,
+) -> anyhow::Result<ModelScores> {
     let text = args.data.as_ref();
-    let text = text.map(|data| text_score(opened, data, max_length, args, console));
-    let mut tasks = Vec::new();
-    for file in &args.tasks {
-        tasks.push(task_score(opened, file, max_length, args, console)?);
-    }
+    let text = text.map(|data| text_score(opened, data, args, console));
+    let results = tasks.tasks.iter();
+    let results = results.map(|task| task.result(opened, args, console));
+    let results = results.collect::<anyhow::Result<Vec<_>>>()?;
+    let groups = tasks.groups.iter();
     Ok(ModelScores {
         name: opened.name.clone(),
         text: text.transpose()?,
-        tasks,
+        groups: groups
+            .map(|group| GroupResult::new(group, &results))
+            .collect(),
+        tasks: results,
     })
 }
 
 fn text_score(
     opened: &Opened,
     file: &Path,
-    max_length: usize,
     args: &Args,
     console: &Console,
 ) -> anyhow::Result<TextScore> {
-    let vocab_size = opened.model.config.vocab_size;
+    let model = &opened.model.config;
+    let (vocab_size, limit) = (model.vocab_size, model.max_position_embeddings);
+    let max_length = args.max_length.unwrap_or(tasks::ROW_LENGTH).min(limit);
     let rows = SplitRows {
         path: file,
         split: SplitName::Test,
@@ -158,40 +181,6 @@ fn expect_room<'a>(
     let (rows, longest) = lengths.fold((0, 0), |(n, most), len| (n + 1, len.max(most)));
     let batch = (args.batch.min(rows), longest);
     expect_room_for_losses(&opened.model.config, batch, args.budget)
-}
-
-fn task_score(
-    opened: &Opened,
-    file: &Path,
-    max_length: usize,
-    args: &Args,
-    console: &Console,
-) -> anyhow::Result<TaskScore> {
-    let mut questions = data::choices(
-        file,
-        opened.expect_tokenizer()?,
-        &args.columns.columns,
-        max_length,
-    )?;
-    questions.truncate(args.max_samples.unwrap_or(usize::MAX));
-    let samples = questions.iter().flat_map(|question| &question.samples);
-    let truncated = samples.clone().filter(|sample| sample.truncated).count();
-    if truncated > 0 {
-        console.note(format_args!(
-            "{}: {truncated} prompts are truncated at their start to fit {max_length} tokens",
-            file.display()
-        ));
-    }
-    expect_room(opened, samples.clone(), args)?;
-    let mut progress = console.progress(samples.count() as u64, "choices");
-    let tell = &mut |done, _| tell(&mut progress, done, opened);
-    let found = ::eval::multiple_choice(&opened.model, &questions, &config(args), tell);
-    progress.finish();
-    let task = file.file_stem().unwrap_or(file.as_os_str());
-    Ok(TaskScore {
-        task: task.to_string_lossy().into_owned(),
-        score: scored(found, file, opened)?,
-    })
 }
 
 fn config(args: &Args) -> EvalConfig {

@@ -376,10 +376,10 @@ pub(crate) fn read_json(path: &Path) -> anyhow::Result<Value> {
     serde_json::from_slice(&text).with_context(reading)
 }
 
-/// Hugging Face's cache of models: as its own tools find it.
+/// Hugging Face's cache of models and data sets: as its own tools find it.
 ///
 /// Source: huggingface/huggingface_hub: src/huggingface_hub/constants.py.
-fn hub_cache() -> Option<PathBuf> {
+pub(crate) fn hub_cache() -> Option<PathBuf> {
     let set = |name| {
         let value = std::env::var_os(name).filter(|value| !value.is_empty())?;
         Some(at_home(Path::new(&value)))

@@ -228,7 +228,7 @@ impl Scan {
 }
 
 /// What is in a folder, by name.
-fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     let read = |problem| Error::Read {
         path: folder.to_path_buf(),
         problem,
@@ -240,7 +240,7 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-fn file_name(path: &Path) -> String {
+pub(crate) fn file_name(path: &Path) -> String {
     path.file_name()
         .unwrap_or_default()
         .to_string_lossy()
@@ -261,7 +261,7 @@ fn is_description(name: &str) -> bool {
 }
 
 /// The name of a file with rows without its types, and these.
-fn stem_and_type(path: &Path) -> Option<(&str, &str)> {
+pub(crate) fn stem_and_type(path: &Path) -> Option<(&str, &str)> {
     let kind = file_type(path)?;
     if !ROW_FILES.contains(&kind.as_str()) {
         return None;
@@ -273,7 +273,7 @@ fn stem_and_type(path: &Path) -> Option<(&str, &str)> {
 
 /// A numbered part of a split, and the number of parts if the name says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct ShardNumber {
+pub(crate) struct ShardNumber {
     number: usize,
     of: Option<usize>,
 }
@@ -291,7 +291,7 @@ fn parse(stem: &str) -> Option<(&'static str, Option<ShardNumber>)> {
 }
 
 /// The numbers at the end of any name.
-fn shard_of(stem: &str) -> Option<ShardNumber> {
+pub(crate) fn shard_of(stem: &str) -> Option<ShardNumber> {
     let at = stem.rfind("-of-")?;
     let before = stem[..at].rfind(['-', '_', '.']).map_or(0, |at| at + 1);
     shard(&stem[before..])
@@ -317,7 +317,7 @@ fn shard(text: &str) -> Option<ShardNumber> {
 }
 
 /// Refuses shards of which one is missing.
-fn complete(first: &Path, shards: &[ShardNumber]) -> Result<()> {
+pub(crate) fn complete(first: &Path, shards: &[ShardNumber]) -> Result<()> {
     let totals: BTreeSet<usize> = shards.iter().filter_map(|shard| shard.of).collect();
     let Some(&total) = totals.first() else {
         return Ok(());
@@ -343,7 +343,7 @@ fn complete(first: &Path, shards: &[ShardNumber]) -> Result<()> {
 }
 
 /// The files of a data set in the Hugging Face cache, if the folder is one there; otherwise the folder itself.
-fn snapshot(folder: &Path) -> Result<PathBuf> {
+pub(crate) fn snapshot(folder: &Path) -> Result<PathBuf> {
     let snapshots = folder.join("snapshots");
     if !snapshots.is_dir() {
         return Ok(folder.to_path_buf());

@@ -65,9 +65,10 @@ pub use split::{Pairs, Split};
 pub use survey::{Lengths, Repeats, Survey};
 pub use task::{
     Aggregation, DatasetSource, FewshotPool, FewshotSampler, FewshotSetup, Filter, FilterPipeline,
-    GenerationSettings, Ignored, Metric, MetricUse, OutputType, Pattern, PythonRandom, Question,
-    QuestionMaker, RegexFilter, Target, TaskDefinition, TaskIndex, TaskRequest, TaskRow,
-    TaskSplits,
+    Filtered, GenerationSettings, GroupMetric, Ignored, ItemLimits, Metric, MetricUse, OutputType,
+    Pattern, PythonRandom, Question, QuestionMaker, RegexFilter, ScoredTokens, Target, TaskDataset,
+    TaskDefinition, TaskEncoder, TaskGroup, TaskIndex, TaskItem, TaskItems, TaskRequest, TaskRow,
+    TaskSet, TaskSplits, count_words,
 };
 pub use tokenizer::{
     Bos, ChatTemplate, DecodeStream, GenerationPrompt, GgufEnds, Special, Tokenizer,

@@ -7,10 +7,10 @@
 
 use serde::Serialize;
 
-use crate::choice::ChoiceScore;
 use crate::error::{Error, Result};
 use crate::losses::SampleLoss;
 use crate::perplexity::{TextScore, ratio_standard_error};
+use crate::task::{MetricResult, RowValue};
 
 /// The difference of a model's score to a baseline's, and its significance.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -82,22 +82,30 @@ pub fn compare_text(baseline: &TextScore, model: &TextScore) -> Result<Differenc
     Ok(Difference::new(sum / baseline.tokens as f64, error))
 }
 
-/// The difference of the accuracies; positive if the model is better than the baseline. The standard error is that
-/// of the mean of the questions' differences, each −1, 0 or 1: `√(Σ(dᵢ − d)² / (n(n − 1)))`.
+/// The difference of a metric that is a mean over items. The standard error is that of the mean of the items' differences:
+/// `√(Σ(dᵢ − d)² / (n(n − 1)))`.
 ///
 /// # Errors
-/// [`Error::NotPaired`] if the two were not asked the same number of questions.
-pub fn compare_choices(baseline: &ChoiceScore, model: &ChoiceScore) -> Result<Difference> {
-    expect_equal("number of questions", baseline.n, model.n)?;
-    let n = baseline.n as f64;
-    let number = |correct: bool| f64::from(u8::from(correct));
-    let pairs = baseline.correct.iter().zip(&model.correct);
-    let differences: Vec<f64> = pairs
-        .map(|(first, second)| number(*second) - number(*first))
-        .collect();
+/// [`Error::NotPaired`] if the two were not measured on the same number of items; if the metric is no mean.
+pub fn compare_metrics(baseline: &MetricResult, model: &MetricResult) -> Result<Difference> {
+    let (first, second) = (&baseline.of_items, &model.of_items);
+    expect_equal("number of items", first.len(), second.len())?;
+    let n = first.len() as f64;
+    let difference = |(first, second): (&RowValue, &RowValue)| match (first, second) {
+        (RowValue::Number(first), RowValue::Number(second)) => Ok(second - first),
+        _ => Err(Error::Aggregation {
+            expected: "a mean of numbers",
+            found: "another metric",
+        }),
+    };
+    let differences: Vec<f64> = first
+        .iter()
+        .zip(second)
+        .map(difference)
+        .collect::<Result<_>>()?;
     let mean = differences.iter().sum::<f64>() / n;
     let squares: f64 = differences.iter().map(|d| (d - mean).powi(2)).sum();
-    let error = (baseline.n >= 2).then(|| (squares / (n * (n - 1.0))).sqrt());
+    let error = (first.len() >= 2).then(|| (squares / (n * (n - 1.0))).sqrt());
     Ok(Difference::new(mean, error))
 }
 
@@ -114,6 +122,8 @@ fn expect_equal(items: &'static str, first: usize, second: usize) -> Result<()> 
 
 #[cfg(test)]
 mod tests {
+    use data::{Metric, MetricUse};
+
     use super::*;
 
     fn text(samples: &[(f64, usize)]) -> TextScore {
@@ -143,12 +153,15 @@ mod tests {
     }
 
     #[test]
-    fn the_difference_of_accuracies_is_paired_by_question() {
-        let score = |correct: &[u8]| {
-            ChoiceScore::of(correct.iter().map(|correct| *correct == 1).collect()).unwrap()
+    fn the_difference_of_a_mean_is_paired_by_item() {
+        let score = |numbers: &[f64]| {
+            let values = numbers.iter().map(|number| RowValue::Number(*number));
+            let of = MetricUse::usual(Metric::Acc);
+            MetricResult::new("none", &of, values.collect()).unwrap()
         };
         // Differences 1, 0, 0, 1: mean 1/2, squares 1, error √(1/12).
-        let found = compare_choices(&score(&[0, 1, 0, 0]), &score(&[1, 1, 0, 1])).unwrap();
+        let first = score(&[0.0, 1.0, 0.0, 0.0]);
+        let found = compare_metrics(&first, &score(&[1.0, 1.0, 0.0, 1.0])).unwrap();
         close(found.difference, 0.5);
         close(found.standard_error.unwrap(), (1f64 / 12.0).sqrt());
         assert_eq!(found.verdict, Verdict::Within);

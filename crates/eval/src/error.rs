@@ -63,6 +63,44 @@ pub enum Error {
         /// The choice, counted from 0.
         choice: usize,
     },
+    /// Tokens cannot be scored.
+    #[error(transparent)]
+    Infer(#[from] infer::Error),
+    /// A task's tokens or filters fail.
+    #[error(transparent)]
+    Data(#[from] data::Error),
+    /// Something failed for an item of a task.
+    #[error("row {number}: {problem}")]
+    Item {
+        /// The number of the item, counted from 0.
+        number: usize,
+        /// What failed.
+        problem: Box<Self>,
+    },
+    /// A metric that is not measured on such answers.
+    #[error("`{metric}`: expected a metric of other answers, found {found}")]
+    Metric {
+        /// The metric.
+        metric: &'static str,
+        /// The answers.
+        found: String,
+    },
+    /// A filter of texts on scores.
+    #[error(
+        "filter `{filter}`: expected `take_first` for answers without a text, found other filters"
+    )]
+    Filter {
+        /// The name of the filter.
+        filter: String,
+    },
+    /// An aggregation of other values.
+    #[error("expected {expected} for this aggregation, found {found}")]
+    Aggregation {
+        /// The values it takes.
+        expected: &'static str,
+        /// The values.
+        found: &'static str,
+    },
     /// The model's weights cannot be quantized.
     #[error(transparent)]
     Model(#[from] model::Error),
@@ -87,4 +125,14 @@ pub enum Error {
         /// Their number for the second model.
         second: usize,
     },
+}
+
+impl Error {
+    /// The error, of an item.
+    pub(crate) fn of_item(self, number: usize) -> Self {
+        Self::Item {
+            number,
+            problem: Box::new(self),
+        }
+    }
 }

@@ -11,7 +11,7 @@
 //! let test = data::Split::open("data/test.jsonl".as_ref(), Some(&tokenizer), 1024, vocab_size)?;
 //! let config = EvalConfig { batch_size: 8, compute: model::Compute::F32 };
 //! let text = perplexity(&engine.model, &test.samples, &config, &mut |_, _| {})?;
-//! let scores = ModelScores { name: "V2-Lite".into(), text: Some(text), tasks: vec![] };
+//! let scores = ModelScores { name: "V2-Lite".into(), text: Some(text), tasks: vec![], groups: vec![] };
 //! println!("{}", EvalReport::new(vec![scores]).to_text());
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -29,15 +29,21 @@ mod expert_load;
 mod report;
 mod survival;
 
+mod task;
+
 mod error;
 
-pub use choice::{ChoiceScore, multiple_choice};
-pub use compare::{Difference, Verdict, compare_choices, compare_text};
+pub use choice::multiple_choice;
+pub use compare::{Difference, Verdict, compare_metrics, compare_text};
 pub use curves::{Curve, CurveConfig, CurveErrors, CurveReport};
 pub use divergence::{Divergence, RoutingDivergence, divergence};
 pub use error::{Error, Result};
 pub use expert_load::{ChosenExperts, ExpertLoad, choose, expert_loads};
 pub use losses::{EvalConfig, SampleLoss};
 pub use perplexity::{TextScore, perplexity};
-pub use report::{Comparison, EvalReport, ModelScores, TaskScore};
+pub use report::{Comparison, EvalReport, ModelScores};
 pub use survival::{SurvivalConfig, SurvivalModels, SurvivalReport, Survived, survival};
+pub use task::{
+    Answer, AnswerConfig, Answers, GroupMean, GroupResult, MetricResult, RowValue, TaskRequests,
+    TaskResult,
+};

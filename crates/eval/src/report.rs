@@ -5,9 +5,9 @@ use std::fmt::Write;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::choice::ChoiceScore;
-use crate::compare::{Difference, Verdict, compare_choices, compare_text};
+use crate::compare::{Difference, Verdict, compare_metrics, compare_text};
 use crate::perplexity::TextScore;
+use crate::task::{GroupResult, MetricResult, TaskResult};
 
 /// Scores of several models on the same items, and the difference of each to the first.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -25,17 +25,10 @@ pub struct ModelScores {
     pub name: String,
     /// On text, if there is any.
     pub text: Option<TextScore>,
-    /// On questions.
-    pub tasks: Vec<TaskScore>,
-}
-
-/// The score on one set of questions.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct TaskScore {
-    /// The name of the set in the table.
-    pub task: String,
-    /// The score.
-    pub score: ChoiceScore,
+    /// On tasks.
+    pub tasks: Vec<TaskResult>,
+    /// On groups of tasks.
+    pub groups: Vec<GroupResult>,
 }
 
 /// A score of a model compared with the same score of the first.
@@ -45,7 +38,7 @@ pub struct Comparison {
     pub model: String,
     /// The first model.
     pub baseline: String,
-    /// `loss`, or the name of a task.
+    /// `loss`, or the names of a task and a metric.
     pub measure: String,
     /// The difference, if the two were scored on the same items.
     pub difference: Option<Difference>,
@@ -69,9 +62,14 @@ impl EvalReport {
         }
     }
 
-    /// The table, and a line for each comparison.
+    /// The tables, and a line for each comparison.
     pub fn to_text(&self) -> String {
-        let mut text = table(&self.rows());
+        let tables = [self.text_rows(), self.task_rows()];
+        let filled = tables.iter().filter(|rows| rows.len() > 1);
+        let mut text = filled
+            .map(|rows| table(rows))
+            .collect::<Vec<_>>()
+            .join("\n");
         if !self.comparisons.is_empty() {
             text.push('\n');
         }
@@ -87,35 +85,84 @@ impl EvalReport {
         serde_json::to_value(self).expect("its keys are strings, and its numbers are checked")
     }
 
-    fn rows(&self) -> Vec<Vec<String>> {
-        let has_text = self.models.iter().any(|model| model.text.is_some());
-        let mut tasks: Vec<&str> = Vec::new();
-        for task in self.models.iter().flat_map(|model| &model.tasks) {
-            if !tasks.contains(&task.task.as_str()) {
-                tasks.push(&task.task);
-            }
-        }
-        let mut header = vec!["model".to_owned()];
-        if has_text {
-            header.extend(["loss", "perplexity", "bits/byte"].map(str::to_owned));
-        }
-        header.extend(tasks.iter().map(|task| format!("{task} accuracy")));
-
-        let mut rows = vec![header];
-        for model in &self.models {
-            let mut row = vec![model.name.clone()];
-            if has_text {
+    /// Models and their scores on text.
+    fn text_rows(&self) -> Vec<Vec<String>> {
+        let header = ["model", "loss", "perplexity", "bits/byte"];
+        let mut rows = vec![header.map(str::to_owned).to_vec()];
+        if self.models.iter().any(|model| model.text.is_some()) {
+            rows.extend(self.models.iter().map(|model| {
+                let mut row = vec![model.name.clone()];
                 row.extend(text_cells(model.text.as_ref()));
-            }
-            for task in &tasks {
-                let found = model.tasks.iter().find(|score| score.task == *task);
-                row.push(found.map_or_else(none, |found| {
-                    with_error(found.score.accuracy, Some(found.score.standard_error))
-                }));
-            }
-            rows.push(row);
+                row
+            }));
         }
         rows
+    }
+
+    /// Metrics of tasks, and the number of each model.
+    fn task_rows(&self) -> Vec<Vec<String>> {
+        let mut measures: Vec<(&TaskResult, &MetricResult)> = Vec::new();
+        for task in self.models.iter().flat_map(|model| &model.tasks) {
+            for metric in &task.metrics {
+                if !measures.iter().any(|known| is_same(*known, (task, metric))) {
+                    measures.push((task, metric));
+                }
+            }
+        }
+        let names = self.models.iter().map(|model| model.name.clone());
+        let header = ["task", "filter", "n-shot", "metric", ""];
+        let mut rows = vec![header.into_iter().map(str::to_owned).chain(names).collect()];
+        for (task, metric) in measures {
+            let better = if metric.is_higher_better {
+                "↑"
+            } else {
+                "↓"
+            };
+            let shots = task.fewshot.to_string();
+            let cells = [
+                &task.task,
+                &metric.filter,
+                &shots,
+                metric.metric.name(),
+                better,
+            ];
+            let of_models = self.models.iter().map(|model| {
+                let found = model.metric((task, metric));
+                found.map_or_else(none, |found| with_error(found.value, found.standard_error))
+            });
+            rows.push(
+                cells
+                    .map(str::to_owned)
+                    .into_iter()
+                    .chain(of_models)
+                    .collect(),
+            );
+        }
+        rows
+    }
+}
+
+/// Whether two metrics are the same one of the same task.
+fn is_same(first: (&TaskResult, &MetricResult), second: (&TaskResult, &MetricResult)) -> bool {
+    let key = |(task, metric): (&TaskResult, &MetricResult)| {
+        (task.task.clone(), metric.filter.clone(), metric.metric)
+    };
+    key(first) == key(second)
+}
+
+impl ModelScores {
+    /// A metric of this model that is the same as another model's.
+    fn metric(&self, same: (&TaskResult, &MetricResult)) -> Option<&MetricResult> {
+        let of_task = |task: &'_ TaskResult| -> Option<usize> {
+            task.metrics
+                .iter()
+                .position(|metric| is_same((task, metric), same))
+        };
+        let mut found = self
+            .tasks
+            .iter()
+            .filter_map(|task| Some(&task.metrics[of_task(task)?]));
+        found.next()
     }
 }
 
@@ -171,11 +218,12 @@ fn comparisons(baseline: &ModelScores, model: &ModelScores) -> Vec<Comparison> {
     if let (Some(first), Some(second)) = (&baseline.text, &model.text) {
         comparisons.push(comparison("loss", compare_text(first, second)));
     }
-    for second in &model.tasks {
-        let same = |first: &&TaskScore| first.task == second.task;
-        if let Some(first) = baseline.tasks.iter().find(same) {
-            let found = compare_choices(&first.score, &second.score);
-            comparisons.push(comparison(&format!("{} accuracy", second.task), found));
+    for task in &model.tasks {
+        for second in &task.metrics {
+            if let Some(first) = baseline.metric((task, second)) {
+                let measure = format!("{} {}", task.task, second.metric.name());
+                comparisons.push(comparison(&measure, compare_metrics(first, second)));
+            }
         }
     }
     comparisons
@@ -227,8 +275,11 @@ fn table(rows: &[Vec<String>]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use data::{Metric, MetricUse, OutputType};
+
     use super::*;
     use crate::losses::SampleLoss;
+    use crate::task::{Answers, RowValue};
 
     fn scores(name: &str, losses: &[f64], correct: &[bool]) -> ModelScores {
         let loss = |loss_sum: &f64| SampleLoss {
@@ -238,10 +289,26 @@ mod tests {
         ModelScores {
             name: name.into(),
             text: Some(TextScore::new(losses.iter().map(loss).collect(), Some(20)).unwrap()),
-            tasks: vec![TaskScore {
-                task: "capitals".into(),
-                score: ChoiceScore::of(correct.to_vec()).unwrap(),
-            }],
+            tasks: vec![task(correct)],
+            groups: Vec::new(),
+        }
+    }
+
+    fn task(correct: &[bool]) -> TaskResult {
+        let values = correct
+            .iter()
+            .map(|right| RowValue::Number(f64::from(u8::from(*right))));
+        let of = MetricUse::usual(Metric::Acc);
+        TaskResult {
+            task: "capitals".into(),
+            version: "1".into(),
+            output: OutputType::MultipleChoice,
+            fewshot: 2,
+            n: correct.len(),
+            n_rows: correct.len(),
+            answers: Answers::default(),
+            metrics: vec![MetricResult::new("none", &of, values.collect()).unwrap()],
+            filtered: Vec::new(),
         }
     }
 
@@ -255,12 +322,15 @@ mod tests {
     #[test]
     fn the_table_is_aligned_and_compares_with_the_first() {
         let expected = "\
-model  loss             perplexity  bits/byte  capitals accuracy
-base   3.0000 ± 0.5774  20.086      1.2984     0.2500 ± 0.2165
-tuned  1.7500 ± 0.4330  5.755       0.7574     0.5000 ± 0.2500
+model  loss             perplexity  bits/byte
+base   3.0000 ± 0.5774  20.086      1.2984
+tuned  1.7500 ± 0.4330  5.755       0.7574
+
+task      filter  n-shot  metric     base             tuned
+capitals  none    2       acc     ↑  0.2500 ± 0.2500  0.5000 ± 0.2887
 
 loss, tuned against base: -1.2500 ± 0.1443 (8.7 standard errors), lower: beyond twice its standard error
-capitals accuracy, tuned against base: +0.2500 ± 0.2500 (1.0 standard errors), higher: within twice its standard error, so it may be chance
+capitals acc, tuned against base: +0.2500 ± 0.2500 (1.0 standard errors), higher: within twice its standard error, so it may be chance
 ";
         assert_eq!(report().to_text(), expected);
     }
@@ -271,7 +341,7 @@ capitals accuracy, tuned against base: +0.2500 ± 0.2500 (1.0 standard errors), 
         report.models[1].text.as_mut().unwrap().per_sample.pop();
         report.models[1].tasks.clear();
         let text = EvalReport::new(report.models).to_text();
-        assert!(text.lines().nth(2).unwrap().ends_with("  -"), "{text}");
+        assert!(text.lines().nth(5).unwrap().ends_with("  -"), "{text}");
         let expected = "loss, tuned against base: not compared: expected the same number of samples for both models, found 3 and 2";
         assert_eq!(text.lines().last().unwrap(), expected);
     }
@@ -281,7 +351,8 @@ capitals accuracy, tuned against base: +0.2500 ± 0.2500 (1.0 standard errors), 
         let json = report().to_json();
         assert_eq!(json["models"][0]["text"]["loss"], 3.0);
         assert_eq!(json["models"][0]["text"]["per_sample"][2]["tokens"], 2);
-        assert_eq!(json["models"][1]["tasks"][0]["score"]["accuracy"], 0.5);
+        assert_eq!(json["models"][1]["tasks"][0]["metrics"][0]["value"], 0.5);
+        assert_eq!(json["models"][1]["tasks"][0]["metrics"][0]["metric"], "acc");
         assert_eq!(json["comparisons"][0]["measure"], "loss");
         assert_eq!(json["comparisons"][0]["difference"]["difference"], -1.25);
         assert_eq!(json["comparisons"][0]["difference"]["verdict"], "beyond");

@@ -9,7 +9,7 @@ use burn::tensor::Device;
 use data::{Choice, Sample};
 use infer::Engine;
 use model::{Compute, device};
-use moeforge_eval::{EvalConfig, ExpertLoad, expert_loads, multiple_choice, perplexity};
+use moeforge_eval::{EvalConfig, ExpertLoad, RowValue, expert_loads, multiple_choice, perplexity};
 use serde_json::Value;
 
 /// Of the golden loss, which is a mean in f32.
@@ -84,7 +84,7 @@ fn the_loss_is_the_golden_one_whatever_the_batch() {
 }
 
 #[test]
-fn padding_changes_nothing_and_samples_keep_their_order() {
+fn passes_change_nothing_and_samples_keep_their_order() {
     for name in ["qwen2_distill", "deepseek_v3"] {
         let (engine, (golden, _)) = (engine(name), golden(name));
         // Of many lengths, with one token that has no target and one sample that has none.
@@ -94,9 +94,13 @@ fn padding_changes_nothing_and_samples_keep_their_order() {
         samples[4].trained[9] = false;
         let (mut told, before) = (Vec::new(), device::reads());
         let mut tell = |done, total| told.push((done, total));
-        let batched = perplexity(&engine.model, &samples, &config(4), &mut tell).unwrap();
+        let batched = perplexity(&engine.model, &samples, &config(1), &mut tell).unwrap();
         assert_eq!(told, [(5, 9), (9, 9)]);
-        assert_eq!(device::reads() - before, told.len(), "one for each batch");
+        assert_eq!(
+            device::reads() - before,
+            2 * told.len(),
+            "losses and tokens of each pass"
+        );
         let tokens: Vec<usize> = batched.per_sample.iter().map(|loss| loss.tokens).collect();
         assert_eq!(tokens, [30, 4, 39, 1, 15, 0, 7, 32, 11]);
         for (index, found) in batched.per_sample.iter().enumerate() {
@@ -133,12 +137,14 @@ fn a_model_chooses_what_it_would_have_written() {
     let other: Vec<u32> = written.iter().map(|id| (id + 100) % 300).collect();
     let question = |answer| Choice {
         samples: vec![choice(&other), choice(written)],
-        choice_bytes: vec![4, 4],
+        texts: vec!["abcd".into(), "efgh".into()],
         answer,
     };
     let questions = [question(1), question(0), question(1)];
-    let score = multiple_choice(&engine.model, &questions, &config(3), &mut |_, _| {}).unwrap();
-    assert_eq!(score.correct, [true, false, true]);
+    let score =
+        multiple_choice(&engine.model, "t", &questions, &config(3), &mut |_, _| {}).unwrap();
+    let right = [1.0, 0.0, 1.0].map(RowValue::Number);
+    assert!(score.metrics.iter().all(|metric| metric.of_items == right));
     assert_eq!(score.n, 3);
 }
 

@@ -19,8 +19,8 @@ pub struct Choice {
     /// For each choice, the prompt (not trained) and the choice (trained), without EOS. Samples that are too long lose the
     /// beginning of their prompt, which sets `truncated`.
     pub samples: Vec<Sample>,
-    /// UTF-8 bytes of each choice.
-    pub choice_bytes: Vec<usize>,
+    /// The text of each choice.
+    pub texts: Vec<String>,
     /// The right choice, counted from 0.
     pub answer: usize,
 }
@@ -79,7 +79,7 @@ impl ChoiceRow {
                 .enumerate()
                 .map(sample)
                 .collect::<Result<_>>()?,
-            choice_bytes: self.choices.iter().map(String::len).collect(),
+            texts: self.choices.clone(),
             answer: self.answer,
         })
     }

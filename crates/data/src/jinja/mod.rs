@@ -42,7 +42,7 @@ use std::fmt;
 use std::sync::Arc;
 
 pub(crate) use numbers::keep_exact;
-pub(crate) use python::{float_text, is_space};
+pub(crate) use python::{float_text, is_space, write_quoted};
 pub(crate) use value::Value;
 
 /// A result with this module's [`Error`].

@@ -91,7 +91,7 @@ fn write_seq(out: &mut String, seq: &Seq) -> Result<()> {
 }
 
 /// A string in the quotes that need the fewest escapes, single ones first.
-fn write_quoted(out: &mut String, text: &str) {
+pub(crate) fn write_quoted(out: &mut String, text: &str) {
     let quote = match text.contains('\'') && !text.contains('"') {
         true => '"',
         false => '\'',

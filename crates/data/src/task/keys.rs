@@ -70,6 +70,16 @@ impl Setting {
         }
     }
 
+    /// A text or a number, as Python prints it.
+    pub(super) fn scalar(&self) -> Result<String> {
+        match &self.yaml.value {
+            YamlValue::Text(text) => Ok(text.clone()),
+            YamlValue::Int(number) => Ok(number.to_string()),
+            YamlValue::Float(number) => Ok(crate::jinja::float_text(*number)),
+            _ => Err(self.wrong("a text or a number")),
+        }
+    }
+
     /// One of some names.
     pub(super) fn one_of<T: Copy>(&self, known: &[(&str, T)]) -> Result<T> {
         let found = match &self.yaml.value {

@@ -204,6 +204,18 @@ pub struct MetricUse {
     pub ignored: Ignored,
 }
 
+impl MetricUse {
+    /// A metric as it is unless a task says otherwise.
+    pub fn usual(metric: Metric) -> Self {
+        Self {
+            metric,
+            aggregation: metric.usual_aggregation(),
+            is_higher_better: metric.is_higher_better(),
+            ignored: Ignored::default(),
+        }
+    }
+}
+
 /// What a comparison of texts overlooks.
 #[derive(Clone, Debug, Default)]
 pub struct Ignored {
@@ -220,13 +232,8 @@ pub struct Ignored {
 /// The metrics of a task.
 pub(super) fn metric_list(list: Option<&Setting>, output: OutputType) -> Result<Vec<MetricUse>> {
     let Some(list) = list else {
-        let usual = output.usual().iter().map(|metric| MetricUse {
-            metric: *metric,
-            aggregation: metric.usual_aggregation(),
-            is_higher_better: metric.is_higher_better(),
-            ignored: Ignored::default(),
-        });
-        return Ok(usual.collect());
+        let usual = output.usual().iter();
+        return Ok(usual.map(|metric| MetricUse::usual(*metric)).collect());
     };
     let read = |item: &Setting| metric_use(item.map()?, item, output);
     list.list()?.iter().map(read).collect()
@@ -318,8 +325,8 @@ pub enum Filter {
     Map {
         /// Texts, and what stands for them.
         entries: Vec<(String, String)>,
-        /// What stands for all others; none is the text itself.
-        default: Option<String>,
+        /// What stands for all others.
+        default: String,
     },
 }
 
@@ -430,10 +437,13 @@ fn regex_filter(keys: &mut Settings) -> Result<RegexFilter> {
 fn map_filter(keys: &mut Settings) -> Result<Filter> {
     let entries = keys.read("mapping_dict", |map| {
         let entries = map.map()?.rest().into_iter();
-        entries.map(|(name, to)| Ok((name, to.text()?))).collect()
+        entries.map(|(name, to)| Ok((name, to.scalar()?))).collect()
     })?;
     Ok(Filter::Map {
         entries: entries.unwrap_or_default(),
-        default: keys.read("default_value", Setting::text)?,
+        // What Python prints for no value.
+        default: keys
+            .read("default_value", Setting::scalar)?
+            .unwrap_or_else(|| "None".into()),
     })
 }

@@ -5,20 +5,32 @@
 //!
 //! Source: EleutherAI/lm-evaluation-harness 0.4.13: lm_eval/config/task.py, lm_eval/tasks.
 
+mod dataset;
+mod dataset_card;
 mod definition;
+mod encoding;
+mod filtering;
+mod glob;
 mod included;
+mod items;
 mod keys;
 mod metric;
 mod pattern;
 mod question;
 mod random;
+mod rows;
 mod task_index;
+mod task_set;
 mod values;
 mod yaml;
 
+pub use dataset::TaskDataset;
 pub use definition::{
     DatasetSource, FewshotSampler, FewshotSetup, GenerationSettings, TaskDefinition, TaskSplits,
 };
+pub use encoding::{ScoredTokens, TaskEncoder};
+pub use filtering::Filtered;
+pub use items::{ItemLimits, TaskItem, TaskItems};
 pub use metric::{
     Aggregation, Filter, FilterPipeline, Ignored, Metric, MetricUse, OutputType, RegexFilter,
 };
@@ -26,4 +38,5 @@ pub use pattern::Pattern;
 pub use question::{FewshotPool, Question, QuestionMaker, TaskRequest};
 pub use random::PythonRandom;
 pub use task_index::TaskIndex;
-pub use values::{Target, TaskRow};
+pub use task_set::{GroupMetric, TaskGroup, TaskSet};
+pub use values::{Target, TaskRow, count_words};

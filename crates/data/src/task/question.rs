@@ -16,8 +16,10 @@ pub struct Question {
     pub requests: Vec<TaskRequest>,
     /// The choices, if there are some.
     pub choices: Vec<String>,
-    /// The expected answer.
+    /// What `doc_to_target` gives.
     pub target: Target,
+    /// The expected answer: the target, or the number of the right prompt if each choice is a prompt of its own.
+    pub right: Target,
 }
 
 /// One text after another.
@@ -104,7 +106,8 @@ impl<'a> QuestionMaker<'a> {
             Some(choice) => choice.choices(row)?,
             None => Vec::new(),
         };
-        let mut target = task.target.target(row, has_choices)?;
+        let target = task.target.target(row, has_choices)?;
+        let mut right = target.clone();
         if task.output == OutputType::LoglikelihoodRolling {
             let whole = TaskRequest {
                 context: String::new(),
@@ -113,6 +116,7 @@ impl<'a> QuestionMaker<'a> {
             return Ok(Question {
                 requests: vec![whole],
                 choices,
+                right,
                 target,
             });
         }
@@ -129,7 +133,7 @@ impl<'a> QuestionMaker<'a> {
                 (vec![context], continuations)
             }
             // Each choice is a prompt of its own, before the same text.
-            TextValue::Choice(right) => {
+            TextValue::Choice(number) => {
                 let without = Forms {
                     target_delimiter: "",
                     ..forms
@@ -138,7 +142,7 @@ impl<'a> QuestionMaker<'a> {
                     |choice: &String| Ok(before.clone() + &prompt(&without, row, choice.clone())?);
                 let contexts = choices.iter().map(context).collect::<Result<_>>()?;
                 let continuation = answer_text(&target, &[])?;
-                target = Target::Choice(right);
+                right = Target::Choice(number);
                 (contexts, vec![continuation])
             }
         };
@@ -146,6 +150,7 @@ impl<'a> QuestionMaker<'a> {
             requests: self.requests(contexts, continuations, &choices),
             choices,
             target,
+            right,
         })
     }
 

@@ -13,7 +13,7 @@ const WITHOUT_TASKS: [&str; 2] = ["__pycache__", ".ipynb_checkpoints"];
 
 /// What a name stands for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Entry {
+pub(super) enum Entry {
     Task(PathBuf),
     Group(PathBuf),
     /// A task that is a class of Python.
@@ -80,6 +80,11 @@ impl TaskIndex {
         Ok(())
     }
 
+    /// What a name is defined as.
+    pub(super) fn entry(&self, name: &str) -> Option<&Entry> {
+        self.entries.get(name)
+    }
+
     /// The names of all tasks, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         let is_task = |(_, entry): &(&String, &Entry)| !matches!(entry, Entry::Group(_));
@@ -87,6 +92,27 @@ impl TaskIndex {
             .iter()
             .filter(is_task)
             .map(|(name, _)| name.as_str())
+    }
+
+    /// The names of tasks that a name stands for: that of a task, a tag, or a pattern with `*`; none if there is none.
+    pub fn named(&self, name: &str) -> Vec<&str> {
+        if let Some(tasks) = self.tags.get(name) {
+            return tasks.iter().map(String::as_str).collect();
+        }
+        let mut parts = name.split('*');
+        let first = parts.next().unwrap_or_default();
+        let parts: Vec<&str> = parts.collect();
+        let is_named = |task: &&str| match parts.split_last() {
+            None => *task == name,
+            Some((last, inner)) => {
+                let mut rest = task.strip_prefix(first);
+                for part in inner {
+                    rest = rest.and_then(|rest| Some(&rest[rest.find(part)? + part.len()..]));
+                }
+                rest.is_some_and(|rest| rest.ends_with(last))
+            }
+        };
+        self.names().filter(is_named).collect()
     }
 
     /// The task of a name.

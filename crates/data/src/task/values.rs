@@ -141,6 +141,44 @@ impl DocValue {
     }
 }
 
+/// The number of words of a text, as `len(re.split(r"\s+", text))` counts them: what is before and after white space, even if it
+/// is nothing.
+pub fn count_words(text: &str) -> usize {
+    let mut words = 1;
+    let mut in_space = false;
+    for c in text.chars() {
+        let is_space = crate::jinja::is_space(c);
+        words += usize::from(is_space && !in_space);
+        in_space = is_space;
+    }
+    words
+}
+
+impl std::fmt::Display for Target {
+    /// As Python prints it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Choice(number) => write!(f, "{number}"),
+            Self::Text(text) => f.write_str(text),
+            Self::Any(targets) => {
+                f.write_str("[")?;
+                for (at, target) in targets.iter().enumerate() {
+                    f.write_str(if at > 0 { ", " } else { "" })?;
+                    match target {
+                        Self::Text(text) => {
+                            let mut quoted = String::new();
+                            crate::jinja::write_quoted(&mut quoted, text);
+                            f.write_str(&quoted)?;
+                        }
+                        other => write!(f, "{other}")?,
+                    }
+                }
+                f.write_str("]")
+            }
+        }
+    }
+}
+
 /// The number that a text of digits is.
 fn number_of(text: &str) -> Option<i64> {
     let is_digits = !text.is_empty() && text.chars().all(|c| c.is_ascii_digit());

@@ -83,6 +83,14 @@ impl Yaml {
         Ok(builder.root.unwrap_or(empty))
     }
 
+    /// A text in its place.
+    pub(crate) fn with_text(&self, text: &str) -> Self {
+        Self {
+            value: YamlValue::Text(text.into()),
+            line: self.line,
+        }
+    }
+
     /// What kind of value it is, for an error.
     pub(crate) fn kind(&self) -> &'static str {
         match &self.value {

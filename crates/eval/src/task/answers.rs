@@ -1,0 +1,280 @@
+//! What a model answers to the items of a task.
+
+use std::sync::Arc;
+
+use data::{
+    OutputType, ScoredTokens, TaskDefinition, TaskEncoder, TaskItem, TaskRequest, Tokenizer,
+};
+use infer::{Completion, Engine, GenerateConfig, SampleConfig, ScoreRequest};
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+
+/// The tokens of an answer, unless a task says otherwise.
+const ANSWER_TOKENS: usize = 256;
+
+/// What a model answers to one request.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Answer {
+    /// How it finds a text.
+    Likelihood {
+        /// The logarithm of the text's probability.
+        logprob: f64,
+        /// Whether it would have written the text itself.
+        is_greedy: bool,
+    },
+    /// A text that it writes.
+    Text(String),
+}
+
+/// How a model is asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AnswerConfig {
+    /// Tokens that the model reads, at most.
+    pub max_length: usize,
+    /// Tokens of a pass over texts to be scored.
+    pub pass_tokens: usize,
+    /// Answers that are written at a time.
+    pub batch: usize,
+    /// Tokens that end a text.
+    pub end_ids: Vec<u32>,
+    /// The first seed of answers that are drawn.
+    pub seed: u64,
+}
+
+/// The answers to all items of a task, and the work that they took.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Answers {
+    /// The answers to each item, one for each request, or for each repetition of one.
+    #[serde(skip)]
+    pub of_items: Vec<Vec<Answer>>,
+    /// Requests of which a beginning was left out.
+    pub n_cut: usize,
+    /// Tokens that the model has read.
+    pub read: usize,
+    /// Tokens that it would have read without sharing.
+    pub asked: usize,
+}
+
+/// The requests of a task's items, in the tokens of a model.
+#[derive(Debug)]
+pub struct TaskRequests {
+    /// The requests of each item.
+    per_item: Vec<usize>,
+    tokens: RequestTokens,
+    n_cut: usize,
+    config: AnswerConfig,
+}
+
+#[derive(Debug)]
+enum RequestTokens {
+    /// Texts that are scored, in one window or several.
+    Scored(Vec<Vec<ScoredTokens>>),
+    /// Prompts that are continued.
+    Written(Prompts),
+}
+
+/// Prompts, and how a model continues them.
+#[derive(Debug)]
+struct Prompts {
+    ids: Vec<Vec<u32>>,
+    /// Answers to each.
+    repeats: usize,
+    generate: GenerateConfig,
+    stops: Vec<String>,
+}
+
+impl TaskRequests {
+    /// Encodes the requests of all items.
+    ///
+    /// # Errors
+    /// If a request has no token to score, or leaves no room for an answer: with the number of the item.
+    pub fn new(
+        tokenizer: &Tokenizer,
+        task: &TaskDefinition,
+        items: &[TaskItem],
+        config: AnswerConfig,
+    ) -> Result<Self> {
+        let encoder = TaskEncoder::new(tokenizer, config.max_length)?;
+        let of_items = |encode: &dyn Fn(&TaskRequest) -> data::Result<Vec<ScoredTokens>>| {
+            let of_item = |(number, item): (usize, &TaskItem)| {
+                let requests = item.question.requests.iter().map(encode);
+                let requests: data::Result<Vec<_>> = requests.collect();
+                requests.map_err(|problem| Error::from(problem).of_item(number))
+            };
+            let all = items.iter().enumerate().map(of_item);
+            all.collect::<Result<Vec<_>>>().map(|all| all.concat())
+        };
+        let tokens = of_items(&|request| match (&request.continuation, task.output) {
+            (Some(text), OutputType::LoglikelihoodRolling) => encoder.windows(text),
+            (Some(text), _) => Ok(vec![encoder.pair(&request.context, text)?]),
+            (None, _) => {
+                let (ids, n_cut) = encoder.prompt(&request.context, max_tokens(task))?;
+                let n_scored = 0;
+                Ok(vec![ScoredTokens {
+                    ids,
+                    n_scored,
+                    n_cut,
+                }])
+            }
+        })?;
+        Ok(Self {
+            per_item: items
+                .iter()
+                .map(|item| item.question.requests.len())
+                .collect(),
+            n_cut: tokens.iter().flatten().filter(|of| of.n_cut > 0).count(),
+            tokens: match task.output {
+                OutputType::GenerateUntil => {
+                    let ids = tokens.into_iter().flatten().map(|of| of.ids).collect();
+                    RequestTokens::Written(Prompts::new(task, ids, &config))
+                }
+                _ => RequestTokens::Scored(tokens),
+            },
+            config,
+        })
+    }
+
+    /// The tokens of the longest request.
+    pub fn longest(&self) -> usize {
+        let longest = match &self.tokens {
+            RequestTokens::Scored(tokens) => tokens.iter().flatten().map(|of| of.ids.len()).max(),
+            RequestTokens::Written(prompts) => prompts.ids.iter().map(Vec::len).max(),
+        };
+        longest.unwrap_or(0)
+    }
+
+    /// Sets the tokens of a pass over texts to be scored.
+    pub fn set_pass_tokens(&mut self, pass_tokens: usize) {
+        self.config.pass_tokens = pass_tokens;
+    }
+
+    /// Requests to a model.
+    pub fn count(&self) -> usize {
+        match &self.tokens {
+            RequestTokens::Scored(tokens) => tokens.iter().map(Vec::len).sum(),
+            RequestTokens::Written(prompts) => prompts.ids.len() * prompts.repeats,
+        }
+    }
+
+    /// Asks a model. `progress` gets the number of requests done and their total.
+    ///
+    /// # Errors
+    /// If a request does not fit the model, or a score is not finite.
+    pub fn answer(
+        self,
+        engine: &mut Engine,
+        tokenizer: &Arc<Tokenizer>,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Answers> {
+        let answers = match self.tokens {
+            RequestTokens::Scored(tokens) => {
+                score(engine, tokens, self.config.pass_tokens, progress)?
+            }
+            RequestTokens::Written(prompts) => {
+                prompts.complete(engine, tokenizer, &self.config, progress)?
+            }
+        };
+        let (answers, read, asked) = answers;
+        let mut answers = answers.into_iter();
+        let of_item = |n: &usize| answers.by_ref().take(*n).flatten().collect();
+        Ok(Answers {
+            of_items: self.per_item.iter().map(of_item).collect(),
+            n_cut: self.n_cut,
+            read,
+            asked,
+        })
+    }
+}
+
+/// The answers to each request, the tokens read, and those read without sharing.
+type Answered = (Vec<Vec<Answer>>, usize, usize);
+
+fn score(
+    engine: &Engine,
+    tokens: Vec<Vec<ScoredTokens>>,
+    pass_tokens: usize,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Answered> {
+    let windows: Vec<usize> = tokens.iter().map(Vec::len).collect();
+    let requests: Vec<ScoreRequest> = tokens
+        .into_iter()
+        .flatten()
+        .map(|of| ScoreRequest::of_last(of.ids, of.n_scored))
+        .collect();
+    let found = engine.score(&requests, pass_tokens, progress)?;
+    let mut scores = found.scores.into_iter();
+    let of_request = |n: usize| {
+        let tokens: Vec<infer::TokenScore> = scores.by_ref().take(n).flatten().collect();
+        vec![Answer::Likelihood {
+            logprob: tokens.iter().fold(0.0, |sum, token| sum + token.logprob),
+            is_greedy: tokens.iter().all(|token| token.is_greedy),
+        }]
+    };
+    let answers = windows.into_iter().map(of_request).collect();
+    Ok((answers, found.read, found.asked))
+}
+
+fn max_tokens(task: &TaskDefinition) -> usize {
+    task.generation.max_tokens.unwrap_or(ANSWER_TOKENS)
+}
+
+impl Prompts {
+    fn new(task: &TaskDefinition, ids: Vec<Vec<u32>>, config: &AnswerConfig) -> Self {
+        let settings = &task.generation;
+        let sample = SampleConfig {
+            temperature: settings.temperature as f32,
+            top_p: settings.top_p.unwrap_or(1.0) as f32,
+            top_k: settings.top_k.unwrap_or(0),
+            ..SampleConfig::greedy()
+        };
+        let stops = settings.until.iter().filter(|stop| !stop.is_empty());
+        Self {
+            ids,
+            repeats: task.repeats,
+            generate: GenerateConfig {
+                max_tokens: max_tokens(task),
+                sample,
+                stop_ids: config.end_ids.clone(),
+                logprobs: None,
+            },
+            stops: stops.cloned().collect(),
+        }
+    }
+
+    fn complete(
+        self,
+        engine: &mut Engine,
+        tokenizer: &Arc<Tokenizer>,
+        config: &AnswerConfig,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Answered> {
+        let repeated = self
+            .ids
+            .iter()
+            .flat_map(|ids| std::iter::repeat_n(ids, self.repeats));
+        let mut completions = Vec::new();
+        for (number, ids) in repeated.enumerate() {
+            let mut generate = self.generate.clone();
+            generate.sample.seed = config.seed + number as u64;
+            let sequence = engine.start(ids, &generate)?;
+            let tokenizer = Some(Arc::clone(tokenizer));
+            completions.push(Completion::new(sequence, tokenizer, &self.stops)?);
+        }
+        let (mut done, total) = (0, completions.len());
+        let completed = engine.complete_all(completions, config.batch, &mut |step| {
+            if step.completion.finish_reason().is_some() {
+                done += 1;
+                progress(done, total);
+            }
+        })?;
+        let read = self.ids.iter().map(|ids| ids.len() * self.repeats).sum();
+        let texts: Vec<Answer> = completed
+            .into_iter()
+            .map(|done| Answer::Text(done.text))
+            .collect();
+        let answers = texts.chunks(self.repeats).map(<[Answer]>::to_vec).collect();
+        Ok((answers, read, read))
+    }
+}
