@@ -5,6 +5,7 @@
 mod bench;
 mod cards;
 mod convert;
+mod evaluation;
 mod files;
 mod generation;
 mod gguf;

@@ -31,7 +31,10 @@ const HELP: &[(&str, &str)] = &[
     ("to", "a format, or the end of a range"),
 ];
 /// Options whose values have several types.
-const VALUES: &[(&str, &str)] = &[("to", "a format, or the end of a range")];
+const VALUES: &[(&str, &str)] = &[
+    ("to", "a format, or the end of a range"),
+    ("adapter", "a folder, or one of several with a name"),
+];
 /// Second spellings of an option, and the one to write. The second may be a hidden alias.
 const SYNONYMS: [(&str, &str); 2] = [("batch-size", "batch"), ("read-ahead", "prefetch-experts")];
 /// Second spellings that still stand.

@@ -257,6 +257,8 @@ pub(crate) fn end_at_panics(what: String, cure: &'static str, code: u8) {
 
 /// The exit code of wrong usage, including a wrong recipe.
 pub(crate) const USAGE: u8 = 2;
+/// A bound that an evaluation should keep is not kept, or not surely.
+pub(crate) const NOT_KEPT: u8 = 3;
 /// A verification found a difference.
 pub(crate) const MISMATCH: u8 = 4;
 /// The machine has too little memory.

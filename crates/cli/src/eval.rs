@@ -1,6 +1,7 @@
 //! `eval`: scores of a model, and the difference to its baseline.
 
 pub(crate) mod compare;
+mod contestants;
 pub(crate) mod experts;
 mod harness_files;
 pub(crate) mod logits;
@@ -10,13 +11,17 @@ mod tasks;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use ::eval::{EvalConfig, EvalReport, GroupResult, ModelScores, TextScore};
+use ::eval::{
+    EvalConfig, EvalReport, Gate, GateOutcome, GateVerdict, GroupResult, ModelScores, TextScore,
+};
 use anyhow::Context;
 use data::{Sample, SplitName};
 
+use self::contestants::{Contestant, NamedAdapter, contestants};
 use self::tasks::LoadedTasks;
-use crate::console::{Console, Progress, finite};
-use crate::open::{ModelArgs, Opened, expect_computed, open_model};
+use crate::console::{Console, NOT_KEPT, Progress, finite, misuse};
+use crate::device::DeviceArgs;
+use crate::open::{Opened, expect_computed, open_model};
 use crate::plan::budget::BudgetArgs;
 use crate::plan::conversion::expect_room_for_losses;
 use crate::rows::{ColumnArgs, SplitRows};
@@ -24,12 +29,18 @@ use crate::values::{COMPUTE_HELP, ComputeValue};
 
 /// Evaluate a model: loss, perplexity, bits per byte, multiple choice.
 ///
-/// With a baseline, both models are scored on the same data and their scores are compared. To measure how much the
-/// predictions of two models differ, use `compare`.
+/// Several models are scored on the same items and compared: differences with their 95 % intervals, judged together. To measure how
+/// much the predictions of two models differ, use `compare`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
+    /// Models: Hugging Face folders, GGUF files, or `org/name` in the local Hugging Face cache.
+    #[arg(required = true, value_name = "MODEL")]
+    pub(crate) models: Vec<String>,
+    /// LoRA adapter of the first model: PEFT folder, maybe with a name for the two. May be repeated; each is evaluated by itself.
+    #[arg(long, value_name = "[NAME=]DIR", value_parser = |text: &str| Ok::<_, String>(NamedAdapter::from(text)))]
+    pub(crate) adapter: Vec<NamedAdapter>,
     #[command(flatten)]
-    pub(crate) model: ModelArgs,
+    pub(crate) device: DeviceArgs,
     /// Folder with a test split (`test.jsonl`, `.csv`, `.parquet`, …), or a file of rows, for loss, perplexity and bits
     /// per byte.
     #[arg(long, value_name = "DIR", required_unless_present = "tasks")]
@@ -46,10 +57,17 @@ pub(crate) struct Args {
     pub(crate) num_fewshot: Option<usize>,
     #[command(flatten)]
     pub(crate) columns: ColumnArgs,
-    /// Baseline model to compare with, or `none`. Default: the model without its adapter if --adapter is given, else
-    /// `none`.
+    /// Model that comes first, and that gates are about, or `none`. Default: the first model without its adapters if --adapter is
+    /// given, else the first of several.
     #[arg(long, value_name = "MODEL|none")]
     pub(crate) baseline: Option<String>,
+    /// Bound that each model but the baseline must keep, such as `my_task acc >= base + 0.10`, `wikitext word_perplexity <= base *
+    /// 1.02` or `data loss <= 2.5`. May be repeated. If one is not kept, or if it is not sure, the exit code is 3.
+    #[arg(long, value_name = "GATE", value_parser = |text: &str| Gate::parse(text).map_err(|problem| problem.to_string()))]
+    pub(crate) gate: Vec<Gate>,
+    /// Exit with 0 although it is not sure that a gate is kept.
+    #[arg(long)]
+    pub(crate) allow_inconclusive: bool,
     /// Sequences per batch.
     #[arg(long, alias = "batch-size", value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=1 << 10))]
     pub(crate) batch: u64,
@@ -79,19 +97,27 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
             .iter()
             .try_for_each(|out| checkpoint::expect_absent(&out.join(name)))?;
     }
+    let contestants = contestants(args);
     let tasks = tasks::load(args, console)?;
+    expect_gates(args, &tasks, contestants.len())?;
     let mut scores = Vec::new();
-    let device = args.model.device.open()?;
+    let device = args.device.open()?;
     expect_computed(args.compute, &device)?;
-    for (model, adapter) in models(args) {
-        let opened = open_model(model, adapter, &device, console)?;
+    for Contestant {
+        model,
+        adapter,
+        name,
+    } in contestants
+    {
+        let mut opened = open_model(model, adapter, &device, console)?;
+        opened.name = name.map_or(opened.name, str::to_owned);
         scores.push(score(&opened, &tasks, args, console)?);
         console.memory();
     }
     if let Some(out) = &args.out {
         harness_files::write(out, &tasks.tasks, &scores)?;
     }
-    let report = EvalReport::new(scores);
+    let report = EvalReport::new(scores, &args.gate)?;
 
     let (text, json) = (report.to_text(), format!("{:#}", report.to_json()));
     if let Some(out) = &args.out {
@@ -100,18 +126,49 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         checkpoint::write_file(&out.join("report.txt"), text.as_bytes())?;
     }
     console.result(if args.json { &json } else { text.trim_end() });
-    Ok(ExitCode::SUCCESS)
+    let is_kept = |outcome: &GateOutcome| match outcome.verdict {
+        GateVerdict::Passed => true,
+        GateVerdict::Failed => false,
+        GateVerdict::Inconclusive => args.allow_inconclusive,
+    };
+    Ok(match report.gates.iter().all(is_kept) {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::from(NOT_KEPT),
+    })
 }
 
-/// The models and their adapters, the baseline first.
-fn models(args: &Args) -> Vec<(&str, Option<&Path>)> {
-    let (model, adapter) = (args.model.model.as_str(), args.model.adapter.as_deref());
-    let baseline = match args.baseline.as_deref() {
-        Some("none") => None,
-        Some(baseline) => Some((baseline, None)),
-        None => adapter.map(|_| (model, None)),
-    };
-    baseline.into_iter().chain([(model, adapter)]).collect()
+/// Refuses gates about what is not evaluated, before any model is opened.
+fn expect_gates(args: &Args, tasks: &LoadedTasks, n_models: usize) -> anyhow::Result<()> {
+    let mut known = tasks.metrics();
+    if args.data.is_some() {
+        known.push(("data".into(), vec!["loss"]));
+    }
+    for gate in &args.gate {
+        let task = known.iter().find(|(task, _)| *task == gate.task);
+        let found = match task {
+            None => {
+                let names: Vec<&str> = known.iter().map(|(task, _)| task.as_str()).collect();
+                format!("the task `{}`; there are {}", gate.task, names.join(", "))
+            }
+            Some((_, metrics)) if !metrics.contains(&gate.metric.as_str()) => {
+                format!(
+                    "the metric `{}`; there are {}",
+                    gate.metric,
+                    metrics.join(", ")
+                )
+            }
+            Some(_) if gate.needs_baseline() && n_models < 2 => {
+                "no baseline; give one with --baseline".into()
+            }
+            Some(_) => continue,
+        };
+        let expected = "expected a gate about what is evaluated";
+        return Err(misuse(format!(
+            "--gate `{}`: {expected}, found {found}",
+            gate.text
+        )));
+    }
+    Ok(())
 }
 
 fn score(
@@ -197,34 +254,4 @@ fn tell(progress: &mut Progress, done: usize, opened: &Opened) {
 /// A score, or an error that names the model and the file.
 fn scored<T>(found: ::eval::Result<T>, file: &Path, opened: &Opened) -> anyhow::Result<T> {
     finite(found, &format_args!("{}: {}", opened.name, file.display()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use clap::Parser;
-
-    #[derive(Debug, Parser)]
-    struct TestCli {
-        #[command(flatten)]
-        args: Args,
-    }
-
-    #[test]
-    fn an_adapter_is_compared_with_its_base_unless_told_otherwise() {
-        let check = |line: &str, expected: &[(&str, Option<&str>)]| {
-            let line = format!("eval m --data d {line}");
-            let args = TestCli::parse_from(line.split_whitespace()).args;
-            let expected: Vec<_> = expected
-                .iter()
-                .map(|(model, adapter)| (*model, adapter.map(Path::new)))
-                .collect();
-            assert_eq!(models(&args), expected, "{line}");
-        };
-        check("", &[("m", None)]);
-        check("--adapter a", &[("m", None), ("m", Some("a"))]);
-        check("--adapter a --baseline none", &[("m", Some("a"))]);
-        check("--adapter a --baseline b", &[("b", None), ("m", Some("a"))]);
-        check("--baseline b", &[("b", None), ("m", None)]);
-    }
 }

@@ -11,6 +11,11 @@ use crate::task::{Answers, ChoiceAnswers, MetricResult, RowValue, TaskResult};
 /// length alone, and bytes do not depend on the tokenizer.
 const METRICS: [Metric; 3] = [Metric::Acc, Metric::AccNorm, Metric::AccBytes];
 
+/// The names of what is measured on rows.
+pub fn row_metrics() -> impl Iterator<Item = &'static str> {
+    METRICS.into_iter().map(Metric::name)
+}
+
 /// Scores a model on the questions of a task. Of equally likely choices the first is its answer. `progress` counts choices.
 ///
 /// # Errors

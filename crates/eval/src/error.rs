@@ -115,6 +115,14 @@ pub enum Error {
         /// The model's vocabulary size.
         found: usize,
     },
+    /// A gate that is none, or cannot be judged.
+    #[error("expected {expected}, found {found}")]
+    Gate {
+        /// What a gate is or needs.
+        expected: String,
+        /// The gate.
+        found: String,
+    },
     /// Two models were not scored on the same items.
     #[error("expected the same {items} for both models, found {first} and {second}")]
     NotPaired {

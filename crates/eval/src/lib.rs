@@ -12,7 +12,7 @@
 //! let config = EvalConfig { batch_size: 8, compute: model::Compute::F32 };
 //! let text = perplexity(&engine.model, &test.samples, &config, &mut |_, _| {})?;
 //! let scores = ModelScores { name: "V2-Lite".into(), text: Some(text), tasks: vec![], groups: vec![] };
-//! println!("{}", EvalReport::new(vec![scores]).to_text());
+//! println!("{}", EvalReport::new(vec![scores], &[])?.to_text());
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
@@ -22,10 +22,13 @@ mod losses;
 mod choice;
 mod perplexity;
 
+mod interval;
+
 mod compare;
 mod curves;
 mod divergence;
 mod expert_load;
+mod gate;
 mod report;
 mod survival;
 
@@ -33,12 +36,14 @@ mod task;
 
 mod error;
 
-pub use choice::multiple_choice;
-pub use compare::{Difference, Verdict, compare_metrics, compare_text};
+pub use choice::{multiple_choice, row_metrics};
+pub use compare::{Difference, MeasuredNumber, Verdict};
 pub use curves::{Curve, CurveConfig, CurveErrors, CurveReport};
 pub use divergence::{Divergence, RoutingDivergence, divergence};
 pub use error::{Error, Result};
 pub use expert_load::{ChosenExperts, ExpertLoad, choose, expert_loads};
+pub use gate::{Gate, GateOutcome, GateVerdict};
+pub use interval::Interval;
 pub use losses::{EvalConfig, SampleLoss};
 pub use perplexity::{TextScore, perplexity};
 pub use report::{Comparison, EvalReport, ModelScores};

@@ -5,17 +5,21 @@ use std::fmt::Write;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::compare::{Difference, Verdict, compare_metrics, compare_text};
+use crate::compare::{Difference, MeasuredNumber, Verdict, judge_all};
+use crate::error::{Error, Result};
+use crate::gate::{Gate, GateOutcome};
 use crate::perplexity::TextScore;
 use crate::task::{GroupResult, MetricResult, TaskResult};
 
-/// Scores of several models on the same items, and the difference of each to the first.
+/// Scores of several models on the same items, their differences, and what became of gates.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct EvalReport {
     /// The scores, the baseline's first.
     pub models: Vec<ModelScores>,
-    /// One for each score of each model after the first.
+    /// One for each number of each pair of models.
     pub comparisons: Vec<Comparison>,
+    /// One for each gate and each model after the first, or for the only model.
+    pub gates: Vec<GateOutcome>,
 }
 
 /// The scores of one model.
@@ -31,12 +35,12 @@ pub struct ModelScores {
     pub groups: Vec<GroupResult>,
 }
 
-/// A score of a model compared with the same score of the first.
+/// A number of a model compared with the same number of an earlier one.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Comparison {
     /// The model.
     pub model: String,
-    /// The first model.
+    /// The earlier model.
     pub baseline: String,
     /// `loss`, or the names of a task and a metric.
     pub measure: String,
@@ -44,40 +48,117 @@ pub struct Comparison {
     pub difference: Option<Difference>,
     /// Why there is none, if there is none.
     pub problem: Option<String>,
+    /// Whether more is better.
+    #[serde(skip)]
+    is_higher_better: bool,
 }
 
+/// The name of the numbers on text, in gates.
+const TEXT: &str = "data";
+
 impl EvalReport {
-    /// Compares all models with the first, task by task.
-    pub fn new(models: Vec<ModelScores>) -> Self {
-        let comparisons = match models.as_slice() {
-            [baseline, others @ ..] => others
-                .iter()
-                .flat_map(|model| comparisons(baseline, model))
-                .collect(),
-            [] => vec![],
-        };
-        Self {
+    /// Compares all models with those before them, number by number, and judges gates.
+    ///
+    /// # Errors
+    /// If a gate's task, metric or baseline is not there.
+    pub fn new(models: Vec<ModelScores>, gates: &[Gate]) -> Result<Self> {
+        let pairs =
+            (0..models.len()).flat_map(|second| (0..second).map(move |first| (first, second)));
+        let mut comparisons: Vec<Comparison> = pairs
+            .flat_map(|(first, second)| comparisons(&models[first], &models[second]))
+            .collect();
+        let found = comparisons.iter_mut().filter_map(|comparison| {
+            let is_higher_better = comparison.is_higher_better;
+            Some((comparison.difference.as_mut()?, is_higher_better))
+        });
+        judge_all(&mut found.collect::<Vec<_>>());
+        let mut outcomes = Vec::new();
+        for gate in gates {
+            let (base, judged) = match models.as_slice() {
+                [only] => (None, std::slice::from_ref(only)),
+                [base, others @ ..] => (Some(base), others),
+                [] => (None, &[][..]),
+            };
+            let base = base.map(|base| base.measured(gate)).transpose()?;
+            for model in judged {
+                outcomes.push(gate.outcome(&model.name, &model.measured(gate)?, base.as_ref())?);
+            }
+        }
+        Ok(Self {
             models,
             comparisons,
-        }
+            gates: outcomes,
+        })
     }
 
-    /// The tables, and a line for each comparison.
+    /// The tables, and a line for each gate.
     pub fn to_text(&self) -> String {
-        let tables = [self.text_rows(), self.task_rows()];
+        let tables = [self.text_rows(), self.task_rows(), self.comparison_rows()];
         let filled = tables.iter().filter(|rows| rows.len() > 1);
         let mut text = filled
             .map(|rows| table(rows))
             .collect::<Vec<_>>()
             .join("\n");
-        if !self.comparisons.is_empty() {
-            text.push('\n');
-        }
-        for comparison in &self.comparisons {
+        let problems = self.comparisons.iter().filter_map(|comparison| {
+            let problem = comparison.problem.as_ref()?;
+            let Comparison {
+                measure,
+                model,
+                baseline,
+                ..
+            } = comparison;
+            Some(format!(
+                "{measure}, {model} against {baseline}: not compared: {problem}"
+            ))
+        });
+        let gates = self.gates.iter().map(ToString::to_string);
+        let lines: Vec<String> = problems.chain(gates).collect();
+        if !lines.is_empty() {
             // Writing to a string cannot fail.
-            let _ = writeln!(text, "{}", comparison.sentence());
+            let _ = write!(text, "\n{}\n", lines.join("\n"));
         }
         text
+    }
+
+    /// Differences that are judged together.
+    fn comparison_rows(&self) -> Vec<Vec<String>> {
+        let header = [
+            "measure",
+            "model",
+            "against",
+            "difference",
+            "95 % interval",
+            "p (Holm)",
+            "shows from",
+            "verdict",
+        ];
+        let mut rows = vec![header.map(str::to_owned).to_vec()];
+        for comparison in &self.comparisons {
+            let Some(found) = &comparison.difference else {
+                continue;
+            };
+            let [low, high] = found.interval;
+            let p = match found.p_holm < 0.001 {
+                true => "< 0.001".to_owned(),
+                false => format!("{:.3}", found.p_holm),
+            };
+            let verdict = match found.verdict {
+                Verdict::Better => "better",
+                Verdict::Worse => "worse",
+                Verdict::Open => "may be chance",
+            };
+            rows.push(vec![
+                comparison.measure.clone(),
+                comparison.model.clone(),
+                comparison.baseline.clone(),
+                format!("{:+.4}", found.difference),
+                format!("[{low:+.4}, {high:+.4}]"),
+                p,
+                format!("{:.4}", found.shows_from),
+                verdict.to_owned(),
+            ]);
+        }
+        rows
     }
 
     /// Everything, down to the single samples and questions.
@@ -151,6 +232,61 @@ fn is_same(first: (&TaskResult, &MetricResult), second: (&TaskResult, &MetricRes
 }
 
 impl ModelScores {
+    /// The number that a gate is about.
+    fn measured(&self, gate: &Gate) -> Result<MeasuredNumber> {
+        let missing = |found: String| Error::Gate {
+            expected: format!(
+                "a task and metric of this evaluation in the gate `{}`",
+                gate.text
+            ),
+            found,
+        };
+        if let (TEXT, "loss", Some(text)) = (&*gate.task, &*gate.metric, &self.text) {
+            return Ok(text.into());
+        }
+        let Some(task) = self.tasks.iter().find(|task| task.task == gate.task) else {
+            let text = self.text.iter().map(|_| format!("{TEXT} loss"));
+            let known: Vec<String> = self
+                .tasks
+                .iter()
+                .map(|task| task.task.clone())
+                .chain(text)
+                .collect();
+            return Err(missing(format!(
+                "`{}`; there are {}",
+                gate.task,
+                known.join(", ")
+            )));
+        };
+        let is_wanted = |metric: &&MetricResult| {
+            let is_filter = gate
+                .filter
+                .as_ref()
+                .is_none_or(|filter| *filter == metric.filter);
+            metric.metric.name() == gate.metric && is_filter
+        };
+        match task
+            .metrics
+            .iter()
+            .filter(is_wanted)
+            .collect::<Vec<_>>()
+            .as_slice()
+        {
+            [only] => Ok((*only).into()),
+            found => {
+                let name =
+                    |metric: &MetricResult| format!("{},{}", metric.metric.name(), metric.filter);
+                let known: Vec<String> = task.metrics.iter().map(name).collect();
+                let which = if found.is_empty() {
+                    "no such metric"
+                } else {
+                    "several"
+                };
+                Err(missing(format!("{which}; there are {}", known.join(", "))))
+            }
+        }
+    }
+
     /// A metric of this model that is the same as another model's.
     fn metric(&self, same: (&TaskResult, &MetricResult)) -> Option<&MetricResult> {
         let of_task = |task: &'_ TaskResult| -> Option<usize> {
@@ -166,63 +302,41 @@ impl ModelScores {
     }
 }
 
-impl Comparison {
-    /// The comparison for people.
-    fn sentence(&self) -> String {
-        let Self {
-            model,
-            baseline,
-            measure,
-            ..
-        } = self;
-        let Some(found) = &self.difference else {
-            let problem = self.problem.as_deref().unwrap_or_default();
-            return format!("{measure}, {model} against {baseline}: not compared: {problem}");
-        };
-        let error = found.standard_error;
-        let error = error.map_or_else(String::new, |error| format!(" ± {error:.4}"));
-        let direction = match found.difference {
-            difference if difference < 0.0 => "lower",
-            difference if difference > 0.0 => "higher",
-            _ => "equal",
-        };
-        let verdict = match found.verdict {
-            Verdict::Beyond => "beyond twice its standard error",
-            Verdict::Within if found.difference == 0.0 => "no difference overall",
-            Verdict::Within => "within twice its standard error, so it may be chance",
-            Verdict::Unknown => "too little variance between items to judge it",
-        };
-        let ratio = found.ratio;
-        let ratio = ratio.map_or_else(String::new, |ratio| {
-            format!(" ({:.1} standard errors)", ratio.abs())
-        });
-        format!(
-            "{measure}, {model} against {baseline}: {:+.4}{error}{ratio}, {direction}: {verdict}",
-            found.difference
-        )
-    }
-}
-
 fn comparisons(baseline: &ModelScores, model: &ModelScores) -> Vec<Comparison> {
-    let comparison = |measure: &str, found: crate::Result<Difference>| {
-        let problem = found.as_ref().err().map(ToString::to_string);
+    let comparison = |measure: String, pair: (MeasuredNumber, MeasuredNumber), is_higher_better| {
+        let (first, second) = pair;
+        let found = second.difference(&first);
         Comparison {
             model: model.name.clone(),
             baseline: baseline.name.clone(),
-            measure: measure.to_owned(),
+            measure,
+            problem: found.as_ref().err().map(ToString::to_string),
             difference: found.ok(),
-            problem,
+            is_higher_better,
         }
     };
     let mut comparisons = Vec::new();
     if let (Some(first), Some(second)) = (&baseline.text, &model.text) {
-        comparisons.push(comparison("loss", compare_text(first, second)));
+        comparisons.push(comparison(
+            "loss".into(),
+            (first.into(), second.into()),
+            false,
+        ));
     }
     for task in &model.tasks {
         for second in &task.metrics {
             if let Some(first) = baseline.metric((task, second)) {
-                let measure = format!("{} {}", task.task, second.metric.name());
-                comparisons.push(comparison(&measure, compare_metrics(first, second)));
+                let filter = match task
+                    .metrics
+                    .iter()
+                    .all(|other| other.filter == second.filter)
+                {
+                    true => String::new(),
+                    false => format!(",{}", second.filter),
+                };
+                let measure = format!("{} {}{filter}", task.task, second.metric.name());
+                let pair = (first.into(), second.into());
+                comparisons.push(comparison(measure, pair, second.is_higher_better));
             }
         }
     }
@@ -288,7 +402,13 @@ mod tests {
         };
         ModelScores {
             name: name.into(),
-            text: Some(TextScore::new(losses.iter().map(loss).collect(), Some(20)).unwrap()),
+            text: Some(
+                TextScore::new(
+                    losses.iter().map(loss).collect(),
+                    Some(20 * losses.len() / 3),
+                )
+                .unwrap(),
+            ),
             tasks: vec![task(correct)],
             groups: Vec::new(),
         }
@@ -313,26 +433,54 @@ mod tests {
     }
 
     fn report() -> EvalReport {
-        let base = scores("base", &[4.0, 6.0, 8.0], &[true, false, false, false]);
-        // Differences −2, −2.5, −3 over 2 tokens: mean −1.25, residuals ½, 0, −½: √(1.5 · ½) / 6 = 0.1443.
-        let tuned = scores("tuned", &[2.0, 3.5, 5.0], &[true, false, true, false]);
-        EvalReport::new(vec![base, tuned])
+        let base = scores(
+            "base",
+            &[4.0, 6.0, 8.0].repeat(3),
+            &[true, false, false, false],
+        );
+        let tuned = scores(
+            "tuned",
+            &[2.0, 3.5, 5.0].repeat(3),
+            &[true, false, true, false],
+        );
+        let gates = ["capitals acc >= base - 0.9", "data loss <= 0.9"];
+        let gates = gates.map(|gate| Gate::parse(gate).unwrap());
+        EvalReport::new(vec![base, tuned], &gates).unwrap()
     }
 
     #[test]
-    fn the_table_is_aligned_and_compares_with_the_first() {
+    fn the_tables_are_aligned_and_compare_with_the_first() {
+        let text = report().to_text();
+        let (tables, rest) = text.split_at(text.find("measure").unwrap());
         let expected = "\
 model  loss             perplexity  bits/byte
-base   3.0000 ± 0.5774  20.086      1.2984
-tuned  1.7500 ± 0.4330  5.755       0.7574
+base   3.0000 ± 0.2887  20.086      1.2984
+tuned  1.7500 ± 0.2165  5.755       0.7574
 
 task      filter  n-shot  metric     base             tuned
 capitals  none    2       acc     ↑  0.2500 ± 0.2500  0.5000 ± 0.2887
 
-loss, tuned against base: -1.2500 ± 0.1443 (8.7 standard errors), lower: beyond twice its standard error
-capitals acc, tuned against base: +0.2500 ± 0.2500 (1.0 standard errors), higher: within twice its standard error, so it may be chance
 ";
-        assert_eq!(report().to_text(), expected);
+        assert_eq!(tables, expected);
+        let lines: Vec<&str> = rest.lines().collect();
+        assert!(
+            lines[1].starts_with("loss          tuned  base     -1.2500     [-1.4"),
+            "{rest}"
+        );
+        assert!(lines[1].ends_with("  better"), "{rest}");
+        assert!(
+            lines[2].starts_with("capitals acc  tuned  base     +0.2500     [-0."),
+            "{rest}"
+        );
+        assert!(lines[2].ends_with("  may be chance"), "{rest}");
+        assert!(
+            lines[4].starts_with("gate `capitals acc >= base - 0.9`, tuned: passed; +1.1500"),
+            "{rest}"
+        );
+        assert!(
+            lines[5].starts_with("gate `data loss <= 0.9`, tuned: failed; +0.8500"),
+            "{rest}"
+        );
     }
 
     #[test]
@@ -340,10 +488,33 @@ capitals acc, tuned against base: +0.2500 ± 0.2500 (1.0 standard errors), highe
         let mut report = report();
         report.models[1].text.as_mut().unwrap().per_sample.pop();
         report.models[1].tasks.clear();
-        let text = EvalReport::new(report.models).to_text();
+        let models = report.models.clone();
+        let text = EvalReport::new(models, &[]).unwrap().to_text();
         assert!(text.lines().nth(5).unwrap().ends_with("  -"), "{text}");
-        let expected = "loss, tuned against base: not compared: expected the same number of samples for both models, found 3 and 2";
+        let expected = "loss, tuned against base: not compared: expected the same number of items for both models, found 9 and 8";
         assert_eq!(text.lines().last().unwrap(), expected);
+        for (gate, expected) in [
+            ("capitals acc >= 1", "`capitals`; there are data loss"),
+            (
+                "data loss >= base",
+                "expected the same number of items for both models, found 9 and 8",
+            ),
+        ] {
+            let gate = Gate::parse(gate).unwrap();
+            let problem = EvalReport::new(report.models.clone(), &[gate])
+                .unwrap_err()
+                .to_string();
+            assert!(problem.ends_with(expected), "{problem}");
+        }
+        report.models.truncate(1);
+        let gate = Gate::parse("capitals f1 >= 1").unwrap();
+        let problem = EvalReport::new(report.models, &[gate])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            problem.ends_with("found no such metric; there are acc,none"),
+            "{problem}"
+        );
     }
 
     #[test]
@@ -355,6 +526,7 @@ capitals acc, tuned against base: +0.2500 ± 0.2500 (1.0 standard errors), highe
         assert_eq!(json["models"][1]["tasks"][0]["metrics"][0]["metric"], "acc");
         assert_eq!(json["comparisons"][0]["measure"], "loss");
         assert_eq!(json["comparisons"][0]["difference"]["difference"], -1.25);
-        assert_eq!(json["comparisons"][0]["difference"]["verdict"], "beyond");
+        assert_eq!(json["comparisons"][1]["difference"]["verdict"], "open");
+        assert_eq!(json["gates"][0]["verdict"], "passed");
     }
 }

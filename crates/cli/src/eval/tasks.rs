@@ -46,6 +46,26 @@ pub(super) struct LoadedTasks {
     pub(super) groups: Vec<TaskGroup>,
 }
 
+impl LoadedTasks {
+    /// The names of tasks, and of their metrics.
+    pub(super) fn metrics(&self) -> Vec<(String, Vec<&'static str>)> {
+        let of_task = |task: &LoadedTask| match task {
+            LoadedTask::Harness(task) => {
+                let metrics = task.definition.metrics.iter().map(|of| of.metric.name());
+                (task.definition.name.clone(), metrics.collect())
+            }
+            LoadedTask::Rows(file) => (rows_name(file), ::eval::row_metrics().collect()),
+        };
+        self.tasks.iter().map(of_task).collect()
+    }
+}
+
+/// The name of the task of a file of rows.
+fn rows_name(file: &Path) -> String {
+    let name = file.file_stem().unwrap_or(file.as_os_str());
+    name.to_string_lossy().into_owned()
+}
+
 /// Reads all tasks, in their order: files of rows before others.
 pub(super) fn load(args: &Args, console: &Console) -> anyhow::Result<LoadedTasks> {
     let index = args.include_path.iter();
@@ -226,10 +246,7 @@ fn rows_result(
         ));
     }
     super::expect_room(opened, samples.iter().copied(), args)?;
-    let task = file
-        .file_stem()
-        .unwrap_or(file.as_os_str())
-        .to_string_lossy();
+    let task = rows_name(file);
     let mut progress = console.progress(samples.len() as u64, "choices");
     let tell = &mut |done, _| super::tell(&mut progress, done, opened);
     let found = ::eval::multiple_choice(&opened.model, &task, &questions, &config(args), tell);

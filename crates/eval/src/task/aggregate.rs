@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// If the values are of another kind than the number needs.
-pub(super) fn aggregate(how: Aggregation, values: &[&RowValue]) -> Result<f64> {
+pub(crate) fn aggregate(how: Aggregation, values: &[&RowValue]) -> Result<f64> {
     match how {
         Aggregation::Mean => mean(values),
         Aggregation::Perplexity => Ok((-mean(values)?).exp()),

@@ -9,6 +9,7 @@ mod group_result;
 mod row_values;
 mod task_result;
 
+pub(crate) use aggregate::aggregate;
 pub use answers::{Answer, AnswerConfig, Answers, TaskRequests};
 pub use group_result::{GroupMean, GroupResult};
 pub(crate) use row_values::ChoiceAnswers;
