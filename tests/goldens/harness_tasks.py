@@ -185,6 +185,46 @@ def asked(folder: Path) -> dict:
     return found
 
 
+PAGE = """ = Title = \n\n The ships ' masts , 1 @,@ 234 ( or 5 @.@ 5 ) @-@ long ; they 's " quoted text " and ' so ' on .\n = = = Sub = = = \n [ 12 ] { a } 7 ° C N times : yes ! no ? "a" '"""
+TWINS = {
+    "hellaswag/utils.py": {
+        "process_docs": [
+            {"ind": 1, "activity_label": " Roof work", "ctx_a": "A man sits.  He", "ctx_b": "hE Starts [x] TO [title] pull.", "endings": ["is  fast. [step] Go.", " [title] b [substeps] c ", ""], "label": " 2 "},
+            {"ind": 2, "activity_label": "Épée", "ctx_a": "", "ctx_b": "", "endings": ["a"], "label": "0"},
+        ]
+    },
+    "winogrande/preprocess_winogrande.py": {
+        name: [{"sentence": "The cat sat, because _ was  tired. ", "option1": "the cat", "option2": "it", "answer": answer} for answer in "12"]
+        for name in ["doc_to_text", "doc_to_target", "doc_to_choice"]
+    },
+    "wikitext/preprocess_wikitext.py": {"wikitext_detokenizer": [{"page": PAGE}, {"page": ""}, {"page": " ' '\x1c( \u2003x\x1f ) s 's 's /' 4/ = = = = "}]},
+    "mmlu_pro/utils.py": {
+        name: [{"question": "Why?", "options": [" a ", "b\n"] * 6, "cot_content": "A: Let's think step by step. So (A).", "category": "law"}]
+        for name in ["doc_to_text", "fewshot_to_text", "fewshot_to_target"]
+    },
+}
+
+
+def twins() -> dict:
+    """What Python functions of the harness's tasks give for rows: by file and function pairs of row and value."""
+    import importlib.util
+
+    import datasets
+    import lm_eval
+
+    found = {}
+    for module, functions in TWINS.items():
+        path = Path(lm_eval.__file__).parent / "tasks" / module
+        spec = importlib.util.spec_from_file_location("module", path)
+        code = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(code)
+        for name, rows in functions.items():
+            function = getattr(code, name)
+            values = list(function(datasets.Dataset.from_list(rows))) if name == "process_docs" else [function(row) for row in rows]
+            found.setdefault(module, {})[name] = list(map(list, zip(rows, values)))
+    return found
+
+
 # Not DeepSeek V2: transformers 4.57 leaves the factor out that its rotary scaling puts into the softmax.
 MODELS = ["deepseek_v3", "llama_distill", "qwen2_distill"]
 
@@ -233,6 +273,7 @@ if __name__ == "__main__":
     random.seed(0)
     write(folder)
     (folder / "asked.json").write_text(json.dumps(asked(folder), ensure_ascii=False, indent=0) + "\n")
+    (folder / "twins.json").write_text(json.dumps(twins(), ensure_ascii=False, indent=0) + "\n")
     models = Path(__file__).resolve().parent
     answers = {name: scored(folder, models / name) for name in MODELS}
     (folder / "scored.json").write_text(json.dumps(answers, ensure_ascii=False, indent=0) + "\n")

@@ -66,9 +66,9 @@ pub use survey::{Lengths, Repeats, Survey};
 pub use task::{
     Aggregation, DatasetSource, FewshotPool, FewshotSampler, FewshotSetup, Filter, FilterPipeline,
     Filtered, GenerationSettings, GroupMetric, Ignored, ItemLimits, Metric, MetricUse, OutputType,
-    Pattern, PythonRandom, Question, QuestionMaker, RegexFilter, ScoredTokens, Target, TaskDataset,
-    TaskDefinition, TaskEncoder, TaskGroup, TaskIndex, TaskItem, TaskItems, TaskRequest, TaskRow,
-    TaskSet, TaskSplits, count_words,
+    Pattern, PythonRandom, Question, QuestionMaker, RegexFilter, ResultsTwin, ScoredTokens, Target,
+    TaskDataset, TaskDefinition, TaskEncoder, TaskGroup, TaskIndex, TaskItem, TaskItems,
+    TaskRequest, TaskRow, TaskSet, TaskSplits, count_words,
 };
 pub use tokenizer::{
     Bos, ChatTemplate, DecodeStream, GenerationPrompt, GgufEnds, Special, Tokenizer,

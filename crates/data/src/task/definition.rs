@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::included::read_merged;
 use super::keys::{Setting, Settings};
 use super::metric::{FilterPipeline, MetricUse, OutputType, filter_list, metric_list};
+use super::twin::{ResultsTwin, RowTwin, RowsTwin};
 use super::yaml::{Yaml, YamlValue};
 use crate::Result;
 use crate::jinja::{Syntax, Template, Value};
@@ -51,6 +52,10 @@ pub struct TaskDefinition {
     pub metrics: Vec<MetricUse>,
     /// The version that its `metadata` names.
     pub version: String,
+    /// What is made of its rows.
+    pub(super) process_docs: Option<RowsTwin>,
+    /// How its metrics are computed, if not as those of its output type.
+    pub process_results: Option<ResultsTwin>,
 }
 
 /// Where rows are.
@@ -82,6 +87,8 @@ pub(super) enum DocValue {
     Text(String, Template),
     /// The same for all rows.
     Fixed(Value),
+    /// What a known function of Python gives.
+    Twin(RowTwin),
 }
 
 /// Examples before the question.
@@ -103,6 +110,8 @@ pub struct FewshotSetup {
     pub(super) gen_prefix: Option<DocValue>,
     pub(super) target_delimiter: Option<String>,
     pub(super) fewshot_delimiter: Option<String>,
+    /// What is made of the rows that they are chosen from; none is what is made of the task's.
+    pub(super) process_docs: Option<RowsTwin>,
 }
 
 /// How examples are chosen.
@@ -152,6 +161,7 @@ impl DocValue {
                     items,
                 ))))
             }
+            YamlValue::Tagged(..) => RowTwin::read(of).map(Self::Twin),
             _ => Err(of.wrong("a template, the name of a column, a number or a list")),
         }
     }
@@ -250,6 +260,8 @@ impl TaskDefinition {
             filters: filter_list(keys.take("filter_list").as_ref())?,
             metrics: metric_list(keys.take("metric_list").as_ref(), output)?,
             version: version(&mut keys),
+            process_docs: keys.read("process_docs", RowsTwin::read)?,
+            process_results: keys.read("process_results", ResultsTwin::read)?,
         };
         keys.finish()?;
         Ok(definition)
@@ -260,8 +272,6 @@ impl TaskDefinition {
 fn refuse_python(keys: &mut Settings) -> Result<()> {
     for key in [
         "custom_dataset",
-        "process_docs",
-        "process_results",
         "doc_to_image",
         "doc_to_audio",
         "use_prompt",
@@ -338,9 +348,7 @@ fn fewshot(keys: &mut Settings) -> Result<FewshotSetup> {
     if let Some(split) = keys.read("split", Setting::text)? {
         setup.split = Some(split);
     }
-    if let Some(function) = keys.take("process_docs") {
-        return Err(function.wrong("nothing"));
-    }
+    setup.process_docs = keys.read("process_docs", RowsTwin::read)?;
     setup.samples = keys.read("samples", |of| {
         let row = |item: &Setting| item.map().map(|_| json_of(&item.yaml));
         of.list()?.iter().map(row).collect()

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use super::metric::{Filter, FilterPipeline, Ignored, RegexFilter};
 use super::pattern::Pattern;
-use super::values::TaskRow;
+use super::task_row::TaskRow;
 use crate::jinja::is_space;
 use crate::{Error, Result};
 

@@ -6,7 +6,9 @@ use super::dataset::TaskDataset;
 use super::definition::TaskDefinition;
 use super::metric::OutputType;
 use super::question::{FewshotPool, Question, QuestionMaker};
-use super::values::{Target, TaskRow};
+use super::task_row::TaskRow;
+use super::twin::RowsTwin;
+use super::values::Target;
 use crate::{Error, Place, Result};
 
 /// A row of a task, and what a model is asked about it.
@@ -110,7 +112,8 @@ impl TaskDefinition {
                 found,
             )));
         };
-        let mut rows = dataset.rows(split).map_err(malformed)?;
+        let rows = self.rows(dataset, split, self.process_docs);
+        let mut rows = rows.map_err(malformed)?;
         let count = self.fewshot_count(limits.fewshot);
         let pool = match count {
             0 => Vec::new(),
@@ -156,8 +159,32 @@ impl TaskDefinition {
         let usual = [&splits.training, &splits.validation, &splits.test];
         let usual = usual.into_iter().flatten().next();
         match setup.split.as_ref().or(usual) {
-            Some(split) if split != evaluated => dataset.rows(split),
+            Some(split) if split != evaluated || setup.process_docs.is_some() => {
+                let twin = setup.process_docs.or(self.process_docs);
+                self.rows(dataset, split, twin)
+            }
             _ => Ok(rows.to_vec()),
+        }
+    }
+
+    /// The rows of a split, and what is made of them.
+    fn rows(
+        &self,
+        dataset: &TaskDataset,
+        split: &str,
+        twin: Option<RowsTwin>,
+    ) -> Result<Vec<TaskRow>> {
+        let rows = dataset.rows(split)?;
+        let rows = match twin {
+            Some(twin) => twin.apply(rows)?,
+            None => rows,
+        };
+        match rows.is_empty() {
+            true => Err(Error::schema(
+                format!("rows of {} in `{split}`", self.name),
+                "none",
+            )),
+            false => Ok(rows),
         }
     }
 }

@@ -6,11 +6,9 @@
 //! Source: EleutherAI/lm-evaluation-harness 0.4.13: lm_eval/config/task.py, lm_eval/tasks.
 
 mod dataset;
-mod dataset_card;
 mod definition;
 mod encoding;
 mod filtering;
-mod glob;
 mod included;
 mod items;
 mod keys;
@@ -18,9 +16,10 @@ mod metric;
 mod pattern;
 mod question;
 mod random;
-mod rows;
 mod task_index;
+mod task_row;
 mod task_set;
+mod twin;
 mod values;
 mod yaml;
 
@@ -38,5 +37,7 @@ pub use pattern::Pattern;
 pub use question::{FewshotPool, Question, QuestionMaker, TaskRequest};
 pub use random::PythonRandom;
 pub use task_index::TaskIndex;
+pub use task_row::TaskRow;
 pub use task_set::{GroupMetric, TaskGroup, TaskSet};
-pub use values::{Target, TaskRow, count_words};
+pub use twin::ResultsTwin;
+pub use values::{Target, count_words};

@@ -3,7 +3,8 @@
 use super::definition::{DocValue, FewshotSampler, FewshotSetup, TaskDefinition};
 use super::metric::{Metric, OutputType};
 use super::random::PythonRandom;
-use super::values::{Target, TaskRow, TextValue};
+use super::task_row::TaskRow;
+use super::values::{Target, TextValue};
 use crate::{Error, Result};
 
 /// The harness's seed of few-shot examples.

@@ -1,16 +1,9 @@
 //! What the templates of a task give for a row.
 
-use serde_json::{Map, Value as Json};
-
 use super::definition::DocValue;
+use super::task_row::{TaskRow, failed};
 use crate::jinja::{Syntax, Template, Value};
 use crate::{Error, Result};
-
-/// A row as templates see it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TaskRow {
-    values: Map<String, Json>,
-}
 
 /// The prompt of a row.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,33 +24,6 @@ pub enum Target {
     Any(Vec<Self>),
 }
 
-impl TaskRow {
-    /// A row of columns and values.
-    pub fn new(values: Map<String, Json>) -> Self {
-        Self { values }
-    }
-
-    /// Its columns and values.
-    pub fn values(&self) -> &Map<String, Json> {
-        &self.values
-    }
-
-    fn variables(&self) -> Vec<(&str, Value)> {
-        let values = self.values.iter();
-        values
-            .map(|(name, value)| (name.as_str(), Value::of_json(value)))
-            .collect()
-    }
-
-    fn render(&self, template: &Template) -> Result<String> {
-        template.render(self.variables()).map_err(failed)
-    }
-}
-
-fn failed(problem: crate::jinja::Error) -> Error {
-    Error::Template(problem.to_string())
-}
-
 /// A value that a template gave, or a column has.
 enum Given {
     /// What a template printed.
@@ -69,7 +35,8 @@ impl DocValue {
     fn given(&self, row: &TaskRow) -> Result<Given> {
         match self {
             Self::Fixed(value) => Ok(Given::Value(value.clone())),
-            Self::Text(name, template) => match row.values.get(name) {
+            Self::Twin(twin) => twin.value(row).map(Given::Value),
+            Self::Text(name, template) => match row.values().get(name) {
                 Some(value) => Ok(Given::Value(Value::of_json(value))),
                 None => row.render(template).map(Given::Printed),
             },
@@ -128,7 +95,9 @@ impl DocValue {
                         .ok_or_else(|| Error::schema("a list of choices", format!("`{text}`")))?,
                 }
             }
-            (Self::Fixed(value), Given::Printed(_)) => value.clone(),
+            (Self::Fixed(_) | Self::Twin(_), Given::Printed(text)) => {
+                return Err(Error::schema("a list of choices", format!("`{text}`")));
+            }
         };
         let Value::Seq(items) = &value else {
             return Err(Error::schema("a list of choices", value.kind()));

@@ -1,6 +1,8 @@
 //! The values of metrics for one item.
 
-use data::{Filtered, Ignored, Metric, MetricUse, OutputType, Target, TaskDefinition, TaskItem};
+use data::{
+    Filtered, Ignored, Metric, MetricUse, OutputType, ResultsTwin, Target, TaskDefinition, TaskItem,
+};
 use serde::Serialize;
 
 use super::answers::Answer;
@@ -35,6 +37,8 @@ enum ItemAnswers<'a> {
         text: &'a str,
     },
     Written(&'a TaskItem, &'a Filtered),
+    /// The share of probability of what is true.
+    TrueMass(f64),
 }
 
 /// The values of a task's metrics for an item.
@@ -48,6 +52,9 @@ pub(super) fn row_values(
     filtered: Option<&Filtered>,
 ) -> Result<Vec<RowValue>> {
     let answers = match (task.output, filtered) {
+        (OutputType::MultipleChoice, _) if task.process_results == Some(ResultsTwin::TrueMass) => {
+            ItemAnswers::TrueMass(true_mass(item, answers)?)
+        }
         (OutputType::MultipleChoice, _) => ItemAnswers::Choices(ChoiceAnswers::new(item, answers)?),
         (OutputType::Loglikelihood, _) => {
             let (logprob, is_greedy) = likelihood(answers.first())?;
@@ -57,7 +64,10 @@ pub(super) fn row_values(
             let (logprob, _) = likelihood(answers.first())?;
             let text = item.question.requests.first();
             let text = text.and_then(|request| request.continuation.as_deref());
-            let text = text.unwrap_or_default();
+            let text = match task.process_results {
+                Some(ResultsTwin::OriginalPage) => item.row.page()?,
+                _ => text.unwrap_or_default(),
+            };
             ItemAnswers::Whole { logprob, text }
         }
         (OutputType::GenerateUntil, Some(filtered)) => ItemAnswers::Written(item, filtered),
@@ -97,8 +107,27 @@ impl ItemAnswers<'_> {
                 exact_match(item, answers, &of.ignored)
             }
             (Self::Written(..), _) => problem("written answers"),
+            (Self::TrueMass(mass), Metric::Acc) => Ok(RowValue::Number(*mass)),
+            (Self::TrueMass(_), _) => problem("a share of probability"),
         }
     }
+}
+
+/// The share of the choices' probability that true ones have.
+fn true_mass(item: &TaskItem, answers: &[Answer]) -> Result<f64> {
+    let is_true = item.row.true_choices()?;
+    let logprobs: Vec<f64> = answers
+        .iter()
+        .map(|answer| Ok(likelihood(Some(answer))?.0))
+        .collect::<Result<_>>()?;
+    // Relative to the largest, so that none is too small for a number.
+    let largest = logprobs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let masses: Vec<f64> = logprobs
+        .iter()
+        .map(|logprob| (logprob - largest).exp())
+        .collect();
+    let of_true = masses.iter().zip(is_true).filter(|(_, is_true)| *is_true);
+    Ok(of_true.map(|(mass, _)| mass).sum::<f64>() / masses.iter().sum::<f64>())
 }
 
 fn truth(is_true: bool) -> f64 {

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::glob::Glob;
-use super::yaml::{Yaml, YamlValue};
 use crate::file::require_text;
+use crate::task::yaml::{Yaml, YamlValue};
 use crate::{Error, Place, Result};
 
 /// The largest card.

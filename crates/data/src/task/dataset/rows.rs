@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Number, Value};
 
-use super::values::TaskRow;
 use crate::file::{describe, parse_line};
 use crate::table::{Table, file_type};
+use crate::task::task_row::TaskRow;
 use crate::{Error, Result};
 
 /// Texts of a table that stand for no value.

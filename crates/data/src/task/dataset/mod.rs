@@ -5,14 +5,18 @@
 //!
 //! Source: huggingface/datasets: docs/source/repository_structure.mdx, src/datasets/data_files.py.
 
+mod dataset_card;
+mod glob;
+mod rows;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::dataset_card::{DatasetConfig, configs};
+use self::dataset_card::{DatasetConfig, configs};
+use self::glob::Glob;
+use self::rows::read_rows;
 use super::definition::DatasetSource;
-use super::glob::Glob;
-use super::rows::read_rows;
-use super::values::TaskRow;
+use super::task_row::TaskRow;
 use crate::data_folder::{complete, entries, file_name, shard_of, snapshot, stem_and_type};
 use crate::{Error, Result};
 
