@@ -44,7 +44,7 @@ fn what_is_not_known_is_refused_with_its_line_and_key() {
         ),
         (
             "process_docs: !function utils.f",
-            "t.yaml:9: expected nothing as `process_docs`, found `!function utils.f`: Python is not run",
+            "t.yaml:9: expected a known function of rows as `process_docs`, found `!function utils.f`: Python is not run, and",
         ),
         (
             "num_fewshot: many",

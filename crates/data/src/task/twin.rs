@@ -178,19 +178,21 @@ fn function(of: &Setting, wanted: &str) -> Result<TwinFunction> {
     };
     let folder = of.file.parent().unwrap_or(Path::new(""));
     let path = folder.join(format!("{}.py", module.replace('.', "/")));
-    let text = require_text(&path, MODULE_BYTES)?;
-    let hash: String = Sha256::digest(text)
-        .into_iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let not_run = |why: String| {
+        let found = format!("`!function {module}.{name}`: Python is not run, and {why}");
+        of.error(wanted, found)
+    };
+    let text = require_text(&path, MODULE_BYTES).map_err(|problem| not_run(problem.to_string()))?;
+    let digits = Sha256::digest(text).into_iter();
+    let hash: String = digits.map(|byte| format!("{byte:02x}")).collect();
     let functions = TWIN_MODULES.iter().find(|(known, _)| *known == hash);
     let functions = functions.map_or(&[][..], |(_, functions)| *functions);
     let known = functions.iter().find(|(known, _)| *known == name);
-    known.map(|(_, function)| *function).ok_or_else(|| {
-        let found = format!(
-            "`!function {module}.{name}`, which is not known (SHA-256 {hash}): Python is not run"
-        );
-        of.error(wanted, found)
+    let known = known.map(|(_, function)| *function);
+    known.ok_or_else(|| {
+        not_run(format!(
+            "no twin of this function is known (SHA-256 {hash})"
+        ))
     })
 }
 
