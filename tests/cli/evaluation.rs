@@ -169,6 +169,12 @@ fn malformed_tasks_are_refused_in_one_sentence_before_a_model_is_opened() {
             "error: DIR/task.yaml, row 0: ".to_owned(),
         ),
         (
+            "filter_list: [{name: n, filter: [{function: lowercase}, {function: take_first}]}]\n",
+            &rows,
+            "error: DIR/task.yaml: filter `n`: expected `take_first` for answers without a text"
+                .to_owned(),
+        ),
+        (
             "",
             "{\"p\": 1, \"a\": 0}\n",
             "error: DIR/task.yaml, row 0: ".to_owned(),

@@ -50,5 +50,5 @@ pub use report::{Comparison, EvalReport, ModelScores};
 pub use survival::{SurvivalConfig, SurvivalModels, SurvivalReport, Survived, survival};
 pub use task::{
     Answer, AnswerConfig, Answers, GroupMean, GroupResult, MetricResult, RowValue, TaskRequests,
-    TaskResult,
+    TaskResult, expect_measured,
 };

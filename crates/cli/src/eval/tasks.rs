@@ -137,6 +137,8 @@ fn tasks_of(name: &str, index: &[TaskIndex]) -> anyhow::Result<TaskSet> {
 
 impl HarnessTask {
     fn load(definition: TaskDefinition, args: &Args, console: &Console) -> anyhow::Result<Self> {
+        ::eval::expect_measured(&definition)
+            .with_context(|| definition.file.display().to_string())?;
         let hub = hub_cache();
         let dataset = TaskDataset::find(&definition.dataset, &definition.file, hub.as_deref())?;
         let limits = ItemLimits {

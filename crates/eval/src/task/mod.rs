@@ -14,4 +14,4 @@ pub use answers::{Answer, AnswerConfig, Answers, TaskRequests};
 pub use group_result::{GroupMean, GroupResult};
 pub(crate) use row_values::ChoiceAnswers;
 pub use row_values::RowValue;
-pub use task_result::{MetricResult, TaskResult};
+pub use task_result::{MetricResult, TaskResult, expect_measured};

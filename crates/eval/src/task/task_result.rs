@@ -64,6 +64,30 @@ fn name<S: Serializer>(metric: &Metric, to: S) -> std::result::Result<S::Ok, S::
     to.serialize_str(metric.name())
 }
 
+/// Refuses a task whose metrics or filters are not there for its answers, before anything is asked.
+///
+/// # Errors
+/// If there is such a metric or filter.
+pub fn expect_measured(task: &TaskDefinition) -> Result<()> {
+    if task.output != OutputType::GenerateUntil {
+        let changing = task.filters.iter().find(|filter| !filter.is_plain());
+        return match changing {
+            None => Ok(()),
+            Some(filter) => Err(Error::Filter {
+                filter: filter.name.clone(),
+            }),
+        };
+    }
+    let mut metrics = task.metrics.iter().map(|of| of.metric);
+    match metrics.find(|metric| *metric != Metric::ExactMatch) {
+        None => Ok(()),
+        Some(metric) => Err(Error::Metric {
+            metric: metric.name(),
+            found: "written answers, of which only `exact_match` is measured".into(),
+        }),
+    }
+}
+
 impl TaskResult {
     /// The result of answers to all items, after so many examples each, the first ones of so many rows.
     ///
