@@ -1,5 +1,5 @@
-//! Scores of models: loss, perplexity and bits per byte on held-out rows, accuracy on multiple choice, and differences of
-//! two models on the same rows. Every score has a standard error.
+//! Scores of models: loss, perplexity and bits per byte on held-out rows, tasks of the evaluation harness, and the differences of
+//! several models on the same items. A score has a standard error, a difference an interval.
 //!
 //! ```no_run
 //! use burn::tensor::Device;
