@@ -24,7 +24,7 @@ pub struct Difference {
     pub p: f64,
     /// The same among all comparisons of a report: the chance that any is so small by accident.
     pub p_holm: f64,
-    /// The smallest difference that so many items could show.
+    /// The smallest difference that this number of items can show.
     pub shows_from: f64,
     /// What it says of the model.
     pub verdict: Verdict,
@@ -254,7 +254,7 @@ mod tests {
 
     #[test]
     fn the_difference_of_losses_is_paired_by_sample() {
-        // Losses far apart, differences −1 per token but for noise: 30 samples of 1 to 3 tokens.
+        // Losses far apart, differences of −1 per token and some noise: 30 samples of 1 to 3 tokens.
         let samples = |shift: f64| -> Vec<(f64, usize)> {
             let sample = |i: usize| {
                 let tokens = 1 + i % 3;

@@ -213,7 +213,7 @@ mod tests {
             ("t acc >= base + 0.10", 280, GateVerdict::Passed),
             ("t acc >= base + 0.10", 240, GateVerdict::Inconclusive),
             ("t acc >= base + 0.10", 200, GateVerdict::Failed),
-            // A copy: what so many items cannot tell apart.
+            // A copy: 400 items do not tell these bounds from its own number.
             ("t acc >= base", 200, GateVerdict::Inconclusive),
             ("t acc >= base - 0.01", 200, GateVerdict::Passed),
             ("t acc >= base + 0.005", 200, GateVerdict::Inconclusive),

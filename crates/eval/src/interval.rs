@@ -57,8 +57,8 @@ pub(crate) fn of_shares(gained: usize, lost: usize, n: usize) -> Interval {
     [end(found, -1.0, NORMAL_95), end(found, 1.0, NORMAL_95)]
 }
 
-/// How probable it is that of the items that one model alone has right, at least so many are the same model's, if it could as well be
-/// the other's.
+/// The probability that two equally good models split the items that only one of them has right as unevenly as this, or more so:
+/// McNemar's exact test, two-sided.
 pub(crate) fn mcnemar(gained: usize, lost: usize) -> f64 {
     let n = gained + lost;
     // ln of n over k, from one k to the next.

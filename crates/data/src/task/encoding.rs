@@ -115,8 +115,8 @@ impl<'a> TaskEncoder<'a> {
         Ok(windows)
     }
 
-    /// A text to be continued by so many tokens, without those at its beginning that leave no room for them. Returns the number of
-    /// these too.
+    /// The prompt of an answer of up to `max_tokens`, truncated at its beginning to fit the model with it. Returns the number of
+    /// truncated tokens too.
     ///
     /// # Errors
     /// If there is no room for any text, or no token in it.

@@ -89,7 +89,7 @@ pub fn expect_measured(task: &TaskDefinition) -> Result<()> {
 }
 
 impl TaskResult {
-    /// The result of answers to all items, after so many examples each, the first ones of so many rows.
+    /// The result of answers to all items. The numbers are the examples before each question, and the rows of the split.
     ///
     /// # Errors
     /// If there is no item, a filter or metric does not fit the answers, or a pattern takes too many steps: with the number of the
