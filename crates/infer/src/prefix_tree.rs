@@ -65,8 +65,13 @@ impl PrefixTree {
         &self.path
     }
 
-    /// The segments of the row, which meet where sequences part.
+    /// The segments of the row.
     pub(crate) fn segments(&self) -> Segments {
+        Segments::tree(vec![self.ranges()])
+    }
+
+    /// The range of each segment with all that continue it. Segments meet where sequences part.
+    fn ranges(&self) -> Vec<Range<usize>> {
         let branches = self.branches.iter();
         let mut starts: Vec<usize> = branches
             .flat_map(|branch| [Some(branch.start), branch.instead])
@@ -99,7 +104,7 @@ impl PrefixTree {
             segments.push(start..end);
         }
         segments.reverse();
-        Segments::tree(vec![segments])
+        segments
     }
 }
 
@@ -131,9 +136,8 @@ mod tests {
             );
             ends.push(places);
         }
-        let segments = tree.segments();
-        let positions = segments.positions(tree.ids().len()).unwrap();
-        let ranges = segments.rows()[0].clone();
+        let positions = tree.segments().positions(tree.ids().len()).unwrap();
+        let ranges = tree.ranges();
         for (ids, places) in sequences.iter().zip(ends) {
             for (at, place) in places.iter().enumerate() {
                 assert_eq!(positions[*place], at, "{sequences:?}");

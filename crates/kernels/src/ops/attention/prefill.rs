@@ -95,8 +95,14 @@ impl AttentionShape {
         HeadLayout::whole(self.q.heads, self.v.dim)
     }
 
-    /// The tiles of a row.
-    fn tiles(&self, segments: &Segments, row: usize) -> impl Iterator<Item = QueryTile> + use<> {
+    /// The tiles of each row: the same for all heads.
+    fn tiles(&self, segments: &Segments) -> Vec<Vec<QueryTile>> {
+        let rows = 0..self.batch;
+        rows.map(|row| self.tiles_of(segments, row).collect())
+            .collect()
+    }
+
+    fn tiles_of(&self, segments: &Segments, row: usize) -> impl Iterator<Item = QueryTile> + use<> {
         let before = self.kv_seq - self.seq;
         let views = segments.views(row, self.seq).into_iter();
         views.flat_map(move |SegmentView { own, earlier }| {
@@ -218,6 +224,7 @@ pub(crate) fn forward(
     let mut lse = vec![0.0; shape.batch * heads * shape.seq];
     let all = place.all(&mut out, shape.batch * shape.seq);
     let lses = MatMut::dense(&mut lse, shape.batch * heads, shape.seq);
+    let tiles = shape.tiles(segments);
     let head = |task: usize| {
         let (row, head) = (task / heads, task % heads);
         let inputs = AttentionHead::new(q, context, scale, shape, [row, head]);
@@ -229,8 +236,7 @@ pub(crate) fn forward(
                 lses.part(task..task + 1, 0..shape.seq),
             )
         };
-        let tiles = shape.tiles(segments, row);
-        forward_head(inputs, tiles, out, lse.values());
+        forward_head(inputs, &tiles[row], out, lse.values());
     };
     if shape.seq <= MAX_GEMV_ROWS {
         spin_for(shape.batch * heads, head);
@@ -242,7 +248,7 @@ pub(crate) fn forward(
 
 fn forward_head(
     head: AttentionHead<'_>,
-    tiles: impl Iterator<Item = QueryTile>,
+    tiles: &[QueryTile],
     mut out: MatMut<'_>,
     lse: &mut [f32],
 ) {
@@ -250,7 +256,7 @@ fn forward_head(
     for tile in tiles {
         let (queries, rows, visible) = (tile.queries.clone(), tile.queries.len(), tile.n_keys());
         with_scratch(rows * visible, |scores| {
-            head.scores(&tile, scores);
+            head.scores(tile, scores);
             for (scores, lse) in scores.chunks_mut(visible).zip(&mut lse[queries.clone()]) {
                 *lse = softmax(scores);
             }
@@ -330,6 +336,7 @@ pub(crate) fn backward(
     let shared = HeadLayout::whole(kv_heads, shape.shared.dim);
     let mut partial = zeros(kv_rows * kv_heads * shared.dim);
     let partial_all = shared.all(&mut partial, kv_rows);
+    let tiles = shape.tiles(segments);
     (0..shape.batch * kv_heads)
         .into_par_iter()
         .with_max_len(1)
@@ -362,8 +369,7 @@ pub(crate) fn backward(
                     let cols = 0..d.cols();
                     d.block(keys.clone(), cols)
                 });
-                let tiles = shape.tiles(segments, row);
-                backward_head(inputs, outputs, tiles, [dq, dk, dv, dshared]);
+                backward_head(inputs, outputs, &tiles[row], [dq, dk, dv, dshared]);
             }
         });
     add_partial(dshared, &partial, shape.shared, shared);
@@ -400,7 +406,7 @@ struct HeadOutputs<'a> {
 fn backward_head(
     head: AttentionHead<'_>,
     outputs: HeadOutputs<'_>,
-    tiles: impl Iterator<Item = QueryTile>,
+    tiles: &[QueryTile],
     grads: [MatMut<'_>; 4],
 ) {
     let [mut dq, mut dk, mut dv, mut dshared] = grads;
@@ -410,7 +416,7 @@ fn backward_head(
         let dout = outputs.dout.block(queries.clone(), 0..v_dim);
         with_scratch(2 * rows * visible, |scratch| {
             let (p, ds) = scratch.split_at_mut(rows * visible);
-            head.scores(&tile, p);
+            head.scores(tile, p);
             for (p, lse) in p.chunks_mut(visible).zip(&outputs.lse[queries.clone()]) {
                 exp::exp_shifted(p, *lse);
             }

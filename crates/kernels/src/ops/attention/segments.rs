@@ -95,11 +95,6 @@ impl Segments {
         Self::new(rows)
     }
 
-    /// The segments of packed rows, as they were given to [`Self::tree`].
-    pub fn rows(&self) -> &[Vec<Range<usize>>] {
-        &self.0.rows
-    }
-
     /// The position of every token in its own sequence, row by row, for packed rows of length `seq`; `None` if rows are
     /// whole.
     pub fn positions(&self, seq: usize) -> Option<Vec<usize>> {
