@@ -98,6 +98,12 @@ fn rows() {
 }
 
 #[test]
+fn tasks() {
+    check("task", ROUNDS);
+    check("dataset_card", ROUNDS);
+}
+
+#[test]
 fn adapters() {
     check("adapter", ROUNDS);
     check("adapter_notes", ROUNDS);

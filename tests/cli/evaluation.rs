@@ -1,11 +1,13 @@
 //! `moeforge eval`: tasks of the evaluation harness, the files they leave, gates, and what is refused.
 
 use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{golden, moeforge};
+use super::{command, golden, moeforge, moeforge_in};
 
 fn task(name: &str) -> String {
     golden(&format!("harness_tasks/{name}.yaml"))
@@ -77,6 +79,195 @@ fn tasks_leave_the_files_of_the_harness() {
     assert!(!again.status.success());
 }
 
+/// An evaluation of all kinds of work in a folder, a pass for each request.
+fn evaluation(folder: &Path) -> Vec<String> {
+    let names = ["mapped", "answers", "rolling", "lambada_like"];
+    let tasks: Vec<String> = names.map(task).to_vec();
+    let data = folder.join("rows");
+    std::fs::create_dir(&data).unwrap();
+    let row = |n: usize| format!("{{\"text\": \"The sum of {n} and {n} is {}.\"}}\n", 2 * n);
+    std::fs::write(
+        data.join("test.jsonl"),
+        (0..12).map(row).collect::<String>(),
+    )
+    .unwrap();
+    let adapter = golden("deepseek_v3/adapter_peft").display().to_string();
+    let words = [
+        "eval",
+        &model(),
+        "--adapter",
+        &adapter,
+        "--data",
+        "rows",
+        "--tasks",
+        &tasks.join(","),
+        "--batch",
+        "1",
+    ];
+    let gate = ["--gate", "mapped acc >= base - 0.9", "--out", "out"];
+    words
+        .iter()
+        .chain(&gate)
+        .map(|word| (*word).to_owned())
+        .collect()
+}
+
+/// The files in a folder, but for those of answers, and those that were being written when the program was killed.
+fn files(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut found = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(place) = folders.pop() {
+        for entry in std::fs::read_dir(&place).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() && !path.ends_with("answers") {
+                folders.push(path);
+            } else if path.is_file() && path.extension().is_none_or(|kind| kind != "tmp") {
+                let name = path.strip_prefix(folder).unwrap().display().to_string();
+                found.push((name, std::fs::read(&path).unwrap()));
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Starts an evaluation and kills it after some time; whether it had not ended by then.
+fn kill_after(time: Duration, folder: &Path, words: &[&str]) -> bool {
+    let mut command = command(words);
+    command.current_dir(folder);
+    let command = command.stderr(Stdio::null()).stdout(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    std::thread::sleep(time);
+    child.kill().unwrap();
+    child.wait().unwrap().code().is_none()
+}
+
+/// The lines in all files of answers.
+fn kept_answers(folder: &Path) -> usize {
+    let entries = std::fs::read_dir(folder.join("out/answers"));
+    let entries = entries.into_iter().flatten();
+    let texts = entries.map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap());
+    texts.map(|text| text.lines().count()).sum()
+}
+
+#[test]
+fn a_killed_evaluation_goes_on_and_ends_with_the_same_bytes() {
+    let (whole, killed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let words = evaluation(whole.path());
+    evaluation(killed.path());
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let started = Instant::now();
+    let output = moeforge_in(whole.path(), &words);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    let length = started.elapsed();
+
+    // Kills at twenty moments of a whole run, each of which goes on from those before it.
+    let (mut kills, mut before) = (0, 0);
+    for kill in 0..20 {
+        let share = f64::from((kill * 7 + 3) % 20) / 20.0;
+        if !kill_after(length.mul_f64(share), killed.path(), &words) {
+            break;
+        }
+        kills += 1;
+        assert!(kept_answers(killed.path()) >= before);
+        before = kept_answers(killed.path());
+    }
+    assert!(kills > 3 && before > 3, "{kills} kills, {before} answers");
+    if !killed.path().join("out/evidence.json").is_file() {
+        let output = moeforge_in(killed.path(), &words);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{stderr}");
+    }
+    let [expected, found] = [&whole, &killed].map(|place| files(&place.path().join("out")));
+    assert!(expected.len() > 10, "{}", expected.len());
+    for (expected, found) in expected.iter().zip(&found) {
+        assert!(expected == found, "{}, {}", expected.0, found.0);
+    }
+    assert_eq!(expected.len(), found.len());
+}
+
+#[test]
+fn kept_answers_serve_another_evaluation() {
+    let place = tempfile::tempdir().unwrap();
+    let words = evaluation(place.path());
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    assert!(moeforge_in(place.path(), &words).status.success());
+    let n_answers = kept_answers(place.path());
+    let others = ["other", "--answers", "out/answers"];
+    let again = [&words[..words.len() - 1], &others].concat();
+    assert!(moeforge_in(place.path(), &again).status.success());
+    assert_eq!(kept_answers(place.path()), n_answers);
+    let report = |folder: &str| std::fs::read(place.path().join(folder).join("report.json"));
+    assert!(report("out").unwrap() == report("other").unwrap());
+}
+
+/// The exit code of a check of evidence, and what it says.
+fn check(folder: &Path) -> (i32, String) {
+    let output = moeforge_in(folder, &["eval", "--check", "out/evidence.json"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    (output.status.code().unwrap(), text)
+}
+
+#[test]
+fn evidence_shows_what_was_changed() {
+    let place = tempfile::tempdir().unwrap();
+    let words = evaluation(place.path());
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    assert!(moeforge_in(place.path(), &words).status.success());
+    let (code, text) = check(place.path());
+    let is_whole = text.ends_with("files and all numbers are as stated\n");
+    assert!(code == 0 && is_whole, "{text}");
+
+    let changed = |name: &str, from: &str, to: &str| {
+        let path = place.path().join(name);
+        let before = std::fs::read_to_string(&path).unwrap();
+        assert!(before.contains(from), "{name}: {from}");
+        std::fs::write(&path, before.replacen(from, to, 1)).unwrap();
+        let (code, text) = check(place.path());
+        std::fs::write(&path, before).unwrap();
+        assert_eq!(code, 4, "{name}: {text}");
+        text
+    };
+    let text = changed("rows/test.jsonl", "sum", "Sum");
+    let is_found = text.starts_with("rows/test.jsonl: expected SHA-256 ");
+    assert!(is_found && text.lines().count() == 1, "{text}");
+    let samples = "deepseek_v3/samples_mapped.jsonl";
+    let text = changed(&format!("out/{samples}"), "doc_id", "Doc_id");
+    let is_found = text.starts_with(&format!("{samples}: expected SHA-256 "));
+    assert!(is_found, "{text}");
+    let [passed, failed] = ["passed", "failed"].map(|it| format!("\"verdict\": \"{it}\""));
+    let text = changed("out/report.json", &passed, &failed);
+    for expected in [
+        "report.json: expected SHA-256 ",
+        "report.json: gates[0].verdict: stated \"failed\", computed \"passed\"",
+        "evidence.json: expected `found` to be what `report.json` says",
+    ] {
+        assert!(text.contains(expected), "{text}");
+    }
+    let text = changed("out/evidence.json", &passed, &failed);
+    assert!(
+        text.starts_with("evidence.json: expected `found`"),
+        "{text}"
+    );
+    std::fs::remove_file(place.path().join("out/report.txt")).unwrap();
+    let expected = "report.txt: expected a file, found none\n";
+    assert_eq!(check(place.path()), (4, expected.to_owned()));
+}
+
+#[test]
+fn evidence_that_is_none_is_refused() {
+    let place = tempfile::tempdir().unwrap();
+    let refused = |text: &str| {
+        std::fs::write(place.path().join("other.json"), text).unwrap();
+        let output = moeforge_in(place.path(), &["eval", "--check", "other.json"]);
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert!(refused("[").starts_with("error: `other.json`: expected JSON: "));
+    assert!(refused("{}").starts_with("error: `other.json`: expected evidence of `eval`: "));
+}
+
 #[test]
 fn a_gate_decides_the_exit_code() {
     let (model, task) = (model(), task("mapped"));
@@ -106,6 +297,64 @@ fn a_gate_decides_the_exit_code() {
     assert_eq!(code(&gate("mapped acc >= base")).0, 2);
     assert_eq!(code(&gate("other acc >= 1")).0, 2);
     assert_eq!(code(&gate("mapped acc > 1")).0, 2);
+}
+
+#[test]
+fn tasks_are_asked_in_conversations() {
+    let place = tempfile::tempdir().unwrap();
+    let out = place.path().join("out");
+    let tasks = "datasets/factbook/factbook_answer.yaml";
+    let base = [
+        "eval",
+        "recipes/quickstart/base",
+        "--tasks",
+        tasks,
+        "--max-samples",
+        "1",
+    ];
+    let run = |more: &[&str]| moeforge(&[&base[..], &["--num-fewshot", "1"], more].concat());
+    let words = [
+        "--chat-template",
+        "--system",
+        "Be short.",
+        "--out",
+        out.to_str().unwrap(),
+    ];
+    let output = run(&words);
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let sample = &lines(&out.join("base/samples_factbook_answer.jsonl"))[0];
+    let tokenizer = std::fs::read_to_string("recipes/quickstart/tokenizer/tokenizer_config.json");
+    let tokenizer: Value = serde_json::from_str(&tokenizer.unwrap()).unwrap();
+    let prompt = sample["arguments"]["gen_args_0"]["arg_0"].as_str().unwrap();
+    for part in ["Be short.", "<｜User｜>", "<｜Assistant｜>"] {
+        assert!(prompt.contains(part), "{prompt} {tokenizer}");
+    }
+    assert_eq!(prompt.matches("<｜Assistant｜>").count(), 2, "{prompt}");
+
+    let refused = |words: &[&str], expected: &str| {
+        let output = moeforge(words);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(
+            !output.status.success() && stderr.contains(expected),
+            "{stderr}"
+        );
+    };
+    let mapped = task("mapped");
+    let plain = ["eval", &model(), "--tasks", &mapped, "--chat-template"];
+    refused(&plain, "deepseek_v3: expected a chat template, found none");
+    let thoughts = [&plain[..], &["--think"]].concat();
+    refused(
+        &thoughts,
+        "--think: expected a task with written answers, found `mapped`",
+    );
+    refused(
+        &["eval", &model(), "--tasks", &mapped, "--think"],
+        "--chat-template",
+    );
 }
 
 /// What is said of a task and its rows; the model does not even exist.

@@ -1,6 +1,6 @@
 //! `moeforge data check`, `train` and the verbs about runs: what they refuse, leave behind and compare.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
@@ -287,6 +287,73 @@ fn a_run_is_reported_with_its_samples_on_a_page_of_its_own() {
         1,
         &["recipe.toml", "found none"],
     );
+}
+
+/// The exit code of a short run with tasks, what it says, and its folder.
+fn scored_run(place: &TempDir, settings: &[&str]) -> (Option<i32>, String, PathBuf) {
+    let run = place.path().join("run");
+    let tasks = "eval.tasks=[\"datasets/factbook/factbook_choice.yaml\"]";
+    let out = run.to_str().unwrap();
+    let words = ["train", "recipes/smoke/lora.toml", "--out", out];
+    let few = [tasks, "eval.tasks_max_samples=8"];
+    let settings = few.iter().chain(settings).flat_map(|it| ["--set", it]);
+    let output = moeforge(&words.into_iter().chain(settings).collect::<Vec<_>>());
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    (output.status.code(), stderr, run)
+}
+
+#[test]
+fn a_recipe_scores_tasks_while_it_learns() {
+    let place = tempfile::tempdir().unwrap();
+    let gate = "eval.gates=[\"factbook_choice acc >= base - 0.9\"]";
+    let (code, stderr, run) = scored_run(&place, &["eval.tasks_every=2", gate]);
+    assert_eq!(code, Some(0), "{stderr}");
+    for words in [
+        "step 0: factbook_choice acc ",
+        "step 2: factbook_choice acc ",
+        "step 3: factbook_choice acc_norm ",
+        "gate `factbook_choice acc >= base - 0.9`, step 3: passed",
+    ] {
+        assert!(stderr.contains(words), "`{words}` is not in: {stderr}");
+    }
+    for step in [0, 2, 3] {
+        assert!(run.join(format!("scores/step_{step:08}.json")).is_file());
+    }
+    assert!(
+        moeforge(&["report", run.to_str().unwrap()])
+            .status
+            .success()
+    );
+    let page = std::fs::read_to_string(run.join("report.html")).unwrap();
+    assert!(page.contains("factbook_choice acc_norm"), "{page}");
+}
+
+#[test]
+fn a_result_that_does_not_keep_its_bounds_is_there_but_judged() {
+    let place = tempfile::tempdir().unwrap();
+    let gate = "eval.gates=[\"factbook_choice acc >= 1.0\"]";
+    let (code, stderr, run) = scored_run(&place, &[gate]);
+    assert!(code == Some(3) && stderr.contains(": failed;"), "{stderr}");
+    assert!(run.join("adapter/adapter_model.safetensors").is_file());
+}
+
+#[test]
+fn tasks_of_a_recipe_are_refused_before_a_run_begins() {
+    let place = tempfile::tempdir().unwrap();
+    for (setting, expected) in [
+        (
+            "eval.gates=[\"other acc >= 1.0\"]",
+            "error: eval.gates: `other acc >= 1.0`: expected a gate about what is evaluated, found the task `other`; there are factbook_choice\n",
+        ),
+        (
+            "eval.tasks=[\"no.yaml\"]",
+            "error: eval.tasks: `no.yaml`: expected a task's file, a folder of tasks, a file of rows or the name of a task, found none; give the folder that has it with --include-path\n",
+        ),
+    ] {
+        let (code, stderr, run) = scored_run(&place, &[setting]);
+        assert_eq!((code, stderr.as_str()), (Some(1), expected));
+        assert!(!run.exists());
+    }
 }
 
 #[test]

@@ -7,7 +7,10 @@ use checkpoint::{
     Adapter, DType, Folder, GgufLayout, GgufValue, GgufWriter, Tensor, TensorSpec,
     write_safetensors,
 };
-use data::{Bos, DataFolder, Special, Split, SplitName, Tokenizer, TokenizerFiles};
+use data::{
+    Bos, DataFolder, ItemLimits, Special, Split, SplitName, TaskChat, TaskDataset, TaskIndex,
+    Tokenizer, TokenizerFiles,
+};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -159,8 +162,33 @@ const PARQUET_DELTA: Kind = Kind {
     ..PARQUET
 };
 
+/// A task of the evaluation harness, asked about rows.
+const TASK: Kind = Kind {
+    file: "task.yaml",
+    memory: ANY_PATTERNS,
+    write: |folder| {
+        write_rows(folder, "task.yaml", TASK_TEXT);
+        write_rows(folder, "rows.jsonl", TASK_ROWS);
+    },
+    read: read_tasks,
+};
+/// The card of the data set of a task, which says where its splits are.
+const DATASET_CARD: Kind = Kind {
+    file: "README.md",
+    write: |folder| {
+        let task = String::from_utf8_lossy(TASK_TEXT);
+        let (_, rest) = task.split_once("test_split").unwrap();
+        let place = format!("dataset_path: {:?}\ndataset_name: small\n", folder);
+        let task = format!("task: capitals\n{place}test_split{rest}");
+        write_rows(folder, "task.yaml", task.as_bytes());
+        write_rows(folder, "rows.jsonl", TASK_ROWS);
+        write_rows(folder, "README.md", CARD_TEXT);
+    },
+    ..TASK
+};
+
 /// All of them, by the names of libFuzzer's targets.
-pub(crate) const ALL: [(&str, Kind); 17] = [
+pub(crate) const ALL: [(&str, Kind); 19] = [
     ("json_lines", JSON_LINES),
     ("json_list", JSON_LIST),
     ("csv", CSV),
@@ -178,6 +206,8 @@ pub(crate) const ALL: [(&str, Kind); 17] = [
     ("adapter", ADAPTER),
     ("adapter_notes", ADAPTER_NOTES),
     ("mlx_adapter", MLX_ADAPTER),
+    ("task", TASK),
+    ("dataset_card", DATASET_CARD),
 ];
 
 /// A folder in which one file is put in place of another again and again.
@@ -270,6 +300,56 @@ fn read_rows(folder: &Path) -> Option<()> {
     };
     let split = Split::open(file, None, 16, 1000).ok()?;
     (split.samples.len() > 1).then_some(())
+}
+
+const TASK_TEXT: &[u8] = br#"task: capitals
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+fewshot_split: test
+num_fewshot: 1
+description: "About {{ country | upper }}.\n\n"
+output_type: generate_until
+doc_to_text: |-
+  {% for c in choices %}{{ loop.index }}. {{ c }}
+  {% endfor %}Question: what is the capital of {{ country }}?
+doc_to_target: "{{ choices[answer] }}"
+gen_prefix: "The"
+fewshot_config:
+  sampler: first_n
+  doc_to_text: "{{ country | regex_replace('(a)', '\\\\1\\\\1') }}"
+generation_kwargs: {until: ["\n", "."], do_sample: false, max_gen_toks: 9}
+repeats: 2
+filter_list:
+  - name: strict
+    filter: [{function: regex, regex_pattern: "(?<=is )(\\w+)", group_select: -1}, {function: majority_vote}, {function: take_first}]
+  - name: loose
+    filter: [{function: lowercase}, {function: map, mapping_dict: {rome: 1}, default_value: x}, {function: take_first}]
+metric_list:
+  - {metric: exact_match, ignore_case: true, regexes_to_ignore: [",", "[0-9]+$"]}
+  - {metric: chrf}
+metadata: {version: 1.0}
+"#;
+const TASK_ROWS: &[u8] = br#"{"country": "Italy", "choices": ["Rome", "Milan"], "answer": 0}
+{"country": "Ghana", "choices": ["Kumasi", "Accra"], "answer": 1}
+{"country": "Peru", "choices": ["Lima", "Cusco"], "answer": 0}
+"#;
+const CARD_TEXT: &[u8] = b"---\nlicense: mit\nconfigs:\n- config_name: small\n  default: true\n  data_files:\n  - split: test\n    path: [\"rows*.jsonl\"]\n- config_name: other\n  data_files: other.csv\n---\n# Rows\n";
+
+/// Reads the tasks of a folder, asks about their rows, and filters an answer.
+fn read_tasks(folder: &Path) -> Option<()> {
+    let tasks = TaskIndex::open(folder).ok()?.set("*").ok()??;
+    for task in tasks.tasks {
+        let dataset = TaskDataset::find(&task.dataset, &task.file, None).ok()?;
+        let items = task.items(&dataset, ItemLimits::default(), &TaskChat::default());
+        for item in items.ok()?.items {
+            for filter in &task.filters {
+                let answers = ["The capital is Rome".to_owned(), "rome".to_owned()];
+                let _ = filter.apply(&answers, &item.row);
+            }
+        }
+    }
+    Some(())
 }
 
 fn read_tokenizer(folder: &Path) -> Option<()> {

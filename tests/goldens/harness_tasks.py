@@ -133,6 +133,16 @@ TASKS = {
         doc_to_choice: ["A", "B"]
         metric_list: [{metric: f1}, {metric: mcc}, {metric: exact_match}]
     """),
+    "translated": ("text", """
+        output_type: generate_until
+        doc_to_text: "{{title}}"
+        doc_to_target: "{{text}}"
+        generation_kwargs: {until: ["e"], max_gen_toks: 2}
+        filter_list:
+          - name: same
+            filter: [{function: map, mapping_dict: {never: 1}, default_value: "A first text ends here in a naïve café of two lines"}, {function: take_first}]
+        metric_list: [{metric: bleu}, {metric: chrf}, {metric: ter}]
+    """),
     "inherited": ("choice", """
         include: arc_like.yaml
         num_fewshot: 0
@@ -155,7 +165,44 @@ def write(folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(f"task: {name}\n" + text)
 
 
-def asked(folder: Path) -> dict:
+# A chat template with a system message, a switch for thoughts, and answers without white space around them.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n{% elif m.role == 'user' %}"
+    "User: {{ m.content }}\n{% else %}Assistant: {{ m.content | trim }}{{ eos_token }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% if enable_thinking is defined and not enable_thinking %}</think>{% endif %}{% endif %}"
+)
+SYSTEM = "Answer well."
+# Conversations: whether examples are turns, the system message, and whether thoughts are on or off.
+CHATS = {
+    "turns": (True, None, None),
+    "system": (True, SYSTEM, None),
+    "one message": (False, SYSTEM, False),
+}
+
+
+def chats(folder: Path, model: Path) -> dict:
+    """What the harness asks in conversations: by kind of conversation and task, prompts and continuations."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    found = {}
+    for name, (turns, system, thinking) in CHATS.items():
+        def render(messages, add_generation_prompt=True):
+            options = {} if thinking is None else {"enable_thinking": thinking}
+            return tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+                **options,
+            )
+
+        found[name] = asked(folder, {"apply_chat_template": True, "fewshot_as_multiturn": turns, "chat_template": render}, system)
+    return found
+
+
+def asked(folder: Path, chat: dict = {}, system: str | None = None) -> dict:
     import os
 
     from lm_eval.tasks import TaskManager
@@ -170,8 +217,8 @@ def asked(folder: Path) -> dict:
         questions = []
         for doc in task.eval_docs:
             prefix = task.doc_to_prefix(doc)
-            context = task.fewshot_context(doc, num_fewshot=count, gen_prefix=prefix)
-            requests = task.construct_requests(doc, context, metadata=(name, 0, 1))
+            context = task.fewshot_context(doc, num_fewshot=count, gen_prefix=prefix, system_instruction=system, **chat)
+            requests = task.construct_requests(doc, context, metadata=(name, 0, 1), apply_chat_template=bool(chat))
             requests = requests if isinstance(requests, list) else [requests]
             pairs = []
             for request in requests:
@@ -229,14 +276,22 @@ def twins() -> dict:
 MODELS = ["deepseek_v3", "llama_distill", "qwen2_distill"]
 
 
-def scored(folder: Path, model: Path) -> dict:
+def scored(folder: Path, model: Path, chat: bool = False) -> dict:
     import os
+    import shutil
+    import tempfile
 
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     os.environ["DISABLE_MULTIPROC"] = "1"
     os.chdir(folder)
+    if chat:
+        copy = Path(tempfile.mkdtemp()) / model.name
+        shutil.copytree(model, copy)
+        model = copy
+        (model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
     def evaluate(tasks: list, draws: int) -> dict:
         return lm_eval.simple_evaluate(
             model="hf",
@@ -247,6 +302,9 @@ def scored(folder: Path, model: Path) -> dict:
             device="cpu",
             log_samples=True,
             bootstrap_iters=draws,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            system_instruction=SYSTEM if chat else None,
         )
 
     # 100,000 draws of scikit-learn's F1 take a quarter of an hour.
@@ -275,5 +333,8 @@ if __name__ == "__main__":
     (folder / "asked.json").write_text(json.dumps(asked(folder), ensure_ascii=False, indent=0) + "\n")
     (folder / "twins.json").write_text(json.dumps(twins(), ensure_ascii=False, indent=0) + "\n")
     models = Path(__file__).resolve().parent
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (folder / "chats.json").write_text(json.dumps(chats(folder, models / MODELS[0]), ensure_ascii=False, indent=0) + "\n")
     answers = {name: scored(folder, models / name) for name in MODELS}
+    answers[f"{MODELS[0]} chat"] = scored(folder, models / MODELS[0], chat=True)
     (folder / "scored.json").write_text(json.dumps(answers, ensure_ascii=False, indent=0) + "\n")

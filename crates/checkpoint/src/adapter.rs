@@ -2,7 +2,7 @@
 //!
 //! Keys and shapes are those of the file; the caller, who knows the model, tells the two dialects for experts apart.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -144,16 +144,21 @@ impl Adapter {
         writer.finish()
     }
 
-    /// Copies the files of an adapter, and nothing else of its folder, which may be a checkpoint.
+    /// The files of an adapter, and nothing else of its folder, which may be a checkpoint.
+    pub fn files(folder: &Path) -> Vec<PathBuf> {
+        let names = [CONFIG_NAME, WEIGHTS_NAME, MLX_WEIGHTS_NAME, NOTES_NAME];
+        let paths = names.map(|name| folder.join(name)).into_iter();
+        paths.filter(|path| path.exists()).collect()
+    }
+
+    /// Copies the files of an adapter.
     ///
     /// # Errors
     /// If a file cannot be read or written.
     pub fn copy_into(folder: &Path, writer: &mut FolderWriter) -> Result<()> {
-        for name in [CONFIG_NAME, WEIGHTS_NAME, MLX_WEIGHTS_NAME, NOTES_NAME] {
-            let path = folder.join(name);
-            if path.exists() {
-                writer.copy_file(&path, name)?;
-            }
+        for path in Self::files(folder) {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            writer.copy_file(&path, &name)?;
         }
         Ok(())
     }

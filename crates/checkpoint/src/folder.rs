@@ -4,7 +4,7 @@
 //! The index says which tensor is in which shard; names of shards are never constructed. Tokenizers and chat templates in the
 //! folder are not read here.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -150,6 +150,13 @@ impl Folder {
     /// The path of the folder, or of the GGUF file.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The files with the tensors, each once.
+    pub fn weight_files(&self) -> Vec<PathBuf> {
+        let tensors = self.shards.iter().flat_map(|shard| &shard.tensors);
+        let files: BTreeSet<PathBuf> = tensors.map(|tensor| tensor.file.to_path_buf()).collect();
+        files.into_iter().collect()
     }
 
     /// The file with the configuration, for messages.

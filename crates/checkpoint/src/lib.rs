@@ -56,7 +56,7 @@ pub use self::advice::{advise_dontneed, advise_willneed};
 pub use self::cache::{repo_and_revision, resolve};
 pub use self::dtype::DType;
 pub use self::error::{Error, Result, broken_link};
-pub use self::file::{expect_absent, is_present, sha256, write_file};
+pub use self::file::{expect_absent, is_present, sha256, sha256_of, write_file};
 pub use self::fnv::fnv1a;
 pub use self::folder::{Companions, Folder};
 pub use self::folder_writer::FolderWriter;

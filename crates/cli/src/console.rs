@@ -23,6 +23,8 @@ enum Level {
 #[derive(Debug)]
 pub(crate) struct Console {
     level: Level,
+    /// Bars on the terminal that others come below.
+    bars: Option<MultiProgress>,
 }
 
 /// Plain progress lines come no more often than this.
@@ -35,7 +37,15 @@ impl Console {
             (_, true) => Level::Verbose,
             _ => Level::Normal,
         };
-        Self { level }
+        Self { level, bars: None }
+    }
+
+    /// The same for a part of the work, with bars below that of the whole.
+    pub(crate) fn below(&self, progress: &Progress) -> Self {
+        Self {
+            level: self.level,
+            bars: Some(progress.bars.clone()),
+        }
     }
 
     /// The option that makes another process print as much, if there is one.
@@ -62,8 +72,15 @@ impl Console {
 
     /// A note for the user.
     pub(crate) fn note(&self, text: impl Display) {
-        if self.level != Level::Quiet {
+        if self.level == Level::Quiet {
+            return;
+        }
+        let write = || {
             let _ = writeln!(std::io::stderr(), "{text}");
+        };
+        match &self.bars {
+            Some(bars) => bars.suspend(write),
+            None => write(),
         }
     }
 
@@ -101,6 +118,9 @@ impl Console {
     pub(crate) fn progress(&self, total: u64, what: &'static str) -> Progress {
         let visible = self.level != Level::Quiet;
         let terminal = std::io::stderr().is_terminal();
+        if let Some(bars) = &self.bars {
+            return Progress::new(bars.clone(), total, what).lines(visible && !terminal);
+        }
         let target = if visible && terminal {
             ProgressDrawTarget::stderr()
         } else {

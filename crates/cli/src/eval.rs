@@ -1,31 +1,48 @@
 //! `eval`: scores of a model, and the difference to its baseline.
 
+mod answer_log;
 pub(crate) mod compare;
 mod contestants;
+pub(crate) mod conversation_args;
+mod evidence;
 pub(crate) mod experts;
 mod harness_files;
+mod hashed_files;
+mod keeper;
 pub(crate) mod logits;
+mod score_page;
 pub(crate) mod survival;
-mod tasks;
+pub(crate) mod tasks;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use ::eval::{
-    EvalConfig, EvalReport, Gate, GateOutcome, GateVerdict, GroupResult, ModelScores, TextScore,
+    AnswerStore, EvalConfig, EvalReport, ExpertChoices, Gate, GateOutcome, GateVerdict,
+    GroupResult, ModelScores, TextScore,
 };
 use anyhow::Context;
-use data::{Sample, SplitName};
+use data::{SplitName, TaskItem};
 
 use self::contestants::{Contestant, NamedAdapter, contestants};
-use self::tasks::LoadedTasks;
-use crate::console::{Console, NOT_KEPT, Progress, finite, misuse};
+use self::conversation_args::ConversationArgs;
+pub(crate) use self::evidence::read_report;
+use self::evidence::{EVIDENCE_NAME, REPORT_NAME};
+use self::keeper::Keeper;
+use self::score_page::html_page;
+use self::tasks::{AskedModel, LoadedTasks, ROUTED_SAMPLES, ROUTED_TOKENS, TaskOptions, scored};
+use crate::console::{Console, NOT_KEPT, misuse};
 use crate::device::DeviceArgs;
 use crate::open::{Opened, expect_computed, open_model};
 use crate::plan::budget::BudgetArgs;
 use crate::plan::conversion::expect_room_for_losses;
 use crate::rows::{ColumnArgs, SplitRows};
 use crate::values::{COMPUTE_HELP, ComputeValue};
+
+/// The file of the report as it is printed.
+const TEXT_NAME: &str = "report.txt";
+/// The same as a page for a browser.
+const HTML_NAME: &str = "report.html";
 
 /// Evaluate a model: loss, perplexity, bits per byte, multiple choice.
 ///
@@ -34,7 +51,7 @@ use crate::values::{COMPUTE_HELP, ComputeValue};
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Models: Hugging Face folders, GGUF files, or `org/name` in the local Hugging Face cache.
-    #[arg(required = true, value_name = "MODEL")]
+    #[arg(required_unless_present = "check", value_name = "MODEL")]
     pub(crate) models: Vec<String>,
     /// LoRA adapter of the first model: PEFT folder, maybe with a name for the two. May be repeated; each is evaluated by itself.
     #[arg(long, value_name = "[NAME=]DIR", value_parser = |text: &str| Ok::<_, String>(NamedAdapter::from(text)))]
@@ -43,7 +60,7 @@ pub(crate) struct Args {
     pub(crate) device: DeviceArgs,
     /// Folder with a test split (`test.jsonl`, `.csv`, `.parquet`, …), or a file of rows, for loss, perplexity and bits
     /// per byte.
-    #[arg(long, value_name = "DIR", required_unless_present = "tasks")]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["tasks", "check"])]
     pub(crate) data: Option<PathBuf>,
     /// Tasks: files of lm-evaluation-harness (`.yaml`), folders of these, or their names in the folders of --include-path; or
     /// multiple-choice files with rows `{prompt, choices, answer}` or in the form of published tasks.
@@ -55,6 +72,8 @@ pub(crate) struct Args {
     /// Examples before each question of a task. Default: as many as the task says.
     #[arg(long, value_name = "N")]
     pub(crate) num_fewshot: Option<usize>,
+    #[command(flatten)]
+    pub(crate) chat: ConversationArgs,
     #[command(flatten)]
     pub(crate) columns: ColumnArgs,
     /// Model that comes first, and that gates are about, or `none`. Default: the first model without its adapters if --adapter is
@@ -80,10 +99,19 @@ pub(crate) struct Args {
     pub(crate) max_samples: Option<usize>,
     #[arg(long, value_enum, default_value_t = ComputeValue::F32, help = COMPUTE_HELP)]
     pub(crate) compute: ComputeValue,
-    /// Output folder for `report.json` and `report.txt`, and for the results and samples of tasks in lm-evaluation-harness's
-    /// layout, in a folder for each model. Default: no files are written.
+    /// Output folder for `report.json`, `report.txt` and `report.html`, for the results and samples of tasks in lm-evaluation-harness's
+    /// layout, in a folder for each model, and for `evidence.json`: the hashes of all files that went in and came out. Default: no
+    /// files are written.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
+    /// Folder where answers are kept as they come: what an evaluation, maybe one that was killed, has asked the same model is not
+    /// asked again. Default: `answers` in --out.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) answers: Option<PathBuf>,
+    /// Check an `evidence.json`, and evaluate nothing: that all files have the hashes that it states, and that its numbers are those
+    /// of the single items in the report. If not, the exit code is 4.
+    #[arg(long, value_name = "EVIDENCE", conflicts_with_all = ["models", "data", "tasks", "out", "answers", "gate"])]
+    pub(crate) check: Option<PathBuf>,
     /// Print JSON instead of a table.
     #[arg(long)]
     pub(crate) json: bool,
@@ -92,113 +120,195 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
-    for name in ["report.json", "report.txt"] {
+    if let Some(path) = &args.check {
+        return evidence::check(path, args.json, console);
+    }
+    for name in [REPORT_NAME, TEXT_NAME, HTML_NAME, EVIDENCE_NAME] {
         args.out
             .iter()
             .try_for_each(|out| checkpoint::expect_absent(&out.join(name)))?;
     }
     let contestants = contestants(args);
-    let tasks = tasks::load(args, console)?;
-    expect_gates(args, &tasks, contestants.len())?;
-    let mut scores = Vec::new();
+    let tasks = tasks::load(&args.tasks, &args.task_options(), console)?;
+    let mut known = tasks.metrics();
+    if args.data.is_some() {
+        known.push(("data".into(), vec!["loss".into()]));
+    }
+    expect_gates(&args.gate, &known, contestants.len() > 1)
+        .map_err(|problem| misuse(format!("--gate {problem}")))?;
     let device = args.device.open()?;
     expect_computed(args.compute, &device)?;
-    for Contestant {
-        model,
-        adapter,
-        name,
-    } in contestants
-    {
+    let mut keeper = Keeper::new(args, &tasks, console)?;
+    let is_compared = contestants.len() > 1;
+    let mut scores = Vec::new();
+    for contestant in contestants {
+        let Contestant { model, adapter, .. } = contestant;
         let mut opened = open_model(model, adapter, &device, console)?;
-        opened.name = name.map_or(opened.name, str::to_owned);
-        scores.push(score(&opened, &tasks, args, console)?);
+        opened.name = contestant.name.map_or(opened.name, str::to_owned);
+        let mut store = keeper.store(&opened, adapter)?;
+        let mut scored = score(&opened, &tasks, args, &mut *store, console)?;
+        if is_compared {
+            scored.scores.experts = experts(&opened, scored.first_tokens, args);
+        }
+        if let Some(out) = &args.out {
+            let folder = out.join(harness_files::folder_name(&opened.name, &scores));
+            let asked = tasks.asked(&scored.conversations, &scored.scores.tasks);
+            let groups = &scored.scores.groups;
+            keeper.written(harness_files::write(&folder, &asked, groups)?);
+        }
+        scores.push(scored.scores);
         console.memory();
     }
-    if let Some(out) = &args.out {
-        harness_files::write(out, &tasks.tasks, &scores)?;
-    }
     let report = EvalReport::new(scores, &args.gate)?;
-
-    let (text, json) = (report.to_text(), format!("{:#}", report.to_json()));
     if let Some(out) = &args.out {
-        std::fs::create_dir_all(out).with_context(|| format!("cannot make `{}`", out.display()))?;
-        checkpoint::write_file(&out.join("report.json"), format!("{json}\n").as_bytes())?;
-        checkpoint::write_file(&out.join("report.txt"), text.as_bytes())?;
+        keeper.written(write_report(out, &report, args)?);
+        keeper.finish(out, &report.to_json())?;
     }
-    console.result(if args.json { &json } else { text.trim_end() });
+    print(&report, args, console);
+    Ok(exit_code(&report, args))
+}
+
+fn print(report: &EvalReport, args: &Args, console: &Console) {
+    match args.json {
+        true => console.result(format_args!("{:#}", report.to_json())),
+        false => console.result(report.to_text().trim_end()),
+    }
+}
+
+fn exit_code(report: &EvalReport, args: &Args) -> ExitCode {
     let is_kept = |outcome: &GateOutcome| match outcome.verdict {
         GateVerdict::Passed => true,
         GateVerdict::Failed => false,
         GateVerdict::Inconclusive => args.allow_inconclusive,
     };
-    Ok(match report.gates.iter().all(is_kept) {
+    match report.gates.iter().all(is_kept) {
         true => ExitCode::SUCCESS,
         false => ExitCode::from(NOT_KEPT),
-    })
+    }
 }
 
-/// Refuses gates about what is not evaluated, before any model is opened.
-fn expect_gates(args: &Args, tasks: &LoadedTasks, n_models: usize) -> anyhow::Result<()> {
-    let mut known = tasks.metrics();
-    if args.data.is_some() {
-        known.push(("data".into(), vec!["loss"]));
+/// Writes the report. Returns the paths of its files.
+fn write_report(out: &Path, report: &EvalReport, args: &Args) -> anyhow::Result<Vec<PathBuf>> {
+    std::fs::create_dir_all(out).with_context(|| format!("cannot make `{}`", out.display()))?;
+    let settings = keeper::settings(args).into_iter();
+    let shown: Vec<(String, String)> = settings
+        .filter(|(_, value)| !value.is_null())
+        .map(|(name, value)| (name, value.to_string().trim_matches('"').to_owned()))
+        .collect();
+    let texts = [
+        (REPORT_NAME, format!("{:#}\n", report.to_json())),
+        (TEXT_NAME, report.to_text()),
+        (HTML_NAME, html_page(report, &shown)),
+    ];
+    for (name, text) in &texts {
+        checkpoint::write_file(&out.join(name), text.as_bytes())?;
     }
-    for gate in &args.gate {
+    Ok(texts.map(|(name, _)| out.join(name)).to_vec())
+}
+
+/// Refuses gates about what is not evaluated, before any model is opened. `known` are the names of tasks and of their metrics.
+pub(crate) fn expect_gates(
+    gates: &[Gate],
+    known: &[(String, Vec<String>)],
+    has_baseline: bool,
+) -> anyhow::Result<()> {
+    for gate in gates {
         let task = known.iter().find(|(task, _)| *task == gate.task);
         let found = match task {
             None => {
                 let names: Vec<&str> = known.iter().map(|(task, _)| task.as_str()).collect();
                 format!("the task `{}`; there are {}", gate.task, names.join(", "))
             }
-            Some((_, metrics)) if !metrics.contains(&gate.metric.as_str()) => {
+            Some((_, metrics)) if !metrics.contains(&gate.metric) => {
                 format!(
                     "the metric `{}`; there are {}",
                     gate.metric,
                     metrics.join(", ")
                 )
             }
-            Some(_) if gate.needs_baseline() && n_models < 2 => {
+            Some(_) if gate.needs_baseline() && !has_baseline => {
                 "no baseline; give one with --baseline".into()
             }
             Some(_) => continue,
         };
         let expected = "expected a gate about what is evaluated";
-        return Err(misuse(format!(
-            "--gate `{}`: {expected}, found {found}",
-            gate.text
-        )));
+        anyhow::bail!("`{}`: {expected}, found {found}", gate.text);
     }
     Ok(())
+}
+
+/// What is found of a model.
+struct ScoredModel {
+    scores: ModelScores,
+    /// For each task the questions as it was asked them, if not as all are.
+    conversations: Vec<Option<Vec<TaskItem>>>,
+    /// Of the first samples, or the first questions of a task.
+    first_tokens: Vec<Vec<u32>>,
 }
 
 fn score(
     opened: &Opened,
     tasks: &LoadedTasks,
     args: &Args,
+    store: &mut dyn AnswerStore,
     console: &Console,
-) -> anyhow::Result<ModelScores> {
-    let text = args.data.as_ref();
-    let text = text.map(|data| text_score(opened, data, args, console));
-    let results = tasks.tasks.iter();
-    let results = results.map(|task| task.result(opened, args, console));
-    let results = results.collect::<anyhow::Result<Vec<_>>>()?;
+) -> anyhow::Result<ScoredModel> {
+    let (text, mut first_tokens) = match &args.data {
+        Some(data) => {
+            let (text, first) = text_score(opened, data, args, store, console)?;
+            (Some(text), first)
+        }
+        None => (None, Vec::new()),
+    };
+    let (mut results, mut conversations) = (Vec::new(), Vec::new());
+    if !tasks.tasks.is_empty() {
+        let asked = AskedModel::of(opened)?;
+        for task in &tasks.tasks {
+            let judged = task.result(&asked, &args.task_options(), store, console)?;
+            results.push(judged.result);
+            conversations.push(judged.conversations);
+            if first_tokens.is_empty() {
+                first_tokens = task.first_tokens(&asked, &args.task_options())?;
+            }
+        }
+    }
     let groups = tasks.groups.iter();
-    Ok(ModelScores {
+    let scores = ModelScores {
         name: opened.name.clone(),
-        text: text.transpose()?,
+        text,
         groups: groups
             .map(|group| GroupResult::new(group, &results))
             .collect(),
         tasks: results,
+        experts: ExpertChoices::default(),
+    };
+    Ok(ScoredModel {
+        scores,
+        conversations,
+        first_tokens,
     })
 }
 
+/// The experts that a model chooses for the beginnings of some sequences.
+fn experts(opened: &Opened, mut sequences: Vec<Vec<u32>>, args: &Args) -> ExpertChoices {
+    let model = &opened.model;
+    let most = model.config.max_position_embeddings.min(ROUTED_TOKENS);
+    sequences.iter_mut().for_each(|ids| ids.truncate(most));
+    sequences.retain(|ids| !ids.is_empty());
+    match model.config.moe {
+        Some(_) => ExpertChoices::new(model, args.compute.quant().into(), sequences),
+        None => ExpertChoices::default(),
+    }
+}
+
+/// The score on text, and the tokens of its first samples.
 fn text_score(
     opened: &Opened,
     file: &Path,
     args: &Args,
+    store: &mut dyn AnswerStore,
     console: &Console,
-) -> anyhow::Result<TextScore> {
+) -> anyhow::Result<(TextScore, Vec<Vec<u32>>)> {
     let model = &opened.model.config;
     let (vocab_size, limit) = (model.vocab_size, model.max_position_embeddings);
     let max_length = args.max_length.unwrap_or(tasks::ROW_LENGTH).min(limit);
@@ -220,38 +330,33 @@ fn text_score(
     split
         .samples
         .truncate(args.max_samples.unwrap_or(usize::MAX));
-    expect_room(opened, &split.samples, args)?;
+    let batch = tasks::batch_of(split.samples.iter(), args.batch);
+    expect_room_for_losses(&opened.model.config, batch, args.budget)?;
     let mut progress = console.progress(split.samples.len() as u64, "samples");
-    let tell = &mut |done, _| tell(&mut progress, done, opened);
-    let found = ::eval::perplexity(&opened.model, &split.samples, &config(args), tell);
-    progress.finish();
-    scored(found, file, opened)
-}
-
-/// Refuses samples whose batches do not fit in memory.
-fn expect_room<'a>(
-    opened: &Opened,
-    samples: impl IntoIterator<Item = &'a Sample>,
-    args: &Args,
-) -> anyhow::Result<()> {
-    let lengths = samples.into_iter().map(|sample| sample.ids.len());
-    let (rows, longest) = lengths.fold((0, 0), |(n, most), len| (n + 1, len.max(most)));
-    let batch = (args.batch.min(rows), longest);
-    expect_room_for_losses(&opened.model.config, batch, args.budget)
-}
-
-fn config(args: &Args) -> EvalConfig {
-    EvalConfig {
+    let tell = &mut |done, _| progress.update(done as u64, &opened.name);
+    let config = EvalConfig {
         batch_size: args.batch as usize,
         compute: args.compute.quant().into(),
+    };
+    let found = ::eval::perplexity(&opened.model, &split.samples, &config, store, tell);
+    progress.finish();
+    let first = split.samples.into_iter().take(ROUTED_SAMPLES);
+    let first = first.map(|sample| sample.ids).collect();
+    Ok((scored(found, file, &opened.name)?, first))
+}
+
+impl Args {
+    fn task_options(&self) -> TaskOptions<'_> {
+        TaskOptions {
+            include_path: &self.include_path,
+            num_fewshot: self.num_fewshot,
+            max_samples: self.max_samples,
+            max_length: self.max_length,
+            batch: self.batch,
+            compute: self.compute.quant().into(),
+            columns: &self.columns.columns,
+            chat: &self.chat,
+            budget: self.budget,
+        }
     }
-}
-
-fn tell(progress: &mut Progress, done: usize, opened: &Opened) {
-    progress.update(done as u64, &opened.name);
-}
-
-/// A score, or an error that names the model and the file.
-fn scored<T>(found: ::eval::Result<T>, file: &Path, opened: &Opened) -> anyhow::Result<T> {
-    finite(found, &format_args!("{}: {}", opened.name, file.display()))
 }

@@ -182,7 +182,8 @@ fn smoothed(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     points.iter().map(follow).collect()
 }
 
-const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1180px;margin:2em auto;padding:0 1em}\
+/// How pages look.
+pub(crate) const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1180px;margin:2em auto;padding:0 1em}\
     h1{font-size:1.5em;margin:0}h2{font-size:1.1em;margin:2em 0 .5em;border-bottom:1px solid #ddd}\
     h1,h2,p,td{overflow-wrap:anywhere}\
     .sub{color:#666;margin:.2em 0}.facts{display:flex;flex-wrap:wrap;gap:.8em;margin-top:1.5em}\
@@ -386,8 +387,33 @@ fn plots(log: &Log) -> Vec<Plot> {
         ),
         plot("Speed", "tokens/s", Axes::FromZero, one(rate)),
     ];
-    let plots = plots.into_iter().chain(expert_plots(log));
+    let plots = plots.into_iter().chain(score_plots(log));
+    let plots = plots.chain(expert_plots(log));
     plots.filter(|plot| !plot.lines.is_empty()).collect()
+}
+
+/// The scores of tasks, a plot for each metric and a line for each filter of answers.
+fn score_plots(log: &Log) -> Vec<Plot> {
+    let mut plots: Vec<Plot> = Vec::new();
+    for line in &log.0 {
+        for score in line["scores"].as_array().into_iter().flatten() {
+            let text = |key: &str| score[key].as_str().unwrap_or_default();
+            let title = format!("{} {}", text("task"), text("metric"));
+            let filter = text("filter");
+            let point = line["step"].as_f64().zip(score["value"].as_f64());
+            let at = plots.iter().position(|plot| plot.title == title);
+            let at = at.unwrap_or_else(|| {
+                plots.push(plot(&title, "score", Axes::Tight, Vec::new()));
+                plots.len() - 1
+            });
+            let lines = &mut plots[at].lines;
+            match lines.iter_mut().find(|line| line.name == filter) {
+                Some(line) => line.points.extend(point),
+                None => lines.push(named(filter, point.into_iter().collect())),
+            }
+        }
+    }
+    plots
 }
 
 /// What the routers do.
@@ -514,7 +540,7 @@ fn rollbacks(log: &Log) -> String {
 }
 
 /// A text between tags.
-fn escaped(text: &str) -> String {
+pub(crate) fn escaped(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")
         .replace('>', "&gt;")

@@ -52,7 +52,7 @@ impl SplitRows<'_> {
         max_length: usize,
         vocab_size: usize,
     ) -> anyhow::Result<Split> {
-        let files = split_files(self.path, self.split)?;
+        let files = self.files()?;
         let options = ReadOptions {
             tokenizer,
             max_length,
@@ -67,24 +67,25 @@ impl SplitRows<'_> {
         note_changed(&split.notes, self.console);
         Ok(split)
     }
-}
 
-/// The files of a split.
-fn split_files(path: &Path, split: SplitName) -> anyhow::Result<Vec<PathBuf>> {
-    if path.is_file() {
-        return Ok(vec![path.to_owned()]);
+    /// The files that it is in.
+    pub(crate) fn files(&self) -> anyhow::Result<Vec<PathBuf>> {
+        let Self { path, split, .. } = self;
+        if path.is_file() {
+            return Ok(vec![path.to_path_buf()]);
+        }
+        let folder = DataFolder::open(path)?;
+        let files = folder.files(*split);
+        if files.is_empty() {
+            let names = split.names();
+            bail!(
+                "{}: expected a {split} split (`{}.jsonl`, `.json`, `.csv` or `.parquet`), found none",
+                path.display(),
+                names[0]
+            );
+        }
+        Ok(files.to_vec())
     }
-    let folder = DataFolder::open(path)?;
-    let files = folder.files(split);
-    if files.is_empty() {
-        let names = split.names();
-        bail!(
-            "{}: expected a {split} split (`{}.jsonl`, `.json`, `.csv` or `.parquet`), found none",
-            path.display(),
-            names[0]
-        );
-    }
-    Ok(files.to_vec())
 }
 
 /// Notes keys of rows that are not read.

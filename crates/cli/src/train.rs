@@ -5,6 +5,7 @@ pub(crate) mod precision;
 pub(crate) mod resume_check;
 mod samples;
 mod signals;
+mod task_scorer;
 mod watcher;
 
 use std::cell::RefCell;
@@ -12,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use ::eval::GateVerdict;
 use anyhow::Context;
 use data::Corpus;
 use kernels::device::is_gpu;
@@ -21,8 +23,9 @@ use parallel::World;
 use train::{HeapUse, RankLayout, Recipe, RunDir, Schedule, Session, SessionOptions};
 
 use self::signals::Signals;
+use self::task_scorer::RecipeTasks;
 use self::watcher::Watcher;
-use crate::console::{Console, DIVERGED, NO_MEMORY, NOT_FINITE, WithCode, misuse};
+use crate::console::{Console, DIVERGED, NO_MEMORY, NOT_FINITE, NOT_KEPT, WithCode, misuse};
 use crate::device::{DeviceArgs, expect_right, record};
 use crate::host::launch::{self, RankArgs};
 use crate::host::scratch::Scratch;
@@ -34,7 +37,7 @@ use crate::rows::{note_changed, note_ignored, note_unused};
 /// Train with a recipe: pretraining, full fine-tuning, LoRA, DoRA or DPO.
 ///
 /// Ctrl-C, SIGTERM or SIGUSR1 finishes the step, saves a checkpoint and exits with code 130, 143 or 138; a second one stops
-/// at once. Other exit codes: 1 an error; 2 wrong usage or recipe; 5 too little memory, before the first step or after saving a checkpoint; 6 a loss
+/// at once. Other exit codes: 1 an error; 2 wrong usage or recipe; 3 a gate of the recipe is not kept; 5 too little memory, before the first step or after saving a checkpoint; 6 a loss
 /// or gradient is not finite; 7 the loss diverged too often; 8 a rank waited too long for others. Checkpoints that were saved before are always kept.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -64,14 +67,14 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     // A rank that is not the first has a run directory with metrics that nobody reads.
     let scratch = (!world.is_first()).then(|| Scratch::new("rank"));
     let scratch = scratch.transpose()?;
-    let (run, mut session) = match &args.resume {
+    let (run, mut session, tasks) = match &args.resume {
         Some(path) => resumed(path, args, &world, scratch.as_ref(), console)?,
         None => started(args, &world, scratch.as_ref(), console)?,
     };
-    let mut watcher = Watcher::new(&session, Signals::listen()?, console)?;
+    let mut watcher = Watcher::new(&session, (tasks, &run), Signals::listen()?, console)?;
 
     let fitted = session.fit(&run, &mut watcher);
-    let (saved_activation_bytes, measured) = watcher.finish();
+    let (scorer, saved_activation_bytes, measured) = watcher.finish();
     fitted.map_err(with_code)?;
     let result = if session.adapted.is_empty() {
         "model"
@@ -93,13 +96,28 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
             world.bytes_sent() as f64 / 1e6
         ));
     }
+    let mut is_kept = true;
     if scratch.is_none() {
         console.result(run.path().join(result).display());
+        let report = scorer.map(|scorer| scorer.judge(session.steps_done()));
+        if let Some(report) = report.transpose()?.flatten() {
+            console.note(report.to_text().trim_end());
+            is_kept = report
+                .gates
+                .iter()
+                .all(|gate| gate.verdict == GateVerdict::Passed);
+        }
     }
     drop((session, world));
     launch::leave();
-    Ok(ExitCode::SUCCESS)
+    Ok(match is_kept {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::from(NOT_KEPT),
+    })
 }
+
+/// A run, its session, and the tasks that its model is asked.
+type OpenedRun = (RunDir, Session, Option<RecipeTasks>);
 
 /// A new run of a recipe, with its session.
 fn started(
@@ -107,10 +125,11 @@ fn started(
     world: &World,
     scratch: Option<&Scratch>,
     console: &Console,
-) -> anyhow::Result<(RunDir, Session)> {
+) -> anyhow::Result<OpenedRun> {
     let path = args.recipe.as_deref().unwrap_or(Path::new(""));
     let mut recipe = Recipe::open(path, &args.set).map_err(usage)?;
     share_out(&mut recipe, world.ranks(), console);
+    let tasks = RecipeTasks::of(&recipe, console)?;
     let session = open_rank((recipe, None), world, args, console)?;
     // The run directory is created last, so that a run that cannot start leaves none.
     let path = match scratch {
@@ -121,7 +140,7 @@ fn started(
     record_device(&run, &session, args)?;
     let (path, steps) = (run.path().display(), session.total_steps());
     console.note(format_args!("{path}: {steps} steps"));
-    Ok((run, session))
+    Ok((run, session, tasks))
 }
 
 /// An existing run, perhaps with other settings, and its session as of the latest checkpoint.
@@ -131,10 +150,11 @@ fn resumed(
     world: &World,
     scratch: Option<&Scratch>,
     console: &Console,
-) -> anyhow::Result<(RunDir, Session)> {
+) -> anyhow::Result<OpenedRun> {
     let run = run_of_first(path, world, scratch)?;
     let before = run.recipe().map_err(usage)?;
     let recipe = run.changed_recipe(&args.set).map_err(usage)?;
+    let tasks = RecipeTasks::of(&recipe, console)?;
     let found = run.locate(&recipe)?;
     let named = (found, recipe.model.path.as_deref());
     let mut session = open_rank(named, world, args, console)?;
@@ -148,7 +168,7 @@ fn resumed(
     if let Some(text) = new_rates([&before, &recipe], ends, session.steps_done()) {
         console.note(text);
     }
-    Ok((run, session))
+    Ok((run, session, tasks))
 }
 
 /// Opens the session of a rank, and says what it is and how ranks share it out.

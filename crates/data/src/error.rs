@@ -84,6 +84,9 @@ pub enum Error {
     #[error("the row has messages, but the model has no chat template")]
     NoChatTemplate,
 
+    /// A template of a task fails, or is malformed.
+    #[error("template: {0}")]
+    TaskTemplate(String),
     /// The chat template refused the messages, or is malformed.
     #[error("chat template: {0}")]
     Template(String),

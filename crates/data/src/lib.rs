@@ -56,6 +56,7 @@ pub use data_folder::{DataFolder, SplitName};
 pub use entry::Counts;
 pub use error::{Error, Place, Result};
 pub use ids::read_ids;
+pub use jinja::is_space;
 pub use order::{SampleOrder, Shuffle};
 pub use packing::Packing;
 pub use reader::{ReadOptions, RowFilter};
@@ -67,8 +68,8 @@ pub use task::{
     Aggregation, DatasetSource, FewshotPool, FewshotSampler, FewshotSetup, Filter, FilterPipeline,
     Filtered, GenerationSettings, GroupMetric, Ignored, ItemLimits, Metric, MetricUse, OutputType,
     Pattern, PythonRandom, Question, QuestionMaker, RegexFilter, ResultsTwin, ScoredTokens, Target,
-    TaskDataset, TaskDefinition, TaskEncoder, TaskGroup, TaskIndex, TaskItem, TaskItems,
-    TaskRequest, TaskRow, TaskSet, TaskSplits, count_words,
+    TaskChat, TaskDataset, TaskDefinition, TaskEncoder, TaskGroup, TaskIndex, TaskItem, TaskItems,
+    TaskRequest, TaskRow, TaskSet, TaskSplits, count_words, without_thought,
 };
 pub use tokenizer::{
     Bos, ChatTemplate, DecodeStream, GenerationPrompt, GgufEnds, Special, Tokenizer,

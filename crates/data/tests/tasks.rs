@@ -5,7 +5,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use moeforge_data::{Error, FewshotPool, QuestionMaker, TaskDefinition, TaskIndex, TaskRow};
+use moeforge_data::{
+    Error, FewshotPool, QuestionMaker, TaskChat, TaskDefinition, TaskIndex, TaskRow,
+};
 use tempfile::TempDir;
 
 /// A task that is right.
@@ -128,8 +130,9 @@ fn rows_that_a_task_does_not_fit_are_refused() {
     let task = TaskDefinition::open(&folder.path().join("t.yaml")).unwrap();
     let row = |text: &str| TaskRow::new(serde_json::from_str(text).unwrap());
     let ask = |text: &str, count: usize| {
-        let pool = FewshotPool::new(&task.fewshot, vec![row("{\"q\": \"r\", \"a\": 7}")], false);
-        let mut maker = QuestionMaker::new(&task, pool.unwrap(), count);
+        let chat = TaskChat::default();
+        let pool = FewshotPool::new(vec![row("{\"q\": \"r\", \"a\": 7}")], false);
+        let mut maker = QuestionMaker::new(&task, pool, count, &chat);
         maker
             .question(&row(text))
             .map_err(|problem| problem.to_string())

@@ -1,8 +1,9 @@
 //! Multiple choice in rows of our own: is the right continuation the most likely one?
 
-use data::{Choice, Metric, MetricUse, OutputType, Sample};
+use data::{Choice, Metric, MetricUse, Sample};
 use model::Model;
 
+use crate::answer_store::AnswerStore;
 use crate::error::{Error, Result};
 use crate::losses::{EvalConfig, SampleLoss, losses};
 use crate::task::{Answers, ChoiceAnswers, MetricResult, RowValue, TaskResult};
@@ -19,16 +20,17 @@ pub fn row_metrics() -> impl Iterator<Item = &'static str> {
 /// Scores a model on the questions of a task. Of equally likely choices the first is its answer. `progress` counts choices.
 ///
 /// # Errors
-/// If there is no question, a choice does not fit the model or has nothing before it, or a loss is not finite.
+/// If there is no question, a choice does not fit the model or has nothing before it, a loss is not finite, or the store fails.
 pub fn multiple_choice(
     model: &Model,
     task: &str,
     questions: &[Choice],
     config: &EvalConfig,
+    store: &mut dyn AnswerStore,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<TaskResult> {
     let samples: Vec<&Sample> = questions.iter().flat_map(|q| &q.samples).collect();
-    let losses = losses(model, &samples, config, progress)?;
+    let losses = losses(model, &samples, config, store, progress)?;
     result(task, questions, &losses)
 }
 
@@ -65,7 +67,6 @@ fn result(task: &str, questions: &[Choice], losses: &[SampleLoss]) -> Result<Tas
     Ok(TaskResult {
         task: task.to_owned(),
         version: "rows".into(),
-        output: OutputType::MultipleChoice,
         fewshot: 0,
         n: questions.len(),
         n_rows: questions.len(),

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::error::{Error, Result};
 use crate::interval::{Interval, holm, mcnemar, of_draws, of_share, of_shares};
 use crate::perplexity::TextScore;
-use crate::task::{MetricResult, RowValue, aggregate};
+use crate::task::{GroupMean, MetricResult, RowValue, aggregate};
 
 /// The difference of a model's number to another model's.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -86,6 +86,15 @@ impl From<&TextScore> for MeasuredNumber {
 }
 
 impl MeasuredNumber {
+    /// The mean of a group over the items of all its tasks; none if it is no such mean.
+    pub(crate) fn of_group(mean: &GroupMean) -> Option<Self> {
+        Some(Self {
+            number: ItemNumber::Metric(Aggregation::Mean),
+            items: mean.of_items.clone()?,
+            is_higher_better: mean.is_higher_better,
+        })
+    }
+
     /// Whether every item is right or wrong.
     fn is_right_or_wrong(&self) -> bool {
         let is_binary = |item: &RowValue| matches!(item, RowValue::Number(number) if *number == 0.0 || *number == 1.0);

@@ -63,6 +63,21 @@ pub enum Error {
         /// The choice, counted from 0.
         choice: usize,
     },
+    /// A report that is none.
+    #[error("expected a report of `eval`: {problem}")]
+    Report {
+        /// What is wrong.
+        problem: String,
+    },
+    /// What is kept of a piece of work is not what such work has.
+    #[error("expected the kept answers of `{key}`, found something else; delete the file")]
+    Kept {
+        /// The key of the work.
+        key: String,
+    },
+    /// Answers cannot be kept.
+    #[error("cannot keep answers: {0}")]
+    Keep(#[source] std::io::Error),
     /// Tokens cannot be scored.
     #[error(transparent)]
     Infer(#[from] infer::Error),

@@ -26,7 +26,7 @@ pub(crate) struct RoutingChoices {
 
 impl RoutingChoices {
     /// Waits for the device.
-    fn of(record: &RoutingRecord) -> Self {
+    pub(crate) fn of(record: &RoutingRecord) -> Self {
         let ([_, n_experts], [_, top_k]) = (record.logits.dims(), record.routed.ids.dims());
         Self {
             layer: record.layer_idx,

@@ -3,8 +3,9 @@
 use data::Sample;
 use infer::{ScoreConfig, ScoreRequest};
 use model::{Compute, Model};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
+use crate::answer_store::{AnswerStore, SpanScore, score_spans};
 use crate::error::{Error, Result};
 
 /// How models are scored.
@@ -17,7 +18,7 @@ pub struct EvalConfig {
 }
 
 /// The loss of one sample.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SampleLoss {
     /// Sum over its targets, in nats.
     pub loss_sum: f64,
@@ -28,11 +29,12 @@ pub struct SampleLoss {
 /// The losses of samples, in their order. `progress` gets the number of samples done and their total.
 ///
 /// # Errors
-/// If a sample has an unknown id or is too long for the model, or a loss is not finite.
+/// If a sample has an unknown id or is too long for the model, a loss is not finite, or the store fails.
 pub(crate) fn losses(
     model: &Model,
     samples: &[&Sample],
     config: &EvalConfig,
+    store: &mut dyn AnswerStore,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<SampleLoss>> {
     check(model, samples)?;
@@ -43,17 +45,17 @@ pub(crate) fn losses(
         top: 0,
     };
     let requests: Vec<ScoreRequest> = samples.iter().map(|sample| request(sample)).collect();
-    let found =
-        infer::score(model, &requests, config, progress).map_err(|problem| match problem {
-            infer::Error::ScoreNotFinite { request, found } => Error::NotFinite {
-                sample: request,
-                loss: -found,
-            },
-            other => other.into(),
-        })?;
-    let loss = |tokens: Vec<infer::TokenScore>| SampleLoss {
-        loss_sum: tokens.iter().fold(0.0, |sum, token| sum - token.logprob),
-        tokens: tokens.len(),
+    let found = score_spans(model, &requests, config, store, progress);
+    let found = found.map_err(|problem| match problem {
+        Error::Infer(infer::Error::ScoreNotFinite { request, found }) => Error::NotFinite {
+            sample: request,
+            loss: -found,
+        },
+        other => other,
+    })?;
+    let loss = |span: SpanScore| SampleLoss {
+        loss_sum: 0.0 - span.logprob,
+        tokens: span.tokens,
     };
     Ok(found.scores.into_iter().map(loss).collect())
 }

@@ -4,6 +4,7 @@ use data::Sample;
 use model::Model;
 use serde::Serialize;
 
+use crate::answer_store::AnswerStore;
 use crate::error::{Error, Result};
 use crate::losses::{EvalConfig, SampleLoss, losses};
 
@@ -19,6 +20,8 @@ pub struct TextScore {
     /// Bits per UTF-8 byte of the targets' text, comparable between models with different tokenizers. `None` if the
     /// text is not known, as for rows of token ids.
     pub bits_per_byte: Option<f64>,
+    /// UTF-8 bytes of the targets' text, if it is known.
+    pub bytes: Option<usize>,
     /// Number of targets.
     pub tokens: usize,
     /// The losses of the samples, in their order.
@@ -33,7 +36,7 @@ pub struct TextScore {
 /// `r = ΣLᵢ / ΣTᵢ`, it is `√(n / (n − 1) · Σ(Lᵢ − r·Tᵢ)²) / ΣTᵢ`. Pieces of one long row count as samples of their own.
 ///
 /// # Errors
-/// If there is no target, a sample does not fit the model, or a loss is not finite.
+/// If there is no target, a sample does not fit the model, a loss is not finite, or the store fails.
 ///
 /// Source: W. G. Cochran, Sampling Techniques, 3rd edition, section 2.11 (without the finite-population factor);
 /// clustering as in arXiv:2411.00640.
@@ -41,9 +44,11 @@ pub fn perplexity(
     model: &Model,
     samples: &[Sample],
     config: &EvalConfig,
+    store: &mut dyn AnswerStore,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<TextScore> {
-    let per_sample = losses(model, &samples.iter().collect::<Vec<_>>(), config, progress)?;
+    let all: Vec<&Sample> = samples.iter().collect();
+    let per_sample = losses(model, &all, config, store, progress)?;
     TextScore::new(per_sample, known_bytes(samples))
 }
 
@@ -61,6 +66,7 @@ impl TextScore {
             standard_error: ratio_standard_error(&per_sample),
             perplexity: loss.exp(),
             bits_per_byte: bytes.map(|bytes| loss_sum / std::f64::consts::LN_2 / bytes as f64),
+            bytes,
             tokens,
             per_sample,
         })

@@ -7,9 +7,10 @@ use serde_json::Value;
 
 use crate::compare::{Difference, MeasuredNumber, Verdict, judge_all};
 use crate::error::{Error, Result};
+use crate::expert_choices::{ExpertChoices, RoutingComparison};
 use crate::gate::{Gate, GateOutcome};
 use crate::perplexity::TextScore;
-use crate::task::{GroupResult, MetricResult, TaskResult};
+use crate::task::{GroupMean, GroupResult, MetricResult, TaskResult};
 
 /// Scores of several models on the same items, their differences, and what became of gates.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -20,6 +21,8 @@ pub struct EvalReport {
     pub comparisons: Vec<Comparison>,
     /// One for each gate and each model after the first, or for the only model.
     pub gates: Vec<GateOutcome>,
+    /// One for each pair of models that choose experts for the same tokens.
+    pub routing: Vec<RoutingComparison>,
 }
 
 /// The scores of one model.
@@ -33,6 +36,9 @@ pub struct ModelScores {
     pub tasks: Vec<TaskResult>,
     /// On groups of tasks.
     pub groups: Vec<GroupResult>,
+    /// The experts that it chooses for some tokens.
+    #[serde(skip)]
+    pub experts: ExpertChoices,
 }
 
 /// A number of a model compared with the same number of an earlier one.
@@ -85,6 +91,7 @@ impl EvalReport {
             }
         }
         Ok(Self {
+            routing: routing(&models),
             models,
             comparisons,
             gates: outcomes,
@@ -93,7 +100,12 @@ impl EvalReport {
 
     /// The tables, and a line for each gate.
     pub fn to_text(&self) -> String {
-        let tables = [self.text_rows(), self.task_rows(), self.comparison_rows()];
+        let tables = [
+            self.text_rows(),
+            self.task_rows(),
+            self.comparison_rows(),
+            self.routing_rows(),
+        ];
         let filled = tables.iter().filter(|rows| rows.len() > 1);
         let mut text = filled
             .map(|rows| table(rows))
@@ -161,13 +173,42 @@ impl EvalReport {
         rows
     }
 
+    /// A table of the differences in routing; only names of columns if there are none.
+    pub fn routing_rows(&self) -> Vec<Vec<String>> {
+        let header = [
+            "routing",
+            "against",
+            "tokens",
+            "choices changed",
+            "most",
+            "load divergence",
+        ];
+        let mut rows = vec![header.map(str::to_owned).to_vec()];
+        for compared in &self.routing {
+            let [changed, load] = compared.means();
+            let percent = |share: f64| format!("{:.1} %", 100.0 * share);
+            let most = compared.most_changed().map_or_else(none, |most| {
+                format!("{} in layer {}", percent(most.changed), most.layer)
+            });
+            let names = [compared.model.clone(), compared.baseline.clone()];
+            let numbers = [
+                compared.tokens.to_string(),
+                percent(changed),
+                most,
+                format!("{load:.4} bits"),
+            ];
+            rows.push(names.into_iter().chain(numbers).collect());
+        }
+        rows
+    }
+
     /// Everything, down to the single samples and questions.
     pub fn to_json(&self) -> Value {
         serde_json::to_value(self).expect("its keys are strings, and its numbers are checked")
     }
 
-    /// Models and their scores on text.
-    fn text_rows(&self) -> Vec<Vec<String>> {
+    /// A table of models and their scores on text; only names of columns if there is no text.
+    pub fn text_rows(&self) -> Vec<Vec<String>> {
         let header = ["model", "loss", "perplexity", "bits/byte"];
         let mut rows = vec![header.map(str::to_owned).to_vec()];
         if self.models.iter().any(|model| model.text.is_some()) {
@@ -180,167 +221,199 @@ impl EvalReport {
         rows
     }
 
-    /// Metrics of tasks, and the number of each model.
-    fn task_rows(&self) -> Vec<Vec<String>> {
-        let mut measures: Vec<(&TaskResult, &MetricResult)> = Vec::new();
-        for task in self.models.iter().flat_map(|model| &model.tasks) {
-            for metric in &task.metrics {
-                if !measures.iter().any(|known| is_same(*known, (task, metric))) {
-                    measures.push((task, metric));
-                }
+    /// A table of the metrics of tasks and of groups, and the number of each model.
+    pub fn task_rows(&self) -> Vec<Vec<String>> {
+        let mut measures: Vec<Measure<'_>> = Vec::new();
+        for measure in self.models.iter().flat_map(ModelScores::measures) {
+            let is_known = |known: &Measure<'_>| known.is_same(&measure);
+            if !matches!(measure, Measure::Text(_)) && !measures.iter().any(is_known) {
+                measures.push(measure);
             }
         }
         let names = self.models.iter().map(|model| model.name.clone());
         let header = ["task", "filter", "n-shot", "metric", ""];
         let mut rows = vec![header.into_iter().map(str::to_owned).chain(names).collect()];
-        for (task, metric) in measures {
-            let better = if metric.is_higher_better {
+        for measure in measures {
+            let better = if measure.is_higher_better() {
                 "↑"
             } else {
                 "↓"
             };
-            let shots = task.fewshot.to_string();
-            let cells = [
-                &task.task,
-                &metric.filter,
-                &shots,
-                metric.metric.name(),
-                better,
-            ];
+            let fewshot = match measure {
+                Measure::Task(task, _) => task.fewshot.to_string(),
+                _ => String::new(),
+            };
+            let [task, metric, filter] = measure.key();
+            let cells = [task, filter, &fewshot, metric, better].map(str::to_owned);
             let of_models = self.models.iter().map(|model| {
-                let found = model.metric((task, metric));
-                found.map_or_else(none, |found| with_error(found.value, found.standard_error))
+                let found = model.measure(&measure);
+                found.map_or_else(none, |found| {
+                    let (value, error) = found.value();
+                    with_error(value, error)
+                })
             });
-            rows.push(
-                cells
-                    .map(str::to_owned)
-                    .into_iter()
-                    .chain(of_models)
-                    .collect(),
-            );
+            rows.push(cells.into_iter().chain(of_models).collect());
         }
         rows
     }
 }
 
-/// Whether two metrics are the same one of the same task.
-fn is_same(first: (&TaskResult, &MetricResult), second: (&TaskResult, &MetricResult)) -> bool {
-    let key = |(task, metric): (&TaskResult, &MetricResult)| {
-        (task.task.clone(), metric.filter.clone(), metric.metric)
-    };
-    key(first) == key(second)
+/// The routing of each pair of models.
+fn routing(models: &[ModelScores]) -> Vec<RoutingComparison> {
+    let pairs = (0..models.len()).flat_map(|second| (0..second).map(move |first| (first, second)));
+    let compared = pairs.filter_map(|(first, second)| {
+        let (baseline, model) = (&models[first], &models[second]);
+        let (tokens, layers) = model.experts.compare(&baseline.experts)?;
+        Some(RoutingComparison {
+            model: model.name.clone(),
+            baseline: baseline.name.clone(),
+            tokens,
+            layers,
+        })
+    });
+    compared.collect()
+}
+
+/// A number of a model, and what it comes from.
+#[derive(Clone, Copy, Debug)]
+enum Measure<'a> {
+    /// The loss on text.
+    Text(&'a TextScore),
+    Task(&'a TaskResult, &'a MetricResult),
+    Group(&'a GroupResult, &'a GroupMean),
+}
+
+impl<'a> Measure<'a> {
+    /// The names of the task, the metric and the filter.
+    fn key(&self) -> [&'a str; 3] {
+        match *self {
+            Self::Text(_) => [TEXT, "loss", ""],
+            Self::Task(task, metric) => [&task.task, metric.metric.name(), &metric.filter],
+            Self::Group(group, mean) => [&group.group, &mean.metric, &mean.filter],
+        }
+    }
+
+    fn is_same(&self, other: &Measure<'_>) -> bool {
+        self.key() == other.key()
+    }
+
+    fn is_higher_better(&self) -> bool {
+        match self {
+            Self::Text(_) => false,
+            Self::Task(_, metric) => metric.is_higher_better,
+            Self::Group(_, mean) => mean.is_higher_better,
+        }
+    }
+
+    /// The number and its standard error.
+    fn value(&self) -> (f64, Option<f64>) {
+        match self {
+            Self::Text(text) => (text.loss, text.standard_error),
+            Self::Task(_, metric) => (metric.value, metric.standard_error),
+            Self::Group(_, mean) => (mean.value, mean.standard_error),
+        }
+    }
+
+    /// The number with its items; none for a mean of numbers that are no means of items themselves.
+    fn measured(&self) -> Option<MeasuredNumber> {
+        match *self {
+            Self::Text(text) => Some(text.into()),
+            Self::Task(_, metric) => Some(metric.into()),
+            Self::Group(_, mean) => MeasuredNumber::of_group(mean),
+        }
+    }
+
+    /// What it is called next to others of the same model: with the filter only if there are several.
+    fn shown(&self, all: &[Measure<'_>]) -> String {
+        let [task, metric, filter] = self.key();
+        let is_other = |other: &&Measure<'_>| {
+            let [of, _, found] = other.key();
+            of == task && found != filter
+        };
+        match (self, all.iter().find(is_other)) {
+            (Self::Text(_), _) => metric.to_owned(),
+            (_, None) => format!("{task} {metric}"),
+            (_, Some(_)) => format!("{task} {metric},{filter}"),
+        }
+    }
 }
 
 impl ModelScores {
-    /// The number that a gate is about.
-    fn measured(&self, gate: &Gate) -> Result<MeasuredNumber> {
-        let missing = |found: String| Error::Gate {
-            expected: format!(
-                "a task and metric of this evaluation in the gate `{}`",
-                gate.text
-            ),
-            found,
-        };
-        if let (TEXT, "loss", Some(text)) = (&*gate.task, &*gate.metric, &self.text) {
-            return Ok(text.into());
-        }
-        let Some(task) = self.tasks.iter().find(|task| task.task == gate.task) else {
-            let text = self.text.iter().map(|_| format!("{TEXT} loss"));
-            let known: Vec<String> = self
-                .tasks
-                .iter()
-                .map(|task| task.task.clone())
-                .chain(text)
-                .collect();
-            return Err(missing(format!(
-                "`{}`; there are {}",
-                gate.task,
-                known.join(", ")
-            )));
-        };
-        let is_wanted = |metric: &&MetricResult| {
-            let is_filter = gate
-                .filter
-                .as_ref()
-                .is_none_or(|filter| *filter == metric.filter);
-            metric.metric.name() == gate.metric && is_filter
-        };
-        match task
-            .metrics
-            .iter()
-            .filter(is_wanted)
-            .collect::<Vec<_>>()
-            .as_slice()
-        {
-            [only] => Ok((*only).into()),
-            found => {
-                let name =
-                    |metric: &MetricResult| format!("{},{}", metric.metric.name(), metric.filter);
-                let known: Vec<String> = task.metrics.iter().map(name).collect();
-                let which = if found.is_empty() {
-                    "no such metric"
-                } else {
-                    "several"
-                };
-                Err(missing(format!("{which}; there are {}", known.join(", "))))
-            }
-        }
+    /// All of its numbers.
+    fn measures(&self) -> Vec<Measure<'_>> {
+        let text = self.text.iter().map(Measure::Text);
+        let tasks = self.tasks.iter().flat_map(|task| {
+            let metrics = task.metrics.iter();
+            metrics.map(move |metric| Measure::Task(task, metric))
+        });
+        let groups = self.groups.iter().flat_map(|group| {
+            let means = group.metrics.iter();
+            means.map(move |mean| Measure::Group(group, mean))
+        });
+        text.chain(tasks).chain(groups).collect()
     }
 
-    /// A metric of this model that is the same as another model's.
-    fn metric(&self, same: (&TaskResult, &MetricResult)) -> Option<&MetricResult> {
-        let of_task = |task: &'_ TaskResult| -> Option<usize> {
-            task.metrics
-                .iter()
-                .position(|metric| is_same((task, metric), same))
-        };
-        let mut found = self
-            .tasks
-            .iter()
-            .filter_map(|task| Some(&task.metrics[of_task(task)?]));
+    /// The number that is the same as another model's.
+    fn measure(&self, same: &Measure<'_>) -> Option<Measure<'_>> {
+        let all = self.measures().into_iter();
+        let mut found = all.filter(|measure| measure.is_same(same));
         found.next()
+    }
+
+    /// The number that a gate is about.
+    fn measured(&self, gate: &Gate) -> Result<MeasuredNumber> {
+        let text = &gate.text;
+        let missing = |found: String| Error::Gate {
+            expected: format!("a task and metric of this evaluation in the gate `{text}`"),
+            found,
+        };
+        let all = self.measures();
+        let of_task = all.iter().filter(|measure| measure.key()[0] == gate.task);
+        let of_task: Vec<&Measure<'_>> = of_task.collect();
+        if of_task.is_empty() {
+            let mut known: Vec<&str> = all.iter().map(|measure| measure.key()[0]).collect();
+            known.dedup();
+            let known = known.join(", ");
+            return Err(missing(format!("`{}`; there are {known}", gate.task)));
+        }
+        let is_wanted = |measure: &&&Measure<'_>| {
+            let [_, metric, filter] = measure.key();
+            metric == gate.metric && gate.filter.as_ref().is_none_or(|wanted| wanted == filter)
+        };
+        let wanted: Vec<&&Measure<'_>> = of_task.iter().filter(is_wanted).collect();
+        let [only] = wanted.as_slice() else {
+            let which = match wanted.len() {
+                0 => "no such metric",
+                _ => "several",
+            };
+            let name = |measure: &&Measure<'_>| {
+                let [_, metric, filter] = measure.key();
+                format!("{metric},{filter}")
+            };
+            let known: Vec<String> = of_task.iter().map(name).collect();
+            return Err(missing(format!("{which}; there are {}", known.join(", "))));
+        };
+        let no_items = || missing("a mean of numbers that are no means of items".into());
+        only.measured().ok_or_else(no_items)
     }
 }
 
+/// Each number that both models have.
 fn comparisons(baseline: &ModelScores, model: &ModelScores) -> Vec<Comparison> {
-    let comparison = |measure: String, pair: (MeasuredNumber, MeasuredNumber), is_higher_better| {
-        let (first, second) = pair;
-        let found = second.difference(&first);
-        Comparison {
+    let all = model.measures();
+    let compare = |second: &Measure<'_>| {
+        let first = baseline.measure(second)?.measured()?;
+        let found = second.measured()?.difference(&first);
+        Some(Comparison {
             model: model.name.clone(),
             baseline: baseline.name.clone(),
-            measure,
+            measure: second.shown(&all),
             problem: found.as_ref().err().map(ToString::to_string),
             difference: found.ok(),
-            is_higher_better,
-        }
+            is_higher_better: second.is_higher_better(),
+        })
     };
-    let mut comparisons = Vec::new();
-    if let (Some(first), Some(second)) = (&baseline.text, &model.text) {
-        comparisons.push(comparison(
-            "loss".into(),
-            (first.into(), second.into()),
-            false,
-        ));
-    }
-    for task in &model.tasks {
-        for second in &task.metrics {
-            if let Some(first) = baseline.metric((task, second)) {
-                let filter = match task
-                    .metrics
-                    .iter()
-                    .all(|other| other.filter == second.filter)
-                {
-                    true => String::new(),
-                    false => format!(",{}", second.filter),
-                };
-                let measure = format!("{} {}{filter}", task.task, second.metric.name());
-                let pair = (first.into(), second.into());
-                comparisons.push(comparison(measure, pair, second.is_higher_better));
-            }
-        }
-    }
-    comparisons
+    all.iter().filter_map(compare).collect()
 }
 
 fn text_cells(score: Option<&TextScore>) -> [String; 3] {
@@ -389,7 +462,7 @@ fn table(rows: &[Vec<String>]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use data::{Metric, MetricUse, OutputType};
+    use data::{Metric, MetricUse};
 
     use super::*;
     use crate::losses::SampleLoss;
@@ -411,6 +484,7 @@ mod tests {
             ),
             tasks: vec![task(correct)],
             groups: Vec::new(),
+            experts: ExpertChoices::default(),
         }
     }
 
@@ -422,7 +496,6 @@ mod tests {
         TaskResult {
             task: "capitals".into(),
             version: "1".into(),
-            output: OutputType::MultipleChoice,
             fewshot: 2,
             n: correct.len(),
             n_rows: correct.len(),
@@ -494,7 +567,7 @@ capitals  none    2       acc     ↑  0.2500 ± 0.2500  0.5000 ± 0.2887
         let expected = "loss, tuned against base: not compared: expected the same number of items for both models, found 9 and 8";
         assert_eq!(text.lines().last().unwrap(), expected);
         for (gate, expected) in [
-            ("capitals acc >= 1", "`capitals`; there are data loss"),
+            ("capitals acc >= 1", "`capitals`; there are data"),
             (
                 "data loss >= base",
                 "expected the same number of items for both models, found 9 and 8",

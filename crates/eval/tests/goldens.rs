@@ -70,8 +70,14 @@ fn the_loss_is_the_golden_one_whatever_the_batch() {
     for name in ["qwen2_distill", "deepseek_v3"] {
         let (engine, (samples, expected)) = (engine(name), golden(name));
         for batch_size in [0, 1, 2, 5] {
-            let score =
-                perplexity(&engine.model, &samples, &config(batch_size), &mut |_, _| {}).unwrap();
+            let score = perplexity(
+                &engine.model,
+                &samples,
+                &config(batch_size),
+                &mut (),
+                &mut |_, _| {},
+            )
+            .unwrap();
             assert!(
                 relative(score.loss, expected) < GOLDEN,
                 "{name}: loss {}, expected {expected}",
@@ -94,7 +100,7 @@ fn passes_change_nothing_and_samples_keep_their_order() {
         samples[4].trained[9] = false;
         let (mut told, before) = (Vec::new(), device::reads());
         let mut tell = |done, total| told.push((done, total));
-        let batched = perplexity(&engine.model, &samples, &config(1), &mut tell).unwrap();
+        let batched = perplexity(&engine.model, &samples, &config(1), &mut (), &mut tell).unwrap();
         assert_eq!(told, [(5, 9), (9, 9)]);
         assert_eq!(
             device::reads() - before,
@@ -109,7 +115,8 @@ fn passes_change_nothing_and_samples_keep_their_order() {
                 assert_eq!(found.loss_sum, 0.0);
                 continue;
             }
-            let alone = perplexity(&engine.model, alone, &config(1), &mut |_, _| {}).unwrap();
+            let alone =
+                perplexity(&engine.model, alone, &config(1), &mut (), &mut |_, _| {}).unwrap();
             let expected = alone.per_sample[0].loss_sum;
             assert!(
                 relative(found.loss_sum, expected) < BATCHED,
@@ -141,8 +148,15 @@ fn a_model_chooses_what_it_would_have_written() {
         answer,
     };
     let questions = [question(1), question(0), question(1)];
-    let score =
-        multiple_choice(&engine.model, "t", &questions, &config(3), &mut |_, _| {}).unwrap();
+    let score = multiple_choice(
+        &engine.model,
+        "t",
+        &questions,
+        &config(3),
+        &mut (),
+        &mut |_, _| {},
+    )
+    .unwrap();
     let right = [1.0, 0.0, 1.0].map(RowValue::Number);
     assert!(score.metrics.iter().all(|metric| metric.of_items == right));
     assert_eq!(score.n, 3);
@@ -153,7 +167,7 @@ fn samples_that_do_not_fit_the_model_are_refused() {
     let engine = engine("qwen2_distill");
     let check = |ids: &[u32], expected: &str| {
         let samples = [sample(&[1, 2]), sample(ids)];
-        let problem = perplexity(&engine.model, &samples, &config(2), &mut |_, _| {});
+        let problem = perplexity(&engine.model, &samples, &config(2), &mut (), &mut |_, _| {});
         assert_eq!(problem.unwrap_err().to_string(), expected);
     };
     check(
@@ -164,7 +178,7 @@ fn samples_that_do_not_fit_the_model_are_refused() {
         &[1; 1025],
         "sample 1: expected at most the model's 1024 positions, found 1025 tokens",
     );
-    let problem = perplexity(&engine.model, &[], &config(2), &mut |_, _| {});
+    let problem = perplexity(&engine.model, &[], &config(2), &mut (), &mut |_, _| {});
     assert_eq!(
         problem.unwrap_err().to_string(),
         "expected at least one target to score, found none"

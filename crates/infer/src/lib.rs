@@ -53,6 +53,6 @@ pub use plan::{GenerationLoad, GenerationPlan};
 pub use repack::REPACKED_AT_ONCE;
 pub use sample_config::SampleConfig;
 pub use sampler::Sampler;
-pub use score::{ScoreConfig, ScoreRequest, Scores, TokenScore, score};
+pub use score::{ScoreConfig, ScorePlan, ScoreRequest, Scores, TokenScore, score};
 pub use sequence::{FinishReason, GenerateConfig, Generation, KvPrefix, Logprobs, Sequence};
 pub use text_stream::TextStream;

@@ -6,7 +6,6 @@ use burn::tensor::{Int, Tensor, TensorData};
 use kernels::device::{read, read_ints};
 use model::{Compute, ForwardContext, Model};
 
-use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::logits::read_logits;
 use crate::prefix_tree::PrefixTree;
@@ -71,71 +70,122 @@ impl ScoreRequest {
     }
 }
 
-impl Engine {
-    /// Scores tokens. `progress` gets the number of requests done and their total.
-    ///
-    /// # Errors
-    /// As [`score`].
-    pub fn score(
-        &self,
-        requests: &[ScoreRequest],
-        pass_tokens: usize,
-        progress: &mut dyn FnMut(usize, usize),
-    ) -> Result<Scores> {
-        let config = ScoreConfig {
-            compute: self.compute,
-            pass_tokens,
-            top: 0,
-        };
-        score(&self.model, requests, config, progress)
-    }
-}
-
 /// Scores tokens. `progress` gets the number of requests done and their total.
 ///
-/// A request has the score that it has alone, to the rounding of products with other numbers of rows.
-///
 /// # Errors
-/// If a request has an unknown id or is too long for the model, or a score is not finite.
+/// As [`ScorePlan::new`] and [`ScorePlan::run`].
 pub fn score(
     model: &Model,
     requests: &[ScoreRequest],
     config: ScoreConfig,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Scores> {
-    for (number, request) in requests.iter().enumerate() {
-        check(model, number, request)?;
-    }
-    // A request without a scored token needs no pass.
-    let mut order: Vec<usize> = (0..requests.len())
-        .filter(|number| !requests[*number].scored.is_empty())
-        .collect();
-    order.sort_by(|a, b| requests[*a].input().cmp(requests[*b].input()));
+    let plan = ScorePlan::new(model, requests, config)?;
     let mut all = Scores {
         scores: vec![Vec::new(); requests.len()],
         read: 0,
-        asked: order
-            .iter()
-            .map(|number| requests[*number].input().len())
-            .sum(),
+        asked: plan.asked(),
     };
-    let mut done = requests.len() - order.len();
-    let mut pass = ScorePass::default();
-    for number in order {
-        let request = &requests[number];
-        let tokens = pass.tree.ids().len() + pass.tree.added_by(request.input());
-        if tokens > config.pass_tokens && !pass.requests.is_empty() {
-            done += pass.requests.len();
-            std::mem::take(&mut pass).run(model, requests, config, &mut all)?;
-            progress(done, requests.len());
+    let is_done = |request: &&ScoreRequest| request.scored.is_empty();
+    let mut done = requests.iter().filter(is_done).count();
+    for pass in 0..plan.len() {
+        let found = plan.run(model, pass)?;
+        all.read += plan.read_by(pass);
+        done += found.len();
+        for (number, scores) in plan.requests_of(pass).iter().zip(found) {
+            all.scores[*number] = scores;
         }
-        pass.add(number, request);
-    }
-    if !pass.requests.is_empty() {
-        pass.run(model, requests, config, &mut all)?;
-        progress(requests.len(), requests.len());
+        progress(done, requests.len());
     }
     Ok(all)
+}
+
+/// Requests in passes: in the order of their ids, as many as fit.
+///
+/// A request has the score that it has alone, to the rounding of products with other numbers of rows; in the same pass it has
+/// the same score, bit for bit.
+#[derive(Debug)]
+pub struct ScorePlan<'a> {
+    requests: &'a [ScoreRequest],
+    config: ScoreConfig,
+    passes: Vec<ScorePass>,
+}
+
+impl<'a> ScorePlan<'a> {
+    /// # Errors
+    /// If a request has an unknown id or is too long for the model.
+    pub fn new(model: &Model, requests: &'a [ScoreRequest], config: ScoreConfig) -> Result<Self> {
+        for (number, request) in requests.iter().enumerate() {
+            check(model, number, request)?;
+        }
+        // A request without a scored token needs no pass.
+        let mut order: Vec<usize> = (0..requests.len())
+            .filter(|number| !requests[*number].scored.is_empty())
+            .collect();
+        order.sort_by(|a, b| requests[*a].input().cmp(requests[*b].input()));
+        let (mut passes, mut pass) = (Vec::new(), ScorePass::default());
+        for number in order {
+            let request = &requests[number];
+            let tokens = pass.tree.ids().len() + pass.tree.added_by(request.input());
+            if tokens > config.pass_tokens && !pass.requests.is_empty() {
+                passes.push(std::mem::take(&mut pass));
+            }
+            pass.add(number, request);
+        }
+        if !pass.requests.is_empty() {
+            passes.push(pass);
+        }
+        Ok(Self {
+            requests,
+            config,
+            passes,
+        })
+    }
+
+    /// Passes.
+    pub fn len(&self) -> usize {
+        self.passes.len()
+    }
+
+    /// Whether nothing is to be scored.
+    pub fn is_empty(&self) -> bool {
+        self.passes.is_empty()
+    }
+
+    /// The numbers of a pass's requests.
+    ///
+    /// # Panics
+    /// If there is no such pass.
+    pub fn requests_of(&self, pass: usize) -> &[usize] {
+        &self.passes[pass].requests
+    }
+
+    /// Tokens that all passes would read if each request were read alone.
+    pub fn asked(&self) -> usize {
+        let numbers = self.passes.iter().flat_map(|pass| &pass.requests);
+        numbers
+            .map(|number| self.requests[*number].input().len())
+            .sum()
+    }
+
+    /// Tokens that a pass reads.
+    ///
+    /// # Panics
+    /// If there is no such pass.
+    pub fn read_by(&self, pass: usize) -> usize {
+        self.passes[pass].tree.ids().len()
+    }
+
+    /// The scores of a pass's requests, one for each scored token. Waits for the device.
+    ///
+    /// # Errors
+    /// If a score is not finite.
+    ///
+    /// # Panics
+    /// If there is no such pass.
+    pub fn run(&self, model: &Model, pass: usize) -> Result<Vec<Vec<TokenScore>>> {
+        self.passes[pass].run(model, self.requests, self.config)
+    }
 }
 
 fn check(model: &Model, number: usize, request: &ScoreRequest) -> Result<()> {
@@ -187,12 +237,11 @@ impl ScorePass {
 
     /// One pass. Waits for the device.
     fn run(
-        self,
+        &self,
         model: &Model,
         requests: &[ScoreRequest],
         config: ScoreConfig,
-        all: &mut Scores,
-    ) -> Result<()> {
+    ) -> Result<Vec<Vec<TokenScore>>> {
         let device = model.model.norm.weight.val().device();
         let ids: Vec<i32> = self.tree.ids().iter().map(|id| *id as i32).collect(); // They are checked.
         let seq = ids.len();
@@ -213,19 +262,18 @@ impl ScorePass {
             top => top_scores(model, hidden, &targets, top, &ctx),
         }
         .into_iter();
-        for number in self.requests {
-            let n = requests[number].scored.len();
-            let of_request: Vec<TokenScore> = scores.by_ref().take(n).collect();
-            if let Some(score) = of_request.iter().find(|score| !score.logprob.is_finite()) {
-                return Err(Error::ScoreNotFinite {
-                    request: number,
+        let of_request = |number: &usize| {
+            let n = requests[*number].scored.len();
+            let scores: Vec<TokenScore> = scores.by_ref().take(n).collect();
+            match scores.iter().find(|score| !score.logprob.is_finite()) {
+                None => Ok(scores),
+                Some(score) => Err(Error::ScoreNotFinite {
+                    request: *number,
                     found: score.logprob,
-                });
+                }),
             }
-            all.scores[number] = of_request;
-        }
-        all.read += seq;
-        Ok(())
+        };
+        self.requests.iter().map(of_request).collect()
     }
 }
 

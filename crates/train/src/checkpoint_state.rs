@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::dataset::{DataFile, Dataset};
 use crate::loss_scale::LossScale;
+use crate::recipe::KeepBest;
 use crate::{Error, Recipe, Result};
 
 const STATE_NAME: &str = "state.json";
@@ -35,7 +36,10 @@ pub struct RunState {
     /// The best validation pass so far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub best: Option<BestValidation>,
-    /// Validation passes since then.
+    /// The best score of the task that the best checkpoint is best in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub best_score: Option<BestScore>,
+    /// Validation passes since `best`.
     #[serde(default)]
     pub passes_since_best: u64,
     /// Whether the validation pass after this step was interrupted: the run goes on with it.
@@ -70,6 +74,17 @@ pub struct BestValidation {
     pub loss: f64,
 }
 
+/// The best score of a task so far.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BestScore {
+    /// After which step.
+    pub step: u64,
+    /// The score.
+    #[serde(with = "exact")]
+    pub value: f64,
+}
+
 /// The watchdog's memory. `fit/watchdog.rs` is what it does.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -97,6 +112,7 @@ impl RunState {
             loss_scale: LossScale::new(&recipe.precision),
             expert_loads: BTreeMap::new(),
             best: None,
+            best_score: None,
             passes_since_best: 0,
             validation_due: false,
             watchdog: Watchdog::default(),
@@ -119,6 +135,29 @@ impl RunState {
             self.passes_since_best += 1;
         }
         is_best
+    }
+
+    /// Records a score after the current step. Returns whether it is the best so far.
+    pub(crate) fn note_score(&mut self, value: f64, is_higher_better: bool) -> bool {
+        let is_better = |best: BestScore| match is_higher_better {
+            true => value > best.value,
+            false => value < best.value,
+        };
+        let is_best = value.is_finite() && self.best_score.is_none_or(is_better);
+        if is_best {
+            let step = self.step;
+            self.best_score = Some(BestScore { step, value });
+        }
+        is_best
+    }
+
+    /// The step of the best checkpoint, if one is retained.
+    pub(crate) fn best_step(&self, keep: &KeepBest) -> Option<u64> {
+        match keep {
+            KeepBest::Loss(false) => None,
+            KeepBest::Loss(true) => self.best.map(|best| best.step),
+            KeepBest::Score(_) => self.best_score.map(|best| best.step),
+        }
     }
 
     /// Writes `state.json` into a checkpoint.
@@ -265,6 +304,10 @@ mod tests {
                 step: 2,
                 loss: 1.0 / 3.0,
             }),
+            best_score: Some(BestScore {
+                step: 1,
+                value: 1.0 / 3.0,
+            }),
             passes_since_best: 1,
             validation_due: true,
             watchdog: Watchdog::default(),
@@ -336,6 +379,26 @@ mod tests {
             let text = serde_json::to_string(&state).unwrap();
             let read: RunState = serde_json::from_str(&text).unwrap();
             assert_eq!(read.best.unwrap().loss.to_bits(), loss.to_bits());
+        }
+    }
+
+    #[test]
+    fn the_best_score_is_the_first_that_no_other_exceeds() {
+        for (sign, is_higher_better) in [(1.0, true), (-1.0, false)] {
+            let mut state = state();
+            state.best_score = None;
+            let mut note = |step, value: f64| {
+                state.step = step;
+                let is_best = state.note_score(sign * value, is_higher_better);
+                (is_best, state.best_step(&KeepBest::Score("t acc".into())))
+            };
+            assert_eq!(note(0, f64::NAN), (false, None));
+            assert_eq!(note(1, 0.5), (true, Some(1)));
+            assert_eq!(note(2, 0.5), (false, Some(1)));
+            assert_eq!(note(3, 0.75), (true, Some(3)));
+            assert_eq!(note(4, 0.25), (false, Some(3)));
+            assert_eq!(state.best_step(&KeepBest::Loss(true)), Some(2));
+            assert_eq!(state.best_step(&KeepBest::Loss(false)), None);
         }
     }
 

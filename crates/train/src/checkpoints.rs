@@ -209,14 +209,14 @@ impl Session {
     fn protected(&self, run: &RunDir) -> Result<Vec<u64>> {
         let train = &self.recipe.train;
         let mut protected: Vec<u64> = self.anchor().into_iter().collect();
-        if train.keep_best {
+        if train.keep_best.is_on() {
             let steps = run.steps()?;
             let newest = steps.iter().rev().take(train.keep_last);
             let starts: Vec<u64> = newest.chain(&protected).copied().collect();
-            protected.extend(self.state.best.map(|best| best.step));
+            protected.extend(self.state.best_step(&train.keep_best));
             for step in starts {
                 let state = RunState::read(&run.checkpoint_path(step))?;
-                protected.extend(state.best.map(|best| best.step));
+                protected.extend(state.best_step(&train.keep_best));
             }
         }
         Ok(protected)

@@ -318,6 +318,13 @@ pub enum Error {
         problem: String,
     },
 
+    /// The recipe's tasks cannot be asked, or have not what the recipe keeps the best checkpoint of.
+    #[error("eval.tasks: {problem}")]
+    Tasks {
+        /// What went wrong.
+        problem: String,
+    },
+
     /// A setting that a run keeps was changed.
     #[error(
         "`{}`: settings that cannot change while a run goes on: {}; give {} back, or start a new run, which may \

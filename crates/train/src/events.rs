@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use model::Model;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::dpo::Rewards;
 use crate::fit::grad_audit::GradAudit;
@@ -43,6 +43,13 @@ pub enum Event {
         /// In the recipe's order.
         samples: Vec<SampledText>,
     },
+    /// The model was asked the recipe's tasks.
+    Scored {
+        /// After which step.
+        step: u64,
+        /// One for each metric of each task.
+        scores: Vec<TaskScore>,
+    },
     /// The loss diverged, and the run went back.
     RolledBack {
         /// From which step.
@@ -56,10 +63,12 @@ pub enum Event {
     },
     /// The run is over, and its result is that of this earlier step.
     RestoredBest {
-        /// The step with the lowest validation loss.
+        /// The best step.
         step: u64,
-        /// That loss.
-        loss: f64,
+        /// What it is best in: `validation loss`, or the names of a task and a metric.
+        measure: String,
+        /// That number.
+        value: f64,
     },
     /// A finished run goes on, and its result has another name.
     SetAside {
@@ -95,6 +104,23 @@ pub struct SampledText {
     pub prompt: String,
     /// The continuation.
     pub text: String,
+}
+
+/// A metric of a task.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TaskScore {
+    /// The task.
+    pub task: String,
+    /// The metric.
+    pub metric: String,
+    /// The filter of answers.
+    pub filter: String,
+    /// Whether more is better.
+    pub is_higher_better: bool,
+    /// The number.
+    pub value: f64,
+    /// Its standard error, if it has one.
+    pub standard_error: Option<f64>,
 }
 
 /// One update.
@@ -153,6 +179,14 @@ pub trait Host {
     /// If it cannot: the reason.
     fn generate(&mut self, _model: &Model, _prompt: &str) -> Result<String, String> {
         Err("this program writes no samples".to_owned())
+    }
+
+    /// Asks a model that has no gradients the recipe's tasks, after a step.
+    ///
+    /// # Errors
+    /// If it cannot: the reason.
+    fn score(&mut self, _step: u64, _model: &Model) -> Result<Vec<TaskScore>, String> {
+        Err("this program has no tasks".to_owned())
     }
 }
 

@@ -50,12 +50,14 @@ mod session;
 mod warnings;
 
 pub use self::checkpoint_state::{
-    BestValidation, RunState, Watchdog, read_optimizer, write_optimizer,
+    BestScore, BestValidation, RunState, Watchdog, read_optimizer, write_optimizer,
 };
 pub use self::dataset::{DataFile, Dataset};
 pub use self::dpo::Rewards;
 pub use self::error::{Error, Result};
-pub use self::events::{Event, Host, Memory, SampledText, StepReport, ValidationProgress};
+pub use self::events::{
+    Event, Host, Memory, SampledText, StepReport, TaskScore, ValidationProgress,
+};
 pub use self::fit::step_memory::StepMemory;
 pub use self::fit::{
     GradAudit, RangeTest, RankLayout, RatePoint, TensorGradient, ZeroGradient, steepest,
@@ -68,8 +70,8 @@ pub use self::recipe::forecast::{
     BatchShape, Forecast, HeapUse, PROGRAM, PROGRAM_MAPPED, TrainingPlan,
 };
 pub use self::recipe::{
-    DataSection, DpoReference, DpoSection, EvalSection, ExportDType, LoraSection, Loss, Method,
-    ModelSection, Moments, OptimizerSection, PrecisionSection, Recipe, RouterTraining,
+    DataSection, DpoReference, DpoSection, EvalSection, ExportDType, KeepBest, LoraSection, Loss,
+    Method, ModelSection, Moments, OptimizerSection, PrecisionSection, Recipe, RouterTraining,
     ScheduleKind, ScheduleSection, TrainSection,
 };
 pub use self::routing::{LayerDrift, LayerLoad};

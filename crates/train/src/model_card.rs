@@ -169,8 +169,8 @@ fn base_path(session: &Session) -> Option<&Path> {
 /// The record of the checkpoint that the result is: the best one, if the recipe says so, or the last.
 fn record(session: &Session, run: &RunDir) -> Option<RunRecord> {
     let state = &session.state;
-    let best = state.best.filter(|_| session.recipe.train.keep_best);
-    let step = best.map_or(state.step, |best| best.step);
+    let best = state.best_step(&session.recipe.train.keep_best);
+    let step = best.unwrap_or(state.step);
     RunRecord::read(&run.checkpoint_path(step)).ok()
 }
 

@@ -23,7 +23,7 @@ use crate::fit::ranks::Ranks;
 use crate::identity;
 use crate::optimizer::AdamW;
 use crate::recipe::forecast::{Forecast, HeapUse};
-use crate::recipe::{DpoReference, Loss, Method, Moments, Recipe, SPARED};
+use crate::recipe::{DpoReference, KeepBest, Loss, Method, Moments, Recipe, SPARED};
 use crate::session::{Base, Reference, Session, UpdateForm};
 use crate::{Error, Result};
 
@@ -233,7 +233,7 @@ fn fake_quantize(
 
 /// Refuses settings that need validation rows if there are none.
 fn expect_valid(recipe: &Recipe, valid: Option<&Corpus>) -> Result<()> {
-    let key = if recipe.train.keep_best {
+    let key = if recipe.train.keep_best == KeepBest::Loss(true) {
         "train.keep_best"
     } else if recipe.eval.patience.is_some() {
         "eval.patience"

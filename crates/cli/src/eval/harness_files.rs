@@ -2,55 +2,49 @@
 //!
 //! Source: EleutherAI/lm-evaluation-harness 0.4.13: lm_eval/evaluator.py, lm_eval/loggers/evaluation_tracker.py.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use ::eval::{Answer, GroupResult, ModelScores, RowValue, TaskResult};
 use anyhow::Context;
-use data::{Filtered, GenerationSettings, TaskItem, TaskRequest};
+use data::{Filtered, GenerationSettings, OutputType, TaskItem, TaskRequest};
 use serde_json::{Map, Value, json};
 
-use super::tasks::{HarnessTask, LoadedTask};
+use super::tasks::{AskedTask, HarnessTask};
 
-/// Writes the files of each model in a folder of its own, called after it; nothing for a model without such tasks.
+/// Writes the files of a model in a folder; nothing without such tasks. Returns their paths.
 pub(super) fn write(
-    out: &Path,
-    tasks: &[LoadedTask],
-    models: &[ModelScores],
-) -> anyhow::Result<()> {
-    for (number, model) in models.iter().enumerate() {
-        let results = tasks.iter().zip(&model.tasks);
-        let of_harness = results.filter_map(|(task, result)| match task {
-            LoadedTask::Harness(task) => Some((&**task, result)),
-            LoadedTask::Rows(_) => None,
-        });
-        let of_harness: Vec<(&HarnessTask, &TaskResult)> = of_harness.collect();
-        if of_harness.is_empty() {
-            continue;
-        }
-        let folder = out.join(folder_name(number, models));
-        std::fs::create_dir_all(&folder)
-            .with_context(|| format!("cannot make `{}`", folder.display()))?;
-        for (task, result) in &of_harness {
-            let lines = samples(task, result)
-                .into_iter()
-                .map(|sample| format!("{sample}\n"));
-            let path = folder.join(format!("samples_{}.jsonl", plain(&result.task)));
-            checkpoint::write_file(&path, lines.collect::<String>().as_bytes())?;
-        }
-        let of_model: Vec<&TaskResult> = of_harness.iter().map(|(_, result)| *result).collect();
-        let text = format!("{:#}\n", results_of(&of_model, &model.groups));
-        checkpoint::write_file(&folder.join("results.json"), text.as_bytes())?;
+    folder: &Path,
+    tasks: &[AskedTask<'_>],
+    groups: &[GroupResult],
+) -> anyhow::Result<Vec<PathBuf>> {
+    let mut written = Vec::new();
+    if tasks.is_empty() {
+        return Ok(written);
     }
-    Ok(())
+    std::fs::create_dir_all(folder)
+        .with_context(|| format!("cannot make `{}`", folder.display()))?;
+    for asked in tasks {
+        let lines = samples(asked).into_iter();
+        let lines = lines.map(|sample| format!("{sample}\n"));
+        let path = folder.join(format!("samples_{}.jsonl", plain(&asked.result.task)));
+        checkpoint::write_file(&path, lines.collect::<String>().as_bytes())?;
+        written.push(path);
+    }
+    let results: Vec<&TaskResult> = tasks.iter().map(|asked| asked.result).collect();
+    let path = folder.join("results.json");
+    let text = format!("{:#}\n", results_of(&results, groups));
+    checkpoint::write_file(&path, text.as_bytes())?;
+    written.push(path);
+    Ok(written)
 }
 
-/// The name of a model's folder: its own, with a number if another model has the same.
-fn folder_name(number: usize, models: &[ModelScores]) -> String {
-    let name = plain(&models[number].name);
+/// The name of a model's folder: its own, with a number if models before it have the same.
+pub(super) fn folder_name(model: &str, before: &[ModelScores]) -> String {
+    let name = plain(model);
     let same = |other: &&ModelScores| plain(&other.name) == name;
-    match models[..number].iter().filter(same).count() {
+    match before.iter().filter(same).count() {
         0 => name,
-        before => format!("{name}__{}", before + 1),
+        n => format!("{name}__{}", n + 1),
     }
 }
 
@@ -86,6 +80,10 @@ fn results_of(tasks: &[&TaskResult], groups: &[GroupResult]) -> Value {
     }
     for group in groups {
         let name = group.group.as_str();
+        all["group_subtasks"][name] = group.tasks.clone().into();
+        if group.metrics.is_empty() {
+            continue;
+        }
         let alias = group.alias.as_deref().unwrap_or(name);
         let mut found = json!({"alias": alias, "name": name, "sample_len": group.n});
         for mean in &group.metrics {
@@ -107,10 +105,15 @@ fn version(text: &str) -> Value {
 }
 
 /// A line for each item and filter of a task.
-fn samples(task: &HarnessTask, result: &TaskResult) -> Vec<Value> {
+fn samples(asked: &AskedTask<'_>) -> Vec<Value> {
+    let AskedTask {
+        task,
+        items,
+        result,
+    } = asked;
     let filters = task.definition.filters.iter().enumerate();
     let of_filter = |(filter, pipeline): (usize, &data::FilterPipeline)| {
-        let items = task.items.iter().enumerate();
+        let items = items.iter().enumerate();
         let of_item = move |(number, item): (usize, &TaskItem)| {
             let left = result
                 .filtered
@@ -138,8 +141,13 @@ fn samples(task: &HarnessTask, result: &TaskResult) -> Vec<Value> {
 fn value(value: RowValue) -> Value {
     match value {
         RowValue::Number(number) => number.into(),
-        RowValue::Weighted(number, weight) => json!([number, weight]),
+        // Weights are counts.
+        RowValue::Weighted(number, weight) => json!([number, weight as u64]),
         RowValue::Labels(right, chosen) => json!([right, chosen]),
+        // The harness keeps the texts, which the sample has anyway.
+        RowValue::Bleu(_) | RowValue::Chrf(_) | RowValue::Ter(_) => {
+            serde_json::to_value(value).unwrap_or_default()
+        }
     }
 }
 
@@ -151,11 +159,20 @@ fn sample(
 ) -> Value {
     let question = &item.question;
     let mut arguments = Map::new();
+    let is_whole = task.definition.output == OutputType::LoglikelihoodRolling;
     for (number, request) in question.requests.iter().enumerate() {
-        let request = arguments_of(request, &task.definition.generation);
+        let request = match &request.continuation {
+            Some(text) if is_whole => json!({"arg_0": text}),
+            _ => arguments_of(request, &task.definition.generation),
+        };
         arguments.insert(format!("gen_args_{number}"), request);
     }
-    let answers: Vec<Value> = answers.iter().map(answer).collect();
+    // Whether a whole text is the greedy one is not asked.
+    let shown = |of: &Answer| match (answer(of), is_whole) {
+        (Value::Array(numbers), true) => numbers.into_iter().take(1).collect(),
+        (answer, _) => answer,
+    };
+    let answers: Vec<Value> = answers.iter().map(shown).collect();
     // A writing task has one request, which it may answer several times.
     let responses = match left {
         Some(_) => json!([answers]),

@@ -1,29 +1,82 @@
 //! Tasks that models are asked: those of the evaluation harness, and rows of questions.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use ::eval::{AnswerConfig, TaskRequests, TaskResult};
+use ::eval::{AnswerConfig, AnswerStore, EvalConfig, TaskRequests, TaskResult};
 use anyhow::{Context, bail};
+use burn::tensor::Device;
 use data::{
-    ItemLimits, Sample, TaskDataset, TaskDefinition, TaskGroup, TaskIndex, TaskItem, TaskItems,
-    TaskSet,
+    Bos, Columns, ItemLimits, OutputType, Sample, TaskChat, TaskDataset, TaskDefinition, TaskGroup,
+    TaskIndex, TaskItem, TaskItems, TaskRequest, TaskSet, Tokenizer,
 };
 use infer::Engine;
+use model::{Compute, Model};
 
-use super::{Args, config, scored};
-use crate::console::Console;
+use super::conversation_args::ConversationArgs;
+use crate::console::{Console, finite};
 use crate::open::{Opened, hub_cache};
+use crate::plan::budget::BudgetArgs;
 use crate::plan::conversion::expect_room_for_losses;
 
 /// Tokens of the requests that share a pass, for each sequence of a batch, at least.
 const REQUEST_TOKENS: usize = 512;
 
+/// Samples, and tokens of each, for which the experts that models choose are compared.
+pub(super) const ROUTED_SAMPLES: usize = 32;
+pub(super) const ROUTED_TOKENS: usize = 256;
+
 /// The maximum length of a sample or question in rows.
 pub(super) const ROW_LENGTH: usize = 1024;
 
+/// How tasks are read and asked.
+#[derive(Debug)]
+pub(crate) struct TaskOptions<'a> {
+    /// Folders with tasks that may be named.
+    pub(crate) include_path: &'a [PathBuf],
+    pub(crate) num_fewshot: Option<usize>,
+    pub(crate) max_samples: Option<usize>,
+    pub(crate) max_length: Option<usize>,
+    /// Requests in a pass.
+    pub(crate) batch: u64,
+    pub(crate) compute: Compute,
+    /// Columns of rows of questions.
+    pub(crate) columns: &'a Columns,
+    pub(crate) chat: &'a ConversationArgs,
+    pub(crate) budget: BudgetArgs,
+}
+
+/// A model that tasks are asked.
+#[derive(Debug)]
+pub(crate) struct AskedModel {
+    pub(crate) name: String,
+    pub(crate) model: Model,
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    /// Tokens that end a text.
+    pub(crate) end_ids: Vec<u32>,
+    pub(crate) device: Device,
+}
+
+impl AskedModel {
+    pub(super) fn of(opened: &Opened) -> anyhow::Result<Self> {
+        let tokenizer = opened.expect_tokenizer()?;
+        Ok(Self {
+            name: opened.name.clone(),
+            model: opened.model.clone(),
+            tokenizer: Arc::clone(tokenizer),
+            end_ids: infer::end_of_text(&opened.folder, Some(tokenizer))?.ids,
+            device: opened.device.clone(),
+        })
+    }
+
+    fn limit(&self) -> usize {
+        self.model.config.max_position_embeddings
+    }
+}
+
 /// A task, read before any model is.
 #[derive(Debug)]
-pub(super) enum LoadedTask {
+pub(crate) enum LoadedTask {
     Harness(Box<HarnessTask>),
     /// A file of questions, which needs a tokenizer to be read.
     Rows(PathBuf),
@@ -31,49 +84,101 @@ pub(super) enum LoadedTask {
 
 /// A task of the harness, and its questions.
 #[derive(Debug)]
-pub(super) struct HarnessTask {
+pub(crate) struct HarnessTask {
     pub(super) definition: TaskDefinition,
+    pub(super) dataset: TaskDataset,
     pub(super) items: Vec<TaskItem>,
-    fewshot: usize,
+    /// Examples before each question.
+    pub(super) fewshot: usize,
     /// Rows of the split.
     n_rows: usize,
 }
 
+/// A model's result of a task.
+#[derive(Debug)]
+pub(crate) struct Judged {
+    pub(crate) result: TaskResult,
+    /// The questions as this model was asked them, if not as all are.
+    pub(super) conversations: Option<Vec<TaskItem>>,
+}
+
+/// A task, the questions that a model was asked, and its result.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AskedTask<'a> {
+    pub(super) task: &'a HarnessTask,
+    pub(super) items: &'a [TaskItem],
+    pub(super) result: &'a TaskResult,
+}
+
 /// Tasks, and the groups that some of them are in.
 #[derive(Debug, Default)]
-pub(super) struct LoadedTasks {
-    pub(super) tasks: Vec<LoadedTask>,
-    pub(super) groups: Vec<TaskGroup>,
+pub(crate) struct LoadedTasks {
+    pub(crate) tasks: Vec<LoadedTask>,
+    pub(crate) groups: Vec<TaskGroup>,
 }
 
 impl LoadedTasks {
-    /// The names of tasks, and of their metrics.
-    pub(super) fn metrics(&self) -> Vec<(String, Vec<&'static str>)> {
+    /// The tasks of the harness, with the questions that a model was asked and its results.
+    pub(super) fn asked<'a>(
+        &'a self,
+        conversations: &'a [Option<Vec<TaskItem>>],
+        results: &'a [TaskResult],
+    ) -> Vec<AskedTask<'a>> {
+        let all = self.tasks.iter().zip(conversations).zip(results);
+        let asked = all.filter_map(|((task, conversations), result)| match task {
+            LoadedTask::Harness(task) => {
+                let items = conversations.as_deref().unwrap_or(&task.items);
+                Some(AskedTask {
+                    task,
+                    items,
+                    result,
+                })
+            }
+            LoadedTask::Rows(_) => None,
+        });
+        asked.collect()
+    }
+
+    /// The names of tasks and groups, and of their metrics.
+    pub(crate) fn metrics(&self) -> Vec<(String, Vec<String>)> {
         let of_task = |task: &LoadedTask| match task {
             LoadedTask::Harness(task) => {
-                let metrics = task.definition.metrics.iter().map(|of| of.metric.name());
+                let metrics = task.definition.metrics.iter();
+                let metrics = metrics.map(|of| of.metric.name().to_owned());
                 (task.definition.name.clone(), metrics.collect())
             }
-            LoadedTask::Rows(file) => (rows_name(file), ::eval::row_metrics().collect()),
+            LoadedTask::Rows(file) => {
+                let metrics = ::eval::row_metrics().map(str::to_owned);
+                (rows_name(file), metrics.collect())
+            }
         };
-        self.tasks.iter().map(of_task).collect()
+        let of_group = |group: &TaskGroup| {
+            let metrics = group.metrics.iter().map(|of| of.metric.clone());
+            (group.name.clone(), metrics.collect())
+        };
+        let tasks = self.tasks.iter().map(of_task);
+        tasks.chain(self.groups.iter().map(of_group)).collect()
     }
 }
 
 /// The name of the task of a file of rows.
-fn rows_name(file: &Path) -> String {
+pub(super) fn rows_name(file: &Path) -> String {
     let name = file.file_stem().unwrap_or(file.as_os_str());
     name.to_string_lossy().into_owned()
 }
 
 /// Reads all tasks, in their order: files of rows before others.
-pub(super) fn load(args: &Args, console: &Console) -> anyhow::Result<LoadedTasks> {
-    let index = args.include_path.iter();
+pub(crate) fn load(
+    names: &[String],
+    options: &TaskOptions<'_>,
+    console: &Console,
+) -> anyhow::Result<LoadedTasks> {
+    let index = options.include_path.iter();
     let index = index
         .map(|folder| TaskIndex::open(folder))
         .collect::<data::Result<Vec<_>>>()?;
     let (mut rows, mut set) = (Vec::new(), TaskSet::default());
-    for name in &args.tasks {
+    for name in names {
         let path = Path::new(name);
         if path.is_file() && !is_yaml(path) {
             rows.push(LoadedTask::Rows(path.to_owned()));
@@ -82,7 +187,7 @@ pub(super) fn load(args: &Args, console: &Console) -> anyhow::Result<LoadedTasks
         }
     }
     let harness = set.tasks.into_iter().map(|definition| {
-        let task = HarnessTask::load(definition, args, console)?;
+        let task = HarnessTask::load(definition, options, console)?;
         Ok(LoadedTask::Harness(Box::new(task)))
     });
     let harness = harness.collect::<anyhow::Result<Vec<_>>>()?;
@@ -136,106 +241,199 @@ fn tasks_of(name: &str, index: &[TaskIndex]) -> anyhow::Result<TaskSet> {
 }
 
 impl HarnessTask {
-    fn load(definition: TaskDefinition, args: &Args, console: &Console) -> anyhow::Result<Self> {
+    fn load(
+        definition: TaskDefinition,
+        options: &TaskOptions<'_>,
+        console: &Console,
+    ) -> anyhow::Result<Self> {
         ::eval::expect_measured(&definition)
             .with_context(|| definition.file.display().to_string())?;
+        if options.chat.think && definition.output != OutputType::GenerateUntil {
+            let (file, name) = (definition.file.display(), &definition.name);
+            bail!(
+                "{file}: --think: expected a task with written answers, found `{name}`, which scores given ones"
+            );
+        }
         let hub = hub_cache();
         let dataset = TaskDataset::find(&definition.dataset, &definition.file, hub.as_deref())?;
-        let limits = ItemLimits {
-            fewshot: args.num_fewshot,
-            rows: args.max_samples,
-        };
+        let limits = options.limits();
         let fewshot = definition.fewshot_count(limits.fewshot);
-        if args.num_fewshot.is_some_and(|wanted| wanted != fewshot) {
+        if options.num_fewshot.is_some_and(|wanted| wanted != fewshot) {
             let name = &definition.name;
             console.note(format_args!(
                 "{name}: has no examples, whatever --num-fewshot says"
             ));
         }
-        let TaskItems { items, n_rows } = definition.items(&dataset, limits)?;
+        let chat = TaskChat {
+            system: options.chat.system.as_deref(),
+            ..TaskChat::default()
+        };
+        let TaskItems { items, n_rows } = definition.items(&dataset, limits, &chat)?;
         Ok(Self {
             definition,
+            dataset,
             items,
             fewshot,
             n_rows,
         })
     }
 
+    /// The questions as conversations, if they are to be, and what ends a thought in an answer.
+    fn conversations(
+        &self,
+        asked: &AskedModel,
+        options: &TaskOptions<'_>,
+        console: &Console,
+    ) -> anyhow::Result<Option<(Vec<TaskItem>, Option<String>)>> {
+        if !options.chat.chat_template {
+            return Ok(None);
+        }
+        let (model, task) = (&asked.name, &self.definition.name);
+        let template = asked.tokenizer.chat_template();
+        let template =
+            template.with_context(|| format!("{model}: expected a chat template, found none"))?;
+        let chat = options.chat.task_chat(Some(template));
+        let items = self
+            .definition
+            .items(&self.dataset, options.limits(), &chat)?;
+        if chat.is_without_system.get() {
+            console.note(format_args!(
+                "{model}: {task}: without its system message, which the chat template refuses"
+            ));
+        }
+        let end = template.thought_end().map(str::to_owned);
+        Ok(Some((items.items, end)))
+    }
+
     fn result(
         &self,
-        opened: &Opened,
-        args: &Args,
+        asked: &AskedModel,
+        options: &TaskOptions<'_>,
+        store: &mut dyn AnswerStore,
         console: &Console,
-    ) -> anyhow::Result<TaskResult> {
-        let (task, items) = (&self.definition, self.items.as_slice());
-        let tokenizer = opened.expect_tokenizer()?;
-        let limit = opened.model.config.max_position_embeddings;
-        let ends = infer::end_of_text(&opened.folder, Some(tokenizer))?;
-        let answer_config = |pass_tokens| AnswerConfig {
-            max_length: args.max_length.unwrap_or(limit).min(limit),
-            pass_tokens,
-            batch: args.batch as usize,
-            end_ids: ends.ids.clone(),
+    ) -> anyhow::Result<Judged> {
+        let (task, file) = (&self.definition, &*self.definition.file);
+        let conversations = self.conversations(asked, options, console)?;
+        let (conversations, thought_end) = conversations.unzip();
+        let items = conversations.as_deref().unwrap_or(&self.items);
+        let config = AnswerConfig {
+            max_length: options
+                .max_length
+                .unwrap_or(asked.limit())
+                .min(asked.limit()),
+            pass_tokens: 0,
+            batch: options.together(&asked.device),
+            end_ids: asked.end_ids.clone(),
             seed: 0,
+            thought_end: thought_end.flatten(),
         };
-        let file = &*task.file;
-        let mut requests = scored(
-            TaskRequests::new(tokenizer, task, items, answer_config(0)),
-            file,
-            opened,
-        )?;
+        let requests = TaskRequests::new(&asked.tokenizer, task, items, config);
+        let mut requests = scored(requests, file, &asked.name)?;
         let longest = requests.longest().max(REQUEST_TOKENS);
-        expect_room_for_losses(&opened.model.config, (args.batch, longest), args.budget)?;
-        requests.set_pass_tokens(longest * args.batch as usize);
+        expect_room_for_losses(
+            &asked.model.config,
+            (options.batch, longest),
+            options.budget,
+        )?;
+        requests.set_pass_tokens(longest * options.batch as usize);
         let mut progress = console.progress(requests.count() as u64, "requests");
-        let status = format!("{}: {}", opened.name, task.name);
+        let status = format!("{}: {}", asked.name, task.name);
         let tell = &mut |done, _| progress.update(done as u64, &status);
-        let compute = config(args).compute;
-        let mut engine = Engine::new(opened.model.clone(), compute, opened.device.clone());
-        let answers = requests.answer(&mut engine, tokenizer, tell);
+        let mut engine = Engine::new(asked.model.clone(), options.compute, asked.device.clone());
+        let answers = requests.answer(&mut engine, &asked.tokenizer, store, tell);
         progress.finish();
-        let answers = scored(answers, file, opened)?;
+        let answers = scored(answers, file, &asked.name)?;
         if answers.n_cut > 0 {
             let (name, n_cut) = (&task.name, answers.n_cut);
             console.note(format_args!(
                 "{name}: {n_cut} requests are cut at their beginning to fit the model"
             ));
         }
-        scored(
-            TaskResult::new(task, items, (self.fewshot, self.n_rows), answers),
-            file,
-            opened,
-        )
+        let counts = (self.fewshot, self.n_rows);
+        let result = TaskResult::new(task, items, counts, answers);
+        Ok(Judged {
+            result: scored(result, file, &asked.name)?,
+            conversations,
+        })
+    }
+}
+
+impl TaskOptions<'_> {
+    /// Answers that are written together. On a CPU, 8 have the texts that each has alone, which an evaluation that goes on relies
+    /// on.
+    fn together(&self, device: &Device) -> usize {
+        match kernels::device::is_gpu(device) {
+            true => self.batch as usize,
+            false => self.batch.min(8) as usize,
+        }
+    }
+
+    fn limits(&self) -> ItemLimits {
+        ItemLimits {
+            fewshot: self.num_fewshot,
+            rows: self.max_samples,
+        }
     }
 }
 
 impl LoadedTask {
-    /// The model's result.
-    pub(super) fn result(
+    /// The tokens of its first questions.
+    pub(super) fn first_tokens(
         &self,
-        opened: &Opened,
-        args: &Args,
-        console: &Console,
-    ) -> anyhow::Result<TaskResult> {
+        asked: &AskedModel,
+        options: &TaskOptions<'_>,
+    ) -> anyhow::Result<Vec<Vec<u32>>> {
+        let ids = |text: &str| Ok(asked.tokenizer.encode(text, Bos::Add)?);
         match self {
-            Self::Harness(task) => task.result(opened, args, console),
-            Self::Rows(file) => rows_result(opened, file, args, console),
+            Self::Harness(task) => {
+                let requests = task.items.iter().take(ROUTED_SAMPLES);
+                let requests = requests.filter_map(|item| item.question.requests.first());
+                let text = |request: &TaskRequest| {
+                    let continuation = request.continuation.as_deref().unwrap_or_default();
+                    ids(&format!("{}{continuation}", request.context))
+                };
+                requests.map(text).collect()
+            }
+            Self::Rows(file) => {
+                let questions = data::choices(file, &asked.tokenizer, options.columns, ROW_LENGTH)?;
+                let samples = questions.into_iter().filter_map(|mut of| of.samples.pop());
+                Ok(samples
+                    .take(ROUTED_SAMPLES)
+                    .map(|sample| sample.ids)
+                    .collect())
+            }
+        }
+    }
+
+    /// A model's result.
+    pub(crate) fn result(
+        &self,
+        asked: &AskedModel,
+        options: &TaskOptions<'_>,
+        store: &mut dyn AnswerStore,
+        console: &Console,
+    ) -> anyhow::Result<Judged> {
+        match self {
+            Self::Harness(task) => task.result(asked, options, store, console),
+            Self::Rows(file) => Ok(Judged {
+                result: rows_result(file, asked, options, store, console)?,
+                conversations: None,
+            }),
         }
     }
 }
 
 /// The result of a file of questions.
 fn rows_result(
-    opened: &Opened,
     file: &Path,
-    args: &Args,
+    asked: &AskedModel,
+    options: &TaskOptions<'_>,
+    store: &mut dyn AnswerStore,
     console: &Console,
 ) -> anyhow::Result<TaskResult> {
-    let limit = opened.model.config.max_position_embeddings;
-    let max_length = args.max_length.unwrap_or(ROW_LENGTH).min(limit);
-    let tokenizer = opened.expect_tokenizer()?;
-    let mut questions = data::choices(file, tokenizer, &args.columns.columns, max_length)?;
-    questions.truncate(args.max_samples.unwrap_or(usize::MAX));
+    let max_length = options.max_length.unwrap_or(ROW_LENGTH).min(asked.limit());
+    let mut questions = data::choices(file, &asked.tokenizer, options.columns, max_length)?;
+    questions.truncate(options.max_samples.unwrap_or(usize::MAX));
     let samples: Vec<&Sample> = questions
         .iter()
         .flat_map(|question| &question.samples)
@@ -247,11 +445,28 @@ fn rows_result(
             file.display()
         ));
     }
-    super::expect_room(opened, samples.iter().copied(), args)?;
+    let batch = batch_of(samples.iter().copied(), options.batch);
+    expect_room_for_losses(&asked.model.config, batch, options.budget)?;
     let task = rows_name(file);
     let mut progress = console.progress(samples.len() as u64, "choices");
-    let tell = &mut |done, _| super::tell(&mut progress, done, opened);
-    let found = ::eval::multiple_choice(&opened.model, &task, &questions, &config(args), tell);
+    let tell = &mut |done, _| progress.update(done as u64, &asked.name);
+    let config = EvalConfig {
+        batch_size: options.batch as usize,
+        compute: options.compute,
+    };
+    let found = ::eval::multiple_choice(&asked.model, &task, &questions, &config, store, tell);
     progress.finish();
-    scored(found, file, opened)
+    scored(found, file, &asked.name)
+}
+
+/// The number of samples of a batch, and the tokens of the longest one.
+pub(super) fn batch_of<'a>(samples: impl Iterator<Item = &'a Sample>, most: u64) -> (u64, usize) {
+    let lengths = samples.map(|sample| sample.ids.len());
+    let (rows, longest) = lengths.fold((0, 0), |(n, longest), len| (n + 1, len.max(longest)));
+    (most.min(rows), longest)
+}
+
+/// A score, or an error that names the model and the file.
+pub(super) fn scored<T>(found: ::eval::Result<T>, file: &Path, model: &str) -> anyhow::Result<T> {
+    finite(found, &format_args!("{model}: {}", file.display()))
 }

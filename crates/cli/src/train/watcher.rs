@@ -2,11 +2,13 @@
 
 use model::Model;
 use train::{
-    Event, Host, Memory, Rewards, SampledText, Session, StepMemory, StepReport, ValidationProgress,
+    Event, Host, Memory, Rewards, RunDir, SampledText, Session, StepMemory, StepReport, TaskScore,
+    ValidationProgress,
 };
 
 use super::samples::PromptSampler;
 use super::signals::Signals;
+use super::task_scorer::{RecipeTasks, TaskScorer};
 use crate::console::{self, Console, Progress};
 use crate::host;
 use crate::host::energy::EnergyMeter;
@@ -22,6 +24,7 @@ pub(super) struct Watcher {
     validation: Option<Progress>,
     signals: Signals,
     sampler: Option<PromptSampler>,
+    scorer: Option<TaskScorer>,
     smoothed: Option<f64>,
     seconds: f64,
     tokens: usize,
@@ -76,8 +79,17 @@ impl Host for Watcher {
                     self.progress.line(&console::printable(&line, &[]));
                 }
             }
-            Event::RestoredBest { step, loss } => self.progress.line(&format!(
-                "the result is step {step}, which had the lowest validation loss, {loss:.4}"
+            Event::Scored { step, scores } => {
+                for score in scores {
+                    self.progress.line(&console::printable(&line_of(*step, score), &[]));
+                }
+            }
+            Event::RestoredBest {
+                step,
+                measure,
+                value,
+            } => self.progress.line(&format!(
+                "the result is step {step}, which had the best {measure}, {value:.4}"
             )),
             Event::SetAside { step, path } => self.progress.line(&format!(
                 "the result of step {step} is now {}; this run makes a new one",
@@ -105,16 +117,27 @@ impl Host for Watcher {
         let text = sampler.text(model, prompt);
         text.map_err(|error| format!("{error:#}"))
     }
+
+    fn score(&mut self, step: u64, model: &Model) -> Result<Vec<TaskScore>, String> {
+        let scorer = self.scorer.as_ref().ok_or("there are no tasks")?;
+        let scores = scorer.score(step, model);
+        scores.map_err(|error| format!("{error:#}"))
+    }
 }
 
 impl Watcher {
     pub(super) fn new(
         session: &Session,
+        (tasks, run): (Option<RecipeTasks>, &RunDir),
         signals: Signals,
         console: &Console,
     ) -> anyhow::Result<Self> {
+        let progress = console.progress(session.total_steps(), "training");
+        let below = || console.below(&progress);
+        let scorer = tasks.map(|tasks| TaskScorer::new(tasks, session, run, below()));
         Ok(Self {
-            progress: console.progress(session.total_steps(), "training"),
+            scorer: scorer.transpose()?,
+            progress,
             validation: None,
             signals,
             sampler: PromptSampler::new(session)?,
@@ -128,8 +151,9 @@ impl Watcher {
         })
     }
 
-    /// Removes the progress bar. Returns the maximum bytes of saved activations, and the memory of the run if the system tells.
-    pub(super) fn finish(mut self) -> (usize, Option<MeasuredMemory>) {
+    /// Removes the progress bar. Returns what asks tasks, the maximum bytes of saved activations, and the memory of the run if the
+    /// system tells.
+    pub(super) fn finish(mut self) -> (Option<TaskScorer>, usize, Option<MeasuredMemory>) {
         if let Some(progress) = self.validation {
             progress.finish();
         }
@@ -145,7 +169,7 @@ impl Watcher {
             resident,
             step: self.step_memory,
         });
-        (self.saved_activation_bytes, measured)
+        (self.scorer, self.saved_activation_bytes, measured)
     }
 
     fn validating(&mut self, done: &ValidationProgress) {
@@ -184,6 +208,24 @@ impl Watcher {
             ),
         );
     }
+}
+
+/// A score as a line.
+fn line_of(step: u64, score: &TaskScore) -> String {
+    let TaskScore {
+        task,
+        metric,
+        filter,
+        value,
+        standard_error,
+        ..
+    } = score;
+    let error = standard_error.map_or_else(String::new, |error| format!(" ± {error:.4}"));
+    let filter = match filter.as_str() {
+        "none" => String::new(),
+        filter => format!(",{filter}"),
+    };
+    format!("step {step}: {task} {metric}{filter} {value:.4}{error}")
 }
 
 /// What a validation loss says to a person.

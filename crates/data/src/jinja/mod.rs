@@ -41,8 +41,10 @@ use render::Renderer;
 use std::fmt;
 use std::sync::Arc;
 
+pub(crate) use filters::PythonRegex;
 pub(crate) use numbers::keep_exact;
-pub(crate) use python::{float_text, is_space, write_quoted};
+pub use python::is_space;
+pub(crate) use python::{float_text, write_quoted};
 pub(crate) use value::Value;
 
 /// A result with this module's [`Error`].

@@ -6,7 +6,7 @@ use super::{Error, Result};
 use std::fmt::Write;
 
 /// Python's `str.isspace` for one character.
-pub(crate) fn is_space(char: char) -> bool {
+pub fn is_space(char: char) -> bool {
     char.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&char)
 }
 

@@ -165,6 +165,11 @@ fn templates_of_tasks_keep_white_space_and_refuse_names_without_a_value() {
         ),
         ("{{ answer.label }}{{ choices[answer['label']] }}", "1b"),
         ("{{ answer.other | default('y') }}", "y"),
+        ("{{ question | regex_replace('(.)', '<\\\\1>') }}", "<q>"),
+        (
+            "{{ 'aaa' | regex_replace(pattern='a', repl='b', count=2) }}",
+            "bba",
+        ),
     ] {
         assert_eq!(
             render_for_harness(source).as_deref(),

@@ -1,6 +1,6 @@
 //! A task as its file defines it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::included::read_merged;
@@ -20,6 +20,8 @@ pub struct TaskDefinition {
     pub alias: Option<String>,
     /// The file.
     pub file: Arc<Path>,
+    /// The files that its keys are from, those that it includes among them.
+    pub files: Vec<PathBuf>,
     /// Where its rows are.
     pub dataset: DatasetSource,
     /// Which of its rows are for what.
@@ -102,8 +104,6 @@ pub struct FewshotSetup {
     pub split: Option<String>,
     /// Rows of the file itself.
     pub samples: Option<Vec<serde_json::Value>>,
-    /// Places of the rows that they are chosen from.
-    pub indices: Option<Vec<usize>>,
     pub(super) text: Option<DocValue>,
     pub(super) target: Option<DocValue>,
     pub(super) choice: Option<DocValue>,
@@ -210,6 +210,7 @@ impl TaskDefinition {
 
     /// Reads the settings of a task, those of the files it includes among them.
     pub(super) fn read(mut keys: Settings, file: &Arc<Path>, name: String) -> Result<Self> {
+        let files = keys.files();
         let output = keys.read("output_type", |of| of.one_of(&OutputType::ALL))?;
         let output = output.unwrap_or(OutputType::GenerateUntil);
         // Of registers, not of the task.
@@ -242,6 +243,7 @@ impl TaskDefinition {
             name,
             alias,
             file: Arc::clone(file),
+            files,
             dataset,
             splits,
             text,
@@ -353,9 +355,10 @@ fn fewshot(keys: &mut Settings) -> Result<FewshotSetup> {
         let row = |item: &Setting| item.map().map(|_| json_of(&item.yaml));
         of.list()?.iter().map(row).collect()
     })?;
-    setup.indices = keys.read("fewshot_indices", |of| {
-        of.list()?.iter().map(Setting::count).collect()
-    })?;
+    if let Some(indices) = keys.take("fewshot_indices") {
+        let found = "some, which the harness reads and does not obey";
+        return Err(indices.error("none", found));
+    }
     setup.text = keys.read("doc_to_text", DocValue::read)?;
     setup.target = keys.read("doc_to_target", DocValue::read)?;
     setup.choice = keys.read("doc_to_choice", DocValue::read)?;

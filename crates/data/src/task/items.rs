@@ -1,11 +1,15 @@
 //! The items of a task: its rows, and what a model is asked about each.
 
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
 use sha2::{Digest, Sha256};
 
 use super::dataset::TaskDataset;
 use super::definition::TaskDefinition;
 use super::metric::OutputType;
 use super::question::{FewshotPool, Question, QuestionMaker};
+use super::task_chat::TaskChat;
 use super::task_row::TaskRow;
 use super::twin::RowsTwin;
 use super::values::Target;
@@ -102,7 +106,12 @@ impl TaskDefinition {
     ///
     /// # Errors
     /// If a split is absent, or something fails for a row: with the number of the row.
-    pub fn items(&self, dataset: &TaskDataset, limits: ItemLimits) -> Result<TaskItems> {
+    pub fn items(
+        &self,
+        dataset: &TaskDataset,
+        limits: ItemLimits,
+        chat: &TaskChat<'_>,
+    ) -> Result<TaskItems> {
         let malformed = |problem: Error| Error::malformed(&self.file, problem.to_string());
         let splits = &self.splits;
         let Some(split) = splits.test.as_deref().or(splits.validation.as_deref()) else {
@@ -125,8 +134,8 @@ impl TaskDefinition {
         rows.truncate(limits.rows.unwrap_or(usize::MAX));
         // That the two are the same is what the harness looks at, also if both are absent.
         let holds_questions = self.fewshot.split == splits.test;
-        let pool = FewshotPool::new(&self.fewshot, pool, holds_questions).map_err(malformed)?;
-        let mut maker = QuestionMaker::new(self, pool, count);
+        let pool = FewshotPool::new(pool, holds_questions);
+        let mut maker = QuestionMaker::new(self, pool, count, chat);
         let items = rows.into_iter().enumerate().map(|(number, row)| {
             let question = maker.question(&row).and_then(|question| {
                 expect_choice(&question)?;
@@ -142,6 +151,33 @@ impl TaskDefinition {
         })
     }
 
+    /// The files that its rows are in: those of the questions, and those of examples if there are any.
+    ///
+    /// # Errors
+    /// As [`TaskDataset::files`].
+    pub fn data_files(&self, dataset: &TaskDataset, fewshot: usize) -> Result<Vec<PathBuf>> {
+        let splits = &self.splits;
+        let evaluated = splits.test.as_deref().or(splits.validation.as_deref());
+        let of_examples = match (fewshot, &self.fewshot.samples) {
+            (0, _) => None,
+            (_, Some(_)) if self.fewshot.split.is_none() => None,
+            _ => self.example_split(),
+        };
+        let mut files = BTreeSet::new();
+        for split in evaluated.into_iter().chain(of_examples) {
+            files.extend(dataset.files(split)?.iter().cloned());
+        }
+        Ok(files.into_iter().collect())
+    }
+
+    /// The split that examples are taken from, unless they are in the task's file.
+    fn example_split(&self) -> Option<&str> {
+        let splits = &self.splits;
+        let usual = [&splits.training, &splits.validation, &splits.test];
+        let usual = usual.into_iter().flatten().next();
+        self.fewshot.split.as_ref().or(usual).map(String::as_str)
+    }
+
     /// Rows that examples are taken from; `rows` are those of the evaluated split.
     fn fewshot_rows(
         &self,
@@ -149,16 +185,14 @@ impl TaskDefinition {
         evaluated: &str,
         rows: &[TaskRow],
     ) -> Result<Vec<TaskRow>> {
-        let (setup, splits) = (&self.fewshot, &self.splits);
+        let setup = &self.fewshot;
         if let (None, Some(samples)) = (&setup.split, &setup.samples) {
             let row = |sample: &serde_json::Value| {
                 TaskRow::new(sample.as_object().cloned().unwrap_or_default())
             };
             return Ok(samples.iter().map(row).collect());
         }
-        let usual = [&splits.training, &splits.validation, &splits.test];
-        let usual = usual.into_iter().flatten().next();
-        match setup.split.as_ref().or(usual) {
+        match self.example_split() {
             Some(split) if split != evaluated || setup.process_docs.is_some() => {
                 let twin = setup.process_docs.or(self.process_docs);
                 self.rows(dataset, split, twin)

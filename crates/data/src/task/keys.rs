@@ -1,6 +1,7 @@
 //! The keys of a mapping, taken one by one: what is left at the end is unknown.
 
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::yaml::{Yaml, YamlValue};
@@ -184,6 +185,16 @@ impl Settings {
         read: impl FnOnce(&Setting) -> Result<T>,
     ) -> Result<Option<T>> {
         self.take(key).as_ref().map(read).transpose()
+    }
+
+    /// The files that values are from, each once.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        let files = self
+            .entries
+            .iter()
+            .map(|(_, value)| value.file.to_path_buf());
+        let files: BTreeSet<PathBuf> = files.collect();
+        files.into_iter().collect()
     }
 
     pub(super) fn has(&self, key: &str) -> bool {

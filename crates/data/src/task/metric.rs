@@ -126,6 +126,12 @@ impl Metric {
         found.map_or("", |(name, ..)| name)
     }
 
+    /// The metric of a name, if there is one.
+    pub fn of_name(name: &str) -> Option<Self> {
+        let found = Self::ALL.iter().find(|(known, ..)| *known == name);
+        found.map(|(_, metric, _)| *metric)
+    }
+
     /// How values of rows become one number, unless a task says otherwise.
     fn usual_aggregation(self) -> Aggregation {
         match self {
@@ -189,6 +195,20 @@ impl Aggregation {
         ("chrf", Self::Chrf),
         ("ter", Self::Ter),
     ];
+
+    /// Its name in task files.
+    pub fn name(self) -> &'static str {
+        let found = Self::ALL
+            .iter()
+            .find(|(_, aggregation)| *aggregation == self);
+        found.map_or("", |(name, _)| name)
+    }
+
+    /// The aggregation of a name, if there is one.
+    pub fn of_name(name: &str) -> Option<Self> {
+        let found = Self::ALL.iter().find(|(known, _)| *known == name);
+        found.map(|(_, aggregation)| *aggregation)
+    }
 }
 
 /// A metric as a task wants it.

@@ -16,6 +16,7 @@ mod metric;
 mod pattern;
 mod question;
 mod random;
+mod task_chat;
 mod task_index;
 mod task_row;
 mod task_set;
@@ -36,6 +37,7 @@ pub use metric::{
 pub use pattern::Pattern;
 pub use question::{FewshotPool, Question, QuestionMaker, TaskRequest};
 pub use random::PythonRandom;
+pub use task_chat::{TaskChat, without_thought};
 pub use task_index::TaskIndex;
 pub use task_row::TaskRow;
 pub use task_set::{GroupMetric, TaskGroup, TaskSet};

@@ -1,10 +1,14 @@
 //! Prompts: what a model is asked about a row, with examples before it.
+//!
+//! Source: EleutherAI/lm-evaluation-harness 0.4.13: lm_eval/api/task.py, `fewshot_context`, `build_qa_turn`, `construct_requests`.
 
-use super::definition::{DocValue, FewshotSampler, FewshotSetup, TaskDefinition};
+use super::definition::{DocValue, FewshotSampler, TaskDefinition};
 use super::metric::{Metric, OutputType};
 use super::random::PythonRandom;
+use super::task_chat::{Role, TaskChat, Turn};
 use super::task_row::TaskRow;
 use super::values::{Target, TextValue};
+use crate::jinja::is_space;
 use crate::{Error, Result};
 
 /// The harness's seed of few-shot examples.
@@ -42,27 +46,11 @@ pub struct FewshotPool {
 
 impl FewshotPool {
     /// A pool of rows; `holds_questions` if they are those that are asked about.
-    ///
-    /// # Errors
-    /// If the setup names a row that is not there.
-    pub fn new(setup: &FewshotSetup, rows: Vec<TaskRow>, holds_questions: bool) -> Result<Self> {
-        let rows = match &setup.indices {
-            None => rows,
-            Some(indices) => {
-                let row = |at: &usize| {
-                    let row = rows.get(*at).cloned();
-                    row.ok_or_else(|| {
-                        let expected = format!("`fewshot_indices` below {}", rows.len());
-                        Error::schema(expected, at.to_string())
-                    })
-                };
-                indices.iter().map(row).collect::<Result<_>>()?
-            }
-        };
-        Ok(Self {
+    pub fn new(rows: Vec<TaskRow>, holds_questions: bool) -> Self {
+        Self {
             rows,
             holds_questions,
-        })
+        }
     }
 }
 
@@ -72,6 +60,7 @@ pub struct QuestionMaker<'a> {
     task: &'a TaskDefinition,
     pool: FewshotPool,
     count: usize,
+    chat: &'a TaskChat<'a>,
     random: PythonRandom,
 }
 
@@ -85,12 +74,18 @@ struct Forms<'a> {
 }
 
 impl<'a> QuestionMaker<'a> {
-    /// For a task with so many examples, from a pool.
-    pub fn new(task: &'a TaskDefinition, pool: FewshotPool, count: usize) -> Self {
+    /// For a task with a number of examples from a pool, as a conversation or not.
+    pub fn new(
+        task: &'a TaskDefinition,
+        pool: FewshotPool,
+        count: usize,
+        chat: &'a TaskChat<'a>,
+    ) -> Self {
         Self {
             task,
             pool,
             count,
+            chat,
             random: PythonRandom::new(FEWSHOT_SEED),
         }
     }
@@ -122,37 +117,47 @@ impl<'a> QuestionMaker<'a> {
             });
         }
         let forms = self.forms();
-        let text = task.text.text(row, has_choices)?;
-        let (contexts, continuations) = match text {
+        let prefix = forms.prefix(row)?;
+        let context = |text: String, delimiter: &str| {
+            let mut turns = before.clone();
+            turns.extend(asked(text, &prefix, delimiter));
+            self.chat.render(turns, !prefix.is_empty())
+        };
+        let (contexts, continuations) = match task.text.text(row, has_choices)? {
             TextValue::Text(text) => {
-                let context = before + &prompt(&forms, row, text)?;
                 let continuations = match task.output {
                     OutputType::MultipleChoice => choices.clone(),
                     OutputType::GenerateUntil => Vec::new(),
                     _ => vec![answer_text(&target, &[])?],
                 };
-                (vec![context], continuations)
+                (vec![context(text, forms.target_delimiter)?], continuations)
             }
             // Each choice is a prompt of its own, before the same text.
             TextValue::Choice(number) => {
-                let without = Forms {
-                    target_delimiter: "",
-                    ..forms
-                };
-                let context =
-                    |choice: &String| Ok(before.clone() + &prompt(&without, row, choice.clone())?);
-                let contexts = choices.iter().map(context).collect::<Result<_>>()?;
+                let contexts = choices.iter().map(|choice| context(choice.clone(), ""));
                 let continuation = answer_text(&target, &[])?;
                 right = Target::Choice(number);
-                (contexts, vec![continuation])
+                (contexts.collect::<Result<_>>()?, vec![continuation])
             }
         };
+        let delimiter = self.delimiter(&prefix);
         Ok(Question {
-            requests: self.requests(contexts, continuations, &choices),
+            requests: self.requests(contexts, continuations, &choices, delimiter),
             choices,
             target,
             right,
         })
+    }
+
+    /// What is between a prompt and a choice. In a conversation, the template is.
+    fn delimiter(&self, prefix: &str) -> &'a str {
+        let is_inside = prefix.chars().next_back().is_some_and(|c| !is_space(c));
+        match self.task.output {
+            OutputType::MultipleChoice if !self.chat.is_chat() || is_inside => {
+                &self.task.target_delimiter
+            }
+            _ => "",
+        }
     }
 
     fn requests(
@@ -160,15 +165,12 @@ impl<'a> QuestionMaker<'a> {
         contexts: Vec<String>,
         continuations: Vec<String>,
         choices: &[String],
+        delimiter: &str,
     ) -> Vec<TaskRequest> {
         let task = self.task;
         let request = |context: &str, continuation: Option<String>| TaskRequest {
             context: context.to_owned(),
             continuation,
-        };
-        let delimiter = match task.output {
-            OutputType::MultipleChoice => &*task.target_delimiter,
-            _ => "",
         };
         let delimited = |text: &String| Some(format!("{delimiter}{text}"));
         let mut requests = Vec::new();
@@ -200,13 +202,19 @@ impl<'a> QuestionMaker<'a> {
         }
     }
 
-    /// Description and examples.
-    fn before(&mut self, row: &TaskRow) -> Result<String> {
+    /// The system's text and the description, and examples.
+    fn before(&mut self, row: &TaskRow) -> Result<Vec<Turn>> {
         let task = self.task;
-        let mut text = match &task.description {
+        let description = match &task.description {
             Some(description) => description.printed(row)?,
             None => String::new(),
         };
+        let system = self.chat.system.unwrap_or_default();
+        let system = joined(system, &description, &task.fewshot_delimiter);
+        let mut turns = Vec::new();
+        if !system.is_empty() {
+            turns.push(Turn::new(Role::System, system, ""));
+        }
         let usual = self.forms();
         let setup = &task.fewshot;
         let forms = Forms {
@@ -219,15 +227,12 @@ impl<'a> QuestionMaker<'a> {
                 .as_deref()
                 .unwrap_or(usual.target_delimiter),
         };
-        let delimiter = setup
-            .fewshot_delimiter
-            .as_deref()
-            .unwrap_or(&task.fewshot_delimiter);
+        let delimiter = setup.fewshot_delimiter.as_deref();
+        let delimiter = delimiter.unwrap_or(&task.fewshot_delimiter);
         for example in self.examples(row)? {
-            text.push_str(&example_text(&forms, &example, task.choice.is_some())?);
-            text.push_str(delimiter);
+            turns.extend(forms.example(&example, task.choice.is_some(), delimiter)?);
         }
-        Ok(text)
+        Ok(turns)
     }
 
     /// The examples of a row.
@@ -269,58 +274,59 @@ impl<'a> QuestionMaker<'a> {
     }
 }
 
-/// The question itself, ready for an answer.
-fn prompt(forms: &Forms<'_>, row: &TaskRow, text: String) -> Result<String> {
-    let prefix = match forms.gen_prefix {
-        Some(prefix) => prefix.printed(row)?,
-        None => String::new(),
-    };
-    if prefix.is_empty() {
-        return Ok(text);
+impl Forms<'_> {
+    /// What an answer begins with; empty if it is free.
+    fn prefix(&self, row: &TaskRow) -> Result<String> {
+        match self.gen_prefix {
+            Some(prefix) => prefix.printed(row),
+            None => Ok(String::new()),
+        }
     }
-    let delimiter = if needs_delimiter(&text, &prefix) {
-        forms.target_delimiter
-    } else {
-        ""
-    };
-    Ok(format!("{text}{delimiter}{prefix}"))
+
+    /// A question with its answer, and what is between it and the next.
+    fn example(&self, row: &TaskRow, has_choices: bool, end: &str) -> Result<Vec<Turn>> {
+        let mut choices = match self.choice {
+            Some(choice) => choice.choices(row)?,
+            None => Vec::new(),
+        };
+        let text = match self.text.text(row, has_choices)? {
+            TextValue::Text(text) => text,
+            TextValue::Choice(number) => {
+                let text = chosen(&choices, number)?;
+                choices.clear();
+                text
+            }
+        };
+        let target = self.target.target(row, has_choices)?;
+        let prefix = self.prefix(row)?;
+        if target == Target::Text(String::new()) {
+            return Ok(asked(text, &prefix, self.target_delimiter));
+        }
+        let answer = joined(&prefix, &answer_text(&target, &choices)?, " ");
+        let delimiter = match prefix.is_empty() || needs_delimiter(&text, &prefix) {
+            true => self.target_delimiter,
+            false => "",
+        };
+        Ok(vec![
+            Turn::new(Role::User, text, delimiter),
+            Turn::new(Role::Assistant, answer, end),
+        ])
+    }
 }
 
-/// A question with its answer.
-fn example_text(forms: &Forms<'_>, row: &TaskRow, has_choices: bool) -> Result<String> {
-    let mut choices = match forms.choice {
-        Some(choice) => choice.choices(row)?,
-        None => Vec::new(),
-    };
-    let text = match forms.text.text(row, has_choices)? {
-        TextValue::Text(text) => text,
-        TextValue::Choice(number) => {
-            let text = chosen(&choices, number)?;
-            choices.clear();
-            text
-        }
-    };
-    let target = forms.target.target(row, has_choices)?;
-    let prefix = match forms.gen_prefix {
-        Some(prefix) => prefix.printed(row)?,
-        None => String::new(),
-    };
-    if target == Target::Text(String::new()) {
-        return prompt(forms, row, text);
+/// A question that is still to be answered, and what the answer begins with.
+fn asked(text: String, prefix: &str, delimiter: &str) -> Vec<Turn> {
+    if prefix.is_empty() {
+        return vec![Turn::new(Role::User, text, "")];
     }
-    let answer = answer_text(&target, &choices)?;
-    let (delimiter, answer) = match prefix.is_empty() {
-        true => (forms.target_delimiter, answer),
-        false => {
-            let delimiter = if needs_delimiter(&text, &prefix) {
-                forms.target_delimiter
-            } else {
-                ""
-            };
-            (delimiter, joined(&prefix, &answer))
-        }
+    let delimiter = match needs_delimiter(&text, prefix) {
+        true => delimiter,
+        false => "",
     };
-    Ok(format!("{text}{delimiter}{answer}"))
+    vec![
+        Turn::new(Role::User, text, delimiter),
+        Turn::new(Role::Assistant, prefix.to_owned(), ""),
+    ]
 }
 
 /// The text of an answer.
@@ -352,24 +358,16 @@ fn chosen(choices: &[String], number: i64) -> Result<String> {
 
 /// Whether two texts have no white space where they meet.
 fn needs_delimiter(before: &str, after: &str) -> bool {
-    let ends = before
-        .chars()
-        .next_back()
-        .is_some_and(|c| !crate::jinja::is_space(c));
-    ends && after
-        .chars()
-        .next()
-        .is_some_and(|c| !crate::jinja::is_space(c))
+    let is_text = |end: Option<char>| end.is_some_and(|c| !is_space(c));
+    is_text(before.chars().next_back()) && is_text(after.chars().next())
 }
 
-/// Two texts with a space between them if there is none.
-fn joined(before: &str, after: &str) -> String {
-    let between = if needs_delimiter(before, after) {
-        " "
-    } else {
-        ""
-    };
-    format!("{before}{between}{after}")
+/// Two texts with a delimiter between them if there is no white space.
+fn joined(before: &str, after: &str, delimiter: &str) -> String {
+    match needs_delimiter(before, after) {
+        true => format!("{before}{delimiter}{after}"),
+        false => format!("{before}{after}"),
+    }
 }
 
 #[cfg(test)]
@@ -377,7 +375,7 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     use super::*;
-    use crate::TaskIndex;
+    use crate::{ChatTemplate, GenerationPrompt, TaskIndex};
 
     fn folder() -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/harness_tasks")
@@ -391,38 +389,94 @@ mod tests {
         rows.collect()
     }
 
+    fn golden(name: &str) -> serde_json::Value {
+        let text = std::fs::read_to_string(folder().join(name)).unwrap();
+        serde_json::from_str(&text).unwrap()
+    }
+
+    /// What is asked for each row of a task: prompts and continuations.
+    fn asked(task: &TaskDefinition, chat: &TaskChat<'_>) -> serde_json::Value {
+        let rows = rows(&task.dataset.files[0].1[0]);
+        let setup = &task.fewshot;
+        let pool = match &setup.samples {
+            Some(samples) => samples
+                .iter()
+                .map(|row| TaskRow::new(row.as_object().unwrap().clone()))
+                .collect(),
+            None => rows.clone(),
+        };
+        let pool = FewshotPool::new(pool, setup.split == task.splits.test);
+        let mut maker = QuestionMaker::new(task, pool, setup.count.unwrap_or(0), chat);
+        let of_row = |row: &TaskRow| -> serde_json::Value {
+            let requests = maker.question(row).unwrap().requests.into_iter();
+            let pairs =
+                requests.map(|request| serde_json::json!([request.context, request.continuation]));
+            pairs.collect()
+        };
+        rows.iter().map(of_row).collect()
+    }
+
+    fn same(task: &TaskDefinition, chat: &TaskChat<'_>, expected: &serde_json::Value, what: &str) {
+        let found = asked(task, chat);
+        let (found, expected) = (found.as_array().unwrap(), expected.as_array().unwrap());
+        assert_eq!(found.len(), expected.len(), "{what}");
+        for (at, (found, expected)) in found.iter().zip(expected).enumerate() {
+            assert_eq!(found, expected, "{what} {at}");
+        }
+    }
+
     /// What the harness asks for each row of tasks of all kinds: text by text.
     #[test]
     fn questions_are_those_of_the_harness() {
-        let index = TaskIndex::open(&folder()).unwrap();
-        let asked = std::fs::read_to_string(folder().join("asked.json")).unwrap();
-        let asked: serde_json::Value = serde_json::from_str(&asked).unwrap();
-        let asked = asked.as_object().unwrap();
-        assert_eq!(index.names().count(), asked.len());
-        for (name, expected) in asked {
-            let task = index.task(name).unwrap();
-            let rows = rows(&task.dataset.files[0].1[0]);
-            let setup = &task.fewshot;
-            let pool = match &setup.samples {
-                Some(samples) => samples
-                    .iter()
-                    .map(|row| TaskRow::new(row.as_object().unwrap().clone()))
-                    .collect(),
-                None => rows.clone(),
+        let (index, golden) = (TaskIndex::open(&folder()).unwrap(), golden("asked.json"));
+        let golden = golden.as_object().unwrap();
+        assert_eq!(index.names().count(), golden.len());
+        for (name, expected) in golden {
+            same(
+                &index.task(name).unwrap(),
+                &TaskChat::default(),
+                expected,
+                name,
+            );
+        }
+    }
+
+    /// The same in a chat template: examples as turns or in one message, with and without a system message and thoughts.
+    #[test]
+    fn conversations_are_those_of_the_harness() {
+        let (index, golden) = (TaskIndex::open(&folder()).unwrap(), golden("chats.json"));
+        let source = std::fs::read_to_string(folder().join("chat_template.jinja")).unwrap();
+        let tokens = [
+            ("bos_token", "<｜begin▁of▁sentence｜>"),
+            ("eos_token", "<｜end▁of▁sentence｜>"),
+        ];
+        let tokens = tokens.map(|(name, token)| (name.to_owned(), token.into()));
+        let template = ChatTemplate::new(&source, tokens.into()).unwrap();
+        let kinds = [
+            ("turns", false, None, None),
+            ("system", false, Some("Answer well."), None),
+            (
+                "one message",
+                true,
+                Some("Answer well."),
+                Some(GenerationPrompt::NoThink),
+            ),
+        ];
+        assert_eq!(golden.as_object().unwrap().len(), kinds.len());
+        for (kind, is_single_turn, system, generation_prompt) in kinds {
+            let chat = TaskChat {
+                template: Some(&template),
+                system,
+                is_single_turn,
+                generation_prompt,
+                ..TaskChat::default()
             };
-            let holds_questions = setup.split == task.splits.test;
-            let pool = FewshotPool::new(setup, pool, holds_questions).unwrap();
-            let mut maker = QuestionMaker::new(&task, pool, setup.count.unwrap_or(0));
-            for (at, row) in rows.iter().enumerate() {
-                let question = maker.question(row).unwrap();
-                let found: Vec<serde_json::Value> = question
-                    .requests
-                    .iter()
-                    .map(|request| serde_json::json!([request.context, request.continuation]))
-                    .collect();
-                assert_eq!(serde_json::Value::Array(found), expected[at], "{name} {at}");
+            let tasks = golden[kind].as_object().unwrap();
+            assert_eq!(index.names().count(), tasks.len());
+            for (name, expected) in tasks {
+                let what = format!("{kind} {name}");
+                same(&index.task(name).unwrap(), &chat, expected, &what);
             }
-            assert_eq!(rows.len(), expected.as_array().unwrap().len(), "{name}");
         }
     }
 }

@@ -37,5 +37,5 @@ impl TaskRow {
 }
 
 pub(super) fn failed(problem: crate::jinja::Error) -> Error {
-    Error::Template(problem.to_string())
+    Error::TaskTemplate(problem.to_string())
 }

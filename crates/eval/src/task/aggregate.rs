@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use data::Aggregation;
 
 use super::row_values::RowValue;
+use super::translation::{bleu, chrf, ter};
 use crate::error::{Error, Result};
 
 /// The number, from values of which some may come several times; NaN if there are none.
@@ -19,11 +20,43 @@ pub(crate) fn aggregate(how: Aggregation, values: &[&RowValue]) -> Result<f64> {
         Aggregation::BitsPerByte => Ok(-weighted_mean(values)? / std::f64::consts::LN_2),
         Aggregation::F1 => f1(values),
         Aggregation::Mcc => mcc(values),
-        Aggregation::Bleu | Aggregation::Chrf | Aggregation::Ter => Err(Error::Aggregation {
-            expected: "a metric of single answers",
-            found: "one of a corpus",
-        }),
+        Aggregation::Bleu => Ok(bleu(counts(
+            values,
+            "counts for BLEU",
+            |value| match value {
+                RowValue::Bleu(counts) => Some(*counts),
+                _ => None,
+            },
+        )?)),
+        Aggregation::Chrf => Ok(chrf(counts(
+            values,
+            "counts for chrF",
+            |value| match value {
+                RowValue::Chrf(counts) => Some(*counts),
+                _ => None,
+            },
+        )?)),
+        Aggregation::Ter => Ok(ter(counts(
+            values,
+            "counts for TER",
+            |value| match value {
+                RowValue::Ter(counts) => Some(*counts),
+                _ => None,
+            },
+        )?)),
     }
+}
+
+/// The counts of all values.
+fn counts<T>(
+    values: &[&RowValue],
+    expected: &'static str,
+    of: impl Fn(&RowValue) -> Option<T>,
+) -> Result<impl Iterator<Item = T>> {
+    let counts = values
+        .iter()
+        .map(|value| of(value).ok_or_else(|| other(expected, value)));
+    Ok(counts.collect::<Result<Vec<T>>>()?.into_iter())
 }
 
 fn other(expected: &'static str, found: &RowValue) -> Error {
@@ -31,6 +64,7 @@ fn other(expected: &'static str, found: &RowValue) -> Error {
         RowValue::Number(_) => "numbers",
         RowValue::Weighted(..) => "numbers with weights",
         RowValue::Labels(..) => "labels",
+        RowValue::Bleu(_) | RowValue::Chrf(_) | RowValue::Ter(_) => "counts of n-grams or edits",
     };
     Error::Aggregation { expected, found }
 }

@@ -5,9 +5,13 @@ use std::sync::Arc;
 use data::{
     OutputType, ScoredTokens, TaskDefinition, TaskEncoder, TaskItem, TaskRequest, Tokenizer,
 };
-use infer::{Completion, Engine, GenerateConfig, SampleConfig, ScoreRequest};
+use infer::{
+    Completion, CompletionQueue, Engine, GenerateConfig, SampleConfig, ScoreConfig, ScoreRequest,
+};
+use model::Model;
 use serde::Serialize;
 
+use crate::answer_store::{AnswerStore, SpanScore, key_of_text, score_spans, unreadable};
 use crate::error::{Error, Result};
 
 /// The tokens of an answer, unless a task says otherwise.
@@ -41,6 +45,8 @@ pub struct AnswerConfig {
     pub end_ids: Vec<u32>,
     /// The first seed of answers that are drawn.
     pub seed: u64,
+    /// What ends a thought, which is no part of an answer. None if answers have no thoughts.
+    pub thought_end: Option<String>,
 }
 
 /// The answers to all items of a task, and the work that they took.
@@ -161,19 +167,34 @@ impl TaskRequests {
     /// Asks a model. `progress` gets the number of requests done and their total.
     ///
     /// # Errors
-    /// If a request does not fit the model, or a score is not finite.
+    /// If a request does not fit the model, a score is not finite, or the store fails.
     pub fn answer(
         self,
         engine: &mut Engine,
         tokenizer: &Arc<Tokenizer>,
+        store: &mut dyn AnswerStore,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Answers> {
         let answers = match self.tokens {
             RequestTokens::Scored(tokens) => {
-                score(engine, tokens, self.config.pass_tokens, progress)?
+                let config = ScoreConfig {
+                    compute: engine.compute,
+                    pass_tokens: self.config.pass_tokens,
+                    top: 0,
+                };
+                score(&engine.model, tokens, config, store, progress)?
             }
             RequestTokens::Written(prompts) => {
-                prompts.complete(engine, tokenizer, &self.config, progress)?
+                let batch = self.config.batch;
+                let mut writer = Writer {
+                    engine,
+                    tokenizer,
+                    store,
+                    progress,
+                };
+                let thought_end = self.config.thought_end.as_deref();
+                let texts = writer.texts(&prompts, batch, self.config.seed)?;
+                prompts.answers(texts, thought_end)
             }
         };
         let (answers, read, asked) = answers;
@@ -192,9 +213,10 @@ impl TaskRequests {
 type Answered = (Vec<Vec<Answer>>, usize, usize);
 
 fn score(
-    engine: &Engine,
+    model: &Model,
     tokens: Vec<Vec<ScoredTokens>>,
-    pass_tokens: usize,
+    config: ScoreConfig,
+    store: &mut dyn AnswerStore,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Answered> {
     let windows: Vec<usize> = tokens.iter().map(Vec::len).collect();
@@ -203,13 +225,13 @@ fn score(
         .flatten()
         .map(|of| ScoreRequest::of_last(of.ids, of.n_scored))
         .collect();
-    let found = engine.score(&requests, pass_tokens, progress)?;
+    let found = score_spans(model, &requests, config, store, progress)?;
     let mut scores = found.scores.into_iter();
     let of_request = |n: usize| {
-        let tokens: Vec<infer::TokenScore> = scores.by_ref().take(n).flatten().collect();
+        let windows: Vec<SpanScore> = scores.by_ref().take(n).collect();
         vec![Answer::Likelihood {
-            logprob: tokens.iter().fold(0.0, |sum, token| sum + token.logprob),
-            is_greedy: tokens.iter().all(|token| token.is_greedy),
+            logprob: windows.iter().fold(0.0, |sum, window| sum + window.logprob),
+            is_greedy: windows.iter().all(|window| window.is_greedy),
         }]
     };
     let answers = windows.into_iter().map(of_request).collect();
@@ -243,38 +265,75 @@ impl Prompts {
         }
     }
 
-    fn complete(
-        self,
-        engine: &mut Engine,
-        tokenizer: &Arc<Tokenizer>,
-        config: &AnswerConfig,
-        progress: &mut dyn FnMut(usize, usize),
-    ) -> Result<Answered> {
-        let repeated = self
-            .ids
-            .iter()
-            .flat_map(|ids| std::iter::repeat_n(ids, self.repeats));
-        let mut completions = Vec::new();
-        for (number, ids) in repeated.enumerate() {
-            let mut generate = self.generate.clone();
-            generate.sample.seed = config.seed + number as u64;
-            let sequence = engine.start(ids, &generate)?;
-            let tokenizer = Some(Arc::clone(tokenizer));
-            completions.push(Completion::new(sequence, tokenizer, &self.stops)?);
-        }
-        let (mut done, total) = (0, completions.len());
-        let completed = engine.complete_all(completions, config.batch, &mut |step| {
-            if step.completion.finish_reason().is_some() {
-                done += 1;
-                progress(done, total);
-            }
-        })?;
+    /// The answers in texts.
+    fn answers(&self, texts: Vec<String>, thought_end: Option<&str>) -> Answered {
         let read = self.ids.iter().map(|ids| ids.len() * self.repeats).sum();
-        let texts: Vec<Answer> = completed
-            .into_iter()
-            .map(|done| Answer::Text(done.text))
+        let answer = |text: String| match thought_end {
+            Some(end) => Answer::Text(data::without_thought(&text, end).to_owned()),
+            None => Answer::Text(text),
+        };
+        let answers: Vec<Answer> = texts.into_iter().map(answer).collect();
+        let answers = answers
+            .chunks(self.repeats)
+            .map(<[Answer]>::to_vec)
             .collect();
-        let answers = texts.chunks(self.repeats).map(<[Answer]>::to_vec).collect();
-        Ok((answers, read, read))
+        (answers, read, read)
+    }
+}
+
+/// A model that writes answers.
+struct Writer<'a> {
+    engine: &'a mut Engine,
+    tokenizer: &'a Arc<Tokenizer>,
+    store: &'a mut dyn AnswerStore,
+    progress: &'a mut dyn FnMut(usize, usize),
+}
+
+impl Writer<'_> {
+    /// The texts after prompts, up to `batch` at a time, but for those that the store knows.
+    fn texts(&mut self, prompts: &Prompts, batch: usize, seed: u64) -> Result<Vec<String>> {
+        let repeats = prompts.repeats;
+        let repeated = prompts.ids.iter();
+        let repeated = repeated.flat_map(|ids| std::iter::repeat_n(ids, repeats));
+        let mut texts: Vec<Option<String>> = vec![None; prompts.ids.len() * repeats];
+        let (mut queue, mut waiting) = (CompletionQueue::new(batch), Vec::new());
+        for (number, ids) in repeated.enumerate() {
+            let mut generate = prompts.generate.clone();
+            generate.sample.seed = seed + number as u64;
+            let key = key_of_text(ids, &generate, &prompts.stops);
+            if let Some(known) = self.store.known(&key) {
+                let text = known.as_str().ok_or_else(|| unreadable(&key))?;
+                texts[number] = Some(text.to_owned());
+                continue;
+            }
+            let sequence = self.engine.start(ids, &generate)?;
+            let tokenizer = Some(Arc::clone(self.tokenizer));
+            queue.push(Completion::new(sequence, tokenizer, &prompts.stops)?);
+            waiting.push((number, key));
+        }
+        self.complete(queue, &waiting, &mut texts)?;
+        Ok(texts.into_iter().flatten().collect())
+    }
+
+    /// Completes what is in a queue. The places of the texts and their keys are in the order of the queue.
+    fn complete(
+        &mut self,
+        mut queue: CompletionQueue,
+        waiting: &[(usize, String)],
+        texts: &mut [Option<String>],
+    ) -> Result<()> {
+        let mut done = texts.len() - waiting.len();
+        while !queue.is_empty() {
+            for (number, completion) in queue.step(self.engine, &mut |_| {})? {
+                let text = completion.finish()?.text;
+                let (place, key) = &waiting[number];
+                let kept = self.store.keep(key, &text.as_str().into());
+                kept.map_err(Error::Keep)?;
+                texts[*place] = Some(text);
+                done += 1;
+            }
+            (self.progress)(done, texts.len());
+        }
+        Ok(())
     }
 }

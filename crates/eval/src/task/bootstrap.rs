@@ -14,6 +14,8 @@ use crate::error::Result;
 /// Draws, and those of one seed.
 const DRAWS: u64 = 100_000;
 const DRAWS_OF_SEED: u64 = 1000;
+/// Draws of translations, all of one seed: the harness has so few because it counts each text anew.
+const TRANSLATION_DRAWS: u64 = 100;
 
 /// The standard error of an aggregation; none if it has none.
 ///
@@ -44,8 +46,17 @@ pub(super) fn standard_error(how: Aggregation, values: &[RowValue]) -> Result<Op
     }
 }
 
+/// The seeds, and the draws of each.
+fn draws(how: Aggregation) -> (u64, u64) {
+    match how {
+        Aggregation::Bleu | Aggregation::Chrf | Aggregation::Ter => (1, TRANSLATION_DRAWS),
+        _ => (DRAWS / DRAWS_OF_SEED, DRAWS_OF_SEED),
+    }
+}
+
 /// The number of each draw.
 fn drawn(how: Aggregation, values: &[RowValue]) -> Result<Vec<f64>> {
+    let (seeds, draws_of_seed) = draws(how);
     let of_seed = |seed: u64| -> Result<Vec<f64>> {
         let mut random = PythonRandom::new(seed);
         let mut drawn: Vec<&RowValue> = Vec::with_capacity(values.len());
@@ -55,9 +66,9 @@ fn drawn(how: Aggregation, values: &[RowValue]) -> Result<Vec<f64>> {
             drawn.extend(places.map(|place| &values[place]));
             aggregate(how, &drawn)
         };
-        (0..DRAWS_OF_SEED).map(of_draw).collect()
+        (0..draws_of_seed).map(of_draw).collect()
     };
-    let all: Vec<Vec<f64>> = (0..DRAWS / DRAWS_OF_SEED)
+    let all: Vec<Vec<f64>> = (0..seeds)
         .into_par_iter()
         .map(of_seed)
         .collect::<Result<_>>()?;

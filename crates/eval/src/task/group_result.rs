@@ -5,9 +5,10 @@
 
 use std::collections::BTreeSet;
 
-use data::{GroupMetric, TaskGroup};
+use data::{Aggregation, GroupMetric, TaskGroup};
 use serde::Serialize;
 
+use super::row_values::RowValue;
 use super::task_result::{MetricResult, TaskResult};
 
 /// The result of a group.
@@ -17,6 +18,8 @@ pub struct GroupResult {
     pub group: String,
     /// The name in tables.
     pub alias: Option<String>,
+    /// Its tasks.
+    pub tasks: Vec<String>,
     /// The items of its tasks.
     pub n: usize,
     /// Its metrics.
@@ -30,12 +33,17 @@ pub struct GroupMean {
     pub filter: String,
     /// The metric's name.
     pub metric: String,
+    /// Whether tasks weigh as much as they have items.
+    pub by_size: bool,
     /// Whether more is better.
     pub is_higher_better: bool,
     /// The mean.
     pub value: f64,
     /// Its standard error, if all tasks have one.
     pub standard_error: Option<f64>,
+    /// The items of all tasks, such that their mean is `value`; none if a task's number is no mean.
+    #[serde(skip)]
+    pub(crate) of_items: Option<Vec<RowValue>>,
 }
 
 impl GroupResult {
@@ -61,6 +69,7 @@ impl GroupResult {
         Self {
             group: group.name.clone(),
             alias: group.alias.clone(),
+            tasks: group.tasks.clone(),
             n: members.iter().map(|task| task.n).sum(),
             metrics: group.metrics.iter().flat_map(of_metric).collect(),
         }
@@ -85,7 +94,20 @@ impl GroupMean {
             .iter()
             .map(|(n, part)| Some((*n, part.standard_error?)))
             .collect();
+        let total: f64 = parts.iter().map(|(n, _)| n).sum();
+        // With weights by size it is the mean of all items as they are.
+        let share = |n: f64| {
+            if of.by_size {
+                1.0
+            } else {
+                total / (weights * n)
+            }
+        };
+        let items = parts.iter().map(|(n, part)| items(part, share(*n)));
+        let items: Option<Vec<Vec<RowValue>>> = items.collect();
         Some(Self {
+            of_items: items.map(|items| items.concat()),
+            by_size: of.by_size,
             is_higher_better: first.is_higher_better,
             metric: of.metric.clone(),
             value: sum / weights,
@@ -95,6 +117,18 @@ impl GroupMean {
             }),
             filter,
         })
+    }
+}
+
+/// The items of a task, each times a factor; none if they are not what its number is the mean of.
+fn items(part: &MetricResult, factor: f64) -> Option<Vec<RowValue>> {
+    let scaled = |item: &RowValue| match item {
+        RowValue::Number(number) => Some(RowValue::Number(number * factor)),
+        _ => None,
+    };
+    match part.aggregation {
+        Aggregation::Mean => part.of_items.iter().map(scaled).collect(),
+        _ => None,
     }
 }
 
@@ -116,10 +150,10 @@ fn of_plain_mean(errors: &[(f64, f64)]) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use data::{Metric, MetricUse, OutputType};
+    use data::{Metric, MetricUse};
 
     use super::*;
-    use crate::task::{Answers, RowValue};
+    use crate::task::Answers;
 
     fn task(name: &str, numbers: &[f64]) -> TaskResult {
         let values = numbers
@@ -130,7 +164,6 @@ mod tests {
         TaskResult {
             task: name.into(),
             version: "1".into(),
-            output: OutputType::MultipleChoice,
             fewshot: 0,
             n: numbers.len(),
             n_rows: numbers.len(),
@@ -164,9 +197,28 @@ mod tests {
         let close =
             |found: f64, expected: f64| assert!((found - expected).abs() < 1e-12, "{found}");
         close(mean.value, 4.0 / 6.0);
+        let mean_of_items = |mean: &GroupMean| {
+            let items = mean.of_items.as_ref().unwrap();
+            let sum: f64 = items
+                .iter()
+                .map(|item| match item {
+                    RowValue::Number(number) => *number,
+                    _ => f64::NAN,
+                })
+                .sum();
+            sum / items.len() as f64
+        };
+        close(mean_of_items(mean), mean.value);
+        assert!(
+            mean.of_items
+                .as_ref()
+                .unwrap()
+                .contains(&RowValue::Number(1.0))
+        );
         close(mean.standard_error.unwrap(), 0.228_217_732_293_819_2);
         let mean = &GroupResult::new(&group(false, None), &results).metrics[0];
         close(mean.value, 0.625);
+        close(mean_of_items(mean), mean.value);
         close(mean.standard_error.unwrap(), 0.279_508_497_187_473_7);
         let other = group(true, Some(vec!["strict".into()]));
         assert!(GroupResult::new(&other, &results).metrics.is_empty());

@@ -8,6 +8,7 @@ mod bootstrap;
 mod group_result;
 mod row_values;
 mod task_result;
+mod translation;
 
 pub(crate) use aggregate::aggregate;
 pub use answers::{Answer, AnswerConfig, Answers, TaskRequests};
@@ -15,3 +16,4 @@ pub use group_result::{GroupMean, GroupResult};
 pub(crate) use row_values::ChoiceAnswers;
 pub use row_values::RowValue;
 pub use task_result::{MetricResult, TaskResult, expect_measured};
+pub use translation::{BleuCounts, ChrfCounts, TerCounts};

@@ -1,11 +1,14 @@
 //! The values of metrics for one item.
 
 use data::{
-    Filtered, Ignored, Metric, MetricUse, OutputType, ResultsTwin, Target, TaskDefinition, TaskItem,
+    Aggregation, Filtered, Ignored, Metric, MetricUse, OutputType, ResultsTwin, Target,
+    TaskDefinition, TaskItem,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::answers::Answer;
+use super::translation::{BleuCounts, ChrfCounts, TerCounts, bleu_counts, chrf_counts, ter_counts};
 use crate::error::{Error, Result};
 
 /// What an item adds to a metric.
@@ -18,6 +21,39 @@ pub enum RowValue {
     Weighted(f64, f64),
     /// The right label and the chosen one.
     Labels(i64, i64),
+    /// Counts for BLEU.
+    Bleu(BleuCounts),
+    /// Counts for chrF.
+    Chrf(ChrfCounts),
+    /// Counts for TER.
+    Ter(TerCounts),
+}
+
+impl RowValue {
+    /// A value as it is serialized; `how` says which of two numbers it is.
+    pub(crate) fn read(how: Aggregation, value: &Value) -> Option<Self> {
+        if let Some(number) = value.as_f64() {
+            return Some(Self::Number(number));
+        }
+        let counts = match how {
+            Aggregation::Bleu => BleuCounts::deserialize(value).ok().map(Self::Bleu),
+            Aggregation::Chrf => ChrfCounts::deserialize(value).ok().map(Self::Chrf),
+            Aggregation::Ter => TerCounts::deserialize(value).ok().map(Self::Ter),
+            _ => None,
+        };
+        if counts.is_some() {
+            return counts;
+        }
+        let [first, second] = value.as_array()?.as_slice() else {
+            return None;
+        };
+        match how {
+            Aggregation::F1 | Aggregation::Mcc => {
+                Some(Self::Labels(first.as_i64()?, second.as_i64()?))
+            }
+            _ => Some(Self::Weighted(first.as_f64()?, second.as_f64()?)),
+        }
+    }
 }
 
 /// The chosen label of a choice that is none.
@@ -106,11 +142,37 @@ impl ItemAnswers<'_> {
             (Self::Written(item, answers), Metric::ExactMatch) => {
                 exact_match(item, answers, &of.ignored)
             }
+            (
+                Self::Written(item, answers),
+                metric @ (Metric::Bleu | Metric::Chrf | Metric::Ter),
+            ) => translation(metric, item, answers),
             (Self::Written(..), _) => problem("written answers"),
             (Self::TrueMass(mass), Metric::Acc) => Ok(RowValue::Number(*mass)),
             (Self::TrueMass(_), _) => problem("a share of probability"),
         }
     }
+}
+
+/// What an item adds to a metric of translations: the counts of the answer against the one that is expected.
+fn translation(metric: Metric, item: &TaskItem, answers: &Filtered) -> Result<RowValue> {
+    let problem = |found: &str| {
+        let metric = metric.name();
+        let found = found.to_owned();
+        Err(Error::Metric { metric, found })
+    };
+    let expected = match &item.question.right {
+        Target::Any(_) => return problem("several expected answers"),
+        one => one.to_string(),
+    };
+    let Filtered::One(text) = answers else {
+        return problem("several answers");
+    };
+    let expected = [expected.as_str()];
+    Ok(match metric {
+        Metric::Bleu => RowValue::Bleu(bleu_counts(text, &expected)),
+        Metric::Chrf => RowValue::Chrf(chrf_counts(text, &expected)),
+        _ => RowValue::Ter(ter_counts(text, &expected)),
+    })
 }
 
 /// The share of the choices' probability that true ones have.

@@ -19,15 +19,11 @@ pub struct TaskResult {
     pub task: String,
     /// Its version.
     pub version: String,
-    /// What the model does.
-    #[serde(skip)]
-    pub output: OutputType,
     /// Examples before each question.
     pub fewshot: usize,
     /// The number of items.
     pub n: usize,
     /// The number of rows that they are the first ones of.
-    #[serde(skip)]
     pub n_rows: usize,
     /// What the model answered.
     #[serde(flatten)]
@@ -48,7 +44,7 @@ pub struct MetricResult {
     #[serde(serialize_with = "name")]
     pub metric: Metric,
     /// How the values of items become one number.
-    #[serde(skip)]
+    #[serde(serialize_with = "aggregation_name")]
     pub aggregation: Aggregation,
     /// Whether more is better.
     pub is_higher_better: bool,
@@ -62,6 +58,13 @@ pub struct MetricResult {
 
 fn name<S: Serializer>(metric: &Metric, to: S) -> std::result::Result<S::Ok, S::Error> {
     to.serialize_str(metric.name())
+}
+
+fn aggregation_name<S: Serializer>(
+    how: &Aggregation,
+    to: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    to.serialize_str(how.name())
 }
 
 /// Refuses a task whose metrics or filters are not there for its answers, before anything is asked.
@@ -78,12 +81,14 @@ pub fn expect_measured(task: &TaskDefinition) -> Result<()> {
             }),
         };
     }
+    let of_texts = [Metric::ExactMatch, Metric::Bleu, Metric::Chrf, Metric::Ter];
     let mut metrics = task.metrics.iter().map(|of| of.metric);
-    match metrics.find(|metric| *metric != Metric::ExactMatch) {
+    match metrics.find(|metric| !of_texts.contains(metric)) {
         None => Ok(()),
         Some(metric) => Err(Error::Metric {
             metric: metric.name(),
-            found: "written answers, of which only `exact_match` is measured".into(),
+            found: "written answers, of which `exact_match`, `bleu`, `chrf` and `ter` are measured"
+                .into(),
         }),
     }
 }
@@ -125,7 +130,6 @@ impl TaskResult {
         Ok(Self {
             task: task.name.clone(),
             version: task.version.clone(),
-            output: task.output,
             fewshot,
             n: items.len(),
             n_rows,

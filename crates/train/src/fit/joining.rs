@@ -129,6 +129,11 @@ impl<'a> Sharing<'a> {
                 "`eval.prompts` are answered by one rank, which has some of the experts; remove them"
                     .into(),
             )
+        } else if !self.recipe.eval.tasks.is_empty() {
+            Some(
+                "`eval.tasks` are asked by one rank, which has some of the experts; remove them"
+                    .into(),
+            )
         } else {
             None
         }

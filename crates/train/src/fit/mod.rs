@@ -19,10 +19,10 @@ use burn::module::Module;
 use parallel::Ask;
 
 use self::ranks::SharedValues;
-use crate::events::{Event, Host, Memory, SampledText, StepReport};
+use crate::events::{Event, Host, Memory, SampledText, StepReport, TaskScore};
 use crate::metrics::LastLine;
 use crate::metrics::journal::{Journal, SplitCounts};
-use crate::recipe::Method;
+use crate::recipe::{KeepBest, Method};
 use crate::routing::LayerLoad;
 use crate::run_dir::RunDir;
 use crate::schedule::Schedule;
@@ -52,6 +52,7 @@ impl Session {
         if resumed.is_none() {
             journal.data(&self.split_counts())?;
             self.sample(&mut journal, host)?;
+            self.score(&mut journal, host)?;
             // A spike before the first regular checkpoint goes back to this one.
             if self.anchor().is_some() {
                 self.save(run, host)?;
@@ -67,6 +68,7 @@ impl Session {
                 journal.memory(self.state.step, &self.plan, found)?;
             }
             self.sample(&mut journal, host)?;
+            self.score(&mut journal, host)?;
             self.save(run, host)?;
         }
         self.restore_best(run, host)?;
@@ -111,7 +113,10 @@ impl Session {
     fn train(&mut self, run: &RunDir, journal: &mut Journal, host: &mut dyn Host) -> Result<()> {
         let (total, train) = (self.total_steps(), self.recipe.train.clone());
         let schedule = Schedule::new(self.recipe.optimizer.learning_rate, &self.recipe.schedule);
-        let generate_every = self.recipe.eval.generate_every;
+        let (generate_every, tasks_every) = {
+            let eval = &self.recipe.eval;
+            (eval.generate_every, eval.tasks_every)
+        };
         let due =
             |every: Option<u64>, step: u64| every.is_some_and(|every| step.is_multiple_of(every));
         while self.is_unfinished() {
@@ -132,14 +137,19 @@ impl Session {
                 self.state.validation_due = is_due && self.valid.is_some();
             }
             let step = self.state.step;
-            let is_best = self.state.validation_due && self.validate(run, journal, host)?;
+            let has_best_loss = self.state.validation_due && self.validate(run, journal, host)?;
             if self.is_over() {
                 break;
             }
             if due(generate_every, step) {
                 self.sample(journal, host)?;
             }
-            if due(train.save_every, step) || is_best && train.keep_best {
+            let has_best_score = due(tasks_every, step) && self.score(journal, host)?;
+            let is_best = match train.keep_best {
+                KeepBest::Loss(is_on) => is_on && has_best_loss,
+                KeepBest::Score(_) => has_best_score,
+            };
+            if due(train.save_every, step) || is_best {
                 self.save(run, host)?;
             }
             self.stop_if_asked(run, host)?;
@@ -223,23 +233,73 @@ impl Session {
         prompts.iter().map(sample).collect()
     }
 
-    /// Restores the step with the lowest validation loss, if the recipe says so.
+    /// Lets the host ask the recipe's tasks. Returns whether the score that the best checkpoint is best in is the best so far.
+    fn score(&mut self, journal: &mut Journal, host: &mut dyn Host) -> Result<bool> {
+        if self.recipe.eval.tasks.is_empty() {
+            return Ok(false);
+        }
+        let (step, scores) = (self.state.step, self.scores(host)?);
+        journal.scores(step, &scores)?;
+        let is_best = match self.recipe.train.keep_best.score() {
+            None => false,
+            Some(names) => {
+                let kept = kept_score(&scores, names)?;
+                self.state.note_score(kept.value, kept.is_higher_better)
+            }
+        };
+        host.see(&Event::Scored { step, scores });
+        Ok(is_best)
+    }
+
+    /// The scores of the recipe's tasks. The first rank asks them, while the others wait.
+    fn scores(&self, host: &mut dyn Host) -> Result<Vec<TaskScore>> {
+        let model = self.model.clone().valid();
+        let scores = self.ranks.world.first_does("scores", || {
+            let scores = host.score(self.state.step, &model);
+            let scores = scores.map_err(|problem| Error::Tasks { problem })?;
+            Ok::<_, Error>(serde_json::to_vec(&scores).expect("scores have only string keys"))
+        })?;
+        let scores = serde_json::from_slice(&scores);
+        scores.map_err(|problem| Error::Tasks {
+            problem: problem.to_string(),
+        })
+    }
+
+    /// Restores the best step, if the recipe says so.
     fn restore_best(&mut self, run: &RunDir, host: &mut dyn Host) -> Result<()> {
-        let best = self.state.best.filter(|_| self.recipe.train.keep_best);
-        let Some(best) = best.filter(|best| best.step != self.state.step) else {
+        let keep = &self.recipe.train.keep_best;
+        let best = self.state.best_step(keep);
+        let Some(step) = best.filter(|step| *step != self.state.step) else {
             return Ok(());
         };
-        let path = run.checkpoint_path(best.step);
+        let keep_is_loss = keep.score().is_none();
+        let (measure, value) = match keep.score() {
+            Some(names) => (
+                names.to_owned(),
+                self.state.best_score.map(|best| best.value),
+            ),
+            None => (
+                "validation loss".into(),
+                self.state.best.map(|best| best.loss),
+            ),
+        };
+        let path = run.checkpoint_path(step);
         self.ranks.world.first_does("best checkpoint", || {
-            let is_kept = run.steps()?.contains(&best.step);
+            let is_kept = run.steps()?.contains(&step);
             let path = path.clone();
             is_kept.then(Vec::new).ok_or(Error::NoBest { path })
         })?;
         self.restore(&path)?;
         host.see(&Event::RestoredBest {
-            step: best.step,
-            loss: best.loss,
+            step,
+            measure,
+            value: value.unwrap_or(f64::NAN),
         });
+        // The step of the lowest loss may be one after which no task was asked.
+        if keep_is_loss && !self.recipe.eval.tasks.is_empty() {
+            let scores = self.scores(host)?;
+            host.see(&Event::Scored { step, scores });
+        }
         Ok(())
     }
 
@@ -269,4 +329,19 @@ impl Session {
         self.save(run, host)?;
         Err(error)
     }
+}
+
+/// The score that the best checkpoint is best in.
+fn kept_score<'a>(scores: &'a [TaskScore], names: &str) -> Result<&'a TaskScore> {
+    let name = |score: &TaskScore| format!("{} {}", score.task, score.metric);
+    let is_kept = |score: &&TaskScore| names.split_whitespace().eq([&*score.task, &*score.metric]);
+    scores.iter().find(is_kept).ok_or_else(|| {
+        let known: Vec<String> = scores.iter().map(name).collect();
+        Error::Tasks {
+            problem: format!(
+                "expected `{names}` of `train.keep_best` among the scores, found {}",
+                known.join(", ")
+            ),
+        }
+    })
 }

@@ -15,7 +15,7 @@ use super::event_file::{EventFile, EventValue};
 use super::{LastLine, METRICS_NAME, Metrics};
 use crate::Result;
 use crate::dpo::Rewards;
-use crate::events::{Memory, SampledText, StepReport};
+use crate::events::{Memory, SampledText, StepReport, TaskScore};
 use crate::recipe::forecast::{PROGRAM_MAPPED, TrainingPlan};
 use crate::routing::{LayerDrift, LayerLoad};
 
@@ -166,6 +166,23 @@ impl Journal {
         let n_rollbacks = skipped_batches.len() as f64;
         self.events
             .append(step, &[scalar("train/rollbacks", n_rollbacks)])
+    }
+
+    /// The scores of the tasks after a step.
+    pub(crate) fn scores(&mut self, step: u64, scores: &[TaskScore]) -> Result<()> {
+        self.metrics.append(step, &json!({ "scores": scores }))?;
+        let value = |score: &TaskScore| {
+            let TaskScore {
+                task,
+                metric,
+                filter,
+                value,
+                ..
+            } = score;
+            scalar(&format!("eval/{task}/{metric},{filter}"), *value)
+        };
+        let values: Vec<_> = scores.iter().map(value).collect();
+        self.events.append(step, &values)
     }
 
     /// The continuations of the prompts after a step.

@@ -12,7 +12,7 @@ use toml::{Table, Value};
 use super::Recipe;
 
 /// The free settings.
-const FREE: [&str; 23] = [
+const FREE: [&str; 27] = [
     "model.path",
     "model.config",
     "model.tokenizer",
@@ -36,6 +36,10 @@ const FREE: [&str; 23] = [
     "eval.generate_every",
     "eval.max_new_tokens",
     "eval.chat",
+    "eval.tasks",
+    "eval.tasks_every",
+    "eval.tasks_max_samples",
+    "eval.gates",
 ];
 
 impl Recipe {

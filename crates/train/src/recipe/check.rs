@@ -76,6 +76,16 @@ impl Recipe {
         for prompt in &eval.prompts {
             require(!prompt.is_empty(), "eval.prompts", "no empty prompt", "one")?;
         }
+        let has_tasks = !eval.tasks.is_empty();
+        for (key, needs_tasks) in [
+            ("eval.tasks_every", eval.tasks_every.is_some()),
+            ("eval.tasks_max_samples", eval.tasks_max_samples.is_some()),
+            ("eval.gates", !eval.gates.is_empty()),
+            ("train.keep_best", train.keep_best.score().is_some()),
+        ] {
+            let expected = format!("at least one, because `{key}` is given");
+            require(has_tasks || !needs_tasks, "eval.tasks", &expected, "none")?;
+        }
         Ok(())
     }
 
@@ -255,6 +265,8 @@ impl Recipe {
             ("train.keep_last", Some(train.keep_last as u64)),
             ("eval.batch_size", Some(self.eval.batch_size as u64)),
             ("eval.max_batches", self.eval.max_batches),
+            ("eval.tasks_every", self.eval.tasks_every),
+            ("eval.tasks_max_samples", self.eval.tasks_max_samples),
             ("eval.patience", self.eval.patience),
             ("eval.generate_every", self.eval.generate_every),
             ("eval.max_new_tokens", Some(self.eval.max_new_tokens as u64)),

@@ -341,8 +341,8 @@ pub struct TrainSection {
     pub save_every: Option<u64>,
     /// Checkpoints to retain.
     pub keep_last: usize,
-    /// Whether the checkpoint with the lowest validation loss is retained too, and becomes the result of the run.
-    pub keep_best: bool,
+    /// Whether the best checkpoint is retained too, and becomes the result of the run.
+    pub keep_best: KeepBest,
     /// A loss is a spike if it exceeds the average by this factor; 0 turns the watchdog off. Needs `save_every`.
     pub spike_factor: f64,
     /// Consecutive spikes after which the run goes back to a checkpoint and skips their batches.
@@ -359,6 +359,31 @@ pub struct TrainSection {
     pub bias_update_speed: f64,
     /// The format of a fully trained model.
     pub export_dtype: ExportDType,
+}
+
+/// What a best checkpoint is best in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum KeepBest {
+    /// The validation loss, if `true`; nothing if `false`.
+    Loss(bool),
+    /// A metric of a task of `eval.tasks`: `mmlu acc`.
+    Score(String),
+}
+
+impl KeepBest {
+    /// Whether a best checkpoint is retained.
+    pub fn is_on(&self) -> bool {
+        *self != Self::Loss(false)
+    }
+
+    /// The names of the task and the metric, if it is best in one.
+    pub(crate) fn score(&self) -> Option<&str> {
+        match self {
+            Self::Loss(_) => None,
+            Self::Score(names) => Some(names),
+        }
+    }
 }
 
 impl Default for TrainSection {
@@ -386,7 +411,7 @@ impl Default for TrainSection {
             // The newest, and one to fall back to; optimizer states are large.
             keep_last: 2,
             // Off, because a second copy of the optimizer's state is large, and because other tools leave the last.
-            keep_best: false,
+            keep_best: KeepBest::Loss(false),
             // Off: losses of small batches differ a lot, and a run that goes back has seen other rows than the recipe
             // says. 2 or 3 is a spike for batches of thousands of tokens.
             spike_factor: 0.0,
@@ -447,6 +472,15 @@ pub struct EvalSection {
     pub max_new_tokens: usize,
     /// Whether a prompt is sent as a user message, with the chat template.
     pub chat: bool,
+    /// Tasks that the model is asked at the start, every `tasks_every` steps, and at the end: files of lm-evaluation-harness or
+    /// folders of these, or files of questions.
+    pub tasks: Vec<String>,
+    /// Steps between two times that it is asked them. Without it, only at the start and at the end.
+    pub tasks_every: Option<u64>,
+    /// Maximum number of questions of a task.
+    pub tasks_max_samples: Option<u64>,
+    /// Bounds that the result must keep, as those of `eval --gate`; the baseline is the model at the start.
+    pub gates: Vec<String>,
 }
 
 impl Default for EvalSection {
@@ -461,6 +495,10 @@ impl Default for EvalSection {
             // A few lines, in seconds.
             max_new_tokens: 64,
             chat: false,
+            tasks: Vec::new(),
+            tasks_every: None,
+            tasks_max_samples: None,
+            gates: Vec::new(),
         }
     }
 }

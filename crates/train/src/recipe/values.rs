@@ -1,14 +1,17 @@
 //! How values of a recipe are read and written when serde's own way does not fit: words for the types of other crates, and
 //! lists that may be a plain string.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use kernels::fp8::Scales;
 use model::adapt::Share;
 use model::{Checkpointing, OperandRounding};
-use serde::de::{Error as _, Unexpected};
+use serde::de::{Error as _, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer};
 use toml::Value;
+
+use super::KeepBest;
 
 /// A type of another crate whose values have words in a recipe or on the command line.
 pub(crate) trait SettingWords: Copy + PartialEq + 'static {
@@ -86,6 +89,33 @@ pub(super) mod word {
         deserializer: D,
     ) -> Result<T, D::Error> {
         T::of_word(&String::deserialize(deserializer)?)
+    }
+}
+
+impl<'de> Deserialize<'de> for KeepBest {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Word;
+
+        impl Visitor<'_> for Word {
+            type Value = KeepBest;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("true, false, or a task and its metric such as \"mmlu acc\"")
+            }
+
+            fn visit_bool<E>(self, is_on: bool) -> Result<KeepBest, E> {
+                Ok(KeepBest::Loss(is_on))
+            }
+
+            fn visit_str<E: serde::de::Error>(self, names: &str) -> Result<KeepBest, E> {
+                match names.split_whitespace().count() {
+                    2 => Ok(KeepBest::Score(names.to_owned())),
+                    _ => Err(E::invalid_value(Unexpected::Str(names), &self)),
+                }
+            }
+        }
+
+        deserializer.deserialize_any(Word)
     }
 }
 

@@ -1,7 +1,10 @@
 use std::path::Path;
 
 use burn::tensor::Device;
-use moeforge_train::{Error, Event, GradAudit, Host, Recipe, RunDir, RunState, ZeroGradient};
+use model::Model;
+use moeforge_train::{
+    Error, Event, GradAudit, Host, Recipe, RunDir, RunState, TaskScore, ZeroGradient,
+};
 use serde_json::Value;
 
 use super::{Place, bytes, open};
@@ -17,6 +20,9 @@ pub(super) struct Notes {
     rollbacks: Vec<(u64, u64)>,
     audit: Option<GradAudit>,
     pub(super) best: Option<u64>,
+    /// The accuracy after each step that is asked for it.
+    accuracy: Option<fn(u64) -> f64>,
+    scored: Vec<u64>,
 }
 
 impl Notes {
@@ -46,6 +52,20 @@ impl Host for Notes {
             Event::RestoredBest { step, .. } => self.best = Some(*step),
             _ => {}
         }
+    }
+
+    fn score(&mut self, step: u64, _model: &Model) -> Result<Vec<TaskScore>, String> {
+        let accuracy = self.accuracy.ok_or("no tasks")?;
+        self.scored.push(step);
+        let score = |metric: &str, value| TaskScore {
+            task: "t".into(),
+            metric: metric.into(),
+            filter: "none".into(),
+            is_higher_better: metric == "acc",
+            value,
+            standard_error: None,
+        };
+        Ok(vec![score("ppl", 2.0), score("acc", accuracy(step))])
     }
 
     fn interrupted(&mut self) -> Option<i32> {
@@ -224,6 +244,53 @@ fn a_run_ends_when_the_validation_loss_rises_and_leaves_the_best() {
     std::fs::remove_dir_all(whole.path().join(format!("checkpoint-{best}"))).unwrap();
     let error = fit(&recipe, &whole, &mut Notes::default()).unwrap_err();
     assert!(matches!(error, Error::NoBest { .. }), "{error}");
+}
+
+#[test]
+fn a_run_leaves_the_step_with_the_best_score() {
+    let accuracy: fn(u64) -> f64 = |step| [0.3, 0.0, 0.5, 0.0, 0.75, 0.0, 0.5, 0.0][step as usize];
+    let place = Place::new("deepseek_v3");
+    let settings = "[train]\nsteps = 7\nbatch_size = 1\nkeep_last = 1\nkeep_best = \"t acc\"\n[eval]\ntasks = [\"t\"]\ntasks_every = 2\n";
+    let recipe = place.recipe("# deepseek_v3\n", settings);
+    let scoring = |stop_after| Notes {
+        accuracy: Some(accuracy),
+        stop_after,
+        ..Notes::default()
+    };
+    let whole = RunDir::create(&place.path("whole"), &recipe).unwrap();
+    let mut notes = scoring(None);
+    fit(&recipe, &whole, &mut notes).unwrap();
+    assert_eq!((notes.scored, notes.best), (vec![0, 2, 4, 6, 7], Some(4)));
+    let weights = |folder: &str| {
+        std::fs::read(whole.path().join(folder).join("adapter_model.safetensors")).unwrap()
+    };
+    assert_eq!(weights("adapter"), weights("checkpoint-4"));
+    assert_ne!(weights("adapter"), weights("checkpoint-7"));
+    let logged: Vec<f64> = lines(whole.path(), "scores")
+        .iter()
+        .map(|line| line["scores"][1]["value"].as_f64().unwrap())
+        .collect();
+    assert_eq!(logged, [0.3, 0.5, 0.75, 0.5, 0.0]);
+
+    for stop_after in [1, 4, 5] {
+        let part = RunDir::create(&place.path(&format!("part {stop_after}")), &recipe).unwrap();
+        fit(&recipe, &part, &mut scoring(Some(stop_after))).unwrap_err();
+        fit(&recipe, &part, &mut scoring(None)).unwrap();
+        for result in ["adapter", "checkpoint-7"] {
+            let [whole, part] = [&whole, &part].map(|run| bytes(&run.path().join(result)));
+            assert_eq!(whole, part, "{result}, stopped after {stop_after}");
+        }
+    }
+
+    let other = place.recipe("# deepseek_v3\n", &settings.replace("t acc", "t f1"));
+    let run = RunDir::create(&place.path("other"), &other).unwrap();
+    let problem = fit(&other, &run, &mut scoring(None))
+        .unwrap_err()
+        .to_string();
+    assert_eq!(
+        problem,
+        "eval.tasks: expected `t f1` of `train.keep_best` among the scores, found t ppl, t acc"
+    );
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Jinja's filters for texts and numbers, with Hugging Face's `tojson`; those for lists are in `sequences.rs`.
 
+mod regex;
 mod sequences;
 
 use crate::jinja::arguments::{CallValues, int_or, str_of, str_or};
@@ -9,8 +10,10 @@ use crate::jinja::format::{percent, rounded};
 use crate::jinja::python::{is_space, text_of};
 use crate::jinja::render::Renderer;
 use crate::jinja::value::Value;
-use crate::jinja::{Error, Result, markup, methods, strings};
+use crate::jinja::{Error, Result, Syntax, markup, methods, strings};
 use std::cmp::Ordering;
+
+pub(crate) use regex::PythonRegex;
 
 /// `value | name(values)`
 pub(super) fn apply(
@@ -102,6 +105,9 @@ fn of_unmarked(
             percent(&format, &values, budget)
         }
         "indent" => indent(&value, values, budget),
+        "regex_replace" if renderer.tree.syntax == Syntax::Harness => {
+            regex_replace(&value, values, budget)
+        }
         _ => {
             let text = text_of(&value, budget)?;
             texts(name, &text, values, budget)
@@ -120,6 +126,25 @@ fn or_default(value: Value, values: CallValues) -> Result<Value> {
         true => default.unwrap_or_else(|| Value::str("")),
         false => value,
     })
+}
+
+/// The harness's own filter: Python's `re.sub`.
+fn regex_replace(value: &Value, values: CallValues, budget: &Budget) -> Result<Value> {
+    let name = "regex_replace";
+    let [pattern, by, count] = values.bind(name, ["pattern", "repl", "count"])?;
+    let (Some(pattern), Some(by)) = (pattern, by) else {
+        return Err(Error::new(
+            "regex_replace needs the arguments 'pattern' and 'repl'",
+        ));
+    };
+    let count = usize::try_from(int_or(count.as_ref(), 0)?);
+    let count = count.map_err(|_| Error::new("regex_replace: the count is below 0"))?;
+    let problem = |problem: String| Error::new(format!("{name}: {problem}"));
+    let regex = PythonRegex::new(str_of(&pattern)?).map_err(problem)?;
+    let made = regex.replace(str_of(value)?, str_of(&by)?, count);
+    let made = made.map_err(problem)?;
+    budget.text(made.len())?;
+    Ok(Value::Str(made.into()))
 }
 
 /// The filters that make a text of a value first.

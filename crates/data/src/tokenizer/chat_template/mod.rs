@@ -21,6 +21,9 @@ pub(crate) use expected::THOUGHTS;
 /// The template for conversations with tools, as Hugging Face's library chooses it.
 const TOOL_USE: &str = "tool_use";
 
+/// What ends the thought of DeepSeek's and Qwen's models.
+const THOUGHT_END: &str = "</think>";
+
 /// Whether a rendering ends with the header of the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GenerationPrompt {
@@ -28,6 +31,8 @@ pub enum GenerationPrompt {
     Add,
     /// The same for an answer that begins with a thought, if the template has such an option.
     Think,
+    /// The same for an answer without a thought, if the template has such an option.
+    NoThink,
     /// End with the last message.
     Omit,
 }
@@ -132,11 +137,15 @@ impl ChatTemplate {
                 jinja::Value::of_json(&(generation_prompt != GenerationPrompt::Omit).into()),
             ),
         ];
-        if generation_prompt == GenerationPrompt::Think {
-            // DeepSeek's name and Qwen's. Templates test whether they are defined.
-            for name in ["thinking", "enable_thinking"] {
-                variables.push((name, jinja::Value::of_json(&true.into())));
-            }
+        let thinks = match generation_prompt {
+            GenerationPrompt::Think => Some(true),
+            GenerationPrompt::NoThink => Some(false),
+            GenerationPrompt::Add | GenerationPrompt::Omit => None,
+        };
+        // DeepSeek's name and Qwen's. Templates test whether they are defined.
+        for name in ["thinking", "enable_thinking"] {
+            let value = thinks.map(|thinks| (name, jinja::Value::of_json(&thinks.into())));
+            variables.extend(value);
         }
         self.run(tools.is_some(), variables)
     }
@@ -187,6 +196,11 @@ impl ChatTemplate {
     /// Whether the template shows the thought of a last message.
     pub(crate) fn shows_thoughts(&self, tools: Option<&Value>) -> bool {
         self.expected(tools).thoughts
+    }
+
+    /// What ends a thought, if the template has thoughts.
+    pub fn thought_end(&self) -> Option<&'static str> {
+        Some(THOUGHT_END).filter(|end| self.knows(end))
     }
 
     /// Whether a text occurs in a template.

@@ -192,6 +192,10 @@ const BAD_LINES: &[(&str, &str)] = &[
         "eval.patience: expected a whole number of at least 1, found 0",
     ),
     (
+        "train.keep_best = 'mmlu'",
+        "train.keep_best: expected true, false, or a task and its metric such as \"mmlu acc\", found \"mmlu\"",
+    ),
+    (
         "eval.prompts = ['']",
         "eval.prompts: expected no empty prompt, found [\"\"]",
     ),
@@ -291,6 +295,16 @@ const BAD_WHOLES: &[(&str, &[&str], &str)] = &[
         LEAST,
         &["model.adapter=a", "train.method=full"],
         "--set train.method=full: train.method: expected `lora`, because `model.adapter` is given, found \"full\"",
+    ),
+    (
+        LEAST,
+        &["eval.tasks_every=10"],
+        "r.toml: eval.tasks: expected at least one, because `eval.tasks_every` is given, found none",
+    ),
+    (
+        LEAST,
+        &["train.keep_best='mmlu acc'"],
+        "r.toml: eval.tasks: expected at least one, because `train.keep_best` is given, found none",
     ),
     (
         LEAST,

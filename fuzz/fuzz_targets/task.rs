@@ -1,0 +1,3 @@
+#![no_main]
+
+moeforge_fuzz::target!("task");
