@@ -141,8 +141,12 @@ fn key_of_pass<'a>(requests: impl Iterator<Item = &'a ScoreRequest>) -> String {
     key(&json!(["scored", requests.collect::<Vec<_>>()]))
 }
 
-/// The key of a text that a model writes.
-pub(crate) fn key_of_text(prompt: &[u32], config: &GenerateConfig, stops: &[String]) -> String {
+/// The key of a text that a model writes after a prompt, of which the first `common` tokens are read apart.
+pub(crate) fn key_of_text(
+    (prompt, common): (&[u32], usize),
+    config: &GenerateConfig,
+    stops: &[String],
+) -> String {
     let GenerateConfig {
         max_tokens,
         sample,
@@ -162,6 +166,7 @@ pub(crate) fn key_of_text(prompt: &[u32], config: &GenerateConfig, stops: &[Stri
     key(&json!([
         "written",
         prompt,
+        common,
         max_tokens,
         [temperature, top_p, min_p, repetition_penalty],
         [top_k, repetition_window],
@@ -217,17 +222,18 @@ mod tests {
             stop_ids: vec![0],
             logprobs: None,
         };
-        let plain = key_of_text(&[1], &config, &[]);
+        let plain = key_of_text((&[1], 0), &config, &[]);
         let with = |change: &dyn Fn(&mut GenerateConfig)| {
             let mut config = config.clone();
             change(&mut config);
-            key_of_text(&[1], &config, &[])
+            key_of_text((&[1], 0), &config, &[])
         };
         assert_eq!(plain, with(&|config| config.sample.seed = 7)); // It draws nothing.
         let mut keys = vec![
             plain,
-            key_of_text(&[2], &config, &[]),
-            key_of_text(&[1], &config, &["\n".into()]),
+            key_of_text((&[2], 0), &config, &[]),
+            key_of_text((&[1], 1), &config, &[]),
+            key_of_text((&[1], 0), &config, &["\n".into()]),
             with(&|config| config.max_tokens = 5),
             with(&|config| config.stop_ids = vec![]),
             with(&|config| config.sample.top_k = 5),

@@ -52,7 +52,7 @@ pub use interval::Interval;
 pub use losses::{EvalConfig, SampleLoss};
 pub use perplexity::{TextScore, perplexity};
 pub use recompute::{read_scores, recompute};
-pub use report::{Comparison, EvalReport, ModelScores};
+pub use report::{Comparison, EvalReport, ModelScores, p_text};
 pub use survival::{SurvivalConfig, SurvivalModels, SurvivalReport, Survived, survival};
 pub use task::{
     Answer, AnswerConfig, Answers, BleuCounts, ChrfCounts, GroupMean, GroupResult, MetricResult,

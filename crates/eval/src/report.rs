@@ -124,12 +124,28 @@ impl EvalReport {
             ))
         });
         let gates = self.gates.iter().map(ToString::to_string);
-        let lines: Vec<String> = problems.chain(gates).collect();
+        let n_left_out = self
+            .comparisons
+            .iter()
+            .filter(|it| !self.is_shown(it))
+            .count();
+        let left_out = (n_left_out > 0).then(|| {
+            format!("{n_left_out} differences between other models may be chance, and are left to the JSON and the page")
+        });
+        let lines: Vec<String> = left_out.into_iter().chain(problems).chain(gates).collect();
         if !lines.is_empty() {
             // Writing to a string cannot fail.
             let _ = write!(text, "\n{}\n", lines.join("\n"));
         }
         text
+    }
+
+    /// Whether a table has a comparison: one with the baseline, or one that says something.
+    fn is_shown(&self, comparison: &Comparison) -> bool {
+        let is_of_baseline = |base: &ModelScores| base.name == comparison.baseline;
+        let difference = comparison.difference.as_ref();
+        self.models.first().is_some_and(is_of_baseline)
+            || difference.is_none_or(|found| found.verdict != Verdict::Open)
     }
 
     /// Differences that are judged together.
@@ -145,15 +161,11 @@ impl EvalReport {
             "verdict",
         ];
         let mut rows = vec![header.map(str::to_owned).to_vec()];
-        for comparison in &self.comparisons {
+        for comparison in self.comparisons.iter().filter(|it| self.is_shown(it)) {
             let Some(found) = &comparison.difference else {
                 continue;
             };
             let [low, high] = found.interval;
-            let p = match found.p_holm < 0.001 {
-                true => "< 0.001".to_owned(),
-                false => format!("{:.3}", found.p_holm),
-            };
             let verdict = match found.verdict {
                 Verdict::Better => "better",
                 Verdict::Worse => "worse",
@@ -165,7 +177,7 @@ impl EvalReport {
                 comparison.baseline.clone(),
                 format!("{:+.4}", found.difference),
                 format!("[{low:+.4}, {high:+.4}]"),
-                p,
+                p_text(found.p_holm),
                 format!("{:.4}", found.shows_from),
                 verdict.to_owned(),
             ]);
@@ -255,6 +267,14 @@ impl EvalReport {
             rows.push(cells.into_iter().chain(of_models).collect());
         }
         rows
+    }
+}
+
+/// A probability with three decimals.
+pub fn p_text(p: f64) -> String {
+    match p < 0.001 {
+        true => "< 0.001".to_owned(),
+        false => format!("{p:.3}"),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use ::eval::{Comparison, Difference, EvalReport, GateVerdict, Verdict};
+use ::eval::{Comparison, Difference, EvalReport, GateVerdict, Verdict, p_text};
 
 use crate::report::{STYLE, escaped};
 
@@ -11,7 +11,7 @@ const DRAWING: [f64; 2] = [240.0, 18.0];
 
 /// What the page has beyond a run's: colors that differ for people who see red and green alike.
 const VERDICT_STYLE: &str = ".better,.passed{color:#0072b2}.worse,.failed{color:#b34a00}.open,.inconclusive{color:#666}\
-    td.number{text-align:right;font-variant-numeric:tabular-nums;color:inherit}\
+    body{max-width:none}table{width:auto}td,th{white-space:nowrap;font-variant-numeric:tabular-nums}\
     svg{vertical-align:middle}.zero{stroke:#bbb}.interval{stroke:currentColor;stroke-width:2}circle{fill:currentColor}";
 
 /// The page. `settings` are shown as they are, by their names.
@@ -19,12 +19,9 @@ pub(super) fn html_page(report: &EvalReport, settings: &[(String, String)]) -> S
     let names: Vec<&str> = report.models.iter().map(|model| &*model.name).collect();
     let title = escaped(&format!("Evaluation of {}", names.join(", ")));
     let mut page = format!(
-        "<!doctype html>
-<html lang=\"en\"><head><meta charset=\"utf-8\"><title>{title}</title>\
-         <meta name=\"viewport\" content=\"width=device-width\"><style>{STYLE}{VERDICT_STYLE}</style></head><body>
-\
-         <h1>{title}</h1>
-"
+        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>{title}</title>\
+         <meta name=\"viewport\" content=\"width=device-width\"><style>{STYLE}{VERDICT_STYLE}</style></head><body>\n\
+         <h1>{title}</h1>\n"
     );
     gates(&mut page, report);
     for (heading, rows) in [("Text", report.text_rows()), ("Tasks", report.task_rows())] {
@@ -63,20 +60,14 @@ fn section(page: &mut String, heading: &str) {
     put(page, format_args!("<h2>{heading}</h2>\n"));
 }
 
-/// A table, the first row of which names the columns. Cells that are numbers stand to the right.
+/// A table, the first row of which names the columns.
 fn table(page: &mut String, rows: &[Vec<String>]) {
     page.push_str("<table>\n");
     for (at, row) in rows.iter().enumerate() {
+        let kind = if at == 0 { "th" } else { "td" };
         page.push_str("<tr>");
         for cell in row {
-            let is_number = cell.starts_with(|c: char| c.is_ascii_digit() || "+-".contains(c));
-            let open = match (at, is_number) {
-                (0, _) => "<th>",
-                (_, true) => "<td class=\"number\">",
-                (_, false) => "<td>",
-            };
-            let close = if at == 0 { "</th>" } else { "</td>" };
-            put(page, format_args!("{open}{}{close}", escaped(cell)));
+            put(page, format_args!("<{kind}>{}</{kind}>", escaped(cell)));
         }
         page.push_str("</tr>\n");
     }
@@ -101,7 +92,7 @@ fn gates(page: &mut String, report: &EvalReport) {
     page.push_str("</ul>\n");
 }
 
-/// Differences, on one scale for each measure, so that models compare.
+/// Differences, on one scale for each measure and baseline, so that models compare.
 fn differences(page: &mut String, report: &EvalReport) {
     if report.comparisons.is_empty() {
         return;
@@ -127,10 +118,9 @@ fn differences(page: &mut String, report: &EvalReport) {
             );
             continue;
         };
-        let same = report
-            .comparisons
-            .iter()
-            .filter(|other| other.measure == comparison.measure);
+        let same = report.comparisons.iter().filter(|other| {
+            other.measure == comparison.measure && other.baseline == comparison.baseline
+        });
         let ends = same
             .filter_map(|other| other.difference)
             .flat_map(|other| other.interval);
@@ -146,10 +136,10 @@ fn differences(page: &mut String, report: &EvalReport) {
         put(
             page,
             format_args!(
-                "{begin}<td class=\"number\">{:+.4}</td><td class=\"{class}\">{}</td><td class=\"number\">{:.3}</td><td class=\"number\">{:.4}</td><td class=\"{class}\">{verdict}</td></tr>\n",
+                "{begin}<td>{:+.4}</td><td class=\"{class}\">{}</td><td>{}</td><td>{:.4}</td><td class=\"{class}\">{verdict}</td></tr>\n",
                 found.difference,
                 drawing(found, scale),
-                found.p_holm,
+                p_text(found.p_holm).replace('<', "&lt;"),
                 found.shows_from,
             ),
         );

@@ -1,12 +1,14 @@
 //! What a model answers to the items of a task.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use data::{
     OutputType, ScoredTokens, TaskDefinition, TaskEncoder, TaskItem, TaskRequest, Tokenizer,
 };
 use infer::{
-    Completion, CompletionQueue, Engine, GenerateConfig, SampleConfig, ScoreConfig, ScoreRequest,
+    Completion, CompletionQueue, Engine, GenerateConfig, KvPrefix, SampleConfig, ScoreConfig,
+    ScoreRequest, Sequence,
 };
 use model::Model;
 use serde::Serialize;
@@ -160,7 +162,7 @@ impl TaskRequests {
     pub fn count(&self) -> usize {
         match &self.tokens {
             RequestTokens::Scored(tokens) => tokens.iter().map(Vec::len).sum(),
-            RequestTokens::Written(prompts) => prompts.ids.len() * prompts.repeats,
+            RequestTokens::Written(prompts) => prompts.count(),
         }
     }
 
@@ -265,9 +267,38 @@ impl Prompts {
         }
     }
 
+    /// Texts that are written.
+    fn count(&self) -> usize {
+        self.ids.len() * self.repeats
+    }
+
+    /// The prompt of a text, and how it is continued.
+    fn request(&self, number: usize, seed: u64) -> (&[u32], GenerateConfig) {
+        let mut generate = self.generate.clone();
+        generate.sample.seed = seed + number as u64;
+        (&self.ids[number / self.repeats], generate)
+    }
+
+    /// Tokens that all texts' prompts begin with, and that are read once; none if that is not worth it. Each prompt has one more.
+    fn common(&self) -> usize {
+        let same = |first: &[u32], other: &[u32]| {
+            let pairs = first.iter().zip(other);
+            pairs.take_while(|(a, b)| a == b).count()
+        };
+        let Some((first, others)) = self.ids.split_first().filter(|_| self.count() > 1) else {
+            return 0;
+        };
+        let common = others.iter().map(|other| same(first, other));
+        let common = common.min().unwrap_or(first.len());
+        let shortest = self.ids.iter().map(Vec::len).min().unwrap_or(0);
+        let common = common.min(shortest.saturating_sub(1));
+        if common < FEWEST_COMMON { 0 } else { common }
+    }
+
     /// The answers in texts.
     fn answers(&self, texts: Vec<String>, thought_end: Option<&str>) -> Answered {
-        let read = self.ids.iter().map(|ids| ids.len() * self.repeats).sum();
+        let asked: usize = self.ids.iter().map(|ids| ids.len() * self.repeats).sum();
+        let read = asked - self.common() * self.count().saturating_sub(1);
         let answer = |text: String| match thought_end {
             Some(end) => Answer::Text(data::without_thought(&text, end).to_owned()),
             None => Answer::Text(text),
@@ -277,9 +308,12 @@ impl Prompts {
             .chunks(self.repeats)
             .map(<[Answer]>::to_vec)
             .collect();
-        (answers, read, read)
+        (answers, read, asked)
     }
 }
+
+/// Tokens that prompts begin with, at least, for reading them apart to be worth it.
+const FEWEST_COMMON: usize = 16;
 
 /// A model that writes answers.
 struct Writer<'a> {
@@ -292,48 +326,81 @@ struct Writer<'a> {
 impl Writer<'_> {
     /// The texts after prompts, up to `batch` at a time, but for those that the store knows.
     fn texts(&mut self, prompts: &Prompts, batch: usize, seed: u64) -> Result<Vec<String>> {
-        let repeats = prompts.repeats;
-        let repeated = prompts.ids.iter();
-        let repeated = repeated.flat_map(|ids| std::iter::repeat_n(ids, repeats));
-        let mut texts: Vec<Option<String>> = vec![None; prompts.ids.len() * repeats];
-        let (mut queue, mut waiting) = (CompletionQueue::new(batch), Vec::new());
-        for (number, ids) in repeated.enumerate() {
-            let mut generate = prompts.generate.clone();
-            generate.sample.seed = seed + number as u64;
-            let key = key_of_text(ids, &generate, &prompts.stops);
-            if let Some(known) = self.store.known(&key) {
-                let text = known.as_str().ok_or_else(|| unreadable(&key))?;
-                texts[number] = Some(text.to_owned());
-                continue;
+        let common = prompts.common();
+        let mut texts: Vec<Option<String>> = vec![None; prompts.count()];
+        let mut waiting = VecDeque::new();
+        for (number, text) in texts.iter_mut().enumerate() {
+            let (ids, generate) = prompts.request(number, seed);
+            let key = key_of_text((ids, common), &generate, &prompts.stops);
+            match self.store.known(&key) {
+                None => waiting.push_back((number, key)),
+                Some(known) => {
+                    let known = known.as_str().ok_or_else(|| unreadable(&key))?;
+                    *text = Some(known.to_owned());
+                }
             }
-            let sequence = self.engine.start(ids, &generate)?;
-            let tokenizer = Some(Arc::clone(self.tokenizer));
-            queue.push(Completion::new(sequence, tokenizer, &prompts.stops)?);
-            waiting.push((number, key));
         }
-        self.complete(queue, &waiting, &mut texts)?;
+        if !waiting.is_empty() {
+            let prefix = self.read(&prompts.ids[0][..common])?;
+            let mut queue = CompletionQueue::new(batch);
+            let mut running = BTreeMap::new();
+            while !waiting.is_empty() || !running.is_empty() {
+                // No more than take part: each has a KV cache of its own.
+                let free = batch.max(1) - running.len();
+                for (number, key) in waiting.drain(..free.min(waiting.len())) {
+                    let (ids, generate) = prompts.request(number, seed);
+                    let model = &self.engine.model;
+                    let sequence = Sequence::new(model, prefix.clone(), ids, &generate)?;
+                    let tokenizer = Some(Arc::clone(self.tokenizer));
+                    let completion = Completion::new(sequence, tokenizer, &prompts.stops)?;
+                    running.insert(queue.push(completion), (number, key));
+                }
+                self.step(&mut queue, &mut running, &mut texts)?;
+            }
+        }
         Ok(texts.into_iter().flatten().collect())
     }
 
-    /// Completes what is in a queue. The places of the texts and their keys are in the order of the queue.
-    fn complete(
+    /// Reads what all prompts begin with.
+    fn read(&mut self, common: &[u32]) -> Result<KvPrefix> {
+        if common.is_empty() {
+            return Ok(self.engine.empty_prefix());
+        }
+        // The last token of a sequence is not read, and this one is not wanted.
+        let config = GenerateConfig {
+            max_tokens: 1,
+            sample: SampleConfig::greedy(),
+            stop_ids: Vec::new(),
+            logprobs: None,
+        };
+        let mut sequence = self.engine.start(common, &config)?;
+        while sequence.finish_reason().is_none() {
+            self.engine.step([&mut sequence])?;
+        }
+        Ok(sequence.finish().1)
+    }
+
+    /// Advances all that is running, and keeps what has ended, by the numbers in the queue.
+    fn step(
         &mut self,
-        mut queue: CompletionQueue,
-        waiting: &[(usize, String)],
+        queue: &mut CompletionQueue,
+        running: &mut BTreeMap<usize, (usize, String)>,
         texts: &mut [Option<String>],
     ) -> Result<()> {
-        let mut done = texts.len() - waiting.len();
-        while !queue.is_empty() {
-            for (number, completion) in queue.step(self.engine, &mut |_| {})? {
-                let text = completion.finish()?.text;
-                let (place, key) = &waiting[number];
-                let kept = self.store.keep(key, &text.as_str().into());
-                kept.map_err(Error::Keep)?;
-                texts[*place] = Some(text);
-                done += 1;
-            }
-            (self.progress)(done, texts.len());
+        let ended = queue.step(self.engine, &mut |_| {})?;
+        if ended.is_empty() {
+            return Ok(());
         }
+        for (number, completion) in ended {
+            let text = completion.finish()?.text;
+            if let Some((place, key)) = running.remove(&number) {
+                let kept = self.store.keep(&key, &text.as_str().into());
+                kept.map_err(Error::Keep)?;
+                texts[place] = Some(text);
+            }
+        }
+        let done = texts.iter().flatten().count();
+        (self.progress)(done, texts.len());
         Ok(())
     }
 }
