@@ -300,6 +300,45 @@ fn a_gate_decides_the_exit_code() {
 }
 
 #[test]
+fn the_bundled_tasks_run_by_one_name() {
+    let place = tempfile::tempdir().unwrap();
+    let out = place.path().join("out");
+    let words = [
+        "eval",
+        "recipes/quickstart/base",
+        "--include-path",
+        "datasets",
+        "--tasks",
+        "moeforge_small",
+        "--max-samples",
+        "2",
+        "--out",
+        out.to_str().unwrap(),
+    ];
+    let output = moeforge(&words);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    let results = std::fs::read_to_string(out.join("base/results.json")).unwrap();
+    let results: Value = serde_json::from_str(&results).unwrap();
+    let numbers = [
+        ("factbook_choice", "acc_norm,none"),
+        ("factbook_answer", "exact_match,value"),
+        ("shakespeare_cloze", "perplexity,none"),
+        ("shakespeare_rolling", "bits_per_byte,none"),
+        ("small_addition", "exact_match,number"),
+        ("small_subtraction", "exact_match,number"),
+        ("small_multiplication", "exact_match,number"),
+        ("small_arithmetic", "exact_match,number"),
+    ];
+    for (task, number) in numbers {
+        let found = &results["results"][task][number];
+        assert!(found.is_number(), "{task} {number}: {found}");
+    }
+    assert_eq!(results["n-samples"]["factbook_choice"]["original"], 400);
+    assert_eq!(results["n-shot"]["small_addition"], 5);
+}
+
+#[test]
 fn tasks_are_asked_in_conversations() {
     let place = tempfile::tempdir().unwrap();
     let out = place.path().join("out");

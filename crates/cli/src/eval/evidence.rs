@@ -47,6 +47,8 @@ pub(super) struct ModelEvidence {
     pub(super) name: String,
     pub(super) files: Vec<HashedFile>,
     pub(super) adapter_files: Vec<HashedFile>,
+    /// The recipe of the run that the model or adapter lies in.
+    pub(super) recipe: Vec<HashedFile>,
 }
 
 /// The files of a task.
@@ -121,7 +123,10 @@ impl Evidence {
     /// All files but the results, at the paths that the evaluation was given.
     fn inputs(&self) -> impl Iterator<Item = &HashedFile> {
         let of_models = self.models.iter();
-        let of_models = of_models.flat_map(|model| model.files.iter().chain(&model.adapter_files));
+        let of_models = of_models.flat_map(|model| {
+            let files = model.files.iter().chain(&model.adapter_files);
+            files.chain(&model.recipe)
+        });
         let of_tasks = self.tasks.iter();
         let of_tasks = of_tasks.flat_map(|task| task.files.iter().chain(&task.data));
         of_models.chain(of_tasks).chain(&self.data)

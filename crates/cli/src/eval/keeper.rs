@@ -83,11 +83,15 @@ impl<'a> Keeper<'a> {
         let Some(kept) = &mut self.kept else {
             return Ok(Box::new(()));
         };
+        let result = adapter.unwrap_or(opened.folder.path());
+        let recipe = result.parent().map(|run| run.join("recipe.toml"));
+        let recipe: Vec<PathBuf> = recipe.into_iter().filter(|path| path.is_file()).collect();
         let adapter = adapter.map(Adapter::files).unwrap_or_default();
         let model = ModelEvidence {
             name: opened.name.clone(),
             files: kept.hasher.hash(&model_files(&opened.folder)?)?,
             adapter_files: kept.hasher.hash(&adapter)?,
+            recipe: kept.hasher.hash(&recipe)?,
         };
         let log = AnswerLog::open(&kept.answers, &kept.evidence.identity(&model))?;
         kept.evidence.models.push(model);
