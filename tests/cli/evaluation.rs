@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -131,13 +131,16 @@ fn files(folder: &Path) -> Vec<(String, Vec<u8>)> {
     found
 }
 
-/// Starts an evaluation and kills it after some time; whether it had not ended by then.
-fn kill_after(time: Duration, folder: &Path, words: &[&str]) -> bool {
+/// Starts an evaluation and kills it when there are some more answers than before; whether it had not ended by then.
+fn kill_after(more: usize, folder: &Path, words: &[&str]) -> bool {
+    let before = kept_answers(folder);
     let mut command = command(words);
     command.current_dir(folder);
     let command = command.stderr(Stdio::null()).stdout(Stdio::null());
     let mut child = command.spawn().unwrap();
-    std::thread::sleep(time);
+    while kept_answers(folder) < before + more && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
     child.kill().unwrap();
     child.wait().unwrap().code().is_none()
 }
@@ -146,8 +149,10 @@ fn kill_after(time: Duration, folder: &Path, words: &[&str]) -> bool {
 fn kept_answers(folder: &Path) -> usize {
     let entries = std::fs::read_dir(folder.join("out/answers"));
     let entries = entries.into_iter().flatten();
-    let texts = entries.map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap());
-    texts.map(|text| text.lines().count()).sum()
+    let texts = entries.map(|entry| std::fs::read(entry.unwrap().path()).unwrap());
+    texts
+        .map(|text| text.iter().filter(|byte| **byte == b'\n').count())
+        .sum()
 }
 
 #[test]
@@ -156,24 +161,25 @@ fn a_killed_evaluation_goes_on_and_ends_with_the_same_bytes() {
     let words = evaluation(whole.path());
     evaluation(killed.path());
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let started = Instant::now();
     let output = moeforge_in(whole.path(), &words);
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{stderr}");
-    let length = started.elapsed();
 
-    // Kills at twenty moments of a whole run, each of which goes on from those before it.
-    let (mut kills, mut before) = (0, 0);
+    // Each goes on from those before it. Some end before the first answer.
+    let mut kills = 0;
     for kill in 0..20 {
-        let share = f64::from((kill * 7 + 3) % 20) / 20.0;
-        if !kill_after(length.mul_f64(share), killed.path(), &words) {
+        let before = kept_answers(killed.path());
+        if !kill_after(kill * 7 % 5, killed.path(), &words) {
             break;
         }
         kills += 1;
         assert!(kept_answers(killed.path()) >= before);
-        before = kept_answers(killed.path());
     }
-    assert!(kills > 3 && before > 3, "{kills} kills, {before} answers");
+    let (n_kept, n_answers) = (kept_answers(killed.path()), kept_answers(whole.path()));
+    assert!(
+        kills > 3 && n_kept > 3,
+        "{kills} kills, {n_kept} of {n_answers} answers"
+    );
     if !killed.path().join("out/evidence.json").is_file() {
         let output = moeforge_in(killed.path(), &words);
         let stderr = String::from_utf8_lossy(&output.stderr);

@@ -338,6 +338,42 @@ fn a_result_that_does_not_keep_its_bounds_is_there_but_judged() {
 }
 
 #[test]
+fn a_run_that_began_without_tasks_is_scored_but_not_judged() {
+    let place = tempfile::tempdir().unwrap();
+    let run = place.path().join("run").display().to_string();
+    let recipe = "recipes/smoke/lora.toml";
+    assert!(moeforge(&["train", recipe, "--out", &run]).status.success());
+    let tasks = "eval.tasks=[\"datasets/factbook/factbook_choice.yaml\"]";
+    let few = "eval.tasks_max_samples=4";
+    let more = [
+        "train",
+        "--resume",
+        &run,
+        "--set",
+        "train.steps=4",
+        "--set",
+        tasks,
+        "--set",
+        few,
+    ];
+    let gated = [
+        &more[..],
+        &["--set", "eval.gates=[\"factbook_choice acc >= base\"]"],
+    ]
+    .concat();
+    let words = [
+        "eval.gates",
+        "scores of the run's start",
+        "step_00000000.json",
+    ];
+    refused(&moeforge(&gated), 1, &words);
+    let output = moeforge(&more);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    assert!(stderr.contains("step 4: factbook_choice acc "), "{stderr}");
+}
+
+#[test]
 fn tasks_of_a_recipe_are_refused_before_a_run_begins() {
     let place = tempfile::tempdir().unwrap();
     for (setting, expected) in [

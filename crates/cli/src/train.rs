@@ -71,6 +71,8 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         Some(path) => resumed(path, args, &world, scratch.as_ref(), console)?,
         None => started(args, &world, scratch.as_ref(), console)?,
     };
+    // The first rank asks them.
+    let tasks = tasks.filter(|_| scratch.is_none());
     let mut watcher = Watcher::new(&session, (tasks, &run), Signals::listen()?, console)?;
 
     let fitted = session.fit(&run, &mut watcher);
@@ -154,8 +156,11 @@ fn resumed(
     let run = run_of_first(path, world, scratch)?;
     let before = run.recipe().map_err(usage)?;
     let recipe = run.changed_recipe(&args.set).map_err(usage)?;
-    let tasks = RecipeTasks::of(&recipe, console)?;
     let found = run.locate(&recipe)?;
+    let tasks = RecipeTasks::of(&found, console)?;
+    tasks
+        .iter()
+        .try_for_each(|tasks| tasks.expect_start(&run))?;
     let named = (found, recipe.model.path.as_deref());
     let mut session = open_rank(named, world, args, console)?;
     let step = session.resume(&run)?;

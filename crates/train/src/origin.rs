@@ -119,6 +119,10 @@ impl RunOrigin {
         for path in &mut found.data.path {
             *path = expect("data.path", path)?;
         }
+        for path in &mut found.eval.tasks {
+            let place = expect("eval.tasks", Path::new(&*path))?;
+            *path = place.to_string_lossy().into_owned();
+        }
         Ok(found)
     }
 }

@@ -65,11 +65,9 @@ fn results_of(tasks: &[&TaskResult], groups: &[GroupResult]) -> Value {
         let mut found = json!({"alias": task.task, "name": task.task, "sample_len": task.n});
         let mut better = Map::new();
         for metric in &task.metrics {
-            let (name, filter) = (metric.metric.name(), &metric.filter);
-            found[format!("{name},{filter}")] = metric.value.into();
-            let error = metric.standard_error.map_or("N/A".into(), Value::from);
-            found[format!("{name}_stderr,{filter}")] = error;
-            better.insert(name.into(), metric.is_higher_better.into());
+            let names = [metric.metric.name(), &metric.filter];
+            put(&mut found, names, (metric.value, metric.standard_error));
+            better.insert(names[0].into(), metric.is_higher_better.into());
         }
         let name = task.task.as_str();
         all["results"][name] = found;
@@ -87,15 +85,20 @@ fn results_of(tasks: &[&TaskResult], groups: &[GroupResult]) -> Value {
         let alias = group.alias.as_deref().unwrap_or(name);
         let mut found = json!({"alias": alias, "name": name, "sample_len": group.n});
         for mean in &group.metrics {
-            let (metric, filter) = (&mean.metric, &mean.filter);
-            found[format!("{metric},{filter}")] = mean.value.into();
-            let error = mean.standard_error.map_or("N/A".into(), Value::from);
-            found[format!("{metric}_stderr,{filter}")] = error;
+            let names = [&*mean.metric, &mean.filter];
+            put(&mut found, names, (mean.value, mean.standard_error));
         }
         all["groups"][name] = found.clone();
         all["results"][name] = found;
     }
     all
+}
+
+/// Puts a number and its standard error under the names of a metric and a filter.
+fn put(found: &mut Value, [metric, filter]: [&str; 2], (value, error): (f64, Option<f64>)) {
+    found[format!("{metric},{filter}")] = value.into();
+    let error = error.map_or("N/A".into(), Value::from);
+    found[format!("{metric}_stderr,{filter}")] = error;
 }
 
 /// A version as a task file has it: a number if it is one.

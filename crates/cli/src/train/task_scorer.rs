@@ -37,7 +37,8 @@ pub(super) struct TaskScorer {
     end_ids: Vec<u32>,
     rounding: OperandRounding,
     device: Device,
-    folder: PathBuf,
+    /// The run's folder.
+    run: PathBuf,
     console: Console,
 }
 
@@ -64,6 +65,21 @@ impl RecipeTasks {
         tasks.tasks = load(&eval.tasks, &options, console).context("eval.tasks")?;
         expect_gates(&tasks.gates, &tasks.tasks.metrics(), true).context("eval.gates")?;
         Ok(Some(tasks))
+    }
+
+    /// Refuses gates that cannot be judged when a run goes on: with the scores of its start.
+    pub(super) fn expect_start(&self, run: &RunDir) -> anyhow::Result<()> {
+        if self.gates.is_empty() || run.latest()?.is_none() {
+            return Ok(());
+        }
+        let start = read_scores(&path_of(run.path(), 0));
+        let judged = start.and_then(|start| {
+            let both = vec![start.clone(), start];
+            Ok(EvalReport::new(both, &self.gates)?)
+        });
+        judged.map(|_| ()).context(
+            "eval.gates: expected the scores of the run's start, with the tasks of all gates; a run that began without them cannot be judged",
+        )
     }
 
     fn options<'a>(
@@ -100,7 +116,7 @@ impl TaskScorer {
             end_ids: end_ids(session)?,
             rounding: session.compute(),
             device: session.device(),
-            folder: run.path().join(SCORES_FOLDER),
+            run: run.path().to_owned(),
             console,
         })
     }
@@ -145,30 +161,37 @@ impl TaskScorer {
         let found = found.collect();
         let report = EvalReport::new(vec![scores], &[])?;
         let text = format!("{}\n", report.to_json());
-        std::fs::create_dir_all(&self.folder)
-            .with_context(|| format!("cannot make `{}`", self.folder.display()))?;
-        checkpoint::write_file(&self.path(step), text.as_bytes())?;
+        let folder = self.run.join(SCORES_FOLDER);
+        std::fs::create_dir_all(&folder)
+            .with_context(|| format!("cannot make `{}`", folder.display()))?;
+        checkpoint::write_file(&path_of(&self.run, step), text.as_bytes())?;
         Ok(found)
-    }
-
-    fn path(&self, step: u64) -> PathBuf {
-        self.folder.join(format!("step_{step:08}.json"))
     }
 
     /// The result against the model at the start, and what became of the gates. None if nothing was learned.
     pub(super) fn judge(&self, step: u64) -> anyhow::Result<Option<EvalReport>> {
-        if step == 0 {
+        // A run that began without tasks has no scores of its start, and no gates.
+        let [start, result] = [0, step].map(|step| path_of(&self.run, step));
+        if step == 0 || !start.is_file() {
             return Ok(None);
         }
-        let read = |path: &Path| -> anyhow::Result<ModelScores> {
-            let scores = ::eval::read_scores(&read_report(path)?);
-            let scores = scores.with_context(|| format!("`{}`", path.display()))?;
-            let first = scores.into_iter().next();
-            first.with_context(|| format!("`{}`: expected scores, found none", path.display()))
-        };
-        let scores = vec![read(&self.path(0))?, read(&self.path(step))?];
+        let scores = vec![read_scores(&start)?, read_scores(&result)?];
         Ok(Some(EvalReport::new(scores, &self.recipe.gates)?))
     }
+}
+
+/// Where the scores of a run after a step are.
+fn path_of(run: &Path, step: u64) -> PathBuf {
+    let folder = run.join(SCORES_FOLDER);
+    folder.join(format!("step_{step:08}.json"))
+}
+
+/// The scores in a file of a run.
+fn read_scores(path: &Path) -> anyhow::Result<ModelScores> {
+    let scores = ::eval::read_scores(&read_report(path)?);
+    let scores = scores.with_context(|| format!("`{}`", path.display()))?;
+    let first = scores.into_iter().next();
+    first.with_context(|| format!("`{}`: expected scores, found none", path.display()))
 }
 
 fn name_of(step: u64) -> String {
