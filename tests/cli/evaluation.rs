@@ -251,6 +251,15 @@ fn evidence_shows_what_was_changed() {
     ] {
         assert!(text.contains(expected), "{text}");
     }
+    let text = changed(
+        "out/evidence.json",
+        "\"task\": \"answers\"",
+        "\"task\": \"other\"",
+    );
+    assert!(
+        text.contains("expected files of the models and tasks"),
+        "{text}"
+    );
     let text = changed("out/evidence.json", &passed, &failed);
     assert!(
         text.starts_with("evidence.json: expected `found`"),
@@ -400,6 +409,70 @@ fn tasks_are_asked_in_conversations() {
         &["eval", &model(), "--tasks", &mapped, "--think"],
         "--chat-template",
     );
+}
+
+#[test]
+fn what_could_not_be_told_apart_or_has_no_effect_is_refused() {
+    let place = tempfile::tempdir().unwrap();
+    for folder in ["a", "b"] {
+        std::fs::create_dir(place.path().join(folder)).unwrap();
+        let file = place.path().join(folder).join("test.jsonl");
+        std::fs::copy("datasets/factbook/choices.jsonl", file).unwrap();
+    }
+    let refused = |words: &[&str], code: i32, expected: &str| {
+        let output = moeforge_in(place.path(), words);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{stderr}");
+        assert!(stderr.contains(expected), "{stderr}");
+    };
+    let rows = ["eval", "no/model", "--tasks", "a/test.jsonl"];
+    let two = ["eval", "no/model", "--tasks", "a/test.jsonl,b/test.jsonl"];
+    refused(&two, 1, "two called `test`");
+    for option in [
+        &["--system", "x"][..],
+        &["--num-fewshot", "1"],
+        &["--chat-template"],
+    ] {
+        let expected = format!("{}: expected a task of lm-evaluation-harness", option[0]);
+        refused(&[&rows[..], option].concat(), 2, &expected);
+    }
+    refused(
+        &["eval", "--check", "e.json", "--max-samples", "3"],
+        2,
+        "--max-samples",
+    );
+    let gate = ["--gate", "test acc,valu >= 0.5"];
+    let expected = "found the metric `acc`; there are acc,none, acc_bytes,none, acc_norm,none";
+    refused(&[&rows[..], &gate].concat(), 2, expected);
+}
+
+#[test]
+fn models_of_one_name_are_numbered() {
+    let place = tempfile::tempdir().unwrap();
+    let (model, task, out) = (model(), task("mapped"), place.path().join("out"));
+    let words = [
+        "eval",
+        &model,
+        &model,
+        &model,
+        "--tasks",
+        &task,
+        "--max-samples",
+        "1",
+        "--out",
+        out.to_str().unwrap(),
+    ];
+    let output = moeforge(&words);
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(table.contains("deepseek_v3__3  deepseek_v3 "), "{table}");
+    for name in ["deepseek_v3", "deepseek_v3__2", "deepseek_v3__3"] {
+        assert!(out.join(name).join("results.json").is_file());
+    }
 }
 
 /// What is said of a task and its rows; the model does not even exist.

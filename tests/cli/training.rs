@@ -374,20 +374,42 @@ fn a_run_that_began_without_tasks_is_scored_but_not_judged() {
 }
 
 #[test]
+fn a_run_that_goes_on_is_judged_by_the_questions_of_its_start() {
+    let place = tempfile::tempdir().unwrap();
+    let gate = "eval.gates=[\"factbook_choice acc >= base - 0.9\"]";
+    let (code, stderr, run) = scored_run(&place, &[gate]);
+    assert_eq!(code, Some(0), "{stderr}");
+    let run = run.display().to_string();
+    let more = ["train", "--resume", &run, "--set", "train.steps=4"];
+    let others = [&more[..], &["--set", "eval.tasks_max_samples=9"]].concat();
+    refused(
+        &moeforge(&others),
+        1,
+        &["questions of `factbook_choice`", "found others"],
+    );
+    let output = moeforge(&more);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    assert!(stderr.contains("step 4: passed"), "{stderr}");
+}
+
+#[test]
 fn tasks_of_a_recipe_are_refused_before_a_run_begins() {
     let place = tempfile::tempdir().unwrap();
-    for (setting, expected) in [
+    for (setting, code, expected) in [
         (
             "eval.gates=[\"other acc >= 1.0\"]",
+            2,
             "error: eval.gates: `other acc >= 1.0`: expected a gate about what is evaluated, found the task `other`; there are factbook_choice\n",
         ),
         (
             "eval.tasks=[\"no.yaml\"]",
-            "error: eval.tasks: `no.yaml`: expected a task's file, a folder of tasks, a file of rows or the name of a task, found none; give the folder that has it with --include-path\n",
+            1,
+            "error: eval.tasks: `no.yaml`: expected a task's file, a folder of tasks, a file of rows or the name of a task, found none; give its file or folder\n",
         ),
     ] {
-        let (code, stderr, run) = scored_run(&place, &[setting]);
-        assert_eq!((code, stderr.as_str()), (Some(1), expected));
+        let (found, stderr, run) = scored_run(&place, &[setting]);
+        assert_eq!((found, stderr.as_str()), (Some(code), expected));
         assert!(!run.exists());
     }
 }

@@ -14,6 +14,7 @@ mod score_page;
 pub(crate) mod survival;
 pub(crate) mod tasks;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -38,6 +39,30 @@ use crate::plan::budget::BudgetArgs;
 use crate::plan::conversion::expect_room_for_losses;
 use crate::rows::{ColumnArgs, SplitRows};
 use crate::values::{COMPUTE_HELP, ComputeValue};
+
+/// Options that say how to evaluate, of which a check does nothing.
+const NOT_CHECKED: [&str; 20] = [
+    "models",
+    "adapter",
+    "device",
+    "data",
+    "tasks",
+    "include_path",
+    "num_fewshot",
+    "chat_template",
+    "system",
+    "columns",
+    "baseline",
+    "gate",
+    "allow_inconclusive",
+    "batch",
+    "max_length",
+    "max_samples",
+    "compute",
+    "out",
+    "answers",
+    "memory_budget",
+];
 
 /// The file of the report as it is printed.
 const TEXT_NAME: &str = "report.txt";
@@ -110,7 +135,7 @@ pub(crate) struct Args {
     pub(crate) answers: Option<PathBuf>,
     /// Check an `evidence.json`, and evaluate nothing: that all files have the hashes that it states, and that its numbers are those
     /// of the single items in the report. If not, the exit code is 4.
-    #[arg(long, value_name = "EVIDENCE", conflicts_with_all = ["models", "data", "tasks", "out", "answers", "gate"])]
+    #[arg(long, value_name = "EVIDENCE", conflicts_with_all = NOT_CHECKED)]
     pub(crate) check: Option<PathBuf>,
     /// Print JSON instead of a table.
     #[arg(long)]
@@ -130,11 +155,24 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     }
     let contestants = contestants(args);
     let tasks = tasks::load(&args.tasks, &args.task_options(), console)?;
-    let mut known = tasks.metrics();
-    if args.data.is_some() {
-        known.push(("data".into(), vec!["loss".into()]));
+    if !tasks.has_harness_tasks() {
+        let chat = &args.chat;
+        let unused = [
+            ("--num-fewshot", args.num_fewshot.is_some()),
+            ("--chat-template", chat.chat_template),
+            ("--system", chat.system.is_some()),
+        ];
+        if let Some((option, _)) = unused.iter().find(|(_, is_given)| *is_given) {
+            return Err(misuse(format!(
+                "{option}: expected a task of lm-evaluation-harness among --tasks, found none"
+            )));
+        }
     }
-    expect_gates(&args.gate, &known, contestants.len() > 1)
+    let mut measures = tasks.measures();
+    if args.data.is_some() {
+        measures.push(["data", "loss", "none"].map(str::to_owned));
+    }
+    expect_gates(&args.gate, &measures, contestants.len() > 1)
         .map_err(|problem| misuse(format!("--gate {problem}")))?;
     let device = args.device.open()?;
     expect_computed(args.compute, &device)?;
@@ -145,13 +183,14 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
         let Contestant { model, adapter, .. } = contestant;
         let mut opened = open_model(model, adapter, &device, console)?;
         opened.name = contestant.name.map_or(opened.name, str::to_owned);
+        opened.name = harness_files::name_of_its_own(&opened.name, &scores);
         let mut store = keeper.store(&opened, adapter)?;
         let mut scored = score(&opened, &tasks, args, &mut *store, console)?;
         if is_compared {
             scored.scores.experts = experts(&opened, scored.first_tokens, args);
         }
         if let Some(out) = &args.out {
-            let folder = out.join(harness_files::folder_name(&opened.name, &scores));
+            let folder = out.join(harness_files::plain(&opened.name));
             let asked = tasks.asked(&scored.conversations, &scored.scores.tasks);
             let groups = &scored.scores.groups;
             keeper.written(harness_files::write(&folder, &asked, groups)?);
@@ -206,30 +245,41 @@ fn write_report(out: &Path, report: &EvalReport, args: &Args) -> anyhow::Result<
     Ok(texts.map(|(name, _)| out.join(name)).to_vec())
 }
 
-/// Refuses gates about what is not evaluated, before any model is opened. `known` are the names of tasks and of their metrics.
+/// Refuses gates about what is not evaluated, before any model is opened. `measures` are names of tasks, metrics and filters.
 pub(crate) fn expect_gates(
     gates: &[Gate],
-    known: &[(String, Vec<String>)],
+    measures: &[[String; 3]],
     has_baseline: bool,
 ) -> anyhow::Result<()> {
     for gate in gates {
-        let task = known.iter().find(|(task, _)| *task == gate.task);
-        let found = match task {
-            None => {
-                let names: Vec<&str> = known.iter().map(|(task, _)| task.as_str()).collect();
-                format!("the task `{}`; there are {}", gate.task, names.join(", "))
+        let of_task = measures.iter().filter(|[task, ..]| *task == gate.task);
+        let of_task: Vec<&[String; 3]> = of_task.collect();
+        let is_meant = |[_, metric, filter]: &&&[String; 3]| {
+            let wanted = gate.filter.as_ref();
+            *metric == gate.metric && wanted.is_none_or(|wanted| wanted == filter)
+        };
+        let meant = of_task.iter().filter(is_meant).count();
+        let names = |all: &[&[String; 3]], name: fn(&[String; 3]) -> String| {
+            let names: BTreeSet<String> = all.iter().map(|of| name(of)).collect();
+            names.into_iter().collect::<Vec<_>>().join(", ")
+        };
+        let known = |all| names(all, |[_, metric, filter]| format!("{metric},{filter}"));
+        let found = match meant {
+            _ if of_task.is_empty() => {
+                let all: Vec<&[String; 3]> = measures.iter().collect();
+                let tasks = names(&all, |[task, ..]| task.clone());
+                format!("the task `{}`; there are {tasks}", gate.task)
             }
-            Some((_, metrics)) if !metrics.contains(&gate.metric) => {
-                format!(
-                    "the metric `{}`; there are {}",
-                    gate.metric,
-                    metrics.join(", ")
-                )
-            }
-            Some(_) if gate.needs_baseline() && !has_baseline => {
+            0 => format!(
+                "the metric `{}`; there are {}",
+                gate.metric,
+                known(&of_task)
+            ),
+            1 if gate.needs_baseline() && !has_baseline => {
                 "no baseline; give one with --baseline".into()
             }
-            Some(_) => continue,
+            1 => continue,
+            _ => format!("several; give one of {}", known(&of_task)),
         };
         let expected = "expected a gate about what is evaluated";
         anyhow::bail!("`{}`: {expected}, found {found}", gate.text);
@@ -349,6 +399,10 @@ impl Args {
     fn task_options(&self) -> TaskOptions<'_> {
         TaskOptions {
             include_path: &self.include_path,
+            cure: match self.include_path.is_empty() {
+                true => "give the folder that has it with --include-path",
+                false => "it is none of those in the folders of --include-path",
+            },
             num_fewshot: self.num_fewshot,
             max_samples: self.max_samples,
             max_length: self.max_length,

@@ -272,7 +272,7 @@ fn utc(time: SystemTime) -> String {
 }
 
 /// This machine: its processor as the system calls it, how many of them, and the system.
-fn machine() -> String {
+pub(crate) fn machine() -> String {
     let linux = fs::read_to_string("/proc/cpuinfo").ok();
     let linux = linux.as_deref().and_then(|text| {
         let line = text.lines().find(|line| line.starts_with("model name"))?;

@@ -101,7 +101,7 @@ pub(crate) fn run(args: &Args, console: &Console) -> anyhow::Result<ExitCode> {
     let mut is_kept = true;
     if scratch.is_none() {
         console.result(run.path().join(result).display());
-        let report = scorer.map(|scorer| scorer.judge(session.steps_done()));
+        let report = scorer.map(|scorer| scorer.judge(session.result_step()));
         if let Some(report) = report.transpose()?.flatten() {
             console.note(report.to_text().trim_end());
             is_kept = report
@@ -131,7 +131,7 @@ fn started(
     let path = args.recipe.as_deref().unwrap_or(Path::new(""));
     let mut recipe = Recipe::open(path, &args.set).map_err(usage)?;
     share_out(&mut recipe, world.ranks(), console);
-    let tasks = RecipeTasks::of(&recipe, console)?;
+    let tasks = RecipeTasks::of(&recipe, args.budget, console)?;
     let session = open_rank((recipe, None), world, args, console)?;
     // The run directory is created last, so that a run that cannot start leaves none.
     let path = match scratch {
@@ -157,7 +157,7 @@ fn resumed(
     let before = run.recipe().map_err(usage)?;
     let recipe = run.changed_recipe(&args.set).map_err(usage)?;
     let found = run.locate(&recipe)?;
-    let tasks = RecipeTasks::of(&found, console)?;
+    let tasks = RecipeTasks::of(&found, args.budget, console)?;
     tasks
         .iter()
         .try_for_each(|tasks| tasks.expect_start(&run))?;

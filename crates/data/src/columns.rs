@@ -11,6 +11,14 @@ pub struct Columns(Vec<(String, String)>);
 /// Keys of rows of multiple choice.
 const CHOICE_KEYS: [&str; 2] = ["choices", "answer"];
 
+impl std::fmt::Display for Columns {
+    /// `key=column,key=column`.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let pairs = self.0.iter().map(|(key, column)| format!("{key}={column}"));
+        f.write_str(&pairs.collect::<Vec<_>>().join(","))
+    }
+}
+
 impl Columns {
     /// All columns keep their names.
     pub const fn none() -> Self {

@@ -15,6 +15,9 @@ use crate::task::{Answers, GroupResult, MetricResult, RowValue, TaskResult};
 /// What two numbers may differ by, as a share of them: reading a number changes its last bit at most.
 const READ_TOLERANCE: f64 = 1e-9;
 
+/// More tokens, bytes or items than any evaluation has. Sums of larger numbers could overflow.
+const MOST_COUNTED: u64 = 1 << 32;
+
 /// What is read of a report: all that its numbers are made from.
 #[derive(Debug, Deserialize)]
 struct Stated {
@@ -96,19 +99,27 @@ pub fn read_scores(report: &Value) -> Result<Vec<ModelScores>> {
 /// If it is no report of [`EvalReport::to_json`].
 pub fn recompute(report: &Value) -> Result<Vec<String>> {
     let stated = Stated::deserialize(report).map_err(|problem| wrong(&problem.to_string()))?;
-    let mut gates: Vec<Gate> = Vec::new();
-    for stated in &stated.gates {
-        // A gate has an outcome for each model.
-        if gates.iter().all(|gate| gate.text != stated.gate) {
-            gates.push(Gate::parse(&stated.gate)?);
-        }
-    }
+    // A gate has an outcome for each model but the baseline.
+    let n_judged = stated.models.len().saturating_sub(1).max(1);
+    let gates = stated.gates.iter().step_by(n_judged);
+    let gates = gates.map(|stated| Gate::parse(&stated.gate));
+    let gates = gates.collect::<Result<Vec<Gate>>>()?;
     let mut computed = EvalReport::new(read_scores(report)?, &gates)?;
     computed.routing = stated.routing;
     let computed = computed.to_json();
     let mut found = Vec::new();
     compare("", report, &computed, &mut found);
     Ok(found)
+}
+
+/// Refuses a count that cannot be one.
+fn expect_count(name: &str, count: usize) -> Result<()> {
+    match count as u64 > MOST_COUNTED {
+        true => Err(wrong(&format!(
+            "expected at most {MOST_COUNTED} as `{name}`, found {count}"
+        ))),
+        false => Ok(()),
+    }
 }
 
 fn wrong(problem: &str) -> Error {
@@ -119,9 +130,12 @@ fn wrong(problem: &str) -> Error {
 
 impl StatedModel {
     fn scores(self) -> Result<ModelScores> {
-        let text = self
-            .text
-            .map(|text| TextScore::new(text.per_sample, text.bytes));
+        let text = self.text.map(|text| {
+            for sample in &text.per_sample {
+                expect_count("tokens", sample.tokens)?;
+            }
+            TextScore::new(text.per_sample, text.bytes)
+        });
         let tasks = self.tasks.into_iter().map(StatedTask::result);
         let tasks = tasks.collect::<Result<Vec<_>>>()?;
         let groups = self.groups.into_iter();
@@ -137,6 +151,7 @@ impl StatedModel {
 
 impl StatedTask {
     fn result(self) -> Result<TaskResult> {
+        expect_count("n", self.n)?;
         let of_items = self.metrics.first().map(|metric| metric.of_items.len());
         let metrics = self.metrics.into_iter().map(StatedMetric::result);
         Ok(TaskResult {

@@ -277,10 +277,9 @@ pub enum Error {
         folders: Vec<PathBuf>,
     },
 
-    /// The checkpoint with the lowest validation loss is gone.
+    /// The best checkpoint is gone.
     #[error(
-        "`{}`: expected the checkpoint with the lowest validation loss, found none; \
-         without it there is no best model to export",
+        "`{}`: expected the best checkpoint, found none; without it there is no best model to export",
         path.display()
     )]
     NoBest {

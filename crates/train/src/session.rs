@@ -105,6 +105,12 @@ impl Session {
         self.state.step
     }
 
+    /// The step that the result is of: the last one, or the best if the recipe keeps it.
+    pub fn result_step(&self) -> u64 {
+        let best = self.state.best_step(&self.recipe.train.keep_best);
+        best.unwrap_or(self.state.step)
+    }
+
     /// Whether there is nothing left to train or to measure.
     pub fn is_finished(&self) -> bool {
         !self.is_unfinished()

@@ -1,7 +1,7 @@
 //! Answers of a model in a file, line by line as they come: what an interrupted evaluation has done is not done again.
 
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{BufRead, BufReader, Error, Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -29,6 +29,23 @@ struct AnswerLine {
     answers: Value,
 }
 
+/// Opens a file for reading and appending that no other program uses.
+pub(super) fn lock_file(path: &Path, cure: &str) -> anyhow::Result<File> {
+    let mut options = OpenOptions::new();
+    let file = options.read(true).append(true).create(true).open(path);
+    let file = file.with_context(|| format!("cannot open `{}`", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => bail!(
+            "`{}`: expected a file that no other evaluation uses, found one in use; wait for it, or {cure}",
+            path.display()
+        ),
+        Err(TryLockError::Error(problem)) => {
+            Err(problem).with_context(|| format!("cannot lock `{}`", path.display()))
+        }
+    }
+}
+
 impl AnswerLog {
     /// The answers of a model. `identity` is all that they depend on but the work itself; it is the first line of the file, which is
     /// called after its hash.
@@ -41,15 +58,8 @@ impl AnswerLog {
         let identity = identity.to_string();
         let hash = checkpoint::sha256_of(identity.as_bytes());
         let path = folder.join(format!("{}.jsonl", &hash[..16]));
-        let mut options = OpenOptions::new();
-        let file = options.read(true).append(true).create(true).open(&path);
-        let file = file.with_context(|| format!("cannot open `{}`", path.display()))?;
-        if file.try_lock().is_err() {
-            bail!(
-                "`{}`: expected a file that no other evaluation writes, found one in use",
-                path.display()
-            );
-        }
+        let cure = "give another folder as --answers";
+        let file = lock_file(&path, cure)?;
         let mut log = Self {
             path,
             file,
@@ -147,7 +157,8 @@ mod tests {
             log.keep("a", &json!(["1"])).unwrap();
             log.keep("b", &json!("text\n")).unwrap();
             let problem = open().err().unwrap().to_string();
-            assert!(problem.ends_with("found one in use"), "{problem}");
+            let cure = "found one in use; wait for it, or give another folder as --answers";
+            assert!(problem.ends_with(cure), "{problem}");
             log.path.clone()
         };
         let mut whole = std::fs::read(&path).unwrap();

@@ -81,7 +81,7 @@ impl Evidence {
     }
 
     /// What answers of a model depend on, but for what it is asked.
-    pub(super) fn identity(&self, model: &ModelEvidence) -> Value {
+    pub(super) fn identity(&self, model: &ModelEvidence, computer: &Value) -> Value {
         let contents = |files: &[HashedFile]| -> Vec<Value> {
             let content = |file: &HashedFile| {
                 let name = file.path.file_name().unwrap_or_default();
@@ -92,7 +92,7 @@ impl Evidence {
         serde_json::json!({
             "program": self.program.sha256,
             "compute": self.settings.get("compute"),
-            "device": self.settings.get("device"),
+            "computer": computer,
             "model": contents(&model.files),
             "adapter": contents(&model.adapter_files),
         })
@@ -222,6 +222,22 @@ fn check_numbers(evidence: &Evidence, folder: &Path) -> anyhow::Result<Vec<Strin
         .into_iter()
         .map(|problem| format!("{REPORT_NAME}: {problem}"))
         .collect::<Vec<_>>();
+    let stated_models = evidence.models.iter().map(|model| &model.name);
+    let stated_tasks = evidence.tasks.iter().map(|task| &task.task);
+    let names = |values: &Value, key: &str| -> Vec<String> {
+        let values = values.as_array().into_iter().flatten();
+        let names = values.filter_map(|value| value[key].as_str());
+        names.map(str::to_owned).collect()
+    };
+    let models = names(&report["models"], "name");
+    let tasks = names(&report["models"][0]["tasks"], "task");
+    let has_files = evidence.models.iter().all(|model| !model.files.is_empty())
+        && evidence.tasks.iter().all(|task| !task.data.is_empty());
+    if !stated_models.eq(&models) || !stated_tasks.eq(&tasks) || !has_files {
+        problems.push(format!(
+            "{EVIDENCE_NAME}: expected files of the models and tasks of `{REPORT_NAME}`, found others"
+        ));
+    }
     if without_items(report) != evidence.found {
         problems.push(format!(
             "{EVIDENCE_NAME}: expected `found` to be what `{REPORT_NAME}` says, found something else"

@@ -23,6 +23,7 @@ pub(super) fn write(
     }
     std::fs::create_dir_all(folder)
         .with_context(|| format!("cannot make `{}`", folder.display()))?;
+    remove_samples(folder)?;
     for asked in tasks {
         let lines = samples(asked).into_iter();
         let lines = lines.map(|sample| format!("{sample}\n"));
@@ -38,18 +39,34 @@ pub(super) fn write(
     Ok(written)
 }
 
-/// The name of a model's folder: its own, with a number if models before it have the same.
-pub(super) fn folder_name(model: &str, before: &[ModelScores]) -> String {
-    let name = plain(model);
-    let same = |other: &&ModelScores| plain(&other.name) == name;
-    match before.iter().filter(same).count() {
-        0 => name,
-        n => format!("{name}__{}", n + 1),
+/// Removes the samples of an evaluation that was killed, and maybe had other tasks.
+fn remove_samples(folder: &Path) -> anyhow::Result<()> {
+    let entries = std::fs::read_dir(folder);
+    let entries = entries.with_context(|| format!("cannot read `{}`", folder.display()))?;
+    for entry in entries {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with("samples_") && name.ends_with(".jsonl") {
+            std::fs::remove_file(entry.path())?;
+        }
     }
+    Ok(())
+}
+
+/// The name of a model, with a number if one before it has the same, or its folder the same name.
+pub(super) fn name_of_its_own(name: &str, before: &[ModelScores]) -> String {
+    let numbered = |n: usize| match n {
+        1 => name.to_owned(),
+        n => format!("{name}__{n}"),
+    };
+    let is_free = |name: &String| before.iter().all(|known| plain(&known.name) != plain(name));
+    let mut names = (1..).map(numbered);
+    names.find(is_free).unwrap_or_default()
 }
 
 /// A name without what file systems do not take.
-fn plain(name: &str) -> String {
+pub(super) fn plain(name: &str) -> String {
     let is_plain = |c: char| c.is_alphanumeric() || "-_.".contains(c);
     name.chars()
         .map(|c| if is_plain(c) { c } else { '_' })

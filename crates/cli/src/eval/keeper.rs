@@ -1,19 +1,24 @@
 //! What is kept of an evaluation: answers as they come, and at the end the evidence.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use ::eval::AnswerStore;
+use anyhow::Context;
 use checkpoint::Adapter;
 use data::SplitName;
 use serde_json::{Map, Value, json};
 
 use super::Args;
-use super::answer_log::AnswerLog;
+use super::answer_log::{AnswerLog, lock_file};
+use super::conversation_args::ConversationArgs;
 use super::evidence::{Evidence, ModelEvidence, TaskEvidence};
 use super::hashed_files::{FileHasher, model_files};
 use super::tasks::{LoadedTask, LoadedTasks};
 use crate::console::Console;
+use crate::device::record;
 use crate::open::Opened;
+use crate::report::machine;
 use crate::rows::SplitRows;
 
 /// The folder of answers in `--out`.
@@ -30,8 +35,12 @@ struct Kept<'a> {
     evidence: Evidence,
     /// The folder of answers.
     answers: PathBuf,
+    /// Requests in a pass.
+    batch: u64,
     /// Files of results.
     written: Vec<PathBuf>,
+    /// Held as long as the evaluation writes to its folder.
+    _lock: Option<File>,
 }
 
 impl<'a> Keeper<'a> {
@@ -69,7 +78,9 @@ impl<'a> Keeper<'a> {
             hasher,
             evidence,
             answers,
+            batch: args.batch,
             written: Vec::new(),
+            _lock: args.out.as_deref().map(lock).transpose()?,
         });
         Ok(Self { console, kept })
     }
@@ -93,7 +104,12 @@ impl<'a> Keeper<'a> {
             adapter_files: kept.hasher.hash(&adapter)?,
             recipe: kept.hasher.hash(&recipe)?,
         };
-        let log = AnswerLog::open(&kept.answers, &kept.evidence.identity(&model))?;
+        // Kernels round as their processor's instructions do; on a GPU, written texts depend on how many are written together.
+        let device = record(&opened.device, None);
+        let batch = kernels::device::is_gpu(&opened.device).then_some(kept.batch);
+        let computer = json!([machine(), device, batch]);
+        let identity = kept.evidence.identity(&model, &computer);
+        let log = AnswerLog::open(&kept.answers, &identity)?;
         kept.evidence.models.push(model);
         if log.n_known() > 0 {
             let (name, n) = (&opened.name, log.n_known());
@@ -124,8 +140,21 @@ impl<'a> Keeper<'a> {
     }
 }
 
+/// Takes a folder for one evaluation alone.
+fn lock(out: &Path) -> anyhow::Result<File> {
+    std::fs::create_dir_all(out).with_context(|| format!("cannot make `{}`", out.display()))?;
+    lock_file(&out.join(".lock"), "give another folder as --out")
+}
+
 /// The settings that numbers depend on, with their defaults.
 pub(super) fn settings(args: &Args) -> Map<String, Value> {
+    let ConversationArgs {
+        chat_template,
+        fewshot_as_multiturn,
+        system,
+        think,
+        no_think,
+    } = &args.chat;
     let settings = json!({
         "compute": args.compute.name(),
         "device": args.device.name().unwrap_or_else(|| "cpu".into()),
@@ -133,9 +162,12 @@ pub(super) fn settings(args: &Args) -> Map<String, Value> {
         "num_fewshot": args.num_fewshot,
         "max_length": args.max_length,
         "max_samples": args.max_samples,
-        "chat_template": args.chat.chat_template,
-        "fewshot_as_multiturn": args.chat.fewshot_as_multiturn,
-        "system": args.chat.system,
+        "columns": args.columns.columns.to_string(),
+        "chat_template": chat_template,
+        "fewshot_as_multiturn": fewshot_as_multiturn,
+        "system": system,
+        "think": think,
+        "no_think": no_think,
     });
     match settings {
         Value::Object(settings) => settings,

@@ -1,5 +1,6 @@
 //! Tasks that models are asked: those of the evaluation harness, and rows of questions.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -7,8 +8,8 @@ use ::eval::{AnswerConfig, AnswerStore, EvalConfig, TaskRequests, TaskResult};
 use anyhow::{Context, bail};
 use burn::tensor::Device;
 use data::{
-    Bos, Columns, ItemLimits, OutputType, Sample, TaskChat, TaskDataset, TaskDefinition, TaskGroup,
-    TaskIndex, TaskItem, TaskItems, TaskRequest, TaskSet, Tokenizer,
+    Aggregation, Bos, Columns, ItemLimits, OutputType, Sample, TaskChat, TaskDataset,
+    TaskDefinition, TaskGroup, TaskIndex, TaskItem, TaskItems, TaskRequest, TaskSet, Tokenizer,
 };
 use infer::Engine;
 use model::{Compute, Model};
@@ -34,6 +35,8 @@ pub(super) const ROW_LENGTH: usize = 1024;
 pub(crate) struct TaskOptions<'a> {
     /// Folders with tasks that may be named.
     pub(crate) include_path: &'a [PathBuf],
+    /// What to do if a name is in none of them.
+    pub(crate) cure: &'static str,
     pub(crate) num_fewshot: Option<usize>,
     pub(crate) max_samples: Option<usize>,
     pub(crate) max_length: Option<usize>,
@@ -139,25 +142,116 @@ impl LoadedTasks {
         asked.collect()
     }
 
-    /// The names of tasks and groups, and of their metrics.
-    pub(crate) fn metrics(&self) -> Vec<(String, Vec<String>)> {
-        let of_task = |task: &LoadedTask| match task {
-            LoadedTask::Harness(task) => {
-                let metrics = task.definition.metrics.iter();
-                let metrics = metrics.map(|of| of.metric.name().to_owned());
-                (task.definition.name.clone(), metrics.collect())
+    pub(super) fn has_harness_tasks(&self) -> bool {
+        let mut tasks = self.tasks.iter();
+        tasks.any(|task| matches!(task, LoadedTask::Harness(_)))
+    }
+
+    /// The names of everything that is measured: task or group, metric, and filter. Means of groups that have no interval, since
+    /// they are no means of items, are not among them.
+    pub(crate) fn measures(&self) -> Vec<[String; 3]> {
+        let mut measures = Vec::new();
+        for task in &self.tasks {
+            let (task, metrics) = task.metrics();
+            measures.extend(
+                metrics
+                    .into_iter()
+                    .map(|(metric, filter, _)| [task.clone(), metric.to_owned(), filter]),
+            );
+        }
+        for group in &self.groups {
+            let is_member = |task: &&LoadedTask| group.tasks.contains(&task.name());
+            let members = self
+                .tasks
+                .iter()
+                .filter(is_member)
+                .flat_map(|task| task.metrics().1);
+            let members: Vec<(&str, String, bool)> = members.collect();
+            for of in &group.metrics {
+                let wanted = |filter: &String| {
+                    let filters = of.filters.as_ref();
+                    filters.is_none_or(|filters| filters.contains(filter))
+                };
+                let same = members.iter().filter(|(metric, ..)| *metric == of.metric);
+                let same: Vec<_> = same.filter(|(_, filter, _)| wanted(filter)).collect();
+                let filters: BTreeSet<&String> = same.iter().map(|(_, filter, _)| filter).collect();
+                for filter in filters {
+                    let mut of_filter = same.iter().filter(|(_, other, _)| other == filter);
+                    if of_filter.all(|(_, _, is_mean)| *is_mean) {
+                        measures.push([group.name.clone(), of.metric.clone(), filter.clone()]);
+                    }
+                }
             }
-            LoadedTask::Rows(file) => {
-                let metrics = ::eval::row_metrics().map(str::to_owned);
-                (rows_name(file), metrics.collect())
+        }
+        measures
+    }
+
+    /// What says whether two models were asked the same: a hash of all questions of each task, by its name.
+    pub(crate) fn questions(&self) -> anyhow::Result<BTreeMap<String, String>> {
+        let hash = |task: &LoadedTask| Ok((task.name(), task.questions_hash()?));
+        self.tasks.iter().map(hash).collect()
+    }
+
+    /// Refuses two tasks or groups of one name: their numbers could not be told apart.
+    fn expect_names(&self) -> anyhow::Result<()> {
+        let tasks = self.tasks.iter().map(LoadedTask::name);
+        let groups = self.groups.iter().map(|group| group.name.clone());
+        let mut known = BTreeSet::new();
+        for name in tasks.chain(groups) {
+            if known.contains(&name) {
+                bail!(
+                    "expected tasks and groups with names of their own, found two called `{name}`; rename a file"
+                );
+            }
+            known.insert(name);
+        }
+        Ok(())
+    }
+}
+
+impl LoadedTask {
+    fn name(&self) -> String {
+        match self {
+            Self::Harness(task) => task.definition.name.clone(),
+            Self::Rows(file) => rows_name(file),
+        }
+    }
+
+    /// Its name, and its metrics with their filters and whether they are means of items.
+    fn metrics(&self) -> (String, Vec<(&'static str, String, bool)>) {
+        let metrics = match self {
+            Self::Rows(_) => ::eval::row_metrics()
+                .map(|metric| (metric, "none".to_owned(), true))
+                .collect(),
+            Self::Harness(task) => {
+                let metrics = task.definition.filters.iter().flat_map(|filter| {
+                    let metrics = task.definition.metrics.iter();
+                    metrics.map(|of| {
+                        let is_mean = of.aggregation == Aggregation::Mean;
+                        (of.metric.name(), filter.name.clone(), is_mean)
+                    })
+                });
+                metrics.collect()
             }
         };
-        let of_group = |group: &TaskGroup| {
-            let metrics = group.metrics.iter().map(|of| of.metric.clone());
-            (group.name.clone(), metrics.collect())
-        };
-        let tasks = self.tasks.iter().map(of_task);
-        tasks.chain(self.groups.iter().map(of_group)).collect()
+        (self.name(), metrics)
+    }
+
+    fn questions_hash(&self) -> anyhow::Result<String> {
+        match self {
+            Self::Rows(file) => Ok(checkpoint::sha256(file)?),
+            Self::Harness(task) => {
+                let output = task.definition.output;
+                let hashes = task.items.iter().map(|item| {
+                    let texts = item.question.requests.iter();
+                    let continuations: Vec<&Option<String>> =
+                        texts.map(|request| &request.continuation).collect();
+                    let prompt = item.prompt_hash(output);
+                    format!("{prompt} {} {continuations:?}\n", item.target_hash())
+                });
+                Ok(checkpoint::sha256_of(hashes.collect::<String>().as_bytes()))
+            }
+        }
     }
 }
 
@@ -183,7 +277,7 @@ pub(crate) fn load(
         if path.is_file() && !is_yaml(path) {
             rows.push(LoadedTask::Rows(path.to_owned()));
         } else {
-            set.extend(tasks_of(name, &index)?)?;
+            set.extend(tasks_of(name, &index, options.cure)?)?;
         }
     }
     let harness = set.tasks.into_iter().map(|definition| {
@@ -191,10 +285,12 @@ pub(crate) fn load(
         Ok(LoadedTask::Harness(Box::new(task)))
     });
     let harness = harness.collect::<anyhow::Result<Vec<_>>>()?;
-    Ok(LoadedTasks {
+    let loaded = LoadedTasks {
         tasks: rows.into_iter().chain(harness).collect(),
         groups: set.groups,
-    })
+    };
+    loaded.expect_names()?;
+    Ok(loaded)
 }
 
 fn is_yaml(path: &Path) -> bool {
@@ -203,7 +299,7 @@ fn is_yaml(path: &Path) -> bool {
 }
 
 /// The tasks of a file, of a folder, or of a name in other folders.
-fn tasks_of(name: &str, index: &[TaskIndex]) -> anyhow::Result<TaskSet> {
+fn tasks_of(name: &str, index: &[TaskIndex], cure: &str) -> anyhow::Result<TaskSet> {
     let path = Path::new(name);
     if path.is_file() {
         // A group's tasks are in the folder of its file.
@@ -231,10 +327,6 @@ fn tasks_of(name: &str, index: &[TaskIndex]) -> anyhow::Result<TaskSet> {
             return Ok(set);
         }
     }
-    let cure = match index.is_empty() {
-        true => "give the folder that has it with --include-path",
-        false => "it is none of those in the folders of --include-path",
-    };
     bail!(
         "`{name}`: expected a task's file, a folder of tasks, a file of rows or the name of a task, found none; {cure}"
     )

@@ -1,17 +1,18 @@
 //! Tasks that a model in training is asked, and the bounds that its result must keep.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ::eval::{EvalReport, ExpertChoices, Gate, GroupResult, ModelScores};
-use anyhow::Context;
+use anyhow::{Context, bail};
 use burn::tensor::Device;
 use data::{Columns, Tokenizer};
 use model::{Model, OperandRounding};
-use train::{Recipe, RunDir, Session, TaskScore};
+use train::{KeepBest, Recipe, RunDir, Session, TaskScore};
 
 use super::end_ids;
-use crate::console::Console;
+use crate::console::{Console, misuse};
 use crate::eval::conversation_args::ConversationArgs;
 use crate::eval::tasks::{AskedModel, LoadedTasks, TaskOptions, load};
 use crate::eval::{expect_gates, read_report};
@@ -27,6 +28,9 @@ pub(super) struct RecipeTasks {
     gates: Vec<Gate>,
     batch: u64,
     max_samples: Option<usize>,
+    budget: BudgetArgs,
+    /// Whether the best checkpoint is the best in a score.
+    keeps_best_score: bool,
 }
 
 /// Asks the tasks of a recipe after steps of a run.
@@ -44,7 +48,11 @@ pub(super) struct TaskScorer {
 
 impl RecipeTasks {
     /// The tasks of a recipe; none if it has none.
-    pub(super) fn of(recipe: &Recipe, console: &Console) -> anyhow::Result<Option<Self>> {
+    pub(super) fn of(
+        recipe: &Recipe,
+        budget: BudgetArgs,
+        console: &Console,
+    ) -> anyhow::Result<Option<Self>> {
         let eval = &recipe.eval;
         if eval.tasks.is_empty() {
             return Ok(None);
@@ -58,28 +66,45 @@ impl RecipeTasks {
             gates,
             batch: eval.batch_size as u64,
             max_samples: eval.tasks_max_samples.map(|most| most as usize),
+            budget,
+            keeps_best_score: matches!(recipe.train.keep_best, KeepBest::Score(_)),
         };
         let columns = Columns::none();
         let chat = ConversationArgs::default();
         let options = tasks.options(OperandRounding::F32, (&columns, &chat));
         tasks.tasks = load(&eval.tasks, &options, console).context("eval.tasks")?;
-        expect_gates(&tasks.gates, &tasks.tasks.metrics(), true).context("eval.gates")?;
+        let judged = expect_gates(&tasks.gates, &tasks.tasks.measures(), true);
+        judged.map_err(|problem| misuse(format!("eval.gates: {problem}")))?;
         Ok(Some(tasks))
     }
 
-    /// Refuses gates that cannot be judged when a run goes on: with the scores of its start.
+    /// Refuses a run that goes on with other questions than those its start was asked, if its result is compared with the start or
+    /// with earlier steps.
     pub(super) fn expect_start(&self, run: &RunDir) -> anyhow::Result<()> {
-        if self.gates.is_empty() || run.latest()?.is_none() {
+        let is_compared = self.keeps_best_score || !self.gates.is_empty();
+        if !is_compared || run.latest()?.is_none() {
             return Ok(());
         }
-        let start = read_scores(&path_of(run.path(), 0));
-        let judged = start.and_then(|start| {
-            let both = vec![start.clone(), start];
-            Ok(EvalReport::new(both, &self.gates)?)
-        });
-        judged.map(|_| ()).context(
-            "eval.gates: expected the scores of the run's start, with the tasks of all gates; a run that began without them cannot be judged",
-        )
+        let kept = read_report(&path_of(run.path(), 0)).context(
+            "eval.gates, train.keep_best: expected the scores of the run's start; a run that began without tasks cannot be judged by them",
+        )?;
+        let (before, now) = (&kept["questions"], self.questions()?);
+        let differs = now.iter().find(|(task, hash)| before[*task] != **hash);
+        match differs {
+            None => Ok(()),
+            Some((task, _)) => bail!(
+                "eval.tasks: expected the questions of `{task}` that the run's start was asked, found others; give back the task, its rows and `eval.tasks_max_samples`, or remove `eval.gates` and `train.keep_best`"
+            ),
+        }
+    }
+
+    /// What says whether two models were asked the same, by the names of tasks.
+    fn questions(&self) -> anyhow::Result<BTreeMap<String, String>> {
+        let mut questions = self.tasks.questions()?;
+        for hash in questions.values_mut() {
+            *hash = format!("{hash} {:?}", self.max_samples);
+        }
+        Ok(questions)
     }
 
     fn options<'a>(
@@ -89,6 +114,7 @@ impl RecipeTasks {
     ) -> TaskOptions<'a> {
         TaskOptions {
             include_path: &[],
+            cure: "give its file or folder",
             num_fewshot: None,
             max_samples: self.max_samples,
             max_length: None,
@@ -96,7 +122,7 @@ impl RecipeTasks {
             compute: rounding.into(),
             columns,
             chat,
-            budget: BudgetArgs::default(),
+            budget: self.budget,
         }
     }
 }
@@ -160,7 +186,9 @@ impl TaskScorer {
         });
         let found = found.collect();
         let report = EvalReport::new(vec![scores], &[])?;
-        let text = format!("{}\n", report.to_json());
+        let mut json = report.to_json();
+        json["questions"] = serde_json::to_value(self.recipe.questions()?)?;
+        let text = format!("{json}\n");
         let folder = self.run.join(SCORES_FOLDER);
         std::fs::create_dir_all(&folder)
             .with_context(|| format!("cannot make `{}`", folder.display()))?;
@@ -168,11 +196,11 @@ impl TaskScorer {
         Ok(found)
     }
 
-    /// The result against the model at the start, and what became of the gates. None if nothing was learned.
+    /// The result against the model at the start, and what became of the gates. None without scores of the start.
     pub(super) fn judge(&self, step: u64) -> anyhow::Result<Option<EvalReport>> {
-        // A run that began without tasks has no scores of its start, and no gates.
         let [start, result] = [0, step].map(|step| path_of(&self.run, step));
-        if step == 0 || !start.is_file() {
+        // A run that began without tasks has no scores of its start, and no gates.
+        if !start.is_file() {
             return Ok(None);
         }
         let scores = vec![read_scores(&start)?, read_scores(&result)?];

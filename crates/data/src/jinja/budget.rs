@@ -6,7 +6,7 @@ use std::cell::Cell;
 /// Steps of one rendering: a chat of ten thousand messages needs about a million, and an endless loop stops within seconds.
 const MAX_STEPS: u64 = 20_000_000;
 /// The longest text. A row has at most 16 MiB.
-const MAX_TEXT_BYTES: usize = 64 << 20;
+pub(crate) const MAX_TEXT_BYTES: usize = 64 << 20;
 /// All texts of one rendering together.
 const MAX_TOTAL_BYTES: u64 = 512 << 20;
 /// Elements of a list that are copied in the time of one step.

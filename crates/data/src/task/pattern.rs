@@ -1,5 +1,7 @@
 //! Regular expressions in task files.
 
+use std::ops::ControlFlow;
+
 use super::keys::Setting;
 use crate::jinja::PythonRegex;
 use crate::{Error, Result};
@@ -35,13 +37,15 @@ impl Pattern {
     /// # Errors
     /// In words: if the match takes too many steps.
     pub fn find_all(&self, text: &str) -> std::result::Result<Vec<Vec<String>>, String> {
-        let found = self.regex.matches(text)?.into_iter().map(|captures| {
+        let mut found = Vec::new();
+        self.regex.each_match(text, |captures| {
             let first = usize::from(captures.len() > 1);
             let group = |at: usize| captures.get(at).map_or("", |group| group.as_str());
             let groups = first..captures.len();
-            groups.map(|at| group(at).to_owned()).collect()
-        });
-        Ok(found.collect())
+            found.push(groups.map(|at| group(at).to_owned()).collect());
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(found)
     }
 
     /// `re.sub` with an empty text.

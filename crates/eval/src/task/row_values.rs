@@ -29,12 +29,26 @@ pub enum RowValue {
     Ter(TerCounts),
 }
 
+/// The largest count that a value may have when it is read.
+const LARGEST_COUNT: f64 = (1u64 << 32) as f64;
+
+/// The numbers in a value.
+fn numbers(value: &Value) -> Box<dyn Iterator<Item = f64> + '_> {
+    match value {
+        Value::Object(entries) => Box::new(entries.values().flat_map(numbers)),
+        Value::Array(values) => Box::new(values.iter().flat_map(numbers)),
+        other => Box::new(other.as_f64().into_iter()),
+    }
+}
+
 impl RowValue {
     /// A value as it is serialized; `how` says which of two numbers it is.
     pub(crate) fn read(how: Aggregation, value: &Value) -> Option<Self> {
         if let Some(number) = value.as_f64() {
             return Some(Self::Number(number));
         }
+        // Sums of larger counts could overflow.
+        let has_counts = !numbers(value).any(|number| number > LARGEST_COUNT);
         let counts = match how {
             Aggregation::Bleu => BleuCounts::deserialize(value).ok().map(Self::Bleu),
             Aggregation::Chrf => ChrfCounts::deserialize(value).ok().map(Self::Chrf),
@@ -42,7 +56,7 @@ impl RowValue {
             _ => None,
         };
         if counts.is_some() {
-            return counts;
+            return counts.filter(|_| has_counts);
         }
         let [first, second] = value.as_array()?.as_slice() else {
             return None;

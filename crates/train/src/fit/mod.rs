@@ -238,10 +238,16 @@ impl Session {
         if self.recipe.eval.tasks.is_empty() {
             return Ok(false);
         }
-        let (step, scores) = (self.state.step, self.scores(host)?);
+        let step = self.state.step;
+        let scores = self.scores(step, host)?;
         journal.scores(step, &scores)?;
         let is_best = match self.recipe.train.keep_best.score() {
             None => false,
+            // What was not learned yet is no result.
+            Some(names) if step == 0 => {
+                kept_score(&scores, names)?;
+                false
+            }
             Some(names) => {
                 let kept = kept_score(&scores, names)?;
                 self.state.note_score(kept.value, kept.is_higher_better)
@@ -251,11 +257,11 @@ impl Session {
         Ok(is_best)
     }
 
-    /// The scores of the recipe's tasks. The first rank asks them, while the others wait.
-    fn scores(&self, host: &mut dyn Host) -> Result<Vec<TaskScore>> {
+    /// The scores of the recipe's tasks, of the model after a step. The first rank asks them, while the others wait.
+    fn scores(&self, step: u64, host: &mut dyn Host) -> Result<Vec<TaskScore>> {
         let model = self.model.clone().valid();
         let scores = self.ranks.world.first_does("scores", || {
-            let scores = host.score(self.state.step, &model);
+            let scores = host.score(step, &model);
             let scores = scores.map_err(|problem| Error::Tasks { problem })?;
             Ok::<_, Error>(serde_json::to_vec(&scores).expect("scores have only string keys"))
         })?;
@@ -297,7 +303,7 @@ impl Session {
         });
         // The step of the lowest loss may be one after which no task was asked.
         if keep_is_loss && !self.recipe.eval.tasks.is_empty() {
-            let scores = self.scores(host)?;
+            let scores = self.scores(step, host)?;
             host.see(&Event::Scored { step, scores });
         }
         Ok(())

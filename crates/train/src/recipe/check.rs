@@ -86,6 +86,9 @@ impl Recipe {
             let expected = format!("at least one, because `{key}` is given");
             require(has_tasks || !needs_tasks, "eval.tasks", &expected, "none")?;
         }
+        let is_asked = train.keep_best.score().is_none() || eval.tasks_every.is_some();
+        let expected = "a number, because `train.keep_best` names a task";
+        require(is_asked, "eval.tasks_every", expected, "none")?;
         Ok(())
     }
 

@@ -1,8 +1,11 @@
 //! Regular expressions as Python's `re` reads and replaces them.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use fancy_regex::{Captures, Regex, RegexBuilder};
+
+use crate::jinja::budget::MAX_TEXT_BYTES;
 
 /// Steps back that a match may take. A pattern that takes more is one that explodes.
 const BACKTRACKS: usize = 1_000_000;
@@ -11,6 +14,8 @@ const BACKTRACKS: usize = 1_000_000;
 #[derive(Clone, Debug)]
 pub(crate) struct PythonRegex {
     regex: Arc<Regex>,
+    /// The same where a search begins, for a match of something.
+    filled_here: Arc<Regex>,
 }
 
 /// A part of what stands for a match.
@@ -25,36 +30,54 @@ impl PythonRegex {
     pub(crate) fn new(pattern: &str) -> Result<Self, String> {
         // Python's end of the text is what is `\z` elsewhere.
         let pattern = pattern.replace(r"\Z", r"\z");
-        let mut builder = RegexBuilder::new(&pattern);
-        let regex = builder.backtrack_limit(BACKTRACKS).build();
-        let regex = regex.map_err(|problem| problem.to_string())?;
+        let compile = |pattern: &str| {
+            let mut builder = RegexBuilder::new(pattern);
+            let regex = builder.backtrack_limit(BACKTRACKS).build();
+            regex.map(Arc::new).map_err(|problem| problem.to_string())
+        };
         Ok(Self {
-            regex: Arc::new(regex),
+            regex: compile(&pattern)?,
+            filled_here: compile(&format!(r"\G(?:{pattern})(?!\G)"))?,
         })
     }
 
-    /// All matches, from left to right. One of nothing may follow another of something, as in Python.
+    /// Visits all matches from left to right, until `visit` says that it is enough. As in Python, a match of nothing may follow
+    /// one of something, and after one of nothing, something may match in the same place.
     ///
     /// # Errors
-    /// In words: if a match takes too many steps.
-    pub(crate) fn matches<'t>(&self, text: &'t str) -> Result<Vec<Captures<'t>>, String> {
-        let (mut found, mut from) = (Vec::new(), 0);
+    /// In words: if a match takes too many steps, or those of `visit`.
+    pub(crate) fn each_match<'t>(
+        &self,
+        text: &'t str,
+        mut visit: impl FnMut(Captures<'t>) -> Result<ControlFlow<()>, String>,
+    ) -> Result<(), String> {
+        let words = |problem: fancy_regex::Error| problem.to_string();
+        let (mut from, mut is_after_nothing) = (0, false);
         while from <= text.len() {
-            let captures = self.regex.captures_from_pos(text, from);
-            let Some(captures) = captures.map_err(|problem| problem.to_string())? else {
-                break;
-            };
-            let Some(whole) = captures.get(0) else {
-                break;
-            };
-            let next = text[whole.end()..].chars().next();
-            from = whole.end();
-            if whole.start() == whole.end() {
-                from += next.map_or(1, char::len_utf8);
+            let mut found = None;
+            if is_after_nothing {
+                found = self
+                    .filled_here
+                    .captures_from_pos(text, from)
+                    .map_err(words)?;
+                if found.is_none() {
+                    from += text[from..].chars().next().map_or(1, char::len_utf8);
+                }
             }
-            found.push(captures);
+            if found.is_none() && from <= text.len() {
+                found = self.regex.captures_from_pos(text, from).map_err(words)?;
+            }
+            let Some((captures, whole)) = found.and_then(|of| of.get(0).map(|all| (of, all)))
+            else {
+                return Ok(());
+            };
+            from = whole.end();
+            is_after_nothing = whole.start() == whole.end();
+            if visit(captures)?.is_break() {
+                return Ok(());
+            }
         }
-        Ok(found)
+        Ok(())
     }
 
     /// `re.sub`: up to `count` matches replaced, or all if it is 0.
@@ -64,23 +87,28 @@ impl PythonRegex {
     pub(crate) fn replace(&self, text: &str, by: &str, count: usize) -> Result<String, String> {
         let parts = self.parts(by)?;
         let most = if count == 0 { usize::MAX } else { count };
-        let (mut made, mut end) = (String::new(), 0);
-        for captures in self.matches(text)?.iter().take(most) {
+        let (mut made, mut end, mut done) = (String::new(), 0, 0);
+        self.each_match(text, |captures| {
             let Some(whole) = captures.get(0) else {
-                continue;
+                return Ok(ControlFlow::Continue(()));
             };
             made.push_str(&text[end..whole.start()]);
             for part in &parts {
-                match part {
-                    ReplacementPart::Text(text) => made.push_str(text),
+                made.push_str(match part {
+                    ReplacementPart::Text(text) => text,
                     // A group without a match is nothing.
-                    ReplacementPart::Group(at) => {
-                        made.push_str(captures.get(*at).map_or("", |group| group.as_str()));
-                    }
-                }
+                    ReplacementPart::Group(at) => captures.get(*at).map_or("", |it| it.as_str()),
+                });
             }
-            end = whole.end();
-        }
+            if made.len() > MAX_TEXT_BYTES {
+                return Err("makes too much text".into());
+            }
+            (end, done) = (whole.end(), done + 1);
+            Ok(match done < most {
+                true => ControlFlow::Continue(()),
+                false => ControlFlow::Break(()),
+            })
+        })?;
         made.push_str(&text[end..]);
         Ok(made)
     }
@@ -165,6 +193,10 @@ mod tests {
     fn replacements_are_those_of_python() {
         for (pattern, by, text, count, expected) in [
             ("x*", "-", "abxd", 0, "-a-b--d-"),
+            ("a*?", "-", "aa", 0, "-----"),
+            ("|a", "-", "a", 0, "---"),
+            (r"\b|\w", "-", "ab", 0, "----"),
+            ("(?i)A|", "-", "xa", 0, "-x--"),
             ("b", "", "abcb", 1, "acb"),
             (r"(\w+) (\w+)", r"\2 \1", "a b c d", 0, "b a d c"),
             (r"(?P<n>\d)", r"<\g<n>\g<0>>", "a1", 0, "a<11>"),
@@ -188,6 +220,8 @@ mod tests {
         ] {
             assert_eq!(sub("(a)", by, "a", 0), Err(problem.into()), "{by}");
         }
+        let growing = sub("", &"a".repeat(1 << 20), &"b".repeat(1 << 10), 0);
+        assert_eq!(growing, Err("makes too much text".into()));
         let exploding = sub(r"(a*)*(b|c)+\1x", "", &"a".repeat(200), 0);
         assert!(exploding.unwrap_err().contains("backtrack"));
     }

@@ -308,6 +308,11 @@ const BAD_WHOLES: &[(&str, &[&str], &str)] = &[
     ),
     (
         LEAST,
+        &["train.keep_best='mmlu acc'", "eval.tasks=['mmlu.yaml']"],
+        "r.toml: eval.tasks_every: expected a number, because `train.keep_best` names a task, found none",
+    ),
+    (
+        LEAST,
         &["lora.rank"],
         "--set: expected `section.key=value`, found `lora.rank`",
     ),
