@@ -271,6 +271,35 @@ fn evidence_shows_what_was_changed() {
 }
 
 #[test]
+fn evidence_shows_what_was_added_to_a_model() {
+    let place = tempfile::tempdir().unwrap();
+    let copy = place.path().join("copy");
+    std::fs::create_dir(&copy).unwrap();
+    for file in std::fs::read_dir(golden("deepseek_v3")).unwrap() {
+        let file = file.unwrap().path();
+        if file.is_file() {
+            std::fs::copy(&file, copy.join(file.file_name().unwrap())).unwrap();
+        }
+    }
+    let task = task("mapped");
+    let words = [
+        "eval",
+        "copy",
+        "--tasks",
+        &task,
+        "--max-samples",
+        "1",
+        "--out",
+        "out",
+    ];
+    assert!(moeforge_in(place.path(), &words).status.success());
+    assert_eq!(check(place.path()).0, 0);
+    std::fs::write(copy.join("chat_template.jinja"), "x").unwrap();
+    let expected = "copy/chat_template.jinja: expected no file, found one\n";
+    assert_eq!(check(place.path()), (4, expected.to_owned()));
+}
+
+#[test]
 fn evidence_that_is_none_is_refused() {
     let place = tempfile::tempdir().unwrap();
     let refused = |text: &str| {

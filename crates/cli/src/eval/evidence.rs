@@ -7,7 +7,7 @@ use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::hashed_files::{FileHasher, HashedFile, problem, program};
+use super::hashed_files::{FileHasher, HashedFile, problem, program, settings_files};
 use crate::console::{Console, MISMATCH};
 
 /// The version of the form.
@@ -188,6 +188,9 @@ pub(super) fn check(path: &Path, is_json: bool, console: &Console) -> anyhow::Re
         n_files += 1;
         problems.extend(problem(file, place, &mut hasher));
     }
+    for model in &evidence.models {
+        problems.extend(added(model)?);
+    }
     problems.extend(check_numbers(&evidence, folder)?);
     let text = match problems.is_empty() {
         true => format!("{n_files} files and all numbers are as stated"),
@@ -202,6 +205,24 @@ pub(super) fn check(path: &Path, is_json: bool, console: &Console) -> anyhow::Re
         true => ExitCode::SUCCESS,
         false => ExitCode::from(MISMATCH),
     })
+}
+
+/// The settings and templates that a model's folder has by now, and that would be read.
+fn added(model: &ModelEvidence) -> anyhow::Result<Vec<String>> {
+    let is_config = |file: &&HashedFile| file.path.ends_with("config.json");
+    let Some(folder) = model
+        .files
+        .iter()
+        .find(is_config)
+        .and_then(|file| file.path.parent())
+    else {
+        return Ok(Vec::new()); // A GGUF.
+    };
+    let is_stated = |path: &PathBuf| model.files.iter().any(|file| file.path == *path);
+    let found = settings_files(folder)?.into_iter();
+    let added = found.filter(|path| !is_stated(path));
+    let problem = |path: PathBuf| format!("{}: expected no file, found one", path.display());
+    Ok(added.map(problem).collect())
 }
 
 /// What of the numbers is not as the items in the report say.

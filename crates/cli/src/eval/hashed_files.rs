@@ -66,25 +66,28 @@ impl<'a> FileHasher<'a> {
 /// The files of a model: its weights, and the settings and templates next to them.
 pub(super) fn model_files(folder: &Folder) -> anyhow::Result<Vec<PathBuf>> {
     let mut files = folder.weight_files();
-    let path = folder.path();
-    if path.is_dir() {
-        let is_read = |path: &PathBuf| {
-            let extension = path.extension().and_then(|extension| extension.to_str());
-            path.is_file() && matches!(extension, Some("json" | "jinja"))
-        };
-        for place in [path.to_owned(), path.join("additional_chat_templates")] {
-            if place.is_dir() {
-                let entries = std::fs::read_dir(&place);
-                let entries =
-                    entries.with_context(|| format!("cannot read `{}`", place.display()))?;
-                let paths = entries.map(|entry| entry.map(|entry| entry.path()));
-                let paths = paths.collect::<std::io::Result<Vec<_>>>()?;
-                files.extend(paths.into_iter().filter(is_read));
-            }
-        }
-    }
+    files.extend(settings_files(folder.path())?);
     files.sort();
     files.dedup();
+    Ok(files)
+}
+
+/// The settings and templates in a model's folder; none if it is a file.
+pub(super) fn settings_files(model: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let is_read = |path: &PathBuf| {
+        let extension = path.extension().and_then(|extension| extension.to_str());
+        path.is_file() && matches!(extension, Some("json" | "jinja"))
+    };
+    let mut files = Vec::new();
+    for place in [model.to_owned(), model.join("additional_chat_templates")] {
+        if place.is_dir() {
+            let entries = std::fs::read_dir(&place);
+            let entries = entries.with_context(|| format!("cannot read `{}`", place.display()))?;
+            let paths = entries.map(|entry| entry.map(|entry| entry.path()));
+            let paths = paths.collect::<std::io::Result<Vec<_>>>()?;
+            files.extend(paths.into_iter().filter(is_read));
+        }
+    }
     Ok(files)
 }
 
