@@ -112,7 +112,7 @@ fn evaluation(folder: &Path) -> Vec<String> {
         .collect()
 }
 
-/// The files in a folder, but for those of answers, and those that were being written when the program was killed.
+/// The files in a folder, without answers and without files that a killed program was writing.
 fn files(folder: &Path) -> Vec<(String, Vec<u8>)> {
     let mut found = Vec::new();
     let mut folders = vec![folder.to_owned()];

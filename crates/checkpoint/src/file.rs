@@ -23,7 +23,10 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// The SHA-256 of bytes, in hexadecimal.
 pub fn sha256_of(bytes: &[u8]) -> String {
-    let hash = Sha256::digest(bytes);
+    hexadecimal(&Sha256::digest(bytes))
+}
+
+fn hexadecimal(hash: &[u8]) -> String {
     hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -39,8 +42,7 @@ pub fn sha256(path: &Path) -> Result<String> {
     loop {
         let n_bytes = file.read(&mut chunk).map_err(io("read", path))?;
         if n_bytes == 0 {
-            let hash = hash.finalize();
-            return Ok(hash.iter().map(|byte| format!("{byte:02x}")).collect());
+            return Ok(hexadecimal(&hash.finalize()));
         }
         hash.update(&chunk[..n_bytes]);
     }

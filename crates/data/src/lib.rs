@@ -69,7 +69,7 @@ pub use task::{
     Filtered, GenerationSettings, GroupMetric, Ignored, ItemLimits, Metric, MetricUse, OutputType,
     Pattern, PythonRandom, Question, QuestionMaker, RegexFilter, ResultsTwin, ScoredTokens, Target,
     TaskChat, TaskDataset, TaskDefinition, TaskEncoder, TaskGroup, TaskIndex, TaskItem, TaskItems,
-    TaskRequest, TaskRow, TaskSet, TaskSplits, count_words, without_thought,
+    TaskRequest, TaskRow, TaskSet, TaskSplits, count_words, sha256, without_thought,
 };
 pub use tokenizer::{
     Bos, ChatTemplate, DecodeStream, GenerationPrompt, GgufEnds, Special, Tokenizer,

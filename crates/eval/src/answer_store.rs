@@ -6,7 +6,6 @@
 use infer::{GenerateConfig, SampleConfig, ScoreConfig, ScorePlan, ScoreRequest, TokenScore};
 use model::Model;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 
@@ -54,7 +53,7 @@ pub(crate) struct SpanScores {
     pub(crate) asked: usize,
 }
 
-/// Scores requests, but for the passes that the store knows. `progress` gets the number of requests done and their total.
+/// Scores requests, except in passes that the store knows. `progress` gets the number of requests done and their total.
 ///
 /// # Errors
 /// If a request does not fit the model, a score is not finite, or the store fails.
@@ -177,8 +176,7 @@ pub(crate) fn key_of_text(
 }
 
 fn key(content: &Value) -> String {
-    let digits = Sha256::digest(content.to_string()).into_iter();
-    digits.map(|byte| format!("{byte:02x}")).collect()
+    data::sha256(&content.to_string())
 }
 
 #[cfg(test)]

@@ -10,13 +10,10 @@ use crate::gate::Gate;
 use crate::losses::SampleLoss;
 use crate::perplexity::TextScore;
 use crate::report::{EvalReport, ModelScores};
-use crate::task::{Answers, GroupResult, MetricResult, RowValue, TaskResult};
+use crate::task::{Answers, GroupResult, LARGEST_COUNT, MetricResult, RowValue, TaskResult};
 
 /// What two numbers may differ by, as a share of them: reading a number changes its last bit at most.
 const READ_TOLERANCE: f64 = 1e-9;
-
-/// More tokens, bytes or items than any evaluation has. Sums of larger numbers could overflow.
-const MOST_COUNTED: u64 = 1 << 32;
 
 /// What is read of a report: all that its numbers are made from.
 #[derive(Debug, Deserialize)]
@@ -114,9 +111,9 @@ pub fn recompute(report: &Value) -> Result<Vec<String>> {
 
 /// Refuses a count that cannot be one.
 fn expect_count(name: &str, count: usize) -> Result<()> {
-    match count as u64 > MOST_COUNTED {
+    match count as u64 > LARGEST_COUNT {
         true => Err(wrong(&format!(
-            "expected at most {MOST_COUNTED} as `{name}`, found {count}"
+            "expected at most {LARGEST_COUNT} as `{name}`, found {count}"
         ))),
         false => Ok(()),
     }

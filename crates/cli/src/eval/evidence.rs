@@ -80,7 +80,7 @@ impl Evidence {
         })
     }
 
-    /// What answers of a model depend on, but for what it is asked.
+    /// What answers of a model depend on, except the questions.
     pub(super) fn identity(&self, model: &ModelEvidence, computer: &Value) -> Value {
         let contents = |files: &[HashedFile]| -> Vec<Value> {
             let content = |file: &HashedFile| {
@@ -227,8 +227,8 @@ fn added(model: &ModelEvidence) -> anyhow::Result<Vec<String>> {
 
 /// What of the numbers is not as the items in the report say.
 fn check_numbers(evidence: &Evidence, folder: &Path) -> anyhow::Result<Vec<String>> {
-    let stated = |file: &&HashedFile| file.path == Path::new(REPORT_NAME);
-    if !evidence.results.iter().any(|file| stated(&file)) {
+    let is_report = |file: &HashedFile| file.path == Path::new(REPORT_NAME);
+    if !evidence.results.iter().any(is_report) {
         return Ok(vec![format!(
             "{REPORT_NAME}: expected its hash, found none"
         )]);

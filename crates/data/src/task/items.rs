@@ -3,12 +3,11 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use sha2::{Digest, Sha256};
-
 use super::dataset::TaskDataset;
 use super::definition::TaskDefinition;
 use super::metric::OutputType;
 use super::question::{FewshotPool, Question, QuestionMaker};
+use super::sha256::sha256;
 use super::task_chat::TaskChat;
 use super::task_row::TaskRow;
 use super::twin::RowsTwin;
@@ -41,20 +40,13 @@ impl TaskItem {
             (OutputType::LoglikelihoodRolling, Some(text)) => text.as_str(),
             _ => request.context.as_str(),
         });
-        hash(text.unwrap_or_default())
+        sha256(text.unwrap_or_default())
     }
 
     /// The SHA-256 of the expected answer, in hexadecimal digits.
     pub fn target_hash(&self) -> String {
-        hash(&self.question.target.to_string())
+        sha256(&self.question.target.to_string())
     }
-}
-
-fn hash(text: &str) -> String {
-    let digits = Sha256::digest(text)
-        .into_iter()
-        .map(|byte| format!("{byte:02x}"));
-    digits.collect()
 }
 
 /// How many items a task has.

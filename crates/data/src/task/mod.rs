@@ -16,6 +16,7 @@ mod metric;
 mod pattern;
 mod question;
 mod random;
+mod sha256;
 mod task_chat;
 mod task_index;
 mod task_row;
@@ -37,6 +38,7 @@ pub use metric::{
 pub use pattern::Pattern;
 pub use question::{FewshotPool, Question, QuestionMaker, TaskRequest};
 pub use random::PythonRandom;
+pub use sha256::sha256;
 pub use task_chat::{TaskChat, without_thought};
 pub use task_index::TaskIndex;
 pub use task_row::TaskRow;

@@ -394,7 +394,7 @@ mod tests {
         serde_json::from_str(&text).unwrap()
     }
 
-    /// What is asked for each row of a task: prompts and continuations.
+    /// Prompts and continuations of each row of a task.
     fn asked(task: &TaskDefinition, chat: &TaskChat<'_>) -> serde_json::Value {
         let rows = rows(&task.dataset.files[0].1[0]);
         let setup = &task.fewshot;

@@ -9,9 +9,9 @@ use std::sync::LazyLock;
 
 use regex::Regex;
 use serde_json::Value as Json;
-use sha2::{Digest, Sha256};
 
 use super::keys::Setting;
+use super::sha256::sha256;
 use super::task_row::TaskRow;
 use super::yaml::YamlValue;
 use crate::file::require_text;
@@ -183,8 +183,7 @@ fn function(of: &Setting, wanted: &str) -> Result<TwinFunction> {
         of.error(wanted, found)
     };
     let text = require_text(&path, MODULE_BYTES).map_err(|problem| not_run(problem.to_string()))?;
-    let digits = Sha256::digest(text).into_iter();
-    let hash: String = digits.map(|byte| format!("{byte:02x}")).collect();
+    let hash = sha256(&text);
     let functions = TWIN_MODULES.iter().find(|(known, _)| *known == hash);
     let functions = functions.map_or(&[][..], |(_, functions)| *functions);
     let known = functions.iter().find(|(known, _)| *known == name);

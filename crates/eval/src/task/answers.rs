@@ -324,7 +324,7 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    /// The texts after prompts, up to `batch` at a time, but for those that the store knows.
+    /// The texts after prompts, up to `batch` at a time, except those that the store knows.
     fn texts(&mut self, prompts: &Prompts, batch: usize, seed: u64) -> Result<Vec<String>> {
         let common = prompts.common();
         let mut texts: Vec<Option<String>> = vec![None; prompts.count()];

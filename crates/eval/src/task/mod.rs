@@ -13,7 +13,7 @@ mod translation;
 pub(crate) use aggregate::aggregate;
 pub use answers::{Answer, AnswerConfig, Answers, TaskRequests};
 pub use group_result::{GroupMean, GroupResult};
-pub(crate) use row_values::ChoiceAnswers;
 pub use row_values::RowValue;
+pub(crate) use row_values::{ChoiceAnswers, LARGEST_COUNT};
 pub use task_result::{MetricResult, TaskResult, expect_measured};
 pub use translation::{BleuCounts, ChrfCounts, TerCounts};

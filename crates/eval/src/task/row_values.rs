@@ -29,8 +29,8 @@ pub enum RowValue {
     Ter(TerCounts),
 }
 
-/// The largest count that a value may have when it is read.
-const LARGEST_COUNT: f64 = (1u64 << 32) as f64;
+/// The largest count that is read: more tokens, bytes or items than any evaluation has. Sums of larger ones could overflow.
+pub(crate) const LARGEST_COUNT: u64 = 1 << 32;
 
 /// The numbers in a value.
 fn numbers(value: &Value) -> Box<dyn Iterator<Item = f64> + '_> {
@@ -47,8 +47,7 @@ impl RowValue {
         if let Some(number) = value.as_f64() {
             return Some(Self::Number(number));
         }
-        // Sums of larger counts could overflow.
-        let has_counts = !numbers(value).any(|number| number > LARGEST_COUNT);
+        let has_counts = !numbers(value).any(|number| number > LARGEST_COUNT as f64);
         let counts = match how {
             Aggregation::Bleu => BleuCounts::deserialize(value).ok().map(Self::Bleu),
             Aggregation::Chrf => ChrfCounts::deserialize(value).ok().map(Self::Chrf),

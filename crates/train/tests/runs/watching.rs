@@ -20,7 +20,7 @@ pub(super) struct Notes {
     rollbacks: Vec<(u64, u64)>,
     audit: Option<GradAudit>,
     pub(super) best: Option<u64>,
-    /// The accuracy after each step that is asked for it.
+    /// The accuracy after each scored step.
     accuracy: Option<fn(u64) -> f64>,
     scored: Vec<u64>,
 }
